@@ -1,0 +1,1 @@
+"""Prune language models with mixed calibration sets, and see which abilities survive."""

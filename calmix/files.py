@@ -1,0 +1,90 @@
+"""Files and folders: the cache, hashes, and writing that never leaves half a result behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from calmix.errors import InputError, disk_errors
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: `CALMIX_CACHE`, else `calmix` under `XDG_CACHE_HOME` or ~/.cache."""
+    if named := os.environ.get("CALMIX_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "calmix"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the hexadecimal SHA-256 of a JSON-serialisable value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, beside `path` first and then renamed onto it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(value, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+            Path(beside).chmod(0o644)
+            Path(beside).replace(path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+
+def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder that exists, or that cannot be made, before any work is done.
+
+    Raises:
+        InputError: `path` is a file, or a non-empty folder and `overwrite` is off.
+    """
+    if path.is_file():
+        raise InputError(f"{path} is a file: name a folder for the output")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"{path} exists and is not empty: choose another folder or --overwrite")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path`; rename it onto `path` only if the body succeeds.
+
+    Whatever stood at `path` is replaced. On any failure, an interrupt included, the hidden
+    folder is removed and `path` is left as it was.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+        try:
+            beside.chmod(0o755)
+            yield beside
+            old = None
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
+                path.rename(old / path.name)
+            beside.rename(path)
+            if old is not None:
+                shutil.rmtree(old)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise

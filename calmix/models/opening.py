@@ -1,0 +1,388 @@
+"""Open a model named by hub id, local folder, GGUF file or `builtin:NAME`.
+
+Every form is first resolved to a local folder of safetensors, so that the rest of the tool
+knows one kind of model only. GGUF files are dequantised once, through transformers, into a
+folder in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from calmix import assets
+from calmix.errors import InputError, ModelError, disk_errors, nearest
+from calmix.files import atomic_folder, cache_dir, sha256_file, sha256_json
+
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model inside a data archive."""
+
+    name: str
+    asset: str
+    member: str
+    licence: str
+    parameters: str
+    description: str
+
+
+@dataclass
+class OpenModel:
+    """A causal language model in memory, with its tokenizer and where it came from.
+
+    `name` is what the user wrote, `folder` the local folder it resolved to.
+    """
+
+    name: str
+    folder: Path
+    model: Any
+    tokenizer: Any
+    trust_remote_code: bool = False
+    _hashes: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model was made for, in tokens; None if it does not say."""
+        config = self.model.config.get_text_config(decoder=True)
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+            if isinstance(value := getattr(config, key, None), int):
+                return value
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and bytes of the folder's configuration and weight files."""
+        if "model" not in self._hashes:
+            self._hashes["model"] = fingerprint(self.folder)
+        return self._hashes["model"]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the tokenizer: vocabulary, merges, normalisation and special tokens."""
+        if "tokenizer" not in self._hashes:
+            self._hashes["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
+        return self._hashes["tokenizer"]
+
+
+@functools.cache
+def builtin_models() -> dict[str, BuiltinModel]:
+    """Return the builtin models by name (without the `builtin:` prefix)."""
+    text = resources.files("calmix.models").joinpath("builtin.yaml").read_text(encoding="utf-8")
+    return {name: BuiltinModel(name=name, **value) for name, value in yaml.safe_load(text).items()}
+
+
+def resolve_model(name: str) -> Path:
+    """Return a local folder of safetensors for a model the user named.
+
+    Raises:
+        ModelError: unknown name, nothing to load there, or only pickled weights.
+    """
+    if name.startswith("builtin:"):
+        known = builtin_models()
+        short = name.removeprefix("builtin:")
+        if short not in known:
+            raise ModelError(f"unknown builtin model '{short}': {nearest(short, known)}")
+        return _dequantised_builtin(known[short])
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{path} is a file but no .gguf: name its folder, or a GGUF file")
+        return _dequantised(path, sha256_file(path))
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder or .gguf file at {path}")
+    if name in builtin_models():
+        raise ModelError(f"there is no folder '{name}': did you mean builtin:{name}?")
+    return _from_hub(name)
+
+
+def open_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> OpenModel:
+    """Open a causal language model for inference.
+
+    Args:
+        name: hub id, local folder, `.gguf` file, or `builtin:NAME`.
+        dtype: `auto` (the checkpoint's own, but float32 where this CPU has no fast half
+            precision), `float32`, `bfloat16` or `float16`.
+        device: `auto` (an accelerator if there is one) or a torch device string.
+        trust_remote_code: run modelling code shipped with the checkpoint.
+
+    Raises:
+        ModelError: the model cannot be found, is pickled, quantised or not a causal LM.
+        InputError: unknown dtype or device.
+    """
+    target = _device(device)
+    chosen = _dtype(dtype)
+    folder = resolve_model(name)
+    model = _load(folder, name, chosen, target, trust_remote_code)
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+    return OpenModel(name, folder, model, tokenizer, trust_remote_code)
+
+
+def _load(
+    folder: Path, name: str, dtype: torch.dtype | str, device: torch.device, trust: bool
+) -> Any:
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust
+            )
+            if getattr(config, "quantization_config", None):
+                raise ModelError(
+                    f"{name} is quantised: prune the full-precision model, then quantise"
+                )
+            if getattr(config, "is_encoder_decoder", False):
+                raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                output_loading_info=True,
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # transformers raises anything on a damaged checkpoint
+            raise ModelError(f"cannot open {name}: {_first_line(error)}") from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights its configuration asks for, first '{missing[0]}'"
+        )
+    if dtype == "auto" and device.type == "cpu" and not fast_half_precision(model.dtype):
+        model = model.float()
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def fast_half_precision(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU multiplies matrices of `dtype` natively (float32 always does)."""
+    if dtype == torch.float32:
+        return True
+    if dtype == torch.bfloat16:
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
+    return False
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device '{name}' cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    if name == "auto":
+        return "auto"
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype '{name}': {nearest(name, [*DTYPES, 'auto'])}")
+    return DTYPES[name]
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: it is not a model folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged: fetch the model again") from error
+        for shard in sorted(shards):
+            if not (folder / shard).is_file():
+                raise ModelError(f"{folder} lacks the weight file {shard} its index names")
+        return
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        raise ModelError(
+            f"{folder} holds pickled weights only, which can run code when opened: "
+            "convert them to safetensors first"
+        )
+    raise ModelError(f"{folder} holds no weights (*.safetensors)")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except errors.HFValidationError as error:
+        raise ModelError(
+            f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+        raise ModelError(
+            f"the hub has no open model '{name}': check the id, or log in if it is gated"
+        ) from error
+    except Exception as error:  # offline, in the many forms the hub client gives it
+        raise ModelError(
+            f"there is no folder '{name}' and the hub cannot be reached for it: give a local "
+            "folder, a .gguf file or builtin:smollm2-135m, or go online once to fetch it"
+        ) from error
+    _check_folder(folder)
+    return folder
+
+
+def _dequantised_builtin(model: BuiltinModel) -> Path:
+    # The archive is pinned by hash, so archive hash + member name the file's bytes.
+    key = sha256_json([assets.get_asset(model.asset).sha256, model.member])
+    folder = _dequantised_folder(key)
+    if _complete(folder):
+        return folder
+    assets.install(model.asset)
+    with disk_errors(cache_dir()):
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as temporary:
+            file = Path(temporary) / Path(model.member).name
+            assets.extract(model.asset, model.member, file)
+            return _dequantised(file, key)
+
+
+def _dequantised_folder(key: str) -> Path:
+    return cache_dir() / "models" / f"gguf-{key[:16]}"
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _dequantised(file: Path, key: str) -> Path:
+    """Return the cached safetensors folder of a GGUF file, making it on the first call."""
+    folder = _dequantised_folder(key)
+    if _complete(folder):
+        return folder
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        where, name = file.parent, file.name
+        try:
+            dtype = _gguf_dtype(file)
+            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+        except Exception as error:  # the GGUF readers raise anything on a foreign file
+            raise ModelError(f"cannot open {file}: {_first_line(error)}") from error
+        # transformers keeps a dequantised model marked as quantised and would not save it.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+        # Positions up to the context are what the tokenizer may fill; GGUF does not say.
+        context = getattr(model.config, "max_position_embeddings", None)
+        if context:
+            tokenizer.model_max_length = context
+        with atomic_folder(folder) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    return folder
+
+
+def _gguf_dtype(file: Path) -> torch.dtype:
+    """Float32 and float16 files keep their precision; quantised ones become bfloat16."""
+    from gguf import GGUFReader
+
+    kind = GGUFReader(file).get_field("general.file_type")
+    code = int(kind.contents()) if kind is not None else -1
+    return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a SHA-256 over the configuration and weight files of a model folder."""
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    return sha256_json([[file.name, _cached_sha256(file)] for file in files])
+
+
+def _cached_sha256(file: Path) -> str:
+    """Hash a large file once: the result is kept in the cache by path, size and time."""
+    stat = file.stat()
+    key = sha256_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    note = cache_dir() / "hashes" / key
+    # A file changed in the last seconds can change again within its time stamp's resolution.
+    settled = time.time_ns() - stat.st_mtime_ns > 5_000_000_000
+    if settled and note.is_file() and len(kept := note.read_text(encoding="ascii")) == 64:
+        return kept
+    value = sha256_file(file)
+    if settled:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            beside = note.with_suffix(f".{os.getpid()}")
+            beside.write_text(value, encoding="ascii")
+            beside.replace(note)
+    return value
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a SHA-256 of what decides a tokenizer's ids, independent of padding settings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        state.pop("padding", None)
+        state.pop("truncation", None)
+        return sha256_json(state)
+    return sha256_json(sorted(tokenizer.get_vocab().items()))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars and advice of transformers while it loads; errors still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
