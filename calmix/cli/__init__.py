@@ -1,0 +1,36 @@
+"""The command line: each verb parses, calls the API and prints; nothing is computed here."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from calmix.cli import listing
+from calmix.cli.common import fail
+from calmix.errors import CalmixError
+
+app = typer.Typer(
+    name="calmix",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Prune language models with mixed calibration sets, and see which abilities survive.",
+)
+listing.register(app)
+
+
+def main() -> None:
+    """Run the command line. Exit code 2 and one line for a mistake; 130 for an interrupt."""
+    try:
+        app()
+    except CalmixError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,78 @@
+"""What every verb shares: consoles, options that recur, tables or JSON, the error line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Hub id, local folder, .gguf file, or builtin:smollm2-135m.",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Compute in float32, bfloat16 or float16; auto: the checkpoint's own.")
+]
+Device = Annotated[str, typer.Option(help="Torch device; auto: an accelerator if there is one.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code shipped with the model.")
+]
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line to the error stream and end with exit code 2."""
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.exit(2)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on the output stream, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, title: str | None = None) -> None:
+    """Print records as a table, one column a key, or as JSON."""
+    if as_json:
+        print_json(list(rows))
+        return
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for key in rows[0] if rows else ():
+        numeric = all(isinstance(row[key], int | float) for row in rows)
+        table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    out.print(table)
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar on the error stream; silent where that is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
