@@ -100,7 +100,7 @@ def pack_concat(
     Returns the rows (fewer if the documents ran out) and the documents used.
     """
     stream: list[int] = []
-    used = []
+    used: list[tuple[Document, list[int]]] = []
     for document, ids in documents:
         if len(stream) >= rows * length:
             break
@@ -121,8 +121,8 @@ def pack_window(
     As the SparseGPT and Wanda papers draw C4, but without replacement: no document gives two
     windows. Returns the rows (fewer if the documents ran out) and the documents used.
     """
-    packed = []
-    used = []
+    packed: list[list[int]] = []
+    used: list[tuple[Document, list[int]]] = []
     for document, ids in documents:
         if len(packed) == rows:
             break

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -56,10 +57,11 @@ def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, title: str | No
     if as_json:
         print_json(list(rows))
         return
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for key in rows[0] if rows else ():
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, key in enumerate(rows[0] if rows else ()):
         numeric = all(isinstance(row[key], int | float) for row in rows)
-        table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+        justify: JustifyMethod = "right" if numeric else "left"
+        table.add_column(key, justify=justify, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     out.print(table)

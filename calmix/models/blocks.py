@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Prunable:
     """A linear map in a block, seen as a matrix of shape (rows = outputs, columns = inputs)."""
 
     name: str
-    module: nn.Module
+    module: Any
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +55,7 @@ class DecoderBlocks:
     """The decoder blocks of a model, in order, with the qualified name of their list."""
 
     name: str
-    blocks: nn.ModuleList
+    blocks: Any
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -80,8 +81,10 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in _outermost_lists(model):
-        size = sum(m.weight.numel() for m in module.modules() if is_linear(m))
-        size += sum(p.numel() for p in module.parameters() if p.ndim >= 3)
+        linears: list[Any] = [m for m in module.modules() if is_linear(m)]
+        size = sum(m.weight.numel() for m in linears) + sum(
+            p.numel() for p in module.parameters() if p.ndim >= 3
+        )
         if size and (best is None or size > best[0]):
             best = (size, name, module)
     if best is None:
