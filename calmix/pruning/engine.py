@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.pruning.gram import Gram, Squares
-from calmix.pruning.layout import BlockCall, Calls, Layout, SharedInput, observe
+from calmix.pruning.layout import BlockCall, Calls, SharedInput, observe
 from calmix.pruning.methods import METHODS, Method, Solution
 from calmix.pruning.patterns import Pattern, check_columns
 

@@ -133,9 +133,7 @@ class Calls:
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = _hidden_of(args, kwargs)
-                args = tuple(
-                    self._shared((index, str(i)), value) for i, value in enumerate(args)
-                )
+                args = tuple(self._shared((index, str(i)), value) for i, value in enumerate(args))
                 kwargs = {key: self._shared((index, key), v) for key, v in kwargs.items()}
                 recorded.append((hidden, BlockCall(args, kwargs)))
                 return (hidden,) if self._layout.returns_tuple[index] else hidden
