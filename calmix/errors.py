@@ -60,9 +60,16 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"no space left on the disk of {where}: free some or choose another folder"
-            ) from error
+            raise InputError(_no_space(where)) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"cannot write to {where}: {error.strerror}") from error
         raise
+    except Exception as error:
+        # safetensors reports a full disk through an exception class of its own.
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise InputError(_no_space(where)) from error
+        raise
+
+
+def _no_space(where: Path) -> str:
+    return f"no space left on the disk of {where}: free some or choose another folder"

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from calmix.cli import listing
+from calmix.cli import listing, prune
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune language models with mixed calibration sets, and see which abilities survive.",
 )
+prune.register(app)
 listing.register(app)
 
 

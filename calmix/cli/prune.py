@@ -1,0 +1,187 @@
+"""`prune` and `perplexity`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from calmix.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    ModelName,
+    TrustRemoteCode,
+    err,
+    out,
+    print_json,
+    print_rows,
+    progress_bar,
+)
+from calmix.specs import prune_request
+
+if TYPE_CHECKING:
+    from calmix.calibration import CalibrationSet
+    from calmix.models import OpenModel
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("prune")(prune_command)
+    app.command("perplexity")(perplexity_command)
+
+
+def prune_command(
+    model: ModelName,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")
+    ],
+    method: Annotated[str, typer.Option(help="sparsegpt, wanda or magnitude.")] = "sparsegpt",
+    sparsity: Annotated[
+        float | None, typer.Option(show_default=False, help="Share of weights to prune: 0.6.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="N:M, keep N of every M inputs of a row: 2:4."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="Sources: NAME, a:0.5,b:0.5 or uniform:a,b,c (calmix sources ls, or files).",
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")] = None,
+    length: Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(show_default="0", help="Seed of the calibration draw.")
+    ] = None,
+    packing: Annotated[
+        str | None,
+        typer.Option(
+            show_default="concat",
+            help="concat: documents joined and cut; window: one window of each long document.",
+        ),
+    ] = None,
+    propagation: Annotated[
+        str | None,
+        typer.Option(
+            show_default="sequential",
+            help="sequential: inputs from pruned layers, one pass; block: the papers' two passes.",
+        ),
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(show_default="0.01", help="SparseGPT's, as a share of the mean diagonal."),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model in one shot and write a checkpoint that loads anywhere."""
+    request = prune_request(
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        calibration=calibration,
+        rows=rows,
+        length=length,
+        seed=seed,
+        packing=packing,
+        propagation=propagation,
+        damping=damping,
+    )
+    from calmix.pruning.checkpoint import prune_checkpoint
+
+    def started(opened: OpenModel, drawn: CalibrationSet | None) -> None:
+        if drawn is not None:
+            shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
+            err.print(
+                f"calibrating on {drawn.rows} rows of {drawn.length} tokens: {shares}",
+                soft_wrap=True,
+            )
+
+    with progress_bar() as bar:
+        task = bar.add_task("pruning blocks", total=None)
+        report = prune_checkpoint(
+            model,
+            output,
+            request,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            started=started,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print_json({"output": str(output)} | report.to_json())
+        return
+    kinds: dict[str, list[float]] = {}
+    for layer in report.layers:
+        if layer.error is not None:
+            kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer.error)
+    if kinds:
+        rows_ = [
+            {
+                "layer": kind,
+                "blocks": len(errors),
+                "mean output error": f"{sum(errors) / len(errors):.2%}",
+                "worst": f"{max(errors):.2%}",
+            }
+            for kind, errors in kinds.items()
+        ]
+        print_rows(rows_, as_json=False)
+    raised = [layer.name for layer in report.layers if (layer.damping or 0) > (damping or 0.01)]
+    if raised:
+        out.print(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
+    out.print(
+        f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
+        f"in {report.seconds['total']:.1f} s: {output}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def perplexity_command(
+    model: ModelName,
+    text: Annotated[
+        Path, typer.Option(show_default=False, help="A .txt, .jsonl or .parquet file.")
+    ],
+    length: Annotated[int, typer.Option(help="Window length in tokens.")] = 2048,
+    separator: Annotated[str, typer.Option(help="Put between the documents of the file.")] = "",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
+    from calmix.capability.perplexity import perplexity
+    from calmix.models import open_model
+    from calmix.sources.readers import LocalFile
+
+    documents = LocalFile(type="file", path=text).read()
+    whole = separator.join(document.text for document in documents)
+    opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    with progress_bar() as bar:
+        task = bar.add_task("scoring windows", total=None)
+        result = perplexity(
+            opened,
+            whole,
+            length=length,
+            tick=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print_json({"model": model, "text": str(text)} | asdict(result))
+    else:
+        out.print(
+            f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
+            f"(context {result.length}, {result.windows} windows)",
+            highlight=False,
+        )

@@ -1,0 +1,138 @@
+"""The Gram matrix of a layer's inputs, sum of x x^T over calibration tokens, and its factor.
+
+Inputs may be half precision; sums are always float32. A Gram matrix rounded to half precision
+is not positive definite, so no half-precision product is ever accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calmix.errors import SolverError
+
+CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
+PANEL = 512  # columns of the upper triangle computed in one product
+
+
+@contextmanager
+def _bfloat16_products(exact: bool) -> Iterator[None]:
+    """Let float32 products use bfloat16 units where the inputs are bfloat16 values anyway."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if exact else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Gram:
+    """Running sum of x x^T in float32; only the upper triangle is computed."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add tokens: inputs of shape (..., columns), any float dtype."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += len(flat)
+        columns = flat.shape[1]
+        if flat.device.type == "cuda" and flat.dtype != torch.float32:
+            self._sum += torch.mm(flat.T, flat, out_dtype=torch.float32)
+            return
+        panel = PANEL if columns > PANEL else max(1, -(-columns // 2))
+        with _bfloat16_products(flat.dtype == torch.bfloat16):
+            for start in range(0, len(flat), CHUNK):
+                x = flat[start : start + CHUNK].float()
+                for at in range(0, columns, panel):
+                    self._sum[at : at + panel, at:].addmm_(x[:, at : at + panel].T, x[:, at:])
+
+    def matrix(self) -> Tensor:
+        """Return the symmetric sum, float32 (columns, columns)."""
+        upper = self._sum.triu()
+        return upper + upper.triu(1).T
+
+
+class Squares:
+    """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add tokens: inputs of shape (..., columns), any float dtype."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += len(flat)
+        for start in range(0, len(flat), CHUNK):
+            self._sum += flat[start : start + CHUNK].float().square_().sum(0)
+
+    def matrix(self) -> Tensor:
+        """Return the sums, float32 (columns,)."""
+        return self._sum
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper Cholesky factor U of the inverse damped Gram matrix, H^-1 = U^T U.
+
+    Attributes:
+        upper: float32 (columns, columns).
+        damping: what was added to the diagonal, as a share of its mean.
+        dtype: precision of the factorisation that succeeded.
+        dead: bool (columns,), inputs that were zero on every token.
+    """
+
+    upper: Tensor
+    damping: float
+    dtype: torch.dtype
+    dead: Tensor
+
+
+def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
+    """Factorise the inverse of a damped Gram matrix (SparseGPT, arXiv 2301.00774, section 3.3).
+
+    With J the reversal of order, J H J = L L^T gives H = R R^T for the upper R = J L J, hence
+    H^-1 = U^T U with U = R^-1: one factorisation and one triangular inverse, and H^-1 itself
+    is never formed. If H is not positive definite the damping is raised tenfold, then the
+    work is repeated in float64; H^-1 is never replaced by anything else.
+
+    Args:
+        gram: symmetric float32 (columns, columns).
+        damping: share of the mean diagonal added to the diagonal.
+
+    Raises:
+        SolverError: the matrix is not finite, is zero, or no attempt succeeded.
+    """
+    diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise SolverError("the inputs of this layer are not finite")
+    mean = diagonal.mean()
+    if mean <= 0:
+        raise SolverError("the inputs of this layer are zero on every calibration token")
+    attempts = [
+        (torch.float32, damping),
+        (torch.float32, 10 * damping),
+        (torch.float64, 10 * damping),
+        (torch.float64, 100 * damping),
+    ]
+    for dtype, share in attempts:
+        damped = gram.to(dtype, copy=True)
+        damped.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(failed):
+            continue
+        identity = torch.eye(len(gram), dtype=dtype, device=gram.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        upper = inverse.flip(0, 1).float().contiguous()
+        if torch.isfinite(upper).all() and (upper.diagonal() > 0).all():
+            return Factor(upper, share, dtype, diagonal == 0)
+    raise SolverError(
+        f"the Gram matrix is not positive definite even with damping {100 * damping:g}: "
+        "use more calibration tokens or a larger --damping"
+    )

@@ -1,0 +1,38 @@
+"""Magnitude pruning: the weights of smallest absolute value go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from calmix.pruning.methods.solution import Solution
+from calmix.pruning.patterns import Pattern, SemiStructured, smallest, smallest_of_m
+
+
+def solve(weights: Sequence[Tensor], pattern: Pattern) -> Solution:
+    """Prune by |W|, compared within a layer (unstructured) or a group of M inputs of a row.
+
+    Args:
+        weights: float32 matrices (rows, columns).
+        pattern: what share or pattern to prune.
+    """
+    masks = [mask(weight.abs(), pattern) for weight in weights]
+    pruned = [w.masked_fill(m, 0) for w, m in zip(weights, masks, strict=True)]
+    return Solution(pruned, [int(m.sum()) for m in masks], [None] * len(masks))
+
+
+def mask(saliency: Tensor, pattern: Pattern) -> Tensor:
+    """Return the mask (rows, columns) with the whole matrix as one comparison group."""
+    if isinstance(pattern, SemiStructured):
+        return grouped_mask(saliency, pattern)
+    flat = saliency.reshape(1, -1)
+    return smallest(flat, pattern.count(flat.shape[1])).view(saliency.shape)
+
+
+def grouped_mask(saliency: Tensor, pattern: SemiStructured) -> Tensor:
+    """Return the N:M mask (rows, columns) of a saliency matrix."""
+    rows, columns = saliency.shape
+    groups = saliency.view(rows, columns // pattern.m, pattern.m).permute(2, 0, 1).contiguous()
+    marked = smallest_of_m(groups, pattern.m - pattern.n)
+    return marked.permute(1, 2, 0).reshape(rows, columns)
