@@ -18,9 +18,11 @@ class _Strict(yaml.SafeLoader):
 def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if not isinstance(key, str | int | float | bool | None):
-            raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="a key is not text", problem_mark=key_node.start_mark
+            )
         if key in seen:
             raise yaml.MarkedYAMLError(
                 problem=f"'{key}' is given twice", problem_mark=key_node.start_mark

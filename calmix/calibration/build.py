@@ -111,9 +111,7 @@ def build(
             guard.verdict(name, stream)
         if len(packed.rows) < count:
             raise SourceError(_too_small(name, packed, count, length, body, packing, end))
-        draws[name] = _Draw(
-            sources[name], packed, len(documents), documents_hash(documents)
-        )
+        draws[name] = _Draw(sources[name], packed, len(documents), documents_hash(documents))
         if tick is not None:
             tick(name)
     chosen = _chosen(draws, counts, select, seed)
@@ -132,18 +130,14 @@ def build(
         "begin_token": begin,
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
-        "sources": {
-            name: _described(draw, chosen[name]) for name, draw in draws.items()
-        },
+        "sources": {name: _described(draw, chosen[name]) for name, draw in draws.items()},
     }
     made = CalibrationSet(ids, tuple(drawn[i][0] for i in shuffle), manifest)
     manifest["sha256"] = made.sha256
     return made
 
 
-def check_request(
-    rows: int, length: int, packing: str, select: str, context: int | None
-) -> None:
+def check_request(rows: int, length: int, packing: str, select: str, context: int | None) -> None:
     """Refuse a request no calibration set can answer.
 
     Raises:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.errors import SourceError
 from calmix.calibration.packing import Tokenized
+from calmix.errors import SourceError
 
 TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
@@ -45,8 +45,12 @@ class ItemIndex:
     Items shorter than `n` tokens have no window and cannot be found.
     """
 
-    def __init__(self, items: Iterable[Item], tokenize: Callable[[list[str]], list[list[int]]],
-                 n: int = TOKENS) -> None:
+    def __init__(
+        self,
+        items: Iterable[Item],
+        tokenize: Callable[[list[str]], list[list[int]]],
+        n: int = TOKENS,
+    ) -> None:
         self.n = n
         entries = list(items)
         self.names = [(task, item) for task, item, _ in entries]
@@ -116,6 +120,7 @@ class Guard:
         Raises:
             SourceError: more than 5 % of the documents looked at leak.
         """
+
         def share() -> float:
             return len(self.dropped.get(source, ())) / max(1, self.checked[source])
 

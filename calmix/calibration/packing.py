@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 
 from calmix.sources import Document
+from calmix.specs import Packing
 
-Packing = Literal["concat", "window"]
-PACKINGS: tuple[Packing, ...] = ("concat", "window")
+PACKINGS: tuple[Packing, ...] = get_args(Packing)
 Tokenized = tuple[Document, list[int]]
 
 
@@ -33,9 +33,7 @@ class Packed:
     spans: list[tuple[int, int]]
 
 
-def pack_concat(
-    documents: Iterator[Tokenized], rows: int, length: int, end: int | None
-) -> Packed:
+def pack_concat(documents: Iterator[Tokenized], rows: int, length: int, end: int | None) -> Packed:
     """Join documents by the end token (if any) and cut the first `rows` rows of `length` ids.
 
     There are fewer rows if the documents run out; what is left of the last is dropped.

@@ -65,7 +65,5 @@ def select_zipcal(
     return chosen
 
 
-Selector = Callable[
-    [Sequence[Sequence[int]], Sequence[str], Mapping[str, int], int], list[int]
-]
+Selector = Callable[[Sequence[Sequence[int]], Sequence[str], Mapping[str, int], int], list[int]]
 SELECTORS: dict[str, Selector] = {"random": select_random, "zipcal": select_zipcal}

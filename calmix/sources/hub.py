@@ -117,7 +117,9 @@ class HubText(Reader):
         return folder if folder is not None and folder.is_dir() else None
 
     def _kept(self) -> Path:
-        return cache_dir() / "sources" / f"{sha256_json(self.model_dump(mode='json'))[:16]}.jsonl.gz"
+        return (
+            cache_dir() / "sources" / f"{sha256_json(self.model_dump(mode='json'))[:16]}.jsonl.gz"
+        )
 
     def _documents(self, where: str) -> Iterator[Document]:
         subsets = self._subsets()
@@ -131,7 +133,9 @@ class HubText(Reader):
                 if left <= 0:
                     break
 
-    def _joined(self, rows: Iterable[tuple[int, dict[str, Any]]], prefix: str) -> Iterator[Document]:
+    def _joined(
+        self, rows: Iterable[tuple[int, dict[str, Any]]], prefix: str
+    ) -> Iterator[Document]:
         begins = re.compile(self.starts) if self.starts else None
         part: list[str] = []
         first = 0

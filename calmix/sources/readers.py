@@ -281,7 +281,7 @@ class ReasoningGym(Reader):
                 yield Document(f"{self.datasets[which]}/{item}", text)
 
 
-class LocalFiles(Reader):
+class LocalFile(Reader):
     """A local `.txt` (one document), `.jsonl` or `.parquet` (one a row) file, or a folder of them.
 
     The text of a row is its `template`, filled from the row's fields.

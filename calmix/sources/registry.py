@@ -19,7 +19,7 @@ from calmix.sources.readers import (
     FORMATS,
     AssetText,
     Document,
-    LocalFiles,
+    LocalFile,
     PackageFiles,
     PythonDocs,
     PythonStdlib,
@@ -28,7 +28,7 @@ from calmix.sources.readers import (
 from calmix.yaml_files import first_problem, read_yaml
 
 AnyReader = Annotated[
-    PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFiles | HubText,
+    PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
     Field(discriminator="type"),
 ]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -125,7 +125,7 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
 
 def _rooted(source: Source, folder: Path) -> Source:
     reader = source.reader
-    if isinstance(reader, LocalFiles) and not reader.path.expanduser().is_absolute():
+    if isinstance(reader, LocalFile) and not reader.path.expanduser().is_absolute():
         reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
     elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
         reader = reader.model_copy(update={"id": str(folder / reader.id)})
@@ -150,7 +150,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
             kind="local file" if path.is_file() else "local folder",
             size=f"{size / 1e6:.1f} MB",
             description=str(path),
-            reader=LocalFiles(type="file", path=path),
+            reader=LocalFile(type="file", path=path),
         )
     if path.suffix.lower() in FORMATS:
         raise SourceError(f"there is no file {path}")
