@@ -182,5 +182,12 @@ def suite_guard(suite: str, opened: HasTokenizer, n: int = TOKENS) -> Guard:
 
 
 def suite_items(suite: str) -> list[Item]:
-    """Return task, item id and text of every item a suite scores."""
-    raise NotImplementedError
+    """Return task, item id and text of every item a suite scores.
+
+    Raises:
+        InputError: the suite is unknown.
+        AssetError: the suite's archive is missing and cannot be fetched.
+    """
+    from calmix.capability.suites import load_suite
+
+    return [(item.task, item.id, item.text) for item in load_suite(suite).items()]
