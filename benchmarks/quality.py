@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--rival-methods", nargs="+", default=["sparsegpt"])
     options = parser.parse_args()
     c4 = data_file(options.data, "general/c4-train.jsonl")
     wikitext = data_file(options.data, "general/wikitext2_raw-test.jsonl")
@@ -51,22 +52,17 @@ def main() -> None:
     print(f"| dense | | | {perplexity(dense, text).perplexity:.2f} |", flush=True)
     for sparsity in options.sparsities:
         for method in ("magnitude", "wanda", "sparsegpt"):
-            for propagation in (
-                ("sequential", "block") if method == "sparsegpt" else ("sequential",)
-            ):
-                opened = open_model(MODEL)
-                prune(
-                    opened.model,
-                    drawn.ids,
-                    method=method,
-                    pattern=Unstructured(sparsity),
-                    propagation=propagation,
-                )
-                label = f"{method}, {propagation}" if method == "sparsegpt" else method
-                value = perplexity(opened, text).perplexity
-                print(f"| calmix | {label} | {sparsity:g} | {value:.2f} |", flush=True)
+            opened = open_model(MODEL)
+            prune(
+                opened.model,
+                drawn.ids if method != "magnitude" else None,
+                method=method,
+                pattern=Unstructured(sparsity),
+            )
+            value = perplexity(opened, text).perplexity
+            print(f"| calmix | {method} | {sparsity:g} | {value:.2f} |", flush=True)
         if options.rival:
-            for method in ("wanda", "sparsegpt"):
+            for method in options.rival_methods:
                 with tempfile.TemporaryDirectory() as folder:
                     told = run_rival(
                         options.rival,
