@@ -10,8 +10,6 @@ from calmix import assets
 from calmix.cli.common import AsJson, out, print_json, print_rows
 from calmix.errors import AssetError
 from calmix.files import cache_dir
-from calmix.models import builtin_models
-from calmix.sources import builtin_sources
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)]
 
@@ -34,6 +32,8 @@ def register(app: typer.Typer) -> None:
 
 def models_ls(as_json: AsJson = False) -> None:
     """List the builtin models."""
+    from calmix.models import builtin_models
+
     rows = [
         {
             "name": f"builtin:{model.name}",
@@ -49,6 +49,8 @@ def models_ls(as_json: AsJson = False) -> None:
 
 def sources_ls(as_json: AsJson = False) -> None:
     """List the builtin sources. A path to a .txt, .jsonl or .parquet file is a source too."""
+    from calmix.sources import builtin_sources
+
     rows = [
         {
             "name": source.name,
