@@ -12,8 +12,6 @@ from calmix import assets
 from calmix.cli.common import AsJson, out, print_json, print_rows
 from calmix.errors import AssetError
 from calmix.files import cache_dir
-from calmix.models import builtin_models
-from calmix.sources import builtin_sources, get_source, load_sources
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)]
 
@@ -37,6 +35,8 @@ def register(app: typer.Typer) -> None:
 
 def models_ls(as_json: AsJson = False) -> None:
     """List the builtin models."""
+    from calmix.models import builtin_models
+
     rows = [
         {
             "name": f"builtin:{model.name}",
@@ -60,6 +60,8 @@ def sources_ls(
     """List the sources. A path to a .txt, .jsonl or .parquet file or a folder of such, and a
     hub id (owner/name), are sources too.
     """
+    from calmix.sources import builtin_sources, load_sources
+
     known = {**builtin_sources(), **(load_sources(own) if own is not None else {})}
     rows = [
         {
@@ -68,10 +70,9 @@ def sources_ls(
             "kind": source.kind,
             "licence": source.licence,
             "size": source.size,
-            "from": source.origin,
             "available": source.availability,
         }
-        | ({"description": source.description} if as_json else {})
+        | ({"from": source.origin, "description": source.description} if as_json else {})
         for source in known.values()
     ]
     print_rows(rows, as_json=as_json)
@@ -87,6 +88,8 @@ def sources_show(
     as_json: AsJson = False,
 ) -> None:
     """Show a source's entry and the beginning of its first documents."""
+    from calmix.sources import get_source, load_sources
+
     source = get_source(name, load_sources(own) if own is not None else None)
     shown = [
         {"id": document.id, "characters": len(document.text), "text": document.text[:characters]}

@@ -107,17 +107,18 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 def _check_block(found: DecoderBlocks, index: int) -> None:
     block = found.blocks[index]
     where = f"{found.name}.{index}"
+    parameters = dict(block.named_parameters())
     for name, module in block.named_modules():
         if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts":
             raise _mixture(f"{where}.{name}")
-    for name, parameter in block.named_parameters():
+    for name, parameter in parameters.items():
+        if "expert" in name.lower() and parameter.ndim >= 2:
+            raise _mixture(f"{where}.{name}")
+    for name, parameter in parameters.items():
         path = f"{where}.{name}"
-        owner = block.get_submodule(name.rpartition(".")[0])
-        if is_linear(owner):
+        if is_linear(block.get_submodule(name.rpartition(".")[0])):
             if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise ModelError(f"weight {path} is {parameter.dtype}: only floats can be pruned")
-        elif "expert" in name.lower() and parameter.ndim >= 2:
-            raise _mixture(path)
         elif parameter.ndim >= 2 and parameter.numel() > max(parameter.shape):
             raise ModelError(
                 f"weight {path} of shape {tuple(parameter.shape)} is no linear map, and the "

@@ -70,7 +70,7 @@ class Squares:
         flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(flat)
         for start in range(0, len(flat), CHUNK):
-            self._sum += flat[start : start + CHUNK].float().square_().sum(0)
+            self._sum += flat[start : start + CHUNK].float().square().sum(0)
 
     def matrix(self) -> Tensor:
         """Return the sums, float32 (columns,)."""

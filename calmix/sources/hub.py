@@ -81,12 +81,12 @@ class HubText(Reader):
     def availability(self) -> str:
         """Whether it was fetched before, can be fetched, or lacks the optional dependency."""
         if self._mirror() is not None:
-            return f"ready (local copy under {MIRROR})"
+            return "offline (local copy)"
         if self._kept().is_file():
-            return "ready (fetched before)"
+            return "offline (fetched before)"
         if importlib.util.find_spec("datasets") is None:
             return "needs calmix[hub]"
-        return "from the hub on first use"
+        return "hub"
 
     def read(self) -> Iterator[Document]:
         """Yield the documents, from the mirror, the cache or the hub, in that order.

@@ -52,7 +52,7 @@ class Reader(BaseModel):
     @property
     def availability(self) -> str:
         """Whether the text can be read here and now, in a few words."""
-        return "ready"
+        return "offline"
 
     def read(self) -> Iterator[Document]:
         """Yield the documents in a fixed order."""
@@ -114,8 +114,8 @@ class PackageFiles(Reader):
 
     @property
     def availability(self) -> str:
-        """`ready` if the package is installed."""
-        return "ready" if self._root() else f"needs the package {self.package}"
+        """`offline` if the package is installed."""
+        return "offline" if self._root() else f"needs the package {self.package}"
 
     def _root(self) -> Path | None:
         spec = importlib.util.find_spec(self.package)
@@ -189,9 +189,9 @@ class AssetText(Reader):
 
     @property
     def availability(self) -> str:
-        """`ready` if the archive is in the cache."""
+        """`offline` if the archive is in the cache."""
         state = assets.get_asset(self.asset).state
-        return "ready" if state == "ok" else f"asset {self.asset} {state} (fetched on first use)"
+        return "offline" if state == "ok" else f"fetched on first use (asset {self.asset})"
 
     def read(self) -> Iterator[Document]:
         """Yield each distinct text once, in order of appearance."""
@@ -255,9 +255,9 @@ class ReasoningGym(Reader):
 
     @property
     def availability(self) -> str:
-        """`ready` if reasoning-gym is installed."""
+        """`offline` if reasoning-gym is installed."""
         installed = importlib.util.find_spec("reasoning_gym") is not None
-        return "ready" if installed else "needs calmix[reasoning]"
+        return "offline" if installed else "needs calmix[reasoning]"
 
     def read(self) -> Iterator[Document]:
         """Yield `documents` problems, the generators taking turns; each text once."""
@@ -298,8 +298,8 @@ class LocalFile(Reader):
 
     @property
     def availability(self) -> str:
-        """`ready` if the file is there."""
-        return "ready" if self.path.exists() else "missing"
+        """`offline` if the file is there."""
+        return "offline" if self.path.exists() else "missing"
 
     def read(self) -> Iterator[Document]:
         """Yield the file's documents in order, those of a folder in order of path.

@@ -1,0 +1,37 @@
+# Everything a fresh clone needs: Python (3.11 or later) with pip and venv, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RIVAL := .bench-venv
+OUT := out/demo
+MIX := uniform:python-stdlib,encyclopedia,math-solutions,stories
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.ready
+	$(BIN)/calmix assets install
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+test: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# llm-compressor, to measure against, lives in an environment of its own.
+$(RIVAL)/.ready:
+	$(PYTHON) -m venv $(RIVAL)
+	$(RIVAL)/bin/python -m pip install -q 'llmcompressor>=0.14'
+	touch $@
+
+bench: setup $(RIVAL)/.ready
+	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python
+
+clean:
+	rm -rf $(VENV) $(RIVAL) out

@@ -1,0 +1,82 @@
+"""WikiText-2 perplexity after one-shot pruning, calmix beside llm-compressor on the same ids.
+
+    python benchmarks/quality.py --data DIR [--rival PYTHON]
+
+DIR holds general/c4-train.jsonl (calibration) and general/wikitext2_raw-test.jsonl (the official
+raw test text). Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from common import commit, data_file, machine, run_rival
+
+from calmix.calibration import build, parse_mix
+from calmix.capability.perplexity import perplexity
+from calmix.models import open_model
+from calmix.pruning import Unstructured, prune
+from calmix.sources.readers import LocalFile
+
+MODEL = "builtin:smollm2-135m"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data")
+    parser.add_argument("--rival", help="interpreter with llmcompressor")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--rival-methods", nargs="+", default=["sparsegpt"])
+    options = parser.parse_args()
+    c4 = data_file(options.data, "general/c4-train.jsonl")
+    wikitext = data_file(options.data, "general/wikitext2_raw-test.jsonl")
+    text = "".join(d.text for d in LocalFile(type="file", path=wikitext).read())
+
+    dense = open_model(MODEL)
+    drawn = build(
+        parse_mix(str(c4)), dense, rows=options.rows, length=options.length, packing="window"
+    )
+    print(f"{datetime.date.today()}, commit {commit()}, {machine()}")
+    print(
+        f"{MODEL}, calibration {drawn.rows} x {drawn.length} windows of C4 (seed 0), "
+        "perplexity of WikiText-2 raw test at context 2048\n"
+    )
+    print("| engine | method | sparsity | perplexity |\n|---|---|---|---|", flush=True)
+    print(f"| dense | | | {perplexity(dense, text).perplexity:.2f} |", flush=True)
+    for sparsity in options.sparsities:
+        for method in ("magnitude", "wanda", "sparsegpt"):
+            opened = open_model(MODEL)
+            prune(
+                opened.model,
+                drawn.ids if method != "magnitude" else None,
+                method=method,
+                pattern=Unstructured(sparsity),
+            )
+            value = perplexity(opened, text).perplexity
+            print(f"| calmix | {method} | {sparsity:g} | {value:.2f} |", flush=True)
+        if options.rival:
+            for method in options.rival_methods:
+                with tempfile.TemporaryDirectory() as folder:
+                    told = run_rival(
+                        options.rival,
+                        drawn.ids,
+                        model=dense.folder,
+                        method=method,
+                        sparsity=sparsity,
+                        dtype="bfloat16",
+                        output=folder,
+                    )
+                    value = perplexity(open_model(folder), text).perplexity
+                label = f"llm-compressor {told['version']}"
+                print(f"| {label} | {method} | {sparsity:g} | {value:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Prune with llm-compressor on given token ids; print one JSON line with the seconds taken.
+
+Run by the benchmarks under an interpreter that has llmcompressor (`make bench` makes one in
+.bench-venv); it is no dependency of calmix. Only `oneshot()` is timed. The head is ignored by a
+regular expression, because a plain name does not match and the tied embedding would be pruned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of the dense model")
+    parser.add_argument("--ids", required=True, help="safetensors file with `ids` (rows, length)")
+    parser.add_argument("--method", choices=["sparsegpt", "wanda"], required=True)
+    parser.add_argument("--sparsity", type=float, required=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--output", help="folder for the pruned model")
+    options = parser.parse_args()
+
+    import llmcompressor
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = load_file(options.ids)["ids"]
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[options.method]
+    recipe = kind(sparsity=options.sparsity, targets=["Linear"], ignore=["re:.*lm_head"])
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    oneshot(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(options.model),
+        dataset=Dataset.from_dict(rows),
+        recipe=recipe,
+        num_calibration_samples=len(ids),
+        max_seq_length=ids.shape[1],
+        batch_size=options.batch,
+        shuffle_calibration_samples=False,
+    )
+    seconds = time.perf_counter() - began
+    if options.output:
+        model.save_pretrained(options.output, save_compressed=False)
+    weights = [
+        m.weight for n, m in model.named_modules() if ".layers." in n and hasattr(m, "weight")
+    ]
+    matrices = [w for w in weights if w.ndim == 2]
+    zero = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
+    print(json.dumps({"seconds": seconds, "zeros": zero, "version": llmcompressor.__version__}))
+
+
+if __name__ == "__main__":
+    main()

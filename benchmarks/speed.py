@@ -1,0 +1,131 @@
+"""Seconds to prune the builtin model: calmix, llm-compressor, and the floor of the machine.
+
+    python benchmarks/speed.py [--rival PYTHON] [--repeats 3]
+
+Everything is timed in one run on the same ids, the engines in turn. The floor is one forward
+pass of the blocks plus one Gram matrix per distinct input, both as plain matrix products of this
+machine; Wanda's floor is the forward pass alone. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from common import commit, machine, run_rival
+
+from calmix.calibration import build, parse_mix
+from calmix.models import find_blocks, open_model
+from calmix.pruning import Unstructured, prune
+from calmix.pruning.engine import MICRO_TOKENS
+from calmix.pruning.layout import Calls, observe
+
+MODEL = "builtin:smollm2-135m"
+MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
+
+
+@torch.inference_mode()
+def floor(ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds of one forward pass of the blocks, and of one Gram matrix per distinct input."""
+    model = open_model(MODEL).model
+    found = find_blocks(model)
+    with torch.inference_mode(False):
+        layout = observe(model, found, ids[:1, :8].clone())
+    calls = Calls(model, found, layout)
+    batches = [calls.record(batch) for batch in ids.split(MICRO_TOKENS // ids.shape[1])]
+    hidden = [first for first, _ in batches]
+    began = time.perf_counter()
+    for index, block in enumerate(found.blocks):
+        for number, (_, recorded) in enumerate(batches):
+            hidden[number] = recorded[index].run(block, hidden[number])
+    forward = time.perf_counter() - began
+    torch.set_float32_matmul_precision("medium")
+    gram = 0.0
+    for inputs in layout.inputs:
+        for shared in inputs:
+            columns = shared.layers[0].shape[1]
+            x = torch.randn(MICRO_TOKENS, columns).bfloat16().float()
+            total = torch.zeros(columns, columns)
+            began = time.perf_counter()
+            for _ in range(ids.numel() // MICRO_TOKENS):
+                total.addmm_(x.T, x)
+            gram += time.perf_counter() - began
+    torch.set_float32_matmul_precision("highest")
+    return forward, gram
+
+
+def ours(ids: torch.Tensor, method: str, propagation: str) -> dict[str, float]:
+    """Seconds of one prune by activity."""
+    model = open_model(MODEL).model
+    report = prune(model, ids, method=method, pattern=Unstructured(0.6), propagation=propagation)
+    return report.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rival", help="interpreter with llmcompressor")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
+    options = parser.parse_args()
+    opened = open_model(MODEL)
+    ids = build(parse_mix(MIX), opened, rows=options.rows, length=options.length).ids
+    print(f"{datetime.date.today()}, commit {commit()}, {machine()}")
+    print(f"{MODEL}, {options.rows} x {options.length} tokens, 60 %, {options.repeats} repeats\n")
+    floors: list[tuple[float, float]] = []
+    times: dict[str, list[dict[str, float]]] = {}
+    rivals: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        floors.append(floor(ids))
+        for method in options.methods:
+            for propagation in ("sequential", "block"):
+                times.setdefault(f"{method} {propagation}", []).append(
+                    ours(ids, method, propagation)
+                )
+            for dtype in ("bfloat16", "float32") if options.rival else ():
+                told = run_rival(
+                    options.rival, ids, model=opened.folder, method=method, sparsity=0.6,
+                    dtype=dtype,
+                )  # fmt: skip
+                rivals.setdefault(f"{method} {dtype}", []).append(told["seconds"])
+    forward = statistics.median(f for f, _ in floors)
+    gram = statistics.median(g for _, g in floors)
+    print("| what | seconds (median) | spread | over the floor |\n|---|---|---|---|")
+    print(f"| floor: forward of the blocks | {forward:.1f} | | |")
+    print(f"| floor: Gram matrices | {gram:.1f} | | |")
+    medians = {}
+    for name, runs in times.items():
+        totals = [run["total"] for run in runs]
+        medians[name] = statistics.median(totals)
+        base = forward + gram if name.startswith("sparsegpt") else forward
+        print(
+            f"| calmix {name} | {medians[name]:.1f} | {min(totals):.1f}-{max(totals):.1f} "
+            f"| {medians[name] / base:.2f} |"
+        )
+    for name, totals in rivals.items():
+        print(
+            f"| llm-compressor {name} | {statistics.median(totals):.1f} "
+            f"| {min(totals):.1f}-{max(totals):.1f} | |"
+        )
+    print()
+    for method in options.methods:
+        parts = {
+            key: statistics.median(run[key] for run in times[f"{method} sequential"])
+            for key in ("prepare", "forward", "statistics", "solve")
+        }
+        print(f"{method}: " + ", ".join(f"{k} {v:.1f} s" for k, v in parts.items()))
+        fastest = [statistics.median(v) for k, v in rivals.items() if k.startswith(method)]
+        if fastest:
+            ratio = medians[f"{method} sequential"] / min(fastest)
+            print(f"{method}: calmix takes {ratio:.2f} of llm-compressor's faster dtype")
+
+
+if __name__ == "__main__":
+    main()

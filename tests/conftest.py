@@ -1,0 +1,72 @@
+"""Fixtures shared by all tests. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from calmix.cli import main
+from tests.tiny import save_tiny_model
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line a mistake must give."""
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+
+@pytest.fixture
+def calmix(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run the command line in this process and return how it ended."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["calmix", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capfd.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama with a byte-level tokenizer, as a local model folder."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text file of some ten thousand tokens under the tiny tokenizer."""
+    path = tmp_path / "text.txt"
+    words = ["alpha", "beta", "gamma", "delta", "prime", "sum", "return", "river"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(words), (2000,), generator=generator).tolist()
+    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
+    return path

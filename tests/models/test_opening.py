@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from calmix.errors import InputError, ModelError
+from calmix.models import find_blocks, open_model, resolve_model
+from calmix.models.opening import tokenizer_fingerprint
+from tests.tiny import save_tiny_model, tiny_model
+
+
+def test_a_local_folder_opens_for_inference(tiny_folder):
+    opened = open_model(str(tiny_folder))
+    assert opened.context == 256
+    assert opened.model.dtype == torch.float32
+    assert not opened.model.training
+    assert not any(p.requires_grad for p in opened.model.parameters())
+    assert opened.tokenizer("ab")["input_ids"]
+    assert len(find_blocks(opened.model)) == 2
+
+
+def test_dtype_is_the_callers_or_the_checkpoints_own(tiny_folder, tmp_path):
+    assert open_model(str(tiny_folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    folder = save_tiny_model(tmp_path / "half")
+    tiny_model("llama").half().save_pretrained(folder)
+    # No CPU multiplies float16 natively, so `auto` computes in float32 there.
+    assert open_model(str(folder), device="cpu").model.dtype == torch.float32
+
+
+def test_fingerprints_follow_the_bytes(tiny_folder, tmp_path):
+    same = save_tiny_model(tmp_path / "same")
+    other = save_tiny_model(tmp_path / "other", "qwen2")
+    first = open_model(str(tiny_folder))
+    assert first.fingerprint == open_model(str(same)).fingerprint
+    assert first.fingerprint != open_model(str(other)).fingerprint
+    assert first.tokenizer_fingerprint == open_model(str(same)).tokenizer_fingerprint
+    before = first.tokenizer_fingerprint
+    first.tokenizer.add_tokens(["new"])
+    assert tokenizer_fingerprint(first.tokenizer) != before
+
+
+def rejected(name, match):
+    with pytest.raises(ModelError, match=match) as caught:
+        open_model(str(name))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names(tmp_path):
+    rejected("builtin:smollm2-135n", "did you mean smollm2-135m")
+    rejected("smollm2-135m", "did you mean builtin:smollm2-135m")
+    rejected(tmp_path / "nothing", "no model folder or .gguf file")
+    rejected("some-org/some-model", "the hub cannot be reached")
+    rejected("not a hub id!", "neither a folder")
+
+
+def test_folders_that_hold_no_usable_weights(tmp_path, tiny_folder):
+    rejected(tmp_path, "no config.json")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    config = (tiny_folder / "config.json").read_text(encoding="utf-8")
+    (bare / "config.json").write_text(config, encoding="utf-8")
+    rejected(bare, "holds no weights")
+    (bare / "pytorch_model.bin").write_bytes(b"\x80")
+    rejected(bare, "pickled weights only")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (bare / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    rejected(bare, "lacks the weight file model-00001-of-00002")
+
+
+def test_damaged_weights(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    rejected(folder, "cannot open")
+
+
+def test_missing_weights(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rejected(folder, "lacks 1 weights")
+
+
+def test_quantised_models_are_refused(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rejected(folder, "is quantised")
+
+
+def test_files_that_are_no_gguf(tmp_path):
+    text = tmp_path / "model.txt"
+    text.write_text("x", encoding="utf-8")
+    rejected(text, "no .gguf")
+    fake = tmp_path / "model.gguf"
+    fake.write_bytes(b"GGUF but not really")
+    rejected(fake, "cannot open")
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    rejected(tmp_path / "model", "no usable tokenizer")
+
+
+def test_unknown_dtype_and_device(tiny_folder):
+    with pytest.raises(InputError, match=r"unknown dtype 'bfloat17'.*bfloat16"):
+        open_model(str(tiny_folder), dtype="bfloat17")
+    with pytest.raises(InputError, match="device 'warp'"):
+        open_model(str(tiny_folder), device="warp")
+
+
+@pytest.mark.real
+def test_the_builtin_model_is_real_text_and_saves_again(tmp_path):
+    opened = open_model("builtin:smollm2-135m")
+    assert resolve_model("builtin:smollm2-135m") == opened.folder
+    assert opened.context == 8192
+    assert sum(p.numel() for p in opened.model.parameters()) == 134_515_008
+    ids = opened.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        next_id = int(opened.model(**ids).logits[0, -1].argmax())
+    assert opened.tokenizer.decode([next_id]).strip() == "Paris"
+    opened.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == opened.model.dtype

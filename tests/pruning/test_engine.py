@@ -1,0 +1,214 @@
+"""The engine against plain reference loops over whole forward passes, on many architectures."""
+
+import pytest
+import torch
+
+from calmix.errors import InputError, ModelError
+from calmix.models import find_blocks
+from calmix.pruning import METHODS, SemiStructured, Unstructured, prune
+from calmix.pruning.layout import observe
+from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
+
+
+def weights_of(model):
+    found = find_blocks(model)
+    return {
+        layer.name: layer.matrix().clone()
+        for index in range(len(found))
+        for layer in found.prunables(index)
+    }
+
+
+def input_gram(model, module, ids):
+    """The Gram matrix of one module's input over whole forward passes of the model."""
+    total = []
+
+    def hook(_, args):
+        x = args[0].reshape(-1, args[0].shape[-1]).double()
+        total.append(x.T @ x)
+
+    handle = module.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    return sum(total).float()
+
+
+def reference(model, ids, method, pattern, propagation):
+    """Prune as the definition says, one whole forward pass of the model per distinct input."""
+    found = find_blocks(model)
+    layout = observe(model, found, ids[:1, :8])
+    kind = METHODS[method]
+    for inputs in layout.inputs:
+        grams = []
+        for shared in inputs:
+            if propagation == "block":
+                grams.append(input_gram(model, shared.layers[0].module, ids))
+        for number, shared in enumerate(inputs):
+            gram = (
+                grams[number]
+                if propagation == "block"
+                else input_gram(model, shared.layers[0].module, ids)
+            )
+            statistic = gram if kind.statistic == "gram" else gram.diagonal()
+            solved = kind.solve([p.matrix() for p in shared.layers], statistic, pattern)
+            for layer, weight in zip(shared.layers, solved.weights, strict=True):
+                layer.assign(weight)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("propagation", ["sequential", "block"])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_engine_equals_the_definition(kind, propagation, method):
+    ids = tiny_ids()
+    ours, theirs = tiny_model(kind), tiny_model(kind)
+    prune(
+        ours,
+        ids,
+        method=method,
+        pattern=Unstructured(0.5),
+        propagation=propagation,
+        micro_tokens=96,
+    )
+    reference(theirs, ids, method, Unstructured(0.5), propagation)
+    expected = weights_of(theirs)
+    for name, weight in weights_of(ours).items():
+        same = (weight == 0) == (expected[name] == 0)
+        assert same.float().mean() > 0.995, name
+        torch.testing.assert_close(weight[same], expected[name][same], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
+    model = tiny_model(kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = prune(model, tiny_ids(), method="sparsegpt", pattern=Unstructured(0.5))
+    found = find_blocks(model)
+    pruned_names = set()
+    for index in range(len(found)):
+        for layer in found.prunables(index):
+            rows, columns = layer.shape
+            blocks = [min(128, columns - at) for at in range(0, columns, 128)]
+            expected = sum(round(0.5 * rows * width) for width in blocks)
+            assert int((layer.matrix() == 0).sum()) == expected, layer.name
+            pruned_names.add(f"{layer.name}.weight")
+    assert len(pruned_names) == len(report.layers)
+    for name, parameter in model.named_parameters():
+        if name not in pruned_names:
+            assert torch.equal(parameter, before[name]), f"{name} was changed"
+    assert not any("embed" in name or "head" in name for name in pruned_names)
+    with torch.no_grad():
+        assert torch.isfinite(model(tiny_ids()).logits).all()
+    assert all(layer.error is not None and 0 < layer.error < 1 for layer in report.layers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_n_of_m_holds_in_every_group(kind, method):
+    model = tiny_model(kind)
+    ids = None if method == "magnitude" else tiny_ids()
+    prune(model, ids, method=method, pattern=SemiStructured(2, 4))
+    for name, weight in weights_of(model).items():
+        zeros = (weight.view(weight.shape[0], -1, 4) == 0).sum(-1)
+        assert (zeros == 2).all(), name
+
+
+def test_layers_that_read_one_input_share_it():
+    model = tiny_model("llama")
+    layout = observe(model, find_blocks(model), tiny_ids(1, 8))
+    names = [[p.name.rsplit(".", 1)[-1] for p in g.layers] for g in layout.inputs[0]]
+    assert names == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_the_same_prune_twice_gives_the_same_bytes(method):
+    first, second = tiny_model("llama"), tiny_model("llama")
+    ids = None if method == "magnitude" else tiny_ids()
+    for model in (first, second):
+        prune(model, ids, method=method, pattern=Unstructured(0.6))
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_micro_batches_do_not_change_the_outcome():
+    whole, parts = tiny_model("llama"), tiny_model("llama")
+    prune(whole, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=10_000)
+    # 12 rows in micro-batches of 5: the last one is smaller.
+    prune(parts, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=5 * 32)
+    for name, weight in weights_of(whole).items():
+        other = weights_of(parts)[name]
+        assert ((weight == 0) == (other == 0)).float().mean() > 0.995
+        torch.testing.assert_close(weight, other, rtol=0.05, atol=0.03)
+
+
+def test_half_precision_models_keep_their_dtype_and_exact_counts():
+    model = tiny_model("llama").bfloat16()
+    report = prune(model, tiny_ids(), pattern=Unstructured(0.6))
+    assert model.dtype == torch.bfloat16
+    zeros = sum(int((w == 0).sum()) for w in weights_of(model).values())
+    assert zeros == report.pruned
+
+
+def test_nothing_of_the_engine_is_left_in_the_model():
+    model = tiny_model("llama")
+    prune(model, tiny_ids(), pattern=Unstructured(0.5))
+    for module in model.modules():
+        assert "forward" not in module.__dict__
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+def test_an_error_half_way_leaves_no_hooks_and_no_coroutines(monkeypatch):
+    model = tiny_model("llama")
+    ids = tiny_ids()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr("calmix.pruning.engine._apply", broken)
+    with pytest.raises(RuntimeError, match="half way"):
+        prune(model, ids, pattern=Unstructured(0.5))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        model(ids)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_of_experts_are_refused_in_one_line(kind):
+    with pytest.raises(ModelError, match="mixture-of-experts weights cannot be pruned yet"):
+        prune(tiny_model(kind), tiny_ids(), pattern=Unstructured(0.5))
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ModelError, match="no list of decoder blocks"):
+        find_blocks(torch.nn.Linear(4, 4))
+
+
+def test_a_pattern_that_does_not_fit_is_refused_before_any_change():
+    model = tiny_model("llama")
+    before = weights_of(model)
+    with pytest.raises(InputError, match="does not divide"):
+        prune(model, tiny_ids(), pattern=SemiStructured(2, 5))
+    assert all(torch.equal(w, before[n]) for n, w in weights_of(model).items())
+
+
+@pytest.mark.parametrize("ids", [None, torch.zeros(3, dtype=torch.int64)])
+def test_calibration_ids_are_needed(ids):
+    with pytest.raises(InputError, match="needs calibration ids"):
+        prune(tiny_model("llama"), ids, method="wanda", pattern=Unstructured(0.5))
+
+
+def test_progress_counts_blocks():
+    seen = []
+    prune(
+        tiny_model("llama"),
+        tiny_ids(),
+        pattern=Unstructured(0.5),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 2), (2, 2)]

@@ -1,0 +1,202 @@
+"""The solvers against independent implementations: textbook formulas and published semantics."""
+
+import numpy as np
+import pytest
+import torch
+
+from calmix.pruning.methods import magnitude, sparsegpt, wanda
+from calmix.pruning.patterns import SemiStructured, Unstructured
+
+
+def problem(rows=24, columns=40, tokens=400, seed=0):
+    """Random weights and correlated, unevenly scaled inputs."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(columns, columns)) * rng.uniform(0.2, 3, columns)
+    x = rng.normal(size=(tokens, columns)) @ mixing
+    return rng.normal(size=(rows, columns)), x.T @ x
+
+
+def first_k(score, k):
+    """Mask of the k smallest of a flat array, ties to the lower index."""
+    mask = np.zeros(score.size, dtype=bool)
+    mask[np.argsort(score.ravel(), kind="stable")[:k]] = True
+    return mask.reshape(score.shape)
+
+
+def textbook_obs(weight, gram, pattern, damping=0.01, block=128):
+    """Optimal brain surgeon, column by column, with the explicit inverse of what remains."""
+    w = weight.astype(np.float64).copy()
+    rows, columns = w.shape
+    h = gram.astype(np.float64) + damping * np.mean(np.diag(gram)) * np.eye(columns)
+    remaining = [np.linalg.inv(h[j:, j:]) for j in range(columns)]
+    leverage = np.array([inverse[0, 0] for inverse in remaining])
+    mask = np.zeros(w.shape, dtype=bool)
+    for j in range(columns):
+        if isinstance(pattern, Unstructured) and j % block == 0:
+            stop = min(j + block, columns)
+            score = (w[:, j:stop] ** 2 / leverage[j:stop]).T  # ties in order of column, row
+            mask[:, j:stop] = first_k(score, round(pattern.sparsity * score.size)).T
+        if isinstance(pattern, SemiStructured) and j % pattern.m == 0:
+            score = w[:, j : j + pattern.m] ** 2 / leverage[j : j + pattern.m]
+            for row in range(rows):
+                mask[row, j : j + pattern.m] = first_k(score[row], pattern.m - pattern.n)
+        error = np.where(mask[:, j], w[:, j], 0) / remaining[j][0, 0]
+        w[:, j:] -= np.outer(error, remaining[j][0])
+        w[mask[:, j], j] = 0
+    return w, mask
+
+
+def published_sparsegpt(weight, gram, sparsity, prune_n=0, prune_m=0, damping=0.01, block=128):
+    """The published code's order of operations, in float32: three Cholesky calls, sorted bound."""
+    w = torch.tensor(weight, dtype=torch.float32)
+    h = torch.tensor(gram, dtype=torch.float32)
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    mask = torch.zeros(w.shape, dtype=torch.bool)
+    for start in range(0, w.shape[1], block):
+        stop = min(start + block, w.shape[1])
+        w1, u1 = w[:, start:stop].clone(), upper[start:stop, start:stop]
+        errors = torch.zeros_like(w1)
+        m1 = torch.zeros_like(w1, dtype=torch.bool)
+        if not prune_n:
+            score = w1**2 / u1.diagonal() ** 2
+            bound = score.flatten().sort().values[int(score.numel() * sparsity)]
+            m1 = score <= bound
+        for i in range(stop - start):
+            if prune_n and i % prune_m == 0:
+                score = w1[:, i : i + prune_m] ** 2 / u1.diagonal()[i : i + prune_m] ** 2
+                m1.scatter_(1, i + score.topk(prune_n, dim=1, largest=False).indices, True)
+            kept = w1[:, i].masked_fill(m1[:, i], 0)
+            error = (w1[:, i] - kept) / u1[i, i]
+            w1[:, i:] -= error[:, None] * u1[i, i:]
+            w1[:, i] = kept
+            errors[:, i] = error
+        w[:, start:stop] = w1
+        mask[:, start:stop] = m1
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    return w, mask
+
+
+def as_tensors(weight, gram):
+    return torch.tensor(weight, dtype=torch.float32), torch.tensor(gram, dtype=torch.float32)
+
+
+def output_error(weight, pruned, gram):
+    delta = np.asarray(weight, dtype=np.float64) - np.asarray(pruned, dtype=np.float64)
+    return float(np.sum((delta @ gram) * delta))
+
+
+PATTERNS = [Unstructured(0.5), Unstructured(0.63), SemiStructured(2, 4), SemiStructured(1, 4)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("columns", [40, 200])
+def test_sparsegpt_equals_textbook_obs(pattern, columns):
+    weight, gram = problem(columns=columns, tokens=4 * columns)
+    expected, mask = textbook_obs(weight, gram, pattern)
+    solved = sparsegpt.solve([as_tensors(weight, gram)[0]], as_tensors(weight, gram)[1], pattern)
+    ours = solved.weights[0].numpy()
+    assert ((ours == 0) == mask).mean() >= 0.999
+    agree = ((ours == 0) == mask).all(axis=1)
+    assert agree.mean() > 0.9
+    np.testing.assert_allclose(ours[agree], expected[agree], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "sparsity"), [(0, 0, 0.5), (0, 0, 0.6), (2, 4, 0.5), (4, 8, 0.5)]
+)
+def test_sparsegpt_keeps_the_published_semantics(n, m, sparsity):
+    weight, gram = problem(rows=96, columns=320, tokens=2000, seed=3)
+    pattern = SemiStructured(n, m) if m else Unstructured(sparsity)
+    expected, mask = published_sparsegpt(weight, gram, sparsity, m - n if m else 0, m)
+    w, h = as_tensors(weight, gram)
+    ours = sparsegpt.solve([w], h, pattern).weights[0]
+    assert ((ours == 0) == mask).float().mean() >= 0.999
+    ratio = output_error(weight, ours, gram) / output_error(weight, expected, gram)
+    assert 0.99 < ratio < 1.01
+
+
+def test_sparsegpt_layers_that_share_an_input_are_solved_as_if_alone():
+    first, gram = problem(rows=24)
+    second, _ = problem(rows=10, seed=7)
+    h = as_tensors(first, gram)[1]
+    weights = [torch.tensor(w, dtype=torch.float32) for w in (first, second)]
+    together = sparsegpt.solve(weights, h, Unstructured(0.6))
+    for number, weight in enumerate(weights):
+        alone = sparsegpt.solve([weight], h, Unstructured(0.6))
+        assert torch.equal(alone.weights[0] == 0, together.weights[number] == 0)
+        torch.testing.assert_close(alone.weights[0], together.weights[number])
+        assert alone.pruned[0] == together.pruned[number] == round(0.6 * weight.numel())
+
+
+def test_sparsegpt_counts_are_exact_in_every_block():
+    weight, gram = problem(rows=7, columns=300, tokens=1000)
+    w, h = as_tensors(weight, gram)
+    pruned = sparsegpt.solve([w], h, Unstructured(0.55)).weights[0]
+    for start, stop in ((0, 128), (128, 256), (256, 300)):
+        zeros = int((pruned[:, start:stop] == 0).sum())
+        assert zeros == round(0.55 * 7 * (stop - start))
+
+
+def test_sparsegpt_reports_the_error_it_makes():
+    weight, gram = problem(rows=32, columns=160, tokens=3000)
+    w, h = as_tensors(weight, gram)
+    solved = sparsegpt.solve([w], h, Unstructured(0.5), damping=1e-4)
+    lost = output_error(weight, solved.weights[0], gram)
+    whole = float(np.sum((weight @ gram) * weight))
+    assert solved.errors[0] == pytest.approx(lost / whole, rel=0.05)
+    # The correction is worth it: the same mask without it loses more.
+    masked = w.masked_fill(solved.weights[0] == 0, 0)
+    assert lost < 0.8 * output_error(weight, masked, gram)
+
+
+def test_sparsegpt_dead_inputs_go_first_and_kept_weights_stay():
+    weight, gram = problem(rows=8, columns=20)
+    gram[5] = gram[:, 5] = 0
+    w, h = as_tensors(weight, gram)
+    solved = sparsegpt.solve([w], h, Unstructured(0.25))
+    assert solved.dead == 1
+    assert (solved.weights[0][:, 5] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_wanda_is_weight_times_norm_within_a_row(pattern):
+    weight, gram = problem()
+    w, h = as_tensors(weight, gram)
+    saliency = np.abs(weight) * np.sqrt(np.diag(gram))
+    pruned = wanda.solve([w], h.diagonal(), pattern).weights[0].numpy()
+    for row in range(len(weight)):
+        if isinstance(pattern, SemiStructured):
+            groups = saliency[row].reshape(-1, pattern.m)
+            mask = np.stack([first_k(g, pattern.m - pattern.n) for g in groups]).ravel()
+        else:
+            mask = first_k(saliency[row], round(pattern.sparsity * weight.shape[1]))
+        np.testing.assert_array_equal(pruned[row] == 0, mask)
+    kept = pruned != 0
+    np.testing.assert_array_equal(pruned[kept], w.numpy()[kept])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_magnitude_compares_within_a_layer(pattern):
+    weight, _ = problem()
+    w = torch.tensor(weight, dtype=torch.float32)
+    pruned = magnitude.solve([w], pattern).weights[0].numpy()
+    if isinstance(pattern, SemiStructured):
+        groups = np.abs(w.numpy()).reshape(-1, pattern.m)
+        mask = np.stack([first_k(g, pattern.m - pattern.n) for g in groups]).reshape(weight.shape)
+    else:
+        mask = first_k(np.abs(w.numpy()), round(pattern.sparsity * weight.size))
+    np.testing.assert_array_equal(pruned == 0, mask)
+
+
+@pytest.mark.parametrize("solver", [magnitude, wanda, sparsegpt])
+def test_equal_weights_are_pruned_exactly(solver):
+    w, h = torch.ones(6, 16), torch.eye(16)
+    for pattern in (Unstructured(0.3), SemiStructured(2, 4)):
+        statistic = [] if solver is magnitude else [h if solver is sparsegpt else h.diagonal()]
+        solved = solver.solve([w], *statistic, pattern)
+        per_row = round(0.3 * 16) * 6 if solver is wanda else round(0.3 * 96)
+        expected = per_row if isinstance(pattern, Unstructured) else 48
+        assert solved.pruned == [expected]
+        assert int((solved.weights[0] == 0).sum()) == expected

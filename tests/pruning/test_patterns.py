@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calmix.errors import InputError
+from calmix.pruning.patterns import (
+    SemiStructured,
+    Unstructured,
+    check_columns,
+    parse_pattern,
+    smallest,
+    smallest_of_m,
+)
+
+
+def stable_mask(score: np.ndarray, count: int, axis: int) -> np.ndarray:
+    """Textbook: a stable sort, so that of equal scores the lower index comes first."""
+    rank = score.argsort(axis=axis, kind="stable").argsort(axis=axis, kind="stable")
+    return rank < count
+
+
+@given(
+    groups=st.integers(1, 5),
+    size=st.integers(1, 40),
+    levels=st.integers(1, 6),
+    seed=st.integers(0, 10_000),
+    share=st.floats(0, 1),
+)
+def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, share):
+    score = np.random.default_rng(seed).integers(0, levels, (groups, size)).astype(np.float32)
+    count = round(share * size)
+    marked = smallest(torch.from_numpy(score), count).numpy()
+    assert (marked.sum(1) == count).all()
+    assert (marked == stable_mask(score, count, 1)).all()
+
+
+@given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
+def test_smallest_of_m_equals_a_stable_sort(m, seed, data):
+    count = data.draw(st.integers(1, m - 1))
+    score = np.random.default_rng(seed).integers(0, 4, (m, 7)).astype(np.float32)
+    marked = smallest_of_m(torch.from_numpy(score), count).numpy()
+    assert (marked == stable_mask(score, count, 0)).all()
+
+
+def test_count_is_rounded_once():
+    assert Unstructured(0.6).count(576 * 128) == round(0.6 * 576 * 128)
+    assert Unstructured(0.5).count(3) == 2
+    assert SemiStructured(2, 4).sparsity == 0.5
+    assert SemiStructured(1, 4).sparsity == 0.75
+
+
+@pytest.mark.parametrize("text", ["2/4", "2", "", ":4", "a:b", "-1:4", "2:4:8"])
+def test_parse_pattern_refuses_other_forms(text):
+    with pytest.raises(InputError, match="N:M"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["0:4", "4:4", "5:4"])
+def test_parse_pattern_refuses_useless_counts(text):
+    with pytest.raises(InputError, match="at least 1 and less than M"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -0.5, 1.5, float("nan")])
+def test_sparsity_out_of_range(sparsity):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        Unstructured(sparsity)
+
+
+def test_width_that_m_does_not_divide():
+    check_columns(parse_pattern("2:4"), 12)
+    with pytest.raises(InputError, match="does not divide a width of 10"):
+        check_columns(parse_pattern("2:4"), 10)

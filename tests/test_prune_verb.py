@@ -1,0 +1,307 @@
+"""The prune and perplexity verbs: what they write, that it loads, and every mistake's one line."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calmix.models import find_blocks
+from tests.tiny import save_tiny_model, tiny_model
+
+SMALL = ("--rows", 6, "--length", 32)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def layers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = find_blocks(model)
+    return [layer for i in range(len(found)) for layer in found.prunables(i)]
+
+
+def test_a_pruned_checkpoint_loads_anywhere_and_tells_what_was_done(
+    calmix, tiny_folder, text_file, tmp_path
+):
+    output = tmp_path / "pruned"
+    ended = calmix(
+        "prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", output
+    )
+    assert ended.code == 0, ended.err
+    assert "weights pruned (50.0" in ended.out
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert torch.isfinite(model(**tokenizer("alpha beta", return_tensors="pt")).logits).all()
+    zeros = sum(int((layer.matrix() == 0).sum()) for layer in layers(output))
+    manifest = json.loads((output / "calmix.json").read_text(encoding="utf-8"))
+    assert zeros == manifest["pruning"]["pruned"]
+    assert manifest["pruning"]["tokens"] == 6 * 32
+    assert manifest["calibration"]["sources"][str(text_file)]["rows"] == 6
+    assert len(manifest["model"]["sha256"]) == 64
+    assert {"torch", "transformers", "calmix", "python"} <= set(manifest["versions"])
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    assert not any("spars" in key or "quant" in key or "compress" in key for key in config)
+    before = json.loads((tiny_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    after = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
+    assert before == after, "calibration must not leak into the tokenizer"
+    run = json.loads((output / "calmix-run.json").read_text(encoding="utf-8"))
+    assert run["seconds"]["total"] > 0
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_the_same_command_twice_gives_the_same_bytes(
+    calmix, tiny_folder, text_file, tmp_path, method
+):
+    data = () if method == "magnitude" else ("--calibration", text_file, *SMALL)
+    for name in ("a", "b"):
+        ended = calmix(
+            "prune",
+            tiny_folder,
+            *data,
+            "--method",
+            method,
+            "--pattern",
+            "2:4",
+            "-o",
+            tmp_path / name,
+        )
+        assert ended.code == 0, ended.err
+    first, second = hashes(tmp_path / "a"), hashes(tmp_path / "b")
+    # The run record holds date and seconds; everything else is decided by the inputs.
+    assert first.pop("calmix-run.json")
+    second.pop("calmix-run.json")
+    assert first == second
+
+
+def test_the_seed_decides_the_draw(calmix, tiny_folder, text_file, tmp_path):
+    found = set()
+    lines = text_file.read_text(encoding="utf-8").split()
+    rows = tmp_path / "rows.jsonl"
+    pieces = [" ".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
+    rows.write_text("\n".join(json.dumps({"text": t}) for t in pieces), encoding="utf-8")
+    for seed in (0, 1):
+        ended = calmix(
+            "prune", tiny_folder, "--calibration", rows, *SMALL, "--seed", seed,
+            "--sparsity", 0.5, "-o", tmp_path / str(seed),
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        manifest = json.loads((tmp_path / str(seed) / "calmix.json").read_text(encoding="utf-8"))
+        found.add(manifest["calibration"]["sha256"])
+    assert len(found) == 2
+
+
+def test_json_output_is_only_json(calmix, tiny_folder, tmp_path):
+    ended = calmix(
+        "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "--json",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    told = json.loads(ended.out)
+    assert told["sparsity"] == pytest.approx(0.5)
+    assert len(told["layers"]) == 14
+
+
+def mistakes(tiny_folder, text_file, tmp_path):
+    """Arguments after `prune`, and what the line must contain."""
+    data = ("--calibration", text_file, *SMALL)
+    half = ("--sparsity", 0.5)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("  \n", encoding="utf-8")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\x00\xff\xfe\x01")
+    zero = tmp_path / "zero.txt"
+    zero.write_bytes(b"a\x00b")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"body": "b"}\n', encoding="utf-8")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("not json\n", encoding="utf-8")
+    odd = save_tiny_model(tmp_path / "mixture", "mixtral")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("x", encoding="utf-8")
+    return [
+        ((tmp_path / "none", *data, *half), "no model folder"),
+        (("builtin:smollm", *data, *half), "did you mean smollm2-135m"),
+        ((tmp_path, *data, *half), "no config.json"),
+        ((odd, *data, *half), "mixture-of-experts"),
+        ((tiny_folder, *data, *half, "--method", "sparsegtp"), "did you mean sparsegpt"),
+        ((tiny_folder, *data), "either --sparsity"),
+        ((tiny_folder, *data, *half, "--pattern", "2:4"), "either --sparsity"),
+        ((tiny_folder, *data, "--sparsity", 0), "between 0 and 1"),
+        ((tiny_folder, *data, "--sparsity", 1), "between 0 and 1"),
+        ((tiny_folder, *data, "--sparsity", "nan"), "between 0 and 1"),
+        ((tiny_folder, *data, "--pattern", "2of4"), "N:M"),
+        ((tiny_folder, *data, "--pattern", "4:4"), "less than M"),
+        ((tiny_folder, *data, "--pattern", "2:5"), "does not divide"),
+        ((tiny_folder, *half), "needs --calibration"),
+        (
+            (tiny_folder, *half, *SMALL, "--calibration", "python-stdlb"),
+            "did you mean python-stdlib",
+        ),
+        ((tiny_folder, *half, *SMALL, "--calibration", "a:-1,b:2"), "the weight of 'a' is -1.0"),
+        ((tiny_folder, *half, *SMALL, "--calibration", "a:0,b:0"), "all weights are zero"),
+        ((tiny_folder, *half, *SMALL, "--calibration", "a:1,a:2"), "names 'a' twice"),
+        ((tiny_folder, *half, *SMALL, "--calibration", "a,b"), "has no weight"),
+        ((tiny_folder, *half, *SMALL, "--calibration", "uniform:a,,b"), "between its commas"),
+        ((tiny_folder, *half, "--calibration", text_file, "--length", 32, "--rows", 9999), "has"),
+        ((tiny_folder, *half, *SMALL, "--calibration", empty), "empty"),
+        ((tiny_folder, *half, *SMALL, "--calibration", binary), "not UTF-8"),
+        ((tiny_folder, *half, *SMALL, "--calibration", zero), "binary"),
+        ((tiny_folder, *half, *SMALL, "--calibration", rows), "line 2 has no field 'text'"),
+        ((tiny_folder, *half, *SMALL, "--calibration", bad), "line 1 is not JSON"),
+        ((tiny_folder, *half, *SMALL, "--calibration", tmp_path / "no.txt"), "there is no file"),
+        ((tiny_folder, *half, *SMALL, "--calibration", tmp_path), "is a folder"),
+        ((tiny_folder, *half, *data[:2], "--length", 9999), "beyond the model's context of 256"),
+        ((tiny_folder, *half, *data[:2], "--rows", 0), "not positive"),
+        ((tiny_folder, *half, *data, "--seed", -1), "negative"),
+        ((tiny_folder, *half, *data, "--packing", "windows"), "did you mean window"),
+        ((tiny_folder, *half, *data, "--propagation", "two"), "unknown propagation"),
+        ((tiny_folder, *half, *data, "--damping", 0), "not a positive number"),
+        ((tiny_folder, *half, *data, "--dtype", "bf16"), "unknown dtype"),
+        ((tiny_folder, *half, *data, "--device", "warp"), "cannot be used"),
+        ((tiny_folder, *half, *data, "--method", "magnitude"), "--calibration has no effect"),
+        ((tiny_folder, *half, "--method", "magnitude", "--seed", 1), "--seed has no effect"),
+        ((tiny_folder, *half, *data, "--method", "wanda", "--damping", 1), "--damping has no"),
+        ((tiny_folder, *half, *data, "-o", full), "not empty"),
+        ((tiny_folder, *half, *data, "-o", full / "file"), "is a file"),
+    ]
+
+
+def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
+    for number, (arguments, words) in enumerate(mistakes(tiny_folder, text_file, tmp_path)):
+        output = tmp_path / f"out{number}"
+        where = () if "-o" in arguments else ("-o", output)
+        before = sorted(path.name for path in tmp_path.iterdir())
+        ended = calmix("prune", *arguments, *where)
+        assert ended.code == 2, (arguments, ended)
+        # What says that calibration began is no part of the mistake's line.
+        last = ended.err.strip().splitlines()[-1]
+        assert last.startswith("error: "), (arguments, ended)
+        assert words in last, (arguments, last)
+        assert "Traceback" not in ended.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
+
+
+def test_a_missing_extra_names_the_pip_command(calmix, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    ended = calmix(
+        "prune", tiny_folder, "--calibration", "word-problems", *SMALL, "--sparsity", 0.5,
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "pip install 'calmix[reasoning]'" in ended.line
+
+
+def test_overwrite_replaces_the_whole_folder(calmix, tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "stale").write_text("x", encoding="utf-8")
+    common = ("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
+    assert calmix(*common).code == 2
+    assert calmix(*common, "--overwrite").code == 0
+    assert not (output / "stale").exists()
+    assert (output / "calmix.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_while_writing_leaves_the_old_folder_alone(
+    calmix, tiny_folder, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("x", encoding="utf-8")
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("calmix.pruning.checkpoint.write_json", full_disk)
+    ended = calmix(
+        "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output,
+        "--overwrite",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "no space left" in ended.line
+    assert [p.name for p in output.iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_told_before_the_work(calmix, tiny_folder, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this system does not let tests mount a small disk")
+    try:
+        ended = calmix(
+            "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5,
+            "-o", small / "out",
+        )  # fmt: skip
+        assert ended.code == 2
+        assert "no space left" in ended.line
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_perplexity_of_a_text(calmix, tiny_folder, text_file):
+    ended = calmix("perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json")
+    told = json.loads(ended.out)
+    model = tiny_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    ids = torch.tensor(tokenizer(text_file.read_text(encoding="utf-8"))["input_ids"])
+    rows = ids[: len(ids) // 64 * 64].view(-1, 64)
+    with torch.no_grad():
+        logits = model(rows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert told["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert told["windows"] == len(rows)
+    assert told["bits_per_byte"] == pytest.approx(float(loss) / 0.6931472, rel=1e-4)
+
+
+def test_perplexity_mistakes(calmix, tiny_folder, text_file, tmp_path):
+    for arguments, words in [
+        (("--text", tmp_path / "no.txt"), "there is no file"),
+        (("--text", text_file, "--length", 9999), "beyond the model's context"),
+        (("--text", text_file, "--length", 1), "too short"),
+    ]:
+        ended = calmix("perplexity", tiny_folder, *arguments)
+        assert ended.code == 2
+        assert words in ended.line
+
+
+def test_unknown_options_and_verbs_end_with_2(calmix):
+    assert calmix("prnue").code == 2
+    assert calmix("prune", "x", "--sparsty", 0.5).code == 2
+
+
+@pytest.mark.real
+def test_a_real_mix_prunes_the_real_model_better_than_magnitude(calmix, tmp_path):
+    """The whole way on the real model and real text: a mix of sources, held-out real text."""
+    text = tmp_path / "held-out.txt"
+    from calmix.sources import get_source
+
+    # Held out: another source than those calibrated on.
+    documents = [d.text for d in list(get_source("stories").documents())[:4]]
+    text.write_text("\n\n".join(documents), encoding="utf-8")
+    scores = {}
+    for method, data in {
+        "wanda": ("--calibration", "uniform:encyclopedia,python-docs", "--rows", 8),
+        "magnitude": (),
+    }.items():
+        output = tmp_path / method
+        ended = calmix(
+            "prune", "builtin:smollm2-135m", *data, "--method", method, "--sparsity", 0.5,
+            "-o", output,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        told = calmix("perplexity", output, "--text", text, "--length", 512, "--json")
+        scores[method] = json.loads(told.out)["perplexity"]
+    told = calmix("perplexity", "builtin:smollm2-135m", "--text", text, "--length", 512, "--json")
+    dense = json.loads(told.out)["perplexity"]
+    assert dense < scores["wanda"] < scores["magnitude"]

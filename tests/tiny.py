@@ -1,0 +1,108 @@
+"""Tiny random models of many architectures, built from configurations; no download."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "opt",
+    "gpt2",
+    "phi",
+    "falcon",
+    "stablelm",
+    "granite",
+    "cohere",
+    "starcoder2",
+    "glm",
+    "bloom",
+    "gpt_bigcode",
+    "smollm3",
+)
+MIXTURES = ("mixtral", "qwen2_moe", "olmoe")
+
+
+def tiny_config(kind: str) -> Any:
+    """Return a configuration of width 32 with two blocks (four where kinds alternate)."""
+    blocks = 4 if kind.startswith("gemma") else 2
+    wanted: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": kind != "gpt_neox",
+    }
+    if kind in ("gpt2", "gpt_bigcode"):
+        wanted |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        wanted = {k: v for k, v in wanted.items() if not k.startswith(("num_", "hidden", "max_"))}
+    if kind == "bloom":
+        wanted |= {"n_layer": 2, "n_head": 4}
+    if kind == "opt":
+        wanted |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
+    known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
+    return AutoConfig.for_model(kind, **{k: v for k, v in wanted.items() if k in known})
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    """Return a tiny random model in float32, its weights large enough to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model.requires_grad_(False)
+
+
+def tiny_ids(rows: int = 12, length: int = 32, seed: int = 1) -> torch.Tensor:
+    """Return random token ids (rows, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer whose ids fit the tiny models."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def save_tiny_model(folder: Path, kind: str = "llama") -> Path:
+    """Save a tiny model with its tokenizer and return the folder."""
+    tiny_model(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
