@@ -303,31 +303,40 @@ def _distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     }
 
 
-def table(measurement: Measurement) -> list[dict[str, Any]]:
-    """Return the metrics most worth seeing as records of text, one a source, for a table."""
-    shown = {
-        "documents": ("scope_documents", "{:.0f}"),
-        "doc. tokens": ("granularity", "{:.0f}"),
-        "entropy": ("entropy", "{:.2f}"),
-        "vocab.": ("scope_tokens", "{:.1%}"),
-        "variety 2": ("variety_2", "{:.3f}"),
-        "aggr. 4": ("aggregation_4", "{:.3f}"),
-        "cover 4": ("coverage_4", "{:.3f}"),
-        "perplexity": ("distortion", "{:.2f}"),
-        "bits/byte": ("bits_per_byte", "{:.3f}"),
-        "mismatch": ("mismatch", "{:.3f}"),
-    }
-    records = []
-    for result in measurement.results:
-        record = {"name": result.name}
-        for title, (key, form) in shown.items():
-            value = result.metrics.get(key)
-            if value is None:
-                record[title] = "-"
-            elif value.low is None or value.high is None or key == "scope_documents":
-                record[title] = form.format(value.mean)
-            else:
-                half = (value.high - value.low) / 2
-                record[title] = f"{form.format(value.mean)} ± {form.format(half)}"
-        records.append(record)
-    return records
+def table(measurement: Measurement) -> list[dict[str, str]]:
+    """Return the metrics as records of text for a table.
+
+    Up to four sources stand side by side with every metric; of more, each is one record with
+    the metrics that tell sources apart best.
+    """
+    if len(measurement.results) <= 4:
+        keys = dict.fromkeys(key for result in measurement.results for key in result.metrics)
+        return [
+            {"metric": key}
+            | {result.name: _shown(result.metrics.get(key)) for result in measurement.results}
+            for key in keys
+        ]
+    return [
+        {"name": result.name}
+        | {title: _shown(result.metrics.get(key)) for title, key in COMPACT.items()}
+        for result in measurement.results
+    ]
+
+
+COMPACT = {
+    "docs": "scope_documents",
+    "entropy": "entropy",
+    "aggr.4": "aggregation_4",
+    "cover.1": "coverage_1",
+    "ppl": "distortion",
+    "mismatch": "mismatch",
+}
+
+
+def _shown(value: Interval | None) -> str:
+    if value is None:
+        return "-"
+    if value.low is None or value.high is None:
+        return f"{value.mean:.4g}"
+    half = (value.high - value.low) / 2
+    return f"{value.mean:.4g}" + (f"±{half:.2g}" if half > 0 else "")
