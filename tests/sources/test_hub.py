@@ -121,7 +121,7 @@ def test_a_wrong_subset_or_split_is_told(mirror):
     put(mirror, "a/b", [{"text": "x"}], ["en"])
     with pytest.raises(SourceError, match=r"a/b \(de, train\) cannot be read: .*Available"):
         list(get_source("a/b@de").documents())
-    with pytest.raises(SourceError, match="cannot be read: .*Available"):
+    with pytest.raises(SourceError, match=r"cannot be read: .*Available"):
         list(HubText(type="hub", id="a/b", subset="en", split="test").read())
 
 

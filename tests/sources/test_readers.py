@@ -72,7 +72,7 @@ def test_parquet_names_a_missing_column(tmp_path):
 def test_missing_and_empty_places(tmp_path):
     with pytest.raises(SourceError, match="there is no file"):
         _texts(tmp_path / "no.txt")
-    with pytest.raises(SourceError, match="holds no .txt"):
+    with pytest.raises(SourceError, match=r"holds no \.txt"):
         _texts(tmp_path)
 
 
