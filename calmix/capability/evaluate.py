@@ -197,9 +197,7 @@ def evaluate(
     check_code(chosen, allow_code_execution)
     _require_harness()
     if isinstance(model, str):
-        model = open_model(
-            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+        model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     kept = _cache_file(model, chosen) if cache else None
     if kept is not None and kept.is_file():
         try:

@@ -143,9 +143,7 @@ def _prefixes(
         least = int(shared[low + 1 : high].min())
         cuts = [low, *(k for k in range(low + 1, high) if shared[k] == least), high]
         parts = [(a, b, length(a, b)) for a, b in pairwise(cuts)]
-        worth = all(
-            p >= prefix + MIN_PREFIX and size(a, b, p) >= row_tokens for a, b, p in parts
-        )
+        worth = all(p >= prefix + MIN_PREFIX and size(a, b, p) >= row_tokens for a, b, p in parts)
         if len(parts) > 1 and worth:
             return [piece for a, b, p in parts for piece in split(a, b, p)]
         return [(low, high, prefix)]

@@ -184,9 +184,7 @@ class Scorer(TemplateLM):
             ids = ids[-(self.max_length + 1) :]
         return Scored(ids, len(ids) - len(continuation))
 
-    def loglikelihood_rolling(
-        self, requests: list[Any], disable_tqdm: bool = False
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole text in nats, in windows of the context.
 
         The windows are lm-evaluation-harness's: every token is predicted once, the last window

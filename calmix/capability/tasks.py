@@ -108,7 +108,7 @@ def _archive_items(archive: str, form: str, shots: int | None) -> list[Item]:
     if archive == "mmlu":
         if shots:
             raise InputError("the archive has MMLU without worked examples only: shots must be 0")
-        return list(_mmlu())
+        return list(_mmlu(form))
     member = _member(archive, shots)
     requests: dict[int, list[dict[str, Any]]] = {}
     for request in assets.read_jsonl(ARCHIVE, member):
@@ -123,16 +123,19 @@ def _item(name: str, number: int, rows: list[dict[str, Any]], form: str) -> Item
     contexts = tuple(dict.fromkeys(row["request"]["context"] for row in rows))
     choices = tuple(row["request"]["continuation"] for row in rows)
     label = rows[0]["label"]
-    if form == "answer":
-        choices, gold = choices[:1], 0
+    if len(choices) == 1:
+        gold = 0
     elif not isinstance(label, int) or not 0 <= label < len(rows):
         raise InputError(f"item {number} of {name} in the archive has no right choice: {label!r}")
     else:
         gold = label
-    if form == "contexts":
+    if form == "answer":
+        choices, gold = choices[gold : gold + 1], 0
+    elif form == "contexts":
         choices = choices[:1]
-    elif len(contexts) != 1:
-        raise InputError(f"item {number} of {name} in the archive has several contexts")
+    if (len(contexts) > 1) != (form == "contexts"):
+        right = "of form 'contexts'" if len(contexts) > 1 else "not of form 'contexts'"
+        raise InputError(f"the items of {name} in the archive are {right}")
     doc = rows[0]["doc"]
     # MBPP is known by its task_id in every form of it, so that one decides its parity.
     known = doc.get("task_id")
@@ -162,8 +165,10 @@ def _members() -> list[str]:
         return archive.namelist()
 
 
-def _mmlu() -> Iterator[Item]:
+def _mmlu(form: str) -> Iterator[Item]:
     """Yield MMLU's test questions in cloze form, as OLMES words it, one subject after another."""
+    if form == "contexts":
+        raise InputError("MMLU has one context a question: its form is 'question' or 'answer'")
     try:
         import pyarrow.ipc
     except ImportError:
@@ -175,13 +180,16 @@ def _mmlu() -> Iterator[Item]:
         with assets.open_archive(ARCHIVE) as archive:
             table = pyarrow.ipc.open_stream(archive.read(member)).read_all()
         for number, row in enumerate(table.to_pylist()):
+            choices, gold = tuple(f" {choice}" for choice in row["choices"]), row["answer"]
+            if form == "answer":
+                choices, gold = choices[gold : gold + 1], 0
             yield Item(
                 id=f"mmlu/{subject}/{number}",
                 number=number,
                 group=subject,
                 contexts=(f"Question: {row['question'].strip()}\nAnswer:",),
-                choices=tuple(f" {choice}" for choice in row["choices"]),
-                gold=row["answer"],
+                choices=choices,
+                gold=gold,
                 doc=row,
             )
 

@@ -26,7 +26,6 @@ from calmix.errors import InputError, disk_errors
 if TYPE_CHECKING:
     from calmix.capability.evaluate import CapabilityScores
     from calmix.capability.retention import Estimate, Retention
-    from calmix.capability.suites import Suite, TaskSpec
 
 
 def register(app: typer.Typer) -> None:
@@ -283,21 +282,20 @@ def suites_show(
     if as_json:
         print_json({**suite.model_dump(mode="json", exclude_none=True), "hash": suite.hash})
         return
-    rows = [_row(suite, task, spec) for task, spec in suite.tasks.items()]
-    print_rows(
-        rows, as_json=False, title=f"{suite.name} version {suite.version}: {suite.description}"
+    table = _table(
+        f"{suite.name} version {suite.version}: {suite.description}",
+        "dimension task metric shots items quick chance data",
     )
-
-
-def _row(suite: Suite, name: str, spec: TaskSpec) -> dict[str, Any]:
-    return {
-        "task": name,
-        "dimension": suite.dimension_of(name),
-        "metric": spec.metric,
-        "shots": "own" if spec.shots is None else spec.shots,
-        "items": spec.items,
-        "limit": spec.limit or "all",
-        "quick": spec.quick or spec.limit or "all",
-        "chance": "-" if spec.chance is None else spec.chance,
-        "data": " ".join(part for part in (spec.harness, spec.archive) if part),
-    }
+    for task, spec in suite.tasks.items():
+        which = "even" if spec.items == "even" else "all"
+        table.add_row(
+            suite.dimension_of(task),
+            task,
+            spec.metric,
+            "own" if spec.shots is None else str(spec.shots),
+            which if spec.limit is None else f"{which}, {spec.limit}",
+            str(spec.quick or spec.limit or "all"),
+            "-" if spec.chance is None else str(spec.chance),
+            " ".join(part for part in (spec.harness, spec.archive) if part),
+        )
+    out.print(table)
