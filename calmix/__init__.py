@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from calmix import sources
-
 if TYPE_CHECKING:
+    from calmix import sources
     from calmix.calibration import CalibrationSet
+    from calmix.capability.evaluate import CapabilityScores, evaluate
     from calmix.information import measure
 
-__all__ = ["CalibrationSet", "measure", "sources"]
+__all__ = ["CalibrationSet", "CapabilityScores", "evaluate", "measure", "sources"]
 
-# Torch takes a second to import, so what needs it is imported when first asked for.
-_LAZY = {"CalibrationSet": "calmix.calibration", "measure": "calmix.information"}
+# Looked up when first used, so that `import calmix` stays light.
+_HOMES = {
+    "CalibrationSet": "calmix.calibration",
+    "CapabilityScores": "calmix.capability.evaluate",
+    "evaluate": "calmix.capability.evaluate",
+    "measure": "calmix.information",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "sources":
+        return importlib.import_module("calmix.sources")
     raise AttributeError(f"module 'calmix' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})

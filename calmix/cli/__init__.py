@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from calmix.cli import calibrate, listing, prune
+from calmix.cli import calibrate, evaluate, listing, prune
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 prune.register(app)
 calibrate.register(app)
+evaluate.register(app)
 listing.register(app)
 
 
