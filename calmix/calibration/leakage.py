@@ -2,6 +2,9 @@
 
 Windows of n ids of all items are hashed into one sorted array; a document's windows are looked
 up in it, and every match is confirmed id by id, so that the answer is exact.
+
+A run counts only if at least three in five of its ids are distinct: `0, 1, 2, 3, 4` is thirteen
+tokens under a tokenizer that takes digits one by one, and stands in much code, but it is no item.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 20
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
 ENOUGH = 200  # documents looked at before a source is refused, if it has as many
 Item = tuple[str, str, str]  # task, item id, text
+DISTINCT = 0.6  # the share of a run's ids that must be distinct for it to count
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
@@ -39,10 +43,19 @@ def window_hashes(ids: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
     return total
 
 
+def _distinct(ids: NDArray[np.int64], starts: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Return the number of distinct ids in the windows of `n` that begin at `starts`."""
+    if not len(starts):
+        return np.empty(0, np.int64)
+    windows = np.sort(np.lib.stride_tricks.sliding_window_view(ids, n)[starts], axis=1)
+    return 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
+
+
 class ItemIndex:
     """The windows of `n` token ids of a suite's items, for look-up.
 
-    Items shorter than `n` tokens have no window and cannot be found.
+    Items shorter than `n` tokens have no window and cannot be found; nor can windows of which
+    less than three in five ids are distinct.
     """
 
     def __init__(
@@ -63,6 +76,7 @@ class ItemIndex:
         # A window that runs from one item into the next belongs to neither.
         inside = owner[: len(hashes)] == owner[n - 1 : n - 1 + len(hashes)]
         starts = np.flatnonzero(inside)
+        starts = starts[_distinct(self._ids, starts, n) >= DISTINCT * n]
         order = np.argsort(hashes[starts], kind="stable")
         self._starts = starts[order]
         self._hashes = hashes[starts][order]

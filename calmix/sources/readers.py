@@ -149,13 +149,16 @@ def _source_files(root: Path, patterns: list[str], skip: set[str]) -> Iterator[D
             yield Document(relative.as_posix(), text)
 
 
-class Without(BaseModel):
-    """Items to leave out: those whose `field` also stands in one of the `members`."""
+class Apart(BaseModel):
+    """Texts to keep away from: the even-numbered requests of `members`, or all, by which the
+    suite numbers its items. What shares a run of `words` words with one is left out.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     members: list[str]
-    field: str
+    items: Literal["all", "even"] = "even"
+    words: Annotated[int, Field(gt=0)] = 8
 
 
 class AssetText(Reader):
@@ -164,9 +167,9 @@ class AssetText(Reader):
     `template` is filled from each request's fields; `{answer}` is the right choice's text.
     Requests that give the same text (one per choice of a question, say) are one document.
 
-    `items: odd` hands out only requests whose `number` is odd, the even ones being for the
-    suite; with `apart`, an odd request is also left out if its value of that field (a passage
-    under several questions) stands in an even one. `where` keeps requests with given values.
+    What a suite may score is left out: `items: odd` hands out only requests whose `number` is
+    odd, the even ones being for the suite; `apart` leaves out what shares a run of words with
+    requests of the members the suite reads. `where` keeps requests with given values.
     """
 
     type: Literal["asset"]
@@ -177,9 +180,8 @@ class AssetText(Reader):
     before: str | None = None
     items: Literal["all", "odd"] = "all"
     number: str = "doc_id"
-    apart: str | None = None
+    apart: Apart | None = None
     where: dict[str, str | list[str]] = {}
-    without: Without | None = None
 
     @property
     def version(self) -> str:
@@ -195,35 +197,26 @@ class AssetText(Reader):
 
     def read(self) -> Iterator[Document]:
         """Yield each distinct text once, in order of appearance."""
-        left_out: set[Any] = set()
-        if self.without is not None:
-            for member in self.without.members:
-                for request in assets.read_jsonl(self.asset, member):
-                    left_out.add(lookup(request, self.without.field))
-        scored: set[Any] = set()
+        scored: set[tuple[str, ...]] = set()
         if self.apart is not None:
-            for member in self.members:
+            for member in self.apart.members:
                 for request in assets.read_jsonl(self.asset, member):
-                    if self._even(request):
-                        scored.add(lookup(request, self.apart))
+                    if self.apart.items == "all" or request["doc_id"] % 2 == 0:
+                        text = fill(self.template, _with_answer(request))
+                        scored |= word_runs(text, self.apart.words)
         seen: set[str] = set()
         for member in self.members:
             for request in assets.read_jsonl(self.asset, member):
-                if self.items == "odd" and self._even(request):
-                    continue
-                if self.apart is not None and lookup(request, self.apart) in scored:
+                if self.items == "odd" and int(lookup(request, self.number)) % 2 == 0:
                     continue
                 if not all(_matches(request, key, value) for key, value in self.where.items()):
                     continue
-                if self.without is not None and lookup(request, self.without.field) in left_out:
-                    continue
                 text = self._cut(fill(self.template, _with_answer(request)))
-                if text and text not in seen:
-                    seen.add(text)
+                if not text or text in seen:
+                    continue
+                seen.add(text)
+                if self.apart is None or scored.isdisjoint(word_runs(text, self.apart.words)):
                     yield Document(f"{member.split('/')[-3]}/{request['doc_id']}", text)
-
-    def _even(self, request: dict[str, Any]) -> bool:
-        return int(lookup(request, self.number)) % 2 == 0
 
     def _cut(self, text: str) -> str:
         if self.after is not None:
@@ -231,6 +224,12 @@ class AssetText(Reader):
         if self.before is not None:
             text = text.partition(self.before)[0]
         return text.strip()
+
+
+def word_runs(text: str, n: int) -> set[tuple[str, ...]]:
+    """Return every run of `n` words of a text in lower case; of a shorter text, all of it."""
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
 class ReasoningGym(Reader):

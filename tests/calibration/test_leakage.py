@@ -11,7 +11,7 @@ from calmix.calibration.build import tokenizer_function
 from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.errors import InputError, SourceError
 
-ids = st.lists(st.integers(0, 3), max_size=20)
+ids = st.lists(st.integers(0, 6), max_size=20)
 
 
 @given(st.lists(ids, max_size=5), ids, st.integers(2, 6))
@@ -21,6 +21,7 @@ def test_finding_equals_brute_force(items, document, n):
         [("task", name, name) for name in texts], lambda names: [texts[name] for name in names], n
     )
     runs = [tuple(document[i : i + n]) for i in range(len(document) - n + 1)]
+    runs = [run for run in runs if len(set(run)) >= 0.6 * n]
     shares = [
         name
         for name, row in texts.items()
@@ -97,6 +98,13 @@ def test_a_shorter_run_is_no_leak(tmp_path, tiny, guard):
     assert made.manifest["leakage"]["dropped"] == {}
     with pytest.raises(SourceError, match="share 11 tokens"):
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
+
+
+def test_counting_up_is_no_leak(tiny):
+    tokenize = tokenizer_function(tiny.tokenizer)
+    index = ItemIndex([("humaneval", "1", "return [0, 0, 1, 1, 0, 0, 1, 1]")], tokenize)
+    assert index.find(tokenize(["x = [0, 0, 1, 1, 0, 0, 1]"])[0]) is None
+    assert index.find(tokenize(["please return [0, 0, 1"])[0]) == ("humaneval", "1")
 
 
 def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
