@@ -156,3 +156,14 @@ def test_what_was_streamed_is_kept(tmp_path, monkeypatch):
     kept.write_bytes(kept.read_bytes()[:-9])
     with pytest.raises(SourceError, match="is damaged: delete it"):
         list(reader.read())
+
+
+def test_without_the_extra(mirror, monkeypatch):
+    import sys
+
+    from calmix.errors import MissingExtraError
+
+    put(mirror, "a/b", [{"text": "x"}])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[hub\]'"):
+        list(get_source("a/b").documents())
