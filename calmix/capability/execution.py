@@ -1,0 +1,254 @@
+"""Run code that a model wrote: a subprocess with limits, without files, processes or network.
+
+Defence against accidents of generated code, not against an attacker: what the system offers is
+used (resource limits, an own user and network where permitted, an empty folder), and inside the
+interpreter an audit hook ends the program at its first attempt to write a file, start a process
+or open a connection. Every such end, a crash, a time-out and an early exit alike, is a plain
+failure. Programs run with the interpreter of calmix and see its standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from calmix.errors import InputError
+
+SECONDS = 10.0
+MEMORY = 1 << 30  # bytes of address space
+
+# Runs in the child. The program comes on standard input after a line with the token, which is
+# written back only once the program has run to its end: `sys.exit(0)` is no success.
+CHILD = r"""
+import sys
+seconds, memory, report = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+token = sys.stdin.readline()
+source = sys.stdin.read()
+import abc, bisect, cmath, collections, copy, datetime, decimal, enum, fractions, functools
+import hashlib, heapq, itertools, json, math, operator, os, random, re, statistics, string
+import textwrap, time, typing, unicodedata
+try:
+    import resource
+    cpu = int(seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+    if sys.platform != "darwin":
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+except ImportError:
+    resource = None
+if sys.platform == "linux":
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(38, 1, 0, 0, 0)  # no new privileges
+    # A network without interfaces, where this user may make one.
+    if libc.unshare(0x40000000) != 0:
+        libc.unshare(0x10000000 | 0x40000000)
+if hasattr(os, "geteuid") and os.geteuid() == 0:
+    # The superuser is exempt from limits on processes and files: be nobody, if nobody can read
+    # the standard library, else at least give up every privilege.
+    try:
+        os.seteuid(65534)
+        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+        os.seteuid(0)
+        if readable:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        elif sys.platform == "linux":
+            libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    except (OSError, NotImplementedError):
+        pass
+if resource is not None:
+    try:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    except (OSError, ValueError):
+        pass
+FORBIDDEN = (
+    "os.fork", "os.forkpty", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.startfile",
+    "os.kill", "os.killpg", "subprocess.", "pty.", "socket.", "ctypes.", "os.remove", "os.rename",
+    "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
+    "os.utime", "os.setxattr", "shutil.", "tempfile.", "mmap.", "ftplib.", "smtplib.", "urllib.",
+    "http.", "sqlite3.", "signal.pthread_kill", "_thread.start_new_thread", "winreg.",
+)
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+def watch(event, arguments, leave=os._exit, isinstance=isinstance, int=int, str=str):
+    if event == "open":
+        mode, flags = arguments[1], arguments[2]
+        if isinstance(mode, str) and any(letter in mode for letter in "wax+"):
+            leave(13)
+        if isinstance(flags, int) and flags & WRITING:
+            leave(13)
+    elif event.startswith(FORBIDDEN):
+        leave(13)
+write = os.write
+sys.addaudithook(watch)
+sys.argv = ["program.py"]
+sys.stdin = None
+exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+write(report, token.encode())
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended: `passed` if it ran to its end, else `reason` in a few words."""
+
+    passed: bool
+    reason: str
+
+
+def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
+    """Run a Python program and tell whether it ran to its end without an error.
+
+    Args:
+        source: the program's text.
+        seconds: of wall time; processor time is limited to the next whole second above.
+        memory: bytes of address space.
+    """
+    token = secrets.token_hex(16)
+    # What the program prints is nobody's business: only the token counts.
+    reading, writing = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="calmix-run-", ignore_cleanup_errors=True) as folder:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-c", CHILD, str(seconds), str(memory), str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+                pass_fds=[writing],
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
+        try:
+            with process:
+                raw = f"{token}\n{source}".encode("utf-8", "surrogatepass")
+                try:
+                    _, errors = process.communicate(raw, timeout=seconds)
+                except subprocess.TimeoutExpired:
+                    return Outcome(False, f"still running after {seconds:g} s")
+                finally:
+                    _kill_group(process)
+            said = os.read(reading, 64).decode(errors="replace").strip()
+        finally:
+            os.close(reading)
+    if said == token:
+        return Outcome(True, "passed")
+    return Outcome(False, _reason(process.returncode, errors[-2000:].decode(errors="replace")))
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _reason(code: int, errors: str) -> str:
+    if code == 13:
+        return "tried to write a file, start a process or use the network"
+    if code < 0:
+        return f"ended by signal {signal.Signals(-code).name}"
+    lines = errors.strip().splitlines()
+    if code and lines:
+        return lines[-1][:200]
+    return f"left early with exit code {code}"
+
+
+@functools.cache
+def check_sandbox() -> None:
+    """Make sure that a right program passes here and a wrong one fails.
+
+    Raises:
+        InputError: the limits do not work on this system, and why.
+    """
+    if os.name != "posix":
+        raise InputError("generated code can be run on Linux and macOS only")
+    right = run_program("import math, collections\nassert math.gcd(4, 6) == 2\n")
+    wrong = run_program("assert 1 == 2\n")
+    if not right.passed or wrong.passed:
+        raise InputError(f"generated code cannot be run here: {right.reason}")
+
+
+class CodeEval:
+    """Stands in for the `code_eval` metric of the `evaluate` package, in our own subprocess."""
+
+    def compute(
+        self,
+        *,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Sequence[int] = (1, 10, 100),
+        timeout: float = SECONDS,
+        num_workers: int | None = None,
+    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """Return pass@k over problems and each candidate's outcome.
+
+        pass@k is the unbiased estimate of arXiv 2107.03374, section 2.1; it is left out for a
+        k larger than some problem's number of candidates.
+        """
+        check_sandbox()
+        jobs = [
+            (problem, number, f"{candidate}\n{test}\n")
+            for problem, (test, candidates) in enumerate(zip(references, predictions, strict=True))
+            for number, candidate in enumerate(candidates)
+        ]
+        with ThreadPoolExecutor(num_workers or min(4, os.cpu_count() or 1)) as pool:
+            outcomes = list(pool.map(lambda job: run_program(job[2], seconds=timeout), jobs))
+        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        for (problem, number, _), outcome in zip(jobs, outcomes, strict=True):
+            detail = {
+                "task_id": problem,
+                "completion_id": number,
+                "passed": outcome.passed,
+                "result": outcome.reason,
+            }
+            results.setdefault(problem, []).append((number, detail))
+        tried = {problem: len(rows) for problem, rows in results.items()}
+        right = {p: sum(row["passed"] for _, row in rows) for p, rows in results.items()}
+        return {
+            f"pass@{n}": sum(pass_at_k(tried[p], right[p], n) for p in tried) / len(tried)
+            for n in k
+            if tried and min(tried.values()) >= n
+        }, results
+
+
+def pass_at_k(tried: int, right: int, k: int) -> float:
+    """Return the chance that one of k candidates is right (arXiv 2107.03374, equation 1)."""
+    if tried - right < k:
+        return 1.0
+    return 1.0 - math.comb(tried - right, k) / math.comb(tried, k)
+
+
+@contextlib.contextmanager
+def code_eval_in_sandbox() -> Iterator[None]:
+    """Give lm-evaluation-harness our own `code_eval` while it loads its code tasks.
+
+    Its task modules load the metric by name when they are imported: from the hub, to run
+    programs without limits on memory or files.
+    """
+    import evaluate
+
+    original = evaluate.load
+
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+        return CodeEval() if path == "code_eval" else original(path, *args, **kwargs)
+
+    evaluate.load = load
+    try:
+        yield
+    finally:
+        evaluate.load = original

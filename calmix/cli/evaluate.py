@@ -1,0 +1,301 @@
+"""`evaluate` and `suites`: what a model can do, and what it has kept of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from calmix.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    ModelName,
+    TrustRemoteCode,
+    err,
+    out,
+    print_json,
+    print_rows,
+    progress_bar,
+)
+from calmix.errors import InputError, disk_errors
+
+if TYPE_CHECKING:
+    from calmix.capability.evaluate import CapabilityScores
+    from calmix.capability.retention import Estimate, Retention
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("evaluate")(evaluate_command)
+    suites = typer.Typer(no_args_is_help=True, help="Suites of tasks by capability dimension.")
+    suites.command("ls")(suites_ls)
+    suites.command("show")(suites_show)
+    app.add_typer(suites, name="suites")
+
+
+def evaluate_command(
+    model: ModelName,
+    suite: Annotated[
+        str, typer.Option(help="Suite by name (calmix suites ls), or the path of a YAML file.")
+    ] = "offline",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            show_default=False,
+            help="Dense model, or a .json file of its scores, to measure retention against.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", show_default=False, help="JSON file to write, with every item."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The suite's quick slice.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(show_default=False, help="At most so many items a task.")
+    ] = None,
+    dimension: Annotated[
+        list[str] | None, typer.Option(show_default=False, help="Only this dimension (repeat).")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(show_default=False, help="Only this task (repeat).")
+    ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run code the model writes, in a limited subprocess."
+        ),
+    ] = False,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(show_default="2048", help="Tokens in one forward pass: speed and memory."),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Score the dense model even if its scores are known.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model on a suite, and with --against say what it has kept, with intervals."""
+    from calmix.capability import evaluate as capability
+
+    chosen = capability.choose(
+        suite, dimensions=dimension or (), tasks=task or (), quick=quick, limit=limit
+    )
+    capability.check_code(chosen, allow_code_execution)
+    if resamples < 1:
+        raise InputError(f"the bootstrap needs at least 1 resample, not {resamples}")
+    if seed < 0:
+        raise InputError(f"the seed must not be negative, but is {seed}")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise InputError(f"--batch-tokens must be positive, not {batch_tokens}")
+    if output is not None:
+        _check_output(output, overwrite)
+
+    def run(name: str, cache: bool) -> CapabilityScores:
+        with progress_bar() as bar:
+            job = bar.add_task(f"scoring {name}", total=None)
+            return capability.evaluate(
+                name,
+                chosen,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                batch_tokens=batch_tokens,
+                allow_code_execution=allow_code_execution,
+                cache=cache,
+                progress=lambda done, total: bar.update(job, completed=done, total=total),
+            )
+
+    # The file is read, and refused if it does not fit, before anything is scored.
+    dense = None
+    if against is not None:
+        if against.lower().endswith(".json"):
+            dense = capability.load_scores(Path(against).expanduser())
+            capability.check_suite(dense, chosen)
+        else:
+            dense = run(against, not no_cache)
+    scores = run(model, False)
+    kept = None if dense is None else scores.retention(dense, resamples=resamples, seed=seed)
+    result: dict[str, Any] = {"scores": scores.to_dict()}
+    if dense is not None and kept is not None:
+        result |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
+    if output is not None:
+        capability.write_json(output, result)
+    if as_json:
+        print_json(result)
+        return
+    if kept is None or dense is None:
+        _print_scores(scores)
+    else:
+        _print_retention(scores, dense, kept)
+    for name, count in scores.truncated.items():
+        err.print(f"task {name}: {count} requests were cut to fit the model's context")
+    if output is not None:
+        err.print(f"wrote {output}", soft_wrap=True)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file for the output")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists: choose another file or --overwrite")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{path.parent} is no folder: choose another file") from None
+
+
+def _table(title: str, columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns.split()):
+        table.add_column(
+            column.replace("_", " "), justify="left" if number < 2 else "right", no_wrap=True
+        )
+    return table
+
+
+def _suite_title(scores: CapabilityScores) -> str:
+    suite = scores.suite
+    return f"suite {suite['name']} version {suite['version']}, {scores.dtype}"
+
+
+def _print_scores(scores: CapabilityScores) -> None:
+    table = _table(
+        f"{scores.model}: {_suite_title(scores)}, {scores.seconds:.0f} s",
+        "dimension task metric n chance score ±noise signal",
+    )
+    for task in scores.tasks:
+        accuracy = task.kind == "accuracy"
+        table.add_row(
+            task.dimension,
+            task.name,
+            task.metric,
+            str(len(task.items)),
+            f"{task.chance:.3f}" if accuracy else "-",
+            f"{task.score:.3f}",
+            f"{task.noise:.3f}",
+            "yes" if task.signal else "no",
+        )
+    out.print(table)
+
+
+def _print_retention(scores: CapabilityScores, dense: CapabilityScores, kept: Retention) -> None:
+    title = f"{scores.model} against {dense.model}: {_suite_title(scores)}"
+    table = _table(title, "dimension task n chance dense ±noise pruned raw_% retention_%")
+    for task in kept.tasks:
+        accuracy = task.metric != "bits_per_byte"
+        table.add_row(
+            task.dimension,
+            task.name,
+            str(task.items),
+            f"{task.chance:.3f}" if accuracy else "bits/byte",
+            f"{task.dense:.3f}",
+            f"{task.noise:.3f}",
+            f"{task.pruned:.3f}",
+            _percent(task.raw.value),
+            _interval(task.corrected) if task.signal else "no signal",
+        )
+    out.print(table)
+    summary = _table("retention, mean over tasks with signal", "dimension tasks raw_% retention_%")
+    for dimension in kept.dimensions:
+        counted = dimension.tasks - len(dimension.without_signal)
+        summary.add_row(
+            dimension.name,
+            f"{counted} of {dimension.tasks}",
+            _percent(dimension.raw.value),
+            _interval(dimension.corrected),
+        )
+    summary.add_section()
+    summary.add_row("total", "", _percent(kept.raw.value), _interval(kept.corrected))
+    if kept.worst is not None:
+        worst = next(d for d in kept.dimensions if d.name == kept.worst)
+        summary.add_row(
+            f"worst: {worst.name}", "", _percent(worst.raw.value), _interval(worst.corrected)
+        )
+    out.print(summary)
+    silent = [task.name for task in kept.tasks if not task.signal]
+    if silent:
+        out.print(
+            f"no signal (dense score within its noise of chance, left out): {', '.join(silent)}",
+            soft_wrap=True,
+        )
+    out.print(
+        "retention is corrected for chance; brackets: 95 % paired bootstrap over items, "
+        f"{kept.resamples} resamples, seed {kept.seed}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(value: Estimate) -> str:
+    if value.value is None:
+        return "-"
+    return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]".replace(
+        "[", r"\["
+    )
+
+
+def suites_ls(as_json: AsJson = False) -> None:
+    """List the builtin suites. The path of a YAML file is a suite too."""
+    from calmix.capability.suites import builtin_suites
+
+    rows = [
+        {
+            "name": suite.name,
+            "version": suite.version,
+            "dimensions": ", ".join(suite.dimensions),
+            "tasks": len(suite.tasks),
+            "description": suite.description,
+        }
+        for suite in builtin_suites().values()
+    ]
+    print_rows(rows, as_json=as_json)
+
+
+def suites_show(
+    name: Annotated[str, typer.Argument(help="Suite by name, or the path of a YAML file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a suite's tasks; a user's own file is checked by that."""
+    from calmix.capability.suites import load_suite
+
+    suite = load_suite(name)
+    if as_json:
+        print_json({**suite.model_dump(mode="json", exclude_none=True), "hash": suite.hash})
+        return
+    table = _table(
+        f"{suite.name} version {suite.version}: {suite.description}",
+        "dimension task metric shots items quick chance data",
+    )
+    for task, spec in suite.tasks.items():
+        which = "even" if spec.items == "even" else "all"
+        table.add_row(
+            suite.dimension_of(task),
+            task,
+            spec.metric,
+            "own" if spec.shots is None else str(spec.shots),
+            which if spec.limit is None else f"{which}, {spec.limit}",
+            str(spec.quick or spec.limit or "all"),
+            "-" if spec.chance is None else str(spec.chance),
+            " ".join(part for part in (spec.harness, spec.archive) if part),
+        )
+    out.print(table)
