@@ -259,9 +259,9 @@ def _run(
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
     scorer = Scorer(model, batch_tokens=size, progress=progress)
     # The harness keys tasks by their own names, which two tasks of a suite may share.
-    tasks = {f"{b.name}/{part}": task for b in built for part, task in b.parts.items()}
+    tasks = {_key(b.name, part): task for b in built for part, task in b.parts.items()}
     samples = {
-        f"{b.name}/{part}": numbers
+        _key(b.name, part): numbers
         for b in built
         for part, numbers in b.samples.items()
         if numbers is not None
@@ -279,7 +279,7 @@ def _run(
         )
     assert results is not None
     found = [
-        _task_scores(b, {part: results["samples"][f"{b.name}/{part}"] for part in b.parts})
+        _task_scores(b, {part: results["samples"][_key(b.name, part)] for part in b.parts})
         for b in built
     ]
     truncated: dict[str, int] = {}
@@ -295,6 +295,10 @@ def _run(
         seconds=round(time.perf_counter() - start, 2),
         versions=_versions(),
     )
+
+
+def _key(name: str, part: str) -> str:
+    return name if part == name else f"{name}/{part}"
 
 
 def _task_scores(built: Any, samples: dict[str, list[dict[str, Any]]]) -> TaskScores:

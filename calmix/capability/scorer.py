@@ -445,7 +445,10 @@ class Scorer(TemplateLM):
             mask[number, width - len(row) :] = 1
         if not options.get("do_sample"):
             options = {"do_sample": False}
-        with quiet():
+        # Sampling tasks are seeded, and leave the caller's random state as it was.
+        with quiet(), torch.random.fork_rng(enabled=options["do_sample"]):
+            if options["do_sample"]:
+                torch.manual_seed(0)
             made = self.model.generate(
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),

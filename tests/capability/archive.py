@@ -69,7 +69,7 @@ version: 1
 description: made up
 dimensions:
   general:
-    quiz: {archive: quiz/rc, form: question, metric: acc_norm, shots: 2, limit: 10, quick: 3, chance: choices}
+    quiz: {archive: quiz/rc, form: question, metric: acc_norm, shots: 2, quick: 3, chance: choices}
     which: {archive: which/rc, form: contexts, metric: acc, shots: 0, items: even, chance: choices}
   code:
     text: {archive: mbpp/gold, form: answer, metric: bits_per_byte, shots: 0}

@@ -41,7 +41,7 @@ def test_right_programs_pass(source: str) -> None:
         ("while True:\n    print('x' * 10_000)", "still running"),
         ("import os\nos.fork()", "start a process"),
         (
-            "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+            "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass",
             "",
         ),
         ("import subprocess\nsubprocess.run(['true'])", "start a process"),
