@@ -37,7 +37,6 @@ except ImportError:
     raise MissingExtraError("evaluating a model", "eval") from None
 
 ROW_TOKENS = 256
-BATCH_TOKENS = 2048
 MAX_LENGTH = 2048  # where a model does not tell its context
 GENERATE_TOKENS = 256  # lm-evaluation-harness's own default
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,7 +64,7 @@ class Scorer(TemplateLM):
         self,
         opened: OpenModel,
         *,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int = 2048,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()

@@ -299,6 +299,8 @@ def suites_show(
         "task metric shots items quick chance data",
         left=2,
     )
+    data = table.columns[-1]
+    data.no_wrap, data.overflow, data.justify = False, "fold", "left"
     seen: set[str] = set()
     for task, spec in suite.tasks.items():
         _head(table, suite.dimension_of(task), seen)

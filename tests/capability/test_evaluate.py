@@ -117,7 +117,7 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(
     assert len(runs) == 3
     evaluate(tiny, suite)  # not asked for
     assert len(runs) == 4
-    kept = module._cache_file(tiny, suite)
+    kept = module._cache_file(tiny, suite, module.BATCH_TOKENS)
     kept.write_text("{", encoding="utf-8")  # a damaged one is made again
     assert evaluate(tiny, suite, cache=True).tasks == first.tasks
     assert len(runs) == 5
