@@ -20,6 +20,7 @@ from calmix.models import OpenModel, open_model
 
 KIND = "capability scores"
 FORMAT = 1  # of the JSON file; raised when older files no longer read the same
+BATCH_TOKENS = 2048
 SCORER = 1  # raised when the scorer gives other numbers, so that cached scores are not reused
 
 
@@ -198,13 +199,14 @@ def evaluate(
     _require_harness()
     if isinstance(model, str):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    kept = _cache_file(model, chosen) if cache else None
+    size = BATCH_TOKENS if batch_tokens is None else batch_tokens
+    kept = _cache_file(model, chosen, size) if cache else None
     if kept is not None and kept.is_file():
         try:
             return load_scores(kept)
         except InputError:  # of an older format, or damaged: scored again and replaced
             pass
-    scores = _run(model, chosen, batch_tokens, allow_code_execution, progress)
+    scores = _run(model, chosen, size, allow_code_execution, progress)
     if kept is not None:
         scores.save(kept)
     return scores
@@ -221,7 +223,12 @@ def _dtype(model: OpenModel) -> str:
     return str(model.model.dtype).removeprefix("torch.")
 
 
-def _cache_file(model: OpenModel, suite: Suite) -> Path:
+def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
+    # Rounding differs with the device, its threads and the batch size: with all of them in the
+    # key a model compared with its own cached scores has kept exactly all.
+    import torch
+
+    device = next(model.model.parameters()).device
     key = sha256_json(
         [
             model.fingerprint,
@@ -229,6 +236,7 @@ def _cache_file(model: OpenModel, suite: Suite) -> Path:
             suite.name,
             suite.hash,
             _dtype(model),
+            [device.type, torch.get_num_threads(), batch_tokens],
             SCORER,
             _versions(),
         ]
@@ -245,23 +253,22 @@ def _versions() -> dict[str, str]:
 def _run(
     model: OpenModel,
     suite: Suite,
-    batch_tokens: int | None,
+    batch_tokens: int,
     allow_code: bool,
     progress: Callable[[int, int], None] | None,
 ) -> CapabilityScores:
     from lm_eval.evaluator import evaluate as harness_evaluate
 
-    from calmix.capability.scorer import BATCH_TOKENS, Scorer
+    from calmix.capability.scorer import Scorer
     from calmix.capability.tasks import build_tasks, quiet_harness
 
     start = time.perf_counter()
     built = build_tasks(suite)
-    size = BATCH_TOKENS if batch_tokens is None else batch_tokens
-    scorer = Scorer(model, batch_tokens=size, progress=progress)
+    scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # The harness keys tasks by their own names, which two tasks of a suite may share.
-    tasks = {f"{b.name}/{part}": task for b in built for part, task in b.parts.items()}
+    tasks = {_key(b.name, part): task for b in built for part, task in b.parts.items()}
     samples = {
-        f"{b.name}/{part}": numbers
+        _key(b.name, part): numbers
         for b in built
         for part, numbers in b.samples.items()
         if numbers is not None
@@ -279,7 +286,7 @@ def _run(
         )
     assert results is not None
     found = [
-        _task_scores(b, {part: results["samples"][f"{b.name}/{part}"] for part in b.parts})
+        _task_scores(b, {part: results["samples"][_key(b.name, part)] for part in b.parts})
         for b in built
     ]
     truncated: dict[str, int] = {}
@@ -295,6 +302,10 @@ def _run(
         seconds=round(time.perf_counter() - start, 2),
         versions=_versions(),
     )
+
+
+def _key(name: str, part: str) -> str:
+    return name if part == name else f"{name}/{part}"
 
 
 def _task_scores(built: Any, samples: dict[str, list[dict[str, Any]]]) -> TaskScores:

@@ -37,7 +37,6 @@ except ImportError:
     raise MissingExtraError("evaluating a model", "eval") from None
 
 ROW_TOKENS = 256
-BATCH_TOKENS = 2048
 MAX_LENGTH = 2048  # where a model does not tell its context
 GENERATE_TOKENS = 256  # lm-evaluation-harness's own default
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,7 +64,7 @@ class Scorer(TemplateLM):
         self,
         opened: OpenModel,
         *,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int = 2048,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -445,7 +444,10 @@ class Scorer(TemplateLM):
             mask[number, width - len(row) :] = 1
         if not options.get("do_sample"):
             options = {"do_sample": False}
-        with quiet():
+        # Sampling tasks are seeded, and leave the caller's random state as it was.
+        with quiet(), torch.random.fork_rng(enabled=options["do_sample"]):
+            if options["do_sample"]:
+                torch.manual_seed(0)
             made = self.model.generate(
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),

@@ -265,7 +265,9 @@ def parse_suite(text: str, where: str) -> Suite:
     try:
         return Suite.model_validate(yaml.safe_load(text))
     except ValidationError as error:
-        mistake = error.errors()[0]
+        # A misspelt key is also a missing one; the misspelling says more.
+        mistakes = error.errors()
+        mistake = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
         path = tuple(part for part in mistake["loc"] if part != "[key]")
         line, known = _locate(node, path)
         message = mistake["msg"].removeprefix("Value error, ")

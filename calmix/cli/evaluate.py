@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
+from rich.markup import escape
 from rich.table import Table
 
 from calmix.cli.common import (
@@ -160,13 +162,22 @@ def _check_output(path: Path, overwrite: bool) -> None:
             raise InputError(f"{path.parent} is no folder: choose another file") from None
 
 
-def _table(title: str, columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+def _table(title: str, columns: str, left: int = 1) -> Table:
+    """Return an empty table of columns given by name, `_` for a blank; narrow enough for 80."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for number, column in enumerate(columns.split()):
-        table.add_column(
-            column.replace("_", " "), justify="left" if number < 2 else "right", no_wrap=True
-        )
+        justify: JustifyMethod = "left" if number < left else "right"
+        table.add_column(column.replace("_", " "), justify=justify, no_wrap=True)
     return table
+
+
+def _head(table: Table, dimension: str, seen: set[str]) -> None:
+    """Begin a dimension's part of a table with its name."""
+    if dimension not in seen:
+        seen.add(dimension)
+        table.add_row(f"[bold]{escape(dimension)}[/]")
 
 
 def _suite_title(scores: CapabilityScores) -> str:
@@ -177,16 +188,17 @@ def _suite_title(scores: CapabilityScores) -> str:
 def _print_scores(scores: CapabilityScores) -> None:
     table = _table(
         f"{scores.model}: {_suite_title(scores)}, {scores.seconds:.0f} s",
-        "dimension task metric n chance score ±noise signal",
+        "task metric n chance score ±noise signal",
+        left=2,
     )
+    seen: set[str] = set()
     for task in scores.tasks:
-        accuracy = task.kind == "accuracy"
+        _head(table, task.dimension, seen)
         table.add_row(
-            task.dimension,
-            task.name,
+            f"  {task.name}",
             task.metric,
             str(len(task.items)),
-            f"{task.chance:.3f}" if accuracy else "-",
+            f"{task.chance:.3f}" if task.kind == "accuracy" else "-",
             f"{task.score:.3f}",
             f"{task.noise:.3f}",
             "yes" if task.signal else "no",
@@ -196,14 +208,14 @@ def _print_scores(scores: CapabilityScores) -> None:
 
 def _print_retention(scores: CapabilityScores, dense: CapabilityScores, kept: Retention) -> None:
     title = f"{scores.model} against {dense.model}: {_suite_title(scores)}"
-    table = _table(title, "dimension task n chance dense ±noise pruned raw_% retention_%")
+    table = _table(title, "task n chance dense ±noise pruned raw_% retention_%")
+    seen: set[str] = set()
     for task in kept.tasks:
-        accuracy = task.metric != "bits_per_byte"
+        _head(table, task.dimension, seen)
         table.add_row(
-            task.dimension,
-            task.name,
+            f"  {task.name}",
             str(task.items),
-            f"{task.chance:.3f}" if accuracy else "bits/byte",
+            f"{task.chance:.3f}" if task.metric != "bits_per_byte" else "b/byte",
             f"{task.dense:.3f}",
             f"{task.noise:.3f}",
             f"{task.pruned:.3f}",
@@ -284,13 +296,17 @@ def suites_show(
         return
     table = _table(
         f"{suite.name} version {suite.version}: {suite.description}",
-        "dimension task metric shots items quick chance data",
+        "task metric shots items quick chance data",
+        left=2,
     )
+    data = table.columns[-1]
+    data.no_wrap, data.overflow, data.justify = False, "fold", "left"
+    seen: set[str] = set()
     for task, spec in suite.tasks.items():
+        _head(table, suite.dimension_of(task), seen)
         which = "even" if spec.items == "even" else "all"
         table.add_row(
-            suite.dimension_of(task),
-            task,
+            f"  {task}",
             spec.metric,
             "own" if spec.shots is None else str(spec.shots),
             which if spec.limit is None else f"{which}, {spec.limit}",

