@@ -129,7 +129,7 @@ def _rooted(source: Source, folder: Path) -> Source:
     if isinstance(reader, LocalFile) and not reader.path.expanduser().is_absolute():
         reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
     elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
-        reader = reader.model_copy(update={"id": str(folder / reader.id)})
+        reader = reader.model_copy(update={"id": str((folder / reader.id).resolve())})
     return source.model_copy(update={"reader": reader})
 
 
