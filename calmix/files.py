@@ -23,6 +23,14 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "calmix"
 
 
+def user_path(text: str) -> Path:
+    """Return what a user wrote as a path, with `~` for the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of a user there is none of
+        return Path(text)
+
+
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -16,6 +16,7 @@ from calmix.calibration.packing import Packing
 from calmix.calibration.select import Selection
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
+from calmix.files import user_path
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
 from calmix.specs import LENGTH, ROWS, SEED
@@ -65,7 +66,7 @@ def parse_spec(text: str, own: Mapping[str, Source] | None = None) -> Spec:
     Raises:
         InputError: the text or the file cannot be used as it is.
     """
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.suffix.lower() not in (".yaml", ".yml"):
         return Spec(parse_mix(text), dict(own or {}))
     try:
@@ -127,7 +128,7 @@ def resolve(
         "leakage_tokens": leakage_tokens,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    path = Path(text).expanduser()
+    path = user_path(text)
     if is_saved_set(path):
         return _saved(path, opened, given)
     spec = parse_spec(text, own)

@@ -138,7 +138,10 @@ class CalibrationSet:
 
 def is_saved_set(path: Path) -> bool:
     """Tell whether a folder looks like a saved calibration set, whole or not."""
-    return path.is_dir() and ((path / TENSORS).exists() or (path / MANIFEST).exists())
+    try:
+        return path.is_dir() and ((path / TENSORS).exists() or (path / MANIFEST).exists())
+    except OSError:  # a mix of many sources is longer than a file's name may be
+        return False
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from calmix.cli.common import (
     progress_bar,
 )
 from calmix.errors import InputError
-from calmix.files import check_output_folder
+from calmix.files import check_output_folder, user_path
 from calmix.sources import load_sources
 
 Spec = Annotated[
@@ -71,7 +71,7 @@ def calibrate(
     from calmix.calibration import open_tokenizer, resolve
     from calmix.calibration.set import is_saved_set
 
-    if is_saved_set(Path(spec).expanduser()):
+    if is_saved_set(user_path(spec)):
         raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
     check_output_folder(output, overwrite=overwrite)
     own = load_sources(sources) if sources is not None else None

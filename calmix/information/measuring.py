@@ -17,7 +17,7 @@ from calmix.calibration.packing import Packing
 from calmix.calibration.resolve import resolve
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
-from calmix.files import write_json, write_text
+from calmix.files import user_path, write_json, write_text
 from calmix.information import metrics
 from calmix.information.ngrams import Ids
 from calmix.sources import Source
@@ -194,7 +194,7 @@ def measure(
         raise InputError("perplexity needs the model, not its tokenizer alone")
 
     def drawn(spec: str, number: int) -> CalibrationSet:
-        path = Path(spec).expanduser()
+        path = user_path(spec)
         if is_saved_set(path):
             return _part(CalibrationSet.open(path, opened), path, rows, length, seed + number)
         return resolve(
@@ -203,7 +203,7 @@ def measure(
         )  # fmt: skip
 
     vocabulary = len(opened.tokenizer)
-    whole = {spec for spec in specs if _is_whole(Path(spec).expanduser(), rows)}
+    whole = {spec for spec in specs if _is_whole(user_path(spec), rows)}
     found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
         sets = [drawn(spec, number) for spec in specs]

@@ -109,8 +109,8 @@ class HubText(Reader):
         return list(self.subset) if isinstance(self.subset, list) else [self.subset]
 
     def _mirror(self) -> Path | None:
-        local = Path(self.id).expanduser()
-        if local.is_dir():
+        local = Path(self.id)
+        if local.is_absolute() and local.is_dir():
             return local
         root = os.environ.get(MIRROR)
         folder = Path(root).expanduser() / self.id if root else None
@@ -180,7 +180,7 @@ def _stream(
             import datasets
     except ImportError:
         raise MissingExtraError(f"the hub source {name}", "hub") from None
-    local = where != name or Path(where).is_dir()
+    local = where != name or Path(where).is_absolute()
     try:
         with _quiet():
             rows = iter(

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calmix.errors import InputError, SourceError, nearest
+from calmix.files import user_path
 from calmix.sources.hub import HubText
 from calmix.sources.readers import (
     FORMATS,
@@ -128,7 +129,7 @@ def _rooted(source: Source, folder: Path) -> Source:
     if isinstance(reader, LocalFile) and not reader.path.expanduser().is_absolute():
         reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
     elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
-        reader = reader.model_copy(update={"id": str(folder / reader.id)})
+        reader = reader.model_copy(update={"id": str((folder / reader.id).resolve())})
     return source.model_copy(update={"reader": reader})
 
 
@@ -142,8 +143,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     known = {**builtin_sources(), **(own or {})}
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
-    if path.exists():
+    path = user_path(name)
+    if _exists(path):
         size = _bytes([path] if path.is_file() else path.rglob("*"))
         return Source(
             name=name,
@@ -166,6 +167,13 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     if "/" in name:
         raise SourceError(f"there is no file {path}")
     raise SourceError(f"unknown source '{name}': {nearest(name, known)}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # longer than a name may be
+        return False
 
 
 def _bytes(paths: Iterable[Path]) -> int:

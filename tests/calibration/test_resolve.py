@@ -93,3 +93,13 @@ def test_bad_requests(sources, tiny):
         drawn("no-such-source", tiny, rows=1, length=8)
     with pytest.raises(InputError, match="there is no file"):
         drawn("missing.yaml", tiny)
+
+
+def test_long_mixes_and_odd_names_are_no_paths(tiny):
+    names = ",".join(f"no-such-source-{i}" for i in range(40))
+    with pytest.raises(SourceError, match="unknown source 'no-such-source-0'"):
+        drawn(f"uniform:{names}", tiny, rows=80, length=8)
+    with pytest.raises(SourceError, match="unknown source"):
+        drawn("x" * 300, tiny, rows=1, length=8)
+    with pytest.raises(SourceError, match="unknown source '~nobody-here'"):
+        drawn("~nobody-here", tiny, rows=1, length=8)

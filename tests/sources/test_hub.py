@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calmix.errors import SourceError
-from calmix.sources import builtin_sources, get_source
+from calmix.sources import builtin_sources, get_source, load_sources
 from calmix.sources.hub import HubText
 
 # What a row of each data set looks like, as its card on the hub shows it.
@@ -156,3 +156,26 @@ def test_what_was_streamed_is_kept(tmp_path, monkeypatch):
     kept.write_bytes(kept.read_bytes()[:-9])
     with pytest.raises(SourceError, match="is damaged: delete it"):
         list(reader.read())
+
+
+def test_a_local_copy_named_in_an_own_file(mirror, tmp_path, monkeypatch):
+    put(tmp_path / "here", "copy", [{"body": "x"}])
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "mine: {reader: {type: hub, id: here/copy, template: '{body}'}}\n", encoding="utf-8"
+    )
+    own = load_sources(file)
+    assert [d.text for d in own["mine"].documents()] == ["x"]
+    monkeypatch.chdir(tmp_path)  # a folder that happens to be there is not taken for the hub's
+    assert HubText(type="hub", id="here/copy").availability == "hub"
+
+
+def test_without_the_extra(mirror, monkeypatch):
+    import sys
+
+    from calmix.errors import MissingExtraError
+
+    put(mirror, "a/b", [{"text": "x"}])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[hub\]'"):
+        list(get_source("a/b").documents())

@@ -54,7 +54,7 @@ def test_the_guard_lets_every_source_pass():
         if name in SLOW:
             continue
         documents = list(source.documents())
-        step = max(1, len(documents) // 150)
+        step = max(1, len(documents) // 100)
         stream = guard.filter(name, _tokenized(documents[::step], tokenize))
         assert list(stream)
         share = len(guard.dropped.get(name, ())) / guard.checked[name]
