@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from calmix.sources import Document
-from calmix.specs import Packing
+
+Packing = Literal["concat", "window"]
 
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 Tokenized = tuple[Document, list[int]]

@@ -11,6 +11,11 @@ from calmix.cli.common import (
     AsJson,
     Device,
     Dtype,
+    Leakage,
+    LeakageTokens,
+    Packing,
+    Select,
+    Sources,
     TrustRemoteCode,
     out,
     print_json,
@@ -33,13 +38,6 @@ Spec = Annotated[
 ForModel = Annotated[
     str, typer.Option("--model", "-m", show_default=False, help="The model it is for.")
 ]
-Packing = Annotated[
-    str | None,
-    typer.Option(show_default="concat", help="concat (documents joined) or window (as C4)."),
-]
-Sources = Annotated[
-    Path | None, typer.Option(show_default=False, help="A .yaml file with sources of your own.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,20 +57,9 @@ def calibrate(
     length: Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="Seed of the draw.")] = None,
     packing: Packing = None,
-    select: Annotated[
-        str | None,
-        typer.Option(show_default="random", help="random, or zipcal: the most distinct tokens."),
-    ] = None,
-    leakage: Annotated[
-        str | None,
-        typer.Option(
-            show_default="offline",
-            help="Suite whose items the text must not share runs of tokens with; off: no check.",
-        ),
-    ] = None,
-    leakage_tokens: Annotated[
-        int | None, typer.Option(show_default="13", help="Tokens in such a run.")
-    ] = None,
+    select: Select = None,
+    leakage: Leakage = None,
+    leakage_tokens: LeakageTokens = None,
     sources: Sources = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder.")
