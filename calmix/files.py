@@ -23,6 +23,14 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "calmix"
 
 
+def user_path(text: str) -> Path:
+    """Return what a user wrote as a path, with `~` for the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of a user there is none of
+        return Path(text)
+
+
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
@@ -37,13 +45,17 @@ def sha256_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, beside `path` first and then renamed onto it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, beside `path` first and then renamed onto it."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(value, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
             Path(beside).chmod(0o644)
             Path(beside).replace(path)
         except BaseException:

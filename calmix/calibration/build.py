@@ -1,35 +1,65 @@
-"""Build a calibration set: documents in seeded order, tokenised, packed into full rows."""
+"""Build a calibration set: documents in seeded order, tokenised, checked, packed into full rows."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 
+from calmix.calibration.leakage import Guard
 from calmix.calibration.mix import Mix, rows_per_source
+from calmix.calibration.packing import PACKINGS, Packed, Packing, pack_concat, pack_window
+from calmix.calibration.select import OVERSAMPLE, SELECTORS, Selection
 from calmix.calibration.set import CalibrationSet
-from calmix.errors import InputError, SourceError
-from calmix.models import OpenModel
-from calmix.sources import Document, get_source
+from calmix.errors import InputError, SourceError, nearest
+from calmix.sources import Document, Source, get_source
 from calmix.sources.registry import documents_hash
 
-Packing = Literal["concat", "window"]
 BATCH = 64  # documents handed to the tokenizer at a time
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 
 
+class HasTokenizer(Protocol):
+    """What building needs of a model: an `OpenModel` has it, and so has an `OpenTokenizer`."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A tokenizer of transformers."""
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model was made for, in tokens."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of what decides the tokenizer's ids."""
+
+
+@dataclass(frozen=True)
+class _Draw:
+    source: Source
+    packed: Packed
+    documents: int
+    sha256: str
+
+
 def build(
     mix: Mix,
-    opened: OpenModel,
+    opened: HasTokenizer,
     *,
     rows: int,
     length: int,
     seed: int = 0,
     packing: Packing = "concat",
+    select: Selection = "random",
+    guard: Guard | None = None,
+    own: Mapping[str, Source] | None = None,
+    tick: Callable[[str], None] | None = None,
 ) -> CalibrationSet:
     """Draw a calibration set of `rows` full rows of `length` tokens from a mix of sources.
 
@@ -37,16 +67,25 @@ def build(
     rows of all sources are shuffled together. If the model's tokenizer puts a begin token
     before text, every row begins with it.
 
+    Args:
+        mix: source names and weights.
+        opened: the model, or its tokenizer alone.
+        rows: number of rows.
+        length: tokens in each row.
+        seed: decides the documents, the windows and the order of the rows.
+        packing: `concat` (documents joined by the end token) or `window` (a random window of
+            each long document).
+        select: `random`, or `zipcal` to choose among four times as many rows.
+        guard: drops documents that share a run of tokens with an item of a suite.
+        own: the user's own sources by name.
+        tick: called with the name of each source once it is drawn.
+
     Raises:
-        InputError: rows or length not positive, or length beyond the model's context.
-        SourceError: a source is unknown or too small for its rows.
+        InputError: rows or length not positive, length beyond the model's context, unknown
+            packing or selector.
+        SourceError: a source is unknown, unreadable, too small for its rows, or leaks.
     """
-    if rows < 1 or length < 1:
-        raise InputError(f"rows and length must be positive, not {rows} and {length}")
-    if opened.context is not None and length > opened.context:
-        raise InputError(
-            f"length {length} is beyond the model's context of {opened.context} tokens"
-        )
+    check_request(rows, length, packing, select, opened.context)
     tokenize = tokenizer_function(opened.tokenizer)
     begin = begin_token(opened.tokenizer)
     end = opened.tokenizer.eos_token_id
@@ -54,26 +93,30 @@ def build(
     if body < 1:
         raise InputError(f"length {length} leaves no room for text after the begin token")
     counts = {name: n for name, n in rows_per_source(mix, rows).items() if n}
-    drawn: list[tuple[str, list[int]]] = []
-    described: dict[str, Any] = {}
+    sources = {name: get_source(name, own) for name in counts}
+    pool = 1 if select == "random" else OVERSAMPLE
+    draws: dict[str, _Draw] = {}
     for name, count in counts.items():
-        documents = list(get_source(name).documents())
+        documents = list(sources[name].documents())
         rng = np.random.default_rng(_seed_of(seed, name))
         order = [documents[i] for i in rng.permutation(len(documents))]
+        stream = _tokenized(order, tokenize)
+        if guard is not None:
+            stream = guard.filter(name, stream)
         if packing == "concat":
-            packed, used = pack_concat(_tokenized(order, tokenize), count, body, end)
+            packed = pack_concat(stream, pool * count, body, end)
         else:
-            packed, used = pack_window(_tokenized(order, tokenize), count, body, rng)
-        if len(packed) < count:
-            raise SourceError(_too_small(name, used, count, length, packing))
-        head = [] if begin is None else [begin]
-        drawn += [(name, head + row) for row in packed]
-        described[name] = {
-            "rows": count,
-            "documents": len(documents),
-            "sha256": documents_hash(documents),
-            "drawn": [document.id for document, _ in used],
-        }
+            packed = pack_window(stream, pool * count, body, rng)
+        if guard is not None:
+            guard.verdict(name, stream)
+        if len(packed.rows) < count:
+            raise SourceError(_too_small(name, packed, count, length, body, packing, end))
+        draws[name] = _Draw(sources[name], packed, len(documents), documents_hash(documents))
+        if tick is not None:
+            tick(name)
+    chosen = _chosen(draws, counts, select, seed)
+    head = [] if begin is None else [begin]
+    drawn = [(name, head + draws[name].packed.rows[i]) for name in counts for i in chosen[name]]
     shuffle = np.random.default_rng(seed).permutation(len(drawn))
     ids = torch.tensor([drawn[i][1] for i in shuffle], dtype=torch.int64)
     manifest = {
@@ -83,54 +126,63 @@ def build(
         "length": length,
         "seed": seed,
         "packing": packing,
+        "select": select,
         "begin_token": begin,
         "tokenizer": opened.tokenizer_fingerprint,
-        "sources": described,
+        "leakage": "off" if guard is None else guard.report(),
+        "sources": {name: _described(draw, chosen[name]) for name, draw in draws.items()},
     }
     made = CalibrationSet(ids, tuple(drawn[i][0] for i in shuffle), manifest)
     manifest["sha256"] = made.sha256
     return made
 
 
-def pack_concat(
-    documents: Iterator[tuple[Document, list[int]]], rows: int, length: int, end: int | None
-) -> tuple[list[list[int]], list[tuple[Document, list[int]]]]:
-    """Join documents by the end token (if any) and cut the first `rows` rows of `length` ids.
+def check_request(rows: int, length: int, packing: str, select: str, context: int | None) -> None:
+    """Refuse a request no calibration set can answer.
 
-    Returns the rows (fewer if the documents ran out) and the documents used.
+    Raises:
+        InputError: rows or length not positive, length beyond the context, an unknown word.
     """
-    stream: list[int] = []
-    used: list[tuple[Document, list[int]]] = []
-    for document, ids in documents:
-        if len(stream) >= rows * length:
-            break
-        used.append((document, ids))
-        stream += ids if end is None else [*ids, end]
-    whole = min(rows, len(stream) // length)
-    return [stream[i * length : (i + 1) * length] for i in range(whole)], used
+    if rows < 1 or length < 1:
+        raise InputError(f"rows and length must be positive, not {rows} and {length}")
+    if context is not None and length > context:
+        raise InputError(f"length {length} is beyond the model's context of {context} tokens")
+    if packing not in PACKINGS:
+        raise InputError(f"unknown packing '{packing}': {nearest(packing, PACKINGS)}")
+    if select not in get_args(Selection):
+        raise InputError(f"unknown selection '{select}': {nearest(select, get_args(Selection))}")
 
 
-def pack_window(
-    documents: Iterator[tuple[Document, list[int]]],
-    rows: int,
-    length: int,
-    rng: np.random.Generator,
-) -> tuple[list[list[int]], list[tuple[Document, list[int]]]]:
-    """Draw one random window of `length` ids from each document that is long enough.
+def _chosen(
+    draws: dict[str, _Draw], counts: dict[str, int], select: str, seed: int
+) -> dict[str, list[int]]:
+    """Return for each source the indices of its packed rows that go into the set, ascending."""
+    if select == "random":  # the rows are a seeded draw already
+        return {name: list(range(count)) for name, count in counts.items()}
+    place = [(name, i) for name, draw in draws.items() for i in range(len(draw.packed.rows))]
+    picked = SELECTORS[select](
+        [draws[name].packed.rows[i] for name, i in place], [name for name, _ in place], counts, seed
+    )
+    chosen: dict[str, list[int]] = {name: [] for name in counts}
+    for index in sorted(picked):
+        name, i = place[index]
+        chosen[name].append(i)
+    return chosen
 
-    As the SparseGPT and Wanda papers draw C4, but without replacement: no document gives two
-    windows. Returns the rows (fewer if the documents ran out) and the documents used.
-    """
-    packed: list[list[int]] = []
-    used: list[tuple[Document, list[int]]] = []
-    for document, ids in documents:
-        if len(packed) == rows:
-            break
-        if len(ids) >= length:
-            start = int(rng.integers(0, len(ids) - length + 1))
-            packed.append(ids[start : start + length])
-            used.append((document, ids))
-    return packed, used
+
+def _described(draw: _Draw, chosen: list[int]) -> dict[str, Any]:
+    packed = draw.packed
+    held = sorted({d for i in chosen for d in range(packed.spans[i][0], packed.spans[i][1] + 1)})
+    return {
+        "rows": len(chosen),
+        "candidates": len(packed.rows),
+        "version": draw.source.version,
+        "licence": draw.source.licence,
+        "documents": draw.documents,
+        "sha256": draw.sha256,
+        "drawn": [packed.used[d][0].id for d in held],
+        "drawn_tokens": sum(len(packed.used[d][1]) for d in held),
+    }
 
 
 def tokenizer_function(tokenizer: Any) -> Tokenize:
@@ -162,16 +214,16 @@ def _seed_of(seed: int, name: str) -> list[int]:
 
 
 def _too_small(
-    name: str, used: list[tuple[Document, list[int]]], rows: int, length: int, packing: Packing
+    name: str, packed: Packed, rows: int, length: int, body: int, packing: Packing, end: int | None
 ) -> str:
-    needed = rows * length
     if packing == "concat":
-        has = sum(len(ids) + 1 for _, ids in used)
+        has = sum(len(ids) + (end is not None) for _, ids in packed.used)
         return (
-            f"source {name} has {has} tokens, but {rows} rows of {length} need {needed}: ask "
+            f"source {name} has {has} tokens, but {rows} rows of {length} need {rows * body}: ask "
             "for fewer or shorter rows, or give it less weight"
         )
     return (
-        f"source {name} has {len(used)} documents of at least {length} tokens, but {rows} rows "
-        f"need as many ({needed} tokens): ask for fewer or shorter rows, or --packing concat"
+        f"source {name} has {len(packed.used)} documents of at least {body} tokens, but {rows} "
+        f"rows need as many ({rows * body} tokens): ask for fewer or shorter rows, or "
+        "--packing concat"
     )

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from calmix.cli import evaluate, listing, prune
+from calmix.cli import calibrate, evaluate, listing, prune
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Prune language models with mixed calibration sets, and see which abilities survive.",
 )
 prune.register(app)
+calibrate.register(app)
 evaluate.register(app)
 listing.register(app)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -38,6 +39,26 @@ Dtype = Annotated[
 Device = Annotated[str, typer.Option(help="Torch device; auto: an accelerator if there is one.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code shipped with the model.")
+]
+
+Packing = Annotated[
+    str | None,
+    typer.Option(show_default="concat", help="concat (documents joined) or window (as C4)."),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(show_default="random", help="random, or zipcal: the most distinct tokens."),
+]
+Leakage = Annotated[
+    str | None,
+    typer.Option(
+        show_default="offline",
+        help="Suite whose items the text must not share runs of tokens with; off: no check.",
+    ),
+]
+LeakageTokens = Annotated[int | None, typer.Option(show_default="13", help="Tokens in such a run.")]
+Sources = Annotated[
+    Path | None, typer.Option(show_default=False, help="A .yaml file with sources of your own.")
 ]
 
 

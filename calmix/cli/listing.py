@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(models, name="models")
     sources = typer.Typer(no_args_is_help=True, help="Named text sources for calibration.")
     sources.command("ls")(sources_ls)
+    sources.command("show")(sources_show)
     app.add_typer(sources, name="sources")
     archives = typer.Typer(no_args_is_help=True, help="Data archives in the cache.")
     archives.command("ls")(assets_ls)
@@ -47,10 +50,19 @@ def models_ls(as_json: AsJson = False) -> None:
     print_rows(rows, as_json=as_json)
 
 
-def sources_ls(as_json: AsJson = False) -> None:
-    """List the builtin sources. A path to a .txt, .jsonl or .parquet file is a source too."""
-    from calmix.sources import builtin_sources
+def sources_ls(
+    own: Annotated[
+        Path | None,
+        typer.Option("--sources", show_default=False, help="A .yaml file with your own, too."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the sources. A path to a .txt, .jsonl or .parquet file or a folder of such, and a
+    hub id (owner/name), are sources too.
+    """
+    from calmix.sources import builtin_sources, load_sources
 
+    known = {**builtin_sources(), **(load_sources(own) if own is not None else {})}
     rows = [
         {
             "name": source.name,
@@ -58,11 +70,45 @@ def sources_ls(as_json: AsJson = False) -> None:
             "kind": source.kind,
             "licence": source.licence,
             "size": source.size,
-            "description": source.description,
+            "available": source.availability,
         }
-        for source in builtin_sources().values()
+        | ({"from": source.origin, "description": source.description} if as_json else {})
+        for source in known.values()
     ]
     print_rows(rows, as_json=as_json)
+
+
+def sources_show(
+    name: Annotated[str, typer.Argument(show_default=False, help="A source, file or hub id.")],
+    documents: Annotated[int, typer.Option(help="How many documents to show.")] = 1,
+    characters: Annotated[int, typer.Option(help="How much of each.")] = 600,
+    own: Annotated[
+        Path | None, typer.Option("--sources", show_default=False, help="A .yaml file of sources.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a source's entry and the beginning of its first documents."""
+    from calmix.sources import get_source, load_sources
+
+    source = get_source(name, load_sources(own) if own is not None else None)
+    shown = [
+        {"id": document.id, "characters": len(document.text), "text": document.text[:characters]}
+        for document in itertools.islice(source.documents(), documents)
+    ]
+    entry = source.model_dump(mode="json")
+    if as_json:
+        print_json({"source": entry, "version": source.version, "documents": shown})
+        return
+    out.print(f"{source.name}: {source.description}", soft_wrap=True, highlight=False)
+    out.print(
+        f"{source.dimension}, {source.kind}, {source.licence}, {source.version}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for document in shown:
+        heading = f"--- {document['id']} ({document['characters']} characters)"
+        out.print(heading, soft_wrap=True, highlight=False, markup=False)
+        out.print(document["text"], soft_wrap=True, highlight=False, markup=False)
 
 
 def assets_ls(as_json: AsJson = False) -> None:

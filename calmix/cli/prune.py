@@ -12,7 +12,12 @@ from calmix.cli.common import (
     AsJson,
     Device,
     Dtype,
+    Leakage,
+    LeakageTokens,
     ModelName,
+    Packing,
+    Select,
+    Sources,
     TrustRemoteCode,
     err,
     out,
@@ -20,6 +25,7 @@ from calmix.cli.common import (
     print_rows,
     progress_bar,
 )
+from calmix.sources import load_sources
 from calmix.specs import prune_request
 
 if TYPE_CHECKING:
@@ -50,7 +56,8 @@ def prune_command(
         str | None,
         typer.Option(
             show_default=False,
-            help="Sources: NAME, a:0.5,b:0.5 or uniform:a,b,c (calmix sources ls, or files).",
+            help="NAME, a:0.5,b:0.5, uniform:a,b,c, a .yaml file or a saved calibration set; a "
+            "NAME is a source (calmix sources ls), a file, a folder or a hub id.",
         ),
     ] = None,
     rows: Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")] = None,
@@ -58,13 +65,11 @@ def prune_command(
     seed: Annotated[
         int | None, typer.Option(show_default="0", help="Seed of the calibration draw.")
     ] = None,
-    packing: Annotated[
-        str | None,
-        typer.Option(
-            show_default="concat",
-            help="concat: documents joined and cut; window: one window of each long document.",
-        ),
-    ] = None,
+    packing: Packing = None,
+    select: Select = None,
+    leakage: Leakage = None,
+    leakage_tokens: LeakageTokens = None,
+    sources: Sources = None,
     propagation: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +99,10 @@ def prune_command(
         length=length,
         seed=seed,
         packing=packing,
+        select=select,
+        leakage=leakage,
+        leakage_tokens=leakage_tokens,
+        own=load_sources(sources) if sources is not None else None,
         propagation=propagation,
         damping=damping,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, build, parse_mix
+from calmix.calibration import CalibrationSet, resolve
 from calmix.errors import InputError
 from calmix.files import atomic_folder, check_output_folder, write_json
 from calmix.manifest import run_record, versions
@@ -20,7 +20,7 @@ from calmix.models import OpenModel, open_model
 from calmix.models.opening import quiet_transformers
 from calmix.pruning.engine import PruneReport, prune
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
-from calmix.specs import PruneRequest
+from calmix.specs import DAMPING, PruneRequest
 
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
@@ -56,22 +56,11 @@ def prune_checkpoint(
     else:
         assert request.sparsity is not None
         pattern = Unstructured(request.sparsity)
-    mix = None if request.calibration is None else parse_mix(request.calibration)
     opened = open_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     check_space(opened, output)
     calibration = None
-    if mix is not None:
-        assert request.rows is not None
-        assert request.length is not None
-        assert request.packing is not None
-        calibration = build(
-            mix,
-            opened,
-            rows=request.rows,
-            length=request.length,
-            seed=request.seed or 0,
-            packing=request.packing,
-        )
+    if request.calibration is not None:
+        calibration = resolve(request.calibration, opened, **request.draw)
     if started is not None:
         started(opened, calibration)
     report = prune(
@@ -80,7 +69,7 @@ def prune_checkpoint(
         method=request.method,
         pattern=pattern,
         propagation=request.propagation or "sequential",
-        damping=request.damping or 0.01,
+        damping=request.damping or DAMPING,
         progress=progress,
     )
     write_checkpoint(opened, output, report, calibration)

@@ -82,7 +82,7 @@ def smallest(score: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     bound = score.kthvalue(count, dim=1, keepdim=True).values
     marked = score <= bound
-    extra = marked.sum(1) - count
+    extra = marked.count_nonzero(1) - count
     if extra.any():
         # Ties at the bound: keep all below it, and of those on it the first few.
         for group in extra.nonzero().flatten().tolist():

@@ -1,4 +1,4 @@
-"""Readers: how the documents of a source are read, one function per kind of place.
+"""Readers: how the documents of a source are read, one class per kind of place.
 
 A reader yields documents in a fixed order, so that the same source gives the same documents on
 the same machine. Drawing at random is the calibration set's work, not the reader's.
@@ -6,11 +6,14 @@ the same machine. Drawing at random is the calibration set's work, not the reade
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from calmix import assets
 from calmix.errors import MissingExtraError, SourceError
+from calmix.sources.template import fields, fill, lookup
+
+SHORTEST = 200  # characters: shorter source files are mostly re-exports
 
 
 @dataclass(frozen=True)
@@ -28,36 +34,58 @@ class Document:
     text: str
 
 
-class _Reader(BaseModel):
+class Reader(BaseModel):
+    """What every reader has: where its text is, and which version of it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def origin(self) -> str:
+        """`offline`, or `hub` for what is fetched from the Hugging Face hub."""
+        return "offline"
 
-class PythonStdlib(_Reader):
+    @property
+    def version(self) -> str:
+        """What the text comes from, with its version."""
+        return "unversioned"
+
+    @property
+    def availability(self) -> str:
+        """Whether the text can be read here and now, in a few words."""
+        return "offline"
+
+    def read(self) -> Iterator[Document]:
+        """Yield the documents in a fixed order."""
+        raise NotImplementedError
+
+
+class PythonStdlib(Reader):
     """The modules of the running Python's standard library, tests and bundled pip left out."""
 
     type: Literal["python-stdlib"]
+
+    @property
+    def version(self) -> str:
+        """The running Python's version."""
+        return f"Python {platform.python_version()}"
 
     def read(self) -> Iterator[Document]:
         """Yield one document a module, in order of path."""
         root = Path(sysconfig.get_path("stdlib"))
         skip = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}
         skip |= {"ensurepip", "lib2to3", "pydoc_data"}
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if skip & set(relative.parts):
-                continue
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue
-            if len(text) >= 200:
-                yield Document(relative.as_posix(), text)
+        yield from _source_files(root, ["**/*.py"], skip)
 
 
-class PythonDocs(_Reader):
+class PythonDocs(Reader):
     """The language reference as pydoc carries it."""
 
     type: Literal["python-docs"]
+
+    @property
+    def version(self) -> str:
+        """The running Python's version."""
+        return f"Python {platform.python_version()}"
 
     def read(self) -> Iterator[Document]:
         """Yield one document a topic, in order of name."""
@@ -69,18 +97,79 @@ class PythonDocs(_Reader):
             yield Document(name, topics[name])
 
 
-class Without(_Reader):
-    """Items to leave out: those whose `field` also stands in one of the `members`."""
+class PackageFiles(Reader):
+    """Source files of an installed package, which is found but not imported. Tests are left out."""
+
+    type: Literal["package"]
+    package: str
+    files: list[str]
+
+    @property
+    def version(self) -> str:
+        """The package's version."""
+        try:
+            return f"{self.package} {metadata.version(self.package)}"
+        except metadata.PackageNotFoundError:
+            return self.package
+
+    @property
+    def availability(self) -> str:
+        """`offline` if the package is installed."""
+        return "offline" if self._root() else f"needs the package {self.package}"
+
+    def _root(self) -> Path | None:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        return Path(spec.submodule_search_locations[0])
+
+    def read(self) -> Iterator[Document]:
+        """Yield one document a file, in order of path.
+
+        Raises:
+            SourceError: the package is not installed.
+        """
+        root = self._root()
+        if root is None:
+            raise SourceError(f"the package {self.package} is not installed")
+        skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
+        yield from _source_files(root, self.files, skip)
+
+
+def _source_files(root: Path, patterns: list[str], skip: set[str]) -> Iterator[Document]:
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        relative = path.relative_to(root)
+        if skip & set(relative.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if len(text) >= SHORTEST:
+            yield Document(relative.as_posix(), text)
+
+
+class Apart(BaseModel):
+    """Texts to keep away from: the even-numbered requests of `members`, or all, by which the
+    suite numbers its items. What shares a run of `words` words with one is left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     members: list[str]
-    field: str
+    items: Literal["all", "even"] = "even"
+    words: Annotated[int, Field(gt=0)] = 8
 
 
-class AssetText(_Reader):
+class AssetText(Reader):
     """Text out of the rendered requests of a data archive.
 
     `template` is filled from each request's fields; `{answer}` is the right choice's text.
     Requests that give the same text (one per choice of a question, say) are one document.
+
+    What a suite may score is left out: `items: odd` hands out only requests whose `number` is
+    odd, the even ones being for the suite; `apart` leaves out what shares a run of words with
+    requests of the members the suite reads. `where` keeps requests with given values.
     """
 
     type: Literal["asset"]
@@ -90,25 +179,43 @@ class AssetText(_Reader):
     after: str | None = None
     before: str | None = None
     items: Literal["all", "odd"] = "all"
-    without: Without | None = None
+    number: str = "doc_id"
+    apart: Apart | None = None
+    where: dict[str, str | list[str]] = {}
+
+    @property
+    def version(self) -> str:
+        """The archive's package and version."""
+        asset = assets.get_asset(self.asset)
+        return f"{asset.distribution} {asset.version}"
+
+    @property
+    def availability(self) -> str:
+        """`offline` if the archive is in the cache."""
+        state = assets.get_asset(self.asset).state
+        return "offline" if state == "ok" else f"fetched on first use (asset {self.asset})"
 
     def read(self) -> Iterator[Document]:
         """Yield each distinct text once, in order of appearance."""
-        left_out: set[str] = set()
-        if self.without is not None:
-            for member in self.without.members:
+        scored: set[tuple[str, ...]] = set()
+        if self.apart is not None:
+            for member in self.apart.members:
                 for request in assets.read_jsonl(self.asset, member):
-                    left_out.add(lookup(request, self.without.field))
+                    if self.apart.items == "all" or request["doc_id"] % 2 == 0:
+                        text = fill(self.template, _with_answer(request))
+                        scored |= word_runs(text, self.apart.words)
         seen: set[str] = set()
         for member in self.members:
             for request in assets.read_jsonl(self.asset, member):
-                if self.items == "odd" and int(request["doc_id"]) % 2 == 0:
+                if self.items == "odd" and int(lookup(request, self.number)) % 2 == 0:
                     continue
-                if self.without is not None and lookup(request, self.without.field) in left_out:
+                if not all(_matches(request, key, value) for key, value in self.where.items()):
                     continue
                 text = self._cut(fill(self.template, _with_answer(request)))
-                if text and text not in seen:
-                    seen.add(text)
+                if not text or text in seen:
+                    continue
+                seen.add(text)
+                if self.apart is None or scored.isdisjoint(word_runs(text, self.apart.words)):
                     yield Document(f"{member.split('/')[-3]}/{request['doc_id']}", text)
 
     def _cut(self, text: str) -> str:
@@ -119,61 +226,120 @@ class AssetText(_Reader):
         return text.strip()
 
 
-class ReasoningGym(_Reader):
-    """Problems with answers from reasoning-gym's generators, which are seeded."""
+def word_runs(text: str, n: int) -> set[tuple[str, ...]]:
+    """Return every run of `n` words of a text in lower case; of a shorter text, all of it."""
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+
+
+class ReasoningGym(Reader):
+    """Problems with answers from reasoning-gym's generators, which are seeded.
+
+    What the regular expression `strip` matches (notes on how to format the answer) is removed
+    from the questions.
+    """
 
     type: Literal["reasoning-gym"]
     datasets: list[str]
     documents: Annotated[int, Field(gt=0)]
+    strip: str | None = None
+
+    @property
+    def version(self) -> str:
+        """reasoning-gym's version."""
+        try:
+            return f"reasoning-gym {metadata.version('reasoning-gym')}"
+        except metadata.PackageNotFoundError:
+            return "reasoning-gym"
+
+    @property
+    def availability(self) -> str:
+        """`offline` if reasoning-gym is installed."""
+        installed = importlib.util.find_spec("reasoning_gym") is not None
+        return "offline" if installed else "needs calmix[reasoning]"
 
     def read(self) -> Iterator[Document]:
-        """Yield `documents` problems, the generators taking turns."""
+        """Yield `documents` problems, the generators taking turns; each text once."""
         try:
             import reasoning_gym
         except ImportError:
             raise MissingExtraError("reasoning-gym problems", "reasoning") from None
         size = -(-self.documents // len(self.datasets))
         made = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
+        noise = re.compile(self.strip) if self.strip else None
+        seen: set[str] = set()
         for index in range(self.documents):
             which, item = index % len(made), index // len(made)
             entry = made[which][item]
-            text = f"{entry['question'].strip()}\nAnswer: {entry['answer']}"
-            yield Document(f"{self.datasets[which]}/{item}", text)
+            question = entry["question"]
+            if noise is not None:
+                question = noise.sub("", question)
+            text = f"{question.strip()}\nAnswer: {entry['answer']}"
+            if text not in seen:
+                seen.add(text)
+                yield Document(f"{self.datasets[which]}/{item}", text)
 
 
-class LocalFile(_Reader):
-    """A local `.txt` (one document), `.jsonl` or `.parquet` (one a row, field `text`) file."""
+class LocalFile(Reader):
+    """A local `.txt` (one document), `.jsonl` or `.parquet` (one a row) file, or a folder of them.
+
+    The text of a row is its `template`, filled from the row's fields.
+    """
 
     type: Literal["file"]
     path: Path
-    field: str = "text"
+    template: str = "{text}"
+
+    @property
+    def version(self) -> str:
+        """The file's name; the manifest's hash tells its content."""
+        return self.path.name
+
+    @property
+    def availability(self) -> str:
+        """`offline` if the file is there."""
+        return "offline" if self.path.exists() else "missing"
 
     def read(self) -> Iterator[Document]:
-        """Yield the file's documents in order.
+        """Yield the file's documents in order, those of a folder in order of path.
 
         Raises:
-            SourceError: the file is missing, empty, binary, or a row lacks the field.
+            SourceError: the file is missing, empty, binary, or a row lacks a field.
         """
         path = self.path
-        if not path.is_file():
+        if path.is_dir():
+            files = sorted(
+                file
+                for file in path.rglob("*")
+                if file.is_file()
+                and file.suffix.lower() in FORMATS
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
+            if not files:
+                raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file")
+        elif path.is_file():
+            files = [path]
+        else:
             raise SourceError(f"there is no file {path}")
-        read = FORMATS.get(path.suffix.lower())
-        if read is None:
-            raise SourceError(f"cannot read {path}: known endings are {', '.join(FORMATS)}")
         found = False
-        for document in read(path, self.field):
-            if document.text.strip():
-                found = True
-                yield document
+        for file in files:
+            prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
+            read = FORMATS.get(file.suffix.lower())
+            if read is None:
+                raise SourceError(f"cannot read {file}: known endings are {', '.join(FORMATS)}")
+            for document in read(file, self.template):
+                if document.text.strip():
+                    found = True
+                    yield Document(prefix + document.id, document.text)
         if not found:
             raise SourceError(f"{path} is empty: it holds no text")
 
 
-def _read_txt(path: Path, field: str) -> Iterator[Document]:
+def _read_txt(path: Path, template: str) -> Iterator[Document]:
     yield Document("0", _decoded(path, path.read_bytes()))
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, template: str) -> Iterator[Document]:
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             line = _decoded(path, raw, f" line {number}")
@@ -183,10 +349,10 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
                 row = json.loads(line)
             except ValueError as error:
                 raise SourceError(f"{path} line {number} is not JSON: {error}") from error
-            yield Document(str(number), _field(row, field, f"{path} line {number}"))
+            yield Document(str(number), _filled(template, row, f"{path} line {number}"))
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[Document]:
+def _read_parquet(path: Path, template: str) -> Iterator[Document]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -195,12 +361,14 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises its own classes for foreign bytes
         raise SourceError(f"{path} is not a parquet file") from error
-    if field not in file.schema_arrow.names:
-        raise SourceError(f"{path} has no column '{field}' (has: {file.schema_arrow.names})")
+    columns = fields(template)
+    for column in columns:
+        if column not in (names := file.schema_arrow.names):
+            raise SourceError(f"{path} has no column '{column}' (has: {', '.join(names)})")
     number = 0
-    for batch in file.iter_batches(columns=[field]):
-        for value in batch.column(0).to_pylist():
-            yield Document(str(number), _field({field: value}, field, f"{path} row {number}"))
+    for batch in file.iter_batches(columns=columns):
+        for row in batch.to_pylist():
+            yield Document(str(number), _filled(template, row, f"{path} row {number}"))
             number += 1
 
 
@@ -223,37 +391,18 @@ def _decoded(path: Path, raw: bytes, where: str = "") -> str:
     return text
 
 
-def _field(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or field not in row:
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise SourceError(f"{where} has no field '{field}' (has: {has})")
-    if not isinstance(row[field], str):
-        raise SourceError(f"{where}: field '{field}' is not a string")
-    return row[field]
+def _filled(template: str, row: Any, where: str) -> str:
+    try:
+        for path in fields(template):
+            if not isinstance(value := lookup(row, path), str | list | dict | None):
+                raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
+        return fill(template, row)
+    except SourceError as error:
+        raise SourceError(f"{where}: {error}") from error
 
 
-def lookup(row: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a dotted path of nested mappings.
-
-    Raises:
-        SourceError: a part of the path is missing.
-    """
-    value: Any = row
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            has = ", ".join(value) if isinstance(value, Mapping) else type(value).__name__
-            raise SourceError(f"there is no field '{path}' (has: {has})")
-        value = value[part]
-    return value
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Replace each `{dotted.field}` of a template by the row's value.
-
-    Raises:
-        SourceError: the template names a field the row lacks.
-    """
-    return re.sub(r"\{([\w.]+)\}", lambda match: str(lookup(row, match[1])), template)
+def _matches(request: Mapping[str, Any], key: str, wanted: str | list[str]) -> bool:
+    return lookup(request, key) in ([wanted] if isinstance(wanted, str) else wanted)
 
 
 def _with_answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -261,9 +410,3 @@ def _with_answer(request: dict[str, Any]) -> dict[str, Any]:
     if "choices" in doc and isinstance(doc.get("gold"), int):
         return {**request, "answer": doc["choices"][doc["gold"]]}
     return request
-
-
-AnyReader = Annotated[
-    PythonStdlib | PythonDocs | AssetText | ReasoningGym | LocalFile,
-    Field(discriminator="type"),
-]

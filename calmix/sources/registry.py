@@ -1,35 +1,74 @@
-"""The registry of sources: builtin ones from a YAML file, and local files by path."""
+"""The registry of sources: builtin ones from YAML, a user's own YAML, local files and hub ids."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from calmix.errors import SourceError, nearest
-from calmix.sources.readers import FORMATS, AnyReader, Document, LocalFile
+from calmix.errors import InputError, SourceError, nearest
+from calmix.files import user_path
+from calmix.sources.hub import HubText
+from calmix.sources.readers import (
+    FORMATS,
+    AssetText,
+    Document,
+    LocalFile,
+    PackageFiles,
+    PythonDocs,
+    PythonStdlib,
+    ReasoningGym,
+)
+from calmix.yaml_files import first_problem, read_yaml
+
+AnyReader = Annotated[
+    PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
+    Field(discriminator="type"),
+]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 class Source(BaseModel):
-    """A named source of text. `dimension` is what it leans to; a user's file has none."""
+    """A named source of text. `dimension` is the capability dimension it leans to, if known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    dimension: str
-    kind: str
-    licence: str
-    size: str
-    description: str
+    dimension: str = "-"
+    kind: str = "the user's own"
+    licence: str = "the user's own"
+    size: str = "-"
+    description: str = ""
     reader: AnyReader
 
+    @property
+    def origin(self) -> str:
+        """`offline` or `hub`."""
+        return self.reader.origin
+
+    @property
+    def availability(self) -> str:
+        """Whether the text can be read here and now, in a few words."""
+        return self.reader.availability
+
+    @property
+    def version(self) -> str:
+        """What the text comes from, with its version."""
+        return self.reader.version
+
     def documents(self) -> Iterator[Document]:
-        """Yield the documents, in a fixed order."""
+        """Yield the documents, in a fixed order.
+
+        Raises:
+            SourceError: the text is missing, unreadable or not as the source's entry says.
+        """
         try:
             yield from self.reader.read()
         except SourceError as error:
@@ -40,36 +79,105 @@ class Source(BaseModel):
 
 @functools.cache
 def builtin_sources() -> dict[str, Source]:
-    """Return the builtin sources by name."""
-    text = resources.files("calmix.sources").joinpath("builtin.yaml").read_text(encoding="utf-8")
-    return {name: Source(name=name, **value) for name, value in yaml.safe_load(text).items()}
+    """Return the builtin sources by name, those that work offline first."""
+    found: dict[str, Source] = {}
+    for file in ("builtin.yaml", "hub.yaml"):
+        text = resources.files("calmix.sources").joinpath(file).read_text(encoding="utf-8")
+        for name, entry in yaml.safe_load(text).items():
+            found[name] = Source(name=name, **entry)
+    return found
 
 
-def get_source(name: str) -> Source:
-    """Return a builtin source by name, or a local file by path.
+def offline_sources() -> dict[str, Source]:
+    """Return the builtin sources that need no hub, by name."""
+    return {name: source for name, source in builtin_sources().items() if source.origin != "hub"}
+
+
+def load_sources(path: Path) -> dict[str, Source]:
+    """Read a user's YAML file of sources: a mapping of names to entries, of which only `reader`
+    is required. Relative paths are meant from the file's own folder.
+
+    Raises:
+        InputError: the file is unreadable, or an entry has a wrong key or value.
+    """
+    return parse_sources(read_yaml(path), path)
+
+
+def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
+    """Return sources by name from the entries of a user's YAML file at `path`.
+
+    Raises:
+        InputError: an entry has a wrong key or value.
+    """
+    found: dict[str, Source] = {}
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not name.strip() or set(name) & set(":,"):
+            raise InputError(f"{path}: '{name}' cannot name a source (no ':' and no ',')")
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: source '{name}' is no mapping with a reader")
+        try:
+            source = Source(name=name, **{str(key): value for key, value in entry.items()})
+        except (ValidationError, TypeError) as error:
+            what = first_problem(error) if isinstance(error, ValidationError) else str(error)
+            raise InputError(f"{path}: source '{name}': {what}") from error
+        found[name] = _rooted(source, path.parent)
+    return found
+
+
+def _rooted(source: Source, folder: Path) -> Source:
+    reader = source.reader
+    if isinstance(reader, LocalFile) and not reader.path.expanduser().is_absolute():
+        reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
+    elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
+        reader = reader.model_copy(update={"id": str((folder / reader.id).resolve())})
+    return source.model_copy(update={"reader": reader})
+
+
+def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
+    """Return a source: one of the user's `own`, a builtin by name, a local file or folder by
+    path, or a data set on the hub by id (`owner/name`, or `owner/name@subset`).
 
     Raises:
         SourceError: no such source or file, with the nearest names.
     """
-    known = builtin_sources()
+    known = {**builtin_sources(), **(own or {})}
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
-    if path.suffix.lower() in FORMATS or path.exists() or "/" in name:
-        if path.is_dir():
-            raise SourceError(f"{path} is a folder: name a file ({', '.join(FORMATS)})")
-        if not path.is_file():
-            raise SourceError(f"there is no file {path}")
+    path = user_path(name)
+    if _exists(path):
+        size = _bytes([path] if path.is_file() else path.rglob("*"))
         return Source(
             name=name,
-            dimension="-",
-            kind="local file",
-            licence="the user's own",
-            size=f"{path.stat().st_size / 1e6:.1f} MB",
+            kind="local file" if path.is_file() else "local folder",
+            size=f"{size / 1e6:.1f} MB",
             description=str(path),
             reader=LocalFile(type="file", path=path),
         )
+    if path.suffix.lower() in FORMATS:
+        raise SourceError(f"there is no file {path}")
+    if HUB_ID.fullmatch(name) and not name.startswith("."):
+        identifier, _, subset = name.partition("@")
+        return Source(
+            name=name,
+            kind="hub data set",
+            licence="see its card on the hub",
+            description=f"the data set {identifier} on the hub",
+            reader=HubText(type="hub", id=identifier, subset=subset or None),
+        )
+    if "/" in name:
+        raise SourceError(f"there is no file {path}")
     raise SourceError(f"unknown source '{name}': {nearest(name, known)}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # longer than a name may be
+        return False
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def documents_hash(documents: list[Document]) -> str:

@@ -24,6 +24,8 @@ def solve(
 ) -> Solution:
     """Prune with optimal brain surgeon updates (algorithm 1 of the paper).
 
+    Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does.
+
     Args:
         weights: float32 matrices (rows, columns) that share one input.
         gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
@@ -42,7 +44,7 @@ def solve(
     layers = stacked.split(heights, dim=1)
     energy = [_energy(weight, gram) for weight in weights]
     loss = torch.zeros(stacked.shape[1], device=stacked.device)
-    pruned = torch.zeros(stacked.shape[1], dtype=torch.int64, device=stacked.device)
+    pruned = [0] * len(heights)
     block = _multiple(BLOCK, pattern)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -51,18 +53,19 @@ def solve(
         mask = torch.zeros(stop - start, stacked.shape[1], dtype=torch.bool, device=stacked.device)
         if not isinstance(pattern, SemiStructured):
             for layer, part in zip(layers, mask.split(heights, dim=1), strict=True):
-                score = (layer[start:stop] * inverse[:, None]).square_().view(1, -1)
+                score = (layer[start:stop] * inverse[:, None]).abs_().view(1, -1)
                 part.copy_(smallest(score, pattern.count(score.numel())).view(part.shape))
         local = upper[start:stop, start:stop]
         errors = _block(stacked[start:stop], mask, local, inverse, pattern)
         stacked[start:stop].masked_fill_(mask, 0)
         stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(0)
-        pruned += mask.sum(0)
+        for number, height in enumerate(heights):
+            pruned[number] += _count(pattern, stop - start, height)
     lost = [float(part.sum()) for part in loss.split(heights)]
     return Solution(
         weights=[layer.T.contiguous() for layer in layers],
-        pruned=[int(part.sum()) for part in pruned.split(heights)],
+        pruned=pruned,
         errors=[part / whole if whole else 0.0 for part, whole in zip(lost, energy, strict=True)],
         damping=factor.damping,
         dtype=factor.dtype,
@@ -89,7 +92,7 @@ def _block(
         for group in range(start, stop, width):
             last = min(group + width, stop)
             if isinstance(pattern, SemiStructured):
-                score = (weights[group:last] * inverse[group:last, None]).square_()
+                score = (weights[group:last] * inverse[group:last, None]).abs_()
                 mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
             scaled = mask[group:last] / diagonal[group:last, None]
             for j in range(group, last):
@@ -98,6 +101,13 @@ def _block(
                     weights[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return errors
+
+
+def _count(pattern: Pattern, columns: int, rows: int) -> int:
+    """Entries that one block's mask of a layer removes; exact by construction of the masks."""
+    if isinstance(pattern, SemiStructured):
+        return columns // pattern.m * (pattern.m - pattern.n) * rows
+    return pattern.count(columns * rows)
 
 
 def _multiple(size: int, pattern: Pattern) -> int:

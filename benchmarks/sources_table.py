@@ -1,0 +1,76 @@
+"""The table of all offline sources in docs/sources.md, measured with the builtin model.
+
+    python benchmarks/sources_table.py --json sources.json
+
+Prints Markdown: every offline source at one token budget, the mean over draws with half of the
+95 % interval. Coverage and mismatch are against the other sources pooled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from calmix.information import Interval, measure
+from calmix.models import open_model
+from calmix.sources import offline_sources
+
+COLUMNS = {
+    "documents": ("scope_documents", "{:.0f}"),
+    "tokens a document": ("granularity", "{:.0f}"),
+    "entropy (bits)": ("entropy", "{:.2f}"),
+    "vocabulary share": ("scope_tokens", "{:.3f}"),
+    "variety, n=2": ("variety_2", "{:.3f}"),
+    "aggregation, n=1": ("aggregation_1", "{:.3f}"),
+    "aggregation, n=4": ("aggregation_4", "{:.3f}"),
+    "coverage, n=1": ("coverage_1", "{:.3f}"),
+    "perplexity": ("distortion", "{:.2f}"),
+    "bits per byte": ("bits_per_byte", "{:.3f}"),
+    "mismatch (bits)": ("mismatch", "{:.3f}"),
+}
+
+
+def cell(value: Interval, form: str) -> str:
+    """Return a mean with half of its interval."""
+    if value.low is None or value.high is None:
+        return form.format(value.mean)
+    return f"{form.format(value.mean)} ± {form.format((value.high - value.low) / 2)}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    start = time.perf_counter()
+    sources = offline_sources()
+    found = measure(
+        list(sources),
+        open_model(options.model),
+        rows=options.rows,
+        length=options.length,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    if options.json:
+        found.save(options.json)
+    print(
+        f"Model {options.model}; {found.budget['tokens']} tokens a draw ({options.rows} rows of "
+        f"{options.length}), {options.draws} draws from seed {options.seed}; mean ± half of the "
+        f"95 % interval. Took {time.perf_counter() - start:.0f} s.\n"
+    )
+    print("| source | dimension | " + " | ".join(COLUMNS) + " |")
+    print("|---|---|" + "---|" * len(COLUMNS))
+    for name, source in sources.items():
+        values = [cell(found[name][key], form) for key, form in COLUMNS.values()]
+        print(f"| {name} | {source.dimension} | " + " | ".join(values) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""From what a user writes to a calibration set: a name, a mix, a YAML file or a saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from calmix.calibration.build import HasTokenizer, build, tokenizer_function
+from calmix.calibration.leakage import TOKENS, Guard, Item, ItemIndex
+from calmix.calibration.mix import Mix, make_mix, parse_mix
+from calmix.calibration.packing import Packing
+from calmix.calibration.select import Selection
+from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.errors import InputError
+from calmix.files import user_path
+from calmix.sources import Source
+from calmix.sources.registry import parse_sources
+from calmix.specs import LENGTH, ROWS, SEED
+from calmix.yaml_files import first_problem, read_yaml
+
+SUITE = "offline"
+
+
+class SpecFile(BaseModel):
+    """A YAML file that describes a calibration set; options on the command line come first.
+
+    Exactly one of `mix` (a mapping of weights, or text as on the command line) and `uniform` (a
+    list of names). `sources` describes the user's own, as in a file of sources.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mix: dict[str, float] | str | None = None
+    uniform: list[str] | None = None
+    sources: dict[str, Any] = {}
+    rows: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    packing: Packing | None = None
+    select: Selection | None = None
+    leakage: str | None = None
+    leakage_tokens: int | None = None
+
+    @field_validator("leakage", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed specification: the mix, the user's own sources, and what the file fixes."""
+
+    mix: Mix
+    own: dict[str, Source] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_spec(text: str, own: Mapping[str, Source] | None = None) -> Spec:
+    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b` or the path of a YAML file.
+
+    Raises:
+        InputError: the text or the file cannot be used as it is.
+    """
+    path = user_path(text)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return Spec(parse_mix(text), dict(own or {}))
+    try:
+        file = SpecFile(**read_yaml(path))
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}") from error
+    except TypeError as error:
+        raise InputError(f"{path}: its keys must be text") from error
+    if (file.mix is None) == (file.uniform is None):
+        raise InputError(f"{path}: give either 'mix' (names with weights) or 'uniform' (names)")
+    if isinstance(file.mix, str):
+        mix = parse_mix(file.mix)
+    elif file.mix is not None:
+        mix = make_mix(file.mix, str(path))
+    else:
+        mix = parse_mix("uniform:" + ",".join(file.uniform or ()))
+    fixed = file.model_dump(exclude={"mix", "uniform", "sources"}, exclude_none=True)
+    return Spec(mix, {**(own or {}), **parse_sources(file.sources, path)}, fixed)
+
+
+def resolve(
+    text: str,
+    opened: HasTokenizer,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    packing: Packing | None = None,
+    select: Selection | None = None,
+    leakage: str | None = None,
+    leakage_tokens: int | None = None,
+    own: Mapping[str, Source] | None = None,
+    tick: Callable[[str], None] | None = None,
+) -> CalibrationSet:
+    """Return the calibration set a user asks for: drawn anew, or read from a saved folder.
+
+    Args:
+        text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, or the folder
+            of a saved set.
+        opened: the model, or its tokenizer alone.
+        rows, length, seed, packing, select: as for `build`; None means not given (64 rows of
+            512 tokens, seed 0, concat, random, or what the YAML file says).
+        leakage: the suite whose items the set must not share runs with; `off` for no check.
+        leakage_tokens: the length of such a run in tokens.
+        own: the user's own sources by name.
+        tick: called with the name of each source once it is drawn.
+
+    Raises:
+        InputError: the text cannot be used, or an option contradicts a saved set.
+        SourceError: a source is unknown, unreadable, too small, or leaks.
+    """
+    given = {
+        "rows": rows,
+        "length": length,
+        "seed": seed,
+        "packing": packing,
+        "select": select,
+        "leakage": leakage,
+        "leakage_tokens": leakage_tokens,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    path = user_path(text)
+    if is_saved_set(path):
+        return _saved(path, opened, given)
+    spec = parse_spec(text, own)
+    options: dict[str, Any] = {
+        "rows": ROWS,
+        "length": LENGTH,
+        "seed": SEED,
+        "packing": "concat",
+        "select": "random",
+        "leakage": SUITE,
+        "leakage_tokens": TOKENS,
+    }
+    options |= spec.fixed | given
+    if options["seed"] < 0:
+        raise InputError(f"seed {options['seed']} is negative")
+    suite, n = options.pop("leakage"), options.pop("leakage_tokens")
+    guard = None if suite == "off" else suite_guard(suite, opened, n)
+    return build(spec.mix, opened, guard=guard, own=spec.own, tick=tick, **options)
+
+
+def _saved(path: Path, opened: HasTokenizer, given: dict[str, Any]) -> CalibrationSet:
+    found = CalibrationSet.open(path, opened)
+    leakage = found.manifest.get("leakage")
+    has = {**found.manifest, "leakage": leakage, "leakage_tokens": None}
+    if isinstance(leakage, dict):
+        has |= {"leakage": leakage["suite"], "leakage_tokens": leakage["tokens"]}
+    for key, value in given.items():
+        if has.get(key) != value:
+            raise InputError(
+                f"calibration set {path} has {key} {has.get(key)}, not {value}: leave "
+                f"--{key.replace('_', '-')} out, or make another set"
+            )
+    if opened.context is not None and found.length > opened.context:
+        raise InputError(
+            f"calibration set {path} has rows of {found.length} tokens, beyond the model's "
+            f"context of {opened.context}"
+        )
+    return found
+
+
+def suite_guard(suite: str, opened: HasTokenizer, n: int = TOKENS) -> Guard:
+    """Return a guard against the items of a suite.
+
+    Raises:
+        InputError: n is not positive, or the suite is unknown.
+        AssetError: the suite's archive is missing and cannot be fetched.
+    """
+    if n < 2:
+        raise InputError(f"a run of {n} tokens is too short to tell a leak: use 2 or more")
+    items = suite_items(suite)
+    return Guard(suite, ItemIndex(items, tokenizer_function(opened.tokenizer), n))
+
+
+def suite_items(suite: str) -> list[Item]:
+    """Return task, item id and text of every item a suite scores.
+
+    Raises:
+        InputError: the suite is unknown.
+        AssetError: the suite's archive is missing and cannot be fetched.
+    """
+    from calmix.capability.suites import load_suite
+
+    return [(item.task, item.id, item.text) for item in load_suite(suite).items()]

@@ -1,0 +1,49 @@
+"""Open a model's tokenizer alone: building a calibration set needs no weights in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calmix.errors import ModelError
+from calmix.models import resolve_model
+from calmix.models.opening import quiet_transformers, tokenizer_fingerprint
+
+
+@dataclass(frozen=True)
+class OpenTokenizer:
+    """A model's tokenizer and context length, without its weights."""
+
+    name: str
+    folder: Path
+    tokenizer: Any
+    context: int | None
+    tokenizer_fingerprint: str
+
+
+def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokenizer:
+    """Open the tokenizer of a model by hub id, local folder, `.gguf` file or `builtin:NAME`.
+
+    Raises:
+        ModelError: the model cannot be found or has no usable tokenizer.
+    """
+    folder = resolve_model(name)
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelError(f"{name} has no usable tokenizer: {reason[:300]}") from error
+    config = config.get_text_config(decoder=True)
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    sizes = (getattr(config, key, None) for key in keys)
+    context = next((size for size in sizes if isinstance(size, int)), None)
+    return OpenTokenizer(name, folder, tokenizer, context, tokenizer_fingerprint(tokenizer))

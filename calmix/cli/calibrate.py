@@ -1,0 +1,242 @@
+"""`calibrate`, `export` and `measure`: make a calibration set, hand it on, tell what it is like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from calmix.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    Leakage,
+    LeakageTokens,
+    Packing,
+    Select,
+    Sources,
+    TrustRemoteCode,
+    out,
+    print_json,
+    print_rows,
+    progress_bar,
+)
+from calmix.errors import InputError
+from calmix.files import check_output_folder, user_path
+from calmix.sources import load_sources
+
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        show_default=False,
+        help="NAME, a:0.5,b:0.5, uniform:a,b,c or a .yaml file; a NAME is a source (calmix "
+        "sources ls), a file, a folder or a hub id.",
+    ),
+]
+ForModel = Annotated[
+    str, typer.Option("--model", "-m", show_default=False, help="The model it is for.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("calibrate")(calibrate)
+    app.command("export")(export)
+    app.command("measure")(measure)
+
+
+def calibrate(
+    spec: Spec,
+    model: ForModel,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")
+    ],
+    rows: Annotated[int | None, typer.Option(show_default="64", help="Rows.")] = None,
+    length: Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="Seed of the draw.")] = None,
+    packing: Packing = None,
+    select: Select = None,
+    leakage: Leakage = None,
+    leakage_tokens: LeakageTokens = None,
+    sources: Sources = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a calibration set from sources and save it."""
+    from calmix.calibration import open_tokenizer, resolve
+    from calmix.calibration.set import is_saved_set
+
+    if is_saved_set(user_path(spec)):
+        raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
+    check_output_folder(output, overwrite=overwrite)
+    own = load_sources(sources) if sources is not None else None
+    opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    with progress_bar() as bar:
+        task = bar.add_task("drawing", total=None)
+        made = resolve(
+            spec,
+            opened,
+            rows=rows,
+            length=length,
+            seed=seed,
+            packing=packing,  # type: ignore[arg-type]
+            select=select,  # type: ignore[arg-type]
+            leakage=leakage,
+            leakage_tokens=leakage_tokens,
+            own=own,
+            tick=lambda name: bar.update(task, description=f"drew {name}", advance=1),
+        )
+    made.save(output, overwrite=overwrite)
+    dropped = _dropped(made.manifest)
+    if as_json:
+        print_json(
+            {
+                "folder": str(output),
+                "rows": made.rows,
+                "length": made.length,
+                "counts": made.counts,
+                "sha256": made.sha256,
+                "leakage": "off" if dropped is None else {"dropped": dropped},
+            }
+        )
+        return
+    shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
+    out.print(f"{output}: {made.rows} rows of {made.length} tokens ({shares})", soft_wrap=True)
+    if dropped is None:
+        out.print("not checked for leakage")
+    else:
+        guard = made.manifest["leakage"]
+        out.print(
+            f"{sum(dropped.values())} documents dropped that share {guard['tokens']} tokens in a "
+            f"row with an item of suite {guard['suite']} "
+            f"({sum(guard['checked'].values())} checked)",
+            soft_wrap=True,
+        )
+
+
+def _dropped(manifest: dict[str, Any]) -> dict[str, int] | None:
+    leakage = manifest["leakage"]
+    if leakage == "off":
+        return None
+    return {name: len(entries) for name, entries in leakage["dropped"].items()}
+
+
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="SET", show_default=False, help="A saved calibration set.")
+    ],
+    model: ForModel,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", show_default=False,
+            help="A .jsonl file (text), or a folder for datasets.load_from_disk (ids and text).",
+        ),
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file or folder.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """Export a calibration set for other tools, as text or as a datasets folder."""
+    from calmix.calibration import CalibrationSet, open_tokenizer
+    from calmix.calibration.export import export_datasets, export_jsonl
+
+    text = output.suffix.lower() == ".jsonl"
+    if not text:
+        check_output_folder(output, overwrite=overwrite)
+    elif output.exists() and not overwrite:
+        raise InputError(f"{output} exists: choose another file or --overwrite")
+    CalibrationSet.open(folder)
+    opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    made = CalibrationSet.open(folder, opened)
+    if text:
+        export_jsonl(made, opened.tokenizer, output)
+    else:
+        export_datasets(made, opened.tokenizer, output, overwrite=overwrite)
+    out.print(f"{output}: {made.rows} rows of {made.length} tokens", soft_wrap=True)
+
+
+def measure(
+    specs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SPEC...",
+            show_default=False,
+            help="Sources, mixes, .yaml files or saved sets; 'offline': every offline source.",
+        ),
+    ],
+    model: ForModel,
+    rows: Annotated[int, typer.Option(help="Rows of the budget.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    draws: Annotated[int, typer.Option(help="Draws, each with its own seed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the first draw.")] = 0,
+    packing: Packing = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(show_default="the other SPECs pooled", help="SPEC for coverage and mismatch."),
+    ] = None,
+    perplexity: Annotated[
+        bool, typer.Option(help="Compute perplexity, which runs the model.")
+    ] = True,
+    sources: Sources = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", show_default=False, help="Write to a .json or .csv file."),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what calibration text is like, all at one token budget."""
+    from calmix.calibration import open_tokenizer
+    from calmix.information import measure as run
+    from calmix.information.measuring import check_result_file, table
+    from calmix.models import open_model
+    from calmix.sources import offline_sources
+
+    if output is not None:
+        check_result_file(output)
+    own = load_sources(sources) if sources is not None else None
+    names = [n for spec in specs for n in (offline_sources() if spec == "offline" else [spec])]
+    opened: Any
+    if perplexity:
+        opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    else:
+        opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    with progress_bar() as bar:
+        task = bar.add_task("measuring", total=len(names) * draws)
+        measurement = run(
+            names,
+            opened,
+            rows=rows,
+            length=length,
+            draws=draws,
+            seed=seed,
+            packing=packing or "concat",  # type: ignore[arg-type]
+            reference=reference,
+            perplexity=perplexity,
+            own=own,
+            tick=lambda name: bar.update(task, description=f"measured {name}", advance=1),
+        )
+    if output is not None:
+        measurement.save(output)
+    if as_json:
+        print_json(measurement.to_dict())
+        return
+    budget = measurement.budget
+    print_rows(
+        table(measurement),
+        as_json=False,
+        title=f"{budget['tokens']} tokens a draw ({rows} x {length}), {draws} draws from seed "
+        f"{seed}; mean ± half of the 95 % interval",
+    )
+    for result in measurement.results:
+        if result.note:
+            out.print(f"{result.name}: {result.note}", soft_wrap=True)

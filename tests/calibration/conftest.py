@@ -1,0 +1,45 @@
+"""Tiny tokenizers and sources for calibration tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from calmix.calibration import OpenTokenizer, open_tokenizer
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> OpenTokenizer:
+    """The tiny model's tokenizer: one token a byte, no begin token."""
+    return open_tokenizer(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def foreign_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The tiny model with another tokenizer: one more token."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, str]:
+    """Two JSON-lines sources of 60 documents of 40 to 99 bytes, in letters of their own."""
+    found = {}
+    for name, letters in (("lower", "abcdefgh"), ("upper", "ABCDEFGH")):
+        path = tmp_path / f"{name}.jsonl"
+        lines = []
+        for number in range(60):
+            size = 40 + number
+            text = "".join(letters[(i * i + number * i + number) % 8] for i in range(size))
+            lines.append(json.dumps({"text": text}) + "\n")
+        path.write_text("".join(lines), encoding="utf-8")
+        found[name] = str(path)
+    return found

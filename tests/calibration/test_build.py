@@ -1,0 +1,126 @@
+"""Drawing calibration sets."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from calmix.calibration import build, parse_mix
+from calmix.calibration.build import begin_token
+from calmix.errors import InputError, SourceError
+
+
+def mix_of(sources, lower=1, upper=1):
+    return parse_mix(f"{sources['lower']}:{lower},{sources['upper']}:{upper}")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    length=st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+    packing=st.sampled_from(["concat", "window"]),
+    select=st.sampled_from(["random", "zipcal"]),
+)
+def test_rows_are_full_of_one_source_and_repeatable(
+    sources, tiny, rows, length, seed, packing, select
+):
+    request = {
+        "rows": rows, "length": length, "seed": seed, "packing": packing, "select": select,
+    }  # fmt: skip
+    mix = mix_of(sources, 1, 2)
+    made = build(mix, tiny, **request)
+    again = build(mix, tiny, **request)
+    assert made.ids.shape == (rows, length)
+    assert made.sha256 == again.sha256
+    assert made.manifest == again.manifest
+    assert sum(made.counts.values()) == rows
+    assert made.counts == {n: d["rows"] for n, d in made.manifest["sources"].items()} or (
+        dict(sorted(made.counts.items()))
+        == dict(sorted((n, d["rows"]) for n, d in made.manifest["sources"].items()))
+    )
+    for row, source in zip(made.ids.tolist(), made.sources, strict=True):
+        text = tiny.tokenizer.decode(row, skip_special_tokens=True)
+        assert text == (text.lower() if source == sources["lower"] else text.upper())
+
+
+def test_another_seed_draws_other_rows(sources, tiny):
+    mix = mix_of(sources)
+    drawn = {build(mix, tiny, rows=8, length=32, seed=seed).sha256 for seed in range(5)}
+    assert len(drawn) == 5
+
+
+def test_adding_a_source_does_not_move_the_others(sources, tiny):
+    alone = build(parse_mix(sources["lower"]), tiny, rows=4, length=32)
+    both = build(mix_of(sources), tiny, rows=8, length=32)
+    rows = {tuple(r) for r, s in zip(both.ids.tolist(), both.sources, strict=True)
+            if s == sources["lower"]}  # fmt: skip
+    assert rows == {tuple(row) for row in alone.ids.tolist()}
+
+
+def test_zipcal_draws_more_distinct_tokens(tmp_path, tiny):
+    path = tmp_path / "skewed.jsonl"
+    lines = ['{"text": "' + "ab" * 20 + '"}' for _ in range(60)]
+    lines += ['{"text": "' + "".join(chr(33 + (i * 7 + j) % 90) for j in range(40))
+              .replace("\\", "x").replace('"', "y") + '"}' for i in range(20)]  # fmt: skip
+    path.write_text("\n".join(lines), encoding="utf-8")
+    mix = parse_mix(str(path))
+    options = {"rows": 5, "length": 30, "packing": "window"}
+    plain = build(mix, tiny, **options)
+    diverse = build(mix, tiny, select="zipcal", **options)
+    assert len(diverse.ids.unique()) > len(plain.ids.unique())
+    assert diverse.manifest["sources"][str(path)]["candidates"] == 20
+
+
+def test_a_begin_token_opens_every_row(sources, tiny):
+    from tokenizers.processors import TemplateProcessing
+
+    from tests.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    assert begin_token(tokenizer) == 1
+    assert begin_token(tiny.tokenizer) is None
+
+    class Begins:
+        context = None
+        tokenizer_fingerprint = "x"
+
+    opened = Begins()
+    opened.tokenizer = tokenizer
+    made = build(mix_of(sources), opened, rows=6, length=20)
+    assert (made.ids[:, 0] == 1).all()
+    assert (made.ids[:, 1:] != 1).all()
+    with pytest.raises(InputError, match="no room for text after the begin token"):
+        build(mix_of(sources), opened, rows=1, length=1)
+
+
+def test_the_manifest_names_the_documents(sources, tiny):
+    made = build(parse_mix(sources["lower"]), tiny, rows=3, length=40, packing="window")
+    entry = made.manifest["sources"][sources["lower"]]
+    assert entry["documents"] == 60
+    assert len(entry["drawn"]) == len(set(entry["drawn"])) == 3
+    assert entry["drawn_tokens"] == sum(39 + int(name) for name in entry["drawn"])
+
+
+def test_too_little_text_tells_has_and_needs(sources, tiny):
+    with pytest.raises(SourceError, match=r"has 4230 tokens, but 100 rows of 64 need 6400"):
+        build(parse_mix(sources["lower"]), tiny, rows=100, length=64)
+    with pytest.raises(SourceError, match=r"has 10 documents of at least 90 tokens, but 11 rows"):
+        build(parse_mix(sources["lower"]), tiny, rows=11, length=90, packing="window")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "must be positive, not 0 and 8"),
+        ({"length": -1}, "must be positive, not 2 and -1"),
+        ({"length": 257}, "beyond the model's context of 256"),
+        ({"packing": "windows"}, "unknown packing 'windows': did you mean window"),
+        ({"select": "zipkal"}, "unknown selection 'zipkal': did you mean zipcal"),
+    ],
+)
+def test_bad_requests(sources, tiny, change, message):
+    with pytest.raises(InputError, match=message):
+        build(parse_mix(sources["lower"]), tiny, **({"rows": 2, "length": 8} | change))

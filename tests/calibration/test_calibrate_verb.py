@@ -1,0 +1,107 @@
+"""`calmix calibrate` and `calmix export`: one clear line for each mistake, nothing half written."""
+
+import json
+
+import pytest
+
+from calmix import CalibrationSet
+
+
+@pytest.fixture
+def calibrate(calmix, tiny_folder, tmp_path):
+    def run(spec, *more, leakage="off"):
+        return calmix(
+            "calibrate", spec, "--model", tiny_folder, "-o", tmp_path / "out",
+            "--rows", 4, "--length", 32, "--leakage", leakage, *more,
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_set_is_made_exported_and_read_back(calibrate, calmix, sources, tiny_folder, tmp_path):
+    spec = f"{sources['lower']}:0.5,{sources['upper']}:0.5"
+    ended = calibrate(spec, "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    made = CalibrationSet.open(tmp_path / "out")
+    assert told["sha256"] == made.sha256
+    assert told["counts"] == made.counts
+    text = tmp_path / "set.jsonl"
+    assert calmix("export", tmp_path / "out", "-m", tiny_folder, "-o", text).code == 0
+    assert len(text.read_text(encoding="utf-8").splitlines()) == 4
+    again = calmix("export", tmp_path / "out", "-m", tiny_folder, "-o", text)
+    assert "exists: choose another file" in again.line
+    assert calmix("export", tmp_path / "out", "-m", tiny_folder, "-o", tmp_path / "ds").code == 0
+    assert (tmp_path / "ds" / "state.json").is_file()
+
+
+def test_people_are_told(calibrate, sources):
+    ended = calibrate(sources["lower"])
+    assert "4 rows of 32 tokens" in ended.out
+    assert "not checked for leakage" in ended.out
+
+
+def test_an_existing_folder_is_refused_before_any_work(calibrate, sources, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("x", encoding="utf-8")
+    assert "exists and is not empty" in calibrate(sources["lower"]).line
+    assert calibrate(sources["lower"], "--overwrite").code == 0
+
+
+def test_a_saved_set_is_no_spec_for_calibrate(calibrate, sources, tmp_path):
+    assert calibrate(sources["lower"]).code == 0
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert "is a calibration set already" in calibrate(tmp_path / "first").line
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "message"),
+    [
+        ("python-stdlb", [], "did you mean python-stdlib"),
+        ("python-docs:1,python-docs:2", [], "names 'python-docs' twice"),
+        ("python-docs:-1,python-stdlib:2", [], "the weight of 'python-docs' is -1.0"),
+        ("python-docs:0", [], "all weights are zero"),
+        ("{lower}", ["--rows", "1000"], "tokens, but 1000 rows of 32 need 32000"),
+        ("{lower}", ["--rows", "0"], "must be positive"),
+        ("{lower}", ["--length", "-3"], "must be positive"),
+        ("{lower}", ["--length", "9999"], "beyond the model's context"),
+        ("{lower}", ["--seed", "-1"], "seed -1 is negative"),
+        ("{lower}", ["--packing", "loose"], "unknown packing 'loose'"),
+        ("{lower}", ["--select", "best"], "unknown selection 'best'"),
+        ("{lower}", ["--sources", "no.yaml"], "there is no file no.yaml"),
+        ("missing.jsonl", [], "there is no file missing.jsonl"),
+        ("missing.yaml", [], "there is no file missing.yaml"),
+        ("{bytes}", [], "is not UTF-8 text"),
+        ("{template}", [], "there is no field 'body' (has: text)"),
+        ("c4", [], "the hub cannot be reached for allenai/c4"),
+    ],
+)
+def test_one_line_and_nothing_left(calibrate, sources, tmp_path, monkeypatch, spec, more, message):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "template.yaml").write_text(
+        "uniform: [mine]\n"
+        "sources: {mine: {reader: {type: file, path: lower.jsonl, template: '{body}'}}}\n",
+        encoding="utf-8",
+    )
+    names = {
+        "{lower}": sources["lower"],
+        "{bytes}": tmp_path / "bytes.txt",
+        "{template}": tmp_path / "template.yaml",
+    }
+    ended = calibrate(names.get(spec, spec), *more)
+    assert ended.code == 2
+    assert message in ended.line
+    assert ended.out == ""
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_export_refuses_a_foreign_model_and_a_foreign_folder(
+    calibrate, calmix, sources, foreign_folder, tiny_folder, tmp_path
+):
+    calibrate(sources["lower"])
+    ended = calmix("export", tmp_path / "out", "-m", foreign_folder, "-o", tmp_path / "x.jsonl")
+    assert "another tokenizer" in ended.line
+    ended = calmix("export", tiny_folder, "-m", tiny_folder, "-o", tmp_path / "x.jsonl")
+    assert "holds no manifest.json" in ended.line
+    assert not (tmp_path / "x.jsonl").exists()

