@@ -314,16 +314,23 @@ def _build_harness(name: str, spec: TaskSpec) -> tuple[Any, Any, Any]:
             f"lm-evaluation-harness has no task '{spec.harness}': "
             f"{nearest(spec.harness, manager.all_tasks)}"
         )
-    wanted: Any = spec.harness
     ids: list[str] | None = None
+    data: Any = None
     if spec.archive is not None:
         items = load_items(spec)
         ids = [item.id for item in items]
         data = _dataset([dict(item.doc) for item in items])
-        wanted = {"task": spec.harness, "custom_dataset": data}
     with quiet_harness(), _code_in_sandbox(spec):
         try:
-            parts = manager.load([wanted])["tasks"]
+            if data is None:
+                parts = manager.load([spec.harness])["tasks"]
+            else:  # `load` has no way to change a registered task: it would replace it
+                changed = {"custom_dataset": data}
+                index = manager.task_index
+                task = manager._factory.build(
+                    index[spec.harness], overrides=changed, registry=index
+                )
+                parts = {spec.harness: task}
         except ImportError as error:
             raise InputError(
                 f"lm-evaluation-harness needs more packages for {spec.harness}: {error}"

@@ -195,3 +195,35 @@ def test_programs_are_written_run_and_scored(monkeypatch: pytest.MonkeyPatch) ->
     assert scores.tasks[0].items == ("codex_humaneval/0", "codex_humaneval/82")
     assert set(scores.tasks[0].values) <= {0.0, 1.0}
     assert any("check(" in source for source in tried)
+
+
+def test_a_task_of_the_harness_on_its_own_data(
+    suite: Suite, tiny: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = [
+        {"goal": f"goal {n}", "sol1": f"way {n}", "sol2": "none", "label": n % 2} for n in range(9)
+    ]
+    made = datasets.Dataset.from_list(rows)
+    asked: list[str] = []
+
+    def load(path: str, **_: Any) -> Any:
+        asked.append(path)
+        return {"train": made, "validation": made, "test": made}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text = suite_text().partition("dimensions:")[0] + (
+        "dimensions:\n  general:\n    physical: {harness: piqa, metric: acc_norm, shots: 1,"
+        " items: even, limit: 3, chance: choices}\n"
+    )
+    mine = parse_suite(text, "mine")
+    scores = evaluate(tiny, mine)
+    assert len(asked) == 1
+    assert scores.tasks[0].items == ("piqa/0", "piqa/2", "piqa/6")
+    assert scores.tasks[0].chance == 0.5
+    assert [item.id for item in mine.items()] == ["piqa/0", "piqa/2", "piqa/6"]
+    assert "goal 2" in next(item.text for item in mine.items() if item.id == "piqa/2")
+    wrong = parse_suite(text.replace("acc_norm", "exact_match"), "mine")
+    with pytest.raises(InputError, match=r"task physical has no metric 'exact_match' \(has: acc"):
+        evaluate(tiny, wrong)

@@ -129,3 +129,29 @@ def test_suites_are_listed_and_shown(calmix: Run) -> None:
     assert data["dimensions"]["math"]["gsm8k"]["shots"] == 5
     assert len(data["hash"]) == 64
     assert calmix("suites", "show", "papier").code == 2
+
+
+def test_a_missing_extra_is_named(
+    calmix: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    ended = calmix("evaluate", tiny_folder, "--suite", "smoke")
+    assert ended.code == 2
+    assert "pip install 'calmix[eval]'" in ended.line
+
+
+def test_a_context_too_short_for_a_task_is_one_line(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 4
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ended = calmix("evaluate", folder, "--suite", suite_file)
+    assert ended.code == 2
+    assert "task quiz has an answer of 6 tokens" in ended.line
