@@ -11,7 +11,19 @@ pytestmark = pytest.mark.real
 
 
 def _planted(path, text, leaks):
-    words = "river stone under bright seven letters carried north along quiet roads".split()
+    words = [
+        "river",
+        "stone",
+        "under",
+        "bright",
+        "seven",
+        "letters",
+        "carried",
+        "north",
+        "along",
+        "quiet",
+        "roads",
+    ]
     lines = []
     for number in range(120):
         body = " ".join(words[(number * 7 + i * i + number * i) % len(words)] for i in range(60))
