@@ -9,9 +9,11 @@ Prints Markdown: every offline source at one token budget, the mean over draws w
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
+from calmix.calibration import open_tokenizer
 from calmix.information import Interval, measure
 from calmix.models import open_model
 from calmix.sources import offline_sources
@@ -47,16 +49,20 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-perplexity", action="store_true", help="skip what runs the model")
     options = parser.parse_args()
     start = time.perf_counter()
     sources = offline_sources()
+    perplexity = not options.no_perplexity
     found = measure(
         list(sources),
-        open_model(options.model),
+        open_model(options.model) if perplexity else open_tokenizer(options.model),
         rows=options.rows,
         length=options.length,
         draws=options.draws,
         seed=options.seed,
+        perplexity=perplexity,
+        tick=lambda name: print(f"measured {name}", file=sys.stderr, flush=True),
     )
     if options.json:
         found.save(options.json)
@@ -65,10 +71,12 @@ def main() -> None:
         f"{options.length}), {options.draws} draws from seed {options.seed}; mean ± half of the "
         f"95 % interval. Took {time.perf_counter() - start:.0f} s.\n"
     )
-    print("| source | dimension | " + " | ".join(COLUMNS) + " |")
-    print("|---|---|" + "---|" * len(COLUMNS))
+    names = list(sources)
+    columns = {title: pair for title, pair in COLUMNS.items() if pair[0] in found[names[0]]}
+    print("| source | dimension | " + " | ".join(columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
     for name, source in sources.items():
-        values = [cell(found[name][key], form) for key, form in COLUMNS.values()]
+        values = [cell(found[name][key], form) for key, form in columns.values()]
         print(f"| {name} | {source.dimension} | " + " | ".join(values) + " |")
 
 

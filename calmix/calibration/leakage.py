@@ -3,7 +3,7 @@
 Windows of n ids of all items are hashed into one sorted array; a document's windows are looked
 up in it, and every match is confirmed id by id, so that the answer is exact.
 
-A run counts only if at least three in five of its ids are distinct: `0, 1, 2, 3, 4` is thirteen
+A run counts only if at least three in four of its ids are distinct: `([1, 2, 3, 4])` is twelve
 tokens under a tokenizer that takes digits one by one, and stands in much code, but it is no item.
 """
 
@@ -24,7 +24,7 @@ TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 20
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
 ENOUGH = 200  # documents looked at before a source is refused, if it has as many
 Item = tuple[str, str, str]  # task, item id, text
-DISTINCT = 0.6  # the share of a run's ids that must be distinct for it to count
+DISTINCT = 0.75  # the share of a run's ids that must be distinct for it to count
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
@@ -55,7 +55,7 @@ class ItemIndex:
     """The windows of `n` token ids of a suite's items, for look-up.
 
     Items shorter than `n` tokens have no window and cannot be found; nor can windows of which
-    less than three in five ids are distinct.
+    less than three in four ids are distinct.
     """
 
     def __init__(

@@ -112,9 +112,8 @@ def calibrate(
     else:
         guard = made.manifest["leakage"]
         out.print(
-            f"{sum(dropped.values())} documents dropped that share {guard['tokens']} tokens in a "
-            f"row with an item of suite {guard['suite']} "
-            f"({sum(guard['checked'].values())} checked)",
+            f"dropped {sum(dropped.values())} of {sum(guard['checked'].values())} documents: they "
+            f"share {guard['tokens']} tokens in a row with an item of suite {guard['suite']}",
             soft_wrap=True,
         )
 

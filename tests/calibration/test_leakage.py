@@ -21,7 +21,7 @@ def test_finding_equals_brute_force(items, document, n):
         [("task", name, name) for name in texts], lambda names: [texts[name] for name in names], n
     )
     runs = [tuple(document[i : i + n]) for i in range(len(document) - n + 1)]
-    runs = [run for run in runs if len(set(run)) >= 0.6 * n]
+    runs = [run for run in runs if len(set(run)) >= 0.75 * n]
     shares = [
         name
         for name, row in texts.items()
@@ -93,7 +93,7 @@ def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
 
 
 def test_a_shorter_run_is_no_leak(tmp_path, tiny, guard):
-    path = planted(tmp_path, 20, 5, text="Janet sells")
+    path = planted(tmp_path, 20, 5, text="<many dollar>")
     made = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
     assert made.manifest["leakage"]["dropped"] == {}
     with pytest.raises(SourceError, match="share 11 tokens"):
@@ -102,15 +102,17 @@ def test_a_shorter_run_is_no_leak(tmp_path, tiny, guard):
 
 def test_counting_up_is_no_leak(tiny):
     tokenize = tokenizer_function(tiny.tokenizer)
-    index = ItemIndex([("humaneval", "1", "return [0, 0, 1, 1, 0, 0, 1, 1]")], tokenize)
+    index = ItemIndex(
+        [("humaneval", "1", "def counting_up(): return [0, 0, 1, 1, 0, 0, 1, 1]")], tokenize
+    )
     assert index.find(tokenize(["x = [0, 0, 1, 1, 0, 0, 1]"])[0]) is None
-    assert index.find(tokenize(["please return [0, 0, 1"])[0]) == ("humaneval", "1")
+    assert index.find(tokenize(["my def counting_up"])[0]) == ("humaneval", "1")
 
 
 def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
     import importlib
 
-    module = importlib.import_module("calmix.calibration.resolve")
+    module = importlib.import_module("calmix.calibration.resolving")
     asked = []
 
     def items(suite):

@@ -1,0 +1,51 @@
+"""The guard against the real suite, with the builtin model's tokenizer."""
+
+import json
+
+import pytest
+
+from calmix import CalibrationSet
+from calmix.calibration.resolving import suite_items
+
+pytestmark = pytest.mark.real
+
+
+def _planted(path, text, leaks):
+    words = [
+        "river",
+        "stone",
+        "under",
+        "bright",
+        "seven",
+        "letters",
+        "carried",
+        "north",
+        "along",
+        "quiet",
+        "roads",
+    ]
+    lines = []
+    for number in range(120):
+        body = " ".join(words[(number * 7 + i * i + number * i) % len(words)] for i in range(60))
+        if number % 12 == 5 and number // 12 < leaks:
+            body = f"{body}\n\n{text}\n\n{body}"
+        lines.append(json.dumps({"text": body}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "humaneval", "piqa", "arithmetic"])
+def test_a_planted_item_of_the_offline_suite_is_caught(task, calmix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
+    arguments = ["--model", "builtin:smollm2-135m", "--rows", 110, "--length", 50]
+    _planted(tmp_path / "few.jsonl", item[2], 3)
+    ended = calmix("calibrate", "few.jsonl", *arguments, "-o", "out", "--packing", "window")
+    assert ended.code == 0, ended.err
+    dropped = CalibrationSet.open("out").manifest["leakage"]["dropped"]["few.jsonl"]
+    assert {entry["task"] for entry in dropped} == {task}
+    assert 1 <= len(dropped) <= 3
+    _planted(tmp_path / "many.jsonl", item[2], 10)
+    ended = calmix("calibrate", "many.jsonl", *arguments, "-o", "out2", "--packing", "window")
+    assert "source many.jsonl leaks" in ended.line
+    assert f"with task {task}" in ended.line
+    assert not (tmp_path / "out2").exists()
