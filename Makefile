@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RIVAL := .bench-venv
 OUT := out/demo
+MODEL := builtin:smollm2-135m
 MIX := uniform:python-stdlib,encyclopedia,math-solutions,stories
 
 .PHONY: setup demo test lint bench clean
@@ -15,6 +16,16 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
+
+# One source against a mix, both at 60 % SparseGPT on the real model, and what each lost.
+demo: setup
+	rm -rf $(OUT)
+	$(BIN)/calmix prune $(MODEL) -o $(OUT)/single --sparsity 0.6 --calibration encyclopedia
+	$(BIN)/calmix prune $(MODEL) -o $(OUT)/mix --sparsity 0.6 --calibration $(MIX)
+	$(BIN)/calmix evaluate $(MODEL) --quick -o $(OUT)/dense.json
+	for name in single mix; do \
+	  $(BIN)/calmix evaluate $(OUT)/$$name --quick -o $(OUT)/$$name.json || exit; done
+	$(BIN)/calmix compare $(OUT)/single.json $(OUT)/mix.json --against $(OUT)/dense.json
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

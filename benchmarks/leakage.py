@@ -17,7 +17,7 @@ import numpy as np
 from calmix import assets
 from calmix.calibration import leakage, open_tokenizer
 from calmix.calibration.build import tokenizer_function
-from calmix.calibration.resolve import suite_items
+from calmix.calibration.resolving import suite_items
 from calmix.sources import offline_sources
 from calmix.sources.readers import word_runs
 

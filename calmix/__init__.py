@@ -1,4 +1,7 @@
-"""Prune language models with mixed calibration sets, and see which abilities survive."""
+"""Prune language models with mixed calibration sets, and see which abilities survive.
+
+The public API. Names are looked up when first used, so that `import calmix` stays light.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calmix import sources
-    from calmix.calibration import CalibrationSet
+    from calmix.calibration import CalibrationSet, resolve
     from calmix.capability.evaluate import CapabilityScores, evaluate
+    from calmix.errors import CalmixError
     from calmix.information import measure
+    from calmix.models import open_model
+    from calmix.pruning import SemiStructured, Unstructured, prune
 
-__all__ = ["CalibrationSet", "CapabilityScores", "evaluate", "measure", "sources"]
+__all__ = [
+    "CalibrationSet",
+    "CalmixError",
+    "CapabilityScores",
+    "SemiStructured",
+    "Unstructured",
+    "evaluate",
+    "measure",
+    "open_model",
+    "prune",
+    "resolve",
+    "sources",
+]
 
-# Looked up when first used, so that `import calmix` stays light.
 _HOMES = {
     "CalibrationSet": "calmix.calibration",
+    "CalmixError": "calmix.errors",
     "CapabilityScores": "calmix.capability.evaluate",
+    "SemiStructured": "calmix.pruning",
+    "Unstructured": "calmix.pruning",
     "evaluate": "calmix.capability.evaluate",
     "measure": "calmix.information",
+    "open_model": "calmix.models",
+    "prune": "calmix.pruning",
+    "resolve": "calmix.calibration",
 }
 
 
@@ -28,3 +51,7 @@ def __getattr__(name: str) -> Any:
     if name == "sources":
         return importlib.import_module("calmix.sources")
     raise AttributeError(f"module 'calmix' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,7 @@
 
 from calmix.calibration.build import build
 from calmix.calibration.mix import Mix, parse_mix, rows_per_source
-from calmix.calibration.resolve import parse_spec, resolve
+from calmix.calibration.resolving import parse_spec, resolve
 from calmix.calibration.set import CalibrationSet
 from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from calmix.cli import calibrate, evaluate, listing, prune
+from calmix.cli import calibrate, compare, evaluate, listing, prune
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 prune.register(app)
 calibrate.register(app)
 evaluate.register(app)
+compare.register(app)
 listing.register(app)
 
 

@@ -162,14 +162,14 @@ def _check_output(path: Path, overwrite: bool) -> None:
             raise InputError(f"{path.parent} is no folder: choose another file") from None
 
 
-def _table(title: str, columns: str, left: int = 1) -> Table:
-    """Return an empty table of columns given by name, `_` for a blank; narrow enough for 80."""
+def table_of(title: str, columns: list[str], left: int = 1) -> Table:
+    """Return an empty table of named columns, narrow enough for 80 characters."""
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
-    for number, column in enumerate(columns.split()):
+    for number, column in enumerate(columns):
         justify: JustifyMethod = "left" if number < left else "right"
-        table.add_column(column.replace("_", " "), justify=justify, no_wrap=True)
+        table.add_column(column, justify=justify, no_wrap=True)
     return table
 
 
@@ -186,9 +186,9 @@ def _suite_title(scores: CapabilityScores) -> str:
 
 
 def _print_scores(scores: CapabilityScores) -> None:
-    table = _table(
+    table = table_of(
         f"{scores.model}: {_suite_title(scores)}, {scores.seconds:.0f} s",
-        "task metric n chance score ±noise signal",
+        ["task", "metric", "n", "chance", "score", "±noise", "signal"],
         left=2,
     )
     seen: set[str] = set()
@@ -208,7 +208,9 @@ def _print_scores(scores: CapabilityScores) -> None:
 
 def _print_retention(scores: CapabilityScores, dense: CapabilityScores, kept: Retention) -> None:
     title = f"{scores.model} against {dense.model}: {_suite_title(scores)}"
-    table = _table(title, "task n chance dense ±noise pruned raw_% retention_%")
+    table = table_of(
+        title, ["task", "n", "chance", "dense", "±noise", "pruned", "raw %", "retention %"]
+    )
     seen: set[str] = set()
     for task in kept.tasks:
         _head(table, task.dimension, seen)
@@ -220,24 +222,26 @@ def _print_retention(scores: CapabilityScores, dense: CapabilityScores, kept: Re
             f"{task.noise:.3f}",
             f"{task.pruned:.3f}",
             _percent(task.raw.value),
-            _interval(task.corrected) if task.signal else "no signal",
+            interval(task.corrected) if task.signal else "no signal",
         )
     out.print(table)
-    summary = _table("retention, mean over tasks with signal", "dimension tasks raw_% retention_%")
+    summary = table_of(
+        "retention, mean over tasks with signal", ["dimension", "tasks", "raw %", "retention %"]
+    )
     for dimension in kept.dimensions:
         counted = dimension.tasks - len(dimension.without_signal)
         summary.add_row(
             dimension.name,
             f"{counted} of {dimension.tasks}",
             _percent(dimension.raw.value),
-            _interval(dimension.corrected),
+            interval(dimension.corrected),
         )
     summary.add_section()
-    summary.add_row("total", "", _percent(kept.raw.value), _interval(kept.corrected))
+    summary.add_row("total", "", _percent(kept.raw.value), interval(kept.corrected))
     if kept.worst is not None:
         worst = next(d for d in kept.dimensions if d.name == kept.worst)
         summary.add_row(
-            f"worst: {worst.name}", "", _percent(worst.raw.value), _interval(worst.corrected)
+            f"worst: {worst.name}", "", _percent(worst.raw.value), interval(worst.corrected)
         )
     out.print(summary)
     silent = [task.name for task in kept.tasks if not task.signal]
@@ -258,7 +262,8 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _interval(value: Estimate) -> str:
+def interval(value: Estimate) -> str:
+    """Return an estimate in per cent with its interval, as rich markup."""
     if value.value is None:
         return "-"
     return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]".replace(
@@ -294,9 +299,9 @@ def suites_show(
     if as_json:
         print_json({**suite.model_dump(mode="json", exclude_none=True), "hash": suite.hash})
         return
-    table = _table(
+    table = table_of(
         f"{suite.name} version {suite.version}: {suite.description}",
-        "task metric shots items quick chance data",
+        ["task", "metric", "shots", "items", "quick", "chance", "data"],
         left=2,
     )
     data = table.columns[-1]

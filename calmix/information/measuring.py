@@ -14,7 +14,7 @@ import numpy as np
 
 from calmix.calibration.build import HasTokenizer
 from calmix.calibration.packing import Packing
-from calmix.calibration.resolve import resolve
+from calmix.calibration.resolving import resolve
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
 from calmix.files import user_path, write_json, write_text

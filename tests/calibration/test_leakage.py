@@ -112,7 +112,7 @@ def test_counting_up_is_no_leak(tiny):
 def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
     import importlib
 
-    module = importlib.import_module("calmix.calibration.resolve")
+    module = importlib.import_module("calmix.calibration.resolving")
     asked = []
 
     def items(suite):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calmix import CalibrationSet
-from calmix.calibration.resolve import suite_items
+from calmix.calibration.resolving import suite_items
 
 pytestmark = pytest.mark.real
 

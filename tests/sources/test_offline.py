@@ -6,7 +6,7 @@ from calmix import assets
 from calmix.calibration import open_tokenizer
 from calmix.calibration.build import _tokenized, tokenizer_function
 from calmix.calibration.leakage import LIMIT
-from calmix.calibration.resolve import suite_guard
+from calmix.calibration.resolving import suite_guard
 from calmix.sources import offline_sources
 from calmix.sources.readers import _with_answer, word_runs
 from calmix.sources.template import fill

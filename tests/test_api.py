@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import calmix
+from tests.tiny import save_tiny_model
+
+
+def test_every_public_name_is_there():
+    for name in calmix.__all__:
+        assert getattr(calmix, name) is not None
+        assert name in dir(calmix)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        calmix.nothing  # noqa: B018
+
+
+def test_importing_calmix_does_not_import_torch():
+    code = "import sys, calmix; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_readme_example_in_small(tmp_path, text_file):
+    opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
+    drawn = calmix.resolve(str(text_file), opened, rows=4, length=32)
+    pattern = calmix.Unstructured(0.5)
+    report = calmix.prune(opened.model, drawn.ids, method="sparsegpt", pattern=pattern)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert torch.isfinite(opened.model(drawn.ids).logits).all()

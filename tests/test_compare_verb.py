@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from calmix.capability.evaluate import CapabilityScores
+from calmix.capability.retention import TaskScores
+
+
+def saved(path, values, suite="s"):
+    task = TaskScores(
+        "arith", "math", "acc", "accuracy", 0.0, tuple(map(str, range(len(values)))), tuple(values)
+    )
+    bits = TaskScores(
+        "gold", "code", "bits_per_byte", "bits_per_byte", 0.0, ("a", "b"),
+        (sum(values) + 1.0, 2.0), (3, 4),
+    )  # fmt: skip
+    scores = CapabilityScores(
+        path.stem, "f", "float32", {"name": suite, "version": 1, "hash": suite}, (task, bits)
+    )
+    scores.save(path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    dense = saved(tmp_path / "dense.json", [1, 1, 1, 1, 1, 1, 0, 1])
+    half = saved(tmp_path / "half.json", [1, 0, 1, 0, 1, 0, 0, 1])
+    return dense, half
+
+
+def test_models_stand_side_by_side(calmix, files):
+    dense, half = files
+    told = json.loads(calmix("compare", half, "--against", dense, "--json").out)
+    by_name = {d["name"]: d["corrected"]["value"] for d in told["half"]["dimensions"]}
+    assert by_name["math"] == pytest.approx(4 / 7)
+    shown = calmix("compare", half, "--against", dense).out
+    assert "57.1" in shown
+    assert "half" in shown
+    assert "(math)" in shown
+
+
+def test_the_dense_model_keeps_all_of_itself(calmix, files):
+    dense, _ = files
+    told = json.loads(calmix("compare", dense, "--against", dense, "--json").out)["dense"]
+    assert told["corrected"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_mistakes_are_one_line(calmix, files, tmp_path):
+    dense, half = files
+    other = saved(tmp_path / "other.json", [1, 0], suite="t")
+    (tmp_path / "x").mkdir()
+    twin = saved(tmp_path / "x" / "half.json", [1, 0, 1, 0, 1, 0, 0, 1])
+    for arguments, words in [
+        ((half, tmp_path / "no.json", "--against", dense), "there is no file"),
+        ((other, "--against", dense), "cannot be compared"),
+        ((half, twin, "--against", dense), "two files are called half.json"),
+        ((half, "--against", dense, "--resamples", 0), "at least 1 resample"),
+        ((half, "--against", dense, "--seed", -1), "negative"),
+    ]:
+        ended = calmix("compare", *arguments)
+        assert ended.code == 2
+        assert words in ended.line
