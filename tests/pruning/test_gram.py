@@ -19,7 +19,7 @@ def test_gram_matches_float64(columns, dtype):
     scale = exact.diagonal().max()
     assert gram.tokens == squares.tokens == 2700
     # Half-precision inputs must not cost precision: a bfloat16 result would be off by 4e-3.
-    assert (gram.matrix().double() - exact).abs().max() / scale < 2e-6
+    assert (gram.matrix().double() - exact).abs().max() / scale < 1e-5
     assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
     assert torch.equal(gram.matrix(), gram.matrix().T)
 
