@@ -11,9 +11,7 @@ of names; any other model is scored one sequence a row, right-padded.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +23,7 @@ from calmix.capability.likelihood import HEAD_TOKENS, decoder_and_head
 from calmix.capability.packing import Row, Run, Scored, Target, plan
 from calmix.errors import InputError, MissingExtraError, ModelError
 from calmix.models import OpenModel
+from calmix.models.opening import quiet_transformers
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -329,7 +328,7 @@ class Scorer(TemplateLM):
         ids = [(7 + 31 * i * i + 17 * i) % size for i in range(20)]
         lines = [ids[:12], ids[:8] + ids[12:16], ids[:4] + ids[14:20]]
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
-        with quiet():
+        with quiet_transformers():
             batch = torch.tensor([ids], device=self._device)
             states = self._decoder(input_ids=batch, use_cache=False)[0]
             wanted = self.model(input_ids=batch, use_cache=False).logits.float()
@@ -445,7 +444,7 @@ class Scorer(TemplateLM):
         if not options.get("do_sample"):
             options = {"do_sample": False}
         # Sampling tasks are seeded, and leave the caller's random state as it was.
-        with quiet(), torch.random.fork_rng(enabled=options["do_sample"]):
+        with quiet_transformers(), torch.random.fork_rng(enabled=options["do_sample"]):
             if options["do_sample"]:
                 torch.manual_seed(0)
             made = self.model.generate(
@@ -507,18 +506,3 @@ def close(a: Tensor, b: Tensor, limit: float) -> bool:
     """Tell whether two tensors differ by at most `limit`, relative to their norms."""
     a, b = a.float(), b.float()
     return bool((a - b).norm() <= limit * b.norm())
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep third-party warnings about generation settings and probes from the user."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
