@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--engines", nargs="+", default=["dense", "calmix", "rival"])
+    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--rival-methods", nargs="+", default=["sparsegpt"])
     options = parser.parse_args()
     c4 = data_file(options.data, "general/c4-train.jsonl")
@@ -48,34 +50,41 @@ def main() -> None:
         f"{MODEL}, calibration {drawn.rows} x {drawn.length} windows of C4 (seed 0), "
         "perplexity of WikiText-2 raw test at context 2048\n"
     )
-    print("| engine | method | sparsity | perplexity |\n|---|---|---|---|", flush=True)
-    print(f"| dense | | | {perplexity(dense, text).perplexity:.2f} |", flush=True)
+    print("| engine | method | sparsity | perplexity | seconds to prune |")
+    print("|---|---|---|---|---|", flush=True)
+    if "dense" in options.engines:
+        print(f"| dense | | | {perplexity(dense, text).perplexity:.2f} | |", flush=True)
     for sparsity in options.sparsities:
-        for method in ("magnitude", "wanda", "sparsegpt"):
+        for method in options.methods if "calmix" in options.engines else ():
             opened = open_model(MODEL)
-            prune(
+            report = prune(
                 opened.model,
                 drawn.ids if method != "magnitude" else None,
                 method=method,
                 pattern=Unstructured(sparsity),
             )
             value = perplexity(opened, text).perplexity
-            print(f"| calmix | {method} | {sparsity:g} | {value:.2f} |", flush=True)
-        if options.rival:
-            for method in options.rival_methods:
-                with tempfile.TemporaryDirectory() as folder:
-                    told = run_rival(
-                        options.rival,
-                        drawn.ids,
-                        model=dense.folder,
-                        method=method,
-                        sparsity=sparsity,
-                        dtype="bfloat16",
-                        output=folder,
-                    )
-                    value = perplexity(open_model(folder), text).perplexity
-                label = f"llm-compressor {told['version']}"
-                print(f"| {label} | {method} | {sparsity:g} | {value:.2f} |", flush=True)
+            row("calmix", method, sparsity, value, report.seconds["total"])
+        for method in options.rival_methods if "rival" in options.engines else ():
+            if not options.rival:
+                raise SystemExit("name the interpreter that has llmcompressor: --rival PYTHON")
+            with tempfile.TemporaryDirectory() as folder:
+                told = run_rival(
+                    options.rival,
+                    drawn.ids,
+                    model=dense.folder,
+                    method=method,
+                    sparsity=sparsity,
+                    dtype="bfloat16",
+                    output=folder,
+                )
+                value = perplexity(open_model(folder), text).perplexity
+            row(f"llm-compressor {told['version']}", method, sparsity, value, told["seconds"])
+
+
+def row(engine: str, method: str, sparsity: float, value: float, seconds: float) -> None:
+    """Print one line of the table at once: a run takes many minutes."""
+    print(f"| {engine} | {method} | {sparsity:g} | {value:.2f} | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

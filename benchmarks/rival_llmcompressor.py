@@ -54,6 +54,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     if options.output:
         model.save_pretrained(options.output, save_compressed=False)
+        AutoTokenizer.from_pretrained(options.model).save_pretrained(options.output)
     weights = [
         m.weight for n, m in model.named_modules() if ".layers." in n and hasattr(m, "weight")
     ]

@@ -67,7 +67,8 @@ def test_right_programs_pass(source: str) -> None:
 )
 def test_everything_else_is_a_plain_failure(source: str, reason: str) -> None:
     start = time.monotonic()
-    outcome = run_program(source, seconds=1.5)
+    # What ends by itself gets time to, however busy the machine is.
+    outcome = run_program(source, seconds=1.5 if reason == "still running" else 30)
     assert not outcome.passed
     assert reason in outcome.reason
     assert "\n" not in outcome.reason
