@@ -8,7 +8,12 @@ from typing import Any
 
 from calmix.errors import ModelError
 from calmix.models import resolve_model
-from calmix.models.opening import quiet_transformers, tokenizer_fingerprint
+from calmix.models.opening import (
+    context_of,
+    load_tokenizer,
+    quiet_transformers,
+    tokenizer_fingerprint,
+)
 
 
 @dataclass(frozen=True)
@@ -29,21 +34,16 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
         ModelError: the model cannot be found or has no usable tokenizer.
     """
     folder = resolve_model(name)
+    tokenizer = load_tokenizer(folder, name, trust_remote_code)
     with quiet_transformers():
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
         except (OSError, ValueError, KeyError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"{name} has no usable tokenizer: {reason[:300]}") from error
-    config = config.get_text_config(decoder=True)
-    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-    sizes = (getattr(config, key, None) for key in keys)
-    context = next((size for size in sizes if isinstance(size, int)), None)
-    return OpenTokenizer(name, folder, tokenizer, context, tokenizer_fingerprint(tokenizer))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    return OpenTokenizer(name, folder, tokenizer, context_of(config), fingerprint)

@@ -62,11 +62,7 @@ class OpenModel:
     @property
     def context(self) -> int | None:
         """Longest sequence the model was made for, in tokens; None if it does not say."""
-        config = self.model.config.get_text_config(decoder=True)
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-            if isinstance(value := getattr(config, key, None), int):
-                return value
-        return None
+        return context_of(self.model.config)
 
     @property
     def fingerprint(self) -> str:
@@ -141,16 +137,34 @@ def open_model(
     chosen = _dtype(dtype)
     folder = resolve_model(name)
     model = _load(folder, name, chosen, target, trust_remote_code)
+    tokenizer = load_tokenizer(folder, name, trust_remote_code)
+    return OpenModel(name, folder, model, tokenizer, trust_remote_code)
+
+
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """Return the tokenizer in a resolved model folder; `name` is what the user wrote.
+
+    Raises:
+        ModelError: the folder has no usable tokenizer.
+    """
     with quiet_transformers():
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
-    return OpenModel(name, folder, model, tokenizer, trust_remote_code)
+
+
+def context_of(config: Any) -> int | None:
+    """Return the longest sequence a model's configuration names, in tokens; None if it does not."""
+    text = config.get_text_config(decoder=True)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        if isinstance(value := getattr(text, key, None), int):
+            return value
+    return None
 
 
 def _load(
