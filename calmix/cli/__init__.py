@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from calmix.cli import calibrate, compare, evaluate, listing, prune
+from calmix.cli import calibrate, compare, evaluate, listing, prune, study
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -24,6 +24,7 @@ calibrate.register(app)
 evaluate.register(app)
 compare.register(app)
 listing.register(app)
+study.register(app)
 
 
 def main() -> None:

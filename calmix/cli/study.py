@@ -1,0 +1,12 @@
+"""`study`: the verbs of a study, each group in a module of its own."""
+
+from __future__ import annotations
+
+import typer
+
+study = typer.Typer(no_args_is_help=True, help="Many trials from one file: run, analyse, report.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.add_typer(study, name="study")
