@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calmix.cli.common import AsJson, Device, TrustRemoteCode, err, out, print_json
+from calmix.cli.common import AsJson, Device, TrustRemoteCode, err, out, print_json, print_rows
 from calmix.errors import InputError
+from calmix.files import write_text
 
 if TYPE_CHECKING:
     from calmix.study.results import Trial
@@ -26,7 +28,55 @@ StorePath = Annotated[
 
 def register(study: typer.Typer) -> None:
     """Add the verbs to the sub-command."""
+    study.command("init")(init_command)
+    study.command("validate")(validate_command)
     study.command("run")(run_command)
+    study.command("status")(status_command)
+    study.command("export")(export_command)
+
+
+def init_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="STUDY", show_default=False, help="The .yaml file to write.")
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
+    ] = False,
+) -> None:
+    """Write a commented study file to start from."""
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"name a .yaml file for the study, not {path}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a .yaml file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists: choose another file or --overwrite")
+    template = resources.files("calmix.study").joinpath("template.yaml")
+    write_text(path, template.read_text(encoding="utf-8"))
+    err.print(f"wrote {path}: calmix study validate {path}", soft_wrap=True, highlight=False)
+
+
+def validate_command(path: StudyPath, as_json: AsJson = False) -> None:
+    """Check a study file and list every mistake with its line."""
+    from calmix.study.spec import check_study
+    from calmix.study.trials import plan
+
+    checked = check_study(path)
+    trials = plan(checked.study) if checked.study is not None else []
+    if as_json:
+        print_json({"problems": checked.problems, "trials": [trial.label for trial in trials]})
+    for problem in checked.problems:
+        if not as_json:
+            out.print(problem, soft_wrap=True, highlight=False, markup=False)
+    if checked.study is None:
+        count = len(checked.problems)
+        raise InputError(f"{path} has {count} mistake{'s' if count > 1 else ''}")
+    if not as_json:
+        sets = len({trial.calibration for trial in trials if trial.draw is not None})
+        out.print(
+            f"{path}: {len(trials)} trials over {sets} calibration sets",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def run_command(
@@ -99,6 +149,73 @@ def run_command(
         )
 
 
+def status_command(
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", show_default=False, help="A study's results folder.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a study is: finished, running, failed and still to run."""
+    from calmix.study.store import open_store
+
+    kept = open_store(store)
+    rows = []
+    for entry in kept.entries:
+        state = kept.state(entry["id"])
+        note = ""
+        if state == "failed":
+            note = kept.read_failure(entry["id"]).error
+        elif state == "running":
+            note = kept.runner(entry["id"]) or ""
+        elif state == "finished":
+            found = kept.read_trial(entry["id"])
+            note = f"{outcome_line(found)}, {found.seconds.get('total', 0):.0f} s"
+        rows.append({"trial": entry["label"], "state": state, "": note})
+    states = [row["state"] for row in rows]
+    counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
+    seconds = [
+        kept.read_trial(entry["id"]).seconds.get("total", 0.0)
+        for entry, state in zip(kept.entries, states, strict=True)
+        if state == "finished"
+    ]
+    left = counts["running"] + counts["pending"]
+    ahead = sum(seconds) / len(seconds) * left if seconds else None
+    if as_json:
+        trials = [{"trial": r["trial"], "state": r["state"], "note": r[""]} for r in rows]
+        print_json({"study": kept.index["name"], **counts, "seconds_left": ahead, "trials": trials})
+        return
+    print_rows(rows, as_json=False, title=f"study {kept.index['name']}")
+    line = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if left and ahead is not None:
+        line += f"; {duration(ahead)} of work left"
+    out.print(line, highlight=False)
+
+
+def export_command(
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", show_default=False, help="A study's results folder.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", show_default=False, help="Folder to write to.")
+    ],
+) -> None:
+    """Write the results to a folder that needs no store: study.json and the table."""
+    from calmix.study.export import export_results
+
+    for path in export_results(store, output):
+        err.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def outcome_line(trial: Trial) -> str:
+    """Return a trial's total and worst retention in a few words."""
+    if trial.total.value is None:
+        return "no retention"
+    found = f"total {100 * trial.total.value:.1f} %"
+    if trial.worst is None:
+        return found
+    return f"{found}, worst {trial.worst} {100 * (trial.dimensions[trial.worst].value or 0):.1f} %"
+
+
 class Watch:
     """Shows how a run goes on: a bar on a terminal, and a line for every trial that ends."""
 
@@ -151,10 +268,7 @@ class Watch:
         self._ended += 1
         self._running.discard(trial.id)
         self._seconds.append(outcome.seconds.get("total", 0.0))
-        total, worst = outcome.total.value, outcome.worst
-        found = "no retention" if total is None else f"total {100 * total:.1f} %"
-        if worst is not None:
-            found += f", worst {worst} {100 * (outcome.dimensions[worst].value or 0):.1f} %"
+        found = outcome_line(outcome)
         self._line(f"{self._count()} {trial.planned.label}: {found}, {self._seconds[-1]:.0f} s")
 
     def failed(self, trial: Resolved, error: str) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, InputError
 from calmix.study.bench import Bench
+from calmix.study.export import read_results, write_tables
 from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import Store, check_folder, claim_store
@@ -114,13 +115,14 @@ def run_study(
     resolver = Resolver(study)
     resolved = [resolver.resolve(trial) for trial in plan(study)]
     chosen = chosen_trials(resolved, only, skip)
-    store = claim_store(path, study.name, study.text, resolved)
+    store = claim_store(path, study, resolved)
     wanted = ("pending", "running", "failed") if retry_failed else ("pending", "running")
     todo = [trial for trial in chosen if store.state(trial.id) in wanted]
     observer.begin(len(todo), len(resolved))
     outcome = (execute or run_locally)(study, store, todo, options, observer)
     for note in mixed_notes(store):
         observer.note(note)
+    write_tables(read_results(path), path)
     return store, outcome
 
 

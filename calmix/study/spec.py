@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,7 +25,7 @@ from calmix.models.opening import DTYPES, builtin_models
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 from calmix.sources import Source, get_source
 from calmix.sources.registry import parse_sources
-from calmix.specs import METHODS, SEED, Propagation
+from calmix.specs import SEED, Propagation
 from calmix.study.results import Strategy
 from calmix.yaml_files import YamlText, parse_yaml, read_text
 
@@ -127,7 +127,7 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-Methods = dict[str, list[Target]]
+Methods = dict[Literal["sparsegpt", "wanda", "magnitude"], list[Target]]
 
 
 class _Targets(_Strict):
@@ -149,7 +149,6 @@ class _Targets(_Strict):
     @classmethod
     def _targets(cls, value: Methods | None) -> Methods | None:
         for method, targets in (value or {}).items():
-            _one_of("method", method, METHODS)
             for target in targets:
                 try:
                     as_pattern(target)
@@ -178,14 +177,33 @@ class StudyFile(_Draw, _Targets):
 
     name: Name
     description: str = ""
-    models: list[str] | dict[str, str | Model]
+    models: Annotated[dict[str, Model], Field(min_length=1)]
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
-    calibrations: dict[str, str | Calibration]
+    calibrations: dict[str, Calibration]
     sources: dict[str, Any] = {}
     grids: list[Grid] = []
     keep_checkpoints: bool = False
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            doubles = [name for name in value if value.count(name) > 1]
+            if doubles:
+                raise ValueError(f"'{doubles[0]}' is named twice")
+            value = {name if isinstance(name, str) else str(name): name for name in value}
+        if not isinstance(value, dict):
+            return value
+        return {k: {"name": v} if isinstance(v, str) else v for k, v in value.items()}
+
+    @field_validator("calibrations", mode="before")
+    @classmethod
+    def _written(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: {"from": v} if isinstance(v, str) else v for k, v in value.items()}
 
 
 @dataclass(frozen=True)
@@ -194,8 +212,6 @@ class Study:
 
     Attributes:
         file: its content; `text` as written, `path` where it lies.
-        models: by label.
-        calibrations: by label.
         own: the user's own sources by name.
         suite: as it is to be run.
     """
@@ -203,10 +219,18 @@ class Study:
     file: StudyFile
     text: str
     path: Path
-    models: dict[str, Model]
-    calibrations: dict[str, Calibration]
     own: dict[str, Source]
     suite: Suite
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The models by label."""
+        return self.file.models
+
+    @property
+    def calibrations(self) -> dict[str, Calibration]:
+        """The calibration sets by label."""
+        return self.file.calibrations
 
     @property
     def name(self) -> str:
@@ -273,7 +297,7 @@ def parse_study(text: str, path: Path) -> Checked:
     try:
         file = StudyFile.model_validate(yaml.value)
     except ValidationError as error:
-        return Checked(None, yaml.problems(error, _keys))
+        return Checked(None, sorted(yaml.problems(error, _keys), key=_line))
     problems = list(_names(file, yaml))
     own: dict[str, Source] = {}
     try:
@@ -287,24 +311,16 @@ def parse_study(text: str, path: Path) -> Checked:
         suite = suite if file.limit is None else suite.limited(file.limit)
     except CalmixError as error:
         problems.append(f"{yaml.at(['suite'])}: suite: {error}")
-    models = file.models if isinstance(file.models, dict) else {name: name for name in file.models}
-    study_models = {
-        label: Model(name=model) if isinstance(model, str) else model
-        for label, model in models.items()
-    }
-    for label, model in study_models.items():
+    for label, model in file.models.items():
         if problem := _model_problem(model):
             problems.append(f"{yaml.at(['models', label])}: models.{label}: {problem}")
-    calibrations = {}
     for label, entry in file.calibrations.items():
-        made = Calibration.model_validate({"from": entry}) if isinstance(entry, str) else entry
-        calibrations[label] = made
-        if problem := _calibration_problem(made, own):
+        if problem := _calibration_problem(entry, own):
             where = yaml.at(["calibrations", label])
             problems.append(f"{where}: calibrations.{label}: {problem}")
     if problems or suite is None:
         return Checked(None, sorted(problems, key=_line))
-    return Checked(Study(file, text, path, study_models, calibrations, own, suite))
+    return Checked(Study(file, text, path, own, suite))
 
 
 def as_pattern(target: float | str) -> Pattern:

@@ -23,6 +23,7 @@ from calmix.errors import InputError, disk_errors
 from calmix.files import atomic_folder, write_json
 from calmix.study.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
+from calmix.study.spec import Study
 from calmix.study.trials import Resolved, differences
 
 KIND, FORMAT = "study store", 1
@@ -102,7 +103,7 @@ class Store:
         with self.writing(trial) as folder:
             write_json(folder / ERROR, content)
 
-    def update(self, study_name: str, text: str, resolved: Sequence[Resolved]) -> None:
+    def update(self, study: Study, resolved: Sequence[Resolved]) -> None:
         """Make the store one of this study.
 
         Trials may be added, and trials that have not finished may change or go.
@@ -127,7 +128,7 @@ class Store:
                     f"the study has changed since '{entry['label']}' finished in {self.path} "
                     f"({what}): undo the change, give it another name, or name another store"
                 )
-        self.index = _index(study_name, text, resolved)
+        self.index = _index(study, resolved)
         write_json(self.path / INDEX, self.index)
 
 
@@ -171,7 +172,7 @@ def check_folder(path: Path) -> None:
         raise InputError(f"{path} is not empty and is no study store: name another folder")
 
 
-def claim_store(path: Path, study_name: str, text: str, resolved: Sequence[Resolved]) -> Store:
+def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
     """Open the store at `path` for a study, or make one there.
 
     Raises:
@@ -181,10 +182,10 @@ def claim_store(path: Path, study_name: str, text: str, resolved: Sequence[Resol
     if not is_store(path):
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        write_json(path / INDEX, _index(study_name, text, resolved))
+        write_json(path / INDEX, _index(study, resolved))
         return open_store(path)
     store = open_store(path)
-    store.update(study_name, text, resolved)
+    store.update(study, resolved)
     return store
 
 
@@ -200,12 +201,18 @@ def publish(folder: Path, target: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _index(study_name: str, text: str, resolved: Sequence[Resolved]) -> dict[str, Any]:
+def _index(study: Study, resolved: Sequence[Resolved]) -> dict[str, Any]:
     return {
         "kind": KIND,
         "format": FORMAT,
-        "name": study_name,
-        "text": text,
+        "name": study.name,
+        "text": study.text,
+        "suite": {
+            "name": study.suite.name,
+            "version": study.suite.version,
+            "hash": study.suite.hash,
+            "dimensions": list(study.suite.dimensions),
+        },
         "trials": [
             {
                 "id": trial.id,

@@ -15,6 +15,7 @@ from typing import Any
 from calmix.calibration.leakage import TOKENS
 from calmix.calibration.resolving import SUITE, parse_spec
 from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.capability.evaluate import SCORER
 from calmix.capability.suites import load_suite
 from calmix.errors import InputError
 from calmix.files import sha256_file, sha256_json, user_path
@@ -213,6 +214,7 @@ class Resolver:
         """
         model = self._model(trial.model)
         calibration = None if trial.draw is None else self._calibration(trial.draw)
+        suite = self.study.suite
         request = {
             "format": FORMAT,
             "model": model,
@@ -222,7 +224,7 @@ class Resolver:
             "sparsity": trial.sparsity,
             "propagation": trial.propagation,
             "damping": trial.damping,
-            "suite": {"name": self.study.suite.name, "hash": self.study.suite.hash},
+            "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         return Resolved(trial, sha256_json(request), request, shared)
@@ -257,7 +259,7 @@ class Resolver:
 
     def _source(self, name: str, own: Mapping[str, Source]) -> dict[str, Any]:
         source = get_source(name, own)
-        described = source.reader.model_dump(mode="json")
+        described = source.reader.model_dump(mode="json", exclude_defaults=True)
         if isinstance(source.reader, LocalFile):  # known by its content, wherever it lies
             described["path"] = self._content(source.reader.path.expanduser())
         return {"reader": described, "version": source.version}
