@@ -114,6 +114,13 @@ def run_study(
     check_code(study.suite, options.allow_code_execution)
     resolver = Resolver(study)
     resolved = [resolver.resolve(trial) for trial in plan(study)]
+    names: dict[str, str] = {}
+    for trial in resolved:
+        first = names.setdefault(trial.id, trial.planned.label)
+        if first != trial.planned.label:
+            raise InputError(
+                f"'{first}' and '{trial.planned.label}' are the same trial: name it once"
+            )
     chosen = chosen_trials(resolved, only, skip)
     store = claim_store(path, study, resolved)
     wanted = ("pending", "running", "failed") if retry_failed else ("pending", "running")
