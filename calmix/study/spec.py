@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from calmix.calibration.packing import PACKINGS
 from calmix.calibration.resolving import parse_spec
 from calmix.calibration.select import Selection
+from calmix.calibration.selfgen.making import METHODS, check_settings
 from calmix.calibration.set import is_saved_set
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
@@ -29,7 +30,6 @@ from calmix.specs import SEED, Propagation
 from calmix.study.results import Strategy
 from calmix.yaml_files import YamlText, parse_yaml, read_text
 
-GENERATED = ("self-cal", "sgs", "igsp")  # calibration names that mean: the model writes it
 NONE = "none"  # the calibration of a method that needs none
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -344,17 +344,17 @@ def strategy_of(calibration: Calibration, own: Mapping[str, Source]) -> Strategy
         from calmix.calibration.set import CalibrationSet
 
         manifest = CalibrationSet.open(path).manifest
-        made = [m for m in GENERATED if m in (manifest.get("method"), manifest.get("strategy"))]
-        if made:
-            return made[0]  # type: ignore[return-value]
+        if "generated" in manifest:
+            return manifest["generated"]
         return "mix" if len(manifest["names"]) > 1 else "single"
     return "mix" if len(parse_spec(text, own).mix.weights) > 1 else "single"
 
 
 def generated(text: str) -> str | None:
-    """Return which self-generated method a calibration's text names, if any."""
-    head = text.strip().partition(":")[0]
-    return head if head in GENERATED else None
+    """Return by which method the model writes a calibration set itself, if it does."""
+    if is_saved_set(user_path(text)):
+        return None
+    return text if text in METHODS else parse_spec(text).generate
 
 
 def _one_of(what: str, value: str | None, known: Sequence[str]) -> str | None:
@@ -429,8 +429,6 @@ def _model_problem(model: Model) -> str | None:
 
 def _calibration_problem(calibration: Calibration, own: Mapping[str, Source]) -> str | None:
     text = calibration.written
-    if generated(text) is not None:
-        return None
     path = user_path(text)
     try:
         if is_saved_set(path):
@@ -439,6 +437,11 @@ def _calibration_problem(calibration: Calibration, own: Mapping[str, Source]) ->
             CalibrationSet.open(path)
             return None
         spec = parse_spec(text, own)
+        if spec.generate is not None:
+            for name in ("packing", "select"):
+                if getattr(calibration, name) is not None:
+                    return f"'{name}' has no effect with {spec.generate}: leave it out"
+            check_settings(spec.generate, spec.options.model_dump(), spec.own)
         for name in spec.mix.weights:
             get_source(name, spec.own)
         if calibration.leakage not in (None, "off"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from calmix.calibration.leakage import TOKENS
 from calmix.calibration.resolving import SUITE, parse_spec
+from calmix.calibration.selfgen.making import identity
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.evaluate import SCORER
 from calmix.capability.suites import load_suite
@@ -32,7 +33,6 @@ from calmix.study.spec import (
     Grid,
     Study,
     as_pattern,
-    generated,
     strategy_of,
 )
 
@@ -186,12 +186,12 @@ def draw_of(study: Study, entry: Calibration, grid: Grid, seed: int) -> Draw:
         saved = CalibrationSet.open(path)
         own_seed = saved.manifest.get("seed")
         return Draw(text, entry.given(), saved.rows, saved.length, own_seed or 0)
-    if generated(text) is not None:
-        options = {**entry.given(), **sizes, "seed": seed}
-        fixed: dict[str, Any] = {}
-    else:
-        fixed = parse_spec(text, study.own).fixed
-        options = {**study.file.given(), **sizes, **entry.given(), "seed": seed}
+    spec = parse_spec(text, study.own)
+    common = study.file.given()
+    if spec.generate is not None:  # the study's packing and selection are for drawn sets
+        common = {key: common[key] for key in common if key not in ("packing", "select")}
+    fixed = spec.fixed
+    options = {**common, **sizes, **entry.given(), "seed": seed}
     rows = options.get("rows", fixed.get("rows", ROWS))
     length = options.get("length", fixed.get("length", LENGTH))
     return Draw(text, options, rows, length, seed)
@@ -240,20 +240,20 @@ class Resolver:
         if is_saved_set(path):
             return {"saved": CalibrationSet.open(path).manifest["sha256"], **draw.options}
         size = {"rows": draw.rows, "length": draw.length, "seed": draw.seed}
-        if generated(draw.text) is not None:
-            return {"generated": draw.text, **draw.options, **size}
         spec = parse_spec(draw.text, self.study.own)
+        if spec.generate is not None:
+            asked = {"leakage": SUITE, "leakage_tokens": TOKENS, **spec.fixed, **draw.options}
+            chosen = identity(spec.generate, spec.options.model_dump())
+            if "seeds" in chosen:
+                chosen["seeds"] = self._source(chosen["seeds"], spec.own)
+            return {"generated": spec.generate, "settings": chosen, **_guarded(asked), **size}
         options: dict[str, Any] = {
             "packing": "concat",
             "select": "random",
             "leakage": SUITE,
             "leakage_tokens": TOKENS,
         }
-        options |= {**spec.fixed, **draw.options, **size}
-        if options["leakage"] == "off":
-            del options["leakage_tokens"]
-        else:
-            options["leakage"] = load_suite(options["leakage"]).hash
+        options = _guarded(options | {**spec.fixed, **draw.options, **size})
         sources = {name: self._source(name, spec.own) for name in spec.mix.weights}
         return {"mix": spec.mix.weights, "sources": sources, **options}
 
@@ -273,6 +273,13 @@ class Resolver:
                 raise InputError(f"cannot read {path}: {error.strerror}") from error
             self._files[path] = sha256_json(hashes)
         return self._files[path]
+
+
+def _guarded(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with the suite whose items the text must not share known by its content."""
+    if options["leakage"] == "off":
+        return {key: value for key, value in options.items() if key != "leakage_tokens"}
+    return options | {"leakage": load_suite(options["leakage"]).hash}
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

@@ -72,6 +72,32 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return METHODS[method] | given
 
 
+def identity(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's settings in full, a file of openers by what it says.
+
+    Raises:
+        InputError: as `settings` and `load_openers`.
+    """
+    chosen = settings(method, options)
+    if "openers" in chosen:
+        chosen["openers"] = load_openers(chosen["openers"]).sha256
+    return chosen
+
+
+def check_settings(
+    method: str, options: Mapping[str, Any], own: Mapping[str, Source] | None = None
+) -> None:
+    """Refuse settings that no run of the method could use, before a model is opened.
+
+    Raises:
+        InputError: as `settings` and `load_openers`.
+        SourceError: the source of seed texts is unknown.
+    """
+    chosen = identity(method, options)
+    if "seeds" in chosen:
+        get_source(chosen["seeds"], own)
+
+
 def generate(
     method: str,
     opened: OpenModel,
