@@ -54,7 +54,6 @@ def probe(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Machine:
         cached = 3 * wide.numel() * wide.element_size() / seconds(lambda: wide * wide, target)
         large = torch.zeros(64_000_000, dtype=torch.float32, device=target)
         memory = large.numel() * 4 / seconds(lambda: large.sum(), target)
-        del large
         step = _step(cached, target, generator)
     total = psutil.virtual_memory().total
     if target.type == "cuda":

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from calmix.calibration.packing import PACKINGS
 from calmix.calibration.resolving import parse_spec
 from calmix.calibration.select import Selection
-from calmix.calibration.set import is_saved_set
+from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
@@ -29,7 +29,6 @@ from calmix.specs import SEED, Propagation
 from calmix.study.results import Strategy
 from calmix.yaml_files import YamlText, parse_yaml, read_text
 
-GENERATED = ("self-cal", "sgs", "igsp")  # calibration names that mean: the model writes it
 NONE = "none"  # the calibration of a method that needs none
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -336,25 +335,16 @@ def strategy_of(calibration: Calibration, own: Mapping[str, Source]) -> Strategy
     """Return how a calibration set is made, read off its text unless the file says."""
     if calibration.strategy is not None:
         return calibration.strategy
-    text = calibration.written
-    if (name := generated(text)) is not None:
-        return name  # type: ignore[return-value]
-    path = user_path(text)
+    path = user_path(calibration.written)
     if is_saved_set(path):
-        from calmix.calibration.set import CalibrationSet
-
         manifest = CalibrationSet.open(path).manifest
-        made = [m for m in GENERATED if m in (manifest.get("method"), manifest.get("strategy"))]
-        if made:
-            return made[0]  # type: ignore[return-value]
-        return "mix" if len(manifest["names"]) > 1 else "single"
-    return "mix" if len(parse_spec(text, own).mix.weights) > 1 else "single"
-
-
-def generated(text: str) -> str | None:
-    """Return which self-generated method a calibration's text names, if any."""
-    head = text.strip().partition(":")[0]
-    return head if head in GENERATED else None
+        method, names = manifest.get("generated"), manifest["names"]
+    else:
+        spec = parse_spec(calibration.written, own)
+        method, names = spec.generate, list(spec.mix.weights)
+    if method is not None:
+        return method
+    return "mix" if len(names) > 1 else "single"
 
 
 def _one_of(what: str, value: str | None, known: Sequence[str]) -> str | None:
@@ -428,17 +418,15 @@ def _model_problem(model: Model) -> str | None:
 
 
 def _calibration_problem(calibration: Calibration, own: Mapping[str, Source]) -> str | None:
-    text = calibration.written
-    if generated(text) is not None:
-        return None
-    path = user_path(text)
+    path = user_path(calibration.written)
     try:
         if is_saved_set(path):
-            from calmix.calibration.set import CalibrationSet
-
             CalibrationSet.open(path)
             return None
-        spec = parse_spec(text, own)
+        spec = parse_spec(calibration.written, own)
+        for name in ("packing", "select"):
+            if spec.generate is not None and name in calibration.given():
+                return f"'{name}' has no effect with {spec.generate}"
         for name in spec.mix.weights:
             get_source(name, spec.own)
         if calibration.leakage not in (None, "off"):

@@ -13,7 +13,8 @@ import pytest
 from calmix.calibration import CalibrationSet, resolve
 from calmix.capability.evaluate import evaluate, load_scores
 from calmix.errors import InputError
-from calmix.information import measure, metrics
+from calmix.information import metrics
+from calmix.information.measuring import measure
 from calmix.models import open_model
 from calmix.pruning import Unstructured, prune
 from calmix.study import bench as bench_module
