@@ -11,7 +11,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from calmix.models.opening import fast_half_precision
+from calmix.models.opening import _device, fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
 from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import Unstructured
@@ -21,15 +21,15 @@ TOKENS = 2048  # the engine's micro-batch
 SECONDS = 0.15  # spent on each rate, at least
 
 
-def probe(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Machine:
+def probe(sizes: Sizes, device: str = "auto") -> Machine:
     """Measure what this machine does a second at a model's sizes.
 
     Args:
         sizes: of the model.
-        dtype: what it computes in; float32 where the CPU has no fast half precision.
-        device: torch device.
+        device: torch device; `auto` for an accelerator if there is one.
     """
-    target = torch.device(device)
+    target = _device(device)
+    dtype = torch.bfloat16 if sizes.value_bytes == 2 else torch.float32
     if target.type == "cpu" and not fast_half_precision(dtype):
         dtype = torch.float32
     width = min(sizes.hidden, 4096)
