@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ def register(study: typer.Typer) -> None:
     """Add the verbs to the sub-command."""
     study.command("init")(init_command)
     study.command("validate")(validate_command)
+    study.command("plan")(plan_command)
     study.command("run")(run_command)
     study.command("status")(status_command)
     study.command("export")(export_command)
@@ -77,6 +79,81 @@ def validate_command(path: StudyPath, as_json: AsJson = False) -> None:
             soft_wrap=True,
             highlight=False,
         )
+
+
+def plan_command(
+    path: StudyPath,
+    device_tflops: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            min=0.001,
+            help="Plan on paper for an accelerator of so many half-precision TFLOP/s.",
+        ),
+    ] = None,
+    memory_gb: Annotated[
+        float, typer.Option(min=0.001, help="Its memory, with --device-tflops.")
+    ] = 80,
+    bandwidth_gbs: Annotated[
+        float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")
+    ] = 3350,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate trials, time, memory and disk before anything runs."""
+    from calmix.study.cost import on_paper
+    from calmix.study.planning import estimate, sizes_of_model
+    from calmix.study.probe import probe
+    from calmix.study.spec import load_study
+
+    study = load_study(path)
+    sizes = {label: sizes_of_model(label, model) for label, model in study.models.items()}
+    if device_tflops is not None:
+        machine = on_paper(device_tflops, memory_gb, bandwidth_gbs)
+    else:
+        machine = probe(max(sizes.values(), key=lambda model: model.weights))
+    found = estimate(study, sizes, machine)
+    told = {
+        "study": study.name,
+        "machine": asdict(machine),
+        "trials": found.trials,
+        "calibration_sets": found.sets,
+        "seconds": round(found.seconds, 1),
+        "seconds_calibration": round(found.sets_seconds, 1),
+        "seconds_dense": round(found.dense, 1),
+        "disk_bytes": round(found.disk),
+        "peak_memory_bytes": round(max(group.cost.memory for group in found.groups)),
+        "groups": [asdict(group) for group in found.groups],
+        "notes": found.notes,
+    }
+    if as_json:
+        print_json(told)
+        return
+    several = len(study.models) > 1
+    rows = [
+        ({"model": group.model} if several else {})
+        | {
+            "trials": group.trials,
+            "method": group.method,
+            "pattern": group.pattern,
+            "tokens": f"{group.rows}x{group.length}" if group.rows else "-",
+            "prune": duration(group.cost.seconds["prune"]),
+            "evaluate": duration(group.cost.seconds["evaluate"]),
+            "memory": size(group.cost.memory),
+            "disk": size(group.cost.disk),
+        }
+        for group in found.groups
+    ]
+    print_rows(rows, as_json=False, title=f"study {study.name}, each trial on {machine.name}")
+    out.print(
+        f"{found.trials} trials, {found.sets} calibration sets "
+        f"({duration(found.sets_seconds)} to make and measure), dense scores "
+        f"({duration(found.dense)}): {duration(found.seconds)} in all, one trial at a time; "
+        f"{size(found.disk)} on disk",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for note in found.notes:
+        out.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
 def run_command(
@@ -292,6 +369,14 @@ class Watch:
 
     def _line(self, text: str) -> None:
         self._bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def size(count: float) -> str:
+    """Return bytes in words: `3.2 MB`, `14 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1e3:.3g} kB"
 
 
 def duration(seconds: float) -> str:

@@ -218,7 +218,7 @@ class Bench:
         lock.wait()
         try:
             if not folder.is_dir():
-                self._make_set(trial.planned, opened, folder)
+                self._make_set(trial.planned, opened, folder, stage)
         finally:
             lock.release()
         made = CalibrationSet.open(folder, opened)
@@ -226,9 +226,11 @@ class Bench:
         self._set = (trial.calibration_id, made, information["metrics"])
         return made, information["metrics"]
 
-    def _make_set(self, planned: Planned, opened: OpenModel, folder: Path) -> None:
+    def _make_set(self, planned: Planned, opened: OpenModel, folder: Path, stage: Stage) -> None:
         assert planned.draw is not None
-        made = resolve(planned.draw.text, opened, own=self.study.own, **planned.draw.options)
+        made = resolve(
+            planned.draw.text, opened, own=self.study.own, writing=stage, **planned.draw.options
+        )
         values = measure_set(made, opened)
         values["perplexity"] = values.pop("distortion")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from calmix.calibration.packing import PACKINGS
 from calmix.calibration.resolving import parse_spec
 from calmix.calibration.select import Selection
-from calmix.calibration.selfgen.making import METHODS, check_settings
-from calmix.calibration.set import is_saved_set
+from calmix.calibration.selfgen.making import check_settings
+from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
@@ -336,25 +336,16 @@ def strategy_of(calibration: Calibration, own: Mapping[str, Source]) -> Strategy
     """Return how a calibration set is made, read off its text unless the file says."""
     if calibration.strategy is not None:
         return calibration.strategy
-    text = calibration.written
-    if (name := generated(text)) is not None:
-        return name  # type: ignore[return-value]
-    path = user_path(text)
+    path = user_path(calibration.written)
     if is_saved_set(path):
-        from calmix.calibration.set import CalibrationSet
-
         manifest = CalibrationSet.open(path).manifest
-        if "generated" in manifest:
-            return manifest["generated"]
-        return "mix" if len(manifest["names"]) > 1 else "single"
-    return "mix" if len(parse_spec(text, own).mix.weights) > 1 else "single"
-
-
-def generated(text: str) -> str | None:
-    """Return by which method the model writes a calibration set itself, if it does."""
-    if is_saved_set(user_path(text)):
-        return None
-    return text if text in METHODS else parse_spec(text).generate
+        method, names = manifest.get("generated"), manifest["names"]
+    else:
+        spec = parse_spec(calibration.written, own)
+        method, names = spec.generate, list(spec.mix.weights)
+    if method is not None:
+        return method
+    return "mix" if len(names) > 1 else "single"
 
 
 def _one_of(what: str, value: str | None, known: Sequence[str]) -> str | None:
@@ -428,19 +419,16 @@ def _model_problem(model: Model) -> str | None:
 
 
 def _calibration_problem(calibration: Calibration, own: Mapping[str, Source]) -> str | None:
-    text = calibration.written
-    path = user_path(text)
+    path = user_path(calibration.written)
     try:
         if is_saved_set(path):
-            from calmix.calibration.set import CalibrationSet
-
             CalibrationSet.open(path)
             return None
-        spec = parse_spec(text, own)
+        spec = parse_spec(calibration.written, own)
+        for name in ("packing", "select"):
+            if spec.generate is not None and name in calibration.given():
+                return f"'{name}' has no effect with {spec.generate}"
         if spec.generate is not None:
-            for name in ("packing", "select"):
-                if getattr(calibration, name) is not None:
-                    return f"'{name}' has no effect with {spec.generate}: leave it out"
             check_settings(spec.generate, spec.options.model_dump(), spec.own)
         for name in spec.mix.weights:
             get_source(name, spec.own)

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.leakage import TOKENS
-from calmix.calibration.resolving import SUITE, parse_spec
-from calmix.calibration.selfgen.making import identity
+from calmix.calibration.resolving import SUITE, Spec, parse_spec
+from calmix.calibration.selfgen.making import settings
+from calmix.calibration.selfgen.openers import load_openers
+from calmix.calibration.selfgen.writing import VERSION
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.evaluate import SCORER
 from calmix.capability.suites import load_suite
@@ -187,13 +189,11 @@ def draw_of(study: Study, entry: Calibration, grid: Grid, seed: int) -> Draw:
         own_seed = saved.manifest.get("seed")
         return Draw(text, entry.given(), saved.rows, saved.length, own_seed or 0)
     spec = parse_spec(text, study.own)
-    common = study.file.given()
-    if spec.generate is not None:  # the study's packing and selection are for drawn sets
-        common = {key: common[key] for key in common if key not in ("packing", "select")}
-    fixed = spec.fixed
-    options = {**common, **sizes, **entry.given(), "seed": seed}
-    rows = options.get("rows", fixed.get("rows", ROWS))
-    length = options.get("length", fixed.get("length", LENGTH))
+    options = {**study.file.given(), **sizes, **entry.given(), "seed": seed}
+    if spec.generate is not None:
+        options = {key: options[key] for key in options if key not in ("packing", "select")}
+    rows = options.get("rows", spec.fixed.get("rows", ROWS))
+    length = options.get("length", spec.fixed.get("length", LENGTH))
     return Draw(text, options, rows, length, seed)
 
 
@@ -241,21 +241,27 @@ class Resolver:
             return {"saved": CalibrationSet.open(path).manifest["sha256"], **draw.options}
         size = {"rows": draw.rows, "length": draw.length, "seed": draw.seed}
         spec = parse_spec(draw.text, self.study.own)
+        options: dict[str, Any] = {"leakage": SUITE, "leakage_tokens": TOKENS}
+        if spec.generate is None:
+            options |= {"packing": "concat", "select": "random"}
+        options |= {**spec.fixed, **draw.options, **size}
+        if options["leakage"] == "off":
+            del options["leakage_tokens"]
+        else:
+            options["leakage"] = load_suite(options["leakage"]).hash
         if spec.generate is not None:
-            asked = {"leakage": SUITE, "leakage_tokens": TOKENS, **spec.fixed, **draw.options}
-            chosen = identity(spec.generate, spec.options.model_dump())
-            if "seeds" in chosen:
-                chosen["seeds"] = self._source(chosen["seeds"], spec.own)
-            return {"generated": spec.generate, "settings": chosen, **_guarded(asked), **size}
-        options: dict[str, Any] = {
-            "packing": "concat",
-            "select": "random",
-            "leakage": SUITE,
-            "leakage_tokens": TOKENS,
-        }
-        options = _guarded(options | {**spec.fixed, **draw.options, **size})
+            return self._generated(spec) | options
         sources = {name: self._source(name, spec.own) for name in spec.mix.weights}
         return {"mix": spec.mix.weights, "sources": sources, **options}
+
+    def _generated(self, spec: Spec) -> dict[str, Any]:
+        assert spec.generate is not None
+        chosen = settings(spec.generate, spec.options.model_dump())
+        if "openers" in chosen:
+            chosen["openers"] = load_openers(chosen["openers"]).sha256
+        if "seeds" in chosen:
+            chosen["seeds"] = {chosen["seeds"]: self._source(chosen["seeds"], spec.own)}
+        return {"generated": spec.generate, "version": VERSION, "settings": chosen}
 
     def _source(self, name: str, own: Mapping[str, Source]) -> dict[str, Any]:
         source = get_source(name, own)
@@ -273,13 +279,6 @@ class Resolver:
                 raise InputError(f"cannot read {path}: {error.strerror}") from error
             self._files[path] = sha256_json(hashes)
         return self._files[path]
-
-
-def _guarded(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with the suite whose items the text must not share known by its content."""
-    if options["leakage"] == "off":
-        return {key: value for key, value in options.items() if key != "leakage_tokens"}
-    return options | {"leakage": load_suite(options["leakage"]).hash}
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

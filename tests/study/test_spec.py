@@ -80,6 +80,9 @@ def test_a_set_may_be_drawn_in_its_own_way() -> None:
     assert (b.text, b.rows, b.options["select"]) == ("news:3.0,books:1.0", 64, "zipcal")
     # How text is drawn means nothing to a model that writes its own.
     assert c.options == {"length": 40, "seed": 0}
+    assert problems(
+        HEAD + "calibrations: {a: {from: sgs, select: random}}\nmethods: {wanda: 0.5}\n"
+    ) == ["s.yaml line 3: calibrations.a: 'select' has no effect with sgs"]
 
 
 def test_every_mistake_of_form_is_told_with_its_line() -> None:

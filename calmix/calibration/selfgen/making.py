@@ -72,18 +72,6 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return METHODS[method] | given
 
 
-def identity(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method's settings in full, a file of openers by what it says.
-
-    Raises:
-        InputError: as `settings` and `load_openers`.
-    """
-    chosen = settings(method, options)
-    if "openers" in chosen:
-        chosen["openers"] = load_openers(chosen["openers"]).sha256
-    return chosen
-
-
 def check_settings(
     method: str, options: Mapping[str, Any], own: Mapping[str, Source] | None = None
 ) -> None:
@@ -93,7 +81,9 @@ def check_settings(
         InputError: as `settings` and `load_openers`.
         SourceError: the source of seed texts is unknown.
     """
-    chosen = identity(method, options)
+    chosen = settings(method, options)
+    if "openers" in chosen:
+        load_openers(chosen["openers"])
     if "seeds" in chosen:
         get_source(chosen["seeds"], own)
 
