@@ -29,7 +29,7 @@ from calmix.errors import InputError
 from calmix.information.ngrams import Ids, ngram_keys
 
 ORDER = 4
-LAMBDA = 0.1
+LAMBDA = 1.0
 SWEEPS = 20  # of swaps; a few are enough in practice
 LOOK = 16  # partners of a swap that are evaluated exactly, best bound first
 EPSILON = 1e-12  # what a swap must lower J by, so that rounding cannot make it run in a circle

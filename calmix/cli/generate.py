@@ -77,11 +77,11 @@ def generate(
     ] = None,
     candidates: Annotated[
         float | None,
-        typer.Option(show_default="3", help="igsp: write so many times the tokens of the set."),
+        typer.Option(show_default="2", help="igsp: write so many times the tokens of the set."),
     ] = None,
     balance: Annotated[
         float | None,
-        typer.Option("--lambda", show_default="0.1", help="igsp: weight of balanced perplexity."),
+        typer.Option("--lambda", show_default="1", help="igsp: weight of balanced perplexity."),
     ] = None,
     piece: Annotated[
         int | None, typer.Option(show_default="170", help="igsp: tokens of a piece, about.")

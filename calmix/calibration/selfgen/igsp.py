@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "top_k": None,
     "top_p": None,
     "repetition_penalty": 1.1,
-    "candidates": 3.0,
+    "candidates": 2.0,
     "lambda_": LAMBDA,
     "piece": PIECE,
     "band": 0.1,
