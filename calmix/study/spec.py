@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from calmix.calibration.packing import PACKINGS
 from calmix.calibration.resolving import parse_spec
 from calmix.calibration.select import Selection
+from calmix.calibration.selfgen.making import check_settings
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
@@ -427,6 +428,8 @@ def _calibration_problem(calibration: Calibration, own: Mapping[str, Source]) ->
         for name in ("packing", "select"):
             if spec.generate is not None and name in calibration.given():
                 return f"'{name}' has no effect with {spec.generate}"
+        if spec.generate is not None:
+            check_settings(spec.generate, spec.options.model_dump(), spec.own)
         for name in spec.mix.weights:
             get_source(name, spec.own)
         if calibration.leakage not in (None, "off"):

@@ -72,6 +72,22 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return METHODS[method] | given
 
 
+def check_settings(
+    method: str, options: Mapping[str, Any], own: Mapping[str, Source] | None = None
+) -> None:
+    """Refuse settings that no run of the method could use, before a model is opened.
+
+    Raises:
+        InputError: as `settings` and `load_openers`.
+        SourceError: the source of seed texts is unknown.
+    """
+    chosen = settings(method, options)
+    if "openers" in chosen:
+        load_openers(chosen["openers"])
+    if "seeds" in chosen:
+        get_source(chosen["seeds"], own)
+
+
 def generate(
     method: str,
     opened: OpenModel,
