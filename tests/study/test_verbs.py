@@ -1,0 +1,135 @@
+"""The verbs of a study: what they print, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calmix.study import load_study
+
+Write = Callable[..., Path]
+
+
+def test_a_study_from_its_first_file_to_its_table(
+    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path
+) -> None:
+    path, store = tiny_study(), tmp_path / "store"
+    ended = calmix("study", "validate", path)
+    assert ended.code == 0
+    assert "6 trials over 3 calibration sets" in ended.out
+    ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert (told["planned"], told["finished"], told["failed"]) == (6, 2, {})
+    assert "2 of 6 trials to run" in ended.err
+    assert "1/2 code sparsegpt 60% seed 0: total" in ended.err
+    ended = calmix("study", "status", store)
+    assert "2 finished, 4 pending" in ended.out
+    ended = calmix("study", "run", path, "-o", store)
+    assert "6 of 6 trials finished" in ended.out
+    told = json.loads(calmix("study", "status", store, "--json").out)
+    assert (told["finished"], told["pending"], len(told["trials"])) == (6, 0, 6)
+    ended = calmix("study", "export", store, "-o", tmp_path / "out")
+    assert ended.code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "results.csv",
+        "results.parquet",
+        "study.json",
+    ]
+
+
+def test_the_file_to_start_from_is_a_study(calmix: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert calmix("study", "init", path).code == 0
+    assert load_study(path).name == "my-study"
+    assert "exists" in calmix("study", "init", path).line
+    assert calmix("study", "init", path, "--overwrite").code == 0
+    assert "name a .yaml file" in calmix("study", "init", tmp_path / "mine.txt").line
+
+
+def test_a_plan_in_words_and_as_json(calmix: Callable[..., Any], tiny_study: Write) -> None:
+    path = tiny_study()
+    ended = calmix("study", "plan", path)
+    assert ended.code == 0, ended.err
+    assert "6 trials, 3 calibration sets" in ended.out
+    told = json.loads(calmix("study", "plan", path, "--device-tflops", 100, "--json").out)
+    assert told["trials"] == 6
+    assert [group["trials"] for group in told["groups"]] == [3, 3]
+    assert told["machine"]["memory"] == 80e9
+
+
+def test_validate_lists_every_mistake(calmix: Callable[..., Any], tiny_study: Write) -> None:
+    path = tiny_study(("rows: 6", "row: 6"), ("length: 32", "length: x"))
+    ended = calmix("study", "validate", path)
+    assert ended.code == 2
+    assert ended.line == f"error: {path} has 2 mistakes"
+    first, second = ended.out.splitlines()
+    assert first.startswith(f"{path} line 4: row: unknown key: did you mean rows")
+    assert second.startswith(f"{path} line 5: length: Input should be a valid integer")
+    told = json.loads(calmix("study", "validate", path, "--json").out)
+    assert told["problems"] == [first, second]
+
+
+def test_every_mistake_is_one_line(
+    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path
+) -> None:
+    path, store = tiny_study(), tmp_path / "store"
+    empty = tiny_study(("methods: ", "seeds: []\nmethods: "), name="empty.yaml")
+    wrong = tiny_study(("rows: 6", "rows: six"), name="wrong.yaml")
+    gone = tiny_study(
+        (f"tiny: {load_study(path).models['tiny'].name}", "tiny: /none"), name="g.yaml"
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("x")
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "store.json").write_text('{"kind": "study store", "format": 2}')
+    assert calmix("study", "run", path, "-o", store, "--only", "code").code == 0
+    changed = tiny_study(("length: 32", "length: 32\npacking: window"), name="changed.yaml")
+    cases = [
+        (("run", tmp_path / "none.yaml", "-o", store), "there is no file"),
+        (("run", wrong, "-o", store), "line 4: rows: Input should be a valid integer"),
+        (("run", empty, "-o", store), "seeds is empty: the grid has no trials"),
+        (("run", gone, "-o", store), "no model folder"),
+        (("run", path, "-o", other), "not empty and is no study store"),
+        (("run", path, "-o", newer), "has format 2, but this calmix reads format 1"),
+        (("run", changed, "-o", store), "packing: concat, now window"),
+        (("run", path, "-o", store, "--only", "zz"), "no trial matches 'zz'"),
+        (("run", path, "-o", store, "--executor", "rya"), "did you mean ray"),
+        (("run", path, "-o", store, "--workers", 2), "--workers has no effect without"),
+        (("run", path, "-o", store, "--executor", "ray", "--address", "127.0.0.1:1"), "answers at"),
+        (("status", other), "is no study store"),
+        (("status", newer), "has format 2"),
+        (("export", tmp_path / "none", "-o", tmp_path / "x"), "there is no study store"),
+        (("export", store, "-o", other / "file"), "is a file"),
+        (("plan", wrong), "line 4"),
+    ]
+    for arguments, words in cases:
+        ended = calmix("study", *arguments)
+        assert ended.code == 2, arguments
+        assert words in ended.line, (arguments, ended.line)
+
+
+def test_a_failed_trial_is_told_and_the_rest_is_run(
+    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path
+) -> None:
+    path = tiny_study()
+    (tmp_path / "texts" / "code.jsonl").write_text('{"text": "x"}')
+    ended = calmix("study", "run", path, "-o", tmp_path / "store")
+    assert ended.code == 2
+    assert "2 of 6 trials finished" in ended.out
+    assert ended.err.strip().splitlines()[-1].startswith("error: 4 trials failed, first 'code")
+    assert "4 failed" in calmix("study", "status", tmp_path / "store").out
+    (tmp_path / "texts" / "code.jsonl").write_text('{"text": "return x y z"}\n' * 200)
+    assert calmix("study", "run", path, "-o", tmp_path / "store", "--retry-failed").code == 0
+
+
+def test_ray_is_optional(
+    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    ended = calmix("study", "run", tiny_study(), "-o", tmp_path / "s", "--executor", "ray")
+    assert "pip install 'calmix[ray]'" in ended.line

@@ -1,0 +1,42 @@
+"""What the tests that need processes of their own share: a study over the real archive."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.study.conftest import STUDY, write_texts
+
+ROOT = Path(__file__).parents[2]
+SUITE = """\
+name: few
+version: 1
+description: a few items
+dimensions:
+  general:
+    sciq:
+      {archive: sciq/rc, form: question, metric: acc_norm, shots: 0, limit: 6, chance: choices}
+  code:
+    mbpp: {archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0, limit: 3}
+"""
+
+
+def write_study(folder: Path, model: Path, *, rows: int = 6) -> Path:
+    """Write texts, suite and study; return the study's path."""
+    write_texts(folder / "texts")
+    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    text = STUDY.format(model=model, suite=folder / "suite.yaml", texts=folder / "texts")
+    path = folder / "study.yaml"
+    path.write_text(text.replace("rows: 6", f"rows: {rows}"), encoding="utf-8")
+    return path
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own, on one thread."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "calmix", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
