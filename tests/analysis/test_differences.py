@@ -1,0 +1,150 @@
+"""Differences over seeds, margins against sparsity, spreads, ranking."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from calmix.analysis import Settings, analyse
+from calmix.analysis.cells import tables
+from calmix.analysis.differences import SINGLES, over_seeds, paired
+from tests.synthetic import CONDITIONS, Plan, full_plan, study, trial
+
+QUICK = Settings(permutations=199, resamples=50)
+
+
+def test_a_paired_difference_is_scipys_t_test() -> None:
+    a, b = np.array([0.50, 0.55, 0.53, 0.60]), np.array([0.45, 0.47, 0.52, 0.50])
+    found = paired(a - b)
+    theirs = stats.ttest_rel(a, b)
+    ends = theirs.confidence_interval(0.95)
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+    assert found.p_flip == pytest.approx(2 / 16)
+    assert found.p_flip_least == 2 / 16
+
+
+def test_one_seed_has_no_interval_and_equal_differences_no_p() -> None:
+    one = paired(np.array([0.1]))
+    assert (one.low, one.high, one.p, one.p_flip) == (None, None, None, 1.0)
+    assert paired(np.array([0.1, 0.1])).p is None
+
+
+def test_missing_cells_leave_balanced_means() -> None:
+    values = np.array([[1.0, 1.0, math.nan], [2.0, 2.0, 2.0], [9.0, math.nan, math.nan]])
+    found = over_seeds(values, [0, 1, 2])
+    assert found[:2] == pytest.approx([1.5, 1.5])
+    assert math.isnan(found[2])
+
+
+def test_mixes_are_compared_with_the_best_and_the_mean_source_by_seed() -> None:
+    results = study(full_plan(conditions=[("sparsegpt", "60%")]))
+    found = analyse(results, QUICK).conditions[0]
+    one = next(
+        d for d in found.differences
+        if (d.left, d.right, d.quantity) == ("mix-8", SINGLES, "code")
+    )  # fmt: skip
+
+    def kept(seed: int, strategy: str, name: str = "") -> float:
+        return float(np.mean([
+            t.dimensions["code"].value for t in results.trials
+            if t.seed == seed and t.strategy == strategy and name in t.calibration
+        ]))  # fmt: skip
+
+    gaps = [kept(s, "mix", "mix-8") - kept(s, "single") for s in range(3)]
+    assert one.seeds == 3
+    assert one.value == pytest.approx(np.mean(gaps))
+    assert one.low is not None
+    assert one.high is not None
+    assert one.low < np.mean(gaps) < one.high
+    assert one.p_flip_least == 0.25
+    singles = {d.left for d in found.differences} | {d.right for d in found.differences}
+    assert len(singles & set(found.cells.sets)) == 7
+
+
+def test_the_margin_grows_with_sparsity_as_planted() -> None:
+    pairs = [("sparsegpt", f"{share}%") for share in (30, 40, 50, 60)]
+    found = analyse(study(full_plan(conditions=pairs, draw=0.003, noise=0.005)), QUICK)
+    of_mix = [m for m in found.margins if (m.calibration, m.quantity) == ("mix-8", "total")]
+    assert [m.sparsity for m in of_mix] == [0.3, 0.4, 0.5, 0.6]
+    for margin in of_mix:
+        assert margin.value == pytest.approx(0.08 * (margin.sparsity / 0.6) ** 3, abs=0.012)
+    growth = next(g for g in found.growths if (g.calibration, g.quantity) == ("mix-8", "total"))
+    assert growth.low is not None
+    assert growth.low > 0
+    named = analyse(
+        study(full_plan(conditions=pairs)), Settings(default="news", permutations=9, resamples=9)
+    )
+    assert {m.default for m in named.margins} == {"news"}
+
+
+def test_patterns_of_n_in_m_are_no_point_on_the_sparsity_axis() -> None:
+    pairs = [("sparsegpt", "2:4"), ("sparsegpt", "50%"), ("sparsegpt", "60%")]
+    found = analyse(study(full_plan(conditions=pairs)), QUICK)
+    assert len(found.conditions) == 3
+    assert {margin.condition for margin in found.margins} == {"SparseGPT 50%", "SparseGPT 60%"}
+
+
+def test_ranking_by_total_and_by_worst_dimension() -> None:
+    trials = (
+        trial("even", "mix", "sparsegpt", "60%", 0, {"general": 0.5, "code": 0.5}),
+        trial("lopsided", "single", "sparsegpt", "60%", 0, {"general": 0.9, "code": 0.3}),
+        trial("bad", "single", "sparsegpt", "60%", 0, {"general": 0.4, "code": 0.2}),
+    )
+    results = study(Plan(), trials=trials)
+    ranking = analyse(results, QUICK).conditions[0].ranking
+    assert [one.calibration for one in ranking] == ["lopsided", "even", "bad"]
+    assert [one.rank_worst for one in ranking] == [2, 1, 3]
+    assert ranking[0].worst == "code"
+    assert ranking[0].lowest.value == pytest.approx(0.3)
+    assert ranking[0].behind is None
+    assert ranking[1].behind is not None
+    assert ranking[1].behind.value == pytest.approx(0.1)
+
+
+def test_the_averaging_artefact_is_planted_and_found() -> None:
+    opposite = {"general": 0.1, "commonsense": 0.0, "code": -0.1, "math": 0.0}
+    found = analyse(study(Plan(slopes=opposite, noise=0.005)), QUICK).conditions[0]
+    spread = {one.quantity: one for one in found.spreads if one.over == "single"}
+    assert spread["code"].range > 0.25
+    assert spread["total"].range < 0.05
+    total = spread["total"]
+    assert total.if_independent is not None
+    assert total.deviation < 0.5 * total.if_independent
+    assert total.beyond_draws is not None
+    assert total.beyond_draws <= total.deviation
+
+
+def test_raw_retention_is_the_mean_of_the_raw_tasks() -> None:
+    results = study(Plan(seeds=(0,), sources=("a", "b")))
+    cells = tables(results, results.trials, "raw")[0]
+    first = results.trials[0]
+    kept = first.dimensions["code"].value
+    assert kept is not None
+    assert cells.values[0, 0, 3] == pytest.approx(0.4 + 0.6 * kept)
+    assert cells.values[0, 0, 0] == pytest.approx(np.mean(cells.values[0, 0, 1:]))
+    assert cells.below[0, 0, 3] == pytest.approx(0.04 / math.sqrt(2))
+    assert cells.below[0, 0, 0] == pytest.approx(0.04 / math.sqrt(8))
+
+
+def test_conditions_are_named_by_what_differs() -> None:
+    labels = [c.condition.label for c in analyse(study(full_plan()), QUICK).conditions]
+    assert labels == ["SparseGPT 50%", "SparseGPT 60%", "Wanda 50%"]
+    assert len(CONDITIONS) == 3
+    kept = {"general": 0.5, "code": 0.5}
+    trials = (
+        trial("a", "single", "sparsegpt", "60%", 0, kept),
+        trial("a", "single", "sparsegpt", "60%", 0, kept, rows=128),
+        trial("a", "single", "sparsegpt", "60%", 0, kept, propagation="block"),
+        trial("none", "none", "magnitude", "60%", 0, kept, propagation=None, rows=0, length=0),
+    )
+    found = analyse(study(Plan(), trials=trials), QUICK)
+    assert [c.condition.label for c in found.conditions] == [
+        "SparseGPT 60%, block propagation, 64 x 512",
+        "SparseGPT 60%, layer propagation, 64 x 512",
+        "SparseGPT 60%, layer propagation, 128 x 512",
+        "Magnitude 60%",
+    ]
