@@ -199,7 +199,11 @@ def analyse(
                 tuple(own),
                 tuple(trade_offs(own, dimensions)),
                 tuple(one for one in gaps if one.condition == label),
-                (*spreads(cells, "single"), *spreads(cells, "all")),
+                tuple(
+                    one
+                    for over in get_args(Over)
+                    for one in spreads(cells, over, permutations=asked.resamples, seed=asked.seed)
+                ),
                 points,
                 least_p(points, asked.permutations) if own else None,
                 _missing(cells),

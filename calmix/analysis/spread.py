@@ -14,6 +14,7 @@ import numpy as np
 from calmix.analysis.cells import TOTAL, Cells
 from calmix.analysis.correlations import Over, counted
 from calmix.analysis.ranking import quantity_estimates
+from calmix.analysis.statistics import LEAST, ROUNDING, Array
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Spread:
         beyond_draws: deviation with the draws' part taken out of its square, at least 0 (ours).
         if_independent: for the total, the deviation it would have if the dimensions were
             unrelated. Less is observed where they trade off against each other (ours).
+        p_cancel: for the total, the one-sided p of so small a deviation if the dimensions were
+            unrelated: each dimension's values dealt anew to the sets, seeded (ours).
     """
 
     condition: str
@@ -43,9 +46,24 @@ class Spread:
     draws: float | None
     beyond_draws: float | None
     if_independent: float | None
+    p_cancel: float | None
 
 
-def spreads(cells: Cells, over: Over) -> list[Spread]:
+def cancellation(parts: Array, *, permutations: int, seed: int) -> tuple[float, float]:
+    """Return the deviation of the mean over unrelated dimensions, and the p of the observed one.
+
+    Args:
+        parts: retention, shape (sets, dimensions), nothing missing.
+    """
+    sets, dimensions = parts.shape
+    unrelated = float(np.sqrt(parts.var(0, ddof=1).sum()) / dimensions)
+    drawn = np.tile(parts.T, (permutations, 1, 1))
+    dealt = np.random.default_rng([seed, sets]).permuted(drawn, axis=2).mean(1).std(1)
+    as_small = int((dealt <= parts.mean(1).std() + ROUNDING).sum())
+    return unrelated, (as_small + 1) / (permutations + 1)
+
+
+def spreads(cells: Cells, over: Over, *, permutations: int, seed: int) -> list[Spread]:
     """Return the spread of every quantity; empty with fewer than two calibration sets."""
     chosen = counted(cells, over)
     if len(chosen) < 2:
@@ -67,15 +85,15 @@ def spreads(cells: Cells, over: Over) -> list[Spread]:
             seeds = [estimates[quantity].sets[chosen[row]].seeds for row in known]
             draws = pooled * math.sqrt(sum(1 / count for count in seeds) / len(seeds))
             beyond = math.sqrt(max(0.0, deviation**2 - draws**2))
-        unrelated = None
-        if quantity == TOTAL and complete.sum() > 1 and parts.shape[1] > 1:
-            unrelated = float(np.sqrt(parts.var(0, ddof=1).sum()) / parts.shape[1])
+        unrelated = p = None
+        if quantity == TOTAL and complete.sum() >= LEAST and parts.shape[1] > 1:
+            unrelated, p = cancellation(parts, permutations=permutations, seed=seed)
         found.append(
             Spread(
                 cells.condition.label, over, quantity, len(known),
                 cells.sets[chosen[known[int(values.argmin())]]],
                 cells.sets[chosen[known[int(values.argmax())]]],
-                float(values.max() - values.min()), deviation, draws, beyond, unrelated,
+                float(values.max() - values.min()), deviation, draws, beyond, unrelated, p,
             )
         )  # fmt: skip
     return found
