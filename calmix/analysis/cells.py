@@ -26,7 +26,10 @@ METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "Magnit
 
 @dataclass(frozen=True)
 class Condition:
-    """What the trials of one table share; `label` names what differs within the study."""
+    """What the trials of one table share; `label` names what differs within the study.
+
+    `sparsity` is the one asked for: what a trial reached differs from it by rounding.
+    """
 
     model: str
     method: str
@@ -148,7 +151,16 @@ def _is(trial: Trial, sparsity: str) -> bool:
         share = float(asked.rstrip("%")) / (100 if asked.endswith("%") else 1)
     except ValueError:
         return False
-    return math.isclose(share, trial.sparsity, abs_tol=1e-9)
+    return math.isclose(share, asked_sparsity(trial), abs_tol=1e-9)
+
+
+def asked_sparsity(trial: Trial) -> float:
+    """Return the sparsity that a trial's pattern asks for: `60%` is 0.6, `2:4` is 0.5."""
+    if found := re.fullmatch(r"([0-9.]+) ?%", trial.pattern):
+        return float(found[1]) / 100
+    if found := re.fullmatch(r"(\d+):(\d+)", trial.pattern):
+        return 1 - int(found[1]) / int(found[2])
+    return trial.sparsity
 
 
 def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> list[Cells]:
@@ -176,7 +188,7 @@ def _key(trial: Trial) -> _Key:
         trial.model,
         trial.method,
         trial.pattern,
-        trial.sparsity,
+        asked_sparsity(trial),
         trial.propagation,
         trial.rows,
         trial.length,

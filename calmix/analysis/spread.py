@@ -14,7 +14,7 @@ import numpy as np
 from calmix.analysis.cells import TOTAL, Cells
 from calmix.analysis.correlations import Over, counted
 from calmix.analysis.ranking import quantity_estimates
-from calmix.analysis.statistics import LEAST, ROUNDING, Array
+from calmix.analysis.statistics import LEAST, ROUNDING, Array, f_above
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Spread:
         draws: standard deviation that the draw of the rows alone gives their means (pooled over
             seeds); None from single seeds.
         beyond_draws: deviation with the draws' part taken out of its square, at least 0 (ours).
+        p_alike: of so large a deviation by the draws alone (F test of one-way analysis of
+            variance, seeds within sets); None from single seeds.
         if_independent: for the total, the deviation it would have if the dimensions were
             unrelated. Less is observed where they trade off against each other (ours).
         p_cancel: for the total, the one-sided p of so small a deviation if the dimensions were
@@ -45,6 +47,7 @@ class Spread:
     deviation: float
     draws: float | None
     beyond_draws: float | None
+    p_alike: float | None
     if_independent: float | None
     p_cancel: float | None
 
@@ -79,12 +82,15 @@ def spreads(cells: Cells, over: Over, *, permutations: int, seed: int) -> list[S
             continue
         values = means[known, at]
         deviation = float(values.std(ddof=1))
-        pooled = estimates[quantity].deviation
-        draws = beyond = None
+        found_in = estimates[quantity]
+        pooled = found_in.deviation
+        draws = beyond = alike = None
         if pooled is not None:
-            seeds = [estimates[quantity].sets[chosen[row]].seeds for row in known]
+            seeds = [found_in.sets[chosen[row]].seeds for row in known]
             draws = pooled * math.sqrt(sum(1 / count for count in seeds) / len(seeds))
             beyond = math.sqrt(max(0.0, deviation**2 - draws**2))
+            if draws > 0:
+                alike = f_above((deviation / draws) ** 2, len(known) - 1, found_in.freedom)
         unrelated = p = None
         if quantity == TOTAL and complete.sum() >= LEAST and parts.shape[1] > 1:
             unrelated, p = cancellation(parts, permutations=permutations, seed=seed)
@@ -93,7 +99,7 @@ def spreads(cells: Cells, over: Over, *, permutations: int, seed: int) -> list[S
                 cells.condition.label, over, quantity, len(known),
                 cells.sets[chosen[known[int(values.argmin())]]],
                 cells.sets[chosen[known[int(values.argmax())]]],
-                float(values.max() - values.min()), deviation, draws, beyond, unrelated, p,
+                float(values.max() - values.min()), deviation, draws, beyond, alike, unrelated, p,
             )
         )  # fmt: skip
     return found

@@ -143,3 +143,8 @@ def t_quantile(freedom: float) -> float:
 def t_below(value: float, freedom: float) -> float:
     """Return the probability of Student's t below a value."""
     return float(scipy_stats().t.cdf(value, freedom))
+
+
+def f_above(value: float, freedom: float, within: float) -> float:
+    """Return the probability of Fisher's F above a value."""
+    return float(scipy_stats().f.sf(value, freedom, within))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -202,9 +203,8 @@ def _lead(lead: Lead, second: str) -> str:
 
 
 def _results(study: Path) -> StudyResults:
-    from calmix.study import read_results
-
-    return read_results(study)
+    found: StudyResults = importlib.import_module("calmix.study").read_results(study)
+    return found
 
 
 def _measure(measure: str) -> Any:

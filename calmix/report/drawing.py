@@ -135,7 +135,7 @@ def inline(drawing: Drawing) -> str:
         text = text.replace(colour, f"var(--{name})")
     for number, tip in enumerate(drawing.tips):
         mark = f'<g id="{TIP}{number}">'
-        text = text.replace(mark, f"{mark}<title>{html.escape(tip)}</title>")
+        text = text.replace(mark, f'<g class="tip"><title>{html.escape(tip)}</title>')
     used = set(re.findall(r"(?:#|url\(#)([\w-]+)", text))
     text = re.sub(
         r' id="([\w.-]+)"',
@@ -175,6 +175,7 @@ def _svg(figure: Any) -> bytes:
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     target = io.BytesIO()
     figure.savefig(target, format="svg", metadata=nothing)
+    figure.set_layout_engine("none")  # laid out once, for the files that follow
     return target.getvalue()
 
 

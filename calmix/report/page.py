@@ -375,7 +375,8 @@ def _spreads(found: ConditionAnalysis) -> str:
     columns = [
         Column("over", number=False), Column("in", number=False), Column("sets"),
         Column("range"), Column("deviation"), Column("of it by the draw"),
-        Column("if dimensions were unrelated"), Column("p of cancelling"),
+        Column("p of the draw alone"), Column("if dimensions were unrelated"),
+        Column("p of cancelling"),
         Column("lowest", number=False), Column("highest", number=False),
     ]  # fmt: skip
 
@@ -386,7 +387,8 @@ def _spreads(found: ConditionAnalysis) -> str:
         [
             _text("single sources" if one.over == "single" else "all sets"), _text(one.quantity),
             Cell(str(one.n), one.n), plain(one.range), plain(one.deviation), plain(one.draws),
-            plain(one.if_independent), _p(one.p_cancel), _text(one.lowest), _text(one.highest),
+            _p(one.p_alike), plain(one.if_independent), _p(one.p_cancel), _text(one.lowest),
+            _text(one.highest),
         ]
         for one in found.spreads
     ]  # fmt: skip

@@ -224,8 +224,11 @@ def _averaging(each: ConditionAnalysis, found: list[str], missing: list[str]) ->
             "That losses in one dimension cancel gains in another is not shown: unrelated "
             f"dimensions would average out much the same{tested}."
         )
-    if total.draws is not None and total.beyond_draws == 0:
-        missing.append(f"The totals of the {kind} differ by no more than redrawing them would.")
+    if total.p_alike is not None and total.p_alike > ALPHA:
+        missing.append(
+            f"The totals of the {kind} differ by no more than redrawing them would "
+            f"(p {words.p_value(total.p_alike)})."
+        )
 
 
 def _trade_offs(

@@ -11,6 +11,7 @@ from scipy import stats
 from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import tables
 from calmix.analysis.differences import SINGLES, over_seeds, paired
+from calmix.analysis.spread import cancellation, spreads
 from tests.synthetic import CONDITIONS, Plan, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
@@ -148,3 +149,32 @@ def test_conditions_are_named_by_what_differs() -> None:
         "SparseGPT 60%, layer propagation, 128 x 512",
         "Magnitude 60%",
     ]
+
+
+def test_sets_that_differ_by_their_draws_alone_are_known() -> None:
+    """The F test of one-way analysis of variance, as scipy has it; uniform where all are alike."""
+    p = []
+    for seed in range(40):
+        results = study(Plan(noise=0.0, draw=0.02, seed=seed, sources=tuple("abcdef")))
+        cells = tables(results, results.trials, "corrected")[0]
+        one = spreads(cells, "single", permutations=9, seed=0)[0]
+        theirs = stats.f_oneway(*cells.values[:, :, 0]).pvalue
+        assert one.p_alike == pytest.approx(theirs)
+        p.append(theirs)
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    apart = analyse(study(Plan(slopes={"code": 0.3}, noise=0.0)), QUICK).conditions[0].spreads
+    assert {one.quantity for one in apart if one.p_alike is not None and one.p_alike < 0.001} == {
+        "total", "code",
+    }  # fmt: skip
+
+
+def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not() -> None:
+    rng = np.random.default_rng(4)
+    gain = rng.standard_normal(16)
+    quiet = 0.1 * rng.standard_normal((16, 4))
+    opposed = np.column_stack([gain, -gain, gain, -gain]) + quiet
+    assert cancellation(opposed, permutations=999, seed=0)[1] == 0.001
+    found = [
+        cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0)[1] for _ in range(200)
+    ]
+    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.03)
