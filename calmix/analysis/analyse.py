@@ -62,7 +62,8 @@ class ConditionAnalysis:
     Attributes:
         points: calibration sets that count as points of the correlations.
         least_p: the smallest p that many points can give; None with fewer than four.
-        missing: cells (calibration set, seed) not finished, of those the condition has.
+        missing: cells (calibration set, seed) without a finished trial, of the sets and seeds
+            that the condition has; a study need not ask for all of them.
     """
 
     condition: Condition

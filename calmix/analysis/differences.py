@@ -1,8 +1,13 @@
-"""Differences that are paired over seeds: between ways to calibrate, and with sparsity.
+"""Differences over seeds: between ways to calibrate, and with sparsity. Two readings of each:
 
-Under one seed every calibration set is drawn anew, so what is paired is the seed, the model and
-the items. With k seeds the sign-flip test cannot give a p below 2 / 2^k: three seeds can never
-reach 0.05 by it, and Student's t then stands on the normal distribution alone.
+* **paired**: under one seed every calibration set is drawn anew, so what is paired is the seed,
+  the model and the items. With k seeds the sign-flip test cannot give a p below 2 / 2^k: three
+  seeds can never reach 0.05 by it, and Student's t stands on the normal distribution alone.
+* **pooled** (ours): all seeds of either side, with the spread over draws that all sets of the
+  condition have in common. It has more degrees of freedom and needs no common seeds, but takes
+  every set's draws to spread alike.
+
+Both are about other draws on these very items.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from calmix.analysis.cells import WORST, Cells, nan_mean
+from calmix.analysis.estimates import estimate
 from calmix.analysis.statistics import (
     Array,
     benjamini_hochberg,
@@ -34,11 +40,12 @@ class Difference:
     Attributes:
         left, right: a calibration set, or the mean of the single sources.
         quantity: `total`, `worst` or a dimension.
-        seeds: paired.
-        value: mean of left - right.
-        low, high: 95 % interval by Student's t over the seeds; None from one seed. It is about
-            other draws on these very items.
-        p: two-sided by the same t; `p_corrected` over all differences of the analysis.
+        value, low, high, p: left - right by the pooled spread, with 95 % interval and two-sided
+            p; value alone where no set has two seeds. `p_corrected` is over all differences of
+            the analysis.
+        seeds: paired; 0 where the two sides share none.
+        paired, paired_low, paired_high, p_paired: mean of left - right over those seeds, by
+            Student's t; no interval from one.
         p_flip: by flipping signs; `p_flip_least` is the smallest that so few seeds can give.
     """
 
@@ -46,31 +53,71 @@ class Difference:
     left: str
     right: str
     quantity: str
-    seeds: int
     value: float
     low: float | None
     high: float | None
     p: float | None
-    p_flip: float
-    p_flip_least: float
+    seeds: int
+    paired: float | None
+    paired_low: float | None
+    paired_high: float | None
+    p_paired: float | None
+    p_flip: float | None
+    p_flip_least: float | None
     p_corrected: float | None = None
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The mean of differences with its interval and p-values."""
+class Gap:
+    """A difference with its 95 % interval and two-sided p; None where they cannot be told."""
 
     value: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean of paired differences with its interval and p-values."""
+
+    value: float | None
     low: float | None
     high: float | None
     p: float | None
-    p_flip: float
-    p_flip_least: float
+    p_flip: float | None
+    p_flip_least: float | None
+
+
+def pooled(values: Array, left: Sequence[int], right: Sequence[int]) -> Gap | None:
+    """Return the mean of some sets less that of others, by the spread all sets have in common.
+
+    Args:
+        values: shape (sets, seeds); nan where there is no trial.
+        left, right: positions of the sets on either side.
+    """
+    found = estimate(values, values * np.nan, values * np.nan)
+    sides = [
+        [one for one in (found.sets[at] for at in side) if one.value is not None]
+        for side in (left, right)
+    ]
+    if not all(sides):
+        return None
+    means = [math.fsum(one.value or 0.0 for one in side) / len(side) for side in sides]
+    gap = means[0] - means[1]
+    if not found.deviation:
+        return Gap(gap)
+    parts = [math.fsum(1 / one.seeds for one in side) / len(side) ** 2 for side in sides]
+    error = found.deviation * math.sqrt(sum(parts))
+    half = t_quantile(found.freedom) * error
+    return Gap(gap, gap - half, gap + half, 2 * t_below(-abs(gap) / error, found.freedom))
 
 
 def paired(differences: Array) -> Paired:
     """Return the mean of differences, shape (seeds,), with a t interval and two p-values."""
     count = len(differences)
+    if not count:
+        return Paired(None, None, None, None, None, None)
     mean = float(differences.mean())
     flip, _ = sign_flip_p(differences)
     least = 2 / 2**count
@@ -148,15 +195,16 @@ def compare(cells: Cells) -> list[Difference]:
             continue  # the best of them against the mean of them says nothing
         for quantity in (cells.quantities[0], WORST, *cells.dimensions):
             values = outcome(cells, quantity)
+            gap = pooled(values, left.sets, right.sets)
+            if gap is None:
+                continue
             gaps = over_seeds(values, left.sets) - over_seeds(values, right.sets)
             gaps = gaps[~np.isnan(gaps)]
-            if not len(gaps):
-                continue
             told = paired(gaps)
             found.append(
-                Difference(cells.condition.label, left.name, right.name, quantity, len(gaps),
-                           told.value, told.low, told.high, told.p, told.p_flip,
-                           told.p_flip_least)
+                Difference(cells.condition.label, left.name, right.name, quantity, gap.value,
+                           gap.low, gap.high, gap.p, len(gaps), told.value, told.low, told.high,
+                           told.p, told.p_flip, told.p_flip_least)
             )  # fmt: skip
     return found
 
@@ -173,8 +221,8 @@ def corrected_differences(differences: Sequence[Difference]) -> list[Difference]
 class Margin:
     """How far a set is ahead of the default, at one sparsity.
 
-    `default` is a set's name, or the mean of the single sources. The interval is paired over
-    seeds, as for `Difference`.
+    `default` is a set's name, or the mean of the single sources. The interval is by the pooled
+    spread, as for `Difference`; None where no set has two seeds.
     """
 
     condition: str
@@ -183,7 +231,6 @@ class Margin:
     calibration: str
     default: str
     quantity: str
-    seeds: int
     value: float
     low: float | None
     high: float | None
@@ -191,7 +238,11 @@ class Margin:
 
 @dataclass(frozen=True)
 class Growth:
-    """How much the margin over the default grows from the lowest to the highest sparsity."""
+    """How much the margin over the default grows from the lowest to the highest sparsity.
+
+    The interval takes the draws at the two sparsities for unrelated, though the same rows serve
+    both; None where either margin has none.
+    """
 
     method: str
     calibration: str
@@ -201,7 +252,6 @@ class Growth:
     value: float
     low: float | None
     high: float | None
-    seeds: int
 
 
 def margins(series: Sequence[Cells], default: str | None) -> tuple[list[Margin], list[Growth]]:
@@ -212,43 +262,33 @@ def margins(series: Sequence[Cells], default: str | None) -> tuple[list[Margin],
         default: a calibration set; None is the mean of the single sources.
     """
     found: list[Margin] = []
-    gaps: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for cells in series:
         against = _default_sets(cells, default)
-        if not against:
-            continue
         for at, name in enumerate(cells.sets):
             if cells.strategies[at] == "single" or at in against:
                 continue
             for quantity in (cells.quantities[0], WORST, *cells.dimensions):
-                values = outcome(cells, quantity)
-                gap = values[at] - over_seeds(values, against)
-                known = ~np.isnan(gap)
-                if not known.any():
-                    continue
-                told = paired(gap[known])
-                found.append(
-                    Margin(cells.condition.label, cells.condition.method,
-                           cells.condition.sparsity, name, default or SINGLES, quantity,
-                           int(known.sum()), told.value, told.low, told.high)
-                )  # fmt: skip
-                by_seed = dict(zip(cells.seeds, gap.tolist(), strict=True))
-                gaps.setdefault((name, quantity), {})[cells.condition.sparsity] = {
-                    seed: value for seed, value in by_seed.items() if not math.isnan(value)
-                }
+                gap = pooled(outcome(cells, quantity), [at], against)
+                if gap is not None:
+                    found.append(
+                        Margin(cells.condition.label, cells.condition.method,
+                               cells.condition.sparsity, name, default or SINGLES, quantity,
+                               gap.value, gap.low, gap.high)
+                    )  # fmt: skip
     grown = []
-    for (name, quantity), by_sparsity in gaps.items():
-        if len(by_sparsity) < 2:
+    for name, quantity in dict.fromkeys((one.calibration, one.quantity) for one in found):
+        own = [one for one in found if (one.calibration, one.quantity) == (name, quantity)]
+        if len(own) < 2:
             continue
-        low, high = min(by_sparsity), max(by_sparsity)
-        common = sorted(set(by_sparsity[low]) & set(by_sparsity[high]))
-        if not common:
-            continue
-        rise = np.array([by_sparsity[high][seed] - by_sparsity[low][seed] for seed in common])
-        told = paired(rise)
+        first, last = own[0], own[-1]
+        rise = last.value - first.value
+        low = high = None
+        if first.high is not None and last.high is not None:
+            half = math.hypot(first.high - first.value, last.high - last.value)
+            low, high = rise - half, rise + half
         grown.append(
-            Growth(series[0].condition.method, name, default or SINGLES, quantity,
-                   tuple(sorted(by_sparsity)), told.value, told.low, told.high, len(common))
+            Growth(first.method, name, default or SINGLES, quantity,
+                   tuple(one.sparsity for one in own), rise, low, high)
         )  # fmt: skip
     return found, grown
 

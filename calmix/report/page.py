@@ -233,7 +233,7 @@ def _condition(
               _ranking(analysis, found)),
         _fold("Correlations", f"Spearman, corrected over {analysis.family} tests",
               _correlations(found)) if found.correlations else "",
-        _fold("Differences between ways to calibrate", "points, paired over seeds",
+        _fold("Differences between ways to calibrate", "points, by the spread over draws",
               _differences(found)) if found.differences else "",
         _fold("Spread over calibration sets", "points", _spreads(found)) if found.spreads else "",
     ]  # fmt: skip
@@ -317,7 +317,7 @@ def _p(value: float | None) -> Cell:
 def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
     columns = [
         Column("calibration set", number=False), Column("made", number=False), Column("seeds"),
-        Column("total %"), Column("behind the best"), Column("worst", number=False),
+        Column("total %"), Column("behind the best (draws)"), Column("worst", number=False),
         Column("worst %"), *(Column(f"{name} %") for name in analysis.dimensions),
     ]  # fmt: skip
     rows = []
@@ -356,14 +356,16 @@ def _correlations(found: ConditionAnalysis) -> str:
 def _differences(found: ConditionAnalysis) -> str:
     columns = [
         Column("this", number=False), Column("over that", number=False),
-        Column("in", number=False), Column("points"), Column("p (t)"), Column("corrected p"),
-        Column("p (sign flips)"), Column("seeds"),
+        Column("in", number=False), Column("points"), Column("p"), Column("corrected p"),
+        Column("paired over seeds"), Column("p (t)"), Column("p (sign flips)"), Column("seeds"),
     ]  # fmt: skip
     rows = [
         [
             _text(one.left), _text(one.right), _text(words.quantity_name(one.quantity)),
             _points(one.value, one.low, one.high), Cell(escape(words.p_value(one.p)), one.p),
-            _p(one.p_corrected), Cell(words.p_value(one.p_flip), one.p_flip),
+            _p(one.p_corrected), _points(one.paired, one.paired_low, one.paired_high),
+            Cell(escape(words.p_value(one.p_paired)), one.p_paired),
+            Cell(words.p_value(one.p_flip), one.p_flip),
             Cell(str(one.seeds), one.seeds),
         ]
         for one in found.differences if one.quantity in (TOTAL, WORST)
@@ -402,17 +404,15 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
         [
             _text(one.condition), _text(one.calibration), _text(one.default),
             _text(words.quantity_name(one.quantity)), _points(one.value, one.low, one.high),
-            Cell(str(one.seeds), one.seeds),
         ]
         for one in analysis.margins
     ]  # fmt: skip
     columns = [
         Column("condition", number=False), Column("this", number=False),
         Column("over the default", number=False), Column("in", number=False), Column("points"),
-        Column("seeds"),
     ]  # fmt: skip
     margins = (
-        _fold("Margins over the default", "points, paired over seeds", table(columns, rows))
+        _fold("Margins over the default", "points, by the spread over draws", table(columns, rows))
         if rows else ""
     )  # fmt: skip
     return (
@@ -442,7 +442,13 @@ def _behind(results: StudyResults, analysis: Analysis) -> str:
     if gaps:
         columns = [Column("condition", number=False), Column("calibration set", number=False),
                    Column("seed")]  # fmt: skip
-        parts.append(_fold("Cells without a finished trial", str(len(gaps)), table(columns, gaps)))
+        parts.append(
+            _fold(
+                "Cells without a finished trial",
+                f"{len(gaps)}: not asked for, failed or still to come",
+                table(columns, gaps),
+            )
+        )
     parts.append(_fold("All trials", str(len(results.trials)), _trials(results, analysis)))
     parts.append(
         _fold("Study file", "as it was run", f"<pre>{escape(results.text.rstrip())}</pre>")

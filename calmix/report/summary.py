@@ -167,6 +167,8 @@ def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> N
     rights = dict.fromkeys(one.right for one in each.differences)
     for right in [name for name in rights if _is_single(each, name)]:
         against = f"the {SINGLES}" if right == SINGLES else f"the best single source, {right}"
+        if all(one.p is None for one in each.differences):
+            continue
         ahead: list[str] = []
         open_: list[str] = []
         behind: list[str] = []
@@ -185,7 +187,7 @@ def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> N
                 )
         if open_:
             missing.append(
-                f"No difference in total from {against}, that holds over the seeds: "
+                f"No difference in total from {against} beyond what other draws could make: "
                 f"{words.listed(open_)}."
             )
 
@@ -319,7 +321,10 @@ def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
         if certain:
             found.append(f"{name}: {lead} changes by {words.listed(certain)} points.")
         if open_:
-            missing.append(f"{name}: no clear change in {lead} for {words.listed(open_)} points.")
+            why = "no clear change" if any(one.low is not None for one in own) else (
+                "whether other draws would change it likewise cannot be told"
+            )  # fmt: skip
+            missing.append(f"{name}: {lead}: {words.listed(open_)} points; {why}.")
 
 
 def _default(name: str) -> str:
@@ -337,9 +342,10 @@ def _certainty(analysis: Analysis) -> list[str]:
         )
     gaps = sum(len(each.missing) for each in analysis.conditions)
     if gaps:
+        why = "by plan" if analysis.finished == analysis.planned else "by plan, failed or to come"
         lines.append(
-            f"{words.counted(gaps, 'cell')} (calibration set by seed) of the tables are empty; "
-            "means are over the seeds that are there, differences over balanced seeds only."
+            f"Not every set has every seed ({words.counted(gaps, 'empty cell')}, {why}). Means are "
+            "over the seeds that are there; paired differences over seeds that both sides have."
         )
     seeds = sorted({len(each.cells.seeds) for each in analysis.conditions})
     if seeds[-1] == 1:
@@ -350,14 +356,20 @@ def _certainty(analysis: Analysis) -> list[str]:
     else:
         lines.append(
             f"Intervals join two doubts: other test items (the same for all seeds) and other "
-            f"calibration draws ({seeds[-1]} seeds, spread pooled over the sets)."
-            f"{_parts(analysis)}"
+            f"calibration draws (up to {seeds[-1]} seeds a set; their spread is pooled over the "
+            f"sets, which takes all sets' draws to spread alike).{_parts(analysis)}"
         )
+        once = [each.condition.label for each in analysis.conditions if len(each.cells.seeds) == 1]
+        if once:
+            lines.append(
+                f"{words.listed(once)}: every set was drawn once. Intervals there are about the "
+                "test items alone; how much a new draw would change cannot be told."
+            )
     if 1 < seeds[-1] < 6:
         least = 2 / 2 ** seeds[-1]
         lines.append(
             f"With {seeds[-1]} seeds a sign-flip test cannot go below p = {least:g}; the intervals "
-            "of differences over seeds stand on Student's t, that is, on normal spread."
+            "over draws stand on Student's t, that is, on normal spread."
         )
     told = [each for each in analysis.conditions if each.correlations]
     if told:

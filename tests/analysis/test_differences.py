@@ -10,7 +10,7 @@ from scipy import stats
 
 from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import tables
-from calmix.analysis.differences import SINGLES, over_seeds, paired
+from calmix.analysis.differences import SINGLES, over_seeds, paired, pooled
 from calmix.analysis.spread import cancellation, spreads
 from tests.synthetic import CONDITIONS, Plan, full_plan, study, trial
 
@@ -57,13 +57,53 @@ def test_mixes_are_compared_with_the_best_and_the_mean_source_by_seed() -> None:
 
     gaps = [kept(s, "mix", "mix-8") - kept(s, "single") for s in range(3)]
     assert one.seeds == 3
-    assert one.value == pytest.approx(np.mean(gaps))
-    assert one.low is not None
-    assert one.high is not None
-    assert one.low < np.mean(gaps) < one.high
+    assert (one.value, one.paired) == pytest.approx((np.mean(gaps), np.mean(gaps)))
+    ends = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert (one.paired_low, one.paired_high) == pytest.approx((ends.low, ends.high))
     assert one.p_flip_least == 0.25
+    # By the spread of all sets over their seeds: one mean of 3 draws less 16 such means.
+    kept_by = found.cells.values[:, :, found.cells.quantities.index("code")]
+    error = math.sqrt(kept_by.var(1, ddof=1).mean() * (1 / 3 + 1 / 48))
+    half = stats.t.ppf(0.975, 22 * 2) * error
+    assert (one.low, one.high) == pytest.approx((one.value - half, one.value + half))
+    assert one.p == pytest.approx(2 * stats.t.sf(abs(one.value) / error, 44))
     singles = {d.left for d in found.differences} | {d.right for d in found.differences}
     assert len(singles & set(found.cells.sets)) == 7
+
+
+def test_sets_of_unequal_seeds_are_compared_by_the_pooled_spread() -> None:
+    """As in a study that spends its seeds where they matter: sources once, mixes three times."""
+    whole = study(full_plan(conditions=[("sparsegpt", "60%")]))
+    kept = tuple(one for one in whole.trials if one.seed == 0 or one.strategy != "single")
+    found = analyse(whole.model_copy(update={"trials": kept}), QUICK).conditions[0]
+    one = next(d for d in found.differences if (d.left, d.right) == ("mix-8", SINGLES))
+    assert one.seeds == 1
+    assert one.paired_low is None
+    assert one.p_paired is None
+    assert one.low is not None
+    assert one.value != one.paired
+    assert one.p_corrected is not None
+    assert len(found.missing) == 32
+
+
+def test_the_pooled_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(8)
+    truth = np.array([0.5, 0.4, 0.4, 0.7])
+    inside = 0
+    for _ in range(400):
+        values = truth[:, None] + 0.03 * rng.standard_normal((4, 3))
+        values[1:3, 1:] = np.nan
+        gap = pooled(values, [0], [1, 2])
+        assert gap is not None
+        assert gap.low is not None
+        assert gap.high is not None
+        inside += gap.low <= 0.1 <= gap.high
+    assert 0.925 <= inside / 400 <= 0.975
+    once = pooled(np.array([[0.5], [0.3]]), [0], [1])
+    assert once is not None
+    assert once.value == pytest.approx(0.2)
+    assert once.p is None
+    assert pooled(np.array([[0.5], [np.nan]]), [0], [1]) is None
 
 
 def test_the_margin_grows_with_sparsity_as_planted() -> None:
