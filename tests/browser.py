@@ -17,7 +17,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--remote-debugging-port=0", "about:blank",
+    "--disable-dev-shm-usage", "--remote-debugging-port=0", "about:blank",
 )  # fmt: skip
 START_S = 60
 

@@ -11,7 +11,8 @@ import importlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,7 @@ def new_figure(width: float, height: float) -> Any:
 
 def files(drawing: Drawing) -> dict[str, bytes]:
     """Return the figure's PNG and SVG files by name, its title drawn above."""
-    with _quiet(drawing.name):
+    with _settings(drawing.name):
         figure = drawing.draw(True)
         return {
             f"{drawing.name}.svg": _svg(figure),
@@ -121,7 +122,7 @@ def files(drawing: Drawing) -> dict[str, bytes]:
 
 def inline(drawing: Drawing) -> str:
     """Return the figure as an SVG element for a page."""
-    with _quiet(drawing.name):
+    with _settings(drawing.name):
         text = _svg(drawing.draw(False)).decode()
     text = text[text.index("<svg") :]
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
@@ -154,21 +155,13 @@ def inline(drawing: Drawing) -> str:
     return opening + text[text.index(">") + 1 :].strip()
 
 
-class _quiet:  # noqa: N801
+@contextmanager
+def _settings(salt: str) -> Iterator[None]:
     """Matplotlib's settings of this report; glyphs a font lacks are drawn as boxes, unsaid."""
-
-    def __init__(self, salt: str) -> None:
-        self._settings = matplotlib().rc_context({**SETTINGS, "svg.hashsalt": salt})
-        self._warnings = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        self._settings.__enter__()
-        self._warnings.__enter__()
+    settings = {**SETTINGS, "svg.hashsalt": salt}
+    with matplotlib().rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-
-    def __exit__(self, *exception: Any) -> None:
-        self._warnings.__exit__(*exception)
-        self._settings.__exit__(*exception)
+        yield
 
 
 def _svg(figure: Any) -> bytes:

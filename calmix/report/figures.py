@@ -30,7 +30,7 @@ from calmix.report.drawing import (
     new_figure,
 )
 
-WIDTH = 8.6  # inches of 72 units; drawn 1.2 times as large in a page
+WIDTH = 8.6  # inches of 72 units; drawn 1.25 times as large in a page, or more
 PERPLEXITIES = ("perplexity", "distortion")
 
 
@@ -101,7 +101,7 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     def draw(titled: bool) -> Any:
         tips.clear()
         rows = found.ranking
-        figure = new_figure(WIDTH, 1.15 + 0.3 * len(rows) + 0.3 * titled)
+        figure = new_figure(_wide(columns), 1.15 + 0.3 * len(rows) + 0.3 * titled)
         axes = figure.subplots()
         for y, one in enumerate(rows):
             for x, name in enumerate(columns):
@@ -154,6 +154,11 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         draw,
         tips,
     )
+
+
+def _wide(columns: Sequence[str]) -> float:
+    """Return a width that leaves room for each column's head."""
+    return max(WIDTH, 2.4 + 1.15 * len(columns))
 
 
 def _cell(axes: Any, x: float, y: float, face: str, edge: str, hatch: str | None) -> Any:
@@ -463,7 +468,7 @@ def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
 
     def draw(titled: bool) -> Any:
         tips.clear()
-        figure = new_figure(WIDTH, 0.75 + 0.3 * len(metrics) + 0.3 * titled)
+        figure = new_figure(_wide(columns), 0.75 + 0.3 * len(metrics) + 0.3 * titled)
         axes = figure.subplots()
         for y, metric in enumerate(metrics):
             for x, name in enumerate(columns):
