@@ -17,15 +17,19 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-# One source against a mix, both at 60 % SparseGPT on the real model, and what each lost.
+# One source, a mix, and text the model wrote itself: all at 60 % SparseGPT on the real model, and
+# what each lost.
 demo: setup
 	rm -rf $(OUT)
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/single --sparsity 0.6 --calibration encyclopedia
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/mix --sparsity 0.6 --calibration $(MIX)
+	$(BIN)/calmix generate igsp --model $(MODEL) -o $(OUT)/written
+	$(BIN)/calmix prune $(MODEL) -o $(OUT)/igsp --sparsity 0.6 --calibration $(OUT)/written
 	$(BIN)/calmix evaluate $(MODEL) --quick -o $(OUT)/dense.json
-	for name in single mix; do \
+	for name in single mix igsp; do \
 	  $(BIN)/calmix evaluate $(OUT)/$$name --quick -o $(OUT)/$$name.json || exit; done
-	$(BIN)/calmix compare $(OUT)/single.json $(OUT)/mix.json --against $(OUT)/dense.json
+	$(BIN)/calmix compare $(OUT)/single.json $(OUT)/mix.json $(OUT)/igsp.json \
+	  --against $(OUT)/dense.json
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet, resolve
     from calmix.capability.evaluate import CapabilityScores, evaluate
     from calmix.errors import CalmixError
-    from calmix.information import measure
+    from calmix.information.measuring import measure
     from calmix.models import open_model
     from calmix.pruning import SemiStructured, Unstructured, prune
 
@@ -38,7 +38,7 @@ _HOMES = {
     "SemiStructured": "calmix.pruning",
     "Unstructured": "calmix.pruning",
     "evaluate": "calmix.capability.evaluate",
-    "measure": "calmix.information",
+    "measure": "calmix.information.measuring",
     "open_model": "calmix.models",
     "prune": "calmix.pruning",
     "resolve": "calmix.calibration",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 
 
 class _Strict(yaml.SafeLoader):
@@ -31,7 +33,93 @@ def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: _Strict, node: yaml.ScalarNode) -> int | str:
+    # YAML 1.1 reads a bare 2:4 as a number of base 60; here it is a pattern.
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
 _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Strict.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+@dataclass(frozen=True)
+class YamlText:
+    """A mapping read from YAML text, with the place of every key.
+
+    Attributes:
+        where: what the text is called in complaints.
+        text: as written.
+        value: the mapping.
+        node: the mapping's node, for `line`.
+    """
+
+    where: str
+    text: str
+    value: dict[str, Any]
+    node: yaml.Node
+
+    def at(self, path: Sequence[Any]) -> str:
+        """Return `FILE line N` for the deepest part of a path of keys that there is."""
+        return f"{self.where} line {locate(self.node, path)[0]}"
+
+    def problems(
+        self, error: ValidationError, keys: Callable[[Sequence[Any]], Iterable[str]]
+    ) -> list[str]:
+        """Return every problem of a failed validation as `FILE line N: key: what is wrong`.
+
+        Args:
+            error: what pydantic raised for `value`.
+            keys: returns the keys known at a path, for the hint at a misspelt one.
+        """
+        found: dict[tuple[Any, ...], str] = {}
+        for problem in error.errors():
+            path = [part for part in problem["loc"] if part != "[key]"]
+            line, whole = locate(self.node, path)
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                message = f"unknown key: {nearest(str(path[-1]), keys(path[:-1]))}"
+            elif problem["type"] == "missing":
+                path, whole, message = path[:-1], True, f"lacks '{path[-1]}'"
+            # Parts below a value are pydantic's own: which member of a union it tried.
+            shown = path if whole else path[: _depth(self.node, path)]
+            name = ".".join(map(str, shown))
+            found.setdefault(tuple(shown), f"{self.where} line {line}: {name}: {message}")
+        return [line.replace(": : ", ": ") for line in found.values()]
+
+
+def parse_yaml(text: str, where: str) -> YamlText:
+    """Parse YAML text that holds a mapping; a key given twice is an error.
+
+    Raises:
+        InputError: it is not YAML or not a mapping; `where` names it.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.load(text, Loader=_Strict)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}{line}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict) or node is None:
+        raise InputError(f"{where} holds no mapping of names to values")
+    return YamlText(where, text, value, node)
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content.
+
+    Raises:
+        InputError: the file is missing, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -40,22 +128,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, not UTF-8, not YAML, or not a mapping.
     """
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no mapping of names to values")
-    return value
+    return parse_yaml(read_text(path), str(path)).value
+
+
+def locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, bool]:
+    """Return the line of the deepest part of a path there is, and whether all of it is there."""
+    line = node.start_mark.line + 1
+    for part in path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+            continue
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found: Mapping[str, tuple[yaml.Node, yaml.Node]] = {k.value: (k, v) for k, v in pairs}
+        if str(part) not in found:
+            return line, False
+        key, node = found[str(part)]
+        line = key.start_mark.line + 1
+    return line, True
+
+
+def _depth(node: yaml.Node, path: Sequence[Any]) -> int:
+    """Return how many parts of a path there are in the text."""
+    return next(n for n in range(len(path), -1, -1) if locate(node, path[:n])[1])
 
 
 def first_problem(error: ValidationError) -> str:

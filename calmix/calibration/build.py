@@ -13,7 +13,7 @@ import torch
 from calmix.calibration.leakage import Guard
 from calmix.calibration.mix import Mix, rows_per_source
 from calmix.calibration.packing import PACKINGS, Packed, Packing, pack_concat, pack_window
-from calmix.calibration.select import OVERSAMPLE, SELECTORS, Selection
+from calmix.calibration.select import BY_MODEL, OVERSAMPLE, SELECTORS, Selection
 from calmix.calibration.set import CalibrationSet
 from calmix.errors import InputError, SourceError, nearest
 from calmix.sources import Document, Source, get_source
@@ -75,7 +75,8 @@ def build(
         seed: decides the documents, the windows and the order of the rows.
         packing: `concat` (documents joined by the end token) or `window` (a random window of
             each long document).
-        select: `random`, or `zipcal` to choose among four times as many rows.
+        select: `random`, or `zipcal` or `igsp` to choose among four times as many rows; `igsp`
+            takes the model and not its tokenizer alone.
         guard: drops documents that share a run of tokens with an item of a suite.
         own: the user's own sources by name.
         tick: called with the name of each source once it is drawn.
@@ -86,6 +87,8 @@ def build(
         SourceError: a source is unknown, unreadable, too small for its rows, or leaks.
     """
     check_request(rows, length, packing, select, opened.context)
+    if select in BY_MODEL:
+        as_model(opened, f"--select {select}")
     tokenize = tokenizer_function(opened.tokenizer)
     begin = begin_token(opened.tokenizer)
     end = opened.tokenizer.eos_token_id
@@ -114,8 +117,8 @@ def build(
         draws[name] = _Draw(sources[name], packed, len(documents), documents_hash(documents))
         if tick is not None:
             tick(name)
-    chosen = _chosen(draws, counts, select, seed)
     head = [] if begin is None else [begin]
+    chosen = _chosen(draws, counts, select, seed, opened, head)
     drawn = [(name, head + draws[name].packed.rows[i]) for name in counts for i in chosen[name]]
     shuffle = np.random.default_rng(seed).permutation(len(drawn))
     ids = torch.tensor([drawn[i][1] for i in shuffle], dtype=torch.int64)
@@ -153,16 +156,41 @@ def check_request(rows: int, length: int, packing: str, select: str, context: in
         raise InputError(f"unknown selection '{select}': {nearest(select, get_args(Selection))}")
 
 
+def as_model(opened: HasTokenizer, what: str) -> Any:
+    """Return an open model as it is.
+
+    Raises:
+        InputError: it is a tokenizer alone.
+    """
+    if getattr(opened, "model", None) is None:
+        raise InputError(f"{what} runs the model: open it, not its tokenizer alone")
+    return opened
+
+
+def _log_perplexity(opened: Any, rows: list[list[int]]) -> list[float]:
+    """Return the mean -log p of each row's tokens under the model, the first token's left out."""
+    from calmix.capability.likelihood import row_nll
+
+    return row_nll(opened.model, torch.tensor(rows)).double().mean(1).tolist()
+
+
 def _chosen(
-    draws: dict[str, _Draw], counts: dict[str, int], select: str, seed: int
+    draws: dict[str, _Draw],
+    counts: dict[str, int],
+    select: str,
+    seed: int,
+    opened: HasTokenizer,
+    head: list[int],
 ) -> dict[str, list[int]]:
     """Return for each source the indices of its packed rows that go into the set, ascending."""
     if select == "random":  # the rows are a seeded draw already
         return {name: list(range(count)) for name, count in counts.items()}
     place = [(name, i) for name, draw in draws.items() for i in range(len(draw.packed.rows))]
-    picked = SELECTORS[select](
-        [draws[name].packed.rows[i] for name, i in place], [name for name, _ in place], counts, seed
-    )
+    rows = [head + draws[name].packed.rows[i] for name, i in place]
+    by_model: dict[str, Any] = {}
+    if select in BY_MODEL:
+        by_model["log_perplexity"] = _log_perplexity(opened, rows)
+    picked = SELECTORS[select](rows, [name for name, _ in place], counts, seed, **by_model)
     chosen: dict[str, list[int]] = {name: [] for name in counts}
     for index in sorted(picked):
         name, i = place[index]

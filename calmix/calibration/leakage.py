@@ -117,13 +117,17 @@ class Guard:
     def filter(self, source: str, documents: Iterable[Tokenized]) -> Iterator[Tokenized]:
         """Yield the documents that share no run with an item; count the others as dropped."""
         for document, ids in documents:
-            self.checked[source] += 1
-            found = self.index.find(ids)
-            if found is None:
+            if self.passes(source, document.id, ids):
                 yield document, ids
-            else:
-                entry = {"document": document.id, "task": found[0], "item": found[1]}
-                self.dropped.setdefault(source, []).append(entry)
+
+    def passes(self, source: str, document: str, ids: list[int]) -> bool:
+        """Tell whether a text shares no run with an item; count it as dropped if it does."""
+        self.checked[source] += 1
+        found = self.index.find(ids)
+        if found is not None:
+            entry = {"document": document, "task": found[0], "item": found[1]}
+            self.dropped.setdefault(source, []).append(entry)
+        return found is None
 
     def verdict(self, source: str, rest: Iterable[Tokenized]) -> None:
         """Refuse a source of which too large a share leaks.

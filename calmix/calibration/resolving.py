@@ -1,19 +1,21 @@
-"""From what a user writes to a calibration set: a name, a mix, a YAML file or a saved folder."""
+"""From what a user writes to a calibration set: a name, a mix, a YAML file, a saved folder, or a
+method by which the model writes the text itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from calmix.calibration.build import HasTokenizer, build, tokenizer_function
+from calmix.calibration.build import HasTokenizer, as_model, build, tokenizer_function
 from calmix.calibration.leakage import TOKENS, Guard, Item, ItemIndex
 from calmix.calibration.mix import Mix, make_mix, parse_mix
 from calmix.calibration.packing import Packing
 from calmix.calibration.select import Selection
+from calmix.calibration.selfgen.making import METHODS, Options, Writing, generate
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
 from calmix.files import user_path
@@ -28,14 +30,17 @@ SUITE = "offline"
 class SpecFile(BaseModel):
     """A YAML file that describes a calibration set; options on the command line come first.
 
-    Exactly one of `mix` (a mapping of weights, or text as on the command line) and `uniform` (a
-    list of names). `sources` describes the user's own, as in a file of sources.
+    Exactly one of `mix` (a mapping of weights, or text as on the command line), `uniform` (a
+    list of names) and `generate` (a method, with its settings in `options`). `sources` describes
+    the user's own, as in a file of sources.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mix: dict[str, float] | str | None = None
     uniform: list[str] | None = None
+    generate: Literal["igsp", "self-cal", "sgs"] | None = None
+    options: Options = Options()
     sources: dict[str, Any] = {}
     rows: int | None = None
     length: int | None = None
@@ -53,19 +58,43 @@ class SpecFile(BaseModel):
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed specification: the mix, the user's own sources, and what the file fixes."""
+    """A parsed specification: a mix or a method that generates, and what the file fixes.
+
+    Attributes:
+        mix: empty if the text is generated.
+        own: the user's own sources.
+        fixed: options the file gives.
+        generate: the method; None for a mix.
+        options: the method's settings.
+    """
 
     mix: Mix
     own: dict[str, Source] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
+    generate: str | None = None
+    options: Options = field(default_factory=Options)
 
 
-def parse_spec(text: str, own: Mapping[str, Source] | None = None) -> Spec:
-    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b` or the path of a YAML file.
+def needs_model(text: str, select: str | None = None) -> bool:
+    """Tell whether making the calibration set runs the model, and its tokenizer is not enough.
 
     Raises:
         InputError: the text or the file cannot be used as it is.
     """
+    if is_saved_set(user_path(text)):
+        return False
+    spec = parse_spec(text)
+    return spec.generate is not None or "igsp" in (select, spec.fixed.get("select"))
+
+
+def parse_spec(text: str, own: Mapping[str, Source] | None = None) -> Spec:
+    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `igsp` or the path of a YAML file.
+
+    Raises:
+        InputError: the text or the file cannot be used as it is.
+    """
+    if text in METHODS:
+        return Spec(Mix({}), dict(own or {}), generate=text)
     path = user_path(text)
     if path.suffix.lower() not in (".yaml", ".yml"):
         return Spec(parse_mix(text), dict(own or {}))
@@ -75,16 +104,25 @@ def parse_spec(text: str, own: Mapping[str, Source] | None = None) -> Spec:
         raise InputError(f"{path}: {first_problem(error)}") from error
     except TypeError as error:
         raise InputError(f"{path}: its keys must be text") from error
-    if (file.mix is None) == (file.uniform is None):
-        raise InputError(f"{path}: give either 'mix' (names with weights) or 'uniform' (names)")
-    if isinstance(file.mix, str):
+    if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
+        raise InputError(
+            f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
+            "'generate' (igsp, self-cal or sgs)"
+        )
+    if file.generate is None and file.options != Options():
+        raise InputError(f"{path}: 'options' are those of a method that generates")
+    if file.generate is not None:
+        mix = Mix({})
+    elif isinstance(file.mix, str):
         mix = parse_mix(file.mix)
     elif file.mix is not None:
         mix = make_mix(file.mix, str(path))
     else:
         mix = parse_mix("uniform:" + ",".join(file.uniform or ()))
-    fixed = file.model_dump(exclude={"mix", "uniform", "sources"}, exclude_none=True)
-    return Spec(mix, {**(own or {}), **parse_sources(file.sources, path)}, fixed)
+    apart = {"mix", "uniform", "sources", "generate", "options"}
+    fixed = file.model_dump(exclude=apart, exclude_none=True)
+    sources = {**(own or {}), **parse_sources(file.sources, path)}
+    return Spec(mix, sources, fixed, file.generate, file.options)
 
 
 def resolve(
@@ -100,22 +138,26 @@ def resolve(
     leakage_tokens: int | None = None,
     own: Mapping[str, Source] | None = None,
     tick: Callable[[str], None] | None = None,
+    writing: Writing | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> CalibrationSet:
     """Return the calibration set a user asks for: drawn anew, or read from a saved folder.
 
     Args:
-        text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, or the folder
-            of a saved set.
-        opened: the model, or its tokenizer alone.
+        text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, the folder of
+            a saved set, or `igsp`, `self-cal` or `sgs`.
+        opened: the model; its tokenizer alone will do unless `needs_model` says otherwise.
         rows, length, seed, packing, select: as for `build`; None means not given (64 rows of
             512 tokens, seed 0, concat, random, or what the YAML file says).
         leakage: the suite whose items the set must not share runs with; `off` for no check.
         leakage_tokens: the length of such a run in tokens.
         own: the user's own sources by name.
         tick: called with the name of each source once it is drawn.
+        writing: called with what the model writes, tokens done and tokens in all.
+        note: called with a line the user should see.
 
     Raises:
-        InputError: the text cannot be used, or an option contradicts a saved set.
+        InputError: the text cannot be used, an option has no effect or contradicts a saved set.
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
     given = {
@@ -142,10 +184,20 @@ def resolve(
         "leakage_tokens": TOKENS,
     }
     options |= spec.fixed | given
+    if spec.generate is not None:
+        for name in ("packing", "select"):
+            if name in spec.fixed | given:
+                raise InputError(f"--{name} has no effect with {spec.generate}: leave it out")
+            del options[name]
     if options["seed"] < 0:
         raise InputError(f"seed {options['seed']} is negative")
     suite, n = options.pop("leakage"), options.pop("leakage_tokens")
-    guard = None if suite == "off" else suite_guard(suite, opened, n)
+    guard = guard_of(suite, n, opened)
+    if spec.generate is not None:
+        return generate(
+            spec.generate, as_model(opened, spec.generate), guard=guard, own=spec.own,
+            writing=writing, note=note, **options, **spec.options.model_dump(exclude_none=True),
+        )  # fmt: skip
     return build(spec.mix, opened, guard=guard, own=spec.own, tick=tick, **options)
 
 
@@ -167,6 +219,18 @@ def _saved(path: Path, opened: HasTokenizer, given: dict[str, Any]) -> Calibrati
             f"context of {opened.context}"
         )
     return found
+
+
+def guard_of(suite: str | None, tokens: int | None, opened: HasTokenizer) -> Guard | None:
+    """Return the guard a user asks for: of suite `offline` and 13 tokens if not given, or none.
+
+    Raises:
+        InputError: as `suite_guard`.
+        AssetError: as `suite_guard`.
+    """
+    if suite == "off":
+        return None
+    return suite_guard(suite or SUITE, opened, TOKENS if tokens is None else tokens)
 
 
 def suite_guard(suite: str, opened: HasTokenizer, n: int = TOKENS) -> Guard:

@@ -1,7 +1,8 @@
 """Selection: which of a source's candidate rows go into the set.
 
-Every selector is a pure function of candidate ids, the group (source) of each candidate and a
-quota a group; it returns the indices of the chosen candidates in the order they were chosen.
+Every selector is a pure function of candidate ids, the group (source) of each candidate, a quota
+a group and, if it is in `BY_MODEL`, each candidate's mean -log p under the model; it returns the
+indices of the chosen candidates in the order they were chosen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-Selection = Literal["random", "zipcal"]
+from calmix.calibration.diversity import select_rows
+
+Selection = Literal["random", "zipcal", "igsp"]
 OVERSAMPLE = 4  # candidate rows drawn for each row wanted, where the selector has a choice
 
 
@@ -65,5 +68,24 @@ def select_zipcal(
     return chosen
 
 
-Selector = Callable[[Sequence[Sequence[int]], Sequence[str], Mapping[str, int], int], list[int]]
-SELECTORS: dict[str, Selector] = {"random": select_random, "zipcal": select_zipcal}
+def select_igsp(
+    rows: Sequence[Sequence[int]],
+    groups: Sequence[str],
+    quota: Mapping[str, int],
+    seed: int,
+    log_perplexity: Sequence[float],
+) -> list[int]:
+    """Choose candidates by IGSP's objective (ours; `calmix.calibration.diversity`): few repeated
+    4-grams, and perplexity in balance across the sources. `seed` is not used.
+    """
+    tokens = [len(row) - 1 for row in rows]
+    nll = [value * count for value, count in zip(log_perplexity, tokens, strict=True)]
+    return select_rows(np.asarray(rows), groups, quota, nll, tokens).rows
+
+
+SELECTORS: dict[str, Callable[..., list[int]]] = {
+    "random": select_random,
+    "zipcal": select_zipcal,
+    "igsp": select_igsp,
+}
+BY_MODEL = ("igsp",)  # selectors that also take log_perplexity

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from calmix.cli import calibrate, compare, evaluate, listing, prune, study
+from calmix.cli import calibrate, compare, evaluate, generate, listing, prune, study
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 prune.register(app)
 calibrate.register(app)
+generate.register(app)
 evaluate.register(app)
 compare.register(app)
 listing.register(app)

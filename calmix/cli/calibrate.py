@@ -17,10 +17,12 @@ from calmix.cli.common import (
     Select,
     Sources,
     TrustRemoteCode,
+    note,
     out,
     print_json,
     print_rows,
     progress_bar,
+    writing_on,
 )
 from calmix.errors import InputError
 from calmix.files import check_output_folder, user_path
@@ -32,7 +34,7 @@ Spec = Annotated[
         metavar="SPEC",
         show_default=False,
         help="NAME, a:0.5,b:0.5, uniform:a,b,c or a .yaml file; a NAME is a source (calmix "
-        "sources ls), a file, a folder or a hub id.",
+        "sources ls), a file, a folder or a hub id. Or igsp, self-cal or sgs (calmix generate).",
     ),
 ]
 ForModel = Annotated[
@@ -64,18 +66,29 @@ def calibrate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder.")
     ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw a calibration set from sources and save it."""
     from calmix.calibration import open_tokenizer, resolve
+    from calmix.calibration.resolving import needs_model
     from calmix.calibration.set import is_saved_set
 
     if is_saved_set(user_path(spec)):
         raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
     check_output_folder(output, overwrite=overwrite)
     own = load_sources(sources) if sources is not None else None
-    opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    opened: Any
+    if needs_model(spec, select):
+        from calmix.models import open_model
+
+        opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    elif (dtype, device) != ("auto", "auto"):
+        raise InputError("--dtype and --device have no effect: this set is drawn without the model")
+    else:
+        opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
     with progress_bar() as bar:
         task = bar.add_task("drawing", total=None)
         made = resolve(
@@ -90,6 +103,8 @@ def calibrate(
             leakage_tokens=leakage_tokens,
             own=own,
             tick=lambda name: bar.update(task, description=f"drew {name}", advance=1),
+            writing=writing_on(bar),
+            note=note,
         )
     made.save(output, overwrite=overwrite)
     dropped = _dropped(made.manifest)
@@ -195,8 +210,8 @@ def measure(
 ) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
-    from calmix.information import measure as run
     from calmix.information.measuring import check_result_file, table
+    from calmix.information.measuring import measure as run
     from calmix.models import open_model
     from calmix.sources import offline_sources
 

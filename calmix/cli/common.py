@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -47,7 +49,10 @@ Packing = Annotated[
 ]
 Select = Annotated[
     str | None,
-    typer.Option(show_default="random", help="random, or zipcal: the most distinct tokens."),
+    typer.Option(
+        show_default="random",
+        help="random, zipcal (most distinct tokens) or igsp (runs the model).",
+    ),
 ]
 Leakage = Annotated[
     str | None,
@@ -100,3 +105,26 @@ def progress_bar() -> Progress:
         transient=True,
         disable=not err.is_terminal,
     )
+
+
+def writing_on(bar: Progress) -> Callable[[str, int, int], None]:
+    """Return what shows on a bar how far the model's own writing is, and how fast.
+
+    It is called with what is being written, tokens done and tokens in all.
+    """
+    tasks: dict[str, tuple[TaskID, float, int]] = {}
+
+    def show(label: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if label not in tasks:  # what comes first may be from the cache, and is no speed
+            tasks[label] = bar.add_task(label, total=total), now, done
+        task, began, first = tasks[label]
+        speed = (done - first) / max(1e-9, now - began)
+        bar.update(task, completed=done, description=f"{label}, {speed:,.0f} tokens/s")
+
+    return show
+
+
+def note(line: str) -> None:
+    """Print a line the user should see beside the result."""
+    err.print(line, soft_wrap=True, highlight=False)

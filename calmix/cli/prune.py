@@ -20,10 +20,12 @@ from calmix.cli.common import (
     Sources,
     TrustRemoteCode,
     err,
+    note,
     out,
     print_json,
     print_rows,
     progress_bar,
+    writing_on,
 )
 from calmix.sources import load_sources
 from calmix.specs import prune_request
@@ -57,7 +59,8 @@ def prune_command(
         typer.Option(
             show_default=False,
             help="NAME, a:0.5,b:0.5, uniform:a,b,c, a .yaml file or a saved calibration set; a "
-            "NAME is a source (calmix sources ls), a file, a folder or a hub id.",
+            "NAME is a source (calmix sources ls), a file, a folder or a hub id; igsp, self-cal "
+            "and sgs let the model write the text (calmix generate).",
         ),
     ] = None,
     rows: Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")] = None,
@@ -128,6 +131,8 @@ def prune_command(
             overwrite=overwrite,
             started=started,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            writing=writing_on(bar),
+            note=note,
         )
     if as_json:
         print_json({"output": str(output)} | report.to_json())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from calmix.cli import study_report
+from calmix.cli import study_report, study_run
 
 study = typer.Typer(no_args_is_help=True, help="Many trials from one file: run, analyse, report.")
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
+    study_run.register(study)
     study_report.register(app, study)
     app.add_typer(study, name="study")

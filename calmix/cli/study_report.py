@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -203,8 +202,9 @@ def _lead(lead: Lead, second: str) -> str:
 
 
 def _results(study: Path) -> StudyResults:
-    found: StudyResults = importlib.import_module("calmix.study").read_results(study)
-    return found
+    from calmix.study import read_results
+
+    return read_results(study)
 
 
 def _measure(measure: str) -> Any:

@@ -1,5 +1,5 @@
-"""What a calibration set is like: metrics of its ids, at one token budget."""
+"""What a calibration set is like: metrics of its ids, at one token budget.
 
-from calmix.information.measuring import Interval, Measured, Measurement, measure
-
-__all__ = ["Interval", "Measured", "Measurement", "measure"]
+`ngrams` and `metrics` are pure and know nothing else of calmix; `measuring` draws sets and runs
+the model.
+"""

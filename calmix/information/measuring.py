@@ -213,12 +213,7 @@ def measure(
         for spec, made, extra in zip(specs, sets, compared, strict=True):
             if number and spec in whole:
                 continue
-            values = metrics.of_ids(made.ids.numpy(), vocabulary)
-            values |= _of_manifest(made.manifest) | extra
-            values["bytes"] = text_bytes(opened.tokenizer, made.ids.numpy())
-            if perplexity:
-                values |= _distortion(opened, made)
-            found[spec].append(values)
+            found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
             if tick is not None:
                 tick(spec)
     notes = {spec: "a saved set of just this size: one draw" for spec in whole if draws > 1}
@@ -238,6 +233,21 @@ def measure(
         budget,
         tuple(Measured(spec, tuple(found[spec]), notes.get(spec, "")) for spec in specs),
     )
+
+
+def measure_set(
+    made: CalibrationSet, opened: HasTokenizer, *, perplexity: bool = True
+) -> dict[str, float]:
+    """Return every metric that needs one calibration set alone, by name.
+
+    Args:
+        made: the set.
+        opened: the model; its tokenizer alone will do without perplexity.
+        perplexity: whether to compute distortion, which needs the model.
+    """
+    values = metrics.of_ids(made.ids.numpy(), len(opened.tokenizer)) | _of_manifest(made.manifest)
+    values["bytes"] = text_bytes(opened.tokenizer, made.ids.numpy())
+    return values | _distortion(opened, made) if perplexity else values
 
 
 def _is_whole(path: Path, rows: int) -> bool:
@@ -274,7 +284,9 @@ def _compared(sets: list[Ids], target: Ids | None) -> list[dict[str, float]]:
 
 
 def _of_manifest(manifest: dict[str, Any]) -> dict[str, float]:
-    described = manifest["sources"].values()
+    described = [source for source in manifest.get("sources", {}).values() if "drawn" in source]
+    if not described:  # text that was drawn from no documents
+        return {}
     documents = sum(len(source["drawn"]) for source in described)
     tokens = sum(source["drawn_tokens"] for source in described)
     return {"scope_documents": documents, "granularity": tokens / max(1, documents)}

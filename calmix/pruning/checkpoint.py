@@ -36,6 +36,8 @@ def prune_checkpoint(
     overwrite: bool = False,
     started: Callable[[OpenModel, CalibrationSet | None], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    writing: Callable[[str, int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> PruneReport:
     """Open a model, draw its calibration set, prune it and write the checkpoint.
 
@@ -45,6 +47,7 @@ def prune_checkpoint(
         request: what to do, from `prune_request`.
         started: called once the model and its calibration set are ready.
         progress: called with (blocks done, blocks).
+        writing, note: as for `calmix.calibration.resolve`.
 
     Raises:
         CalmixError: anything a user can mend, before `output` is touched.
@@ -60,7 +63,9 @@ def prune_checkpoint(
     check_space(opened, output)
     calibration = None
     if request.calibration is not None:
-        calibration = resolve(request.calibration, opened, **request.draw)
+        calibration = resolve(
+            request.calibration, opened, writing=writing, note=note, **request.draw
+        )
     if started is not None:
         started(opened, calibration)
     report = prune(

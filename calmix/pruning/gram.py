@@ -16,14 +16,16 @@ from torch import Tensor
 from calmix.errors import SolverError
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
-PANEL = 512  # columns of the upper triangle computed in one product
+ROWS = 256  # the same for sums of squares, which read every value once
+LEAF = 144  # columns of a block that LAPACK factorises
+PANEL = 256  # columns of the upper triangle computed in one product
 
 
 @contextmanager
-def _bfloat16_products(exact: bool) -> Iterator[None]:
-    """Let float32 products use bfloat16 units where the inputs are bfloat16 values anyway."""
+def bfloat16_products(allowed: bool = True) -> Iterator[None]:
+    """Let float32 products round their inputs to bfloat16 where the machine has units for it."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if exact else "highest")
+    torch.set_float32_matmul_precision("medium" if allowed else "highest")
     try:
         yield
     finally:
@@ -46,7 +48,8 @@ class Gram:
             self._sum += torch.mm(flat.T, flat, out_dtype=torch.float32)
             return
         panel = PANEL if columns > PANEL else max(1, -(-columns // 2))
-        with _bfloat16_products(flat.dtype == torch.bfloat16):
+        # Inputs that are bfloat16 values anyway lose nothing.
+        with bfloat16_products(flat.dtype == torch.bfloat16):
             for start in range(0, len(flat), CHUNK):
                 x = flat[start : start + CHUNK].float()
                 for at in range(0, columns, panel):
@@ -54,8 +57,12 @@ class Gram:
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns)."""
-        upper = self._sum.triu()
-        return upper + upper.triu(1).T
+        full = self._sum.triu()
+        for at in range(0, len(full), PANEL):
+            square = full[at : at + PANEL, at : at + PANEL]
+            square += square.triu(1).T
+            full[at + PANEL :, at : at + PANEL] = full[at : at + PANEL, at + PANEL :].T
+        return full
 
 
 class Squares:
@@ -69,8 +76,9 @@ class Squares:
         """Add tokens: inputs of shape (..., columns), any float dtype."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(flat)
-        for start in range(0, len(flat), CHUNK):
-            self._sum += flat[start : start + CHUNK].float().square().sum(0)
+        for start in range(0, len(flat), ROWS):
+            rows = flat[start : start + ROWS].to(torch.float32, copy=True)
+            self._sum += rows.square_().sum(0)
 
     def matrix(self) -> Tensor:
         """Return the sums, float32 (columns,)."""
@@ -97,10 +105,9 @@ class Factor:
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     """Factorise the inverse of a damped Gram matrix (SparseGPT, arXiv 2301.00774, section 3.3).
 
-    With J the reversal of order, J H J = L L^T gives H = R R^T for the upper R = J L J, hence
-    H^-1 = U^T U with U = R^-1: one factorisation and one triangular inverse, and H^-1 itself
-    is never formed. If H is not positive definite the damping is raised tenfold, then the
-    work is repeated in float64; H^-1 is never replaced by anything else.
+    H = R R^T with R upper triangular gives H^-1 = U^T U with U = R^-1; neither R nor H^-1 is
+    ever formed. If H is not positive definite the damping is raised tenfold, then the work is
+    repeated in float64; H^-1 is never replaced by anything else.
 
     Args:
         gram: symmetric float32 (columns, columns).
@@ -122,17 +129,42 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         (torch.float64, 100 * damping),
     ]
     for dtype, share in attempts:
-        damped = gram.to(dtype, copy=True)
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(failed):
+        upper = gram.to(dtype, copy=True)
+        upper.diagonal().add_(share * mean)
+        failed = torch.stack(list(_invert_factor(upper))).any()
+        if failed:
             continue
-        identity = torch.eye(len(gram), dtype=dtype, device=gram.device)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        upper = inverse.flip(0, 1).float().contiguous()
-        if torch.isfinite(upper).all() and (upper.diagonal() > 0).all():
+        upper = upper.float()
+        # A sum is finite only if every entry is, and is had in one pass.
+        if torch.isfinite(upper.sum()) and (upper.diagonal() > 0).all():
             return Factor(upper, share, dtype, diagonal == 0)
     raise SolverError(
         f"the Gram matrix is not positive definite even with damping {100 * damping:g}: "
         "use more calibration tokens or a larger --damping"
     )
+
+
+def _invert_factor(h: Tensor) -> Iterator[Tensor]:
+    """Overwrite a symmetric H by the upper U of H^-1 = U^T U; yield what LAPACK says of blocks.
+
+    With H = [[A, B], [B^T, C]] and C = R_c R_c^T, the factor's corner is B U_c^T and what is
+    left of A is factorised in turn. LAPACK sees small blocks only: the rest is matrix products,
+    several times faster than its factorisation of the whole. Only the upper triangle is read.
+    """
+    size = len(h)
+    if size <= LEAF:
+        # LAPACK's factor is lower triangular: reversing the order of rows and columns turns it.
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        identity = torch.eye(size, dtype=h.dtype, device=h.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        h.copy_(inverse.flip(0, 1))
+        yield failed
+        return
+    half = size // 2
+    a, b, c = h[:half, :half], h[:half, half:], h[half:, half:]
+    yield from _invert_factor(c)
+    corner = b @ c.T
+    a.addmm_(corner, corner.T, alpha=-1)
+    yield from _invert_factor(a)
+    torch.mm(a, corner @ c, out=b).neg_()
+    h[half:, :half] = 0

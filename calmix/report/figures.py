@@ -15,6 +15,7 @@ from calmix.analysis.cells import TOTAL, WORST, Cells
 from calmix.analysis.correlations import Correlation, counted
 from calmix.analysis.differences import SINGLES
 from calmix.analysis.ranking import quantity_estimates
+from calmix.analysis.statistics import LEAST
 from calmix.report import words
 from calmix.report.drawing import (
     DIMENSION_COLOURS,
@@ -180,10 +181,11 @@ def _readable(colour: Any) -> str:
 def _set_labels(axes: Any, rows: Sequence[Any]) -> None:
     axes.set_yticks(range(len(rows)))
     axes.set_yticklabels([words.short(one.calibration) for one in rows])
+    left = matplotlib().transforms.ScaledTranslation(-9 / 72, 0, axes.figure.dpi_scale_trans)
     for y, one in enumerate(rows):
         axes.plot(
-            [-0.016], [y], marker="o", markersize=6, color=STRATEGY_COLOURS[one.strategy],
-            transform=axes.get_yaxis_transform(), clip_on=False, markeredgewidth=0,
+            [0], [y], marker="o", markersize=6, color=STRATEGY_COLOURS[one.strategy],
+            transform=axes.get_yaxis_transform() + left, clip_on=False, markeredgewidth=0,
         )  # fmt: skip
     axes.tick_params(axis="y", pad=16)
 
@@ -402,11 +404,16 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
         return figure
 
     counts = "single sources only" if analysis.settings.over == "single" else "all sets"
+    told_how = (
+        f" ρ is Spearman's, over {counts}, with its 95\u00a0% bootstrap interval; q is p "
+        f"corrected over {analysis.family} tests."
+        if told
+        else f" Too few sets for a correlation (over {counts}, at least {LEAST})."
+    )
     return Drawing(
         f"perplexity-{slug(found.condition.label)}",
         "Perplexity of the calibration text against what survives",
-        f"One dot a calibration set, seeds averaged. ρ is Spearman's, over {counts}, with its "
-        f"95\u00a0% bootstrap interval; q is p corrected over {analysis.family} tests.",
+        f"One dot a calibration set, seeds averaged.{told_how}",
         "Scatter plots of retention against perplexity: " + "; ".join(
             f"{name}: {_correlation_line(told.get(name))}" for name in analysis.dimensions
         ) + ".",

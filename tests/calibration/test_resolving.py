@@ -64,8 +64,8 @@ def test_a_saved_folder(sources, tiny, tmp_path, foreign_folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rows: 3", "give either 'mix'"),
-        ("mix: {a: 1}\nuniform: [a]", "give either 'mix'"),
+        ("rows: 3", "give exactly one of 'mix'"),
+        ("mix: {a: 1}\nuniform: [a]", "give exactly one of 'mix'"),
         ("mix: {a: 1, a: 2}", "line 1: 'a' is given twice"),
         ("mix: {a: -1}", "the weight of 'a' is -1.0"),
         ("mix: {a: 0}", "all weights are zero"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from calmix.pruning.methods.solution import Solution
-from calmix.pruning.patterns import Pattern, SemiStructured, smallest, smallest_of_m
+from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 
 def solve(weights: Sequence[Tensor], pattern: Pattern) -> Solution:
@@ -18,8 +18,8 @@ def solve(weights: Sequence[Tensor], pattern: Pattern) -> Solution:
         pattern: what share or pattern to prune.
     """
     masks = [mask(weight.abs(), pattern) for weight in weights]
-    pruned = [w.masked_fill(m, 0) for w, m in zip(weights, masks, strict=True)]
-    return Solution(pruned, [int(m.sum()) for m in masks], [None] * len(masks))
+    pruned = [clear(w.clone(), m) for w, m in zip(weights, masks, strict=True)]
+    return Solution(pruned, [int(m.count_nonzero()) for m in masks], [None] * len(masks))
 
 
 def mask(saliency: Tensor, pattern: Pattern) -> Tensor:

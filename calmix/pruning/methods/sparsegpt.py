@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calmix.pruning.gram import inverse_factor
+from calmix.pruning.gram import bfloat16_products, inverse_factor
 from calmix.pruning.methods.solution import Solution
-from calmix.pruning.patterns import Pattern, SemiStructured, smallest, smallest_of_m
+from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
@@ -40,33 +40,40 @@ def solve(
     upper = factor.upper
     columns = upper.shape[0]
     heights = [len(weight) for weight in weights]
-    stacked = torch.cat([weight.T for weight in weights], dim=1).contiguous()
+    stacked = torch.empty(columns, sum(heights), device=upper.device)
     layers = stacked.split(heights, dim=1)
-    energy = [_energy(weight, gram) for weight in weights]
-    loss = torch.zeros(stacked.shape[1], device=stacked.device)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.copy_(weight.T)
+    # Output energy ||W X||^2 of every row: the diagonal of W H W^T. It only scales the report.
+    with bfloat16_products():
+        energy = torch.mm(gram, stacked).mul_(stacked).sum(0)
+    loss = torch.zeros_like(energy)
     pruned = [0] * len(heights)
     block = _multiple(BLOCK, pattern)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
+        inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
         # Inputs that never fired carry nothing: their weights are the first to go.
-        inverse = upper.diagonal()[start:stop].reciprocal().masked_fill(factor.dead[start:stop], 0)
-        mask = torch.zeros(stop - start, stacked.shape[1], dtype=torch.bool, device=stacked.device)
+        leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
+        # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
+        mask = torch.empty_like(stacked[start:stop])
         if not isinstance(pattern, SemiStructured):
             for layer, part in zip(layers, mask.split(heights, dim=1), strict=True):
-                score = (layer[start:stop] * inverse[:, None]).abs_().view(1, -1)
+                score = (layer[start:stop] * leverage).abs_().view(1, -1)
                 part.copy_(smallest(score, pattern.count(score.numel())).view(part.shape))
         local = upper[start:stop, start:stop]
-        errors = _block(stacked[start:stop], mask, local, inverse, pattern)
-        stacked[start:stop].masked_fill_(mask, 0)
+        errors = _block(stacked[start:stop], mask, local, inverse, leverage, pattern)
+        clear(stacked[start:stop], mask)
         stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(0)
         for number, height in enumerate(heights):
             pruned[number] += _count(pattern, stop - start, height)
     lost = [float(part.sum()) for part in loss.split(heights)]
+    whole = [float(part.sum()) for part in energy.split(heights)]
     return Solution(
         weights=[layer.T.contiguous() for layer in layers],
         pruned=pruned,
-        errors=[part / whole if whole else 0.0 for part, whole in zip(lost, energy, strict=True)],
+        errors=[part / total if total else 0.0 for part, total in zip(lost, whole, strict=True)],
         damping=factor.damping,
         dtype=factor.dtype,
         dead=int(factor.dead.sum()),
@@ -74,32 +81,45 @@ def solve(
 
 
 def _block(
-    weights: Tensor, mask: Tensor, upper: Tensor, inverse: Tensor, pattern: Pattern
+    weights: Tensor,
+    mask: Tensor,
+    upper: Tensor,
+    inverse: Tensor,
+    leverage: Tensor,
+    pattern: Pattern,
 ) -> Tensor:
     """Prune one block in place and return its scaled errors (w_pruned / U_jj), same shape.
 
     `weights` is (columns of the block, rows of all layers). `mask` is given (unstructured) or
-    filled group by group from the corrected weights (N:M). Pruned entries are left for the
-    caller to zero: no later step reads them.
+    filled group by group from the corrected weights times `leverage` (N:M). A column is
+    corrected by all before it in its group at once, just before it is pruned. Pruned entries
+    are left for the caller to clear: no later step reads them.
     """
     size = len(weights)
-    diagonal = upper.diagonal()
-    errors = torch.empty_like(weights)
     panel = _multiple(PANEL, pattern)
     width = pattern.m if isinstance(pattern, SemiStructured) else panel
+    errors = torch.empty_like(weights)
+    # Views are made once: a step's arithmetic takes no longer than making one.
+    before, across = errors.T, upper.T.contiguous().unbind()
+    columns, wrong = weights.unbind(), errors.unbind()
     for start in range(0, size, panel):
         stop = min(start + panel, size)
         for group in range(start, stop, width):
             last = min(group + width, stop)
+            if group > start:
+                seen = upper[start:group, group:last].T
+                weights[group:last].addmm_(seen, errors[start:group], alpha=-1)
             if isinstance(pattern, SemiStructured):
-                score = (weights[group:last] * inverse[group:last, None]).abs_()
+                score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
-            scaled = mask[group:last] / diagonal[group:last, None]
-            for j in range(group, last):
-                error = torch.mul(weights[j], scaled[j - group], out=errors[j])
-                if j + 1 < stop:
-                    weights[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+            torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
+            wrong[group].mul_(columns[group])
+            for j in range(group + 1, last):
+                seen = across[j].narrow(0, group, j - group)
+                columns[j].addmv_(before.narrow(1, group, j - group), seen, alpha=-1)
+                wrong[j].mul_(columns[j])
+        if stop < size:
+            weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return errors
 
 
@@ -114,8 +134,3 @@ def _multiple(size: int, pattern: Pattern) -> int:
     """Round a block or panel size up to a whole number of N:M groups."""
     m = pattern.m if isinstance(pattern, SemiStructured) else 1
     return -(-size // m) * m
-
-
-def _energy(weight: Tensor, gram: Tensor) -> float:
-    """Output energy ||W X||^2 = tr(W H W^T)."""
-    return float((weight @ gram).mul_(weight).sum())

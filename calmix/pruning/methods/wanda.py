@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calmix.pruning.methods.magnitude import grouped_mask
 from calmix.pruning.methods.solution import Solution
-from calmix.pruning.patterns import Pattern, SemiStructured, smallest
+from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest
 
 
 def solve(weights: Sequence[Tensor], squares: Tensor, pattern: Pattern) -> Solution:
@@ -22,12 +22,12 @@ def solve(weights: Sequence[Tensor], squares: Tensor, pattern: Pattern) -> Solut
     norm = squares.sqrt()
     pruned, counts = [], []
     for weight in weights:
-        saliency = weight.abs() * norm
+        saliency = weight.abs().mul_(norm)
         if isinstance(pattern, SemiStructured):
             mask = grouped_mask(saliency, pattern)
         else:
             mask = smallest(saliency, pattern.count(weight.shape[1]))
-        pruned.append(weight.masked_fill(mask, 0))
-        counts.append(int(mask.sum()))
+        pruned.append(clear(weight.clone(), mask))
+        counts.append(int(mask.count_nonzero()))
     dead = int((squares == 0).sum())
     return Solution(pruned, counts, [None] * len(pruned), dead=dead)

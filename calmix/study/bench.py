@@ -1,0 +1,303 @@
+"""The bench: where one process runs trials, with an open model and what the trials share.
+
+Between trials the dense weights are put back from a copy in memory: reading them again would
+cost more than the prune's own set-up.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calmix.calibration import CalibrationSet, resolve
+from calmix.capability.evaluate import CapabilityScores, evaluate, load_scores
+from calmix.capability.retention import Estimate, Retention
+from calmix.errors import InputError
+from calmix.files import sha256_json, write_json
+from calmix.information.measuring import measure_set
+from calmix.manifest import run_record, versions
+from calmix.models import OpenModel, find_blocks, open_model
+from calmix.pruning import PruneReport, prune
+from calmix.specs import DAMPING
+from calmix.study.results import Interval, TaskOutcome, Trial
+from calmix.study.spec import Study, as_pattern
+from calmix.study.store import RESULT, Store, publish
+from calmix.study.trials import Planned, Resolved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INFORMATION, SCORES, PRUNING = "information.json", "scores.json", "pruning.json"
+
+Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
+
+
+class Bench:
+    """Runs trials of a study one after another in this process.
+
+    Args:
+        study: whose trials they are.
+        store: where results and shared parts lie.
+        device: torch device, or `auto`.
+        trust_remote_code: run modelling code shipped with a model.
+        allow_code_execution: run code the models write, in a limited subprocess.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        *,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        allow_code_execution: bool = False,
+    ) -> None:
+        self.study = study
+        self.store = store
+        self.device = device
+        self.trust_remote_code = trust_remote_code
+        self.allow_code_execution = allow_code_execution
+        self._label: str | None = None
+        self._opened: OpenModel | None = None
+        self._dense_weights: dict[str, Tensor] = {}
+        self._pruned = False
+        self._scores: CapabilityScores | None = None
+        self._set: tuple[str, CalibrationSet, dict[str, float]] | None = None
+
+    def run(self, trial: Resolved, stage: Stage | None = None) -> Trial:
+        """Run one trial, write it to the store and return it.
+
+        Raises:
+            CalmixError: anything a user can mend; nothing is written then.
+        """
+        stage = stage or (lambda what, done, total: None)
+        planned = trial.planned
+        began = time.perf_counter()
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, since: float) -> float:
+            now = time.perf_counter()
+            seconds[name] = round(now - since, 3)
+            return now
+
+        opened = self.open(planned.model, stage)
+        at = timed("open", began)
+        dense = self.dense(stage)
+        at = timed("dense", at)
+        made: CalibrationSet | None = None
+        information: dict[str, float] = {}
+        if trial.calibration_id is not None:
+            made, information = self._calibration(trial, opened, stage)
+        at = timed("calibration", at)
+        report = self._prune(planned, opened, made, lambda *of: stage("pruning", *of))
+        at = timed("prune", at)
+        scores = evaluate(
+            opened,
+            self.study.suite,
+            allow_code_execution=self.allow_code_execution,
+            progress=lambda *of: stage("scoring", *of),
+        )
+        at = timed("evaluate", at)
+        kept = scores.retention(dense)
+        timed("retention", at)
+        timed("total", began)
+        outcome = describe(trial, self.study, information, kept, report.sparsity, seconds)
+        run = run_record(seconds) | {
+            "versions": versions() | scores.versions,
+            "dtype": scores.dtype,
+            "device": opened.model.device.type,
+        }
+        with self.store.writing(trial) as folder:
+            write_json(folder / SCORES, scores.to_dict())
+            write_json(folder / PRUNING, report.to_json())
+            if self.study.file.keep_checkpoints:
+                from calmix.pruning.checkpoint import check_space, write_checkpoint
+
+                check_space(opened, folder)
+                write_checkpoint(opened, folder / "checkpoint", report, made)
+            write_json(folder / RESULT, {"trial": outcome.model_dump(mode="json"), "run": run})
+        return outcome
+
+    def open(self, label: str, stage: Stage | None = None) -> OpenModel:
+        """Return the model of a label with its dense weights."""
+        if self._opened is not None and self._label == label:
+            self._restore()
+            return self._opened
+        if stage is not None:
+            stage("opening the model", 0, 1)
+        self._opened, self._scores, self._set, self._dense_weights = None, None, None, {}
+        entry = self.study.models[label]
+        opened = open_model(
+            entry.name,
+            dtype=entry.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self._opened, self._label, self._pruned = opened, label, False
+        return opened
+
+    def _restore(self) -> None:
+        if self._opened is None or not self._pruned:
+            return
+        for layer in self._layers():
+            layer.module.weight.data.copy_(self._dense_weights[layer.name])
+        self._pruned = False
+
+    def _layers(self) -> list[Any]:
+        assert self._opened is not None
+        found = find_blocks(self._opened.model)
+        return [layer for index in range(len(found)) for layer in found.prunables(index)]
+
+    def _prune(
+        self,
+        planned: Planned,
+        opened: OpenModel,
+        made: CalibrationSet | None,
+        progress: Callable[[int, int], None],
+    ) -> PruneReport:
+        if not self._dense_weights:
+            self._dense_weights = {
+                layer.name: layer.module.weight.detach().to("cpu", copy=True)
+                for layer in self._layers()
+            }
+        self._pruned = True
+        return prune(
+            opened.model,
+            None if made is None else made.ids,
+            method=planned.method,
+            pattern=as_pattern(planned.target),
+            propagation="block" if planned.propagation == "block" else "sequential",
+            damping=planned.damping or DAMPING,
+            progress=progress,
+        )
+
+    def dense(self, stage: Stage | None = None) -> CapabilityScores:
+        """Return the scores of the open model before pruning, from the store if they are there."""
+        if self._scores is not None:
+            return self._scores
+        opened = self._opened
+        assert opened is not None
+        kind = [str(opened.model.dtype), opened.model.device.type]
+        suite = self.study.suite
+        key = sha256_json([opened.fingerprint, opened.tokenizer_fingerprint, suite.hash, kind])
+        path = self.store.dense(key)
+        lock = self.store.lock(f"dense-{key[:32]}")
+        lock.wait()
+        try:
+            self._scores = _kept(path)
+            if self._scores is None:
+                self._restore()
+                self._scores = evaluate(
+                    opened,
+                    suite,
+                    allow_code_execution=self.allow_code_execution,
+                    cache=True,
+                    progress=lambda *of: stage("scoring the dense model", *of) if stage else None,
+                )
+                self._scores.save(path)
+        finally:
+            lock.release()
+        return self._scores
+
+    def _calibration(
+        self, trial: Resolved, opened: OpenModel, stage: Stage
+    ) -> tuple[CalibrationSet, dict[str, float]]:
+        """Return a trial's calibration set with its metrics, made if it is not in the store."""
+        assert trial.calibration_id is not None
+        if self._set is not None and self._set[0] == trial.calibration_id:
+            return self._set[1:]
+        folder = self.store.calibration(trial.calibration_id)
+        lock = self.store.lock(f"set-{trial.calibration_id[:32]}")
+        stage("calibration set", 0, 1)
+        lock.wait()
+        try:
+            if not folder.is_dir():
+                self._make_set(trial.planned, opened, folder, stage)
+        finally:
+            lock.release()
+        made = CalibrationSet.open(folder, opened)
+        information = json.loads((folder / INFORMATION).read_text(encoding="utf-8"))
+        self._set = (trial.calibration_id, made, information["metrics"])
+        return made, information["metrics"]
+
+    def _make_set(self, planned: Planned, opened: OpenModel, folder: Path, stage: Stage) -> None:
+        assert planned.draw is not None
+        made = resolve(
+            planned.draw.text, opened, own=self.study.own, writing=stage, **planned.draw.options
+        )
+        values = measure_set(made, opened)
+        values["perplexity"] = values.pop("distortion")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:16]}.partial-"))
+        try:
+            made.save(beside / "set")
+            write_json(
+                beside / "set" / INFORMATION, {"label": planned.calibration, "metrics": values}
+            )
+            publish(beside / "set", folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _kept(path: Path) -> CapabilityScores | None:
+    try:
+        return load_scores(path)
+    except InputError:  # none there, of an older format, or damaged: scored again
+        return None
+
+
+def describe(
+    trial: Resolved,
+    study: Study,
+    information: dict[str, float],
+    kept: Retention,
+    sparsity: float,
+    seconds: dict[str, float],
+) -> Trial:
+    """Return the record of a finished trial."""
+    planned = trial.planned
+    draw = planned.draw
+    return Trial(
+        id=trial.id,
+        model=planned.model,
+        calibration=planned.calibration,
+        strategy=planned.strategy,
+        method=planned.method,
+        pattern=planned.pattern,
+        sparsity=sparsity,
+        propagation=planned.propagation,
+        rows=0 if draw is None else draw.rows,
+        length=0 if draw is None else draw.length,
+        seed=planned.seed,
+        suite=study.suite.name,
+        information=information,
+        total=_interval(kept.corrected),
+        worst=kept.worst,
+        dimensions={d.name: _interval(d.corrected) for d in kept.dimensions},
+        tasks=tuple(
+            TaskOutcome(
+                task=task.name,
+                dimension=task.dimension,
+                metric=task.metric,
+                items=task.items,
+                chance=task.chance,
+                dense=task.dense,
+                pruned=task.pruned,
+                signal=task.signal,
+                raw=_interval(task.raw),
+                retention=_interval(task.corrected),
+            )
+            for task in kept.tasks
+        ),
+        seconds=seconds,
+    )
+
+
+def _interval(value: Estimate) -> Interval:
+    return Interval(**asdict(value))

@@ -1,0 +1,303 @@
+"""What a trial costs: seconds, memory and disk, from sizes and a machine's rates. Pure.
+
+The formulas (N calibration tokens, P weights in the blocks, an input of width d that r outputs
+share, L the row length, q the width of the attention's queries):
+
+    forward         2 P N FLOP in matrix products, 2 N L q a block in attention, and
+                    (20 h + 8 f) values a token and block through element-wise steps
+    Gram            2 N d^2, of which a CPU computes the upper triangle
+    factorisation   4/3 d^3
+    solve           d column steps, each a fixed time and so many values of r outputs
+    generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
+
+How many values pass through element-wise steps and the quarter are ours, fitted to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PANEL = 512  # columns of the upper triangle a CPU's Gram matrix computes in one product
+STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
+BATCH_ROWS = 64  # rows generated at a time
+DECODING = 0.25  # share of the bandwidth that generation reaches
+PASSES = {"self-cal": 1.0, "sgs": 1.25, "igsp": 3.0}  # tokens written for each that is kept
+GENERATE = 256  # tokens an answer may have
+
+# Items of public test sets, tokens an item beyond a shared beginning, and whether answers are
+# written; for suites whose data is not at hand. Rough, and ours.
+KNOWN_TASKS = {
+    "mmlu": (14042, 150, False),
+    "boolq": (3270, 180, False),
+    "piqa": (1838, 90, False),
+    "hellaswag": (10042, 160, False),
+    "winogrande": (1267, 50, False),
+    "arc_easy": (2376, 60, False),
+    "arc_challenge": (1172, 60, False),
+    "openbookqa": (500, 40, False),
+    "humaneval": (164, 160, True),
+    "mbpp": (500, 500, True),
+    "gsm8k": (1319, 900, True),
+    "minerva_math": (5000, 700, True),
+}
+UNKNOWN_TASK = (1000, 300)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A decoder-only model's sizes, as far as they decide what it costs.
+
+    Attributes:
+        hidden, inner: width of the residual stream and of the feed-forward part.
+        query, key: width of the queries, and of the keys (and values).
+        gated: whether the feed-forward part has a gate beside its up-projection.
+        value_bytes: bytes of one weight.
+    """
+
+    blocks: int
+    hidden: int
+    inner: int
+    query: int
+    key: int
+    vocabulary: int
+    gated: bool = True
+    tied: bool = False
+    value_bytes: int = 2
+
+    @property
+    def inputs(self) -> list[tuple[int, int]]:
+        """The distinct inputs of a block's linear maps: width, and outputs that share it."""
+        up = (2 if self.gated else 1) * self.inner
+        return [
+            (self.hidden, self.query + 2 * self.key),
+            (self.query, self.hidden),
+            (self.hidden, up),
+            (self.inner, self.hidden),
+        ]
+
+    @property
+    def block_weights(self) -> int:
+        """Weights in the linear maps of all blocks: those that are pruned."""
+        return self.blocks * sum(width * outputs for width, outputs in self.inputs)
+
+    @property
+    def weights(self) -> int:
+        """All weights, embeddings and head included."""
+        return self.block_weights + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine does a second.
+
+    Attributes:
+        name: what is printed.
+        forward_flops: matrix products in the model's dtype.
+        gram_flops: Gram matrices with float32 sums.
+        factor_flops: factorisations in float32.
+        step_seconds: fixed time of one column step of SparseGPT.
+        cached_bytes: bytes through element-wise steps on a micro-batch.
+        memory_bytes: bytes read from main (or the device's) memory.
+        memory: bytes there are.
+        device: `cpu` or `cuda`.
+    """
+
+    name: str
+    forward_flops: float
+    gram_flops: float
+    factor_flops: float
+    step_seconds: float
+    cached_bytes: float
+    memory_bytes: float
+    memory: float
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass(frozen=True)
+class SuiteWork:
+    """What scoring a suite takes: tokens run through the model, tokens scored, answers written.
+
+    `exact` is False where the suite's data is not at hand and the figures are assumed.
+    """
+
+    items: int
+    tokens: int
+    answers: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by stage, and bytes: peak memory while it runs, and on disk for good."""
+
+    seconds: dict[str, float]
+    memory: float
+    disk: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+
+def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
+    """Return an accelerator known from its data sheet only.
+
+    Half of the stated products are reached, a twentieth in float32 factorisations, two thirds of
+    the bandwidth; a column step takes 178 microseconds, bound by kernel launches (what the
+    Wanda paper's timing of SparseGPT on a 7B model comes to). The shares are ours.
+    """
+    products, bandwidth = 0.5e12 * tflops, 0.67e9 * bandwidth_gbs
+    return Machine(
+        name=f"{tflops:g} TFLOP/s, {memory_gb:g} GB, {bandwidth_gbs:g} GB/s, on paper",
+        forward_flops=products,
+        gram_flops=products,
+        factor_flops=0.05e12 * tflops,
+        step_seconds=178e-6,
+        cached_bytes=bandwidth,
+        memory_bytes=bandwidth,
+        memory=1e9 * memory_gb,
+        device="cuda",
+    )
+
+
+def sizes_of(config: Mapping[str, Any], *, value_bytes: int = 2) -> Sizes:
+    """Return sizes by the names config.json uses, GPT-2's and OPT's among them.
+
+    Raises:
+        KeyError: a size is not there.
+    """
+
+    def first(*keys: str) -> Any:
+        return next(config[key] for key in keys if config.get(key) is not None)
+
+    try:
+        hidden = first("hidden_size", "n_embd", "d_model")
+        heads = first("num_attention_heads", "n_head")
+        blocks = first("num_hidden_layers", "n_layer")
+        vocabulary = first("vocab_size")
+    except StopIteration:
+        raise KeyError("hidden_size, num_attention_heads, num_hidden_layers, vocab_size") from None
+    inner = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner")
+    head = config.get("head_dim") or hidden // heads
+    shared = config.get("num_key_value_heads") or heads
+    return Sizes(
+        blocks=blocks,
+        hidden=hidden,
+        inner=inner or 4 * hidden,
+        query=heads * head,
+        key=shared * head,
+        vocabulary=vocabulary,
+        gated=config.get("model_type") not in UNGATED,
+        tied=bool(config.get("tie_word_embeddings")),
+        value_bytes=value_bytes,
+    )
+
+
+UNGATED = ("gpt2", "opt", "gpt_neox", "gpt_bigcode", "phi", "falcon", "bloom", "starcoder2")
+
+
+def forward_seconds(sizes: Sizes, tokens: float, length: int, machine: Machine) -> float:
+    """Seconds of one pass of `tokens` tokens in rows of `length` through the blocks."""
+    products = 2 * sizes.block_weights * tokens
+    attention = 2 * tokens * length * sizes.query * sizes.blocks
+    values = (20 * sizes.hidden + 8 * sizes.inner) * tokens * sizes.blocks
+    moved = values * sizes.value_bytes / machine.cached_bytes
+    return (products + attention) / machine.forward_flops + moved
+
+
+def head_seconds(sizes: Sizes, positions: float, machine: Machine) -> float:
+    """Seconds of the output head and its softmax at `positions` positions."""
+    logits = positions * sizes.vocabulary
+    return 2 * logits * sizes.hidden / machine.forward_flops + 12 * logits / machine.memory_bytes
+
+
+def prune_seconds(
+    sizes: Sizes, rows: int, length: int, method: str, propagation: str | None, machine: Machine
+) -> dict[str, float]:
+    """Seconds of pruning by activity: `forward`, `gram`, `factor`, `solve`."""
+    tokens = rows * length
+    touched = 12 * sizes.block_weights / machine.memory_bytes  # read, compared, written
+    if method == "magnitude":
+        return {"solve": touched}
+    passes = 2 if propagation == "block" else 1
+    seconds = {"forward": passes * forward_seconds(sizes, tokens, length, machine)}
+    if method == "wanda":
+        read = sum(width for width, _ in sizes.inputs) * tokens * sizes.blocks * 4
+        return seconds | {"gram": read / machine.cached_bytes, "solve": touched}
+    gram = factor = steps = 0.0
+    for width, outputs in sizes.inputs:
+        share = 1.0 if machine.device == "cuda" else triangle(width)
+        gram += 2 * tokens * width**2 * share / machine.gram_flops
+        factor += 4 / 3 * width**3 / machine.factor_flops
+        moved = STEP_VALUES * outputs * 4 / machine.cached_bytes
+        steps += width * (machine.step_seconds + moved)
+        steps += 2 * outputs * width * width / 2 / machine.factor_flops  # later columns
+    return seconds | {
+        "gram": sizes.blocks * gram,
+        "factor": sizes.blocks * factor,
+        "solve": sizes.blocks * steps,
+    }
+
+
+def triangle(width: int) -> float:
+    """Share of a Gram matrix that is computed when panels leave out what lies below them."""
+    panel = PANEL if width > PANEL else -(-width // 2)
+    starts = range(0, width, panel)
+    return sum(min(panel, width - at) * (width - at) for at in starts) / width**2
+
+
+def suite_seconds(sizes: Sizes, work: SuiteWork, machine: Machine) -> float:
+    """Seconds of scoring a suite."""
+    scored = forward_seconds(sizes, work.tokens, 512, machine)
+    scored += head_seconds(sizes, work.tokens / 2, machine)
+    return scored + generation_seconds(sizes, work.answers * GENERATE, machine)
+
+
+def generation_seconds(sizes: Sizes, tokens: float, machine: Machine) -> float:
+    """Seconds of writing `tokens` tokens, 64 rows at a time."""
+    read = sizes.weights * sizes.value_bytes / machine.memory_bytes / DECODING
+    products = 2 * BATCH_ROWS * sizes.weights / machine.forward_flops
+    return tokens / BATCH_ROWS * (read + products)
+
+
+def set_seconds(
+    sizes: Sizes, rows: int, length: int, strategy: str, machine: Machine
+) -> dict[str, float]:
+    """Seconds of making a calibration set and measuring it, by activity."""
+    tokens = rows * length
+    measured = forward_seconds(sizes, tokens, length, machine)
+    measured += head_seconds(sizes, tokens, machine)
+    seconds = {"measure": measured}
+    if strategy in PASSES:
+        seconds["generate"] = generation_seconds(sizes, PASSES[strategy] * tokens, machine)
+    return seconds
+
+
+def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Machine) -> float:
+    """Bytes held at the peak of a trial, on the device that prunes.
+
+    The model (on a CPU also the copy of its block weights that is put back), the hidden states
+    of all rows with what one block keeps of them while it waits, the widest Gram matrix five
+    times over (sum, symmetric, damped, inverse, factor), one input's weights in float32 thrice,
+    and a slice of logits.
+    """
+    held = sizes.weights * sizes.value_bytes
+    if machine.device == "cpu":
+        held += sizes.block_weights * sizes.value_bytes
+    logits = 3 * 512 * sizes.vocabulary * 4
+    if method == "magnitude":
+        return held + logits
+    states = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
+    weights = 3 * 4 * max(width * outputs for width, outputs in sizes.inputs)
+    gram = 5 * 4 * max(width for width, _ in sizes.inputs) ** 2 if method == "sparsegpt" else 0
+    return held + max(states + weights + gram, logits)
+
+
+def disk_bytes(sizes: Sizes, work: SuiteWork, keep_checkpoint: bool) -> float:
+    """Bytes a trial leaves on disk: its scores item by item, its report, its weights if kept."""
+    report = 4 * 7 * sizes.blocks * 100
+    kept = sizes.weights * sizes.value_bytes if keep_checkpoint else 0
+    return 80 * work.items + report + kept + 20_000

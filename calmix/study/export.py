@@ -1,0 +1,224 @@
+"""Read what a study found, from its store or from an exported folder, and write it as one table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from calmix.calibration import CalibrationSet
+from calmix.errors import InputError, disk_errors
+from calmix.files import write_json, write_text
+from calmix.information import metrics
+from calmix.study.results import StudyResults, Trial
+from calmix.study.store import Store, is_store, open_store
+
+KIND, FORMAT = "study results", 1
+RECORD, CSV, PARQUET = "study.json", "results.csv", "results.parquet"
+
+
+def read_results(path: Path | str) -> StudyResults:
+    """Return what a study has found so far, from its store or from an exported folder.
+
+    Raises:
+        InputError: the folder is neither, is damaged, or is of another version.
+    """
+    path = Path(path)
+    if is_store(path) or not (path / RECORD).is_file():
+        return _of_store(open_store(path))
+    try:
+        kept = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        if kept.pop("kind") != KIND:
+            raise ValueError("it is of another kind")
+        found = kept.pop("format")
+        if found == FORMAT:
+            return StudyResults.model_validate(kept)
+    except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{path / RECORD} holds no results of a study: {reason}") from error
+    raise InputError(
+        f"{path / RECORD} has format {found}, but this calmix reads format {FORMAT}: export again"
+    )
+
+
+def export_results(store: Path | str, folder: Path | str) -> list[Path]:
+    """Write a study's results to a folder, which need not be empty, and return the files.
+
+    `study.json` is all of `StudyResults`, from which `read_results` reads without the store;
+    `results.csv` and `results.parquet` (where pyarrow is installed) have a row a trial and task.
+    The same results give the same bytes.
+
+    Raises:
+        InputError: the store cannot be read, or the folder cannot be written.
+    """
+    results = read_results(store)
+    folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: name a folder for the results")
+    record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
+    write_json(folder / RECORD, record)
+    return [folder / RECORD, *write_tables(results, folder)]
+
+
+def write_tables(results: StudyResults, folder: Path) -> list[Path]:
+    """Write `results.csv` and, where pyarrow is installed, `results.parquet`."""
+    rows = list(tidy(results))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_cell(row.get(column)) for column in columns])
+    write_text(folder / CSV, text.getvalue())
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return [folder / CSV]
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+    with disk_errors(folder):
+        handle, beside = tempfile.mkstemp(dir=folder, prefix=f".{PARQUET}.")
+        os.close(handle)
+        try:
+            pyarrow.parquet.write_table(table, beside)
+            Path(beside).chmod(0o644)
+            Path(beside).replace(folder / PARQUET)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+    return [folder / CSV, folder / PARQUET]
+
+
+def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
+    """Yield a row a trial and task, trials in the order of the plan.
+
+    Retentions are shares (1.0 is all of it). Times are left out: the same study gives the same
+    table wherever and however often it is run.
+    """
+    for trial in results.trials:
+        head: dict[str, Any] = {"study": results.name}
+        head |= {name: getattr(trial, name) for name in _TRIAL}
+        head |= _columns("total", trial.total.model_dump()) | {"worst": trial.worst}
+        information = {f"info_{name}": value for name, value in trial.information.items()}
+        for task in trial.tasks:
+            dimension = trial.dimensions[task.dimension]
+            yield (
+                head
+                | {name: getattr(task, name) for name in _TASK}
+                | _columns("raw", task.raw.model_dump())
+                | _columns("retention", task.retention.model_dump())
+                | _columns("dimension_retention", dimension.model_dump())
+                | information
+            )
+
+
+_TRIAL = (
+    "id", "model", "calibration", "strategy", "method", "pattern", "sparsity", "propagation",
+    "rows", "length", "seed", "suite",
+)  # fmt: skip
+_TASK = ("dimension", "task", "metric", "items", "chance", "dense", "pruned", "signal")
+
+
+def _columns(name: str, interval: dict[str, float | None]) -> dict[str, float | None]:
+    return {
+        name: interval["value"],
+        f"{name}_low": interval["low"],
+        f"{name}_high": interval["high"],
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _of_store(store: Store) -> StudyResults:
+    entries = store.entries
+    states = {entry["id"]: store.state(entry["id"]) for entry in entries}
+    done = [entry for entry in entries if states[entry["id"]] == "finished"]
+    kept = {entry["id"]: store.result(entry["id"]) for entry in done}
+    try:
+        trials = [Trial.model_validate(kept[entry["id"]]["trial"]) for entry in done]
+    except (KeyError, ValidationError) as error:
+        raise InputError(f"a result in {store.path / 'trials'} is damaged: delete it") from error
+    extra = _compared(store, {entry["set"]: t for entry, t in zip(done, trials, strict=True)})
+    trials = [
+        trial.model_copy(
+            update={"information": trial.information | extra.get(entry["set"] or "", {})}
+        )
+        for entry, trial in zip(done, trials, strict=True)
+    ]
+    failed = [store.read_failure(e["id"]) for e in entries if states[e["id"]] == "failed"]
+    return StudyResults(
+        name=store.index["name"],
+        text=store.index["text"],
+        planned=len(entries),
+        trials=tuple(trials),
+        failed=tuple(failed),
+        environment=environment([record["run"] for record in kept.values()]),
+        suite=store.index["suite"],
+    )
+
+
+def environment(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return machine, versions and dates of the trials' runs; what differed is listed."""
+    if not runs:
+        return {}
+    found: dict[str, Any] = {
+        "first": min(run["finished"] for run in runs),
+        "last": max(run["finished"] for run in runs),
+        "hours": round(sum(run["seconds"]["total"] for run in runs) / 3600, 3),
+    }
+    for key in ("machine", "system", "threads", "device", "dtype"):
+        found[key] = _all_of([run[key] for run in runs])
+    names = dict.fromkeys(name for run in runs for name in run["versions"])
+    found["versions"] = {
+        name: _all_of([run["versions"].get(name) for run in runs]) for name in names
+    }
+    return found
+
+
+def _all_of(values: list[Any]) -> Any:
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
+
+
+def _compared(store: Store, sets: dict[str | None, Trial]) -> dict[str, dict[str, float]]:
+    """Return coverage and mismatch of calibration sets, by set.
+
+    They compare with the study's single sources, pooled (of each its draw of lowest seed, at
+    the same model, rows and length); mismatch leaves out the set's own source. Absent where
+    there are fewer than two single sources.
+    """
+    found: dict[str, dict[str, float]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
+    for name, trial in sets.items():
+        if name is not None:
+            groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
+    for members in groups.values():
+        singles: dict[str, str] = {}
+        for name, trial in sorted(members.items(), key=lambda member: member[1].seed):
+            if trial.strategy == "single":
+                singles.setdefault(trial.calibration, name)
+        if len(singles) < 2:
+            continue
+        ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
+        pool = [ids[name] for name in singles.values()]
+        for n in metrics.ORDERS:
+            shares = metrics.coverage(list(ids.values()), n, pool)
+            for name, share in zip(ids, shares, strict=True):
+                found.setdefault(name, {})[f"coverage_{n}"] = share
+        for name, trial in members.items():
+            others = [ids[o] for label, o in singles.items() if label != trial.calibration]
+            found[name]["mismatch"] = metrics.mismatch(ids[name], others)
+    return found

@@ -1,0 +1,195 @@
+"""What a study will take before it runs: trials, time, memory and disk, by the cost model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calmix import assets
+from calmix.capability.suites import ARCHIVE, Suite, TaskSpec
+from calmix.capability.tasks import load_items, preamble
+from calmix.errors import InputError
+from calmix.files import user_path
+from calmix.models import resolve_model
+from calmix.study import cost
+from calmix.study.cost import Cost, Machine, Sizes, SuiteWork
+from calmix.study.spec import Model, Study
+from calmix.study.trials import Planned, plan
+
+CHARACTERS = 3.6  # a token, in English text and code
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that cost the same, and what each of them costs."""
+
+    model: str
+    method: str
+    pattern: str
+    rows: int
+    length: int
+    trials: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study will take.
+
+    Attributes:
+        groups: trials that cost the same together, in the order of the plan.
+        sets: number of calibration sets, and seconds to make and measure all of them.
+        dense: seconds to score the dense models.
+        machine: what it was estimated for.
+        notes: what was assumed, and what does not fit.
+    """
+
+    groups: list[Group]
+    sets: int
+    sets_seconds: float
+    dense: float
+    machine: Machine
+    notes: list[str]
+
+    @property
+    def trials(self) -> int:
+        """Number of trials."""
+        return sum(group.trials for group in self.groups)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole study, one trial at a time."""
+        trials = sum(group.trials * group.cost.total for group in self.groups)
+        return trials + self.sets_seconds + self.dense
+
+    @property
+    def disk(self) -> float:
+        """Bytes the whole study leaves on disk."""
+        sets = {(g.model, g.rows, g.length) for g in self.groups if g.rows}
+        ids = max((8.0 * rows * length for _, rows, length in sets), default=0.0)
+        return sum(group.trials * group.cost.disk for group in self.groups) + self.sets * ids
+
+
+def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Estimate:
+    """Estimate what a study will take on a machine.
+
+    Args:
+        study: the study.
+        sizes: of every model, by label.
+        machine: its rates, from `probe` or `cost.on_paper`.
+    """
+    work = suite_work(study.suite)
+    groups: dict[tuple[Any, ...], list[Planned]] = {}
+    sets: dict[tuple[Any, ...], Planned] = {}
+    for trial in plan(study):
+        size = (0, 0) if trial.draw is None else (trial.draw.rows, trial.draw.length)
+        key = (trial.model, trial.method, trial.pattern, *size, trial.propagation)
+        groups.setdefault(key, []).append(trial)
+        if trial.draw is not None:
+            sets.setdefault((trial.model, trial.calibration, *size, trial.seed), trial)
+    found = []
+    for (label, method, pattern, rows, length, propagation), members in groups.items():
+        model = sizes[label]
+        seconds = {
+            "prune": sum(
+                cost.prune_seconds(model, rows, length, method, propagation, machine).values()
+            ),
+            "evaluate": cost.suite_seconds(model, work, machine),
+        }
+        memory = cost.peak_memory(model, rows, length, method, machine)
+        disk = cost.disk_bytes(model, work, study.file.keep_checkpoints)
+        costs = Cost(seconds, memory, disk)
+        found.append(Group(label, method, pattern, rows, length, len(members), costs))
+    making = sum(
+        sum(cost.set_seconds(sizes[key[0]], key[2], key[3], trial.strategy, machine).values())
+        for key, trial in sets.items()
+    )
+    dense = sum(cost.suite_seconds(model, work, machine) for model in sizes.values())
+    notes = (
+        []
+        if work.exact
+        else [
+            f"the data of suite {study.suite.name} is not at hand: scoring is estimated from "
+            "assumed sizes of its tasks"
+        ]
+    )
+    for group in found:
+        if group.cost.memory > machine.memory:
+            notes.append(
+                f"{group.model} {group.method} {group.pattern} needs {group.cost.memory / 1e9:.1f} "
+                f"GB, and there are {machine.memory / 1e9:.1f} GB: fewer or shorter rows need less"
+            )
+    return Estimate(found, len(sets), making, dense, machine, list(dict.fromkeys(notes)))
+
+
+def sizes_of_model(label: str, model: Model) -> Sizes:
+    """Return a model's sizes: from the shape in the study file, or from its config.json.
+
+    Raises:
+        InputError: neither is there, or the configuration lacks a size.
+    """
+    if model.shape is not None:
+        config: dict[str, Any] = model.shape.model_dump()
+    else:
+        try:
+            config = json.loads(_config(label, model.name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the configuration of {label}: {error}") from error
+    width = 4 if "float32" in (model.dtype, config.get("dtype"), config.get("torch_dtype")) else 2
+    try:
+        return cost.sizes_of(config.get("text_config") or config, value_bytes=width)
+    except KeyError as error:
+        raise InputError(
+            f"the configuration of {label} does not tell its {error.args[0]}: give a 'shape' in "
+            "the study file"
+        ) from error
+
+
+def _config(label: str, name: str) -> Path:
+    path = user_path(name)
+    if name.count("/") == 1 and name[0] not in "./~" and not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json")
+        if not isinstance(found, str):
+            raise InputError(
+                f"model {label} ({name}) is not here: give its 'shape' in the study file, as in "
+                "studies/paper-llama31-8b.yaml, to plan without it"
+            )
+        return Path(found)
+    return resolve_model(name) / "config.json"
+
+
+def suite_work(suite: Suite) -> SuiteWork:
+    """Return what scoring a suite takes, counted where its data is at hand, else assumed."""
+    items = tokens = answers = 0
+    exact = True
+    for spec in suite.tasks.values():
+        if spec.archive is not None and assets.get_asset(ARCHIVE).state == "ok":
+            count, held, written = _counted(spec)
+        else:
+            exact = False
+            count, held, written = _assumed(spec)
+        items, tokens, answers = items + count, tokens + held, answers + written
+    return SuiteWork(items, tokens, answers, exact)
+
+
+def _counted(spec: TaskSpec) -> tuple[int, int, int]:
+    found = load_items(spec)
+    contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
+    shared = preamble(contexts)
+    characters = shared + sum(len(text) - shared for text in contexts)
+    characters += sum(len(choice) for item in found for choice in item.choices)
+    answers = len(found) if spec.metric in ("pass@1", "exact_match") else 0
+    return len(found), round(characters / CHARACTERS), answers
+
+
+def _assumed(spec: TaskSpec) -> tuple[int, int, int]:
+    name = spec.harness or ""
+    count, each, writes = cost.KNOWN_TASKS.get(name, (*cost.UNKNOWN_TASK, False))
+    writes = writes or spec.metric in ("pass@1", "exact_match")
+    count = min(count, spec.limit or count)
+    return count, count * each, count if writes else 0

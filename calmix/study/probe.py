@@ -1,0 +1,93 @@
+"""A short probe of this machine for the cost model: products, factorisations, column steps, bytes.
+
+It takes a few seconds and as much memory as one block of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from calmix.models.opening import _device, fast_half_precision
+from calmix.pruning.gram import Gram, inverse_factor
+from calmix.pruning.methods import sparsegpt
+from calmix.pruning.patterns import Unstructured
+from calmix.study.cost import STEP_VALUES, Machine, Sizes, triangle
+
+TOKENS = 2048  # the engine's micro-batch
+SECONDS = 0.15  # spent on each rate, at least
+
+
+def probe(sizes: Sizes, device: str = "auto") -> Machine:
+    """Measure what this machine does a second at a model's sizes.
+
+    Args:
+        sizes: of the model.
+        device: torch device; `auto` for an accelerator if there is one.
+    """
+    target = _device(device)
+    dtype = torch.bfloat16 if sizes.value_bytes == 2 else torch.float32
+    if target.type == "cpu" and not fast_half_precision(dtype):
+        dtype = torch.float32
+    width = min(sizes.hidden, 4096)
+    inner = min(sizes.inner, 16384)
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(target, kind)
+
+    tokens, up, down = numbers(TOKENS, width), numbers(width, inner), numbers(inner, width)
+    wide = tokens @ up
+    with torch.inference_mode():
+        once = seconds(lambda: (tokens @ up) @ down, target)
+        forward = 4 * TOKENS * width * inner / once
+        gram = Gram(width, target)
+        share = 1.0 if target.type == "cuda" else triangle(width)
+        once = seconds(lambda: gram.add(tokens), target)
+        gram_rate = 2 * TOKENS * width**2 * share / once
+        matrix = gram.matrix()
+        once = seconds(lambda: inverse_factor(matrix), target)
+        factor = 4 / 3 * width**3 / once
+        cached = 3 * wide.numel() * wide.element_size() / seconds(lambda: wide * wide, target)
+        large = torch.zeros(64_000_000, dtype=torch.float32, device=target)
+        memory = large.numel() * 4 / seconds(lambda: large.sum(), target)
+        step = _step(cached, target, generator)
+    total = psutil.virtual_memory().total
+    if target.type == "cuda":
+        total = torch.cuda.get_device_properties(target).total_memory
+    return Machine(
+        name="this machine" if target.type == "cpu" else torch.cuda.get_device_name(target),
+        forward_flops=forward,
+        gram_flops=gram_rate,
+        factor_flops=factor,
+        step_seconds=step,
+        cached_bytes=cached,
+        memory_bytes=memory,
+        memory=total,
+        device="cuda" if target.type == "cuda" else "cpu",
+    )
+
+
+def _step(cached: float, device: torch.device, generator: torch.Generator) -> float:
+    """Return the fixed part of a column step, from solving a narrow layer."""
+    columns, rows = 256, 512
+    weight = torch.randn(rows, columns, generator=generator).to(device)
+    gram = torch.eye(columns, device=device) * 4.0
+    whole = seconds(lambda: sparsegpt.solve([weight], gram, Unstructured(0.5)), device)
+    return max(1e-6, whole / columns - STEP_VALUES * rows * 4 / cached)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, the best of as many as fit into a moment."""
+    work()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < SECONDS or best == float("inf"):
+        at = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - at)
+    return best

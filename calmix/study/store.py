@@ -1,0 +1,239 @@
+"""The store: one folder a trial, named by the hash of its request, and what trials share.
+
+    STORE/store.json            the study as last run, and its trials in order
+    STORE/trials/ID/            request.json with result.json, scores.json and pruning.json, or
+                                with error.json; checkpoint/ if the study keeps them
+    STORE/calibration/ID/       a calibration set, and information.json
+    STORE/dense/ID.json         scores of a dense model
+    STORE/locks/                who is at work on what
+
+A trial's folder appears whole: it is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from calmix.errors import InputError, disk_errors
+from calmix.files import atomic_folder, write_json
+from calmix.study.locks import Lock, holder_of
+from calmix.study.results import FailedTrial, Trial
+from calmix.study.spec import Study
+from calmix.study.trials import Resolved, differences
+
+KIND, FORMAT = "study store", 1
+INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
+
+State = Literal["finished", "failed", "running", "pending"]
+
+
+class Store:
+    """A study's folder on disk. Open one with `open_store` or `create_store`."""
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path = path
+        self.index = index
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The trials of the study as last run, in order: `id`, `label`, `calibration`, `set`."""
+        return self.index["trials"]
+
+    def trial(self, trial_id: str) -> Path:
+        """Return a trial's folder."""
+        return self.path / "trials" / trial_id
+
+    def calibration(self, calibration_id: str) -> Path:
+        """Return the folder of a calibration set."""
+        return self.path / "calibration" / calibration_id
+
+    def dense(self, key: str) -> Path:
+        """Return the file of a dense model's scores."""
+        return self.path / "dense" / f"{key}.json"
+
+    def lock(self, name: str) -> Lock:
+        """Return the lock on a trial or a shared part."""
+        return Lock(self.path / "locks" / f"{name}.lock")
+
+    def state(self, trial_id: str) -> State:
+        """Return how far a trial is."""
+        folder = self.trial(trial_id)
+        if (folder / RESULT).is_file():
+            return "finished"
+        if self.runner(trial_id) is not None:
+            return "running"
+        return "failed" if (folder / ERROR).is_file() else "pending"
+
+    def runner(self, trial_id: str) -> str | None:
+        """Return who is at work on a trial, if anyone."""
+        return holder_of(self.path / "locks" / f"{trial_id}.lock")
+
+    def result(self, trial_id: str) -> dict[str, Any]:
+        """Return a finished trial's record: `trial`, `run` (versions, machine, date).
+
+        Raises:
+            InputError: the record is damaged.
+        """
+        return _read(self.trial(trial_id) / RESULT, "run the study again after deleting it")
+
+    def read_trial(self, trial_id: str) -> Trial:
+        """Return a finished trial."""
+        return Trial.model_validate(self.result(trial_id)["trial"])
+
+    def read_failure(self, trial_id: str) -> FailedTrial:
+        """Return what a failed trial ended with."""
+        kept = _read(self.trial(trial_id) / ERROR, "run the study with --retry-failed")
+        return FailedTrial(id=trial_id, label=kept["label"], error=kept["error"])
+
+    @contextmanager
+    def writing(self, trial: Resolved) -> Iterator[Path]:
+        """Yield a folder to fill; it becomes the trial's if the body succeeds."""
+        with atomic_folder(self.trial(trial.id)) as beside:
+            write_json(beside / REQUEST, {"label": trial.planned.label, **trial.request})
+            yield beside
+
+    def fail(self, trial: Resolved, error: str, trace: str) -> None:
+        """Keep the error a trial ended with."""
+        content = {"label": trial.planned.label, "error": error, "traceback": trace}
+        with self.writing(trial) as folder:
+            write_json(folder / ERROR, content)
+
+    def update(self, study: Study, resolved: Sequence[Resolved]) -> None:
+        """Make the store one of this study.
+
+        Trials may be added, and trials that have not finished may change or go.
+
+        Raises:
+            InputError: a finished trial is no longer asked for, or is now defined otherwise.
+        """
+        new = {trial.planned.key: trial for trial in resolved}
+        for entry in self.entries:
+            if self.state(entry["id"]) != "finished":
+                continue
+            trial = new.get(tuple(entry["key"]))
+            if trial is None:
+                raise InputError(
+                    f"the study no longer asks for '{entry['label']}', which has finished in "
+                    f"{self.path}: put it back, or name another store"
+                )
+            if trial.id != entry["id"]:
+                before = _read(self.trial(entry["id"]) / REQUEST, "name another store")
+                what = next(differences(_request(before), trial.request), "its definition")
+                raise InputError(
+                    f"the study has changed since '{entry['label']}' finished in {self.path} "
+                    f"({what}): undo the change, give it another name, or name another store"
+                )
+        self.index = _index(study, resolved)
+        write_json(self.path / INDEX, self.index)
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether a folder looks like a store."""
+    return (path / INDEX).is_file()
+
+
+def open_store(path: Path) -> Store:
+    """Open an existing store.
+
+    Raises:
+        InputError: there is none, or it is of another version or damaged.
+    """
+    if not path.exists():
+        raise InputError(f"there is no study store at {path}: calmix study run makes one")
+    if not is_store(path):
+        raise InputError(f"{path} is no study store (it holds no {INDEX})")
+    index = _read(path / INDEX, "run the study into another folder")
+    if index.get("kind") != KIND:
+        raise InputError(f"{path} is no study store (its {INDEX} is of another kind)")
+    if index.get("format") != FORMAT:
+        raise InputError(
+            f"store {path} has format {index.get('format')}, but this calmix reads format "
+            f"{FORMAT}: name another folder, or use the calmix that made it"
+        )
+    return Store(path, index)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that can become no store, before any work is done.
+
+    Raises:
+        InputError: it is a file, or holds something else, or is a store that cannot be read.
+    """
+    if path.is_file():
+        raise InputError(f"{path} is a file: name a folder for the store")
+    if is_store(path):
+        open_store(path)
+    elif path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty and is no study store: name another folder")
+
+
+def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
+    """Open the store at `path` for a study, or make one there.
+
+    Raises:
+        InputError: the folder holds something else, or finished trials of a changed study.
+    """
+    check_folder(path)
+    if not is_store(path):
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        write_json(path / INDEX, _index(study, resolved))
+        return open_store(path)
+    store = open_store(path)
+    store.update(study, resolved)
+    return store
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Rename a finished folder onto its place; if another runner was faster, its work stays."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            shutil.rmtree(folder)
+
+
+def _index(study: Study, resolved: Sequence[Resolved]) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "name": study.name,
+        "text": study.text,
+        "suite": {
+            "name": study.suite.name,
+            "version": study.suite.version,
+            "hash": study.suite.hash,
+            "dimensions": list(study.suite.dimensions),
+        },
+        "trials": [
+            {
+                "id": trial.id,
+                "label": trial.planned.label,
+                "key": list(trial.planned.key),
+                "set": trial.calibration_id,
+            }
+            for trial in resolved
+        ],
+    }
+
+
+def _request(kept: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kept.items() if key != "label"}
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: {remedy}")
+    return value

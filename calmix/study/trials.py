@@ -1,0 +1,296 @@
+"""From a study to its trials: the grid, and what decides the outcome of each.
+
+A trial is known by the hash of its resolved request: the model's files, the calibration set's
+definition with the content of the user's own files, method, pattern and suite. Package versions
+are no part of it; they are recorded with every result, and a mix of them is announced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calmix.calibration.leakage import TOKENS
+from calmix.calibration.resolving import SUITE, Spec, parse_spec
+from calmix.calibration.selfgen.making import settings
+from calmix.calibration.selfgen.openers import load_openers
+from calmix.calibration.selfgen.writing import VERSION
+from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.capability.evaluate import SCORER
+from calmix.capability.suites import load_suite
+from calmix.errors import InputError
+from calmix.files import sha256_file, sha256_json, user_path
+from calmix.models import resolve_model
+from calmix.models.opening import fingerprint
+from calmix.pruning.patterns import Unstructured
+from calmix.sources import Source, get_source
+from calmix.sources.readers import LocalFile
+from calmix.specs import DAMPING, LENGTH, ROWS
+from calmix.study.results import Strategy
+from calmix.study.spec import (
+    NONE,
+    Calibration,
+    Grid,
+    Study,
+    as_pattern,
+    strategy_of,
+)
+
+FORMAT = 1  # of the request; raised when the same request would give another outcome
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a calibration set is made.
+
+    Attributes:
+        text: the set as `calmix.calibration.resolve` takes it.
+        options: what is passed to `resolve` beside it.
+        rows, length, seed: what comes of it, defaults and the set's own file considered.
+    """
+
+    text: str
+    options: dict[str, Any]
+    rows: int
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One trial of a study's grid, by the names of the study file.
+
+    Attributes:
+        pattern: as printed: `60%` or `2:4`.
+        target: the same as the study file has it.
+        draw: None for a method that needs no calibration.
+    """
+
+    model: str
+    calibration: str
+    strategy: Strategy
+    method: str
+    pattern: str
+    target: float | str
+    sparsity: float
+    draw: Draw | None
+    propagation: str | None
+    damping: float | None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the draw; 0 without one."""
+        return 0 if self.draw is None else self.draw.seed
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells the trials of one study apart."""
+        size = (0, 0) if self.draw is None else (self.draw.rows, self.draw.length)
+        return (
+            self.model, self.calibration, self.method, self.pattern, *size, self.seed,
+            self.propagation, self.damping,
+        )  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """The trial in a few words; the model is left out."""
+        if self.draw is None:
+            return f"{self.method} {self.pattern}"
+        return f"{self.calibration} {self.method} {self.pattern} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A trial with the request that decides its outcome.
+
+    Attributes:
+        id: the request's hash.
+        request: JSON-serialisable; `model`, `calibration` (None without one), `method`,
+            `pattern`, `propagation`, `damping`, `suite`.
+        calibration_id: hash of model and calibration, under which the set is shared.
+    """
+
+    planned: Planned
+    id: str
+    request: dict[str, Any]
+    calibration_id: str | None
+
+
+def plan(study: Study) -> list[Planned]:
+    """Return a study's trials in the order they are run: the grids as written; within one, all
+    that use one calibration set stand together. What two grids share comes once.
+
+    Raises:
+        InputError: a saved calibration set cannot be read.
+    """
+    found: dict[tuple[Any, ...], Planned] = {}
+    for grid in study.grids:
+        for trial in _of_grid(study, grid):
+            found.setdefault(trial.key, trial)
+    return list(found.values())
+
+
+def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
+    targets = [(m, t) for m, listed in (grid.methods or {}).items() for t in listed]
+    for model in grid.models or ():
+        for method, target in targets:
+            if method == "magnitude":
+                yield _planned(model, NONE, "none", method, target, None, None, None)
+        for seed in grid.seeds or ():
+            for label in grid.calibrations or ():
+                entry = study.calibrations[label]
+                strategy = strategy_of(entry, study.own)
+                draw = draw_of(study, entry, grid, seed)
+                for method, target in targets:
+                    if method == "magnitude":
+                        continue
+                    damping = None
+                    if method == "sparsegpt":
+                        damping = DAMPING if grid.damping is None else grid.damping
+                    yield _planned(
+                        model, label, strategy, method, target, draw,
+                        grid.propagation or "sequential", damping,
+                    )  # fmt: skip
+
+
+def _planned(
+    model: str,
+    calibration: str,
+    strategy: Strategy,
+    method: str,
+    target: float | str,
+    draw: Draw | None,
+    propagation: str | None,
+    damping: float | None,
+) -> Planned:
+    pattern = as_pattern(target)
+    share = pattern.sparsity
+    shown = f"{100 * share:g}%" if isinstance(pattern, Unstructured) else str(pattern)
+    return Planned(
+        model, calibration, strategy, method, shown, target, share, draw, propagation, damping
+    )
+
+
+def draw_of(study: Study, entry: Calibration, grid: Grid, seed: int) -> Draw:
+    """Return how one calibration set of a grid is drawn.
+
+    What the calibration's entry says comes first, then the grid, then the top of the study
+    file, then the set's own file; a saved set is what it is.
+    """
+    text = entry.written
+    sizes = {"rows": grid.rows, "length": grid.length}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    sizes |= entry.given("rows", "length")
+    path = user_path(text)
+    if is_saved_set(path):
+        saved = CalibrationSet.open(path)
+        own_seed = saved.manifest.get("seed")
+        return Draw(text, entry.given(), saved.rows, saved.length, own_seed or 0)
+    spec = parse_spec(text, study.own)
+    options = {**study.file.given(), **sizes, **entry.given(), "seed": seed}
+    if spec.generate is not None:
+        options = {key: options[key] for key in options if key not in ("packing", "select")}
+    rows = options.get("rows", spec.fixed.get("rows", ROWS))
+    length = options.get("length", spec.fixed.get("length", LENGTH))
+    return Draw(text, options, rows, length, seed)
+
+
+class Resolver:
+    """Resolves the trials of one study; what they share is looked up once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._fingerprints: dict[str, str] = {}
+        self._files: dict[Path, str] = {}
+
+    def resolve(self, trial: Planned) -> Resolved:
+        """Return a trial with its request and hash.
+
+        Raises:
+            ModelError: the model is not here.
+            CalmixError: a file the calibration set is made from is gone or unreadable.
+        """
+        model = self._model(trial.model)
+        calibration = None if trial.draw is None else self._calibration(trial.draw)
+        suite = self.study.suite
+        request = {
+            "format": FORMAT,
+            "model": model,
+            "calibration": calibration,
+            "method": trial.method,
+            "pattern": trial.pattern,
+            "sparsity": trial.sparsity,
+            "propagation": trial.propagation,
+            "damping": trial.damping,
+            "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
+        }
+        shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
+        return Resolved(trial, sha256_json(request), request, shared)
+
+    def _model(self, label: str) -> dict[str, Any]:
+        entry = self.study.models[label]
+        if label not in self._fingerprints:
+            self._fingerprints[label] = fingerprint(resolve_model(entry.name))
+        return {"sha256": self._fingerprints[label], "dtype": entry.dtype}
+
+    def _calibration(self, draw: Draw) -> dict[str, Any]:
+        path = user_path(draw.text)
+        if is_saved_set(path):
+            return {"saved": CalibrationSet.open(path).manifest["sha256"], **draw.options}
+        size = {"rows": draw.rows, "length": draw.length, "seed": draw.seed}
+        spec = parse_spec(draw.text, self.study.own)
+        options: dict[str, Any] = {"leakage": SUITE, "leakage_tokens": TOKENS}
+        if spec.generate is None:
+            options |= {"packing": "concat", "select": "random"}
+        options |= {**spec.fixed, **draw.options, **size}
+        if options["leakage"] == "off":
+            del options["leakage_tokens"]
+        else:
+            options["leakage"] = load_suite(options["leakage"]).hash
+        if spec.generate is not None:
+            return self._generated(spec) | options
+        sources = {name: self._source(name, spec.own) for name in spec.mix.weights}
+        return {"mix": spec.mix.weights, "sources": sources, **options}
+
+    def _generated(self, spec: Spec) -> dict[str, Any]:
+        assert spec.generate is not None
+        chosen = settings(spec.generate, spec.options.model_dump())
+        if "openers" in chosen:
+            chosen["openers"] = load_openers(chosen["openers"]).sha256
+        if "seeds" in chosen:
+            chosen["seeds"] = {chosen["seeds"]: self._source(chosen["seeds"], spec.own)}
+        return {"generated": spec.generate, "version": VERSION, "settings": chosen}
+
+    def _source(self, name: str, own: Mapping[str, Source]) -> dict[str, Any]:
+        source = get_source(name, own)
+        described = source.reader.model_dump(mode="json", exclude_defaults=True)
+        if isinstance(source.reader, LocalFile):  # known by its content, wherever it lies
+            described["path"] = self._content(source.reader.path.expanduser())
+        return {"reader": described, "version": source.version}
+
+    def _content(self, path: Path) -> str:
+        if path not in self._files:
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            try:
+                hashes = [[p.relative_to(path).as_posix(), sha256_file(p)] for p in files]
+            except OSError as error:
+                raise InputError(f"cannot read {path}: {error.strerror}") from error
+            self._files[path] = sha256_json(hashes)
+        return self._files[path]
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield what differs between two requests, as `calibration.rows: 64, now 128`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            where = f"{path}.{key}" if path else str(key)
+            yield from differences(before.get(key), after.get(key), where)
+    elif before != after:
+        yield f"{path}: {_short(before)}, now {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."

@@ -1,0 +1,64 @@
+"""A tiny study: three text files, a tiny model, a suite over a made-up archive."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.capability.archive import suite_text, use_archive
+
+WORDS = {
+    "letters": "alpha beta gamma delta prime",
+    "code": "return def if else for x y z ( ) :",
+    "sums": "1 2 3 4 + - = x",
+}
+STUDY = """\
+name: tiny
+models: {{tiny: {model}}}
+suite: {suite}
+rows: 6
+length: 32
+leakage: off
+calibrations:
+  letters: {texts}/letters.jsonl
+  code: {texts}/code.jsonl
+  mix: uniform:{texts}/letters.jsonl,{texts}/code.jsonl,{texts}/sums.jsonl
+methods: {{sparsegpt: [0.6], wanda: ["2:4"]}}
+"""
+
+
+def write_texts(folder: Path) -> None:
+    """Three files of many short documents."""
+    folder.mkdir(exist_ok=True)
+    for name, words in WORDS.items():
+        rng = random.Random(name)
+        texts = [" ".join(rng.choices(words.split(), k=12)) for _ in range(200)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def tiny_study(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Write a study file, the text after `methods` replaced or extended, and return its path."""
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    use_archive(monkeypatch)
+    write_texts(tmp_path / "texts")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(suite_text(), encoding="utf-8")
+
+    def write(*changes: tuple[str, str], more: str = "", name: str = "study.yaml") -> Path:
+        text = STUDY.format(model=tiny_folder, suite=suite, texts=tmp_path / "texts")
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / name
+        path.write_text(text + more, encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,371 @@
+"""Running a study: what a trial finds, what is shared, what is run again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calmix.calibration import CalibrationSet, resolve
+from calmix.capability.evaluate import evaluate, load_scores
+from calmix.errors import InputError
+from calmix.information import metrics
+from calmix.information.measuring import measure
+from calmix.models import open_model
+from calmix.pruning import Unstructured, prune
+from calmix.study import bench as bench_module
+from calmix.study import export_results, load_study, read_results, run_study
+from calmix.study.running import Options
+from calmix.study.store import open_store
+
+Write = Callable[..., Path]
+
+
+class Recorder:
+    """Remembers what an observer is told."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.errors: dict[str, str] = {}
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+
+    def begin(self, todo: int, planned: int) -> None:
+        self.todo, self.planned = todo, planned
+
+    def started(self, trial: Any) -> None:
+        self.ran.append(trial.planned.label)
+
+    def stage(self, trial: Any, what: str, done: int, total: int) -> None:
+        if what not in self.stages[-1:]:
+            self.stages.append(what)
+
+    def finished(self, trial: Any, outcome: Any) -> None: ...
+
+    def failed(self, trial: Any, error: str) -> None:
+        self.errors[trial.planned.label] = error
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def run(path: Path, store: Path, **options: Any) -> Recorder:
+    seen = Recorder()
+    run_study(load_study(path), store, seen, **options)
+    return seen
+
+
+def test_a_trial_finds_what_its_steps_find_by_hand(tiny_study: Write, tmp_path: Path) -> None:
+    path = tiny_study()
+    seen = run(path, tmp_path / "store")
+    assert len(seen.ran) == seen.todo == seen.planned == 6
+    results = read_results(tmp_path / "store")
+    assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
+    study = load_study(path)
+    # The fifth of six: what came before must leave no trace in the model.
+    trial = results.trials[4]
+    assert (trial.calibration, trial.method, trial.pattern) == ("mix", "sparsegpt", "60%")
+    opened = open_model(study.models["tiny"].name)
+    dense = evaluate(opened, study.suite)
+    text = study.calibrations["mix"].written
+    made = resolve(text, opened, rows=6, length=32, leakage="off")
+    prune(opened.model, made.ids, method="sparsegpt", pattern=Unstructured(0.6))
+    kept = evaluate(opened, study.suite).retention(dense)
+    assert trial.total.value == kept.corrected.value
+    assert trial.total.low == kept.corrected.low
+    assert [task.pruned for task in trial.tasks] == [task.pruned for task in kept.tasks]
+    assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
+    found = measure([text], open_model(study.models["tiny"].name), rows=6, length=32, draws=1)
+    for name, value in found[text].items():
+        name = "perplexity" if name == "distortion" else name
+        assert trial.information[name] == pytest.approx(value.mean), name
+    assert {"coverage_4", "mismatch"} <= set(trial.information)
+    assert trial.seconds["total"] > 0
+
+
+def test_shared_parts_are_made_once(
+    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    scored: list[bool] = []
+    real_resolve, real_evaluate = bench_module.resolve, bench_module.evaluate
+
+    def resolve(text: str, *rest: Any, **options: Any) -> Any:
+        drawn.append(text)
+        return real_resolve(text, *rest, **options)
+
+    def evaluate(*rest: Any, **options: Any) -> Any:
+        scored.append(options.get("cache", False))
+        return real_evaluate(*rest, **options)
+
+    monkeypatch.setattr(bench_module, "resolve", resolve)
+    monkeypatch.setattr(bench_module, "evaluate", evaluate)
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["mix wanda*"])
+    run(tiny_study(), store)
+    assert len(drawn) == len(set(drawn)) == 3
+    assert sorted(scored) == [False] * 6 + [True]
+    assert len(list((store / "calibration").iterdir())) == 3
+    for folder in (store / "calibration").iterdir():
+        assert CalibrationSet.open(folder).rows == 6
+    assert not list((store / "locks").iterdir())
+
+
+def test_finished_trials_are_not_run_again(tiny_study: Write, tmp_path: Path) -> None:
+    path, store = tiny_study(), tmp_path / "store"
+    assert len(run(path, store, skip=["mix"]).ran) == 4
+    assert run(path, store).ran == ["mix sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
+    assert run(path, store).ran == []
+
+
+def test_trials_may_be_added(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(), store)
+    before = read_results(store).trials
+    seen = run(tiny_study(more="seeds: [0, 1]\n"), store)
+    assert len(seen.ran) == 6
+    assert read_results(store).trials[:6] == before
+
+
+def test_failed_trials_keep_their_error_and_are_retried_on_demand(
+    tiny_study: Write, tmp_path: Path
+) -> None:
+    text = tmp_path / "texts" / "letters.jsonl"
+    path, store = tiny_study(), tmp_path / "store"
+    kept = text.read_text()
+    text.write_text('{"text": "too short"}')
+    seen = run(path, store)
+    assert list(seen.errors) == ["letters sparsegpt 60% seed 0", "letters wanda 2:4 seed 0",
+                                 "mix sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]  # fmt: skip
+    assert "letters.jsonl has 10 tokens" in seen.errors["letters wanda 2:4 seed 0"]
+    results = read_results(store)
+    assert [trial.calibration for trial in results.trials] == ["code", "code"]
+    assert [failed.label for failed in results.failed] == list(seen.errors)
+    assert run(path, store).ran == []
+    assert len(run(path, store, retry_failed=True).errors) == 4
+    text.write_text(kept)
+    # Other content is another request, and no retry.
+    assert len(run(path, store).ran) == 4
+    assert read_results(store).failed == ()
+
+
+def test_a_defect_in_one_trial_does_not_stop_the_others(
+    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bench_module.prune
+
+    def broken(model: Any, ids: Any, **options: Any) -> Any:
+        if options["method"] == "wanda":
+            real(model, ids, **options)
+            raise RuntimeError("out of\nmemory")
+        return real(model, ids, **options)
+
+    monkeypatch.setattr(bench_module, "prune", broken)
+    store = tmp_path / "store"
+    seen = run(tiny_study(), store)
+    assert set(seen.errors.values()) == {"RuntimeError: out of"}
+    failed = open_store(store).entries[1]["id"]
+    error = json.loads((store / "trials" / failed / "error.json").read_text())
+    assert "Traceback" in error["traceback"]
+    # The model was left pruned by the failure, and the next trial began with the dense one.
+    run(tiny_study((', wanda: ["2:4"]', "")), tmp_path / "other")
+    alone = read_results(tmp_path / "other").trials
+    assert [t.total for t in alone] == [t.total for t in read_results(store).trials]
+
+
+def test_an_interrupt_leaves_a_consistent_store(
+    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, store = tiny_study(), tmp_path / "store"
+    whole = tmp_path / "whole"
+    run(path, whole)
+    calls: list[int] = []
+    real = bench_module.evaluate
+
+    def evaluate(*rest: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # the dense model, two trials, and within the third
+            raise KeyboardInterrupt
+        return real(*rest, **options)
+
+    monkeypatch.setattr(bench_module, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, store)
+    states = [open_store(store).state(e["id"]) for e in open_store(store).entries]
+    assert states == ["finished"] * 2 + ["pending"] * 4
+    assert len(list((store / "trials").iterdir())) == 2
+    run(path, store)
+    for name in ("results.csv", "results.parquet"):
+        assert (store / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_changed_study_is_refused_and_says_what_differs(
+    tiny_study: Write, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["code"])
+    changes = [
+        (
+            ("sparsegpt: [0.6]", "sparsegpt: [0.5]"),
+            "no longer asks for 'code sparsegpt 60% seed 0'",
+        ),
+        (
+            ("/code.jsonl\n", "/sums.jsonl\n"),
+            r"'code sparsegpt 60% seed 0' finished in .*\(calibration",
+        ),
+        (("leakage: off", "leakage: off\npacking: window"), r"packing: concat, now window"),
+        (("rows: 6", "rows: 7"), "no longer asks for"),
+        (("name: tiny", "name: tiny\nlimit: 2"), r"\(suite.hash: "),
+        (("name: tiny", "name: tiny\ndamping: 0.1"), "no longer asks for"),
+    ]
+    for number, (change, says) in enumerate(changes):
+        with pytest.raises(InputError, match=says):
+            run(tiny_study(change, name=f"{number}.yaml"), store)
+    # What has not finished may change.
+    more = tiny_study(("  letters: ", "  sums: "), name="free.yaml")
+    assert len(run(more, store).ran) == 4
+
+
+def test_a_changed_file_under_the_same_name_is_refused(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["code"])
+    (tmp_path / "texts" / "code.jsonl").write_text('{"text": "x"}\n' * 2000)
+    with pytest.raises(InputError, match=r"calibration.sources.*reader.path"):
+        run(tiny_study(), store)
+
+
+def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
+    path = tiny_study()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("x")
+    with pytest.raises(InputError, match="not empty and is no study store"):
+        run(path, other)
+    with pytest.raises(InputError, match="is a file"):
+        run(path, other / "file")
+    with pytest.raises(InputError, match="no study store"):
+        open_store(other)
+    with pytest.raises(InputError, match="there is no study store"):
+        open_store(tmp_path / "none")
+    index = tmp_path / "new" / "store.json"
+    index.parent.mkdir()
+    index.write_text('{"kind": "study store", "format": 99}')
+    with pytest.raises(InputError, match="has format 99, but this calmix reads format 1"):
+        run(path, index.parent)
+    index.write_text('{"kind": "other"}')
+    with pytest.raises(InputError, match="of another kind"):
+        read_results(index.parent)
+    index.write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        run(path, index.parent)
+
+
+def test_patterns_choose_trials(tiny_study: Write, tmp_path: Path) -> None:
+    path = tiny_study()
+    assert run(path, tmp_path / "a", only=["l*", "mix wanda*"], skip=["letters w*"]).ran == [
+        "letters sparsegpt 60% seed 0",
+        "mix wanda 2:4 seed 0",
+    ]
+    with pytest.raises(InputError, match=r"no trial matches 'igsp' \(calibrations: letters, code"):
+        run(path, tmp_path / "a", only=["igsp"])
+    with pytest.raises(InputError, match="leave no trial"):
+        run(path, tmp_path / "a", only=["mix"], skip=["m*"])
+
+
+def test_results_read_the_same_from_an_exported_folder(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(), store)
+    files = export_results(store, tmp_path / "out")
+    assert [file.name for file in files] == ["study.json", "results.csv", "results.parquet"]
+    assert read_results(tmp_path / "out") == read_results(store)
+    export_results(store, tmp_path / "again")
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert len(rows) == 6 * 3
+    first = read_results(store).trials[0]
+    assert [row["task"] for row in rows[:3]] == [task.task for task in first.tasks]
+    assert rows[0]["total"] == first.total.value
+    assert rows[0]["info_perplexity"] == first.information["perplexity"]
+    lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert len(lines) == 19
+    assert lines[0].split(",")[:4] == ["study", "id", "model", "calibration"]
+    with pytest.raises(InputError, match="no study store"):
+        read_results(tmp_path)
+    (tmp_path / "out" / "study.json").write_text('{"kind": "study results", "format": 7}')
+    with pytest.raises(InputError, match="has format 7"):
+        read_results(tmp_path / "out")
+    (tmp_path / "out" / "study.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no results"):
+        read_results(tmp_path / "out")
+
+
+def test_coverage_and_mismatch_compare_with_the_single_sources(
+    tiny_study: Write, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    twin = tmp_path / "texts" / "twin.jsonl"
+    twin.write_bytes((tmp_path / "texts" / "code.jsonl").read_bytes())
+    run(tiny_study(("  mix:", f"  twin: {twin}\n  mix:")), store, only=["*wanda*"])
+    found = {t.calibration: t.information for t in read_results(store).trials}
+    # Two sources of one text: the letters stand apart from both.
+    assert found["code"]["mismatch"] < found["letters"]["mismatch"] <= 1
+    assert 0 < found["letters"]["coverage_4"] < found["code"]["coverage_4"] < 1
+    read = {}
+    for folder in (store / "calibration").iterdir():
+        label = json.loads((folder / "information.json").read_text())["label"]
+        read[label] = CalibrationSet.open(folder).ids.numpy()
+    others = [read["code"], read["twin"]]
+    assert found["letters"]["mismatch"] == metrics.mismatch(read["letters"], others)
+    (share,) = metrics.coverage([read["mix"]], 2, [*others, read["letters"]])
+    assert found["mix"]["coverage_2"] == share
+
+
+def test_two_names_for_one_trial_are_refused(tiny_study: Write, tmp_path: Path) -> None:
+    path = tiny_study(("  mix:", f"  twin: {tmp_path}/texts/code.jsonl\n  mix:"))
+    with pytest.raises(InputError, match=r"'code sparsegpt.*' and 'twin sparsegpt.*' are the same"):
+        run(path, tmp_path / "store")
+
+
+def test_other_versions_are_announced(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["code"])
+    entry = next(e for e in open_store(store).entries if e["label"].startswith("code"))
+    file = store / "trials" / entry["id"] / "result.json"
+    record = json.loads(file.read_text())
+    record["run"]["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(record))
+    (note,) = run(tiny_study(), store).notes
+    assert note.startswith("finished trials were computed with different torch (1.0, ")
+    assert "1.0" in read_results(store).environment["versions"]["torch"]
+
+
+def test_checkpoints_are_kept_if_asked(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(more="keep_checkpoints: true\n"), store, only=["code"])
+    entry = next(e for e in open_store(store).entries if e["label"] == "code wanda 2:4 seed 0")
+    folder = store / "trials" / entry["id"]
+    again = evaluate(str(folder / "checkpoint"), load_study(tmp_path / "study.yaml").suite)
+    assert again.tasks == load_scores(folder / "scores.json").tasks
+
+
+def test_a_suite_that_runs_code_needs_leave(tiny_study: Write, tmp_path: Path) -> None:
+    path = tiny_study((f"suite: {tmp_path / 'suite.yaml'}", "suite: programs"))
+    with pytest.raises(InputError, match="--allow-code-execution"):
+        run(path, tmp_path / "store", options=Options())
+    assert not (tmp_path / "store").exists()
+
+
+def test_retention_of_a_seed_differs_from_another(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(more="seeds: [0, 1]\n"), store, only=["mix sparse*"])
+    first, second = read_results(store).trials
+    assert (first.seed, second.seed) == (0, 1)
+    assert first.information["perplexity"] != second.information["perplexity"]
+    assert not math.isnan(first.total.value or 0)
