@@ -42,13 +42,11 @@ class Recommendation:
 
 
 def check_weights(weights: Mapping[str, float], dimensions: tuple[str, ...]) -> dict[str, float]:
-    """Return weights for every dimension, scaled to sum to 1; none given means equal ones.
+    """Return weights for every dimension, scaled to sum to 1.
 
     Raises:
         InputError: an unknown dimension, a negative or infinite weight, all of them 0.
     """
-    if not weights:
-        return {name: 1 / len(dimensions) for name in dimensions}
     for name, weight in weights.items():
         if name not in dimensions:
             raise InputError(f"the study has no dimension '{name}': {nearest(name, dimensions)}")
@@ -71,15 +69,24 @@ def recommend(
     """Return for each condition the calibration set with the best expected weighted retention.
 
     Args:
-        weights: by dimension; those not named count 0. None weighs all the same.
+        weights: by dimension; those not named count 0. None weighs all that have a retention
+            anywhere the same.
         method, sparsity: consider only these.
 
     Raises:
         InputError: bad weights, no finished trials, no such method or sparsity.
     """
     trials = select(results, method=method, sparsity=sparsity)
-    share = check_weights(weights or {}, dimensions_of(results))
-    return [_recommend(cells, share) for cells in tables(results, trials, measure)]
+    dimensions = dimensions_of(results)
+    made = tables(results, trials, measure)
+    if not weights:
+        known = [any(not np.isnan(cells.means[:, at + 1]).all() for cells in made)
+                 for at in range(len(dimensions))]  # fmt: skip
+        weights = {
+            name: 1.0 for name, has in zip(dimensions, known, strict=True) if has or not any(known)
+        }
+    share = check_weights(weights, dimensions)
+    return [_recommend(cells, share) for cells in made]
 
 
 def _recommend(cells: Cells, share: Mapping[str, float]) -> Recommendation:

@@ -169,6 +169,11 @@ def test_a_set_without_a_wanted_dimension_is_left_out() -> None:
     results = results.model_copy(update={"trials": (*results.trials, blind)})
     assert recommend(results, {"code": 1})[0].left_out == ("blind",)
     assert recommend(results, {"general": 1})[0].candidates[0].calibration == "blind"
+    nobody = study(Plan(), trials=(blind,))
+    assert recommend(nobody)[0].weights == {"general": 1.0, "code": 0.0}
+    assert recommend(nobody, {"code": 1})[0].candidates == ()
+    silent = trial("silent", "single", "sparsegpt", "60%", 0, {"general": None})
+    assert recommend(study(Plan(), trials=(silent,)))[0].candidates == ()
 
 
 def test_bad_weights_are_one_line() -> None:
