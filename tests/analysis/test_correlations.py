@@ -88,7 +88,8 @@ def test_among_planted_effects_false_discoveries_stay_below_nominal() -> None:
         true = {(0, 0), (1, 1)}
         shares.append(len(hits - true) / max(1, len(hits)))
         power.append(len(hits & true) / 2)
-    assert np.mean(shares) <= 0.05
+    # Two standard errors of the mean share in 100 studies.
+    assert np.mean(shares) <= 0.05 + 2 * np.std(shares) / 10
     assert np.mean(power) > 0.9
 
 
