@@ -100,7 +100,7 @@ def _header(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
         ", ".join(models),
         words.counted(len(sets), "calibration set"),
         words.listed([found.condition.label for found in analysis.conditions]),
-        words.counted(seeds, "seed"),
+        ("up to " if seeds > 1 else "") + words.counted(seeds, "seed"),
         f"suite {suite}" if suite else "",
         "retention corrected for chance" if analysis.settings.measure == "corrected"
         else "raw retention (not corrected for chance)",
