@@ -1,0 +1,255 @@
+"""`study analyse`, `study report` and `recommend`: what a finished or running study shows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from calmix.cli.common import AsJson, out, print_json, print_rows
+from calmix.errors import InputError
+from calmix.files import check_output_folder
+
+if TYPE_CHECKING:
+    from calmix.analysis import Analysis
+    from calmix.analysis.estimates import Lead
+    from calmix.study.results import StudyResults
+
+Study = Annotated[
+    Path,
+    typer.Argument(
+        metavar="STUDY", show_default=False, help="A study's folder, running, finished or exported."
+    ),
+]
+Folder = Annotated[Path | None, typer.Option("-o", "--output", show_default=False)]
+Method = Annotated[
+    str | None, typer.Option(show_default="all", help="Only trials of this pruning method.")
+]
+Sparsity = Annotated[
+    str | None, typer.Option(show_default="all", help="Only this sparsity or pattern: 0.6 or 2:4.")
+]
+Measure = Annotated[str, typer.Option(help="corrected: retention corrected for chance; raw: not.")]
+Over = Annotated[
+    str,
+    typer.Option(help="Sets that count in correlations: single sources, or all (mixes too)."),
+]
+Default = Annotated[
+    str | None,
+    typer.Option(
+        show_default="mean of the single sources", help="The set that margins are measured over."
+    ),
+]
+Permutations = Annotated[int, typer.Option(help="Draws for p-values beyond 8 sets.")]
+Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]
+Seed = Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output folder that holds something else.")
+]
+
+
+def register(app: typer.Typer, study: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    study.command("analyse")(analyse)
+    study.command("report")(report)
+    app.command("recommend")(recommend)
+
+
+def analyse(
+    study: Study,
+    output: Folder = None,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    measure: Measure = "corrected",
+    over: Over = "single",
+    default: Default = None,
+    permutations: Permutations = 19_999,
+    resamples: Resamples = 2_000,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Correlations, trade-offs, ranking and differences as JSON and CSV, and what they say.
+
+    Writes to STUDY/analysis unless -o names another folder.
+    """
+    folder = _folder(study, output, "analysis", "analysis.json", overwrite)
+    _, found = _analysis(
+        study, method, sparsity, measure, over, default, permutations, resamples, seed
+    )
+    found.save(folder)
+    _tell(found, folder / "analysis.json", as_json)
+
+
+def report(
+    study: Study,
+    output: Folder = None,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    measure: Measure = "corrected",
+    over: Over = "single",
+    default: Default = None,
+    permutations: Permutations = 19_999,
+    resamples: Resamples = 2_000,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page with figures, tables and a summary; the figures also as PNG and SVG.
+
+    Writes to STUDY/report unless -o names another folder.
+    """
+    from calmix.report import write_report
+
+    folder = _folder(study, output, "report", "report.html", overwrite)
+    results, found = _analysis(
+        study, method, sparsity, measure, over, default, permutations, resamples, seed
+    )
+    write_report(results, found, folder)
+    _tell(found, folder / "report.html", as_json)
+
+
+def recommend(
+    study: Study,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=WEIGHT,...", show_default="all equal",
+            help="How much each dimension matters, for example general=1,code=2.",
+        ),
+    ] = None,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    measure: Measure = "corrected",
+    top: Annotated[int, typer.Option(help="Sets to list for each method and sparsity.")] = 5,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """The calibration set with the best expected weighted retention among those studied."""
+    from calmix.analysis import recommend as best_of
+    from calmix.report import words
+
+    if top < 1:
+        raise InputError(f"at least 1 set must be listed, not {top}")
+    asked = parse_weights(weights)
+    found = best_of(
+        _results(study), asked, measure=_measure(measure), method=method, sparsity=sparsity
+    )
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        if not one.candidates:
+            out.print(f"{one.condition}: no set has retention in every weighted dimension")
+            continue
+        best = one.candidates[0]
+        shares = ", ".join(f"{name} {share:.2g}" for name, share in one.weights.items() if share)
+        print_rows(
+            [
+                {
+                    "calibration": each.calibration,
+                    "made": words.STRATEGIES[each.strategy],
+                    "retention %": words.with_span(each.retention),
+                    "seeds": each.retention.seeds,
+                }
+                for each in one.candidates[:top]
+            ],
+            as_json=False,
+            title=f"{one.condition}, weights {shares}",
+        )
+        _line(f"take {best.calibration}: {words.with_span(best.retention)} %")
+        if one.lead is not None:
+            _line(_lead(one.lead, one.candidates[1].calibration))
+        if one.left_out:
+            _line(f"left out, without retention in a weighted dimension: {', '.join(one.left_out)}")
+    _line("brackets: 95 %, over test items and calibration draws (docs/analysis.md)")
+
+
+def parse_weights(text: str | None) -> dict[str, float] | None:
+    """Return weights by name from `general=1,code=2`.
+
+    Raises:
+        InputError: not of that form, or a name given twice.
+    """
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            equals = ""
+        if not name or not equals:
+            raise InputError(f"weights are written NAME=NUMBER,..., not '{part.strip()}'")
+        if name in found:
+            raise InputError(f"the weight of {name} is given twice")
+        found[name] = weight
+    return found
+
+
+def _lead(lead: Lead, second: str) -> str:
+    from calmix.report import words
+
+    text = f"ahead of {second} by {words.percent(lead.value)} points"
+    if lead.draw_sure is None or lead.sure is None:
+        return f"{text}; how sure that is cannot be told from one seed a set"
+    return (
+        f"{text}: {words.span(lead.draw_low, lead.draw_high)} and {words.sure(lead.draw_sure)} "
+        f"sure for other draws on these items; {words.span(lead.low, lead.high)} and "
+        f"{words.sure(lead.sure)} sure were the items drawn anew too"
+    )
+
+
+def _results(study: Path) -> StudyResults:
+    from calmix.study import read_results
+
+    return read_results(study)
+
+
+def _measure(measure: str) -> Any:
+    if measure not in ("corrected", "raw"):
+        raise InputError(f"the measure is corrected or raw, not '{measure}'")
+    return measure
+
+
+def _analysis(
+    study: Path,
+    method: str | None,
+    sparsity: str | None,
+    measure: str,
+    over: str,
+    default: str | None,
+    permutations: int,
+    resamples: int,
+    seed: int,
+) -> tuple[StudyResults, Analysis]:
+    from calmix.analysis import Settings
+    from calmix.analysis import analyse as analysis_of
+
+    settings = Settings(_measure(measure), over, default, permutations, resamples, seed)  # type: ignore[arg-type]
+    results = _results(study)
+    return results, analysis_of(results, settings, method=method, sparsity=sparsity)
+
+
+def _folder(study: Path, output: Path | None, name: str, inside: str, overwrite: bool) -> Path:
+    """Return the folder to write to; one that an earlier run made may be replaced."""
+    folder = output if output is not None else study / name
+    if output is None and not study.is_dir():
+        raise InputError(f"there is no folder {study}")
+    check_output_folder(folder, overwrite=overwrite or (folder / inside).is_file())
+    return folder
+
+
+def _tell(found: Analysis, written: Path, as_json: bool) -> None:
+    from calmix.report import summarise
+
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _line(summarise(found).text())
+    _line(f"\nwritten to {written}")
+
+
+def _line(text: str) -> None:
+    out.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,495 @@
+"""The report as one HTML page: figures, tables and text in a single file that needs no network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.cells import TOTAL, WORST
+from calmix.analysis.estimates import Estimate, Lead
+from calmix.report import words
+from calmix.report.drawing import Drawing, inline
+from calmix.report.figures import slug
+from calmix.report.summary import Findings, Summary, main_condition
+from calmix.study.results import StudyResults
+
+HERE = Path(__file__).parent
+FIGURES = "figures"
+
+
+def escape(text: object) -> str:
+    """Return text with HTML's own characters replaced."""
+    return html.escape(str(text))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: HTML to show, and the value it sorts by."""
+
+    shown: str
+    key: str | float | None
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's head; numbers are set right and sorted by value."""
+
+    title: str
+    number: bool = True
+
+
+def page(
+    results: StudyResults,
+    analysis: Analysis,
+    summary: Summary,
+    by_condition: Sequence[tuple[ConditionAnalysis, Sequence[Drawing]]],
+    across: Sequence[Drawing],
+) -> str:
+    """Return the report as HTML."""
+    main = main_condition(analysis)
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    several = len(by_condition) > 1
+    parts = [
+        "<!doctype html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        '<link rel="icon" href="data:,">',
+        f"<title>{escape(results.name)} · calmix study</title>",
+        f"<style>\n{style}</style>",
+        "</head>",
+        "<body>",
+        _header(results, analysis, summary),
+        "<main>",
+        _cards(analysis, main),
+        _short(summary),
+        *([_tabs(by_condition, main)] if several else []),
+        *(
+            _condition(analysis, found, findings, drawings, several)
+            for (found, drawings), findings in zip(by_condition, summary.conditions, strict=True)
+        ),
+        _across(analysis, summary.across, across),
+        _certainty(summary),
+        _behind(results, analysis),
+        "</main>",
+        "<footer><p>Written by calmix from the study's results. What each number means, and "
+        "which definitions are calmix's own: docs/analysis.md.</p></footer>",
+        f"<script>\n{script}</script>",
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _header(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
+    models = dict.fromkeys(found.condition.model for found in analysis.conditions)
+    sets = dict.fromkeys(one.calibration for found in analysis.conditions for one in found.ranking)
+    seeds = max(len(found.cells.seeds) for found in analysis.conditions)
+    suite = " version ".join(
+        str(results.suite[key]) for key in ("name", "version") if key in results.suite
+    )
+    facts = [
+        ", ".join(models),
+        words.counted(len(sets), "calibration set"),
+        words.listed([found.condition.label for found in analysis.conditions]),
+        ("up to " if seeds > 1 else "") + words.counted(seeds, "seed"),
+        f"suite {suite}" if suite else "",
+        "retention corrected for chance" if analysis.settings.measure == "corrected"
+        else "raw retention (not corrected for chance)",
+        f"{analysis.finished} of {words.counted(analysis.planned, 'trial')} finished",
+    ]  # fmt: skip
+    waiting = analysis.planned - analysis.finished - analysis.failed
+    notes = []
+    if waiting > 0:
+        notes.append(f"{words.counted(waiting, 'trial')} still to come")
+    if analysis.failed:
+        notes.append(f"{analysis.failed} failed")
+    warning = (
+        f'<p class="warning"><b>Not complete:</b> {escape(", ".join(notes))}. Everything below is '
+        "about the finished trials and may change.</p>"
+        if notes else ""
+    )  # fmt: skip
+    return (
+        '<header><p class="kicker">calmix study</p>'
+        f"<h1>{escape(results.name)}</h1>"
+        f'<p class="facts">{escape(" · ".join(fact for fact in facts if fact))}</p>'
+        f'{warning}<p class="lead">{escape(summary.headline)}</p></header>'
+    )
+
+
+def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
+    cards = []
+    best = main.ranking[0]
+    if best.total.value is not None:
+        cards.append(
+            (
+                "best total",
+                best.calibration,
+                f"{words.percent(best.total.value)} %",
+                f"{words.span(best.total.low, best.total.high)} after {main.condition.label}",
+            )
+        )
+    low = next((one for one in main.ranking if one.rank_worst == 1), None)
+    if low is not None:
+        cards.append(
+            (
+                "best worst dimension",
+                low.calibration,
+                f"{words.percent(low.lowest.value)} %",
+                f"in {low.worst} {words.span(low.lowest.low, low.lowest.high)}",
+            )
+        )
+    spread = [one for one in main.spreads if one.over == "all"]
+    total = next((one for one in spread if one.quantity == TOTAL), None)
+    rest = [one for one in spread if one.quantity != TOTAL]
+    if total is not None and rest:
+        widest = max(rest, key=lambda one: one.range)
+        cards.append(
+            (
+                f"apart in {widest.quantity}",
+                f"{widest.lowest} to {widest.highest}",
+                f"{100 * widest.range:.0f} points",
+                f"but {100 * total.range:.0f} points in total",
+            )
+        )
+    told = [found for found in analysis.conditions if found.trade_offs]
+    tested = [found for found in analysis.conditions if found.correlations]
+    where = f"{len(told)} of {words.counted(len(tested), 'condition')}"
+    cards.append(
+        (
+            "opposite-sign trade-off",
+            "after correction",
+            "not testable" if not tested else "found" if told else "none",
+            f"in {where}, {analysis.family} tests" if tested else "too few calibration sets",
+        )
+    )
+    return '<section class="cards" aria-label="Key figures">' + "".join(
+        f'<div class="card"><span>{escape(head)}</span><b>{escape(value)}</b>'
+        f'<span class="name">{escape(name)}</span><span>{escape(note)}</span></div>'
+        for head, name, value, note in cards
+    ) + "</section>"  # fmt: skip
+
+
+def _panel(head: str, lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<div class="panel"><h3>{escape(head)}</h3><ul>{items}</ul></div>' if items else ""
+
+
+def _panels(findings: Findings) -> str:
+    return (
+        f'<div class="summary">{_panel("Found", findings.found)}'
+        f"{_panel('Not found', findings.not_found)}</div>"
+    )
+
+
+def _short(summary: Summary) -> str:
+    """One line a condition, where there are several; each has its own section below."""
+    told = [each for each in summary.conditions if each.brief]
+    if len(summary.conditions) < 2 or not told:
+        return ""
+    items = "".join(f"<li><b>{escape(each.about)}.</b> {escape(each.brief)}</li>" for each in told)
+    return f'<section><h2>In short</h2><div class="panel"><ul>{items}</ul></div></section>'
+
+
+def _certainty(summary: Summary) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in summary.certainty)
+    return f'<section><h2>How sure this is</h2><div class="panel"><ul>{items}</ul></div></section>'
+
+
+def _tabs(
+    by_condition: Sequence[tuple[ConditionAnalysis, Sequence[Drawing]]], main: ConditionAnalysis
+) -> str:
+    tabs = "".join(
+        f'<button role="tab" id="tab-{slug(found.condition.label)}" '
+        f'aria-controls="{slug(found.condition.label)}" aria-selected="false"'
+        f"{' data-first' if found is main else ''}>{escape(found.condition.label)}</button>"
+        for found, _ in by_condition
+    )
+    return (
+        "<h2>Condition by condition</h2>"
+        f'<div role="tablist" aria-label="Method and sparsity" hidden>{tabs}</div>'
+    )
+
+
+def _condition(
+    analysis: Analysis,
+    found: ConditionAnalysis,
+    findings: Findings,
+    drawings: Sequence[Drawing],
+    several: bool,
+) -> str:
+    name = slug(found.condition.label)
+    role = f' role="tabpanel" aria-labelledby="tab-{name}"' if several else ""
+    tables = [
+        _fold("Ranking", "retention with 95 % intervals, items and draws together",
+              _ranking(analysis, found)),
+        _fold("Correlations", f"Spearman, corrected over {analysis.family} tests",
+              _correlations(found)) if found.correlations else "",
+        _fold("Differences between ways to calibrate", "points, by the spread over draws",
+              _differences(found)) if found.differences else "",
+        _fold("Spread over calibration sets", "points", _spreads(found)) if found.spreads else "",
+    ]  # fmt: skip
+    return (
+        f'<section class="condition" id="{name}"{role}>'
+        f"<h2>{escape(found.condition.label)}</h2>"
+        + _figure(drawings[0])
+        + _panels(findings)
+        + "".join(_figure(drawing) for drawing in drawings[1:])
+        + "".join(tables)
+        + "</section>"
+    )
+
+
+def _figure(drawing: Drawing) -> str:
+    links = " · ".join(
+        f'<a href="{FIGURES}/{drawing.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png")
+    )
+    return (
+        f"<figure><figcaption><h3>{escape(drawing.title)}</h3><p>{escape(drawing.caption)}</p>"
+        f'</figcaption><div class="scroll" tabindex="0" role="group" '
+        f'aria-label="{escape(drawing.title)}">{inline(drawing)}</div>'
+        f'<p class="files">{links}</p></figure>'
+    )
+
+
+def _fold(title: str, note: str, table: str, *, open_: bool = False) -> str:
+    return (
+        f"<details{' open' if open_ else ''}><summary>{escape(title)} "
+        f"<small>{escape(note)}</small></summary>"
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(title)}">{table}'
+        "</div></details>"
+    )
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> str:
+    """Return a table whose columns sort on a click."""
+    head = "".join(
+        f'<th scope="col"{" class=number" if column.number else ""}>'
+        f'<button type="button">{escape(column.title)}</button></th>'
+        for column in columns
+    )
+    body = "".join(
+        "<tr>" + "".join(_td(column, cell) for column, cell in zip(columns, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )  # fmt: skip
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _td(column: Column, cell: Cell) -> str:
+    kinds = " ".join(kind for kind in ("number" if column.number else "", cell.kind) if kind)
+    key = f"{cell.key:.6g}" if isinstance(cell.key, float) else cell.key
+    kind = f' class="{kinds}"' if kinds else ""
+    return f'<td{kind} data-v="{"" if key is None else escape(key)}">{cell.shown}</td>'
+
+
+def _text(value: str, kind: str = "") -> Cell:
+    return Cell(escape(value), value, kind)
+
+
+def _estimate(one: Estimate) -> Cell:
+    ends = words.span(one.low, one.high)
+    shown = words.percent(one.value) + (f" <small>{ends}</small>" if ends else "")
+    return Cell(shown, None if one.value is None else float(one.value))
+
+
+def _points(value: float | None, low: float | None, high: float | None) -> Cell:
+    ends = words.span(low, high)
+    return Cell(
+        words.points(value) + (f" <small>{ends}</small>" if ends else ""),
+        None if value is None else float(value),
+    )
+
+
+def _p(value: float | None) -> Cell:
+    shown = escape(words.p_value(value))
+    return Cell(shown, value, "strong" if value is not None and value <= 0.05 else "")
+
+
+def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
+    columns = [
+        Column("calibration set", number=False), Column("made", number=False), Column("seeds"),
+        Column("total %"), Column("behind the best (draws)"), Column("worst", number=False),
+        Column("worst %"), *(Column(f"{name} %") for name in analysis.dimensions),
+    ]  # fmt: skip
+    rows = []
+    for one in found.ranking:
+        dot = f'<span class="dot" style="background:var(--s-{one.strategy})"></span>'
+        behind = Cell("", 0.0) if one.behind is None else _lead(one.behind)
+        rows.append([
+            Cell(dot + escape(one.calibration), one.calibration),
+            _text(words.STRATEGIES[one.strategy]), Cell(str(one.total.seeds), one.total.seeds),
+            _estimate(one.total), behind, _text(one.worst or "–"), _estimate(one.lowest),
+            *(_estimate(one.dimensions[name]) for name in analysis.dimensions),
+        ])  # fmt: skip
+    return table(columns, rows)
+
+
+def _lead(lead: Lead) -> Cell:
+    return _points(lead.value, lead.draw_low, lead.draw_high)
+
+
+def _correlations(found: ConditionAnalysis) -> str:
+    columns = [
+        Column("metric", number=False), Column("dimension", number=False), Column("ρ"),
+        Column("95 % interval", number=False), Column("p"), Column("corrected p"), Column("sets"),
+    ]  # fmt: skip
+    rows = []
+    for one in found.correlations:
+        ends = "–" if one.low is None else f"[{words.rho(one.low)}, {words.rho(one.high)}]"
+        rows.append([
+            _text(words.metric_name(one.metric)), _text(one.dimension),
+            Cell(words.rho(one.rho), one.rho), _text(ends),
+            Cell(escape(words.p_value(one.p)), one.p), _p(one.p_corrected), Cell(str(one.n), one.n),
+        ])  # fmt: skip
+    return table(columns, rows)
+
+
+def _differences(found: ConditionAnalysis) -> str:
+    columns = [
+        Column("this", number=False), Column("over that", number=False),
+        Column("in", number=False), Column("points"), Column("p"), Column("corrected p"),
+        Column("paired over seeds"), Column("p (t)"), Column("p (sign flips)"), Column("seeds"),
+    ]  # fmt: skip
+    rows = [
+        [
+            _text(one.left), _text(one.right), _text(words.quantity_name(one.quantity)),
+            _points(one.value, one.low, one.high), Cell(escape(words.p_value(one.p)), one.p),
+            _p(one.p_corrected), _points(one.paired, one.paired_low, one.paired_high),
+            Cell(escape(words.p_value(one.p_paired)), one.p_paired),
+            Cell(words.p_value(one.p_flip), one.p_flip),
+            Cell(str(one.seeds), one.seeds),
+        ]
+        for one in found.differences if one.quantity in (TOTAL, WORST)
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def _spreads(found: ConditionAnalysis) -> str:
+    columns = [
+        Column("over", number=False), Column("in", number=False), Column("sets"),
+        Column("range"), Column("deviation"), Column("of it by the draw"),
+        Column("p of the draw alone"), Column("if dimensions were unrelated"),
+        Column("p of cancelling"),
+        Column("lowest", number=False), Column("highest", number=False),
+    ]  # fmt: skip
+
+    def plain(value: float | None) -> Cell:
+        return Cell(words.percent(value), value)
+
+    rows = [
+        [
+            _text("single sources" if one.over == "single" else "all sets"), _text(one.quantity),
+            Cell(str(one.n), one.n), plain(one.range), plain(one.deviation), plain(one.draws),
+            _p(one.p_alike), plain(one.if_independent), _p(one.p_cancel), _text(one.lowest),
+            _text(one.highest),
+        ]
+        for one in found.spreads
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing]) -> str:
+    if not drawings and not analysis.margins:
+        return ""
+    rows = [
+        [
+            _text(one.condition), _text(one.calibration), _text(one.default),
+            _text(words.quantity_name(one.quantity)), _points(one.value, one.low, one.high),
+        ]
+        for one in analysis.margins
+    ]  # fmt: skip
+    columns = [
+        Column("condition", number=False), Column("this", number=False),
+        Column("over the default", number=False), Column("in", number=False), Column("points"),
+    ]  # fmt: skip
+    margins = (
+        _fold("Margins over the default", "points, by the spread over draws", table(columns, rows))
+        if rows else ""
+    )  # fmt: skip
+    return (
+        "<section><h2>Against sparsity</h2>"
+        + "".join(_figure(drawing) for drawing in drawings)
+        + _panels(findings)
+        + margins
+        + "</section>"
+    )
+
+
+def _behind(results: StudyResults, analysis: Analysis) -> str:
+    parts = ["<section><h2>Behind the figures</h2>"]
+    if results.failed:
+        rows = [
+            [_text(one.label), _text(one.error, "wrap"), _text(one.id)] for one in results.failed
+        ]
+        columns = [Column(name, number=False) for name in ("trial", "error", "id")]
+        parts.append(
+            _fold("Failed trials", str(len(results.failed)), table(columns, rows), open_=True)
+        )
+    gaps = [
+        [_text(found.condition.label), _text(name), Cell(str(seed), seed)]
+        for found in analysis.conditions
+        for name, seed in found.missing
+    ]
+    if gaps:
+        columns = [Column("condition", number=False), Column("calibration set", number=False),
+                   Column("seed")]  # fmt: skip
+        parts.append(
+            _fold(
+                "Cells without a finished trial",
+                f"{len(gaps)}: not asked for, failed or still to come",
+                table(columns, gaps),
+            )
+        )
+    parts.append(_fold("All trials", str(len(results.trials)), _trials(results, analysis)))
+    parts.append(
+        _fold("Study file", "as it was run", f"<pre>{escape(results.text.rstrip())}</pre>")
+    )
+    facts = [*flat(results.environment), *flat(results.suite, "suite"),
+             *flat({"analysis": analysis.to_dict()["settings"]})]  # fmt: skip
+    rows = [[_text(name), _text(value, "wrap")] for name, value in facts]
+    columns = [Column("what", number=False), Column("value", number=False)]
+    parts.append(_fold("Environment", "machine, versions, settings", table(columns, rows)))
+    return "".join(parts) + "</section>"
+
+
+def _trials(results: StudyResults, analysis: Analysis) -> str:
+    """Every finished trial as stored (corrected for chance), whatever the analysis leaves out."""
+    columns = [
+        Column("calibration set", number=False), Column("method", number=False),
+        Column("pattern", number=False), Column("seed"), Column("total %"),
+        *(Column(f"{name} %") for name in analysis.dimensions), Column("seconds"),
+    ]  # fmt: skip
+    rows = []
+    for trial in results.trials:
+        kept = [trial.dimensions.get(name) for name in analysis.dimensions]
+        values = [trial.total.value, *(one.value if one is not None else None for one in kept)]
+        seconds = sum(trial.seconds.values())
+        rows.append([
+            _text(trial.calibration), _text(trial.method), _text(trial.pattern),
+            Cell(str(trial.seed), trial.seed),
+            *(Cell(words.percent(value), value) for value in values),
+            Cell(f"{seconds:.0f}", seconds),
+        ])  # fmt: skip
+    return table(columns, rows)
+
+
+def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return nested mappings as rows of dotted name and text."""
+    if isinstance(value, dict):
+        return [
+            row
+            for key, part in value.items()
+            for row in flat(part, f"{name}.{key}" if name else str(key))
+        ]
+    if isinstance(value, list | tuple):
+        return [(name, ", ".join(str(part) for part in value))]
+    return [(name, "–" if value is None else str(value))]

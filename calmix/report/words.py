@@ -1,0 +1,112 @@
+"""How numbers and names are written, the same in figures, tables and text."""
+
+from __future__ import annotations
+
+from calmix.analysis.cells import METHOD_NAMES, TOTAL, WORST
+from calmix.analysis.estimates import Estimate
+
+STRATEGIES = {
+    "single": "single source",
+    "mix": "mix",
+    "self-cal": "Self-Cal",
+    "sgs": "SGS",
+    "igsp": "IGSP",
+    "none": "no calibration",
+}
+METHODS = METHOD_NAMES
+METRICS = {
+    "perplexity": "perplexity",
+    "distortion": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "entropy": "unigram entropy",
+    "volume": "volume",
+    "scope_documents": "documents",
+    "scope_tokens": "share of the vocabulary",
+    "granularity": "tokens a document",
+    "mismatch": "mismatch",
+    "bytes": "bytes",
+    "tokens": "tokens",
+}
+MINUS = "\N{MINUS SIGN}"
+
+
+def metric_name(key: str) -> str:
+    """Return a metric's name in words: `aggregation_4` is `4-gram aggregation`."""
+    if key in METRICS:
+        return METRICS[key]
+    stem, _, order = key.rpartition("_")
+    if stem in ("aggregation", "variety", "coverage") and order.isdigit():
+        return f"{order}-gram {stem}"
+    return key.replace("_", " ")
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage with one decimal."""
+    return "–" if value is None else _signless(100 * value, 1)
+
+
+def points(value: float | None) -> str:
+    """Return a difference of shares in percentage points, with its sign."""
+    if value is None:
+        return "–"
+    text = _signless(100 * value, 1)
+    return text if text.startswith(MINUS) or text == "0.0" else f"+{text}"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """Return an interval of shares in percent, in brackets; empty if it is unknown."""
+    return "" if low is None or high is None else f"[{percent(low)}, {percent(high)}]"
+
+
+def with_span(one: Estimate) -> str:
+    """Return an estimate in percent with its interval."""
+    return f"{percent(one.value)} {span(one.low, one.high)}".strip()
+
+
+def rho(value: float | None) -> str:
+    """Return a correlation with its sign and two decimals."""
+    if value is None:
+        return "–"
+    text = _signless(value, 2)
+    return text if text.startswith(MINUS) or float(text) == 0 else f"+{text}"
+
+
+def p_value(value: float | None) -> str:
+    """Return a p-value; below 0.001 only that it is."""
+    if value is None:
+        return "–"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def sure(value: float) -> str:
+    """Return a probability in whole percent, never 0 or 100."""
+    return f"{min(99, max(1, round(100 * value)))} %"
+
+
+def short(name: str, width: int = 26) -> str:
+    """Return a name cut to a width, with an ellipsis."""
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def quantity_name(name: str) -> str:
+    """Return a quantity's name in words."""
+    return {TOTAL: "total", WORST: "worst dimension"}.get(name, name)
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(names: list[str]) -> str:
+    """Return names joined by commas and `and`."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _signless(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)

@@ -1,0 +1,187 @@
+"""The whole analysis: small and unfinished studies, files, recommendation, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from calmix.analysis import Settings, analyse, recommend
+from calmix.errors import InputError
+from calmix.study.results import StudyResults
+from tests.synthetic import Plan, failed, full_plan, study, trial
+
+QUICK = Settings(permutations=199, resamples=50)
+
+
+def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
+    results = study(full_plan())
+    analyse(results, QUICK).save(tmp_path / "one")
+    analyse(results, QUICK).save(tmp_path / "two")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == [
+        "analysis.json", "correlations.csv", "differences.csv", "margin_growth.csv",
+        "margins.csv", "ranking.csv", "spread.csv", "trade_offs.csv",
+    ]  # fmt: skip
+    for name in names:
+        one = (tmp_path / "one" / name).read_bytes()
+        assert one == (tmp_path / "two" / name).read_bytes()
+        assert b"nan" not in one.lower()
+    told = json.loads((tmp_path / "one" / "analysis.json").read_text())
+    assert [c["label"] for c in told["conditions"]] == [
+        "SparseGPT 50%", "SparseGPT 60%", "Wanda 50%",
+    ]  # fmt: skip
+    with (tmp_path / "one" / "ranking.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 66
+    first = told["conditions"][0]["ranking"][0]
+    assert float(rows[0]["total_value"]) == first["total"]["value"]
+    assert float(rows[0]["code_high"]) == first["dimensions"]["code"]["high"]
+
+
+def test_results_read_back_from_json_give_the_same_analysis() -> None:
+    results = study(full_plan(seeds=(0, 1)))
+    again = StudyResults.model_validate_json(results.model_dump_json())
+    assert analyse(again, QUICK).to_dict() == analyse(results, QUICK).to_dict()
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+@pytest.mark.parametrize("sources", [1, 2, 3, 4])
+def test_tiny_studies_say_what_they_can(sources: int, seeds: tuple[int, ...]) -> None:
+    names = [f"s{number}" for number in range(sources)]
+    found = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
+    only = found.conditions[0]
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert len(only.ranking) == sources
+    assert bool(only.correlations) == (sources >= 4)
+    assert bool(only.spreads) == (sources >= 2)
+    assert not only.differences
+    assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
+
+
+def test_a_dimension_without_signal_has_no_value_anywhere() -> None:
+    trials = tuple(
+        trial(f"s{n}", "single", "sparsegpt", "60%", 0, {"general": 0.4 + n / 50, "math": None},
+              {"perplexity": 5.0 + n})
+        for n in range(6)
+    )  # fmt: skip
+    found = analyse(study(Plan(), trials=trials), QUICK).conditions[0]
+    assert all(one.dimensions["math"].value is None for one in found.ranking)
+    assert {one.worst for one in found.ranking} == {"general"}
+    silent = [one for one in found.correlations if one.dimension == "math"]
+    assert silent
+    assert all(one.rho is None and one.p_corrected is None for one in silent)
+    json.dumps(analyse(study(Plan(), trials=trials), QUICK).to_dict(), allow_nan=False)
+
+
+def test_a_study_in_progress_is_analysed_and_tells_its_gaps() -> None:
+    whole = study(full_plan())
+    part = whole.model_copy(update={"trials": whole.trials[:70:3], "failed": (failed("x"),)})
+    found = analyse(part, QUICK)
+    assert (found.planned, found.finished, found.failed) == (198, 24, 1)
+    gappy = analyse(whole.model_copy(update={"trials": whole.trials[:-1]}), QUICK)
+    assert gappy.conditions[-1].missing == (("igsp", 2),)
+
+
+def test_twins_are_refused() -> None:
+    results = study(Plan(sources=("a", "b")))
+    twin = results.trials[0].model_copy(update={"id": "again"})
+    with pytest.raises(InputError, match="two trials of a at seed 0"):
+        analyse(results.model_copy(update={"trials": (*results.trials, twin)}), QUICK)
+
+
+def test_mistakes_are_one_line() -> None:
+    results = study(full_plan(seeds=(0,)))
+    empty = results.model_copy(update={"trials": (), "failed": (failed("x"),)})
+    with pytest.raises(InputError, match=r"no finished trials \(66 planned, 1 failed\)"):
+        analyse(empty)
+    for settings, filters, words in [
+        (QUICK, {"method": "wnada"}, "did you mean wanda"),
+        (QUICK, {"sparsity": "70%"}, "known: 50%, 60%"),
+        (QUICK, {"sparsity": "1.2.3"}, "known: 50%, 60%"),
+        (replace(QUICK, default="c4"), {}, "calibration set 'c4'"),
+        (replace(QUICK, measure="both"), {}, "corrected or raw"),  # type: ignore[arg-type]
+        (replace(QUICK, over="mix"), {}, "single or all"),  # type: ignore[arg-type]
+        (replace(QUICK, seed=-1), {}, "negative"),
+        (replace(QUICK, permutations=0), {}, "at least 1"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            analyse(results, settings, **filters)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", ["60%", "0.6", "60.0%", " 0.60 "])
+def test_a_sparsity_can_be_written_in_several_ways(written: str) -> None:
+    found = analyse(study(full_plan(seeds=(0,))), QUICK, sparsity=written)
+    assert [c.condition.pattern for c in found.conditions] == ["60%"]
+
+
+def weighted() -> StudyResults:
+    kept = {
+        ("coder", "single"): {"general": 0.3, "code": 0.8},
+        ("reader", "single"): {"general": 0.9, "code": 0.2},
+        ("blend", "mix"): {"general": 0.6, "code": 0.6},
+    }
+    trials = tuple(
+        trial(name, made, "sparsegpt", "60%", seed,
+              {key: value + 0.01 * seed for key, value in by.items()}, item=0.02)
+        for (name, made), by in kept.items()
+        for seed in (0, 1, 2)
+    )  # fmt: skip
+    return study(Plan(), trials=trials)
+
+
+def test_the_recommendation_follows_the_weights() -> None:
+    results = weighted()
+    best = {
+        name: recommend(results, weights)[0].candidates[0]
+        for name, weights in {
+            "equal": None, "code": {"code": 3, "general": 1}, "general": {"general": 1},
+        }.items()
+    }  # fmt: skip
+    assert [best[name].calibration for name in ("equal", "code", "general")] == [
+        "blend", "coder", "reader",
+    ]  # fmt: skip
+    assert best["code"].retention.value == pytest.approx(0.75 * 0.8 + 0.25 * 0.3 + 0.01)
+    half = best["equal"].retention
+    assert half.item_high - half.item_low == pytest.approx(2 * 0.02 / 2**0.5)  # type: ignore[operator]
+
+
+def test_the_lead_over_the_runner_up_is_told_with_its_doubt() -> None:
+    only = recommend(weighted())[0]
+    assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
+    lead = only.lead
+    assert lead is not None
+    assert lead.value == pytest.approx(0.05)
+    assert lead.draw_sure is not None
+    assert lead.sure is not None
+    assert 0.5 < lead.sure < lead.draw_sure < 1
+    assert lead.low < lead.draw_low < 0.05 < lead.draw_high < lead.high  # type: ignore[operator]
+    alone = study(Plan(sources=("a",), seeds=(0,)))
+    assert recommend(alone)[0].lead is None
+
+
+def test_a_set_without_a_wanted_dimension_is_left_out() -> None:
+    results = weighted()
+    blind = trial("blind", "single", "sparsegpt", "60%", 0, {"general": 0.99, "code": None})
+    results = results.model_copy(update={"trials": (*results.trials, blind)})
+    assert recommend(results, {"code": 1})[0].left_out == ("blind",)
+    assert recommend(results, {"general": 1})[0].candidates[0].calibration == "blind"
+    nobody = study(Plan(), trials=(blind,))
+    assert recommend(nobody)[0].weights == {"general": 1.0, "code": 0.0}
+    assert recommend(nobody, {"code": 1})[0].candidates == ()
+    silent = trial("silent", "single", "sparsegpt", "60%", 0, {"general": None})
+    assert recommend(study(Plan(), trials=(silent,)))[0].candidates == ()
+
+
+def test_bad_weights_are_one_line() -> None:
+    for weights, words in [
+        ({"coding": 1.0}, "no dimension 'coding': did you mean code"),
+        ({"code": -1.0}, "must be a number from 0 up"),
+        ({"code": float("nan")}, "must be a number from 0 up"),
+        ({"code": 0.0, "general": 0.0}, "all weights are 0"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            recommend(weighted(), weights)

@@ -1,0 +1,120 @@
+"""A headless Chromium driven over its DevTools protocol, for what only a browser can tell."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--remote-debugging-port=0", "about:blank",
+)  # fmt: skip
+START_S = 60
+
+
+def chromium() -> str | None:
+    """Return the path of an installed Chromium, if there is one."""
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+class Page:
+    """One page of the browser.
+
+    Attributes:
+        complaints: console errors and warnings, uncaught exceptions and failed requests so far.
+        requests: addresses the page asked for.
+    """
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._number = 0
+        self._loaded = False
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method: str, **parameters: Any) -> Any:
+        """Send one command and return its result."""
+        self._number += 1
+        self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
+        while True:
+            told = json.loads(self._socket.recv(timeout=30))
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                return told["result"]
+            self._event(told)
+
+    def _event(self, told: dict[str, Any]) -> None:
+        method, about = told.get("method", ""), told.get("params", {})
+        if method == "Page.loadEventFired":
+            self._loaded = True
+        elif method == "Runtime.exceptionThrown":
+            self.complaints.append(str(about["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning"):
+            self.complaints.append(str(about["args"]))
+        elif method == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(str(about["entry"]["text"]))
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(about["request"]["url"])
+
+    def open(self, path: Path, *, width: int, dark: bool = False, scale: float = 1) -> None:
+        """Open a file at a width, in light or dark, and wait until it has loaded."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=900, deviceScaleFactor=scale, mobile=False,
+        )  # fmt: skip
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self._loaded = False
+        self.send("Page.navigate", url=path.resolve().as_uri())
+        while not self._loaded:
+            self._event(json.loads(self._socket.recv(timeout=30)))
+
+    def run(self, script: str) -> Any:
+        """Return the value of a JavaScript expression."""
+        told = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def screenshot(self, path: Path, *, whole: bool = False) -> None:
+        """Write what is shown, or the whole page, as PNG."""
+        told = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(told["data"]))
+
+
+@contextmanager
+def browser(program: str, profile: Path) -> Iterator[Page]:
+    """Yield a page of a fresh browser that keeps its profile in an empty folder."""
+    from websockets.sync.client import connect
+
+    process = subprocess.Popen(
+        [program, f"--user-data-dir={profile}", *FLAGS],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        port_file = profile / "DevToolsActivePort"
+        until = time.monotonic() + START_S
+        while not port_file.is_file() or not port_file.read_text():
+            assert process.poll() is None, "the browser ended at its start"
+            assert time.monotonic() < until, "the browser did not start in time"
+            time.sleep(0.05)
+        port = port_file.read_text().splitlines()[0]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+            pages = [one for one in json.load(answer) if one["type"] == "page"]
+        with connect(pages[0]["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
+            yield Page(socket)
+    finally:
+        process.terminate()
+        process.wait(timeout=20)

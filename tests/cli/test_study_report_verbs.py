@@ -1,0 +1,130 @@
+"""`study analyse`, `study report` and `recommend` on exported results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from calmix.study.results import StudyResults
+from tests.conftest import Ended
+from tests.synthetic import failed, full_plan, study, trial
+
+Run = Callable[..., Ended]
+QUICK = ("--permutations", 99, "--resamples", 20)
+
+
+def save(results: StudyResults, folder: Path) -> Path:
+    """Write results as an export does."""
+    folder.mkdir()
+    record = {"kind": "study results", "format": 1, **results.model_dump(mode="json")}
+    (folder / "study.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save(study(full_plan(seeds=(0, 1))), tmp_path / "study")
+
+
+def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix: Run, folder: Path) -> None:
+    ended = calmix("study", "analyse", folder, *QUICK)
+    assert ended.code == 0, ended.err
+    assert "keeps the most of the dense model's ability" in ended.out
+    assert "not found" in ended.out
+    assert (folder / "analysis" / "analysis.json").is_file()
+    assert (folder / "analysis" / "correlations.csv").is_file()
+    again = calmix("study", "analyse", folder, "--json", "--method", "wanda", *QUICK)
+    told = json.loads(again.out)
+    assert [each["label"] for each in told["conditions"]] == ["Wanda 50%"]
+    written = json.loads((folder / "analysis" / "analysis.json").read_text())
+    assert written == told
+
+
+def test_report_writes_one_page_and_its_figures(calmix: Run, folder: Path, tmp_path: Path) -> None:
+    ended = calmix("study", "report", folder, "-o", tmp_path / "r", "--sparsity", "60%", *QUICK)
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "r" / "report.html").is_file()
+    assert (tmp_path / "r" / "figures" / "heat-map-sparsegpt-60pct.png").is_file()
+    assert "report.html" in ended.out
+
+
+def test_recommend_names_the_best_and_its_doubt(calmix: Run, tmp_path: Path) -> None:
+    kept = {"coder": {"general": 0.3, "code": 0.8}, "reader": {"general": 0.9, "code": 0.2}}
+    trials = tuple(
+        trial(name, "single", "sparsegpt", "60%", seed,
+              {key: value + 0.01 * seed for key, value in by.items()})
+        for name, by in kept.items()
+        for seed in (0, 1)
+    )  # fmt: skip
+    folder = save(study(full_plan(), trials=trials), tmp_path / "small")
+    ended = calmix("recommend", folder, "--weights", "general=1,code=3")
+    assert ended.code == 0, ended.err
+    assert "take coder: 68.0 [" in ended.out
+    assert "ahead of reader by 30.0 points: [" in ended.out
+    assert "% sure for other draws on these items" in ended.out
+    told = json.loads(calmix("recommend", folder, "--weights", "general=1", "--json").out)
+    assert told[0]["candidates"][0]["calibration"] == "reader"
+    once = tuple(one for one in trials if one.seed == 0)
+    single = save(study(full_plan(), trials=once), tmp_path / "single")
+    assert "cannot be told from one seed" in calmix("recommend", single).out
+
+
+def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> None:
+    nothing = study(full_plan(seeds=(0,)), trials=(), failed=(failed("x"),))
+    empty = save(nothing, tmp_path / "empty")
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    (busy / "thesis.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "bare").mkdir()
+    for arguments, words in [
+        (("study", "analyse", tmp_path / "no"), "no folder"),
+        (("study", "report", tmp_path / "no"), "no folder"),
+        (("study", "analyse", empty), "no finished trials"),
+        (("study", "report", empty), "no finished trials"),
+        (("recommend", empty), "no finished trials"),
+        (("study", "analyse", folder, "--method", "wnada"), "did you mean wanda"),
+        (("study", "report", folder, "--sparsity", "0.7"), "known: 50%, 60%"),
+        (("study", "analyse", folder, "--measure", "both"), "corrected or raw"),
+        (("study", "analyse", folder, "--over", "mix"), "single or all"),
+        (("study", "analyse", folder, "--default", "c4"), "no finished trial has the calibration"),
+        (("study", "analyse", folder, "--seed", "-1"), "negative"),
+        (("study", "analyse", folder, "--resamples", "0"), "at least 1"),
+        (("study", "report", folder, "-o", busy), "is not empty"),
+        (("recommend", folder, "--weights", "coding=1"), "did you mean code"),
+        (("recommend", folder, "--weights", "code=-1"), "must be a number from 0 up"),
+        (("recommend", folder, "--weights", "code=0,math=0"), "all weights are 0"),
+        (("recommend", folder, "--weights", "code"), "NAME=NUMBER"),
+        (("recommend", folder, "--weights", "code=1,code=2"), "given twice"),
+        (("recommend", folder, "--top", "0"), "at least 1 set"),
+        (("recommend", folder, "--method", "gptq"), "no finished trial has the method"),
+    ]:
+        ended = calmix(*arguments)
+        assert ended.code == 2, arguments
+        assert words in ended.line
+    assert (busy / "thesis.txt").read_text() == "mine"
+    ended = calmix("study", "analyse", tmp_path / "bare")
+    assert ended.code == 2
+    assert ended.line
+    assert not list((tmp_path / "bare").iterdir())
+
+
+def test_without_its_libraries_the_verbs_say_what_to_install(
+    calmix: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = importlib.import_module
+    for lost in ("scipy", "matplotlib"):
+
+        def without(name: str, *rest: str, lost: str = lost) -> object:
+            if name.partition(".")[0] == lost:
+                raise ImportError(name)
+            return whole(name, *rest)
+
+        monkeypatch.setattr(importlib, "import_module", without)
+        ended = calmix("study", "report", folder, *QUICK)
+        assert ended.code == 2
+        assert "pip install 'calmix[report]'" in ended.line
+    assert not (folder / "report").exists()

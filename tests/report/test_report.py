@@ -1,0 +1,169 @@
+"""The report's files: complete, self-contained, safe, small, and the same every time."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from calmix.analysis import Settings, analyse
+from calmix.report import write_report
+from calmix.report.drawing import VARIABLES
+from calmix.report.page import flat
+from calmix.study.results import StudyResults
+from tests.synthetic import Plan, failed, full_plan, study, trial
+
+QUICK = Settings(permutations=199, resamples=50)
+KINDS = ("heat-map", "ranking", "spread", "perplexity", "correlations")
+
+
+def write(results: StudyResults, folder: Path) -> str:
+    write_report(results, analyse(results, QUICK), folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_figure_is_there_as_png_and_svg_and_in_the_page(whole: Path) -> None:
+    labels = ("sparsegpt-50pct", "sparsegpt-60pct", "wanda-50pct")
+    names = {f"{kind}-{label}" for kind in KINDS for label in labels} | {"sparsity-sparsegpt"}
+    kept = {path.name for path in (whole / "figures").iterdir()}
+    assert kept == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    for name in names:
+        assert f'aria-labelledby="{name}-title {name}-desc"' in page
+        root = ElementTree.parse(whole / "figures" / f"{name}.svg").getroot()
+        assert root.findall(".//{http://www.w3.org/2000/svg}text")
+        assert (whole / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_nothing_from_outside_and_is_small(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 3_000_000
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    local = [link for link in links if not link.startswith(("#", "data:", "figures/"))]
+    assert not local
+    assert all((whole / link).is_file() for link in links if link.startswith("figures/"))
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttp", page)
+
+
+class _Strict(HTMLParser):
+    """Checks that elements nest and that no id is given twice."""
+
+    VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        name = dict(attrs).get("id")
+        if name is not None:
+            assert name not in self.ids, name
+            self.ids.add(name)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        name = dict(attrs).get("id")
+        assert name is None or name not in self.ids
+        self.ids.add(name or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_ids_are_unique(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    parser = _Strict()
+    parser.feed(page)
+    assert not parser.open
+    for used in re.findall(r'(?:href="#|url\(#|aria-controls=")([\w.-]+)', page):
+        assert used in parser.ids, used
+    for pair in re.findall(r'aria-labelledby="([^"]+)"', page):
+        assert set(pair.split()) <= parser.ids
+
+
+def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    drawn = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    for colour in VARIABLES:
+        assert colour not in drawn
+    style = re.findall(r"<style>(.*?)</style>", page, flags=re.DOTALL)[0]
+    light, dark = style.split("prefers-color-scheme: dark", 1)
+    for name in VARIABLES.values():
+        assert f"--{name}:" in light
+        assert f"--{name}:" in dark
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    results = study(full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")]))
+    write(results, tmp_path / "one")
+    write(StudyResults.model_validate_json(results.model_dump_json()), tmp_path / "two")
+    one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(one) == 2 + 2 * len(KINDS)
+    for path in one:
+        twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == twin.read_bytes(), path.name
+
+
+def test_what_the_study_says_is_shown_and_never_run(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
+    kept = {"general": 0.5, evil: 0.4}
+    trials = tuple(
+        trial(f"{name}{evil}", "single", "sparsegpt", "60%", 0, kept,
+              {"perplexity": 3.0 + at, evil: float(at)}, model=evil)
+        for at, name in enumerate("abcde")
+    )  # fmt: skip
+    results = study(
+        Plan(), trials=trials, name=evil, text=evil, environment={evil: evil}, suite={},
+        failed=(failed("x").model_copy(update={"error": evil}),),
+    )  # fmt: skip
+    page = write(results, tmp_path / "r")
+    assert page.count("<script>") == 1
+    assert "<script>alert" not in page
+    assert "<!--" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_what_is_missing_or_failed_is_on_the_page(whole: Path, tmp_path: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert "Not complete:" in page
+    assert "no space left on the disk" in page
+    results = study(Plan(seeds=(0, 1), sources=("a", "b")))
+    assert "Not complete:" not in write(results, tmp_path / "complete")
+    gappy = results.model_copy(update={"trials": results.trials[:-1]})
+    page = write(gappy, tmp_path / "gappy")
+    assert "1 trial still to come" in page
+    assert "Cells without a finished trial" in page
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3])
+@pytest.mark.parametrize("dimensions", [("math",), ("general", "code", "math")])
+def test_tiny_studies_have_a_report(
+    sources: int, dimensions: tuple[str, ...], tmp_path: Path
+) -> None:
+    names = [f"s{number}" for number in range(sources)]
+    page = write(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)), tmp_path / "r")
+    assert "cannot be" in page
+    assert 'role="tabpanel"' not in page
+
+
+def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> None:
+    trials = tuple(
+        trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None},
+              {"perplexity": 4.0 + n} if n else {})
+        for n in range(5)
+        for seed in (0, 1)
+    )  # fmt: skip
+    silent = (trial("none", "none", "magnitude", "2:4", 0, {"general": None, "math": None}),)
+    page = write(study(Plan(), trials=trials + silent), tmp_path / "r")
+    assert "Magnitude 2:4" in page
+    assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
+
+
+def test_an_environment_is_laid_flat() -> None:
+    told = flat({"a": {"b": 1, "c": [1, 2]}, "d": None})
+    assert told == [("a.b", "1"), ("a.c", "1, 2"), ("d", "–")]

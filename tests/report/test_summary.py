@@ -1,0 +1,97 @@
+"""The summary says what the analysis holds, and what it does not."""
+
+from __future__ import annotations
+
+from calmix.analysis import Settings, analyse
+from calmix.report import summarise
+from calmix.report.summary import Summary
+from calmix.study.results import StudyResults
+from tests.synthetic import SLOPES, Plan, failed, full_plan, study, trial
+
+QUICK = Settings(permutations=1999, resamples=200)
+
+
+def of(results: StudyResults) -> Summary:
+    return summarise(analyse(results, QUICK))
+
+
+def test_a_trade_off_is_told_with_both_its_signs() -> None:
+    told = of(study(Plan(slopes=SLOPES, noise=0.02))).conditions[0]
+    [line] = [line for line in told.found if "Opposite-sign" in line]
+    assert "higher a text's perplexity, the more of general (ρ +0." in line
+    assert "the less of code (ρ −0." in line
+    assert "An opposite-sign trade-off was found" in told.brief
+
+
+def test_noise_is_said_to_hold_no_trade_off() -> None:
+    told = of(study(Plan(noise=0.05))).conditions[0]
+    assert not any("rade-off" in line for line in told.found)
+    assert any(line.startswith("No opposite-sign trade-off") for line in told.not_found)
+    assert any(line.startswith("No metric goes with general, ") for line in told.not_found)
+
+
+def test_mixes_are_told_against_the_best_and_the_mean_source() -> None:
+    lifts = {"mix-8": ("mix", 0.2), "self-cal": ("self-cal", -0.2)}
+    told = of(study(Plan(others=lifts, noise=0.01, draw=0.002))).conditions[0]
+    text = "\n".join(told.found)
+    assert "mix-8 (+" in text
+    assert "keeps more in total than the best single source" in text
+    assert "self-cal (−" in text
+    assert "keeps less in total than the mean of the single sources" in text
+
+
+def test_equal_sets_are_not_told_apart() -> None:
+    lifts = {"mix-8": ("mix", 0.0)}
+    told = of(study(Plan(others=lifts, noise=0.0, draw=0.02))).conditions[0]
+    text = "\n".join(told.not_found)
+    assert "is not set apart from" in text
+    assert "No difference in total from the mean of the single sources" in text
+    assert "differ by no more than redrawing them would" in text
+
+
+def test_growth_with_sparsity_is_found_or_not() -> None:
+    pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
+    lifts = {"mix-8": ("mix", 0.2), "igsp": ("igsp", 0.0)}
+    told = of(study(Plan(conditions=pairs, others=lifts, noise=0.0, draw=0.005))).across
+    assert "mix-8 +" in told.found[0]
+    assert "from 30 % to 60 % sparsity" in told.found[0]
+    assert "igsp" in told.not_found[0]
+
+
+def test_an_unfinished_study_is_told_to_be_one() -> None:
+    whole = study(full_plan())
+    part = whole.model_copy(update={"trials": whole.trials[:50], "failed": (failed("x"),)})
+    told = of(part)
+    assert told.certainty[0].startswith("50 of 198 planned trials have finished, 1 failed, 147")
+    assert any("cell" in line and "empty" in line for line in told.certainty)
+    assert "still to come" not in " ".join(of(whole).certainty)
+
+
+def test_little_is_told_of_little() -> None:
+    alone = of(study(Plan(sources=("a",), seeds=(0,))))
+    assert "nothing can be compared" in alone.headline
+    assert alone.conditions[0].found == ()
+    assert any("drawn once" in line for line in alone.certainty)
+    two = of(study(Plan(sources=("a", "b"), seeds=(0,))))
+    assert any("cannot be told" in line for line in two.conditions[0].not_found)
+    assert any("no metric can be correlated" in line for line in two.conditions[0].not_found)
+    four = of(study(Plan(sources=("a", "b", "c", "d"), seeds=(0, 1))))
+    assert any("no correlation could have been found" in line for line in four.certainty)
+    silent = trial("a", "single", "sparsegpt", "60%", 0, {"general": None})
+    assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,))).headline
+
+
+def test_seeds_few_for_a_sign_flip_test_are_named() -> None:
+    told = " ".join(of(study(full_plan(seeds=(0, 1, 2)))).certainty)
+    assert "sign-flip test cannot go below p = 0.25" in told
+    many = " ".join(of(study(Plan(seeds=tuple(range(6))))).certainty)
+    assert "sign-flip" not in many
+
+
+def test_the_text_has_every_sentence() -> None:
+    told = of(study(full_plan()))
+    text = told.text()
+    for each in (*told.conditions, told.across):
+        for line in (*each.found, *each.not_found):
+            assert line in text
+    assert all(line in text for line in told.certainty)

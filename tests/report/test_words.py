@@ -1,0 +1,31 @@
+"""How numbers are written."""
+
+from __future__ import annotations
+
+import pytest
+
+from calmix.report import words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5004, "50.0"), (None, "–"), (-0.001, "−0.1"), (-0.0001, "0.0"), (1.234, "123.4")],
+)
+def test_percent(value: float | None, text: str) -> None:
+    assert words.percent(value) == text
+
+
+def test_signs_and_small_p() -> None:
+    assert [words.points(value) for value in (0.012, -0.012, 0.0)] == ["+1.2", "−1.2", "0.0"]
+    assert [words.rho(value) for value in (0.5, -0.5, -0.001)] == ["+0.50", "−0.50", "0.00"]
+    assert [words.p_value(value) for value in (0.0004, 0.04, None)] == ["<0.001", "0.040", "–"]
+    assert [words.sure(value) for value in (0.9999, 0.5, 0.0)] == ["99 %", "50 %", "1 %"]
+
+
+def test_names() -> None:
+    assert words.metric_name("aggregation_4") == "4-gram aggregation"
+    assert words.metric_name("own_metric") == "own metric"
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+    assert words.short("x" * 40) == "x" * 25 + "…"
+    assert words.counted(1, "seed") == "1 seed"
+    assert words.counted(2, "seed") == "2 seeds"

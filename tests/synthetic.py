@@ -1,0 +1,170 @@
+"""Studies made up from known effects, for what only reads results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calmix.study.results import FailedTrial, Interval, StudyResults, TaskOutcome, Trial
+
+DIMENSIONS = ("general", "commonsense", "code", "math")
+SOURCES = (
+    "encyclopedia", "news", "books", "abstracts", "textbook", "medicine", "trivia", "stories",
+    "procedures", "social", "python-stdlib", "code-compiled", "code-scripting",
+    "python-exercises", "math-solutions", "word-problems",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make up.
+
+    Attributes:
+        slopes: by dimension, how much retention follows log perplexity of single sources.
+        draw, item: standard deviation of the seeds, half-width of the items' interval.
+        others: sets that are no single source: name to strategy and retention above the mean.
+    """
+
+    sources: Sequence[str] = SOURCES
+    seeds: Sequence[int] = (0, 1, 2)
+    conditions: Sequence[tuple[str, str]] = (("sparsegpt", "60%"),)
+    slopes: Mapping[str, float] | None = None
+    noise: float = 0.03
+    draw: float = 0.01
+    item: float = 0.04
+    others: Mapping[str, tuple[str, float]] | None = None
+    dimensions: Sequence[str] = DIMENSIONS
+    seed: int = 0
+
+
+SLOPES = {"general": 0.08, "commonsense": 0.02, "code": -0.12, "math": -0.08}
+OTHERS = {
+    "mix-4": ("mix", 0.06),
+    "mix-8": ("mix", 0.08),
+    "mix-all": ("mix", 0.07),
+    "self-cal": ("self-cal", 0.0),
+    "sgs": ("sgs", 0.01),
+    "igsp": ("igsp", 0.04),
+}
+CONDITIONS = (("sparsegpt", "50%"), ("sparsegpt", "60%"), ("wanda", "50%"))
+
+
+def full_plan(**changes: Any) -> Plan:
+    """A study of the size of the real one, with a planted trade-off."""
+    fields: dict[str, Any] = {"conditions": CONDITIONS, "slopes": SLOPES, "others": OTHERS}
+    return Plan(**fields | changes)
+
+
+def study(plan: Plan, **changes: Any) -> StudyResults:
+    """Return the results of a made-up study."""
+    rng = np.random.default_rng(plan.seed)
+    slopes = plan.slopes or {}
+    heights = rng.permutation(np.linspace(-1.5, 1.5, len(plan.sources)))
+    sets: dict[str, tuple[str, float]] = {
+        name: ("single", float(height)) for name, height in zip(plan.sources, heights, strict=True)
+    }
+    sets |= {name: (made, 0.0) for name, (made, _) in (plan.others or {}).items()}
+    lifts = {name: lift for name, (_, lift) in (plan.others or {}).items()}
+    trials = []
+    for method, pattern in plan.conditions:
+        sparsity = float(pattern.rstrip("%")) / 100 if pattern.endswith("%") else 0.5
+        base = 0.95 - 1.6 * max(0.0, sparsity - 0.25) ** 1.1 - 0.05 * (method == "wanda")
+        for name, (made, height) in sets.items():
+            own = {
+                dimension: base
+                + slopes.get(dimension, 0.0) * height * sparsity / 0.6
+                + lifts.get(name, 0.0) * (sparsity / 0.6) ** 3
+                + plan.noise * rng.standard_normal()
+                for dimension in plan.dimensions
+            }
+            extra = {f"aggregation_{n}": float(rng.random()) for n in (1, 2, 3, 4)}
+            for seed in plan.seeds:
+                kept = {
+                    dimension: max(0.01, value + plan.draw * float(rng.standard_normal()))
+                    for dimension, value in own.items()
+                }
+                perplexity = 15 * math.exp(height + 0.02 * float(rng.standard_normal()))
+                information = {
+                    "perplexity": perplexity,
+                    "entropy": float(7 + rng.random()),
+                    **extra,
+                    "tokens": 32768.0,
+                }
+                trials.append(
+                    trial(name, made, method, pattern, seed, kept, information, item=plan.item)
+                )
+    fields: dict[str, Any] = {
+        "name": "made-up",
+        "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
+        "planned": len(trials),
+        "trials": tuple(trials),
+        "environment": {"machine": {"cores": 2, "system": "Linux"}, "python": "3.11.7"},
+        "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
+    }
+    return StudyResults(**fields | changes)
+
+
+def trial(
+    calibration: str,
+    strategy: Any,
+    method: str,
+    pattern: str,
+    seed: int,
+    kept: Mapping[str, float | None],
+    information: Mapping[str, float] | None = None,
+    *,
+    item: float = 0.04,
+    **changes: Any,
+) -> Trial:
+    """Return one finished trial with the retention given by dimension."""
+    known = {name: value for name, value in kept.items() if value is not None}
+    total = sum(known.values()) / len(known) if known else None
+    dimensions = {name: interval(value, item) for name, value in kept.items()}
+    tasks = tuple(
+        TaskOutcome(
+            task=f"{name}_{kind}", dimension=name, metric="acc_norm", items=200, chance=0.25,
+            dense=0.6, pruned=0.4, signal=value is not None,
+            raw=interval(None if value is None else 0.4 + 0.6 * value, item),
+            retention=interval(value, item * math.sqrt(2)),
+        )
+        for name, value in kept.items()
+        for kind in ("a", "b")
+    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "id": f"{calibration}-{method}-{pattern}-{seed}".replace("%", ""),
+        "model": "builtin:smollm2-135m",
+        "calibration": calibration,
+        "strategy": strategy,
+        "method": method,
+        "pattern": pattern,
+        # As reached: a share of whole weights, never quite the one asked for.
+        "sparsity": (float(pattern.rstrip("%")) / 100 if pattern.endswith("%") else 0.5) + 2e-6,
+        "propagation": "layer",
+        "rows": 64,
+        "length": 512,
+        "seed": seed,
+        "suite": "offline",
+        "information": dict(information or {}),
+        "total": interval(total, item / math.sqrt(max(1, len(known)))),
+        "worst": min(known, key=lambda name: known[name]) if known else None,
+        "dimensions": dimensions,
+        "tasks": tasks,
+        "seconds": {"prune": 24.0, "evaluate": 45.0},
+    }
+    return Trial(**fields | changes)
+
+
+def interval(value: float | None, half: float) -> Interval:
+    """Return a value with an interval of a half-width."""
+    if value is None:
+        return Interval(value=None)
+    return Interval(value=value, low=max(0.0, value - half), high=value + half)
+
+
+def failed(name: str) -> FailedTrial:
+    """Return a trial that failed."""
+    return FailedTrial(id=name, label=f"{name} sparsegpt 60%", error="no space left on the disk")
