@@ -11,7 +11,6 @@ of names; any other model is scored one sequence a row, right-padded.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +22,7 @@ from calmix.capability.likelihood import HEAD_TOKENS, decoder_and_head
 from calmix.capability.packing import Row, Run, Scored, Target, plan
 from calmix.errors import InputError, MissingExtraError, ModelError
 from calmix.models import OpenModel
+from calmix.models.attention import cache_argument
 from calmix.models.opening import quiet_transformers
 
 try:
@@ -80,9 +80,7 @@ class Scorer(TemplateLM):
         self._device = next(self.model.parameters()).device
         self.max_length = opened.context or MAX_LENGTH
         self._window = attention_window(self.model)
-        # transformers renamed this argument within version 5.
-        known = inspect.signature(self._decoder.forward).parameters
-        self._cache_key = "cache" if "cache" in known else "past_key_values"
+        self._cache_key = cache_argument(self._decoder)
         self.packed, self._head = self._probe()
 
     @property

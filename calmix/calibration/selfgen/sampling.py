@@ -10,9 +10,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from calmix.errors import InputError
+
+STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ def draw(
     Returns:
         int64 (rows,). A token of no probability is never drawn.
     """
+    if (top_k is None or top_k >= logits.shape[1]) and (top_p is None or top_p >= 1):
+        weights = (logits - logits.amax(-1, keepdim=True)).div_(temperatures[:, None]).exp_()
+        return _inverted(weights, uniform)
     scaled = logits / temperatures[:, None]
     order: Tensor | None = None
     if top_k is not None and top_k < scaled.shape[1]:
@@ -108,10 +114,34 @@ def draw(
         share = scaled.softmax(-1)
         # A token stays if what comes before it does not hold top_p yet.
         scaled = scaled.masked_fill(share.cumsum(-1) - share >= top_p, -torch.inf)
-    cumulative = scaled.softmax(-1).cumsum(-1)
-    target = (uniform * cumulative[:, -1]).to(cumulative.dtype)[:, None]
+    place = _inverted(scaled.softmax(-1), uniform)
+    return place if order is None else order.gather(1, place[:, None])[:, 0]
+
+
+def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return for each row the entry where the cumulative weights pass `uniform` of their total.
+
+    Running sums over a whole vocabulary are slow, so stretches of it are summed first and the
+    running sum is taken over those, then within one.
+
+    Args:
+        weights: float32 (rows, entries), not negative, at least one positive a row.
+        uniform: float64 (rows,), in [0, 1).
+    """
+    rows, entries = weights.shape
+    weights = F.pad(weights, (0, -entries % STRETCH))
+    parts = weights.view(rows, -1, STRETCH)
+    ends = parts.sum(-1).double().cumsum(-1)
+    target = (uniform.to(ends.dtype) * ends[:, -1])[:, None]
+    which = _passed(ends, target)
+    inner = parts.gather(1, which[:, :, None].expand(-1, -1, STRETCH))[:, 0].double().cumsum(-1)
+    before = torch.where(which > 0, ends.gather(1, (which - 1).clamp(min=0)), 0.0)
+    return (which * STRETCH + _passed(inner, target - before))[:, 0]
+
+
+def _passed(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Return the first entry of each row above `target`, of positive weight in any case."""
     place = torch.searchsorted(cumulative, target, right=True)
-    # Rounding may bring the target up to the total: take the last token with any probability.
+    # Rounding may bring the target up to the total: take the last entry with any weight.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    place = torch.minimum(place, last)
-    return (place if order is None else order.gather(1, place))[:, 0]
+    return torch.minimum(place, last)

@@ -24,12 +24,13 @@ from calmix.errors import InputError
 from calmix.files import cache_dir, sha256_json
 from calmix.manifest import versions
 from calmix.models import OpenModel
+from calmix.models.attention import cache_argument, grouped_decoding, reserved_cache
 from calmix.models.opening import quiet_transformers
 
 BATCH = 128  # rows at a time: on two cores the throughput no longer grows beyond
 MEMORY_SHARE = 0.7  # of the memory that is free, for what a batch needs
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
-VERSION = 1  # raised when the same request writes other tokens, so that the cache is not used
+VERSION = 2  # raised when the same request writes other tokens, so that the cache is not used
 
 Openers = Sequence[Sequence[int]]
 
@@ -265,12 +266,18 @@ def _batch(
     )  # fmt: skip
     if tick is not None:
         tick(len(ids))
-    with _generating(opened.model, plain), quiet_transformers(), torch.inference_mode():
+    with (
+        quiet_transformers(),
+        _generating(opened.model, plain),
+        grouped_decoding(opened.model),
+        torch.inference_mode(),
+    ):
         made = opened.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=plain,
             logits_processor=LogitsProcessorList([sampler]),
+            **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
     return Written(made.cpu(), sampler.nll, sampler.text, sampler.sampled)
 
@@ -298,7 +305,7 @@ def _room(opened: OpenModel, length: int) -> int:
     head = getattr(config, "head_dim", None) or width // heads
     layers = getattr(config, "num_hidden_layers", None) or 1
     parameter = next(model.parameters())
-    # Three caches: transformers joins each layer's anew at every step, and attention widens it.
+    # Half a cache more than is kept: sliding windows are joined anew, and attention widens a layer.
     cache = 2 * layers * shared * head * length * parameter.element_size()
     widest = 2 * heads * head * length * parameter.element_size()
     logits = 6 * 4 * int(config.vocab_size)
