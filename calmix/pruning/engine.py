@@ -9,15 +9,18 @@ coroutines go on through the pruned weights. Nothing is computed twice.
 Block propagation: the published two-pass semantics. All layers of a block are pruned on the
 inputs the block's dense weights give, then the block runs again to make the next one's inputs.
 
-Knows nothing about architectures (see layout.py), files or command lines.
+A paused micro-batch holds a block's activations. Where memory is short only some stay paused, and
+the others begin the block anew for every input: the same numbers, for more time.
+
+Knows nothing about architectures (see layout.py), files (see streamed.py) or command lines.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -26,11 +29,12 @@ from torch import Tensor, nn
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.pruning.gram import Gram, Squares
-from calmix.pruning.layout import BlockCall, Calls, SharedInput, observe
+from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import METHODS, Method, Solution
 from calmix.pruning.patterns import Pattern, check_columns
 
 Propagation = Literal["sequential", "block"]
+ACTIVITIES = ("prepare", "statistics", "solve", "forward")
 MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
 
 
@@ -84,6 +88,16 @@ class PruneReport:
         }
 
 
+class States(Protocol):
+    """Hidden states of the micro-batches between two blocks."""
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Return what micro-batch `number` brings into the block at hand."""
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        """Keep what micro-batch `number` brings into the next block."""
+
+
 def prune(
     model: nn.Module,
     ids: Tensor | None = None,
@@ -93,6 +107,7 @@ def prune(
     propagation: Propagation = "sequential",
     damping: float = 0.01,
     micro_tokens: int = MICRO_TOKENS,
+    paused: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PruneReport:
     """Prune the linear maps in a causal language model's blocks, in place.
@@ -108,6 +123,7 @@ def prune(
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         damping: SparseGPT's, as a share of the mean diagonal of the Gram matrix.
         micro_tokens: tokens that run through a block at a time.
+        paused: micro-batches that may hold a block's activations at a time; None for all.
         progress: called with (blocks done, blocks) after every block.
 
     Raises:
@@ -115,127 +131,191 @@ def prune(
         InputError: ids are missing or of the wrong shape, or the pattern does not fit.
         SolverError: a layer's inputs are unusable.
     """
-    chosen = METHODS[method]
     found = find_blocks(model)
+    check_pattern(found, pattern)
+    began = time.perf_counter()
+    run = Run(model, found, method, pattern, propagation, damping, paused)
+    if run.needs_ids:
+        states: dict[int, Tensor] = {}
+        for number, hidden in run.record(check_ids(ids, method), micro_tokens):
+            states[number] = hidden
+        run.states = states
+    for index in range(len(found)):
+        run.block(index)
+        if progress is not None:
+            progress(index + 1, len(found))
+    run.report.seconds["total"] = time.perf_counter() - began
+    return run.report
+
+
+def check_pattern(found: DecoderBlocks, pattern: Pattern) -> None:
+    """Refuse a pattern that does not fit a layer.
+
+    Raises:
+        InputError: M of an N:M pattern does not divide a layer's width.
+    """
     for index in range(len(found)):
         for layer in found.prunables(index):
             check_columns(pattern, layer.shape[1])
-    began = time.perf_counter()
-    with torch.inference_mode():
-        if chosen.statistic == "none":
-            report = PruneReport(method, str(pattern), None, 0)
-            for index in range(len(found)):
-                for layer in found.prunables(index):
-                    _apply([layer], chosen.solve([layer.matrix()], pattern), report)
-                if progress is not None:
-                    progress(index + 1, len(found))
-        else:
-            if ids is None or ids.ndim != 2 or not ids.numel():
-                raise InputError(f"{method} needs calibration ids of shape (rows, length)")
-            report = PruneReport(method, str(pattern), propagation, ids.numel())
-            run = _Run(model, found, chosen, pattern, damping, report)
-            run.all_blocks(ids, propagation, max(1, micro_tokens // ids.shape[1]), progress)
-    report.seconds["total"] = time.perf_counter() - began
-    return report
 
 
-class _Run:
-    """One prune with calibration data: what its steps share."""
+def check_ids(ids: Tensor | None, method: str) -> Tensor:
+    """Return calibration ids, or refuse them.
+
+    Raises:
+        InputError: there are none, or their shape is not (rows, length).
+    """
+    if ids is None or ids.ndim != 2 or not ids.numel():
+        raise InputError(f"{method} needs calibration ids of shape (rows, length)")
+    return ids
+
+
+class Run:
+    """One prune, block by block: the caller decides where weights and hidden states lie.
+
+    Args:
+        model: the model; only the block at hand needs its weights (and the first one in
+            `record`, with all that is outside the blocks).
+        found: its blocks.
+        method, pattern, propagation, damping, paused: as for `prune`.
+
+    Attributes:
+        states: hidden states; the caller's to set once `record` has given the first.
+        report: what has been done so far.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         found: DecoderBlocks,
-        method: Method,
+        method: str,
         pattern: Pattern,
+        propagation: Propagation,
         damping: float,
-        report: PruneReport,
+        paused: int | None = None,
     ) -> None:
         self.model = model
         self.found = found
-        self.method = method
+        self.method = METHODS[method]
         self.pattern = pattern
+        self.propagation = propagation
         self.damping = damping
-        self.report = report
-        self.device = next(model.parameters()).device
+        self.paused = paused
+        self.states: States | dict[int, Tensor] = {}
+        named = propagation if self.needs_ids else None
+        self.report = PruneReport(method, str(pattern), named, 0)
+        self.report.seconds = dict.fromkeys(ACTIVITIES if self.needs_ids else ("solve",), 0.0)
+        self._calls: list[list[BlockCall]] = []
+        self._tiny: tuple[Tensor, list[BlockCall]] | None = None
 
-    def all_blocks(
-        self,
-        ids: Tensor,
-        propagation: Propagation,
-        rows: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    @property
+    def needs_ids(self) -> bool:
+        """Whether the method looks at calibration data."""
+        return self.method.statistic != "none"
+
+    def record(self, ids: Tensor, micro_tokens: int = MICRO_TOKENS) -> Iterator[tuple[int, Tensor]]:
+        """Yield the hidden states each micro-batch brings into the first block.
+
+        What the decoder hands to the blocks beside them is kept.
+        """
         began = time.perf_counter()
+        device = next(self.found.blocks[0].parameters()).device
+        self.report.tokens = ids.numel()
         # The layout is observed outside inference mode, where tensors count their versions.
+        with torch.inference_mode(False), torch.no_grad():
+            few = ids[:1, :TOKENS].clone().to(device)
+            calls = Calls(self.model, self.found, few)
+            self._tiny = calls.record(few)
+        self._calls = []
+        for number, batch in enumerate(ids.split(max(1, micro_tokens // ids.shape[1]))):
+            with torch.inference_mode():
+                hidden, recorded = calls.record(batch.to(device))
+            self._calls.append(recorded)
+            yield number, hidden
+        self.report.seconds["prepare"] += time.perf_counter() - began
+
+    def block(self, index: int) -> None:
+        """Prune one block, whose weights are in memory, and move the states on to the next."""
+        began = time.perf_counter()
+        before = sum(self.report.seconds.values())
+        with torch.inference_mode():
+            if self.needs_ids:
+                self._with_states(index)
+                spent = sum(self.report.seconds.values()) - before
+                self.report.seconds["forward"] += time.perf_counter() - began - spent
+                return
+            for layer in self.found.prunables(index):
+                _apply([layer], self.method.solve([layer.matrix()], self.pattern), self.report)
+        self.report.seconds["solve"] += time.perf_counter() - began
+
+    def _with_states(self, index: int) -> None:
+        block, last = self.found.blocks[index], index + 1 == len(self.found)
+        assert self._tiny is not None
         with torch.inference_mode(False):
-            layout = observe(self.model, self.found, ids[:1, :8].clone().to(self.device))
-        calls = Calls(self.model, self.found, layout)
-        recorded = [calls.record(batch.to(self.device)) for batch in ids.split(rows)]
-        hidden = [first for first, _ in recorded]
-        self.report.seconds |= {"prepare": time.perf_counter() - began, "statistics": 0.0}
-        self.report.seconds["solve"] = 0.0
-        step = self._sequential if propagation == "sequential" else self._two_pass
-        for index, block in enumerate(self.found.blocks):
-            last = index + 1 == len(self.found)
-            step(block, layout.inputs[index], [c[index] for _, c in recorded], hidden, last)
-            if progress is not None:
-                progress(index + 1, len(self.found))
-        spent = sum(self.report.seconds.values())
-        self.report.seconds["forward"] = time.perf_counter() - began - spent
+            inputs = observe_block(self.found, index, self._tiny[1][index], self._tiny[0])
+        step = self._sequential if self.propagation == "sequential" else self._two_pass
+        step(block, inputs, [calls[index] for calls in self._calls], last)
 
     def _sequential(
-        self,
-        block: nn.Module,
-        inputs: list[SharedInput],
-        calls: list[BlockCall],
-        hidden: list[Tensor],
-        last: bool,
+        self, block: nn.Module, inputs: list[SharedInput], calls: list[BlockCall], last: bool
     ) -> None:
-        """Prune one block in one pass; replace `hidden` by its outputs unless it is the last."""
+        """Prune one block in one pass; replace the states by its outputs unless it is the last."""
         statistic = self._statistic(inputs[0])
+        current = 0
 
-        def pause(shared: SharedInput) -> Callable[..., None]:
+        def pause(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                self._add(statistic, args[0])
-                getcurrent().parent.switch(shared)
+                if number < current:  # a micro-batch that begins the block anew
+                    return
+                if number == current:
+                    self._add(statistic, args[0])
+                getcurrent().parent.switch(number)
 
             return hook
 
         handles = [
-            shared.layers[0].module.register_forward_pre_hook(pause(shared)) for shared in inputs
+            shared.layers[0].module.register_forward_pre_hook(pause(number))
+            for number, shared in enumerate(inputs)
         ]
-        tasks = [greenlet(call.run) for call in calls]
+        held = len(calls) if self.paused is None else self.paused
+        tasks: dict[int, greenlet] = {}
+
+        def proceed(number: int) -> Any:
+            if number in tasks:
+                return tasks[number].switch()
+            tasks[number] = greenlet(calls[number].run)
+            return tasks[number].switch(block, self.states[number])
+
         try:
-            for number, shared in enumerate(inputs):
-                if number:
+            for current, shared in enumerate(inputs):
+                if current:
                     statistic = self._statistic(shared)
-                for task, states in zip(tasks, hidden, strict=True):
+                for number in range(len(calls)):
                     # A task that has ended, or stands elsewhere, took a path of its own.
-                    reached = None if task.dead else task.switch(*_start(task, block, states))
-                    if reached is not shared:
+                    reached = proceed(number)
+                    if tasks[number].dead or reached != current:
                         raise ModelError(
                             f"{shared.layers[0].name} is not reached by every micro-batch: the "
                             "engine cannot prune layers that only some tokens pass through"
                         )
+                    if number >= held:
+                        tasks.pop(number).throw()
                 self._solve(shared, statistic)
+                del statistic
+            current = len(inputs)
             if not last:
-                for number, task in enumerate(tasks):
-                    hidden[number] = task.switch()
+                for number in range(len(calls)):
+                    self.states[number] = proceed(number)
+                    del tasks[number]
         finally:
             for handle in handles:
                 handle.remove()
-            for task in tasks:
+            for task in tasks.values():
                 if task and not task.dead:
                     task.throw()
 
     def _two_pass(
-        self,
-        block: nn.Module,
-        inputs: list[SharedInput],
-        calls: list[BlockCall],
-        hidden: list[Tensor],
-        last: bool,
+        self, block: nn.Module, inputs: list[SharedInput], calls: list[BlockCall], last: bool
     ) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
         statistics = [self._statistic(shared) for shared in inputs]
@@ -251,21 +331,20 @@ class _Run:
             for number, shared in enumerate(inputs)
         ]
         try:
-            for call, states in zip(calls, hidden, strict=True):
-                call.run(block, states)
+            for number, call in enumerate(calls):
+                call.run(block, self.states[number])
         finally:
             for handle in handles:
                 handle.remove()
-        for shared, statistic in zip(inputs, statistics, strict=True):
-            self._solve(shared, statistic)
+        for shared in inputs:
+            self._solve(shared, statistics.pop(0))
         if not last:
             for number, call in enumerate(calls):
-                hidden[number] = call.run(block, hidden[number])
+                self.states[number] = call.run(block, self.states[number])
 
     def _statistic(self, shared: SharedInput) -> Gram | Squares:
-        columns = shared.layers[0].shape[1]
         kind = Gram if self.method.statistic == "gram" else Squares
-        return kind(columns, self.device)
+        return kind(shared.columns, shared.layers[0].module.weight.device)
 
     def _add(self, statistic: Gram | Squares, inputs: Tensor) -> None:
         began = time.perf_counter()
@@ -282,11 +361,6 @@ class _Run:
             raise SolverError(f"{shared.layers[0].name}: {error}") from error
         _apply(shared.layers, solved, self.report)
         self.report.seconds["solve"] += time.perf_counter() - began
-
-
-def _start(task: Any, block: nn.Module, states: Tensor) -> tuple[Any, ...]:
-    """Arguments of a coroutine's first switch; a paused one takes none."""
-    return () if task else (block, states)
 
 
 def _apply(layers: list[Prunable], solved: Solution, report: PruneReport) -> None:

@@ -1,7 +1,8 @@
-"""Learn from one tiny forward pass how a model's blocks are wired.
+"""Learn from a few tokens how a model's blocks are wired.
 
 Which linear maps share one input, in which order inputs appear, what a block returns, and with
-which arguments the decoder calls it: all observed, nothing assumed about the architecture.
+which arguments the decoder calls it: all observed, nothing assumed about the architecture. Blocks
+are looked at one by one, so that only the one at hand needs its weights in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import ModelError
 from calmix.models.blocks import DecoderBlocks, Prunable
 
+TOKENS = 8  # that a block is observed on
+KNOWN = 3  # values of one argument that are compared with: the few tokens', full and last rows'
+
 
 @dataclass(frozen=True)
 class SharedInput:
@@ -25,13 +29,10 @@ class SharedInput:
 
     layers: list[Prunable]
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Per block the distinct inputs in order of appearance, and whether it returns a tuple."""
-
-    inputs: list[list[SharedInput]]
-    returns_tuple: list[bool]
+    @property
+    def columns(self) -> int:
+        """Width of the input."""
+        return self.layers[0].shape[1]
 
 
 @dataclass
@@ -46,82 +47,57 @@ class BlockCall:
         return first_tensor(block(hidden, *self.args, **self.kwargs))
 
 
-@torch.no_grad()
-def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> Layout:
-    """Run a tiny forward pass and observe the layout.
+class Calls:
+    """What the decoder hands to its blocks for each micro-batch, without running the blocks.
 
     Args:
-        model: causal language model.
+        model: causal language model. Weights outside the blocks and those of the first block
+            must be there.
         found: its decoder blocks.
-        ids: a few token ids, shape (1, tokens).
+        ids: a few token ids, shape (1, tokens), to learn from.
 
     Raises:
-        ModelError: the blocks are no plain chain, or a linear map in them is never called or
-            is called more than once a pass.
+        ModelError: the blocks do not pass hidden states straight from one to the next.
     """
-    calls: list[list[tuple[Prunable, tuple[Any, ...]]]] = [[] for _ in found.blocks]
-    kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
-    tuples: list[bool] = []
-    chain: list[tuple[Tensor, Tensor]] = []
-    handles = []
 
-    def on_linear(index: int, layer: Prunable) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            value = args[0]
-            kept.append(value)
-            key = (value.data_ptr(), value._version, value.numel(), value.dtype)
-            calls[index].append((layer, key))
-
-        return hook
-
-    def on_block(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        tuples.append(isinstance(result, tuple))
-        chain.append((_hidden_of(args, kwargs)[0].clone(), first_tensor(result).clone()))
-
-    try:
-        for index, block in enumerate(found.blocks):
-            handles.append(block.register_forward_hook(on_block, with_kwargs=True))
-            for layer in found.prunables(index):
-                handles.append(layer.module.register_forward_pre_hook(on_linear(index, layer)))
-        decoder_and_head(model)[0](input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(chain) != len(found) or not all(
-        torch.equal(chain[i][1], chain[i + 1][0]) for i in range(len(chain) - 1)
-    ):
-        raise ModelError(
-            f"the blocks in {found.name} do not pass hidden states straight from one to the "
-            "next: the engine cannot prune this architecture yet"
-        )
-    inputs = [_shared(calls[i], found.prunables(i)) for i in range(len(found))]
-    return Layout(inputs, tuples)
-
-
-def _shared(
-    calls: list[tuple[Prunable, tuple[Any, ...]]], layers: list[Prunable]
-) -> list[SharedInput]:
-    names = [layer.name for layer, _ in calls]
-    for layer in layers:
-        if names.count(layer.name) != 1:
-            often = "never" if layer.name not in names else "more than once"
-            raise ModelError(f"{layer.name} is called {often} in a forward pass: cannot prune it")
-    groups: dict[tuple[Any, ...], list[Prunable]] = {}
-    for layer, key in calls:
-        groups.setdefault(key, []).append(layer)
-    return [SharedInput(group) for group in groups.values()]
-
-
-class Calls:
-    """What the decoder hands to its blocks for each micro-batch, without running the blocks."""
-
-    def __init__(self, model: Any, found: DecoderBlocks, layout: Layout) -> None:
+    def __init__(self, model: Any, found: DecoderBlocks, ids: Tensor) -> None:
         self._decoder = decoder_and_head(model)[0]
         self._found = found
-        self._layout = layout
-        self._first: dict[tuple[int, str], Tensor] = {}
+        self._known: dict[tuple[int, str], list[Tensor]] = {}
+        self._returns_tuple = False
+        self._learn(ids)
+
+    @torch.no_grad()
+    def _learn(self, ids: Tensor) -> None:
+        """Run the first block to see what blocks return, and mark what passes between them."""
+        handed: list[Tensor] = []
+        given: list[Tensor] = []
+        run_first = self._found.blocks[0].forward
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = _hidden_of(args, kwargs)[0]
+                handed.append(hidden.clone())
+                if index == 0:
+                    self._returns_tuple = isinstance(run_first(*args, **kwargs), tuple)
+                given.append(hidden + 1)
+                return self._returned(given[-1])
+
+            return forward
+
+        with _forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
+            self._decoder(input_ids=ids, use_cache=False)
+        straight = len(handed) == len(self._found) and all(
+            torch.equal(out, into) for out, into in zip(given, handed[1:], strict=False)
+        )
+        if not straight:
+            raise ModelError(
+                f"the blocks in {self._found.name} do not pass hidden states straight from one "
+                "to the next: the engine cannot prune this architecture yet"
+            )
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
 
     def record(self, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the first block's hidden states and every block's other arguments.
@@ -136,7 +112,7 @@ class Calls:
                 args = tuple(self._shared((index, str(i)), value) for i, value in enumerate(args))
                 kwargs = {key: self._shared((index, key), v) for key, v in kwargs.items()}
                 recorded.append((hidden, BlockCall(args, kwargs)))
-                return (hidden,) if self._layout.returns_tuple[index] else hidden
+                return self._returned(hidden)
 
             return forward
 
@@ -149,16 +125,78 @@ class Calls:
             return tuple(self._shared((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
         if not isinstance(value, Tensor):
             return value
-        # Blocks mostly share their arguments too, so the first block's copy is tried as well.
-        for known in (self._first.get((0, key[1])), self._first.get(key)):
+        # Blocks mostly share their arguments too, so the first block's are tried as well.
+        own = self._known.setdefault(key, [])
+        for known in (*self._known.get((0, key[1]), ()), *own):
             if (
-                known is not None
-                and known.shape == value.shape
+                known.shape == value.shape
                 and known.dtype == value.dtype
                 and torch.equal(known, value)
             ):
                 return known
-        return self._first.setdefault(key, value)
+        if len(own) < KNOWN:
+            own.append(value)
+        return value
+
+
+@torch.no_grad()
+def observe_block(
+    found: DecoderBlocks, index: int, call: BlockCall, hidden: Tensor
+) -> list[SharedInput]:
+    """Run one block on a few tokens; return its distinct inputs in order of appearance.
+
+    Must run outside inference mode, where tensors count their versions.
+
+    Args:
+        found: the decoder blocks; block `index` has its weights.
+        call: the block's arguments for these tokens.
+        hidden: its hidden states, shape (1, tokens, width); only their shape matters.
+
+    Raises:
+        ModelError: a linear map of the block is never called or more than once a pass.
+    """
+    seen: list[tuple[Prunable, tuple[Any, ...]]] = []
+    kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
+    layers = found.prunables(index)
+
+    def on_linear(layer: Prunable) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            value = args[0]
+            kept.append(value)
+            seen.append((layer, (value.data_ptr(), value._version, value.numel(), value.dtype)))
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(on_linear(layer)) for layer in layers]
+    try:
+        call.run(found.blocks[index], hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [layer.name for layer, _ in seen]
+    for layer in layers:
+        if names.count(layer.name) != 1:
+            often = "never" if layer.name not in names else "more than once"
+            raise ModelError(f"{layer.name} is called {often} in a forward pass: cannot prune it")
+    groups: dict[tuple[Any, ...], list[Prunable]] = {}
+    for layer, key in seen:
+        groups.setdefault(key, []).append(layer)
+    return [SharedInput(group) for group in groups.values()]
+
+
+def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedInput]]:
+    """Return the distinct inputs of every block of a model that is in memory.
+
+    Args:
+        model: causal language model.
+        found: its decoder blocks.
+        ids: a few token ids, shape (1, tokens).
+
+    Raises:
+        ModelError: as `Calls` and `observe_block`.
+    """
+    hidden, calls = Calls(model, found, ids).record(ids)
+    return [observe_block(found, index, call, hidden) for index, call in enumerate(calls)]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def reference(model, ids, method, pattern, propagation):
     found = find_blocks(model)
     layout = observe(model, found, ids[:1, :8])
     kind = METHODS[method]
-    for inputs in layout.inputs:
+    for inputs in layout:
         grams = []
         for shared in inputs:
             if propagation == "block":
@@ -116,7 +116,7 @@ def test_n_of_m_holds_in_every_group(kind, method):
 def test_layers_that_read_one_input_share_it():
     model = tiny_model("llama")
     layout = observe(model, find_blocks(model), tiny_ids(1, 8))
-    names = [[p.name.rsplit(".", 1)[-1] for p in g.layers] for g in layout.inputs[0]]
+    names = [[p.name.rsplit(".", 1)[-1] for p in g.layers] for g in layout[0]]
     assert names == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
@@ -144,6 +144,17 @@ def test_micro_batches_do_not_change_the_outcome():
         other = weights_of(parts)[name]
         assert ((weight == 0) == (other == 0)).float().mean() > 0.995
         torch.testing.assert_close(weight, other, rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text"])
+@pytest.mark.parametrize("paused", [0, 1, 2])
+def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
+    """Those that do not stay paused begin the block anew; the last one is smaller."""
+    all_stay, some = tiny_model(kind), tiny_model(kind)
+    for model, held in ((all_stay, None), (some, paused)):
+        prune(model, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=5 * 32, paused=held)
+    for (name, a), b in zip(all_stay.named_parameters(), some.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_half_precision_models_keep_their_dtype_and_exact_counts():
