@@ -39,10 +39,14 @@ class Prunable:
         rows, columns = self.module.weight.shape
         return (columns, rows) if is_conv1d(self.module) else (rows, columns)
 
+    def view(self) -> Tensor:
+        """Return the module's own weight, seen as (rows, columns)."""
+        weight = self.module.weight.detach()
+        return weight.T if is_conv1d(self.module) else weight
+
     def matrix(self) -> Tensor:
         """Return the weight as float32 (rows, columns); a copy or view of the module's own."""
-        weight = self.module.weight.detach()
-        return (weight.T if is_conv1d(self.module) else weight).float()
+        return self.view().float()
 
     def assign(self, matrix: Tensor) -> None:
         """Write a (rows, columns) matrix into the module, in the module's own dtype."""

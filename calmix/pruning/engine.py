@@ -30,7 +30,7 @@ from calmix.errors import InputError, ModelError, SolverError
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
-from calmix.pruning.methods import METHODS, Method, Solution
+from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.patterns import Pattern, check_columns
 
 Propagation = Literal["sequential", "block"]
@@ -260,7 +260,7 @@ class Run:
         self, block: nn.Module, inputs: list[SharedInput], calls: list[BlockCall], last: bool
     ) -> None:
         """Prune one block in one pass; replace the states by its outputs unless it is the last."""
-        statistic = self._statistic(inputs[0])
+        statistics = [self._statistic(inputs[0])]
         current = 0
 
         def pause(number: int) -> Callable[..., None]:
@@ -268,7 +268,7 @@ class Run:
                 if number < current:  # a micro-batch that begins the block anew
                     return
                 if number == current:
-                    self._add(statistic, args[0])
+                    self._add(statistics[0], args[0])
                 getcurrent().parent.switch(number)
 
             return hook
@@ -289,7 +289,7 @@ class Run:
         try:
             for current, shared in enumerate(inputs):
                 if current:
-                    statistic = self._statistic(shared)
+                    statistics.append(self._statistic(shared))
                 for number in range(len(calls)):
                     # A task that has ended, or stands elsewhere, took a path of its own.
                     reached = proceed(number)
@@ -300,8 +300,7 @@ class Run:
                         )
                     if number >= held:
                         tasks.pop(number).throw()
-                self._solve(shared, statistic)
-                del statistic
+                self._solve(shared, statistics.pop())
             current = len(inputs)
             if not last:
                 for number in range(len(calls)):
@@ -353,7 +352,7 @@ class Run:
 
     def _solve(self, shared: SharedInput, statistic: Gram | Squares) -> None:
         began = time.perf_counter()
-        weights = [layer.matrix() for layer in shared.layers]
+        weights = [layer.view() for layer in shared.layers]
         options = {"damping": self.damping} if self.method.statistic == "gram" else {}
         try:
             solved = self.method.solve(weights, statistic.matrix(), self.pattern, **options)

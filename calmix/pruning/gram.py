@@ -56,11 +56,11 @@ class Gram:
                     self._sum[at : at + panel, at:].addmm_(x[:, at : at + panel].T, x[:, at:])
 
     def matrix(self) -> Tensor:
-        """Return the symmetric sum, float32 (columns, columns)."""
-        full = self._sum.triu()
+        """Return the symmetric sum, float32 (columns, columns): the running sum itself."""
+        full = self._sum
         for at in range(0, len(full), PANEL):
             square = full[at : at + PANEL, at : at + PANEL]
-            square += square.triu(1).T
+            square.triu_().add_(square.triu(1).T)
             full[at + PANEL :, at : at + PANEL] = full[at : at + PANEL, at + PANEL :].T
         return full
 

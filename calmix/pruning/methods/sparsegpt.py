@@ -16,6 +16,7 @@ from calmix.pruning.methods.solution import Solution
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
+ENERGY_ROWS = 4096  # outputs whose energy is computed at a time, so that little memory is needed
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
 
 
@@ -27,7 +28,7 @@ def solve(
     Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does.
 
     Args:
-        weights: float32 matrices (rows, columns) that share one input.
+        weights: matrices (rows, columns) of any float type that share one input.
         gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
         pattern: share of every block of 128 columns of a layer, or of every group of M
             columns of a row, to prune. Equal saliencies are pruned in order of column, row.
@@ -46,7 +47,8 @@ def solve(
         layer.copy_(weight.T)
     # Output energy ||W X||^2 of every row: the diagonal of W H W^T. It only scales the report.
     with bfloat16_products():
-        energy = torch.mm(gram, stacked).mul_(stacked).sum(0)
+        slices = stacked.split(ENERGY_ROWS, dim=1)
+        energy = torch.cat([torch.mm(gram, part).mul_(part).sum(0) for part in slices])
     loss = torch.zeros_like(energy)
     pruned = [0] * len(heights)
     block = _multiple(BLOCK, pattern)
@@ -71,7 +73,7 @@ def solve(
     lost = [float(part.sum()) for part in loss.split(heights)]
     whole = [float(part.sum()) for part in energy.split(heights)]
     return Solution(
-        weights=[layer.T.contiguous() for layer in layers],
+        weights=[layer.T for layer in layers],
         pruned=pruned,
         errors=[part / total if total else 0.0 for part, total in zip(lost, whole, strict=True)],
         damping=factor.damping,

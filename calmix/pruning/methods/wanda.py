@@ -15,19 +15,20 @@ def solve(weights: Sequence[Tensor], squares: Tensor, pattern: Pattern) -> Solut
     """Prune by |W_ij| * ||x_j||_2 (equation 1); kept weights are not changed.
 
     Args:
-        weights: float32 matrices (rows, columns) that share one input.
+        weights: matrices (rows, columns) of any float type that share one input.
         squares: float32 (columns,), sum of squares of each input over the calibration tokens.
         pattern: what share of every row, or of every group of M inputs, to prune.
     """
     norm = squares.sqrt()
     pruned, counts = [], []
-    for weight in weights:
+    for given in weights:
+        weight = given.float()
         saliency = weight.abs().mul_(norm)
         if isinstance(pattern, SemiStructured):
             mask = grouped_mask(saliency, pattern)
         else:
             mask = smallest(saliency, pattern.count(weight.shape[1]))
-        pruned.append(clear(weight.clone(), mask))
+        pruned.append(clear(weight.clone() if weight is given else weight, mask))
         counts.append(int(mask.count_nonzero()))
     dead = int((squares == 0).sum())
     return Solution(pruned, counts, [None] * len(pruned), dead=dead)
