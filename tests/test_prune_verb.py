@@ -219,14 +219,22 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("calmix.pruning.checkpoint.write_json", full_disk)
-    ended = calmix(
+    command = (
         "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output,
         "--overwrite",
     )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr("calmix.pruning.checkpoint.write_json", full_disk)
+        ended = calmix(*command)
     assert ended.code == 2
     assert "no space left" in ended.line
     assert [p.name for p in output.iterdir()] == ["old"]
+    # The work is kept, and goes on when there is room.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
+    ended = calmix(*command, "--resume")
+    assert ended.code == 0, ended.err
+    assert "going on after 2 of 2 blocks" in ended.err
+    assert not (output / "old").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -32,7 +32,6 @@ from calmix.specs import prune_request
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
-    from calmix.models import OpenModel
 
 
 def register(app: typer.Typer) -> None:
@@ -87,8 +86,19 @@ def prune_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(show_default="what is free", help="Memory the prune may take, such as 6GiB."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted run of the same request."),
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the output folder, or an interrupted run's work."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -109,9 +119,10 @@ def prune_command(
         propagation=propagation,
         damping=damping,
     )
+    from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoint
 
-    def started(opened: OpenModel, drawn: CalibrationSet | None) -> None:
+    def started(drawn: CalibrationSet | None) -> None:
         if drawn is not None:
             shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
             err.print(
@@ -129,6 +140,8 @@ def prune_command(
             device=device,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            resume=resume,
+            max_memory=None if max_memory is None else parse_memory(max_memory),
             started=started,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             writing=writing_on(bar),

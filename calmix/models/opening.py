@@ -167,22 +167,36 @@ def context_of(config: Any) -> int | None:
     return None
 
 
-def _load(
-    folder: Path, name: str, dtype: torch.dtype | str, device: torch.device, trust: bool
-) -> Any:
+def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """Return the configuration of a causal language model; `name` is what the user wrote.
+
+    Raises:
+        ModelError: it cannot be read, or is that of a quantised or encoder-decoder model.
+    """
     with quiet_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            if getattr(config, "quantization_config", None):
-                raise ModelError(
-                    f"{name} is quantised: prune the full-precision model, then quantise"
-                )
-            if getattr(config, "is_encoder_decoder", False):
-                raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
+        except Exception as error:  # transformers raises anything on a damaged checkpoint
+            raise ModelError(f"cannot open {name}: {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
+    return config
+
+
+def _load(
+    folder: Path, name: str, dtype: torch.dtype | str, device: torch.device, trust: bool
+) -> Any:
+    load_config(folder, name, trust)
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -191,8 +205,6 @@ def _load(
                 trust_remote_code=trust,
                 output_loading_info=True,
             )
-        except ModelError:
-            raise
         except Exception as error:  # transformers raises anything on a damaged checkpoint
             raise ModelError(f"cannot open {name}: {_first_line(error)}") from error
     missing = sorted(info.get("missing_keys", ()))

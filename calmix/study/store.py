@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from calmix.errors import InputError, disk_errors
 from calmix.files import atomic_folder, write_json
-from calmix.study.locks import Lock, holder_of
+from calmix.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Resolved, differences

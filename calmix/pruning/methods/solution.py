@@ -13,7 +13,8 @@ class Solution:
     """Pruned weights of layers that share one input.
 
     Attributes:
-        weights: float32 matrices (rows, columns), pruned entries exactly zero; may be transposed views.
+        weights: float32 matrices (rows, columns), which may be transposed views; pruned entries
+            are exactly zero.
         pruned: number of entries each layer's mask removes.
         errors: share of each layer's output energy that is lost on the calibration tokens,
             ||(W - W') X||^2 / ||W X||^2; None where the method has no Gram matrix.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from calmix.study import locks
-from calmix.study.locks import Lock, holder_of
+from calmix import locks
+from calmix.locks import Lock, holder_of
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_lock_made_meanwhile_by_a_faster_runner_is_put_back(tmp_path: Path) ->
 
 def test_many_that_want_a_dead_lock_get_it_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from calmix.study.locks import Lock\n"
+        "import sys, time; from pathlib import Path; from calmix.locks import Lock\n"
         "lock = Lock(Path(sys.argv[1])); print(lock.acquire(), flush=True); sys.stdin.read()"
     )
     dead(tmp_path / "a.lock")

@@ -1,0 +1,243 @@
+"""Safetensors files read and written tensor by tensor, in any order, without mapping them.
+
+A mapped file counts as resident memory as far as it was touched, and a file cannot be written
+piece by piece through the safetensors library. The format itself is eight bytes (the length of a
+JSON header), the header (name, type, shape and place of every tensor), and the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmix.errors import ModelError, disk_errors
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # the format's own
+ALIGNMENT = 8  # of the header
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its file, type and shape, and its first byte from the file's start."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Shards:
+    """The safetensors files of a model folder.
+
+    Attributes:
+        places: every tensor by name.
+        files: names of the files, in order.
+
+    Raises:
+        ModelError: a file is cut short, damaged, or holds a type that is not known.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, Place] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            self.files = sorted(set(named))
+        elif (folder / "model.safetensors").is_file():
+            self.files = ["model.safetensors"]
+        else:
+            self.files = sorted(path.name for path in folder.glob("*.safetensors"))
+        for name in self.files:
+            self.places |= read_header(folder / name)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors as they are stored, by name."""
+        return {name: read_tensor(self.folder, self.places[name]) for name in names}
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        ModelError: the file is cut short, damaged, or holds a type that is not known.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(HEADER_LIMIT, size):
+                raise ValueError
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        places, end = {}, 8 + length
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            places[name] = Place(
+                path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first
+            )
+            end = max(end, 8 + length + last)
+    except KeyError as error:
+        raise ModelError(f"{path} holds a type calmix does not read: {error.args[0]}") from error
+    except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: fetch it again") from error
+    if size < end:
+        raise ModelError(
+            f"{path} is cut short: it has {size:,} bytes, and its header tells of {end:,}: fetch "
+            "it again"
+        )
+    return places
+
+
+def read_tensor(folder: Path, place: Place) -> Tensor:
+    """Return one tensor, read into memory of its own."""
+    tensor = torch.empty(place.shape, dtype=place.dtype)
+    view = tensor_bytes(tensor)
+    with (folder / place.file).open("rb", buffering=0) as file:
+        file.seek(place.start)
+        at = 0
+        while at < len(view):
+            got = file.readinto(view[at:])
+            if not got:
+                raise ModelError(f"{folder / place.file} is cut short: fetch it again")
+            at += got
+    return tensor
+
+
+class ShardWriter:
+    """Files for given tensors, made at full size at once and filled in any order.
+
+    Their room on the disk is taken when they are made, so that a full disk is told first. Opening
+    one whose files are there already goes on with them.
+
+    Args:
+        folder: where the files go.
+        places: the tensors of each file in order, as type and shape, by name.
+
+    Raises:
+        InputError: the disk has no room, or may not be written.
+    """
+
+    def __init__(
+        self, folder: Path, places: Mapping[str, Mapping[str, tuple[torch.dtype, Any]]]
+    ) -> None:
+        self.folder = folder
+        self.places: dict[str, Place] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in places.items():
+            path = folder / name
+            header, found = _header(name, tensors)
+            size = max([len(header), *(place.start + place.size for place in found.values())])
+            self.places |= found
+            with disk_errors(path):
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                try:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(handle, 0, size)
+                    else:
+                        os.ftruncate(handle, size)
+                    _write(handle, memoryview(header), 0)
+                finally:
+                    os.close(handle)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors to their places, converted to the types the files were made with."""
+        for name, tensor in tensors.items():
+            place = self.places[name]
+            assert tuple(tensor.shape) == place.shape, name
+            value = tensor.detach().to("cpu", place.dtype).contiguous()
+            path = self.folder / place.file
+            with disk_errors(path):
+                handle = os.open(path, os.O_WRONLY)
+                try:
+                    _write(handle, tensor_bytes(value), place.start)
+                finally:
+                    os.close(handle)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        for name in dict.fromkeys(place.file for place in self.places.values()):
+            with disk_errors(self.folder / name):
+                handle = os.open(self.folder / name, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+
+    def write_index(self) -> None:
+        """Write the index transformers reads, where there are several files."""
+        files = dict.fromkeys(place.file for place in self.places.values())
+        if len(files) < 2:
+            return
+        total = sum(place.size for place in self.places.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: place.file for name, place in sorted(self.places.items())},
+        }
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _header(
+    file: str, tensors: Mapping[str, tuple[torch.dtype, Any]]
+) -> tuple[bytes, dict[str, Place]]:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at, offsets = 0, {}
+    # Wide types first, as the library writes them, so that every tensor is aligned.
+    order = sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    for name, (dtype, shape) in order:
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at + size],
+        }
+        offsets[name] = at
+        at += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    start = 8 + len(text)
+    places = {
+        name: Place(file, dtype, tuple(shape), start + offsets[name])
+        for name, (dtype, shape) in tensors.items()
+    }
+    return struct.pack("<Q", len(text)) + text, places
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, not copied."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _write(handle: int, view: memoryview, at: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], at + done)

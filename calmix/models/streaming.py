@@ -1,0 +1,235 @@
+"""A model of which only the block at hand has its weights in memory.
+
+The modules are built without weights; what stands outside the blocks is read once, and a block's
+weights are read when it is asked for, the next one's meanwhile. Knows nothing about pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calmix.errors import ModelError
+from calmix.models.blocks import DecoderBlocks, find_blocks
+from calmix.models.opening import (
+    _device,
+    _dtype,
+    fast_half_precision,
+    load_config,
+    quiet_transformers,
+    resolve_model,
+)
+from calmix.models.shards import Shards
+
+
+class NotStreamableError(Exception):
+    """The checkpoint's tensors are not the model's own: it must be opened as a whole."""
+
+
+class StreamedModel:
+    """A causal language model whose blocks come from disk one at a time.
+
+    Args:
+        name, dtype, device, trust_remote_code: as for `open_model`.
+
+    Attributes:
+        folder: the local folder `name` resolved to.
+        model: the modules. Weights are there for what is outside the blocks (until
+            `drop_outside`), the output head excepted, and for blocks between `fetch` and `drop`.
+        blocks: its decoder blocks.
+        shards: the folder's files.
+        names: name in the files of every parameter, by its name in the model.
+
+    Raises:
+        ModelError: as `open_model`, or a file is cut short.
+        NotStreamableError: transformers would convert the weights while it loads them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = name
+        self.trust_remote_code = trust_remote_code
+        self.device = _device(device)
+        chosen = _dtype(dtype)
+        self.folder = resolve_model(name)
+        self.shards = Shards(self.folder)
+        config = load_config(self.folder, name, trust_remote_code)
+        self.model = _skeleton(config, chosen, self.shards, self.device, trust_remote_code)
+        self.blocks: DecoderBlocks = find_blocks(self.model)
+        self.names = dict(self._named())
+        self._pool = ThreadPoolExecutor(1, "reading")
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+
+    def _named(self) -> Iterator[tuple[str, str]]:
+        base = getattr(self.model, "base_model_prefix", "") + "."
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            for known in (name, name.removeprefix(base), base + name):
+                place = self.shards.places.get(known)
+                if place is not None and place.shape == tuple(parameter.shape):
+                    yield name, known
+                    break
+            else:
+                if name not in tied:
+                    raise NotStreamableError(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the blocks' weights in memory."""
+        return next(self.blocks.blocks[0].parameters()).dtype
+
+    def block_names(self, index: int) -> list[str]:
+        """Return the names in the model of a block's parameters."""
+        prefix = f"{self.blocks.name}.{index}."
+        return [name for name in self.names if name.startswith(prefix)]
+
+    def block_bytes(self, index: int) -> int:
+        """Return the bytes of a block's weights in memory."""
+        return sum(p.numel() * p.element_size() for p in self.blocks.blocks[index].parameters())
+
+    @property
+    def outside_names(self) -> list[str]:
+        """Names in the model of the parameters outside the blocks, the output head excepted."""
+        prefix = f"{self.blocks.name}."
+        head = self.model.get_output_embeddings()
+        skipped = set() if head is None else {id(p) for p in head.parameters()}
+        embedded = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        return [
+            name
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if not name.startswith(prefix)
+            and name in self.names
+            and (id(p) not in skipped or id(p) in embedded)
+        ]
+
+    @property
+    def outside_bytes(self) -> int:
+        """Bytes in memory of what `fetch_outside` reads."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        return sum(own[n].numel() * own[n].element_size() for n in self.outside_names)
+
+    def fetch_outside(self) -> None:
+        """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
+        self._put(self._read(self.outside_names))
+        for name, buffer in list(self.model.named_buffers()):
+            value = buffer
+            if (place := self.shards.places.get(name)) is not None and not buffer.is_meta:
+                value = self.shards.read([name])[name].to(buffer.dtype)
+                if place.shape != tuple(buffer.shape):
+                    raise NotStreamableError(name)
+            owner, _, last = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[last] = value.to(self.device)
+
+    def drop_outside(self) -> None:
+        """Forget what is outside the blocks; buffers stay."""
+        self._drop(self.outside_names)
+
+    def fetch(self, index: int, *, ahead: bool = False) -> None:
+        """Read a block's weights, and begin to read the next block's if `ahead`."""
+        reading = self._ahead.pop(index, None)
+        held = reading.result() if reading is not None else self._read(self.block_names(index))
+        self._put(held)
+        if ahead and index + 1 < len(self.blocks) and index + 1 not in self._ahead:
+            names = self.block_names(index + 1)
+            self._ahead[index + 1] = self._pool.submit(self._read, names)
+
+    def drop(self, index: int) -> dict[str, Tensor]:
+        """Forget a block's weights; return them by their names in the files."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        held = {self.names[name]: own[name].detach() for name in self.block_names(index)}
+        self._drop(self.block_names(index))
+        return held
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        read = {}
+        for name in names:
+            stored = self.names[name]
+            read[name] = self.shards.read([stored])[stored].to(own[name].dtype)
+        return read
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            module, last = self._owner(name)
+            module._parameters[last] = nn.Parameter(value.to(self.device), requires_grad=False)
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            module, last = self._owner(name)
+            empty = torch.empty_like(module._parameters[last], device="meta")
+            module._parameters[last] = nn.Parameter(empty, requires_grad=False)
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        owner, _, last = name.rpartition(".")
+        return self.model.get_submodule(owner), last
+
+
+def _skeleton(
+    config: Any, dtype: torch.dtype | str, shards: Shards, device: torch.device, trust: bool
+) -> Any:
+    """Return the modules of a causal language model without weights, buffers excepted."""
+    from accelerate import init_empty_weights
+
+    if dtype == "auto":
+        chosen = getattr(config, "dtype", None)
+        if not isinstance(chosen, torch.dtype):
+            first = [p.dtype for p in shards.places.values() if p.dtype.is_floating_point]
+            chosen = first[0] if first else torch.float32
+        if device.type == "cpu" and not fast_half_precision(chosen):
+            chosen = torch.float32
+    else:
+        assert isinstance(dtype, torch.dtype)
+        chosen = dtype
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=chosen, trust_remote_code=trust
+                )
+            own = shards.folder / "generation_config.json"
+            if own.is_file():
+                model.generation_config = GenerationConfig.from_pretrained(shards.folder)
+        except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelError(f"cannot open {shards.folder}: {line[:300]}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def stored_types(streamed: StreamedModel) -> dict[str, dict[str, tuple[torch.dtype, Any]]]:
+    """Return type and shape of every tensor of the files, floats in the model's type in memory.
+
+    What the model has no parameter for keeps the type it is stored in.
+    """
+    own = dict(streamed.model.named_parameters(remove_duplicate=False))
+    types = {stored: own[name].dtype for name, stored in streamed.names.items()}
+    files: dict[str, dict[str, tuple[torch.dtype, Any]]] = {}
+    for name, place in streamed.shards.places.items():
+        files.setdefault(place.file, {})[name] = (types.get(name, place.dtype), place.shape)
+    return files
+
+
+def other_tensors(streamed: StreamedModel) -> list[str]:
+    """Return the names in the files of all tensors that belong to no block."""
+    inside = {
+        streamed.names[name]
+        for index in range(len(streamed.blocks))
+        for name in streamed.block_names(index)
+    }
+    return [name for name in streamed.shards.places if name not in inside]

@@ -1,0 +1,159 @@
+"""How a prune stays within so much memory: which micro-batches stay paused, what is overlapped.
+
+Pure arithmetic over sizes. A prune block by block holds
+
+    what the process holds before it begins
+    one block's weights, another's being read and another's being written
+    what is outside the blocks, until the first hidden states are made
+    the solver's work on the widest input
+    one micro-batch running through a block, and the activations of those that are paused
+
+Hidden states between blocks lie in a file, which the system keeps in memory as far as there is
+room. What a block's activations and the solver take is ours, fitted to the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from calmix.errors import InputError
+
+GIB = 2**30
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+SLACK = 0.05  # of the budget, for the allocator's rounding
+MASK_ROWS = 128 * 5 * 4  # bytes an output of mask, errors and scores of 128 columns in float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the memory a prune takes.
+
+    Attributes:
+        block_bytes: weights of the largest block.
+        outside_bytes: weights outside the blocks, the output head excepted.
+        layers: (outputs, inputs) of the linear maps of one block.
+        hidden: width of the residual stream.
+        rows, length: calibration rows and their tokens; 0 without calibration.
+        value_bytes: bytes of a weight and of an activation.
+        statistic: `gram`, `squares` or `none`.
+    """
+
+    block_bytes: int
+    outside_bytes: int
+    layers: Sequence[tuple[int, int]]
+    hidden: int
+    rows: int
+    length: int
+    value_bytes: int
+    statistic: str
+
+    @property
+    def inner(self) -> int:
+        """Width of the widest input."""
+        return max(columns for _, columns in self.layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prune does to stay within its budget.
+
+    Attributes:
+        micro_tokens: tokens that run through a block at a time.
+        paused: micro-batches that may stay paused; None for all.
+        overlap: whether blocks are read and written while another is pruned.
+        needed: bytes at the peak.
+    """
+
+    micro_tokens: int
+    paused: int | None
+    overlap: bool
+    needed: int
+
+
+def parse_memory(text: str) -> int:
+    """Return bytes from `6GiB`, `512MB` or `8000000000`.
+
+    Raises:
+        InputError: the text is no amount of memory.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    value = float(match[1]) * UNITS[match[2] or ""] if match else 0
+    if value < 1:
+        raise InputError(f"'{text}' is no amount of memory: write 6GiB, 512MB or bytes")
+    return int(value)
+
+
+def solver_bytes(sizes: Sizes) -> int:
+    """Return the most memory a solver takes: all layers of one width may share an input."""
+    most = 0
+    for width in {columns for _, columns in sizes.layers}:
+        outputs = sum(rows for rows, columns in sizes.layers if columns == width)
+        single = max(rows for rows, columns in sizes.layers if columns == width)
+        if sizes.statistic == "gram":
+            # The sum, its factor and what the factorisation holds beside it; the weights
+            # transposed; mask, errors and scores of one group of columns; some outputs' energy.
+            energy = 2 * 4 * width * min(outputs, 4096)
+            work = max(MASK_ROWS * outputs, energy)
+            most = max(most, 11 * width**2 + 4 * width * outputs + work)
+        else:
+            most = max(most, 4 * width * outputs + 9 * width * single)
+    return most
+
+
+def micro_bytes(sizes: Sizes, tokens: int) -> int:
+    """Return what one micro-batch takes while it runs through a block."""
+    return 3 * tokens * (3 * sizes.hidden + 3 * sizes.inner) * sizes.value_bytes
+
+
+def paused_bytes(sizes: Sizes, tokens: int) -> int:
+    """Return what one micro-batch holds while it waits in a block."""
+    return tokens * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
+
+
+def make_plan(sizes: Sizes, budget: int, held: int, micro_tokens: int, *, sequential: bool) -> Plan:
+    """Return how to prune within a budget.
+
+    What a process holds is rounded up to a quarter of a GiB, so that the same budget gives the
+    same plan: the size of a micro-batch decides how sums round. Fewer paused micro-batches and
+    no overlap change no number, so they come first.
+
+    Args:
+        sizes: of the model and its calibration set.
+        budget: bytes the process may hold.
+        held: bytes it holds already, without any weights.
+        micro_tokens: tokens that run through a block at a time, at most; one row at least.
+        sequential: whether micro-batches pause within a block.
+
+    Raises:
+        InputError: the budget cannot hold one block with one row at work.
+    """
+    room = int((1 - SLACK) * budget)
+    held = -(-held // (GIB // 4)) * (GIB // 4)
+    solver = solver_bytes(sizes)
+    at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
+    while True:
+        tokens = at_once * sizes.length
+        running = micro_bytes(sizes, tokens)
+        first = held + sizes.block_bytes + sizes.outside_bytes + running
+        wanted = -(-sizes.rows // at_once) if sequential else 0
+        each = max(1, paused_bytes(sizes, tokens))
+        found: list[Plan] = []
+        for copies in (3, 1):
+            least = held + copies * sizes.block_bytes + max(solver, running)
+            if max(first, least) <= room:
+                paused = min(wanted, (room - least) // each)
+                needed = max(first, least + paused * each)
+                limit = None if paused == wanted else paused
+                found.append(Plan(tokens, limit, copies > 1, needed))
+        if found:
+            return max(found, key=lambda plan: wanted if plan.paused is None else plan.paused)
+        if at_once == 1:
+            needed = int(max(first, least) / (1 - SLACK)) + 1
+            raise InputError(
+                f"{budget / GIB:.2f} GiB of memory cannot hold one block at work: "
+                f"{needed / GIB:.2f} GiB are needed ({sizes.block_bytes / GIB:.2f} for its "
+                f"weights, {solver / GIB:.2f} for the solver, {held / GIB:.2f} for the program)"
+            )
+        at_once //= 2

@@ -1,0 +1,260 @@
+"""The work folder of a prune: all it takes to go on after an interruption at any moment.
+
+    OUTPUT.unfinished/request.json       what was asked for; another request is refused
+                      calibration/       the calibration set, calibration.json its manifest
+                      checkpoint/        the files of the result, at full size, filled by block
+                      states-0, -1       hidden states before and after the block at hand
+                      progress.json      blocks that are done, and the report on them
+
+A block is done when its weights and the next block's hidden states are on the disk; only then
+is progress.json replaced. The states that lead into a block are kept until it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmix.calibration import CalibrationSet
+from calmix.errors import InputError, disk_errors
+from calmix.files import write_json
+from calmix.locks import Lock, holder_of
+from calmix.models.shards import ShardWriter, tensor_bytes
+from calmix.pruning.engine import LayerReport, PruneReport
+
+SUFFIX = ".unfinished"
+REQUEST, PROGRESS, SET, SET_MANIFEST = (
+    "request.json", "progress.json", "calibration", "calibration.json",
+)  # fmt: skip
+
+
+class FileStates:
+    """Hidden states of micro-batches in two files: one is read while the other is written.
+
+    Args:
+        folder: where the files lie.
+        rows: rows of each micro-batch.
+        like: hidden states of one micro-batch, for length, width, type and device.
+        side: which file is read first.
+        before_write: called before anything is written.
+    """
+
+    def __init__(
+        self, folder: Path, rows: Sequence[int], like: Tensor, side: int, before_write: Any
+    ) -> None:
+        self.paths = [folder / f"states-{number}" for number in (0, 1)]
+        self.rows = list(rows)
+        self.shape, self.dtype, self.device = like.shape[1:], like.dtype, like.device
+        self.side = side
+        self._before_write = before_write
+        self._row_bytes = self.shape.numel() * self.dtype.itemsize
+        for path in self.paths:
+            path.touch()
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Return what a micro-batch brings into the block at hand."""
+        hidden = torch.empty(self.rows[number], *self.shape, dtype=self.dtype)
+        view = tensor_bytes(hidden)
+        with self.paths[self.side].open("rb", buffering=0) as file:
+            file.seek(self._start(number))
+            at = 0
+            while at < len(view):
+                got = file.readinto(view[at:])
+                if not got:
+                    raise InputError(f"{self.paths[self.side]} is cut short: start over")
+                at += got
+        return hidden.to(self.device)
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        """Keep what a micro-batch brings into the next block."""
+        self._before_write()
+        path = self.paths[1 - self.side]
+        with disk_errors(path), path.open("r+b", buffering=0) as file:
+            file.seek(self._start(number))
+            view = tensor_bytes(hidden.to("cpu").contiguous())
+            at = 0
+            while at < len(view):
+                at += file.write(view[at:])
+
+    def turn(self) -> None:
+        """What was written is what is read from now on."""
+        self.side = 1 - self.side
+
+    def sync(self, side: int) -> None:
+        """Wait until a file is on the disk."""
+        with disk_errors(self.paths[side]), self.paths[side].open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _start(self, number: int) -> int:
+        return sum(self.rows[:number]) * self._row_bytes
+
+
+class WorkFolder:
+    """The work folder of one prune.
+
+    Args:
+        output: the checkpoint it is to become.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + SUFFIX)
+        self.checkpoint = self.path / "checkpoint"
+        self.writer: ShardWriter | None = None
+        self.states: FileStates | None = None
+        self._lock = Lock(self.path / "lock")
+        self._pool = ThreadPoolExecutor(1, "writing")
+        self._pending: Future[None] | None = None
+
+    @property
+    def done(self) -> int:
+        """Blocks that are done."""
+        try:
+            return int(json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))["done"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+        """Take the folder for a request; return whether it holds work to go on with.
+
+        Raises:
+            InputError: another process works in it, it holds another request's work, or an
+                interrupted run's that is neither to be resumed nor to be thrown away.
+        """
+        if (holder := holder_of(self.path / "lock")) is not None:
+            raise InputError(f"{holder} is at work on {self.output}: wait for it, or stop it")
+        held = self._request()
+        if held is not None and self.done:
+            if resume:
+                differs = [key for key in request if held.get(key) != request[key]]
+                if differs:
+                    raise InputError(
+                        f"{self.path} is the work of another request ({differs[0]}: "
+                        f"{_short(held.get(differs[0]))}, now {_short(request[differs[0]])}): "
+                        "ask for the same, name another output, or delete it"
+                    )
+            elif not overwrite:
+                raise InputError(
+                    f"{self.path} holds an interrupted run with {self.done} blocks done: go on "
+                    "with --resume, start over with --overwrite, or name another output"
+                )
+        goes_on = bool(resume and held is not None and self.done)
+        if not goes_on and self.path.exists():
+            if held is None and any(self.path.iterdir()):
+                raise InputError(f"{self.path} is in the way and holds no work of calmix: move it")
+            shutil.rmtree(self.path)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoint.mkdir(exist_ok=True)
+        if not self._lock.acquire():
+            raise InputError(f"another process is at work on {self.output}: wait for it")
+        if not goes_on:
+            write_json(self.path / REQUEST, dict(request))
+        return goes_on
+
+    def _request(self) -> dict[str, Any] | None:
+        try:
+            value = json.loads((self.path / REQUEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def remove_leftover(self) -> None:
+        """Remove the folder of a run that ended after the output had its name."""
+        if self._request() is not None and holder_of(self.path / "lock") is None:
+            shutil.rmtree(self.path)
+
+    def keep_calibration(self, drawn: CalibrationSet) -> None:
+        """Keep the calibration set, so that it need not be drawn again."""
+        drawn.save(self.path / SET)
+        write_json(self.path / SET_MANIFEST, drawn.manifest)
+
+    def calibration(self) -> CalibrationSet:
+        """Return the calibration set that was kept, as it was drawn."""
+        held = CalibrationSet.open(self.path / SET)
+        manifest = json.loads((self.path / SET_MANIFEST).read_text(encoding="utf-8"))
+        return CalibrationSet(held.ids, held.sources, manifest)
+
+    def restore(self, report: PruneReport) -> int:
+        """Put the report on the blocks that are done into `report`; return how many they are."""
+        try:
+            kept = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return 0
+        report.layers = [LayerReport(**layer) for layer in kept["layers"]]
+        report.seconds = {key: float(value) for key, value in kept["seconds"].items()}
+        return int(kept["done"])
+
+    def make_states(self, rows: Sequence[int], like: Tensor, done: int) -> FileStates:
+        """Return the hidden states' files, at the side that leads into block `done`."""
+        self.states = FileStates(self.path, rows, like, done % 2, self.wait)
+        return self.states
+
+    def finish_block(
+        self, index: int, tensors: Mapping[str, Tensor], report: PruneReport, *, overlap: bool
+    ) -> None:
+        """Write a block's weights and then count it as done, in the background if `overlap`."""
+        self.wait()
+        side = None
+        if self.states is not None:
+            self.states.turn()
+            side = self.states.side
+        progress = {
+            "done": index + 1,
+            "seconds": dict(report.seconds),
+            "layers": [asdict(layer) for layer in report.layers],
+        }
+
+        def finish() -> None:
+            assert self.writer is not None
+            self.writer.write(tensors)
+            self.writer.sync()
+            if self.states is not None and side is not None:
+                self.states.sync(side)
+            write_json(self.path / PROGRESS, progress)
+
+        self._pending = self._pool.submit(finish)
+        if not overlap:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the block that is being written, and raise what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def complete(self) -> None:
+        """Turn the checkpoint into the output, and remove the folder."""
+        self.wait()
+        old = None
+        with disk_errors(self.output):
+            if self.output.exists():
+                old = self.path / "replaced"
+                self.output.rename(old)
+            self.checkpoint.rename(self.output)
+        self.close()
+        shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        """Let go of the folder; what is in it stays."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._lock.release()
+
+    def abandon(self) -> None:
+        """Let go of the folder and remove it."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."

@@ -1,0 +1,57 @@
+"""Run the command line in this process and end it by SIGKILL at a given moment.
+
+    python -m tests.pruning.stopper MOMENT BLOCK -- ARGUMENTS
+
+MOMENT is `solved` (block BLOCK is pruned, nothing of it written), `written` (its weights are
+written, but not counted), `counted` (progress tells of it) or `renamed` (the output stands, the
+work folder too).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from calmix.cli import main
+from calmix.pruning import work
+from calmix.pruning.engine import Run
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str, number: int) -> None:
+    """Patch the place where the process is to end."""
+    seen = 0
+    if moment == "solved":
+        block = Run.block
+
+        def pruned(self: Run, index: int) -> None:
+            block(self, index)
+            if index == number:
+                stop()
+
+        Run.block = pruned  # type: ignore[method-assign]
+    elif moment in ("written", "counted"):
+        write = work.write_json
+
+        def counted(path: object, value: dict[str, object]) -> None:
+            nonlocal seen
+            due = value.get("done") == number + 1
+            if due and moment == "written":
+                stop()
+            write(path, value)  # type: ignore[arg-type]
+            if due:
+                stop()
+
+        work.write_json = counted  # type: ignore[assignment]
+    else:
+        work.WorkFolder.close = lambda self: stop()  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1], int(sys.argv[2]))
+    sys.argv = ["calmix", *sys.argv[4:]]
+    main()

@@ -1,0 +1,285 @@
+"""Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from calmix.models import open_model
+from calmix.models.streaming import StreamedModel
+from calmix.pruning import Unstructured, prune
+from calmix.pruning.budget import Plan
+from calmix.pruning.streamed import prepare_files, prune_streamed
+from calmix.pruning.work import WorkFolder
+from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_config, tiny_ids, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--rows", 6, "--length", 32)
+
+
+def hashes(folder):
+    """Hashes of all files but the run record, which holds date and seconds."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name != "calmix-run.json"
+    }
+
+
+def streamed_prune(folder, output, ids, *, plan=None, method="sparsegpt", **options):
+    """Prune from disk to disk and return the tensors written."""
+    streamed = StreamedModel(str(folder), **options)
+    work = WorkFolder(output)
+    work.claim({}, resume=False, overwrite=True)
+    try:
+        prepare_files(streamed, work)
+        report = prune_streamed(
+            streamed, ids, work, plan or Plan(5 * 32, None, True, 0), method=method,
+            pattern=Unstructured(0.5), propagation="sequential", damping=0.01,
+        )  # fmt: skip
+        assert report.sparsity == pytest.approx(0.5, abs=0.01)
+        return load_file(work.checkpoint / "model.safetensors")
+    finally:
+        streamed.close()
+        work.abandon()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", kind)
+    opened = open_model(str(folder))
+    prune(opened.model, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=5 * 32)
+    opened.model.save_pretrained(tmp_path / "whole")
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    found = streamed_prune(folder, tmp_path / "out", tiny_ids())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0), Plan(5 * 32, 2, False, 0)],
+    ids=str,
+)
+def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan):
+    expected = streamed_prune(tiny_folder, tmp_path / "a", tiny_ids())
+    found = streamed_prune(tiny_folder, tmp_path / "b", tiny_ids(), plan=plan)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_half_precision_and_several_files(tmp_path):
+    """A checkpoint of several files keeps its files, and its type."""
+    folder = tmp_path / "model"
+    opened = open_model(str(save_tiny_model(tmp_path / "first")))
+    opened.model.bfloat16().save_pretrained(folder, max_shard_size="20KB")
+    opened.tokenizer.save_pretrained(folder)
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert len(files) > 2
+    streamed = StreamedModel(str(folder), dtype="bfloat16")
+    work = WorkFolder(tmp_path / "out")
+    work.claim({}, resume=False, overwrite=False)
+    prepare_files(streamed, work)
+    prune_streamed(
+        streamed, tiny_ids(), work, Plan(2048, None, True, 0), method="wanda",
+        pattern=Unstructured(0.5), propagation="block", damping=0.01,
+    )  # fmt: skip
+    work.writer.write_index()
+    streamed.model.config.save_pretrained(work.checkpoint)
+    assert sorted(p.name for p in work.checkpoint.glob("*.safetensors")) == files
+    found = AutoModelForCausalLM.from_pretrained(work.checkpoint, dtype="auto")
+    assert found.dtype == torch.bfloat16
+    whole = open_model(str(folder), dtype="bfloat16").model
+    prune(whole, tiny_ids(), method="wanda", pattern=Unstructured(0.5), propagation="block")
+    for (name, a), b in zip(found.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    streamed.close()
+    work.abandon()
+
+
+def test_only_the_block_at_hand_is_in_memory(tiny_folder):
+    streamed = StreamedModel(str(tiny_folder))
+    streamed.fetch(1)
+    real = {n for n, p in streamed.model.named_parameters() if not p.is_meta}
+    assert real == set(streamed.block_names(1))
+    held = streamed.drop(1)
+    assert {streamed.names[name] for name in real} == set(held)
+    assert all(p.is_meta for p in streamed.model.parameters())
+    streamed.close()
+
+
+def deep_model(folder):
+    """A tiny llama of five blocks, so that there is a middle to end in."""
+    torch.manual_seed(0)
+    config = tiny_config("llama")
+    config.num_hidden_layers = 5
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return deep_model(tmp_path_factory.mktemp("deep") / "model")
+
+
+def stopped(moment, block, *arguments):
+    """Run the command line in a process that ends itself by SIGKILL."""
+    command = [sys.executable, "-m", "tests.pruning.stopper", moment, str(block), "--"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("moment", "block", "method"),
+    [
+        ("solved", 2, "sparsegpt"),
+        ("written", 2, "sparsegpt"),
+        ("counted", 0, "sparsegpt"),
+        ("counted", 4, "wanda"),
+        ("renamed", 0, "sparsegpt"),
+        ("solved", 0, "wanda"),
+        ("written", 3, "magnitude"),
+    ],
+)
+def test_a_killed_prune_goes_on_to_the_same_bytes(
+    calmix, deep, text_file, tmp_path, monkeypatch, moment, block, method
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    data = () if method == "magnitude" else ("--calibration", text_file, *SMALL)
+    command = ("prune", deep, "--method", method, *data, "--sparsity", 0.5, "-o")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stopped(moment, block, *command, cut)
+    ended = calmix(*command, cut, "--resume")
+    assert ended.code == 0, ended.err
+    if moment == "renamed":
+        assert "finished by an earlier run" in ended.err
+    elif (moment, block) != ("solved", 0):
+        assert "going on after" in ended.err
+    assert calmix(*command, whole).code == 0
+    assert hashes(cut) == hashes(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "text.txt", "whole"]
+
+
+def test_what_stands_in_the_way_of_going_on(calmix, deep, text_file, tmp_path):
+    output = tmp_path / "out"
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "-o", output)
+    stopped("counted", 1, *command, "--sparsity", 0.5)
+    ended = calmix(*command, "--sparsity", 0.5)
+    assert ended.code == 2
+    assert "2 blocks done: go on with --resume" in ended.line
+    ended = calmix(*command, "--sparsity", 0.6, "--resume")
+    assert ended.code == 2
+    assert "another request (sparsity: 0.5, now 0.6)" in ended.line
+    ended = calmix(*command, "--sparsity", 0.6, "--overwrite")
+    assert ended.code == 0, ended.err
+    assert json.loads((output / "calmix.json").read_text())["pruning"]["pattern"] == "0.6"
+    assert not output.with_name("out.unfinished").exists()
+
+
+def test_two_at_work_on_one_output(calmix, deep, text_file, tmp_path):
+    output = tmp_path / "out"
+    work = WorkFolder(output)
+    work.claim({"a": 1}, resume=False, overwrite=False)
+    ended = calmix("prune", deep, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
+    assert ended.code == 2
+    assert "is at work on" in ended.line
+    work.abandon()
+
+
+def test_a_folder_in_the_way_is_not_deleted(calmix, deep, tmp_path):
+    mine = tmp_path / "out.unfinished"
+    mine.mkdir()
+    (mine / "mine").write_text("x", encoding="utf-8")
+    ended = calmix(
+        "prune", deep, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"
+    )
+    assert ended.code == 2
+    assert "is in the way" in ended.line
+    assert (mine / "mine").exists()
+
+
+def test_a_budget_that_cannot_hold_one_block(calmix, deep, text_file, tmp_path):
+    ended = calmix(
+        "prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
+        "-o", tmp_path / "out", "--max-memory", "100MiB",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "0.10 GiB of memory cannot hold one block at work" in ended.line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+
+
+def test_a_truncated_file_is_told_before_the_work(calmix, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    ended = calmix(
+        "prune", folder, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"
+    )
+    assert ended.code == 2
+    assert "is cut short" in ended.line
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_fills_up_half_way(calmix, deep, text_file, tmp_path, monkeypatch):
+    """What is done stays, and the prune goes on when there is room."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this system does not let tests mount a small disk")
+    command = (
+        "prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", small / "out",
+    )  # fmt: skip
+    filler = small / "filler"
+
+    def fill(done, total):
+        if done == 2:
+            handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
+            with contextlib.suppress(OSError):
+                while os.write(handle, bytes(4096)):
+                    pass
+            os.close(handle)
+
+    from calmix.pruning import checkpoint
+
+    run = checkpoint.prune_streamed
+
+    def filling(*args, **kwargs):
+        progress = kwargs.pop("progress")
+
+        def both(done, total):
+            progress(done, total)
+            fill(done, total)
+
+        return run(*args, progress=both, **kwargs)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "prune_streamed", filling)
+            ended = calmix(*command)
+        assert ended.code == 2
+        assert "error: no space left" in ended.err.splitlines()[-1]
+        assert not (small / "out").exists()
+        filler.unlink()
+        ended = calmix(*command, "--resume")
+        assert ended.code == 0, ended.err
+        assert "going on after" in ended.err
+        assert calmix(*command[:-1], tmp_path / "whole").code == 0
+        assert hashes(small / "out") == hashes(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
