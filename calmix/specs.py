@@ -88,3 +88,68 @@ def prune_request(
     if damping is not None and not (math.isfinite(damping) and damping > 0):
         raise InputError(f"--damping {damping} is not a positive number")
     return PruneRequest(method, sparsity, pattern, given["calibration"], draw, propagation, damping)
+
+
+def prune_requests(
+    *,
+    method: str = "sparsegpt",
+    sparsity: str | None = None,
+    pattern: str | None = None,
+    **options: Any,
+) -> list[PruneRequest]:
+    """Check a prune to one or several targets: every method with every sparsity or pattern.
+
+    Args:
+        method: a name or several, as `sparsegpt,wanda`.
+        sparsity: a share or several, as `0.5,0.6`; or
+        pattern: `N:M` or several.
+        **options: as for `prune_request`; with several methods each takes those it has a use for.
+
+    Raises:
+        InputError: as `prune_request`, or the same target is named twice.
+    """
+    methods = _listed("method", method)
+    if (sparsity is None) == (pattern is None):
+        return [prune_request(method=methods[0], **options)]  # which tells what is wrong
+    wanted: list[dict[str, Any]] = [
+        {"sparsity": _share(text)} for text in _listed("sparsity", sparsity)
+    ] + [{"pattern": text} for text in _listed("pattern", pattern)]
+    if len(methods) == 1:
+        return [prune_request(method=method, **target, **options) for target in wanted]
+    given = {name: value for name, value in options.items() if value is not None}
+    useful = {name: given if name != "magnitude" else {} for name in methods}
+    for name in methods:
+        if name != "sparsegpt":
+            useful[name] = {k: v for k, v in useful[name].items() if k != "damping"}
+    idle = set(given) - {key for part in useful.values() for key in part}
+    if idle:
+        raise InputError(f"--{min(idle)} has no effect with methods {method}: leave it out")
+    return [
+        prune_request(method=name, **target, **useful[name])
+        for name in methods
+        for target in wanted
+    ]
+
+
+def target_name(request: PruneRequest) -> str:
+    """Return a folder name for a target, such as `sparsegpt-0.6` or `wanda-2of4`."""
+    if request.pattern is not None:
+        return f"{request.method}-{'of'.join(p.strip() for p in request.pattern.split(':'))}"
+    return f"{request.method}-{request.sparsity:g}"
+
+
+def _listed(option: str, text: str | None) -> list[str]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise InputError(f"--{option} '{text}' has nothing between its commas")
+    for part in parts:
+        if parts.count(part) > 1:
+            raise InputError(f"--{option} names {part} twice")
+    return parts
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--sparsity {text} is no number, such as 0.6") from None

@@ -96,6 +96,34 @@ def test_the_seed_decides_the_draw(calmix, tiny_folder, text_file, tmp_path):
     assert len(found) == 2
 
 
+def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_file, tmp_path):
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
+    together = tmp_path / "together"
+    ended = calmix(
+        *common, "--method", "sparsegpt,wanda,magnitude", "--sparsity", "0.5,0.6", "-o", together
+    )
+    assert ended.code == 0, ended.err
+    names = sorted(p.name for p in together.iterdir())
+    assert names == sorted(f"{m}-{s}" for m in ("sparsegpt", "wanda", "magnitude")
+                           for s in (0.5, 0.6))  # fmt: skip
+    assert ended.out.count("weights pruned") == 6
+    for name in names:
+        method, _, sparsity = name.partition("-")
+        data = ("--method", "magnitude") if method == "magnitude" else common[2:]
+        alone = tmp_path / name
+        options = () if method == "magnitude" else ("--method", method)
+        ended = calmix("prune", tiny_folder, *data, *options, "--sparsity", sparsity, "-o", alone)
+        assert ended.code == 0, ended.err
+        first, second = hashes(together / name), hashes(alone)
+        first.pop("calmix-run.json")
+        second.pop("calmix-run.json")
+        assert first == second, name
+    ended = calmix(*common, "--pattern", "2:4,4:8", "--json", "-o", tmp_path / "patterns")
+    assert [Path(told["output"]).name for told in json.loads(ended.out)] == [
+        "sparsegpt-2of4", "sparsegpt-4of8",
+    ]  # fmt: skip
+
+
 def test_json_output_is_only_json(calmix, tiny_folder, tmp_path):
     ended = calmix(
         "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "--json",
@@ -135,6 +163,15 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ((tiny_folder, *data, "--sparsity", 0), "between 0 and 1"),
         ((tiny_folder, *data, "--sparsity", 1), "between 0 and 1"),
         ((tiny_folder, *data, "--sparsity", "nan"), "between 0 and 1"),
+        ((tiny_folder, *data, "--sparsity", "half"), "half is no number"),
+        ((tiny_folder, *data, "--sparsity", "0.5,"), "nothing between its commas"),
+        ((tiny_folder, *data, "--sparsity", "0.5,0.5"), "names 0.5 twice"),
+        ((tiny_folder, *data, "--sparsity", "0.5,1.5"), "between 0 and 1"),
+        (
+            (tiny_folder, *half, "--method", "wanda,magnitude", *data, "--damping", 0.1),
+            "--damping has no effect with methods wanda,magnitude",
+        ),
+        ((tiny_folder, *data, *half, "--max-memory", "much"), "is no amount of memory"),
         ((tiny_folder, *data, "--pattern", "2of4"), "N:M"),
         ((tiny_folder, *data, "--pattern", "4:4"), "less than M"),
         ((tiny_folder, *data, "--pattern", "2:5"), "does not divide"),

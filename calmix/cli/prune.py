@@ -27,11 +27,13 @@ from calmix.cli.common import (
     progress_bar,
     writing_on,
 )
+from calmix.errors import InputError
 from calmix.sources import load_sources
-from calmix.specs import prune_request
+from calmix.specs import DAMPING, prune_requests, target_name
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
+    from calmix.pruning import PruneReport
 
 
 def register(app: typer.Typer) -> None:
@@ -43,11 +45,22 @@ def register(app: typer.Typer) -> None:
 def prune_command(
     model: ModelName,
     output: Annotated[
-        Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            show_default=False,
+            help="Folder to write; with several targets, a folder of folders.",
+        ),
     ],
-    method: Annotated[str, typer.Option(help="sparsegpt, wanda or magnitude.")] = "sparsegpt",
+    method: Annotated[
+        str, typer.Option(help="sparsegpt, wanda or magnitude; or several: sparsegpt,wanda.")
+    ] = "sparsegpt",
     sparsity: Annotated[
-        float | None, typer.Option(show_default=False, help="Share of weights to prune: 0.6.")
+        str | None,
+        typer.Option(
+            show_default=False, help="Share of weights to prune: 0.6; or several: 0.5,0.6,0.7."
+        ),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -102,8 +115,12 @@ def prune_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a model in one shot and write a checkpoint that loads anywhere."""
-    request = prune_request(
+    """Prune a model in one shot and write a checkpoint that loads anywhere.
+
+    With several methods, sparsities or patterns the model is read once, and every target gets a
+    folder of its own in the output folder.
+    """
+    requests = prune_requests(
         method=method,
         sparsity=sparsity,
         pattern=pattern,
@@ -120,7 +137,14 @@ def prune_command(
         damping=damping,
     )
     from calmix.pruning.budget import parse_memory
-    from calmix.pruning.checkpoint import prune_checkpoint
+    from calmix.pruning.checkpoint import prune_checkpoints
+
+    targets = {
+        output / target_name(request) if len(requests) > 1 else output: request
+        for request in requests
+    }
+    if len(requests) > 1 and (output / "config.json").is_file():
+        raise InputError(f"{output} is a model folder: name another one for several checkpoints")
 
     def started(drawn: CalibrationSet | None) -> None:
         if drawn is not None:
@@ -132,10 +156,9 @@ def prune_command(
 
     with progress_bar() as bar:
         task = bar.add_task("pruning blocks", total=None)
-        report = prune_checkpoint(
+        reports = prune_checkpoints(
             model,
-            output,
-            request,
+            targets,
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -147,15 +170,23 @@ def prune_command(
             writing=writing_on(bar),
             note=note,
         )
+    results = list(zip(targets, reports, strict=True))
     if as_json:
-        print_json({"output": str(output)} | report.to_json())
+        told = [{"output": str(path)} | report.to_json() for path, report in results]
+        print_json(told[0] if len(told) == 1 else told)
         return
+    for path, report in results:
+        _tell(path, report, damping or DAMPING, brief=len(results) > 1)
+
+
+def _tell(path: Path, report: PruneReport, damping: float, *, brief: bool) -> None:
+    """Print what became of a target: a line, and if not `brief` a table of the layers' errors."""
     kinds: dict[str, list[float]] = {}
     for layer in report.layers:
         if layer.error is not None:
             kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer.error)
-    if kinds:
-        rows_ = [
+    if kinds and not brief:
+        rows = [
             {
                 "layer": kind,
                 "blocks": len(errors),
@@ -164,13 +195,13 @@ def prune_command(
             }
             for kind, errors in kinds.items()
         ]
-        print_rows(rows_, as_json=False)
-    raised = [layer.name for layer in report.layers if (layer.damping or 0) > (damping or 0.01)]
+        print_rows(rows, as_json=False)
+    raised = [layer.name for layer in report.layers if (layer.damping or 0) > damping]
     if raised:
         out.print(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
     out.print(
         f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
-        f"in {report.seconds['total']:.1f} s: {output}",
+        f"in {report.seconds['total']:.1f} s: {path}",
         soft_wrap=True,
         highlight=False,
     )

@@ -143,12 +143,15 @@ class StreamedModel:
             names = self.block_names(index + 1)
             self._ahead[index + 1] = self._pool.submit(self._read, names)
 
-    def drop(self, index: int) -> dict[str, Tensor]:
-        """Forget a block's weights; return them by their names in the files."""
+    def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return a block's weights by their names in the files, copied if they will change."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
         held = {self.names[name]: own[name].detach() for name in self.block_names(index)}
+        return {name: value.clone() for name, value in held.items()} if copy else held
+
+    def drop(self, index: int) -> None:
+        """Forget a block's weights."""
         self._drop(self.block_names(index))
-        return held
 
     def close(self) -> None:
         """Stop reading ahead."""

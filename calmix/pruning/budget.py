@@ -32,6 +32,7 @@ class Sizes:
 
     Attributes:
         block_bytes: weights of the largest block.
+        copies: whether the dense weights are kept beside, for another target.
         outside_bytes: weights outside the blocks, the output head excepted.
         layers: (outputs, inputs) of the linear maps of one block.
         hidden: width of the residual stream.
@@ -41,6 +42,7 @@ class Sizes:
     """
 
     block_bytes: int
+    copies: bool
     outside_bytes: int
     layers: Sequence[tuple[int, int]]
     hidden: int
@@ -132,6 +134,8 @@ def make_plan(sizes: Sizes, budget: int, held: int, micro_tokens: int, *, sequen
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
     solver = solver_bytes(sizes)
+    if not sequential and sizes.statistic == "gram":  # a block's statistics are summed together
+        solver += sum(4 * columns**2 for _, columns in sizes.layers)
     at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
     while True:
         tokens = at_once * sizes.length
@@ -141,7 +145,8 @@ def make_plan(sizes: Sizes, budget: int, held: int, micro_tokens: int, *, sequen
         each = max(1, paused_bytes(sizes, tokens))
         found: list[Plan] = []
         for copies in (3, 1):
-            least = held + copies * sizes.block_bytes + max(solver, running)
+            weights = (copies + sizes.copies) * sizes.block_bytes
+            least = held + weights + max(solver, running)
             if max(first, least) <= room:
                 paused = min(wanted, (room - least) // each)
                 needed = max(first, least + paused * each)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,21 @@ from calmix.models.opening import fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, stored_types
 from calmix.pruning.engine import LayerReport, PruneReport, prune
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
-from calmix.pruning.streamed import plan_for, prepare_files, prune_streamed
+from calmix.pruning.streamed import Target, plan_for, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
 from calmix.specs import DAMPING, PruneRequest
 
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
 
-def prune_checkpoint(
+def prune_checkpoint(name: str, output: Path, request: PruneRequest, **options: Any) -> PruneReport:
+    """Prune a model into one checkpoint: `prune_checkpoints` for a single target."""
+    return prune_checkpoints(name, {output: request}, **options)[0]
+
+
+def prune_checkpoints(
     name: str,
-    output: Path,
-    request: PruneRequest,
+    targets: Mapping[Path, PruneRequest],
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -49,41 +53,39 @@ def prune_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
-) -> PruneReport:
-    """Draw a model's calibration set, prune the model block by block and write the checkpoint.
+) -> list[PruneReport]:
+    """Draw a model's calibration set, prune the model block by block and write checkpoints.
 
-    Weights come from disk and go back one block at a time. What is done is kept beside the
+    Weights come from disk and go back one block at a time. What is done is kept beside each
     output, so that an interrupted prune goes on with `resume`.
 
     Args:
         name: the model, as `open_model` takes it.
-        output: folder to write; it appears whole or not at all.
-        request: what to do, from `prune_request`.
-        overwrite: replace what is at `output`, and an interrupted run's work.
+        targets: what to do, from `prune_request`, by the folder to write; each folder appears
+            whole or not at all. All that calibrate do so on one set, the first one's.
+        overwrite: replace what is there, and an interrupted run's work.
         resume: go on with an interrupted run of the same request, if there is one.
         max_memory: bytes the process may hold; None for what is free.
         started: called once the calibration set is ready.
-        progress: called with (blocks done, blocks).
+        progress: called with (blocks done, blocks), those of all targets.
         writing, note: as for `calmix.calibration.resolve`.
 
+    Returns:
+        A report for each target, in order.
+
     Raises:
-        CalmixError: anything a user can mend, before `output` is touched.
+        CalmixError: anything a user can mend, before an output is touched.
     """
-    pattern: Pattern
-    if request.pattern is not None:
-        pattern = parse_pattern(request.pattern)
-    else:
-        assert request.sparsity is not None
-        pattern = Unstructured(request.sparsity)
-    options: dict[str, Any] = {
+    jobs = [Job(output, request) for output, request in targets.items()]
+    how: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    maybe_finished = resume and (output / MANIFEST).is_file()
-    if not maybe_finished:
-        check_output_folder(output, overwrite=overwrite)
     say = note or (lambda line: None)
+    for job in jobs:
+        if not (resume and job.finished):
+            check_output_folder(job.output, overwrite=overwrite)
     try:
-        streamed = StreamedModel(name, **options)
+        streamed = StreamedModel(name, **how)
     except NotStreamableError as error:
         if max_memory is not None or resume:
             option = "--max-memory" if max_memory is not None else "--resume"
@@ -91,57 +93,131 @@ def prune_checkpoint(
                 f"{name} cannot be pruned block by block, because transformers converts its "
                 f"weights while it loads them (first {error}): leave out {option}"
             ) from error
-        return _prune_whole(
-            name, output, request, pattern, options, started, progress, writing, note
-        )
+        return _prune_whole(name, jobs, how, started, progress, writing, note)
     try:
-        asked = _identity(streamed, request)
-        if maybe_finished:
-            if (report := _finished(output, asked)) is not None:
-                say(f"{output} was finished by an earlier run")
-                WorkFolder(output).remove_leftover()
-                return report
-            check_output_folder(output, overwrite=overwrite)
-        work = WorkFolder(output)
-        goes_on = work.claim(asked, resume=resume, overwrite=overwrite)
+        for job in jobs:
+            job.identify(streamed)
+            if resume and job.recover():
+                say(f"{job.output} was finished by an earlier run")
+            else:
+                check_output_folder(job.output, overwrite=overwrite)
+        left = [job for job in jobs if job.report is None]
         try:
+            for job in left:
+                job.goes_on = job.work.claim(job.asked, resume=resume, overwrite=overwrite)
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
-            calibration = None
-            if request.calibration is not None:
-                if goes_on:
-                    calibration = work.calibration()
-                else:
-                    calibration = _draw(request, name, tokenizer, options, writing, note)
-                    work.keep_calibration(calibration)
+            calibration = _calibration(left, name, tokenizer, how, writing, note)
             ids = None if calibration is None else calibration.ids
-            propagation = request.propagation or "sequential"
-            plan = plan_for(
-                streamed, ids, method=request.method, propagation=propagation, budget=max_memory
-            )
-            _check_space(streamed, work, ids)
-            prepare_files(streamed, work)
-            if started is not None:
+            plan = plan_for(streamed, ids, left, budget=max_memory)
+            _check_space(streamed, left, ids)
+            for job in left:
+                prepare_files(streamed, job.work)
+            if left and started is not None:
                 started(calibration)
-            if goes_on:
-                say(f"going on after {work.done} of {len(streamed.blocks)} blocks")
-            report = prune_streamed(
-                streamed,
-                ids,
-                work,
-                plan,
-                method=request.method,
-                pattern=pattern,
-                propagation=propagation,
-                damping=request.damping or DAMPING,
-                progress=progress,
-            )
-            _finish(streamed, tokenizer, work, asked, report, calibration)
+            for job in left:
+                if job.goes_on:
+                    say(f"going on after {job.work.done} of {len(streamed.blocks)} blocks")
+            reports = prune_streamed(streamed, ids, left, plan, progress=progress)
+            for job, report in zip(left, reports, strict=True):
+                job.report = report
+                _finish(streamed, tokenizer, job, calibration)
         except BaseException as error:
-            _leave(work, error)
+            for job in left:
+                if job.work.claimed:
+                    _leave(job.work, error)
             raise
-        return report
     finally:
         streamed.close()
+    return [job.report for job in jobs if job.report is not None]
+
+
+class Job(Target):
+    """One target, with its output and how far it is.
+
+    Attributes:
+        asked: what decides the bytes of the result, as far as it is known before the draw.
+        goes_on: whether there is earlier work to go on with.
+        report: set when it is finished.
+    """
+
+    def __init__(self, output: Path, request: PruneRequest) -> None:
+        pattern: Pattern
+        if request.pattern is not None:
+            pattern = parse_pattern(request.pattern)
+        else:
+            assert request.sparsity is not None
+            pattern = Unstructured(request.sparsity)
+        super().__init__(
+            WorkFolder(output),
+            request.method,
+            pattern,
+            request.propagation or "sequential",
+            request.damping or DAMPING,
+        )
+        self.output = output
+        self.request = request
+        self.asked: dict[str, Any] = {}
+        self.goes_on = False
+        self.report: PruneReport | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether a checkpoint of calmix stands at the output, of whatever request."""
+        return (self.output / MANIFEST).is_file()
+
+    def identify(self, streamed: StreamedModel) -> None:
+        """Set `asked`."""
+        asked = asdict(self.request)
+        own = asked["draw"].pop("own", None)
+        if own is not None:
+            asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
+        self.asked = {
+            "model": fingerprint(streamed.folder),
+            "dtype": str(streamed.dtype).removeprefix("torch."),
+            "device": streamed.device.type,
+            **asked,
+            "versions": versions(),
+        }
+
+    def recover(self) -> bool:
+        """Take the report of an output that an earlier run of the same request has finished."""
+        try:
+            manifest = json.loads((self.output / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["request_sha256"] != sha256_json(self.asked):
+                return False
+            run = json.loads((self.output / RUN).read_text(encoding="utf-8"))
+            done = manifest["pruning"]
+            self.report = PruneReport(
+                done["method"], done["pattern"], done["propagation"], done["tokens"],
+                [LayerReport(**layer) for layer in done["layers"]], run["seconds"],
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        self.work.remove_leftover()
+        return True
+
+
+def _calibration(
+    jobs: Sequence[Job],
+    name: str,
+    tokenizer: OpenTokenizer,
+    how: dict[str, Any],
+    writing: Callable[[str, int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> CalibrationSet | None:
+    """Return the set the targets share, from the work of one that goes on or drawn, and keep it."""
+    calibrated = [job for job in jobs if job.request.calibration is not None]
+    if not calibrated:
+        return None
+    kept = next((job for job in calibrated if job.goes_on), None)
+    if kept is not None:
+        made = kept.work.calibration()
+    else:
+        made = _draw(calibrated[0].request, name, tokenizer, how, writing, note)
+    for job in calibrated:
+        if not job.goes_on:
+            job.work.keep_calibration(made)
+    return made
 
 
 def _draw(
@@ -157,44 +233,6 @@ def _draw(
     whole = needs_model(request.calibration, request.draw.get("select"))
     opened = open_model(name, **options) if whole else tokenizer
     return resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
-
-
-def _identity(streamed: StreamedModel, request: PruneRequest) -> dict[str, Any]:
-    """Return what decides the bytes of the result, as far as it is known before the draw."""
-    asked = asdict(request)
-    own = asked["draw"].pop("own", None)
-    if own is not None:
-        asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
-    return {
-        "model": fingerprint(streamed.folder),
-        "dtype": str(streamed.dtype).removeprefix("torch."),
-        "device": streamed.device.type,
-        **asked,
-        "versions": versions(),
-    }
-
-
-def _finished(output: Path, asked: dict[str, Any]) -> PruneReport | None:
-    """Return the report of an output if an earlier run of the same request has finished it."""
-    try:
-        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
-        seconds = json.loads((output / RUN).read_text(encoding="utf-8"))["seconds"]
-        held = manifest["request_sha256"]
-        done = manifest["pruning"]
-        report = PruneReport(
-            done["method"], done["pattern"], done["propagation"], done["tokens"],
-            [LayerReport(**layer) for layer in done["layers"]], seconds,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{output} exists and holds something else: name another output"
-        ) from error
-    if held != sha256_json(asked):
-        raise InputError(
-            f"{output} is the finished result of another request: name another output, or use "
-            "--overwrite without --resume"
-        )
-    return report
 
 
 def _leave(work: WorkFolder, error: BaseException) -> None:
@@ -234,17 +272,21 @@ def _manifest(
 def _finish(
     streamed: StreamedModel,
     tokenizer: OpenTokenizer,
-    work: WorkFolder,
-    asked: dict[str, Any],
-    report: PruneReport,
+    job: Job,
     calibration: CalibrationSet | None,
 ) -> None:
     """Write all that stands beside the weights, and turn the work into the output."""
+    assert job.report is not None
     manifest, seconds = _manifest(
-        streamed.name, asked["model"], streamed.dtype, streamed.device.type, report, calibration
+        streamed.name,
+        job.asked["model"],
+        streamed.dtype,
+        streamed.device.type,
+        job.report,
+        calibration if job.request.calibration is not None else None,
     )
-    manifest["request_sha256"] = sha256_json(asked)
-    model, folder = streamed.model, work.checkpoint
+    manifest["request_sha256"] = sha256_json(job.asked)
+    model, work, folder = streamed.model, job.work, job.work.checkpoint
     assert work.writer is not None
     with disk_errors(work.path), quiet_transformers():
         work.writer.write_index()
@@ -264,36 +306,44 @@ def _finish(
 
 def _prune_whole(
     name: str,
-    output: Path,
-    request: PruneRequest,
-    pattern: Pattern,
-    options: dict[str, Any],
+    jobs: Sequence[Job],
+    how: dict[str, Any],
     started: Callable[[CalibrationSet | None], None] | None,
     progress: Callable[[int, int], None] | None,
     writing: Callable[[str, int, int], None] | None,
     note: Callable[[str], None] | None,
-) -> PruneReport:
-    """Prune a model that transformers has to load as a whole."""
-    opened = open_model(name, **options)
-    check_space(opened, output)
-    calibration = None
-    if request.calibration is not None:
-        calibration = resolve(
-            request.calibration, opened, writing=writing, note=note, **request.draw
+) -> list[PruneReport]:
+    """Prune a model that transformers has to load as a whole, once for each target."""
+    calibration: CalibrationSet | None = None
+    reports = []
+    for number, job in enumerate(jobs):
+        opened = open_model(name, **how)
+        check_space(opened, job.output)
+        request = job.request
+        if calibration is None and request.calibration is not None:
+            calibration = resolve(
+                request.calibration, opened, writing=writing, note=note, **request.draw
+            )
+        if not number and started is not None:
+            started(calibration)
+        calibrated = None if request.calibration is None else calibration
+
+        def tick(done: int, blocks: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * blocks + done, len(jobs) * blocks)
+
+        report = prune(
+            opened.model,
+            None if calibrated is None else calibrated.ids,
+            method=job.method,
+            pattern=job.pattern,
+            propagation=job.propagation,
+            damping=job.damping,
+            progress=tick,
         )
-    if started is not None:
-        started(calibration)
-    report = prune(
-        opened.model,
-        None if calibration is None else calibration.ids,
-        method=request.method,
-        pattern=pattern,
-        propagation=request.propagation or "sequential",
-        damping=request.damping or DAMPING,
-        progress=progress,
-    )
-    write_checkpoint(opened, output, report, calibration)
-    return report
+        write_checkpoint(opened, job.output, report, calibrated)
+        reports.append(report)
+    return reports
 
 
 def write_checkpoint(
@@ -324,22 +374,22 @@ def check_space(opened: OpenModel, output: Path) -> None:
     _check_free(output, needed, "the checkpoint takes")
 
 
-def _check_space(streamed: StreamedModel, work: WorkFolder, ids: torch.Tensor | None) -> None:
-    """Refuse before the work starts if checkpoint and hidden states will not fit on the disk."""
+def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
+    """Refuse before the work starts if checkpoints and hidden states will not fit on the disk."""
     files = stored_types(streamed).values()
-    needed = sum(
+    weights = sum(
         torch.Size(shape).numel() * dtype.itemsize
         for tensors in files
         for dtype, shape in tensors.values()
     )
-    what = "the checkpoint takes"
+    states = 0
     if ids is not None:
         config = streamed.model.config.get_text_config(decoder=True)
-        width = getattr(config, "hidden_size", 0)
-        needed += 2 * ids.numel() * width * streamed.dtype.itemsize
-        what = "the checkpoint and hidden states take"
-    held = sum(p.stat().st_blocks * 512 for p in work.path.rglob("*") if p.is_file())
-    _check_free(work.output, needed - held, what)
+        states = 2 * ids.numel() * getattr(config, "hidden_size", 0) * streamed.dtype.itemsize
+    for job in jobs:
+        what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
+        held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())
+        _check_free(job.output, len(jobs) * (weights + states) - held, what)
 
 
 def _check_free(output: Path, needed: int, what: str) -> None:

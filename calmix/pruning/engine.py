@@ -170,6 +170,29 @@ def check_ids(ids: Tensor | None, method: str) -> Tensor:
     return ids
 
 
+class _Sum:
+    """A statistic being summed, or one that another run has summed already."""
+
+    def __init__(
+        self,
+        sums: Gram | Squares | None,
+        known: Tensor | None,
+        keep: Callable[[Tensor], Any] = lambda full: None,
+    ) -> None:
+        self._sums, self._known, self._keep = sums, known, keep
+
+    def add(self, inputs: Tensor) -> None:
+        if self._sums is not None:
+            self._sums.add(inputs)
+
+    def matrix(self) -> Tensor:
+        if self._known is None:
+            assert self._sums is not None
+            self._known = self._sums.matrix()
+            self._keep(self._known)
+        return self._known
+
+
 class Run:
     """One prune, block by block: the caller decides where weights and hidden states lie.
 
@@ -178,6 +201,8 @@ class Run:
             `record`, with all that is outside the blocks).
         found: its blocks.
         method, pattern, propagation, damping, paused: as for `prune`.
+        shared: statistics of the first block's inputs that are the same for other runs, by kind
+            and number: taken from here, or left here.
 
     Attributes:
         states: hidden states; the caller's to set once `record` has given the first.
@@ -193,6 +218,7 @@ class Run:
         propagation: Propagation,
         damping: float,
         paused: int | None = None,
+        shared: dict[tuple[str, int], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.found = found
@@ -201,6 +227,7 @@ class Run:
         self.propagation = propagation
         self.damping = damping
         self.paused = paused
+        self._shared = shared
         self.states: States | dict[int, Tensor] = {}
         named = propagation if self.needs_ids else None
         self.report = PruneReport(method, str(pattern), named, 0)
@@ -234,6 +261,11 @@ class Run:
             yield number, hidden
         self.report.seconds["prepare"] += time.perf_counter() - began
 
+    def recorded_by(self, other: Run) -> None:
+        """Take what another run of the same model and ids has recorded."""
+        self._calls, self._tiny = other._calls, other._tiny
+        self.report.tokens = other.report.tokens
+
     def block(self, index: int) -> None:
         """Prune one block, whose weights are in memory, and move the states on to the next."""
         began = time.perf_counter()
@@ -253,14 +285,25 @@ class Run:
         assert self._tiny is not None
         with torch.inference_mode(False):
             inputs = observe_block(self.found, index, self._tiny[1][index], self._tiny[0])
-        step = self._sequential if self.propagation == "sequential" else self._two_pass
-        step(block, inputs, [calls[index] for calls in self._calls], last)
+        calls = [recorded[index] for recorded in self._calls]
+        if self.propagation == "sequential":
+            self._sequential(block, inputs, calls, last, 0 if index else 1)
+        else:
+            self._two_pass(block, inputs, calls, last, 0 if index else len(inputs))
 
     def _sequential(
-        self, block: nn.Module, inputs: list[SharedInput], calls: list[BlockCall], last: bool
+        self,
+        block: nn.Module,
+        inputs: list[SharedInput],
+        calls: list[BlockCall],
+        last: bool,
+        common: int,
     ) -> None:
-        """Prune one block in one pass; replace the states by its outputs unless it is the last."""
-        statistics = [self._statistic(inputs[0])]
+        """Prune one block in one pass; replace the states by its outputs unless it is the last.
+
+        The first `common` inputs are the same whatever the block is pruned to.
+        """
+        statistics = [self._statistic(inputs, 0, common)]
         current = 0
 
         def pause(number: int) -> Callable[..., None]:
@@ -289,7 +332,7 @@ class Run:
         try:
             for current, shared in enumerate(inputs):
                 if current:
-                    statistics.append(self._statistic(shared))
+                    statistics.append(self._statistic(inputs, current, common))
                 for number in range(len(calls)):
                     # A task that has ended, or stands elsewhere, took a path of its own.
                     reached = proceed(number)
@@ -314,10 +357,15 @@ class Run:
                     task.throw()
 
     def _two_pass(
-        self, block: nn.Module, inputs: list[SharedInput], calls: list[BlockCall], last: bool
+        self,
+        block: nn.Module,
+        inputs: list[SharedInput],
+        calls: list[BlockCall],
+        last: bool,
+        common: int,
     ) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
-        statistics = [self._statistic(shared) for shared in inputs]
+        statistics = [self._statistic(inputs, i, common) for i in range(len(inputs))]
 
         def collect(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -341,16 +389,23 @@ class Run:
             for number, call in enumerate(calls):
                 self.states[number] = call.run(block, self.states[number])
 
-    def _statistic(self, shared: SharedInput) -> Gram | Squares:
+    def _statistic(self, inputs: list[SharedInput], number: int, common: int) -> _Sum:
+        """Return an input's empty statistic, or another run's full one that is the same."""
+        kept = self._shared if self._shared is not None and number < common else {}
+        key = (str(self.method.statistic), number)
+        if key in kept:
+            return _Sum(None, kept[key])
         kind = Gram if self.method.statistic == "gram" else Squares
-        return kind(shared.columns, shared.layers[0].module.weight.device)
+        shared = inputs[number]
+        made = kind(shared.columns, shared.layers[0].module.weight.device)
+        return _Sum(made, None, lambda full: kept.setdefault(key, full))
 
-    def _add(self, statistic: Gram | Squares, inputs: Tensor) -> None:
+    def _add(self, statistic: _Sum, inputs: Tensor) -> None:
         began = time.perf_counter()
         statistic.add(inputs)
         self.report.seconds["statistics"] += time.perf_counter() - began
 
-    def _solve(self, shared: SharedInput, statistic: Gram | Squares) -> None:
+    def _solve(self, shared: SharedInput, statistic: _Sum) -> None:
         began = time.perf_counter()
         weights = [layer.view() for layer in shared.layers]
         options = {"damping": self.damping} if self.method.statistic == "gram" else {}

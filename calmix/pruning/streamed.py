@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import Tensor
 
+from calmix.errors import InputError
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import StreamedModel, other_tensors, stored_types
 from calmix.pruning.budget import Plan, Sizes, make_plan
@@ -32,19 +34,36 @@ from calmix.pruning.work import WorkFolder
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
 
 
+@dataclass
+class Target:
+    """What a model is pruned to.
+
+    Attributes:
+        work: where the result and all it takes to go on lie.
+        method, pattern, propagation, damping: as for `calmix.pruning.engine.prune`.
+    """
+
+    work: WorkFolder
+    method: str
+    pattern: Pattern
+    propagation: Propagation
+    damping: float
+
+    @property
+    def statistic(self) -> str:
+        """What the method needs of the inputs."""
+        return METHODS[self.method].statistic
+
+
 def plan_for(
-    streamed: StreamedModel,
-    ids: Tensor | None,
-    *,
-    method: str,
-    propagation: Propagation,
-    budget: int | None,
+    streamed: StreamedModel, ids: Tensor | None, targets: Sequence[Target], *, budget: int | None
 ) -> Plan:
     """Return how a prune stays within a budget, or within what is free now.
 
     Args:
         streamed: the model, nothing of it read yet.
-        ids: calibration ids, None for a method that needs none.
+        ids: calibration ids, None if no target needs them.
+        targets: what is to be done.
         budget: bytes; None for what is free, which is never refused.
 
     Raises:
@@ -54,15 +73,17 @@ def plan_for(
     rows, length = (0, 0) if ids is None else ids.shape
     config = streamed.model.config.get_text_config(decoder=True)
     layers = [layer.shape for layer in blocks.prunables(0)]
+    kinds = {target.statistic for target in targets}
     sizes = Sizes(
         block_bytes=max(streamed.block_bytes(index) for index in range(len(blocks))),
+        copies=len(targets) > 1,
         outside_bytes=streamed.outside_bytes if rows else 0,
         layers=layers,
         hidden=getattr(config, "hidden_size", None) or max(columns for _, columns in layers),
         rows=rows,
         length=length,
         value_bytes=streamed.dtype.itemsize,
-        statistic=METHODS[method].statistic,
+        statistic="gram" if "gram" in kinds else "squares",
     )
     if streamed.device.type == "cuda":
         held = torch.cuda.memory_allocated(streamed.device)
@@ -70,15 +91,14 @@ def plan_for(
     else:
         held = psutil.Process().memory_info().rss
         free = psutil.virtual_memory().available
-    sequential = propagation == "sequential" and METHODS[method].statistic != "none"
+    sequential = any(t.propagation == "sequential" and t.statistic != "none" for t in targets)
     if budget is not None:
         return make_plan(sizes, budget, held, MICRO_TOKENS, sequential=sequential)
     # Without a budget the micro-batch stays what it is, so that no number depends on the moment.
     whole = make_plan(sizes, 2**62, held, MICRO_TOKENS, sequential=sequential)
-    with contextlib.suppress(Exception):
-        fitted = make_plan(
-            sizes, held + int(FREE_SHARE * free), held, MICRO_TOKENS, sequential=sequential
-        )
+    with contextlib.suppress(InputError):
+        room = held + int(FREE_SHARE * free)
+        fitted = make_plan(sizes, room, held, MICRO_TOKENS, sequential=sequential)
         if fitted.micro_tokens == whole.micro_tokens:
             return fitted
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
@@ -96,75 +116,107 @@ def prepare_files(streamed: StreamedModel, work: WorkFolder) -> None:
 def prune_streamed(
     streamed: StreamedModel,
     ids: Tensor | None,
-    work: WorkFolder,
+    targets: Sequence[Target],
     plan: Plan,
     *,
-    method: str,
-    pattern: Pattern,
-    propagation: Propagation,
-    damping: float,
     progress: Callable[[int, int], None] | None = None,
-) -> PruneReport:
-    """Prune a model into its work folder, from the first block that is not done.
+) -> list[PruneReport]:
+    """Prune a model into the targets' work folders, each from its first block that is not done.
+
+    A block is read once and pruned for every target. What is exactly the same for all is done
+    once: the decoder's part before the blocks, and the statistic of the first input.
 
     Args:
         streamed: the model, nothing of it read yet.
-        ids: calibration ids, None for a method that needs none.
-        work: claimed, with its files made.
+        ids: calibration ids, None if no target needs them.
+        targets: their work folders are claimed, with their files made.
         plan: of memory.
-        progress: called with (blocks done, blocks), at the start too if some are done.
+        progress: called with (blocks done, blocks) of all targets, at the start too if some are.
 
     Raises:
         ModelError, InputError, SolverError: as `calmix.pruning.engine.prune`.
         InputError: the disk is full; what is done stays.
     """
     blocks = streamed.blocks
-    check_pattern(blocks, pattern)
     began = time.perf_counter()
-    run = Run(streamed.model, blocks, method, pattern, propagation, damping, plan.paused)
-    done = work.restore(run.report)
-    spent = run.report.seconds.pop("total", 0.0)
-    if done and progress is not None:
-        progress(done, len(blocks))
-    if run.needs_ids:
-        ids = check_ids(ids, method)
-        _first_states(streamed, run, ids, work, plan, done)
-    elif not done:
-        streamed.fetch(0, ahead=plan.overlap)
-    if not done:
-        _copy_others(streamed, work)
-    assert work.writer is not None
-    for index in range(done, len(blocks)):
-        if index:
-            streamed.fetch(index, ahead=plan.overlap)
-        run.block(index)
+    shared: dict[tuple[str, int], Tensor] = {}
+    runs: list[Run] = []
+    for target in targets:
+        check_pattern(blocks, target.pattern)
+        runs.append(
+            Run(
+                streamed.model, blocks, target.method, target.pattern, target.propagation,
+                target.damping, plan.paused, shared if len(targets) > 1 else None,
+            )
+        )  # fmt: skip
+    done = [target.work.restore(run.report) for target, run in zip(targets, runs, strict=True)]
+    spent = max((run.report.seconds.get("total", 0.0) for run in runs), default=0.0)
+    calibrated = [i for i, run in enumerate(runs) if run.needs_ids]
+    if calibrated:
+        _first_states(
+            streamed, check_ids(ids, targets[calibrated[0]].method), plan,
+            [(runs[i], targets[i].work, done[i]) for i in calibrated],
+        )  # fmt: skip
+    for target, first in zip(targets, done, strict=True):
+        if not first:
+            _copy_others(streamed, target.work)
+    finished = sum(done)
+    if finished and progress is not None:
+        progress(finished, len(runs) * len(blocks))
+    for index in range(min(done, default=len(blocks)), len(blocks)):
+        streamed.fetch(index, ahead=plan.overlap)
+        dense = _copies(streamed, index) if len(runs) > 1 else {}
+        for number, (target, run) in enumerate(zip(targets, runs, strict=True)):
+            if done[number] > index:
+                continue
+            for parameter, weight in dense.items():
+                parameter.copy_(weight)
+            run.block(index)
+            run.report.seconds["total"] = spent + time.perf_counter() - began
+            target.work.finish_block(
+                index, streamed.weights(index, copy=len(runs) > 1), run.report,
+                overlap=plan.overlap,
+            )  # fmt: skip
+            finished += 1
+            if progress is not None:
+                progress(finished, len(runs) * len(blocks))
+        shared.clear()
+        streamed.drop(index)
+    for target, run in zip(targets, runs, strict=True):
+        target.work.wait()
         run.report.seconds["total"] = spent + time.perf_counter() - began
-        work.finish_block(index, streamed.drop(index), run.report, overlap=plan.overlap)
-        if progress is not None:
-            progress(index + 1, len(blocks))
-    work.wait()
-    run.report.seconds["total"] = spent + time.perf_counter() - began
-    return run.report
+    return [run.report for run in runs]
+
+
+def _copies(streamed: StreamedModel, index: int) -> dict[Tensor, Tensor]:
+    """Return a copy of every weight of a block that pruning changes."""
+    return {
+        layer.module.weight.data: layer.module.weight.detach().clone()
+        for layer in streamed.blocks.prunables(index)
+    }
 
 
 def _first_states(
-    streamed: StreamedModel, run: Run, ids: Tensor, work: WorkFolder, plan: Plan, done: int
+    streamed: StreamedModel, ids: Tensor, plan: Plan, at: Sequence[tuple[Run, WorkFolder, int]]
 ) -> None:
-    """Record what the decoder hands to its blocks, and where nothing is done the first states."""
+    """Record what the decoder hands to its blocks; give each run that begins its first states."""
     streamed.fetch_outside()
-    streamed.fetch(0, ahead=plan.overlap and not done)
+    streamed.fetch(0)
     batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
-    for number, hidden in run.record(ids, plan.micro_tokens):
-        if not number:
-            states = work.make_states(batches, hidden, done)
-            run.states = states
-            states.turn()  # the first are written to the side that is read first
-        if not done:
-            states[number] = hidden
-    states.turn()
+    first, others = at[0][0], [run for run, _, _ in at[1:]]
+    for number, hidden in first.record(ids, plan.micro_tokens):
+        for run, work, done in at:
+            if not number:
+                run.states = work.make_states(batches, hidden, done)
+                work.states_begin()
+            if not done:
+                run.states[number] = hidden
+    for _, work, _ in at:
+        work.states_begin()
+    for run in others:
+        run.recorded_by(first)
     streamed.drop_outside()
-    if done:
-        streamed.drop(0)
+    streamed.drop(0)
 
 
 def _copy_others(streamed: StreamedModel, work: WorkFolder) -> None:

@@ -103,6 +103,9 @@ class WorkFolder:
 
     Args:
         output: the checkpoint it is to become.
+
+    Attributes:
+        claimed: whether this process is at work in it.
     """
 
     def __init__(self, output: Path) -> None:
@@ -114,6 +117,7 @@ class WorkFolder:
         self._lock = Lock(self.path / "lock")
         self._pool = ThreadPoolExecutor(1, "writing")
         self._pending: Future[None] | None = None
+        self.claimed = False
 
     @property
     def done(self) -> int:
@@ -157,6 +161,7 @@ class WorkFolder:
             self.checkpoint.mkdir(exist_ok=True)
         if not self._lock.acquire():
             raise InputError(f"another process is at work on {self.output}: wait for it")
+        self.claimed = True
         if not goes_on:
             write_json(self.path / REQUEST, dict(request))
         return goes_on
@@ -198,6 +203,11 @@ class WorkFolder:
         """Return the hidden states' files, at the side that leads into block `done`."""
         self.states = FileStates(self.path, rows, like, done % 2, self.wait)
         return self.states
+
+    def states_begin(self) -> None:
+        """Turn the states' files round: the first ones are written to the side that is read."""
+        assert self.states is not None
+        self.states.turn()
 
     def finish_block(
         self, index: int, tensors: Mapping[str, Tensor], report: PruneReport, *, overlap: bool
@@ -246,6 +256,7 @@ class WorkFolder:
 
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""
+        self.claimed = False
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
 

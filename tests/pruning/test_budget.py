@@ -10,6 +10,7 @@ from calmix.pruning.budget import GIB, Sizes, make_plan, parse_memory, solver_by
 MIB = 2**20
 LLAMA_8B = Sizes(
     block_bytes=436 * MIB,
+    copies=False,
     outside_bytes=1002 * MIB,
     layers=[(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096),
             (14336, 4096), (4096, 14336)],
@@ -61,6 +62,11 @@ def test_rows_at_once_shrink_last():
 
 def test_a_little_more_in_the_process_changes_nothing():
     assert plan(6, held=300 * MIB) == plan(6, held=500 * MIB)
+
+
+def test_several_targets_keep_the_dense_weights_beside():
+    several = dataclasses.replace(LLAMA_8B, copies=True)
+    assert plan(80, several).needed - plan(80).needed == LLAMA_8B.block_bytes
 
 
 def test_other_methods_need_less():

@@ -17,14 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from calmix.models import open_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import Unstructured, prune
+from calmix.pruning import SemiStructured, Unstructured, prune
 from calmix.pruning.budget import Plan
-from calmix.pruning.streamed import prepare_files, prune_streamed
+from calmix.pruning.gram import Gram
+from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_config, tiny_ids, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--rows", 6, "--length", 32)
+HALF = Unstructured(0.5)
+PLENTY = Plan(5 * 32, None, True, 0)
 
 
 def hashes(folder):
@@ -36,22 +39,27 @@ def hashes(folder):
     }
 
 
-def streamed_prune(folder, output, ids, *, plan=None, method="sparsegpt", **options):
-    """Prune from disk to disk and return the tensors written."""
-    streamed = StreamedModel(str(folder), **options)
+def target(output, method="sparsegpt", pattern=HALF, propagation="sequential"):
+    """A target with its work folder claimed."""
     work = WorkFolder(output)
     work.claim({}, resume=False, overwrite=True)
+    return Target(work, method, pattern, propagation, 0.01)
+
+
+def streamed_prune(folder, targets, ids, plan=PLENTY):
+    """Prune from disk to disk and return the tensors written for each target."""
+    streamed = StreamedModel(str(folder))
     try:
-        prepare_files(streamed, work)
-        report = prune_streamed(
-            streamed, ids, work, plan or Plan(5 * 32, None, True, 0), method=method,
-            pattern=Unstructured(0.5), propagation="sequential", damping=0.01,
-        )  # fmt: skip
-        assert report.sparsity == pytest.approx(0.5, abs=0.01)
-        return load_file(work.checkpoint / "model.safetensors")
+        for one in targets:
+            prepare_files(streamed, one.work)
+        reports = prune_streamed(streamed, ids, targets, plan)
+        for one, report in zip(targets, reports, strict=True):
+            assert report.sparsity == pytest.approx(one.pattern.sparsity, abs=0.01)
+        return [load_file(one.work.checkpoint / "model.safetensors") for one in targets]
     finally:
         streamed.close()
-        work.abandon()
+        for one in targets:
+            one.work.abandon()
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -61,7 +69,7 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
     prune(opened.model, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=5 * 32)
     opened.model.save_pretrained(tmp_path / "whole")
     expected = load_file(tmp_path / "whole" / "model.safetensors")
-    found = streamed_prune(folder, tmp_path / "out", tiny_ids())
+    (found,) = streamed_prune(folder, [target(tmp_path / "out")], tiny_ids())
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -73,9 +81,39 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
     ids=str,
 )
 def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan):
-    expected = streamed_prune(tiny_folder, tmp_path / "a", tiny_ids())
-    found = streamed_prune(tiny_folder, tmp_path / "b", tiny_ids(), plan=plan)
+    (expected,) = streamed_prune(tiny_folder, [target(tmp_path / "a")], tiny_ids())
+    (found,) = streamed_prune(tiny_folder, [target(tmp_path / "b")], tiny_ids(), plan)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("propagation", ["sequential", "block"])
+def test_several_targets_give_the_bytes_of_each_alone(tmp_path, tiny_folder, propagation):
+    def wanted(folder):
+        return [
+            target(folder / "a", "sparsegpt", Unstructured(0.5), propagation),
+            target(folder / "b", "sparsegpt", SemiStructured(2, 4), propagation),
+            target(folder / "c", "wanda", Unstructured(0.7), propagation),
+            target(folder / "d", "magnitude", Unstructured(0.3), propagation),
+        ]
+
+    together = streamed_prune(tiny_folder, wanted(tmp_path / "all"), tiny_ids())
+    for number, found in enumerate(together):
+        one = wanted(tmp_path / str(number))[number]
+        (alone,) = streamed_prune(tiny_folder, [one], tiny_ids())
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_the_first_statistic_is_summed_once(tmp_path, tiny_folder, monkeypatch):
+    counted = []
+    add = Gram.add
+    monkeypatch.setattr(Gram, "add", lambda self, x: (counted.append(1), add(self, x)))
+    streamed_prune(tiny_folder, [target(tmp_path / "one")], tiny_ids())
+    alone = len(counted)
+    counted.clear()
+    two = [target(tmp_path / "a"), target(tmp_path / "b", pattern=Unstructured(0.6))]
+    streamed_prune(tiny_folder, two, tiny_ids())
+    batches = 3
+    assert len(counted) == 2 * alone - batches
 
 
 def test_half_precision_and_several_files(tmp_path):
@@ -87,13 +125,10 @@ def test_half_precision_and_several_files(tmp_path):
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     assert len(files) > 2
     streamed = StreamedModel(str(folder), dtype="bfloat16")
-    work = WorkFolder(tmp_path / "out")
-    work.claim({}, resume=False, overwrite=False)
+    one = target(tmp_path / "out", "wanda", propagation="block")
+    work = one.work
     prepare_files(streamed, work)
-    prune_streamed(
-        streamed, tiny_ids(), work, Plan(2048, None, True, 0), method="wanda",
-        pattern=Unstructured(0.5), propagation="block", damping=0.01,
-    )  # fmt: skip
+    prune_streamed(streamed, tiny_ids(), [one], Plan(2048, None, True, 0))
     work.writer.write_index()
     streamed.model.config.save_pretrained(work.checkpoint)
     assert sorted(p.name for p in work.checkpoint.glob("*.safetensors")) == files
@@ -112,8 +147,8 @@ def test_only_the_block_at_hand_is_in_memory(tiny_folder):
     streamed.fetch(1)
     real = {n for n, p in streamed.model.named_parameters() if not p.is_meta}
     assert real == set(streamed.block_names(1))
-    held = streamed.drop(1)
-    assert {streamed.names[name] for name in real} == set(held)
+    assert {streamed.names[name] for name in real} == set(streamed.weights(1))
+    streamed.drop(1)
     assert all(p.is_meta for p in streamed.model.parameters())
     streamed.close()
 
