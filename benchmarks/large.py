@@ -11,6 +11,7 @@ of 512 random tokens unless told otherwise. Prints seconds a block and peaks.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -146,7 +147,7 @@ def main() -> None:
           f"tokens, {options.method} 60 %, --max-memory {options.max_memory}\n")  # fmt: skip
     work = output.with_name(output.name + ".unfinished")
     peak, times, killed = run(command, work, options.kill_after)
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(times)]
     each = sum(steps) / len(steps) if steps else float("nan")
     print(f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen)")
     if killed:

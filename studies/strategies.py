@@ -70,9 +70,8 @@ def main() -> None:
     print(f"{options.method} {options.pattern}, seeds {list(condition.cells.seeds)}\n")
     table(condition, found.dimensions)
     first = options.sets[0]
-    print(
-        f"\n| {first} less | quantity | pooled | p | paired over seeds | p |\n|---|---|---|---|---|---|"
-    )
+    print(f"\n| {first} less | quantity | pooled | p | paired over seeds | p |")
+    print("|---|---|---|---|---|---|")
     for other in options.sets[1:]:
         for one in condition.differences:
             if {one.left, one.right} != {first, other} or one.quantity not in ("total", "worst"):
