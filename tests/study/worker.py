@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,12 @@ def write_study(folder: Path, model: Path, *, rows: int = 6) -> Path:
     """Write texts, suite and study; return the study's path."""
     write_texts(folder / "texts")
     (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
-    text = STUDY.format(model=model, suite=folder / "suite.yaml", texts=folder / "texts")
+    longer = shutil.copytree(model, folder / "model")
+    config = longer / "config.json"
+    # Real answers take more bytes than the tiny model's context holds tokens.
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": 2048}
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    text = STUDY.format(model=longer, suite=folder / "suite.yaml", texts=folder / "texts")
     path = folder / "study.yaml"
     path.write_text(text.replace("rows: 6", f"rows: {rows}"), encoding="utf-8")
     return path
