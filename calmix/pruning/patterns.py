@@ -82,6 +82,8 @@ def smallest(score: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     bound = _kth_smallest(score, count)
+    if score.device.type != "cpu":
+        return _below_and_first_ties(score, bound, count)
     marked = score <= bound
     extra = marked.count_nonzero(1) - count
     if extra.any():
@@ -90,6 +92,13 @@ def smallest(score: Tensor, count: int) -> Tensor:
             tied = (score[group] == bound[group]).nonzero().flatten()
             marked[group, tied[len(tied) - int(extra[group]) :]] = False
     return marked
+
+
+def _below_and_first_ties(score: Tensor, bound: Tensor, count: int) -> Tensor:
+    """Mark all below the bound and the first on it: no host is asked whether there are ties."""
+    below, tied = score < bound, score == bound
+    left = count - below.sum(1, keepdim=True)
+    return below | (tied & (tied.cumsum(1) <= left))
 
 
 def _kth_smallest(score: Tensor, count: int) -> Tensor:

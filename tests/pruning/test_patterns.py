@@ -8,6 +8,7 @@ from calmix.errors import InputError
 from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,
+    _below_and_first_ties,
     check_columns,
     parse_pattern,
     smallest,
@@ -34,6 +35,11 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
     marked = smallest(torch.from_numpy(score), count).numpy()
     assert (marked.sum(1) == count).all()
     assert (marked == stable_mask(score, count, 1)).all()
+    # The way taken on an accelerator.
+    if count:
+        bound = torch.from_numpy(np.sort(score, 1)[:, count - 1 : count].copy())
+        there = _below_and_first_ties(torch.from_numpy(score), bound, count).numpy()
+        assert (there == marked).all()
 
 
 @given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
