@@ -45,8 +45,15 @@ $(RIVAL)/.ready:
 	$(RIVAL)/bin/python -m pip install -q 'llmcompressor>=0.14'
 	touch $@
 
+# Takes an hour or two on two cores. With CALMIX_DATA set, quality beside llm-compressor too.
 bench: setup $(RIVAL)/.ready
 	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python
+	$(BIN)/python benchmarks/scaling.py --methods sparsegpt wanda
+	$(BIN)/python benchmarks/on_paper.py
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/selection.py
+	test -z "$$CALMIX_DATA" || \
+	  $(BIN)/python benchmarks/quality.py --data "$$CALMIX_DATA" --rival $(RIVAL)/bin/python
 
 clean:
 	rm -rf $(VENV) $(RIVAL) out
