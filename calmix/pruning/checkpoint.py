@@ -123,8 +123,9 @@ def prune_checkpoints(
                 _finish(streamed, tokenizer, job, calibration)
         except BaseException as error:
             for job in left:
-                if job.work.claimed:
-                    _leave(job.work, error)
+                kept = job.work.claimed and _leave(job.work, error)
+                if kept and not isinstance(error, CalmixError):
+                    say(f"{job.work.done} blocks are kept in {job.work.path}: --resume goes on")
             raise
     finally:
         streamed.close()
@@ -235,16 +236,18 @@ def _draw(
     return resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
 
 
-def _leave(work: WorkFolder, error: BaseException) -> None:
-    """Keep the work that a later run can go on with, and nothing else.
+def _leave(work: WorkFolder, error: BaseException) -> bool:
+    """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
     A mistake would meet the same end again; a full disk, an interrupt or a defect need not.
     """
     disk = "no space left" in str(error) or "cannot write" in str(error)
-    if work.done and (disk or not isinstance(error, CalmixError)):
+    stays = work.done > 0 and (disk or not isinstance(error, CalmixError))
+    if stays:
         work.close()
     else:
         work.abandon()
+    return stays
 
 
 def _manifest(

@@ -19,6 +19,7 @@ from calmix.models import open_model
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, prune
 from calmix.pruning.budget import Plan
+from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
@@ -223,6 +224,24 @@ def test_what_stands_in_the_way_of_going_on(calmix, deep, text_file, tmp_path):
     assert ended.code == 0, ended.err
     assert json.loads((output / "calmix.json").read_text())["pruning"]["pattern"] == "0.6"
     assert not output.with_name("out.unfinished").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monkeypatch):
+    block = Run.block
+
+    def interrupted(self, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        block(self, index)
+
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "block", interrupted)
+        ended = calmix(*command, tmp_path / "out")
+    assert ended.code == 130
+    assert f"3 blocks are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
+    assert calmix(*command, tmp_path / "out", "--resume").code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def test_two_at_work_on_one_output(calmix, deep, text_file, tmp_path):
