@@ -119,16 +119,23 @@ def read_header(path: Path) -> dict[str, Place]:
 def read_tensor(folder: Path, place: Place) -> Tensor:
     """Return one tensor, read into memory of its own."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
+    if not read_bytes(folder / place.file, place.start, tensor):
+        raise ModelError(f"{folder / place.file} is cut short: fetch it again")
+    return tensor
+
+
+def read_bytes(path: Path, start: int, tensor: Tensor) -> bool:
+    """Fill a tensor from a file's bytes at `start`; return whether there were enough."""
     view = tensor_bytes(tensor)
-    with (folder / place.file).open("rb", buffering=0) as file:
-        file.seek(place.start)
-        at = 0
+    at = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
         while at < len(view):
             got = file.readinto(view[at:])
             if not got:
-                raise ModelError(f"{folder / place.file} is cut short: fetch it again")
+                return False
             at += got
-    return tensor
+    return True
 
 
 class ShardWriter:

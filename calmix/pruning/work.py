@@ -28,7 +28,7 @@ from calmix.calibration import CalibrationSet
 from calmix.errors import InputError, disk_errors
 from calmix.files import write_json
 from calmix.locks import Lock, holder_of
-from calmix.models.shards import ShardWriter, tensor_bytes
+from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
 
 SUFFIX = ".unfinished"
@@ -63,15 +63,8 @@ class FileStates:
     def __getitem__(self, number: int) -> Tensor:
         """Return what a micro-batch brings into the block at hand."""
         hidden = torch.empty(self.rows[number], *self.shape, dtype=self.dtype)
-        view = tensor_bytes(hidden)
-        with self.paths[self.side].open("rb", buffering=0) as file:
-            file.seek(self._start(number))
-            at = 0
-            while at < len(view):
-                got = file.readinto(view[at:])
-                if not got:
-                    raise InputError(f"{self.paths[self.side]} is cut short: start over")
-                at += got
+        if not read_bytes(self.paths[self.side], self._start(number), hidden):
+            raise InputError(f"{self.paths[self.side]} is cut short: start over")
         return hidden.to(self.device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
