@@ -135,10 +135,10 @@ class StreamedModel:
         self._drop(self.outside_names)
 
     def fetch(self, index: int, *, ahead: bool = False) -> None:
-        """Read a block's weights, and begin to read the next block's if `ahead`."""
-        reading = self._ahead.pop(index, None)
-        held = reading.result() if reading is not None else self._read(self.block_names(index))
-        self._put(held)
+        """Read a block's weights if they are not there; begin to read the next's if `ahead`."""
+        if next(self.blocks.blocks[index].parameters()).is_meta:
+            reading = self._ahead.pop(index, None)
+            self._put(reading.result() if reading else self._read(self.block_names(index)))
         if ahead and index + 1 < len(self.blocks) and index + 1 not in self._ahead:
             names = self.block_names(index + 1)
             self._ahead[index + 1] = self._pool.submit(self._read, names)

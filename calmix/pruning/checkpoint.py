@@ -34,11 +34,6 @@ from calmix.specs import DAMPING, PruneRequest
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
 
-def prune_checkpoint(name: str, output: Path, request: PruneRequest, **options: Any) -> PruneReport:
-    """Prune a model into one checkpoint: `prune_checkpoints` for a single target."""
-    return prune_checkpoints(name, {output: request}, **options)[0]
-
-
 def prune_checkpoints(
     name: str,
     targets: Mapping[Path, PruneRequest],
@@ -272,6 +267,20 @@ def _manifest(
     return manifest, seconds
 
 
+def _write_beside(
+    folder: Path,
+    source: OpenModel | StreamedModel,
+    manifest: dict[str, Any],
+    seconds: dict[str, float],
+) -> None:
+    """Write modelling code that came with the model, the manifest and the run record."""
+    if source.trust_remote_code:
+        for code in source.folder.glob("*.py"):
+            shutil.copy(code, folder / code.name)
+    write_json(folder / MANIFEST, manifest)
+    write_json(folder / RUN, run_record(seconds))
+
+
 def _finish(
     streamed: StreamedModel,
     tokenizer: OpenTokenizer,
@@ -299,11 +308,7 @@ def _finish(
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         tokenizer.tokenizer.save_pretrained(folder)
-        if streamed.trust_remote_code:
-            for code in streamed.folder.glob("*.py"):
-                shutil.copy(code, folder / code.name)
-        write_json(folder / MANIFEST, manifest)
-        write_json(folder / RUN, run_record(seconds))
+        _write_beside(folder, streamed, manifest, seconds)
     work.complete()
 
 
@@ -360,11 +365,7 @@ def write_checkpoint(
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
-        if opened.trust_remote_code:
-            for code in opened.folder.glob("*.py"):
-                shutil.copy(code, folder / code.name)
-        write_json(folder / MANIFEST, manifest)
-        write_json(folder / RUN, run_record(seconds))
+        _write_beside(folder, opened, manifest, seconds)
 
 
 def check_space(opened: OpenModel, output: Path) -> None:

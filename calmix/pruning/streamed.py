@@ -216,7 +216,8 @@ def _first_states(
     for run in others:
         run.recorded_by(first)
     streamed.drop_outside()
-    streamed.drop(0)
+    if all(done for _, _, done in at):
+        streamed.drop(0)
 
 
 def _copy_others(streamed: StreamedModel, work: WorkFolder) -> None:
