@@ -114,7 +114,15 @@ def paused_bytes(sizes: Sizes, tokens: int) -> int:
     return tokens * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
 
 
-def make_plan(sizes: Sizes, budget: int, held: int, micro_tokens: int, *, sequential: bool) -> Plan:
+def make_plan(
+    sizes: Sizes,
+    budget: int,
+    held: int,
+    micro_tokens: int,
+    *,
+    sequential: bool,
+    fixed: bool = False,
+) -> Plan:
     """Return how to prune within a budget.
 
     What a process holds is rounded up to a quarter of a GiB, so that the same budget gives the
@@ -127,9 +135,11 @@ def make_plan(sizes: Sizes, budget: int, held: int, micro_tokens: int, *, sequen
         held: bytes it holds already, without any weights.
         micro_tokens: tokens that run through a block at a time, at most; one row at least.
         sequential: whether micro-batches pause within a block.
+        fixed: whether a micro-batch has to be as large as it may be.
 
     Raises:
-        InputError: the budget cannot hold one block with one row at work.
+        InputError: the budget cannot hold one block with one micro-batch of the least size at
+            work.
     """
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
@@ -154,7 +164,7 @@ def make_plan(sizes: Sizes, budget: int, held: int, micro_tokens: int, *, sequen
                 found.append(Plan(tokens, limit, copies > 1, needed))
         if found:
             return max(found, key=lambda plan: wanted if plan.paused is None else plan.paused)
-        if at_once == 1:
+        if fixed or at_once == 1:
             needed = int(max(first, least) / (1 - SLACK)) + 1
             raise InputError(
                 f"{budget / GIB:.2f} GiB of memory cannot hold one block at work: "

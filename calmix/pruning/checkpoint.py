@@ -118,7 +118,7 @@ def prune_checkpoints(
                 _finish(streamed, tokenizer, job, calibration)
         except BaseException as error:
             for job in left:
-                kept = job.work.claimed and _leave(job.work, error)
+                kept = job.work.claimed and _leave(job, error)
                 if kept and not isinstance(error, CalmixError):
                     say(f"{job.work.done} blocks are kept in {job.work.path}: --resume goes on")
             raise
@@ -231,13 +231,15 @@ def _draw(
     return resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
 
 
-def _leave(work: WorkFolder, error: BaseException) -> bool:
+def _leave(job: Job, error: BaseException) -> bool:
     """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
-    A mistake would meet the same end again; a full disk, an interrupt or a defect need not.
+    A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What
+    an earlier run has left is kept whatever happens.
     """
+    work = job.work
     disk = "no space left" in str(error) or "cannot write" in str(error)
-    stays = work.done > 0 and (disk or not isinstance(error, CalmixError))
+    stays = job.goes_on or (work.done > 0 and (disk or not isinstance(error, CalmixError)))
     if stays:
         work.close()
     else:

@@ -121,10 +121,10 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
         bool, same shape.
     """
     m = score.shape[0]
-    if m > 16:
+    if m > 16 or score.device.type != "cpu":
         rank = score.argsort(dim=0, stable=True).argsort(dim=0)
         return rank < count
-    # For small M comparing all pairs is faster than sorting, and exact about ties.
+    # On a CPU comparing all pairs is faster for small M than sorting, and exact about ties.
     rank = torch.zeros(score.shape, dtype=torch.uint8, device=score.device)
     for i in range(m):
         for j in range(i):

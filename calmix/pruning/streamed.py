@@ -67,7 +67,8 @@ def plan_for(
         budget: bytes; None for what is free, which is never refused.
 
     Raises:
-        InputError: the budget cannot hold one block at work.
+        InputError: the budget cannot hold one block at work, with micro-batches of the size that
+            earlier work had, or earlier works of several targets had other sizes.
     """
     blocks = streamed.blocks
     rows, length = (0, 0) if ids is None else ids.shape
@@ -92,15 +93,23 @@ def plan_for(
         held = psutil.Process().memory_info().rss
         free = psutil.virtual_memory().available
     sequential = any(t.propagation == "sequential" and t.statistic != "none" for t in targets)
+    earlier = {target.work.batch for target in targets} - {0}
+    if len(earlier) > 1:
+        counts = " and ".join(map(str, sorted(earlier)))
+        raise InputError(
+            f"the interrupted runs had micro-batches of {counts} rows, because their "
+            "--max-memory differed: resume them one by one"
+        )
+    # Without a budget the micro-batch stays what it is, so that no number depends on the moment;
+    # earlier work goes on with what it had.
+    fixed = budget is None or bool(earlier)
+    at_once = earlier.pop() * length if earlier else MICRO_TOKENS
     if budget is not None:
-        return make_plan(sizes, budget, held, MICRO_TOKENS, sequential=sequential)
-    # Without a budget the micro-batch stays what it is, so that no number depends on the moment.
-    whole = make_plan(sizes, 2**62, held, MICRO_TOKENS, sequential=sequential)
+        return make_plan(sizes, budget, held, at_once, sequential=sequential, fixed=fixed)
+    whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential)
     with contextlib.suppress(InputError):
         room = held + int(FREE_SHARE * free)
-        fitted = make_plan(sizes, room, held, MICRO_TOKENS, sequential=sequential)
-        if fitted.micro_tokens == whole.micro_tokens:
-            return fitted
+        return make_plan(sizes, room, held, at_once, sequential=sequential, fixed=fixed)
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
 
 

@@ -115,8 +115,16 @@ class WorkFolder:
     @property
     def done(self) -> int:
         """Blocks that are done."""
+        return self._counted("done")
+
+    @property
+    def batch(self) -> int:
+        """Rows of a micro-batch in the blocks that are done: they decide how sums round."""
+        return self._counted("batch")
+
+    def _counted(self, key: str) -> int:
         try:
-            return int(json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))["done"])
+            return int(json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))[key])
         except (OSError, ValueError, KeyError):
             return 0
 
@@ -213,6 +221,7 @@ class WorkFolder:
             side = self.states.side
         progress = {
             "done": index + 1,
+            "batch": 0 if self.states is None else self.states.rows[0],
             "seconds": dict(report.seconds),
             "layers": [asdict(layer) for layer in report.layers],
         }

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from calmix.pruning.gram import inverse_factor
 from calmix.pruning.methods import magnitude, sparsegpt, wanda
-from calmix.pruning.patterns import SemiStructured, Unstructured
+from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
 
 
 def problem(rows=24, columns=40, tokens=400, seed=0):
@@ -115,6 +116,32 @@ def test_sparsegpt_keeps_the_published_semantics(n, m, sparsity):
     assert ((ours == 0) == mask).float().mean() >= 0.999
     ratio = output_error(weight, ours, gram) / output_error(weight, expected, gram)
     assert 0.99 < ratio < 1.01
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("columns", [128, 44])
+def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, columns):
+    """What an accelerator does: the same masks and errors, but for rounding."""
+    weight, gram = problem(rows=48, columns=columns, tokens=1000, seed=5)
+    w, h = as_tensors(weight, gram)
+    upper = inverse_factor(h).upper
+    inverse = upper.diagonal().reciprocal()[:, None]
+    made = []
+    for at_once in (False, True):
+        weights, mask = w.T.contiguous(), torch.zeros(columns, 48)
+        if isinstance(pattern, Unstructured):
+            score = (weights * inverse).abs().view(1, -1)
+            mask.copy_(smallest(score, pattern.count(score.numel())).view(mask.shape))
+        errors = sparsegpt._block(weights, mask, upper, inverse, inverse, pattern, at_once=at_once)
+        made.append((mask, errors, weights))
+    (mask, errors, weights), (same, close, corrected) = made
+    assert torch.equal(mask, same)
+    assert mask.mean() == pytest.approx(pattern.sparsity, abs=1e-3)
+    torch.testing.assert_close(close, errors, rtol=1e-3, atol=1e-4 * float(errors.abs().max()))
+    scale = float(weights.abs().max())
+    torch.testing.assert_close(
+        corrected[mask == 0], weights[mask == 0], rtol=1e-3, atol=1e-5 * scale
+    )
 
 
 def test_sparsegpt_layers_that_share_an_input_are_solved_as_if_alone():

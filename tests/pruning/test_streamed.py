@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from calmix.models import open_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import SemiStructured, Unstructured, prune
+from calmix.pruning import SemiStructured, Unstructured, prune, streamed
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
@@ -242,6 +242,36 @@ def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monke
     assert f"3 blocks are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
     assert calmix(*command, tmp_path / "out", "--resume").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_path, monkeypatch):
+    """Another budget must not change how sums round; one that is too small takes nothing away."""
+    block = Run.block
+
+    def interrupted(self, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        block(self, index)
+
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed, "MICRO_TOKENS", 32)  # a row at a time, as a small budget would
+        assert calmix(*command, tmp_path / "whole").code == 0
+        patched.setattr(Run, "block", interrupted)
+        assert calmix(*command, tmp_path / "cut").code == 130
+    ended = calmix(*command, tmp_path / "cut", "--resume", "--max-memory", "100MiB")
+    assert ended.code == 2
+    assert "cannot hold one block" in ended.line
+    seen = []
+    record = Run.record
+    monkeypatch.setattr(
+        Run, "record", lambda self, ids, tokens: (seen.append(tokens), record(self, ids, tokens))[1]
+    )
+    ended = calmix(*command, tmp_path / "cut", "--resume")
+    assert ended.code == 0, ended.err
+    assert "going on after 3" in ended.err
+    assert seen == [32]
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
 def test_two_at_work_on_one_output(calmix, deep, text_file, tmp_path):

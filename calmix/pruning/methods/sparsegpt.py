@@ -16,7 +16,8 @@ from calmix.pruning.methods.solution import Solution
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
-ENERGY_ROWS = 4096  # outputs whose energy is computed at a time, so that little memory is needed
+ENERGY = 4096  # outputs whose energy is computed at a time, so that little memory is needed
+ENERGY_PANEL = 1024  # inputs whose share of it comes from one product
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
 
 
@@ -45,10 +46,7 @@ def solve(
     layers = stacked.split(heights, dim=1)
     for layer, weight in zip(layers, weights, strict=True):
         layer.copy_(weight.T)
-    # Output energy ||W X||^2 of every row: the diagonal of W H W^T. It only scales the report.
-    with bfloat16_products():
-        slices = stacked.split(ENERGY_ROWS, dim=1)
-        energy = torch.cat([torch.mm(gram, part).mul_(part).sum(0) for part in slices])
+    energy = torch.cat([_energy(part, gram) for part in stacked.split(ENERGY, dim=1)])
     loss = torch.zeros_like(energy)
     pruned = [0] * len(heights)
     block = _multiple(BLOCK, pattern)
@@ -82,6 +80,24 @@ def solve(
     )
 
 
+def _energy(weights: Tensor, gram: Tensor) -> Tensor:
+    """Return ||w X||^2 of every output, the diagonal of W H W^T. It only scales the report.
+
+    `weights` is (columns, outputs). Half of a symmetric H is enough.
+    """
+    columns = len(weights)
+    energy = torch.zeros(weights.shape[1], device=weights.device)
+    with bfloat16_products():
+        for start in range(0, columns, ENERGY_PANEL):
+            stop = min(start + ENERGY_PANEL, columns)
+            panel = weights[start:stop]
+            share = torch.mm(gram[start:stop, start:stop], panel)
+            if stop < columns:
+                share.addmm_(gram[start:stop, stop:], weights[stop:], alpha=2)
+            energy += share.mul_(panel).sum(0)
+    return energy
+
+
 def _block(
     weights: Tensor,
     mask: Tensor,
@@ -89,6 +105,8 @@ def _block(
     inverse: Tensor,
     leverage: Tensor,
     pattern: Pattern,
+    *,
+    at_once: bool | None = None,
 ) -> Tensor:
     """Prune one block in place and return its scaled errors (w_pruned / U_jj), same shape.
 
@@ -96,7 +114,12 @@ def _block(
     filled group by group from the corrected weights times `leverage` (N:M). A column is
     corrected by all before it in its group at once, just before it is pruned. Pruned entries
     are left for the caller to clear: no later step reads them.
+
+    A CPU goes column by column. An accelerator, where starting a kernel takes longer than a
+    column's arithmetic, solves for all errors of a group `at_once`.
     """
+    if at_once is None:
+        at_once = weights.device.type != "cpu"
     size = len(weights)
     panel = _multiple(PANEL, pattern)
     width = pattern.m if isinstance(pattern, SemiStructured) else panel
@@ -114,6 +137,11 @@ def _block(
             if isinstance(pattern, SemiStructured):
                 score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
+            if at_once:
+                own = upper[group:last, group:last]
+                errors[group:last] = _errors(weights[group:last], mask[group:last], own)
+                weights[group:last].addmm_(own.triu(1).T, errors[group:last], alpha=-1)
+                continue
             torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
             wrong[group].mul_(columns[group])
             for j in range(group + 1, last):
@@ -123,6 +151,19 @@ def _block(
         if stop < size:
             weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return errors
+
+
+def _errors(weights: Tensor, mask: Tensor, upper: Tensor) -> Tensor:
+    """Return the scaled errors of a group of columns whose mask is known, all at once.
+
+    The column's rule e_j = m_j (w_j - sum_{i<j} e_i U_ij) / U_jj is, for one output, the
+    triangular system e A = m w, where A takes the columns of U that are pruned and those of the
+    identity elsewhere. The systems of all outputs are solved in one call.
+    """
+    chosen = mask.T[:, None, :]
+    system = torch.diag_embed(1 - mask.T).addcmul_(upper, chosen)
+    right = (weights * mask).T[:, None, :]
+    return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
 
 
 def _count(pattern: Pattern, columns: int, rows: int) -> int:
