@@ -226,17 +226,22 @@ def test_what_stands_in_the_way_of_going_on(calmix, deep, text_file, tmp_path):
     assert not output.with_name("out.unfinished").exists()
 
 
-def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monkeypatch):
+def interrupt_before(patched, number):
+    """Make a prune end by an interrupt before a block."""
     block = Run.block
 
     def interrupted(self, index):
-        if index == 3:
+        if index == number:
             raise KeyboardInterrupt
         block(self, index)
 
+    patched.setattr(Run, "block", interrupted)
+
+
+def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monkeypatch):
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "block", interrupted)
+        interrupt_before(patched, 3)
         ended = calmix(*command, tmp_path / "out")
     assert ended.code == 130
     assert f"3 blocks are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
@@ -246,18 +251,11 @@ def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monke
 
 def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_path, monkeypatch):
     """Another budget must not change how sums round; one that is too small takes nothing away."""
-    block = Run.block
-
-    def interrupted(self, index):
-        if index == 3:
-            raise KeyboardInterrupt
-        block(self, index)
-
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     with monkeypatch.context() as patched:
         patched.setattr(streamed, "MICRO_TOKENS", 32)  # a row at a time, as a small budget would
         assert calmix(*command, tmp_path / "whole").code == 0
-        patched.setattr(Run, "block", interrupted)
+        interrupt_before(patched, 3)
         assert calmix(*command, tmp_path / "cut").code == 130
     ended = calmix(*command, tmp_path / "cut", "--resume", "--max-memory", "100MiB")
     assert ended.code == 2
