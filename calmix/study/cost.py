@@ -7,7 +7,9 @@ share, L the row length, q the width of the attention's queries):
                     (20 h + 8 f) values a token and block through element-wise steps
     Gram            2 N d^2, of which a CPU computes the upper triangle
     factorisation   4/3 d^3
-    solve           d column steps, each a fixed time and so many values of r outputs
+    solve           d column steps, each a fixed time and so many values of r outputs;
+                    r d^2 in products that correct later columns, and the output energy,
+                    2 r d^2, of which half is enough
     generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
 
 How many values pass through element-wise steps and the quarter are ours, fitted to the engine.
@@ -19,7 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PANEL = 512  # columns of the upper triangle a CPU's Gram matrix computes in one product
+from calmix.pruning.gram import PANEL
+from calmix.pruning.methods.sparsegpt import ENERGY_PANEL
+
 STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
 BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
@@ -97,6 +101,7 @@ class Machine:
         forward_flops: matrix products in the model's dtype.
         gram_flops: Gram matrices with float32 sums.
         factor_flops: factorisations in float32.
+        solve_flops: float32 products that correct later columns.
         step_seconds: fixed time of one column step of SparseGPT.
         cached_bytes: bytes through element-wise steps on a micro-batch.
         memory_bytes: bytes read from main (or the device's) memory.
@@ -108,6 +113,7 @@ class Machine:
     forward_flops: float
     gram_flops: float
     factor_flops: float
+    solve_flops: float
     step_seconds: float
     cached_bytes: float
     memory_bytes: float
@@ -145,9 +151,9 @@ class Cost:
 def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
     """Return an accelerator known from its data sheet only.
 
-    Half of the stated products are reached, a twentieth in float32 factorisations, two thirds of
-    the bandwidth; a column step takes 178 microseconds, bound by kernel launches (what the
-    Wanda paper's timing of SparseGPT on a 7B model comes to). The shares are ours.
+    Half of the stated products are reached, a twentieth in float32, two thirds of the bandwidth.
+    A group of 16 columns takes twelve kernel launches of 10 microseconds. All shares and times
+    are assumptions of ours; no accelerator was measured.
     """
     products, bandwidth = 0.5e12 * tflops, 0.67e9 * bandwidth_gbs
     return Machine(
@@ -155,7 +161,8 @@ def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
         forward_flops=products,
         gram_flops=products,
         factor_flops=0.05e12 * tflops,
-        step_seconds=178e-6,
+        solve_flops=0.05e12 * tflops,
+        step_seconds=12 * 10e-6 / 16,
         cached_bytes=bandwidth,
         memory_bytes=bandwidth,
         memory=1e9 * memory_gb,
@@ -229,12 +236,14 @@ def prune_seconds(
         return seconds | {"gram": read / machine.cached_bytes, "solve": touched}
     gram = factor = steps = 0.0
     for width, outputs in sizes.inputs:
-        share = 1.0 if machine.device == "cuda" else triangle(width)
+        share = 1.0 if machine.device == "cuda" else gram_share(width)
         gram += 2 * tokens * width**2 * share / machine.gram_flops
         factor += 4 / 3 * width**3 / machine.factor_flops
         moved = STEP_VALUES * outputs * 4 / machine.cached_bytes
         steps += width * (machine.step_seconds + moved)
-        steps += 2 * outputs * width * width / 2 / machine.factor_flops  # later columns
+        steps += outputs * width**2 / machine.solve_flops
+        energy = 2 * outputs * width**2 * triangle(width, ENERGY_PANEL)
+        steps += energy / machine.gram_flops
     return seconds | {
         "gram": sizes.blocks * gram,
         "factor": sizes.blocks * factor,
@@ -242,11 +251,15 @@ def prune_seconds(
     }
 
 
-def triangle(width: int) -> float:
-    """Share of a Gram matrix that is computed when panels leave out what lies below them."""
-    panel = PANEL if width > PANEL else -(-width // 2)
+def triangle(width: int, panel: int) -> float:
+    """Share of a square matrix that is left when panels of rows leave out what lies below them."""
     starts = range(0, width, panel)
     return sum(min(panel, width - at) * (width - at) for at in starts) / width**2
+
+
+def gram_share(width: int) -> float:
+    """Share of a Gram matrix that a CPU computes."""
+    return triangle(width, PANEL if width > PANEL else -(-width // 2))
 
 
 def suite_seconds(sizes: Sizes, work: SuiteWork, machine: Machine) -> float:

@@ -15,7 +15,7 @@ from calmix.models.opening import _device, fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
 from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import Unstructured
-from calmix.study.cost import STEP_VALUES, Machine, Sizes, triangle
+from calmix.study.cost import STEP_VALUES, Machine, Sizes, gram_share
 
 TOKENS = 2048  # the engine's micro-batch
 SECONDS = 0.15  # spent on each rate, at least
@@ -45,12 +45,13 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         once = seconds(lambda: (tokens @ up) @ down, target)
         forward = 4 * TOKENS * width * inner / once
         gram = Gram(width, target)
-        share = 1.0 if target.type == "cuda" else triangle(width)
+        share = 1.0 if target.type == "cuda" else gram_share(width)
         once = seconds(lambda: gram.add(tokens), target)
         gram_rate = 2 * TOKENS * width**2 * share / once
         matrix = gram.matrix()
         once = seconds(lambda: inverse_factor(matrix), target)
         factor = 4 / 3 * width**3 / once
+        solve = _correction(width, min(inner, 4096), target)
         cached = 3 * wide.numel() * wide.element_size() / seconds(lambda: wide * wide, target)
         large = torch.zeros(64_000_000, dtype=torch.float32, device=target)
         memory = large.numel() * 4 / seconds(lambda: large.sum(), target)
@@ -63,12 +64,22 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         forward_flops=forward,
         gram_flops=gram_rate,
         factor_flops=factor,
+        solve_flops=solve,
         step_seconds=step,
         cached_bytes=cached,
         memory_bytes=memory,
         memory=total,
         device="cuda" if target.type == "cuda" else "cpu",
     )
+
+
+def _correction(columns: int, outputs: int, device: torch.device) -> float:
+    """Return the FLOP a second of correcting all columns after a block of them."""
+    weights = torch.zeros(columns, outputs, device=device)
+    upper = torch.ones(sparsegpt.BLOCK, columns, device=device)
+    errors = torch.zeros(sparsegpt.BLOCK, outputs, device=device)
+    once = seconds(lambda: weights.addmm_(upper.T, errors, alpha=-1), device)
+    return 2 * sparsegpt.BLOCK * columns * outputs / once
 
 
 def _step(cached: float, device: torch.device, generator: torch.Generator) -> float:
