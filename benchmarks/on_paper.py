@@ -13,7 +13,8 @@ import argparse
 
 from calmix.pruning.budget import GIB, make_plan, solver_bytes
 from calmix.pruning.budget import Sizes as Held
-from calmix.study.cost import Sizes, on_paper, prune_seconds
+from calmix.pruning.methods.sparsegpt import ENERGY_PANEL
+from calmix.study.cost import Sizes, on_paper, prune_seconds, triangle
 
 ROWS, LENGTH, MICRO = 128, 2048, 2048
 MODELS = {
@@ -39,7 +40,8 @@ def main() -> None:
             + 2 * tokens * LENGTH * sizes.query * blocks,
             "gram": blocks * sum(2 * tokens * d**2 for d, _ in inputs),
             "factor": blocks * sum(4 / 3 * d**3 for d, _ in inputs),
-            "solve": blocks * sum(r * d**2 for d, r in inputs),
+            "solve": blocks
+            * sum(r * d**2 * (1 + 2 * triangle(d, ENERGY_PANEL)) for d, r in inputs),
         }
         seconds = prune_seconds(sizes, ROWS, LENGTH, "sparsegpt", "sequential", device)
         for part, value in flop.items():
