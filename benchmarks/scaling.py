@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--parts tokens width blocks] [--out FILE]
 
-The cost model is calibrated by its usual probe of this machine, once for each shape, and predicts
-every line before it is run. Tokens: the builtin model at 16 k to 256 k calibration tokens. Width:
+The cost model is calibrated by its usual probe of this machine, before and after every line (what
+a shared machine does changes by the minute: the mean of both is taken). Tokens: the builtin model at 16 k to 256 k calibration tokens. Width:
 one block of LLaMA-3.2-1B's, 3.1-8B's and 3.1-70B's shape with random weights. Blocks: the builtin
 model's shape with 10 to 60 blocks. Prints a Markdown table.
 """
@@ -77,16 +77,21 @@ def main() -> None:
     for label, model, tokens in cases(options.parts, options.width_tokens):
         config = model.config.to_dict() | {"model_type": model.config.model_type}
         sizes: Sizes = sizes_of(config, value_bytes=model.dtype.itemsize)
-        rates = probe(sizes)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 500, (tokens // LENGTH, LENGTH), generator=generator)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         for method in options.methods:
             model.load_state_dict(before)
-            told = prune_seconds(sizes, len(ids), LENGTH, method, "sequential", rates)
+            rates = [probe(sizes)]
             began = time.perf_counter()
             report = prune(model, ids, method=method, pattern=Unstructured(0.6))
-            took, said = time.perf_counter() - began, sum(told.values())
+            took = time.perf_counter() - began
+            rates.append(probe(sizes))
+            both = [
+                prune_seconds(sizes, len(ids), LENGTH, method, "sequential", one) for one in rates
+            ]
+            told = {key: (both[0][key] + both[1][key]) / 2 for key in both[0]}
+            said = sum(told.values())
             parts = [
                 f"{report.seconds['forward']:.1f} ({told['forward']:.1f})",
                 f"{report.seconds['statistics']:.1f} ({told['gram']:.1f})",

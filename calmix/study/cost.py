@@ -4,7 +4,7 @@ The formulas (N calibration tokens, P weights in the blocks, an input of width d
 share, L the row length, q the width of the attention's queries):
 
     forward         2 P N FLOP in matrix products, 2 N L q a block in attention, and
-                    (20 h + 8 f) values a token and block through element-wise steps
+                    (40 h + 20 f) values a token and block through element-wise steps
     Gram            2 N d^2, of which a CPU computes the upper triangle
     factorisation   4/3 d^3
     solve           d column steps, each a fixed time and so many values of r outputs;
@@ -13,6 +13,7 @@ share, L the row length, q the width of the attention's queries):
     generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
 
 How many values pass through element-wise steps and the quarter are ours, fitted to the engine.
+Attention has a rate of its own: on a CPU it reaches a fifth of what plain products do.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Sizes:
     Attributes:
         hidden, inner: width of the residual stream and of the feed-forward part.
         query, key: width of the queries, and of the keys (and values).
+        head: width of one attention head.
         gated: whether the feed-forward part has a gate beside its up-projection.
         value_bytes: bytes of one weight.
     """
@@ -69,6 +71,7 @@ class Sizes:
     gated: bool = True
     tied: bool = False
     value_bytes: int = 2
+    head: int = 64
 
     @property
     def inputs(self) -> list[tuple[int, int]]:
@@ -99,6 +102,7 @@ class Machine:
     Attributes:
         name: what is printed.
         forward_flops: matrix products in the model's dtype.
+        attention_flops: causal attention, counted as half of the square.
         gram_flops: Gram matrices with float32 sums.
         factor_flops: factorisations in float32.
         solve_flops: float32 products that correct later columns.
@@ -111,6 +115,7 @@ class Machine:
 
     name: str
     forward_flops: float
+    attention_flops: float
     gram_flops: float
     factor_flops: float
     solve_flops: float
@@ -159,6 +164,7 @@ def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
     return Machine(
         name=f"{tflops:g} TFLOP/s, {memory_gb:g} GB, {bandwidth_gbs:g} GB/s, on paper",
         forward_flops=products,
+        attention_flops=products,
         gram_flops=products,
         factor_flops=0.05e12 * tflops,
         solve_flops=0.05e12 * tflops,
@@ -200,6 +206,7 @@ def sizes_of(config: Mapping[str, Any], *, value_bytes: int = 2) -> Sizes:
         gated=config.get("model_type") not in UNGATED,
         tied=bool(config.get("tie_word_embeddings")),
         value_bytes=value_bytes,
+        head=head,
     )
 
 
@@ -210,9 +217,9 @@ def forward_seconds(sizes: Sizes, tokens: float, length: int, machine: Machine) 
     """Seconds of one pass of `tokens` tokens in rows of `length` through the blocks."""
     products = 2 * sizes.block_weights * tokens
     attention = 2 * tokens * length * sizes.query * sizes.blocks
-    values = (20 * sizes.hidden + 8 * sizes.inner) * tokens * sizes.blocks
+    values = (40 * sizes.hidden + 20 * sizes.inner) * tokens * sizes.blocks
     moved = values * sizes.value_bytes / machine.cached_bytes
-    return (products + attention) / machine.forward_flops + moved
+    return products / machine.forward_flops + attention / machine.attention_flops + moved
 
 
 def head_seconds(sizes: Sizes, positions: float, machine: Machine) -> float:

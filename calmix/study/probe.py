@@ -5,11 +5,13 @@ It takes a few seconds and as much memory as one block of the model.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
 import psutil
 import torch
+from torch.nn import functional
 
 from calmix.models.opening import _device, fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
@@ -18,6 +20,7 @@ from calmix.pruning.patterns import Unstructured
 from calmix.study.cost import STEP_VALUES, Machine, Sizes, gram_share
 
 TOKENS = 2048  # the engine's micro-batch
+LENGTH = 512  # of a row in it
 SECONDS = 0.15  # spent on each rate, at least
 
 
@@ -52,7 +55,8 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         once = seconds(lambda: inverse_factor(matrix), target)
         factor = 4 / 3 * width**3 / once
         solve = _correction(width, min(inner, 4096), target)
-        cached = 3 * wide.numel() * wide.element_size() / seconds(lambda: wide * wide, target)
+        attention = _attention(sizes, numbers, target)
+        cached = _element_wise(wide, target)
         large = torch.zeros(64_000_000, dtype=torch.float32, device=target)
         memory = large.numel() * 4 / seconds(lambda: large.sum(), target)
         step = _step(cached, target, generator)
@@ -62,6 +66,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
     return Machine(
         name="this machine" if target.type == "cpu" else torch.cuda.get_device_name(target),
         forward_flops=forward,
+        attention_flops=attention,
         gram_flops=gram_rate,
         factor_flops=factor,
         solve_flops=solve,
@@ -71,6 +76,21 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         memory=total,
         device="cuda" if target.type == "cuda" else "cpu",
     )
+
+
+def _attention(sizes: Sizes, numbers: Callable[..., torch.Tensor], device: torch.device) -> float:
+    """Return the FLOP a second of causal attention over one micro-batch."""
+    rows, heads = TOKENS // LENGTH, max(1, min(sizes.query, 4096) // sizes.head)
+    query = numbers(rows, heads, LENGTH, sizes.head)
+    attend = functional.scaled_dot_product_attention
+    once = seconds(lambda: attend(query, query, query, is_causal=True), device)
+    return 2 * TOKENS * LENGTH * heads * sizes.head / once
+
+
+def _element_wise(wide: torch.Tensor, device: torch.device) -> float:
+    """Return the bytes a second of a gated activation, in place: allocation is not meant."""
+    once = seconds(lambda: functional.silu(wide, inplace=True).mul_(wide), device)
+    return 5 * wide.numel() * wide.element_size() / once
 
 
 def _correction(columns: int, outputs: int, device: torch.device) -> float:
@@ -92,13 +112,14 @@ def _step(cached: float, device: torch.device, generator: torch.Generator) -> fl
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call, the best of as many as fit into a moment."""
+    """Return the seconds of one call, the median of as many as fit into a moment."""
     work()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < SECONDS or best == float("inf"):
+    taken: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < SECONDS or len(taken) < 3:
         at = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - at)
-    return best
+        taken.append(time.perf_counter() - at)
+    return statistics.median(taken)
