@@ -3,9 +3,10 @@
     python benchmarks/scaling.py [--parts tokens width blocks] [--out FILE]
 
 The cost model is calibrated by its usual probe of this machine, before and after every line (what
-a shared machine does changes by the minute: the mean of both is taken). Tokens: the builtin model at 16 k to 256 k calibration tokens. Width:
-one block of LLaMA-3.2-1B's, 3.1-8B's and 3.1-70B's shape with random weights. Blocks: the builtin
-model's shape with 10 to 60 blocks. Prints a Markdown table.
+a shared machine does changes by the minute: the mean of both is taken). Tokens: the builtin model
+at 16 k to 256 k calibration tokens. Width: one block of LLaMA-3.2-1B's, 3.1-8B's and 3.1-70B's
+shape with random weights. Blocks: the builtin model's shape with 10 to 60 blocks. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
