@@ -47,11 +47,12 @@ $(RIVAL)/.ready:
 
 # Takes an hour or two on two cores. With CALMIX_DATA set, quality beside llm-compressor too.
 bench: setup $(RIVAL)/.ready
-	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python
+	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python --pattern 2:4
 	$(BIN)/python benchmarks/scaling.py --methods sparsegpt wanda
 	$(BIN)/python benchmarks/on_paper.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/profile_trial.py
 	test -z "$$CALMIX_DATA" || \
 	  $(BIN)/python benchmarks/quality.py --data "$$CALMIX_DATA" --rival $(RIVAL)/bin/python
 

@@ -1,6 +1,6 @@
 """Seconds to prune the builtin model: calmix, llm-compressor, and the floor of the machine.
 
-    python benchmarks/speed.py [--rival PYTHON] [--repeats 3]
+    python benchmarks/speed.py [--rival PYTHON] [--repeats 3] [--pattern 2:4]
 
 Everything is timed in one run on the same ids, the engines in turn. The floor is one forward
 pass of the blocks plus one Gram matrix per distinct input, both as plain matrix products of this
@@ -25,8 +25,10 @@ from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, prune
 from calmix.pruning.engine import MICRO_TOKENS
 from calmix.pruning.layout import Calls, observe
+from calmix.pruning.patterns import Pattern, parse_pattern
 
 MODEL = "builtin:smollm2-135m"
+SIXTY = Unstructured(0.6)
 MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 
 
@@ -62,10 +64,12 @@ def floor(ids: torch.Tensor) -> tuple[float, float]:
     return forward, gram
 
 
-def ours(ids: torch.Tensor, method: str, propagation: str) -> dict[str, float]:
+def ours(
+    ids: torch.Tensor, method: str, propagation: str, pattern: Pattern = SIXTY
+) -> dict[str, float]:
     """Seconds of one prune by activity."""
     model = open_model(MODEL).model
-    report = prune(model, ids, method=method, pattern=Unstructured(0.6), propagation=propagation)
+    report = prune(model, ids, method=method, pattern=pattern, propagation=propagation)
     return report.seconds
 
 
@@ -76,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
+    parser.add_argument("--pattern", action="append", default=[], help="an N:M pattern, timed too")
     options = parser.parse_args()
     opened = open_model(MODEL)
     ids = build(parse_mix(MIX), opened, rows=options.rows, length=options.length).ids
@@ -90,6 +95,10 @@ def main() -> None:
             for propagation in ("sequential", "block"):
                 times.setdefault(f"{method} {propagation}", []).append(
                     ours(ids, method, propagation)
+                )
+            for text in options.pattern:
+                times.setdefault(f"{method} sequential {text}", []).append(
+                    ours(ids, method, "sequential", parse_pattern(text))
                 )
             for dtype in ("bfloat16", "float32") if options.rival else ():
                 told = run_rival(
