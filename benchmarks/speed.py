@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
+    parser.add_argument("--propagation", nargs="+", default=["sequential", "block"])
     parser.add_argument("--pattern", action="append", default=[], help="an N:M pattern, timed too")
     options = parser.parse_args()
     opened = open_model(MODEL)
@@ -92,7 +93,7 @@ def main() -> None:
     for _ in range(options.repeats):
         floors.append(floor(ids))
         for method in options.methods:
-            for propagation in ("sequential", "block"):
+            for propagation in options.propagation:
                 times.setdefault(f"{method} {propagation}", []).append(
                     ours(ids, method, propagation)
                 )
