@@ -28,6 +28,7 @@ from calmix.pruning.layout import Calls, observe
 from calmix.pruning.patterns import Pattern, parse_pattern
 
 MODEL = "builtin:smollm2-135m"
+BOTH = ("sequential", "block")
 SIXTY = Unstructured(0.6)
 MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
-    parser.add_argument("--propagation", nargs="+", default=["sequential", "block"])
+    parser.add_argument("--sequential-only", action="store_true", help="leave block out")
     parser.add_argument("--pattern", action="append", default=[], help="an N:M pattern, timed too")
     options = parser.parse_args()
     opened = open_model(MODEL)
@@ -93,7 +94,7 @@ def main() -> None:
     for _ in range(options.repeats):
         floors.append(floor(ids))
         for method in options.methods:
-            for propagation in options.propagation:
+            for propagation in ("sequential",) if options.sequential_only else BOTH:
                 times.setdefault(f"{method} {propagation}", []).append(
                     ours(ids, method, propagation)
                 )
