@@ -49,7 +49,9 @@ def run_rival(python: str, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
     """Run rival_llmcompressor.py on ids and return what it measured."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({"ids": ids.contiguous()}, Path(folder) / "ids.safetensors")
-        command = [python, str(HERE / "rival_llmcompressor.py")]
+        # Absolute, since the rival runs in a folder of its own; not resolved: a link is what makes
+        # an interpreter that of its environment.
+        command = [str(Path(python).absolute()), str(HERE / "rival_llmcompressor.py")]
         command += ["--ids", str(Path(folder) / "ids.safetensors")]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
