@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -19,6 +21,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune language models with mixed calibration sets, and see which abilities survive.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"calmix {importlib.metadata.version('calmix')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of no verb."""
+
+
 prune.register(app)
 calibrate.register(app)
 generate.register(app)
