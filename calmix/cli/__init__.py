@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -47,15 +47,31 @@ listing.register(app)
 study.register(app)
 
 
+# What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.
+UsageError: Any = typer.BadParameter.__base__
+
+
+def _refuse(error: Any) -> NoReturn:
+    if type(error).__name__ == "NoArgsIsHelpError":  # help has been shown
+        sys.exit(2)
+    verb = error.ctx.command_path if error.ctx else "calmix"
+    fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")
+
+
 def main() -> None:
     """Run the command line. Exit code 2 and one line for a mistake; 130 for an interrupt."""
     try:
-        app()
+        code = app(prog_name="calmix", standalone_mode=False)
+    except UsageError as error:
+        _refuse(error)
     except CalmixError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        code = 141
+    if code == 130:
+        sys.stderr.write("interrupted\n")
+    if code:
+        sys.exit(code)

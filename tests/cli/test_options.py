@@ -1,9 +1,11 @@
-"""What the command line does without a verb."""
+"""What the command line does before and beside its verbs: options, mistakes, an interrupt."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+
+import pytest
 
 from tests.conftest import Ended
 
@@ -19,3 +21,31 @@ def test_without_a_verb_help_is_shown_and_the_code_says_it_was_a_mistake(
     ended = calmix()
     assert ended.code == 2
     assert "calibrate" in ended.out + ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("prune", "x", "--foo"), "error: No such option: --foo (see calmix prune --help)"),
+        (("prune",), "error: Missing argument 'MODEL' (see calmix prune --help)"),
+        (("prue", "x"), "error: No such command 'prue'"),
+        (("prune", "x", "--rows", "many"), "error: Invalid value for '--rows': "),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(
+    calmix: Callable[..., Ended], arguments: tuple[str, ...], said: str
+) -> None:
+    ended = calmix(*arguments)
+    assert ended.code == 2
+    assert ended.line.startswith(said)
+
+
+def test_an_interrupt_is_said_and_has_its_own_code(
+    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calmix.cli.listing.print_json", stopped)
+    ended = calmix("assets", "verify", "--json")
+    assert (ended.code, ended.err) == (130, "interrupted\n")
