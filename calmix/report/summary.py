@@ -187,8 +187,8 @@ def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> N
                 )
         if open_:
             missing.append(
-                f"No difference in total from {against} beyond what other draws could make: "
-                f"{words.listed(open_)}."
+                f"No difference in total from {against} that survives correction (a bracket is "
+                f"of one comparison alone): {words.listed(open_)}."
             )
 
 
@@ -252,7 +252,7 @@ def _trade_offs(
             _told([one for one in each.trade_offs if one.metric == name]) for name in names[:2]
         ]
         more = f" {words.counted(len(names) - 2, 'more metric')} likewise." if names[2:] else ""
-        found.append(f"Opposite-sign trade-off: {' '.join(texts)}{more}")
+        found.append(f"Opposite-sign trade-off: {'; '.join(texts)}.{more}")
     else:
         missing.append(
             f"No opposite-sign trade-off: no metric rises with one dimension and falls "
@@ -298,7 +298,7 @@ def _told(found: Sequence[TradeOff]) -> str:
 
     return (
         f"the higher a text's {words.metric_name(found[0].metric)}, the more of {each(up)} and "
-        f"the less of {each(down)} survives."
+        f"the less of {each(down)} survives"
     )
 
 
