@@ -18,6 +18,7 @@ import torch
 from calmix import open_model
 from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, write
+from calmix.models.attention import cache_argument
 
 
 def forward_alone(model: torch.nn.Module, rows: int, length: int) -> float:
@@ -25,11 +26,11 @@ def forward_alone(model: torch.nn.Module, rows: int, length: int) -> float:
     from transformers import DynamicCache
 
     token = torch.ones((rows, 1), dtype=torch.long, device=next(model.parameters()).device)
-    cache = DynamicCache(config=model.config)
+    cache, name = DynamicCache(config=model.config), cache_argument(model)
     start = time.perf_counter()
     with torch.inference_mode():
         for _ in range(length - 1):
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, use_cache=True, **{name: cache})
     return time.perf_counter() - start
 
 
