@@ -28,7 +28,6 @@ from calmix.pruning.layout import Calls, observe
 from calmix.pruning.patterns import Pattern, parse_pattern
 
 MODEL = "builtin:smollm2-135m"
-BOTH = ("sequential", "block")
 SIXTY = Unstructured(0.6)
 MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 
@@ -65,9 +64,7 @@ def floor(ids: torch.Tensor) -> tuple[float, float]:
     return forward, gram
 
 
-def ours(
-    ids: torch.Tensor, method: str, propagation: str, pattern: Pattern = SIXTY
-) -> dict[str, float]:
+def ours(ids: torch.Tensor, method: str, propagation: str, pattern: Pattern) -> dict[str, float]:
     """Seconds of one prune by activity."""
     model = open_model(MODEL).model
     report = prune(model, ids, method=method, pattern=pattern, propagation=propagation)
@@ -84,6 +81,11 @@ def main() -> None:
     parser.add_argument("--sequential-only", action="store_true", help="leave block out")
     parser.add_argument("--pattern", action="append", default=[], help="an N:M pattern, timed too")
     options = parser.parse_args()
+    targets: list[tuple[str, str, Pattern]] = [("sequential", "sequential", SIXTY)]
+    if not options.sequential_only:
+        targets.append(("block", "block", SIXTY))
+    for text in options.pattern:
+        targets.append((f"sequential {text}", "sequential", parse_pattern(text)))
     opened = open_model(MODEL)
     ids = build(parse_mix(MIX), opened, rows=options.rows, length=options.length).ids
     print(f"{datetime.date.today()}, commit {commit()}, {machine()}")
@@ -94,13 +96,9 @@ def main() -> None:
     for _ in range(options.repeats):
         floors.append(floor(ids))
         for method in options.methods:
-            for propagation in ("sequential",) if options.sequential_only else BOTH:
-                times.setdefault(f"{method} {propagation}", []).append(
-                    ours(ids, method, propagation)
-                )
-            for text in options.pattern:
-                times.setdefault(f"{method} sequential {text}", []).append(
-                    ours(ids, method, "sequential", parse_pattern(text))
+            for name, propagation, pattern in targets:
+                times.setdefault(f"{method} {name}", []).append(
+                    ours(ids, method, propagation, pattern)
                 )
             for dtype in ("bfloat16", "float32") if options.rival else ():
                 told = run_rival(
