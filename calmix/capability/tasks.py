@@ -406,6 +406,14 @@ def _text_of(task: Any, doc: Any) -> str:
     return "\n".join([*texts, *(c for c in choices if isinstance(c, str))])
 
 
+def task_texts(spec: TaskSpec) -> list[str]:
+    """Return questions and answers of all items that the archive has of a task, scored or not."""
+    items = load_items(spec.model_copy(update={"limit": None}))
+    head = preamble([context for item in items for context in item.contexts])
+    contexts = [context[head:] for item in items for context in item.contexts]
+    return [*contexts, *(choice for item in items for choice in item.choices)]
+
+
 def preamble(contexts: Sequence[str]) -> int:
     """Return how many characters all contexts share up to the end of a worked example.
 
