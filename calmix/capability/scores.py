@@ -12,7 +12,7 @@ from calmix.capability.records import TaskScores, from_mapping, from_old_mapping
 from calmix.capability.retention import RESAMPLES, Retention, retention
 from calmix.capability.suites import Suite
 from calmix.errors import InputError
-from calmix.files import write_json
+from calmix.files import write_text
 
 KIND = "capability scores"
 FORMAT = 2  # of the JSON file; 1 held no log-likelihoods
@@ -66,8 +66,8 @@ class CapabilityScores:
         return {"kind": KIND, "format": FORMAT, **asdict(self)}
 
     def save(self, path: Path) -> None:
-        """Write the scores as JSON."""
-        write_json(path, self.to_dict())
+        """Write the scores as JSON, all on one line: they are long."""
+        write_text(path, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
 
 
 def describe(suite: Suite) -> dict[str, Any]:

@@ -29,6 +29,15 @@ Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
 Positive = Annotated[int, Field(ge=1)]
 
 
+def benchmark_of(folder: str) -> str:
+    """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
+    `minerva_math_500` are parts of one, and so is MBPP in every language."""
+    for family in ("mbpp", "minerva_math"):
+        if family in folder:
+            return family
+    return folder
+
+
 class TaskSpec(BaseModel):
     """One task of a suite.
 
@@ -102,6 +111,11 @@ class TaskSpec(BaseModel):
     def primary(self) -> Score:
         """The score that retention is about."""
         return self.score or self._scores[0]
+
+    @property
+    def benchmark(self) -> str | None:
+        """The benchmark the archive's items are of (`benchmark_of`)."""
+        return None if self.archive is None else benchmark_of(self.archive.split("/")[0])
 
     @property
     def runs_code(self) -> bool:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.calibration import CalibrationSet, resolve
-from calmix.capability.evaluate import CapabilityScores, evaluate, load_scores
+from calmix.capability.evaluate import SCORER, evaluate
 from calmix.capability.retention import Estimate, Retention
+from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError
 from calmix.files import sha256_json, write_json
 from calmix.information.measuring import measure_set
@@ -27,13 +28,13 @@ from calmix.pruning import PruneReport, prune
 from calmix.specs import DAMPING
 from calmix.study.results import Interval, TaskOutcome, Trial
 from calmix.study.spec import Study, as_pattern
-from calmix.study.store import RESULT, Store, publish
-from calmix.study.trials import Planned, Resolved
+from calmix.study.store import RESULT, SCORES, Store, publish
+from calmix.study.trials import Planned, Resolved, halves_of, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INFORMATION, SCORES, PRUNING = "information.json", "scores.json", "pruning.json"
+INFORMATION, PRUNING = "information.json", "pruning.json"
 
 Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
 
@@ -101,6 +102,7 @@ class Bench:
             opened,
             self.study.suite,
             allow_code_execution=self.allow_code_execution,
+            floors=False,
             progress=lambda *of: stage("scoring", *of),
         )
         at = timed("evaluate", at)
@@ -114,14 +116,15 @@ class Bench:
             "device": opened.model.device.type,
         }
         with self.store.writing(trial) as folder:
-            write_json(folder / SCORES, scores.to_dict())
+            scores.save(folder / SCORES)
             write_json(folder / PRUNING, report.to_json())
             if self.study.file.keep_checkpoints:
                 from calmix.pruning.checkpoint import check_space, write_checkpoint
 
                 check_space(opened, folder)
                 write_checkpoint(opened, folder / "checkpoint", report, made)
-            write_json(folder / RESULT, {"trial": outcome.model_dump(mode="json"), "run": run})
+            record = {"trial": outcome.model_dump(mode="json"), "run": run}
+            write_json(folder / RESULT, record | {"dense": self._dense_key()})
         return outcome
 
     def open(self, label: str, stage: Stage | None = None) -> OpenModel:
@@ -181,11 +184,8 @@ class Bench:
         """Return the scores of the open model before pruning, from the store if they are there."""
         if self._scores is not None:
             return self._scores
-        opened = self._opened
+        opened, suite, key = self._opened, self.study.suite, self._dense_key()
         assert opened is not None
-        kind = [str(opened.model.dtype), opened.model.device.type]
-        suite = self.study.suite
-        key = sha256_json([opened.fingerprint, opened.tokenizer_fingerprint, suite.hash, kind])
         path = self.store.dense(key)
         lock = self.store.lock(f"dense-{key[:32]}")
         lock.wait()
@@ -204,6 +204,14 @@ class Bench:
         finally:
             lock.release()
         return self._scores
+
+    def _dense_key(self) -> str:
+        """Return under which name the store keeps the open model's dense scores."""
+        opened = self._opened
+        assert opened is not None
+        kind = [str(opened.model.dtype), opened.model.device.type, SCORER]
+        files = [opened.fingerprint, opened.tokenizer_fingerprint]
+        return sha256_json([*files, self.study.suite.hash, kind])
 
     def _calibration(
         self, trial: Resolved, opened: OpenModel, stage: Stage
@@ -268,6 +276,8 @@ def describe(
         model=planned.model,
         calibration=planned.calibration,
         strategy=planned.strategy,
+        kind=kind_of(planned, study),
+        halves=halves_of(planned, study),
         method=planned.method,
         pattern=planned.pattern,
         sparsity=sparsity,
@@ -277,21 +287,22 @@ def describe(
         seed=planned.seed,
         suite=study.suite.name,
         information=information,
-        total=_interval(kept.corrected),
+        total=_interval(kept.total),
         worst=kept.worst,
-        dimensions={d.name: _interval(d.corrected) for d in kept.dimensions},
+        dimensions={d.name: _interval(d.kept) for d in kept.dimensions},
         tasks=tuple(
             TaskOutcome(
                 task=task.name,
                 dimension=task.dimension,
-                metric=task.metric,
+                score=task.score,
                 items=task.items,
-                chance=task.chance,
+                floor=task.floor,
                 dense=task.dense,
                 pruned=task.pruned,
+                dense_accuracy=task.dense_accuracy,
+                pruned_accuracy=task.pruned_accuracy,
                 signal=task.signal,
-                raw=_interval(task.raw),
-                retention=_interval(task.corrected),
+                retention=_interval(task.kept),
             )
             for task in kept.tasks
         ),

@@ -7,21 +7,24 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from calmix.calibration import CalibrationSet
+from calmix.capability.scores import load_scores
 from calmix.errors import InputError, disk_errors
 from calmix.files import write_json, write_text
 from calmix.information import metrics
-from calmix.study.results import StudyResults, Trial
+from calmix.study.items import read_items, write_items
+from calmix.study.results import Scores, StudyResults, Trial
 from calmix.study.store import Store, is_store, open_store
 
-KIND, FORMAT = "study results", 1
+KIND, FORMAT = "study results", 2
 RECORD, CSV, PARQUET = "study.json", "results.csv", "results.parquet"
+ITEMS = "items.npz"
 
 
 def read_results(path: Path | str) -> StudyResults:
@@ -39,7 +42,9 @@ def read_results(path: Path | str) -> StudyResults:
             raise ValueError("it is of another kind")
         found = kept.pop("format")
         if found == FORMAT:
-            return StudyResults.model_validate(kept)
+            results = StudyResults.model_validate(kept)
+            scores, dense = read_items(path / ITEMS)
+            return results.model_copy(update={"scores": scores, "dense": dense})
     except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{path / RECORD} holds no results of a study: {reason}") from error
@@ -51,7 +56,8 @@ def read_results(path: Path | str) -> StudyResults:
 def export_results(store: Path | str, folder: Path | str) -> list[Path]:
     """Write a study's results to a folder, which need not be empty, and return the files.
 
-    `study.json` is all of `StudyResults`, from which `read_results` reads without the store;
+    `study.json` and `items.npz` (log-likelihoods of every choice) are all of `StudyResults`, from
+    which `read_results` reads without the store;
     `results.csv` and `results.parquet` (where pyarrow is installed) have a row a trial and task.
     The same results give the same bytes.
 
@@ -64,7 +70,8 @@ def export_results(store: Path | str, folder: Path | str) -> list[Path]:
         raise InputError(f"{folder} is a file: name a folder for the results")
     record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
     write_json(folder / RECORD, record)
-    return [folder / RECORD, *write_tables(results, folder)]
+    write_items(results, folder / ITEMS)
+    return [folder / RECORD, folder / ITEMS, *write_tables(results, folder)]
 
 
 def write_tables(results: StudyResults, folder: Path) -> list[Path]:
@@ -112,7 +119,6 @@ def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
             yield (
                 head
                 | {name: getattr(task, name) for name in _TASK}
-                | _columns("raw", task.raw.model_dump())
                 | _columns("retention", task.retention.model_dump())
                 | _columns("dimension_retention", dimension.model_dump())
                 | information
@@ -123,7 +129,10 @@ _TRIAL = (
     "id", "model", "calibration", "strategy", "method", "pattern", "sparsity", "propagation",
     "rows", "length", "seed", "suite",
 )  # fmt: skip
-_TASK = ("dimension", "task", "metric", "items", "chance", "dense", "pruned", "signal")
+_TASK = (
+    "dimension", "task", "score", "items", "floor", "dense", "pruned", "dense_accuracy",
+    "pruned_accuracy", "signal",
+)  # fmt: skip
 
 
 def _columns(name: str, interval: dict[str, float | None]) -> dict[str, float | None]:
@@ -167,7 +176,15 @@ def _of_store(store: Store) -> StudyResults:
         failed=tuple(failed),
         environment=environment([record["run"] for record in kept.values()]),
         suite=store.index["suite"],
+        scores={entry["id"]: store.scores(entry["id"]) for entry in done},
+        dense=_dense(store, kept.values()),
     )
+
+
+def _dense(store: Store, records: Iterable[dict[str, Any]]) -> dict[str, Scores]:
+    """Return the dense models' scores, by label."""
+    keys = {record["trial"]["model"]: record["dense"] for record in records}
+    return {label: load_scores(store.dense(key)).tasks for label, key in keys.items()}
 
 
 def environment(runs: list[dict[str, Any]]) -> dict[str, Any]:

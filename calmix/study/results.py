@@ -4,10 +4,14 @@ from a folder of exported results. Analysis and report start here and know nothi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
+from calmix.capability.records import TaskScores
+
+Scores = tuple[TaskScores, ...]
 Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "none"]  # none: magnitude
 
 
@@ -24,17 +28,21 @@ class Interval(_Record):
 
 
 class TaskOutcome(_Record):
-    """One task of one trial. `retention` is corrected for chance; None without signal."""
+    """One task of one trial, by its primary score (`capability.retention.TaskRetention`).
+
+    `retention` has no value without signal.
+    """
 
     task: str
     dimension: str
-    metric: str
+    score: str
     items: int
-    chance: float
+    floor: float | None
     dense: float
     pruned: float
+    dense_accuracy: float | None
+    pruned_accuracy: float | None
     signal: bool
-    raw: Interval
     retention: Interval
 
 
@@ -51,7 +59,9 @@ class Trial(_Record):
         seed: of the calibration draw.
         information: metrics of the calibration set under the dense model (`aggregation_4`,
             `perplexity`, ...), token budget included.
-        total, dimensions: retention, corrected for chance; `worst` names the lowest dimension.
+        kind: of a single source, what it leans to: `prose`, `code`, `math` or as its entry says.
+        halves: tasks that are the other half of a benchmark this set's sources read.
+        total, dimensions: retention by the tasks' primary scores; `worst` names the lowest.
         seconds: wall time by stage.
     """
 
@@ -59,6 +69,8 @@ class Trial(_Record):
     model: str
     calibration: str
     strategy: Strategy
+    kind: str = ""
+    halves: tuple[str, ...] = ()
     method: str
     pattern: str
     sparsity: float
@@ -92,6 +104,8 @@ class StudyResults(_Record):
         planned: number of trials the study asks for.
         environment: machine, versions and dates of the run.
         suite: name, version, hash, and the dimensions' names in order.
+        scores, dense: what every trial's model, and the dense models, did on every item: by the
+            trial's id, and by the model's label.
     """
 
     name: str
@@ -101,3 +115,5 @@ class StudyResults(_Record):
     failed: tuple[FailedTrial, ...] = ()
     environment: dict[str, Any] = {}
     suite: dict[str, Any] = {}
+    scores: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
+    dense: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}

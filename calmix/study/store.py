@@ -19,15 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from calmix.capability.scores import load_scores
 from calmix.errors import InputError, disk_errors
 from calmix.files import atomic_folder, write_json
 from calmix.locks import Lock, holder_of
-from calmix.study.results import FailedTrial, Trial
+from calmix.study.results import FailedTrial, Scores, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Resolved, differences
 
-KIND, FORMAT = "study store", 1
+KIND, FORMAT = "study store", 2  # 1 held no log-likelihoods
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
+SCORES = "scores.json"
 
 State = Literal["finished", "failed", "running", "pending"]
 
@@ -80,6 +82,14 @@ class Store:
             InputError: the record is damaged.
         """
         return _read(self.trial(trial_id) / RESULT, "run the study again after deleting it")
+
+    def scores(self, trial_id: str) -> Scores:
+        """Return what a finished trial's model did on every item.
+
+        Raises:
+            InputError: the file is damaged, or of a version without log-likelihoods.
+        """
+        return load_scores(self.trial(trial_id) / SCORES).tasks
 
     def read_trial(self, trial_id: str) -> Trial:
         """Return a finished trial."""

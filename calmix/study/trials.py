@@ -19,14 +19,14 @@ from calmix.calibration.selfgen.openers import load_openers
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.evaluate import SCORER
-from calmix.capability.suites import load_suite
+from calmix.capability.suites import benchmark_of, load_suite
 from calmix.errors import InputError
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
-from calmix.sources.readers import LocalFile
+from calmix.sources.readers import AssetText, LocalFile
 from calmix.specs import DAMPING, LENGTH, ROWS
 from calmix.study.results import Strategy
 from calmix.study.spec import (
@@ -279,6 +279,37 @@ class Resolver:
                 raise InputError(f"cannot read {path}: {error.strerror}") from error
             self._files[path] = sha256_json(hashes)
         return self._files[path]
+
+
+def kind_of(trial: Planned, study: Study) -> str:
+    """Return what a single source leans to: prose (general and commonsense), code, math, or what
+    a user's own source says; nothing for other sets."""
+    if trial.strategy != "single":
+        return ""
+    dimensions = {source.dimension for source in _sources_of(trial, study)}
+    if dimensions <= {"general", "commonsense"}:
+        return "prose" if dimensions else ""
+    return dimensions.pop() if len(dimensions) == 1 else ""
+
+
+def halves_of(trial: Planned, study: Study) -> tuple[str, ...]:
+    """Return the tasks that are the other half of a benchmark which the set's sources read."""
+    read = {
+        benchmark_of(member.split("/")[2])
+        for source in _sources_of(trial, study)
+        if isinstance(source.reader, AssetText)
+        for member in source.reader.members
+        if member.count("/") > 2
+    }
+    return tuple(name for name, task in study.suite.tasks.items() if task.benchmark in read)
+
+
+def _sources_of(trial: Planned, study: Study) -> list[Source]:
+    """Return the sources of a set; none where it was saved, or the model writes it."""
+    if trial.draw is None or is_saved_set(user_path(trial.draw.text)):
+        return []
+    spec = parse_spec(trial.draw.text, study.own)
+    return [get_source(name, spec.own) for name in spec.mix.weights]
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
