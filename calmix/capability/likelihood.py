@@ -1,4 +1,4 @@
-"""Negative log-likelihood of full rows of tokens: the fast path under every perplexity.
+"""Full rows of tokens through a model: the fast path under perplexity and distance.
 
 The blocks run in micro-batches that stay in cache, and the output head in slices, so that no
 full-vocabulary tensor of a whole batch is ever held.
@@ -6,7 +6,7 @@ full-vocabulary tensor of a whole batch is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +27,7 @@ def decoder_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
     if decoder is None or decoder is model:
         decoder = model.base_model
     head = model.get_output_embeddings()
-    config = model.config.get_text_config(decoder=True)
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
+    cap, scale, divisor = logit_settings(model)
 
     def logits(hidden: Tensor) -> Tensor:
         value = head(hidden).float()
@@ -43,6 +40,32 @@ def decoder_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
         return value
 
     return decoder, logits
+
+
+def logit_settings(model: Any) -> tuple[float | None, float | None, float | None]:
+    """Return what a causal LM does to its head's logits: cap, factor, divisor (None: nothing)."""
+    config = model.config.get_text_config(decoder=True)
+    cap, scale, divisor = (
+        getattr(config, key, None)
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    )
+    return cap, scale, divisor
+
+
+def hidden_states(decoder: Any, ids: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Yield what the output head sees of full rows, in micro-batches, to be used without gradients.
+
+    Args:
+        decoder: of `decoder_and_head`.
+        ids: int64 token ids, shape (rows, length), without padding.
+        device: where the decoder is.
+
+    Yields:
+        shape (some rows, length - 1, width): every position that predicts a token of its row.
+    """
+    step = max(1, MICRO_TOKENS // ids.shape[1])
+    for batch in ids.split(step):
+        yield decoder(input_ids=batch.to(device), use_cache=False)[0][:, :-1]
 
 
 @torch.inference_mode()
@@ -61,11 +84,11 @@ def row_nll(model: Any, ids: Tensor, *, tick: Callable[[int], None] | None = Non
     device = next(model.parameters()).device
     decoder, logits = decoder_and_head(model)
     result = torch.empty(rows, length - 1)
-    step = max(1, MICRO_TOKENS // length)
-    for start in range(0, rows, step):
-        batch = ids[start : start + step].to(device)
-        hidden = decoder(input_ids=batch, use_cache=False)[0][:, :-1].flatten(0, 1)
-        target = batch[:, 1:].flatten()
+    start = 0
+    for states in hidden_states(decoder, ids, device):
+        stop = start + len(states)
+        hidden = states.flatten(0, 1)
+        target = ids[start:stop, 1:].flatten().to(device)
         parts = [
             F.cross_entropy(
                 logits(hidden[at : at + HEAD_TOKENS]),
@@ -74,7 +97,8 @@ def row_nll(model: Any, ids: Tensor, *, tick: Callable[[int], None] | None = Non
             )
             for at in range(0, len(target), HEAD_TOKENS)
         ]
-        result[start : start + step] = torch.cat(parts).view(len(batch), -1).cpu()
+        result[start:stop] = torch.cat(parts).view(stop - start, -1).cpu()
         if tick is not None:
-            tick(len(batch))
+            tick(stop - start)
+        start = stop
     return result

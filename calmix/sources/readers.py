@@ -150,14 +150,14 @@ def _source_files(root: Path, patterns: list[str], skip: set[str]) -> Iterator[D
 
 
 class Apart(BaseModel):
-    """Texts to keep away from: the even-numbered requests of `members`, or all, by which the
-    suite numbers its items. What shares a run of `words` words with one is left out.
+    """Texts to keep away from: the even-numbered requests of `members` (those the suite may score),
+    the odd-numbered, or all. What shares a run of `words` words with one is left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     members: list[str]
-    items: Literal["all", "even"] = "even"
+    items: Literal["all", "odd", "even"] = "even"
     words: Annotated[int, Field(gt=0)] = 8
 
 
@@ -168,8 +168,9 @@ class AssetText(Reader):
     Requests that give the same text (one per choice of a question, say) are one document.
 
     What a suite may score is left out: `items: odd` hands out only requests whose `number` is
-    odd, the even ones being for the suite; `apart` leaves out what shares a run of words with
-    requests of the members the suite reads. `where` keeps requests with given values.
+    odd, the even ones being for the suite (and `even` those, for evaluation); `apart` leaves out
+    what shares a run of words with requests of the members the suite reads. `where` keeps
+    requests with given values.
     """
 
     type: Literal["asset"]
@@ -178,7 +179,7 @@ class AssetText(Reader):
     template: str
     after: str | None = None
     before: str | None = None
-    items: Literal["all", "odd"] = "all"
+    items: Literal["all", "odd", "even"] = "all"
     number: str = "doc_id"
     apart: Apart | None = None
     where: dict[str, str | list[str]] = {}
@@ -201,13 +202,13 @@ class AssetText(Reader):
         if self.apart is not None:
             for member in self.apart.members:
                 for request in assets.read_jsonl(self.asset, member):
-                    if self.apart.items == "all" or request["doc_id"] % 2 == 0:
+                    if self.apart.items in ("all", self._parity(request)):
                         text = fill(self.template, _with_answer(request))
                         scored |= word_runs(text, self.apart.words)
         seen: set[str] = set()
         for member in self.members:
             for request in assets.read_jsonl(self.asset, member):
-                if self.items == "odd" and int(lookup(request, self.number)) % 2 == 0:
+                if self.items not in ("all", self._parity(request)):
                     continue
                 if not all(_matches(request, key, value) for key, value in self.where.items()):
                     continue
@@ -217,6 +218,9 @@ class AssetText(Reader):
                 seen.add(text)
                 if self.apart is None or scored.isdisjoint(word_runs(text, self.apart.words)):
                     yield Document(f"{member.split('/')[-3]}/{request['doc_id']}", text)
+
+    def _parity(self, request: dict[str, Any]) -> str:
+        return "odd" if int(lookup(request, self.number)) % 2 else "even"
 
     def _cut(self, text: str) -> str:
         if self.after is not None:
