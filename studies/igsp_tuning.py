@@ -38,7 +38,7 @@ def variant(text: str) -> tuple[str, str, dict[str, Any]]:
     for pair in pairs:
         key, value = pair.split("=")
         settings["lambda_" if key == "lambda" else key] = (
-            value if key in ("openers", "seeds") else json.loads(value)
+            value if key in ("openers", "seeds", "start") else json.loads(value)
         )
     return text, name, settings
 
