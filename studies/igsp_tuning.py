@@ -81,7 +81,7 @@ def main() -> None:
                 "seconds": [round(drawn - began), round(time.perf_counter() - drawn)],
                 "manifest": {
                     key: made.manifest.get(key)
-                    for key in ("aggregation_4", "temperature", "first_pieces", "selected")
+                    for key in ("aggregation_4", "temperature", "first_in_band", "selected")
                 },
             }
             with args.log.open("a", encoding="utf-8") as log:

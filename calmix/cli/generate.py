@@ -150,12 +150,12 @@ def generate(
     out.print(f"{output}: {made.rows} rows of {made.length} tokens ({shares})", soft_wrap=True)
     out.print(f"4-gram aggregation {manifest['aggregation_4']:.2%}", highlight=False)
     if "selected" in manifest:
-        before, after = manifest["first_pieces"], manifest["selected"]
+        before, after = manifest["first_in_band"], manifest["selected"]
         perplexities = ", ".join(f"{k} {v:.1f}" for k, v in after["perplexity"].items())
         out.print(
-            f"selection: J {before['J']:.4f} to {after['J']:.4f}, 4-gram aggregation of the "
-            f"pieces {before['aggregation_4']:.2%} to {after['aggregation_4']:.2%}; "
-            f"perplexity {perplexities}",
+            f"selection within the band: J {before['J']:.4f} to {after['J']:.4f}, 4-gram "
+            f"aggregation of the pieces {before['aggregation_4']:.2%} to "
+            f"{after['aggregation_4']:.2%}; perplexity {perplexities}",
             soft_wrap=True,
             highlight=False,
         )

@@ -31,7 +31,7 @@ def test_igsp_of_the_users_own_dimensions(calmix, tiny_folder, tmp_path):
     told = json.loads(ended.out)
     assert told["counts"] == {"law": 2, "cooking": 2} or told["counts"] == {"cooking": 2, "law": 2}
     assert told["settings"]["lambda"] == 0.5
-    assert told["selected"]["J"] <= told["first_pieces"]["J"]
+    assert told["selected"]["J"] <= told["first_in_band"]["J"]
     assert set(told["temperature"]) == {"law", "cooking"}
 
 

@@ -221,8 +221,28 @@ def test_igsp_writes_pilots_then_candidates_of_every_dimension():
     assert made.ids.shape == (8, 32)
     assert sorted(made.tags) == ["x"] * 4 + ["y"] * 4
     assert set(made.record["temperature"]) == {"x", "y"}
-    assert made.record["selected"]["J"] <= made.record["first_pieces"]["J"]
+    assert made.record["selected"]["J"] <= made.record["first_in_band"]["J"]
     assert made.record["pieces"]["chosen"] == 16
+
+
+def test_igsp_tells_of_the_first_pieces_within_the_band():
+    held = []
+
+    def write(request: Request, label: str) -> Written:
+        held.append(noted(held)(request, label))
+        return held[-1]
+
+    options = defaults("igsp") | {"piece": 16, "band": 0.2, "lambda_": 0.0}
+    del options["openers"]
+    made = igsp.igsp(write, {"x": [[3]], "y": [[6]]}, **SIZE, **options)
+    (pieces,) = [written for written in held if isinstance(written, Written)]
+    groups, usable = ["x", "y"] * 16, np.ones(32, bool)
+    inside = igsp.in_band(pieces.log_perplexity.numpy(), groups, usable, need=8, band=0.2)
+    for place, name in enumerate("xy"):
+        first = [i for i in range(place, 32, 2) if inside[i]][:8]
+        assert first != list(range(place, 16, 2))  # the band takes some of the first
+        perplexity = pieces.log_perplexity[first].mean().exp().item()
+        assert made.record["first_in_band"]["perplexity"][name] == pytest.approx(perplexity)
 
 
 def test_igsp_needs_no_pilot_without_balance():
