@@ -38,7 +38,7 @@ def variant(text: str) -> tuple[str, str, dict[str, Any]]:
     for pair in pairs:
         key, value = pair.split("=")
         settings["lambda_" if key == "lambda" else key] = (
-            value if key in ("openers", "seeds") else json.loads(value)
+            value if key in ("openers", "seeds", "start") else json.loads(value)
         )
     return text, name, settings
 
@@ -81,7 +81,7 @@ def main() -> None:
                 "seconds": [round(drawn - began), round(time.perf_counter() - drawn)],
                 "manifest": {
                     key: made.manifest.get(key)
-                    for key in ("aggregation_4", "temperature", "first_pieces", "selected")
+                    for key in ("aggregation_4", "temperature", "first_in_band", "selected")
                 },
             }
             with args.log.open("a", encoding="utf-8") as log:

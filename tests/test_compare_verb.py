@@ -2,20 +2,18 @@ import json
 
 import pytest
 
-from calmix.capability.evaluate import CapabilityScores
-from calmix.capability.retention import TaskScores
+from calmix.capability.records import TaskScores
+from calmix.capability.scores import CapabilityScores
+from tests.capability.helpers import bits
 
 
 def saved(path, values, suite="s"):
     task = TaskScores(
         "arith", "math", "acc", "accuracy", 0.0, tuple(map(str, range(len(values)))), tuple(values)
     )
-    bits = TaskScores(
-        "gold", "code", "bits_per_byte", "bits_per_byte", 0.0, ("a", "b"),
-        (sum(values) + 1.0, 2.0), (3, 4),
-    )  # fmt: skip
+    text = bits([sum(values) + 1.0, 2.0], [3, 4], "gold")
     scores = CapabilityScores(
-        path.stem, "f", "float32", {"name": suite, "version": 1, "hash": suite}, (task, bits)
+        path.stem, "f", "float32", {"name": suite, "version": 1, "hash": suite}, (task, text)
     )
     scores.save(path)
     return path
@@ -31,7 +29,7 @@ def files(tmp_path):
 def test_models_stand_side_by_side(calmix, files):
     dense, half = files
     told = json.loads(calmix("compare", half, "--against", dense, "--json").out)
-    by_name = {d["name"]: d["corrected"]["value"] for d in told["half"]["dimensions"]}
+    by_name = {d["name"]: d["kept"]["value"] for d in told["half"]["dimensions"]}
     assert by_name["math"] == pytest.approx(4 / 7)
     shown = calmix("compare", half, "--against", dense).out
     assert "57.1" in shown
@@ -42,7 +40,7 @@ def test_models_stand_side_by_side(calmix, files):
 def test_the_dense_model_keeps_all_of_itself(calmix, files):
     dense, _ = files
     told = json.loads(calmix("compare", dense, "--against", dense, "--json").out)["dense"]
-    assert told["corrected"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert told["total"] == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_mistakes_are_one_line(calmix, files, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_args
 
@@ -119,9 +119,10 @@ def build(
             tick(name)
     head = [] if begin is None else [begin]
     chosen = _chosen(draws, counts, select, seed, opened, head)
-    drawn = [(name, head + draws[name].packed.rows[i]) for name in counts for i in chosen[name]]
-    shuffle = np.random.default_rng(seed).permutation(len(drawn))
-    ids = torch.tensor([drawn[i][1] for i in shuffle], dtype=torch.int64)
+    drawn = [(name, i) for name in counts for i in chosen[name]]
+    drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
+    chosen = {name: [i for source, i in drawn if source == name] for name in counts}
+    ids = torch.tensor([head + draws[name].packed.rows[i] for name, i in drawn])
     manifest = {
         "kind": "calibration set",
         "mix": mix.weights,
@@ -135,7 +136,7 @@ def build(
         "leakage": "off" if guard is None else guard.report(),
         "sources": {name: _described(draw, chosen[name]) for name, draw in draws.items()},
     }
-    made = CalibrationSet(ids, tuple(drawn[i][0] for i in shuffle), manifest)
+    made = CalibrationSet(ids, tuple(name for name, _ in drawn), manifest)
     manifest["sha256"] = made.sha256
     return made
 
@@ -199,8 +200,11 @@ def _chosen(
 
 
 def _described(draw: _Draw, chosen: list[int]) -> dict[str, Any]:
+    """Return what the manifest says of a source; `chosen` are its rows in the set's order."""
     packed = draw.packed
-    held = sorted({d for i in chosen for d in range(packed.spans[i][0], packed.spans[i][1] + 1)})
+    held = held_documents(packed.spans[i] for i in chosen)
+    place = {document: at for at, document in enumerate(held)}
+    lengths = [len(packed.used[d][1]) for d in held]
     return {
         "rows": len(chosen),
         "candidates": len(packed.rows),
@@ -209,8 +213,15 @@ def _described(draw: _Draw, chosen: list[int]) -> dict[str, Any]:
         "documents": draw.documents,
         "sha256": draw.sha256,
         "drawn": [packed.used[d][0].id for d in held],
-        "drawn_tokens": sum(len(packed.used[d][1]) for d in held),
+        "drawn_tokens": sum(lengths),
+        "lengths": lengths,
+        "spans": [[place[first], place[last]] for first, last in (packed.spans[i] for i in chosen)],
     }
+
+
+def held_documents(spans: Iterable[Sequence[int]]) -> list[int]:
+    """Return the documents rows hold text of, ascending, from the first and last of each row."""
+    return sorted({document for first, last in spans for document in range(first, last + 1)})
 
 
 def tokenizer_function(tokenizer: Any) -> Tokenize:

@@ -12,7 +12,9 @@ Two steps. A greedy pick of the row that adds most distinct 4-grams: a monotone 
 so with one group the pick holds at least 1 - 1/e of the distinct 4-grams of the best set, with
 several (a partition matroid) at least 1/2. Then swaps of a chosen row for another of its group,
 each of which lowers J, until none is found; from the greedy pick and from the first rows of each
-group: the better of the two. Pure and deterministic.
+group: the better of the two. The bound is of the pick alone and of 4-grams alone: the balance is
+not submodular, and swaps may give 4-grams up for it, so for J and for the set after the swaps
+there is none. Pure and deterministic.
 """
 
 from __future__ import annotations

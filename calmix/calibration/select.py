@@ -41,8 +41,9 @@ def select_zipcal(
 
     Each step takes the candidate with the most token ids not yet in the set, among the groups
     whose quota is not filled; of equals, the first. Distinct-token count is a monotone
-    submodular cover, so the lazy greedy used here equals the plain one and is within 1 - 1/e of
-    the best set of its size. `seed` is not used.
+    submodular cover, so the lazy greedy used here equals the plain one and holds, with one group,
+    at least 1 - 1/e of the distinct tokens of the best set of its size, with several at least
+    half. `seed` is not used.
 
     Our reading of ZipCal (arXiv 2603.16105), which maximises the lexical diversity of the
     calibration set: tokens stand for its words, and the mix's row counts for its way of

@@ -76,7 +76,9 @@ def from_old_mapping(value: Mapping[str, Any]) -> TaskScores:
     items, values = tuple(value["items"]), tuple(map(float, value["values"]))
     head = value["name"], value["dimension"], value["metric"]
     if value["kind"] == "accuracy":
-        return TaskScores(*head, "accuracy", value["chance"], items, values)
+        written = value["metric"] in ("exact_match", "pass@1")
+        primary: Score = "accuracy" if written else "probability"
+        return TaskScores(*head, primary, value["chance"], items, values)
     return TaskScores(
         *head, "bits", 0.0, items, (), (0,) * len(items),
         tuple((-nats,) for nats in values), tuple((size,) for size in value["bytes"]),

@@ -113,15 +113,36 @@ def load_scores(path: Path) -> CapabilityScores:
     Raises:
         InputError: no such file, or it holds no capability scores of a known format.
     """
+    value = _read(path)
+    if isinstance(value.get("scores"), dict):
+        value = value["scores"]  # a file of `calmix evaluate -o`, scores beside the retention
+    return _parsed(value, path)
+
+
+def load_dense(path: Path) -> CapabilityScores | None:
+    """Read the dense model's scores out of a file of `calmix evaluate --against -o`, if any.
+
+    Raises:
+        InputError: no such file, or it is damaged.
+    """
+    value = _read(path).get("dense")
+    return _parsed(value, path) if isinstance(value, dict) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no JSON file of scores: {error}") from error
-    if isinstance(value, dict) and isinstance(value.get("scores"), dict):
-        value = value["scores"]  # a file of `calmix evaluate -o`, scores beside the retention
-    if not isinstance(value, dict) or value.pop("kind", None) != KIND:
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no scores of 'calmix evaluate'")
+    return value
+
+
+def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
+    if value.pop("kind", None) != KIND:
         raise InputError(f"{path} holds no scores of 'calmix evaluate'")
     read = {1: from_old_mapping, FORMAT: from_mapping}.get(found := value.pop("format", None))
     if read is None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calmix.cli.common import AsJson, out, print_json
-from calmix.cli.evaluate import interval, table_of
+from calmix.cli.evaluate import (
+    MeasureName,
+    Resamples,
+    Seed,
+    check_bootstrap,
+    interval,
+    legend,
+    table_of,
+)
 from calmix.errors import InputError
+
+if TYPE_CHECKING:
+    from calmix.capability.measures import Measure
+    from calmix.capability.retention import Retention
 
 
 def register(app: typer.Typer) -> None:
@@ -27,49 +39,47 @@ def compare(
     against: Annotated[
         Path, typer.Option(metavar="DENSE", show_default=False, help="The dense model's file.")
     ],
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    measure: MeasureName = "primary",
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Put the retention of several models side by side, dimension by dimension."""
-    from calmix.capability.evaluate import load_scores
+    from calmix.capability.scores import load_scores
 
-    if resamples < 1:
-        raise InputError(f"the bootstrap needs at least 1 resample, not {resamples}")
-    if seed < 0:
-        raise InputError(f"the seed must not be negative, but is {seed}")
+    judged = check_bootstrap(measure, resamples, seed)
     names = [path.stem for path in scores]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise InputError(f"two files are called {doubles[0]}.json: rename one, to tell them apart")
     dense = load_scores(against)
-    kept = {
-        name: load_scores(path).retention(dense, resamples=resamples, seed=seed)
-        for name, path in zip(names, scores, strict=True)
-    }
+    models = {name: load_scores(path) for name, path in zip(names, scores, strict=True)}
+
+    def kept_by(measure: Measure) -> dict[str, Retention]:
+        return {
+            name: model.retention(dense, measure=measure, resamples=resamples, seed=seed)
+            for name, model in models.items()
+        }
+
+    kept = kept_by(judged)
     if as_json:
         print_json({name: retention.to_dict() for name, retention in kept.items()})
         return
     suite = dense.suite
     table = table_of(
-        f"retention %, suite {suite['name']} version {suite['version']}",
-        ["dimension", "dense", *names],
+        f"retention %, suite {suite['name']} version {suite['version']}, by {judged}",
+        ["dimension", *names],
     )
-    dimensions = next(iter(kept.values())).dimensions
-    for number, dimension in enumerate(dimensions):
-        cells = [interval(retention.dimensions[number].corrected) for retention in kept.values()]
-        table.add_row(dimension.name, "100.0", *cells)
+    for dimension in next(iter(kept.values())).dimensions:
+        cells = [interval(retention.of(dimension.name)) for retention in kept.values()]
+        table.add_row(dimension.name, *cells)
     table.add_section()
-    table.add_row("total", "100.0", *[interval(r.corrected) for r in kept.values()])
-    worst = [
-        next((d for d in r.dimensions if d.name == r.worst), r.dimensions[0]) for r in kept.values()
-    ]
-    table.add_row("worst", "100.0", *[interval(d.corrected) for d in worst])
-    table.add_row("", "", *[f"({d.name})" for d in worst])
+    table.add_row("total", *[interval(r.total) for r in kept.values()])
+    worst = [(r, r.worst) for r in kept.values()]
+    table.add_row("worst", *["-" if name is None else interval(r.of(name)) for r, name in worst])
+    table.add_row("", *["" if name is None else f"({name})" for _, name in worst])
+    if judged != "accuracy":
+        table.add_section()
+        table.add_row("by accuracy", *[interval(r.total) for r in kept_by("accuracy").values()])
     out.print(table)
-    out.print(
-        "corrected for chance; brackets: 95 % paired bootstrap over items, "
-        f"{resamples} resamples, seed {seed}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    out.print(legend(resamples, seed), highlight=False)

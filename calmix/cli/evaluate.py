@@ -1,7 +1,8 @@
-"""`evaluate` and `suites`: what a model can do, and what it has kept of another."""
+"""`evaluate`, `rescore` and `suites`: what a model can do, and what it has kept of another."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,15 +25,29 @@ from calmix.cli.common import (
     progress_bar,
 )
 from calmix.errors import InputError, disk_errors
+from calmix.files import write_text
 
 if TYPE_CHECKING:
-    from calmix.capability.evaluate import CapabilityScores
-    from calmix.capability.retention import Estimate, Retention
+    from calmix.capability.measures import Measure
+    from calmix.capability.retention import Estimate
+    from calmix.capability.scores import CapabilityScores
+
+
+MeasureName = Annotated[
+    str,
+    typer.Option(
+        "--measure",
+        help="primary (each task's own), probability, bits, margin, accuracy or ratio.",
+    ),
+]
+Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]
+Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("evaluate")(evaluate_command)
+    app.command("rescore")(rescore)
     suites = typer.Typer(no_args_is_help=True, help="Suites of tasks by capability dimension.")
     suites.command("ls")(suites_ls)
     suites.command("show")(suites_show)
@@ -74,8 +89,9 @@ def evaluate_command(
             "--allow-code-execution", help="Run code the model writes, in a limited subprocess."
         ),
     ] = False,
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    measure: MeasureName = "primary",
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
     batch_tokens: Annotated[
         int | None,
         typer.Option(show_default="2048", help="Tokens in one forward pass: speed and memory."),
@@ -93,21 +109,19 @@ def evaluate_command(
 ) -> None:
     """Score a model on a suite, and with --against say what it has kept, with intervals."""
     from calmix.capability import evaluate as capability
+    from calmix.capability.scores import check_suite, load_scores
 
     chosen = capability.choose(
         suite, dimensions=dimension or (), tasks=task or (), quick=quick, limit=limit
     )
     capability.check_code(chosen, allow_code_execution)
-    if resamples < 1:
-        raise InputError(f"the bootstrap needs at least 1 resample, not {resamples}")
-    if seed < 0:
-        raise InputError(f"the seed must not be negative, but is {seed}")
+    judged = check_bootstrap(measure, resamples, seed)
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens must be positive, not {batch_tokens}")
     if output is not None:
         _check_output(output, overwrite)
 
-    def run(name: str, cache: bool) -> CapabilityScores:
+    def run(name: str, dense: bool) -> CapabilityScores:
         with progress_bar() as bar:
             job = bar.add_task(f"scoring {name}", total=None)
             return capability.evaluate(
@@ -118,7 +132,8 @@ def evaluate_command(
                 trust_remote_code=trust_remote_code,
                 batch_tokens=batch_tokens,
                 allow_code_execution=allow_code_execution,
-                cache=cache,
+                floors=dense or against is None,
+                cache=dense and not no_cache,
                 progress=lambda done, total: bar.update(job, completed=done, total=total),
             )
 
@@ -126,28 +141,82 @@ def evaluate_command(
     dense = None
     if against is not None:
         if against.lower().endswith(".json"):
-            dense = capability.load_scores(Path(against).expanduser())
-            capability.check_suite(dense, chosen)
+            dense = load_scores(Path(against).expanduser())
+            check_suite(dense, chosen)
+            dense.retention(dense, measure=judged, resamples=1)
         else:
-            dense = run(against, not no_cache)
+            dense = run(against, True)
     scores = run(model, False)
-    kept = None if dense is None else scores.retention(dense, resamples=resamples, seed=seed)
     result: dict[str, Any] = {"scores": scores.to_dict()}
-    if dense is not None and kept is not None:
+    if dense is not None:
+        kept = scores.retention(dense, measure=judged, resamples=resamples, seed=seed)
         result |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
     if output is not None:
-        capability.write_json(output, result)
+        write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
     if as_json:
         print_json(result)
         return
-    if kept is None or dense is None:
-        _print_scores(scores)
+    if dense is None:
+        _print_scores(scores, judged)
     else:
-        _print_retention(scores, dense, kept)
+        _print_retention(scores, dense, judged, resamples, seed)
     for name, count in scores.truncated.items():
         err.print(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
         err.print(f"wrote {output}", soft_wrap=True)
+
+
+def check_bootstrap(measure: str, resamples: int, seed: int) -> Measure:
+    """Return the measure, the options of the intervals checked beside it.
+
+    Raises:
+        InputError: an unknown measure, no resample, a negative seed.
+    """
+    from calmix.capability.measures import check_measure
+
+    if resamples < 1:
+        raise InputError(f"the bootstrap needs at least 1 resample, not {resamples}")
+    if seed < 0:
+        raise InputError(f"the seed must not be negative, but is {seed}")
+    return check_measure(measure)
+
+
+def rescore(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", show_default=False, help="A file of calmix evaluate -o."),
+    ],
+    measure: MeasureName = "primary",
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DENSE",
+            show_default="the one in FILE, if any",
+            help="The dense model's file.",
+        ),
+    ] = None,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compute scores and retention anew from a file, by another measure, without the model."""
+    from calmix.capability.scores import load_dense, load_scores
+
+    judged = check_bootstrap(measure, resamples, seed)
+    scores = load_scores(file)
+    dense = load_dense(file) if against is None else load_scores(against)
+    if dense is None:
+        if as_json:
+            print_json(score_rows(scores, judged))
+        else:
+            _print_scores(scores, judged)
+        return
+    if as_json:
+        print_json(
+            scores.retention(dense, measure=judged, resamples=resamples, seed=seed).to_dict()
+        )
+    else:
+        _print_retention(scores, dense, judged, resamples, seed)
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
@@ -185,77 +254,106 @@ def _suite_title(scores: CapabilityScores) -> str:
     return f"suite {suite['name']} version {suite['version']}, {scores.dtype}"
 
 
-def _print_scores(scores: CapabilityScores) -> None:
+def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any]]:
+    """Return a record a task: its score, what knowing nothing scores, noise, signal, accuracy."""
+    kept = scores.retention(scores, measure=measure, resamples=1)
+    return [
+        {
+            "dimension": task.dimension, "task": task.name, "n": task.items,
+            "score": task.score, "floor": task.floor, "value": task.dense,
+            "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy,
+        }
+        for task in kept.tasks
+    ]  # fmt: skip
+
+
+def _print_scores(scores: CapabilityScores, measure: Measure) -> None:
     table = table_of(
         f"{scores.model}: {_suite_title(scores)}, {scores.seconds:.0f} s",
-        ["task", "metric", "n", "chance", "score", "±noise", "signal"],
+        ["task", "scored by", "n", "floor", "score", "signal", "accuracy"],
         left=2,
     )
     seen: set[str] = set()
-    for task in scores.tasks:
-        _head(table, task.dimension, seen)
+    for row in score_rows(scores, measure):
+        _head(table, row["dimension"], seen)
         table.add_row(
-            f"  {task.name}",
-            task.metric,
-            str(len(task.items)),
-            f"{task.chance:.3f}" if task.kind == "accuracy" else "-",
-            f"{task.score:.3f}",
-            f"{task.noise:.3f}",
-            "yes" if task.signal else "no",
+            f"  {row['task']}",
+            row["score"],
+            str(row["n"]),
+            _number(row["floor"]),
+            _number(row["value"]),
+            "yes" if row["signal"] else "no",
+            _number(row["accuracy"]),
         )
     out.print(table)
 
 
-def _print_retention(scores: CapabilityScores, dense: CapabilityScores, kept: Retention) -> None:
+def _print_retention(
+    scores: CapabilityScores,
+    dense: CapabilityScores,
+    measure: Measure,
+    resamples: int,
+    seed: int,
+) -> None:
+    kept = scores.retention(dense, measure=measure, resamples=resamples, seed=seed)
     title = f"{scores.model} against {dense.model}: {_suite_title(scores)}"
-    table = table_of(
-        title, ["task", "n", "chance", "dense", "±noise", "pruned", "raw %", "retention %"]
-    )
+    columns = ["task", "n", "scored by", "dense", "pruned", "accuracy", "retention %"]
+    table = table_of(title, columns)
     seen: set[str] = set()
     for task in kept.tasks:
         _head(table, task.dimension, seen)
+        pair = f"{_number(task.dense_accuracy)} {_number(task.pruned_accuracy)}"
         table.add_row(
             f"  {task.name}",
             str(task.items),
-            f"{task.chance:.3f}" if task.metric != "bits_per_byte" else "b/byte",
-            f"{task.dense:.3f}",
-            f"{task.noise:.3f}",
-            f"{task.pruned:.3f}",
-            _percent(task.raw.value),
-            interval(task.corrected) if task.signal else "no signal",
+            task.score,
+            _number(task.dense),
+            _number(task.pruned),
+            pair if task.dense_accuracy is not None else "-",
+            interval(task.kept) if task.signal else "no signal",
         )
     out.print(table)
+    other = scores.retention(dense, measure="accuracy", resamples=resamples, seed=seed)
     summary = table_of(
-        "retention, mean over tasks with signal", ["dimension", "tasks", "raw %", "retention %"]
+        "retention %, mean over tasks with signal",
+        ["dimension", "tasks", f"by {measure}", "by accuracy"],
     )
     for dimension in kept.dimensions:
         counted = dimension.tasks - len(dimension.without_signal)
         summary.add_row(
             dimension.name,
             f"{counted} of {dimension.tasks}",
-            _percent(dimension.raw.value),
-            interval(dimension.corrected),
+            interval(dimension.kept),
+            interval(other.of(dimension.name)),
         )
     summary.add_section()
-    summary.add_row("total", "", _percent(kept.raw.value), interval(kept.corrected))
+    summary.add_row("total", "", interval(kept.total), interval(other.total))
     if kept.worst is not None:
-        worst = next(d for d in kept.dimensions if d.name == kept.worst)
         summary.add_row(
-            f"worst: {worst.name}", "", _percent(worst.raw.value), interval(worst.corrected)
-        )
+            f"worst: {kept.worst}", "", interval(kept.of(kept.worst)),
+            interval(other.of(kept.worst)),
+        )  # fmt: skip
     out.print(summary)
     silent = [task.name for task in kept.tasks if not task.signal]
     if silent:
         out.print(
-            f"no signal (dense score within its noise of chance, left out): {', '.join(silent)}",
+            "no signal (dense score within its noise of knowing nothing, left out): "
+            + ", ".join(silent),
             soft_wrap=True,
         )
-    out.print(
-        "retention is corrected for chance; brackets: 95 % paired bootstrap over items, "
-        f"{kept.resamples} resamples, seed {kept.seed}",
-        soft_wrap=True,
-        highlight=False,
+    out.print(legend(resamples, seed), highlight=False)
+
+
+def legend(resamples: int, seed: int) -> str:
+    """Return what the figures of a table of retention mean."""
+    return (
+        "100 is the dense model, 0 one without the knowledge; by accuracy: corrected for\n"
+        f"chance. Brackets: 95 %, over items, {resamples} resamples, seed {seed}."
     )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _percent(value: float | None) -> str:

@@ -38,7 +38,7 @@ def generate(
         typer.Argument(
             metavar="METHOD",
             show_default=False,
-            help="igsp (several dimensions, chosen by information), self-cal (from the begin "
+            help="igsp (several dimensions, chosen by information), self-cal (from a start "
             "token) or sgs (from the first tokens of documents).",
         ),
     ],
@@ -52,6 +52,14 @@ def generate(
     temperature: Annotated[
         float | None,
         typer.Option(show_default="igsp 0.9 (middle), self-cal 1, sgs 0.6", help="Of sampling."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            show_default="auto",
+            help="self-cal: from bos (the begin token) or separator (between documents); auto is "
+            "bos unless that is a token of chats.",
+        ),
     ] = None,
     start_temperature: Annotated[
         float | None,
@@ -118,8 +126,8 @@ def generate(
     from calmix.models import open_model
 
     options: dict[str, Any] = {
-        "temperature": temperature, "start_temperature": start_temperature, "ramp": ramp,
-        "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
+        "start": start, "temperature": temperature, "start_temperature": start_temperature,
+        "ramp": ramp, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
         "openers": openers, "candidates": candidates, "lambda_": balance, "piece": piece,
         "band": band, "seeds": seeds, "drop": drop,
     }  # fmt: skip
@@ -142,12 +150,12 @@ def generate(
     out.print(f"{output}: {made.rows} rows of {made.length} tokens ({shares})", soft_wrap=True)
     out.print(f"4-gram aggregation {manifest['aggregation_4']:.2%}", highlight=False)
     if "selected" in manifest:
-        before, after = manifest["first_pieces"], manifest["selected"]
+        before, after = manifest["first_in_band"], manifest["selected"]
         perplexities = ", ".join(f"{k} {v:.1f}" for k, v in after["perplexity"].items())
         out.print(
-            f"selection: J {before['J']:.4f} to {after['J']:.4f}, 4-gram aggregation of the "
-            f"pieces {before['aggregation_4']:.2%} to {after['aggregation_4']:.2%}; "
-            f"perplexity {perplexities}",
+            f"selection within the band: J {before['J']:.4f} to {after['J']:.4f}, 4-gram "
+            f"aggregation of the pieces {before['aggregation_4']:.2%} to "
+            f"{after['aggregation_4']:.2%}; perplexity {perplexities}",
             soft_wrap=True,
             highlight=False,
         )

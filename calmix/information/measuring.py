@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calmix.calibration.build import HasTokenizer
+from calmix.calibration.build import HasTokenizer, held_documents
 from calmix.calibration.packing import Packing
 from calmix.calibration.resolving import resolve
 from calmix.calibration.set import CalibrationSet, is_saved_set
@@ -161,7 +161,8 @@ def measure(
     """Measure sources, mixes and saved sets, all at the budget of `rows` x `length` tokens.
 
     Draw i uses seed + i. A saved set is one draw; if it has more rows than asked, each draw is
-    a seeded choice among them. Coverage and mismatch compare with the other specs pooled (the
+    a seeded choice among them, with the documents of those rows (absent for a set saved before
+    its manifest knew them). Coverage and mismatch compare with the other specs pooled (the
     same draw of each), or with `reference`; with neither they have no meaning and are absent.
 
     Args:
@@ -263,9 +264,27 @@ def _part(found: CalibrationSet, path: Path, rows: int, length: int, seed: int) 
         )
     if found.rows == rows:
         return found
-    chosen = np.sort(np.random.default_rng(seed).permutation(found.rows)[:rows])
-    sources = tuple(found.sources[i] for i in chosen)
-    return CalibrationSet(found.ids[chosen.tolist()], sources, found.manifest)
+    chosen = np.sort(np.random.default_rng(seed).permutation(found.rows)[:rows]).tolist()
+    manifest = {**found.manifest, "sources": _documents_of(found, chosen)}
+    return CalibrationSet(found.ids[chosen], tuple(found.sources[i] for i in chosen), manifest)
+
+
+def _documents_of(found: CalibrationSet, rows: Sequence[int]) -> dict[str, Any]:
+    """Return the documents some rows hold text of, by source; nothing for a set saved before
+    the manifest told them apart.
+    """
+    documents = {}
+    for name, described in found.manifest.get("sources", {}).items():
+        if "spans" not in described:
+            return {}
+        own = [row for row, source in enumerate(found.sources) if source == name]
+        spans = dict(zip(own, described["spans"], strict=True))
+        held = held_documents(spans[row] for row in rows if row in spans)
+        documents[name] = {
+            "drawn": [described["drawn"][document] for document in held],
+            "drawn_tokens": sum(described["lengths"][document] for document in held),
+        }
+    return documents
 
 
 def _compared(sets: list[Ids], target: Ids | None) -> list[dict[str, float]]:

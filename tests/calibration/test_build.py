@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from calmix.calibration import build, parse_mix
 from calmix.calibration.build import begin_token
 from calmix.errors import InputError, SourceError
+from calmix.sources import get_source
 
 
 def mix_of(sources, lower=1, upper=1):
@@ -101,7 +102,24 @@ def test_the_manifest_names_the_documents(sources, tiny):
     entry = made.manifest["sources"][sources["lower"]]
     assert entry["documents"] == 60
     assert len(entry["drawn"]) == len(set(entry["drawn"])) == 3
-    assert entry["drawn_tokens"] == sum(39 + int(name) for name in entry["drawn"])
+    assert entry["lengths"] == [39 + int(name) for name in entry["drawn"]]
+    assert entry["drawn_tokens"] == sum(entry["lengths"])
+
+
+@pytest.mark.parametrize("select", ["random", "zipcal"])
+def test_the_manifest_names_the_documents_of_every_row(sources, tiny, select):
+    made = build(mix_of(sources), tiny, rows=9, length=32, select=select)
+    texts = {name: {d.id: d.text for d in get_source(name).documents()} for name in made.counts}
+    at = dict.fromkeys(made.counts, 0)
+    for ids, name in zip(made.ids.tolist(), made.sources, strict=True):
+        entry = made.manifest["sources"][name]
+        first, last = entry["spans"][at[name]]
+        at[name] += 1
+        held = [texts[name][document] for document in entry["drawn"][first : last + 1]]
+        row = tiny.tokenizer.decode(ids)
+        assert row in "</s>".join([*held, ""])
+        assert row.removesuffix("</s>").count("</s>") == len(held) - 1
+    assert at == made.counts
 
 
 def test_too_little_text_tells_has_and_needs(sources, tiny):

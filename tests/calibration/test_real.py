@@ -1,13 +1,22 @@
-"""The guard against the real suite, with the builtin model's tokenizer."""
+"""The guard against the real suite, and where text starts, with the builtin model's tokenizer."""
 
 import json
 
 import pytest
 
 from calmix import CalibrationSet
+from calmix.calibration import open_tokenizer
 from calmix.calibration.resolving import suite_items
+from calmix.calibration.selfgen.openers import start_token
 
 pytestmark = pytest.mark.real
+
+
+def test_text_starts_at_the_separator_of_pretraining():
+    tokenizer = open_tokenizer("builtin:smollm2-135m").tokenizer
+    assert tokenizer.bos_token == "<|im_start|>"
+    for start in ("auto", "separator"):
+        assert tokenizer.convert_ids_to_tokens(start_token(tokenizer, start)) == "<|endoftext|>"
 
 
 def _planted(path, text, leaks):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from calmix.capability.retention import TaskScores
+from calmix.capability.records import TaskScores
 from calmix.models import OpenModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -60,16 +60,42 @@ def reference(model: OpenModel, requests: Sequence[Any]) -> list[tuple[float, bo
 def accuracy(
     values: Sequence[float], name: str = "quiz", dimension: str = "general", chance: float = 0.25
 ) -> TaskScores:
-    """Made-up accuracies."""
+    """Made-up accuracies of answers a model wrote."""
     items = tuple(map(str, range(len(values))))
     return TaskScores(name, dimension, "acc", "accuracy", chance, items, tuple(values))
 
 
 def bits(
-    nats: Sequence[float], sizes: Sequence[int], name: str = "text", dimension: str = "code"
+    nats: Sequence[float],
+    sizes: Sequence[int],
+    name: str = "text",
+    dimension: str = "code",
+    floor: float = 3.0,
 ) -> TaskScores:
-    """Made-up likelihoods."""
+    """Made-up likelihoods of single answers; `floor` is in nats a byte."""
     items = tuple(map(str, range(len(nats))))
     return TaskScores(
-        name, dimension, "bits_per_byte", "bits_per_byte", 0.0, items, tuple(nats), tuple(sizes)
-    )
+        name, dimension, "bits_per_byte", "bits", 0.0, items,
+        gold=(0,) * len(items),
+        loglikelihoods=tuple((-float(value),) for value in nats),
+        bytes=tuple((int(size),) for size in sizes),
+        floor="unigram",
+        floors=tuple((-floor * size,) for size in sizes),
+    )  # fmt: skip
+
+
+def choices(
+    values: Sequence[Sequence[float]],
+    gold: Sequence[int],
+    floors: Sequence[Sequence[float]] = (),
+    name: str = "choice",
+    dimension: str = "general",
+) -> TaskScores:
+    """Made-up log-likelihoods of choices, four bytes each."""
+    right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
+    return TaskScores(
+        name, dimension, "acc", "probability", 1 / len(values[0]),
+        tuple(map(str, range(len(values)))), tuple(right), tuple(gold),
+        tuple(map(tuple, values)), tuple((4,) * len(row) for row in values),
+        "context-free" if floors else "uniform", tuple(map(tuple, floors)),
+    )  # fmt: skip

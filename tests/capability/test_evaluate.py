@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 
 import calmix as package
 from calmix.capability import evaluate as module
-from calmix.capability.evaluate import CapabilityScores, evaluate, load_scores
-from calmix.capability.retention import TaskScores
+from calmix.capability.evaluate import evaluate
+from calmix.capability.records import TaskScores
+from calmix.capability.scores import CapabilityScores, describe, load_scores
 from calmix.capability.suites import Suite, load_suite, parse_suite
 from calmix.capability.tasks import load_items
 from calmix.errors import InputError
@@ -34,35 +37,62 @@ def tiny(tiny_folder: Path) -> OpenModel:
 
 def test_scores_are_those_of_the_plain_model(suite: Suite, tiny: OpenModel) -> None:
     scores = evaluate(tiny, suite)
-    assert [(t.name, t.dimension, t.kind) for t in scores.tasks] == [
-        ("quiz", "general", "accuracy"),
-        ("which", "general", "accuracy"),
-        ("text", "code", "bits_per_byte"),
+    assert [(t.name, t.dimension, t.primary, t.floor) for t in scores.tasks] == [
+        ("quiz", "general", "probability", "context-free"),
+        ("which", "general", "probability", "uniform"),
+        ("text", "code", "bits", "unigram"),
     ]
     quiz, which, text = scores.tasks
     assert quiz.items == tuple(f"quiz/{n}" for n in range(10))
     assert which.items == ("which/0", "which/2", "which/4")
     assert (quiz.chance, which.chance, text.chance) == (pytest.approx(1 / 3), 0.5, 0.0)
+    assert which.gold == (1, 1, 1)
     items = load_items(suite.tasks["quiz"])
-    for item, value in zip(items, quiz.values, strict=True):
-        asked = [request(item.contexts[0], choice) for choice in item.choices]
+    for number, item in enumerate(items):
+        wanted = plain(tiny, item.contexts[0], item.choices)
+        assert quiz.loglikelihoods[number] == pytest.approx(wanted, abs=2e-3)
+        assert quiz.bytes[number] == tuple(len(choice) for choice in item.choices)
+        assert quiz.gold[number] == item.gold
+        assert quiz.floors[number] == pytest.approx(plain(tiny, "Answer:", item.choices), abs=2e-3)
         # acc_norm divides by the characters of a choice without the space before it.
-        norms = [
-            v / (len(r.args[1]) - 1)
-            for (v, _), r in zip(reference(tiny, asked), asked, strict=True)
-        ]
-        assert value == float(norms.index(max(norms)) == item.gold)
+        norms = [v / (len(c) - 1) for v, c in zip(wanted, item.choices, strict=True)]
+        assert quiz.values[number] == float(norms.index(max(norms)) == item.gold)
     items = load_items(suite.tasks["text"])
-    wanted = reference(tiny, [request(i.contexts[0], i.choices[0]) for i in items])
-    assert list(text.values) == pytest.approx([-v for v, _ in wanted], rel=1e-4)
-    assert text.bytes == (9, 9, 9, 9)
+    wanted = [plain(tiny, i.contexts[0], i.choices)[0] for i in items]
+    assert [row[0] for row in text.loglikelihoods] == pytest.approx(wanted, abs=2e-3)
+    assert text.bytes == ((9,),) * 4
+
+
+def plain(model: OpenModel, context: str, answers: tuple[str, ...]) -> list[float]:
+    return [value for value, _ in reference(model, [request(context, a) for a in answers])]
+
+
+def test_a_text_without_knowledge_is_a_code_of_single_tokens(suite: Suite, tiny: OpenModel) -> None:
+    text = evaluate(tiny, suite, tasks=["text"]).tasks[0]
+    items = load_items(suite.tasks["text"])
+    ids = [tiny.tokenizer(t)["input_ids"] for i in items for t in (*i.contexts, *i.choices)]
+    counts = Counter(token for row in ids for token in row)
+    for item, (floor,) in zip(items, text.floors, strict=True):
+        tokens = tiny.tokenizer(item.choices[0])["input_ids"]
+        wanted = sum(math.log(counts[token] / counts.total()) for token in tokens)
+        assert floor == pytest.approx(wanted, abs=1e-3)
+    # The code is fitted to all the archive has: a limit does not change it.
+    assert evaluate(tiny, suite, tasks=["text"], limit=2).tasks[0].floors == text.floors[::2]
+
+
+def test_a_pruned_models_scores_need_no_floors(suite: Suite, tiny: OpenModel) -> None:
+    dense, pruned = evaluate(tiny, suite), evaluate(tiny, suite, floors=False)
+    assert all(not task.floors for task in pruned.tasks)
+    assert pruned.retention(dense, resamples=10) == dense.retention(dense, resamples=10)
+    with pytest.raises(InputError, match="no score without the knowledge"):
+        dense.retention(pruned)
 
 
 def test_against_itself_everything_is_kept(suite: Suite, tiny: OpenModel) -> None:
     scores = evaluate(tiny, suite)
     kept = scores.retention(scores, resamples=50)
-    assert kept.raw.value == kept.raw.low == kept.raw.high == 1.0
-    assert all(task.corrected.value == 1.0 for task in kept.tasks if task.signal)
+    assert all(task.kept.value == 1.0 for task in kept.tasks if task.signal)
+    assert scores.retention(scores, measure="ratio", resamples=50).of("code").low == 1.0
 
 
 def test_quick_limit_and_selection(suite: Suite, tiny: OpenModel) -> None:
@@ -83,9 +113,9 @@ def test_scores_survive_the_disk(suite: Suite, tiny: OpenModel, tmp_path: Path) 
         ("{", "is no JSON file"),
         ("[]", "holds no scores"),
         ('{"kind": "other"}', "holds no scores"),
-        ('{"kind": "capability scores", "format": 99}', "in format 99, not 1"),
+        ('{"kind": "capability scores", "format": 99}', "in format 99, not 2"),
         ('{"kind": "capability scores", "format": 1}', "is damaged"),
-        ('{"kind": "capability scores", "format": 1, "tasks": [{"name": "a"}]}', "is damaged"),
+        ('{"kind": "capability scores", "format": 2, "tasks": [{"name": "a"}]}', "is damaged"),
     ],
 )
 def test_files_that_are_no_scores(tmp_path: Path, content: str, says: str) -> None:
@@ -95,6 +125,28 @@ def test_files_that_are_no_scores(tmp_path: Path, content: str, says: str) -> No
         load_scores(path)
     with pytest.raises(InputError, match="there is no file"):
         load_scores(tmp_path / "none.json")
+
+
+OLD = {
+    "kind": "capability scores", "format": 1, "model": "m", "fingerprint": "f", "dtype": "float32",
+    "suite": {"name": "s", "version": 1, "hash": "h"},
+    "tasks": [
+        {"name": "a", "dimension": "d", "metric": "acc", "kind": "accuracy", "chance": 0.0,
+         "items": ["1", "2"], "values": [1.0, 1.0], "bytes": []},
+        {"name": "b", "dimension": "d", "metric": "bits_per_byte", "kind": "bits_per_byte",
+         "chance": 0.0, "items": ["1"], "values": [2.5], "bytes": [4]},
+    ],
+}  # fmt: skip
+
+
+def test_a_file_of_the_first_format_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps(OLD), encoding="utf-8")
+    old = load_scores(tmp_path / "old.json")
+    assert old.retention(old, measure="accuracy", resamples=10).total.value == 1.0
+    with pytest.raises(
+        InputError, match=r"task a hold no log-likelihoods, which its probability needs"
+    ):
+        old.retention(old, measure="primary")
 
 
 def test_dense_scores_are_kept_by_model_suite_and_dtype(
@@ -125,9 +177,9 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(
 
 
 def scored(suite: Suite, **changes: Any) -> CapabilityScores:
-    task = TaskScores("a", "general", "acc", "accuracy", 0.0, ("1", "2"), (1.0, 0.0))
+    task = TaskScores("a", "general", "acc", "accuracy", 0.0, ("1", "2"), (1.0, 1.0))
     fields = {"model": "m", "fingerprint": "f", "dtype": "float32", "tasks": (task,)}
-    return CapabilityScores(**{**fields, "suite": module.describe(suite), **changes})
+    return CapabilityScores(**{**fields, "suite": describe(suite), **changes})
 
 
 def test_different_suites_versions_and_selections_are_not_compared() -> None:
@@ -139,7 +191,7 @@ def test_different_suites_versions_and_selections_are_not_compared() -> None:
             scored(suite).retention(scored(against))
     with pytest.raises(InputError, match=r"different selections \(--quick"):
         scored(suite).retention(scored(suite.quick()))
-    assert scored(suite).retention(scored(suite), resamples=10).raw.value == 1.0
+    assert scored(suite).retention(scored(suite), measure="ratio").total.value == 1.0
 
 
 def test_code_runs_only_if_allowed(tiny: OpenModel) -> None:
@@ -172,7 +224,7 @@ def test_starting_the_command_line_imports_neither_harness_nor_model_library() -
 def test_the_builtin_model_on_the_smoke_suite() -> None:
     scores = evaluate("builtin:smollm2-135m", "smoke")
     assert len(scores.tasks) == 4
-    assert scores.retention(scores).raw.value == 1.0
+    assert scores.retention(scores, measure="ratio").total.value == 1.0
     text = next(task for task in scores.tasks if task.name == "mbpp")
     assert 0.3 < text.score < 2.0
 

@@ -42,11 +42,36 @@ def test_retention_against_a_dense_model(calmix: Run, tiny_folder: Path, suite_f
     assert ended.code == 0, ended.err
     assert "total" in ended.out
     assert "100.0 [100.0, 100.0]" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
     again = calmix(*arguments, "--json")  # the dense scores come from the cache now
     assert again.code == 0
     value = json.loads(again.out)
-    assert value["retention"]["raw"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    whole = {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert [d["kept"] for d in value["retention"]["dimensions"] if d["kept"]["value"]] == [whole]
     assert value["scores"]["suite"] == value["dense"]["suite"]
+
+
+def test_a_file_is_scored_anew_by_another_measure(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    path, alone = tmp_path / "both.json", tmp_path / "alone.json"
+    arguments = ("evaluate", tiny_folder, "--suite", suite_file)
+    assert calmix(*arguments, "--against", tiny_folder, "-o", path).code == 0
+    assert calmix(*arguments, "-o", alone).code == 0
+    for measure in ("primary", "probability", "bits", "margin", "accuracy", "ratio"):
+        ended = calmix("rescore", path, "--measure", measure)
+        assert ended.code == 0, ended.err
+        assert f"by {measure}" in ended.out
+        told = json.loads(calmix("rescore", path, "--measure", measure, "--json").out)
+        assert told["measure"] == measure
+        rows = json.loads(calmix("rescore", alone, "--measure", measure, "--json").out)
+        assert [row["task"] for row in rows] == ["quiz", "which", "text"]
+    assert "scored by" in calmix("rescore", alone).out
+    assert calmix("rescore", alone, "--against", path).code == 0
+    ended = calmix("rescore", path, "--measure", "f1")
+    assert (ended.code, ended.out) == (2, "")
+    assert "the measure is primary" in ended.line
+    assert calmix("rescore", tmp_path / "none.json").line.startswith("error: there is no file")
 
 
 def test_retention_against_saved_scores(

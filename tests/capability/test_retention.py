@@ -9,37 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calmix.capability.retention import (
-    TaskScores,
-    bootstrap,
-    from_mapping,
-    no_signal,
-    retention,
-    task_retention,
-)
+from calmix.capability.measures import parts
+from calmix.capability.records import TaskScores, from_mapping
+from calmix.capability.retention import resampled, retention
 from calmix.errors import InputError
-from tests.capability.helpers import accuracy, bits
+from tests.capability.helpers import accuracy, bits, choices
 
 
 def right(count: int, of: int, **fields: object) -> TaskScores:
     return accuracy([1.0] * count + [0.0] * (of - count), **fields)  # type: ignore[arg-type]
-
-
-def test_accuracy_raw_and_corrected_for_chance() -> None:
-    raw, corrected = task_retention(right(75, 100), right(50, 100))
-    assert raw == pytest.approx(50 / 75)
-    assert corrected == pytest.approx((0.50 - 0.25) / (0.75 - 0.25))
-
-
-def test_below_chance_is_no_retention_and_above_dense_is_more_than_all() -> None:
-    assert task_retention(right(75, 100), right(10, 100)) == pytest.approx((10 / 75, 0.0))
-    assert task_retention(right(50, 100), right(75, 100))[1] == pytest.approx(2.0)
-
-
-def test_bits_per_byte_is_dense_over_pruned() -> None:
-    dense, pruned = bits([10.0, 30.0], [20, 20]), bits([20.0, 60.0], [20, 20])
-    assert dense.score == pytest.approx(40 / math.log(2) / 40)
-    assert task_retention(dense, pruned) == pytest.approx((0.5, 0.5))
 
 
 def suite(seed: int) -> list[TaskScores]:
@@ -60,13 +38,9 @@ def suite(seed: int) -> list[TaskScores]:
 def test_retention_against_itself_is_exactly_one(seed: int) -> None:
     scores = suite(seed)
     found = retention(scores, scores, resamples=200)
-    for task in found.tasks:
-        estimates = [task.raw, task.corrected] if task.signal else [task.raw]
-        for estimate in estimates:
-            assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
-    for whole in (*found.dimensions, found):
-        assert (whole.raw.value, whole.raw.low, whole.raw.high) == (1.0, 1.0, 1.0)
-        assert (whole.corrected.value, whole.corrected.low, whole.corrected.high) == (1, 1, 1)
+    for one in (*(t.kept for t in found.tasks if t.signal), *(d.kept for d in found.dimensions)):
+        assert (one.value, one.low, one.high) == (1.0, 1.0, 1.0)
+    assert (found.total.value, found.total.low, found.total.high) == (1.0, 1.0, 1.0)
 
 
 def test_a_task_at_chance_is_flagged_and_left_out_of_the_corrected_mean() -> None:
@@ -76,22 +50,20 @@ def test_a_task_at_chance_is_flagged_and_left_out_of_the_corrected_mean() -> Non
     good, weak = found.tasks
     assert good.signal
     assert not weak.signal
-    assert weak.corrected.value is None
+    assert weak.kept.value is None
     dimension = found.dimensions[0]
     assert dimension.without_signal == ("weak",)
-    assert dimension.corrected.value == good.corrected.value
-    assert dimension.raw.value == pytest.approx((0.75 + 1.0) / 2)
-    assert list(no_signal(dense)) == ["weak"]
+    assert dimension.kept.value == good.kept.value
 
 
 def test_a_dimension_without_any_signal_has_no_value_and_does_not_count() -> None:
     dense = [right(80, 100, name="a"), right(25, 100, name="b", dimension="code")]
     found = retention(dense, dense, resamples=50)
-    assert found.dimensions[1].corrected.value is None
-    assert found.corrected.value == 1.0
+    assert found.dimensions[1].kept.value is None
+    assert found.total.value == 1.0
     assert found.worst == "general"
     silent = retention(dense[1:], dense[1:], resamples=50)
-    assert silent.corrected.value is None
+    assert silent.total.value is None
     assert silent.worst is None
 
 
@@ -99,36 +71,49 @@ def test_a_generation_task_the_dense_model_fails_throughout_has_no_signal() -> N
     dense = right(0, 40, chance=0.0)
     found = retention([dense], [dense], resamples=50)
     assert not found.tasks[0].signal
-    assert found.tasks[0].raw.value is None
-    assert found.raw.value is None
+    assert found.total.value is None
 
 
 def test_dimension_total_and_worst() -> None:
     dense = [right(80, 100, name="a"), right(80, 100, name="b", dimension="math")]
     pruned = [right(69, 100, name="a"), right(36, 100, name="b", dimension="math")]
     found = retention(dense, pruned, resamples=100)
-    assert [d.corrected.value for d in found.dimensions] == pytest.approx([0.8, 0.2])
-    assert found.corrected.value == pytest.approx(0.5)
+    assert [d.kept.value for d in found.dimensions] == pytest.approx([0.8, 0.2])
+    assert found.total.value == pytest.approx(0.5)
     assert found.worst == "math"
 
 
 def test_noise_is_half_a_confidence_interval() -> None:
     task = right(50, 100)
-    assert task.noise == pytest.approx(1.96 * math.sqrt(0.25 / 99), rel=1e-3)
+    found = retention([task], [task], resamples=10).tasks[0]
+    assert found.noise == pytest.approx(1.96 * math.sqrt(0.25 / 99), rel=1e-3)
     text = bits([10.0] * 50, [20] * 50)
-    assert text.noise == pytest.approx(0.0, abs=1e-9)
+    assert retention([text], [text], resamples=10).tasks[0].noise == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_bootstrap_is_seeded_and_paired() -> None:
     dense, pruned = suite(1)[0], accuracy([0.0, 1.0] * 40, "a")
-    one = bootstrap(dense, pruned, resamples=300, seed=5)
-    two = bootstrap(dense, pruned, resamples=300, seed=5)
-    other = bootstrap(dense, pruned, resamples=300, seed=6)
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, two, strict=True))
-    assert not np.array_equal(one[0], other[0])
+    made = parts(dense, pruned)
+    one, two, other = (resampled("a", made, resamples=300, seed=seed) for seed in (5, 5, 6))
+    assert np.array_equal(one, two, equal_nan=True)
+    assert not np.array_equal(one, other)
     # Paired: where both models fail and succeed together, no resample can differ from 1.
-    same = bootstrap(dense, dense, resamples=300, seed=5)[0]
+    same = resampled("a", parts(dense, dense), resamples=300, seed=5)
     assert np.nanmin(same) == np.nanmax(same) == 1.0
+
+
+def test_the_accuracy_of_every_task_stands_beside_its_score() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(-3, 1, (80, 4))
+    rows[:, 0] += 2
+    dense = choices(rows.tolist(), [0] * 80, np.full((80, 4), -3.0).tolist())
+    pruned = choices((rows / 2).tolist(), [0] * 80)
+    found = retention([dense], [pruned], resamples=100).tasks[0]
+    assert found.score == "probability"
+    assert found.floor == pytest.approx(0.25)
+    assert found.dense_accuracy == found.pruned_accuracy == dense.accuracy  # the same order
+    assert found.kept.value is not None
+    assert 0 < found.kept.value < 1
 
 
 def test_intervals_hold_the_value_and_shrink_with_items() -> None:
@@ -137,7 +122,7 @@ def test_intervals_hold_the_value_and_shrink_with_items() -> None:
         rng = np.random.default_rng(0)
         dense = accuracy((rng.random(count) < 0.8).astype(float).tolist())
         pruned = accuracy((rng.random(count) < 0.6).astype(float).tolist())
-        found = retention([dense], [pruned], resamples=1000).tasks[0].corrected
+        found = retention([dense], [pruned], resamples=1000).tasks[0].kept
         assert found.value is not None
         assert found.low is not None
         assert found.high is not None
@@ -153,7 +138,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         dense = rng.random(200) < 0.8
         pruned = dense & (rng.random(200) < 0.7)
         scores = [accuracy(x.astype(float).tolist(), chance=0.0) for x in (dense, pruned)]
-        found = retention(scores[:1], scores[1:], resamples=300).tasks[0].raw
+        found = retention(scores[:1], scores[1:], resamples=300).tasks[0].kept
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 0.7 <= found.high
@@ -162,8 +147,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 def test_a_tasks_interval_does_not_depend_on_its_neighbours() -> None:
     dense, pruned = suite(1), suite(2)
-    sizes = dense[2].bytes
-    pruned[2] = bits(pruned[2].values, sizes, "c", "code")
+    sizes = [row[0] for row in dense[2].bytes]
+    pruned[2] = bits([-row[0] for row in pruned[2].loglikelihoods], sizes, "c", "code")
     whole = retention(dense, pruned, resamples=100)
     alone = retention(dense[:1], pruned[:1], resamples=100)
     assert whole.tasks[0] == alone.tasks[0]

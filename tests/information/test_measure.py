@@ -4,15 +4,16 @@ import csv
 import io
 import json
 import math
+import string
 
 import numpy as np
 import pytest
 import torch
 
 import calmix as package
-from calmix.calibration import open_tokenizer, resolve
+from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.errors import InputError, SourceError
-from calmix.information import metrics
+from calmix.information import measuring, metrics
 from calmix.information.measuring import T95, interval
 from calmix.models import open_model
 
@@ -108,6 +109,41 @@ def test_mixes_and_saved_sets(files, opened, tmp_path):
     assert whole.results[0].note
     with pytest.raises(InputError, match=r"has 8 rows of 32 tokens, not 4 of 16: .*--length 32"):
         package.measure(["saved"], opened, rows=4, length=16)
+
+
+@pytest.mark.parametrize("packing", ["concat", "window"])
+def test_rows_of_a_saved_set_count_their_own_documents(packing, files, opened, tmp_path):
+    """Every document is one letter, so that a row tells which it holds text of."""
+    for name, letters in (
+        ("low.jsonl", string.ascii_lowercase),
+        ("up.jsonl", string.ascii_uppercase),
+    ):
+        lines = [json.dumps({"text": a * (20 + 3 * i)}) for i, a in enumerate(letters)]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    made = resolve(
+        "low.jsonl:1,up.jsonl:2", opened, leakage="off", rows=12, length=24, packing=packing, seed=3
+    )
+    folder = made.save(tmp_path / "saved")
+    values = package.measure(["saved"], opened, draws=4, rows=4, length=24, perplexity=False)
+    for seed, told in enumerate(values.results[0].draws):
+        part = measuring._part(CalibrationSet.open(folder), folder, 4, 24, seed)
+        letters = set("".join(opened.tokenizer.batch_decode(part.ids, skip_special_tokens=True)))
+        lengths = [20 + 3 * (ord(letter.lower()) - ord("a")) for letter in letters]
+        assert told["scope_documents"] == len(letters)
+        assert told["granularity"] == pytest.approx(np.mean(lengths))
+    whole = measuring.measure_set(made, opened, perplexity=False)
+    assert whole["scope_documents"] > max(d["scope_documents"] for d in values.results[0].draws)
+
+
+def test_rows_of_a_set_that_does_not_know_their_documents(files, opened, tmp_path):
+    made = resolve(files[1], opened, leakage="off", rows=8, length=32)
+    for entry in made.manifest["sources"].values():
+        del entry["spans"], entry["lengths"]
+    made.save(tmp_path / "old")
+    part = package.measure(["old"], opened, draws=2, perplexity=False, **BUDGET)
+    assert not {"scope_documents", "granularity"} & set(part.results[0].metrics)
+    whole = package.measure(["old"], opened, draws=1, rows=8, length=32, perplexity=False)
+    assert whole["old"]["granularity"].mean == 90
 
 
 def test_intervals():

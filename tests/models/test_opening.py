@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
-from calmix.models import find_blocks, open_model, resolve_model
+from calmix.models import builtin_models, find_blocks, open_model, resolve_model
 from calmix.models.opening import tokenizer_fingerprint
 from tests.tiny import save_tiny_model, tiny_model
 
@@ -125,6 +125,10 @@ def test_the_builtin_model_is_real_text_and_saves_again(tmp_path):
     with torch.no_grad():
         next_id = int(opened.model(**ids).logits[0, -1].argmax())
     assert opened.tokenizer.decode([next_id]).strip() == "Paris"
+    # As its description says: of 32 weights in a row, no more than sixteen values.
+    weight = opened.model.model.layers[7].mlp.down_proj.weight
+    assert max(len(group.unique()) for group in weight[:8].reshape(-1, 32)) <= 16
+    assert "dequantised from 4-bit weights" in builtin_models()["smollm2-135m"].description
     opened.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config

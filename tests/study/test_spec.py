@@ -8,7 +8,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.study.spec import check_study, load_study, parse_study
-from calmix.study.trials import plan
+from calmix.study.trials import Resolver, differences, plan
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 
@@ -83,6 +83,22 @@ def test_a_set_may_be_drawn_in_its_own_way() -> None:
     assert problems(
         HEAD + "calibrations: {a: {from: sgs, select: random}}\nmethods: {wanda: 0.5}\n"
     ) == ["s.yaml line 3: calibrations.a: 'select' has no effect with sgs"]
+
+
+def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path) -> None:
+    spec = tmp_path / "bos.yaml"
+    spec.write_text("generate: self-cal\noptions: {start: bos}\n", encoding="utf-8")
+    path = tiny_study(("letters: ", f"auto: self-cal\n  bos: {spec}\n  letters: "))
+    study = load_study(path)
+    auto, bos = (
+        Resolver(study).resolve(next(t for t in plan(study) if t.calibration == name))
+        for name in ("auto", "bos")
+    )
+    assert (auto.planned.strategy, bos.planned.strategy) == ("self-cal", "self-cal")
+    assert list(differences(auto.request, bos.request)) == [
+        "calibration.settings.start: auto, now bos"
+    ]
+    assert auto.calibration_id != bos.calibration_id
 
 
 def test_every_mistake_of_form_is_told_with_its_line() -> None:

@@ -127,7 +127,7 @@ def igsp(
         "pilot": {f"{value:g}": _perplexities(held) for value, held in pilot.items()},
         "pieces": {"tokens": size, "a_row": per_row, "written": len(groups),
                    "refused": int((~usable).sum()), "in_band": len(inside), "chosen": len(picked)},
-        "first_pieces": _shown(chosen.before),
+        "first_in_band": _shown(chosen.before),
         "greedy": _shown(chosen.greedy),
         "selected": _shown(chosen.after),
         "swaps": len(chosen.trace) - 1,

@@ -15,7 +15,7 @@ from calmix.calibration.build import begin_token, check_request
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen import igsp, self_cal, sgs
 from calmix.calibration.selfgen.made import Made
-from calmix.calibration.selfgen.openers import load_openers, tokenised
+from calmix.calibration.selfgen.openers import STARTS, Start, load_openers, tokenised
 from calmix.calibration.selfgen.writing import Request, Written, write
 from calmix.calibration.set import CalibrationSet
 from calmix.errors import InputError, nearest
@@ -39,6 +39,7 @@ class Options(BaseModel):
 
     openers: Path | None = None
     seeds: str | None = None
+    start: Start | None = None
     temperature: float | None = None
     start_temperature: float | None = None
     ramp: int | None = None
@@ -60,7 +61,7 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's settings: its defaults, and what is given.
 
     Raises:
-        InputError: unknown method, or an option it has no use for.
+        InputError: unknown method or start, or an option the method has no use for.
     """
     if method not in METHODS:
         raise InputError(f"unknown method '{method}': {nearest(method, METHODS)}")
@@ -69,6 +70,8 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in METHODS[method]:
             shown = name.rstrip("_").replace("_", "-")
             raise InputError(f"--{shown} has no effect with {method}: leave it out")
+    if given.get("start", "auto") not in STARTS:
+        raise InputError(f"unknown start '{given['start']}': {nearest(given['start'], STARTS)}")
     return METHODS[method] | given
 
 

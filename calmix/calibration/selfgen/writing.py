@@ -30,7 +30,7 @@ from calmix.models.opening import quiet_transformers
 BATCH = 128  # rows at a time: on two cores the throughput no longer grows beyond
 MEMORY_SHARE = 0.7  # of the memory that is free, for what a batch needs
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
-VERSION = 2  # raised when the same request writes other tokens, so that the cache is not used
+VERSION = 3  # raised when the same request writes other tokens, so that the cache is not used
 
 Openers = Sequence[Sequence[int]]
 

@@ -31,7 +31,7 @@ def test_igsp_of_the_users_own_dimensions(calmix, tiny_folder, tmp_path):
     told = json.loads(ended.out)
     assert told["counts"] == {"law": 2, "cooking": 2} or told["counts"] == {"cooking": 2, "law": 2}
     assert told["settings"]["lambda"] == 0.5
-    assert told["selected"]["J"] <= told["first_pieces"]["J"]
+    assert told["selected"]["J"] <= told["first_in_band"]["J"]
     assert set(told["temperature"]) == {"law", "cooking"}
 
 
@@ -42,6 +42,22 @@ def test_sgs_of_a_file(calmix, tiny_folder, tmp_path, text_file):
     assert ended.code == 0, ended.err
     manifest = CalibrationSet.open(tmp_path / "set").manifest
     assert manifest["settings"]["top_k"] == 50
+
+
+def test_self_cal_from_the_document_separator(calmix, tiny_folder, tmp_path):
+    firsts = {}
+    for start in ("bos", "separator"):
+        spec = tmp_path / f"{start}.yaml"
+        spec.write_text(f"generate: self-cal\noptions: {{start: {start}}}\n", encoding="utf-8")
+        ended = calmix("calibrate", spec, "-m", tiny_folder, "-o", tmp_path / start, *SMALL)
+        assert ended.code == 0, ended.err
+        made = CalibrationSet.open(tmp_path / start)
+        firsts[start] = set(made.ids[:, 0].tolist()), made.manifest["start_token"]
+    assert firsts == {"bos": ({1}, 1), "separator": ({2}, 2)}
+    plain = calmix("generate", "self-cal", "-m", tiny_folder, "-o", tmp_path / "set", *SMALL)
+    assert plain.code == 0
+    made = [CalibrationSet.open(tmp_path / name).sha256 for name in ("set", "bos")]
+    assert made[0] == made[1]
 
 
 def test_prune_generates_in_one_go(calmix, tiny_folder, tmp_path):
@@ -91,6 +107,8 @@ def test_igsp_selects_among_given_text(calmix, tiny_folder, tmp_path, text_file)
         (("generate", "igsp", "--candidates", 0.1), "--candidates 0.1 writes fewer pieces"),
         (("generate", "igsp", "--seeds", "x"), "--seeds has no effect with igsp"),
         (("generate", "self-cal", "--top-k", 5), "--top-k has no effect with self-cal"),
+        (("generate", "self-cal", "--start", "bso"), "unknown start 'bso': did you mean bos?"),
+        (("generate", "sgs", "--start", "bos"), "--start has no effect with sgs: leave it out"),
         (("generate", "self-cal", "--temperature", 0), "--temperature 0.0 is not a positive"),
         (("generate", "self-cal", "--batch", 0), "--batch 0 is not positive"),
         (("generate", "self-cal", "--length", 9999), "length 9999 is beyond the model's context"),

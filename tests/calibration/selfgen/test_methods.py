@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
-from calmix.calibration.selfgen import igsp, self_cal, sgs
+from calmix.calibration.selfgen import igsp, openers, self_cal, sgs
 from calmix.calibration.selfgen.making import METHODS, generate, settings
-from calmix.calibration.selfgen.openers import load_openers, tokenised
+from calmix.calibration.selfgen.openers import load_openers, start_token, tokenised
 from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, Written
 from calmix.errors import InputError
@@ -40,7 +41,7 @@ def defaults(method):
 def test_self_cal_samples_from_the_begin_token_alone():
     requests = []
     made = self_cal.self_cal(
-        noted(requests), tiny_tokenizer(), **SIZE,
+        noted(requests), tiny_tokenizer(), **SIZE, start="auto",
         temperature=1.0, start_temperature=2.0, ramp=5,
     )  # fmt: skip
     (request,) = requests
@@ -51,11 +52,89 @@ def test_self_cal_samples_from_the_begin_token_alone():
     assert set(made.tags) == {"self-cal"}
 
 
-def test_self_cal_needs_a_begin_token():
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADED = (
+    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat_tokenizer(template, bos, eos, *others):
+    """The tiny tokenizer made one of chats."""
     tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = None
-    with pytest.raises(InputError, match="begin-of-text token, which this model's tokenizer does"):
-        self_cal.self_cal(noted([]), tokenizer, **SIZE, **defaults("self-cal"))
+    given = [token for token in (bos, eos) if token is not None]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *given]})
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "auto", "separator"),
+    [
+        ((CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
+        ((CHATML, "<|im_start|>", "</s>"), "</s>", "</s>"),
+        ((CHATML, "<s>", "<|im_end|>", "<|endoftext|>"), "<s>", "<|endoftext|>"),
+        ((CHATML, None, "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
+        ((HEADED, "<s>", "<|im_end|>", "<|end_of_text|>"), "<s>", "<|end_of_text|>"),
+        ((None, "<s>", "</s>"), "<s>", "</s>"),
+        ((None, None, "</s>"), "</s>", "</s>"),
+        ((None, None, None), "</s>", "</s>"),
+    ],
+)
+def test_text_starts_at_no_token_of_chats(tokens, auto, separator):
+    tokenizer = chat_tokenizer(*tokens)
+    assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
+    assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
+    assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
+
+
+def test_a_begin_token_before_every_text_is_never_one_of_chats():
+    tokenizer = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    assert start_token(tokenizer) == tokenizer.bos_token_id
+
+
+def test_without_a_separator_a_begin_token_of_chats_must_do(monkeypatch):
+    monkeypatch.setattr(openers, "END_OF_TEXT", ())
+    tokenizer = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
+    assert start_token(tokenizer) == tokenizer.bos_token_id
+    assert start_token(tokenizer, "separator") is None
+
+
+def test_every_row_and_text_that_begins_alone_begins_there():
+    tokenizer = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for start, token in (("auto", separator), ("bos", tokenizer.bos_token_id)):
+        requests = []
+        made = self_cal.self_cal(
+            noted(requests), tokenizer, **SIZE, **defaults("self-cal") | {"start": start}
+        )
+        assert requests[0].openers == [[[token]]] * 8
+        assert made.record["start_token"] == token
+    assert [separator] in tokenised(load_openers(), tokenizer)["general"]
+
+
+@pytest.mark.parametrize(
+    ("start", "has"),
+    [
+        ("auto", "neither a begin token nor a document separator"),
+        ("bos", "no begin token"),
+        ("separator", "no document separator"),
+    ],
+)
+def test_self_cal_needs_a_start(start, has, monkeypatch):
+    monkeypatch.setattr(openers, "END_OF_TEXT", ())
+    tokenizer = chat_tokenizer(None, None, None)
+    with pytest.raises(
+        InputError, match=f"nothing to start from: this model's tokenizer has {has}"
+    ):
+        self_cal.self_cal(noted([]), tokenizer, **SIZE, **defaults("self-cal") | {"start": start})
 
 
 def test_sgs_settings_and_prefixes():
@@ -142,8 +221,28 @@ def test_igsp_writes_pilots_then_candidates_of_every_dimension():
     assert made.ids.shape == (8, 32)
     assert sorted(made.tags) == ["x"] * 4 + ["y"] * 4
     assert set(made.record["temperature"]) == {"x", "y"}
-    assert made.record["selected"]["J"] <= made.record["first_pieces"]["J"]
+    assert made.record["selected"]["J"] <= made.record["first_in_band"]["J"]
     assert made.record["pieces"]["chosen"] == 16
+
+
+def test_igsp_tells_of_the_first_pieces_within_the_band():
+    held = []
+
+    def write(request: Request, label: str) -> Written:
+        held.append(noted(held)(request, label))
+        return held[-1]
+
+    options = defaults("igsp") | {"piece": 16, "band": 0.2, "lambda_": 0.0}
+    del options["openers"]
+    made = igsp.igsp(write, {"x": [[3]], "y": [[6]]}, **SIZE, **options)
+    (pieces,) = [written for written in held if isinstance(written, Written)]
+    groups, usable = ["x", "y"] * 16, np.ones(32, bool)
+    inside = igsp.in_band(pieces.log_perplexity.numpy(), groups, usable, need=8, band=0.2)
+    for place, name in enumerate("xy"):
+        first = [i for i in range(place, 32, 2) if inside[i]][:8]
+        assert first != list(range(place, 16, 2))  # the band takes some of the first
+        perplexity = pieces.log_perplexity[first].mean().exp().item()
+        assert made.record["first_in_band"]["perplexity"][name] == pytest.approx(perplexity)
 
 
 def test_igsp_needs_no_pilot_without_balance():
@@ -243,6 +342,10 @@ def test_options_of_another_method_are_refused():
         settings("self-cal", {"lambda_": 1.0})
     with pytest.raises(InputError, match="unknown method 'igps': did you mean igsp"):
         settings("igps", {})
+    with pytest.raises(InputError, match="--start has no effect with igsp"):
+        settings("igsp", {"start": "bos"})
+    with pytest.raises(InputError, match="unknown start 'seperator': did you mean separator"):
+        settings("self-cal", {"start": "seperator"})
     assert settings("sgs", {"top_k": None})["top_k"] == 50
 
 
@@ -279,9 +382,9 @@ def test_a_model_that_recites_the_suite_is_found_out(opened, monkeypatch):
 
 
 def test_builtin_openers(opened):
-    openers = load_openers()
-    assert set(openers.dimensions) == {"general", "commonsense", "code", "math"}
-    ids = tokenised(openers, opened.tokenizer)
+    builtin = load_openers()
+    assert set(builtin.dimensions) == {"general", "commonsense", "code", "math"}
+    ids = tokenised(builtin, opened.tokenizer)
     assert [1] in ids["general"]  # the begin token alone
     counts = [len(rows) for rows in ids.values()]
     assert min(counts) >= 10
@@ -306,8 +409,6 @@ def test_openers_use_the_chat_template_from_the_users_words_on(tmp_path):
 def test_a_begin_token_the_tokenizer_adds_comes_first(tmp_path):
     path = tmp_path / "openers.yaml"
     path.write_text("only: [{begin: true}, {text: a}]", encoding="utf-8")
-    from tokenizers import processors
-
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
@@ -337,10 +438,9 @@ def test_bad_openers(text, message, tmp_path):
         tokenised(load_openers(path), tiny_tokenizer())
 
 
-def test_a_dimension_that_only_begins_needs_a_begin_token(tmp_path):
+def test_a_dimension_that_only_begins_needs_a_start(tmp_path, monkeypatch):
     path = tmp_path / "openers.yaml"
     path.write_text("general: [{begin: true}]", encoding="utf-8")
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = None
-    with pytest.raises(InputError, match="no opener for a tokenizer without begin token"):
-        tokenised(load_openers(path), tokenizer)
+    monkeypatch.setattr(openers, "END_OF_TEXT", ())
+    with pytest.raises(InputError, match="without begin token and document separator"):
+        tokenised(load_openers(path), chat_tokenizer(None, None, None))
