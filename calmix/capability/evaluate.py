@@ -254,23 +254,26 @@ def _task_scores(
         return TaskScores(*head, spec.primary, chance, tuple(rows), values)
     asked = [_requests(row) for row in rows.values()]
     answers = [[answer for _, answer in pairs] for pairs in asked]
+    gold = [_gold(row) for row in rows.values()]
     floor: Floor = "context-free"
     if spec.metric == "bits_per_byte":
-        floor = "unigram"
+        floor = "none"
     elif any(len({context for context, _ in pairs}) > 1 for pairs in asked):
         floor = "uniform"
     floors: list[list[float]] = []
-    if scorer is not None and floor == "context-free":
-        floors = _without_question(scorer, built.name, answers)
-    elif scorer is not None and floor == "unigram":
-        floors = _single_tokens(scorer.tokenizer, built, answers)
+    unigram: list[float] = []
+    if scorer is not None:
+        if floor == "context-free":
+            floors = _without_question(scorer, built.name, answers)
+        right = [row[at] for row, at in zip(answers, gold, strict=True)]
+        unigram = _single_tokens(scorer.tokenizer, built, [pairs[0][0] for pairs in asked], right)
     return TaskScores(
         *head,
         spec.primary,
         chance,
         tuple(rows),
         values,
-        gold=tuple(_gold(row) for row in rows.values()),
+        gold=tuple(gold),
         loglikelihoods=rounded(
             [[answer[0] for answer in row["filtered_resps"]][: len(pairs)]
              for row, pairs in zip(rows.values(), asked, strict=True)]
@@ -278,6 +281,7 @@ def _task_scores(
         bytes=tuple(tuple(len(answer.encode()) for answer in row) for row in answers),
         floor=floor,
         floors=rounded(floors),
+        unigram=rounded([unigram])[0],
     )  # fmt: skip
 
 
@@ -307,21 +311,22 @@ def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> li
     return [[known[answer] for answer in row] for row in answers]
 
 
-def _single_tokens(tokenizer: Any, built: BuiltTask, answers: list[list[str]]) -> list[list[float]]:
+def _single_tokens(
+    tokenizer: Any, built: BuiltTask, questions: list[str], answers: list[str]
+) -> list[float]:
     """Return the log-likelihood of every answer under the frequencies of single tokens in all
-    questions and answers that the archive has of the task, scored or not."""
+    questions and answers that the archive has of the task, scored or not; of a task of the
+    harness's own, in those that are scored."""
     from calmix.capability.tasks import task_texts
 
     def ids(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    texts = [*task_texts(built.spec), *(answer for row in answers for answer in row)]
-    counts = Counter(token for row in ids(list(dict.fromkeys(texts))) for token in row)
+    texts = questions if built.spec.archive is None else task_texts(built.spec)
+    counts = Counter(token for row in ids(list(dict.fromkeys([*texts, *answers]))) for token in row)
     total = math.log(counts.total())
     cost = {token: math.log(count) - total for token, count in counts.items()}
-    return [
-        [math.fsum(cost[token] for token in encoded) for encoded in ids(row)] for row in answers
-    ]
+    return [math.fsum(cost[token] for token in encoded) for encoded in ids(answers)]
 
 
 def _metric(task: str, metric: str, row: dict[str, Any]) -> Any:

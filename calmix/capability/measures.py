@@ -10,9 +10,9 @@ right one, n of them:
     accuracy      what lm-evaluation-harness says: 0 or 1
 
 Ours is anchored: 100 % is the dense model, and 0 % what a model without the knowledge scores on
-the same items, f. For the choices of a question f is the dense model's own score without the
-question; for a text, bits under a code of single tokens; for an accuracy, chance. So for every
-score s (bits counted negatively)
+the same items, f. For a probability or a margin f is the dense model's own score of the choices
+without the question; for bits, those of a code of single tokens; for an accuracy, chance. So for
+every score s (bits counted negatively)
 
     kept = s1 - f,   whole = s0 - f
 
@@ -82,10 +82,9 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
         return "accuracy" if task.values else "bits"
     if measure == "primary" or not task.loglikelihoods:
         return task.primary
-    single = all(len(row) < 2 for row in task.loglikelihoods)
-    if measure == "bits":  # of `contexts` there is one answer, and no floor under it
-        return task.primary if task.floor == "uniform" else "bits"
-    return task.primary if single else measure  # type: ignore[return-value]
+    if measure != "bits" and all(len(row) < 2 for row in task.loglikelihoods):
+        return task.primary
+    return measure  # type: ignore[return-value]
 
 
 def item_scores(task: TaskScores, score: Score) -> Array:
@@ -129,12 +128,13 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
     count = len(dense.items)
     if score == "accuracy":
         return np.full(count, dense.chance)
-    if dense.floors:
+    if score == "bits" and dense.unigram:
+        return -np.asarray(dense.unigram) / LN2
+    if score != "bits" and dense.floors:
         return _scores(dense.floors, dense, score)
-    if dense.floor == "uniform" and score == "probability":
-        return np.array([1 / len(row) for row in dense.loglikelihoods])
-    if dense.floor == "uniform" and score == "margin":
-        return np.zeros(count)
+    if score != "bits" and dense.floor == "uniform":
+        share = [1 / len(row) for row in dense.loglikelihoods]
+        return np.array(share) if score == "probability" else np.zeros(count)
     if not dense.loglikelihoods:
         return item_scores(dense, score)  # says what is missing
     raise InputError(

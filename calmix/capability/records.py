@@ -15,7 +15,7 @@ from calmix.capability.suites import Score
 
 DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
 
-Floor = Literal["context-free", "unigram", "uniform", "none"]
+Floor = Literal["context-free", "uniform", "none"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class TaskScores:
         loglikelihoods: of every choice of every item, in nats; empty where the model wrote its
             answers, and in files of format 1.
         bytes: UTF-8 bytes of every choice.
-        floor: what `floors` are; `uniform` and `none` need none.
-        floors: log-likelihoods in nats of the same choices by a model without the knowledge:
-            this model without the question (`context-free`), or a code of single tokens
-            (`unigram`). Empty where they were not asked for.
+        floor: what the choices score without the knowledge: what this model gives them without
+            the question (`context-free`, then `floors` holds it), all the same (`uniform`, where
+            they have the answer in common and differ in what is before it), or `none`.
+        floors: log-likelihoods in nats of the same choices without the question; empty where
+            they were not asked for.
+        unigram: log-likelihood in nats of each right answer under a code of single tokens;
+            empty where it was not asked for.
     """
 
     name: str
@@ -50,6 +53,7 @@ class TaskScores:
     bytes: tuple[tuple[int, ...], ...] = ()
     floor: Floor = "none"
     floors: tuple[tuple[float, ...], ...] = ()
+    unigram: tuple[float, ...] = ()
 
     @property
     def accuracy(self) -> float | None:

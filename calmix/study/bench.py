@@ -11,14 +11,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.calibration import CalibrationSet, resolve
+from calmix.capability.distance import Reference, distance, reference
 from calmix.capability.evaluate import SCORER, evaluate
 from calmix.capability.retention import Estimate, Retention
 from calmix.capability.scores import CapabilityScores, load_scores
+from calmix.capability.texts import Texts, builtin_readers, texts
 from calmix.errors import InputError
 from calmix.files import sha256_json, write_json
 from calmix.information.measuring import measure_set
@@ -69,6 +71,8 @@ class Bench:
         self._dense_weights: dict[str, Tensor] = {}
         self._pruned = False
         self._scores: CapabilityScores | None = None
+        self._texts: Texts = {}
+        self._reference: Reference | None = None
         self._set: tuple[str, CalibrationSet, dict[str, float]] | None = None
 
     def run(self, trial: Resolved, stage: Stage | None = None) -> Trial:
@@ -105,6 +109,10 @@ class Bench:
             floors=False,
             progress=lambda *of: stage("scoring", *of),
         )
+        if self._reference is not None:
+            found = distance(opened, self._reference, self._texts,
+                             progress=lambda *of: stage("distance", *of))  # fmt: skip
+            scores = replace(scores, distance=found.to_dict())
         at = timed("evaluate", at)
         kept = scores.retention(dense)
         timed("retention", at)
@@ -135,6 +143,7 @@ class Bench:
         if stage is not None:
             stage("opening the model", 0, 1)
         self._opened, self._scores, self._set, self._dense_weights = None, None, None, {}
+        self._reference = None
         entry = self.study.models[label]
         opened = open_model(
             entry.name,
@@ -187,6 +196,11 @@ class Bench:
         opened, suite, key = self._opened, self.study.suite, self._dense_key()
         assert opened is not None
         path = self.store.dense(key)
+        known = [name for name in suite.dimensions if name in builtin_readers()]
+        if known and self._reference is None:
+            self._restore()
+            self._texts = texts(opened, dimensions=known)
+            self._reference = reference(opened, self._texts, cache=True)
         lock = self.store.lock(f"dense-{key[:32]}")
         lock.wait()
         try:

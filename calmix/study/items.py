@@ -35,6 +35,7 @@ def write_items(results: StudyResults, path: Path) -> None:
                 "name": task.name, "dimension": task.dimension, "metric": task.metric,
                 "primary": task.primary, "chance": task.chance, "floor": task.floor,
                 "items": task.items, "gold": task.gold, "bytes": task.bytes,
+                "unigram": task.unigram,
             }
             for task in tasks
         ]  # fmt: skip
@@ -78,7 +79,9 @@ def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
             }
             trials = {
                 trial: tuple(
-                    replace(_task(task, f"trial/{trial}/{task['name']}", load), floors=())
+                    replace(
+                        _task(task, f"trial/{trial}/{task['name']}", load), floors=(), unigram=()
+                    )
                     for task in shared["models"][model]
                 )
                 for trial, model in shared["trials"].items()
@@ -131,4 +134,5 @@ def _task(shared: Mapping[str, Any], head: str, load: Any) -> TaskScores:
         shared["chance"], tuple(shared["items"]),
         () if accuracies is None else tuple(accuracies.tolist()),
         tuple(shared["gold"]), rows("loglikelihoods"), sizes, shared["floor"], rows("floors"),
+        tuple(shared["unigram"]),
     )  # fmt: skip

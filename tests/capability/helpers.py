@@ -79,8 +79,7 @@ def bits(
         gold=(0,) * len(items),
         loglikelihoods=tuple((-float(value),) for value in nats),
         bytes=tuple((int(size),) for size in sizes),
-        floor="unigram",
-        floors=tuple((-floor * size,) for size in sizes),
+        unigram=tuple(-floor * size for size in sizes),
     )  # fmt: skip
 
 
@@ -98,4 +97,5 @@ def choices(
         tuple(map(str, range(len(values)))), tuple(right), tuple(gold),
         tuple(map(tuple, values)), tuple((4,) * len(row) for row in values),
         "context-free" if floors else "uniform", tuple(map(tuple, floors)),
+        tuple(-8.0 for _ in gold),
     )  # fmt: skip

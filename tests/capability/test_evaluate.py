@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_plain_model(suite: Suite, tiny: OpenModel) -> N
     assert [(t.name, t.dimension, t.primary, t.floor) for t in scores.tasks] == [
         ("quiz", "general", "probability", "context-free"),
         ("which", "general", "probability", "uniform"),
-        ("text", "code", "bits", "unigram"),
+        ("text", "code", "bits", "none"),
     ]
     quiz, which, text = scores.tasks
     assert quiz.items == tuple(f"quiz/{n}" for n in range(10))
@@ -72,17 +72,17 @@ def test_a_text_without_knowledge_is_a_code_of_single_tokens(suite: Suite, tiny:
     items = load_items(suite.tasks["text"])
     ids = [tiny.tokenizer(t)["input_ids"] for i in items for t in (*i.contexts, *i.choices)]
     counts = Counter(token for row in ids for token in row)
-    for item, (floor,) in zip(items, text.floors, strict=True):
+    for item, floor in zip(items, text.unigram, strict=True):
         tokens = tiny.tokenizer(item.choices[0])["input_ids"]
         wanted = sum(math.log(counts[token] / counts.total()) for token in tokens)
         assert floor == pytest.approx(wanted, abs=1e-3)
     # The code is fitted to all the archive has: a limit does not change it.
-    assert evaluate(tiny, suite, tasks=["text"], limit=2).tasks[0].floors == text.floors[::2]
+    assert evaluate(tiny, suite, tasks=["text"], limit=2).tasks[0].unigram == text.unigram[::2]
 
 
 def test_a_pruned_models_scores_need_no_floors(suite: Suite, tiny: OpenModel) -> None:
     dense, pruned = evaluate(tiny, suite), evaluate(tiny, suite, floors=False)
-    assert all(not task.floors for task in pruned.tasks)
+    assert all(not task.floors and not task.unigram for task in pruned.tasks)
     assert pruned.retention(dense, resamples=10) == dense.retention(dense, resamples=10)
     with pytest.raises(InputError, match="no score without the knowledge"):
         dense.retention(pruned)
@@ -224,7 +224,7 @@ def test_starting_the_command_line_imports_neither_harness_nor_model_library() -
 def test_the_builtin_model_on_the_smoke_suite() -> None:
     scores = evaluate("builtin:smollm2-135m", "smoke")
     assert len(scores.tasks) == 4
-    assert scores.retention(scores, measure="ratio").total.value == 1.0
+    assert scores.retention(scores).of("code").value == 1.0
     text = next(task for task in scores.tasks if task.name == "mbpp")
     assert 0.3 < text.score < 2.0
 

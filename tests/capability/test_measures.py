@@ -43,9 +43,11 @@ def test_every_score_by_hand() -> None:
 
 def test_nothing_is_kept_at_the_score_without_the_question() -> None:
     ignorant = replace(DENSE, loglikelihoods=DENSE.floors)
-    for measure in ("probability", "bits", "margin"):
+    for measure in ("probability", "margin"):
         assert parts(DENSE, ignorant, measure).retention == pytest.approx(0.0), measure
         assert parts(DENSE, DENSE, measure).retention == 1.0
+    single = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)
+    assert parts(DENSE, single, "bits").retention == pytest.approx(0.0)
     floor = item_scores(ignorant, "probability")
     assert floor_scores(DENSE, "probability").tolist() == floor.tolist()
 
@@ -73,18 +75,18 @@ def test_which_score_judges_which_task() -> None:
     text, written = bits([1], [1]), accuracy([1.0])
     assert [score_of(text, m) for m in ("primary", "probability", "accuracy")] == ["bits"] * 3
     assert [score_of(written, m) for m in ("primary", "bits", "ratio")] == ["accuracy"] * 3
-    contexts = choices([[-1.0, -2.0]], [0])  # one answer after two contexts: no floor for bits
-    assert score_of(contexts, "bits") == "probability"
+    contexts = choices([[-1.0, -2.0]], [0])  # one answer after two contexts
+    assert score_of(contexts, "bits") == "bits"
     assert floor_scores(contexts, "probability").tolist() == [0.5]
     assert floor_scores(contexts, "margin").tolist() == [0.0]
 
 
 def test_what_a_record_lacks_is_said() -> None:
-    old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floor="none", floors=())
+    old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floor="none", floors=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
     with pytest.raises(InputError, match=r"hold no log-likelihoods.*--measure accuracy"):
         parts(old, old)
-    pruned_alone = replace(DENSE, floors=())
+    pruned_alone = replace(DENSE, floors=(), unigram=())
     with pytest.raises(InputError, match="no score without the knowledge"):
         parts(pruned_alone, DENSE)
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no floors
