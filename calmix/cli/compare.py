@@ -14,6 +14,7 @@ from calmix.cli.evaluate import (
     Seed,
     check_bootstrap,
     interval,
+    kl_cells,
     legend,
     table_of,
 )
@@ -22,6 +23,9 @@ from calmix.errors import InputError
 if TYPE_CHECKING:
     from calmix.capability.measures import Measure
     from calmix.capability.retention import Retention
+
+
+BESIDE = 3  # models whose intervals fit side by side into 80 columns
 
 
 def register(app: typer.Typer) -> None:
@@ -45,6 +49,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put the retention of several models side by side, dimension by dimension."""
+    from calmix.capability.distance import flips
     from calmix.capability.scores import load_scores
 
     judged = check_bootstrap(measure, resamples, seed)
@@ -65,21 +70,38 @@ def compare(
     if as_json:
         print_json({name: retention.to_dict() for name, retention in kept.items()})
         return
-    suite = dense.suite
-    table = table_of(
-        f"retention %, suite {suite['name']} version {suite['version']}, by {judged}",
-        ["dimension", *names],
-    )
-    for dimension in next(iter(kept.values())).dimensions:
-        cells = [interval(retention.of(dimension.name)) for retention in kept.values()]
-        table.add_row(dimension.name, *cells)
-    table.add_section()
-    table.add_row("total", *[interval(r.total) for r in kept.values()])
-    worst = [(r, r.worst) for r in kept.values()]
-    table.add_row("worst", *["-" if name is None else interval(r.of(name)) for r, name in worst])
-    table.add_row("", *["" if name is None else f"({name})" for _, name in worst])
+    changed = [
+        flips(dense.tasks, model.tasks, resamples=resamples, seed=seed).total
+        for model in models.values()
+    ]
+    far = [(model.distance or {}).get("total") for model in models.values()]
+    whole = list(kept.values())
+    rows: dict[str, list[str]] = {
+        one.name: [interval(each.of(one.name)) for each in whole] for one in whole[0].dimensions
+    }
+    rows["total"] = [interval(each.total) for each in whole]
+    rows["worst"] = [each.worst or "-" for each in whole]
     if judged != "accuracy":
-        table.add_section()
-        table.add_row("by accuracy", *[interval(r.total) for r in kept_by("accuracy").values()])
+        rows["by accuracy"] = [interval(each.total) for each in kept_by("accuracy").values()]
+    if any(far):
+        rows["KL to dense"] = [kl_cells(one, far)[0] for one in far]
+        rows["top-1 %"] = [kl_cells(one, far)[-1] for one in far]
+    rows["flips %"] = ["-" if one is None else interval(one.share) for one in changed]
+    suite = dense.suite
+    title = f"retention %, suite {suite['name']} version {suite['version']}, by {judged}"
+    if len(models) <= BESIDE:
+        table = table_of(title, ["", *names])
+        for label, cells in rows.items():
+            if label in ("total", "by accuracy", "KL to dense"):
+                table.add_section()
+            table.add_row(label, *cells)
+    else:  # a row a model, the intervals but the total's left out
+        table = table_of(title, ["", *rows])
+        for number, name in enumerate(names):
+            cells = [
+                row[number] if label == "total" else row[number].split(" ")[0]
+                for label, row in rows.items()
+            ]
+            table.add_row(name, *cells)
     out.print(table)
     out.print(legend(resamples, seed), highlight=False)

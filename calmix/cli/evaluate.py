@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from calmix.errors import InputError, disk_errors
 from calmix.files import write_text
 
 if TYPE_CHECKING:
+    from calmix.capability.distance import Flipped
     from calmix.capability.measures import Measure
     from calmix.capability.retention import Estimate
     from calmix.capability.scores import CapabilityScores
@@ -89,6 +91,14 @@ def evaluate_command(
             "--allow-code-execution", help="Run code the model writes, in a limited subprocess."
         ),
     ] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            show_default="held-out text of each dimension",
+            help="Measure the distance to DENSE on this .txt, .jsonl or .parquet file (repeat).",
+        ),
+    ] = None,
     measure: MeasureName = "primary",
     resamples: Resamples = 2000,
     seed: Seed = 0,
@@ -109,7 +119,10 @@ def evaluate_command(
 ) -> None:
     """Score a model on a suite, and with --against say what it has kept, with intervals."""
     from calmix.capability import evaluate as capability
+    from calmix.capability.distance import distance, reference
     from calmix.capability.scores import check_suite, load_scores
+    from calmix.capability.texts import builtin_readers, parse_texts, texts
+    from calmix.models import OpenModel, open_model
 
     chosen = capability.choose(
         suite, dimensions=dimension or (), tasks=task or (), quick=quick, limit=limit
@@ -121,15 +134,20 @@ def evaluate_command(
     if output is not None:
         _check_output(output, overwrite)
 
-    def run(name: str, dense: bool) -> CapabilityScores:
+    saved = against is not None and against.lower().endswith(".json")
+    own = parse_texts(text or ())
+    if own and (against is None or saved):
+        raise InputError("--text measures the distance to a dense model: name it with --against")
+
+    def opened(name: str) -> OpenModel:
+        return open_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+    def run(model: OpenModel, dense: bool) -> CapabilityScores:
         with progress_bar() as bar:
-            job = bar.add_task(f"scoring {name}", total=None)
+            job = bar.add_task(f"scoring {model.name}", total=None)
             return capability.evaluate(
-                name,
+                model,
                 chosen,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
                 batch_tokens=batch_tokens,
                 allow_code_execution=allow_code_execution,
                 floors=dense or against is None,
@@ -138,15 +156,36 @@ def evaluate_command(
             )
 
     # The file is read, and refused if it does not fit, before anything is scored.
-    dense = None
-    if against is not None:
-        if against.lower().endswith(".json"):
-            dense = load_scores(Path(against).expanduser())
-            check_suite(dense, chosen)
-            dense.retention(dense, measure=judged, resamples=1)
-        else:
-            dense = run(against, True)
-    scores = run(model, False)
+    dense, kept_of = None, None
+    held: dict[str, Any] = {}
+    if against is not None and saved:
+        dense = load_scores(Path(against).expanduser())
+        check_suite(dense, chosen)
+        dense.retention(dense, measure=judged, resamples=1)
+    elif against is not None:
+        whole = opened(against)
+        known = [name for name in chosen.dimensions if name in builtin_readers()]
+        if known or own:
+            held = texts(whole, own, dimensions=known)
+            kept_of = reference(whole, held, cache=not no_cache)
+        dense = run(whole, True)
+        del whole
+    pruned = opened(model)
+    if kept_of is not None:
+        with progress_bar() as bar:
+            job = bar.add_task("distance to the dense model", total=None)
+            found = distance(
+                pruned,
+                kept_of,
+                held,
+                dense=lambda: opened(str(against)),
+                resamples=resamples,
+                seed=seed,
+                progress=lambda done, total: bar.update(job, completed=done, total=total),
+            )
+    scores = run(pruned, False)
+    if kept_of is not None:
+        scores = replace(scores, distance=found.to_dict())
     result: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
         kept = scores.retention(dense, measure=judged, resamples=resamples, seed=seed)
@@ -342,6 +381,48 @@ def _print_retention(
             soft_wrap=True,
         )
     out.print(legend(resamples, seed), highlight=False)
+    _print_distance(scores, dense, resamples, seed)
+
+
+def _print_distance(
+    scores: CapabilityScores, dense: CapabilityScores, resamples: int, seed: int
+) -> None:
+    """Print how far a model is from the dense one: KL on texts if measured, flips on items."""
+    from calmix.capability.distance import flips
+
+    changed = flips(dense.tasks, scores.tasks, resamples=resamples, seed=seed)
+    measured = scores.distance
+    columns = ["text", "KL", "median", "99 %", "top-1 %"] if measured else ["items"]
+    table = table_of("distance to the dense model", [*columns, "flips %"])
+    parts = dict(measured["dimensions"]) if measured else {}
+    for name in dict.fromkeys([*parts, *changed.dimensions]):
+        share = changed.dimensions.get(name)
+        table.add_row(name, *kl_cells(parts.get(name), measured), _share(share))
+    table.add_section()
+    total = measured["total"] if measured else None
+    table.add_row("total", *kl_cells(total, measured), _share(changed.total))
+    out.print(table)
+    if measured is None:
+        out.print("KL to the dense model needs the model itself: --against MODEL, not its scores")
+    else:
+        out.print("KL(dense || pruned) in nats a token; flips: items right under one alone")
+
+
+def kl_cells(found: dict[str, Any] | None, measured: Any) -> list[str]:
+    """Return a distance's cells; none where no distance was measured at all."""
+    if not measured:
+        return []
+    if found is None:
+        return ["-"] * 4
+    mean = f"{found['kl_mean']:.3f}"
+    if found["kl_low"] is not None:
+        mean += rf" \[{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
+    rest = f"{found['kl_median']:.3f}", f"{found['kl_p99']:.2f}", _percent(found["top1"])
+    return [mean, *rest]
+
+
+def _share(found: Flipped | None) -> str:
+    return "-" if found is None else interval(found.share)
 
 
 def legend(resamples: int, seed: int) -> str:
