@@ -15,9 +15,19 @@ true one, and its freedom as given: draws still to come would add some (ours: th
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from calmix.analysis.statistics import LEVEL, Z, scipy_stats
+from calmix.analysis.cells import select, tables
+from calmix.analysis.statistics import LEVEL, scipy_stats
+from calmix.capability.measures import Z
+from calmix.study.results import StudyResults, Trial
+from calmix.study.trials import Condition, Planned, condition_names
+
+if TYPE_CHECKING:
+    from calmix.analysis.noise import Noise  # type: ignore[import-not-found]
 
 POWER = 0.80
 Z_POWER = 0.8416212335729143  # normal quantile of it
@@ -97,3 +107,105 @@ def _draws(difference: float, draw: float, freedom: float, item: float) -> int |
         else:
             high = middle
     return high
+
+
+@dataclass(frozen=True)
+class Power:
+    """The noise of one quantity, and what tells each difference; none where no set has two
+    draws."""
+
+    noise: Noise
+    needed: tuple[Needed, ...]
+
+
+def power(noises: Iterable[Noise], differences: Sequence[float]) -> list[Power]:
+    """Return what tells differences (shares) in each quantity."""
+    return [
+        Power(
+            one,
+            ()
+            if one.draw is None
+            else tuple(needed(d, one.draw, one.freedom, one.item or 0.0) for d in differences),
+        )
+        for one in noises
+    ]
+
+
+def noises(
+    results: StudyResults,
+    *,
+    method: str | None = None,
+    sparsity: str | None = None,
+    measure: Any = "primary",
+) -> list[Noise]:
+    """Return the noise of every quantity under every condition of a study that calibrates.
+
+    Raises:
+        InputError: nothing has finished, or a method or sparsity it does not have.
+    """
+    trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
+    from calmix.analysis.bootstrap import joint  # type: ignore[import-not-found]
+    from calmix.analysis.noise import noise_of
+
+    return [
+        one
+        for cells in tables(results, trials, measure)
+        for one in noise_of(cells, joint(cells, resamples=2, seed=0))  # noise needs no resamples
+    ]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a planned condition will tell apart in the total, by the noise of an earlier study.
+
+    Attributes:
+        draws: of a set, as planned; one `Reach` for each number there is.
+        on_these, with_items: detectable differences, shares, on these items and for others too;
+            None where no set is planned with two draws, or the earlier study has no such noise.
+    """
+
+    condition: str
+    draws: int
+    on_these: float | None
+    with_items: float | None
+
+    @property
+    def line(self) -> str:
+        """The same in words."""
+        head = f"{self.condition}, {self.draws} draw{'s' if self.draws > 1 else ''} a set"
+        if self.on_these is None or self.with_items is None:
+            return f"{head}: what it tells apart is not known"
+        return (
+            f"{head}: tells {100 * self.on_these:.1f} points of the total apart on these items, "
+            f"{100 * self.with_items:.1f} for other items too (in 80 % of studies)"
+        )
+
+
+def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
+    """Return what planned trials will tell apart, by the noise that an earlier study found under
+    the same condition (model by its label); degrees of freedom are those of the plan."""
+    found = []
+    groups: dict[Condition, Counter[str]] = {}
+    for trial in planned:
+        if trial.draw is not None:
+            groups.setdefault(trial.condition, Counter())[trial.calibration] += 1
+    names = condition_names(list(groups))
+    for condition, counts in groups.items():
+        freedom = sum(count - 1 for count in counts.values())
+        alike = tuple(trial for trial in results.trials if _condition(trial) == condition[:-1])
+        own = noises(results.model_copy(update={"trials": alike})) if alike else []
+        total = next((one for one in own if one.kind == "total" and one.draw is not None), None)
+        for draws in sorted(set(counts.values())):
+            on_these = with_items = None
+            if total is not None and freedom:
+                on_these = detectable(draws, total.draw, freedom)
+                with_items = detectable(draws, total.draw, freedom, total.item or 0.0)
+            found.append(Reach(names[condition], draws, on_these, with_items))
+    return found
+
+
+def _condition(trial: Trial) -> tuple[Any, ...]:
+    """Return a trial's condition as `Planned.condition` has it, damping apart."""
+    return (
+        trial.model, trial.method, trial.pattern, trial.rows, trial.length, trial.propagation,
+    )  # fmt: skip
