@@ -13,6 +13,8 @@ import typer
 from calmix.cli.common import AsJson, out, print_json, print_rows
 from calmix.errors import InputError
 
+MANY = 999  # draws, or times the items: more are not counted out
+
 if TYPE_CHECKING:
     from calmix.analysis.power import Needed
 
@@ -107,9 +109,15 @@ def parse_points(text: str) -> list[float]:
 
 
 def _draws(found: Needed) -> str:
+    if found.draws > MANY:
+        return _count(found.draws)
     if found.draws_items is None:
-        return f"{found.draws}/{math.ceil(found.items)}x"
-    return f"{found.draws}/{found.draws_items}"
+        return f"{found.draws}/{_count(math.ceil(found.items))}x"
+    return f"{found.draws}/{_count(found.draws_items)}"
+
+
+def _count(number: int) -> str:
+    return f">{MANY}" if number > MANY else str(number)
 
 
 def _percent(value: float | None) -> str:

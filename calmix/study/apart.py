@@ -168,12 +168,15 @@ def look_round(
     added: list[Added] = []
     looks: list[dict[str, Any]] = []
     for condition, asked in groups.items():
+        if len(asked) < 2:
+            continue
         left = store.unfinished(trial.key for trials in asked.values() for trial in trials)
         if left:
             observer.note(f"{names[condition]}: not looked at, {left} trials are left to run")
             continue
         sets, values, state = totals(store, asked)
         if len(sets) < 2:
+            observer.note(f"{names[condition]}: not looked at, no two sets have a total")
             continue
         of = max(1, most - min(first[condition, name] for name in asked) + 1)
         record = store.looks.get(condition, {"condition": list(condition), "of": of, "seen": []})

@@ -271,3 +271,14 @@ def test_an_added_draw_of_a_set_that_is_gone_is_refused(
     two_draws.write_text(two_draws.read_text().replace("  mix:", "  other:"))
     with pytest.raises(InputError, match="no longer asks for 'mix sparsegpt 60% seed 0'"):
         run_study(load_study(two_draws), store, Recorder())
+
+
+def test_sets_without_a_total_are_told_and_get_no_draws(
+    two_draws: Path, tmp_path: Path, made_up: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("letters", "mix"):
+        monkeypatch.setitem(TOTALS, name, [None] * 8)  # type: ignore[list-item]
+    seen, standings = apart(two_draws, tmp_path / "store")
+    assert standings == []
+    assert "sparsegpt 60%: not looked at, no two sets have a total" in seen.notes
+    assert len(made_up) == 6
