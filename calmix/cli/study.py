@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from calmix.cli import study_report, study_run
+from calmix.cli import study_power, study_report, study_run
 
 study = typer.Typer(no_args_is_help=True, help="Many trials from one file: run, analyse, report.")
 
@@ -12,5 +12,6 @@ study = typer.Typer(no_args_is_help=True, help="Many trials from one file: run, 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     study_run.register(study)
+    study_power.register(study)
     study_report.register(app, study)
     app.add_typer(study, name="study")

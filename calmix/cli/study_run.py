@@ -15,8 +15,11 @@ from calmix.errors import InputError, nearest
 from calmix.files import write_text
 
 if TYPE_CHECKING:
+    from calmix.analysis.power import Reach
+    from calmix.study.apart import Standing
     from calmix.study.results import Trial
     from calmix.study.running import Execute
+    from calmix.study.spec import Study
     from calmix.study.trials import Resolved
 
 StudyPath = Annotated[
@@ -98,6 +101,14 @@ def plan_command(
     bandwidth_gbs: Annotated[
         float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")
     ] = 3350,
+    power: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STUDY",
+            show_default=False,
+            help="By the noise of this earlier study's results, what the draws will tell apart.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate trials, time, memory and disk before anything runs."""
@@ -107,6 +118,7 @@ def plan_command(
     from calmix.study.spec import load_study
 
     study = load_study(path)
+    told_apart = [] if power is None else _reach(study, power)
     sizes = {label: sizes_of_model(label, model) for label, model in study.models.items()}
     if device_tflops is not None:
         machine = on_paper(device_tflops, memory_gb, bandwidth_gbs)
@@ -126,6 +138,8 @@ def plan_command(
         "groups": [asdict(group) for group in found.groups],
         "notes": found.notes,
     }
+    if power is not None:
+        told["power"] = [asdict(one) for one in told_apart]
     if as_json:
         print_json(told)
         return
@@ -155,6 +169,22 @@ def plan_command(
     )
     for note in found.notes:
         out.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    for one in told_apart:
+        out.print(one.line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _reach(study: Study, earlier: Path) -> list[Reach]:
+    from calmix.analysis.power import reach
+    from calmix.study.export import read_results
+    from calmix.study.trials import plan
+
+    results = read_results(earlier)
+    if results.suite.get("hash") != study.suite.hash:
+        raise InputError(
+            f"the noise in {earlier} is of another suite ({results.suite.get('name')}) or version "
+            f"of it: this study has {study.suite.name}"
+        )
+    return reach(plan(study), results)
 
 
 def run_command(
@@ -175,6 +205,18 @@ def run_command(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run trials that failed once more.")
     ] = False,
+    until_apart: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            metavar="POINTS",
+            help="Then add draws until sets are told apart, or equal within so many points.",
+        ),
+    ] = None,
+    most_draws: Annotated[
+        int | None,
+        typer.Option(show_default="8", min=2, help="--until-apart: draws of a set at most."),
+    ] = None,
     executor: Annotated[
         str, typer.Option(help="local: in this process; ray: on a Ray cluster.")
     ] = "local",
@@ -216,31 +258,36 @@ def run_command(
     from calmix.study.running import Options, run_study
     from calmix.study.spec import load_study
 
+    if most_draws is not None and until_apart is None:
+        raise InputError("--most-draws has no effect without --until-apart")
     execute = _executor(
         executor,
         {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries},
     )
     study = load_study(path)
     options = Options(device, trust_remote_code, allow_code_execution)
+    how: dict[str, Any] = {"options": options, "only": only or (), "skip": skip or ()}
+    how |= {"retry_failed": retry_failed, "execute": execute}
+    standings: list[Standing] = []
     with Watch() as watch:
-        kept, outcome = run_study(
-            study,
-            store,
-            watch,
-            options=options,
-            only=only or (),
-            skip=skip or (),
-            retry_failed=retry_failed,
-            execute=execute,
-        )
+        if until_apart is None:
+            kept, outcome = run_study(study, store, watch, **how)
+        else:
+            from calmix.study.apart import run_until_apart
+
+            kept, outcome, standings = run_until_apart(
+                study, store, watch, points=until_apart, most=most_draws, **how
+            )
     states = [kept.state(entry["id"]) for entry in kept.entries]
-    told = {
+    told: dict[str, Any] = {
         "store": str(store),
         "planned": len(states),
         "finished": states.count("finished"),
         "failed": outcome.failed,
         "elsewhere": outcome.elsewhere,
     }
+    if until_apart is not None:
+        told["apart"] = [asdict(one) for one in standings]
     if as_json:
         print_json(told)
     else:
@@ -249,6 +296,8 @@ def run_command(
             soft_wrap=True,
             highlight=False,
         )
+        for one in standings:
+            out.print(one.line, soft_wrap=True, highlight=False, markup=False)
     for label, who in outcome.elsewhere.items():
         err.print(f"left to {who}: {label}", soft_wrap=True, highlight=False, markup=False)
     if outcome.failed:
@@ -367,7 +416,7 @@ class Watch:
 
     def begin(self, todo: int, planned: int) -> None:
         """Show how much there is to do."""
-        self._total, self._planned = todo, planned
+        self._total, self._planned, self._ended = todo, planned, 0
         if todo < planned:
             self._line(f"{todo} of {planned} trials to run")
 

@@ -16,8 +16,8 @@ from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
 from calmix.study.results import Trial
 from calmix.study.spec import Study
-from calmix.study.store import Store, check_folder, claim_store
-from calmix.study.trials import Resolved, Resolver, plan
+from calmix.study.store import Store, check_folder, claim_store, is_store, open_store
+from calmix.study.trials import Planned, Resolved, Resolver, extended, plan
 
 
 class Observer(Protocol):
@@ -92,7 +92,8 @@ def run_study(
 ) -> tuple[Store, Outcome]:
     """Run what is left of a study and keep it in the store at `path`.
 
-    Finished trials are not run again, failed ones on request.
+    Finished trials are not run again, failed ones on request. Draws that were added to the study
+    in this store are asked for as those in its file are.
 
     Args:
         study: the study.
@@ -113,7 +114,8 @@ def run_study(
     check_folder(path)
     check_code(study.suite, options.allow_code_execution)
     resolver = Resolver(study)
-    resolved = [resolver.resolve(trial) for trial in plan(study)]
+    planned = asked_trials(study, path)
+    resolved = [resolver.resolve(trial) for trial in planned]
     names: dict[str, str] = {}
     for trial in resolved:
         first = names.setdefault(trial.id, trial.planned.label)
@@ -121,10 +123,10 @@ def run_study(
             raise InputError(
                 f"'{first}' and '{trial.planned.label}' are the same trial: name it once"
             )
-    chosen = chosen_trials(resolved, only, skip)
+    chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
     store = claim_store(path, study, resolved)
     wanted = ("pending", "running", "failed") if retry_failed else ("pending", "running")
-    todo = [trial for trial in chosen if store.state(trial.id) in wanted]
+    todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in wanted]
     observer.begin(len(todo), len(resolved))
     outcome = (execute or run_locally)(study, store, todo, options, observer)
     for note in mixed_notes(store):
@@ -133,22 +135,28 @@ def run_study(
     return store, outcome
 
 
+def asked_trials(study: Study, path: Path) -> list[Planned]:
+    """Return the trials of a study, with what was added to them in the store at `path`."""
+    added = open_store(path).added if is_store(path) else ()
+    return extended(plan(study), added)
+
+
 def chosen_trials(
-    trials: Sequence[Resolved], only: Sequence[str], skip: Sequence[str]
-) -> list[Resolved]:
+    trials: Sequence[Planned], only: Sequence[str], skip: Sequence[str]
+) -> list[Planned]:
     """Return the trials that patterns choose.
 
     Raises:
         InputError: a pattern matches none, or nothing is left.
     """
 
-    def matches(trial: Resolved, pattern: str) -> bool:
-        names = (trial.planned.calibration, trial.planned.label)
+    def matches(trial: Planned, pattern: str) -> bool:
+        names = (trial.calibration, trial.label)
         return any(fnmatchcase(name, pattern) for name in names)
 
     for pattern in [*only, *skip]:
         if not any(matches(trial, pattern) for trial in trials):
-            known = ", ".join(dict.fromkeys(trial.planned.calibration for trial in trials))
+            known = ", ".join(dict.fromkeys(trial.calibration for trial in trials))
             raise InputError(f"no trial matches '{pattern}' (calibrations: {known})")
     kept = [
         trial
@@ -168,7 +176,11 @@ def run_locally(
 
     A trial that another runner is at work on is left to it.
     """
-    bench = options.bench(study, store)
+    return run_on(options.bench(study, store), store, todo, observer)
+
+
+def run_on(bench: Bench, store: Store, todo: Sequence[Resolved], observer: Observer) -> Outcome:
+    """Run trials one after another on a bench, as `run_locally`."""
     outcome = Outcome()
     for trial in todo:
         run_one(bench, store, trial, observer, outcome)

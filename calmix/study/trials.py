@@ -7,8 +7,8 @@ are no part of it; they are recorded with every result, and a mix of them is ann
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ from calmix.study.spec import (
 )
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
+
+
+Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
+Added = tuple[Condition, str, int]  # a trial beyond the study file: condition, set, seed
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,29 @@ class Planned:
         return 0 if self.draw is None else self.draw.seed
 
     @property
+    def condition(self) -> Condition:
+        """All that is asked for but the calibration set and the seed."""
+        size = (0, 0) if self.draw is None else (self.draw.rows, self.draw.length)
+        return (self.model, self.method, self.pattern, *size, self.propagation, self.damping)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What tells the trials of one study apart."""
-        size = (0, 0) if self.draw is None else (self.draw.rows, self.draw.length)
+        model, method, pattern, rows, length, propagation, damping = self.condition
         return (
-            self.model, self.calibration, self.method, self.pattern, *size, self.seed,
-            self.propagation, self.damping,
+            model, self.calibration, method, pattern, rows, length, self.seed, propagation, damping,
         )  # fmt: skip
+
+    @property
+    def redrawable(self) -> bool:
+        """Whether another seed gives another draw; a saved set is what it is."""
+        return self.draw is not None and "seed" in self.draw.options
+
+    def redrawn(self, seed: int) -> Planned:
+        """Return the same trial with another draw of its set."""
+        assert self.draw is not None
+        options = self.draw.options | {"seed": seed}
+        return replace(self, draw=replace(self.draw, options=options, seed=seed))
 
     @property
     def label(self) -> str:
@@ -130,6 +150,37 @@ def plan(study: Study) -> list[Planned]:
         for trial in _of_grid(study, grid):
             found.setdefault(trial.key, trial)
     return list(found.values())
+
+
+def extended(planned: Sequence[Planned], added: Iterable[Added]) -> list[Planned]:
+    """Return trials and, after them, those that were added to them: further draws of a set.
+
+    Draws of a set and condition that is no longer planned are left out.
+    """
+    found = {trial.key: trial for trial in planned}
+    likes = {(trial.condition, trial.calibration): trial for trial in planned}
+    for condition, calibration, seed in added:
+        like = likes.get((condition, calibration))
+        if like is not None and like.redrawable:
+            trial = like.redrawn(seed)
+            found.setdefault(trial.key, trial)
+    return list(found.values())
+
+
+def condition_names(conditions: Sequence[Condition]) -> dict[Condition, str]:
+    """Return names of conditions: method and pattern, and what else tells them apart."""
+
+    def parts(condition: Condition) -> tuple[str, ...]:
+        model, _, _, rows, length, propagation, damping = condition
+        return model, f"{rows} x {length}", f"{propagation} propagation", f"damping {damping}"
+
+    named = {}
+    for own in conditions:
+        alike = [parts(other) for other in conditions if other[1:3] == own[1:3]]
+        more = [part for part, *all_of in zip(parts(own), *alike, strict=True)
+                if len(set(all_of)) > 1]  # fmt: skip
+        named[own] = ", ".join([f"{own[1]} {own[2]}", *more])
+    return named
 
 
 def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:

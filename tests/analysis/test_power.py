@@ -1,0 +1,70 @@
+"""Power: what is said to be detectable is told in 80 % of simulated studies."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from calmix.analysis.power import detectable, needed
+
+
+def told(difference: float, draws: int, draw: float, freedom: int, item: float) -> float:
+    """The share of simulated studies whose 95 % interval leaves out 0."""
+    rng = np.random.default_rng([draws, freedom])
+    count = 200_000
+    gap = rng.normal(difference, math.sqrt(2 * draw**2 / draws + item**2), count)
+    drawn = 2 * draw**2 * rng.chisquare(freedom, count) / freedom / draws
+    error = drawn + item**2
+    critical = stats.t.ppf(0.975, freedom * (error / drawn) ** 2)
+    return float((np.abs(gap) > critical * np.sqrt(error)).mean())
+
+
+@pytest.mark.parametrize("freedom", [2, 6, 40])
+@pytest.mark.parametrize("draws", [2, 9])
+def test_what_is_detectable_on_these_items_is_told_in_80_percent(draws: int, freedom: int) -> None:
+    found = detectable(draws, 0.012, freedom)
+    assert told(found, draws, 0.012, freedom, 0.0) == pytest.approx(0.80, abs=0.005)
+
+
+@pytest.mark.parametrize(("freedom", "item"), [(6, 0.004), (6, 0.02), (40, 0.01)])
+def test_with_other_items_too(freedom: int, item: float) -> None:
+    found = detectable(3, 0.012, freedom, item)
+    assert found > detectable(3, 0.012, freedom)
+    assert told(found, 3, 0.012, freedom, item) == pytest.approx(0.80, abs=0.015)
+
+
+@pytest.mark.parametrize("difference", [0.01, 0.02, 0.03])
+def test_the_least_draws_are_enough_and_one_less_is_not(difference: float) -> None:
+    draw, freedom, item = 0.015, 12, 0.003
+    found = needed(difference, draw, freedom, item)
+    assert found.draws_items is not None
+    assert found.draws_items >= found.draws > 1
+    for draws, other in ((found.draws, 0.0), (found.draws_items, item)):
+        assert detectable(draws, draw, freedom, other) <= difference
+        assert detectable(draws - 1, draw, freedom, other) > difference
+
+
+def test_by_hand_with_much_freedom() -> None:
+    # (1.96 + 0.84)^2 x 2 x s^2 / d^2 = 7.849 x 2
+    assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
+    assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
+
+
+def test_where_items_are_the_limit_more_draws_do_not_help() -> None:
+    found = needed(0.01, 0.001, 12, 0.01)
+    assert found.draws_items is None
+    assert found.items == pytest.approx(7.849, rel=1e-3)
+    # With so many times the items, draws without number just tell it.
+    assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(found.items)) == pytest.approx(0.01)
+    enough = needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * found.items))
+    assert enough.items == pytest.approx(1 / 1.1)
+    assert enough.draws_items is not None
+
+
+def test_draws_that_do_not_differ_need_one() -> None:
+    assert needed(0.01, 0.0, 3, 0.0).draws == 1
+    assert needed(0.01, 0.0, 3, 0.001).draws_items == 1
+    assert detectable(2, 0.0, 3) == 0

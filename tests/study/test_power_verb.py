@@ -1,0 +1,130 @@
+"""`study power` and `study plan --power`: what they print, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calmix.analysis import power as module
+from calmix.analysis.power import detectable, needed
+from calmix.study import load_study, run_study
+from tests.study.test_running import Recorder
+
+Write = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """As `calmix.analysis.noise.Noise`."""
+
+    condition: str = "SparseGPT 60%"
+    quantity: str = "total"
+    kind: str = "total"
+    sets: int = 14
+    draw: float | None = 0.012
+    freedom: int = 21
+    item: float | None = 0.003
+    items: int = 2000
+    signal: float | None = 0.021
+    signal_all: float | None = 0.019
+    ratio: float | None = 1.7
+
+
+@pytest.fixture
+def store(tiny_study: Write, tmp_path: Path) -> Path:
+    """A finished study of two draws a set under one method."""
+    path = tiny_study((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n", name="ran.yaml")
+    run_study(load_study(path), tmp_path / "store", Recorder())
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[Noise]:
+    """The noise that is found, to be changed at will."""
+    found = [Noise(), Noise(quantity="arc_challenge_of_24_ch", kind="task", item=0.02, draw=0.03)]
+    monkeypatch.setattr(module, "noises", lambda *_, **__: found)
+    return found
+
+
+def test_the_table_fits_80_columns_and_says_what_tells_so_many_points(
+    calmix: Callable[..., Any], store: Path, made_up: list[Noise]
+) -> None:
+    ended = calmix("study", "power", store)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert "SparseGPT 60%: 14 sets, 21 degrees of freedom" in lines[0]
+    table = [line for line in lines if "/" in line and not line.startswith("In points")]
+    assert all(len(line) <= 80 for line in lines if not line.startswith("In points"))
+    wanted = needed(0.01, 0.012, 21, 0.003)
+    assert table[1].split()[:6] == [
+        "total", "2.1", "1.2", "0.3", "1.7", f"{wanted.draws}/{wanted.draws_items}",
+    ]  # fmt: skip
+    # 2.8^2 x 2^2 times the items for one point, and 7.8 for two.
+    assert table[2].split()[5].endswith("/32x")
+    told = json.loads(calmix("study", "power", store, "--difference", "2.5", "--json").out)
+    assert told[0]["noise"]["draw"] == 0.012
+    assert [one["difference"] for one in told[0]["needed"]] == [0.025]
+
+
+def test_mistakes_are_one_line(
+    calmix: Callable[..., Any], store: Path, tmp_path: Path, made_up: list[Noise]
+) -> None:
+    for text in ("x", "1,,2", "0", "-1", "nan", "inf", ""):
+        assert "points above 0" in calmix("study", "power", store, "--difference", text).line
+    assert "given twice" in calmix("study", "power", store, "--difference", "1,1.0").line
+    assert "the measure is primary, " in calmix("study", "power", store, "--measure", "x").line
+    assert "no study store" in calmix("study", "power", tmp_path / "none").line
+    made_up[:] = [replace(one, draw=None, freedom=0, signal=None) for one in made_up]
+    assert "power needs a set with two draws" in calmix("study", "power", store).line
+
+
+def test_nothing_finished_is_one_line(
+    calmix: Callable[..., Any], store: Path, tmp_path: Path
+) -> None:
+    for folder in (store / "trials").iterdir():
+        folder.rename(tmp_path / folder.name)
+    assert (
+        "has no finished trials (6 planned): run it first" in calmix("study", "power", store).line
+    )
+
+
+def test_a_plan_says_what_its_draws_will_tell_apart(
+    calmix: Callable[..., Any], store: Path, tiny_study: Write, made_up: list[Noise]
+) -> None:
+    path = tiny_study(
+        more="grids: [{seeds: [0]}, {seeds: [1, 2], calibrations: [mix, code]}]\n", name="new.yaml"
+    )
+    ended = calmix("study", "plan", path, "--device-tflops", 100, "--power", store)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()[-4:]
+    # Four degrees of freedom: two sets of three draws, one of one.
+    on_these, other = (100 * detectable(3, 0.012, 4, item) for item in (0.0, 0.003))
+    assert lines[0].startswith("sparsegpt 60%, 1 draw a set: tells ")
+    assert lines[1] == (
+        f"sparsegpt 60%, 3 draws a set: tells {on_these:.1f} points of the total apart on these "
+        f"items, {other:.1f} for other items too (in 80 % of studies)"
+    )
+    # Wanda was not run: nothing is made up.
+    assert lines[3] == "wanda 2:4, 3 draws a set: what it tells apart is not known"
+    told = json.loads(
+        calmix("study", "plan", path, "--device-tflops", 100, "--power", store, "--json").out
+    )
+    assert told["power"][1]["on_these"] == pytest.approx(on_these / 100)
+    other_suite = tiny_study(("name: tiny", "name: tiny\nlimit: 2"), name="other.yaml")
+    ended = calmix("study", "plan", other_suite, "--power", store)
+    assert "is of another suite (made)" in ended.line
+
+
+def test_the_noise_of_a_real_study(calmix: Callable[..., Any], store: Path) -> None:
+    pytest.importorskip("calmix.analysis.noise")
+    told = json.loads(calmix("study", "power", store, "--json").out)
+    total = told[0]["noise"]
+    assert (total["quantity"], total["sets"], total["freedom"]) == ("total", 3, 3)
+    assert total["draw"] > 0
+    assert {one["noise"]["kind"] for one in told} >= {"total", "dimension", "task"}
+    assert calmix("study", "power", store).code == 0
