@@ -6,15 +6,16 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.bootstrap import Joint
 from calmix.analysis.cells import TOTAL, WORST, Cells
-from calmix.analysis.correlations import Correlation, counted
+from calmix.analysis.correlations import Among, Correlation, counted
 from calmix.analysis.differences import SINGLES
-from calmix.analysis.ranking import quantity_estimates
 from calmix.analysis.statistics import LEAST
 from calmix.report import words
 from calmix.report.drawing import (
@@ -33,6 +34,7 @@ from calmix.report.drawing import (
 
 WIDTH = 8.6  # inches of 72 units; drawn 1.25 times as large in a page, or more
 PERPLEXITIES = ("perplexity", "distortion")
+AMONG: tuple[Among, ...] = ("sources", "kinds")
 
 
 def slug(text: str) -> str:
@@ -42,14 +44,15 @@ def slug(text: str) -> str:
 
 def figures_of(analysis: Analysis, found: ConditionAnalysis) -> list[Drawing]:
     """Return the figures of one condition; those that nothing can be drawn in are left out."""
-    drawings = [_heat_map(analysis, found), _bars(analysis, found)]
+    drawings = [_heat_map(analysis, found), _bars(analysis, found), _task_map(found)]
     if len(found.ranking) > 1:
         drawings.append(_spread(analysis, found))
     metric = perplexity_of(found)
     if metric is not None:
         drawings.append(_scatter(analysis, found, metric))
-    if any(one.rho is not None for one in found.correlations):
-        drawings.append(_map(analysis, found))
+    for among in AMONG:
+        if any(one.rho is not None and one.among == among for one in found.correlations):
+            drawings.append(_map(analysis, found, among))
     return drawings
 
 
@@ -83,7 +86,9 @@ class _Tips(list[str]):
 
 def _limits(analysis: Analysis) -> tuple[float, float]:
     """Return one colour range for all heat maps of a study, in whole tens of percent."""
-    values = np.concatenate([found.cells.means.ravel() for found in analysis.conditions])
+    values = np.concatenate([
+        found.cells.means[:, : len(found.cells.quantities)].ravel() for found in analysis.conditions
+    ])  # fmt: skip
     values = values[~np.isnan(values)]
     if not len(values):
         return 0.0, 1.0
@@ -152,6 +157,66 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         "corner marks each set's worst dimension. One colour scale for the whole study.",
         f"Heat map of {len(found.ranking)} calibration sets by {len(columns)} columns. Best total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The table below holds the numbers.",
+        draw,
+        tips,
+    )
+
+
+def _task_map(found: ConditionAnalysis) -> Drawing:
+    """Sets by tasks, below the dense score of each; tasks that share a benchmark are marked."""
+    mpl = matplotlib()
+    ramp = mpl.colormaps["YlGnBu"]
+    tasks = found.cells.tasks
+    known = [one.value for row in found.ranking for one in row.tasks.values()
+             if one.value is not None]  # fmt: skip
+    low, high = min([0.0, *known]), max([1.0, *known])
+    tips = _Tips()
+
+    def draw(titled: bool) -> Any:
+        tips.clear()
+        rows = found.ranking
+        width = max(WIDTH, 2.4 + 0.56 * len(tasks))
+        figure = new_figure(width, 2.3 + 0.3 * len(rows) + 0.3 * titled)
+        axes = figure.subplots()
+        for x, task in enumerate(tasks):
+            axes.text(x + 0.5, -1, f"{task.dense:.2f}", ha="center", va="center", color=MUTED,
+                      fontsize=9.5)  # fmt: skip
+            for y, row in enumerate(rows):
+                one, own = row.tasks[task.name], task.name in row.halves
+                told = f"{row.calibration}, {task.name}: {words.with_span(one)} %"
+                if one.value is None:
+                    box = _cell(axes, x, y, "none", GRID, "///")
+                    tips.add(box, f"{row.calibration}, {task.name}: no signal")
+                    continue
+                fill = ramp(0.04 + 0.86 * (one.value - low) / (high - low))
+                box = _cell(axes, x, y, mpl.colors.to_hex(fill), PAPER, None)
+                tips.add(box, told + (" (made of its benchmark's other half)" if own else ""))
+                axes.text(
+                    x + 0.5, y, f"{100 * one.value:.0f}{'*' if own else ''}", ha="center",
+                    va="center", color=_readable(fill), fontsize=9.5,
+                    fontweight="bold" if own else "normal",
+                )  # fmt: skip
+        axes.set_xlim(-0.02, len(tasks) + 0.02)
+        axes.set_ylim(len(rows) - 0.5, -1.5)
+        axes.set_xticks([x + 0.5 for x in range(len(tasks))])
+        axes.set_xticklabels([words.short(task.name, 20) for task in tasks], rotation=50,
+                             ha="left", rotation_mode="anchor")  # fmt: skip
+        axes.tick_params(length=0, pad=4, labeltop=True, labelbottom=False)
+        axes.tick_params(axis="x", labelcolor=INK)
+        axes.set_yticks(range(-1, len(rows)))
+        axes.set_yticklabels(["dense score", *(words.short(row.calibration) for row in rows)])
+        for side in axes.spines.values():
+            side.set_visible(False)
+        _title(figure, f"Retention (%) of every task after {found.condition.label}", titled)
+        return figure
+
+    return Drawing(
+        f"tasks-{slug(found.condition.label)}",
+        "Retention by calibration set and task",
+        "In percent, below each task's dense score (bits per byte: lower is better). * the set was "
+        "made of the other half of that benchmark.",
+        f"Heat map of {len(found.ranking)} calibration sets by {len(tasks)} tasks. The file "
+        "tasks.csv of the analysis holds the numbers.",
         draw,
         tips,
     )
@@ -233,6 +298,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
             [bar] = axes.barh(upper, total, height=0.42, color=STRATEGY_COLOURS[one.strategy])
             tips.add(bar, f"{one.calibration}, total: {words.with_span(one.total)} %")
             _whisker(axes, one.total, upper, INK, 1.4)
+            axes.plot([100 * (one.shrunken.value or 0)], [upper], marker="|", color=INK,
+                      markersize=11, linestyle="none")  # fmt: skip
             if one.worst is not None and one.lowest.value is not None:
                 _whisker(axes, one.lowest, lower, _colour(analysis, one.worst), 1.2)
                 [mark] = axes.plot(
@@ -269,7 +336,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         "Ranking by total, with the worst dimension",
         "Bars are total retention, marks the dimension that suffers most. Lines are 95 % intervals "
         "over test items and calibration draws together"
-        + (" (items alone: one seed)." if len(found.cells.seeds) == 1 else "."),
+        + (" (items alone: one draw each)" if not found.joint.freedom else "")
+        + "; the notch is the total to expect of a set picked for its rank (shrunken).",
         "Bar chart: " + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
@@ -349,7 +417,7 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
     cells = found.cells
     x = cells.information[:, cells.metrics.index(metric)]
     inside = set(counted(cells, analysis.settings.over))
-    told = {one.dimension: one for one in found.correlations if one.metric == metric}
+    told = {one.quantity: one for one in of_metric(found, metric)}
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -406,7 +474,7 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
     counts = "single sources only" if analysis.settings.over == "single" else "all sets"
     told_how = (
         f" ρ is Spearman's, over {counts}, with its 95\u00a0% bootstrap interval; q is p "
-        f"corrected over {analysis.family} tests."
+        f"corrected over {analysis.families['sources']} tests."
         if told
         else f" Too few sets for a correlation (over {counts}, at least {LEAST})."
     )
@@ -465,13 +533,30 @@ def _plain_log(axes: Any, values: Any) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
+def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
+    """Return the correlations of a metric over all sources, be it another's alias."""
+    told = []
+    for one in found.correlations:
+        if one.among != "sources" or one.task:
+            continue
+        if metric in (one.metric, *one.aliases):
+            told.append(one)
+        elif f"-{metric}" in one.aliases and one.rho is not None:
+            low = None if one.high is None else -one.high
+            high = None if one.low is None else -one.low
+            told.append(replace(one, rho=-one.rho, low=low, high=high))
+    return told
+
+
+def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
     mpl = matplotlib()
     ramp = mpl.colormaps["RdBu"]
     tips = _Tips()
     columns = (*analysis.dimensions, TOTAL)
-    by_name = {(one.metric, one.dimension): one for one in found.correlations}
-    metrics = list(dict.fromkeys(one.metric for one in found.correlations))
+    own = [one for one in found.correlations if one.among == among and not one.task]
+    by_name = {(one.metric, one.quantity): one for one in own}
+    metrics = list(dict.fromkeys(one.metric for one in own))
+    within = "" if among == "sources" else " within kinds of text"
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -509,15 +594,16 @@ def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         axes.tick_params(axis="x", labelcolor=INK)
         for side in axes.spines.values():
             side.set_visible(False)
-        _title(figure, f"Metrics and retention (Spearman), {found.condition.label}", titled)
+        _title(figure, f"Metrics and retention{within} (Spearman), {found.condition.label}", titled)
         return figure  # fmt: skip
 
-    strong = [one for one in found.correlations if one.significant]
+    strong = [one for one in own if one.significant]
+    name = "correlations" if among == "sources" else "correlations-within"
     return Drawing(
-        f"correlations-{slug(found.condition.label)}",
-        "Which property of the text goes with which ability",
-        f"Spearman's ρ over {found.points} calibration sets; ● survives correction over "
-        f"{analysis.family} tests at 0.05.",
+        f"{name}-{slug(found.condition.label)}",
+        f"Which property of the text goes with which ability{within}",
+        f"Spearman's ρ over {own[0].n} calibration sets{', ranked' if within else ''}{within}; ● "
+        f"survives correction over {analysis.families[among]} tests at 0.05.",
         f"Correlation map of {len(metrics)} metrics by {len(columns)} columns. "
         + (f"{words.counted(len(strong), 'correlation')} survive correction."
            if strong else "No correlation survives correction."),
@@ -526,8 +612,9 @@ def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     )  # fmt: skip
 
 
-def sparsity_figures(analysis: Analysis, series: Sequence[Cells]) -> list[Drawing]:
+def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -> list[Drawing]:
     """Return retention and margins against sparsity for conditions that differ in it alone."""
+    series = [cells for cells, _ in pairs]
     if len({cells.condition.sparsity for cells in series}) < 2:
         return []
     lines = _lines(series)
@@ -548,13 +635,12 @@ def sparsity_figures(analysis: Analysis, series: Sequence[Cells]) -> list[Drawin
         figure = new_figure(WIDTH, 0.7 + 2.5 * math.ceil(panels / columns) + 0.3 * titled)
         grid = figure.subplots(math.ceil(panels / columns), columns, squeeze=False).ravel()
         shares = [100 * cells.condition.sparsity for cells in series]
-        estimates = [quantity_estimates(cells) for cells in series]
         for axes, quantity in zip(grid, quantities, strict=False):
             _band(axes, series, quantity)
             for name, made in lines:
                 told = [
-                    (share, found[quantity].sets[cells.sets.index(name)])
-                    for share, cells, found in zip(shares, series, estimates, strict=True)
+                    (share, found.one(cells.sets.index(name), cells.quantities.index(quantity)))
+                    for share, (cells, found) in zip(shares, pairs, strict=True)
                     if name in cells.sets
                 ]
                 known = [(share, one) for share, one in told if one.value is not None]
@@ -602,7 +688,7 @@ def sparsity_figures(analysis: Analysis, series: Sequence[Cells]) -> list[Drawin
             f"at the highest sparsity. Last panel: lead over the {against}.",
             "Line charts of retention at "
             + words.listed([cells.condition.pattern for cells in series]) + " sparsity; "
-            + "; ".join(f"{one.calibration} leads by {words.points(one.value)} points at "
+            + "; ".join(f"{one.calibration} leads by {words.points(one.gap.value)} points at "
                         f"{100 * one.sparsity:g} %" for one in gains if one.quantity == TOTAL)
             + ".",
             draw,
@@ -655,16 +741,18 @@ def _gains(axes: Any, gains: Sequence[Any], lines: Sequence[tuple[str, str]], ti
         shift = 0.35 * (number - (len(names) - 1) / 2)
         colour = STRATEGY_COLOURS[made_by.get(name, "mix")]
         for one in told:
-            if one.low is not None and one.high is not None:
+            if one.gap.low is not None and one.gap.high is not None:
                 at = 100 * one.sparsity + shift
-                axes.plot([at, at], [100 * one.low, 100 * one.high], color=colour, linewidth=1)
+                ends = [100 * one.gap.low, 100 * one.gap.high]
+                axes.plot([at, at], ends, color=colour, linewidth=1)
         [line] = axes.plot(
-            [100 * one.sparsity + shift for one in told], [100 * one.value for one in told],
+            [100 * one.sparsity + shift for one in told],
+            [100 * (one.gap.value or 0) for one in told],
             color=colour, linestyle=_dash(lines, name) if name in made_by else "-", marker="o",
             markersize=4, linewidth=1.6,
         )  # fmt: skip
         tips.add(line, f"{name} over the default, total: " + ", ".join(
-            f"{100 * one.sparsity:g} % sparse {words.points(one.value)} points" for one in told
+            f"{100 * one.sparsity:g} % sparse {words.points(one.gap.value)} points" for one in told
         ))  # fmt: skip
     axes.set_title("total: lead over default")
     axes.set_ylabel("points")
