@@ -6,11 +6,15 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calmix.capability.records import TaskScores, rounded
+from calmix.files import write_json
+from calmix.study.export import FORMAT, ITEMS, KIND, RECORD
+from calmix.study.items import write_items
 from calmix.study.results import FailedTrial, Interval, StudyResults, TaskOutcome, Trial
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
@@ -20,7 +24,7 @@ SOURCES = (
     "python-exercises", "math-solutions", "word-problems",
 )  # fmt: skip
 KINDS = ("prose",) * 10 + ("code",) * 4 + ("math",) * 2
-ITEMS = 40  # of a task
+COUNT = 40  # of a task
 
 
 @dataclass(frozen=True)
@@ -142,21 +146,21 @@ def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
     sets share and one of the set's own. Without signal the dense model is at its floor.
     """
     rng = np.random.default_rng(zlib.crc32(task.task.encode()))
-    whole = 0.3 + 0.3 * rng.random(ITEMS)
-    off = rng.standard_normal(ITEMS)
+    whole = 0.3 + 0.3 * rng.random(COUNT)
+    off = rng.standard_normal(COUNT)
     if not task.signal:
-        whole = 0.1 * (-1.0) ** np.arange(ITEMS)
-    kept, accuracy = whole, np.ones(ITEMS)
+        whole = 0.1 * (-1.0) ** np.arange(COUNT)
+    kept, accuracy = whole, np.ones(COUNT)
     if of is not None:
         name = f"{task.task} {of.calibration} {of.method} {of.pattern}"
         own = np.random.default_rng(zlib.crc32(name.encode()))
-        off = 0.1 * (off + own.standard_normal(ITEMS))
+        off = 0.1 * (off + own.standard_normal(COUNT))
         off -= (off @ whole) / whole.sum() if task.signal else 0.0
         share = task.retention.value or 0.0
         kept = (share + off) * whole
         accuracy = 0.25 + 0.75 * 0.9 * (share + off - (0.0 if of is None else off.mean()))
-    head = {"name": task.task, "dimension": task.dimension, "items": tuple(map(str, range(ITEMS)))}
-    gold = {"gold": (0,) * ITEMS}
+    head = {"name": task.task, "dimension": task.dimension, "items": tuple(map(str, range(COUNT)))}
+    gold = {"gold": (0,) * COUNT}
     if task.task.endswith("_a"):
 
         def choices(p: np.ndarray) -> Any:
@@ -165,15 +169,15 @@ def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
 
         return TaskScores(
             **head, metric="acc", primary="probability", chance=0.25, **gold,
-            values=tuple(accuracy.tolist()), bytes=((4, 4, 4, 4),) * ITEMS, floor="context-free",
+            values=tuple(accuracy.tolist()), bytes=((4, 4, 4, 4),) * COUNT, floor="context-free",
             loglikelihoods=choices(np.clip(0.3 + kept, 0.001, 0.999)),
-            floors=choices(np.full(ITEMS, 0.3)) if of is None else (),
+            floors=choices(np.full(COUNT, 0.3)) if of is None else (),
         )  # fmt: skip
     return TaskScores(
         **head, metric="bits_per_byte", primary="bits", chance=0.0, **gold,
-        bytes=((20,),) * ITEMS, floor="unigram",
+        bytes=((20,),) * COUNT, floor="unigram",
         loglikelihoods=rounded((-60 + 60 * kept)[:, None].tolist()),
-        floors=rounded([[-60.0]] * ITEMS) if of is None else (),
+        floors=rounded([[-60.0]] * COUNT) if of is None else (),
     )  # fmt: skip
 
 
@@ -194,7 +198,7 @@ def trial(
     tasks = tuple(
         TaskOutcome(
             task=f"{name}_{kind}", dimension=name, score="probability" if kind == "a" else "bits",
-            items=ITEMS, floor=0.25, dense=0.6, pruned=0.4, dense_accuracy=None,
+            items=COUNT, floor=0.25, dense=0.6, pruned=0.4, dense_accuracy=None,
             pruned_accuracy=None, signal=value is not None, retention=interval(value),
         )
         for name, value in kept.items()
@@ -229,6 +233,15 @@ def interval(value: float | None, half: float = 0.04) -> Interval:
     if value is None:
         return Interval(value=None)
     return Interval(value=value, low=value - half, high=value + half)
+
+
+def save(results: StudyResults, folder: Path) -> Path:
+    """Write results as an export does, tables left out."""
+    folder.mkdir()
+    record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
+    write_json(folder / RECORD, record)
+    write_items(results, folder / ITEMS)
+    return folder
 
 
 def failed(name: str) -> FailedTrial:
