@@ -231,7 +231,7 @@ def joint(
     mean_of = (of[None] == np.arange(count)[:, None]) / counts[:, None]
     for each in cells.items:
         size, whole = len(each.whole), float(each.whole.sum())
-        unbiased = size / (size - 1)  # a resample of n items varies by (n - 1) / n of theirs
+        unbiased = size / max(1, size - 1)  # a resample of n items varies by (n - 1) / n of theirs
         times = item_weights(each.task, size, resamples=resamples, seed=seed)
         kept = mean_of @ each.kept
         retention[:, each.at] = each.kept.sum(1) / whole

@@ -112,22 +112,16 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         for y, one in enumerate(rows):
             for x, name in enumerate(columns):
                 estimate = one.total if name == TOTAL else one.dimensions[name]
-                left = x + (0.12 if name == TOTAL else 0)
-                told = f"{one.calibration}, {name}: {words.with_span(estimate)} %"
+                told = f"{one.calibration}, {name}: "
+                left = x + _apart(name)
                 if estimate.value is None:
-                    box = _cell(axes, left, y, "none", GRID, "///")
-                    tips.add(box, f"{one.calibration}, {name}: no value")
+                    _cell(axes, tips, (left, y), "", f"{told}no value")
                     continue
-                share = (estimate.value - low) / (high - low)
-                fill = ramp(0.04 + 0.86 * share)
+                fill = ramp(0.04 + 0.86 * (estimate.value - low) / (high - low))
                 lowest = name == one.worst and len(one.dimensions) > 1
-                box = _cell(axes, left, y, mpl.colors.to_hex(fill), PAPER, None)
-                tips.add(box, told + (" (its worst dimension)" if lowest else ""))
-                axes.text(
-                    left + 0.5, y, words.percent(estimate.value), ha="center", va="center",
-                    color=_readable(fill), fontsize=9.5,
-                    fontweight="bold" if lowest or name == TOTAL else "normal",
-                )  # fmt: skip
+                told += f"{words.with_span(estimate)} %{' (its worst dimension)' if lowest else ''}"
+                _cell(axes, tips, (left, y), words.percent(estimate.value), told, fill=fill,
+                      bold=lowest or name == TOTAL)  # fmt: skip
                 if lowest:
                     corner = [(left + 0.02, y - 0.45), (left + 0.1, y - 0.45),
                               (left + 0.02, y - 0.12)]  # fmt: skip
@@ -136,15 +130,8 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
                             corner, closed=True, facecolor=_readable(fill), edgecolor="none"
                         )
                     )
-        axes.set_xlim(-0.02, len(columns) + 0.14)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xticks([x + 0.5 + (0.12 if n == TOTAL else 0) for x, n in enumerate(columns)])
-        axes.set_xticklabels([words.short(name, 16) for name in columns])
-        axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
-        axes.tick_params(axis="x", labelcolor=INK)
+        _frame(axes, columns, len(rows))
         _set_labels(axes, rows)
-        for side in axes.spines.values():
-            side.set_visible(False)
         _strategy_legend(figure, rows)
         _title(figure, f"Retention (%) after {found.condition.label}", titled)
         return figure
@@ -164,8 +151,7 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
 
 def _task_map(found: ConditionAnalysis) -> Drawing:
     """Sets by tasks, below the dense score of each; tasks that share a benchmark are marked."""
-    mpl = matplotlib()
-    ramp = mpl.colormaps["YlGnBu"]
+    ramp = matplotlib().colormaps["YlGnBu"]
     tasks = found.cells.tasks
     known = [one.value for row in found.ranking for one in row.tasks.values()
              if one.value is not None]  # fmt: skip
@@ -183,30 +169,20 @@ def _task_map(found: ConditionAnalysis) -> Drawing:
                       fontsize=9.5)  # fmt: skip
             for y, row in enumerate(rows):
                 one, own = row.tasks[task.name], task.name in row.halves
-                told = f"{row.calibration}, {task.name}: {words.with_span(one)} %"
+                told = f"{row.calibration}, {task.name}: "
                 if one.value is None:
-                    box = _cell(axes, x, y, "none", GRID, "///")
-                    tips.add(box, f"{row.calibration}, {task.name}: no signal")
+                    _cell(axes, tips, (x, y), "", f"{told}no signal")
                     continue
+                told += f"{words.with_span(one)} %"
+                told += " (made of its benchmark's other half)" if own else ""
+                text = f"{100 * one.value:.0f}{'*' if own else ''}"
                 fill = ramp(0.04 + 0.86 * (one.value - low) / (high - low))
-                box = _cell(axes, x, y, mpl.colors.to_hex(fill), PAPER, None)
-                tips.add(box, told + (" (made of its benchmark's other half)" if own else ""))
-                axes.text(
-                    x + 0.5, y, f"{100 * one.value:.0f}{'*' if own else ''}", ha="center",
-                    va="center", color=_readable(fill), fontsize=9.5,
-                    fontweight="bold" if own else "normal",
-                )  # fmt: skip
-        axes.set_xlim(-0.02, len(tasks) + 0.02)
-        axes.set_ylim(len(rows) - 0.5, -1.5)
-        axes.set_xticks([x + 0.5 for x in range(len(tasks))])
-        axes.set_xticklabels([words.short(task.name, 20) for task in tasks], rotation=50,
-                             ha="left", rotation_mode="anchor")  # fmt: skip
-        axes.tick_params(length=0, pad=4, labeltop=True, labelbottom=False)
-        axes.tick_params(axis="x", labelcolor=INK)
+                _cell(axes, tips, (x, y), text, told, fill=fill, bold=own)
+        _frame(axes, [task.name for task in tasks], len(rows), -1.5)
+        for label in axes.get_xticklabels():
+            label.set(rotation=50, ha="left", rotation_mode="anchor")
         axes.set_yticks(range(-1, len(rows)))
         axes.set_yticklabels(["dense score", *(words.short(row.calibration) for row in rows)])
-        for side in axes.spines.values():
-            side.set_visible(False)
         _title(figure, f"Retention (%) of every task after {found.condition.label}", titled)
         return figure
 
@@ -227,11 +203,37 @@ def _wide(columns: Sequence[str]) -> float:
     return max(WIDTH, 2.4 + 1.15 * len(columns))
 
 
-def _cell(axes: Any, x: float, y: float, face: str, edge: str, hatch: str | None) -> Any:
+def _cell(
+    axes: Any, tips: _Tips, at: tuple[float, int], text: str, told: str, *,
+    fill: Any = None, bold: bool = False,
+) -> None:  # fmt: skip
+    """Draw one cell of a map; hatched where it has no fill, that is no value."""
+    x, y = at
+    face = "none" if fill is None else matplotlib().colors.to_hex(fill)
     box = matplotlib().patches.Rectangle(
-        (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=face, edgecolor=edge, linewidth=0, hatch=hatch
-    )
-    return axes.add_patch(box)
+        (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=face, linewidth=0,
+        edgecolor=GRID if fill is None else PAPER, hatch="///" if fill is None else None,
+    )  # fmt: skip
+    tips.add(axes.add_patch(box), told)
+    if fill is not None:
+        axes.text(x + 0.5, y, text, ha="center", va="center", color=_readable(fill), fontsize=9.5,
+                  fontweight="bold" if bold else "normal")  # fmt: skip
+
+
+def _frame(axes: Any, columns: Sequence[str], rows: int, top: float = -0.5) -> None:
+    """Set a map's limits and heads; the total stands a little apart."""
+    axes.set_xlim(-0.02, len(columns) + 0.14 * (TOTAL in columns))
+    axes.set_ylim(rows - 0.5, top)
+    axes.set_xticks([x + 0.5 + _apart(name) for x, name in enumerate(columns)])
+    axes.set_xticklabels([words.short(name, 16) for name in columns])
+    axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
+    axes.tick_params(axis="x", labelcolor=INK)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _apart(name: str) -> float:
+    return 0.12 if name == TOTAL else 0.0
 
 
 def _readable(colour: Any) -> str:
@@ -549,8 +551,7 @@ def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
 
 
 def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
-    mpl = matplotlib()
-    ramp = mpl.colormaps["RdBu"]
+    ramp = matplotlib().colormaps["RdBu"]
     tips = _Tips()
     columns = (*analysis.dimensions, TOTAL)
     own = [one for one in found.correlations if one.among == among and not one.task]
@@ -564,36 +565,17 @@ def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
         axes = figure.subplots()
         for y, metric in enumerate(metrics):
             for x, name in enumerate(columns):
-                one = by_name[metric, name]
-                left = x + (0.12 if name == TOTAL else 0)
-                label = f"{words.metric_name(metric)} and {name}: "
+                one, left = by_name[metric, name], x + _apart(name)
+                told = f"{words.metric_name(metric)} and {name}: "
                 if one.rho is None:
-                    tips.add(_cell(axes, left, y, "none", GRID, "///"), f"{label}no value")
+                    _cell(axes, tips, (left, y), "", f"{told}no value")
                     continue
-                fill = ramp(0.5 + 0.44 * one.rho)
-                box = _cell(axes, left, y, mpl.colors.to_hex(fill), PAPER, None)
-                tips.add(box, label + _correlation_line(one))
                 text = words.rho(one.rho) + (" ●" if one.significant else "")
-                axes.text(
-                    left + 0.5,
-                    y,
-                    text,
-                    ha="center",
-                    va="center",
-                    color=_readable(fill),
-                    fontsize=9.5,
-                    fontweight="bold" if one.significant else "normal",
-                )
+                _cell(axes, tips, (left, y), text, told + _correlation_line(one),
+                      fill=ramp(0.5 + 0.44 * one.rho), bold=one.significant)  # fmt: skip
+        _frame(axes, columns, len(metrics))
         axes.set_yticks(range(len(metrics)))
         axes.set_yticklabels([words.short(words.metric_name(metric)) for metric in metrics])
-        axes.set_xlim(-0.02, len(columns) + 0.14)
-        axes.set_ylim(len(metrics) - 0.5, -0.5)
-        axes.set_xticks([x + 0.5 + (0.12 if n == TOTAL else 0) for x, n in enumerate(columns)])
-        axes.set_xticklabels([words.short(name, 16) for name in columns])
-        axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
-        axes.tick_params(axis="x", labelcolor=INK)
-        for side in axes.spines.values():
-            side.set_visible(False)
         _title(figure, f"Metrics and retention{within} (Spearman), {found.condition.label}", titled)
         return figure  # fmt: skip
 
