@@ -315,7 +315,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         _set_labels(axes, rows)
         ends = [end for one in rows for end in (one.total.high, one.lowest.high, one.total.value)
                 if end is not None]  # fmt: skip
-        axes.set_xlim(0, 100 * max(ends, default=1.0) * 1.03)
+        starts = [end for one in rows for end in (one.total.low, one.lowest.low) if end is not None]
+        axes.set_xlim(103 * min([0.0, *starts]), 103 * max(ends, default=1.0))
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(length=0)
         axes.set_xlabel("retention, %")
