@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from calmix.analysis import ConditionAnalysis, Settings, analyse
 from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.differences import BEST
 from calmix.study.export import read_results
 from calmix.study.results import StudyResults
 
@@ -75,7 +76,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for other in options.sets[1:]:
         for one in condition.differences:
-            if {one.left, one.right} != {first, other} or one.quantity not in ("total", "worst"):
+            sides = {one.left, one.right.removeprefix(BEST)}
+            if sides != {first, other} or one.quantity not in ("total", "worst"):
                 continue
             told = signed(one.gap, 1 if one.left == first else -1)
             p = ["-" if part is None else f"{part:.3f}" for part in (one.gap.p, one.gap.draw_p)]
