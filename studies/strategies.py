@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Sequence
 
 from calmix.analysis import ConditionAnalysis, Settings, analyse
-from calmix.analysis.estimates import Estimate
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.differences import BEST
 from calmix.study.export import read_results
 from calmix.study.results import StudyResults
 
@@ -27,11 +28,12 @@ def shown(one: Estimate) -> str:
     return f"{percent(one.value)} [{percent(one.low)}, {percent(one.high)}]"
 
 
-def signed(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return "-"
-    interval = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * value:+.1f}{interval}"
+def signed(one: Estimate, sign: int) -> str:
+    """A difference, turned where `sign` is -1, with its interval and p."""
+    ends = (one.low, one.high) if sign > 0 else (one.high, one.low)
+    value, low, high = (None if part is None else 100 * sign * part for part in (one.value, *ends))
+    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
+    return "-" if value is None else f"{value:+.1f}{interval}"
 
 
 def chosen(results: StudyResults, sets: Sequence[str], method: str, pattern: str) -> StudyResults:
@@ -52,7 +54,7 @@ def table(condition: ConditionAnalysis, dimensions: Sequence[str]) -> None:
     for row in condition.ranking:
         parts = " | ".join(percent(row.dimensions[name].value) for name in dimensions)
         print(
-            f"| {row.calibration} | {row.total.seeds} | {shown(row.total)} "
+            f"| {row.calibration} | {row.total.draws} | {shown(row.total)} "
             f"| {row.worst} {shown(row.lowest)} | {parts} |"
         )
 
@@ -70,27 +72,16 @@ def main() -> None:
     print(f"{options.method} {options.pattern}, seeds {list(condition.cells.seeds)}\n")
     table(condition, found.dimensions)
     first = options.sets[0]
-    print(f"\n| {first} less | quantity | pooled | p | paired over seeds | p |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n| {first} less | quantity | points | p | p for other draws alone |")
+    print("|---|---|---|---|---|")
     for other in options.sets[1:]:
         for one in condition.differences:
-            if {one.left, one.right} != {first, other} or one.quantity not in ("total", "worst"):
+            sides = {one.left, one.right.removeprefix(BEST)}
+            if sides != {first, other} or one.quantity not in ("total", "worst"):
                 continue
-            sign = 1 if one.left == first else -1
-
-            def turned(
-                value: float | None, low: float | None, high: float | None, sign: int = sign
-            ) -> str:
-                ends = (low, high) if sign > 0 else (high, low)
-                parts = [None if part is None else sign * part for part in (value, *ends)]
-                return signed(*parts)
-
-            p = "-" if one.p is None else f"{one.p:.3f}"
-            p_paired = "-" if one.p_paired is None else f"{one.p_paired:.3f}"
-            print(
-                f"| {other} | {one.quantity} | {turned(one.value, one.low, one.high)} | {p} "
-                f"| {turned(one.paired, one.paired_low, one.paired_high)} | {p_paired} |"
-            )
+            told = signed(one.gap, 1 if one.left == first else -1)
+            p = ["-" if part is None else f"{part:.3f}" for part in (one.gap.p, one.gap.draw_p)]
+            print(f"| {other} | {one.quantity} | {told} | {p[0]} | {p[1]} |")
 
 
 if __name__ == "__main__":

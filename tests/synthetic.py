@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from calmix.capability.records import TaskScores, rounded
+from calmix.files import write_json
+from calmix.study.export import FORMAT, ITEMS, KIND, RECORD
+from calmix.study.items import write_items
 from calmix.study.results import FailedTrial, Interval, StudyResults, TaskOutcome, Trial
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
@@ -17,6 +23,8 @@ SOURCES = (
     "procedures", "social", "python-stdlib", "code-compiled", "code-scripting",
     "python-exercises", "math-solutions", "word-problems",
 )  # fmt: skip
+KINDS = ("prose",) * 10 + ("code",) * 4 + ("math",) * 2
+COUNT = 40  # of a task
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Plan:
 
     Attributes:
         slopes: by dimension, how much retention follows log perplexity of single sources.
-        draw, item: standard deviation of the seeds, half-width of the items' interval.
+        draw: standard deviation of the seeds.
         others: sets that are no single source: name to strategy and retention above the mean.
     """
 
@@ -35,7 +43,6 @@ class Plan:
     slopes: Mapping[str, float] | None = None
     noise: float = 0.03
     draw: float = 0.01
-    item: float = 0.04
     others: Mapping[str, tuple[str, float]] | None = None
     dimensions: Sequence[str] = DIMENSIONS
     seed: int = 0
@@ -67,6 +74,7 @@ def study(plan: Plan, **changes: Any) -> StudyResults:
     sets: dict[str, tuple[str, float]] = {
         name: ("single", float(height)) for name, height in zip(plan.sources, heights, strict=True)
     }
+    kinds = dict(zip(SOURCES, KINDS, strict=True))
     sets |= {name: (made, 0.0) for name, (made, _) in (plan.others or {}).items()}
     lifts = {name: lift for name, (_, lift) in (plan.others or {}).items()}
     trials = []
@@ -95,7 +103,16 @@ def study(plan: Plan, **changes: Any) -> StudyResults:
                     "tokens": 32768.0,
                 }
                 trials.append(
-                    trial(name, made, method, pattern, seed, kept, information, item=plan.item)
+                    trial(
+                        name,
+                        made,
+                        method,
+                        pattern,
+                        seed,
+                        kept,
+                        information,
+                        kind=kinds.get(name, "") if made == "single" else "",
+                    )
                 )
     fields: dict[str, Any] = {
         "name": "made-up",
@@ -105,7 +122,63 @@ def study(plan: Plan, **changes: Any) -> StudyResults:
         "environment": {"machine": {"cores": 2, "system": "Linux"}, "python": "3.11.7"},
         "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
     }
-    return StudyResults(**fields | changes)
+    fields |= changes
+    known = {
+        (one.model, task.task): task
+        for one in sorted(fields["trials"], key=lambda one: one.tasks[0].signal)
+        for task in one.tasks
+    }
+    fields["dense"] = {
+        model: tuple(scores(task, None) for (label, _), task in known.items() if label == model)
+        for model, _ in known
+    }
+    fields["scores"] = {
+        one.id: tuple(scores(task, one) for task in one.tasks) for one in fields["trials"]
+    }
+    return StudyResults(**fields)
+
+
+def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
+    """Return a task's scores by the dense model, or by a trial's, with exactly its retention.
+
+    Tasks on `_a` are multiple choice, of which 0.9 times the retention of probabilities is kept in
+    accuracy; others are texts. An item is off its task's retention by a part that all calibration
+    sets share and one of the set's own. Without signal the dense model is at its floor.
+    """
+    rng = np.random.default_rng(zlib.crc32(task.task.encode()))
+    whole = 0.3 + 0.3 * rng.random(COUNT)
+    off = rng.standard_normal(COUNT)
+    if not task.signal:
+        whole = 0.1 * (-1.0) ** np.arange(COUNT)
+    kept, accuracy = whole, np.ones(COUNT)
+    if of is not None:
+        name = f"{task.task} {of.calibration} {of.method} {of.pattern}"
+        own = np.random.default_rng(zlib.crc32(name.encode()))
+        off = 0.1 * (off + own.standard_normal(COUNT))
+        off -= (off @ whole) / whole.sum() if task.signal else 0.0
+        share = task.retention.value or 0.0
+        kept = (share + off) * whole
+        accuracy = 0.25 + 0.75 * 0.9 * (share + off - (0.0 if of is None else off.mean()))
+    head = {"name": task.task, "dimension": task.dimension, "items": tuple(map(str, range(COUNT)))}
+    gold = {"gold": (0,) * COUNT}
+    if task.task.endswith("_a"):
+
+        def choices(p: np.ndarray) -> Any:
+            rest = np.log((1 - p) / 3)
+            return rounded(np.stack([np.log(p), rest, rest, rest], 1).tolist())
+
+        return TaskScores(
+            **head, metric="acc", primary="probability", chance=0.25, **gold,
+            values=tuple(accuracy.tolist()), bytes=((4, 4, 4, 4),) * COUNT, floor="context-free",
+            loglikelihoods=choices(np.clip(0.3 + kept, 0.001, 0.999)),
+            floors=choices(np.full(COUNT, 0.3)) if of is None else (),
+        )  # fmt: skip
+    return TaskScores(
+        **head, metric="bits_per_byte", primary="bits", chance=0.0, **gold,
+        bytes=((20,),) * COUNT, floor="unigram",
+        loglikelihoods=rounded((-60 + 60 * kept)[:, None].tolist()),
+        floors=rounded([[-60.0]] * COUNT) if of is None else (),
+    )  # fmt: skip
 
 
 def trial(
@@ -116,20 +189,17 @@ def trial(
     seed: int,
     kept: Mapping[str, float | None],
     information: Mapping[str, float] | None = None,
-    *,
-    item: float = 0.04,
     **changes: Any,
 ) -> Trial:
     """Return one finished trial with the retention given by dimension."""
     known = {name: value for name, value in kept.items() if value is not None}
     total = sum(known.values()) / len(known) if known else None
-    dimensions = {name: interval(value, item) for name, value in kept.items()}
+    dimensions = {name: interval(value) for name, value in kept.items()}
     tasks = tuple(
         TaskOutcome(
-            task=f"{name}_{kind}", dimension=name, metric="acc_norm", items=200, chance=0.25,
-            dense=0.6, pruned=0.4, signal=value is not None,
-            raw=interval(None if value is None else 0.4 + 0.6 * value, item),
-            retention=interval(value, item * math.sqrt(2)),
+            task=f"{name}_{kind}", dimension=name, score="probability" if kind == "a" else "bits",
+            items=COUNT, floor=0.25, dense=0.6, pruned=0.4, dense_accuracy=None,
+            pruned_accuracy=None, signal=value is not None, retention=interval(value),
         )
         for name, value in kept.items()
         for kind in ("a", "b")
@@ -149,7 +219,7 @@ def trial(
         "seed": seed,
         "suite": "offline",
         "information": dict(information or {}),
-        "total": interval(total, item / math.sqrt(max(1, len(known)))),
+        "total": interval(total),
         "worst": min(known, key=lambda name: known[name]) if known else None,
         "dimensions": dimensions,
         "tasks": tasks,
@@ -158,11 +228,20 @@ def trial(
     return Trial(**fields | changes)
 
 
-def interval(value: float | None, half: float) -> Interval:
+def interval(value: float | None, half: float = 0.04) -> Interval:
     """Return a value with an interval of a half-width."""
     if value is None:
         return Interval(value=None)
-    return Interval(value=value, low=max(0.0, value - half), high=value + half)
+    return Interval(value=value, low=value - half, high=value + half)
+
+
+def save(results: StudyResults, folder: Path) -> Path:
+    """Write results as an export does, tables left out."""
+    folder.mkdir()
+    record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
+    write_json(folder / RECORD, record)
+    write_items(results, folder / ITEMS)
+    return folder
 
 
 def failed(name: str) -> FailedTrial:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from calmix.analysis.cells import Cells, Condition, Measure, dimensions_of, select, tables
+from calmix.analysis.bootstrap import Joint, joint
+from calmix.analysis.cells import Cells, Condition, dimensions_of, select, tables
 from calmix.analysis.correlations import (
+    Among,
     Correlation,
     Over,
     TradeOff,
     corrected,
     correlate,
     counted,
+    strata_of,
     trade_offs,
 )
 from calmix.analysis.differences import (
@@ -27,10 +30,11 @@ from calmix.analysis.differences import (
     corrected_differences,
     margins,
 )
-from calmix.analysis.estimates import Estimate
+from calmix.analysis.noise import Noise, noise_of
 from calmix.analysis.ranking import Ranked, rank
 from calmix.analysis.spread import Spread, spreads
 from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, least_p
+from calmix.capability.measures import Measure, check_measure
 from calmix.errors import InputError, nearest
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.study.results import StudyResults
@@ -41,13 +45,13 @@ class Settings:
     """How the analysis was made.
 
     Attributes:
-        measure: retention `corrected` for chance, or `raw`.
+        measure: what retention is of (`capability.measures`).
         over: which calibration sets are points of a correlation.
         default: the set that margins are over; None is the mean of the single sources.
         permutations, resamples, seed: of the sampled p-values and the bootstrap.
     """
 
-    measure: Measure = "corrected"
+    measure: Measure = "primary"
     over: Over = "single"
     default: str | None = None
     permutations: int = PERMUTATIONS
@@ -61,20 +65,23 @@ class ConditionAnalysis:
 
     Attributes:
         points: calibration sets that count as points of the correlations.
-        least_p: the smallest p that many points can give; None with fewer than four.
+        least_p: the smallest p that so many points can give, by what they are among; empty with
+            fewer than four.
         missing: cells (calibration set, seed) without a finished trial, of the sets and seeds
             that the condition has; a study need not ask for all of them.
     """
 
     condition: Condition
     cells: Cells
+    joint: Joint
     ranking: tuple[Ranked, ...]
     correlations: tuple[Correlation, ...]
     trade_offs: tuple[TradeOff, ...]
     differences: tuple[Difference, ...]
     spreads: tuple[Spread, ...]
+    noise: tuple[Noise, ...]
     points: int
-    least_p: float | None
+    least_p: dict[Among, float]
     missing: tuple[tuple[str, int], ...]
 
 
@@ -84,7 +91,8 @@ class Analysis:
 
     Attributes:
         planned, finished, failed: trials of the whole study.
-        family: correlations tested together, over which p is corrected.
+        families: correlations tested together, over which p is corrected: by what they are among,
+            and of tasks (`tasks of sources`).
     """
 
     study: str
@@ -96,7 +104,7 @@ class Analysis:
     conditions: tuple[ConditionAnalysis, ...]
     margins: tuple[Margin, ...]
     growths: tuple[Growth, ...]
-    family: int
+    families: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
@@ -108,7 +116,7 @@ class Analysis:
             "failed": self.failed,
             "settings": asdict(self.settings),
             "dimensions": list(self.dimensions),
-            "family": self.family,
+            "families": self.families,
             "conditions": [
                 {
                     **asdict(found.condition),
@@ -121,6 +129,8 @@ class Analysis:
                     "trade_offs": [asdict(one) for one in found.trade_offs],
                     "differences": [asdict(one) for one in found.differences],
                     "spreads": [asdict(one) for one in found.spreads],
+                    "noise": [_noise(one) for one in found.noise],
+                    "tasks": [asdict(one) for one in found.cells.tasks],
                 }
                 for found in self.conditions
             ],
@@ -131,18 +141,44 @@ class Analysis:
     def tables(self) -> dict[str, str]:
         """Return the CSV files by name."""
 
-        def every(name: str) -> list[Any]:
-            return [one for found in self.conditions for one in getattr(found, name)]
+        def every(name: str) -> list[dict[str, Any]]:
+            return [asdict(one) for found in self.conditions for one in getattr(found, name)]
 
+        ranking = every("ranking")
+        for row in ranking:
+            row["accuracy"] = {f"{name}_accuracy": kept for name, kept in row["accuracy"].items()}
+            del row["tasks"]
+            del row["without_own"]
         return {
-            "ranking.csv": _ranking_csv(every("ranking"), self.dimensions),
-            "correlations.csv": _csv(Correlation, every("correlations")),
-            "trade_offs.csv": _csv(TradeOff, every("trade_offs")),
-            "differences.csv": _csv(Difference, every("differences")),
-            "spread.csv": _csv(Spread, every("spreads")),
-            "margins.csv": _csv(Margin, self.margins),
-            "margin_growth.csv": _csv(Growth, self.growths),
+            "ranking.csv": _table(ranking),
+            "tasks.csv": _table(self._tasks()),
+            "correlations.csv": _table(every("correlations")),
+            "trade_offs.csv": _table(every("trade_offs")),
+            "differences.csv": _table(every("differences")),
+            "spread.csv": _table(every("spreads")),
+            "noise.csv": _table([_noise(one) for found in self.conditions for one in found.noise]),
+            "margins.csv": _table([asdict(one) for one in self.margins]),
+            "margin_growth.csv": _table([asdict(one) for one in self.growths]),
         }
+
+    def _tasks(self) -> list[dict[str, Any]]:
+        """Return a row a set and task, and a row a set and quantity without its own benchmark."""
+        rows = []
+        for found in self.conditions:
+            for one in found.ranking:
+                head = {"condition": one.condition, "calibration": one.calibration}
+                rows += [
+                    head | {"quantity": task.name, "dimension": task.dimension,
+                            "score": task.score, "items": task.items, "dense": task.dense,
+                            "signal": task.signal, "own_benchmark": task.name in one.halves,
+                            "kept": asdict(one.tasks[task.name])}
+                    for task in found.cells.tasks
+                ]  # fmt: skip
+                rows += [
+                    head | {"quantity": f"{name} without its own benchmark", "kept": asdict(kept)}
+                    for name, kept in one.without_own.items()
+                ]
+        return rows
 
     def save(self, folder: Path) -> None:
         """Write `analysis.json` and the CSV files into a folder, all or nothing."""
@@ -179,25 +215,31 @@ def analyse(
                 f"{nearest(asked.default, known)}"
             )
     made = tables(results, trials, asked.measure)
-    raw = [
-        correlate(cells, asked.over, permutations=asked.permutations,
-                  resamples=asked.resamples, seed=asked.seed)
+    layout = sorted({(trial.calibration, trial.seed) for trial in trials})
+    joints = [
+        joint(cells, resamples=asked.resamples, seed=asked.seed, layout=layout) for cells in made
+    ]
+    family = corrected([
+        one
         for cells in made
-    ]  # fmt: skip
-    family = corrected([one for found in raw for one in found])
-    gaps = corrected_differences([one for cells in made for one in compare(cells)])
+        for one in correlate(cells, asked.over, permutations=asked.permutations,
+                             resamples=asked.resamples, seed=asked.seed)
+    ])  # fmt: skip
+    pairs = list(zip(made, joints, strict=True))
+    gaps = corrected_differences([one for pair in pairs for one in compare(*pair)])
     dimensions = dimensions_of(results)
     conditions = []
-    for cells in made:
+    for cells, found in pairs:
         label = cells.condition.label
-        own = [one for one in family if one.condition == label]
-        points = len(counted(cells, asked.over))
+        own = tuple(one for one in family if one.condition == label)
+        among = dict.fromkeys(one.among for one in own)
         conditions.append(
             ConditionAnalysis(
                 cells.condition,
                 cells,
-                tuple(rank(cells)),
-                tuple(own),
+                found,
+                tuple(rank(cells, found)),
+                own,
                 tuple(trade_offs(own, dimensions)),
                 tuple(one for one in gaps if one.condition == label),
                 tuple(
@@ -205,26 +247,30 @@ def analyse(
                     for over in get_args(Over)
                     for one in spreads(cells, over, permutations=asked.resamples, seed=asked.seed)
                 ),
-                points,
-                least_p(points, asked.permutations) if own else None,
+                tuple(noise_of(cells, found)),
+                len(counted(cells, asked.over)),
+                {name: least_p(strata_of(cells, asked.over, name), asked.permutations)
+                 for name in among},
                 _missing(cells),
             )
-        )
-    found, grown = [], []
-    for series in series_of(made):
+        )  # fmt: skip
+    leads, grown = [], []
+    for series in series_of(pairs):
         own_margins, own_growths = margins(series, asked.default)
-        found += own_margins
+        leads += own_margins
         grown += own_growths
+    families: dict[str, int] = {}
+    for one in family:
+        name = f"tasks of {one.among}" if one.task else one.among
+        families[name] = families.get(name, 0) + (one.p is not None)
     return Analysis(
         results.name, results.planned, len(results.trials), len(results.failed), asked, dimensions,
-        tuple(conditions), tuple(found), tuple(grown),
-        sum(one.p is not None for one in family),
+        tuple(conditions), tuple(leads), tuple(grown), families,
     )  # fmt: skip
 
 
 def _check(settings: Settings) -> None:
-    if settings.measure not in get_args(Measure):
-        raise InputError(f"the measure is corrected or raw, not '{settings.measure}'")
+    check_measure(settings.measure)
     if settings.over not in get_args(Over):
         raise InputError(f"correlations are over single or all, not '{settings.over}'")
     if settings.permutations < 1 or settings.resamples < 1:
@@ -236,15 +282,15 @@ def _check(settings: Settings) -> None:
         raise InputError(f"the seed must not be negative, but is {settings.seed}")
 
 
-def series_of(made: Sequence[Cells]) -> list[list[Cells]]:
+def series_of(made: Sequence[tuple[Cells, Joint]]) -> list[list[tuple[Cells, Joint]]]:
     """Return the conditions that differ in sparsity alone together, lowest sparsity first."""
-    groups: dict[tuple[Any, ...], list[Cells]] = {}
-    for cells in made:
+    groups: dict[tuple[Any, ...], list[tuple[Cells, Joint]]] = {}
+    for cells, found in made:
         at = cells.condition
         if at.unstructured and at.method != "magnitude":
             key = at.model, at.method, at.propagation, at.rows, at.length, at.suite
-            groups.setdefault(key, []).append(cells)
-    return [sorted(group, key=lambda cells: cells.condition.sparsity) for group in groups.values()]
+            groups.setdefault(key, []).append((cells, found))
+    return [sorted(group, key=lambda pair: pair[0].condition.sparsity) for group in groups.values()]
 
 
 def _missing(cells: Cells) -> tuple[tuple[str, int], ...]:
@@ -252,48 +298,43 @@ def _missing(cells: Cells) -> tuple[tuple[str, int], ...]:
         (name, seed)
         for at, name in enumerate(cells.sets)
         for number, seed in enumerate(cells.seeds)
-        if (cells.values[at, number] != cells.values[at, number]).all()
+        if (at, number) not in cells.trials
     )
 
 
-def _csv(kind: type, rows: Sequence[Any]) -> str:
-    return _table([field.name for field in fields(kind)], [asdict(row) for row in rows])
+def _noise(one: Noise) -> dict[str, Any]:
+    return asdict(one) | {"ratio": one.ratio}
 
 
-def _table(header: list[str], rows: Sequence[dict[str, Any]]) -> str:
+def _flat(row: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, names joined; `gap` and `kept` name no part of theirs."""
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        own = f"{name}_{key}" if name else key
+        if isinstance(value, dict):
+            bare = key in ("gap", "kept", "dimensions", "accuracy")
+            found |= _flat(value, name if bare else own)
+        else:
+            found[own] = value
+    return found
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    flat = [_flat(row) for row in rows]
+    header = list(dict.fromkeys(key for row in flat for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    for row in rows:
-        writer.writerow([_cell(row[name]) for name in header])
+    for row in flat:
+        writer.writerow([_cell(row.get(name)) for name in header])
     return text.getvalue()
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple | list):
         return " ".join(str(part) for part in value)
     return repr(value) if isinstance(value, float) else str(value)
-
-
-def _ranking_csv(ranking: Sequence[Ranked], dimensions: Sequence[str]) -> str:
-    ends = [field.name for field in fields(Estimate)]
-    parts = ["total", "lowest", *dimensions]
-    rows = []
-    for one in ranking:
-        row: dict[str, Any] = {
-            "condition": one.condition,
-            "calibration": one.calibration,
-            "strategy": one.strategy,
-            "rank": one.rank,
-            "rank_worst": one.rank_worst,
-            "worst": one.worst,
-        }
-        estimates = {"total": one.total, "lowest": one.lowest, **one.dimensions}
-        for part in parts:
-            for end in ends:
-                row[f"{part}_{end}"] = getattr(estimates[part], end)
-        rows.append(row)
-    header = ["condition", "calibration", "strategy", "rank", "rank_worst", "worst"]
-    return _table(header + [f"{part}_{end}" for part in parts for end in ends], rows)

@@ -10,15 +10,18 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from calmix.analysis.statistics import Array
+from calmix.capability.measures import Measure, Parts, has_signal, mean_score, parts
+from calmix.capability.records import TaskScores
+from calmix.capability.retention import check_paired
 from calmix.errors import InputError, nearest
-from calmix.study.results import Interval, StudyResults, Trial
+from calmix.study.results import StudyResults, Trial
 
-Measure = Literal["corrected", "raw"]
 TOTAL = "total"
 WORST = "worst"
 METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "Magnitude"}
@@ -48,49 +51,100 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Task:
+    """One task: its dense model's score under the measure, and whether that is a signal."""
+
+    name: str
+    dimension: str
+    score: str
+    items: int
+    dense: float
+    signal: bool
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is kept of each item of one task with signal: `kept.sum() / whole.sum()`.
+
+    Attributes:
+        task: its name.
+        at: position among all tasks.
+        kept: shape (trials, items), trials in the order of `Cells.trials`.
+        whole: shape (items,).
+    """
+
+    task: str
+    at: int
+    kept: Array
+    whole: Array
+
+
+@dataclass(frozen=True)
 class Cells:
     """All trials of one condition.
 
+    The last axis of `values` holds the total, the dimensions, then the tasks; nan where there is
+    no trial or no signal.
+
     Attributes:
-        sets, strategies: calibration sets in the study's order, and how each was made.
-        quantities: `total`, then the dimensions.
-        values: retention, shape (sets, seeds, quantities); nan where there is none.
-        below, above: distance from the value to the ends of its interval over items.
+        sets, strategies, kinds: calibration sets in the study's order, how each was made, and
+            what a single source leans to.
+        halves: for each set the tasks that are the other half of a benchmark it was made of.
+        trials: (set, seed) of every trial, by position.
+        values: retention, shape (sets, seeds, 1 + dimensions + tasks).
+        accuracy: retention of accuracy (the paper's), shape (sets, seeds, 1 + dimensions).
         metrics, information: names, and their means over seeds, shape (sets, metrics).
     """
 
     condition: Condition
     sets: tuple[str, ...]
     strategies: tuple[str, ...]
+    kinds: tuple[str, ...]
+    halves: tuple[tuple[str, ...], ...]
     seeds: tuple[int, ...]
-    quantities: tuple[str, ...]
+    dimensions: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    trials: tuple[tuple[int, int], ...]
+    items: tuple[Items, ...]
     values: Array
-    below: Array
-    above: Array
+    accuracy: Array
     metrics: tuple[str, ...]
     information: Array
 
     @property
-    def dimensions(self) -> tuple[str, ...]:
-        """The quantities but the total."""
-        return self.quantities[1:]
+    def quantities(self) -> tuple[str, ...]:
+        """The total and the dimensions, in the order of the last axis of `values`."""
+        return (TOTAL, *self.dimensions)
 
-    @property
+    @cached_property
+    def weights(self) -> Array:
+        """How every quantity is made of the tasks with signal, shape (quantities, tasks)."""
+        signal = [task.signal for task in self.tasks]
+        unit = np.where(signal, np.eye(len(self.tasks)), np.nan)
+        return np.nan_to_num(rolled_up(unit, self.tasks, self.dimensions).T)
+
+    @cached_property
     def means(self) -> Array:
-        """Mean over the seeds that are there, shape (sets, quantities)."""
+        """Mean over the seeds that are there, shape (sets, 1 + dimensions + tasks)."""
         return nan_mean(self.values, 1)
-
-    @property
-    def worst(self) -> Array:
-        """The lowest dimension of each trial, shape (sets, seeds)."""
-        dimensions = self.values[:, :, 1:]
-        known = ~np.isnan(dimensions)
-        low = np.where(known, dimensions, np.inf).min(2, initial=np.inf)
-        return np.where(known.any(2), low, np.nan)
 
     def of(self, strategy: str) -> list[int]:
         """Return the positions of the sets made in one way."""
         return [at for at, made in enumerate(self.strategies) if made == strategy]
+
+
+def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
+    """Return total, dimensions and tasks from the tasks alone.
+
+    Args:
+        values: shape (..., tasks); nan where a task has no value.
+    """
+    found = [
+        nan_mean(values[..., [at for at, task in enumerate(tasks) if task.dimension == name]], -1)
+        for name in dimensions
+    ]
+    stacked = np.stack(found, -1)
+    return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
 
 
 def nan_mean(values: Array, axis: int) -> Array:
@@ -167,7 +221,8 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
     """Return one table a condition, by method, sparsity, and what else differs.
 
     Raises:
-        InputError: two trials of one condition, calibration set and seed.
+        InputError: two trials of one condition, calibration set and seed, or trials without
+            items' scores.
     """
     dimensions = dimensions_of(results)
     names = tuple(dict.fromkeys(trial.calibration for trial in results.trials))
@@ -176,7 +231,7 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
     made = []
     for key in sorted(keys, key=_order):
         members = [trial for trial in trials if _key(trial) == key]
-        made.append(_cells(conditions[key], members, names, dimensions, measure))
+        made.append(_cells(conditions[key], members, results, names, dimensions, measure))
     return made
 
 
@@ -229,71 +284,81 @@ def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
 def _cells(
     condition: Condition,
     trials: Sequence[Trial],
+    results: StudyResults,
     names: Iterable[str],
     dimensions: tuple[str, ...],
     measure: Measure,
 ) -> Cells:
-    present = {trial.calibration: trial.strategy for trial in trials}
-    sets = tuple(name for name in names if name in present)
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.calibration, trial)
+    sets = tuple(name for name in names if name in first)
     seeds = tuple(sorted({trial.seed for trial in trials}))
-    quantities = (TOTAL, *dimensions)
-    shape = (len(sets), len(seeds), len(quantities))
-    values, below, above = (np.full(shape, np.nan) for _ in range(3))
-    seen: set[tuple[int, int]] = set()
+    places: dict[tuple[int, int], Trial] = {}
     for trial in trials:
         at = sets.index(trial.calibration), seeds.index(trial.seed)
-        if at in seen:
+        if at in places:
             raise InputError(
                 f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
                 f"differ in nothing the analysis knows (one is {trial.id})"
             )
-        seen.add(at)
-        retention = _retention(trial, dimensions, measure)
-        for number, quantity in enumerate(quantities):
-            value, low, high = retention[quantity]
-            values[at][number], below[at][number], above[at][number] = value, low, high
+        places[at] = trial
+    dense = _scores(results, results.dense, trials[0].model)
+    pruned = [_scores(results, results.scores, trial.id) for trial in places.values()]
+    for scores in pruned:
+        check_paired(dense, scores)
+    tasks, items, values = _measured(dense, pruned, measure)
+    accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy")[2]
     metrics = tuple(dict.fromkeys(name for trial in trials for name in trial.information))
-    known = np.full((*shape[:2], len(metrics)), np.nan)
-    for trial in trials:
-        at = sets.index(trial.calibration), seeds.index(trial.seed)
-        known[at] = [trial.information.get(name, math.nan) for name in metrics]
+    known = [[t.information.get(name, math.nan) for name in metrics] for t in places.values()]
+
+    def table(rows: Any) -> Array:
+        rows = np.asarray(rows, dtype=float)
+        found = np.full((len(sets), len(seeds), rows.shape[-1]), np.nan)
+        found[tuple(zip(*places, strict=True))] = rows
+        return found
+
     return Cells(
-        condition, sets, tuple(present[name] for name in sets), seeds, quantities,
-        values, below, above, metrics, nan_mean(known, 1),
+        condition, sets, tuple(first[name].strategy for name in sets),
+        tuple(first[name].kind for name in sets), tuple(first[name].halves for name in sets),
+        seeds, dimensions, tasks, tuple(places), items,
+        table(rolled_up(values, tasks, dimensions)),
+        table(rolled_up(accuracies, tasks, dimensions)[:, : 1 + len(dimensions)]),
+        metrics, nan_mean(table(known), 1),
     )  # fmt: skip
 
 
-_Ends = tuple[float, float, float]  # value, distance to its low end, distance to its high end
-_NONE: _Ends = (math.nan, math.nan, math.nan)
+def _scores(results: StudyResults, kept: Any, name: str) -> tuple[TaskScores, ...]:
+    if name not in kept:
+        raise InputError(
+            f"study {results.name} holds no items' scores of {name}: run or export it again"
+        )
+    return kept[name]
 
 
-def _retention(trial: Trial, dimensions: tuple[str, ...], measure: Measure) -> dict[str, _Ends]:
-    if measure == "corrected":
-        found = {name: _ends(trial.dimensions.get(name)) for name in dimensions}
-        return {TOTAL: _ends(trial.total)} | found
-    found = {
-        name: _mean([_ends(task.raw) for task in trial.tasks if task.dimension == name])
-        for name in dimensions
-    }
-    return {TOTAL: _mean(list(found.values()))} | found
-
-
-def _ends(value: Interval | None) -> _Ends:
-    if value is None or value.value is None:
-        return _NONE
-    below = math.nan if value.low is None else max(0.0, value.value - value.low)
-    above = math.nan if value.high is None else max(0.0, value.high - value.value)
-    return value.value, below, above
-
-
-def _mean(parts: Sequence[_Ends]) -> _Ends:
-    """Return the mean of independent values; distances add in quadrature."""
-    known = [part for part in parts if not math.isnan(part[0])]
-    if not known:
-        return _NONE
-    count = len(known)
-    return (
-        math.fsum(part[0] for part in known) / count,
-        math.hypot(*(part[1] for part in known)) / count,
-        math.hypot(*(part[2] for part in known)) / count,
-    )
+def _measured(
+    dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure
+) -> tuple[tuple[Task, ...], tuple[Items, ...], Array]:
+    """Return the tasks, the items of those with signal, and retention, shape (trials, tasks)."""
+    tasks, items = [], []
+    values = np.full((len(pruned), len(dense)), np.nan)
+    for at, before in enumerate(dense):
+        signal = has_signal(before, measure)
+        made: list[Parts] = [parts(before, scores[at], measure) for scores in pruned]
+        score = made[0].score
+        tasks.append(
+            Task(before.name, before.dimension, score, len(before.items),
+                 mean_score(before, score), signal)
+        )  # fmt: skip
+        if signal:
+            # Of bits per byte the paper's ratio is dense over pruned: its whole is the trial's own.
+            # kept is put over one whole, with the same ratio and the same derivative by items.
+            whole = parts(before, before, measure).whole
+            kept = np.stack([
+                each.retention * whole
+                + (each.kept - each.retention * each.whole) * (whole.sum() / each.whole.sum())
+                for each in made
+            ])  # fmt: skip
+            items.append(Items(before.name, at, kept, whole))
+            values[:, at] = [each.retention for each in made]
+    return tuple(tasks), tuple(items), values

@@ -1,14 +1,18 @@
-"""Calibration sets in order of what they keep, by total and by worst dimension."""
+"""Calibration sets in order of what they keep, raw and shrunken for having been picked."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.cells import TOTAL, Cells
-from calmix.analysis.estimates import Estimate, Estimates, Lead, estimate
+from calmix.analysis.bootstrap import Estimate, Joint
+from calmix.analysis.cells import Cells, nan_mean
+from calmix.analysis.statistics import Array
+
+SMALL = 4  # a group of fewer sets tells nothing of its own spread
 
 
 @dataclass(frozen=True)
@@ -17,61 +21,175 @@ class Ranked:
 
     Attributes:
         rank, rank_worst: by total and by worst dimension, from 1; None without a value.
-        worst: the dimension with the lowest mean.
-        lowest: its estimate. The lowest of several noisy means lies somewhat too low.
-        behind: how far the total is behind the best one's; None for the best.
+        total, dimensions, tasks: raw means over draws.
+        worst: the dimension with the lowest mean over draws; `lowest` is its estimate.
+        shrunken: the total drawn towards the mean of its group (`shrink`): what to expect of a
+            set that was picked for its rank.
+        best: probability of the highest total, from the shrunken resamples.
+        behind: shrunken total of the first set less this one's; None for the first.
+        accuracy: retention of accuracy (the paper's), total and dimensions.
+        halves: tasks that are the other half of a benchmark this set was made of.
+        without_own: total and dimensions without those tasks, where that makes a difference.
     """
 
     condition: str
     calibration: str
     strategy: str
+    kind: str
     rank: int | None
     rank_worst: int | None
     total: Estimate
+    shrunken: Estimate
+    best: float | None
     worst: str | None
     lowest: Estimate
     dimensions: dict[str, Estimate]
-    behind: Lead | None
+    tasks: dict[str, Estimate]
+    accuracy: dict[str, float | None]
+    halves: tuple[str, ...]
+    without_own: dict[str, Estimate]
+    behind: Estimate | None
 
 
-def quantity_estimates(cells: Cells) -> dict[str, Estimates]:
-    """Return the estimates of every quantity of a condition."""
-    return {
-        name: estimate(cells.values[:, :, at], cells.below[:, :, at], cells.above[:, :, at])
-        for at, name in enumerate(cells.quantities)
-    }
+@dataclass(frozen=True)
+class Shrunken:
+    """One weighted quantity of every set, drawn towards its group's mean (empirical Bayes, ours).
+
+    Attributes:
+        values: shape (sets,); nan where unknown.
+        coefficients: of the sets' deviations in each, shape (sets, sets).
+    """
+
+    values: Array
+    coefficients: Array
 
 
-def rank(cells: Cells) -> list[Ranked]:
-    """Return the calibration sets of a condition, best total first."""
-    found = quantity_estimates(cells)
-    total = found[TOTAL]
-    rows = []
-    for at in range(len(cells.sets)):
-        dimensions = {name: found[name].sets[at] for name in cells.dimensions}
-        known = {name: one.value for name, one in dimensions.items() if one.value is not None}
-        worst = min(known, key=lambda name: known[name]) if known else None
-        rows.append((dimensions, worst))
-    by_total = _places([total.sets[at].value for at in range(len(rows))])
-    lows = [Estimate(None) if worst is None else dims[worst] for dims, worst in rows]
-    by_worst = _places([low.value for low in lows])
-    best = by_total.index(1) if 1 in by_total else None
-    ranked = [
-        Ranked(
-            cells.condition.label, cells.sets[at], cells.strategies[at], by_total[at],
-            by_worst[at], total.sets[at], worst, lows[at], dims,
-            None if best is None or at == best else total.lead(best, at),
-        )
-        for at, (dims, worst) in enumerate(rows)
-    ]  # fmt: skip
-    return sorted(ranked, key=lambda one: np.inf if one.rank is None else one.rank)
+def groups_of(cells: Cells) -> list[list[int]]:
+    """Return what is shrunk together: single sources, and all else; all if either is few."""
+    singles = cells.of("single")
+    rest = [at for at in range(len(cells.sets)) if at not in singles]
+    if min(len(singles), len(rest)) < SMALL:
+        return [singles + rest]
+    return [singles, rest]
 
 
-def _places(values: Sequence[float | None]) -> list[int | None]:
+def shrink(found: Joint, groups: Sequence[Sequence[int]], weight: Array) -> Shrunken:
+    """Draw every set's weighted quantity towards its group's mean, as James and Stein do.
+
+    Signal is the variance between the group's sets with the mean noise of a set taken out, at
+    least 0; noise is by other items and other draws, of a set's distance to its group's mean (what
+    all sets share moves no rank). A set keeps signal / (signal + its noise) of that distance, and
+    the square root of it of the distance's resamples.
+
+    Args:
+        weight: of the quantities, shape (quantities,).
+    """
+    used = weight != 0
+    values = found.values[:, used] @ weight[used]
+    count = len(values)
+    coefficients = np.eye(count)
+    for group in groups:
+        members = list(group)
+        if len(members) < 2:
+            continue
+        mean = np.zeros(count)
+        mean[members] = 1 / len(members)
+        apart = [found.variances(np.outer(np.eye(count)[at] - mean, weight)) for at in members]
+        noise = np.array([items - both + draws for items, draws, both in apart])
+        noise *= len(members) / (len(members) - 1)
+        centre = values[members].mean()
+        signal = max(0.0, float(values[members].var(ddof=1) - noise.mean()))
+        for at, own in zip(members, noise, strict=True):
+            kept = signal / (signal + own) if signal + own else 1.0
+            coefficients[at] = mean + math.sqrt(kept) * (coefficients[at] - mean)
+            values[at] = centre + kept * (values[at] - centre)
+    return Shrunken(values, coefficients)
+
+
+def chances(found: Joint, weight: Array, shrunken: Shrunken) -> list[float | None]:
+    """Return each set's probability of being the best; None without a value."""
+    used = weight != 0
+    known = np.flatnonzero(~np.isnan(shrunken.values))
+    if not len(known) or not used.any():
+        return [None] * len(shrunken.values)
+    deviations = np.einsum("sqr,q->sr", (found.item + found.draw)[:, used], weight[used])
+    sampled = shrunken.values[known, None] + shrunken.coefficients[known] @ deviations
+    first = np.bincount(sampled[:, ~np.isnan(sampled).any(0)].argmax(0), minlength=len(known))
+    share: list[float | None] = [None] * len(shrunken.values)
+    for at, times in zip(known, first, strict=True):
+        share[at] = float(times / max(1, first.sum()))
+    return share
+
+
+def rank(cells: Cells, found: Joint) -> list[Ranked]:
+    """Return the calibration sets of a condition, best raw total first."""
+    names = cells.quantities
+    width = len(names)
+    total = np.zeros(found.values.shape[1])
+    total[0] = 1.0
+    shrunken = shrink(found, groups_of(cells), total)
+    best = chances(found, total, shrunken)
+    places = _places(found.values[:, 0])
+    lows = [lowest_of(row[1:width]) for row in found.values]
+    by_worst = _places(
+        np.array([np.nan if low is None else found.values[at, 1 + low]
+                  for at, low in enumerate(lows)])
+    )  # fmt: skip
+    first = places.index(1) if 1 in places else None
+    accuracy = nan_mean(cells.accuracy, 1)
+    made = []
+    for at, name in enumerate(cells.sets):
+        dimensions = {key: found.one(at, q) for q, key in enumerate(cells.dimensions, start=1)}
+        worst = None if (low := lows[at]) is None else cells.dimensions[low]
+        own = shrunken.coefficients[at]
+        behind = None
+        if first is not None and at != first:
+            gap = np.outer(shrunken.coefficients[first] - own, total)
+            behind = found.estimate(
+                gap, float(shrunken.values[first] - shrunken.values[at]), test=True
+            )
+        made.append(
+            Ranked(
+                cells.condition.label, name, cells.strategies[at], cells.kinds[at],
+                places[at], by_worst[at], found.one(at, 0),
+                found.estimate(np.outer(own, total), float(shrunken.values[at])), best[at],
+                worst, Estimate(None) if worst is None else dimensions[worst], dimensions,
+                {task.name: found.one(at, width + q) for q, task in enumerate(cells.tasks)},
+                {key: None if np.isnan(value) else float(value)
+                 for key, value in zip(names, accuracy[at], strict=True)},
+                cells.halves[at], _without_own(cells, found, at), behind,
+            )
+        )  # fmt: skip
+    return sorted(made, key=lambda one: np.inf if one.rank is None else one.rank)
+
+
+def _without_own(cells: Cells, found: Joint, at: int) -> dict[str, Estimate]:
+    width = len(cells.quantities)
+    total = np.zeros(found.values.shape)
+    made: dict[str, Estimate] = {}
+    left = 0
+    for number, name in enumerate(cells.dimensions, start=1):
+        known = [q for q, task in enumerate(cells.tasks) if task.dimension == name and task.signal]
+        kept = [q for q in known if cells.tasks[q].name not in cells.halves[at]]
+        own = found.unit(at, number)
+        if len(kept) < len(known):
+            own[:] = 0.0
+            own[at, [width + q for q in kept]] = 1 / max(1, len(kept))
+            made[name] = found.estimate(own)
+        if kept:
+            total += own
+            left += 1
+    if not made:
+        return {}
+    return {cells.quantities[0]: found.estimate(total / max(1, left)), **made}
+
+
+def lowest_of(dimensions: Array) -> int | None:
+    """Return the position of the lowest value; None where none is known."""
+    return None if np.isnan(dimensions).all() else int(np.nanargmin(dimensions))
+
+
+def _places(values: Array) -> list[int | None]:
     """Return each value's place, the highest first; equal values in the order given."""
-    known = [at for at, value in enumerate(values) if value is not None]
-    order = sorted(known, key=lambda at: -(values[at] or 0.0))
-    places: list[int | None] = [None] * len(values)
-    for place, at in enumerate(order, start=1):
-        places[at] = place
-    return places
+    order = [at for at in np.argsort(-values, kind="stable") if not np.isnan(values[at])]
+    return [order.index(at) + 1 if at in order else None for at in range(len(values))]

@@ -8,19 +8,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.cells import Cells, Measure, dimensions_of, select, tables
-from calmix.analysis.estimates import Estimate, Lead, estimate
+from calmix.analysis.bootstrap import Estimate, joint
+from calmix.analysis.cells import Cells, dimensions_of, select, tables
+from calmix.analysis.ranking import chances, groups_of, shrink
+from calmix.analysis.statistics import RESAMPLES
+from calmix.capability.measures import Measure
 from calmix.errors import InputError, nearest
 from calmix.study.results import StudyResults
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A calibration set with its expected weighted retention."""
+    """A calibration set with its weighted retention, as measured and as expected of it.
+
+    Attributes:
+        shrunken: drawn towards the mean of its group (`ranking.shrink`).
+        best: probability of being the best.
+    """
 
     calibration: str
     strategy: str
     retention: Estimate
+    shrunken: Estimate
+    best: float | None
 
 
 @dataclass(frozen=True)
@@ -29,16 +39,15 @@ class Recommendation:
 
     Attributes:
         weights: of the dimensions, scaled to sum to 1.
-        candidates: best first.
-        lead: of the first over the second; None with one candidate.
-        left_out: sets without retention in a dimension that has weight.
+        candidates: best shrunken retention first; empty where a dimension that has weight has
+            no task with signal.
+        lead: of the first over the second, shrunken both; None with one candidate.
     """
 
     condition: str
     weights: dict[str, float]
     candidates: tuple[Candidate, ...]
-    lead: Lead | None
-    left_out: tuple[str, ...]
+    lead: Estimate | None
 
 
 def check_weights(weights: Mapping[str, float], dimensions: tuple[str, ...]) -> dict[str, float]:
@@ -62,7 +71,9 @@ def recommend(
     results: StudyResults,
     weights: Mapping[str, float] | None = None,
     *,
-    measure: Measure = "corrected",
+    measure: Measure = "primary",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
     method: str | None = None,
     sparsity: str | None = None,
 ) -> list[Recommendation]:
@@ -71,6 +82,7 @@ def recommend(
     Args:
         weights: by dimension; those not named count 0. None weighs all that have a retention
             anywhere the same.
+        resamples, seed: of the joint bootstrap.
         method, sparsity: consider only these.
 
     Raises:
@@ -86,25 +98,31 @@ def recommend(
             name: 1.0 for name, has in zip(dimensions, known, strict=True) if has or not any(known)
         }
     share = check_weights(weights, dimensions)
-    return [_recommend(cells, share) for cells in made]
+    return [_recommend(cells, share, resamples, seed) for cells in made]
 
 
-def _recommend(cells: Cells, share: Mapping[str, float]) -> Recommendation:
-    used = [at for at, name in enumerate(cells.dimensions, start=1) if share[name] > 0]
-    weight = np.array([share[cells.quantities[at]] for at in used])
-    # A draw's dimensions move together, so seeds are compared on the weighted sum; the items of
-    # two dimensions are different ones, so their errors add in quadrature.
-    found = estimate(
-        cells.values[:, :, used] @ weight,
-        np.sqrt(cells.below[:, :, used] ** 2 @ weight**2),
-        np.sqrt(cells.above[:, :, used] ** 2 @ weight**2),
-    )
-    known = [at for at, one in enumerate(found.sets) if one.value is not None]
-    order = sorted(known, key=lambda at: -(found.sets[at].value or 0.0))
-    return Recommendation(
-        cells.condition.label,
-        dict(share),
-        tuple(Candidate(cells.sets[at], cells.strategies[at], found.sets[at]) for at in order),
-        found.lead(order[0], order[1]) if len(order) > 1 else None,
-        tuple(name for at, name in enumerate(cells.sets) if at not in known),
-    )
+def _recommend(
+    cells: Cells, share: Mapping[str, float], resamples: int, seed: int
+) -> Recommendation:
+    found = joint(cells, resamples=resamples, seed=seed)
+    weight = np.zeros(found.values.shape[1])
+    weight[1 : len(cells.quantities)] = [share[name] for name in cells.dimensions]
+    expected = shrink(found, groups_of(cells), weight)
+    best = chances(found, weight, expected)
+    order = [at for at in np.argsort(-expected.values, kind="stable") if best[at] is not None]
+    unit = np.eye(len(cells.sets))
+    candidates = tuple(
+        Candidate(
+            cells.sets[at], cells.strategies[at], found.estimate(np.outer(unit[at], weight)),
+            found.estimate(np.outer(expected.coefficients[at], weight), float(expected.values[at])),
+            best[at],
+        )
+        for at in order
+    )  # fmt: skip
+    lead = None
+    if len(order) > 1:
+        first, second = order[:2]
+        gap = expected.coefficients[first] - expected.coefficients[second]
+        value = float(expected.values[first] - expected.values[second])
+        lead = found.estimate(np.outer(gap, weight), value, test=True)
+    return Recommendation(cells.condition.label, dict(share), candidates, lead)

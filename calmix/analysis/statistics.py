@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from calmix.errors import MissingExtraError
 
 Array = NDArray[np.float64]
+Strata = tuple[tuple[int, ...], ...]  # positions of things that belong together
 
-LEVEL = 0.95
-Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
-EXACT = 8  # all 40,320 orders of 8 values are counted; those of more are sampled
-EXACT_FLIPS = 12
+LEVEL, ALPHA = 0.95, 0.05
+EXACT = 40_320  # orders of 8 values: no more than these are counted, more are sampled
 LEAST = 4  # fewer sets than this cannot be correlated: even rho = 1 would have p >= 0.33
 PERMUTATIONS = 19_999
 RESAMPLES = 2_000
@@ -42,70 +41,113 @@ def scipy_stats() -> Any:
         raise MissingExtraError("the analysis of a study", "report") from None
 
 
-def unit_ranks(values: Array) -> Array:
+def unit_ranks(values: Array, strata: Strata | None = None) -> Array:
     """Return ranks along the last axis, centred and of length 1; nan where all values tie.
 
-    The product of two such rows is Spearman's rho. Ties share their mean rank.
+    The product of two such rows is Spearman's rho. Ties share their mean rank. With strata, ranks
+    are within each, all scaled together: the product is rho within strata, pooled (ours).
     """
-    ranks = scipy_stats().rankdata(values, axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
+    ranks = np.empty(values.shape)
+    for members in strata or one_stratum(values.shape[-1]):
+        own = scipy_stats().rankdata(values[..., list(members)], axis=-1)
+        ranks[..., list(members)] = own - own.mean(-1, keepdims=True)
     length = np.sqrt((ranks**2).sum(-1, keepdims=True))
     return np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
 
 
-def spearman(x: Array, y: Array) -> float:
+def one_stratum(count: int) -> Strata:
+    """Return the positions of so many things as one stratum."""
+    return (tuple(range(count)),)
+
+
+def spearman(x: Array, y: Array, strata: Strata | None = None) -> float:
     """Return Spearman's rho of two rows; nan where either does not vary."""
-    return float(unit_ranks(x) @ unit_ranks(y))
+    return float(unit_ranks(x, strata) @ unit_ranks(y, strata))
+
+
+def orders_count(strata: Strata) -> int:
+    """Return how many orders there are within strata."""
+    return math.prod(math.factorial(len(members)) for members in strata)
 
 
 @lru_cache(maxsize=16)
-def orders(n: int, count: int, seed: int) -> NDArray[np.intp]:
-    """Return orders of n things, one a row: all of them up to 8, else `count` seeded draws."""
-    if n <= EXACT:
-        return np.array(list(itertools.permutations(range(n))), dtype=np.intp)
+def orders(strata: Strata, count: int, seed: int) -> NDArray[np.intp]:
+    """Return orders of things within strata, one a row: all up to 8!, else seeded draws."""
+    n = sum(map(len, strata))
+    if orders_count(strata) <= EXACT:
+        own = [list(itertools.permutations(members)) for members in strata]
+        found = np.empty((orders_count(strata), n), dtype=np.intp)
+        for row, parts in enumerate(itertools.product(*own)):
+            for members, part in zip(strata, parts, strict=True):
+                found[row, list(members)] = part
+        return found
     rng = np.random.default_rng([seed, n])
-    return rng.permuted(np.tile(np.arange(n, dtype=np.intp), (count, 1)), axis=1)
+    found = np.tile(np.arange(n, dtype=np.intp), (count, 1))
+    for members in strata:
+        found[:, list(members)] = rng.permuted(found[:, list(members)], axis=1)
+    return found
 
 
 def permutation_p(
-    x: Array, y: Array, *, permutations: int = PERMUTATIONS, seed: int = 0
-) -> tuple[float, bool]:
+    x: Array,
+    y: Array,
+    strata: Strata | None = None,
+    *,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> tuple[Array, bool]:
     """Return the two-sided p of Spearman's rho, and whether it is exact.
 
-    The share of pairings of x and y whose |rho| is at least the observed one: of all pairings
-    up to 8 values, of seeded draws (the observed one among them) beyond. nan without variation.
+    The share of pairings of x and y, within strata, whose |rho| is at least the observed one: of
+    all pairings where they are no more than those of 8 values, of seeded draws (the observed one
+    among them) beyond. nan without variation.
+
+    Args:
+        x: shape (n,).
+        y: shape (..., n), each row tested by itself.
     """
-    a, b = unit_ranks(x), unit_ranks(y)
-    observed = abs(float(a @ b))
-    if math.isnan(observed):
-        return math.nan, len(x) <= EXACT
-    drawn = orders(len(x), permutations, seed)
-    extreme = int((np.abs(a[drawn] @ b) >= observed - ROUNDING).sum())
-    if len(x) <= EXACT:
-        return extreme / len(drawn), True
-    return (extreme + 1) / (len(drawn) + 1), False
+    whole = strata or one_stratum(len(x))
+    exact = orders_count(whole) <= EXACT
+    a, b = unit_ranks(x, whole), unit_ranks(y, whole)
+    observed = np.abs(b @ a)
+    drawn = np.abs(a[orders(whole, permutations, seed)] @ b.T)
+    extreme = (drawn >= observed - ROUNDING).sum(0)
+    p = extreme / len(drawn) if exact else (extreme + 1) / (len(drawn) + 1)
+    return np.where(np.isnan(observed), np.nan, p), exact
 
 
-def least_p(n: int, permutations: int = PERMUTATIONS) -> float:
-    """Return the smallest two-sided p that n values without ties can give."""
-    return 2 / math.factorial(n) if n <= EXACT else 1 / (permutations + 1)
+def least_p(strata: Strata, permutations: int = PERMUTATIONS) -> float:
+    """Return the smallest two-sided p that values without ties can give within strata."""
+    count = orders_count(strata)
+    return 2 / count if count <= EXACT else 1 / (permutations + 1)
 
 
-def bootstrap_interval(
-    x: Array, y: Array, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of rho over resampled pairs.
+def bootstrap_intervals(
+    x: Array,
+    y: Array,
+    strata: Strata | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Array:
+    """Return the 95 % percentile interval of rho over resampled pairs, shape (..., 2).
 
-    None if fewer than half of the resamples vary in both x and y.
+    Pairs are drawn within strata. nan if fewer than half of the resamples vary in both.
+
+    Args:
+        x: shape (n,).
+        y: shape (..., n), each row by itself.
     """
-    drawn = np.random.default_rng([seed, len(x)]).integers(len(x), size=(resamples, len(x)))
-    found = (unit_ranks(x[drawn]) * unit_ranks(y[drawn])).sum(-1)
-    found = found[~np.isnan(found)]
-    if 2 * len(found) < resamples:
-        return None
+    rng = np.random.default_rng([seed, len(x)])
+    drawn = np.empty((resamples, len(x)), dtype=np.intp)
+    for members in strata or one_stratum(len(x)):
+        own = rng.integers(len(members), size=(resamples, len(members)))
+        drawn[:, list(members)] = np.asarray(members)[own]
+    found = (unit_ranks(x[drawn], strata) * unit_ranks(y[..., drawn], strata)).sum(-1)
+    few = 2 * (~np.isnan(found)).sum(-1) < resamples
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return max(-1.0, float(low)), min(1.0, float(high))
+    ends = np.nanquantile(np.where(few[..., None], 0.0, found), [tail, 1 - tail], axis=-1)
+    return np.where(few[..., None], np.nan, np.clip(np.moveaxis(ends, 0, -1), -1.0, 1.0))
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:
@@ -115,36 +157,8 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
     return [float(value) for value in scipy_stats().false_discovery_control(p, method="bh")]
 
 
-def sign_flip_p(
-    differences: Array, *, permutations: int = PERMUTATIONS, seed: int = 0
-) -> tuple[float, bool]:
-    """Return the two-sided p of a mean of 0 under flipped signs, and whether it is exact.
-
-    Exact (all flips counted) up to 12 differences, else over seeded draws.
-    """
-    count = len(differences)
-    exact = count <= EXACT_FLIPS
-    if exact:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=count)))
-    else:
-        rng = np.random.default_rng([seed, count])
-        signs = rng.choice((1.0, -1.0), size=(permutations, count))
-    observed = abs(differences.sum())
-    scale = ROUNDING * max(1.0, float(np.abs(differences).sum()))
-    extreme = int((np.abs(signs @ differences) >= observed - scale).sum())
-    return (extreme / len(signs), True) if exact else ((extreme + 1) / (len(signs) + 1), False)
-
-
-def t_quantile(freedom: float) -> float:
-    """Return the two-sided 95 % quantile of Student's t."""
-    return float(scipy_stats().t.ppf((1 + LEVEL) / 2, freedom))
-
-
-def t_below(value: float, freedom: float) -> float:
-    """Return the probability of Student's t below a value."""
-    return float(scipy_stats().t.cdf(value, freedom))
-
-
-def f_above(value: float, freedom: float, within: float) -> float:
-    """Return the probability of Fisher's F above a value."""
-    return float(scipy_stats().f.sf(value, freedom, within))
+def two_sided_p(value: float, error: float, freedom: float) -> float:
+    """Return the two-sided p of 0 under Student's t; the normal's with infinite freedom."""
+    if error == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * scipy_stats().t.sf(abs(value) / error, freedom))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,8 @@ from calmix.files import check_output_folder
 
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
-    from calmix.analysis.estimates import Lead
+    from calmix.analysis.bootstrap import Estimate
+    from calmix.capability.measures import Measure as Kind
     from calmix.study.results import StudyResults
 
 Study = Annotated[
@@ -30,7 +31,13 @@ Method = Annotated[
 Sparsity = Annotated[
     str | None, typer.Option(show_default="all", help="Only this sparsity or pattern: 0.6 or 2:4.")
 ]
-Measure = Annotated[str, typer.Option(help="corrected: retention corrected for chance; raw: not.")]
+Measure = Annotated[
+    str,
+    typer.Option(
+        help="What retention is of: primary (each task's own score), probability, bits, margin, "
+        "accuracy (the paper's, corrected for chance) or ratio (not corrected)."
+    ),
+]
 Over = Annotated[
     str,
     typer.Option(help="Sets that count in correlations: single sources, or all (mixes too)."),
@@ -61,7 +68,7 @@ def analyse(
     output: Folder = None,
     method: Method = None,
     sparsity: Sparsity = None,
-    measure: Measure = "corrected",
+    measure: Measure = "primary",
     over: Over = "single",
     default: Default = None,
     permutations: Permutations = 19_999,
@@ -87,7 +94,7 @@ def report(
     output: Folder = None,
     method: Method = None,
     sparsity: Sparsity = None,
-    measure: Measure = "corrected",
+    measure: Measure = "primary",
     over: Over = "single",
     default: Default = None,
     permutations: Permutations = 19_999,
@@ -121,7 +128,7 @@ def recommend(
     ] = None,
     method: Method = None,
     sparsity: Sparsity = None,
-    measure: Measure = "corrected",
+    measure: Measure = "primary",
     top: Annotated[int, typer.Option(help="Sets to list for each method and sparsity.")] = 5,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -140,7 +147,7 @@ def recommend(
         return
     for one in found:
         if not one.candidates:
-            out.print(f"{one.condition}: no set has retention in every weighted dimension")
+            out.print(f"{one.condition}: no task with signal in a weighted dimension")
             continue
         best = one.candidates[0]
         shares = ", ".join(f"{name} {share:.2g}" for name, share in one.weights.items() if share)
@@ -150,19 +157,19 @@ def recommend(
                     "calibration": each.calibration,
                     "made": words.STRATEGIES[each.strategy],
                     "retention %": words.with_span(each.retention),
-                    "seeds": each.retention.seeds,
+                    "shrunken %": words.percent(each.shrunken.value),
+                    "best": "–" if each.best is None else words.sure(each.best),
+                    "draws": each.retention.draws,
                 }
                 for each in one.candidates[:top]
             ],
             as_json=False,
             title=f"{one.condition}, weights {shares}",
         )
-        _line(f"take {best.calibration}: {words.with_span(best.retention)} %")
+        _line(f"take {best.calibration}: {words.with_span(best.shrunken)} % is to be expected")
         if one.lead is not None:
             _line(_lead(one.lead, one.candidates[1].calibration))
-        if one.left_out:
-            _line(f"left out, without retention in a weighted dimension: {', '.join(one.left_out)}")
-    _line("brackets: 95 %, over test items and calibration draws (docs/analysis.md)")
+    _line("brackets: 95 %, for other test items and calibration draws (docs/analysis.md)")
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:
@@ -188,17 +195,17 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
     return found
 
 
-def _lead(lead: Lead, second: str) -> str:
+def _lead(lead: Estimate, second: str) -> str:
     from calmix.report import words
 
-    text = f"ahead of {second} by {words.percent(lead.value)} points"
-    if lead.draw_sure is None or lead.sure is None:
-        return f"{text}; how sure that is cannot be told from one seed a set"
-    return (
-        f"{text}: {words.span(lead.draw_low, lead.draw_high)} and {words.sure(lead.draw_sure)} "
-        f"sure for other draws on these items; {words.span(lead.low, lead.high)} and "
-        f"{words.sure(lead.sure)} sure were the items drawn anew too"
+    text = (
+        f"ahead of {second} by {words.percent(lead.value)} points {words.span(lead.low, lead.high)}"
     )
+    if lead.sure is not None:
+        text += f", {words.sure(lead.sure)} sure"
+    if lead.draw_low is None:
+        return f"{text}, for other items; what other draws would do cannot be told from one each"
+    return f"{text}; for other draws on these items {words.span(lead.draw_low, lead.draw_high)}"
 
 
 def _results(study: Path) -> StudyResults:
@@ -207,10 +214,10 @@ def _results(study: Path) -> StudyResults:
     return read_results(study)
 
 
-def _measure(measure: str) -> Any:
-    if measure not in ("corrected", "raw"):
-        raise InputError(f"the measure is corrected or raw, not '{measure}'")
-    return measure
+def _measure(measure: str) -> Kind:
+    from calmix.capability.measures import check_measure
+
+    return check_measure(measure)
 
 
 def _analysis(

@@ -25,7 +25,7 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
         MissingExtraError: matplotlib is not installed.
     """
     by_condition = [(found, figures_of(analysis, found)) for found in analysis.conditions]
-    series = series_of([found.cells for found in analysis.conditions])
+    series = series_of([(found.cells, found.joint) for found in analysis.conditions])
     across = [drawing for each in series for drawing in sparsity_figures(analysis, each)]
     summary = summarise(analysis)
     text = page(results, analysis, summary, by_condition, across)

@@ -6,15 +6,16 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.bootstrap import Joint
 from calmix.analysis.cells import TOTAL, WORST, Cells
-from calmix.analysis.correlations import Correlation, counted
+from calmix.analysis.correlations import Among, Correlation, counted
 from calmix.analysis.differences import SINGLES
-from calmix.analysis.ranking import quantity_estimates
 from calmix.analysis.statistics import LEAST
 from calmix.report import words
 from calmix.report.drawing import (
@@ -33,6 +34,7 @@ from calmix.report.drawing import (
 
 WIDTH = 8.6  # inches of 72 units; drawn 1.25 times as large in a page, or more
 PERPLEXITIES = ("perplexity", "distortion")
+AMONG: tuple[Among, ...] = ("sources", "kinds")
 
 
 def slug(text: str) -> str:
@@ -42,14 +44,15 @@ def slug(text: str) -> str:
 
 def figures_of(analysis: Analysis, found: ConditionAnalysis) -> list[Drawing]:
     """Return the figures of one condition; those that nothing can be drawn in are left out."""
-    drawings = [_heat_map(analysis, found), _bars(analysis, found)]
+    drawings = [_heat_map(analysis, found), _bars(analysis, found), _task_map(found)]
     if len(found.ranking) > 1:
         drawings.append(_spread(analysis, found))
     metric = perplexity_of(found)
     if metric is not None:
         drawings.append(_scatter(analysis, found, metric))
-    if any(one.rho is not None for one in found.correlations):
-        drawings.append(_map(analysis, found))
+    for among in AMONG:
+        if any(one.rho is not None and one.among == among for one in found.correlations):
+            drawings.append(_map(analysis, found, among))
     return drawings
 
 
@@ -83,7 +86,9 @@ class _Tips(list[str]):
 
 def _limits(analysis: Analysis) -> tuple[float, float]:
     """Return one colour range for all heat maps of a study, in whole tens of percent."""
-    values = np.concatenate([found.cells.means.ravel() for found in analysis.conditions])
+    values = np.concatenate([
+        found.cells.means[:, : len(found.cells.quantities)].ravel() for found in analysis.conditions
+    ])  # fmt: skip
     values = values[~np.isnan(values)]
     if not len(values):
         return 0.0, 1.0
@@ -107,22 +112,16 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         for y, one in enumerate(rows):
             for x, name in enumerate(columns):
                 estimate = one.total if name == TOTAL else one.dimensions[name]
-                left = x + (0.12 if name == TOTAL else 0)
-                told = f"{one.calibration}, {name}: {words.with_span(estimate)} %"
+                told = f"{one.calibration}, {name}: "
+                left = x + _apart(name)
                 if estimate.value is None:
-                    box = _cell(axes, left, y, "none", GRID, "///")
-                    tips.add(box, f"{one.calibration}, {name}: no value")
+                    _cell(axes, tips, (left, y), "", f"{told}no value")
                     continue
-                share = (estimate.value - low) / (high - low)
-                fill = ramp(0.04 + 0.86 * share)
+                fill = ramp(0.04 + 0.86 * (estimate.value - low) / (high - low))
                 lowest = name == one.worst and len(one.dimensions) > 1
-                box = _cell(axes, left, y, mpl.colors.to_hex(fill), PAPER, None)
-                tips.add(box, told + (" (its worst dimension)" if lowest else ""))
-                axes.text(
-                    left + 0.5, y, words.percent(estimate.value), ha="center", va="center",
-                    color=_readable(fill), fontsize=9.5,
-                    fontweight="bold" if lowest or name == TOTAL else "normal",
-                )  # fmt: skip
+                told += f"{words.with_span(estimate)} %{' (its worst dimension)' if lowest else ''}"
+                _cell(axes, tips, (left, y), words.percent(estimate.value), told, fill=fill,
+                      bold=lowest or name == TOTAL)  # fmt: skip
                 if lowest:
                     corner = [(left + 0.02, y - 0.45), (left + 0.1, y - 0.45),
                               (left + 0.02, y - 0.12)]  # fmt: skip
@@ -131,15 +130,8 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
                             corner, closed=True, facecolor=_readable(fill), edgecolor="none"
                         )
                     )
-        axes.set_xlim(-0.02, len(columns) + 0.14)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xticks([x + 0.5 + (0.12 if n == TOTAL else 0) for x, n in enumerate(columns)])
-        axes.set_xticklabels([words.short(name, 16) for name in columns])
-        axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
-        axes.tick_params(axis="x", labelcolor=INK)
+        _frame(axes, columns, len(rows))
         _set_labels(axes, rows)
-        for side in axes.spines.values():
-            side.set_visible(False)
         _strategy_legend(figure, rows)
         _title(figure, f"Retention (%) after {found.condition.label}", titled)
         return figure
@@ -157,16 +149,91 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     )
 
 
+def _task_map(found: ConditionAnalysis) -> Drawing:
+    """Sets by tasks, below the dense score of each; tasks that share a benchmark are marked."""
+    ramp = matplotlib().colormaps["YlGnBu"]
+    tasks = found.cells.tasks
+    known = [one.value for row in found.ranking for one in row.tasks.values()
+             if one.value is not None]  # fmt: skip
+    low, high = min([0.0, *known]), max([1.0, *known])
+    tips = _Tips()
+
+    def draw(titled: bool) -> Any:
+        tips.clear()
+        rows = found.ranking
+        width = max(WIDTH, 2.4 + 0.56 * len(tasks))
+        figure = new_figure(width, 2.3 + 0.3 * len(rows) + 0.3 * titled)
+        axes = figure.subplots()
+        for x, task in enumerate(tasks):
+            axes.text(x + 0.5, -1, f"{task.dense:.2f}", ha="center", va="center", color=MUTED,
+                      fontsize=9.5)  # fmt: skip
+            for y, row in enumerate(rows):
+                one, own = row.tasks[task.name], task.name in row.halves
+                told = f"{row.calibration}, {task.name}: "
+                if one.value is None:
+                    _cell(axes, tips, (x, y), "", f"{told}no signal")
+                    continue
+                told += f"{words.with_span(one)} %"
+                told += " (made of its benchmark's other half)" if own else ""
+                text = f"{100 * one.value:.0f}{'*' if own else ''}"
+                fill = ramp(0.04 + 0.86 * (one.value - low) / (high - low))
+                _cell(axes, tips, (x, y), text, told, fill=fill, bold=own)
+        _frame(axes, [task.name for task in tasks], len(rows), -1.5)
+        for label in axes.get_xticklabels():
+            label.set(rotation=50, ha="left", rotation_mode="anchor")
+        axes.set_yticks(range(-1, len(rows)))
+        axes.set_yticklabels(["dense score", *(words.short(row.calibration) for row in rows)])
+        _title(figure, f"Retention (%) of every task after {found.condition.label}", titled)
+        return figure
+
+    return Drawing(
+        f"tasks-{slug(found.condition.label)}",
+        "Retention by calibration set and task",
+        "In percent, below each task's dense score (bits per byte: lower is better). * the set was "
+        "made of the other half of that benchmark.",
+        f"Heat map of {len(found.ranking)} calibration sets by {len(tasks)} tasks. The file "
+        "tasks.csv of the analysis holds the numbers.",
+        draw,
+        tips,
+    )
+
+
 def _wide(columns: Sequence[str]) -> float:
     """Return a width that leaves room for each column's head."""
     return max(WIDTH, 2.4 + 1.15 * len(columns))
 
 
-def _cell(axes: Any, x: float, y: float, face: str, edge: str, hatch: str | None) -> Any:
+def _cell(
+    axes: Any, tips: _Tips, at: tuple[float, int], text: str, told: str, *,
+    fill: Any = None, bold: bool = False,
+) -> None:  # fmt: skip
+    """Draw one cell of a map; hatched where it has no fill, that is no value."""
+    x, y = at
+    face = "none" if fill is None else matplotlib().colors.to_hex(fill)
     box = matplotlib().patches.Rectangle(
-        (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=face, edgecolor=edge, linewidth=0, hatch=hatch
-    )
-    return axes.add_patch(box)
+        (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=face, linewidth=0,
+        edgecolor=GRID if fill is None else PAPER, hatch="///" if fill is None else None,
+    )  # fmt: skip
+    tips.add(axes.add_patch(box), told)
+    if fill is not None:
+        axes.text(x + 0.5, y, text, ha="center", va="center", color=_readable(fill), fontsize=9.5,
+                  fontweight="bold" if bold else "normal")  # fmt: skip
+
+
+def _frame(axes: Any, columns: Sequence[str], rows: int, top: float = -0.5) -> None:
+    """Set a map's limits and heads; the total stands a little apart."""
+    axes.set_xlim(-0.02, len(columns) + 0.14 * (TOTAL in columns))
+    axes.set_ylim(rows - 0.5, top)
+    axes.set_xticks([x + 0.5 + _apart(name) for x, name in enumerate(columns)])
+    axes.set_xticklabels([words.short(name, 16) for name in columns])
+    axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
+    axes.tick_params(axis="x", labelcolor=INK)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _apart(name: str) -> float:
+    return 0.12 if name == TOTAL else 0.0
 
 
 def _readable(colour: Any) -> str:
@@ -233,6 +300,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
             [bar] = axes.barh(upper, total, height=0.42, color=STRATEGY_COLOURS[one.strategy])
             tips.add(bar, f"{one.calibration}, total: {words.with_span(one.total)} %")
             _whisker(axes, one.total, upper, INK, 1.4)
+            axes.plot([100 * (one.shrunken.value or 0)], [upper], marker="|", color=INK,
+                      markersize=11, linestyle="none")  # fmt: skip
             if one.worst is not None and one.lowest.value is not None:
                 _whisker(axes, one.lowest, lower, _colour(analysis, one.worst), 1.2)
                 [mark] = axes.plot(
@@ -246,7 +315,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         _set_labels(axes, rows)
         ends = [end for one in rows for end in (one.total.high, one.lowest.high, one.total.value)
                 if end is not None]  # fmt: skip
-        axes.set_xlim(0, 100 * max(ends, default=1.0) * 1.03)
+        starts = [end for one in rows for end in (one.total.low, one.lowest.low) if end is not None]
+        axes.set_xlim(103 * min([0.0, *starts]), 103 * max(ends, default=1.0))
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(length=0)
         axes.set_xlabel("retention, %")
@@ -269,7 +339,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         "Ranking by total, with the worst dimension",
         "Bars are total retention, marks the dimension that suffers most. Lines are 95 % intervals "
         "over test items and calibration draws together"
-        + (" (items alone: one seed)." if len(found.cells.seeds) == 1 else "."),
+        + (" (items alone: one draw each)" if not found.joint.freedom else "")
+        + "; the notch is the total to expect of a set picked for its rank (shrunken).",
         "Bar chart: " + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
@@ -349,7 +420,7 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
     cells = found.cells
     x = cells.information[:, cells.metrics.index(metric)]
     inside = set(counted(cells, analysis.settings.over))
-    told = {one.dimension: one for one in found.correlations if one.metric == metric}
+    told = {one.quantity: one for one in of_metric(found, metric)}
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -406,7 +477,7 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
     counts = "single sources only" if analysis.settings.over == "single" else "all sets"
     told_how = (
         f" ρ is Spearman's, over {counts}, with its 95\u00a0% bootstrap interval; q is p "
-        f"corrected over {analysis.family} tests."
+        f"corrected over {analysis.families['sources']} tests."
         if told
         else f" Too few sets for a correlation (over {counts}, at least {LEAST})."
     )
@@ -465,13 +536,29 @@ def _plain_log(axes: Any, values: Any) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
-    mpl = matplotlib()
-    ramp = mpl.colormaps["RdBu"]
+def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
+    """Return the correlations of a metric over all sources, be it another's alias."""
+    told = []
+    for one in found.correlations:
+        if one.among != "sources" or one.task:
+            continue
+        if metric in (one.metric, *one.aliases):
+            told.append(one)
+        elif f"-{metric}" in one.aliases and one.rho is not None:
+            low = None if one.high is None else -one.high
+            high = None if one.low is None else -one.low
+            told.append(replace(one, rho=-one.rho, low=low, high=high))
+    return told
+
+
+def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
+    ramp = matplotlib().colormaps["RdBu"]
     tips = _Tips()
     columns = (*analysis.dimensions, TOTAL)
-    by_name = {(one.metric, one.dimension): one for one in found.correlations}
-    metrics = list(dict.fromkeys(one.metric for one in found.correlations))
+    own = [one for one in found.correlations if one.among == among and not one.task]
+    by_name = {(one.metric, one.quantity): one for one in own}
+    metrics = list(dict.fromkeys(one.metric for one in own))
+    within = "" if among == "sources" else " within kinds of text"
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -479,45 +566,27 @@ def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         axes = figure.subplots()
         for y, metric in enumerate(metrics):
             for x, name in enumerate(columns):
-                one = by_name[metric, name]
-                left = x + (0.12 if name == TOTAL else 0)
-                label = f"{words.metric_name(metric)} and {name}: "
+                one, left = by_name[metric, name], x + _apart(name)
+                told = f"{words.metric_name(metric)} and {name}: "
                 if one.rho is None:
-                    tips.add(_cell(axes, left, y, "none", GRID, "///"), f"{label}no value")
+                    _cell(axes, tips, (left, y), "", f"{told}no value")
                     continue
-                fill = ramp(0.5 + 0.44 * one.rho)
-                box = _cell(axes, left, y, mpl.colors.to_hex(fill), PAPER, None)
-                tips.add(box, label + _correlation_line(one))
                 text = words.rho(one.rho) + (" ●" if one.significant else "")
-                axes.text(
-                    left + 0.5,
-                    y,
-                    text,
-                    ha="center",
-                    va="center",
-                    color=_readable(fill),
-                    fontsize=9.5,
-                    fontweight="bold" if one.significant else "normal",
-                )
+                _cell(axes, tips, (left, y), text, told + _correlation_line(one),
+                      fill=ramp(0.5 + 0.44 * one.rho), bold=one.significant)  # fmt: skip
+        _frame(axes, columns, len(metrics))
         axes.set_yticks(range(len(metrics)))
         axes.set_yticklabels([words.short(words.metric_name(metric)) for metric in metrics])
-        axes.set_xlim(-0.02, len(columns) + 0.14)
-        axes.set_ylim(len(metrics) - 0.5, -0.5)
-        axes.set_xticks([x + 0.5 + (0.12 if n == TOTAL else 0) for x, n in enumerate(columns)])
-        axes.set_xticklabels([words.short(name, 16) for name in columns])
-        axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
-        axes.tick_params(axis="x", labelcolor=INK)
-        for side in axes.spines.values():
-            side.set_visible(False)
-        _title(figure, f"Metrics and retention (Spearman), {found.condition.label}", titled)
+        _title(figure, f"Metrics and retention{within} (Spearman), {found.condition.label}", titled)
         return figure  # fmt: skip
 
-    strong = [one for one in found.correlations if one.significant]
+    strong = [one for one in own if one.significant]
+    name = "correlations" if among == "sources" else "correlations-within"
     return Drawing(
-        f"correlations-{slug(found.condition.label)}",
-        "Which property of the text goes with which ability",
-        f"Spearman's ρ over {found.points} calibration sets; ● survives correction over "
-        f"{analysis.family} tests at 0.05.",
+        f"{name}-{slug(found.condition.label)}",
+        f"Which property of the text goes with which ability{within}",
+        f"Spearman's ρ over {own[0].n} calibration sets{', ranked' if within else ''}{within}; ● "
+        f"survives correction over {analysis.families[among]} tests at 0.05.",
         f"Correlation map of {len(metrics)} metrics by {len(columns)} columns. "
         + (f"{words.counted(len(strong), 'correlation')} survive correction."
            if strong else "No correlation survives correction."),
@@ -526,8 +595,9 @@ def _map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     )  # fmt: skip
 
 
-def sparsity_figures(analysis: Analysis, series: Sequence[Cells]) -> list[Drawing]:
+def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -> list[Drawing]:
     """Return retention and margins against sparsity for conditions that differ in it alone."""
+    series = [cells for cells, _ in pairs]
     if len({cells.condition.sparsity for cells in series}) < 2:
         return []
     lines = _lines(series)
@@ -548,13 +618,12 @@ def sparsity_figures(analysis: Analysis, series: Sequence[Cells]) -> list[Drawin
         figure = new_figure(WIDTH, 0.7 + 2.5 * math.ceil(panels / columns) + 0.3 * titled)
         grid = figure.subplots(math.ceil(panels / columns), columns, squeeze=False).ravel()
         shares = [100 * cells.condition.sparsity for cells in series]
-        estimates = [quantity_estimates(cells) for cells in series]
         for axes, quantity in zip(grid, quantities, strict=False):
             _band(axes, series, quantity)
             for name, made in lines:
                 told = [
-                    (share, found[quantity].sets[cells.sets.index(name)])
-                    for share, cells, found in zip(shares, series, estimates, strict=True)
+                    (share, found.one(cells.sets.index(name), cells.quantities.index(quantity)))
+                    for share, (cells, found) in zip(shares, pairs, strict=True)
                     if name in cells.sets
                 ]
                 known = [(share, one) for share, one in told if one.value is not None]
@@ -602,7 +671,7 @@ def sparsity_figures(analysis: Analysis, series: Sequence[Cells]) -> list[Drawin
             f"at the highest sparsity. Last panel: lead over the {against}.",
             "Line charts of retention at "
             + words.listed([cells.condition.pattern for cells in series]) + " sparsity; "
-            + "; ".join(f"{one.calibration} leads by {words.points(one.value)} points at "
+            + "; ".join(f"{one.calibration} leads by {words.points(one.gap.value)} points at "
                         f"{100 * one.sparsity:g} %" for one in gains if one.quantity == TOTAL)
             + ".",
             draw,
@@ -655,16 +724,18 @@ def _gains(axes: Any, gains: Sequence[Any], lines: Sequence[tuple[str, str]], ti
         shift = 0.35 * (number - (len(names) - 1) / 2)
         colour = STRATEGY_COLOURS[made_by.get(name, "mix")]
         for one in told:
-            if one.low is not None and one.high is not None:
+            if one.gap.low is not None and one.gap.high is not None:
                 at = 100 * one.sparsity + shift
-                axes.plot([at, at], [100 * one.low, 100 * one.high], color=colour, linewidth=1)
+                ends = [100 * one.gap.low, 100 * one.gap.high]
+                axes.plot([at, at], ends, color=colour, linewidth=1)
         [line] = axes.plot(
-            [100 * one.sparsity + shift for one in told], [100 * one.value for one in told],
+            [100 * one.sparsity + shift for one in told],
+            [100 * (one.gap.value or 0) for one in told],
             color=colour, linestyle=_dash(lines, name) if name in made_by else "-", marker="o",
             markersize=4, linewidth=1.6,
         )  # fmt: skip
         tips.add(line, f"{name} over the default, total: " + ", ".join(
-            f"{100 * one.sparsity:g} % sparse {words.points(one.value)} points" for one in told
+            f"{100 * one.sparsity:g} % sparse {words.points(one.gap.value)} points" for one in told
         ))  # fmt: skip
     axes.set_title("total: lead over default")
     axes.set_ylabel("points")

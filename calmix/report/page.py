@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL, WORST
-from calmix.analysis.estimates import Estimate, Lead
 from calmix.report import words
 from calmix.report.drawing import Drawing, inline
 from calmix.report.figures import slug
@@ -102,8 +102,7 @@ def _header(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
         words.listed([found.condition.label for found in analysis.conditions]),
         ("up to " if seeds > 1 else "") + words.counted(seeds, "seed"),
         f"suite {suite}" if suite else "",
-        "retention corrected for chance" if analysis.settings.measure == "corrected"
-        else "raw retention (not corrected for chance)",
+        words.MEASURES[analysis.settings.measure],
         f"{analysis.finished} of {words.counted(analysis.planned, 'trial')} finished",
     ]  # fmt: skip
     waiting = analysis.planned - analysis.finished - analysis.failed
@@ -162,13 +161,14 @@ def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
         )
     told = [found for found in analysis.conditions if found.trade_offs]
     tested = [found for found in analysis.conditions if found.correlations]
+    tests = sum(n for name, n in analysis.families.items() if not name.startswith("tasks"))
     where = f"{len(told)} of {words.counted(len(tested), 'condition')}"
     cards.append(
         (
             "opposite-sign trade-off",
             "after correction",
             "not testable" if not tested else "found" if told else "none",
-            f"in {where}, {analysis.family} tests" if tested else "too few calibration sets",
+            f"in {where}, {tests} tests" if tested else "too few calibration sets",
         )
     )
     return '<section class="cards" aria-label="Key figures">' + "".join(
@@ -229,23 +229,34 @@ def _condition(
     name = slug(found.condition.label)
     role = f' role="tabpanel" aria-labelledby="tab-{name}"' if several else ""
     tables = [
-        _fold("Ranking", "retention with 95 % intervals, items and draws together",
-              _ranking(analysis, found)),
-        _fold("Correlations", f"Spearman, corrected over {analysis.family} tests",
-              _correlations(found)) if found.correlations else "",
-        _fold("Differences between ways to calibrate", "points, by the spread over draws",
-              _differences(found)) if found.differences else "",
-        _fold("Spread over calibration sets", "points", _spreads(found)) if found.spreads else "",
+        _fold("Correlations", f"Spearman; {_families(analysis, tasks=False)}",
+              _correlations(found, tasks=False)),
+        _fold("Correlations with single tasks", f"Spearman; {_families(analysis, tasks=True)}",
+              _correlations(found, tasks=True)),
+        _fold("Differences between ways to calibrate", "points", _differences(found)),
+        _fold("Signal and noise", "points; by the draw of the rows, and by test items",
+              _noise(found)),
+        _fold("Spread over calibration sets", "points", _spreads(found)),
     ]  # fmt: skip
+    shown = [bool(found.correlations)] * 2 + [bool(found.differences), True, bool(found.spreads)]
     return (
         f'<section class="condition" id="{name}"{role}>'
         f"<h2>{escape(found.condition.label)}</h2>"
+        + _fold("Ranking", "retention with 95 % intervals, for other items and other draws",
+                _ranking(analysis, found), open_=True)
         + _figure(drawings[0])
         + _panels(findings)
         + "".join(_figure(drawing) for drawing in drawings[1:])
-        + "".join(tables)
+        + "".join(table for table, told in zip(tables, shown, strict=True) if told)
         + "</section>"
-    )
+    )  # fmt: skip
+
+
+def _families(analysis: Analysis, *, tasks: bool) -> str:
+    """Say how many tests p is corrected over."""
+    told = [f"{analysis.families.get(f'tasks of {name}' if tasks else name, 0)} {how}"
+            for name, how in words.AMONG.items()]  # fmt: skip
+    return f"corrected over {words.listed(told)}"
 
 
 def _figure(drawing: Drawing) -> str:
@@ -301,12 +312,10 @@ def _estimate(one: Estimate) -> Cell:
     return Cell(shown, None if one.value is None else float(one.value))
 
 
-def _points(value: float | None, low: float | None, high: float | None) -> Cell:
-    ends = words.span(low, high)
-    return Cell(
-        words.points(value) + (f" <small>{ends}</small>" if ends else ""),
-        None if value is None else float(value),
-    )
+def _points(one: Estimate) -> Cell:
+    ends = words.span(one.low, one.high)
+    shown = words.points(one.value) + (f" <small>{ends}</small>" if ends else "")
+    return Cell(shown, None if one.value is None else float(one.value))
 
 
 def _p(value: float | None) -> Cell:
@@ -315,40 +324,54 @@ def _p(value: float | None) -> Cell:
 
 
 def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
+    own = any(one.without_own for one in found.ranking)
     columns = [
-        Column("calibration set", number=False), Column("made", number=False), Column("seeds"),
-        Column("total %"), Column("behind the best (draws)"), Column("worst", number=False),
-        Column("worst %"), *(Column(f"{name} %") for name in analysis.dimensions),
+        Column("calibration set", number=False), Column("made", number=False), Column("draws"),
+        Column("total %"), Column("accuracy %"), Column("shrunken %"), Column("best"),
+        Column("behind the best"), Column("worst", number=False), Column("worst %"),
+        *(Column(name) for dimension in analysis.dimensions
+          for name in (f"{dimension} %", f"{dimension}, accuracy %")),
+        *([Column("without its own benchmark", number=False)] if own else []),
     ]  # fmt: skip
     rows = []
     for one in found.ranking:
         dot = f'<span class="dot" style="background:var(--s-{one.strategy})"></span>'
-        behind = Cell("", 0.0) if one.behind is None else _lead(one.behind)
+        behind = one.behind
         rows.append([
             Cell(dot + escape(one.calibration), one.calibration),
-            _text(words.STRATEGIES[one.strategy]), Cell(str(one.total.seeds), one.total.seeds),
-            _estimate(one.total), behind, _text(one.worst or "–"), _estimate(one.lowest),
-            *(_estimate(one.dimensions[name]) for name in analysis.dimensions),
+            _text(words.STRATEGIES[one.strategy]), Cell(str(one.total.draws), one.total.draws),
+            _estimate(one.total), _share(one.accuracy[TOTAL]), _share(one.shrunken.value),
+            Cell("–" if one.best is None else words.sure(one.best), one.best),
+            Cell("", 0.0) if behind is None else _points(behind),
+            _text(one.worst or "–"), _estimate(one.lowest),
+            *(cell for name in analysis.dimensions
+              for cell in (_estimate(one.dimensions[name]), _share(one.accuracy[name]))),
+            *([_text(", ".join(f"{name} {words.percent(kept.value)}"
+                               for name, kept in one.without_own.items()))] if own else []),
         ])  # fmt: skip
     return table(columns, rows)
 
 
-def _lead(lead: Lead) -> Cell:
-    return _points(lead.value, lead.draw_low, lead.draw_high)
+def _share(value: float | None) -> Cell:
+    return Cell(words.percent(value), value)
 
 
-def _correlations(found: ConditionAnalysis) -> str:
+def _correlations(found: ConditionAnalysis, *, tasks: bool) -> str:
     columns = [
-        Column("metric", number=False), Column("dimension", number=False), Column("ρ"),
-        Column("95 % interval", number=False), Column("p"), Column("corrected p"), Column("sets"),
+        Column("metric", number=False), Column("task" if tasks else "dimension", number=False),
+        Column("sources", number=False), Column("ρ"), Column("95 % interval", number=False),
+        Column("p"), Column("corrected p"), Column("sets"), Column("same metric", number=False),
     ]  # fmt: skip
     rows = []
     for one in found.correlations:
+        if one.task != tasks or (tasks and one.rho is None):
+            continue
         ends = "–" if one.low is None else f"[{words.rho(one.low)}, {words.rho(one.high)}]"
         rows.append([
-            _text(words.metric_name(one.metric)), _text(one.dimension),
-            Cell(words.rho(one.rho), one.rho), _text(ends),
+            _text(words.metric_name(one.metric)), _text(one.quantity),
+            _text(words.AMONG[one.among]), Cell(words.rho(one.rho), one.rho), _text(ends),
             Cell(escape(words.p_value(one.p)), one.p), _p(one.p_corrected), Cell(str(one.n), one.n),
+            _text(", ".join(map(words.metric_name, one.aliases))),
         ])  # fmt: skip
     return table(columns, rows)
 
@@ -357,18 +380,34 @@ def _differences(found: ConditionAnalysis) -> str:
     columns = [
         Column("this", number=False), Column("over that", number=False),
         Column("in", number=False), Column("points"), Column("p"), Column("corrected p"),
-        Column("paired over seeds"), Column("p (t)"), Column("p (sign flips)"), Column("seeds"),
+        Column("for other draws alone"), Column("corrected p"),
     ]  # fmt: skip
     rows = [
         [
             _text(one.left), _text(one.right), _text(words.quantity_name(one.quantity)),
-            _points(one.value, one.low, one.high), Cell(escape(words.p_value(one.p)), one.p),
-            _p(one.p_corrected), _points(one.paired, one.paired_low, one.paired_high),
-            Cell(escape(words.p_value(one.p_paired)), one.p_paired),
-            Cell(words.p_value(one.p_flip), one.p_flip),
-            Cell(str(one.seeds), one.seeds),
+            _points(one.gap), Cell(escape(words.p_value(one.gap.p)), one.gap.p),
+            _p(one.p_corrected),
+            Cell(words.span(one.gap.draw_low, one.gap.draw_high), one.gap.draw_low),
+            _p(one.draw_p_corrected),
         ]
         for one in found.differences if one.quantity in (TOTAL, WORST)
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def _noise(found: ConditionAnalysis) -> str:
+    columns = [
+        Column("quantity", number=False), Column("kind", number=False), Column("items"),
+        Column("signal, single sources"), Column("signal, all sets"), Column("one draw"),
+        Column("items, of a difference"), Column("signal over noise of one trial"),
+    ]  # fmt: skip
+    rows = [
+        [
+            _text(one.quantity), _text(one.kind), Cell(str(one.items), one.items),
+            _share(one.signal), _share(one.signal_all), _share(one.draw), _share(one.item),
+            Cell("–" if one.ratio is None else f"{one.ratio:.2f}", one.ratio),
+        ]
+        for one in found.noise
     ]  # fmt: skip
     return table(columns, rows)
 
@@ -376,21 +415,14 @@ def _differences(found: ConditionAnalysis) -> str:
 def _spreads(found: ConditionAnalysis) -> str:
     columns = [
         Column("over", number=False), Column("in", number=False), Column("sets"),
-        Column("range"), Column("deviation"), Column("of it by the draw"),
-        Column("p of the draw alone"), Column("if dimensions were unrelated"),
-        Column("p of cancelling"),
-        Column("lowest", number=False), Column("highest", number=False),
+        Column("range"), Column("deviation"), Column("if dimensions were unrelated"),
+        Column("p of cancelling"), Column("lowest", number=False), Column("highest", number=False),
     ]  # fmt: skip
-
-    def plain(value: float | None) -> Cell:
-        return Cell(words.percent(value), value)
-
     rows = [
         [
             _text("single sources" if one.over == "single" else "all sets"), _text(one.quantity),
-            Cell(str(one.n), one.n), plain(one.range), plain(one.deviation), plain(one.draws),
-            _p(one.p_alike), plain(one.if_independent), _p(one.p_cancel), _text(one.lowest),
-            _text(one.highest),
+            Cell(str(one.n), one.n), _share(one.range), _share(one.deviation),
+            _share(one.if_independent), _p(one.p_cancel), _text(one.lowest), _text(one.highest),
         ]
         for one in found.spreads
     ]  # fmt: skip
@@ -403,7 +435,7 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
     rows = [
         [
             _text(one.condition), _text(one.calibration), _text(one.default),
-            _text(words.quantity_name(one.quantity)), _points(one.value, one.low, one.high),
+            _text(words.quantity_name(one.quantity)), _points(one.gap),
         ]
         for one in analysis.margins
     ]  # fmt: skip
@@ -412,7 +444,7 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
         Column("over the default", number=False), Column("in", number=False), Column("points"),
     ]  # fmt: skip
     margins = (
-        _fold("Margins over the default", "points, by the spread over draws", table(columns, rows))
+        _fold("Margins over the default", "points", table(columns, rows))
         if rows else ""
     )  # fmt: skip
     return (
@@ -462,7 +494,7 @@ def _behind(results: StudyResults, analysis: Analysis) -> str:
 
 
 def _trials(results: StudyResults, analysis: Analysis) -> str:
-    """Every finished trial as stored (corrected for chance), whatever the analysis leaves out."""
+    """Every finished trial as stored (primary scores), whatever the analysis leaves out."""
     columns = [
         Column("calibration set", number=False), Column("method", number=False),
         Column("pattern", number=False), Column("seed"), Column("total %"),

@@ -10,22 +10,25 @@ from dataclasses import dataclass
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import ALPHA, TradeOff
-from calmix.analysis.differences import SINGLES
-from calmix.analysis.statistics import LEAST
+from calmix.analysis.correlations import TradeOff
+from calmix.analysis.differences import BEST, SINGLES
+from calmix.analysis.ranking import Ranked
+from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
 
-NEAR_NULL = 0.2  # a correlation weaker than this is called none at all
+ROWS = 8  # of the ranking in the text
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found and what was not, about one condition or across them; `brief` in a line."""
+    """What was found and what was not, about one condition or across them; `brief` in a line,
+    `table` the ranking's first rows as plain text."""
 
     about: str
     found: tuple[str, ...]
     not_found: tuple[str, ...]
     brief: str = ""
+    table: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Summary:
         """Return the summary as plain text for a terminal."""
         parts = [self.headline]
         for each in (*self.conditions, self.across):
+            if each.table:
+                parts.append("\n".join([each.about, *each.table]))
             for head, lines in (("found", each.found), ("not found", each.not_found)):
                 if lines:
                     parts.append(_block(f"{each.about}: {head}", lines))
@@ -74,15 +79,37 @@ def summarise(analysis: Analysis) -> Summary:
         _contest(each, found, missing)
         _trade_offs(analysis, each, found, missing)
         _averaging(each, found, missing)
+        _noise(each, missing)
         brief = found[0] if found else ""
         if each.correlations:
             brief += f" {'An' if each.trade_offs else 'No'} opposite-sign trade-off was found."
-        conditions.append(Findings(each.condition.label, tuple(found), tuple(missing), brief))
+        conditions.append(
+            Findings(each.condition.label, tuple(found), tuple(missing), brief, _table(each))
+        )
     grown: list[str] = []
     level: list[str] = []
     _growth(analysis, grown, level)
     across = Findings("Against sparsity", tuple(grown), tuple(level))
     return Summary(_headline(analysis), tuple(conditions), across, tuple(_certainty(analysis)))
+
+
+def _table(each: ConditionAnalysis) -> tuple[str, ...]:
+    rows = [("", "total %", "accuracy %", "shrunken %", "best", "worst dimension %")]
+    for one in each.ranking[:ROWS]:
+        rows.append((
+            words.short(one.calibration), words.with_span(one.total),
+            words.percent(one.accuracy[TOTAL]), words.percent(one.shrunken.value),
+            "–" if one.best is None else words.sure(one.best),
+            f"{words.with_span(one.lowest)} {one.worst or ''}".strip(),
+        ))  # fmt: skip
+    wide = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True)).rstrip()
+        for row in rows
+    ]
+    if len(each.ranking) > ROWS:
+        lines.append(f"  and {len(each.ranking) - ROWS} more")
+    return tuple(lines)
 
 
 def _headline(analysis: Analysis) -> str:
@@ -114,49 +141,28 @@ def _best(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) < 2:
         return
-    best, second = ranked[0], ranked[1]
-    lead = second.behind
-    text = (
-        f"Highest total: {best.calibration} with {words.with_span(best.total)} %, "
-        f"ahead of {second.calibration} by {words.percent(lead.value if lead else None)} points"
+    best = ranked[0]
+    chance = "" if best.best is None else f", best of all with {words.sure(best.best)} probability"
+    found.append(
+        f"Highest total: {best.calibration} with {words.with_span(best.total)} %; to expect of a "
+        f"set picked for that: {words.percent(best.shrunken.value)} %{chance}."
     )
-    low = min(
-        (one for one in ranked if one.rank_worst is not None),
-        key=lambda one: one.rank_worst or 0,
-        default=None,
-    )
+    low = next((one for one in ranked if one.rank_worst == 1), None)
     if low is not None:
-        same = "also " if low is best else ""
-        text += (
-            f". Highest worst dimension: {same}{low.calibration} with "
-            f"{words.with_span(low.lowest)} % in {low.worst}"
+        found.append(
+            f"Highest worst dimension: {low.calibration} with {words.with_span(low.lowest)} % "
+            f"in {low.worst}."
         )
-    found.append(text + ".")
-    if lead is None or lead.draw_low is None or lead.low is None:
-        missing.append(
-            f"With one seed a set, whether {best.calibration} would lead again on "
-            "other draws cannot be told."
-        )
-        return
-    near = [one for one in ranked[1:] if one.behind and one.behind.draw_low is not None
-            and one.behind.draw_low <= 0]  # fmt: skip
-    level = [one for one in ranked[1:] if one.behind and one.behind.low is not None
-             and one.behind.low <= 0]  # fmt: skip
+    near = [one for one in ranked[1:] if one.behind and (one.behind.low or 0) <= 0]
     if near:
         missing.append(
-            f"{best.calibration} is not set apart from {_some(near)}, whose distance "
-            "other calibration draws could undo."
-        )
-    if len(level) > len(near):
-        missing.append(
-            f"Were the test items drawn anew too, {best.calibration} would not be set "
-            f"apart from {words.counted(len(level), 'other set')} of {len(ranked) - 1} (a "
-            "cautious count: it ignores that all sets share their items)."
+            f"{best.calibration} is not set apart from {_some(near)} "
+            f"({len(near)} of {len(ranked) - 1})."
         )
 
 
-def _some(ranked: Sequence[object]) -> str:
-    names = [str(getattr(one, "calibration", one)) for one in ranked]
+def _some(ranked: Sequence[Ranked]) -> str:
+    names = [one.calibration for one in ranked]
     if len(names) <= 3:
         return words.listed(names)
     return f"{', '.join(names[:3])} and {len(names) - 3} more"
@@ -164,72 +170,62 @@ def _some(ranked: Sequence[object]) -> str:
 
 def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None:
     """Each way to calibrate against the mean of the single sources, and against the best."""
-    rights = dict.fromkeys(one.right for one in each.differences)
-    for right in [name for name in rights if _is_single(each, name)]:
-        against = f"the {SINGLES}" if right == SINGLES else f"the best single source, {right}"
-        if all(one.p is None for one in each.differences):
+    for right in dict.fromkeys(one.right for one in each.differences):
+        if right != SINGLES and not right.startswith(BEST):
             continue
-        ahead: list[str] = []
-        open_: list[str] = []
-        behind: list[str] = []
+        told: dict[str, list[str]] = {"more": [], "less": [], "these": [], "none": []}
         for one in each.differences:
-            if one.quantity != TOTAL or one.right != right or _is_single(each, one.left):
+            if one.quantity != TOTAL or one.right != right:
                 continue
-            told = f"{one.left} ({words.points(one.value)} {words.span(one.low, one.high)})"
-            told = told.replace(" )", ")")
-            certain = one.p_corrected is not None and one.p_corrected <= ALPHA
-            (open_ if not certain else ahead if one.value > 0 else behind).append(told)
-        for names, more in ((ahead, "more"), (behind, "less")):
-            if names:
+            ahead = (one.gap.value or 0) > 0
+            drawn = one.draw_p_corrected is not None and one.draw_p_corrected <= ALPHA
+            key = ("more" if ahead else "less") if one.significant else "these" if drawn else "none"
+            ends = words.span(one.gap.low, one.gap.high)
+            told[key].append(f"{one.left} ({f'{words.points(one.gap.value)} {ends}'.strip()})")
+        for key in ("more", "less"):
+            if names := told[key]:
                 verb = "keeps" if len(names) == 1 else "keep"
-                found.append(
-                    f"{words.listed(names)} {verb} {more} in total than {against} (in points)."
-                )
-        if open_:
+                found.append(f"{words.listed(names)} {verb} {key} in total than the {right}.")
+        if names := told["these"]:
             missing.append(
-                f"No difference in total from {against} that survives correction (a bracket is "
-                f"of one comparison alone): {words.listed(open_)}."
+                f"Set apart from the {right} on these items only, not were they drawn anew: "
+                f"{words.listed(names)}."
             )
-
-
-def _is_single(each: ConditionAnalysis, name: str) -> bool:
-    return name == SINGLES or name in [
-        one.calibration for one in each.ranking if one.strategy == "single"
-    ]
+        if names := told["none"]:
+            missing.append(
+                f"No difference in total from the {right} that survives correction: "
+                f"{words.listed(names)}."
+            )
 
 
 def _averaging(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None:
     spread = {one.quantity: one for one in each.spreads if one.over == "single"}
-    kind = "single sources"
-    if len(spread) < 3:
-        spread = {one.quantity: one for one in each.spreads if one.over == "all"}
-        kind = "calibration sets"
     total = spread.pop(TOTAL, None)
     if total is None or len(spread) < 2:
         return
     widest = max(spread.values(), key=lambda one: one.range)
-    cancels = total.p_cancel is not None and total.p_cancel <= ALPHA
     text = (
-        f"{kind.capitalize()} are {100 * widest.range:.1f} points apart in {widest.quantity} "
+        f"Single sources are {100 * widest.range:.1f} points apart in {widest.quantity} "
         f"({widest.lowest} to {widest.highest}) but {100 * total.range:.1f} in total"
     )
-    if cancels:
-        text += (
-            ": gains in one dimension go with losses in another, and the average hides them "
-            f"(p {words.p_value(total.p_cancel)} against unrelated dimensions)"
+    if total.p_cancel is not None and total.p_cancel <= ALPHA:
+        found.append(
+            f"{text}: gains in one dimension go with losses in another "
+            f"(p {words.p_value(total.p_cancel)} against unrelated dimensions)."
         )
-    if widest.range > total.range:
-        found.append(f"{text}.")
-    if not cancels:
-        tested = f" (p {words.p_value(total.p_cancel)})" if total.p_cancel is not None else ""
+    elif widest.range > total.range:
+        missing.append(f"{text}; unrelated dimensions would average out much the same.")
+
+
+def _noise(each: ConditionAnalysis, missing: list[str]) -> None:
+    """Quantities whose signal one trial's noise exceeds."""
+    told = [one for one in each.noise if one.kind != "task" and one.ratio is not None]
+    faint = [one for one in told if (one.ratio or 0) < 1]
+    if faint:
+        names = [f"{one.quantity} ({one.ratio:.1f})" for one in faint]
         missing.append(
-            "That losses in one dimension cancel gains in another is not shown: unrelated "
-            f"dimensions would average out much the same{tested}."
-        )
-    if total.p_alike is not None and total.p_alike > ALPHA:
-        missing.append(
-            f"The totals of the {kind} differ by no more than redrawing them would "
-            f"(p {words.p_value(total.p_alike)})."
+            "One trial a source does not tell the sources apart, signal over noise being below 1, "
+            f"in {words.listed(names)}."
         )
 
 
@@ -244,45 +240,36 @@ def _trade_offs(
                 f"correlated with retention (at least {LEAST}, with metrics that differ)."
             )
         return
-    strong = [one for one in each.correlations if one.significant and one.dimension != TOTAL]
-    if each.trade_offs:
-        names = list(dict.fromkeys(one.metric for one in each.trade_offs))
-        names.sort(key=lambda name: -_strength(each.trade_offs, name))
-        texts = [
-            _told([one for one in each.trade_offs if one.metric == name]) for name in names[:2]
-        ]
-        more = f" {words.counted(len(names) - 2, 'more metric')} likewise." if names[2:] else ""
-        found.append(f"Opposite-sign trade-off: {'; '.join(texts)}.{more}")
-    else:
+    for among in dict.fromkeys(one.among for one in each.correlations):
+        where = "" if among == "sources" else f" {words.AMONG[among]}"
+        own = [one for one in each.trade_offs if one.among == among]
+        told = [one for one in each.correlations if one.among == among and not one.task]
+        strong = [one for one in told if one.significant and one.quantity != TOTAL]
+        if own:
+            names = list(dict.fromkeys(one.metric for one in own))
+            names.sort(key=lambda name: -_strength(own, name))
+            texts = [_told([one for one in own if one.metric == name]) for name in names[:2]]
+            more = f" {words.counted(len(names) - 2, 'more metric')} likewise." if names[2:] else ""
+            found.append(f"Opposite-sign trade-off{where}: {'; '.join(texts)}.{more}")
+            continue
         missing.append(
-            f"No opposite-sign trade-off: no metric rises with one dimension and falls "
-            f"with another, both surviving correction over {analysis.family} tests."
+            f"No opposite-sign trade-off{where}: no metric rises with one dimension and falls "
+            f"with another, both surviving correction over {analysis.families[among]} tests."
         )
-    if strong and not each.trade_offs:
-        best = max(strong, key=lambda one: abs(one.rho or 0))
-        found.append(
-            f"{words.counted(len(strong), 'correlation')} of a metric with a dimension "
-            f"survive correction; the strongest is {words.metric_name(best.metric)} with "
-            f"{best.dimension} (ρ {words.rho(best.rho)})."
-        )
-    touched = {one.dimension for one in strong}
-    dimensions = dict.fromkeys(one.dimension for one in each.correlations if one.rho is not None)
-    silent = [name for name in dimensions if name not in touched and name != TOTAL]
-    if not silent:
-        return
-    text = f"No metric goes with {words.listed(silent)} after correction"
-    best = max(
-        (one for one in each.correlations if one.dimension in silent and one.rho is not None),
-        key=lambda one: abs(one.rho or 0),
-    )
-    strength = (
-        "which is next to nothing" if abs(best.rho or 0) < NEAR_NULL
-        else f"over {words.counted(best.n, kind[:-1], kind)}"
-    )  # fmt: skip
-    missing.append(
-        f"{text}; the nearest is {words.metric_name(best.metric)} with {best.dimension} "
-        f"(ρ {words.rho(best.rho)}, corrected p {words.p_value(best.p_corrected)}, {strength})."
-    )
+        known = [one for one in strong or told if one.rho is not None]
+        if known:
+            best = max(known, key=lambda one: abs(one.rho or 0))
+            text = (
+                f"{words.metric_name(best.metric)} with {best.quantity} (ρ {words.rho(best.rho)}, "
+                f"corrected p {words.p_value(best.p_corrected)})"
+            )
+            if strong:
+                found.append(
+                    f"{words.counted(len(strong), 'correlation')} of a metric with a dimension"
+                    f"{where} survive correction; the strongest is {text}."
+                )
+            else:
+                missing.append(f"No correlation{where} survives correction; the nearest is {text}.")
 
 
 def _strength(found: Sequence[TradeOff], metric: str) -> float:
@@ -308,8 +295,9 @@ def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
         open_: list[str] = []
         own = [one for one in analysis.growths if (one.method, one.quantity) == (method, TOTAL)]
         for one in own:
-            told = f"{one.calibration} {words.points(one.value)} {words.span(one.low, one.high)}"
-            clear = one.low is not None and one.high is not None and not one.low <= 0 <= one.high
+            gap = one.gap
+            told = f"{one.calibration} {words.points(gap.value)} {words.span(gap.low, gap.high)}"
+            clear = gap.low is not None and gap.high is not None and not gap.low <= 0 <= gap.high
             (certain if clear else open_).append(told.strip())
         if not own:
             continue
@@ -321,10 +309,7 @@ def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
         if certain:
             found.append(f"{name}: {lead} changes by {words.listed(certain)} points.")
         if open_:
-            why = "no clear change" if any(one.low is not None for one in own) else (
-                "whether other draws would change it likewise cannot be told"
-            )  # fmt: skip
-            missing.append(f"{name}: {lead}: {words.listed(open_)} points; {why}.")
+            missing.append(f"{name}: {lead}: {words.listed(open_)} points; no clear change.")
 
 
 def _default(name: str) -> str:
@@ -344,32 +329,27 @@ def _certainty(analysis: Analysis) -> list[str]:
     if gaps:
         why = "by plan" if analysis.finished == analysis.planned else "by plan, failed or to come"
         lines.append(
-            f"Not every set has every seed ({words.counted(gaps, 'empty cell')}, {why}). Means are "
-            "over the seeds that are there; paired differences over seeds that both sides have."
+            f"Not every set has every seed ({words.counted(gaps, 'empty cell')}, {why}); means are "
+            "over the draws that are there."
         )
-    seeds = sorted({len(each.cells.seeds) for each in analysis.conditions})
-    if seeds[-1] == 1:
+    once = [each.condition.label for each in analysis.conditions if not each.joint.freedom]
+    if len(once) < len(analysis.conditions):
         lines.append(
-            "Every set was drawn once. Intervals are about the test items alone; how much a new "
-            "draw would change cannot be told."
+            "Intervals are for other test items and other calibration draws at once; the spread "
+            f"over draws is pooled over all sets of a condition.{_parts(analysis)}"
         )
-    else:
+    if once:
         lines.append(
-            f"Intervals join two doubts: other test items (the same for all seeds) and other "
-            f"calibration draws (up to {seeds[-1]} seeds a set; their spread is pooled over the "
-            f"sets, which takes all sets' draws to spread alike).{_parts(analysis)}"
+            f"{words.listed(once)}: every set was drawn once. Intervals there are about the "
+            "test items alone; how much a new draw would change cannot be told."
         )
-        once = [each.condition.label for each in analysis.conditions if len(each.cells.seeds) == 1]
-        if once:
-            lines.append(
-                f"{words.listed(once)}: every set was drawn once. Intervals there are about the "
-                "test items alone; how much a new draw would change cannot be told."
-            )
-    if 1 < seeds[-1] < 6:
-        least = 2 / 2 ** seeds[-1]
+    shared = dict.fromkeys(
+        one.calibration for each in analysis.conditions for one in each.ranking if one.without_own
+    )
+    if shared:
         lines.append(
-            f"With {seeds[-1]} seeds a sign-flip test cannot go below p = {least:g}; the intervals "
-            "over draws stand on Student's t, that is, on normal spread."
+            f"{words.counted(len(shared), 'set was', 'sets were')} made of the other half of a "
+            "benchmark that is tested; the ranking gives them without those tasks too."
         )
     told = [each for each in analysis.conditions if each.correlations]
     if told:
@@ -380,11 +360,12 @@ def _certainty(analysis: Analysis) -> list[str]:
                 "all calibration sets, mixes among them, which are not independent of their parts"
             )
         lines.append(
-            f"Correlations are over {words.listed([str(n) for n in points])} points, seeds "
+            f"Correlations are over {words.listed([str(n) for n in points])} points, draws "
             f"averaged first: {kind}. p is two-sided, by permutation, corrected over "
-            f"{analysis.family} tests (Benjamini-Hochberg at {ALPHA:g})."
+            f"{words.listed([f'{n} tests ({name})' for name, n in analysis.families.items()])} "
+            f"(Benjamini-Hochberg at {ALPHA:g})."
         )
-        weak = [each.least_p for each in told if each.least_p and each.least_p > ALPHA]
+        weak = [p for each in told for p in each.least_p.values() if p > ALPHA]
         if weak:
             lines.append(
                 f"So few points cannot give p below {max(weak):.2g}: no correlation could have "
@@ -402,12 +383,12 @@ def _parts(analysis: Analysis) -> str:
     """Say how large each doubt is in the first condition's best total."""
     main = main_condition(analysis)
     best = main.ranking[0].total
-    if best.item_low is None or best.item_high is None or best.draw_low is None:
+    if best.item_low is None or best.item_high is None:
         return ""
-    if best.draw_high is None:
+    if best.draw_low is None or best.draw_high is None:
         return ""
     return (
-        f" For the total of {main.ranking[0].calibration} ({main.condition.label}) they are "
-        f"±{50 * (best.item_high - best.item_low):.1f} and "
+        f" For the total of {main.ranking[0].calibration} ({main.condition.label}) items alone "
+        f"make ±{50 * (best.item_high - best.item_low):.1f}, draws alone "
         f"±{50 * (best.draw_high - best.draw_low):.1f} points."
     )

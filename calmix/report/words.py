@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import METHOD_NAMES, TOTAL, WORST
-from calmix.analysis.estimates import Estimate
 
 STRATEGIES = {
     "single": "single source",
@@ -14,6 +14,15 @@ STRATEGIES = {
     "none": "no calibration",
 }
 METHODS = METHOD_NAMES
+MEASURES = {
+    "primary": "retention by each task's primary score",
+    "probability": "retention of the right choices' probability",
+    "bits": "retention of bits",
+    "margin": "retention of the right choices' margin",
+    "accuracy": "retention of accuracy, corrected for chance",
+    "ratio": "ratio of accuracies, not corrected for chance",
+}
+AMONG = {"sources": "all at once", "kinds": "within kinds of text"}
 METRICS = {
     "perplexity": "perplexity",
     "distortion": "perplexity",
@@ -32,6 +41,8 @@ MINUS = "\N{MINUS SIGN}"
 
 def metric_name(key: str) -> str:
     """Return a metric's name in words: `aggregation_4` is `4-gram aggregation`."""
+    if key.startswith("-"):
+        return f"less {metric_name(key[1:])}"
     if key in METRICS:
         return METRICS[key]
     stem, _, order = key.rpartition("_")

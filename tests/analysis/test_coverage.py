@@ -1,0 +1,195 @@
+"""Studies made from a known truth: intervals cover it as often as they say, and no more is
+claimed of equal sets than the level allows.
+
+Items shift all sets alike, and each set by itself; draws shift the dimensions of a trial
+together, and single items under one trial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from calmix.analysis import bootstrap
+from calmix.analysis.bootstrap import Joint, joint
+from calmix.analysis.cells import Cells, Condition, Items, Task, rolled_up
+from calmix.analysis.differences import compare, corrected_differences
+from calmix.analysis.noise import noise_of
+from calmix.analysis.ranking import groups_of, shrink
+from calmix.capability.retention import item_weights
+
+AT = Condition("m", "wanda", "50%", 0.5, None, 64, 512, "offline", "Wanda 50%")
+TASKS = tuple(
+    Task(name, name[0], "probability", 60, 0.6, True) for name in ("a1", "a2", "b1", "b2")
+)
+RESAMPLES = 400
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Draws of each set, what each keeps of every task, and the four standard deviations."""
+
+    draws: tuple[int, ...] = (3, 2, 1, 3, 1, 2, 1, 3)
+    kept: float | np.ndarray = 0.5
+    items: float = 0.5
+    own_items: float = 0.15
+    draw: float = 0.02
+    draw_items: float = 0.15
+    others: int = 0  # of the sets, the last so many are no single sources
+
+
+@pytest.fixture(autouse=True)
+def _weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The items' resamples depend on task and count alone: made once for all studies."""
+    kept = lru_cache(maxsize=64)(item_weights)
+    monkeypatch.setattr(bootstrap, "item_weights", kept)
+
+
+def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
+    """Return a study's cells, and what its sets would keep of these items over all draws."""
+    count = len(truth.draws)
+    trials = [(at, seed) for at, draws in enumerate(truth.draws) for seed in range(draws)]
+    of = np.array([at for at, _ in trials])
+    kept = np.broadcast_to(truth.kept, (count, len(TASKS)))
+    moved = {name: truth.draw * rng.standard_normal(len(trials)) for name in "ab"}
+    both = 0.5 * truth.draw * rng.standard_normal(len(trials))
+    items, values, expected = [], [], []
+    for at, task in enumerate(TASKS):
+        whole = 0.5 + rng.random(task.items)
+        main = truth.items * rng.standard_normal(task.items)
+        own = truth.own_items * rng.standard_normal((count, task.items))
+        chance = truth.draw_items * rng.standard_normal((len(trials), task.items))
+        of_set = whole * (kept[:, [at]] + main + own)
+        each = of_set[of] + whole * (chance + (moved[task.dimension] + both)[:, None])
+        items.append(Items(task.name, at, each, whole))
+        values.append(each.sum(1) / whole.sum())
+        expected.append(of_set.sum(1) / whole.sum())
+    singles = count - truth.others
+    table = np.full((count, max(truth.draws), 7), np.nan)
+    table[tuple(zip(*trials, strict=True))] = rolled_up(np.stack(values, 1), TASKS, "ab")
+    cells = Cells(
+        AT, tuple(f"s{at}" for at in range(count)),
+        ("single",) * singles + ("mix",) * truth.others, ("",) * count, ((),) * count,
+        tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), tuple(items), table,
+        table[:, :, :3], (), np.zeros((count, 0)),
+    )  # fmt: skip
+    return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
+
+
+def studies(truth: Truth, times: int, seed: int = 0) -> Iterator[tuple[Cells, Joint, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    for number in range(times):
+        cells, expected = made(truth, rng)
+        yield cells, joint(cells, resamples=RESAMPLES, seed=number % 8), expected
+
+
+def slack(times: int, share: float = 0.05) -> float:
+    """Three standard errors of a share in so many studies."""
+    return 3 * math.sqrt(share * (1 - share) / times)
+
+
+CASES = {
+    "usual": Truth(),
+    "two degrees of freedom": Truth(draws=(2, 1, 1, 1, 2, 1), draw=0.04),
+    "draws move items alone": Truth(draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0),
+    "items matter most": Truth(draws=(2, 2, 1, 1), own_items=0.6, draw=0.01),
+}
+
+
+@pytest.mark.parametrize("truth", CASES.values(), ids=CASES)
+def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
+    """Never less often than 95 %; more often only as far as 98.5 %."""
+    times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
+    for _, found, expected in studies(truth, times):
+        for quantity in (0, 1, 3):
+            one = found.one(2, quantity)
+            real = expected[:, quantity]
+            gap = found.estimate(found.unit(0, quantity) - found.unit(2, quantity), test=True)
+            inside["one"].append(one.low <= 0.5 <= one.high)
+            inside["one, draws"].append(one.draw_low <= real[2] <= one.draw_high)
+            inside["gap"].append(gap.low <= 0 <= gap.high)
+            inside["gap, draws"].append(gap.draw_low <= real[0] - real[2] <= gap.draw_high)
+    for name, told in inside.items():
+        assert 0.95 - slack(times) <= np.mean(told) <= 0.985 + slack(times, 0.015), name
+
+
+def test_among_equal_sets_no_more_is_claimed_than_the_level_allows() -> None:
+    """Mixes, the best source (picked by its numbers) and the mean of the sources, all alike."""
+    times, claimed, found_at_all, drawn_at_all = 200, [], 0, 0
+    truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
+    for cells, found, _ in studies(truth, times, seed=1):
+        gaps = corrected_differences(compare(cells, found))
+        claimed += [one.gap.p <= 0.05 for one in gaps if one.quantity == "total"]
+        found_at_all += any(one.significant for one in gaps if one.quantity != "worst")
+    same = replace(truth, own_items=0.0)
+    for cells, found, _ in studies(same, times, seed=2):
+        gaps = corrected_differences(compare(cells, found))
+        drawn_at_all += any(one.draw_p_corrected <= 0.05 for one in gaps if one.quantity != "worst")
+    assert np.mean(claimed) <= 0.05 + slack(times)
+    assert found_at_all / times <= 0.05 + slack(times)
+    assert drawn_at_all / times <= 0.05 + slack(times)
+
+
+def test_a_planted_difference_is_found() -> None:
+    kept = np.full((8, 4), 0.5)
+    kept[-1] = 0.6  # the third mix: 5 standard errors
+    truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 3), kept=kept, others=3)
+    hits = []
+    for cells, found, _ in studies(truth, 40, seed=3):
+        gaps = corrected_differences(compare(cells, found))
+        totals = [one for one in gaps if one.quantity == "total"]
+        hits += [one.significant for one in totals if "s7" in (one.left, one.right)]
+    assert np.mean(hits) > 0.9
+
+
+def test_the_one_that_was_picked_is_not_favoured() -> None:
+    """The raw total of the highest of 12 sources lies too high, the shrunken one does not."""
+    rng = np.random.default_rng(4)
+    for spread in (0.0, 0.03):
+        raw, drawn = [], []
+        for number in range(150):
+            level = 0.5 + spread * rng.standard_normal((12, 1))
+            truth = Truth(draws=(2,) + (1,) * 9 + (2, 2), kept=level, items=0.2)
+            cells, expected = made(truth, rng)
+            found = joint(cells, resamples=20, seed=number % 8)
+            weight = np.eye(7)[0]
+            best = int(found.values[:, 0].argmax())
+            centre = expected[:, 0].mean() - level.mean()  # what these items do to all
+            real = level[best, 0] + centre
+            raw.append(found.values[best, 0] - real)
+            drawn.append(shrink(found, groups_of(cells), weight).values[best] - real)
+        assert np.mean(raw) > 0.01
+        assert abs(np.mean(drawn)) < 0.3 * np.mean(raw)
+
+
+def test_noise_is_what_was_planted() -> None:
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(60):
+        level = 0.5 + 0.05 * rng.standard_normal((8, 1))
+        cells, _ = made(replace(Truth(), kept=level), rng)
+        found.append(
+            {one.quantity: one for one in noise_of(cells, joint(cells, resamples=9, seed=0))}
+        )
+    total, task = [one["total"] for one in found], [one["a1"] for one in found]
+    assert {(one.freedom, one.items, one.sets, one.kind) for one in total} == {(8, 240, 8, "total")}
+    # Weights of items w have a mean of 1, and mean squares of 13/12.
+    chance = 13 / 12 * 0.15**2 / 60
+    assert np.mean([one.draw**2 for one in task]) == pytest.approx(
+        0.02**2 * 1.25 + chance, rel=0.15
+    )
+    assert np.mean([one.draw**2 for one in total]) == pytest.approx(
+        0.02**2 * (0.5 + 0.25) + chance / 4, rel=0.15
+    )
+    own = 13 / 12 * 2 * 0.15**2 / 240
+    assert np.median([one.item**2 for one in total]) == pytest.approx(own, rel=0.15)
+    assert np.mean([one.signal**2 for one in total]) == pytest.approx(0.05**2, rel=0.2)
+    assert total[0].signal == total[0].signal_all
+    assert total[0].ratio == pytest.approx(
+        total[0].signal / math.hypot(total[0].draw, total[0].item / math.sqrt(2))
+    )
