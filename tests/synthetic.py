@@ -172,12 +172,13 @@ def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
             values=tuple(accuracy.tolist()), bytes=((4, 4, 4, 4),) * COUNT, floor="context-free",
             loglikelihoods=choices(np.clip(0.3 + kept, 0.001, 0.999)),
             floors=choices(np.full(COUNT, 0.3)) if of is None else (),
+            unigram=(-8.0,) * COUNT if of is None else (),
         )  # fmt: skip
     return TaskScores(
         **head, metric="bits_per_byte", primary="bits", chance=0.0, **gold,
-        bytes=((20,),) * COUNT, floor="unigram",
+        bytes=((20,),) * COUNT,
         loglikelihoods=rounded((-60 + 60 * kept)[:, None].tolist()),
-        floors=rounded([[-60.0]] * COUNT) if of is None else (),
+        unigram=(-60.0,) * COUNT if of is None else (),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from calmix.study.results import StudyResults, Trial
 from calmix.study.trials import Condition, Planned, condition_names
 
 if TYPE_CHECKING:
-    from calmix.analysis.noise import Noise  # type: ignore[import-not-found]
+    from calmix.analysis.noise import Noise
 
 POWER = 0.80
 Z_POWER = 0.8416212335729143  # normal quantile of it
@@ -144,7 +144,7 @@ def noises(
         InputError: nothing has finished, or a method or sparsity it does not have.
     """
     trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
-    from calmix.analysis.bootstrap import joint  # type: ignore[import-not-found]
+    from calmix.analysis.bootstrap import joint
     from calmix.analysis.noise import noise_of
 
     return [
@@ -197,7 +197,7 @@ def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
         total = next((one for one in own if one.kind == "total" and one.draw is not None), None)
         for draws in sorted(set(counts.values())):
             on_these = with_items = None
-            if total is not None and freedom:
+            if total is not None and total.draw is not None and freedom:
                 on_these = detectable(draws, total.draw, freedom)
                 with_items = detectable(draws, total.draw, freedom, total.item or 0.0)
             found.append(Reach(names[condition], draws, on_these, with_items))
