@@ -1,10 +1,10 @@
 """Our scorer against lm-evaluation-harness's own HFLM: the same scores, and how much faster?
 
-    python benchmarks/eval_parity.py [--dtype float32] [--limit 8] [--batch-sizes 4,16]
+    python benchmarks/eval_parity.py [--dtype float32] [--limit N] [--batch-sizes 4,16]
 
 Both run the same task objects of the `offline` suite with the same model in memory, one after
-the other. HFLM is first tried at each batch size on a few items of every task, and then runs
-with its fastest.
+the other; without --limit the whole suite. HFLM is first tried at each batch size on a few items
+of every task, and then runs with its fastest.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--limit", type=int, default=8)
+    parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-sizes", default="4,16")
     options = parser.parse_args()
     opened = open_model(options.model, dtype=options.dtype)
     suite = choose("offline", limit=options.limit)
     threads = torch.get_num_threads()
-    print(f"{options.model} in {opened.model.dtype}, offline suite, {options.limit} items a task")
+    items = f"{options.limit or 'all'} items a task"
+    print(f"{options.model} in {opened.model.dtype}, offline suite, {items}")
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     if len(sizes) > 1:
         trial = choose("offline", limit=2)

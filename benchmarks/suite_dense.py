@@ -1,4 +1,4 @@
-"""What the dense model scores on each task of a suite: is it above chance, and what does it cost?
+"""What does the dense model score on each task of a suite, what knowing nothing, at what cost?
 
     python benchmarks/suite_dense.py [--suite offline] [--model builtin:smollm2-135m] [--quick]
 
@@ -28,31 +28,34 @@ def main() -> None:
     threads = torch.get_num_threads()
     print(f"{options.model} in {model.model.dtype}, suite {suite.name} version {suite.version}")
     print(f"{'quick slice, ' if options.quick else ''}{threads} threads, torch {torch.__version__}")
-    head = ("dimension", "task", "metric", "n", "chance", "dense", "noise", "signal", "s")
-    form = "{:<12} {:<18} {:<14} {:>5} {:>7} {:>7} {:>7} {:>7} {:>6}"
+    head = ("dimension", "task", "scored by", "n", "floor", "dense", "signal", "accuracy", "s")
+    form = "{:<12} {:<17} {:<12} {:>4} {:>7} {:>7} {:>7} {:>9} {:>6}"
     print(form.format(*head))
     total = 0.0
     for name in suite.tasks:
         scores = evaluate(model, suite.only(tasks=[name]))
-        task = scores.tasks[0]
+        task = scores.retention(scores, resamples=1).tasks[0]
         total += scores.seconds
-        chance = f"{task.chance:.3f}" if task.kind == "accuracy" else "-"
         print(
             form.format(
                 task.dimension,
                 task.name,
-                task.metric,
-                len(task.items),
-                chance,
-                f"{task.score:.3f}",
-                f"{task.noise:.3f}",
+                task.score,
+                task.items,
+                "-" if task.floor is None else f"{task.floor:.3f}",
+                f"{task.dense:.3f}",
                 "yes" if task.signal else "no",
+                "-" if task.dense_accuracy is None else f"{task.dense_accuracy:.3f}",
                 f"{scores.seconds:.1f}",
             ),
             flush=True,
         )
     whole = evaluate(model, suite)
-    print(f"one by one {total:.1f} s, all in one run {whole.seconds:.1f} s (model loading aside)")
+    pruned = evaluate(model, suite, floors=False)
+    print(
+        f"one by one {total:.1f} s, all in one run {whole.seconds:.1f} s, "
+        f"{pruned.seconds:.1f} s without the floors, as for a pruned model (loading aside)"
+    )
 
 
 if __name__ == "__main__":
