@@ -1,6 +1,6 @@
 """How well a suite tells calibration sets apart, and by which score of each task it does best.
 
-    python benchmarks/signal_to_noise.py STORE [--method sparsegpt] [--sparsity 0.6] [--agreement 0.5]
+    python benchmarks/signal_to_noise.py STORE [--sparsity 0.6] [--agreement 0.5] [--method ...]
 
 STORE is a study, run or exported, with sets that were drawn twice or more. First, for the suite's
 own scores: signal (spread of the sets), noise of one draw and of the items, their ratio, and the

@@ -34,7 +34,9 @@ def test_models_stand_side_by_side(calmix, files):
     shown = calmix("compare", half, "--against", dense).out
     assert "57.1" in shown
     assert "half" in shown
-    assert "(math)" in shown
+    assert "worst" in shown
+    assert "flips %" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_dense_model_keeps_all_of_itself(calmix, files):
@@ -58,3 +60,13 @@ def test_mistakes_are_one_line(calmix, files, tmp_path):
         ended = calmix("compare", *arguments)
         assert ended.code == 2
         assert words in ended.line
+
+
+def test_many_models_are_a_row_each(calmix, files, tmp_path):
+    dense, half = files
+    names = ["alpha", "beta", "gamma", "delta"]
+    more = [saved(tmp_path / f"{name}.json", [1, 0, 1, 0, 1, 0, 0, 1]) for name in names]
+    shown = calmix("compare", half, *more, "--against", dense).out
+    assert max(map(len, shown.splitlines())) <= 80
+    (line,) = [line for line in shown.splitlines() if line.strip().startswith("delta")]
+    assert "57.1" in line

@@ -101,8 +101,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, kind: str = "llama") -> Path:
+def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     """Save a tiny model with its tokenizer and return the folder."""
-    tiny_model(kind).save_pretrained(folder)
+    tiny_model(kind, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

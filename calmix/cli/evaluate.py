@@ -377,8 +377,7 @@ def _print_retention(
     if silent:
         out.print(
             "no signal (dense score within its noise of knowing nothing, left out): "
-            + ", ".join(silent),
-            soft_wrap=True,
+            + ", ".join(silent)
         )
     out.print(legend(resamples, seed), highlight=False)
     _print_distance(scores, dense, resamples, seed)

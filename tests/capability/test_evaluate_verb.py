@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from calmix.capability import texts
 from tests.capability.archive import suite_text, use_archive
 from tests.conftest import Ended
 
@@ -18,6 +19,7 @@ Run = Callable[..., Ended]
 def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     use_archive(monkeypatch)
+    monkeypatch.setattr(texts, "builtin_readers", dict)
     path = tmp_path / "made.yaml"
     path.write_text(suite_text(), encoding="utf-8")
     return path
@@ -51,6 +53,30 @@ def test_retention_against_a_dense_model(calmix: Run, tiny_folder: Path, suite_f
     assert value["scores"]["suite"] == value["dense"]["suite"]
 
 
+def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
+    calmix: Run, tiny_folder: Path, suite_file: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from tests.tiny import save_tiny_model
+
+    other, out = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "scores.json"
+    arguments = ("evaluate", other, "--suite", suite_file, "--text", f"mine={text_file}")
+    ended = calmix(*arguments, "--against", tiny_folder, "-o", out)
+    assert ended.code == 0, ended.err
+    assert "KL(dense || pruned)" in ended.out
+    assert "flips %" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    kept = json.loads(out.read_text(encoding="utf-8"))["scores"]["distance"]
+    assert kept["dimensions"]["mine"]["kl_mean"] > 0
+    same = ("evaluate", tiny_folder, *arguments[2:], "--against", tiny_folder, "--json")
+    assert json.loads(calmix(*same).out)["scores"]["distance"]["total"]["kl_mean"] == 0
+    dense = tmp_path / "dense.json"
+    assert calmix("evaluate", tiny_folder, "--suite", suite_file, "-o", dense).code == 0
+    for against in ((), ("--against", dense)):
+        assert "name it with --against" in calmix(*arguments, *against).line
+    wrong = calmix("evaluate", other, "--against", tiny_folder, "--text", "mine")
+    assert (wrong.code, wrong.out) == (2, "")
+
+
 def test_a_file_is_scored_anew_by_another_measure(
     calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
 ) -> None:
@@ -67,7 +93,9 @@ def test_a_file_is_scored_anew_by_another_measure(
         rows = json.loads(calmix("rescore", alone, "--measure", measure, "--json").out)
         assert [row["task"] for row in rows] == ["quiz", "which", "text"]
     assert "scored by" in calmix("rescore", alone).out
-    assert calmix("rescore", alone, "--against", path).code == 0
+    assert calmix("rescore", path, "--against", alone).code == 0
+    ended = calmix("rescore", alone, "--against", path)  # what was scored as a pruned model
+    assert "hold no score without the knowledge" in ended.line
     ended = calmix("rescore", path, "--measure", "f1")
     assert (ended.code, ended.out) == (2, "")
     assert "the measure is primary" in ended.line
