@@ -54,6 +54,8 @@ def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
     names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
     module._archive_items.cache_clear()
+    monkeypatch.setattr("calmix.capability.texts.builtin_readers", dict)
+    monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
     monkeypatch.setattr(module, "_members", lambda: names)
     monkeypatch.setattr(
         assets, "read_jsonl", lambda _, member: requests("/".join(member.split("/")[2:4]))

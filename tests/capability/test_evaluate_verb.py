@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from calmix.capability import texts
 from tests.capability.archive import suite_text, use_archive
 from tests.conftest import Ended
 
@@ -19,7 +18,6 @@ Run = Callable[..., Ended]
 def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     use_archive(monkeypatch)
-    monkeypatch.setattr(texts, "builtin_readers", dict)
     path = tmp_path / "made.yaml"
     path.write_text(suite_text(), encoding="utf-8")
     return path
