@@ -25,11 +25,10 @@ demo: setup
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/mix --sparsity 0.6 --calibration $(MIX)
 	$(BIN)/calmix generate igsp --model $(MODEL) -o $(OUT)/written
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/igsp --sparsity 0.6 --calibration $(OUT)/written
-	$(BIN)/calmix evaluate $(MODEL) --quick -o $(OUT)/dense.json
 	for name in single mix igsp; do \
-	  $(BIN)/calmix evaluate $(OUT)/$$name --quick -o $(OUT)/$$name.json || exit; done
-	$(BIN)/calmix compare $(OUT)/single.json $(OUT)/mix.json $(OUT)/igsp.json \
-	  --against $(OUT)/dense.json
+	  $(BIN)/calmix evaluate $(OUT)/$$name --quick --against $(MODEL) -o $(OUT)/$$name.json \
+	    > $(OUT)/$$name.txt || exit; done
+	$(BIN)/calmix compare $(OUT)/single.json $(OUT)/mix.json $(OUT)/igsp.json
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -41,8 +41,11 @@ def compare(
         ),
     ],
     against: Annotated[
-        Path, typer.Option(metavar="DENSE", show_default=False, help="The dense model's file.")
-    ],
+        Path | None,
+        typer.Option(
+            metavar="DENSE", show_default="the one in SCORES", help="The dense model's file."
+        ),
+    ] = None,
     measure: MeasureName = "primary",
     resamples: Resamples = 2000,
     seed: Seed = 0,
@@ -50,14 +53,18 @@ def compare(
 ) -> None:
     """Put the retention of several models side by side, dimension by dimension."""
     from calmix.capability.distance import flips
-    from calmix.capability.scores import load_scores
+    from calmix.capability.scores import load_dense, load_scores
 
     judged = check_bootstrap(measure, resamples, seed)
     names = [path.stem for path in scores]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise InputError(f"two files are called {doubles[0]}.json: rename one, to tell them apart")
-    dense = load_scores(against)
+    dense = load_dense(scores[0]) if against is None else load_scores(against)
+    if dense is None:
+        raise InputError(
+            f"{scores[0]} was scored without a dense model: name its file with --against"
+        )
     models = {name: load_scores(path) for name, path in zip(names, scores, strict=True)}
 
     def kept_by(measure: Measure) -> dict[str, Retention]:

@@ -63,6 +63,8 @@ def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
     assert "KL(dense || pruned)" in ended.out
     assert "flips %" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
+    compared = calmix("compare", out)  # the dense scores are in the file
+    assert "KL to dense" in compared.out
     kept = json.loads(out.read_text(encoding="utf-8"))["scores"]["distance"]
     assert kept["dimensions"]["mine"]["kl_mean"] > 0
     same = ("evaluate", tiny_folder, *arguments[2:], "--against", tiny_folder, "--json")
