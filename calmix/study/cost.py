@@ -276,6 +276,11 @@ def suite_seconds(sizes: Sizes, work: SuiteWork, machine: Machine) -> float:
     return scored + generation_seconds(sizes, work.answers * GENERATE, machine)
 
 
+def distance_seconds(sizes: Sizes, tokens: int, machine: Machine) -> float:
+    """Seconds of the distance to the dense model: one pass, and the output head of both."""
+    return forward_seconds(sizes, tokens, 512, machine) + 2 * head_seconds(sizes, tokens, machine)
+
+
 def generation_seconds(sizes: Sizes, tokens: float, machine: Machine) -> float:
     """Seconds of writing `tokens` tokens, 64 rows at a time."""
     read = sizes.weights * sizes.value_bytes / machine.memory_bytes / DECODING

@@ -11,6 +11,7 @@ from typing import Any
 from calmix import assets
 from calmix.capability.suites import ARCHIVE, Suite, TaskSpec
 from calmix.capability.tasks import load_items, preamble
+from calmix.capability.texts import LENGTH, ROWS, builtin_readers
 from calmix.errors import InputError
 from calmix.files import user_path
 from calmix.models import resolve_model
@@ -82,6 +83,7 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
         machine: its rates, from `probe` or `cost.on_paper`.
     """
     work = suite_work(study.suite)
+    held = ROWS * LENGTH * sum(name in builtin_readers() for name in study.suite.dimensions)
     groups: dict[tuple[Any, ...], list[Planned]] = {}
     sets: dict[tuple[Any, ...], Planned] = {}
     for trial in plan(study):
@@ -97,7 +99,8 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             "prune": sum(
                 cost.prune_seconds(model, rows, length, method, propagation, machine).values()
             ),
-            "evaluate": cost.suite_seconds(model, work, machine),
+            "evaluate": cost.suite_seconds(model, work, machine)
+            + cost.distance_seconds(model, held, machine),
         }
         memory = cost.peak_memory(model, rows, length, method, machine)
         disk = cost.disk_bytes(model, work, study.file.keep_checkpoints)

@@ -81,6 +81,9 @@ def test_costs_follow_the_request() -> None:
     assert kept == small.weights * 2
     written = cost.SuiteWork(10, 1000, 10, True)
     assert cost.suite_seconds(small, written, UNIT) > cost.suite_seconds(small, work, UNIT)
+    far = [cost.distance_seconds(small, tokens, UNIT) for tokens in (0, 100, 200)]
+    assert far[0] == 0
+    assert far[2] == pytest.approx(2 * far[1])
     sets = {s: cost.set_seconds(small, 4, 32, s, UNIT) for s in ("mix", "self-cal", "igsp")}
     assert "generate" not in sets["mix"]
     assert sets["igsp"]["generate"] == 3 * sets["self-cal"]["generate"]
