@@ -22,7 +22,7 @@ from calmix.errors import SourceError
 
 TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
-ENOUGH = 200  # documents looked at before a source is refused, if it has as many
+ENOUGH = 4_000  # documents, of which the share that leaks is told
 Item = tuple[str, str, str]  # task, item id, text
 DISTINCT = 0.75  # the share of a run's ids that must be distinct for it to count
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
