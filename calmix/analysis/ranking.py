@@ -28,6 +28,7 @@ class Ranked:
         best: probability of the highest total, from the shrunken resamples.
         behind: shrunken total of the first set less this one's; None for the first.
         accuracy: retention of accuracy (the paper's), total and dimensions.
+        distance: to the dense model by `cells.DISTANCES`, mean over draws, total and dimensions.
         halves: tasks that are the other half of a benchmark this set was made of.
         without_own: total and dimensions without those tasks, where that makes a difference.
     """
@@ -46,6 +47,7 @@ class Ranked:
     dimensions: dict[str, Estimate]
     tasks: dict[str, Estimate]
     accuracy: dict[str, float | None]
+    distance: dict[str, dict[str, float | None]]
     halves: tuple[str, ...]
     without_own: dict[str, Estimate]
     behind: Estimate | None
@@ -137,6 +139,7 @@ def rank(cells: Cells, found: Joint) -> list[Ranked]:
     )  # fmt: skip
     first = places.index(1) if 1 in places else None
     accuracy = nan_mean(cells.accuracy, 1)
+    far = {key: nan_mean(values, 1) for key, values in cells.distance.items()}
     made = []
     for at, name in enumerate(cells.sets):
         dimensions = {key: found.one(at, q) for q, key in enumerate(cells.dimensions, start=1)}
@@ -155,12 +158,17 @@ def rank(cells: Cells, found: Joint) -> list[Ranked]:
                 found.estimate(np.outer(own, total), float(shrunken.values[at])), best[at],
                 worst, Estimate(None) if worst is None else dimensions[worst], dimensions,
                 {task.name: found.one(at, width + q) for q, task in enumerate(cells.tasks)},
-                {key: None if np.isnan(value) else float(value)
-                 for key, value in zip(names, accuracy[at], strict=True)},
+                _named(names, accuracy[at]),
+                {key: _named(names, values[at]) for key, values in far.items()},
                 cells.halves[at], _without_own(cells, found, at), behind,
             )
         )  # fmt: skip
     return sorted(made, key=lambda one: np.inf if one.rank is None else one.rank)
+
+
+def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
+    told = zip(names, values.tolist(), strict=True)
+    return {name: None if math.isnan(value) else value for name, value in told}
 
 
 def _without_own(cells: Cells, found: Joint, at: int) -> dict[str, Estimate]:

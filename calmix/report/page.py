@@ -229,6 +229,7 @@ def _condition(
     name = slug(found.condition.label)
     role = f' role="tabpanel" aria-labelledby="tab-{name}"' if several else ""
     tables = [
+        _fold("Distance to the dense model", _told_distance(found), _distance(analysis, found)),
         _fold("Correlations", f"Spearman; {_families(analysis, tasks=False)}",
               _correlations(found, tasks=False)),
         _fold("Correlations with single tasks", f"Spearman; {_families(analysis, tasks=True)}",
@@ -238,7 +239,9 @@ def _condition(
               _noise(found)),
         _fold("Spread over calibration sets", "points", _spreads(found)),
     ]  # fmt: skip
-    shown = [bool(found.correlations)] * 2 + [bool(found.differences), True, bool(found.spreads)]
+    far = any(told[TOTAL] is not None for one in found.ranking for told in one.distance.values())
+    shown = [far, *[bool(found.correlations)] * 2, bool(found.differences), True,
+             bool(found.spreads)]  # fmt: skip
     return (
         f'<section class="condition" id="{name}"{role}>'
         f"<h2>{escape(found.condition.label)}</h2>"
@@ -354,6 +357,34 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
 
 def _share(value: float | None) -> Cell:
     return Cell(words.percent(value), value)
+
+
+def _told_distance(found: ConditionAnalysis) -> str:
+    text = "KL(dense || pruned) in nats a token; top-1: share of tokens with the same likeliest one"
+    rho = [f"{one.quantity} {words.rho(one.rho)} (p {words.p_value(one.p)})"
+           for one in found.agreements if one.rho is not None]  # fmt: skip
+    return f"{text}. Spearman's ρ of KL with retention: {', '.join(rho)}" if rho else text
+
+
+def _distance(analysis: Analysis, found: ConditionAnalysis) -> str:
+    columns = [
+        Column("calibration set", number=False), Column("total retention %"), Column("KL"),
+        Column("top-1 %"), Column("flips %"),
+        *(Column(f"{name}, KL") for name in analysis.dimensions),
+    ]  # fmt: skip
+    rows = [
+        [
+            _text(one.calibration), _share(one.total.value), _nats(one.distance["kl"][TOTAL]),
+            _share(one.distance["top1"][TOTAL]), _share(one.distance["flips"][TOTAL]),
+            *(_nats(one.distance["kl"][name]) for name in analysis.dimensions),
+        ]
+        for one in found.ranking
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def _nats(value: float | None) -> Cell:
+    return Cell("–" if value is None else f"{value:.3f}", value)
 
 
 def _correlations(found: ConditionAnalysis, *, tasks: bool) -> str:

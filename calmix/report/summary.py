@@ -79,6 +79,7 @@ def summarise(analysis: Analysis) -> Summary:
         _contest(each, found, missing)
         _trade_offs(analysis, each, found, missing)
         _averaging(each, found, missing)
+        _distance(each, found, missing)
         _noise(each, missing)
         brief = found[0] if found else ""
         if each.correlations:
@@ -215,6 +216,24 @@ def _averaging(each: ConditionAnalysis, found: list[str], missing: list[str]) ->
         )
     elif widest.range > total.range:
         missing.append(f"{text}; unrelated dimensions would average out much the same.")
+
+
+def _distance(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None:
+    """Whether KL to the dense model orders the sets as their total retention does."""
+    one = next((one for one in each.agreements if one.quantity == TOTAL), None)
+    if one is None or one.rho is None:
+        return
+    told = f"over {one.n} sets (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}"
+    if one.agrees:
+        found.append(
+            "The lower the KL to the dense model, which needs no labels, the higher the total "
+            f"retention, {told}; −1 would be the very same order)."
+        )
+    else:
+        missing.append(
+            "The KL to the dense model, which needs no labels, does not give the order by total "
+            f"retention beyond chance {told})."
+        )
 
 
 def _noise(each: ConditionAnalysis, missing: list[str]) -> None:

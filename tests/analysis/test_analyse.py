@@ -42,6 +42,8 @@ def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
     assert float(rows[0]["total_value"]) == first["total"]["value"]
     assert float(rows[0]["code_high"]) == first["dimensions"]["code"]["high"]
     assert float(rows[0]["code_accuracy"]) == first["accuracy"]["code"]
+    assert float(rows[0]["code_kl"]) == first["distance"]["kl"]["code"]
+    assert float(rows[0]["total_flips"]) == first["distance"]["flips"]["total"]
     with (tmp_path / "one" / "tasks.csv").open() as file:
         tasks = list(csv.DictReader(file))
     assert len(tasks) == 66 * 8

@@ -166,6 +166,17 @@ def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> 
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
 
 
+def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known(tmp_path: Path) -> None:
+    results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
+    page = write(results, tmp_path / "whole")
+    assert "Spearman&#x27;s ρ of KL with retention: total −1.00" in page
+    kl = (results.trials[0].distance or {})["total"]["kl_mean"]
+    assert f">{kl:.3f}</td>" in page
+    old = [one.model_copy(update={"distance": None}) for one in results.trials]
+    page = write(results.model_copy(update={"trials": tuple(old)}), tmp_path / "old")
+    assert "ρ of KL" not in page
+
+
 def test_an_environment_is_laid_flat() -> None:
     told = flat({"a": {"b": 1, "c": [1, 2]}, "d": None})
     assert told == [("a.b", "1"), ("a.c", "1, 2"), ("d", "–")]

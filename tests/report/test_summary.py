@@ -42,6 +42,20 @@ def test_mixes_are_told_against_the_best_and_the_mean_source() -> None:
     assert "keeps less in total than the mean of the single sources" in text
 
 
+def test_whether_kl_could_stand_in_for_the_benchmarks_is_told() -> None:
+    results = study(Plan())
+    told = of(results).conditions[0]
+    assert any("the higher the total retention, over 16 sets (ρ −1.00" in line
+               for line in told.found)  # fmt: skip
+    for number, one in enumerate(results.trials):
+        distance = {**(one.distance or {}), "total": {"kl_mean": number % 7, "top1": 0.5}}
+        trials = list(results.trials)
+        trials[number] = one.model_copy(update={"distance": distance})
+        results = results.model_copy(update={"trials": tuple(trials)})
+    told = of(results).conditions[0]
+    assert any("does not give the order by total retention" in line for line in told.not_found)
+
+
 def test_equal_sets_are_not_told_apart() -> None:
     lifts = {"mix-8": ("mix", 0.0)}
     told = of(study(Plan(others=lifts, noise=0.0, draw=0.02))).conditions[0]
