@@ -10,7 +10,7 @@ import numpy as np
 
 from calmix.analysis.bootstrap import Estimate, Joint
 from calmix.analysis.cells import Cells, nan_mean
-from calmix.analysis.statistics import Array
+from calmix.analysis.statistics import ROUNDING, Array
 
 SMALL = 4  # a group of fewer sets tells nothing of its own spread
 
@@ -25,7 +25,7 @@ class Ranked:
         worst: the dimension with the lowest mean over draws; `lowest` is its estimate.
         shrunken: the total drawn towards the mean of its group (`shrink`): what to expect of a
             set that was picked for its rank.
-        best: probability of the highest total, from the shrunken resamples.
+        best: probability of the highest total, from the shrunken resamples; None of one set.
         behind: shrunken total of the first set less this one's; None for the first.
         accuracy: retention of accuracy (the paper's), total and dimensions.
         distance: to the dense model by `cells.DISTANCES`, mean over draws, total and dimensions.
@@ -109,14 +109,17 @@ def shrink(found: Joint, groups: Sequence[Sequence[int]], weight: Array) -> Shru
 
 
 def chances(found: Joint, weight: Array, shrunken: Shrunken) -> list[float | None]:
-    """Return each set's probability of being the best; None without a value."""
+    """Return each set's probability of being the best, ties shared; None without a value, or
+    where there is but one set."""
     used = weight != 0
     known = np.flatnonzero(~np.isnan(shrunken.values))
-    if not len(known) or not used.any():
+    if len(known) < 2 or not used.any():
         return [None] * len(shrunken.values)
     deviations = np.einsum("sqr,q->sr", (found.item + found.draw)[:, used], weight[used])
     sampled = shrunken.values[known, None] + shrunken.coefficients[known] @ deviations
-    first = np.bincount(sampled[:, ~np.isnan(sampled).any(0)].argmax(0), minlength=len(known))
+    sampled = sampled[:, ~np.isnan(sampled).any(0)]
+    top = sampled >= sampled.max(0) - ROUNDING  # sets wholly drawn to one mean are all the same
+    first = (top / top.sum(0)).sum(1)
     share: list[float | None] = [None] * len(shrunken.values)
     for at, times in zip(known, first, strict=True):
         share[at] = float(times / max(1, first.sum()))

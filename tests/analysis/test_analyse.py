@@ -73,6 +73,15 @@ def test_tiny_studies_say_what_they_can(sources: int, seeds: tuple[int, ...]) ->
     assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
 
 
+def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best() -> None:
+    kept = {"general": 0.44, "math": 0.40}
+    trials = tuple(trial(name, "single", "wanda", "50%", 0, kept) for name in "abc")
+    for ranked in analyse(study(Plan(), trials=trials), QUICK).conditions[0].ranking:
+        assert ranked.best == pytest.approx(1 / 3)
+    alone = analyse(study(Plan(), trials=trials[:1]), QUICK).conditions[0]
+    assert alone.ranking[0].best is None
+
+
 def test_a_dimension_without_signal_has_no_value_anywhere() -> None:
     trials = tuple(
         trial(f"s{n}", "single", "sparsegpt", "60%", 0, {"general": 0.4 + n / 50, "math": None},
