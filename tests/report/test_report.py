@@ -150,6 +150,7 @@ def test_tiny_studies_have_a_report(
     names = [f"s{number}" for number in range(sources)]
     page = write(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)), tmp_path / "r")
     assert "cannot be" in page
+    assert ("Signal and noise" in page) == (sources > 1)
     assert 'role="tabpanel"' not in page
 
 
@@ -175,6 +176,17 @@ def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known(tmp_path:
     old = [one.model_copy(update={"distance": None}) for one in results.trials]
     page = write(results.model_copy(update={"trials": tuple(old)}), tmp_path / "old")
     assert "ρ of KL" not in page
+
+
+def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line(tmp_path: Path) -> None:
+    trials = tuple(
+        trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
+        for n in range(2)
+    )
+    page = write(study(Plan(), trials=trials), tmp_path / "r")
+    assert re.findall(r">−20(?:\.0)?<", page)
+    assert re.findall(r">-\d", page) == []
+    assert "After Wanda 2:4, s0 keeps the most" in page
 
 
 def test_an_environment_is_laid_flat() -> None:
