@@ -192,7 +192,10 @@ def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> N
         for key in ("more", "less"):
             if names := told[key]:
                 verb = "keeps" if len(names) == 1 else "keep"
-                found.append(f"{words.listed(names)} {verb} {key} in total than the {right}.")
+                aside = "" if each.joint.freedom else ", other draws left aside"
+                found.append(
+                    f"{words.listed(names)} {verb} {key} in total than the {right}{aside}."
+                )
         if names := told["these"]:
             missing.append(
                 f"Set apart on these items only, not were they drawn anew, from the {right}: "
@@ -348,7 +351,7 @@ def _certainty(analysis: Analysis) -> list[str]:
         lines.append(
             f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} finished, "
             f"{analysis.failed} failed, {max(0, waiting)} still to come. All figures are of "
-            " the finished ones and may change."
+            "the finished ones and may change."
         )
     gaps = sum(len(each.missing) for each in analysis.conditions)
     if gaps:

@@ -56,6 +56,14 @@ def test_whether_kl_could_stand_in_for_the_benchmarks_is_told() -> None:
     assert any("does not give the order by total retention" in line for line in told.not_found)
 
 
+def test_a_lead_of_one_draw_each_is_not_said_to_hold_for_others() -> None:
+    lifts = {"mix-8": ("mix", 0.2)}
+    for seeds, end in (((0,), "single sources, other draws left aside."), ((0, 1), "sources.")):
+        told = of(study(Plan(others=lifts, noise=0.01, draw=0.002, seeds=seeds))).conditions[0]
+        [line] = [line for line in told.found if "than the mean of the" in line]
+        assert line.endswith(end)
+
+
 def test_equal_sets_are_not_told_apart() -> None:
     lifts = {"mix-8": ("mix", 0.0)}
     told = of(study(Plan(others=lifts, noise=0.0, draw=0.02))).conditions[0]
@@ -79,6 +87,7 @@ def test_an_unfinished_study_is_told_to_be_one() -> None:
     part = whole.model_copy(update={"trials": whole.trials[:50], "failed": (failed("x"),)})
     told = of(part)
     assert told.certainty[0].startswith("50 of 198 planned trials finished, 1 failed, 147")
+    assert not any("  " in line for line in told.certainty)
     assert any("cell" in line and "empty" in line for line in told.certainty)
     assert "still to come" not in " ".join(of(whole).certainty)
 
