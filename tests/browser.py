@@ -83,7 +83,8 @@ class Page:
 
     def run(self, script: str) -> Any:
         """Return the value of a JavaScript expression."""
-        told = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        told = self.send("Runtime.evaluate", expression=script, returnByValue=True,
+                         awaitPromise=True)  # fmt: skip
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 

@@ -205,6 +205,10 @@ def trial(
         for name, value in kept.items()
         for kind in ("a", "b")
     )  # fmt: skip
+    far = {name: {"kl_mean": 3 * (1 - value), "top1": 0.2 + 0.8 * value}
+           for name, value in known.items()}  # fmt: skip
+    means = {key: sum(one[key] for one in far.values()) / len(far)
+             for key in ("kl_mean", "top1")} if far else {}  # fmt: skip
     fields: dict[str, Any] = {
         "id": f"{calibration}-{method}-{pattern}-{seed}".replace("%", ""),
         "model": "builtin:smollm2-135m",
@@ -225,6 +229,7 @@ def trial(
         "dimensions": dimensions,
         "tasks": tasks,
         "seconds": {"prune": 24.0, "evaluate": 45.0},
+        "distance": {"dense": "d", "texts": "t", "dimensions": far, "total": means},
     }
     return Trial(**fields | changes)
 

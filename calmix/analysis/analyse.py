@@ -30,6 +30,7 @@ from calmix.analysis.differences import (
     corrected_differences,
     margins,
 )
+from calmix.analysis.distances import Agreement, agreements
 from calmix.analysis.noise import Noise, noise_of
 from calmix.analysis.ranking import Ranked, rank
 from calmix.analysis.spread import Spread, spreads
@@ -80,6 +81,7 @@ class ConditionAnalysis:
     differences: tuple[Difference, ...]
     spreads: tuple[Spread, ...]
     noise: tuple[Noise, ...]
+    agreements: tuple[Agreement, ...]
     points: int
     least_p: dict[Among, float]
     missing: tuple[tuple[str, int], ...]
@@ -130,6 +132,7 @@ class Analysis:
                     "differences": [asdict(one) for one in found.differences],
                     "spreads": [asdict(one) for one in found.spreads],
                     "noise": [_noise(one) for one in found.noise],
+                    "agreements": [asdict(one) for one in found.agreements],
                     "tasks": [asdict(one) for one in found.cells.tasks],
                 }
                 for found in self.conditions
@@ -147,6 +150,8 @@ class Analysis:
         ranking = every("ranking")
         for row in ranking:
             row["accuracy"] = {f"{name}_accuracy": kept for name, kept in row["accuracy"].items()}
+            row["distance"] = {f"{name}_{kind}": value for kind, told in row["distance"].items()
+                               for name, value in told.items()}  # fmt: skip
             del row["tasks"]
             del row["without_own"]
         return {
@@ -248,6 +253,7 @@ def analyse(
                     for one in spreads(cells, over, permutations=asked.resamples, seed=asked.seed)
                 ),
                 tuple(noise_of(cells, found)),
+                tuple(agreements(cells, permutations=asked.permutations, seed=asked.seed)),
                 len(counted(cells, asked.over)),
                 {name: least_p(strata_of(cells, asked.over, name), asked.permutations)
                  for name in among},
@@ -312,7 +318,7 @@ def _flat(row: dict[str, Any], name: str = "") -> dict[str, Any]:
     for key, value in row.items():
         own = f"{name}_{key}" if name else key
         if isinstance(value, dict):
-            bare = key in ("gap", "kept", "dimensions", "accuracy")
+            bare = key in ("gap", "kept", "dimensions", "accuracy", "distance")
             found |= _flat(value, name if bare else own)
         else:
             found[own] = value

@@ -24,6 +24,7 @@ from calmix.study.results import StudyResults, Trial
 
 TOTAL = "total"
 WORST = "worst"
+DISTANCES = ("kl", "top1", "flips")  # KL in nats a token; shares of tokens and of items
 METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "Magnitude"}
 
 
@@ -93,6 +94,7 @@ class Cells:
         trials: (set, seed) of every trial, by position.
         values: retention, shape (sets, seeds, 1 + dimensions + tasks).
         accuracy: retention of accuracy (the paper's), shape (sets, seeds, 1 + dimensions).
+        distance: to the dense model by `DISTANCES`, each of that shape; nan where not measured.
         metrics, information: names, and their means over seeds, shape (sets, metrics).
     """
 
@@ -108,6 +110,7 @@ class Cells:
     items: tuple[Items, ...]
     values: Array
     accuracy: Array
+    distance: dict[str, Array]
     metrics: tuple[str, ...]
     information: Array
 
@@ -309,6 +312,8 @@ def _cells(
         check_paired(dense, scores)
     tasks, items, values = _measured(dense, pruned, measure)
     accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy")[2]
+    far = _far(list(places.values()), dimensions)
+    far["flips"] = rolled_up(_flipped(dense, pruned), tasks, dimensions)[:, : 1 + len(dimensions)]
     metrics = tuple(dict.fromkeys(name for trial in trials for name in trial.information))
     known = [[t.information.get(name, math.nan) for name in metrics] for t in places.values()]
 
@@ -324,7 +329,7 @@ def _cells(
         seeds, dimensions, tasks, tuple(places), items,
         table(rolled_up(values, tasks, dimensions)),
         table(rolled_up(accuracies, tasks, dimensions)[:, : 1 + len(dimensions)]),
-        metrics, nan_mean(table(known), 1),
+        {name: table(rows) for name, rows in far.items()}, metrics, nan_mean(table(known), 1),
     )  # fmt: skip
 
 
@@ -334,6 +339,29 @@ def _scores(results: StudyResults, kept: Any, name: str) -> tuple[TaskScores, ..
             f"study {results.name} holds no items' scores of {name}: run or export it again"
         )
     return kept[name]
+
+
+def _far(trials: Sequence[Trial], dimensions: Sequence[str]) -> dict[str, Array]:
+    """Return KL and top-1, shape (trials, 1 + dimensions); nan if trials saw different texts."""
+    same = len({trial.distance["texts"] for trial in trials if trial.distance}) == 1
+    found = {}
+    for name, field in (("kl", "kl_mean"), ("top1", "top1")):
+        rows = []
+        for trial in trials:
+            known = trial.distance if same and trial.distance else {"total": {}, "dimensions": {}}
+            parts = [known["total"], *(known["dimensions"].get(each, {}) for each in dimensions)]
+            rows.append([part.get(field, math.nan) for part in parts])
+        found[name] = np.array(rows)
+    return found
+
+
+def _flipped(dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]]) -> Array:
+    """Return the share of flips, shape (trials, tasks); nan for tasks without an accuracy."""
+    return np.array([
+        [np.not_equal(before.values, after.values).mean() if before.values and after.values
+         else math.nan for before, after in zip(dense, scores, strict=True)]
+        for scores in pruned
+    ])  # fmt: skip
 
 
 def _measured(

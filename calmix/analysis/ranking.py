@@ -10,7 +10,7 @@ import numpy as np
 
 from calmix.analysis.bootstrap import Estimate, Joint
 from calmix.analysis.cells import Cells, nan_mean
-from calmix.analysis.statistics import Array
+from calmix.analysis.statistics import ROUNDING, Array
 
 SMALL = 4  # a group of fewer sets tells nothing of its own spread
 
@@ -25,9 +25,10 @@ class Ranked:
         worst: the dimension with the lowest mean over draws; `lowest` is its estimate.
         shrunken: the total drawn towards the mean of its group (`shrink`): what to expect of a
             set that was picked for its rank.
-        best: probability of the highest total, from the shrunken resamples.
+        best: probability of the highest total, from the shrunken resamples; None of one set.
         behind: shrunken total of the first set less this one's; None for the first.
         accuracy: retention of accuracy (the paper's), total and dimensions.
+        distance: to the dense model by `cells.DISTANCES`, mean over draws, total and dimensions.
         halves: tasks that are the other half of a benchmark this set was made of.
         without_own: total and dimensions without those tasks, where that makes a difference.
     """
@@ -46,6 +47,7 @@ class Ranked:
     dimensions: dict[str, Estimate]
     tasks: dict[str, Estimate]
     accuracy: dict[str, float | None]
+    distance: dict[str, dict[str, float | None]]
     halves: tuple[str, ...]
     without_own: dict[str, Estimate]
     behind: Estimate | None
@@ -107,14 +109,17 @@ def shrink(found: Joint, groups: Sequence[Sequence[int]], weight: Array) -> Shru
 
 
 def chances(found: Joint, weight: Array, shrunken: Shrunken) -> list[float | None]:
-    """Return each set's probability of being the best; None without a value."""
+    """Return each set's probability of being the best, ties shared; None without a value, or
+    where there is but one set."""
     used = weight != 0
     known = np.flatnonzero(~np.isnan(shrunken.values))
-    if not len(known) or not used.any():
+    if len(known) < 2 or not used.any():
         return [None] * len(shrunken.values)
     deviations = np.einsum("sqr,q->sr", (found.item + found.draw)[:, used], weight[used])
     sampled = shrunken.values[known, None] + shrunken.coefficients[known] @ deviations
-    first = np.bincount(sampled[:, ~np.isnan(sampled).any(0)].argmax(0), minlength=len(known))
+    sampled = sampled[:, ~np.isnan(sampled).any(0)]
+    top = sampled >= sampled.max(0) - ROUNDING  # sets wholly drawn to one mean are all the same
+    first = (top / top.sum(0)).sum(1)
     share: list[float | None] = [None] * len(shrunken.values)
     for at, times in zip(known, first, strict=True):
         share[at] = float(times / max(1, first.sum()))
@@ -137,6 +142,7 @@ def rank(cells: Cells, found: Joint) -> list[Ranked]:
     )  # fmt: skip
     first = places.index(1) if 1 in places else None
     accuracy = nan_mean(cells.accuracy, 1)
+    far = {key: nan_mean(values, 1) for key, values in cells.distance.items()}
     made = []
     for at, name in enumerate(cells.sets):
         dimensions = {key: found.one(at, q) for q, key in enumerate(cells.dimensions, start=1)}
@@ -155,12 +161,17 @@ def rank(cells: Cells, found: Joint) -> list[Ranked]:
                 found.estimate(np.outer(own, total), float(shrunken.values[at])), best[at],
                 worst, Estimate(None) if worst is None else dimensions[worst], dimensions,
                 {task.name: found.one(at, width + q) for q, task in enumerate(cells.tasks)},
-                {key: None if np.isnan(value) else float(value)
-                 for key, value in zip(names, accuracy[at], strict=True)},
+                _named(names, accuracy[at]),
+                {key: _named(names, values[at]) for key, values in far.items()},
                 cells.halves[at], _without_own(cells, found, at), behind,
             )
         )  # fmt: skip
     return sorted(made, key=lambda one: np.inf if one.rank is None else one.rank)
+
+
+def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
+    told = zip(names, values.tolist(), strict=True)
+    return {name: None if math.isnan(value) else value for name, value in told}
 
 
 def _without_own(cells: Cells, found: Joint, at: int) -> dict[str, Estimate]:

@@ -109,7 +109,8 @@ def _recommend(
     weight[1 : len(cells.quantities)] = [share[name] for name in cells.dimensions]
     expected = shrink(found, groups_of(cells), weight)
     best = chances(found, weight, expected)
-    order = [at for at in np.argsort(-expected.values, kind="stable") if best[at] is not None]
+    order = [at for at in np.argsort(-expected.values, kind="stable")
+             if not np.isnan(expected.values[at])]  # fmt: skip
     unit = np.eye(len(cells.sets))
     candidates = tuple(
         Candidate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -78,8 +78,17 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, title: str | None = None) -> None:
-    """Print records as a table, one column a key, or as JSON."""
+def print_rows(
+    rows: Sequence[dict[str, Any]],
+    *,
+    as_json: bool,
+    title: str | None = None,
+    whole: Collection[str] = (),
+) -> None:
+    """Print records as a table, one column a key, or as JSON.
+
+    The first column and those named in `whole` are never broken into lines.
+    """
     if as_json:
         print_json(list(rows))
         return
@@ -87,7 +96,7 @@ def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, title: str | No
     for number, key in enumerate(rows[0] if rows else ()):
         numeric = all(isinstance(row[key], int | float) for row in rows)
         justify: JustifyMethod = "right" if numeric else "left"
-        table.add_column(key, justify=justify, overflow="fold", no_wrap=number == 0)
+        table.add_column(key, justify=justify, overflow="fold", no_wrap=number == 0 or key in whole)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     out.print(table)

@@ -83,12 +83,14 @@ def power_command(
             as_json=False,
             title=f"{condition}: {noise.sets} sets, {noise.freedom} degrees of freedom",
         )
-    _line(
+    from calmix.report import words
+
+    _line(words.wrapped(
         "In points of retention. signal: between single sources; draw, items: noise of one draw, "
-        "and of two sets' difference by their items; s/n: signal over both. N pt: draws of each "
-        "set that tell N points apart in 80 % of studies, on these items/for other items too; "
-        "3x: no number of draws does so, without some 3 times the items."
-    )
+        "and of two sets' difference by their items; s/n: signal over both. N\N{NO-BREAK SPACE}pt: "
+        "draws of each set that tell N points apart in 80 % of studies, on these items/for other "
+        "items too; 3x: no number of draws does so, without some 3 times the items."
+    ))  # fmt: skip
 
 
 def parse_points(text: str) -> list[float]:

@@ -151,25 +151,35 @@ def recommend(
             continue
         best = one.candidates[0]
         shares = ", ".join(f"{name} {share:.2g}" for name, share in one.weights.items() if share)
+        if len(set(one.weights.values())) == 1:
+            shares = "all equal"
         print_rows(
             [
                 {
                     "calibration": each.calibration,
-                    "made": words.STRATEGIES[each.strategy],
+                    "made": each.strategy,
                     "retention %": words.with_span(each.retention),
-                    "shrunken %": words.percent(each.shrunken.value),
+                    "shrunken": words.percent(each.shrunken.value),
                     "best": "–" if each.best is None else words.sure(each.best),
                     "draws": each.retention.draws,
                 }
                 for each in one.candidates[:top]
             ],
             as_json=False,
+            whole=("retention %",),
             title=f"{one.condition}, weights {shares}",
         )
-        _line(f"take {best.calibration}: {words.with_span(best.shrunken)} % is to be expected")
+        _line(words.wrapped(
+            f"{'take ' if one.lead is not None else 'no other set than '}{best.calibration}: "
+            f"{words.with_span(best.shrunken)} % is to be expected"
+        ))  # fmt: skip
         if one.lead is not None:
-            _line(_lead(one.lead, one.candidates[1].calibration))
-    _line("brackets: 95 %, for other test items and calibration draws (docs/analysis.md)")
+            _line(words.wrapped(_lead(one.lead, one.candidates[1].calibration)))
+    drawn = any(each.retention.draw_low is not None for one in found for each in one.candidates)
+    _line(
+        f"brackets: 95 %, for other test items{' and calibration draws' if drawn else ''} "
+        "(docs/analysis.md)"
+    )
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:
@@ -198,6 +208,8 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
 def _lead(lead: Estimate, second: str) -> str:
     from calmix.report import words
 
+    if lead.value is None:
+        return f"not ahead of {second}, of which just as much is to be expected"
     text = (
         f"ahead of {second} by {words.percent(lead.value)} points {words.span(lead.low, lead.high)}"
     )

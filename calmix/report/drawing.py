@@ -54,6 +54,7 @@ SETTINGS = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
+    "axes.formatter.useoffset": False,
     "text.color": INK,
     "xtick.color": GRID,
     "ytick.color": GRID,

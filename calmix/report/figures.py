@@ -161,7 +161,7 @@ def _task_map(found: ConditionAnalysis) -> Drawing:
     def draw(titled: bool) -> Any:
         tips.clear()
         rows = found.ranking
-        width = max(WIDTH, 2.4 + 0.56 * len(tasks))
+        width = max(WIDTH, 2.4 + 0.5 * len(tasks))
         figure = new_figure(width, 2.3 + 0.3 * len(rows) + 0.3 * titled)
         axes = figure.subplots()
         for x, task in enumerate(tasks):
@@ -175,7 +175,7 @@ def _task_map(found: ConditionAnalysis) -> Drawing:
                     continue
                 told += f"{words.with_span(one)} %"
                 told += " (made of its benchmark's other half)" if own else ""
-                text = f"{100 * one.value:.0f}{'*' if own else ''}"
+                text = f"{words.whole_percent(one.value)}{'*' if own else ''}"
                 fill = ramp(0.04 + 0.86 * (one.value - low) / (high - low))
                 _cell(axes, tips, (x, y), text, told, fill=fill, bold=own)
         _frame(axes, [task.name for task in tasks], len(rows), -1.5)
@@ -317,6 +317,7 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
                 if end is not None]  # fmt: skip
         starts = [end for one in rows for end in (one.total.low, one.lowest.low) if end is not None]
         axes.set_xlim(103 * min([0.0, *starts]), 103 * max(ends, default=1.0))
+        axes.axvline(0, color=MUTED, linewidth=0.9)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(length=0)
         axes.set_xlabel("retention, %")
@@ -338,8 +339,8 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         f"ranking-{slug(found.condition.label)}",
         "Ranking by total, with the worst dimension",
         "Bars are total retention, marks the dimension that suffers most. Lines are 95 % intervals "
-        "over test items and calibration draws together"
-        + (" (items alone: one draw each)" if not found.joint.freedom else "")
+        + ("over test items and calibration draws together" if found.joint.freedom
+           else "over test items alone, every set being drawn once")
         + "; the notch is the total to expect of a set picked for its rank (shrunken).",
         "Bar chart: " + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"

@@ -120,17 +120,17 @@ def _header(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
         '<header><p class="kicker">calmix study</p>'
         f"<h1>{escape(results.name)}</h1>"
         f'<p class="facts">{escape(" · ".join(fact for fact in facts if fact))}</p>'
-        f'{warning}<p class="lead">{escape(summary.headline)}</p></header>'
+        f'{warning}<p class="lead">{escape(words.held(summary.headline))}</p></header>'
     )
 
 
 def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
     cards = []
-    best = main.ranking[0]
+    best, several = main.ranking[0], len(main.ranking) > 1
     if best.total.value is not None:
         cards.append(
             (
-                "best total",
+                "best total" if several else "total",
                 best.calibration,
                 f"{words.percent(best.total.value)} %",
                 f"{words.span(best.total.low, best.total.high)} after {main.condition.label}",
@@ -140,7 +140,7 @@ def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
     if low is not None:
         cards.append(
             (
-                "best worst dimension",
+                "best worst dimension" if several else "worst dimension",
                 low.calibration,
                 f"{words.percent(low.lowest.value)} %",
                 f"in {low.worst} {words.span(low.lowest.low, low.lowest.high)}",
@@ -173,13 +173,13 @@ def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
     )
     return '<section class="cards" aria-label="Key figures">' + "".join(
         f'<div class="card"><span>{escape(head)}</span><b>{escape(value)}</b>'
-        f'<span class="name">{escape(name)}</span><span>{escape(note)}</span></div>'
+        f'<span class="name">{escape(name)}</span><span>{escape(words.held(note))}</span></div>'
         for head, name, value, note in cards
     ) + "</section>"  # fmt: skip
 
 
 def _panel(head: str, lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(words.held(line))}</li>" for line in lines)
     return f'<div class="panel"><h3>{escape(head)}</h3><ul>{items}</ul></div>' if items else ""
 
 
@@ -195,12 +195,13 @@ def _short(summary: Summary) -> str:
     told = [each for each in summary.conditions if each.brief]
     if len(summary.conditions) < 2 or not told:
         return ""
-    items = "".join(f"<li><b>{escape(each.about)}.</b> {escape(each.brief)}</li>" for each in told)
+    items = "".join(f"<li><b>{escape(each.about)}.</b> {escape(words.held(each.brief))}</li>"
+                    for each in told)  # fmt: skip
     return f'<section><h2>In short</h2><div class="panel"><ul>{items}</ul></div></section>'
 
 
 def _certainty(summary: Summary) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in summary.certainty)
+    items = "".join(f"<li>{escape(words.held(line))}</li>" for line in summary.certainty)
     return f'<section><h2>How sure this is</h2><div class="panel"><ul>{items}</ul></div></section>'
 
 
@@ -229,6 +230,8 @@ def _condition(
     name = slug(found.condition.label)
     role = f' role="tabpanel" aria-labelledby="tab-{name}"' if several else ""
     tables = [
+        _fold("Distance to the dense model", "KL, top-1 and flips",
+              _told_distance(found) + _distance(analysis, found)),
         _fold("Correlations", f"Spearman; {_families(analysis, tasks=False)}",
               _correlations(found, tasks=False)),
         _fold("Correlations with single tasks", f"Spearman; {_families(analysis, tasks=True)}",
@@ -238,11 +241,15 @@ def _condition(
               _noise(found)),
         _fold("Spread over calibration sets", "points", _spreads(found)),
     ]  # fmt: skip
-    shown = [bool(found.correlations)] * 2 + [bool(found.differences), True, bool(found.spreads)]
+    draws = "and other draws" if found.joint.freedom else "alone: one draw each"
+    far = any(told[TOTAL] is not None for one in found.ranking for told in one.distance.values())
+    noise = any(one.item is not None or one.draw is not None for one in found.noise)
+    shown = [far, *[bool(found.correlations)] * 2, bool(found.differences), noise,
+             bool(found.spreads)]  # fmt: skip
     return (
         f'<section class="condition" id="{name}"{role}>'
         f"<h2>{escape(found.condition.label)}</h2>"
-        + _fold("Ranking", "retention with 95 % intervals, for other items and other draws",
+        + _fold("Ranking", f"retention with 95 % intervals, for other items {draws}",
                 _ranking(analysis, found), open_=True)
         + _figure(drawings[0])
         + _panels(findings)
@@ -254,9 +261,12 @@ def _condition(
 
 def _families(analysis: Analysis, *, tasks: bool) -> str:
     """Say how many tests p is corrected over."""
-    told = [f"{analysis.families.get(f'tasks of {name}' if tasks else name, 0)} {how}"
-            for name, how in words.AMONG.items()]  # fmt: skip
-    return f"corrected over {words.listed(told)}"
+    counts = {
+        how: analysis.families.get(f"tasks of {name}" if tasks else name, 0)
+        for name, how in words.AMONG.items()
+    }
+    told = [f"{words.counted(count, 'test')} {how}" for how, count in counts.items() if count]
+    return f"corrected over {words.listed(told) or 'no tests'}"
 
 
 def _figure(drawing: Drawing) -> str:
@@ -354,6 +364,39 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
 
 def _share(value: float | None) -> Cell:
     return Cell(words.percent(value), value)
+
+
+def _told_distance(found: ConditionAnalysis) -> str:
+    text = (
+        "KL(dense || pruned) is in nats a token. Top-1: tokens with the dense model's likeliest "
+        "next one. Flips: items right under one model alone."
+    )
+    rho = [f"{one.quantity} {words.rho(one.rho)} (p {words.p_value(one.p)})"
+           for one in found.agreements if one.rho is not None]  # fmt: skip
+    if rho:
+        text += f" Spearman's ρ of KL with retention: {words.listed(rho)}."
+    return f"<p>{escape(words.held(text))}</p>"
+
+
+def _distance(analysis: Analysis, found: ConditionAnalysis) -> str:
+    columns = [
+        Column("calibration set", number=False), Column("total %"), Column("KL"),
+        Column("top-1 %"), Column("flips %"),
+        *(Column(f"KL, {name}") for name in analysis.dimensions),
+    ]  # fmt: skip
+    rows = [
+        [
+            _text(one.calibration), _share(one.total.value), _nats(one.distance["kl"][TOTAL]),
+            _share(one.distance["top1"][TOTAL]), _share(one.distance["flips"][TOTAL]),
+            *(_nats(one.distance["kl"][name]) for name in analysis.dimensions),
+        ]
+        for one in found.ranking
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def _nats(value: float | None) -> Cell:
+    return Cell("–" if value is None else f"{value:.3f}", value)
 
 
 def _correlations(found: ConditionAnalysis, *, tasks: bool) -> str:

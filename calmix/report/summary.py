@@ -5,6 +5,7 @@ Every sentence is written from the analysis; nothing is said that its tables do 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,12 @@ class Summary:
     certainty: tuple[str, ...]
 
     def text(self) -> str:
-        """Return the summary as plain text for a terminal."""
-        parts = [self.headline]
+        """Return the summary as plain text for a terminal of 80 columns."""
+        parts = [words.wrapped(self.headline)]
         for each in (*self.conditions, self.across):
             if each.table:
-                parts.append("\n".join([each.about, *each.table]))
+                head = f"{each.about}: retention in % (acc.: of accuracy)"
+                parts.append("\n".join([head, *each.table]))
             for head, lines in (("found", each.found), ("not found", each.not_found)):
                 if lines:
                     parts.append(_block(f"{each.about}: {head}", lines))
@@ -53,7 +55,7 @@ class Summary:
 
 
 def _block(head: str, lines: Sequence[str]) -> str:
-    return "\n".join([head, *(f"  - {line}" for line in lines)])
+    return "\n".join([head, *(words.wrapped(line, "  - ", "    ") for line in lines)])
 
 
 def main_condition(analysis: Analysis) -> ConditionAnalysis:
@@ -79,6 +81,7 @@ def summarise(analysis: Analysis) -> Summary:
         _contest(each, found, missing)
         _trade_offs(analysis, each, found, missing)
         _averaging(each, found, missing)
+        _distance(each, found, missing)
         _noise(each, missing)
         brief = found[0] if found else ""
         if each.correlations:
@@ -94,15 +97,17 @@ def summarise(analysis: Analysis) -> Summary:
 
 
 def _table(each: ConditionAnalysis) -> tuple[str, ...]:
-    rows = [("", "total %", "accuracy %", "shrunken %", "best", "worst dimension %")]
+    rows: list[tuple[str, ...]] = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
     for one in each.ranking[:ROWS]:
         rows.append((
-            words.short(one.calibration), words.with_span(one.total),
+            one.calibration, words.with_span(one.total),
             words.percent(one.accuracy[TOTAL]), words.percent(one.shrunken.value),
             "–" if one.best is None else words.sure(one.best),
-            f"{words.with_span(one.lowest)} {one.worst or ''}".strip(),
+            f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip(),
         ))  # fmt: skip
     wide = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    wide[0] = min(wide[0], max(8, words.WIDTH - sum(2 + width for width in wide[1:]) - 2))
+    rows = [(words.short(name, wide[0]), *rest) for name, *rest in rows]
     lines = [
         "  " + "  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True)).rstrip()
         for row in rows
@@ -143,6 +148,8 @@ def _best(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None
         return
     best = ranked[0]
     chance = "" if best.best is None else f", best of all with {words.sure(best.best)} probability"
+    if chance and not each.joint.freedom:
+        chance += " on other items, other draws left aside"
     found.append(
         f"Highest total: {best.calibration} with {words.with_span(best.total)} %; to expect of a "
         f"set picked for that: {words.percent(best.shrunken.value)} %{chance}."
@@ -185,15 +192,18 @@ def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> N
         for key in ("more", "less"):
             if names := told[key]:
                 verb = "keeps" if len(names) == 1 else "keep"
-                found.append(f"{words.listed(names)} {verb} {key} in total than the {right}.")
+                aside = "" if each.joint.freedom else ", other draws left aside"
+                found.append(
+                    f"{words.listed(names)} {verb} {key} in total than the {right}{aside}."
+                )
         if names := told["these"]:
             missing.append(
-                f"Set apart from the {right} on these items only, not were they drawn anew: "
+                f"Set apart on these items only, not were they drawn anew, from the {right}: "
                 f"{words.listed(names)}."
             )
         if names := told["none"]:
             missing.append(
-                f"No difference in total from the {right} that survives correction: "
+                f"No difference in total that survives correction from the {right}: "
                 f"{words.listed(names)}."
             )
 
@@ -215,6 +225,24 @@ def _averaging(each: ConditionAnalysis, found: list[str], missing: list[str]) ->
         )
     elif widest.range > total.range:
         missing.append(f"{text}; unrelated dimensions would average out much the same.")
+
+
+def _distance(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None:
+    """Whether KL to the dense model orders the sets as their total retention does."""
+    one = next((one for one in each.agreements if one.quantity == TOTAL), None)
+    if one is None or one.rho is None:
+        return
+    told = f"over {one.n} sets (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}"
+    if one.agrees:
+        found.append(
+            "The lower the KL to the dense model, which needs no labels, the higher the total "
+            f"retention, {told}; −1 would be the very same order)."
+        )
+    else:
+        missing.append(
+            "The KL to the dense model, which needs no labels, does not give the order by total "
+            f"retention beyond chance {told})."
+        )
 
 
 def _noise(each: ConditionAnalysis, missing: list[str]) -> None:
@@ -321,9 +349,9 @@ def _certainty(analysis: Analysis) -> list[str]:
     waiting = analysis.planned - analysis.finished - analysis.failed
     if waiting > 0 or analysis.failed:
         lines.append(
-            f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} have "
-            f"finished, {analysis.failed} failed, {max(0, waiting)} are still to come. All figures "
-            "are of the finished ones and may change."
+            f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} finished, "
+            f"{analysis.failed} failed, {max(0, waiting)} still to come. All figures are of "
+            "the finished ones and may change."
         )
     gaps = sum(len(each.missing) for each in analysis.conditions)
     if gaps:
@@ -366,6 +394,13 @@ def _certainty(analysis: Analysis) -> list[str]:
             f"(Benjamini-Hochberg at {ALPHA:g})."
         )
         weak = [p for each in told for p in each.least_p.values() if p > ALPHA]
+        least = min(each.least_p["sources"] for each in told)
+        tests = analysis.families["sources"]
+        if not weak and (needed := math.ceil(least * tests / ALPHA)) > 1:
+            lines.append(
+                f"So few points give no p below {least:.2g}: a correlation survives only if at "
+                f"least {needed} of the {tests} tests (sources) have it at once."
+            )
         if weak:
             lines.append(
                 f"So few points cannot give p below {max(weak):.2g}: no correlation could have "
@@ -373,8 +408,8 @@ def _certainty(analysis: Analysis) -> list[str]:
             )
     models = sorted({each.condition.model for each in analysis.conditions})
     lines.append(
-        f"This is about {words.listed(models)} and this suite; it says nothing of other models. "
-        "A correlation over sources is no cause."
+        f"This is about {words.listed(models)} and this suite; it says nothing of other models."
+        + (" A correlation over sources is no cause." if told else "")
     )
     return lines
 

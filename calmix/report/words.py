@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import METHOD_NAMES, TOTAL, WORST
 
@@ -37,6 +40,8 @@ METRICS = {
     "tokens": "tokens",
 }
 MINUS = "\N{MINUS SIGN}"
+HOLD = "\N{NO-BREAK SPACE}"
+WIDTH = 80  # of text for a terminal
 
 
 def metric_name(key: str) -> str:
@@ -54,6 +59,11 @@ def metric_name(key: str) -> str:
 def percent(value: float | None) -> str:
     """Return a share as a percentage with one decimal."""
     return "–" if value is None else _signless(100 * value, 1)
+
+
+def whole_percent(value: float) -> str:
+    """Return a share in whole percent."""
+    return _signless(100 * value, 0)
 
 
 def points(value: float | None) -> str:
@@ -114,6 +124,25 @@ def listed(names: list[str]) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def held(text: str) -> str:
+    """Return text in which no line break parts a number from its unit or interval."""
+    text = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", HOLD), text)
+    return re.sub(r"(?<=[\d\]]) (?=%)|(?<=\d) (?=\[)|(?<=\b[ρp]) (?=[<+\d−])", HOLD, text)
+
+
+def wrapped(text: str, first: str = "", rest: str = "") -> str:
+    """Return text in lines of a terminal's width, words and intervals whole.
+
+    Args:
+        first, rest: what the first and every other line begin with.
+    """
+    lines = textwrap.wrap(
+        held(text), WIDTH, initial_indent=first, subsequent_indent=rest,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(lines).replace(HOLD, " ")
 
 
 def _signless(value: float, digits: int) -> str:

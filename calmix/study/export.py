@@ -106,13 +106,15 @@ def write_tables(results: StudyResults, folder: Path) -> list[Path]:
 def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
     """Yield a row a trial and task, trials in the order of the plan.
 
-    Retentions are shares (1.0 is all of it). Times are left out: the same study gives the same
-    table wherever and however often it is run.
+    Retentions are shares (1.0 is all of it), `kl` is in nats a token. Times are left out: the
+    same study gives the same table wherever and however often it is run.
     """
     for trial in results.trials:
         head: dict[str, Any] = {"study": results.name}
         head |= {name: getattr(trial, name) for name in _TRIAL}
         head |= _columns("total", trial.total.model_dump()) | {"worst": trial.worst}
+        far = trial.distance or {"total": None, "dimensions": {}}
+        head |= _distance("", far["total"])
         information = {f"info_{name}": value for name, value in trial.information.items()}
         for task in trial.tasks:
             dimension = trial.dimensions[task.dimension]
@@ -121,6 +123,7 @@ def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
                 | {name: getattr(task, name) for name in _TASK}
                 | _columns("retention", task.retention.model_dump())
                 | _columns("dimension_retention", dimension.model_dump())
+                | _distance("dimension_", far["dimensions"].get(task.dimension))
                 | information
             )
 
@@ -143,6 +146,11 @@ def _columns(name: str, interval: dict[str, float | None]) -> dict[str, float | 
     }
 
 
+def _distance(head: str, one: dict[str, Any] | None) -> dict[str, float | None]:
+    found = one or {"kl_mean": None, "top1": None}
+    return {f"{head}kl": found["kl_mean"], f"{head}top1": found["top1"]}
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -161,9 +169,13 @@ def _of_store(store: Store) -> StudyResults:
     except (KeyError, ValidationError) as error:
         raise InputError(f"a result in {store.path / 'trials'} is damaged: delete it") from error
     extra = _compared(store, {entry["set"]: t for entry, t in zip(done, trials, strict=True)})
+    scored = {entry["id"]: store.scores(entry["id"]) for entry in done}
     trials = [
         trial.model_copy(
-            update={"information": trial.information | extra.get(entry["set"] or "", {})}
+            update={
+                "information": trial.information | extra.get(entry["set"] or "", {}),
+                "distance": scored[entry["id"]].distance,
+            }
         )
         for entry, trial in zip(done, trials, strict=True)
     ]
@@ -176,7 +188,7 @@ def _of_store(store: Store) -> StudyResults:
         failed=tuple(failed),
         environment=environment([record["run"] for record in kept.values()]),
         suite=store.index["suite"],
-        scores={entry["id"]: store.scores(entry["id"]) for entry in done},
+        scores={name: one.tasks for name, one in scored.items()},
         dense=_dense(store, kept.values()),
     )
 

@@ -62,6 +62,7 @@ class Trial(_Record):
         kind: of a single source, what it leans to: `prose`, `code`, `math` or as its entry says.
         halves: tasks that are the other half of a benchmark this set's sources read.
         total, dimensions: retention by the tasks' primary scores; `worst` names the lowest.
+        distance: to the dense model (`capability.distance.Distances`), where it was measured.
         seconds: wall time by stage.
     """
 
@@ -85,6 +86,7 @@ class Trial(_Record):
     dimensions: dict[str, Interval]
     tasks: tuple[TaskOutcome, ...]
     seconds: dict[str, float]
+    distance: dict[str, Any] | None = None
 
 
 class FailedTrial(_Record):

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from calmix.capability.scores import load_scores
+from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
 from calmix.files import atomic_folder, write_json
 from calmix.locks import Lock, holder_of
-from calmix.study.results import FailedTrial, Scores, Trial
+from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Added, Condition, Resolved, differences
 
@@ -106,13 +106,13 @@ class Store:
         """
         return _read(self.trial(trial_id) / RESULT, "run the study again after deleting it")
 
-    def scores(self, trial_id: str) -> Scores:
-        """Return what a finished trial's model did on every item.
+    def scores(self, trial_id: str) -> CapabilityScores:
+        """Return what a finished trial's model did on every item, and its distance.
 
         Raises:
             InputError: the file is damaged, or of a version without log-likelihoods.
         """
-        return load_scores(self.trial(trial_id) / SCORES).tasks
+        return load_scores(self.trial(trial_id) / SCORES)
 
     def read_trial(self, trial_id: str) -> Trial:
         """Return a finished trial."""

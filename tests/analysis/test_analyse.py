@@ -42,6 +42,8 @@ def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
     assert float(rows[0]["total_value"]) == first["total"]["value"]
     assert float(rows[0]["code_high"]) == first["dimensions"]["code"]["high"]
     assert float(rows[0]["code_accuracy"]) == first["accuracy"]["code"]
+    assert float(rows[0]["code_kl"]) == first["distance"]["kl"]["code"]
+    assert float(rows[0]["total_flips"]) == first["distance"]["flips"]["total"]
     with (tmp_path / "one" / "tasks.csv").open() as file:
         tasks = list(csv.DictReader(file))
     assert len(tasks) == 66 * 8
@@ -69,6 +71,15 @@ def test_tiny_studies_say_what_they_can(sources: int, seeds: tuple[int, ...]) ->
     assert bool(only.spreads) == (sources >= 2)
     assert not only.differences
     assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
+
+
+def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best() -> None:
+    kept = {"general": 0.44, "math": 0.40}
+    trials = tuple(trial(name, "single", "wanda", "50%", 0, kept) for name in "abc")
+    for ranked in analyse(study(Plan(), trials=trials), QUICK).conditions[0].ranking:
+        assert ranked.best == pytest.approx(1 / 3)
+    alone = analyse(study(Plan(), trials=trials[:1]), QUICK).conditions[0]
+    assert alone.ranking[0].best is None
 
 
 def test_a_dimension_without_signal_has_no_value_anywhere() -> None:

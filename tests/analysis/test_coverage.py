@@ -76,7 +76,7 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
         AT, tuple(f"s{at}" for at in range(count)),
         ("single",) * singles + ("mix",) * truth.others, ("",) * count, ((),) * count,
         tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), tuple(items), table,
-        table[:, :, :3], (), np.zeros((count, 0)),
+        table[:, :, :3], {}, (), np.zeros((count, 0)),
     )  # fmt: skip
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
 

@@ -28,7 +28,9 @@ def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix: Run, fol
     assert "not found" in ended.out
     assert (folder / "analysis" / "analysis.json").is_file()
     assert (folder / "analysis" / "correlations.csv").is_file()
-    assert "shrunken %" in ended.out
+    assert "shrunken" in ended.out
+    lines = [line for line in ended.out.splitlines() if not line.startswith("written to")]
+    assert max(map(len, lines)) <= 80
     again = calmix("study", "analyse", folder, "--json", "--method", "wanda", *QUICK)
     told = json.loads(again.out)
     assert [each["label"] for each in told["conditions"]] == ["Wanda 50%"]
@@ -57,12 +59,20 @@ def test_recommend_names_the_best_and_its_doubt(calmix: Run, tmp_path: Path) -> 
     assert ended.code == 0, ended.err
     assert "take coder: 6" in ended.out
     assert "ahead of reader by " in ended.out
-    assert "% sure; for other draws on these items [" in ended.out
+    assert "% sure; for other draws on these items [" in " ".join(ended.out.split())
+    assert max(map(len, ended.out.splitlines())) <= 80
     told = json.loads(calmix("recommend", folder, "--weights", "general=1", "--json").out)
     assert told[0]["candidates"][0]["calibration"] == "reader"
     once = tuple(one for one in trials if one.seed == 0)
     single = save(study(full_plan(), trials=once), tmp_path / "single")
-    assert "cannot be told from one each" in calmix("recommend", single).out
+    text = calmix("recommend", single, "--weights", "general=1").out
+    assert "cannot be told from one each" in " ".join(text.split())
+    assert "brackets: 95 %, for other test items (" in text
+    text = calmix("recommend", single).out
+    assert "weights all equal" in text
+    assert "not ahead of reader, of which just as much is to be expected" in text
+    alone = save(study(full_plan(), trials=once[:1]), tmp_path / "alone")
+    assert "no other set than coder: " in calmix("recommend", alone).out
 
 
 def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> None:

@@ -145,6 +145,19 @@ def test_tables_sort_on_a_click(page: Page, report: Path) -> None:
     assert page.complaints == []
 
 
+def test_what_goes_on_to_the_right_fades_until_scrolled_to(page: Page, report: Path) -> None:
+    box = "document.querySelector('.condition:not([hidden]) figure .scroll')"
+    drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    seen = []
+    for width, left in ((390, 0), (390, 9999), (1600, 0)):
+        page.open(report, width=width)
+        page.run(f"{box}.scrollLeft = {left}")
+        page.run(f"{drawn}.then(() => 0)")
+        seen.append(page.run(f"getComputedStyle({box}).maskImage"))
+    assert "linear-gradient" in seen[0]
+    assert seen[1:] == ["none", "none"]
+
+
 def test_without_script_everything_is_shown(page: Page, report: Path, tmp_path: Path) -> None:
     text = report.read_text(encoding="utf-8")
     plain = tmp_path / "plain.html"

@@ -150,6 +150,7 @@ def test_tiny_studies_have_a_report(
     names = [f"s{number}" for number in range(sources)]
     page = write(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)), tmp_path / "r")
     assert "cannot be" in page
+    assert ("Signal and noise" in page) == (sources > 1)
     assert 'role="tabpanel"' not in page
 
 
@@ -164,6 +165,28 @@ def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> 
     page = write(study(Plan(), trials=trials + silent), tmp_path / "r")
     assert "Magnitude 2:4" in page
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
+
+
+def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known(tmp_path: Path) -> None:
+    results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
+    page = write(results, tmp_path / "whole")
+    assert "Spearman&#x27;s ρ of KL with retention: total −1.00" in page
+    kl = (results.trials[0].distance or {})["total"]["kl_mean"]
+    assert f">{kl:.3f}</td>" in page
+    old = [one.model_copy(update={"distance": None}) for one in results.trials]
+    page = write(results.model_copy(update={"trials": tuple(old)}), tmp_path / "old")
+    assert "ρ of KL" not in page
+
+
+def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line(tmp_path: Path) -> None:
+    trials = tuple(
+        trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
+        for n in range(2)
+    )
+    page = write(study(Plan(), trials=trials), tmp_path / "r")
+    assert re.findall(r">−20(?:\.0)?<", page)
+    assert re.findall(r">-\d", page) == []
+    assert "After Wanda 2:4, s0 keeps the most" in page
 
 
 def test_an_environment_is_laid_flat() -> None:

@@ -42,12 +42,34 @@ def test_mixes_are_told_against_the_best_and_the_mean_source() -> None:
     assert "keeps less in total than the mean of the single sources" in text
 
 
+def test_whether_kl_could_stand_in_for_the_benchmarks_is_told() -> None:
+    results = study(Plan())
+    told = of(results).conditions[0]
+    assert any("the higher the total retention, over 16 sets (ρ −1.00" in line
+               for line in told.found)  # fmt: skip
+    for number, one in enumerate(results.trials):
+        distance = {**(one.distance or {}), "total": {"kl_mean": number % 7, "top1": 0.5}}
+        trials = list(results.trials)
+        trials[number] = one.model_copy(update={"distance": distance})
+        results = results.model_copy(update={"trials": tuple(trials)})
+    told = of(results).conditions[0]
+    assert any("does not give the order by total retention" in line for line in told.not_found)
+
+
+def test_a_lead_of_one_draw_each_is_not_said_to_hold_for_others() -> None:
+    lifts = {"mix-8": ("mix", 0.2)}
+    for seeds, end in (((0,), "single sources, other draws left aside."), ((0, 1), "sources.")):
+        told = of(study(Plan(others=lifts, noise=0.01, draw=0.002, seeds=seeds))).conditions[0]
+        [line] = [line for line in told.found if "than the mean of the" in line]
+        assert line.endswith(end)
+
+
 def test_equal_sets_are_not_told_apart() -> None:
     lifts = {"mix-8": ("mix", 0.0)}
     told = of(study(Plan(others=lifts, noise=0.0, draw=0.02))).conditions[0]
     text = "\n".join(told.not_found)
     assert "is not set apart from" in text
-    assert "No difference in total from the mean of the single sources" in text
+    assert "that survives correction from the mean of the single sources" in text
     assert "One trial a source does not tell the sources apart" in text
 
 
@@ -64,7 +86,8 @@ def test_an_unfinished_study_is_told_to_be_one() -> None:
     whole = study(full_plan())
     part = whole.model_copy(update={"trials": whole.trials[:50], "failed": (failed("x"),)})
     told = of(part)
-    assert told.certainty[0].startswith("50 of 198 planned trials have finished, 1 failed, 147")
+    assert told.certainty[0].startswith("50 of 198 planned trials finished, 1 failed, 147")
+    assert not any("  " in line for line in told.certainty)
     assert any("cell" in line and "empty" in line for line in told.certainty)
     assert "still to come" not in " ".join(of(whole).certainty)
 
@@ -74,9 +97,15 @@ def test_little_is_told_of_little() -> None:
     assert "nothing can be compared" in alone.headline
     assert alone.conditions[0].found == ()
     assert any("drawn once" in line for line in alone.certainty)
+    assert not any("cause" in line for line in alone.certainty)
     two = of(study(Plan(sources=("a", "b"), seeds=(0,))))
     assert any("cannot be told" in line for line in two.certainty)
     assert any("no metric can be correlated" in line for line in two.conditions[0].not_found)
+    five = of(study(Plan(sources=("a", "b", "c", "d", "e"), seeds=(0,))))
+    tests = "tests (sources) have it at once"
+    assert any("no p below 0.017" in line and tests in line for line in five.certainty)
+    assert "on other items, other draws left aside" in five.conditions[0].found[0]
+    assert not any("have it at once" in line for line in of(study(Plan())).certainty)
     four = of(study(Plan(sources=("a", "b", "c", "d"), seeds=(0, 1))))
     assert any("no correlation could have been found" in line for line in four.certainty)
     silent = trial("a", "single", "sparsegpt", "60%", 0, {"general": None})
@@ -86,7 +115,7 @@ def test_little_is_told_of_little() -> None:
 def test_the_table_comes_before_the_sentences() -> None:
     told = of(study(full_plan(conditions=[("wanda", "50%")])))
     text = told.text()
-    assert text.index("shrunken %") < text.index("Wanda 50%: found")
+    assert text.index("shrunken") < text.index("Wanda 50%: found")
     assert told.conditions[0].table[-1] == "  and 14 more"
 
 
@@ -99,7 +128,8 @@ def test_what_holds_on_these_items_alone_is_said_to() -> None:
 
 def test_the_text_has_every_sentence() -> None:
     told = of(study(full_plan()))
-    text = told.text()
+    text = " ".join(told.text().split())
+    assert max(map(len, told.text().splitlines())) <= 80
     for each in (*told.conditions, told.across):
         for line in (*each.found, *each.not_found):
             assert line in text

@@ -17,9 +17,21 @@ def test_percent(value: float | None, text: str) -> None:
 
 def test_signs_and_small_p() -> None:
     assert [words.points(value) for value in (0.012, -0.012, 0.0)] == ["+1.2", "−1.2", "0.0"]
+    assert [words.whole_percent(value) for value in (-0.046, -0.001, 0.5)] == ["−5", "0", "50"]
     assert [words.rho(value) for value in (0.5, -0.5, -0.001)] == ["+0.50", "−0.50", "0.00"]
     assert [words.p_value(value) for value in (0.0004, 0.04, None)] == ["<0.001", "0.040", "–"]
     assert [words.sure(value) for value in (0.9999, 0.5, 0.0)] == ["99 %", "50 %", "1 %"]
+
+
+def test_a_line_break_parts_no_number_from_its_unit_or_interval() -> None:
+    for length in range(50, 90):
+        lines = words.wrapped(
+            f"{'x' * length} 48.6 [47.7, 49.4] % and ρ −0.9, p <0.001", "- ", "  "
+        )
+        assert all(len(line) <= max(80, length + 2) for line in lines.splitlines())
+        assert [line[:2] for line in lines.splitlines()][1:] == ["  "] * lines.count("\n")
+        whole = [part for part in ("48.6 [47.7, 49.4] %", "ρ −0.9", "p <0.001") if part in lines]
+        assert len(whole) == 3, lines
 
 
 def test_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,29 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(
     strategies = {one["strategy"] for one in told["conditions"][0]["ranking"]}
     assert strategies == {"single", "mix"}
     assert calmix("recommend", store).out.count("take ") == 2
+    # A distance to the dense model beside the scores goes with the trial, here into the export.
+    one = sorted((store / "trials").iterdir())[0]
+    scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))
+    assert scores["distance"] is None  # the tiny suite has no texts
+    parts = {name: {"kl_mean": 1.25, "top1": 0.5} for name in told["dimensions"]}
+    scores["distance"] = {"dense": "d", "texts": "t", "dimensions": parts,
+                          "total": {"kl_mean": 1.75, "top1": 0.5}}  # fmt: skip
+    (one / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     # What was written lies inside the store, and the store stays one.
     assert calmix("study", "export", store, "-o", tmp_path / "out").code == 0
     again = json.loads(calmix("study", "analyse", tmp_path / "out", "--json").out)
+    rows = [row for each in again["conditions"] for row in each["ranking"]]
+    far = [row["distance"]["kl"]["total"] for row in rows]
+    assert [value for value in far if value is not None] == [1.75]
+    for each in (*again["conditions"], *told["conditions"]):
+        for row in each["ranking"]:
+            del row["distance"]
     assert again == told
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    kept = [(row["kl"], row["dimension_kl"], row["dimension_top1"]) for row in rows
+            if row["id"] == one.name]  # fmt: skip
+    assert kept
+    assert set(kept) == {("1.75", "1.25", "0.5")}
+    assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
     assert "0 of 12 trials to run" in calmix("study", "run", path, "-o", store).err

@@ -34,6 +34,7 @@ def test_a_study_from_its_first_file_to_its_table(
     ended = calmix("study", "export", store, "-o", tmp_path / "out")
     assert ended.code == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "items.npz",
         "results.csv",
         "results.parquet",
         "study.json",
@@ -86,7 +87,7 @@ def test_every_mistake_is_one_line(
     (other / "file").write_text("x")
     newer = tmp_path / "newer"
     newer.mkdir()
-    (newer / "store.json").write_text('{"kind": "study store", "format": 2}')
+    (newer / "store.json").write_text('{"kind": "study store", "format": 3}')
     assert calmix("study", "run", path, "-o", store, "--only", "code").code == 0
     changed = tiny_study(("length: 32", "length: 32\npacking: window"), name="changed.yaml")
     cases = [
@@ -95,14 +96,14 @@ def test_every_mistake_is_one_line(
         (("run", empty, "-o", store), "seeds is empty: the grid has no trials"),
         (("run", gone, "-o", store), "no model folder"),
         (("run", path, "-o", other), "not empty and is no study store"),
-        (("run", path, "-o", newer), "has format 2, but this calmix reads format 1"),
+        (("run", path, "-o", newer), "has format 3, but this calmix reads format 2"),
         (("run", changed, "-o", store), "packing: concat, now window"),
         (("run", path, "-o", store, "--only", "zz"), "no trial matches 'zz'"),
         (("run", path, "-o", store, "--executor", "rya"), "did you mean ray"),
         (("run", path, "-o", store, "--workers", 2), "--workers has no effect without"),
         (("run", path, "-o", store, "--executor", "ray", "--address", "127.0.0.1:1"), "answers at"),
         (("status", other), "is no study store"),
-        (("status", newer), "has format 2"),
+        (("status", newer), "has format 3"),
         (("export", tmp_path / "none", "-o", tmp_path / "x"), "there is no study store"),
         (("export", store, "-o", other / "file"), "is a file"),
         (("plan", wrong), "line 4"),
