@@ -256,10 +256,14 @@ class WorkFolder:
         self.close()
         shutil.rmtree(self.path)
 
+    def settle(self) -> None:
+        """Let the block that is being written end, well or not; none is written after it."""
+        self._pool.shutdown(wait=True)
+
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""
+        self.settle()
         self.claimed = False
-        self._pool.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
 
     def abandon(self) -> None:

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,32 @@ def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monke
     assert f"3 blocks are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
     assert calmix(*command, tmp_path / "out", "--resume").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_an_interrupt_keeps_the_block_that_is_being_written(
+    calmix, deep, text_file, tmp_path, monkeypatch
+):
+    asked = threading.Event()
+
+    class Late(ThreadPoolExecutor):
+        """Begins to write when it is asked to end."""
+
+        def submit(self, *job):
+            super().submit(asked.wait, 60)
+            return super().submit(*job)
+
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            asked.set()
+            super().shutdown(wait=wait)
+
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    with monkeypatch.context() as patched:
+        patched.setattr("calmix.pruning.work.ThreadPoolExecutor", Late)
+        interrupt_before(patched, 1)
+        ended = calmix(*command, tmp_path / "out")
+    assert ended.code == 130
+    assert f"1 blocks are kept in {tmp_path / 'out.unfinished'}" in ended.err
 
 
 def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_path, monkeypatch):
