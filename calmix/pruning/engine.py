@@ -206,6 +206,8 @@ class Run:
 
     Attributes:
         states: hidden states; the caller's to set once `record` has given the first.
+        written: what blocks have written into their arguments (keys and values that later ones
+            share), of the few tokens that are observed and then of every micro-batch.
         report: what has been done so far.
     """
 
@@ -234,6 +236,7 @@ class Run:
         self.report.seconds = dict.fromkeys(ACTIVITIES if self.needs_ids else ("solve",), 0.0)
         self._calls: list[list[BlockCall]] = []
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
+        self.written: list[list[Any]] = []
 
     @property
     def needs_ids(self) -> bool:
@@ -252,18 +255,21 @@ class Run:
         with torch.inference_mode(False), torch.no_grad():
             few = ids[:1, :TOKENS].clone().to(device)
             calls = Calls(self.model, self.found, few)
-            self._tiny = calls.record(few)
-        self._calls = []
+            hidden, recorded, written = calls.record(few)
+        self._tiny = hidden, recorded
+        self._calls, self.written = [], [written]
         for number, batch in enumerate(ids.split(max(1, micro_tokens // ids.shape[1]))):
             with torch.inference_mode():
-                hidden, recorded = calls.record(batch.to(device))
+                hidden, recorded, written = calls.record(batch.to(device))
             self._calls.append(recorded)
+            self.written.append(written)
             yield number, hidden
         self.report.seconds["prepare"] += time.perf_counter() - began
 
     def recorded_by(self, other: Run) -> None:
-        """Take what another run of the same model and ids has recorded."""
+        """Take what another run of the same model and ids, yet to prune a block, has recorded."""
         self._calls, self._tiny = other._calls, other._tiny
+        self.written = [list(values) for values in other.written]
         self.report.tokens = other.report.tokens
 
     def block(self, index: int) -> None:
@@ -281,24 +287,23 @@ class Run:
         self.report.seconds["solve"] += time.perf_counter() - began
 
     def _with_states(self, index: int) -> None:
-        block, last = self.found.blocks[index], index + 1 == len(self.found)
         assert self._tiny is not None
         with torch.inference_mode(False):
-            inputs = observe_block(self.found, index, self._tiny[1][index], self._tiny[0])
-        calls = [recorded[index] for recorded in self._calls]
+            hidden, recorded = self._tiny
+            inputs = observe_block(self.found, index, recorded[index], hidden, self.written[0])
         if self.propagation == "sequential":
-            self._sequential(block, inputs, calls, last, 0 if index else 1)
+            self._sequential(index, inputs, 0 if index else 1)
         else:
-            self._two_pass(block, inputs, calls, last, 0 if index else len(inputs))
+            self._two_pass(index, inputs, 0 if index else len(inputs))
 
-    def _sequential(
-        self,
-        block: nn.Module,
-        inputs: list[SharedInput],
-        calls: list[BlockCall],
-        last: bool,
-        common: int,
-    ) -> None:
+    def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
+        """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
+        written = self.written[1 + number]
+        return self._calls[number][index].run(
+            self.found.blocks[index], self.states[number], written if keep else list(written)
+        )
+
+    def _sequential(self, index: int, inputs: list[SharedInput], common: int) -> None:
         """Prune one block in one pass; replace the states by its outputs unless it is the last.
 
         The first `common` inputs are the same whatever the block is pruned to.
@@ -320,20 +325,21 @@ class Run:
             shared.layers[0].module.register_forward_pre_hook(pause(number))
             for number, shared in enumerate(inputs)
         ]
-        held = len(calls) if self.paused is None else self.paused
+        batches = range(len(self._calls))
+        held = len(batches) if self.paused is None else self.paused
         tasks: dict[int, greenlet] = {}
 
         def proceed(number: int) -> Any:
             if number in tasks:
                 return tasks[number].switch()
-            tasks[number] = greenlet(calls[number].run)
-            return tasks[number].switch(block, self.states[number])
+            tasks[number] = greenlet(self._run)
+            return tasks[number].switch(index, number)
 
         try:
             for current, shared in enumerate(inputs):
                 if current:
                     statistics.append(self._statistic(inputs, current, common))
-                for number in range(len(calls)):
+                for number in batches:
                     # A task that has ended, or stands elsewhere, took a path of its own.
                     reached = proceed(number)
                     if tasks[number].dead or reached != current:
@@ -345,8 +351,8 @@ class Run:
                         tasks.pop(number).throw()
                 self._solve(shared, statistics.pop())
             current = len(inputs)
-            if not last:
-                for number in range(len(calls)):
+            if index + 1 < len(self.found):
+                for number in batches:
                     self.states[number] = proceed(number)
                     del tasks[number]
         finally:
@@ -356,14 +362,7 @@ class Run:
                 if task and not task.dead:
                     task.throw()
 
-    def _two_pass(
-        self,
-        block: nn.Module,
-        inputs: list[SharedInput],
-        calls: list[BlockCall],
-        last: bool,
-        common: int,
-    ) -> None:
+    def _two_pass(self, index: int, inputs: list[SharedInput], common: int) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
         statistics = [self._statistic(inputs, i, common) for i in range(len(inputs))]
 
@@ -378,16 +377,16 @@ class Run:
             for number, shared in enumerate(inputs)
         ]
         try:
-            for number, call in enumerate(calls):
-                call.run(block, self.states[number])
+            for number in range(len(self._calls)):
+                self._run(index, number, keep=False)
         finally:
             for handle in handles:
                 handle.remove()
         for shared in inputs:
             self._solve(shared, statistics.pop(0))
-        if not last:
-            for number, call in enumerate(calls):
-                self.states[number] = call.run(block, self.states[number])
+        if index + 1 < len(self.found):
+            for number in range(len(self._calls)):
+                self.states[number] = self._run(index, number)
 
     def _statistic(self, inputs: list[SharedInput], number: int, common: int) -> _Sum:
         """Return an input's empty statistic, or another run's full one that is the same."""

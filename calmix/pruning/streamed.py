@@ -183,7 +183,7 @@ def prune_streamed(
             run.block(index)
             run.report.seconds["total"] = spent + time.perf_counter() - began
             target.work.finish_block(
-                index, streamed.weights(index, copy=len(runs) > 1), run.report,
+                index, streamed.weights(index, copy=len(runs) > 1), run.report, run.written,
                 overlap=plan.overlap,
             )  # fmt: skip
             finished += 1
@@ -220,10 +220,11 @@ def _first_states(
                 work.states_begin()
             if not done:
                 run.states[number] = hidden
-    for _, work, _ in at:
-        work.states_begin()
     for run in others:
         run.recorded_by(first)
+    for run, work, _ in at:
+        work.states_begin()
+        work.restore_written(run.written)
     streamed.drop_outside()
     if all(done for _, _, done in at):
         streamed.drop(0)

@@ -146,7 +146,7 @@ def test_micro_batches_do_not_change_the_outcome():
         torch.testing.assert_close(weight, other, rtol=0.05, atol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text", "gemma4_text"])
 @pytest.mark.parametrize("paused", [0, 1, 2])
 def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
     """Those that do not stay paused begin the block anew; the last one is smaller."""

@@ -89,8 +89,11 @@ def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text"])
 @pytest.mark.parametrize("propagation", ["sequential", "block"])
-def test_several_targets_give_the_bytes_of_each_alone(tmp_path, tiny_folder, propagation):
+def test_several_targets_give_the_bytes_of_each_alone(tmp_path, kind, propagation):
+    model = save_tiny_model(tmp_path / "model", kind)
+
     def wanted(folder):
         return [
             target(folder / "a", "sparsegpt", Unstructured(0.5), propagation),
@@ -99,10 +102,10 @@ def test_several_targets_give_the_bytes_of_each_alone(tmp_path, tiny_folder, pro
             target(folder / "d", "magnitude", Unstructured(0.3), propagation),
         ]
 
-    together = streamed_prune(tiny_folder, wanted(tmp_path / "all"), tiny_ids())
+    together = streamed_prune(model, wanted(tmp_path / "all"), tiny_ids())
     for number, found in enumerate(together):
         one = wanted(tmp_path / str(number))[number]
-        (alone,) = streamed_prune(tiny_folder, [one], tiny_ids())
+        (alone,) = streamed_prune(model, [one], tiny_ids())
         assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
@@ -297,6 +300,25 @@ def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_p
     assert ended.code == 0, ended.err
     assert "going on after 3" in ended.err
     assert seen == [32]
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_what_a_block_writes_into_its_arguments_is_kept(
+    calmix, text_file, tmp_path, monkeypatch, before
+):
+    """The last two blocks read the keys and values of the first two."""
+    model = save_tiny_model(tmp_path / "model", "gemma4_text")
+    command = ("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    assert calmix(*command, tmp_path / "whole").code == 0
+    with monkeypatch.context() as patched:
+        interrupt_before(patched, before)
+        assert calmix(*command, tmp_path / "cut").code == 130
+    kept = sorted(path.name for path in (tmp_path / "cut.unfinished").glob("written-*"))
+    assert kept == [f"written-{min(before - 1, 1)}"]
+    ended = calmix(*command, tmp_path / "cut", "--resume")
+    assert ended.code == 0, ended.err
+    assert f"going on after {before}" in ended.err
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
