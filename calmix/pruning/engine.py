@@ -17,8 +17,9 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -129,7 +130,7 @@ def prune(
     Raises:
         ModelError: the architecture cannot be pruned.
         InputError: ids are missing or of the wrong shape, or the pattern does not fit.
-        SolverError: a layer's inputs are unusable.
+        SolverError: a layer's weights or inputs are unusable.
     """
     found = find_blocks(model)
     check_pattern(found, pattern)
@@ -283,7 +284,7 @@ class Run:
                 self.report.seconds["forward"] += time.perf_counter() - began - spent
                 return
             for layer in self.found.prunables(index):
-                _apply([layer], self.method.solve([layer.matrix()], self.pattern), self.report)
+                self._prune([layer])
         self.report.seconds["solve"] += time.perf_counter() - began
 
     def _with_states(self, index: int) -> None:
@@ -406,14 +407,39 @@ class Run:
 
     def _solve(self, shared: SharedInput, statistic: _Sum) -> None:
         began = time.perf_counter()
-        weights = [layer.view() for layer in shared.layers]
-        options = {"damping": self.damping} if self.method.statistic == "gram" else {}
-        try:
-            solved = self.method.solve(weights, statistic.matrix(), self.pattern, **options)
-        except SolverError as error:
-            raise SolverError(f"{shared.layers[0].name}: {error}") from error
-        _apply(shared.layers, solved, self.report)
+        self._prune(shared.layers, statistic.matrix())
         self.report.seconds["solve"] += time.perf_counter() - began
+
+    def _prune(self, layers: list[Prunable], *statistic: Tensor) -> None:
+        """Solve layers that share an input, write their weights and report on them."""
+        inputs = [s.diagonal() if s.ndim == 2 else s for s in statistic]
+        _check_finite(layers, "its weights are not finite", inputs)
+        options = {"damping": self.damping} if self.method.statistic == "gram" else {}
+        weights = [layer.view() if statistic else layer.matrix() for layer in layers]
+        try:
+            solved = self.method.solve(weights, *statistic, self.pattern, **options)
+        except SolverError as error:
+            raise SolverError(f"{layers[0].name}: {error}") from error
+        _apply(layers, solved, self.report)
+        _check_finite(layers, "its pruned weights are not finite")
+
+
+def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:
+    """Refuse weights, or sums of squares of inputs, that are not finite; the host reads once.
+
+    Raises:
+        SolverError: a weight or an input is not finite.
+    """
+    weights = [layer.view() for layer in layers]
+    largest = [torch.linalg.vector_norm(value, math.inf).float() for value in (*weights, *inputs)]
+    finite = torch.stack(largest).isfinite().tolist()
+    if all(finite):
+        return
+    number = finite.index(False)
+    what = otherwise if number < len(layers) else "its inputs are not finite"
+    half = weights[0].dtype == torch.float16
+    hint = ": float16 may be too narrow, use --dtype bfloat16 or float32" if half else ""
+    raise SolverError(f"{layers[number % len(layers)].name}: {what}{hint}")
 
 
 def _apply(layers: list[Prunable], solved: Solution, report: PruneReport) -> None:

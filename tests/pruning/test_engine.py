@@ -1,12 +1,15 @@
 """The engine against plain reference loops over whole forward passes, on many architectures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
 from calmix.pruning import METHODS, SemiStructured, Unstructured, prune
 from calmix.pruning.layout import observe
+from calmix.pruning.methods import Solution
 from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
 
 
@@ -163,6 +166,37 @@ def test_half_precision_models_keep_their_dtype_and_exact_counts():
     assert model.dtype == torch.bfloat16
     zeros = sum(int((w == 0).sum()) for w in weights_of(model).values())
     assert zeros == report.pruned
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(method, pattern, value):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    ids = None if method == "magnitude" else tiny_ids()
+    with pytest.raises(SolverError, match=r"layers\.1\.mlp\.up_proj: its weights are not finite$"):
+        prune(model, ids, method=method, pattern=pattern)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_inputs_that_overflow_are_named(method):
+    model = tiny_model("llama").half()
+    for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj):
+        layer.weight.mul_(1000)
+    with pytest.raises(SolverError, match=r"0\.mlp\.down_proj: its inputs .* use --dtype bfloat16"):
+        prune(model, tiny_ids(), method=method, pattern=Unstructured(0.5))
+
+
+def test_pruned_weights_that_do_not_fit_are_named(monkeypatch):
+    def solve(weights, pattern):
+        return Solution([weight * 1e6 for weight in weights], [0], [None])
+
+    monkeypatch.setitem(METHODS, "magnitude", replace(METHODS["magnitude"], solve=solve))
+    with pytest.raises(
+        SolverError, match=r"0\.self_attn\.q_proj: its pruned weights are not finite"
+    ):
+        prune(tiny_model("llama").half(), method="magnitude", pattern=Unstructured(0.5))
 
 
 def test_nothing_of_the_engine_is_left_in_the_model():

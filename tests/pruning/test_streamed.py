@@ -322,6 +322,18 @@ def test_what_a_block_writes_into_its_arguments_is_kept(
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
+def test_weights_that_are_not_finite_leave_nothing(calmix, text_file, tmp_path):
+    opened = open_model(str(save_tiny_model(tmp_path / "model")))
+    opened.model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    opened.model.save_pretrained(tmp_path / "model")
+    command = ("prune", tmp_path / "model", "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    ended = calmix(*command, "-o", tmp_path / "out")
+    assert ended.code == 2
+    last = ended.err.splitlines()[-1]
+    assert last == "error: model.layers.1.mlp.up_proj: its weights are not finite"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
 def test_two_at_work_on_one_output(calmix, deep, text_file, tmp_path):
     output = tmp_path / "out"
     work = WorkFolder(output)
