@@ -17,7 +17,6 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -431,8 +430,8 @@ def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tenso
         SolverError: a weight or an input is not finite.
     """
     weights = [layer.view() for layer in layers]
-    largest = [torch.linalg.vector_norm(value, math.inf).float() for value in (*weights, *inputs)]
-    finite = torch.stack(largest).isfinite().tolist()
+    ends = [torch.stack(torch.aminmax(value)).float() for value in (*weights, *inputs)]
+    finite = torch.stack(ends).isfinite().all(1).tolist()
     if all(finite):
         return
     number = finite.index(False)
