@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.models import open_model
-from calmix.models.streaming import StreamedModel
+from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, prune, streamed
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
@@ -76,6 +76,36 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_buffers_come_from_the_files(tmp_path, prefix):
+    """Gemma 4 scales what a layer returns by a buffer of its checkpoint."""
+    folder = save_tiny_model(tmp_path / "model", "gemma4_text")
+    stored = load_file(folder / "model.safetensors")
+    for name in stored:
+        if name.endswith("layer_scalar"):
+            stored[name].fill_(0.25)
+    save_file(
+        {name.replace("model.", prefix, 1): value for name, value in stored.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    opened = open_model(str(folder))
+    prune(opened.model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32)
+    (found,) = streamed_prune(folder, [target(tmp_path / "out")], tiny_ids())
+    for name, tensor in opened.model.state_dict().items():
+        if name != "lm_head.weight":
+            assert torch.equal(found[name.replace("model.", prefix, 1)], tensor), name
+
+
+def test_a_buffer_the_files_lack_makes_the_model_be_opened_whole(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "gemma4_text")
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.0.layer_scalar"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotStreamableError, match=r"layers\.0\.layer_scalar"):
+        StreamedModel(str(folder))
 
 
 @pytest.mark.parametrize(
