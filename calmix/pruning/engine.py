@@ -18,7 +18,8 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -135,17 +136,30 @@ def prune(
     check_pattern(found, pattern)
     began = time.perf_counter()
     run = Run(model, found, method, pattern, propagation, damping, paused)
-    if run.needs_ids:
-        states: dict[int, Tensor] = {}
-        for number, hidden in run.record(check_ids(ids, method), micro_tokens):
-            states[number] = hidden
-        run.states = states
-    for index in range(len(found)):
-        run.block(index)
-        if progress is not None:
-            progress(index + 1, len(found))
+    with _evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
+        if run.needs_ids:
+            states: dict[int, Tensor] = {}
+            for number, hidden in run.record(check_ids(ids, method), micro_tokens):
+                states[number] = hidden
+            run.states = states
+        for index in range(len(found)):
+            run.block(index)
+            if progress is not None:
+                progress(index + 1, len(found))
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode (no dropout) for a while."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def check_pattern(found: DecoderBlocks, pattern: Pattern) -> None:
@@ -309,15 +323,17 @@ class Run:
         The first `common` inputs are the same whatever the block is pruned to.
         """
         statistics = [self._statistic(inputs, 0, common)]
+        outside = _autocast_state({"cpu", inputs[0].layers[0].module.weight.device.type})
         current = 0
 
         def pause(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 if number < current:  # a micro-batch that begins the block anew
                     return
-                if number == current:
-                    self._add(statistics[0], args[0])
-                getcurrent().parent.switch(number)
+                with _autocast(outside):
+                    if number == current:
+                        self._add(statistics[0], args[0])
+                    getcurrent().parent.switch(number)
 
             return hook
 
@@ -421,6 +437,30 @@ class Run:
             raise SolverError(f"{layers[0].name}: {error}") from error
         _apply(layers, solved, self.report)
         _check_finite(layers, "its pruned weights are not finite")
+
+
+def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]:
+    """Return whether autocast is on, and to what type, by kind of device."""
+    return {
+        kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
+    }
+
+
+@contextmanager
+def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Set autocast, which all coroutines of a thread share, for a while."""
+    before = _autocast_state(state)
+
+    def put(values: dict[str, tuple[bool, torch.dtype]]) -> None:
+        for kind, (enabled, dtype) in values.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+    put(state)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:

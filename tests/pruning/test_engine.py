@@ -12,6 +12,8 @@ from calmix.pruning.layout import observe
 from calmix.pruning.methods import Solution
 from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
 
+HALF = Unstructured(0.5)
+
 
 def weights_of(model):
     found = find_blocks(model)
@@ -157,6 +159,49 @@ def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
     for model, held in ((all_stay, None), (some, paused)):
         prune(model, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=5 * 32, paused=held)
     for (name, a), b in zip(all_stay.named_parameters(), some.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("paused", [None, 1])
+def test_a_block_under_autocast_keeps_it_to_itself(paused):
+    """Autocast is one for all coroutines of a thread; a paused one must not leave it behind."""
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    reached = []
+
+    def under_autocast(forward):
+        def wrapped(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return forward(*args, **kwargs)
+
+        return wrapped
+
+    for block in model.model.layers:
+        block.forward = under_autocast(block.forward)
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args: reached.append(torch.is_autocast_enabled("cpu"))
+        )
+    report = prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32, paused=paused)
+    assert not torch.is_autocast_enabled("cpu")
+    assert len(reached) > 6
+    assert all(reached)
+    expected = prune(plain, tiny_ids(), pattern=HALF, micro_tokens=5 * 32)
+    for ours, theirs in zip(report.layers, expected.layers, strict=True):
+        assert ours.pruned == theirs.pruned
+        assert ours.error == pytest.approx(theirs.error, rel=0.2)
+
+
+@pytest.mark.parametrize("around", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
+def test_what_the_caller_has_set_changes_no_bytes(around):
+    """Autocast, and training mode, which is what it was again afterwards."""
+    model, plain = tiny_model("gpt2"), tiny_model("gpt2")
+    model.train()
+    model.transformer.h[0].attn.eval()
+    modes = [module.training for module in model.modules()]
+    with around:
+        prune(model, tiny_ids(), pattern=HALF)
+    prune(plain, tiny_ids(), pattern=HALF)
+    assert [module.training for module in model.modules()] == modes
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
