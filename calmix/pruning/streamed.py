@@ -73,10 +73,11 @@ def plan_for(
     blocks = streamed.blocks
     rows, length = (0, 0) if ids is None else ids.shape
     config = streamed.model.config.get_text_config(decoder=True)
-    layers = [layer.shape for layer in blocks.prunables(0)]
+    largest = max(range(len(blocks)), key=streamed.block_bytes)
+    layers = [layer.shape for layer in blocks.prunables(largest)]
     kinds = {target.statistic for target in targets}
     sizes = Sizes(
-        block_bytes=max(streamed.block_bytes(index) for index in range(len(blocks))),
+        block_bytes=streamed.block_bytes(largest),
         copies=len(targets) > 1,
         outside_bytes=streamed.outside_bytes if rows else 0,
         layers=layers,

@@ -189,6 +189,18 @@ def test_only_the_block_at_hand_is_in_memory(tiny_folder):
     streamed.close()
 
 
+def test_the_largest_block_decides_the_plan(tmp_path, monkeypatch):
+    """Gemma 4's full attention is wider than its sliding one."""
+    seen = []
+    monkeypatch.setattr(streamed, "make_plan", lambda sizes, *rest, **how: seen.append(sizes))
+    opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
+    streamed.plan_for(opened, tiny_ids(), [target(tmp_path / "out")], budget=2**40)
+    shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
+    assert shapes[0] != shapes[1]
+    assert [sizes.layers for sizes in seen] == [shapes[1]]
+    opened.close()
+
+
 def deep_model(folder):
     """A tiny llama of five blocks, so that there is a middle to end in."""
     torch.manual_seed(0)
