@@ -41,13 +41,14 @@ def floor(ids: torch.Tensor) -> tuple[float, float]:
         layout = observe(model, found, ids[:1, :8].clone())
     calls = Calls(model, found, ids[:1, :8])
     batches = [calls.record(batch) for batch in ids.split(MICRO_TOKENS // ids.shape[1])]
-    hidden = [first for first, _ in batches]
+    hidden = [first for first, _, _ in batches]
     for number in range(2):  # a warm-up: the first products of a process are slow
-        batches[number % len(batches)][1][0].run(found.blocks[0], hidden[number % len(batches)])
+        first, recorded, written = batches[number % len(batches)]
+        recorded[0].run(found.blocks[0], first, written)
     began = time.perf_counter()
     for index, block in enumerate(found.blocks):
-        for number, (_, recorded) in enumerate(batches):
-            hidden[number] = recorded[index].run(block, hidden[number])
+        for number, (_, recorded, written) in enumerate(batches):
+            hidden[number] = recorded[index].run(block, hidden[number], written)
     forward = time.perf_counter() - began
     torch.set_float32_matmul_precision("medium")
     gram = 0.0

@@ -33,6 +33,7 @@ ARCHITECTURES = (
     "bloom",
     "gpt_bigcode",
     "smollm3",
+    "gemma4_text",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "olmoe")
 
@@ -61,6 +62,13 @@ def tiny_config(kind: str) -> Any:
         "eos_token_id": 2,
         "tie_word_embeddings": kind != "gpt_neox",
     }
+    if kind == "gemma4_text":  # the last two blocks read keys and values of the first two
+        wanted |= {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+        }
     if kind in ("gpt2", "gpt_bigcode"):
         wanted |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
         wanted = {k: v for k, v in wanted.items() if not k.startswith(("num_", "hidden", "max_"))}

@@ -6,7 +6,7 @@ weights are read when it is asked for, the next one's meanwhile. Knows nothing a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +43,7 @@ class StreamedModel:
         blocks: its decoder blocks.
         shards: the folder's files.
         names: name in the files of every parameter, by its name in the model.
+        buffers: the same of the buffers that files hold.
 
     Raises:
         ModelError: as `open_model`, or a file is cut short.
@@ -66,22 +67,28 @@ class StreamedModel:
         config = load_config(self.folder, name, trust_remote_code)
         self.model = _skeleton(config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
-        self.names = dict(self._named())
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        own = self.model.named_parameters(remove_duplicate=False)
+        self.names = self._stored(own, tied)
+        kept = self.model.state_dict().keys()
+        self.buffers = self._stored((b for b in self.model.named_buffers() if b[0] in kept), ())
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
-    def _named(self) -> Iterator[tuple[str, str]]:
+    def _stored(self, own: Iterable[tuple[str, Tensor]], tied: Container[str]) -> dict[str, str]:
+        """Return the names in the files of the model's own tensors, which may lack the prefix."""
         base = getattr(self.model, "base_model_prefix", "") + "."
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        names = {}
+        for name, tensor in own:
             for known in (name, name.removeprefix(base), base + name):
                 place = self.shards.places.get(known)
-                if place is not None and place.shape == tuple(parameter.shape):
-                    yield name, known
+                if place is not None and place.shape == tuple(tensor.shape):
+                    names[name] = known
                     break
             else:
                 if name not in tied:
                     raise NotStreamableError(name)
+        return names
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,10 +130,8 @@ class StreamedModel:
         self._put(self._read(self.outside_names))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
-            if (place := self.shards.places.get(name)) is not None and not buffer.is_meta:
-                value = self.shards.read([name])[name].to(buffer.dtype)
-                if place.shape != tuple(buffer.shape):
-                    raise NotStreamableError(name)
+            if (stored := self.buffers.get(name)) is not None:
+                value = self.shards.read([stored])[stored].to(buffer.dtype)
             owner, _, last = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[last] = value.to(self.device)
 

@@ -238,6 +238,7 @@ def _leave(job: Job, error: BaseException) -> bool:
     an earlier run has left is kept whatever happens.
     """
     work = job.work
+    work.settle()
     disk = "no space left" in str(error) or "cannot write" in str(error)
     stays = job.goes_on or (work.done > 0 and (disk or not isinstance(error, CalmixError)))
     if stays:

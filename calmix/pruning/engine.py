@@ -18,7 +18,8 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -129,23 +130,36 @@ def prune(
     Raises:
         ModelError: the architecture cannot be pruned.
         InputError: ids are missing or of the wrong shape, or the pattern does not fit.
-        SolverError: a layer's inputs are unusable.
+        SolverError: a layer's weights or inputs are unusable.
     """
     found = find_blocks(model)
     check_pattern(found, pattern)
     began = time.perf_counter()
     run = Run(model, found, method, pattern, propagation, damping, paused)
-    if run.needs_ids:
-        states: dict[int, Tensor] = {}
-        for number, hidden in run.record(check_ids(ids, method), micro_tokens):
-            states[number] = hidden
-        run.states = states
-    for index in range(len(found)):
-        run.block(index)
-        if progress is not None:
-            progress(index + 1, len(found))
+    with _evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
+        if run.needs_ids:
+            states: dict[int, Tensor] = {}
+            for number, hidden in run.record(check_ids(ids, method), micro_tokens):
+                states[number] = hidden
+            run.states = states
+        for index in range(len(found)):
+            run.block(index)
+            if progress is not None:
+                progress(index + 1, len(found))
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode (no dropout) for a while."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def check_pattern(found: DecoderBlocks, pattern: Pattern) -> None:
@@ -206,6 +220,8 @@ class Run:
 
     Attributes:
         states: hidden states; the caller's to set once `record` has given the first.
+        written: what blocks have written into their arguments (keys and values that later ones
+            share), of the few tokens that are observed and then of every micro-batch.
         report: what has been done so far.
     """
 
@@ -234,6 +250,7 @@ class Run:
         self.report.seconds = dict.fromkeys(ACTIVITIES if self.needs_ids else ("solve",), 0.0)
         self._calls: list[list[BlockCall]] = []
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
+        self.written: list[list[Any]] = []
 
     @property
     def needs_ids(self) -> bool:
@@ -252,18 +269,21 @@ class Run:
         with torch.inference_mode(False), torch.no_grad():
             few = ids[:1, :TOKENS].clone().to(device)
             calls = Calls(self.model, self.found, few)
-            self._tiny = calls.record(few)
-        self._calls = []
+            hidden, recorded, written = calls.record(few)
+        self._tiny = hidden, recorded
+        self._calls, self.written = [], [written]
         for number, batch in enumerate(ids.split(max(1, micro_tokens // ids.shape[1]))):
             with torch.inference_mode():
-                hidden, recorded = calls.record(batch.to(device))
+                hidden, recorded, written = calls.record(batch.to(device))
             self._calls.append(recorded)
+            self.written.append(written)
             yield number, hidden
         self.report.seconds["prepare"] += time.perf_counter() - began
 
     def recorded_by(self, other: Run) -> None:
-        """Take what another run of the same model and ids has recorded."""
+        """Take what another run of the same model and ids, yet to prune a block, has recorded."""
         self._calls, self._tiny = other._calls, other._tiny
+        self.written = [list(values) for values in other.written]
         self.report.tokens = other.report.tokens
 
     def block(self, index: int) -> None:
@@ -277,42 +297,43 @@ class Run:
                 self.report.seconds["forward"] += time.perf_counter() - began - spent
                 return
             for layer in self.found.prunables(index):
-                _apply([layer], self.method.solve([layer.matrix()], self.pattern), self.report)
+                self._prune([layer])
         self.report.seconds["solve"] += time.perf_counter() - began
 
     def _with_states(self, index: int) -> None:
-        block, last = self.found.blocks[index], index + 1 == len(self.found)
         assert self._tiny is not None
         with torch.inference_mode(False):
-            inputs = observe_block(self.found, index, self._tiny[1][index], self._tiny[0])
-        calls = [recorded[index] for recorded in self._calls]
+            hidden, recorded = self._tiny
+            inputs = observe_block(self.found, index, recorded[index], hidden, self.written[0])
         if self.propagation == "sequential":
-            self._sequential(block, inputs, calls, last, 0 if index else 1)
+            self._sequential(index, inputs, 0 if index else 1)
         else:
-            self._two_pass(block, inputs, calls, last, 0 if index else len(inputs))
+            self._two_pass(index, inputs, 0 if index else len(inputs))
 
-    def _sequential(
-        self,
-        block: nn.Module,
-        inputs: list[SharedInput],
-        calls: list[BlockCall],
-        last: bool,
-        common: int,
-    ) -> None:
+    def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
+        """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
+        written = self.written[1 + number]
+        return self._calls[number][index].run(
+            self.found.blocks[index], self.states[number], written if keep else list(written)
+        )
+
+    def _sequential(self, index: int, inputs: list[SharedInput], common: int) -> None:
         """Prune one block in one pass; replace the states by its outputs unless it is the last.
 
         The first `common` inputs are the same whatever the block is pruned to.
         """
         statistics = [self._statistic(inputs, 0, common)]
+        outside = _autocast_state({"cpu", inputs[0].layers[0].module.weight.device.type})
         current = 0
 
         def pause(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 if number < current:  # a micro-batch that begins the block anew
                     return
-                if number == current:
-                    self._add(statistics[0], args[0])
-                getcurrent().parent.switch(number)
+                with _autocast(outside):
+                    if number == current:
+                        self._add(statistics[0], args[0])
+                    getcurrent().parent.switch(number)
 
             return hook
 
@@ -320,20 +341,21 @@ class Run:
             shared.layers[0].module.register_forward_pre_hook(pause(number))
             for number, shared in enumerate(inputs)
         ]
-        held = len(calls) if self.paused is None else self.paused
+        batches = range(len(self._calls))
+        held = len(batches) if self.paused is None else self.paused
         tasks: dict[int, greenlet] = {}
 
         def proceed(number: int) -> Any:
             if number in tasks:
                 return tasks[number].switch()
-            tasks[number] = greenlet(calls[number].run)
-            return tasks[number].switch(block, self.states[number])
+            tasks[number] = greenlet(self._run)
+            return tasks[number].switch(index, number)
 
         try:
             for current, shared in enumerate(inputs):
                 if current:
                     statistics.append(self._statistic(inputs, current, common))
-                for number in range(len(calls)):
+                for number in batches:
                     # A task that has ended, or stands elsewhere, took a path of its own.
                     reached = proceed(number)
                     if tasks[number].dead or reached != current:
@@ -345,8 +367,8 @@ class Run:
                         tasks.pop(number).throw()
                 self._solve(shared, statistics.pop())
             current = len(inputs)
-            if not last:
-                for number in range(len(calls)):
+            if index + 1 < len(self.found):
+                for number in batches:
                     self.states[number] = proceed(number)
                     del tasks[number]
         finally:
@@ -356,14 +378,7 @@ class Run:
                 if task and not task.dead:
                     task.throw()
 
-    def _two_pass(
-        self,
-        block: nn.Module,
-        inputs: list[SharedInput],
-        calls: list[BlockCall],
-        last: bool,
-        common: int,
-    ) -> None:
+    def _two_pass(self, index: int, inputs: list[SharedInput], common: int) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
         statistics = [self._statistic(inputs, i, common) for i in range(len(inputs))]
 
@@ -378,16 +393,16 @@ class Run:
             for number, shared in enumerate(inputs)
         ]
         try:
-            for number, call in enumerate(calls):
-                call.run(block, self.states[number])
+            for number in range(len(self._calls)):
+                self._run(index, number, keep=False)
         finally:
             for handle in handles:
                 handle.remove()
         for shared in inputs:
             self._solve(shared, statistics.pop(0))
-        if not last:
-            for number, call in enumerate(calls):
-                self.states[number] = call.run(block, self.states[number])
+        if index + 1 < len(self.found):
+            for number in range(len(self._calls)):
+                self.states[number] = self._run(index, number)
 
     def _statistic(self, inputs: list[SharedInput], number: int, common: int) -> _Sum:
         """Return an input's empty statistic, or another run's full one that is the same."""
@@ -407,14 +422,63 @@ class Run:
 
     def _solve(self, shared: SharedInput, statistic: _Sum) -> None:
         began = time.perf_counter()
-        weights = [layer.view() for layer in shared.layers]
-        options = {"damping": self.damping} if self.method.statistic == "gram" else {}
-        try:
-            solved = self.method.solve(weights, statistic.matrix(), self.pattern, **options)
-        except SolverError as error:
-            raise SolverError(f"{shared.layers[0].name}: {error}") from error
-        _apply(shared.layers, solved, self.report)
+        self._prune(shared.layers, statistic.matrix())
         self.report.seconds["solve"] += time.perf_counter() - began
+
+    def _prune(self, layers: list[Prunable], *statistic: Tensor) -> None:
+        """Solve layers that share an input, write their weights and report on them."""
+        inputs = [s.diagonal() if s.ndim == 2 else s for s in statistic]
+        _check_finite(layers, "its weights are not finite", inputs)
+        options = {"damping": self.damping} if self.method.statistic == "gram" else {}
+        weights = [layer.view() if statistic else layer.matrix() for layer in layers]
+        try:
+            solved = self.method.solve(weights, *statistic, self.pattern, **options)
+        except SolverError as error:
+            raise SolverError(f"{layers[0].name}: {error}") from error
+        _apply(layers, solved, self.report)
+        _check_finite(layers, "its pruned weights are not finite")
+
+
+def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]:
+    """Return whether autocast is on, and to what type, by kind of device."""
+    return {
+        kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
+    }
+
+
+@contextmanager
+def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Set autocast, which all coroutines of a thread share, for a while."""
+    before = _autocast_state(state)
+
+    def put(values: dict[str, tuple[bool, torch.dtype]]) -> None:
+        for kind, (enabled, dtype) in values.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+    put(state)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:
+    """Refuse weights, or sums of squares of inputs, that are not finite; the host reads once.
+
+    Raises:
+        SolverError: a weight or an input is not finite.
+    """
+    weights = [layer.view() for layer in layers]
+    ends = [torch.stack(torch.aminmax(value)).float() for value in (*weights, *inputs)]
+    finite = torch.stack(ends).isfinite().all(1).tolist()
+    if all(finite):
+        return
+    number = finite.index(False)
+    what = otherwise if number < len(layers) else "its inputs are not finite"
+    half = weights[0].dtype == torch.float16
+    hint = ": float16 may be too narrow, use --dtype bfloat16 or float32" if half else ""
+    raise SolverError(f"{layers[number % len(layers)].name}: {what}{hint}")
 
 
 def _apply(layers: list[Prunable], solved: Solution, report: PruneReport) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,17 @@ PANEL = 256  # columns of the upper triangle computed in one product
 @contextmanager
 def bfloat16_products(allowed: bool = True) -> Iterator[None]:
     """Let float32 products round their inputs to bfloat16 where the machine has units for it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if allowed else "highest")
+    # One setting a backend: torch refuses to read what is for all of them once one differs.
+    mkldnn: Any = torch.backends.mkldnn
+    backends: dict[Any, str] = {mkldnn.matmul: "bf16", torch.backends.cuda.matmul: "tf32"}
+    before = {backend: backend.fp32_precision for backend in backends}
+    for backend, fast in backends.items():
+        backend.fp32_precision = fast if allowed else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in before.items():
+            backend.fp32_precision = precision
 
 
 class Gram:
@@ -107,7 +113,8 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
 
     H = R R^T with R upper triangular gives H^-1 = U^T U with U = R^-1; neither R nor H^-1 is
     ever formed. If H is not positive definite the damping is raised tenfold, then the work is
-    repeated in float64; H^-1 is never replaced by anything else.
+    repeated in float64, at last with a hundredfold damping; H^-1 is never replaced by anything
+    else.
 
     Args:
         gram: symmetric float32 (columns, columns).

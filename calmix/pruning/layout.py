@@ -7,7 +7,8 @@ are looked at one by one, so that only the one at hand needs its weights in memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,16 +36,53 @@ class SharedInput:
         return self.layers[0].shape[1]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Slot:
+    """The place, among a block's arguments, of a dict or list that blocks may write into."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class BlockCall:
-    """The arguments a decoder calls one block with, the hidden states left out."""
+    """The arguments a decoder calls one block with, the hidden states left out.
+
+    Nothing that runs changes them: for every dict and list there is a `Slot`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the block on hidden states and return its hidden states."""
-        return first_tensor(block(hidden, *self.args, **self.kwargs))
+    def run(self, block: nn.Module, hidden: Tensor, written: list[Any]) -> Tensor:
+        """Call the block on hidden states and return its hidden states.
+
+        Args:
+            block: the block.
+            hidden: hidden states.
+            written: what stands in the slots. What the block makes of it takes its place once
+                the block has run to its end, so that one begun anew finds what it found before.
+        """
+        own = [copied(value) for value in written]
+        args = _filled(self.args, own)
+        result = block(hidden, *args, **{k: _filled(v, own) for k, v in self.kwargs.items()})
+        written[:] = own
+        return first_tensor(result)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a dict or list, and of all dicts and lists in it; the rest is shared."""
+    if not isinstance(value, MutableMapping | MutableSequence):
+        return value
+    made: Any = copy.copy(value)
+    for key in value if isinstance(value, MutableMapping) else range(len(value)):
+        made[key] = copied(value[key])
+    return made
+
+
+def _filled(value: Any, written: list[Any]) -> Any:
+    if isinstance(value, Slot):
+        return written[value.number]
+    return tuple(_filled(v, written) for v in value) if type(value) is tuple else value
 
 
 class Calls:
@@ -99,18 +137,29 @@ class Calls:
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
 
-    def record(self, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        """Return the first block's hidden states and every block's other arguments.
+    def record(self, ids: Tensor) -> tuple[Tensor, list[BlockCall], list[Any]]:
+        """Return the first block's hidden states, every block's other arguments, and their slots.
 
         Equal tensors of different micro-batches (masks, position embeddings) are kept once.
         """
         recorded: list[tuple[Tensor, BlockCall]] = []
+        written: list[Any] = []
+
+        def kept(key: tuple[int, str], value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(kept((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
+            if isinstance(value, MutableMapping | MutableSequence):
+                numbers = [number for number, known in enumerate(written) if known is value]
+                if not numbers:
+                    written.append(value)
+                return Slot(numbers[0] if numbers else len(written) - 1)
+            return self._shared(key, value)
 
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = _hidden_of(args, kwargs)
-                args = tuple(self._shared((index, str(i)), value) for i, value in enumerate(args))
-                kwargs = {key: self._shared((index, key), v) for key, v in kwargs.items()}
+                args = tuple(kept((index, str(i)), value) for i, value in enumerate(args))
+                kwargs = {key: kept((index, key), v) for key, v in kwargs.items()}
                 recorded.append((hidden, BlockCall(args, kwargs)))
                 return self._returned(hidden)
 
@@ -118,11 +167,9 @@ class Calls:
 
         with _forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
-        return recorded[0][0], [call for _, call in recorded]
+        return recorded[0][0], [call for _, call in recorded], written
 
     def _shared(self, key: tuple[int, str], value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(self._shared((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
         if not isinstance(value, Tensor):
             return value
         # Blocks mostly share their arguments too, so the first block's are tried as well.
@@ -141,7 +188,7 @@ class Calls:
 
 @torch.no_grad()
 def observe_block(
-    found: DecoderBlocks, index: int, call: BlockCall, hidden: Tensor
+    found: DecoderBlocks, index: int, call: BlockCall, hidden: Tensor, written: list[Any]
 ) -> list[SharedInput]:
     """Run one block on a few tokens; return its distinct inputs in order of appearance.
 
@@ -151,6 +198,7 @@ def observe_block(
         found: the decoder blocks; block `index` has its weights.
         call: the block's arguments for these tokens.
         hidden: its hidden states, shape (1, tokens, width); only their shape matters.
+        written: what stands in the slots of these tokens' arguments, as for `BlockCall.run`.
 
     Raises:
         ModelError: a linear map of the block is never called or more than once a pass.
@@ -169,7 +217,7 @@ def observe_block(
 
     handles = [layer.module.register_forward_pre_hook(on_linear(layer)) for layer in layers]
     try:
-        call.run(found.blocks[index], hidden)
+        call.run(found.blocks[index], hidden, written)
     finally:
         for handle in handles:
             handle.remove()
@@ -195,8 +243,8 @@ def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedIn
     Raises:
         ModelError: as `Calls` and `observe_block`.
     """
-    hidden, calls = Calls(model, found, ids).record(ids)
-    return [observe_block(found, index, call, hidden) for index, call in enumerate(calls)]
+    hidden, calls, written = Calls(model, found, ids).record(ids)
+    return [observe_block(found, i, call, hidden, written) for i, call in enumerate(calls)]
 
 
 @contextmanager

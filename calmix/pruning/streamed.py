@@ -73,10 +73,11 @@ def plan_for(
     blocks = streamed.blocks
     rows, length = (0, 0) if ids is None else ids.shape
     config = streamed.model.config.get_text_config(decoder=True)
-    layers = [layer.shape for layer in blocks.prunables(0)]
+    largest = max(range(len(blocks)), key=streamed.block_bytes)
+    layers = [layer.shape for layer in blocks.prunables(largest)]
     kinds = {target.statistic for target in targets}
     sizes = Sizes(
-        block_bytes=max(streamed.block_bytes(index) for index in range(len(blocks))),
+        block_bytes=streamed.block_bytes(largest),
         copies=len(targets) > 1,
         outside_bytes=streamed.outside_bytes if rows else 0,
         layers=layers,
@@ -183,7 +184,7 @@ def prune_streamed(
             run.block(index)
             run.report.seconds["total"] = spent + time.perf_counter() - began
             target.work.finish_block(
-                index, streamed.weights(index, copy=len(runs) > 1), run.report,
+                index, streamed.weights(index, copy=len(runs) > 1), run.report, run.written,
                 overlap=plan.overlap,
             )  # fmt: skip
             finished += 1
@@ -220,10 +221,11 @@ def _first_states(
                 work.states_begin()
             if not done:
                 run.states[number] = hidden
-    for _, work, _ in at:
-        work.states_begin()
     for run in others:
         run.recorded_by(first)
+    for run, work, _ in at:
+        work.states_begin()
+        work.restore_written(run.written)
     streamed.drop_outside()
     if all(done for _, _, done in at):
         streamed.drop(0)

@@ -4,6 +4,7 @@
                       calibration/       the calibration set, calibration.json its manifest
                       checkpoint/        the files of the result, at full size, filled by block
                       states-0, -1       hidden states before and after the block at hand
+                      written-N          what blocks wrote into their arguments, up to block N
                       progress.json      blocks that are done, and the report on them
 
 A block is done when its weights and the next block's hidden states are on the disk; only then
@@ -12,10 +13,13 @@ is progress.json replaced. The states that lead into a block are kept until it i
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import operator
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +114,8 @@ class WorkFolder:
         self._lock = Lock(self.path / "lock")
         self._pool = ThreadPoolExecutor(1, "writing")
         self._pending: Future[None] | None = None
+        self._leaves: list[Any] = []
+        self._written: str | None = None
         self.claimed = False
 
     @property
@@ -210,20 +216,52 @@ class WorkFolder:
         assert self.states is not None
         self.states.turn()
 
+    def restore_written(self, written: list[list[Any]]) -> None:
+        """Put what the blocks that are done wrote into their arguments into what was recorded."""
+        with contextlib.suppress(FileNotFoundError):
+            kept = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+            self._written = kept.get("written")
+        if self._written is not None:
+            assert self.states is not None
+            saved = torch.load(self.path / self._written, self.states.device, weights_only=True)
+            for values, contents in zip(written, saved, strict=True):
+                values[:] = [_refilled(v, held) for v, held in zip(values, contents, strict=True)]
+        self._leaves = list(_leaves(written))
+
     def finish_block(
-        self, index: int, tensors: Mapping[str, Tensor], report: PruneReport, *, overlap: bool
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        report: PruneReport,
+        written: list[list[Any]],
+        *,
+        overlap: bool,
     ) -> None:
-        """Write a block's weights and then count it as done, in the background if `overlap`."""
+        """Write a block's weights and then count it as done, in the background if `overlap`.
+
+        Args:
+            index: the block.
+            tensors: its weights, by name.
+            report: on this block and those before.
+            written: what stands in the slots of its arguments; kept if the block has changed it.
+            overlap: whether to return before it is on the disk.
+        """
         self.wait()
         side = None
         if self.states is not None:
             self.states.turn()
             side = self.states.side
+        leaves, contents, before = list(_leaves(written)), None, self._written
+        if len(leaves) != len(self._leaves) or any(map(operator.is_not, leaves, self._leaves)):
+            contents = [[_plain(value) for value in values] for values in written]
+            self._leaves, self._written = leaves, f"written-{index}"
+        kept = self._written
         progress = {
             "done": index + 1,
             "batch": 0 if self.states is None else self.states.rows[0],
             "seconds": dict(report.seconds),
             "layers": [asdict(layer) for layer in report.layers],
+            "written": kept,
         }
 
         def finish() -> None:
@@ -232,7 +270,11 @@ class WorkFolder:
             self.writer.sync()
             if self.states is not None and side is not None:
                 self.states.sync(side)
+            if contents is not None:
+                _save(self.path / str(kept), contents)
             write_json(self.path / PROGRESS, progress)
+            if contents is not None and before is not None:
+                (self.path / before).unlink(missing_ok=True)
 
         self._pending = self._pool.submit(finish)
         if not overlap:
@@ -256,16 +298,54 @@ class WorkFolder:
         self.close()
         shutil.rmtree(self.path)
 
+    def settle(self) -> None:
+        """Let the block that is being written end, well or not; none is written after it."""
+        self._pool.shutdown(wait=True)
+
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""
+        self.settle()
         self.claimed = False
-        self._pool.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
 
     def abandon(self) -> None:
         """Let go of the folder and remove it."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what stands in dicts, lists and tuples, however deep."""
+    if isinstance(value, MutableMapping):
+        value = list(value.values())
+    if not isinstance(value, MutableSequence | tuple):
+        yield value
+        return
+    for held in value:
+        yield from _leaves(held)
+
+
+def _plain(value: Any) -> Any:
+    """Return a dict or list of whatever class as a plain one."""
+    return dict(value) if isinstance(value, MutableMapping) else list(value)
+
+
+def _refilled(value: Any, contents: Any) -> Any:
+    """Return a dict or list of the class of `value`, with other contents."""
+    made = copy.copy(value)
+    made.clear()
+    if isinstance(made, MutableMapping):
+        made.update(contents)
+    else:
+        made.extend(contents)
+    return made
+
+
+def _save(path: Path, value: Any) -> None:
+    with disk_errors(path), path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _short(value: Any) -> str:

@@ -1,13 +1,18 @@
 """The engine against plain reference loops over whole forward passes, on many architectures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
 from calmix.pruning import METHODS, SemiStructured, Unstructured, prune
 from calmix.pruning.layout import observe
+from calmix.pruning.methods import Solution
 from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
+
+HALF = Unstructured(0.5)
 
 
 def weights_of(model):
@@ -146,7 +151,7 @@ def test_micro_batches_do_not_change_the_outcome():
         torch.testing.assert_close(weight, other, rtol=0.05, atol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text", "gemma4_text"])
 @pytest.mark.parametrize("paused", [0, 1, 2])
 def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
     """Those that do not stay paused begin the block anew; the last one is smaller."""
@@ -157,12 +162,86 @@ def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("paused", [None, 1])
+def test_a_block_under_autocast_keeps_it_to_itself(paused):
+    """Autocast is one for all coroutines of a thread; a paused one must not leave it behind."""
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    reached = []
+
+    def under_autocast(forward):
+        def wrapped(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return forward(*args, **kwargs)
+
+        return wrapped
+
+    for block in model.model.layers:
+        block.forward = under_autocast(block.forward)
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args: reached.append(torch.is_autocast_enabled("cpu"))
+        )
+    report = prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32, paused=paused)
+    assert not torch.is_autocast_enabled("cpu")
+    assert len(reached) > 6
+    assert all(reached)
+    expected = prune(plain, tiny_ids(), pattern=HALF, micro_tokens=5 * 32)
+    for ours, theirs in zip(report.layers, expected.layers, strict=True):
+        assert ours.pruned == theirs.pruned
+        assert ours.error == pytest.approx(theirs.error, rel=0.2)
+
+
+@pytest.mark.parametrize("around", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
+def test_what_the_caller_has_set_changes_no_bytes(around):
+    """Autocast, and training mode, which is what it was again afterwards."""
+    model, plain = tiny_model("gpt2"), tiny_model("gpt2")
+    model.train()
+    model.transformer.h[0].attn.eval()
+    modes = [module.training for module in model.modules()]
+    with around:
+        prune(model, tiny_ids(), pattern=HALF)
+    prune(plain, tiny_ids(), pattern=HALF)
+    assert [module.training for module in model.modules()] == modes
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_half_precision_models_keep_their_dtype_and_exact_counts():
     model = tiny_model("llama").bfloat16()
     report = prune(model, tiny_ids(), pattern=Unstructured(0.6))
     assert model.dtype == torch.bfloat16
     zeros = sum(int((w == 0).sum()) for w in weights_of(model).values())
     assert zeros == report.pruned
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(method, pattern, value):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    ids = None if method == "magnitude" else tiny_ids()
+    with pytest.raises(SolverError, match=r"layers\.1\.mlp\.up_proj: its weights are not finite$"):
+        prune(model, ids, method=method, pattern=pattern)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_inputs_that_overflow_are_named(method):
+    model = tiny_model("llama").half()
+    for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj):
+        layer.weight.mul_(1000)
+    with pytest.raises(SolverError, match=r"0\.mlp\.down_proj: its inputs .* use --dtype bfloat16"):
+        prune(model, tiny_ids(), method=method, pattern=Unstructured(0.5))
+
+
+def test_pruned_weights_that_do_not_fit_are_named(monkeypatch):
+    def solve(weights, pattern):
+        return Solution([weight * 1e6 for weight in weights], [0], [None])
+
+    monkeypatch.setitem(METHODS, "magnitude", replace(METHODS["magnitude"], solve=solve))
+    with pytest.raises(
+        SolverError, match=r"0\.self_attn\.q_proj: its pruned weights are not finite"
+    ):
+        prune(tiny_model("llama").half(), method="magnitude", pattern=Unstructured(0.5))
 
 
 def test_nothing_of_the_engine_is_left_in_the_model():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from calmix.errors import SolverError
+from calmix.pruning import gram as gram_module
 from calmix.pruning.gram import Gram, Squares, inverse_factor
 
 
@@ -24,11 +25,21 @@ def test_gram_matches_float64(columns, dtype):
     assert torch.equal(gram.matrix(), gram.matrix().T)
 
 
-def test_matmul_precision_setting_is_restored():
-    before = torch.get_float32_matmul_precision()
-    gram = Gram(4, torch.device("cpu"))
-    gram.add(torch.randn(5, 4).bfloat16())
-    assert torch.get_float32_matmul_precision() == before
+@pytest.mark.parametrize("precision", ["none", "ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matmul_precision_setting_is_restored(precision, dtype):
+    """Of the backends: torch refuses to tell one for all of them where they differ."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    at_first = [backend.fp32_precision for backend in backends]
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        before = [backend.fp32_precision for backend in backends]
+        gram = Gram(4, torch.device("cpu"))
+        gram.add(torch.randn(5, 4, dtype=dtype))
+        assert [backend.fp32_precision for backend in backends] == before
+    finally:
+        for backend, value in zip(backends, at_first, strict=True):
+            backend.fp32_precision = value
 
 
 def correlated(columns: int, tokens: int) -> torch.Tensor:
@@ -66,6 +77,23 @@ def test_damping_is_raised_and_recorded_never_skipped():
     values[0] = -5
     with pytest.raises(SolverError, match="not positive definite"):
         inverse_factor((basis * values @ basis.T).float(), 0.01)
+
+
+def test_attempts_at_a_factor_in_order(monkeypatch):
+    """The damping asked for, tenfold, tenfold in float64, a hundredfold in float64."""
+    invert, failures = gram_module._invert_factor, []
+
+    def failing(h):
+        return [torch.tensor(failures.pop())] if failures else invert(h)
+
+    monkeypatch.setattr(gram_module, "_invert_factor", failing)
+    found = []
+    for count in range(4):
+        failures.extend([1] * count)
+        factor = inverse_factor(torch.eye(4), 0.01)
+        found.append((factor.damping, factor.dtype))
+    single, double = torch.float32, torch.float64
+    assert found == [(0.01, single), (0.1, single), (0.1, double), (1.0, double)]
 
 
 def test_unusable_inputs():

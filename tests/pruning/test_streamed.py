@@ -8,15 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.models import open_model
-from calmix.models.streaming import StreamedModel
+from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, prune, streamed
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
@@ -76,6 +78,36 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_buffers_come_from_the_files(tmp_path, prefix):
+    """Gemma 4 scales what a layer returns by a buffer of its checkpoint."""
+    folder = save_tiny_model(tmp_path / "model", "gemma4_text")
+    stored = load_file(folder / "model.safetensors")
+    for name in stored:
+        if name.endswith("layer_scalar"):
+            stored[name].fill_(0.25)
+    save_file(
+        {name.replace("model.", prefix, 1): value for name, value in stored.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    opened = open_model(str(folder))
+    prune(opened.model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32)
+    (found,) = streamed_prune(folder, [target(tmp_path / "out")], tiny_ids())
+    for name, tensor in opened.model.state_dict().items():
+        if name != "lm_head.weight":
+            assert torch.equal(found[name.replace("model.", prefix, 1)], tensor), name
+
+
+def test_a_buffer_the_files_lack_makes_the_model_be_opened_whole(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "gemma4_text")
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.0.layer_scalar"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotStreamableError, match=r"layers\.0\.layer_scalar"):
+        StreamedModel(str(folder))
+
+
 @pytest.mark.parametrize(
     "plan",
     [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0), Plan(5 * 32, 2, False, 0)],
@@ -87,8 +119,11 @@ def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text"])
 @pytest.mark.parametrize("propagation", ["sequential", "block"])
-def test_several_targets_give_the_bytes_of_each_alone(tmp_path, tiny_folder, propagation):
+def test_several_targets_give_the_bytes_of_each_alone(tmp_path, kind, propagation):
+    model = save_tiny_model(tmp_path / "model", kind)
+
     def wanted(folder):
         return [
             target(folder / "a", "sparsegpt", Unstructured(0.5), propagation),
@@ -97,10 +132,10 @@ def test_several_targets_give_the_bytes_of_each_alone(tmp_path, tiny_folder, pro
             target(folder / "d", "magnitude", Unstructured(0.3), propagation),
         ]
 
-    together = streamed_prune(tiny_folder, wanted(tmp_path / "all"), tiny_ids())
+    together = streamed_prune(model, wanted(tmp_path / "all"), tiny_ids())
     for number, found in enumerate(together):
         one = wanted(tmp_path / str(number))[number]
-        (alone,) = streamed_prune(tiny_folder, [one], tiny_ids())
+        (alone,) = streamed_prune(model, [one], tiny_ids())
         assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
@@ -152,6 +187,18 @@ def test_only_the_block_at_hand_is_in_memory(tiny_folder):
     streamed.drop(1)
     assert all(p.is_meta for p in streamed.model.parameters())
     streamed.close()
+
+
+def test_the_largest_block_decides_the_plan(tmp_path, monkeypatch):
+    """Gemma 4's full attention is wider than its sliding one."""
+    seen = []
+    monkeypatch.setattr(streamed, "make_plan", lambda sizes, *rest, **how: seen.append(sizes))
+    opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
+    streamed.plan_for(opened, tiny_ids(), [target(tmp_path / "out")], budget=2**40)
+    shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
+    assert shapes[0] != shapes[1]
+    assert [sizes.layers for sizes in seen] == [shapes[1]]
+    opened.close()
 
 
 def deep_model(folder):
@@ -249,6 +296,32 @@ def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
+def test_an_interrupt_keeps_the_block_that_is_being_written(
+    calmix, deep, text_file, tmp_path, monkeypatch
+):
+    asked = threading.Event()
+
+    class Late(ThreadPoolExecutor):
+        """Begins to write when it is asked to end."""
+
+        def submit(self, *job):
+            super().submit(asked.wait, 60)
+            return super().submit(*job)
+
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            asked.set()
+            super().shutdown(wait=wait)
+
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    with monkeypatch.context() as patched:
+        patched.setattr("calmix.pruning.work.ThreadPoolExecutor", Late)
+        interrupt_before(patched, 1)
+        ended = calmix(*command, tmp_path / "out")
+    assert ended.code == 130
+    assert f"1 blocks are kept in {tmp_path / 'out.unfinished'}" in ended.err
+
+
 def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_path, monkeypatch):
     """Another budget must not change how sums round; one that is too small takes nothing away."""
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
@@ -270,6 +343,37 @@ def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_p
     assert "going on after 3" in ended.err
     assert seen == [32]
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_what_a_block_writes_into_its_arguments_is_kept(
+    calmix, text_file, tmp_path, monkeypatch, before
+):
+    """The last two blocks read the keys and values of the first two."""
+    model = save_tiny_model(tmp_path / "model", "gemma4_text")
+    command = ("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    assert calmix(*command, tmp_path / "whole").code == 0
+    with monkeypatch.context() as patched:
+        interrupt_before(patched, before)
+        assert calmix(*command, tmp_path / "cut").code == 130
+    kept = sorted(path.name for path in (tmp_path / "cut.unfinished").glob("written-*"))
+    assert kept == [f"written-{min(before - 1, 1)}"]
+    ended = calmix(*command, tmp_path / "cut", "--resume")
+    assert ended.code == 0, ended.err
+    assert f"going on after {before}" in ended.err
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_leave_nothing(calmix, text_file, tmp_path):
+    opened = open_model(str(save_tiny_model(tmp_path / "model")))
+    opened.model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    opened.model.save_pretrained(tmp_path / "model")
+    command = ("prune", tmp_path / "model", "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    ended = calmix(*command, "-o", tmp_path / "out")
+    assert ended.code == 2
+    last = ended.err.splitlines()[-1]
+    assert last == "error: model.layers.1.mlp.up_proj: its weights are not finite"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
 def test_two_at_work_on_one_output(calmix, deep, text_file, tmp_path):

@@ -300,10 +300,15 @@ def _room(opened: OpenModel, length: int) -> int:
     model = opened.model
     config = model.config.get_text_config(decoder=True)
     width = getattr(config, "hidden_size", None) or 4096
-    heads = getattr(config, "num_attention_heads", None) or 1
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or width // heads
     layers = getattr(config, "num_hidden_layers", None) or 1
+    each = getattr(config, "per_layer_config", None)  # layers may differ: the widest counts
+    own = [config] if each is None else [each[index] for index in range(layers)]
+
+    def most(key: str, otherwise: int) -> int:
+        return max(getattr(layer, key, None) or otherwise for layer in own)
+
+    heads = most("num_attention_heads", 1)
+    shared, head = most("num_key_value_heads", heads), most("head_dim", width // heads)
     parameter = next(model.parameters())
     # Half a cache more than is kept: sliding windows are joined anew, and attention widens a layer.
     cache = 2 * layers * shared * head * length * parameter.element_size()
