@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from calmix.errors import InputError, disk_errors
 
 
@@ -55,6 +57,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, beside `path` first and then renamed onto it."""
+    path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -68,27 +71,49 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
 
 
+def real_place(path: Path) -> Path:
+    """Return where a path leads: a rename would replace a link, not what it names."""
+    return Path(os.path.realpath(path))
+
+
 def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
     """Refuse an output folder that exists, or that cannot be made, before any work is done.
 
     Raises:
-        InputError: `path` is a file, or a non-empty folder and `overwrite` is off.
+        InputError: `path` is a file, or a non-empty folder and `overwrite` is off; nothing can be
+            written beside it, or no rename can replace it.
     """
-    if path.is_file():
-        raise InputError(f"{path} is a file: name a folder for the output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"{path} exists and is not empty: choose another folder or --overwrite")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place = real_place(path)
+        if place.is_symlink():
+            raise InputError(f"{path} is a link in a circle: name another folder for the output")
+        if path.is_file():
+            raise InputError(f"{path} is a file: name a folder for the output")
+        held = "the folder you are in" if Path.cwd().is_relative_to(place) else None
+        mounts = [Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)]
+        if os.path.ismount(place) or any(mount.is_relative_to(place) for mount in mounts):
+            held = "a disk's mount point"
+        if held is not None:
+            raise InputError(
+                f"{path} is or holds {held}, so nothing can take its place: name a folder in it, "
+                f"such as {path / 'out'}"
+            )
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise InputError(
+                f"{path} exists and is not empty: choose another folder or --overwrite"
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-")).rmdir()
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; rename it onto `path` only if the body succeeds.
 
-    Whatever stood at `path` is replaced. On any failure, an interrupt included, the hidden
-    folder is removed and `path` is left as it was.
+    Whatever stood at `path` is replaced; of a link, what it leads to. On any failure, an interrupt
+    included, the hidden folder is removed and `path` is left as it was.
     """
+    path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))

@@ -19,8 +19,8 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import CalmixError, InputError, disk_errors
-from calmix.files import atomic_folder, check_output_folder, sha256_json, write_json
+from calmix.errors import CalmixError, DiskError, InputError, disk_errors
+from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import fingerprint, quiet_transformers
@@ -238,8 +238,8 @@ def _leave(job: Job, error: BaseException) -> bool:
     an earlier run has left is kept whatever happens.
     """
     work = job.work
-    disk = "no space left" in str(error) or "cannot write" in str(error)
-    stays = job.goes_on or (work.done > 0 and (disk or not isinstance(error, CalmixError)))
+    again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
+    stays = job.goes_on or (work.done > 0 and again)
     if stays:
         work.close()
     else:
@@ -377,7 +377,7 @@ def check_space(opened: OpenModel, output: Path) -> None:
         InputError: less is free than the weights take.
     """
     needed = sum(p.numel() * p.element_size() for p in opened.model.parameters())
-    _check_free(output, needed, "the checkpoint takes")
+    _check_free(real_place(output), needed, "the checkpoint takes")
 
 
 def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
@@ -395,13 +395,13 @@ def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())
-        _check_free(job.output, len(jobs) * (weights + states) - held, what)
+        _check_free(job.work.output, len(jobs) * (weights + states) - held, what)
 
 
 def _check_free(output: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
-        raise InputError(
+        raise DiskError(
             f"no space left for {output}: {what} {needed / 1e6:.0f} MB and "
             f"{free / 1e6:.0f} MB are free"
         )

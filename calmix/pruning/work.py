@@ -26,7 +26,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import InputError, disk_errors
-from calmix.files import write_json
+from calmix.files import real_place, write_json
 from calmix.locks import Lock, holder_of
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
@@ -102,7 +102,7 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path) -> None:
-        self.output = output
+        self.output = output = real_place(output)
         self.path = output.with_name(output.name + SUFFIX)
         self.checkpoint = self.path / "checkpoint"
         self.writer: ShardWriter | None = None
