@@ -27,6 +27,7 @@ import yaml
 from calmix import assets
 from calmix.errors import InputError, ModelError, disk_errors, nearest
 from calmix.files import atomic_folder, cache_dir, sha256_file, sha256_json
+from calmix.machine import cores
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
@@ -229,6 +230,9 @@ def fast_half_precision(dtype: torch.dtype) -> bool:
 
 
 def _device(name: str) -> torch.device:
+    # torch counts the processors it may run on, but not a container's share of their time.
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
+        torch.set_num_threads(most)
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
