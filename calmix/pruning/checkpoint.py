@@ -94,8 +94,6 @@ def prune_checkpoints(
             job.identify(streamed)
             if resume and job.recover():
                 say(f"{job.output} was finished by an earlier run")
-            else:
-                check_output_folder(job.output, overwrite=overwrite)
         left = [job for job in jobs if job.report is None]
         try:
             for job in left:
