@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -64,11 +65,33 @@ def write_bytes(path: Path, content: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             Path(beside).chmod(0o644)
             Path(beside).replace(path)
+            sync(path.parent)
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a disk that cannot for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until all that lies in a folder is on the disk: a rename may come before the bytes."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir() or path.is_file():
+            sync(path)
 
 
 def real_place(path: Path) -> Path:
@@ -117,16 +140,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+        old = None
         try:
             beside.chmod(0o755)
             yield beside
-            old = None
+            sync_all(beside)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
                 path.rename(old / path.name)
             beside.rename(path)
+            sync(path.parent)
             if old is not None:
                 shutil.rmtree(old)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
+            if old is not None and not path.exists():
+                (old / path.name).rename(path)
+                old.rmdir()
             raise

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from calmix.errors import InputError
+from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, write_text
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
@@ -27,6 +31,41 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this system does not let tests mount a small disk")
     yield path
     subprocess.run(["umount", str(path)], check=True)
+
+
+class Events:
+    """What was synced and renamed, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, Path]] = []
+        fsync = os.fsync
+
+        def synced(handle: int) -> None:
+            self.seen.append(("sync", Path(f"/proc/self/fd/{handle}").readlink()))
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        for name in ("rename", "replace"):
+            step = getattr(Path, name)
+
+            def renamed(path: Path, to: Path, step: Any = step) -> Any:
+                self.seen.append(("rename", Path(to)))
+                return step(path, to)
+
+            monkeypatch.setattr(Path, name, renamed)
+
+    def of(self, path: Path) -> tuple[set[str], list[Path]]:
+        """Names synced before something was last renamed onto a path, and what was synced after."""
+        at = max(i for i, event in enumerate(self.seen) if event == ("rename", path))
+        before = {told.name for what, told in self.seen[:at] if what == "sync"}
+        return before, [told for what, told in self.seen[at:] if what == "sync"]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Events:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system does not tell which file is synced")
+    return Events(monkeypatch)
 
 
 def names(folder: Path) -> list[str]:
@@ -98,3 +137,86 @@ def test_places_nothing_can_be_written_to(calmix, tiny_folder, tmp_path):
         ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output)
         assert ended.code == 2, output
         assert told in ended.line
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, events):
+    write_text(tmp_path / "a", "a")
+    before, after = events.of(tmp_path / "a")
+    assert len(before) == 1
+    assert before.pop().startswith(".a.")
+    assert after == [tmp_path]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, events):
+    with atomic_folder(tmp_path / "out") as beside:
+        (beside / "inner").mkdir()
+        (beside / "inner" / "a").write_bytes(b"a")
+        (beside / "b").write_bytes(b"b")
+    before, after = events.of(tmp_path / "out")
+    assert {"inner", "a", "b"} < before
+    assert any(name.startswith(".out.partial-") for name in before)
+    assert after[0] == tmp_path
+
+
+def test_a_checkpoint_and_its_progress_are_on_the_disk(calmix, tiny_folder, tmp_path, events):
+    output = tmp_path / "out"
+    assert calmix("prune", tiny_folder, *MAGNITUDE, "-o", output).code == 0
+    before, after = events.of(output)
+    assert set(names(output)) < before
+    assert after[0] == tmp_path
+    work = tmp_path / "out.unfinished"
+    before, after = events.of(work / "progress.json")
+    assert {"model.safetensors", "checkpoint", tmp_path.name} < before
+    assert after[0] == work
+
+
+def test_an_interrupt_between_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    rename = Path.rename
+
+    def interrupted(path, to):
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(output):
+        pass
+    assert names(output) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+class ForeignError(Exception):
+    """An exception of a library that is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EDQUOT, "anything"), "no space left"),
+        (ForeignError("I/O error: Plus de place (os error 28)"), "no space left"),
+        (ForeignError(f"I/O error: Disk quota (os error {errno.EDQUOT})"), "no space left"),
+        (ForeignError(f"I/O error: (os error {errno.EROFS})"), "cannot write to"),
+    ],
+)
+def test_a_full_disk_is_known_by_its_number(tmp_path, error, told):
+    with pytest.raises(DiskError, match=told), disk_errors(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [ForeignError("No space left between words"), OSError("No space left")]
+)
+def test_words_of_an_exception_are_not_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised, disk_errors(tmp_path):
+        raise error
+    assert raised.value is error
+
+
+def test_a_disk_that_is_full_for_the_library_that_writes_weights(disk):
+    tensors = {"a": torch.zeros(4 << 20, dtype=torch.uint8)}
+    with pytest.raises(DiskError, match="no space left"), atomic_folder(disk / "out") as beside:
+        save_file(tensors, beside / "model.safetensors")
+    assert names(disk) == []

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError, disk_errors
+from calmix.files import sync
 
 DTYPES = {
     "F64": torch.float64,
@@ -192,11 +193,8 @@ class ShardWriter:
         """Wait until what was written is on the disk."""
         for name in dict.fromkeys(place.file for place in self.places.values()):
             with disk_errors(self.folder / name):
-                handle = os.open(self.folder / name, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                sync(self.folder / name)
+        sync(self.folder)
 
     def write_index(self) -> None:
         """Write the index transformers reads, where there are several files."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import DiskError, InputError, disk_errors
-from calmix.files import check_output_folder, real_place, write_json
+from calmix.files import check_output_folder, real_place, sync, sync_all, write_json
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
 
@@ -85,8 +84,8 @@ class FileStates:
 
     def sync(self, side: int) -> None:
         """Wait until a file is on the disk."""
-        with disk_errors(self.paths[side]), self.paths[side].open("rb") as file:
-            os.fsync(file.fileno())
+        with disk_errors(self.paths[side]):
+            sync(self.paths[side])
 
     def _start(self, number: int) -> int:
         return sum(self.rows[:number]) * self._row_bytes
@@ -187,6 +186,7 @@ class WorkFolder:
             self.path.mkdir(exist_ok=True)
             write_json(self.path / REQUEST, dict(request))
             self.checkpoint.mkdir()
+            sync(self.path.parent)
         return False
 
     def _only_begun(self) -> bool:
@@ -296,7 +296,9 @@ class WorkFolder:
                 old = self.path / "replaced"
                 shutil.rmtree(old, ignore_errors=True)
                 self.output.rename(old)
+            sync_all(self.checkpoint)
             self.checkpoint.rename(self.output)
+            sync(self.output.parent)
         self.abandon()
 
     def close(self) -> None:
