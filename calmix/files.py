@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import BaseFileLock, FileLock
 
 from calmix.errors import InputError, disk_errors
 
@@ -127,6 +129,31 @@ def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-")).rmdir()
+
+
+def give_back(lock: BaseFileLock) -> None:
+    """Release a lock; its file goes first, while nobody else can hold it."""
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Hold the lock on what is to be made at `path` in the cache, waiting for whoever makes it.
+
+    What a process that was killed has left half made beside it is removed.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        give_back(lock)
 
 
 @contextmanager

