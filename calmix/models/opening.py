@@ -28,9 +28,11 @@ from calmix import assets
 from calmix.errors import InputError, ModelError, disk_errors, nearest
 from calmix.files import atomic_folder, cache_dir, made_once, sha256_file, sha256_json
 from calmix.machine import cores
+from calmix.models.shards import weight_files
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
+REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -155,7 +157,7 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
             return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers raises plain exceptions on a damaged file
             raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
 
 
@@ -279,7 +281,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED))
     except errors.HFValidationError as error:
         raise ModelError(
             f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
@@ -363,7 +365,7 @@ def _gguf_dtype(file: Path) -> torch.dtype:
 
 def fingerprint(folder: Path) -> str:
     """Return a SHA-256 over the configuration and weight files of a model folder."""
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    files = sorted([folder / "config.json", *(folder / name for name in weight_files(folder))])
     return sha256_json([[file.name, _cached_sha256(file)] for file in files])
 
 

@@ -68,20 +68,23 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places: dict[str, Place] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            self.files = sorted(set(named))
-        elif (folder / "model.safetensors").is_file():
-            self.files = ["model.safetensors"]
-        else:
-            self.files = sorted(path.name for path in folder.glob("*.safetensors"))
+        self.files = weight_files(folder)
         for name in self.files:
             self.places |= read_header(folder / name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors as they are stored, by name."""
         return {name: read_tensor(self.folder, self.places[name]) for name in names}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files a model is read from: others beside them may repeat it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def read_header(path: Path) -> dict[str, Place]:

@@ -19,7 +19,7 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import CalmixError, DiskError, InputError, disk_errors
+from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, open_model
@@ -31,6 +31,8 @@ from calmix.pruning.streamed import Target, plan_for, prepare_files, prune_strea
 from calmix.pruning.work import WorkFolder
 from calmix.specs import DAMPING, PruneRequest
 
+# Of models of images or sound, opened as models of text.
+PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
 
@@ -100,6 +102,7 @@ def prune_checkpoints(
                 job.goes_on = job.work.claim(job.asked, resume=resume, overwrite=overwrite)
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
             calibration = _calibration(left, name, tokenizer, how, writing, note)
+            _check_vocabulary(streamed, calibration)
             ids = None if calibration is None else calibration.ids
             plan = plan_for(streamed, ids, left, budget=max_memory)
             _check_space(streamed, left, ids)
@@ -229,6 +232,18 @@ def _draw(
     return resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
 
 
+def _check_vocabulary(
+    source: OpenModel | StreamedModel, calibration: CalibrationSet | None
+) -> None:
+    """Refuse ids the model has no embedding for."""
+    known = source.model.get_input_embeddings().weight.shape[0]
+    if calibration is not None and (most := int(calibration.ids.max())) >= known:
+        raise ModelError(
+            f"{source.name} has no usable tokenizer: it gives id {most}, and the model has "
+            f"embeddings for {known}"
+        )
+
+
 def _leave(job: Job, error: BaseException) -> bool:
     """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
@@ -273,7 +288,11 @@ def _write_beside(
     manifest: dict[str, Any],
     seconds: dict[str, float],
 ) -> None:
-    """Write modelling code that came with the model, the manifest and the run record."""
+    """Write code and processor files that came with the model, the manifest and the run record."""
+    for kind in PROCESSOR_FILES:
+        for path in source.folder.glob(kind):
+            if not (folder / path.name).exists():
+                shutil.copy(path, folder / path.name)
     if source.trust_remote_code:
         for code in source.folder.glob("*.py"):
             shutil.copy(code, folder / code.name)
@@ -332,6 +351,7 @@ def _prune_whole(
             calibration = resolve(
                 request.calibration, opened, writing=writing, note=note, **request.draw
             )
+        _check_vocabulary(opened, calibration)
         if not number and started is not None:
             started(calibration)
         calibrated = None if request.calibration is None else calibration

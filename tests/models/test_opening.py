@@ -1,15 +1,18 @@
 import hashlib
 import json
+import shutil
 import threading
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import tokenizer_fingerprint
+from calmix.models.shards import Shards
 from tests.tiny import save_tiny_model, tiny_model
 
 
@@ -103,6 +106,31 @@ def test_files_that_are_no_gguf(tmp_path):
     fake = tmp_path / "model.gguf"
     fake.write_bytes(b"GGUF but not really")
     rejected(fake, "cannot open")
+
+
+def test_weights_that_are_there_twice_are_read_and_hashed_once(tiny_folder, tmp_path):
+    """Mistral puts its own form beside the shards."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    before = open_model(str(folder)).fingerprint
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert open_model(str(folder)).fingerprint == before
+    assert Shards(folder).files == ["model.safetensors"]
+
+
+def test_weights_that_are_there_twice_are_fetched_once(tiny_folder, tmp_path, monkeypatch):
+    def download(name, *, allow_patterns, ignore_patterns=None):
+        held = [*(p.name for p in tiny_folder.iterdir()), "consolidated.safetensors",
+                "consolidated-00001-of-00002.safetensors"]  # fmt: skip
+        for file in filter_repo_objects(
+            held, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            shutil.copy(tiny_folder / file.replace("consolidated", "model"), tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert {p.name for p in resolve_model("some/one").iterdir()} == {
+        p.name for p in tiny_folder.iterdir()
+    }
 
 
 def killed_halfway(folder):
