@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(old)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
-            if old is not None and not path.exists():
-                (old / path.name).rename(path)
-                old.rmdir()
+            with suppress(OSError):
+                if old is not None and not path.exists():
+                    (old / path.name).rename(path)
+                if old is not None:
+                    old.rmdir()
             raise

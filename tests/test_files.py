@@ -170,14 +170,15 @@ def test_a_checkpoint_and_its_progress_are_on_the_disk(calmix, tiny_folder, tmp_
     assert after[0] == work
 
 
-def test_an_interrupt_between_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", ["the old one goes", "the new one comes"])
+def test_an_interrupt_at_a_rename_leaves_the_old_folder(tmp_path, monkeypatch, before):
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").touch()
     rename = Path.rename
 
     def interrupted(path, to):
-        if ".partial-" in path.name:
+        if path == output if before == "the old one goes" else ".partial-" in path.name:
             raise KeyboardInterrupt
         return rename(path, to)
 
