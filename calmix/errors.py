@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,10 @@ class CalmixError(Exception):
 
 class InputError(CalmixError):
     """An option, specification or file that cannot be used as given."""
+
+
+class DiskError(InputError):
+    """A place that is full or cannot be written to, which another run may find otherwise."""
 
 
 class ModelError(CalmixError):
@@ -53,23 +59,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}"
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EEXIST, errno.ENOTDIR, errno.ELOOP,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" while writing to `where` into one clear line."""
+    """Turn "no space left" and "not permitted" while writing to `where` into one clear line.
+
+    Raises:
+        DiskError: the place is full, or cannot be written to.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(_no_space(where)) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(f"cannot write to {where}: {error.strerror}") from error
-        raise
     except Exception as error:
-        # safetensors reports a full disk through an exception class of its own.
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise InputError(_no_space(where)) from error
-        raise
+        number = _number(error)
+        if number in _FULL:
+            line = f"no space left on the disk of {where}: free some or choose another folder"
+        elif number in _REFUSED:
+            line = f"cannot write to {where}: {os.strerror(number)}"
+        else:
+            raise
+        raise DiskError(line) from error
 
 
-def _no_space(where: Path) -> str:
-    return f"no space left on the disk of {where}: free some or choose another folder"
+def _number(error: Exception) -> int:
+    """Return the system's error number: Rust libraries give it only in their text."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0

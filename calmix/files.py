@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
+from filelock import BaseFileLock, FileLock
 
 from calmix.errors import InputError, disk_errors
 
@@ -55,53 +60,130 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, beside `path` first and then renamed onto it."""
+    path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             Path(beside).chmod(0o644)
             Path(beside).replace(path)
+            sync(path.parent)
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a disk that cannot for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until all that lies in a folder is on the disk: a rename may come before the bytes."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir() or path.is_file():
+            sync(path)
+
+
+def real_place(path: Path) -> Path:
+    """Return where a path leads: a rename would replace a link, not what it names."""
+    return Path(os.path.realpath(path))
 
 
 def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
     """Refuse an output folder that exists, or that cannot be made, before any work is done.
 
     Raises:
-        InputError: `path` is a file, or a non-empty folder and `overwrite` is off.
+        InputError: `path` is a file, or a non-empty folder and `overwrite` is off; nothing can be
+            written beside it, or no rename can replace it.
     """
-    if path.is_file():
-        raise InputError(f"{path} is a file: name a folder for the output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"{path} exists and is not empty: choose another folder or --overwrite")
+    with disk_errors(path):
+        place = real_place(path)
+        if place.is_symlink():
+            raise InputError(f"{path} is a link in a circle: name another folder for the output")
+        if path.is_file():
+            raise InputError(f"{path} is a file: name a folder for the output")
+        held = "the folder you are in" if Path.cwd().is_relative_to(place) else None
+        mounts = [Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)]
+        if os.path.ismount(place) or any(mount.is_relative_to(place) for mount in mounts):
+            held = "a disk's mount point"
+        if held is not None:
+            raise InputError(
+                f"{path} is or holds {held}, so nothing can take its place: name a folder in it, "
+                f"such as {path / 'out'}"
+            )
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise InputError(
+                f"{path} exists and is not empty: choose another folder or --overwrite"
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-")).rmdir()
+
+
+def give_back(lock: BaseFileLock) -> None:
+    """Release a lock; its file goes first, while nobody else can hold it."""
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Hold the lock on what is to be made at `path` in the cache, waiting for whoever makes it.
+
+    What a process that was killed has left half made beside it is removed.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        give_back(lock)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; rename it onto `path` only if the body succeeds.
 
-    Whatever stood at `path` is replaced. On any failure, an interrupt included, the hidden
-    folder is removed and `path` is left as it was.
+    Whatever stood at `path` is replaced; of a link, what it leads to. On any failure, an interrupt
+    included, the hidden folder is removed and `path` is left as it was.
     """
+    path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+        old = None
         try:
             beside.chmod(0o755)
             yield beside
-            old = None
+            sync_all(beside)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
                 path.rename(old / path.name)
             beside.rename(path)
+            sync(path.parent)
             if old is not None:
                 shutil.rmtree(old)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
+            with suppress(OSError):
+                if old is not None and not path.exists():
+                    (old / path.name).rename(path)
+                if old is not None:
+                    old.rmdir()
             raise

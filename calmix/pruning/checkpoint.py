@@ -19,8 +19,8 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import CalmixError, InputError, disk_errors
-from calmix.files import atomic_folder, check_output_folder, sha256_json, write_json
+from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
+from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import fingerprint, quiet_transformers
@@ -31,6 +31,8 @@ from calmix.pruning.streamed import Target, plan_for, prepare_files, prune_strea
 from calmix.pruning.work import WorkFolder
 from calmix.specs import DAMPING, PruneRequest
 
+# Of models of images or sound, opened as models of text.
+PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
 
@@ -94,14 +96,13 @@ def prune_checkpoints(
             job.identify(streamed)
             if resume and job.recover():
                 say(f"{job.output} was finished by an earlier run")
-            else:
-                check_output_folder(job.output, overwrite=overwrite)
         left = [job for job in jobs if job.report is None]
         try:
             for job in left:
                 job.goes_on = job.work.claim(job.asked, resume=resume, overwrite=overwrite)
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
             calibration = _calibration(left, name, tokenizer, how, writing, note)
+            _check_vocabulary(streamed, calibration)
             ids = None if calibration is None else calibration.ids
             plan = plan_for(streamed, ids, left, budget=max_memory)
             _check_space(streamed, left, ids)
@@ -231,6 +232,18 @@ def _draw(
     return resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
 
 
+def _check_vocabulary(
+    source: OpenModel | StreamedModel, calibration: CalibrationSet | None
+) -> None:
+    """Refuse ids the model has no embedding for."""
+    known = source.model.get_input_embeddings().weight.shape[0]
+    if calibration is not None and (most := int(calibration.ids.max())) >= known:
+        raise ModelError(
+            f"{source.name} has no usable tokenizer: it gives id {most}, and the model has "
+            f"embeddings for {known}"
+        )
+
+
 def _leave(job: Job, error: BaseException) -> bool:
     """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
@@ -239,8 +252,8 @@ def _leave(job: Job, error: BaseException) -> bool:
     """
     work = job.work
     work.settle()
-    disk = "no space left" in str(error) or "cannot write" in str(error)
-    stays = job.goes_on or (work.done > 0 and (disk or not isinstance(error, CalmixError)))
+    again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
+    stays = job.goes_on or (work.done > 0 and again)
     if stays:
         work.close()
     else:
@@ -276,7 +289,11 @@ def _write_beside(
     manifest: dict[str, Any],
     seconds: dict[str, float],
 ) -> None:
-    """Write modelling code that came with the model, the manifest and the run record."""
+    """Write code and processor files that came with the model, the manifest and the run record."""
+    for kind in PROCESSOR_FILES:
+        for path in source.folder.glob(kind):
+            if not (folder / path.name).exists():
+                shutil.copy(path, folder / path.name)
     if source.trust_remote_code:
         for code in source.folder.glob("*.py"):
             shutil.copy(code, folder / code.name)
@@ -335,6 +352,7 @@ def _prune_whole(
             calibration = resolve(
                 request.calibration, opened, writing=writing, note=note, **request.draw
             )
+        _check_vocabulary(opened, calibration)
         if not number and started is not None:
             started(calibration)
         calibrated = None if request.calibration is None else calibration
@@ -378,7 +396,7 @@ def check_space(opened: OpenModel, output: Path) -> None:
         InputError: less is free than the weights take.
     """
     needed = sum(p.numel() * p.element_size() for p in opened.model.parameters())
-    _check_free(output, needed, "the checkpoint takes")
+    _check_free(real_place(output), needed, "the checkpoint takes")
 
 
 def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
@@ -396,13 +414,13 @@ def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())
-        _check_free(job.output, len(jobs) * (weights + states) - held, what)
+        _check_free(job.work.output, len(jobs) * (weights + states) - held, what)
 
 
 def _check_free(output: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
-        raise InputError(
+        raise DiskError(
             f"no space left for {output}: {what} {needed / 1e6:.0f} MB and "
             f"{free / 1e6:.0f} MB are free"
         )

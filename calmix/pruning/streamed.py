@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError
+from calmix.machine import free_memory
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import StreamedModel, other_tensors, stored_types
 from calmix.pruning.budget import Plan, Sizes, make_plan
@@ -92,7 +93,7 @@ def plan_for(
         free = torch.cuda.mem_get_info(streamed.device)[0]
     else:
         held = psutil.Process().memory_info().rss
-        free = psutil.virtual_memory().available
+        free = free_memory()
     sequential = any(t.propagation == "sequential" and t.statistic != "none" for t in targets)
     earlier = {target.work.batch for target in targets} - {0}
     if len(earlier) > 1:

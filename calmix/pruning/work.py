@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet
-from calmix.errors import InputError, disk_errors
-from calmix.files import write_json
-from calmix.locks import Lock, holder_of
+from calmix.errors import DiskError, InputError, disk_errors
+from calmix.files import check_output_folder, give_back, real_place, sync, sync_all, write_json
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
 
@@ -88,8 +88,8 @@ class FileStates:
 
     def sync(self, side: int) -> None:
         """Wait until a file is on the disk."""
-        with disk_errors(self.paths[side]), self.paths[side].open("rb") as file:
-            os.fsync(file.fileno())
+        with disk_errors(self.paths[side]):
+            sync(self.paths[side])
 
     def _start(self, number: int) -> int:
         return sum(self.rows[:number]) * self._row_bytes
@@ -106,12 +106,13 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path) -> None:
-        self.output = output
+        self.output = output = real_place(output)
         self.path = output.with_name(output.name + SUFFIX)
         self.checkpoint = self.path / "checkpoint"
         self.writer: ShardWriter | None = None
         self.states: FileStates | None = None
-        self._lock = Lock(self.path / "lock")
+        self._lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
+        self._overwrite = False
         self._pool = ThreadPoolExecutor(1, "writing")
         self._pending: Future[None] | None = None
         self._leaves: list[Any] = []
@@ -139,12 +140,31 @@ class WorkFolder:
 
         Raises:
             InputError: another process works in it, it holds another request's work, or an
-                interrupted run's that is neither to be resumed nor to be thrown away.
+                interrupted run's that is neither to be resumed nor to be thrown away; or the
+                output cannot be written.
         """
-        if (holder := holder_of(self.path / "lock")) is not None:
-            raise InputError(f"{holder} is at work on {self.output}: wait for it, or stop it")
+        if not self._alone():
+            raise InputError(
+                f"another process is at work on {self.output}: wait for it, or stop it"
+            )
+        try:
+            check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
+            goes_on = self._take(request, resume, overwrite)
+        except BaseException:
+            give_back(self._lock)
+            raise
+        self.claimed, self._overwrite = True, overwrite
+        return goes_on
+
+    def _alone(self) -> bool:
+        """Take the lock on the output; return whether it was free. It ends with the process."""
+        with disk_errors(self.output), contextlib.suppress(Timeout):
+            self._lock.acquire(blocking=False)
+        return self._lock.is_locked
+
+    def _take(self, request: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         held = self._request()
-        if held is not None and self.done:
+        if held is not None and self.done and self.checkpoint.is_dir():
             if resume:
                 differs = [key for key in request if held.get(key) != request[key]]
                 if differs:
@@ -153,25 +173,41 @@ class WorkFolder:
                         f"{_short(held.get(differs[0]))}, now {_short(request[differs[0]])}): "
                         "ask for the same, name another output, or delete it"
                     )
-            elif not overwrite:
+                return True
+            if not overwrite:
                 raise InputError(
                     f"{self.path} holds an interrupted run with {self.done} blocks done: go on "
                     "with --resume, start over with --overwrite, or name another output"
                 )
-        goes_on = bool(resume and held is not None and self.done)
-        if not goes_on and self.path.exists():
-            if held is None and any(self.path.iterdir()):
-                raise InputError(f"{self.path} is in the way and holds no work of calmix: move it")
-            shutil.rmtree(self.path)
+        if held is None and self.path.exists() and not self._only_begun():
+            raise InputError(f"{self.path} is in the way and holds no work of calmix: move it")
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.checkpoint.mkdir(exist_ok=True)
-        if not self._lock.acquire():
-            raise InputError(f"another process is at work on {self.output}: wait for it")
-        self.claimed = True
-        if not goes_on:
+            self._clear()
+            self.path.mkdir(exist_ok=True)
             write_json(self.path / REQUEST, dict(request))
-        return goes_on
+            self.checkpoint.mkdir()
+            sync(self.path.parent)
+        return False
+
+    def _only_begun(self) -> bool:
+        """Tell whether a process was killed between making the folder and the request in it."""
+        own = f".{REQUEST}."
+        return self.path.is_dir() and all(p.name.startswith(own) for p in self.path.iterdir())
+
+    def _clear(self) -> None:
+        """Remove what is in the folder; what makes it work to go on with first, the request last.
+
+        A process killed meanwhile leaves a folder that is calmix's, and not to be gone on with.
+        """
+        if not self.path.exists():
+            return
+        (self.path / PROGRESS).unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != REQUEST:
+                path.unlink()
+        (self.path / REQUEST).unlink(missing_ok=True)
 
     def _request(self) -> dict[str, Any] | None:
         try:
@@ -182,8 +218,8 @@ class WorkFolder:
 
     def remove_leftover(self) -> None:
         """Remove the folder of a run that ended after the output had its name."""
-        if self._request() is not None and holder_of(self.path / "lock") is None:
-            shutil.rmtree(self.path)
+        if self._request() is not None and self._alone():
+            self.abandon()
 
     def keep_calibration(self, drawn: CalibrationSet) -> None:
         """Keep the calibration set, so that it need not be drawn again."""
@@ -289,14 +325,17 @@ class WorkFolder:
     def complete(self) -> None:
         """Turn the checkpoint into the output, and remove the folder."""
         self.wait()
-        old = None
         with disk_errors(self.output):
             if self.output.exists():
+                if any(self.output.iterdir()) and not self._overwrite:
+                    raise DiskError(f"{self.output} has been filled meanwhile: move it")
                 old = self.path / "replaced"
+                shutil.rmtree(old, ignore_errors=True)
                 self.output.rename(old)
+            sync_all(self.checkpoint)
             self.checkpoint.rename(self.output)
-        self.close()
-        shutil.rmtree(self.path)
+            sync(self.output.parent)
+        self.abandon()
 
     def settle(self) -> None:
         """Let the block that is being written end, well or not; none is written after it."""
@@ -306,12 +345,15 @@ class WorkFolder:
         """Let go of the folder; what is in it stays."""
         self.settle()
         self.claimed = False
-        self._lock.release()
+        give_back(self._lock)
 
     def abandon(self) -> None:
-        """Let go of the folder and remove it."""
+        """Remove the folder and let go of it."""
+        self.settle()
+        with contextlib.suppress(OSError):
+            self._clear()
+            self.path.rmdir()
         self.close()
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calmix.errors import MissingExtraError, SourceError, disk_errors
-from calmix.files import cache_dir, sha256_json
+from calmix.errors import MissingExtraError, SourceError
+from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.sources.readers import Document, Reader
 from calmix.sources.template import fill, lookup
 
@@ -101,8 +100,7 @@ class HubText(Reader):
         kept = self._kept()
         if not kept.is_file():
             documents = list(self._documents(self.id))
-            with disk_errors(kept):
-                _write_documents(kept, documents)
+            _write_documents(kept, documents)
         yield from _read_documents(kept)
 
     def _subsets(self) -> list[str | None]:
@@ -238,17 +236,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_documents(path: Path, documents: list[Document]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
-            for document in documents:
-                line = json.dumps([document.id, document.text], ensure_ascii=True)
-                file.write(line.encode() + b"\n")
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    lines = (json.dumps([one.id, one.text], ensure_ascii=True) + "\n" for one in documents)
+    write_bytes(path, gzip.compress("".join(lines).encode(), mtime=0))
 
 
 def _read_documents(path: Path) -> Iterator[Document]:

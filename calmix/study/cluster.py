@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from calmix import machine
 from calmix.errors import CalmixError, InputError, MissingExtraError
 from calmix.study.results import Trial
 from calmix.study.running import Execute, Observer, Options, Outcome, run_one
@@ -81,7 +82,7 @@ def _connected(cluster: Cluster) -> Iterator[None]:
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if cluster.address is None:
-        cores = os.cpu_count() or 1
+        cores = machine.cores()
         if cluster.workers is not None:
             cores = max(cores, round(cluster.workers * cluster.cpus))
         quiet |= {"num_cpus": cores, "include_dashboard": False}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from pydantic import ValidationError
 
 from calmix.calibration import CalibrationSet
 from calmix.capability.scores import load_scores
-from calmix.errors import InputError, disk_errors
-from calmix.files import write_json, write_text
+from calmix.errors import InputError
+from calmix.files import write_bytes, write_json, write_text
 from calmix.information import metrics
 from calmix.study.items import read_items, write_items
 from calmix.study.results import Scores, StudyResults, Trial
@@ -90,16 +88,9 @@ def write_tables(results: StudyResults, folder: Path) -> list[Path]:
     except ImportError:
         return [folder / CSV]
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
-    with disk_errors(folder):
-        handle, beside = tempfile.mkstemp(dir=folder, prefix=f".{PARQUET}.")
-        os.close(handle)
-        try:
-            pyarrow.parquet.write_table(table, beside)
-            Path(beside).chmod(0o644)
-            Path(beside).replace(folder / PARQUET)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    write_bytes(folder / PARQUET, content.getvalue())
     return [folder / CSV, folder / PARQUET]
 
 

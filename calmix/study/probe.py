@@ -9,10 +9,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch.nn import functional
 
+from calmix.machine import total_memory
 from calmix.models.opening import _device, fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
 from calmix.pruning.methods import sparsegpt
@@ -60,7 +60,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         large = torch.zeros(64_000_000, dtype=torch.float32, device=target)
         memory = large.numel() * 4 / seconds(lambda: large.sum(), target)
         step = _step(cached, target, generator)
-    total = psutil.virtual_memory().total
+    total = total_memory()
     if target.type == "cuda":
         total = torch.cuda.get_device_properties(target).total_memory
     return Machine(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from calmix.capability.evaluate import check_code
-from calmix.errors import CalmixError, InputError
+from calmix.errors import CalmixError, DiskError, InputError
 from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
 from calmix.study.results import Trial
@@ -212,9 +212,9 @@ def run_one(
         bench.dense(lambda *of: observer.stage(trial, *of))
         try:
             found = bench.run(trial, lambda *of: observer.stage(trial, *of))
+        except DiskError:
+            raise
         except CalmixError as error:
-            if "no space left" in str(error) or "cannot write" in str(error):
-                raise
             _failed(store, trial, str(error), observer, outcome)
         except Exception as error:
             line = next(iter(str(error).strip().splitlines()), "")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
-from calmix.files import atomic_folder, write_json
+from calmix.files import atomic_folder, sync, write_json
 from calmix.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
@@ -246,6 +246,7 @@ def publish(folder: Path, target: Path) -> None:
             if not target.is_dir():
                 raise
             shutil.rmtree(folder)
+        sync(target.parent)
 
 
 def _index(study: Study, resolved: Sequence[Resolved]) -> dict[str, Any]:

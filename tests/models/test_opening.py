@@ -1,13 +1,18 @@
+import hashlib
 import json
+import shutil
+import threading
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
-from calmix.models import builtin_models, find_blocks, open_model, resolve_model
+from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import tokenizer_fingerprint
+from calmix.models.shards import Shards
 from tests.tiny import save_tiny_model, tiny_model
 
 
@@ -101,6 +106,78 @@ def test_files_that_are_no_gguf(tmp_path):
     fake = tmp_path / "model.gguf"
     fake.write_bytes(b"GGUF but not really")
     rejected(fake, "cannot open")
+
+
+def test_weights_that_are_there_twice_are_read_and_hashed_once(tiny_folder, tmp_path):
+    """Mistral puts its own form beside the shards."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    before = open_model(str(folder)).fingerprint
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert open_model(str(folder)).fingerprint == before
+    assert Shards(folder).files == ["model.safetensors"]
+
+
+def test_weights_that_are_there_twice_are_fetched_once(tiny_folder, tmp_path, monkeypatch):
+    def download(name, *, allow_patterns, ignore_patterns=None):
+        held = [*(p.name for p in tiny_folder.iterdir()), "consolidated.safetensors",
+                "consolidated-00001-of-00002.safetensors"]  # fmt: skip
+        for file in filter_repo_objects(
+            held, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            shutil.copy(tiny_folder / file.replace("consolidated", "model"), tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert {p.name for p in resolve_model("some/one").iterdir()} == {
+        p.name for p in tiny_folder.iterdir()
+    }
+
+
+def killed_halfway(folder):
+    """What a killed process leaves beside a folder in the cache."""
+    left = folder.parent / f".{folder.name}.partial-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+
+
+@pytest.mark.parametrize("name", ["builtin:smollm2-135m", "gguf"])
+def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch, name):
+    """A second begins while the first is at it, and takes what the first has made."""
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(opening.assets, "install", lambda name: None)
+    monkeypatch.setattr(opening.assets, "extract", lambda *of: None)
+    if name == "gguf":
+        file = tmp_path / "model.gguf"
+        file.write_bytes(b"GGUF")
+        name = str(file)
+    made, found, others = [], [], []
+
+    def dequantise(file, folder):
+        made.append(folder)
+        if len(made) == 1:
+            others.append(threading.Thread(target=lambda: found.append(resolve_model(name))))
+            others[0].start()
+            others[0].join(0.5)
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").touch()
+        (folder / "model.safetensors").touch()
+
+    monkeypatch.setattr(opening, "_dequantise", dequantise)
+    first = resolve_model(name)
+    others[0].join()
+    assert found == [first]
+    assert made == [first]
+    assert [p.name for p in first.parent.iterdir()] == [first.name]
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    fake = tmp_path / "model.gguf"
+    fake.write_bytes(b"GGUF but not really")
+    key = hashlib.sha256(fake.read_bytes()).hexdigest()
+    killed_halfway(tmp_path / "cache" / "models" / f"gguf-{key[:16]}")
+    rejected(fake, "cannot open")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
 def test_a_folder_without_tokenizer(tmp_path):

@@ -2,9 +2,9 @@
 
     python -m tests.pruning.stopper MOMENT BLOCK -- ARGUMENTS
 
-MOMENT is `solved` (block BLOCK is pruned, nothing of it written), `written` (its weights are
-written, but not counted), `counted` (progress tells of it) or `renamed` (the output stands, the
-work folder too).
+MOMENT is `claimed` (the work folder is there, and nothing in it), `solved` (block BLOCK is pruned,
+nothing of it written), `written` (its weights are written, but not counted), `counted` (progress
+tells of it) or `renamed` (the output stands, the work folder too).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def arm(moment: str, number: int) -> None:
                 stop()
 
         Run.block = pruned  # type: ignore[method-assign]
+    elif moment == "claimed":
+        work.write_json = lambda *given: stop()
     elif moment in ("written", "counted"):
         write = work.write_json
 
@@ -48,7 +50,7 @@ def arm(moment: str, number: int) -> None:
 
         work.write_json = counted  # type: ignore[assignment]
     else:
-        work.WorkFolder.close = lambda self: stop()  # type: ignore[method-assign]
+        work.WorkFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from calmix.errors import DiskError, InputError
 from calmix.models import open_model
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, prune, streamed
@@ -384,6 +385,87 @@ def test_two_at_work_on_one_output(calmix, deep, text_file, tmp_path):
     assert ended.code == 2
     assert "is at work on" in ended.line
     work.abandon()
+
+
+def test_a_claim_while_another_is_made_is_refused(tmp_path, monkeypatch):
+    """Whoever comes between the steps of a claim neither gets the folder nor empties it."""
+    first, second = WorkFolder(tmp_path / "out"), WorkFolder(tmp_path / "out")
+    request = WorkFolder._request
+
+    def between(self):
+        monkeypatch.setattr(WorkFolder, "_request", request)
+        with pytest.raises(InputError, match="is at work on"):
+            second.claim({"by": 2}, resume=False, overwrite=True)
+        return request(self)
+
+    monkeypatch.setattr(WorkFolder, "_request", between)
+    first.claim({"by": 1}, resume=False, overwrite=True)
+    assert first._request() == {"by": 1}
+    assert first.checkpoint.is_dir()
+    first.abandon()
+    assert list(tmp_path.iterdir()) == []
+    second.claim({"by": 2}, resume=False, overwrite=False)
+    second.abandon()
+
+
+def test_an_output_filled_meanwhile_is_not_replaced(calmix, deep, tmp_path):
+    """Not even by a run that began when there was none; its work is kept."""
+    output = tmp_path / "out"
+    work = WorkFolder(output)
+    work.claim({}, resume=False, overwrite=False)
+    output.mkdir()
+    (output / "mine").touch()
+    with pytest.raises(DiskError, match="filled meanwhile"):
+        work.complete()
+    assert work.checkpoint.is_dir()
+    work.abandon()
+    with pytest.raises(InputError, match="not empty"):
+        WorkFolder(output).claim({}, resume=False, overwrite=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("option", [None, "--resume", "--overwrite"])
+def test_killed_before_the_request_was_written(calmix, deep, tmp_path, option):
+    command = ("prune", deep, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out")
+    stopped("claimed", 0, *command)
+    (tmp_path / "out.unfinished" / ".request.json.abc").touch()  # killed while it was written
+    ended = calmix(*command, *([option] if option else []))
+    assert ended.code == 0, ended.err
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_work_that_is_being_removed_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Whatever is gone already, no result may be made of what is left."""
+    work = WorkFolder(tmp_path / "out")
+    work.claim({"a": 1}, resume=False, overwrite=False)
+    for name in ("progress.json", "states-0"):
+        (work.path / name).write_text('{"done": 2}', encoding="utf-8")
+    left = []
+    for kind in (shutil, Path):
+        name = "rmtree" if kind is shutil else "unlink"
+        step = getattr(kind, name)
+
+        def watched(path, *given, step=step, **options):
+            step(path, *given, **options)
+            if work.path.is_dir() and work._lock.is_locked:
+                left.append((work.done, work._request() is not None or work._only_begun()))
+
+        monkeypatch.setattr(kind, name, watched)
+    work.abandon()
+    assert len(left) > 3
+    assert set(left) == {(0, True)}
+
+
+def test_work_whose_files_have_become_the_output_is_not_gone_on_with(tmp_path):
+    """Killed after the renaming, and then the output was moved away."""
+    work = WorkFolder(tmp_path / "out")
+    work.claim({"a": 1}, resume=False, overwrite=False)
+    (work.path / "progress.json").write_text('{"done": 2}', encoding="utf-8")
+    work.checkpoint.rmdir()
+    work.close()
+    again = WorkFolder(tmp_path / "out")
+    assert again.claim({"a": 1}, resume=True, overwrite=False) is False
+    again.abandon()
 
 
 def test_a_folder_in_the_way_is_not_deleted(calmix, deep, tmp_path):

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from calmix.calibration.selfgen.sampling import Sampling, draw, penalised
 from calmix.errors import InputError
 from calmix.files import cache_dir, sha256_json
+from calmix.machine import free_memory
 from calmix.manifest import versions
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, grouped_decoding, reserved_cache
@@ -317,7 +317,7 @@ def _room(opened: OpenModel, length: int) -> int:
     if parameter.device.type == "cuda":
         free = torch.cuda.mem_get_info(parameter.device)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = free_memory()
     return int(MEMORY_SHARE * free / (1.5 * cache + widest + logits))
 
 

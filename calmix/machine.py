@@ -1,0 +1,93 @@
+"""What this process may use of its machine: a container's limits count, not the host's size."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
+
+
+def free_memory() -> int:
+    """Return the bytes of memory this process can still take, without swapping."""
+    # As kubelet and docker count it: file pages not used lately are given back when asked for.
+    within = (limit - used for limit, used in _memory())
+    return max(0, min([psutil.virtual_memory().available, *within]))
+
+
+def total_memory() -> int:
+    """Return the bytes of memory there are for this process and those it shares limits with."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory())])
+
+
+def cores() -> int:
+    """Return how many processor cores this process can keep busy."""
+    try:
+        own = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        own = os.cpu_count() or 1
+    return max(1, min([own, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def _memory() -> Iterator[tuple[int, int]]:
+    """Yield limit and use of every control group this process is in, in bytes."""
+    for folder in _groups("memory"):
+        for limit, use, idle in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.high", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, used = _numbers(folder / limit), _numbers(folder / use)
+            if most and used:
+                given_back = sum(int(n) for key, n in pairwise(_words(folder / "memory.stat"))
+                                 if key == idle)  # fmt: skip
+                yield most[0], max(0, used[0] - given_back)
+
+
+def _quotas() -> Iterator[float]:
+    """Yield how many cores every control group this process is in may keep busy."""
+    for folder in _groups("cpu"):
+        one = _numbers(folder / "cpu.max")
+        two = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+        for both in (one, two):
+            if len(both) == 2 and min(both) > 0:
+                yield both[0] / both[1]
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups this process is in, innermost first.
+
+    A container sees its own group at the root, under whatever path the host gives it.
+    """
+    for line in _text(OWN).splitlines():
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if kinds and controller not in kinds.split(","):
+            continue
+        root = CGROUPS / controller if kinds else CGROUPS
+        own = root / path.strip("/")
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def _numbers(path: Path) -> list[int]:
+    """Return the numbers in a small file; none where it says `max` or is not there."""
+    words = _words(path)
+    whole = all(word.removeprefix("-").isdecimal() for word in words)
+    return [int(word) for word in words] if whole else []
+
+
+def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,223 @@
+"""Where results may go, decided before the work; writing that a full disk or power loss ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from calmix.errors import DiskError, InputError, disk_errors
+from calmix.files import atomic_folder, check_output_folder, write_text
+
+MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk mounted in a folder."""
+    if os.geteuid():
+        pytest.skip("mounting a small disk needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this system does not let tests mount a small disk")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+class Events:
+    """What was synced and renamed, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, Path]] = []
+        fsync = os.fsync
+
+        def synced(handle: int) -> None:
+            self.seen.append(("sync", Path(f"/proc/self/fd/{handle}").readlink()))
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        for name in ("rename", "replace"):
+            step = getattr(Path, name)
+
+            def renamed(path: Path, to: Path, step: Any = step) -> Any:
+                self.seen.append(("rename", Path(to)))
+                return step(path, to)
+
+            monkeypatch.setattr(Path, name, renamed)
+
+    def of(self, path: Path) -> tuple[set[str], list[Path]]:
+        """Names synced before something was last renamed onto a path, and what was synced after."""
+        at = max(i for i, event in enumerate(self.seen) if event == ("rename", path))
+        before = {told.name for what, told in self.seen[:at] if what == "sync"}
+        return before, [told for what, told in self.seen[at:] if what == "sync"]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Events:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system does not tell which file is synced")
+    return Events(monkeypatch)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_a_mount_point_is_refused_before_the_work(calmix, tiny_folder, disk, option):
+    ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", disk, option)
+    assert ended.code == 2
+    assert "mount point" in ended.line
+    assert f"name a folder in it, such as {disk / 'out'}" in ended.line
+    assert names(disk.parent) == ["disk"]
+    assert calmix("prune", tiny_folder, *MAGNITUDE, "-o", disk / "out").code == 0
+
+
+def test_what_holds_a_mount_point_is_refused(disk):
+    with pytest.raises(InputError, match="mount point"):
+        check_output_folder(disk.parent, overwrite=True)
+
+
+@pytest.mark.parametrize("output", [".", "..", "sub/.."])
+def test_the_folder_one_is_in_is_refused(calmix, tiny_folder, tmp_path, monkeypatch, output):
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output, "--overwrite")
+    assert ended.code == 2
+    assert "holds the folder you are in" in ended.line
+    assert names(tmp_path) == ["here"]
+    assert names(here) == ["sub"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_to_the_disk_it_names(calmix, tiny_folder, tmp_path, there):
+    large, small = tmp_path / "large", tmp_path / "small"
+    small.mkdir()
+    if there:
+        (large / "place").mkdir(parents=True)
+    (small / "out").symlink_to(large / "place")
+    ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", small / "out")
+    assert ended.code == 0, ended.err
+    assert (small / "out").is_symlink()
+    assert (large / "place" / "calmix.json").is_file()
+    assert names(small) == ["out"]
+    assert names(large) == ["place"]
+
+
+def test_folders_and_files_written_through_a_link(tmp_path):
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "file").symlink_to(tmp_path / "text")
+    with atomic_folder(tmp_path / "folder") as beside:
+        write_text(beside / "a", "a")
+    write_text(tmp_path / "file", "b")
+    assert (tmp_path / "real" / "a").read_text() == "a"
+    assert (tmp_path / "text").read_text() == "b"
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "file").is_symlink()
+
+
+def test_places_nothing_can_be_written_to(calmix, tiny_folder, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    for output, told in {
+        tmp_path / "file" / "out": "cannot write to",
+        tmp_path / ("x" * 300): "cannot write to",
+        tmp_path / "circle": "a link in a circle",
+    }.items():
+        ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output)
+        assert ended.code == 2, output
+        assert told in ended.line
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, events):
+    write_text(tmp_path / "a", "a")
+    before, after = events.of(tmp_path / "a")
+    assert len(before) == 1
+    assert before.pop().startswith(".a.")
+    assert after == [tmp_path]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, events):
+    with atomic_folder(tmp_path / "out") as beside:
+        (beside / "inner").mkdir()
+        (beside / "inner" / "a").write_bytes(b"a")
+        (beside / "b").write_bytes(b"b")
+    before, after = events.of(tmp_path / "out")
+    assert {"inner", "a", "b"} < before
+    assert any(name.startswith(".out.partial-") for name in before)
+    assert after[0] == tmp_path
+
+
+def test_a_checkpoint_and_its_progress_are_on_the_disk(calmix, tiny_folder, tmp_path, events):
+    output = tmp_path / "out"
+    assert calmix("prune", tiny_folder, *MAGNITUDE, "-o", output).code == 0
+    before, after = events.of(output)
+    assert set(names(output)) < before
+    assert after[0] == tmp_path
+    work = tmp_path / "out.unfinished"
+    before, after = events.of(work / "progress.json")
+    assert {"model.safetensors", "checkpoint", tmp_path.name} < before
+    assert after[0] == work
+
+
+@pytest.mark.parametrize("before", ["the old one goes", "the new one comes"])
+def test_an_interrupt_at_a_rename_leaves_the_old_folder(tmp_path, monkeypatch, before):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    rename = Path.rename
+
+    def interrupted(path, to):
+        if path == output if before == "the old one goes" else ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(output):
+        pass
+    assert names(output) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+class ForeignError(Exception):
+    """An exception of a library that is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EDQUOT, "anything"), "no space left"),
+        (ForeignError("I/O error: Plus de place (os error 28)"), "no space left"),
+        (ForeignError(f"I/O error: Disk quota (os error {errno.EDQUOT})"), "no space left"),
+        (ForeignError(f"I/O error: (os error {errno.EROFS})"), "cannot write to"),
+    ],
+)
+def test_a_full_disk_is_known_by_its_number(tmp_path, error, told):
+    with pytest.raises(DiskError, match=told), disk_errors(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [ForeignError("No space left between words"), OSError("No space left")]
+)
+def test_words_of_an_exception_are_not_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised, disk_errors(tmp_path):
+        raise error
+    assert raised.value is error
+
+
+def test_a_disk_that_is_full_for_the_library_that_writes_weights(disk):
+    tensors = {"a": torch.zeros(4 << 20, dtype=torch.uint8)}
+    with pytest.raises(DiskError, match="no space left"), atomic_folder(disk / "out") as beside:
+        save_file(tensors, beside / "model.safetensors")
+    assert names(disk) == []

@@ -1,0 +1,146 @@
+"""Memory and cores are those of the process's control groups, where they are less."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from calmix import machine
+from calmix.models import opening
+from calmix.pruning import streamed as streamed_module
+from calmix.pruning.streamed import Target, plan_for
+
+MIB = 2**20
+UNLIMITED = 9223372036854771712  # what version 1 says
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Make up the files of control groups."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "OWN", tmp_path / "own")
+
+    def make(own: str, **files: object) -> None:
+        (tmp_path / "own").write_text(own, encoding="utf-8")
+        for name, content in files.items():
+            path = tmp_path / "cgroup" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n", encoding="utf-8")
+
+    return make
+
+
+def host() -> tuple[int, int, int]:
+    return psutil.virtual_memory().total, os.cpu_count() or 1, len(os.sched_getaffinity(0))
+
+
+LIMITED = {
+    "version 2": ("0::/\n", {
+        "memory.max": 96 * MIB, "memory.current": 64 * MIB,
+        "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nactive_file 7",
+        "cpu.max": "50000 100000",
+    }),
+    "a group within a limited one": ("0::/a/b\n", {
+        "a/b/memory.max": "max", "a/b/memory.current": 5, "a/b/cpu.max": "max 100000",
+        "a/memory.max": 96 * MIB, "a/memory.current": 48 * MIB, "a/cpu.max": "100000 100000",
+    }),
+    "throttled": ("0::/\n", {
+        "memory.max": "max", "memory.high": 96 * MIB, "memory.current": 48 * MIB,
+        "cpu.max": "100000 100000",
+    }),
+    "version 1": ("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/docker/x\n", {
+        "memory/docker/x/memory.limit_in_bytes": 96 * MIB,
+        "memory/docker/x/memory.usage_in_bytes": 64 * MIB,
+        "memory/docker/x/memory.stat": f"inactive_file 3\ntotal_inactive_file {16 * MIB}",
+        "memory/memory.limit_in_bytes": UNLIMITED, "memory/memory.usage_in_bytes": 99,
+        "cpu/docker/x/cpu.cfs_quota_us": 100000, "cpu/docker/x/cpu.cfs_period_us": 100000,
+        "cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000,
+    }),
+    "version 1, seen from inside": ("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n", {
+        "memory/memory.limit_in_bytes": 96 * MIB, "memory/memory.usage_in_bytes": 48 * MIB,
+        "cpu/cpu.cfs_quota_us": 50000, "cpu/cpu.cfs_period_us": 100000,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LIMITED)
+def test_a_containers_limits_count(groups, kind):
+    own, files = LIMITED[kind]
+    groups(own, **files)
+    assert machine.free_memory() == 48 * MIB
+    assert machine.total_memory() == 96 * MIB
+    assert machine.cores() == 1
+
+
+def test_more_in_use_than_the_limit_leaves_nothing(groups):
+    groups("0::/\n", **{"memory.max": MIB, "memory.current": 2 * MIB})
+    assert machine.free_memory() == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        ("", {}),
+        ("0::/\n", {"memory.max": "max", "memory.current": 5, "cpu.max": "max 100000"}),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": UNLIMITED,
+                          "memory/memory.usage_in_bytes": 5}),
+        ("nonsense\n0::/../..\n", {"memory.max": "what", "cpu.max": ""}),
+    ],
+)  # fmt: skip
+def test_without_limits_the_host_counts(groups, own, files):
+    groups(own, **files)
+    total, _, affinity = host()
+    assert machine.total_memory() == total
+    assert 0 < machine.free_memory() <= total
+    assert machine.cores() == affinity
+
+
+def test_cores_are_those_the_process_may_run_on(groups, monkeypatch):
+    groups("0::/\n", **{"cpu.max": "250000 100000"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert machine.cores() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    assert machine.cores() == 1
+
+
+def test_a_prune_is_planned_within_the_containers_memory(
+    groups, tiny_folder, tmp_path, monkeypatch
+):
+    from calmix.models.streaming import StreamedModel
+    from calmix.pruning import Unstructured
+    from calmix.pruning.work import WorkFolder
+
+    groups("0::/\n", **{"memory.max": 96 * MIB, "memory.current": 48 * MIB})
+    target = Target(
+        WorkFolder(tmp_path / "out"), "magnitude", Unstructured(0.5), "sequential", 0.01
+    )
+    rooms = []
+    make = streamed_module.make_plan
+    monkeypatch.setattr(
+        streamed_module, "make_plan",
+        lambda sizes, room, held, *of, **how: (
+            rooms.append(room - held), make(sizes, 2**62, held, *of, **how)
+        )[1],
+    )  # fmt: skip
+    streamed = StreamedModel(str(tiny_folder))
+    plan_for(streamed, None, [target], budget=None)
+    streamed.close()
+    assert rooms[-1] == int(streamed_module.FREE_SHARE * 48 * MIB)
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 2), ("8", 8)])
+def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, asked, threads):
+    groups("0::/\n", **{"cpu.max": "200000 100000"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    now = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
+    opening._device("cpu")
+    assert now == [threads]
