@@ -215,7 +215,7 @@ def check_folder(path: Path) -> None:
         raise InputError(f"{path} is a file: name a folder for the store")
     if is_store(path):
         open_store(path)
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(not f.name.startswith(f".{INDEX}.") for f in path.iterdir()):
         raise InputError(f"{path} is not empty and is no study store: name another folder")
 
 
