@@ -129,6 +129,7 @@ def run_study(
     todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in wanted]
     observer.begin(len(todo), len(resolved))
     outcome = (execute or run_locally)(study, store, todo, options, observer)
+    store.sweep()
     for note in mixed_notes(store):
         observer.note(note)
     write_tables(read_results(path), path)

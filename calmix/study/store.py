@@ -85,6 +85,13 @@ class Store:
         """Return the lock on a trial or a shared part."""
         return Lock(self.path / "locks" / f"{name}.lock")
 
+    def sweep(self) -> None:
+        """Remove locks of processes that died once their work was done, or whose work is."""
+        for path in (self.path / "locks").glob("*.lock"):
+            lock = Lock(path)
+            if holder_of(path) is None and lock.acquire():
+                lock.release()
+
     def state(self, trial_id: str) -> State:
         """Return how far a trial is."""
         folder = self.trial(trial_id)

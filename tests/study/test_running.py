@@ -375,3 +375,19 @@ def test_retention_of_a_seed_differs_from_another(tiny_study: Write, tmp_path: P
     assert (first.seed, second.seed) == (0, 1)
     assert first.information["perplexity"] != second.information["perplexity"]
     assert not math.isnan(first.total.value or 0)
+
+
+def test_the_lock_of_a_process_that_died_with_its_work_done_is_removed(
+    tiny_study: Write, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["mix wanda*"])
+    done = next(e["id"] for e in open_store(store).entries if e["label"] == "mix wanda 2:4 seed 0")
+    locks = store / "locks"
+    held = open_store(store).lock("held")
+    assert held.acquire()
+    dead = json.loads((locks / "held.lock").read_text(encoding="utf-8")) | {"pid": 2**22 + 1}
+    (locks / f"{done}.lock").write_text(json.dumps(dead), encoding="utf-8")
+    run(tiny_study(), store, only=["mix wanda*"])
+    assert [file.name for file in locks.iterdir()] == ["held.lock"]  # one who lives keeps it
+    held.release()
