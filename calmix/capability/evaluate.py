@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.capability.records import Floor, TaskScores, rounded
 from calmix.capability.scores import CapabilityScores, describe, load_scores
-from calmix.capability.suites import Suite, load_suite
+from calmix.capability.suites import WRITTEN, Suite, load_suite
 from calmix.errors import InputError, MissingExtraError
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
@@ -235,7 +235,7 @@ def _chosen_rows(
         for row in sorted(rows, key=lambda row: row["doc_id"]):
             if row["filter"] == wanted:
                 number = row["doc_id"]
-                found[ids[number] if ids else f"{part}/{number}"] = row
+                found[ids[number] if ids else f"{part}/{number}"] = row | {"part": part}
     return found
 
 
@@ -250,11 +250,11 @@ def _task_scores(
     if spec.metric != "bits_per_byte":
         values = tuple(float(_metric(built.name, spec.metric, row)) for row in rows.values())
     head = built.name, built.dimension, spec.metric
-    if spec.primary == "accuracy" and spec.metric in ("exact_match", "pass@1"):
+    if spec.metric in WRITTEN:
         return TaskScores(*head, spec.primary, chance, tuple(rows), values)
     asked = [_requests(row) for row in rows.values()]
     answers = [[answer for _, answer in pairs] for pairs in asked]
-    gold = [_gold(row) for row in rows.values()]
+    gold = [_gold(built.parts[row["part"]], row) for row in rows.values()]
     floor: Floor = "context-free"
     if spec.metric == "bits_per_byte":
         floor = "none"
@@ -294,13 +294,20 @@ def _requests(row: dict[str, Any]) -> list[tuple[str, str]]:
     return pairs[:half] if doubled and all(not c for c, _ in pairs[half:]) else pairs
 
 
-def _gold(row: dict[str, Any]) -> int:
-    target = row["doc"]["gold"] if "gold" in row["doc"] else row["target"]
+def _gold(task: Any, row: dict[str, Any]) -> int:
+    """Return the index of the right choice; where contexts are the choices, the harness's task
+    has it in place of its text."""
+    contexts = getattr(task, "multiple_input", None)
+    target = task.doc_to_text(row["doc"]) if contexts else row["target"]
     target = target[0] if isinstance(target, list) else target
     if isinstance(target, int):
         return target
     answers = [answer.strip() for _, answer in row["arguments"]]
-    return answers.index(str(target).strip()) if str(target).strip() in answers else 0
+    if (text := str(target).strip()) not in answers:
+        raise InputError(
+            f"an item of task {row['part']} has its right answer in no choice: {text!r}"
+        )
+    return answers.index(text)
 
 
 def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> list[list[float]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from calmix.capability.suites import Score
+from calmix.capability.suites import WRITTEN, Score
 
 DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
 
@@ -80,8 +80,7 @@ def from_old_mapping(value: Mapping[str, Any]) -> TaskScores:
     items, values = tuple(value["items"]), tuple(map(float, value["values"]))
     head = value["name"], value["dimension"], value["metric"]
     if value["kind"] == "accuracy":
-        written = value["metric"] in ("exact_match", "pass@1")
-        primary: Score = "accuracy" if written else "probability"
+        primary: Score = "accuracy" if value["metric"] in WRITTEN else "probability"
         return TaskScores(*head, primary, value["chance"], items, values)
     return TaskScores(
         *head, "bits", 0.0, items, (), (0,) * len(items),

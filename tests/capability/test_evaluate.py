@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,18 @@ def test_scores_are_those_of_the_plain_model(suite: Suite, tiny: OpenModel) -> N
     wanted = [plain(tiny, i.contexts[0], i.choices)[0] for i in items]
     assert [row[0] for row in text.loglikelihoods] == pytest.approx(wanted, abs=2e-3)
     assert text.bytes == ((9,),) * 4
+
+
+def test_the_right_choice_among_contexts_is_the_harness_tasks_own() -> None:
+    row = {"part": "which", "doc": {}, "target": "is hot.",
+           "arguments": [("The moon", " is hot."), ("The sun", " is hot.")]}  # fmt: skip
+    contexts = SimpleNamespace(multiple_input=2, doc_to_text=lambda doc: 1)
+    assert module._gold(contexts, row) == 1
+    answers = SimpleNamespace(multiple_input=0)
+    assert module._gold(answers, row | {"target": 1}) == 1
+    assert module._gold(answers, row) == 0
+    with pytest.raises(InputError, match="its right answer in no choice: 'is cold'"):
+        module._gold(answers, row | {"target": "is cold"})
 
 
 def plain(model: OpenModel, context: str, answers: tuple[str, ...]) -> list[float]:
