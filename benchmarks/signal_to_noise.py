@@ -26,7 +26,7 @@ from calmix.capability.measures import Measure, check_measure
 from calmix.capability.suites import Score
 from calmix.study import StudyResults, read_results
 
-SCORES: tuple[Score, ...] = ("bits", "probability", "margin", "accuracy")
+SCORES: tuple[Score, ...] = ("bits", "smoothed", "probability", "margin", "accuracy")
 
 
 def ratio(noise: Noise) -> float | None:

@@ -7,6 +7,7 @@ right one, n of them:
     probability   exp(l_g) / sum_i exp(l_i)
     margin        (l_g - max over the others) / (bytes of the right one), in bits
     bits          -l_g, in bits per byte of all the answers together
+    smoothed      the same of (exp(l_g) + exp(u_g)) / 2, u_g by a code of single tokens
     accuracy      what lm-evaluation-harness says: 0 or 1
 
 Ours is anchored: 100 % is the dense model, and 0 % what a model without the knowledge scores on
@@ -17,8 +18,12 @@ every score s (bits counted negatively)
     kept = s1 - f,   whole = s0 - f
 
 and nothing is clipped: a model that does worse than one without the knowledge has kept less than
-nothing. `accuracy` and `ratio` are the paper's figures as they read: (s1 - c) / (s0 - c) and
-s1 / s0 of accuracies, b0 / b1 of bits per byte.
+nothing. Smoothed bits (interpolation after Jelinek and Mercer, of whole answers, with the even
+weights of two codes of which one is not told which is better; ours) cost at most one bit more than
+not knowing: otherwise the few short answers that a model has unlearnt, at ten or twenty bits each,
+decide a task and change with every draw of the text. Of long answers they are the same as bits.
+`accuracy` and `ratio` are the paper's figures as they read: (s1 - c) / (s0 - c) and s1 / s0 of
+accuracies, b0 / b1 of bits per byte.
 """
 
 from __future__ import annotations
@@ -35,10 +40,11 @@ from calmix.capability.suites import Score
 from calmix.errors import InputError
 
 Array = NDArray[np.float64]
-Measure = Literal["primary", "probability", "bits", "margin", "accuracy", "ratio"]
+Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
+BITS: tuple[Score, ...] = ("bits", "smoothed")  # the less the better; per byte as they are printed
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,15 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
         return "accuracy" if task.values else "bits"
     if measure == "primary" or not task.loglikelihoods:
         return task.primary
-    if measure != "bits" and all(len(row) < 2 for row in task.loglikelihoods):
+    if measure not in BITS and all(len(row) < 2 for row in task.loglikelihoods):
         return task.primary
     return measure  # type: ignore[return-value]
 
 
 def item_scores(task: TaskScores, score: Score) -> Array:
     """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte.
+
+    Smoothed bits are made of bits and the floor (`smoothed`): what is returned for them is bits.
 
     Raises:
         InputError: the scores hold no log-likelihoods to compute it from.
@@ -105,7 +113,7 @@ def item_scores(task: TaskScores, score: Score) -> Array:
 
 def _scores(values: tuple[tuple[float, ...], ...], task: TaskScores, score: Score) -> Array:
     right = np.array([row[gold] for row, gold in zip(values, task.gold, strict=True)])
-    if score == "bits":
+    if score in BITS:
         return -right / LN2
     width = max(len(row) for row in values)
     table = np.full((len(values), width), -np.inf)
@@ -128,11 +136,11 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
     count = len(dense.items)
     if score == "accuracy":
         return np.full(count, dense.chance)
-    if score == "bits" and dense.unigram:
+    if score in BITS and dense.unigram:
         return -np.asarray(dense.unigram) / LN2
-    if score != "bits" and dense.floors:
+    if score not in BITS and dense.floors:
         return _scores(dense.floors, dense, score)
-    if score != "bits" and dense.floor == "uniform":
+    if score not in BITS and dense.floor == "uniform":
         share = [1 / len(row) for row in dense.loglikelihoods]
         return np.array(share) if score == "probability" else np.zeros(count)
     if not dense.loglikelihoods:
@@ -151,18 +159,34 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
     """
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
-    if measure == "ratio" or (measure == "accuracy" and score == "bits"):
-        kept, whole = (before, after) if score == "bits" else (after, before)
+    if not is_anchored(score, measure):
+        kept, whole = (before, after) if score in BITS else (after, before)
         return Parts(score, kept, whole)
     floor = floor_scores(dense, score)
-    sign = -1.0 if score == "bits" else 1.0
+    if score == "smoothed":
+        before, after = smoothed(before, floor), smoothed(after, floor)
+    sign = -1.0 if score in BITS else 1.0
     return Parts(score, sign * (after - floor), sign * (before - floor))
+
+
+def is_anchored(score: Score, measure: Measure) -> bool:
+    """Tell whether a score counts from its floor under a measure, or from 0."""
+    return measure != "ratio" and (measure != "accuracy" or score not in BITS)
+
+
+def smoothed(bits: Array, floor: Array) -> Array:
+    """Return the bits of each answer under the even mixture of the model and the floor's code.
+
+    Args:
+        bits, floor: bits of each answer under the model and the code of single tokens, (items,).
+    """
+    return 1.0 - np.logaddexp2(-bits, -floor)
 
 
 def mean_score(task: TaskScores, score: Score) -> float:
     """Return a task's score as it is printed: a mean, or bits per byte of all answers."""
     values = item_scores(task, score)
-    if score == "bits":
+    if score in BITS:
         sizes = [row[gold] for row, gold in zip(task.bytes, task.gold, strict=True)]
         return float(values.sum()) / sum(sizes)
     return float(values.mean())

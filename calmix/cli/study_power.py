@@ -44,7 +44,7 @@ def power_command(
         typer.Option(show_default="all", help="Only this sparsity or pattern: 0.6 or 2:4."),
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="primary, probability, bits, margin, accuracy or ratio.")
+        str, typer.Option(help="primary, probability, bits, smoothed, margin, accuracy or ratio.")
     ] = "primary",
     as_json: AsJson = False,
 ) -> None:

@@ -34,8 +34,8 @@ Sparsity = Annotated[
 Measure = Annotated[
     str,
     typer.Option(
-        help="What retention is of: primary (each task's own score), probability, bits, margin, "
-        "accuracy (the paper's, corrected for chance) or ratio (not corrected)."
+        help="What retention is of: primary (each task's own score), probability, bits, smoothed, "
+        "margin, accuracy (the paper's, corrected for chance) or ratio (not corrected)."
     ),
 ]
 Over = Annotated[

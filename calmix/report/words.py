@@ -21,6 +21,7 @@ MEASURES = {
     "primary": "retention by each task's primary score",
     "probability": "retention of the right choices' probability",
     "bits": "retention of bits",
+    "smoothed": "retention of smoothed bits",
     "margin": "retention of the right choices' margin",
     "accuracy": "retention of accuracy, corrected for chance",
     "ratio": "ratio of accuracies, not corrected for chance",

@@ -84,7 +84,7 @@ def test_a_file_is_scored_anew_by_another_measure(
     arguments = ("evaluate", tiny_folder, "--suite", suite_file)
     assert calmix(*arguments, "--against", tiny_folder, "-o", path).code == 0
     assert calmix(*arguments, "-o", alone).code == 0
-    for measure in ("primary", "probability", "bits", "margin", "accuracy", "ratio"):
+    for measure in ("primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"):
         ended = calmix("rescore", path, "--measure", measure)
         assert ended.code == 0, ended.err
         assert f"by {measure}" in ended.out

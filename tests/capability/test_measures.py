@@ -68,6 +68,18 @@ def test_bits_by_the_papers_reading_are_dense_over_pruned() -> None:
     assert parts(dense, pruned).retention == pytest.approx((120 - 80) / (120 - 40))
 
 
+def test_smoothed_bits_lose_one_bit_at_most_on_an_answer() -> None:
+    dense, gone = bits([10, 30], [20, 20], floor=2.0), bits([900, 30], [20, 20])
+    assert parts(dense, gone, "bits").retention < 0
+    gain = [30 / math.log(2), 10 / math.log(2)]  # of the dense model over the floor, in bits
+    whole = [bits - 1 + math.log2(1 + 2**-bits) for bits in gain]
+    assert parts(dense, dense, "smoothed").whole.tolist() == pytest.approx(whole)
+    assert parts(dense, gone, "smoothed").kept.tolist() == pytest.approx([-1.0, whole[1]])
+    unknowing = bits([40, 40], [20, 20])
+    assert parts(dense, unknowing, "smoothed").retention == pytest.approx(0.0)
+    assert mean_score(dense, "smoothed") == mean_score(dense, "bits")  # printed as they are
+
+
 def test_which_score_judges_which_task() -> None:
     assert score_of(DENSE, "primary") == "probability"
     assert score_of(DENSE, "margin") == "margin"

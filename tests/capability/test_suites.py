@@ -49,8 +49,8 @@ def test_offline_has_three_tasks_a_dimension_and_a_quick_slice() -> None:
 def test_offline_leaves_the_odd_items_to_the_sources() -> None:
     whole = {name for name, task in load_suite("offline").tasks.items() if task.items == "all"}
     assert whole == {
-        "mmlu", "common_knowledge", "naturalqs", "arc_easy", "csqa", "coding", "humaneval",
-        "arithmetic", "gsm8k", "math500",
+        "mmlu", "common_knowledge", "passages", "arc_challenge", "logic", "coding", "humaneval",
+        "arithmetic", "pattern", "gsm8k", "math500",
     }  # fmt: skip
     read = {
         benchmark_of(member.split("/")[2])
@@ -104,7 +104,7 @@ def test_selections_have_hashes_of_their_own() -> None:
         ("      shots: 5\n", "", 6, "needs 'shots'"),
         ("      archive: sciq/rc\n", "", 6, "needs 'archive' or 'harness'"),
         ("metric: acc_norm", "metric: pass@1", 6, "needs a 'harness' task"),
-        ("metric: acc_norm", "metric: bits_per_byte", 6, "'answer' go together"),
+        ("metric: acc_norm", "metric: bits_per_byte", 6, "'answer' or 'passage' go together"),
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
         ("shots: 5", "shots: 5\n      shots: 4", 11, "key 'shots' is given twice"),
         ("name: mine", "name: [a", 2, "not YAML"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,6 +46,28 @@ def test_items_are_conditional_and_even_if_asked() -> None:
         archive="mbpp/gold", form="answer", metric="bits_per_byte", shots=0, items="even"
     )
     assert [item.number for item in load_items(mbpp)] == [12, 14]
+
+
+@pytest.mark.usefixtures("archive")
+def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["one two three four five", "one two three four five", "word " * 500]
+
+    def read(_: str, member: str) -> Iterator[dict[str, Any]]:
+        for number, text in enumerate(texts):
+            asked = {"context": f"{text}\nQuestion: why?\nAnswer:", "continuation": " no"}
+            yield {"doc_id": number, "idx": 0, "label": 0, "doc": {}, "request": asked}
+
+    passages = TaskSpec(archive="quiz/rc", form="passage", metric="bits_per_byte", shots=2)
+    monkeypatch.setattr(assets, "read_jsonl", read)
+    first, long = load_items(passages)
+    assert (first.id, first.contexts, first.choices) == (
+        "quiz/0", ("one two three",), (" four five",),
+    )  # fmt: skip
+    assert long.id == "quiz/2"
+    assert long.choices[0] == " word" * 119  # words, not a part of one
+    texts.append("single")
+    with pytest.raises(InputError, match="item 3 of quiz in the archive has no passage before"):
+        load_items(passages)
 
 
 @pytest.mark.usefixtures("archive")
