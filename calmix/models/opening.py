@@ -38,11 +38,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model inside a data archive."""
+    """A model inside data archives: `parts` of one GGUF file, asset by member, in order."""
 
     name: str
-    asset: str
-    member: str
+    parts: dict[str, str]
     licence: str
     parameters: str
     description: str
@@ -301,19 +300,22 @@ def _from_hub(name: str) -> Path:
 
 def _dequantised_builtin(model: BuiltinModel) -> Path:
     def extracted(folder: Path) -> None:
-        assets.install(model.asset)
+        for asset in model.parts:
+            assets.install(asset)
         prefix = f".{folder.name}.partial-"
         with (
             disk_errors(folder),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary,
         ):
-            file = Path(temporary) / Path(model.member).name
-            assets.extract(model.asset, model.member, file)
+            name = Path(next(iter(model.parts.values()))).name.partition(".gguf")[0]
+            file = Path(temporary) / f"{name}.gguf"
+            assets.extract(model.parts, file)
             _dequantise(file, folder)
 
-    # The archive is pinned by hash, so archive hash + member name the file's bytes.
-    key = sha256_json([assets.get_asset(model.asset).sha256, model.member])
-    return _dequantised(key, extracted)
+    # The archives are pinned by hash, so their hashes and members' names name the file's bytes.
+    named = [value for asset, member in model.parts.items()
+             for value in (assets.get_asset(asset).sha256, member)]  # fmt: skip
+    return _dequantised(sha256_json(named), extracted)
 
 
 def _dequantised(key: str, make: Callable[[Path], None]) -> Path:
