@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from calmix.errors import CalmixError
     from calmix.information.measuring import measure
     from calmix.models import open_model
+    from calmix.packed import load, pack, unpack
     from calmix.pruning import SemiStructured, Unstructured, prune
 
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "SemiStructured",
     "Unstructured",
     "evaluate",
+    "load",
     "measure",
     "open_model",
+    "pack",
     "prune",
     "resolve",
     "sources",
+    "unpack",
 ]
 
 _HOMES = {
@@ -39,10 +43,13 @@ _HOMES = {
     "SemiStructured": "calmix.pruning",
     "Unstructured": "calmix.pruning",
     "evaluate": "calmix.capability.evaluate",
+    "load": "calmix.packed",
     "measure": "calmix.information.measuring",
     "open_model": "calmix.models",
+    "pack": "calmix.packed",
     "prune": "calmix.pruning",
     "resolve": "calmix.calibration",
+    "unpack": "calmix.packed",
 }
 
 

@@ -65,7 +65,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path: Path) -> Path:
     """A text file of some ten thousand tokens under the tiny tokenizer."""
     path = tmp_path / "text.txt"
-    words = ["alpha", "beta", "gamma", "delta", "prime", "sum", "return", "river"]
+    words = ["apple", "bread", "candle", "dune", "prime", "sum", "return", "river"]
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(words), (2000,), generator=generator).tolist()
     path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")

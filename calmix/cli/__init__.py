@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from calmix.cli import calibrate, compare, evaluate, generate, listing, prune, study
+from calmix.cli import calibrate, compare, evaluate, generate, listing, pack, prune, study
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -43,6 +43,7 @@ calibrate.register(app)
 generate.register(app)
 evaluate.register(app)
 compare.register(app)
+pack.register(app)
 listing.register(app)
 study.register(app)
 

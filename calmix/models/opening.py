@@ -254,6 +254,10 @@ def _dtype(name: str) -> torch.dtype | str:
 
 
 def _check_folder(folder: Path) -> None:
+    if (folder / "calmix-pack.json").is_file():
+        raise ModelError(
+            f"{folder} is a pack: 'calmix unpack {folder} -o OUT' first, or calmix.load in Python"
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it is not a model folder")
     index = folder / "model.safetensors.index.json"

@@ -1,0 +1,60 @@
+"""How small a pack is, beside plain zstandard, and how fast it is made and read.
+
+    python benchmarks/pack.py MODEL [--repeats 3]
+
+MODEL is a pruned model's folder. Bytes are shares of its weight files; speeds count those dense
+bytes, best of the repeats, on all cores; unpacking writes to the disk and checks the hashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import zstandard
+
+from calmix.machine import cores
+from calmix.models.shards import weight_files
+from calmix.packed import load, pack, unpack
+
+
+def best(repeats: int, work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    files = [options.model / name for name in weight_files(options.model)]
+    dense = sum(file.stat().st_size for file in files)
+    print(f"{dense / 1e6:.0f} MB of weights, {cores()} cores, torch {torch.__version__}")
+    for level in (3, 19):
+        coder = zstandard.ZstdCompressor(level=level, threads=cores())
+        size = sum(len(coder.compress(file.read_bytes())) for file in files)
+        print(f"zstd -{level:<3} whole {size / dense:.3f}")
+    with tempfile.TemporaryDirectory(dir=options.model.parent) as folder:
+        packed, back = Path(folder) / "pack", Path(folder) / "back"
+        made = pack(options.model, packed)
+        before, after = made.sparse
+        print(f"pack      whole {made.packed / dense:.3f}, pruned tensors {after / before:.3f}")
+        for name, work in {
+            "packed": lambda: pack(options.model, packed, overwrite=True),
+            "unpacked": lambda: unpack(packed, back, overwrite=True),
+            "loaded": lambda: load(packed),
+        }.items():
+            print(f"{name:<9} {dense / best(options.repeats, work) / 1e6:.0f} MB/s")
+
+
+if __name__ == "__main__":
+    main()
