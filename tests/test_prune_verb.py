@@ -201,7 +201,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ((tiny_folder, *half, *data, "--seed", -1), "negative"),
         ((tiny_folder, *half, *data, "--packing", "windows"), "did you mean window"),
         ((tiny_folder, *half, *data, "--propagation", "two"), "unknown propagation"),
-        ((tiny_folder, *half, *data, "--damping", 0), "not a positive number"),
+        ((tiny_folder, *half, *data, "--damping", 0), "damping 0: Input should be greater"),
         ((tiny_folder, *half, *data, "--dtype", "bf16"), "unknown dtype"),
         ((tiny_folder, *half, *data, "--device", "warp"), "cannot be used"),
         ((tiny_folder, *half, *data, "--method", "magnitude"), "--calibration has no effect"),

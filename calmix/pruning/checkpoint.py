@@ -22,14 +22,24 @@ from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import run_record, versions
-from calmix.models import OpenModel, open_model
+from calmix.models import OpenModel, find_blocks, open_model
+from calmix.models.blocks import DecoderBlocks
 from calmix.models.opening import fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, stored_types
+from calmix.pruning.allocation import SPREAD, allocate, from_shares, looker
+from calmix.pruning.budget import Plan
 from calmix.pruning.engine import LayerReport, PruneReport, prune
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
-from calmix.pruning.streamed import Target, plan_for, prepare_files, prune_streamed
+from calmix.pruning.streamed import (
+    Target,
+    look_streamed,
+    plan_for,
+    prepare_files,
+    prune_streamed,
+)
 from calmix.pruning.work import WorkFolder
-from calmix.specs import DAMPING, PruneRequest
+from calmix.specs import PruneRequest
 
 # Of models of images or sound, opened as models of text.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
@@ -97,6 +107,8 @@ def prune_checkpoints(
             if resume and job.recover():
                 say(f"{job.output} was finished by an earlier run")
         left = [job for job in jobs if job.report is None]
+        for job in left:
+            job.allocate(streamed.blocks)
         try:
             for job in left:
                 job.goes_on = job.work.claim(job.asked, resume=resume, overwrite=overwrite)
@@ -104,7 +116,8 @@ def prune_checkpoints(
             calibration = _calibration(left, name, tokenizer, how, writing, note)
             _check_vocabulary(streamed, calibration)
             ids = None if calibration is None else calibration.ids
-            plan = plan_for(streamed, ids, left, budget=max_memory)
+            looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
+            plan = plan_for(streamed, ids, left, budget=max_memory, beside=looked)
             _check_space(streamed, left, ids)
             for job in left:
                 prepare_files(streamed, job.work)
@@ -113,6 +126,7 @@ def prune_checkpoints(
             for job in left:
                 if job.goes_on:
                     say(f"going on after {job.work.done} of {len(streamed.blocks)} blocks")
+            _allocate(streamed, ids, left, plan)
             reports = prune_streamed(streamed, ids, left, plan, progress=progress)
             for job, report in zip(left, reports, strict=True):
                 job.report = report
@@ -146,11 +160,13 @@ class Job(Target):
             pattern = Unstructured(request.sparsity)
         super().__init__(
             WorkFolder(output),
-            request.method,
+            get_method(request.method, **request.options),
             pattern,
             request.propagation or "sequential",
-            request.damping or DAMPING,
         )
+        if request.allocation is not None:
+            named = isinstance(request.allocation, str)
+            self.allocation = str(request.allocation) if named else "given"
         self.output = output
         self.request = request
         self.asked: dict[str, Any] = {}
@@ -176,6 +192,14 @@ class Job(Target):
             "versions": versions(),
         }
 
+    def allocate(self, blocks: DecoderBlocks) -> None:
+        """Make a pattern by layer of an allocation that the request names."""
+        if isinstance(self.request.allocation, dict):
+            assert self.request.sparsity is not None
+            self.pattern = from_shares(
+                self.request.allocation, blocks, self.request.sparsity, self.method
+            )
+
     def recover(self) -> bool:
         """Take the report of an output that an earlier run of the same request has finished."""
         try:
@@ -186,12 +210,34 @@ class Job(Target):
             done = manifest["pruning"]
             self.report = PruneReport(
                 done["method"], done["pattern"], done["propagation"], done["tokens"],
+                done["options"], done["allocation"],
                 [LayerReport(**layer) for layer in done["layers"]], run["seconds"],
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError):
             return False
         self.work.remove_leftover()
         return True
+
+
+def _allocate(
+    streamed: StreamedModel, ids: torch.Tensor | None, jobs: Sequence[Job], plan: Plan
+) -> None:
+    """Make patterns by layer of what a look at the dense model says, or take those kept."""
+    wanted: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.allocation in SPREAD:
+            kept = job.work.allocation()
+            if kept is None:
+                wanted.setdefault(job.allocation, []).append(job)
+            else:
+                job.pattern = kept
+    for by, asking in wanted.items():
+        assert ids is not None
+        shares = sorted({job.request.sparsity or 0.0 for job in asking})
+        look = look_streamed(streamed, ids, by, shares, asking[0].work, plan)
+        for job in asking:
+            job.pattern = look.patterns(job.request.sparsity or 0.0, job.method)
+            job.work.keep_allocation(job.pattern)
 
 
 def _calibration(
@@ -356,6 +402,13 @@ def _prune_whole(
         if not number and started is not None:
             started(calibration)
         calibrated = None if request.calibration is None else calibration
+        job.allocate(find_blocks(opened.model))
+        if job.allocation in SPREAD:
+            assert calibrated is not None
+            job.pattern = allocate(
+                opened.model, calibrated.ids, request.sparsity or 0.0, job.allocation,
+                method=job.method,
+            )  # fmt: skip
 
         def tick(done: int, blocks: int, before: int = number) -> None:
             if progress is not None:
@@ -367,9 +420,9 @@ def _prune_whole(
             method=job.method,
             pattern=job.pattern,
             propagation=job.propagation,
-            damping=job.damping,
             progress=tick,
         )
+        report.allocation = job.allocation
         write_checkpoint(opened, job.output, report, calibrated)
         reports.append(report)
     return reports

@@ -10,6 +10,8 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
@@ -19,18 +21,20 @@ from calmix.errors import InputError
 from calmix.machine import free_memory
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import StreamedModel, other_tensors, stored_types
+from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan, Sizes, make_plan
 from calmix.pruning.engine import (
     MICRO_TOKENS,
+    Patterns,
     Propagation,
     PruneReport,
     Run,
     check_ids,
     check_pattern,
 )
-from calmix.pruning.methods import METHODS
-from calmix.pruning.patterns import Pattern
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.gram import Statistic
+from calmix.pruning.methods import Method
+from calmix.pruning.work import FileStates, WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
 
@@ -41,23 +45,25 @@ class Target:
 
     Attributes:
         work: where the result and all it takes to go on lie.
-        method, pattern, propagation, damping: as for `calmix.pruning.engine.prune`.
+        method: with its options.
+        pattern, propagation: as for `calmix.pruning.engine.prune`.
+        allocation: where a pattern by layer is from, for the report.
     """
 
     work: WorkFolder
-    method: str
-    pattern: Pattern
+    method: Method
+    pattern: Patterns
     propagation: Propagation
-    damping: float
-
-    @property
-    def statistic(self) -> str:
-        """What the method needs of the inputs."""
-        return METHODS[self.method].statistic
+    allocation: str | None = None
 
 
 def plan_for(
-    streamed: StreamedModel, ids: Tensor | None, targets: Sequence[Target], *, budget: int | None
+    streamed: StreamedModel,
+    ids: Tensor | None,
+    targets: Sequence[Target],
+    *,
+    budget: int | None,
+    beside: Sequence[Method] = (),
 ) -> Plan:
     """Return how a prune stays within a budget, or within what is free now.
 
@@ -66,6 +72,7 @@ def plan_for(
         ids: calibration ids, None if no target needs them.
         targets: what is to be done.
         budget: bytes; None for what is free, which is never refused.
+        beside: what else looks at the model.
 
     Raises:
         InputError: the budget cannot hold one block at work, with micro-batches of the size that
@@ -76,7 +83,6 @@ def plan_for(
     config = streamed.model.config.get_text_config(decoder=True)
     largest = max(range(len(blocks)), key=streamed.block_bytes)
     layers = [layer.shape for layer in blocks.prunables(largest)]
-    kinds = {target.statistic for target in targets}
     sizes = Sizes(
         block_bytes=streamed.block_bytes(largest),
         copies=len(targets) > 1,
@@ -86,7 +92,7 @@ def plan_for(
         rows=rows,
         length=length,
         value_bytes=streamed.dtype.itemsize,
-        statistic="gram" if "gram" in kinds else "squares",
+        methods=[target.method for target in targets] + list(beside),
     )
     if streamed.device.type == "cuda":
         held = torch.cuda.memory_allocated(streamed.device)
@@ -94,7 +100,9 @@ def plan_for(
     else:
         held = psutil.Process().memory_info().rss
         free = free_memory()
-    sequential = any(t.propagation == "sequential" and t.statistic != "none" for t in targets)
+    sequential = bool(beside) or any(
+        t.propagation == "sequential" and t.method.needs for t in targets
+    )
     earlier = {target.work.batch for target in targets} - {0}
     if len(earlier) > 1:
         counts = " and ".join(map(str, sorted(earlier)))
@@ -150,22 +158,22 @@ def prune_streamed(
     """
     blocks = streamed.blocks
     began = time.perf_counter()
-    shared: dict[tuple[str, int], Tensor] = {}
+    shared: dict[tuple[type[Statistic], int], Tensor] = {}
     runs: list[Run] = []
     for target in targets:
         check_pattern(blocks, target.pattern)
-        runs.append(
-            Run(
-                streamed.model, blocks, target.method, target.pattern, target.propagation,
-                target.damping, plan.paused, shared if len(targets) > 1 else None,
-            )
+        run = Run(
+            streamed.model, blocks, target.method, target.pattern, target.propagation,
+            plan.paused, shared if len(targets) > 1 else None,
         )  # fmt: skip
+        run.report.allocation = target.allocation
+        runs.append(run)
     done = [target.work.restore(run.report) for target, run in zip(targets, runs, strict=True)]
     spent = max((run.report.seconds.get("total", 0.0) for run in runs), default=0.0)
     calibrated = [i for i, run in enumerate(runs) if run.needs_ids]
     if calibrated:
         _first_states(
-            streamed, check_ids(ids, targets[calibrated[0]].method), plan,
+            streamed, check_ids(ids, targets[calibrated[0]].method.name), plan,
             [(runs[i], targets[i].work, done[i]) for i in calibrated],
         )  # fmt: skip
     for target, first in zip(targets, done, strict=True):
@@ -197,6 +205,42 @@ def prune_streamed(
         target.work.wait()
         run.report.seconds["total"] = spent + time.perf_counter() - began
     return [run.report for run in runs]
+
+
+def look_streamed(
+    streamed: StreamedModel,
+    ids: Tensor,
+    by: str,
+    sparsities: Sequence[float],
+    work: WorkFolder,
+    plan: Plan,
+) -> DensePass:
+    """Take a pass over the dense model, its hidden states beside those of a target to be.
+
+    Args:
+        streamed, ids, plan: as for `prune_streamed`.
+        by, sparsities: as for `DensePass`.
+        work: a claimed work folder.
+    """
+    blocks, states = streamed.blocks, None
+    look = DensePass(streamed.model, blocks, by, sparsities, plan.paused)
+    batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
+    streamed.fetch_outside()
+    streamed.fetch(0)
+    with TemporaryDirectory(dir=work.path) as folder:
+        for number, hidden in look.record(ids, plan.micro_tokens):
+            if states is None:
+                states = FileStates(Path(folder), batches, hidden, 1, lambda: None)
+                look.states = states
+            states[number] = hidden
+        assert states is not None
+        streamed.drop_outside()
+        for index in range(len(blocks)):
+            states.turn()
+            streamed.fetch(index, ahead=plan.overlap)
+            look.block(index)
+            streamed.drop(index)
+    return look
 
 
 def _copies(streamed: StreamedModel, index: int) -> dict[Tensor, Tensor]:

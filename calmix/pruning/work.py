@@ -2,6 +2,7 @@
 
     OUTPUT.unfinished/request.json       what was asked for; another request is refused
                       calibration/       the calibration set, calibration.json its manifest
+                      allocation.json    sparsities by layer, where a look at the model gave them
                       checkpoint/        the files of the result, at full size, filled by block
                       states-0, -1       hidden states before and after the block at hand
                       written-N          what blocks wrote into their arguments, up to block N
@@ -34,10 +35,11 @@ from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import check_output_folder, give_back, real_place, sync, sync_all, write_json
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
+from calmix.pruning.patterns import Unstructured
 
 SUFFIX = ".unfinished"
-REQUEST, PROGRESS, SET, SET_MANIFEST = (
-    "request.json", "progress.json", "calibration", "calibration.json",
+REQUEST, PROGRESS, SET, SET_MANIFEST, ALLOCATION = (
+    "request.json", "progress.json", "calibration", "calibration.json", "allocation.json",
 )  # fmt: skip
 
 
@@ -231,6 +233,19 @@ class WorkFolder:
         held = CalibrationSet.open(self.path / SET)
         manifest = json.loads((self.path / SET_MANIFEST).read_text(encoding="utf-8"))
         return CalibrationSet(held.ids, held.sources, manifest)
+
+    def keep_allocation(self, patterns: Mapping[str, Unstructured]) -> None:
+        """Keep patterns by layer, so that the model need not be looked at again."""
+        shares = {name: pattern.sparsity for name, pattern in patterns.items()}
+        write_json(self.path / ALLOCATION, shares)
+
+    def allocation(self) -> dict[str, Unstructured] | None:
+        """Return the patterns by layer that were kept."""
+        try:
+            kept = json.loads((self.path / ALLOCATION).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return {name: Unstructured(share) for name, share in kept.items()}
 
     def restore(self, report: PruneReport) -> int:
         """Put the report on the blocks that are done into `report`; return how many they are."""

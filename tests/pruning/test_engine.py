@@ -1,15 +1,14 @@
 """The engine against plain reference loops over whole forward passes, on many architectures."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
-from calmix.pruning import METHODS, SemiStructured, Unstructured, prune
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.layout import observe
-from calmix.pruning.methods import Solution
+from calmix.pruning.methods import METHODS, Solution
+from calmix.pruning.methods.magnitude import Magnitude
 from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -43,7 +42,7 @@ def reference(model, ids, method, pattern, propagation):
     """Prune as the definition says, one whole forward pass of the model per distinct input."""
     found = find_blocks(model)
     layout = observe(model, found, ids[:1, :8])
-    kind = METHODS[method]
+    kind = get_method(method)
     for inputs in layout:
         grams = []
         for shared in inputs:
@@ -55,8 +54,9 @@ def reference(model, ids, method, pattern, propagation):
                 if propagation == "block"
                 else input_gram(model, shared.layers[0].module, ids)
             )
-            statistic = gram if kind.statistic == "gram" else gram.diagonal()
-            solved = kind.solve([p.matrix() for p in shared.layers], statistic, pattern)
+            statistic = gram if kind.name == "sparsegpt" else gram.diagonal()
+            weights = [p.matrix() for p in shared.layers]
+            solved = kind.solve(weights, statistic, [pattern] * len(weights))
             for layer, weight in zip(shared.layers, solved.weights, strict=True):
                 layer.assign(weight)
 
@@ -234,10 +234,10 @@ def test_inputs_that_overflow_are_named(method):
 
 
 def test_pruned_weights_that_do_not_fit_are_named(monkeypatch):
-    def solve(weights, pattern):
+    def solve(self, weights, statistic, patterns):
         return Solution([weight * 1e6 for weight in weights], [0], [None])
 
-    monkeypatch.setitem(METHODS, "magnitude", replace(METHODS["magnitude"], solve=solve))
+    monkeypatch.setattr(Magnitude, "solve", solve)
     with pytest.raises(
         SolverError, match=r"0\.self_attn\.q_proj: its pruned weights are not finite"
     ):

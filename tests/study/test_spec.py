@@ -117,7 +117,7 @@ def test_every_mistake_of_form_is_told_with_its_line() -> None:
         (7, "calibrations.c.form: unknown key: did you mean from"),
         (8, "calibrations.d.packing: unknown packing 'row': known: concat, window"),
         (10, "methods.sparsegpt.0: Input should be less than 1"),
-        (11, "methods.wandda: Input should be 'sparsegpt', 'wanda' or 'magnitude'"),
+        (11, "methods.wandda: unknown method 'wandda': did you mean wanda"),
         (13, "seeds.0: Input should be greater than or equal to 0"),
         (15, "grids.0.sedes: unknown key: did you mean seeds"),
         (16, "grids.1.propagation: unknown propagation 'two'"),
