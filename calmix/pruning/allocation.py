@@ -216,7 +216,8 @@ def from_shares(
             f"the allocation adds up to a sparsity of {mean:.4f} over all weights, and "
             f"{sparsity:g} is asked for"
         )
-    level = {name: min(max(shares[name] + sparsity - mean, 1e-6), 1 - 1e-6) for name in shapes}
+    moved = sparsity - mean if abs(mean - sparsity) > 1e-12 else 0.0
+    level = {name: min(max(shares[name] + moved, 1e-6), 1 - 1e-6) for name in shapes}
     return exact(level, shapes, sparsity, method.groups)
 
 
