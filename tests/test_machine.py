@@ -116,7 +116,10 @@ def test_a_prune_is_planned_within_the_containers_memory(
 
     groups("0::/\n", **{"memory.max": 96 * MIB, "memory.current": 48 * MIB})
     target = Target(
-        WorkFolder(tmp_path / "out"), get_method("magnitude"), Unstructured(0.5), "sequential"
+        work=WorkFolder(tmp_path / "out"),
+        method=get_method("magnitude"),
+        pattern=Unstructured(0.5),
+        propagation="sequential",
     )
     rooms = []
     make = streamed_module.make_plan

@@ -105,6 +105,7 @@ class WorkFolder:
 
     Attributes:
         claimed: whether this process is at work in it.
+        goes_on: whether it held work to go on with when it was claimed.
     """
 
     def __init__(self, output: Path) -> None:
@@ -119,7 +120,7 @@ class WorkFolder:
         self._pending: Future[None] | None = None
         self._leaves: list[Any] = []
         self._written: str | None = None
-        self.claimed = False
+        self.claimed = self.goes_on = False
 
     @property
     def done(self) -> int:
@@ -137,8 +138,8 @@ class WorkFolder:
         except (OSError, ValueError, KeyError):
             return 0
 
-    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
-        """Take the folder for a request; return whether it holds work to go on with.
+    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a request.
 
         Raises:
             InputError: another process works in it, it holds another request's work, or an
@@ -151,12 +152,11 @@ class WorkFolder:
             )
         try:
             check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
-            goes_on = self._take(request, resume, overwrite)
+            self.goes_on = self._take(request, resume, overwrite)
         except BaseException:
             give_back(self._lock)
             raise
         self.claimed, self._overwrite = True, overwrite
-        return goes_on
 
     def _alone(self) -> bool:
         """Take the lock on the output; return whether it was free. It ends with the process."""

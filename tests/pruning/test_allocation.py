@@ -114,7 +114,10 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
     inputs = {}
 
     def keep(name):
-        return lambda _, args: inputs.setdefault(name, args[0].flatten(0, -2))
+        def hook(_, args):
+            inputs[name] = args[0].flatten(0, -2)
+
+        return hook
 
     handles = [
         layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers_of(model)

@@ -6,6 +6,7 @@ import torch
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.layout import observe
 from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
@@ -160,6 +161,47 @@ def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
         prune(model, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=5 * 32, paused=held)
     for (name, a), b in zip(all_stay.named_parameters(), some.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class ReachedError(Exception):
+    """The input that is asked for is there."""
+
+
+class Replay(Run):
+    """What sequential propagation means: for each input a block is run anew as far as it."""
+
+    def _sequential(self, index, inputs, common):
+        batches = range(len(self._calls))
+        for shared in inputs:
+            first = shared.layers[0].module
+            statistic = self._statistic([shared], 0, 0)
+
+            def stop(module, args, statistic=statistic):
+                statistic.add(args[0])
+                raise ReachedError
+
+            handle = first.register_forward_pre_hook(stop)
+            for number in batches:
+                with pytest.raises(ReachedError):
+                    self._run(index, number, keep=False)
+            handle.remove()
+            self._solve(shared, statistic)
+        for number in batches:
+            self.states[number] = self._run(index, number)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "phi", "gemma3_text", "gemma4_text"])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_coroutines_give_the_bytes_of_a_replay(kind, method):
+    """They are the optimisation: a block that pauses is a block begun anew, bit by bit."""
+    ours, theirs = tiny_model(kind), tiny_model(kind)
+    report = prune(ours, tiny_ids(), method=method, pattern=HALF, micro_tokens=5 * 32)
+    found = find_blocks(theirs)
+    replay = Replay(theirs, found, get_method(method), HALF, "sequential")
+    run_through(replay, tiny_ids(), 5 * 32)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert replay.report.layers == report.layers
 
 
 @pytest.mark.parametrize("paused", [None, 1])

@@ -47,7 +47,7 @@ def target(output, method="sparsegpt", pattern=HALF, propagation="sequential"):
     """A target with its work folder claimed."""
     work = WorkFolder(output)
     work.claim({}, resume=False, overwrite=True)
-    return Target(work, get_method(method), pattern, propagation)
+    return Target(work=work, method=get_method(method), pattern=pattern, propagation=propagation)
 
 
 def streamed_prune(folder, targets, ids, plan=PLENTY):
