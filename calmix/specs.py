@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from calmix.pruning.methods import Method
 
 Propagation = Literal["sequential", "block"]
 
@@ -48,7 +45,7 @@ class PruneRequest:
 
 def prune_request(
     *,
-    method: str | Method = "sparsegpt",
+    method: str = "sparsegpt",
     sparsity: float | None = None,
     pattern: str | None = None,
     **options: Any,

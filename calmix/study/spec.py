@@ -416,6 +416,14 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
             yield f"{yaml.at(['methods', method])}: methods.{method} names no sparsity"
     if file.seeds is not None and not file.seeds:
         yield f"{yaml.at(['seeds'])}: seeds is empty: the grid has no trials"
+    for path, part in [([], file), *((["grids", n], grid) for n, grid in enumerate(file.grids))]:
+        named = [*(part.methods or file.methods or ())]
+        if part is file:
+            named += [method for grid in file.grids for method in grid.methods or ()]
+        useful = not named or any("damping" in get_method(name).options for name in named)
+        if part.damping is not None and not useful:
+            where = ".".join(map(str, [*path, "damping"]))
+            yield f"{yaml.at([*path, 'damping'])}: {where} has no effect with {', '.join(named)}"
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         yield f"{yaml.at(['methods'])}: methods is empty or missing: the grid has no trials"
 

@@ -23,6 +23,13 @@ from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import Recorder
 from tests.tiny import tiny_ids, tiny_model
 
+
+class Unregistered(Toy):
+    """Passed as an object, it needs no name."""
+
+    name = "unregistered"
+
+
 SMALL = ("--rows", 6, "--length", 32)
 HALF = Unstructured(0.5)
 
@@ -70,7 +77,7 @@ def test_a_registered_method_prunes():
         bound = score.flatten().sort().values[score.numel() // 2 - 1]
         assert torch.equal(weights_of(model)[name] == 0, score <= bound)
     same = tiny_model("llama")
-    prune(same, tiny_ids(), method=Toy(strength=2), pattern=HALF)  # not by its name
+    prune(same, tiny_ids(), method=Unregistered(), pattern=HALF, strength=2)
     text = tiny_model("llama")
     prune(text, tiny_ids(), method="toy,strength=2", pattern=HALF)
     other = tiny_model("llama")

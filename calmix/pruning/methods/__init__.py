@@ -64,7 +64,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
         InputError: no such method or option, a value it does not take, or an option given twice.
     """
     if isinstance(method, Method):
-        return get_method(method.name, **(method.options | options)) if options else method
+        return _made(type(method), method.options | options) if options else method
     name, *parts = (part.strip() for part in method.split(","))
     found = METHODS.get(name)
     if found is None:
@@ -84,7 +84,16 @@ def get_method(method: str | Method, **options: Any) -> Method:
     for key in options:
         if key in values:
             raise InputError(f"{key} is given twice, once in the method '{method}'")
-    values |= options
+    return _made(found, values | options)
+
+
+def _made(found: type[Method], values: dict[str, Any]) -> Method:
+    """Return a method with options.
+
+    Raises:
+        InputError: it has no such option, or does not take a value.
+    """
+    name = found.name
     for key in values:
         if key not in found.model_fields:
             hint = nearest(key, found.model_fields) if found.model_fields else "it has none"
