@@ -92,7 +92,7 @@ def solver_bytes(sizes: Sizes) -> int:
     most = 0
     for width in {columns for _, columns in sizes.layers}:
         rows = [rows for rows, columns in sizes.layers if columns == width]
-        most = max(most, *(m.memory(width, sum(rows), max(rows)) for m in sizes.methods))
+        most = max([most, *(m.memory(width, sum(rows), max(rows)) for m in sizes.methods)])
     return most
 
 
