@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from calmix.models.opening import (
 from calmix.models.shards import Shards, ShardWriter
 
 Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tensors, by file and name
-BLOCKS = "blocks.safetensors"  # of a whole model, until it is saved
 
 
 class NotStreamableError(Exception):
@@ -56,6 +56,8 @@ class StreamedModel:
         ModelError: as `open_model`, or a file is cut short.
         NotStreamableError: transformers would convert the weights while it loads them.
     """
+
+    in_place = True  # the files that are written are the checkpoint's own
 
     def __init__(
         self,
@@ -186,15 +188,15 @@ class StreamedModel:
             if name not in inside:
                 writer.write(self.shards.read([name]))
 
-    def save(self, writer: ShardWriter) -> None:
-        """Make a folder of the written files that loads: index and configuration."""
+    def save(self, writer: ShardWriter, folder: Path) -> None:
+        """Make the folder of the written files one that loads: index and configuration."""
         model = self.model
         writer.write_index()
         model.config.architectures = [type(model).__name__]
         model.config.dtype = str(self.dtype).removeprefix("torch.")
-        model.config.save_pretrained(writer.folder)
+        model.config.save_pretrained(folder)
         if model.can_generate():
-            model.generation_config.save_pretrained(writer.folder)
+            model.generation_config.save_pretrained(folder)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -236,6 +238,7 @@ class WholeModel:
         ModelError: as `open_model`.
     """
 
+    in_place = False
     outside_bytes = 0  # already in memory, as all is
 
     def __init__(self, name: str, **how: Any) -> None:
@@ -270,17 +273,18 @@ class WholeModel:
     def files(self) -> Files:
         """Return type and shape of the blocks' weights, in one file."""
         held = [self.weights(index) for index in range(len(self.blocks))]
-        return {BLOCKS: {n: (v.dtype, v.shape) for part in held for n, v in part.items()}}
+        file = {n: (v.dtype, v.shape) for part in held for n, v in part.items()}
+        return {"blocks.safetensors": file}
 
     def copy_others(self, writer: ShardWriter) -> None:
         """Nothing: transformers writes them."""
 
-    def save(self, writer: ShardWriter) -> None:
+    def save(self, writer: ShardWriter, folder: Path) -> None:
         """Let transformers write the model with the blocks' weights that were written."""
-        for name, value in load_file(writer.folder / BLOCKS).items():
-            self.model.get_parameter(name).data.copy_(value)
-        (writer.folder / BLOCKS).unlink()
-        self.model.save_pretrained(writer.folder)
+        for file in self.files():
+            for name, value in load_file(writer.folder / file).items():
+                self.model.get_parameter(name).data.copy_(value)
+        self.model.save_pretrained(folder)
 
     def close(self) -> None:
         """Nothing is open."""

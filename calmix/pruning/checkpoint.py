@@ -349,7 +349,7 @@ def _finish(
     work = job.work
     assert work.writer is not None
     with disk_errors(work.path), quiet_transformers():
-        source.save(work.writer)
+        source.save(work.writer, work.checkpoint)
         tokenizer.tokenizer.save_pretrained(work.checkpoint)
         _write_beside(work.checkpoint, source, manifest, seconds)
     work.complete()

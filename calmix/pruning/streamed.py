@@ -129,7 +129,8 @@ def prepare_files(source: WeightSource, work: WorkFolder) -> None:
     Raises:
         InputError: the disk has no room.
     """
-    work.writer = ShardWriter(work.checkpoint, source.files())
+    folder = work.checkpoint if source.in_place else work.path / "blocks"
+    work.writer = ShardWriter(folder, source.files())
 
 
 def prune_streamed(

@@ -4,6 +4,7 @@
                       calibration/       the calibration set, calibration.json its manifest
                       allocation.json    sparsities by layer, where a look at the model gave them
                       checkpoint/        the files of the result, at full size, filled by block
+                      blocks/            the blocks' weights, where transformers writes those files
                       states-0, -1       hidden states before and after the block at hand
                       written-N          what blocks wrote into their arguments, up to block N
                       progress.json      blocks that are done, and the report on them
