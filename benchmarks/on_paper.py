@@ -13,8 +13,9 @@ import argparse
 
 from calmix.pruning.budget import GIB, make_plan, solver_bytes
 from calmix.pruning.budget import Sizes as Held
-from calmix.pruning.methods.sparsegpt import ENERGY_PANEL
-from calmix.study.cost import Sizes, on_paper, prune_seconds, triangle
+from calmix.pruning.gram import Gram
+from calmix.pruning.methods import get_method
+from calmix.study.cost import Sizes, on_paper, prune_seconds
 
 ROWS, LENGTH, MICRO = 128, 2048, 2048
 MODELS = {
@@ -35,13 +36,14 @@ def main() -> None:
     print("| model | part | FLOP | seconds |\n|---|---|---|---|")
     for name, sizes in MODELS.items():
         inputs, blocks = sizes.inputs, sizes.blocks
+        method = get_method("sparsegpt")
+        solves = [method.work(d, r) for d, r in inputs]
         flop = {
             "forward": 2 * sizes.block_weights * tokens
             + 2 * tokens * LENGTH * sizes.query * blocks,
-            "gram": blocks * sum(2 * tokens * d**2 for d, _ in inputs),
-            "factor": blocks * sum(4 / 3 * d**3 for d, _ in inputs),
-            "solve": blocks
-            * sum(r * d**2 * (1 + 2 * triangle(d, ENERGY_PANEL)) for d, r in inputs),
+            "statistic": blocks * sum(Gram.work(d, tokens, cpu=False).gram for d, _ in inputs),
+            "factor": blocks * sum(work.factor for work in solves),
+            "solve": blocks * sum(work.products + work.gram for work in solves),
         }
         seconds = prune_seconds(sizes, ROWS, LENGTH, "sparsegpt", "sequential", device)
         for part, value in flop.items():
@@ -63,7 +65,7 @@ def main() -> None:
             rows=ROWS,
             length=LENGTH,
             value_bytes=2,
-            statistic="gram",
+            methods=[method],
         )
         plan = make_plan(held, int(options.memory_gb * 1e9), 0, MICRO, sequential=True)
         paused = "all" if plan.paused is None else plan.paused

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
 
-METHODS = ("sparsegpt", "wanda", "magnitude")
 Propagation = Literal["sequential", "block"]
 
-ROWS, LENGTH, SEED, DAMPING = 64, 512, 0, 0.01
+ROWS, LENGTH, SEED = 64, 512, 0
 
 # What draws a calibration set beside its specification; calmix.calibration.resolve has defaults.
 DRAW = ("rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "own")
+CALIBRATED = ("calibration", "propagation", *DRAW)  # what only a method that looks at data takes
+# What a user can say of any prune, whatever the method: no method's option has such a name.
+PRUNE = (
+    *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
+    "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
+    "resume", "overwrite", "json", "as_json", "help", "recover", "against",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,20 @@ class PruneRequest:
     """A checked request to prune one model. What a method has no use for is None or empty.
 
     Attributes:
+        method: its name; `options` are its own, all of them.
         calibration: what to calibrate on, as `calmix.calibration.resolve` takes it.
         draw: the options of the draw that were given.
+        allocation: `owl`, `error` or sparsities by layer; None for the same everywhere.
     """
 
     method: str
     sparsity: float | None
     pattern: str | None
+    options: dict[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     draw: dict[str, Any] = field(default_factory=dict)
     propagation: Propagation | None = None
-    damping: float | None = None
+    allocation: str | dict[str, float] | None = None
 
 
 def prune_request(
@@ -45,34 +53,44 @@ def prune_request(
     """Check the options of a prune and fill in the method's defaults.
 
     Args:
-        method: `sparsegpt`, `wanda` or `magnitude`.
+        method: as `calmix.pruning.methods.get_method` takes it.
         sparsity: share to prune, in (0, 1); or
         pattern: `N:M`. Exactly one of the two.
-        **options: calibration, propagation, damping and those in `DRAW`; None means not given.
+        **options: calibration, propagation, allocation, those in `DRAW` and the method's own;
+            None means not given.
 
     Raises:
         InputError: an unknown name, a value out of range, something needed that is missing, or
             an option that the method would ignore.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    from calmix.pruning.allocation import read_allocation
+    from calmix.pruning.methods import get_method
+
+    given = {name: value for name, value in options.items() if value is not None}
+    own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
+    bare = get_method(method)
+    if idle := set(own) - set(bare.options):
+        raise _no_effect(min(idle), bare.name)
+    chosen = get_method(method, **own)
     if (sparsity is None) == (pattern is None):
         raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
     if sparsity is not None and not 0 < sparsity < 1:
         raise InputError(f"sparsity {sparsity} is not between 0 and 1 (exclusive)")
-    given = {name: value for name, value in options.items() if value is not None}
-    useless = set(given) if method == "magnitude" else set(given) & {"damping"}
-    if useless and method != "sparsegpt":
-        option = {"own": "sources"}.get(min(useless), min(useless)).replace("_", "-")
-        raise InputError(
-            f"--{option} has no effect with method {method}: leave it out, or choose another method"
-        )
-    if method == "magnitude":
-        return PruneRequest(method, sparsity, pattern)
+    allocation = read_allocation(given.pop("allocation", None), sparsity)
+    if chosen.needs is None:
+        if given:
+            raise _no_effect(min(given), chosen.name)
+        if isinstance(allocation, str):
+            raise InputError(
+                f"--allocation {allocation} looks at calibration data, which method {chosen.name} "
+                "has none of: name a file of sparsities, or choose another method"
+            )
+        return PruneRequest(chosen.name, sparsity, pattern, chosen.options, allocation=allocation)
     if "calibration" not in given:
         raise InputError(
-            f"method {method} needs --calibration, such as uniform:python-stdlib,encyclopedia "
-            "(calmix sources ls) or a .txt, .jsonl or .parquet file"
+            f"method {chosen.name} needs --calibration, such as "
+            "uniform:python-stdlib,encyclopedia (calmix sources ls) or a .txt, .jsonl or .parquet "
+            "file"
         )
     draw = {name: given[name] for name in DRAW if name in given}
     for name in ("rows", "length"):
@@ -84,10 +102,17 @@ def prune_request(
     if propagation not in get_args(Propagation):
         known = get_args(Propagation)
         raise InputError(f"unknown propagation '{propagation}': {nearest(propagation, known)}")
-    damping = given.get("damping", DAMPING if method == "sparsegpt" else None)
-    if damping is not None and not (math.isfinite(damping) and damping > 0):
-        raise InputError(f"--damping {damping} is not a positive number")
-    return PruneRequest(method, sparsity, pattern, given["calibration"], draw, propagation, damping)
+    return PruneRequest(
+        chosen.name, sparsity, pattern, chosen.options, given["calibration"], draw, propagation,
+        allocation,
+    )  # fmt: skip
+
+
+def _no_effect(name: str, method: str) -> InputError:
+    option = {"own": "sources"}.get(name, name).replace("_", "-")
+    return InputError(
+        f"--{option} has no effect with method {method}: leave it out, or choose another method"
+    )
 
 
 def prune_requests(
@@ -100,7 +125,7 @@ def prune_requests(
     """Check a prune to one or several targets: every method with every sparsity or pattern.
 
     Args:
-        method: a name or several, as `sparsegpt,wanda`.
+        method: a name or several, each with options of its own: `sparsegpt,damping=0.1,wanda`.
         sparsity: a share or several, as `0.5,0.6`; or
         pattern: `N:M` or several.
         **options: as for `prune_request`; with several methods each takes those it has a use for.
@@ -108,40 +133,75 @@ def prune_requests(
     Raises:
         InputError: as `prune_request`, or the same target is named twice.
     """
-    methods = _listed("method", method)
+    from calmix.pruning.methods import get_method
+
+    methods = _methods(method)
     if (sparsity is None) == (pattern is None):
         return [prune_request(method=methods[0], **options)]  # which tells what is wrong
     wanted: list[dict[str, Any]] = [
         {"sparsity": _share(text)} for text in _listed("sparsity", sparsity)
     ] + [{"pattern": text} for text in _listed("pattern", pattern)]
     if len(methods) == 1:
-        return [prune_request(method=method, **target, **options) for target in wanted]
+        return [prune_request(method=methods[0], **target, **options) for target in wanted]
     given = {name: value for name, value in options.items() if value is not None}
-    useful = {name: given if name != "magnitude" else {} for name in methods}
-    for name in methods:
-        if name != "sparsegpt":
-            useful[name] = {k: v for k, v in useful[name].items() if k != "damping"}
+    useful: dict[str, dict[str, Any]] = {}
+    for text in methods:
+        bare = get_method(text)
+        own = {k: v for k, v in given.items() if k in bare.options and f",{k}=" not in text}
+        common = set(PRUNE) - (set(CALIBRATED) if get_method(text, **own).needs is None else set())
+        useful[text] = own | {k: v for k, v in given.items() if k in common}
     idle = set(given) - {key for part in useful.values() for key in part}
     if idle:
-        raise InputError(f"--{min(idle)} has no effect with methods {method}: leave it out")
-    return [
-        prune_request(method=name, **target, **useful[name])
-        for name in methods
+        option = min(idle).replace("_", "-")
+        raise InputError(f"--{option} has no effect with methods {method}: leave it out")
+    requests = [
+        prune_request(method=text, **target, **useful[text])
+        for text in methods
         for target in wanted
     ]
+    names = [target_name(request) for request in requests]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two targets are the same, {name}: leave one out")
+    return requests
 
 
 def target_name(request: PruneRequest) -> str:
-    """Return a folder name for a target, such as `sparsegpt-0.6` or `wanda-2of4`."""
+    """Return a folder name for a target, such as `sparsegpt-0.6` or `wanda-2of4`.
+
+    Options that differ from their defaults stand in it: `sparsegpt-damping=0.1-0.6`.
+    """
+    from calmix.pruning.methods import get_method
+
+    method = get_method(request.method, **request.options).text.replace(",", "-").replace("/", "_")
     if request.pattern is not None:
-        return f"{request.method}-{'of'.join(p.strip() for p in request.pattern.split(':'))}"
-    return f"{request.method}-{request.sparsity:g}"
+        return f"{method}-{'of'.join(p.strip() for p in request.pattern.split(':'))}"
+    return f"{method}-{request.sparsity:g}"
+
+
+def _methods(text: str) -> list[str]:
+    """Return the methods of a list such as `sparsegpt,damping=0.1,wanda`, with their options."""
+    methods: list[str] = []
+    for part in _parts("method", text):
+        if "=" in part and methods:
+            methods[-1] += f",{part}"
+        else:
+            methods.append(part)
+    return _once("method", methods)
 
 
 def _listed(option: str, text: str | None) -> list[str]:
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    return [] if text is None else _once(option, _parts(option, text))
+
+
+def _parts(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
     if "" in parts:
         raise InputError(f"--{option} '{text}' has nothing between its commas")
+    return parts
+
+
+def _once(option: str, parts: list[str]) -> list[str]:
     for part in parts:
         if parts.count(part) > 1:
             raise InputError(f"--{option} names {part} twice")

@@ -111,12 +111,15 @@ def test_a_prune_is_planned_within_the_containers_memory(
     groups, tiny_folder, tmp_path, monkeypatch
 ):
     from calmix.models.streaming import StreamedModel
-    from calmix.pruning import Unstructured
+    from calmix.pruning import Unstructured, get_method
     from calmix.pruning.work import WorkFolder
 
     groups("0::/\n", **{"memory.max": 96 * MIB, "memory.current": 48 * MIB})
     target = Target(
-        WorkFolder(tmp_path / "out"), "magnitude", Unstructured(0.5), "sequential", 0.01
+        work=WorkFolder(tmp_path / "out"),
+        method=get_method("magnitude"),
+        pattern=Unstructured(0.5),
+        propagation="sequential",
     )
     rooms = []
     make = streamed_module.make_plan

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calmix.models import find_blocks
 from calmix.models.streaming import NotStreamableError
+from tests.pruning.test_streamed import interrupt_before
 from tests.tiny import save_tiny_model, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32)
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -201,7 +207,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ((tiny_folder, *half, *data, "--seed", -1), "negative"),
         ((tiny_folder, *half, *data, "--packing", "windows"), "did you mean window"),
         ((tiny_folder, *half, *data, "--propagation", "two"), "unknown propagation"),
-        ((tiny_folder, *half, *data, "--damping", 0), "not a positive number"),
+        ((tiny_folder, *half, *data, "--damping", 0), "damping 0: Input should be greater"),
         ((tiny_folder, *half, *data, "--dtype", "bf16"), "unknown dtype"),
         ((tiny_folder, *half, *data, "--device", "warp"), "cannot be used"),
         ((tiny_folder, *half, *data, "--method", "magnitude"), "--calibration has no effect"),
@@ -272,6 +278,42 @@ def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path, mo
         assert (output / name).read_bytes() == (model / name).read_bytes()
 
 
+def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
+    calmix, tiny_folder, text_file, tmp_path, monkeypatch
+):
+    """Several targets, an interruption, and the tensors of a prune block by block."""
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", "0.5,0.6",
+              "-o")  # fmt: skip
+    assert calmix(*common, tmp_path / "streamed").code == 0
+
+    def refuse(*_, **__):
+        raise NotStreamableError("a.b")
+
+    monkeypatch.setattr("calmix.pruning.checkpoint.StreamedModel", refuse)
+    assert calmix(*common, tmp_path / "whole").code == 0
+    with monkeypatch.context() as patched:
+        interrupt_before(patched, 1)
+        assert calmix(*common, tmp_path / "cut").code == 130
+    with monkeypatch.context() as patched:  # at the very end, with all but the manifest written
+        patched.setattr("calmix.pruning.checkpoint.write_json", full_disk)
+        ended = calmix(*common, tmp_path / "cut", "--resume")
+    assert "no space left" in ended.err
+    assert ended.err.count("going on after 1 of 2 blocks") == 2
+    ended = calmix(*common, tmp_path / "cut", "--resume")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("going on after 2 of 2 blocks") == 2
+    for name in ("sparsegpt-0.5", "sparsegpt-0.6"):
+        whole, cut = hashes(tmp_path / "whole" / name), hashes(tmp_path / "cut" / name)
+        assert whole.pop("calmix-run.json") != cut.pop("calmix-run.json")
+        assert whole == cut
+        assert set(whole) >= {"model.safetensors", "config.json", "tokenizer.json", "calmix.json"}
+        found = load_file(tmp_path / "whole" / name / "model.safetensors")
+        expected = load_file(tmp_path / "streamed" / name / "model.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    ended = calmix(*common, tmp_path / "other", "--max-memory", "6GiB")
+    assert "cannot be pruned block by block" in ended.line
+
+
 def test_overwrite_replaces_the_whole_folder(calmix, tiny_folder, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
@@ -290,9 +332,6 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("x", encoding="utf-8")
-
-    def full_disk(*_, **__):
-        raise OSError(28, "No space left on device")
 
     command = (
         "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output,

@@ -293,7 +293,7 @@ def series_of(made: Sequence[tuple[Cells, Joint]]) -> list[list[tuple[Cells, Joi
     groups: dict[tuple[Any, ...], list[tuple[Cells, Joint]]] = {}
     for cells, found in made:
         at = cells.condition
-        if at.unstructured and at.method != "magnitude":
+        if at.unstructured and at.rows:
             key = at.model, at.method, at.propagation, at.rows, at.length, at.suite
             groups.setdefault(key, []).append((cells, found))
     return [sorted(group, key=lambda pair: pair[0].condition.sparsity) for group in groups.values()]

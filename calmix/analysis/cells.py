@@ -263,7 +263,7 @@ def _order(key: _Key) -> tuple[Any, ...]:
 
 def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
     """Name every condition by method and pattern, and by what else is not the same throughout."""
-    calibrated = [key for key in keys if key[1] != "magnitude"] or keys
+    calibrated = [key for key in keys if key[5]] or keys
 
     def differs(at: int) -> bool:
         return len({key[at] for key in calibrated}) > 1
@@ -276,7 +276,7 @@ def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
             label += f", {model}"
         if differs(4) and propagation is not None:
             label += f", {propagation} propagation"
-        if method != "magnitude" and (differs(5) or differs(6)):
+        if rows and (differs(5) or differs(6)):
             label += f", {rows} x {length}"
         if len({key[7] for key in keys}) > 1:
             label += f", suite {suite}"

@@ -1,4 +1,4 @@
-"""`models`, `sources` and `assets`: what there is to work with."""
+"""`models`, `methods`, `sources` and `assets`: what there is to work with."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def register(app: typer.Typer) -> None:
     models = typer.Typer(no_args_is_help=True, help="Models that come with the tool.")
     models.command("ls")(models_ls)
     app.add_typer(models, name="models")
+    methods = typer.Typer(no_args_is_help=True, help="Pruning methods, other packages' too.")
+    methods.command("ls")(methods_ls)
+    app.add_typer(methods, name="methods")
     sources = typer.Typer(no_args_is_help=True, help="Named text sources for calibration.")
     sources.command("ls")(sources_ls)
     sources.command("show")(sources_show)
@@ -46,6 +49,24 @@ def models_ls(as_json: AsJson = False) -> None:
             "description": model.description,
         }
         for model in builtin_models().values()
+    ]
+    print_rows(rows, as_json=as_json)
+
+
+def methods_ls(as_json: AsJson = False) -> None:
+    """List the pruning methods: what they need of the inputs, their options and their paper."""
+    from calmix.pruning.methods import methods
+
+    rows = [
+        {
+            "method": method.name,
+            "needs": "-" if method.statistic is None else method.statistic.__name__.lower(),
+            "options": ", ".join(
+                f"{k}={field.default}" for k, field in method.model_fields.items()
+            ),
+            "paper": method.paper,
+        }
+        for method in methods().values()
     ]
     print_rows(rows, as_json=as_json)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from calmix.cli.common import (
     AsJson,
@@ -29,7 +32,7 @@ from calmix.cli.common import (
 )
 from calmix.errors import InputError
 from calmix.sources import load_sources
-from calmix.specs import DAMPING, prune_requests, target_name
+from calmix.specs import prune_requests, target_name
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
@@ -38,11 +41,71 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("prune")(prune_command)
+    app.command("prune", cls=PruneCommand)(prune_command)
     app.command("perplexity")(perplexity_command)
 
 
+class PruneCommand(TyperCommand):
+    """A verb that also has the options of every method there is, found when it is asked for.
+
+    What is given of them stands in the context's `meta`, under `METHOD_OPTIONS`.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the verb's own parameters, the methods' options, and `--help`."""
+        *own, last = super().get_params(ctx)
+        return [*own, *_method_options(), last]
+
+
+METHOD_OPTIONS = "calmix.method options"
+
+
+def _method_options() -> list[Any]:
+    """Return a parameter for every option that a method has, from its schema."""
+    from calmix.pruning.methods import methods
+
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for method in methods().values():
+        for key, field in method.model_fields.items():
+            found.setdefault(key, []).append((method.name, field))
+    app = typer.Typer(add_completion=False)
+
+    def keep(name: str) -> Callable[[typer.Context, str | None], None]:
+        def callback(ctx: typer.Context, value: str | None) -> None:
+            if value is not None:
+                ctx.meta.setdefault(METHOD_OPTIONS, {})[name] = value
+
+        return callback
+
+    def command(**options: str) -> None: ...
+
+    command.__annotations__ = {
+        name: Annotated[
+            str | None,
+            typer.Option(
+                f"--{name.replace('_', '-')}",
+                metavar=f"<{getattr(fields[0][1].annotation, '__name__', 'str')}>",
+                show_default=", ".join(dict.fromkeys(str(field.default) for _, field in fields)),
+                help=f"{fields[0][1].description} ({', '.join(method for method, _ in fields)})",
+                callback=keep(name),
+                expose_value=False,
+                rich_help_panel="Options of methods",
+            ),
+        ]
+        for name, fields in sorted(found.items())
+    }
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in command.__annotations__.items()
+        ]
+    )
+    app.command()(command)
+    return list(typer.main.get_command(app).params)
+
+
 def prune_command(
+    ctx: typer.Context,
     model: ModelName,
     output: Annotated[
         Path,
@@ -54,7 +117,11 @@ def prune_command(
         ),
     ],
     method: Annotated[
-        str, typer.Option(help="sparsegpt, wanda or magnitude; or several: sparsegpt,wanda.")
+        str,
+        typer.Option(
+            help="One of calmix methods ls, or several: sparsegpt,wanda; each may have options of "
+            "its own: sparsegpt,damping=0.1."
+        ),
     ] = "sparsegpt",
     sparsity: Annotated[
         str | None,
@@ -92,9 +159,13 @@ def prune_command(
             help="sequential: inputs from pruned layers, one pass; block: the papers' two passes.",
         ),
     ] = None,
-    damping: Annotated[
-        float | None,
-        typer.Option(show_default="0.01", help="SparseGPT's, as a share of the mean diagonal."),
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            show_default="uniform",
+            help="Sparsity by layer, the same in all: uniform; owl (blocks with outliers keep "
+            "more), error (layers that lose more keep more), or a JSON or YAML file.",
+        ),
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -134,7 +205,8 @@ def prune_command(
         leakage_tokens=leakage_tokens,
         own=load_sources(sources) if sources is not None else None,
         propagation=propagation,
-        damping=damping,
+        allocation=allocation,
+        **ctx.meta.get(METHOD_OPTIONS, {}),
     )
     from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoints
@@ -176,10 +248,10 @@ def prune_command(
         print_json(told[0] if len(told) == 1 else told)
         return
     for path, report in results:
-        _tell(path, report, damping or DAMPING, brief=len(results) > 1)
+        _tell(path, report, brief=len(results) > 1)
 
 
-def _tell(path: Path, report: PruneReport, damping: float, *, brief: bool) -> None:
+def _tell(path: Path, report: PruneReport, *, brief: bool) -> None:
     """Print what became of a target: a line, and if not `brief` a table of the layers' errors."""
     kinds: dict[str, list[float]] = {}
     for layer in report.layers:
@@ -196,6 +268,7 @@ def _tell(path: Path, report: PruneReport, damping: float, *, brief: bool) -> No
             for kind, errors in kinds.items()
         ]
         print_rows(rows, as_json=False)
+    damping = report.options.get("damping", 0)
     raised = [layer.name for layer in report.layers if (layer.damping or 0) > damping]
     if raised:
         out.print(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")

@@ -1,16 +1,20 @@
-"""A model of which only the block at hand has its weights in memory.
+"""Where a model's weights come from, block by block, and where they go.
 
-The modules are built without weights; what stands outside the blocks is read once, and a block's
-weights are read when it is asked for, the next one's meanwhile. Knows nothing about pruning.
+`StreamedModel`: only the block at hand has its weights in memory. The modules are built without
+weights; what stands outside the blocks is read once, and a block's weights are read when it is
+asked for, the next one's meanwhile. `WholeModel`: the same for a model that transformers has to
+load as a whole. Knows nothing about pruning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calmix.errors import ModelError
@@ -20,10 +24,13 @@ from calmix.models.opening import (
     _dtype,
     fast_half_precision,
     load_config,
+    open_model,
     quiet_transformers,
     resolve_model,
 )
-from calmix.models.shards import Shards
+from calmix.models.shards import Shards, ShardWriter
+
+Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tensors, by file and name
 
 
 class NotStreamableError(Exception):
@@ -50,6 +57,8 @@ class StreamedModel:
         NotStreamableError: transformers would convert the weights while it loads them.
     """
 
+    in_place = True  # the files that are written are the checkpoint's own
+
     def __init__(
         self,
         name: str,
@@ -60,6 +69,7 @@ class StreamedModel:
     ) -> None:
         self.name = name
         self.trust_remote_code = trust_remote_code
+        self.opened = None
         self.device = _device(device)
         chosen = _dtype(dtype)
         self.folder = resolve_model(name)
@@ -158,6 +168,36 @@ class StreamedModel:
         """Forget a block's weights."""
         self._drop(self.block_names(index))
 
+    def files(self) -> Files:
+        """Return what the files hold, floats in the model's type in memory.
+
+        What the model has no parameter for keeps the type it is stored in.
+        """
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        types = {stored: own[name].dtype for name, stored in self.names.items()}
+        files: Files = {}
+        for name, place in self.shards.places.items():
+            files.setdefault(place.file, {})[name] = (types.get(name, place.dtype), place.shape)
+        return files
+
+    def copy_others(self, writer: ShardWriter) -> None:
+        """Write all tensors that belong to no block, one at a time."""
+        blocks = range(len(self.blocks))
+        inside = {self.names[name] for index in blocks for name in self.block_names(index)}
+        for name in self.shards.places:
+            if name not in inside:
+                writer.write(self.shards.read([name]))
+
+    def save(self, writer: ShardWriter, folder: Path) -> None:
+        """Make the folder of the written files one that loads: index and configuration."""
+        model = self.model
+        writer.write_index()
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(self.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -184,6 +224,73 @@ class StreamedModel:
     def _owner(self, name: str) -> tuple[Any, str]:
         owner, _, last = name.rpartition(".")
         return self.model.get_submodule(owner), last
+
+
+class WholeModel:
+    """A causal language model that is in memory, with the members of `StreamedModel`.
+
+    Its files are transformers' to write: until `save` only the blocks' weights are on the disk.
+
+    Args:
+        name, dtype, device, trust_remote_code: as for `open_model`.
+
+    Raises:
+        ModelError: as `open_model`.
+    """
+
+    in_place = False
+    outside_bytes = 0  # already in memory, as all is
+
+    def __init__(self, name: str, **how: Any) -> None:
+        self.name = name
+        self.opened = opened = open_model(name, **how)
+        self.trust_remote_code, self.folder = opened.trust_remote_code, opened.folder
+        self.model = opened.model
+        self.blocks: DecoderBlocks = find_blocks(self.model)
+        self.device, self.dtype = self.model.device, self.model.dtype
+
+    def block_bytes(self, index: int) -> int:
+        """Return the bytes of a block's weights."""
+        return sum(value.nbytes for value in self.weights(index).values())
+
+    def fetch_outside(self) -> None:
+        """All is there."""
+
+    def drop_outside(self) -> None:
+        """All stays."""
+
+    def fetch(self, index: int, *, ahead: bool = False) -> None:
+        """All is there."""
+
+    def drop(self, index: int) -> None:
+        """All stays."""
+
+    def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return a block's weights by their names in the model, copied if they will change."""
+        own = self.blocks.blocks[index].named_parameters(prefix=f"{self.blocks.name}.{index}")
+        return {name: value.detach().clone() if copy else value.detach() for name, value in own}
+
+    def files(self) -> Files:
+        """Return type and shape of the blocks' weights, in one file."""
+        held = [self.weights(index) for index in range(len(self.blocks))]
+        file = {n: (v.dtype, v.shape) for part in held for n, v in part.items()}
+        return {"blocks.safetensors": file}
+
+    def copy_others(self, writer: ShardWriter) -> None:
+        """Nothing: transformers writes them."""
+
+    def save(self, writer: ShardWriter, folder: Path) -> None:
+        """Let transformers write the model with the blocks' weights that were written."""
+        for file in self.files():
+            for name, value in load_file(writer.folder / file).items():
+                self.model.get_parameter(name).data.copy_(value)
+        self.model.save_pretrained(folder)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+WeightSource = StreamedModel | WholeModel
 
 
 def _skeleton(
@@ -218,26 +325,3 @@ def _skeleton(
             raise ModelError(f"cannot open {shards.folder}: {line[:300]}") from error
     model.requires_grad_(False)
     return model.eval()
-
-
-def stored_types(streamed: StreamedModel) -> dict[str, dict[str, tuple[torch.dtype, Any]]]:
-    """Return type and shape of every tensor of the files, floats in the model's type in memory.
-
-    What the model has no parameter for keeps the type it is stored in.
-    """
-    own = dict(streamed.model.named_parameters(remove_duplicate=False))
-    types = {stored: own[name].dtype for name, stored in streamed.names.items()}
-    files: dict[str, dict[str, tuple[torch.dtype, Any]]] = {}
-    for name, place in streamed.shards.places.items():
-        files.setdefault(place.file, {})[name] = (types.get(name, place.dtype), place.shape)
-    return files
-
-
-def other_tensors(streamed: StreamedModel) -> list[str]:
-    """Return the names in the files of all tensors that belong to no block."""
-    inside = {
-        streamed.names[name]
-        for index in range(len(streamed.blocks))
-        for name in streamed.block_names(index)
-    }
-    return [name for name in streamed.shards.places if name not in inside]

@@ -1,15 +1,19 @@
-"""One-shot pruning: patterns, Gram matrices, methods, the engine, and the pruned checkpoint."""
+"""One-shot pruning: patterns, statistics, methods, the engine, and the pruned checkpoint."""
 
+from calmix.pruning.allocation import allocate
 from calmix.pruning.engine import PruneReport, prune
-from calmix.pruning.methods import METHODS
+from calmix.pruning.methods import Method, get_method, register
 from calmix.pruning.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
 
 __all__ = [
-    "METHODS",
+    "Method",
     "Pattern",
     "PruneReport",
     "SemiStructured",
     "Unstructured",
+    "allocate",
+    "get_method",
     "parse_pattern",
     "prune",
+    "register",
 ]

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calmix.errors import InputError
+from calmix.pruning.methods import Method
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 SLACK = 0.05  # of the budget, for the allocator's rounding
-MASK_ROWS = 128 * 5 * 4  # bytes an output of mask, errors and scores of 128 columns in float32
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sizes:
         hidden: width of the residual stream.
         rows, length: calibration rows and their tokens; 0 without calibration.
         value_bytes: bytes of a weight and of an activation.
-        statistic: `gram`, `squares` or `none`.
+        methods: of all targets.
     """
 
     block_bytes: int
@@ -49,7 +49,7 @@ class Sizes:
     rows: int
     length: int
     value_bytes: int
-    statistic: str
+    methods: Sequence[Method]
 
     @property
     def inner(self) -> int:
@@ -91,17 +91,16 @@ def solver_bytes(sizes: Sizes) -> int:
     """Return the most memory a solver takes: all layers of one width may share an input."""
     most = 0
     for width in {columns for _, columns in sizes.layers}:
-        outputs = sum(rows for rows, columns in sizes.layers if columns == width)
-        single = max(rows for rows, columns in sizes.layers if columns == width)
-        if sizes.statistic == "gram":
-            # The sum, its factor and what the factorisation holds beside it; the weights
-            # transposed; mask, errors and scores of one group of columns; some outputs' energy.
-            energy = 2 * 4 * width * min(outputs, 4096)
-            work = max(MASK_ROWS * outputs, energy)
-            most = max(most, 11 * width**2 + 4 * width * outputs + work)
-        else:
-            most = max(most, 4 * width * outputs + 9 * width * single)
+        rows = [rows for rows, columns in sizes.layers if columns == width]
+        most = max([most, *(m.memory(width, sum(rows), max(rows)) for m in sizes.methods)])
     return most
+
+
+def statistics_bytes(sizes: Sizes) -> int:
+    """Return what the statistics of a whole block take, one a layer at most."""
+    kinds = [method.needs for method in sizes.methods]
+    held = [sum(kind.memory(width) for _, width in sizes.layers) for kind in kinds if kind]
+    return max(held, default=0)
 
 
 def micro_bytes(sizes: Sizes, tokens: int) -> int:
@@ -144,8 +143,8 @@ def make_plan(
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
     solver = solver_bytes(sizes)
-    if not sequential and sizes.statistic == "gram":  # a block's statistics are summed together
-        solver += sum(4 * columns**2 for _, columns in sizes.layers)
+    if not sequential:  # a block's statistics are summed together
+        solver += statistics_bytes(sizes)
     at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
     while True:
         tokens = at_once * sizes.length

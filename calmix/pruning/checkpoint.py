@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,21 @@ from calmix.files import atomic_folder, check_output_folder, real_place, sha256_
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import fingerprint, quiet_transformers
-from calmix.models.streaming import NotStreamableError, StreamedModel, stored_types
-from calmix.pruning.engine import LayerReport, PruneReport, prune
-from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
-from calmix.pruning.streamed import Target, plan_for, prepare_files, prune_streamed
+from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
+from calmix.pruning.allocation import SPREAD, from_shares, looker
+from calmix.pruning.budget import Plan
+from calmix.pruning.engine import LayerReport, Patterns, PruneReport
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Unstructured, parse_pattern
+from calmix.pruning.streamed import (
+    Target,
+    look_streamed,
+    plan_for,
+    prepare_files,
+    prune_streamed,
+)
 from calmix.pruning.work import WorkFolder
-from calmix.specs import DAMPING, PruneRequest
+from calmix.specs import PruneRequest
 
 # Of models of images or sound, opened as models of text.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
@@ -73,168 +82,188 @@ def prune_checkpoints(
     Raises:
         CalmixError: anything a user can mend, before an output is touched.
     """
-    jobs = [Job(output, request) for output, request in targets.items()]
+    say = note or (lambda line: None)
+    for output in targets:
+        if not (resume and (output / MANIFEST).is_file()):
+            check_output_folder(output, overwrite=overwrite)
+    source = _open(name, max_memory, dtype, device, trust_remote_code)
+    try:
+        jobs = [_job(output, request, source) for output, request in targets.items()]
+        done = {job.output: _finished(job) for job in jobs} if resume else {}
+        reports = {output: report for output, report in done.items() if report is not None}
+        for output in reports:
+            say(f"{output} was finished by an earlier run")
+        left = [job for job in jobs if job.output not in reports]
+        works = [job.work for job in left]
+        try:
+            for job in left:
+                job.work.claim(job.asked, resume=resume, overwrite=overwrite)
+            tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
+            calibration = _calibration(left, source, tokenizer, dtype, device, writing, note)
+            _check_vocabulary(source, calibration)
+            ids = None if calibration is None else calibration.ids
+            looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
+            plan = plan_for(source, ids, left, budget=max_memory, beside=looked)
+            _check_space(source, left, ids)
+            for work in works:
+                prepare_files(source, work)
+            if left and started is not None:
+                started(calibration)
+            for work in works:
+                if work.goes_on:
+                    say(f"going on after {work.done} of {len(source.blocks)} blocks")
+            left = _allocated(source, ids, left, plan)
+            made = prune_streamed(source, ids, left, plan, progress=progress)
+            for job, report in zip(left, made, strict=True):
+                _finish(source, tokenizer, job, report, calibration)
+                reports[job.output] = report
+        except BaseException as error:
+            for work in works:
+                kept = work.claimed and _leave(work, error)
+                if kept and not isinstance(error, CalmixError):
+                    say(f"{work.done} blocks are kept in {work.path}: --resume goes on")
+            raise
+    finally:
+        source.close()
+    return [reports[job.output] for job in jobs]
+
+
+def _open(
+    name: str, max_memory: int | None, dtype: str, device: str, trust_remote_code: bool
+) -> WeightSource:
+    """Open a model block by block if its files allow it, else as a whole."""
     how: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    say = note or (lambda line: None)
-    for job in jobs:
-        if not (resume and job.finished):
-            check_output_folder(job.output, overwrite=overwrite)
     try:
-        streamed = StreamedModel(name, **how)
+        return StreamedModel(name, **how)
     except NotStreamableError as error:
-        if max_memory is not None or resume:
-            option = "--max-memory" if max_memory is not None else "--resume"
+        if max_memory is not None:
             raise InputError(
                 f"{name} cannot be pruned block by block, because transformers converts its "
-                f"weights while it loads them (first {error}): leave out {option}"
+                f"weights while it loads them (first {error}): leave out --max-memory"
             ) from error
-        return _prune_whole(name, jobs, how, started, progress, writing, note)
-    try:
-        for job in jobs:
-            job.identify(streamed)
-            if resume and job.recover():
-                say(f"{job.output} was finished by an earlier run")
-        left = [job for job in jobs if job.report is None]
-        try:
-            for job in left:
-                job.goes_on = job.work.claim(job.asked, resume=resume, overwrite=overwrite)
-            tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
-            calibration = _calibration(left, name, tokenizer, how, writing, note)
-            _check_vocabulary(streamed, calibration)
-            ids = None if calibration is None else calibration.ids
-            plan = plan_for(streamed, ids, left, budget=max_memory)
-            _check_space(streamed, left, ids)
-            for job in left:
-                prepare_files(streamed, job.work)
-            if left and started is not None:
-                started(calibration)
-            for job in left:
-                if job.goes_on:
-                    say(f"going on after {job.work.done} of {len(streamed.blocks)} blocks")
-            reports = prune_streamed(streamed, ids, left, plan, progress=progress)
-            for job, report in zip(left, reports, strict=True):
-                job.report = report
-                _finish(streamed, tokenizer, job, calibration)
-        except BaseException as error:
-            for job in left:
-                kept = job.work.claimed and _leave(job, error)
-                if kept and not isinstance(error, CalmixError):
-                    say(f"{job.work.done} blocks are kept in {job.work.path}: --resume goes on")
-            raise
-    finally:
-        streamed.close()
-    return [job.report for job in jobs if job.report is not None]
+        return WholeModel(name, **how)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Job(Target):
-    """One target, with its output and how far it is.
+    """One target with its output.
 
     Attributes:
+        request: as it was asked for.
         asked: what decides the bytes of the result, as far as it is known before the draw.
-        goes_on: whether there is earlier work to go on with.
-        report: set when it is finished.
     """
 
-    def __init__(self, output: Path, request: PruneRequest) -> None:
-        pattern: Pattern
-        if request.pattern is not None:
-            pattern = parse_pattern(request.pattern)
-        else:
-            assert request.sparsity is not None
-            pattern = Unstructured(request.sparsity)
-        super().__init__(
-            WorkFolder(output),
-            request.method,
-            pattern,
-            request.propagation or "sequential",
-            request.damping or DAMPING,
-        )
-        self.output = output
-        self.request = request
-        self.asked: dict[str, Any] = {}
-        self.goes_on = False
-        self.report: PruneReport | None = None
+    output: Path
+    request: PruneRequest
+    asked: dict[str, Any]
 
-    @property
-    def finished(self) -> bool:
-        """Whether a checkpoint of calmix stands at the output, of whatever request."""
-        return (self.output / MANIFEST).is_file()
 
-    def identify(self, streamed: StreamedModel) -> None:
-        """Set `asked`."""
-        asked = asdict(self.request)
-        own = asked["draw"].pop("own", None)
-        if own is not None:
-            asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
-        self.asked = {
-            "model": fingerprint(streamed.folder),
-            "dtype": str(streamed.dtype).removeprefix("torch."),
-            "device": streamed.device.type,
-            **asked,
-            "versions": versions(),
-        }
+def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
+    """Return what a request means for a model; a look at the model may decide its pattern yet."""
+    method = get_method(request.method, **request.options)
+    pattern: Patterns
+    if request.pattern is not None:
+        pattern = parse_pattern(request.pattern)
+    else:
+        assert request.sparsity is not None
+        pattern = Unstructured(request.sparsity)
+    allocation = request.allocation
+    if isinstance(allocation, dict):
+        assert request.sparsity is not None
+        pattern = from_shares(allocation, source.blocks, request.sparsity, method)
+        allocation = "given"
+    asked = asdict(request)
+    own = asked["draw"].pop("own", None)
+    if own is not None:
+        asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
+    asked = {
+        "model": fingerprint(source.folder),
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "device": source.device.type,
+        **asked,
+        "versions": versions(),
+    }
+    return Job(
+        work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
+        propagation=request.propagation or "sequential", output=output, request=request,
+        asked=asked,
+    )  # fmt: skip
 
-    def recover(self) -> bool:
-        """Take the report of an output that an earlier run of the same request has finished."""
-        try:
-            manifest = json.loads((self.output / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["request_sha256"] != sha256_json(self.asked):
-                return False
-            run = json.loads((self.output / RUN).read_text(encoding="utf-8"))
-            done = manifest["pruning"]
-            self.report = PruneReport(
-                done["method"], done["pattern"], done["propagation"], done["tokens"],
-                [LayerReport(**layer) for layer in done["layers"]], run["seconds"],
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        self.work.remove_leftover()
-        return True
+
+def _finished(job: Job) -> PruneReport | None:
+    """Return the report of an output that an earlier run of the same request has finished."""
+    try:
+        manifest = json.loads((job.output / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["request_sha256"] != sha256_json(job.asked):
+            return None
+        run = json.loads((job.output / RUN).read_text(encoding="utf-8"))
+        done = manifest["pruning"]
+        report = PruneReport(
+            done["method"], done["pattern"], done["propagation"], done["tokens"],
+            done["options"], done["allocation"],
+            [LayerReport(**layer) for layer in done["layers"]], run["seconds"],
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    job.work.remove_leftover()
+    return report
+
+
+def _allocated(
+    source: WeightSource, ids: torch.Tensor | None, jobs: Sequence[Job], plan: Plan
+) -> list[Job]:
+    """Return jobs with patterns by layer where a look at the dense model decides them, or did."""
+    kept = {job.output: job.work.allocation() for job in jobs if job.allocation in SPREAD}
+    for by in SPREAD:
+        asking = [job for job in jobs if job.allocation == by and kept[job.output] is None]
+        if asking:
+            assert ids is not None
+            shares = sorted({job.request.sparsity or 0.0 for job in asking})
+            look = look_streamed(source, ids, by, shares, asking[0].work, plan)
+            for job in asking:
+                found = look.patterns(job.request.sparsity or 0.0, job.method)
+                job.work.keep_allocation(found)
+                kept[job.output] = found
+    return [replace(job, pattern=kept.get(job.output) or job.pattern) for job in jobs]
 
 
 def _calibration(
     jobs: Sequence[Job],
-    name: str,
+    source: WeightSource,
     tokenizer: OpenTokenizer,
-    how: dict[str, Any],
+    dtype: str,
+    device: str,
     writing: Callable[[str, int, int], None] | None,
     note: Callable[[str], None] | None,
 ) -> CalibrationSet | None:
-    """Return the set the targets share, from the work of one that goes on or drawn, and keep it."""
+    """Return the set the targets share, from the work of one that goes on or drawn, and keep it.
+
+    The model is opened whole only where its text needs it.
+    """
     calibrated = [job for job in jobs if job.request.calibration is not None]
     if not calibrated:
         return None
-    kept = next((job for job in calibrated if job.goes_on), None)
+    kept = next((job.work for job in calibrated if job.work.goes_on), None)
     if kept is not None:
-        made = kept.work.calibration()
+        made = kept.calibration()
     else:
-        made = _draw(calibrated[0].request, name, tokenizer, how, writing, note)
+        request = calibrated[0].request
+        assert request.calibration is not None
+        opened: OpenModel | OpenTokenizer = tokenizer
+        if needs_model(request.calibration, request.draw.get("select")):
+            opened = source.opened or open_model(
+                source.name, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code
+            )
+        made = resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
     for job in calibrated:
-        if not job.goes_on:
+        if not job.work.goes_on:
             job.work.keep_calibration(made)
     return made
 
 
-def _draw(
-    request: PruneRequest,
-    name: str,
-    tokenizer: OpenTokenizer,
-    options: dict[str, Any],
-    writing: Callable[[str, int, int], None] | None,
-    note: Callable[[str], None] | None,
-) -> CalibrationSet:
-    """Draw the calibration set; the model is opened whole only where its text needs it."""
-    assert request.calibration is not None
-    whole = needs_model(request.calibration, request.draw.get("select"))
-    opened = open_model(name, **options) if whole else tokenizer
-    return resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
-
-
-def _check_vocabulary(
-    source: OpenModel | StreamedModel, calibration: CalibrationSet | None
-) -> None:
+def _check_vocabulary(source: OpenModel | WeightSource, calibration: CalibrationSet | None) -> None:
     """Refuse ids the model has no embedding for."""
     known = source.model.get_input_embeddings().weight.shape[0]
     if calibration is not None and (most := int(calibration.ids.max())) >= known:
@@ -244,16 +273,15 @@ def _check_vocabulary(
         )
 
 
-def _leave(job: Job, error: BaseException) -> bool:
+def _leave(work: WorkFolder, error: BaseException) -> bool:
     """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
     A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What
     an earlier run has left is kept whatever happens.
     """
-    work = job.work
     work.settle()
     again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
-    stays = job.goes_on or (work.done > 0 and again)
+    stays = work.goes_on or (work.done > 0 and again)
     if stays:
         work.close()
     else:
@@ -285,7 +313,7 @@ def _manifest(
 
 def _write_beside(
     folder: Path,
-    source: OpenModel | StreamedModel,
+    source: OpenModel | WeightSource,
     manifest: dict[str, Any],
     seconds: dict[str, float],
 ) -> None:
@@ -302,77 +330,29 @@ def _write_beside(
 
 
 def _finish(
-    streamed: StreamedModel,
+    source: WeightSource,
     tokenizer: OpenTokenizer,
     job: Job,
+    report: PruneReport,
     calibration: CalibrationSet | None,
 ) -> None:
     """Write all that stands beside the weights, and turn the work into the output."""
-    assert job.report is not None
     manifest, seconds = _manifest(
-        streamed.name,
+        source.name,
         job.asked["model"],
-        streamed.dtype,
-        streamed.device.type,
-        job.report,
+        source.dtype,
+        source.device.type,
+        report,
         calibration if job.request.calibration is not None else None,
     )
     manifest["request_sha256"] = sha256_json(job.asked)
-    model, work, folder = streamed.model, job.work, job.work.checkpoint
+    work = job.work
     assert work.writer is not None
     with disk_errors(work.path), quiet_transformers():
-        work.writer.write_index()
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = str(streamed.dtype).removeprefix("torch.")
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-        tokenizer.tokenizer.save_pretrained(folder)
-        _write_beside(folder, streamed, manifest, seconds)
+        source.save(work.writer, work.checkpoint)
+        tokenizer.tokenizer.save_pretrained(work.checkpoint)
+        _write_beside(work.checkpoint, source, manifest, seconds)
     work.complete()
-
-
-def _prune_whole(
-    name: str,
-    jobs: Sequence[Job],
-    how: dict[str, Any],
-    started: Callable[[CalibrationSet | None], None] | None,
-    progress: Callable[[int, int], None] | None,
-    writing: Callable[[str, int, int], None] | None,
-    note: Callable[[str], None] | None,
-) -> list[PruneReport]:
-    """Prune a model that transformers has to load as a whole, once for each target."""
-    calibration: CalibrationSet | None = None
-    reports = []
-    for number, job in enumerate(jobs):
-        opened = open_model(name, **how)
-        check_space(opened, job.output)
-        request = job.request
-        if calibration is None and request.calibration is not None:
-            calibration = resolve(
-                request.calibration, opened, writing=writing, note=note, **request.draw
-            )
-        _check_vocabulary(opened, calibration)
-        if not number and started is not None:
-            started(calibration)
-        calibrated = None if request.calibration is None else calibration
-
-        def tick(done: int, blocks: int, before: int = number) -> None:
-            if progress is not None:
-                progress(before * blocks + done, len(jobs) * blocks)
-
-        report = prune(
-            opened.model,
-            None if calibrated is None else calibrated.ids,
-            method=job.method,
-            pattern=job.pattern,
-            propagation=job.propagation,
-            damping=job.damping,
-            progress=tick,
-        )
-        write_checkpoint(opened, job.output, report, calibrated)
-        reports.append(report)
-    return reports
 
 
 def write_checkpoint(
@@ -399,9 +379,9 @@ def check_space(opened: OpenModel, output: Path) -> None:
     _check_free(real_place(output), needed, "the checkpoint takes")
 
 
-def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
+def _check_space(source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
     """Refuse before the work starts if checkpoints and hidden states will not fit on the disk."""
-    files = stored_types(streamed).values()
+    files = source.files().values()
     weights = sum(
         torch.Size(shape).numel() * dtype.itemsize
         for tensors in files
@@ -409,8 +389,8 @@ def _check_space(streamed: StreamedModel, jobs: Sequence[Job], ids: torch.Tensor
     )
     states = 0
     if ids is not None:
-        config = streamed.model.config.get_text_config(decoder=True)
-        states = 2 * ids.numel() * getattr(config, "hidden_size", 0) * streamed.dtype.itemsize
+        config = source.model.config.get_text_config(decoder=True)
+        states = 2 * ids.numel() * getattr(config, "hidden_size", 0) * source.dtype.itemsize
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())

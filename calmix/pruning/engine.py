@@ -18,7 +18,7 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -27,14 +27,15 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from calmix.errors import InputError, ModelError, SolverError
+from calmix.errors import InputError, ModelError, SolverError, nearest
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
-from calmix.pruning.gram import Gram, Squares
+from calmix.pruning.gram import Statistic
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
-from calmix.pruning.methods import METHODS, Solution
+from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns
 
 Propagation = Literal["sequential", "block"]
+Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
 MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
 
@@ -56,12 +57,17 @@ class LayerReport:
 
 @dataclass
 class PruneReport:
-    """What a prune did: a report per layer, totals, and seconds by activity."""
+    """What a prune did: a report per layer, totals, and seconds by activity.
+
+    `options` are the method's own; `allocation` says where sparsities by layer are from.
+    """
 
     method: str
     pattern: str
     propagation: str | None
     tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+    allocation: str | None = None
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -103,13 +109,13 @@ def prune(
     model: nn.Module,
     ids: Tensor | None = None,
     *,
-    method: str = "sparsegpt",
-    pattern: Pattern,
+    method: str | Method = "sparsegpt",
+    pattern: Patterns,
     propagation: Propagation = "sequential",
-    damping: float = 0.01,
     micro_tokens: int = MICRO_TOKENS,
     paused: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> PruneReport:
     """Prune the linear maps in a causal language model's blocks, in place.
 
@@ -119,27 +125,42 @@ def prune(
         model: decoder-only causal language model of transformers.
         ids: calibration token ids, int64 (rows, length), full rows without padding; None for a
             method that needs none.
-        method: a name in `METHODS`.
-        pattern: `Unstructured` or `SemiStructured`.
+        method: as `calmix.pruning.methods.get_method` takes it: a name, `NAME,option=value` or a
+            `Method`.
+        pattern: `Unstructured` or `SemiStructured`; or one for every layer, by its name.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
-        damping: SparseGPT's, as a share of the mean diagonal of the Gram matrix.
         micro_tokens: tokens that run through a block at a time.
         paused: micro-batches that may hold a block's activations at a time; None for all.
         progress: called with (blocks done, blocks) after every block.
+        **options: the method's own, such as `damping=0.1`.
 
     Raises:
         ModelError: the architecture cannot be pruned.
-        InputError: ids are missing or of the wrong shape, or the pattern does not fit.
+        InputError: ids are missing or of the wrong shape, the pattern does not fit, or there is
+            no such method or option.
         SolverError: a layer's weights or inputs are unusable.
     """
+    chosen = get_method(method, **options)
     found = find_blocks(model)
     check_pattern(found, pattern)
+    run = Run(model, found, chosen, pattern, propagation, paused)
+    run_through(run, ids, micro_tokens, progress)
+    return run.report
+
+
+def run_through(
+    run: Run,
+    ids: Tensor | None,
+    micro_tokens: int = MICRO_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Take a run through all blocks of a model that is in memory, its states too."""
+    model, found = run.model, run.found
     began = time.perf_counter()
-    run = Run(model, found, method, pattern, propagation, damping, paused)
     with _evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
         if run.needs_ids:
             states: dict[int, Tensor] = {}
-            for number, hidden in run.record(check_ids(ids, method), micro_tokens):
+            for number, hidden in run.record(check_ids(ids, run.method.name), micro_tokens):
                 states[number] = hidden
             run.states = states
         for index in range(len(found)):
@@ -147,7 +168,6 @@ def prune(
             if progress is not None:
                 progress(index + 1, len(found))
     run.report.seconds["total"] = time.perf_counter() - began
-    return run.report
 
 
 @contextmanager
@@ -162,15 +182,39 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_pattern(found: DecoderBlocks, pattern: Pattern) -> None:
-    """Refuse a pattern that does not fit a layer.
+def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
+    """Refuse patterns that do not fit the layers.
 
     Raises:
-        InputError: M of an N:M pattern does not divide a layer's width.
+        InputError: M of an N:M pattern does not divide a layer's width, a layer has no pattern,
+            or there is one of no layer.
     """
-    for index in range(len(found)):
-        for layer in found.prunables(index):
-            check_columns(pattern, layer.shape[1])
+    layers = [layer for index in range(len(found)) for layer in found.prunables(index)]
+    if isinstance(pattern, Mapping):
+        check_names([layer.name for layer in layers], pattern, "pattern")
+    for layer in layers:
+        check_columns(_of_layer(pattern, layer.name), layer.shape[1])
+
+
+def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
+    """Refuse a mapping that does not name the layers, all of them and nothing else.
+
+    Raises:
+        InputError: it misses a layer, or names one that is none.
+    """
+    for name in named:
+        if name not in layers:
+            raise InputError(
+                f"the {what} names '{name}', which is no layer: {nearest(name, layers)}"
+            )
+    missing = [name for name in layers if name not in named]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise InputError(f"the {what} misses the layer {missing[0]}{more}")
+
+
+def _of_layer(pattern: Patterns, name: str) -> Pattern:
+    return pattern[name] if isinstance(pattern, Mapping) else pattern
 
 
 def check_ids(ids: Tensor | None, method: str) -> Tensor:
@@ -189,7 +233,7 @@ class _Sum:
 
     def __init__(
         self,
-        sums: Gram | Squares | None,
+        sums: Statistic | None,
         known: Tensor | None,
         keep: Callable[[Tensor], Any] = lambda full: None,
     ) -> None:
@@ -214,7 +258,8 @@ class Run:
         model: the model; only the block at hand needs its weights (and the first one in
             `record`, with all that is outside the blocks).
         found: its blocks.
-        method, pattern, propagation, damping, paused: as for `prune`.
+        method: with its options.
+        pattern, propagation, paused: as for `prune`.
         shared: statistics of the first block's inputs that are the same for other runs, by kind
             and number: taken from here, or left here.
 
@@ -229,24 +274,23 @@ class Run:
         self,
         model: nn.Module,
         found: DecoderBlocks,
-        method: str,
-        pattern: Pattern,
+        method: Method,
+        pattern: Patterns,
         propagation: Propagation,
-        damping: float,
         paused: int | None = None,
-        shared: dict[tuple[str, int], Tensor] | None = None,
+        shared: dict[tuple[type[Statistic], int], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.found = found
-        self.method = METHODS[method]
+        self.method = method
         self.pattern = pattern
         self.propagation = propagation
-        self.damping = damping
         self.paused = paused
         self._shared = shared
         self.states: States | dict[int, Tensor] = {}
         named = propagation if self.needs_ids else None
-        self.report = PruneReport(method, str(pattern), named, 0)
+        shown = "by layer" if isinstance(pattern, Mapping) else str(pattern)
+        self.report = PruneReport(method.name, shown, named, 0, method.options)
         self.report.seconds = dict.fromkeys(ACTIVITIES if self.needs_ids else ("solve",), 0.0)
         self._calls: list[list[BlockCall]] = []
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
@@ -255,7 +299,7 @@ class Run:
     @property
     def needs_ids(self) -> bool:
         """Whether the method looks at calibration data."""
-        return self.method.statistic != "none"
+        return self.method.needs is not None
 
     def record(self, ids: Tensor, micro_tokens: int = MICRO_TOKENS) -> Iterator[tuple[int, Tensor]]:
         """Yield the hidden states each micro-batch brings into the first block.
@@ -407,10 +451,11 @@ class Run:
     def _statistic(self, inputs: list[SharedInput], number: int, common: int) -> _Sum:
         """Return an input's empty statistic, or another run's full one that is the same."""
         kept = self._shared if self._shared is not None and number < common else {}
-        key = (str(self.method.statistic), number)
+        kind = self.method.needs
+        assert kind is not None
+        key = kind, number
         if key in kept:
             return _Sum(None, kept[key])
-        kind = Gram if self.method.statistic == "gram" else Squares
         shared = inputs[number]
         made = kind(shared.columns, shared.layers[0].module.weight.device)
         return _Sum(made, None, lambda full: kept.setdefault(key, full))
@@ -425,14 +470,17 @@ class Run:
         self._prune(shared.layers, statistic.matrix())
         self.report.seconds["solve"] += time.perf_counter() - began
 
-    def _prune(self, layers: list[Prunable], *statistic: Tensor) -> None:
+    def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
         """Solve layers that share an input, write their weights and report on them."""
-        inputs = [s.diagonal() if s.ndim == 2 else s for s in statistic]
+        inputs = []
+        if statistic is not None:  # the sums of squares tell of a Gram matrix
+            square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
+            inputs = [statistic.diagonal() if square else statistic]
         _check_finite(layers, "its weights are not finite", inputs)
-        options = {"damping": self.damping} if self.method.statistic == "gram" else {}
-        weights = [layer.view() if statistic else layer.matrix() for layer in layers]
+        weights = [layer.view() for layer in layers]
+        patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
         try:
-            solved = self.method.solve(weights, *statistic, self.pattern, **options)
+            solved = self.method.solve(weights, statistic, patterns)
         except SolverError as error:
             raise SolverError(f"{layers[0].name}: {error}") from error
         _apply(layers, solved, self.report)
@@ -464,7 +512,7 @@ def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
 
 
 def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:
-    """Refuse weights, or sums of squares of inputs, that are not finite; the host reads once.
+    """Refuse weights, or statistics of inputs, that are not finite; the host reads once.
 
     Raises:
         SolverError: a weight or an input is not finite.

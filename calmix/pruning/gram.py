@@ -1,4 +1,5 @@
-"""The Gram matrix of a layer's inputs, sum of x x^T over calibration tokens, and its factor.
+"""Statistics of a layer's inputs over calibration tokens: the Gram matrix, sum of x x^T, with its
+factor, and its diagonal.
 
 Inputs may be half precision; sums are always float32. A Gram matrix rounded to half precision
 is not positive definite, so no half-precision product is ever accumulated.
@@ -6,6 +7,7 @@ is not positive definite, so no half-precision product is ever accumulated.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +40,65 @@ def bfloat16_products(allowed: bool = True) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-class Gram:
-    """Running sum of x x^T in float32; only the upper triangle is computed."""
+@dataclass(frozen=True)
+class Work:
+    """What something takes, in the units a machine's rates are measured in.
+
+    Attributes:
+        gram: FLOP of products with float32 sums from the model's type, or as fast as those.
+        factor: FLOP of factorisations in float32.
+        products: FLOP of float32 products.
+        steps: steps that wait for one another, each a few calls.
+        cached: bytes through element-wise work on what stays in cache.
+        memory: bytes read from and written to main (or the device's) memory.
+    """
+
+    gram: float = 0
+    factor: float = 0
+    products: float = 0
+    steps: float = 0
+    cached: float = 0
+    memory: float = 0
+
+
+class Statistic(ABC):
+    """What a method is told of a layer's inputs, gathered over all calibration tokens.
+
+    Args:
+        columns: width of the input.
+        device: where inputs and statistic lie.
+    """
+
+    @abstractmethod
+    def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def add(self, inputs: Tensor) -> None:
+        """Add tokens: inputs of shape (..., columns), any float dtype."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Return the statistic; nothing is added afterwards."""
+
+    @classmethod
+    def memory(cls, columns: int) -> int:
+        """Return the bytes it takes; by default a few vectors."""
+        return 16 * columns
+
+    @classmethod
+    def work(cls, columns: int, tokens: int, *, cpu: bool) -> Work:
+        """Return what gathering it takes; by default every value is read once in float32."""
+        return Work(cached=4 * columns * tokens)
+
+
+def triangle(width: int, panel: int) -> float:
+    """Share of a square matrix that is left when panels of rows leave out what lies below them."""
+    starts = range(0, width, panel)
+    return sum(min(panel, width - at) * (width - at) for at in starts) / width**2
+
+
+class Gram(Statistic):
+    """Running sum of x x^T in float32; on a CPU only the upper triangle is computed."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
@@ -53,7 +112,7 @@ class Gram:
         if flat.device.type == "cuda" and flat.dtype != torch.float32:
             self._sum += torch.mm(flat.T, flat, out_dtype=torch.float32)
             return
-        panel = PANEL if columns > PANEL else max(1, -(-columns // 2))
+        panel = _panel(columns)
         # Inputs that are bfloat16 values anyway lose nothing.
         with bfloat16_products(flat.dtype == torch.bfloat16):
             for start in range(0, len(flat), CHUNK):
@@ -70,8 +129,24 @@ class Gram:
             full[at + PANEL :, at : at + PANEL] = full[at : at + PANEL, at + PANEL :].T
         return full
 
+    @classmethod
+    def memory(cls, columns: int) -> int:
+        """Return the bytes of the sum."""
+        return 4 * columns**2
 
-class Squares:
+    @classmethod
+    def work(cls, columns: int, tokens: int, *, cpu: bool) -> Work:
+        """2 N d^2, of which a CPU computes the upper triangle."""
+        share = triangle(columns, _panel(columns)) if cpu else 1.0
+        return Work(gram=2 * tokens * columns**2 * share)
+
+
+def _panel(columns: int) -> int:
+    """Return how many rows of the upper triangle come from one product."""
+    return PANEL if columns > PANEL else max(1, -(-columns // 2))
+
+
+class Squares(Statistic):
     """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
 
     def __init__(self, columns: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Prune a model block by block from disk to disk, in bounded memory, so that it can go on later.
+"""Prune a model block by block, to disk and in bounded memory, so that it can go on later.
 
 The numbers are those of `calmix.pruning.engine`, which does the work; here is where weights come
 from, where they and the hidden states go, and what is kept of both.
@@ -10,6 +10,8 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
@@ -18,83 +20,89 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.machine import free_memory
 from calmix.models.shards import ShardWriter
-from calmix.models.streaming import StreamedModel, other_tensors, stored_types
+from calmix.models.streaming import WeightSource
+from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan, Sizes, make_plan
 from calmix.pruning.engine import (
     MICRO_TOKENS,
+    Patterns,
     Propagation,
     PruneReport,
     Run,
     check_ids,
     check_pattern,
 )
-from calmix.pruning.methods import METHODS
-from calmix.pruning.patterns import Pattern
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.gram import Statistic
+from calmix.pruning.methods import Method
+from calmix.pruning.work import FileStates, WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What a model is pruned to.
 
     Attributes:
         work: where the result and all it takes to go on lie.
-        method, pattern, propagation, damping: as for `calmix.pruning.engine.prune`.
+        method: with its options.
+        pattern, propagation: as for `calmix.pruning.engine.prune`.
+        allocation: where a pattern by layer is from, for the report.
     """
 
     work: WorkFolder
-    method: str
-    pattern: Pattern
+    method: Method
+    pattern: Patterns
     propagation: Propagation
-    damping: float
-
-    @property
-    def statistic(self) -> str:
-        """What the method needs of the inputs."""
-        return METHODS[self.method].statistic
+    allocation: str | None = None
 
 
 def plan_for(
-    streamed: StreamedModel, ids: Tensor | None, targets: Sequence[Target], *, budget: int | None
+    source: WeightSource,
+    ids: Tensor | None,
+    targets: Sequence[Target],
+    *,
+    budget: int | None,
+    beside: Sequence[Method] = (),
 ) -> Plan:
     """Return how a prune stays within a budget, or within what is free now.
 
     Args:
-        streamed: the model, nothing of it read yet.
+        source: the model.
         ids: calibration ids, None if no target needs them.
         targets: what is to be done.
         budget: bytes; None for what is free, which is never refused.
+        beside: what else looks at the model.
 
     Raises:
         InputError: the budget cannot hold one block at work, with micro-batches of the size that
             earlier work had, or earlier works of several targets had other sizes.
     """
-    blocks = streamed.blocks
+    blocks = source.blocks
     rows, length = (0, 0) if ids is None else ids.shape
-    config = streamed.model.config.get_text_config(decoder=True)
-    largest = max(range(len(blocks)), key=streamed.block_bytes)
+    config = source.model.config.get_text_config(decoder=True)
+    largest = max(range(len(blocks)), key=source.block_bytes)
     layers = [layer.shape for layer in blocks.prunables(largest)]
-    kinds = {target.statistic for target in targets}
     sizes = Sizes(
-        block_bytes=streamed.block_bytes(largest),
+        block_bytes=source.block_bytes(largest),
         copies=len(targets) > 1,
-        outside_bytes=streamed.outside_bytes if rows else 0,
+        outside_bytes=source.outside_bytes if rows else 0,
         layers=layers,
         hidden=getattr(config, "hidden_size", None) or max(columns for _, columns in layers),
         rows=rows,
         length=length,
-        value_bytes=streamed.dtype.itemsize,
-        statistic="gram" if "gram" in kinds else "squares",
+        value_bytes=source.dtype.itemsize,
+        methods=[target.method for target in targets] + list(beside),
     )
-    if streamed.device.type == "cuda":
-        held = torch.cuda.memory_allocated(streamed.device)
-        free = torch.cuda.mem_get_info(streamed.device)[0]
+    if source.device.type == "cuda":
+        held = torch.cuda.memory_allocated(source.device)
+        free = torch.cuda.mem_get_info(source.device)[0]
     else:
         held = psutil.Process().memory_info().rss
         free = free_memory()
-    sequential = any(t.propagation == "sequential" and t.statistic != "none" for t in targets)
+    sequential = bool(beside) or any(
+        t.propagation == "sequential" and t.method.needs for t in targets
+    )
     earlier = {target.work.batch for target in targets} - {0}
     if len(earlier) > 1:
         counts = " and ".join(map(str, sorted(earlier)))
@@ -115,17 +123,18 @@ def plan_for(
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
 
 
-def prepare_files(streamed: StreamedModel, work: WorkFolder) -> None:
+def prepare_files(source: WeightSource, work: WorkFolder) -> None:
     """Make the files of the result at full size, or find those of an earlier run.
 
     Raises:
         InputError: the disk has no room.
     """
-    work.writer = ShardWriter(work.checkpoint, stored_types(streamed))
+    folder = work.checkpoint if source.in_place else work.path / "blocks"
+    work.writer = ShardWriter(folder, source.files())
 
 
 def prune_streamed(
-    streamed: StreamedModel,
+    source: WeightSource,
     ids: Tensor | None,
     targets: Sequence[Target],
     plan: Plan,
@@ -138,7 +147,7 @@ def prune_streamed(
     once: the decoder's part before the blocks, and the statistic of the first input.
 
     Args:
-        streamed: the model, nothing of it read yet.
+        source: the model.
         ids: calibration ids, None if no target needs them.
         targets: their work folders are claimed, with their files made.
         plan: of memory.
@@ -148,35 +157,36 @@ def prune_streamed(
         ModelError, InputError, SolverError: as `calmix.pruning.engine.prune`.
         InputError: the disk is full; what is done stays.
     """
-    blocks = streamed.blocks
+    blocks = source.blocks
     began = time.perf_counter()
-    shared: dict[tuple[str, int], Tensor] = {}
+    shared: dict[tuple[type[Statistic], int], Tensor] = {}
     runs: list[Run] = []
     for target in targets:
         check_pattern(blocks, target.pattern)
-        runs.append(
-            Run(
-                streamed.model, blocks, target.method, target.pattern, target.propagation,
-                target.damping, plan.paused, shared if len(targets) > 1 else None,
-            )
+        run = Run(
+            source.model, blocks, target.method, target.pattern, target.propagation,
+            plan.paused, shared if len(targets) > 1 else None,
         )  # fmt: skip
+        run.report.allocation = target.allocation
+        runs.append(run)
     done = [target.work.restore(run.report) for target, run in zip(targets, runs, strict=True)]
     spent = max((run.report.seconds.get("total", 0.0) for run in runs), default=0.0)
     calibrated = [i for i, run in enumerate(runs) if run.needs_ids]
     if calibrated:
         _first_states(
-            streamed, check_ids(ids, targets[calibrated[0]].method), plan,
+            source, check_ids(ids, targets[calibrated[0]].method.name), plan,
             [(runs[i], targets[i].work, done[i]) for i in calibrated],
         )  # fmt: skip
     for target, first in zip(targets, done, strict=True):
         if not first:
-            _copy_others(streamed, target.work)
+            assert target.work.writer is not None
+            source.copy_others(target.work.writer)
     finished = sum(done)
     if finished and progress is not None:
         progress(finished, len(runs) * len(blocks))
     for index in range(min(done, default=len(blocks)), len(blocks)):
-        streamed.fetch(index, ahead=plan.overlap)
-        dense = _copies(streamed, index) if len(runs) > 1 else {}
+        source.fetch(index, ahead=plan.overlap)
+        dense = _copies(source, index) if len(runs) > 1 else {}
         for number, (target, run) in enumerate(zip(targets, runs, strict=True)):
             if done[number] > index:
                 continue
@@ -185,34 +195,70 @@ def prune_streamed(
             run.block(index)
             run.report.seconds["total"] = spent + time.perf_counter() - began
             target.work.finish_block(
-                index, streamed.weights(index, copy=len(runs) > 1), run.report, run.written,
+                index, source.weights(index, copy=len(runs) > 1), run.report, run.written,
                 overlap=plan.overlap,
             )  # fmt: skip
             finished += 1
             if progress is not None:
                 progress(finished, len(runs) * len(blocks))
         shared.clear()
-        streamed.drop(index)
+        source.drop(index)
     for target, run in zip(targets, runs, strict=True):
         target.work.wait()
         run.report.seconds["total"] = spent + time.perf_counter() - began
     return [run.report for run in runs]
 
 
-def _copies(streamed: StreamedModel, index: int) -> dict[Tensor, Tensor]:
+def look_streamed(
+    source: WeightSource,
+    ids: Tensor,
+    by: str,
+    sparsities: Sequence[float],
+    work: WorkFolder,
+    plan: Plan,
+) -> DensePass:
+    """Take a pass over the dense model, its hidden states beside those of a target to be.
+
+    Args:
+        source, ids, plan: as for `prune_streamed`.
+        by, sparsities: as for `DensePass`.
+        work: a claimed work folder.
+    """
+    blocks, states = source.blocks, None
+    look = DensePass(source.model, blocks, by, sparsities, plan.paused)
+    batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
+    source.fetch_outside()
+    source.fetch(0)
+    with TemporaryDirectory(dir=work.path) as folder:
+        for number, hidden in look.record(ids, plan.micro_tokens):
+            if states is None:
+                states = FileStates(Path(folder), batches, hidden, 1, lambda: None)
+                look.states = states
+            states[number] = hidden
+        assert states is not None
+        source.drop_outside()
+        for index in range(len(blocks)):
+            states.turn()
+            source.fetch(index, ahead=plan.overlap)
+            look.block(index)
+            source.drop(index)
+    return look
+
+
+def _copies(source: WeightSource, index: int) -> dict[Tensor, Tensor]:
     """Return a copy of every weight of a block that pruning changes."""
     return {
         layer.module.weight.data: layer.module.weight.detach().clone()
-        for layer in streamed.blocks.prunables(index)
+        for layer in source.blocks.prunables(index)
     }
 
 
 def _first_states(
-    streamed: StreamedModel, ids: Tensor, plan: Plan, at: Sequence[tuple[Run, WorkFolder, int]]
+    source: WeightSource, ids: Tensor, plan: Plan, at: Sequence[tuple[Run, WorkFolder, int]]
 ) -> None:
     """Record what the decoder hands to its blocks; give each run that begins its first states."""
-    streamed.fetch_outside()
-    streamed.fetch(0)
+    source.fetch_outside()
+    source.fetch(0)
     batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
     first, others = at[0][0], [run for run, _, _ in at[1:]]
     for number, hidden in first.record(ids, plan.micro_tokens):
@@ -227,13 +273,6 @@ def _first_states(
     for run, work, _ in at:
         work.states_begin()
         work.restore_written(run.written)
-    streamed.drop_outside()
+    source.drop_outside()
     if all(done for _, _, done in at):
-        streamed.drop(0)
-
-
-def _copy_others(streamed: StreamedModel, work: WorkFolder) -> None:
-    """Copy what belongs to no block, one tensor at a time."""
-    assert work.writer is not None
-    for name in other_tensors(streamed):
-        work.writer.write(streamed.shards.read([name]))
+        source.drop(0)

@@ -2,7 +2,9 @@
 
     OUTPUT.unfinished/request.json       what was asked for; another request is refused
                       calibration/       the calibration set, calibration.json its manifest
+                      allocation.json    sparsities by layer, where a look at the model gave them
                       checkpoint/        the files of the result, at full size, filled by block
+                      blocks/            the blocks' weights, where transformers writes those files
                       states-0, -1       hidden states before and after the block at hand
                       written-N          what blocks wrote into their arguments, up to block N
                       progress.json      blocks that are done, and the report on them
@@ -34,10 +36,11 @@ from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import check_output_folder, give_back, real_place, sync, sync_all, write_json
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import LayerReport, PruneReport
+from calmix.pruning.patterns import Unstructured
 
 SUFFIX = ".unfinished"
-REQUEST, PROGRESS, SET, SET_MANIFEST = (
-    "request.json", "progress.json", "calibration", "calibration.json",
+REQUEST, PROGRESS, SET, SET_MANIFEST, ALLOCATION = (
+    "request.json", "progress.json", "calibration", "calibration.json", "allocation.json",
 )  # fmt: skip
 
 
@@ -103,6 +106,7 @@ class WorkFolder:
 
     Attributes:
         claimed: whether this process is at work in it.
+        goes_on: whether it held work to go on with when it was claimed.
     """
 
     def __init__(self, output: Path) -> None:
@@ -117,7 +121,7 @@ class WorkFolder:
         self._pending: Future[None] | None = None
         self._leaves: list[Any] = []
         self._written: str | None = None
-        self.claimed = False
+        self.claimed = self.goes_on = False
 
     @property
     def done(self) -> int:
@@ -135,8 +139,8 @@ class WorkFolder:
         except (OSError, ValueError, KeyError):
             return 0
 
-    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
-        """Take the folder for a request; return whether it holds work to go on with.
+    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a request.
 
         Raises:
             InputError: another process works in it, it holds another request's work, or an
@@ -149,12 +153,11 @@ class WorkFolder:
             )
         try:
             check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
-            goes_on = self._take(request, resume, overwrite)
+            self.goes_on = self._take(request, resume, overwrite)
         except BaseException:
             give_back(self._lock)
             raise
         self.claimed, self._overwrite = True, overwrite
-        return goes_on
 
     def _alone(self) -> bool:
         """Take the lock on the output; return whether it was free. It ends with the process."""
@@ -231,6 +234,19 @@ class WorkFolder:
         held = CalibrationSet.open(self.path / SET)
         manifest = json.loads((self.path / SET_MANIFEST).read_text(encoding="utf-8"))
         return CalibrationSet(held.ids, held.sources, manifest)
+
+    def keep_allocation(self, patterns: Mapping[str, Unstructured]) -> None:
+        """Keep patterns by layer, so that the model need not be looked at again."""
+        shares = {name: pattern.sparsity for name, pattern in patterns.items()}
+        write_json(self.path / ALLOCATION, shares)
+
+    def allocation(self) -> dict[str, Unstructured] | None:
+        """Return the patterns by layer that were kept."""
+        try:
+            kept = json.loads((self.path / ALLOCATION).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return {name: Unstructured(share) for name, share in kept.items()}
 
     def restore(self, report: PruneReport) -> int:
         """Put the report on the blocks that are done into `report`; return how many they are."""

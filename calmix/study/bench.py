@@ -27,7 +27,6 @@ from calmix.information.measuring import measure_set
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning import PruneReport, prune
-from calmix.specs import DAMPING
 from calmix.study.results import Interval, TaskOutcome, Trial
 from calmix.study.spec import Study, as_pattern
 from calmix.study.store import RESULT, SCORES, Store, publish
@@ -185,7 +184,6 @@ class Bench:
             method=planned.method,
             pattern=as_pattern(planned.target),
             propagation="block" if planned.propagation == "block" else "sequential",
-            damping=planned.damping or DAMPING,
             progress=progress,
         )
 

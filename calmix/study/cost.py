@@ -5,11 +5,8 @@ share, L the row length, q the width of the attention's queries):
 
     forward         2 P N FLOP in matrix products, 2 N L q a block in attention, and
                     (40 h + 20 f) values a token and block through element-wise steps
-    Gram            2 N d^2, of which a CPU computes the upper triangle
-    factorisation   4/3 d^3
-    solve           d column steps, each a fixed time and so many values of r outputs;
-                    r d^2 in products that correct later columns, and the output energy,
-                    2 r d^2, of which half is enough
+    statistic       what its class says of N and d (`Statistic.work`)
+    solve           what the method says of r and d (`Method.work`)
     generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
 
 How many values pass through element-wise steps and the quarter are ours, fitted to the engine.
@@ -22,10 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from calmix.pruning.gram import PANEL
-from calmix.pruning.methods.sparsegpt import ENERGY_PANEL
+from calmix.pruning.gram import Work
+from calmix.pruning.methods import get_method
 
-STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
 BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
 PASSES = {"self-cal": 1.0, "sgs": 1.25, "igsp": 3.0}  # tokens written for each that is kept
@@ -231,42 +227,34 @@ def head_seconds(sizes: Sizes, positions: float, machine: Machine) -> float:
 def prune_seconds(
     sizes: Sizes, rows: int, length: int, method: str, propagation: str | None, machine: Machine
 ) -> dict[str, float]:
-    """Seconds of pruning by activity: `forward`, `gram`, `factor`, `solve`."""
+    """Seconds of pruning by activity: `forward`, `statistic`, `factor`, `solve`."""
     tokens = rows * length
-    touched = 12 * sizes.block_weights / machine.memory_bytes  # read, compared, written
-    if method == "magnitude":
-        return {"solve": touched}
-    passes = 2 if propagation == "block" else 1
-    seconds = {"forward": passes * forward_seconds(sizes, tokens, length, machine)}
-    if method == "wanda":
-        read = sum(width for width, _ in sizes.inputs) * tokens * sizes.blocks * 4
-        return seconds | {"gram": read / machine.cached_bytes, "solve": touched}
-    gram = factor = steps = 0.0
+    chosen = get_method(method)
+    seconds = dict.fromkeys(("forward", "statistic", "factor", "solve"), 0.0)
+    if (kind := chosen.needs) is not None:
+        passes = 2 if propagation == "block" else 1
+        seconds["forward"] = passes * forward_seconds(sizes, tokens, length, machine)
     for width, outputs in sizes.inputs:
-        share = 1.0 if machine.device == "cuda" else gram_share(width)
-        gram += 2 * tokens * width**2 * share / machine.gram_flops
-        factor += 4 / 3 * width**3 / machine.factor_flops
-        moved = STEP_VALUES * outputs * 4 / machine.cached_bytes
-        steps += width * (machine.step_seconds + moved)
-        steps += outputs * width**2 / machine.solve_flops
-        energy = 2 * outputs * width**2 * triangle(width, ENERGY_PANEL)
-        steps += energy / machine.gram_flops
-    return seconds | {
-        "gram": sizes.blocks * gram,
-        "factor": sizes.blocks * factor,
-        "solve": sizes.blocks * steps,
-    }
+        if kind is not None:
+            work = kind.work(width, tokens, cpu=machine.device == "cpu")
+            seconds["statistic"] += sizes.blocks * work_seconds(work, machine)
+        work = chosen.work(width, outputs)
+        factor = work.factor / machine.factor_flops
+        seconds["factor"] += sizes.blocks * factor
+        seconds["solve"] += sizes.blocks * (work_seconds(work, machine) - factor)
+    return seconds
 
 
-def triangle(width: int, panel: int) -> float:
-    """Share of a square matrix that is left when panels of rows leave out what lies below them."""
-    starts = range(0, width, panel)
-    return sum(min(panel, width - at) * (width - at) for at in starts) / width**2
-
-
-def gram_share(width: int) -> float:
-    """Share of a Gram matrix that a CPU computes."""
-    return triangle(width, PANEL if width > PANEL else -(-width // 2))
+def work_seconds(work: Work, machine: Machine) -> float:
+    """Seconds of work on a machine."""
+    return (
+        work.gram / machine.gram_flops
+        + work.factor / machine.factor_flops
+        + work.products / machine.solve_flops
+        + work.steps * machine.step_seconds
+        + work.cached / machine.cached_bytes
+        + work.memory / machine.memory_bytes
+    )
 
 
 def suite_seconds(sizes: Sizes, work: SuiteWork, machine: Machine) -> float:
@@ -305,20 +293,17 @@ def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Mach
     """Bytes held at the peak of a trial, on the device that prunes.
 
     The model (on a CPU also the copy of its block weights that is put back), the hidden states
-    of all rows with what one block keeps of them while it waits, the widest Gram matrix five
-    times over (sum, symmetric, damped, inverse, factor), one input's weights in float32 thrice,
-    and a slice of logits.
+    of all rows with what one block keeps of them while it waits, what the method takes for the
+    widest input (`Method.memory`), and a slice of logits.
     """
     held = sizes.weights * sizes.value_bytes
     if machine.device == "cpu":
         held += sizes.block_weights * sizes.value_bytes
     logits = 3 * 512 * sizes.vocabulary * 4
-    if method == "magnitude":
-        return held + logits
+    chosen = get_method(method)
     states = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
-    weights = 3 * 4 * max(width * outputs for width, outputs in sizes.inputs)
-    gram = 5 * 4 * max(width for width, _ in sizes.inputs) ** 2 if method == "sparsegpt" else 0
-    return held + max(states + weights + gram, logits)
+    solving = max(chosen.memory(width, outputs, outputs) for width, outputs in sizes.inputs)
+    return held + max((states if chosen.needs else 0) + solving, logits)
 
 
 def disk_bytes(sizes: Sizes, work: SuiteWork, keep_checkpoint: bool) -> float:

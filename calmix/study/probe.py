@@ -15,9 +15,9 @@ from torch.nn import functional
 from calmix.machine import total_memory
 from calmix.models.opening import _device, fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
-from calmix.pruning.methods import sparsegpt
+from calmix.pruning.methods.sparsegpt import BLOCK, STEP_VALUES, SparseGPT
 from calmix.pruning.patterns import Unstructured
-from calmix.study.cost import STEP_VALUES, Machine, Sizes, gram_share
+from calmix.study.cost import Machine, Sizes
 
 TOKENS = 2048  # the engine's micro-batch
 LENGTH = 512  # of a row in it
@@ -48,9 +48,8 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         once = seconds(lambda: (tokens @ up) @ down, target)
         forward = 4 * TOKENS * width * inner / once
         gram = Gram(width, target)
-        share = 1.0 if target.type == "cuda" else gram_share(width)
         once = seconds(lambda: gram.add(tokens), target)
-        gram_rate = 2 * TOKENS * width**2 * share / once
+        gram_rate = Gram.work(width, TOKENS, cpu=target.type != "cuda").gram / once
         matrix = gram.matrix()
         once = seconds(lambda: inverse_factor(matrix), target)
         factor = 4 / 3 * width**3 / once
@@ -96,10 +95,10 @@ def _element_wise(wide: torch.Tensor, device: torch.device) -> float:
 def _correction(columns: int, outputs: int, device: torch.device) -> float:
     """Return the FLOP a second of correcting all columns after a block of them."""
     weights = torch.zeros(columns, outputs, device=device)
-    upper = torch.ones(sparsegpt.BLOCK, columns, device=device)
-    errors = torch.zeros(sparsegpt.BLOCK, outputs, device=device)
+    upper = torch.ones(BLOCK, columns, device=device)
+    errors = torch.zeros(BLOCK, outputs, device=device)
     once = seconds(lambda: weights.addmm_(upper.T, errors, alpha=-1), device)
-    return 2 * sparsegpt.BLOCK * columns * outputs / once
+    return 2 * BLOCK * columns * outputs / once
 
 
 def _step(cached: float, device: torch.device, generator: torch.Generator) -> float:
@@ -107,7 +106,7 @@ def _step(cached: float, device: torch.device, generator: torch.Generator) -> fl
     columns, rows = 256, 512
     weight = torch.randn(rows, columns, generator=generator).to(device)
     gram = torch.eye(columns, device=device) * 4.0
-    whole = seconds(lambda: sparsegpt.solve([weight], gram, Unstructured(0.5)), device)
+    whole = seconds(lambda: SparseGPT().solve([weight], gram, [Unstructured(0.5)]), device)
     return max(1e-6, whole / columns - STEP_VALUES * rows * 4 / cached)
 
 

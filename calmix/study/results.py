@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from calmix.capability.records import TaskScores
 
 Scores = tuple[TaskScores, ...]
-Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "none"]  # none: magnitude
+Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "none"]
 
 
 class _Record(BaseModel):
@@ -53,7 +53,7 @@ class Trial(_Record):
         id: hash of the resolved request, the trial's folder in the store.
         calibration: the calibration set's name in the study file.
         strategy: how that set was made.
-        method: `sparsegpt`, `wanda` or `magnitude`.
+        method: its text, with the options that differ from their defaults.
         pattern: as printed: `60%` or `2:4`.
         sparsity: share of weights pruned.
         seed: of the calibration draw.

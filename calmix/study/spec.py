@@ -9,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from calmix.calibration.packing import PACKINGS
 from calmix.calibration.resolving import parse_spec
@@ -23,6 +31,7 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
 from calmix.models import resolve_model
 from calmix.models.opening import DTYPES, builtin_models
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 from calmix.sources import Source, get_source
 from calmix.sources.registry import parse_sources
@@ -127,11 +136,22 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-Methods = dict[Literal["sparsegpt", "wanda", "magnitude"], list[Target]]
+def _method(text: str) -> str:
+    try:
+        return get_method(text).text
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+# A method may have options of its own: `sparsegpt,damping=0.1`.
+Methods = dict[Annotated[str, AfterValidator(_method)], list[Target]]
 
 
 class _Targets(_Strict):
-    """What is done with each calibration set, and with which draws of it."""
+    """What is done with each calibration set, and with which draws of it.
+
+    `damping` is an option of every method that has it and does not name it itself.
+    """
 
     methods: Methods | None = None
     seeds: list[Seed] | None = None
@@ -396,6 +416,14 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
             yield f"{yaml.at(['methods', method])}: methods.{method} names no sparsity"
     if file.seeds is not None and not file.seeds:
         yield f"{yaml.at(['seeds'])}: seeds is empty: the grid has no trials"
+    for path, part in [([], file), *((["grids", n], grid) for n, grid in enumerate(file.grids))]:
+        named = [*(part.methods or file.methods or ())]
+        if part is file:
+            named += [method for grid in file.grids for method in grid.methods or ()]
+        useful = not named or any("damping" in get_method(name).options for name in named)
+        if part.damping is not None and not useful:
+            where = ".".join(map(str, [*path, "damping"]))
+            yield f"{yaml.at([*path, 'damping'])}: {where} has no effect with {', '.join(named)}"
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         yield f"{yaml.at(['methods'])}: methods is empty or missing: the grid has no trials"
 

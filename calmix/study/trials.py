@@ -24,10 +24,11 @@ from calmix.errors import InputError
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
+from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
-from calmix.specs import DAMPING, LENGTH, ROWS
+from calmix.specs import LENGTH, ROWS
 from calmix.study.results import Strategy
 from calmix.study.spec import (
     NONE,
@@ -67,6 +68,7 @@ class Planned:
     """One trial of a study's grid, by the names of the study file.
 
     Attributes:
+        method: its text, with the options that differ from their defaults.
         pattern: as printed: `60%` or `2:4`.
         target: the same as the study file has it.
         draw: None for a method that needs no calibration.
@@ -81,12 +83,16 @@ class Planned:
     sparsity: float
     draw: Draw | None
     propagation: str | None
-    damping: float | None
 
     @property
     def seed(self) -> int:
         """The seed of the draw; 0 without one."""
         return 0 if self.draw is None else self.draw.seed
+
+    @property
+    def damping(self) -> float | None:
+        """The method's damping, if it has one: stores know trials by it beside the method."""
+        return get_method(self.method).options.get("damping")
 
     @property
     def condition(self) -> Condition:
@@ -128,7 +134,7 @@ class Resolved:
     Attributes:
         id: the request's hash.
         request: JSON-serialisable; `model`, `calibration` (None without one), `method`,
-            `pattern`, `propagation`, `damping`, `suite`.
+            `pattern`, `propagation`, `damping`, `options`, `suite`.
         calibration_id: hash of model and calibration, under which the set is shared.
     """
 
@@ -171,8 +177,8 @@ def condition_names(conditions: Sequence[Condition]) -> dict[Condition, str]:
     """Return names of conditions: method and pattern, and what else tells them apart."""
 
     def parts(condition: Condition) -> tuple[str, ...]:
-        model, _, _, rows, length, propagation, damping = condition
-        return model, f"{rows} x {length}", f"{propagation} propagation", f"damping {damping}"
+        model, _, _, rows, length, propagation, _ = condition
+        return model, f"{rows} x {length}", f"{propagation} propagation"
 
     named = {}
     for own in conditions:
@@ -184,43 +190,44 @@ def condition_names(conditions: Sequence[Condition]) -> dict[Condition, str]:
 
 
 def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
-    targets = [(m, t) for m, listed in (grid.methods or {}).items() for t in listed]
+    methods = {name: _with(name, damping=grid.damping) for name in grid.methods or ()}
+    targets = [(methods[m], t) for m, listed in (grid.methods or {}).items() for t in listed]
     for model in grid.models or ():
         for method, target in targets:
-            if method == "magnitude":
-                yield _planned(model, NONE, "none", method, target, None, None, None)
+            if method.needs is None:
+                yield _planned(model, NONE, "none", method, target, None, None)
         for seed in grid.seeds or ():
             for label in grid.calibrations or ():
                 entry = study.calibrations[label]
                 strategy = strategy_of(entry, study.own)
                 draw = draw_of(study, entry, grid, seed)
                 for method, target in targets:
-                    if method == "magnitude":
-                        continue
-                    damping = None
-                    if method == "sparsegpt":
-                        damping = DAMPING if grid.damping is None else grid.damping
-                    yield _planned(
-                        model, label, strategy, method, target, draw,
-                        grid.propagation or "sequential", damping,
-                    )  # fmt: skip
+                    if method.needs is not None:
+                        propagation = grid.propagation or "sequential"
+                        yield _planned(model, label, strategy, method, target, draw, propagation)
+
+
+def _with(name: str, **options: Any) -> Method:
+    """Return a method with those of the options that it has and its text does not name."""
+    method = get_method(name)
+    given = {k: v for k, v in options.items() if v is not None and k in method.options}
+    return get_method(name, **{k: v for k, v in given.items() if f",{k}=" not in name})
 
 
 def _planned(
     model: str,
     calibration: str,
     strategy: Strategy,
-    method: str,
+    method: Method,
     target: float | str,
     draw: Draw | None,
     propagation: str | None,
-    damping: float | None,
 ) -> Planned:
     pattern = as_pattern(target)
     share = pattern.sparsity
     shown = f"{100 * share:g}%" if isinstance(pattern, Unstructured) else str(pattern)
     return Planned(
-        model, calibration, strategy, method, shown, target, share, draw, propagation, damping
+        model, calibration, strategy, method.text, shown, target, share, draw, propagation
     )
 
 
@@ -266,15 +273,19 @@ class Resolver:
         model = self._model(trial.model)
         calibration = None if trial.draw is None else self._calibration(trial.draw)
         suite = self.study.suite
+        method = get_method(trial.method)
+        # Options at their defaults are left out, but for damping, which has always been there.
+        more = {k: v for k, v in method.changed.items() if k != "damping"}
         request = {
             "format": FORMAT,
             "model": model,
             "calibration": calibration,
-            "method": trial.method,
+            "method": method.name,
             "pattern": trial.pattern,
             "sparsity": trial.sparsity,
             "propagation": trial.propagation,
-            "damping": trial.damping,
+            "damping": method.options.get("damping"),
+            **({"options": more} if more else {}),
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from calmix.errors import InputError
+from calmix.pruning import get_method
 from calmix.pruning.budget import GIB, Sizes, make_plan, parse_memory, solver_bytes
 
 MIB = 2**20
@@ -18,7 +19,7 @@ LLAMA_8B = Sizes(
     rows=128,
     length=2048,
     value_bytes=2,
-    statistic="gram",
+    methods=[get_method("sparsegpt")],
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_what_is_needed_is_told_and_is_enough():
 def test_rows_at_once_shrink_last():
     short = dataclasses.replace(LLAMA_8B, length=256, rows=1024)
     assert plan(5, short).micro_tokens == 2048
-    wide = dataclasses.replace(short, hidden=65536, statistic="squares")
+    wide = dataclasses.replace(short, hidden=65536, methods=[get_method("wanda")])
     assert plan(8, wide).micro_tokens == 2048
     assert plan(4, wide).micro_tokens < 2048
 
@@ -70,9 +71,11 @@ def test_several_targets_keep_the_dense_weights_beside():
 
 
 def test_other_methods_need_less():
-    wanda = dataclasses.replace(LLAMA_8B, statistic="squares")
+    wanda = dataclasses.replace(LLAMA_8B, methods=[get_method("wanda")])
     assert solver_bytes(wanda) < solver_bytes(LLAMA_8B)
-    magnitude = dataclasses.replace(LLAMA_8B, statistic="none", rows=0, length=0, outside_bytes=0)
+    magnitude = dataclasses.replace(
+        LLAMA_8B, methods=[get_method("magnitude")], rows=0, length=0, outside_bytes=0
+    )
     assert plan(3, magnitude, sequential=False).paused is None
 
 

@@ -1,15 +1,15 @@
 """The engine against plain reference loops over whole forward passes, on many architectures."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
-from calmix.pruning import METHODS, SemiStructured, Unstructured, prune
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.layout import observe
-from calmix.pruning.methods import Solution
+from calmix.pruning.methods import METHODS, Solution
+from calmix.pruning.methods.magnitude import Magnitude
 from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -43,7 +43,7 @@ def reference(model, ids, method, pattern, propagation):
     """Prune as the definition says, one whole forward pass of the model per distinct input."""
     found = find_blocks(model)
     layout = observe(model, found, ids[:1, :8])
-    kind = METHODS[method]
+    kind = get_method(method)
     for inputs in layout:
         grams = []
         for shared in inputs:
@@ -55,8 +55,9 @@ def reference(model, ids, method, pattern, propagation):
                 if propagation == "block"
                 else input_gram(model, shared.layers[0].module, ids)
             )
-            statistic = gram if kind.statistic == "gram" else gram.diagonal()
-            solved = kind.solve([p.matrix() for p in shared.layers], statistic, pattern)
+            statistic = gram if kind.name == "sparsegpt" else gram.diagonal()
+            weights = [p.matrix() for p in shared.layers]
+            solved = kind.solve(weights, statistic, [pattern] * len(weights))
             for layer, weight in zip(shared.layers, solved.weights, strict=True):
                 layer.assign(weight)
 
@@ -162,6 +163,47 @@ def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
         assert torch.equal(a, b), name
 
 
+class ReachedError(Exception):
+    """The input that is asked for is there."""
+
+
+class Replay(Run):
+    """What sequential propagation means: for each input a block is run anew as far as it."""
+
+    def _sequential(self, index, inputs, common):
+        batches = range(len(self._calls))
+        for shared in inputs:
+            first = shared.layers[0].module
+            statistic = self._statistic([shared], 0, 0)
+
+            def stop(module, args, statistic=statistic):
+                statistic.add(args[0])
+                raise ReachedError
+
+            handle = first.register_forward_pre_hook(stop)
+            for number in batches:
+                with pytest.raises(ReachedError):
+                    self._run(index, number, keep=False)
+            handle.remove()
+            self._solve(shared, statistic)
+        for number in batches:
+            self.states[number] = self._run(index, number)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "phi", "gemma3_text", "gemma4_text"])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_coroutines_give_the_bytes_of_a_replay(kind, method):
+    """They are the optimisation: a block that pauses is a block begun anew, bit by bit."""
+    ours, theirs = tiny_model(kind), tiny_model(kind)
+    report = prune(ours, tiny_ids(), method=method, pattern=HALF, micro_tokens=5 * 32)
+    found = find_blocks(theirs)
+    replay = Replay(theirs, found, get_method(method), HALF, "sequential")
+    run_through(replay, tiny_ids(), 5 * 32)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert replay.report.layers == report.layers
+
+
 @pytest.mark.parametrize("paused", [None, 1])
 def test_a_block_under_autocast_keeps_it_to_itself(paused):
     """Autocast is one for all coroutines of a thread; a paused one must not leave it behind."""
@@ -234,10 +276,10 @@ def test_inputs_that_overflow_are_named(method):
 
 
 def test_pruned_weights_that_do_not_fit_are_named(monkeypatch):
-    def solve(weights, pattern):
+    def solve(self, weights, statistic, patterns):
         return Solution([weight * 1e6 for weight in weights], [0], [None])
 
-    monkeypatch.setitem(METHODS, "magnitude", replace(METHODS["magnitude"], solve=solve))
+    monkeypatch.setattr(Magnitude, "solve", solve)
     with pytest.raises(
         SolverError, match=r"0\.self_attn\.q_proj: its pruned weights are not finite"
     ):

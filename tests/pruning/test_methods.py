@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from calmix.pruning.gram import inverse_factor
-from calmix.pruning.methods import magnitude, sparsegpt, wanda
+from calmix.pruning.methods import sparsegpt
+from calmix.pruning.methods.magnitude import Magnitude
+from calmix.pruning.methods.sparsegpt import SparseGPT
+from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
 
 
@@ -96,7 +99,8 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.63), SemiStructured(2, 4), SemiStr
 def test_sparsegpt_equals_textbook_obs(pattern, columns):
     weight, gram = problem(columns=columns, tokens=4 * columns)
     expected, mask = textbook_obs(weight, gram, pattern)
-    solved = sparsegpt.solve([as_tensors(weight, gram)[0]], as_tensors(weight, gram)[1], pattern)
+    w, h = as_tensors(weight, gram)
+    solved = SparseGPT().solve([w], h, [pattern])
     ours = solved.weights[0].numpy()
     assert ((ours == 0) == mask).mean() >= 0.999
     agree = ((ours == 0) == mask).all(axis=1)
@@ -112,7 +116,7 @@ def test_sparsegpt_keeps_the_published_semantics(n, m, sparsity):
     pattern = SemiStructured(n, m) if m else Unstructured(sparsity)
     expected, mask = published_sparsegpt(weight, gram, sparsity, m - n if m else 0, m)
     w, h = as_tensors(weight, gram)
-    ours = sparsegpt.solve([w], h, pattern).weights[0]
+    ours = SparseGPT().solve([w], h, [pattern]).weights[0]
     assert ((ours == 0) == mask).float().mean() >= 0.999
     ratio = output_error(weight, ours, gram) / output_error(weight, expected, gram)
     assert 0.99 < ratio < 1.01
@@ -149,9 +153,9 @@ def test_sparsegpt_layers_that_share_an_input_are_solved_as_if_alone():
     second, _ = problem(rows=10, seed=7)
     h = as_tensors(first, gram)[1]
     weights = [torch.tensor(w, dtype=torch.float32) for w in (first, second)]
-    together = sparsegpt.solve(weights, h, Unstructured(0.6))
+    together = SparseGPT().solve(weights, h, [Unstructured(0.6)] * 2)
     for number, weight in enumerate(weights):
-        alone = sparsegpt.solve([weight], h, Unstructured(0.6))
+        alone = SparseGPT().solve([weight], h, [Unstructured(0.6)])
         assert torch.equal(alone.weights[0] == 0, together.weights[number] == 0)
         torch.testing.assert_close(alone.weights[0], together.weights[number])
         assert alone.pruned[0] == together.pruned[number] == round(0.6 * weight.numel())
@@ -160,7 +164,7 @@ def test_sparsegpt_layers_that_share_an_input_are_solved_as_if_alone():
 def test_sparsegpt_counts_are_exact_in_every_block():
     weight, gram = problem(rows=7, columns=300, tokens=1000)
     w, h = as_tensors(weight, gram)
-    pruned = sparsegpt.solve([w], h, Unstructured(0.55)).weights[0]
+    pruned = SparseGPT().solve([w], h, [Unstructured(0.55)]).weights[0]
     for start, stop in ((0, 128), (128, 256), (256, 300)):
         zeros = int((pruned[:, start:stop] == 0).sum())
         assert zeros == round(0.55 * 7 * (stop - start))
@@ -169,7 +173,7 @@ def test_sparsegpt_counts_are_exact_in_every_block():
 def test_sparsegpt_reports_the_error_it_makes():
     weight, gram = problem(rows=32, columns=160, tokens=3000)
     w, h = as_tensors(weight, gram)
-    solved = sparsegpt.solve([w], h, Unstructured(0.5), damping=1e-4)
+    solved = SparseGPT(damping=1e-4).solve([w], h, [Unstructured(0.5)])
     lost = output_error(weight, solved.weights[0], gram)
     whole = float(np.sum((weight @ gram) * weight))
     assert solved.errors[0] == pytest.approx(lost / whole, rel=0.05)
@@ -182,7 +186,7 @@ def test_sparsegpt_dead_inputs_go_first_and_kept_weights_stay():
     weight, gram = problem(rows=8, columns=20)
     gram[5] = gram[:, 5] = 0
     w, h = as_tensors(weight, gram)
-    solved = sparsegpt.solve([w], h, Unstructured(0.25))
+    solved = SparseGPT().solve([w], h, [Unstructured(0.25)])
     assert solved.dead == 1
     assert (solved.weights[0][:, 5] == 0).all()
 
@@ -192,7 +196,7 @@ def test_wanda_is_weight_times_norm_within_a_row(pattern):
     weight, gram = problem()
     w, h = as_tensors(weight, gram)
     saliency = np.abs(weight) * np.sqrt(np.diag(gram))
-    pruned = wanda.solve([w], h.diagonal(), pattern).weights[0].numpy()
+    pruned = Wanda().solve([w], h.diagonal(), [pattern]).weights[0].numpy()
     for row in range(len(weight)):
         if isinstance(pattern, SemiStructured):
             groups = saliency[row].reshape(-1, pattern.m)
@@ -208,7 +212,7 @@ def test_wanda_is_weight_times_norm_within_a_row(pattern):
 def test_magnitude_compares_within_a_layer(pattern):
     weight, _ = problem()
     w = torch.tensor(weight, dtype=torch.float32)
-    pruned = magnitude.solve([w], pattern).weights[0].numpy()
+    pruned = Magnitude().solve([w], None, [pattern]).weights[0].numpy()
     if isinstance(pattern, SemiStructured):
         groups = np.abs(w.numpy()).reshape(-1, pattern.m)
         mask = np.stack([first_k(g, pattern.m - pattern.n) for g in groups]).reshape(weight.shape)
@@ -217,13 +221,42 @@ def test_magnitude_compares_within_a_layer(pattern):
     np.testing.assert_array_equal(pruned == 0, mask)
 
 
-@pytest.mark.parametrize("solver", [magnitude, wanda, sparsegpt])
-def test_equal_weights_are_pruned_exactly(solver):
+@pytest.mark.parametrize("kind", [Magnitude, Wanda, SparseGPT])
+def test_equal_weights_are_pruned_exactly(kind):
     w, h = torch.ones(6, 16), torch.eye(16)
     for pattern in (Unstructured(0.3), SemiStructured(2, 4)):
-        statistic = [] if solver is magnitude else [h if solver is sparsegpt else h.diagonal()]
-        solved = solver.solve([w], *statistic, pattern)
-        per_row = round(0.3 * 16) * 6 if solver is wanda else round(0.3 * 96)
+        statistic = {SparseGPT: h, Wanda: h.diagonal(), Magnitude: None}[kind]
+        solved = kind().solve([w], statistic, [pattern])
+        per_row = round(0.3 * 16) * 6 if kind is Wanda else round(0.3 * 96)
         expected = per_row if isinstance(pattern, Unstructured) else 48
         assert solved.pruned == [expected]
         assert int((solved.weights[0] == 0).sum()) == expected
+
+
+@pytest.mark.parametrize("kind", [Magnitude, Wanda, SparseGPT])
+def test_every_layer_has_its_own_pattern(kind):
+    """Shares and N:M side by side: each layer as if it were alone."""
+    gram = problem(columns=160)[1]
+    weights = [torch.tensor(problem(rows, 160, seed=rows)[0]).float() for rows in (8, 12, 6, 9)]
+    h = torch.tensor(gram, dtype=torch.float32)
+    patterns = [Unstructured(0.3), SemiStructured(2, 4), Unstructured(0.7), SemiStructured(3, 8)]
+    statistic = {SparseGPT: h, Wanda: h.diagonal(), Magnitude: None}[kind]
+    together = kind().solve(weights, statistic, patterns)
+    for number, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
+        alone = kind().solve([weight], statistic, [pattern])
+        assert together.pruned[number] == alone.pruned[0]
+        assert torch.equal(together.weights[number] == 0, alone.weights[0] == 0)
+        torch.testing.assert_close(together.weights[number], alone.weights[0])
+
+
+@pytest.mark.parametrize("kind", [Magnitude, Wanda, SparseGPT])
+@pytest.mark.parametrize("columns", [40, 128, 300])
+def test_groups_are_those_that_are_compared(kind, columns):
+    w, h = as_tensors(*problem(7, columns, tokens=2 * columns))
+    statistic = {SparseGPT: h, Wanda: h.diagonal(), Magnitude: None}[kind]
+    for share in (0.31, 0.5, 0.777):
+        pattern = Unstructured(share)
+        groups = kind().groups(7, columns)
+        assert sum(number * size for number, size in groups) == w.numel()
+        expected = sum(number * pattern.count(size) for number, size in groups)
+        assert kind().solve([w], statistic, [pattern]).pruned == [expected]

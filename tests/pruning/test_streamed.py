@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from calmix.errors import DiskError, InputError
 from calmix.models import open_model
 from calmix.models.streaming import NotStreamableError, StreamedModel
-from calmix.pruning import SemiStructured, Unstructured, prune, streamed
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune, streamed
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
@@ -47,7 +47,7 @@ def target(output, method="sparsegpt", pattern=HALF, propagation="sequential"):
     """A target with its work folder claimed."""
     work = WorkFolder(output)
     work.claim({}, resume=False, overwrite=True)
-    return Target(work, method, pattern, propagation, 0.01)
+    return Target(work=work, method=get_method(method), pattern=pattern, propagation=propagation)
 
 
 def streamed_prune(folder, targets, ids, plan=PLENTY):

@@ -9,6 +9,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.models import find_blocks
+from calmix.pruning.gram import Gram, triangle
 from calmix.study import cost, planning
 from calmix.study.cost import Machine, Sizes, on_paper, sizes_of
 from calmix.study.planning import estimate, sizes_of_model, suite_work
@@ -47,7 +48,7 @@ def test_the_published_figures_of_the_8b_model() -> None:
     tokens = 128 * 2048
     gpu = Machine("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, float("inf"), float("inf"), 1e12, "cuda")
     seconds = cost.prune_seconds(LLAMA_8B, 128, 2048, "sparsegpt", "sequential", gpu)
-    assert seconds["gram"] == pytest.approx(4.3e15, rel=0.02)
+    assert seconds["statistic"] == pytest.approx(4.3e15, rel=0.02)
     assert 2 * LLAMA_8B.block_weights * tokens == pytest.approx(3.7e15, rel=0.02)
     assert seconds["factor"] == pytest.approx(1.4e14, rel=0.05)
     # Corrections, and the output energy from half of a symmetric matrix.
@@ -57,11 +58,12 @@ def test_the_published_figures_of_the_8b_model() -> None:
 
 
 def test_the_triangle_is_what_the_engine_computes() -> None:
-    assert cost.triangle(512, 256) == 0.75
-    assert cost.triangle(576, 256) == pytest.approx((256 * (576 + 320) + 64 * 64) / 576**2)
-    assert cost.triangle(576, 1024) == 1
-    assert cost.gram_share(200) == 0.75
-    assert cost.gram_share(1024) == cost.triangle(1024, 256) == 0.625
+    assert triangle(512, 256) == 0.75
+    assert triangle(576, 256) == pytest.approx((256 * (576 + 320) + 64 * 64) / 576**2)
+    assert triangle(576, 1024) == 1
+    for width, share in ((200, 0.75), (1024, triangle(1024, 256)), (1024, 0.625)):
+        assert Gram.work(width, 3, cpu=True).gram == 2 * 3 * width**2 * share
+        assert Gram.work(width, 3, cpu=False).gram == 2 * 3 * width**2
 
 
 def test_costs_follow_the_request() -> None:

@@ -117,13 +117,35 @@ def test_every_mistake_of_form_is_told_with_its_line() -> None:
         (7, "calibrations.c.form: unknown key: did you mean from"),
         (8, "calibrations.d.packing: unknown packing 'row': known: concat, window"),
         (10, "methods.sparsegpt.0: Input should be less than 1"),
-        (11, "methods.wandda: Input should be 'sparsegpt', 'wanda' or 'magnitude'"),
+        (11, "methods.wandda: unknown method 'wandda': did you mean wanda"),
         (13, "seeds.0: Input should be greater than or equal to 0"),
         (15, "grids.0.sedes: unknown key: did you mean seeds"),
         (16, "grids.1.propagation: unknown propagation 'two'"),
     ]
     for line, (number, words) in zip(found, wanted, strict=True):
         assert line.startswith(f"s.yaml line {number}: {words}"), line
+
+
+def test_methods_may_have_options_of_their_own() -> None:
+    study = parsed(
+        HEAD + "calibrations: {a: news}\ndamping: 0.2\nmethods:\n  sparsegpt: 0.5\n"
+        "  sparsegpt,damping=0.1: 0.5\n  wanda: 0.5\n"
+    )
+    assert [(trial.method, trial.damping) for trial in plan(study)] == [
+        ("sparsegpt,damping=0.2", 0.2),
+        ("sparsegpt,damping=0.1", 0.1),
+        ("wanda", None),
+    ]
+    found = problems(
+        HEAD + "calibrations: {a: news}\ndamping: 0.2\nmethods:\n  wanda: 0.5\n"
+        "grids:\n  - {}\n  - {methods: {magnitude: 0.5}, damping: 0.1}\n"
+    )
+    assert found == [
+        "s.yaml line 4: damping has no effect with wanda, magnitude",
+        "s.yaml line 9: grids.1.damping has no effect with magnitude",
+    ]
+    (line,) = problems(HEAD + "calibrations: {a: news}\nmethods:\n  wanda,damping=1: 0.5\n")
+    assert line.endswith("damping has no effect with method wanda: it has none")
 
 
 def test_a_pattern_that_is_none_is_told() -> None:

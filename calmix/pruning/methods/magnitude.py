@@ -6,20 +6,25 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from calmix.pruning.methods.solution import Solution
+from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 
-def solve(weights: Sequence[Tensor], pattern: Pattern) -> Solution:
-    """Prune by |W|, compared within a layer (unstructured) or a group of M inputs of a row.
+class Magnitude(Method):
+    """Prune by |W|, compared within a layer (unstructured) or a group of M inputs of a row."""
 
-    Args:
-        weights: float32 matrices (rows, columns).
-        pattern: what share or pattern to prune.
-    """
-    masks = [mask(weight.abs(), pattern) for weight in weights]
-    pruned = [clear(w.clone(), m) for w, m in zip(weights, masks, strict=True)]
-    return Solution(pruned, [int(m.count_nonzero()) for m in masks], [None] * len(masks))
+    name = "magnitude"
+    statistic = None
+    paper = "Han et al. 2015, arXiv 1506.02626"
+
+    def solve(
+        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Prune; kept weights are not changed."""
+        full = [weight.float() for weight in weights]
+        masks = [mask(w.abs(), pattern) for w, pattern in zip(full, patterns, strict=True)]
+        pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
+        return Solution(pruned, [int(m.count_nonzero()) for m in masks], [None] * len(masks))
 
 
 def mask(saliency: Tensor, pattern: Pattern) -> Tensor:

@@ -9,36 +9,100 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import bfloat16_products, inverse_factor
-from calmix.pruning.methods.solution import Solution
+from calmix.pruning.gram import Factor, Gram, Work, bfloat16_products, inverse_factor, triangle
+from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 ENERGY = 4096  # outputs whose energy is computed at a time, so that little memory is needed
 ENERGY_PANEL = 1024  # inputs whose share of it comes from one product
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
+STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
+MASK_BYTES = BLOCK * 5 * 4  # an output of mask, errors and scores of one block in float32
 
 
-def solve(
-    weights: Sequence[Tensor], gram: Tensor, pattern: Pattern, *, damping: float = 0.01
-) -> Solution:
+class SparseGPT(Method):
     """Prune with optimal brain surgeon updates (algorithm 1 of the paper).
 
-    Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does.
-
-    Args:
-        weights: matrices (rows, columns) of any float type that share one input.
-        gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
-        pattern: share of every block of 128 columns of a layer, or of every group of M
-            columns of a row, to prune. Equal saliencies are pruned in order of column, row.
-        damping: share of the mean diagonal of the Gram matrix added to its diagonal.
-
-    Raises:
-        SolverError: the Gram matrix cannot be factorised.
+    Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does, within
+    128 columns of a layer. Equal ones are pruned in order of column, row.
     """
-    factor = inverse_factor(gram, damping)
+
+    name = "sparsegpt"
+    statistic = Gram
+    paper = "arXiv 2301.00774"
+
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        allow_inf_nan=False,
+        description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
+    )
+
+    def solve(
+        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Prune and correct the weights that are kept.
+
+        Args:
+            weights: matrices (rows, columns) of any float type that share one input.
+            statistic: the Gram matrix, float32 (columns, columns), sum of x x^T over the tokens.
+            patterns: share of every block of 128 columns of a layer, or of every group of M
+                columns of a row, to prune.
+
+        Raises:
+            SolverError: the Gram matrix cannot be factorised.
+        """
+        assert statistic is not None
+        factor = inverse_factor(statistic, self.damping)
+        # Layers with shares are solved at once; those with N:M only with their like.
+        kinds = [p if isinstance(p, SemiStructured) else None for p in patterns]
+        made: dict[int, tuple[Tensor, int, float]] = {}
+        for kind in dict.fromkeys(kinds):
+            places = [i for i, own in enumerate(kinds) if own == kind]
+            solved = _solve(
+                [weights[i] for i in places], statistic, factor, [patterns[i] for i in places]
+            )
+            made |= dict(zip(places, solved, strict=True))
+        weight, pruned, errors = zip(*(made[i] for i in range(len(weights))), strict=True)
+        return Solution(
+            weights=list(weight),
+            pruned=list(pruned),
+            errors=list(errors),
+            damping=factor.damping,
+            dtype=factor.dtype,
+            dead=int(factor.dead.sum()),
+        )
+
+    def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Every 128 columns are a group, and what is left of them."""
+        found = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
+        return [(number, size) for number, size in found if number * size]
+
+    def work(self, columns: int, outputs: int) -> Work:
+        """Factorisation 4/3 d^3; d steps; corrections r d^2; output energy, 2 r d^2 halved."""
+        return Work(
+            gram=2 * outputs * columns**2 * triangle(columns, ENERGY_PANEL),
+            factor=4 / 3 * columns**3,
+            products=outputs * columns**2,
+            steps=columns,
+            cached=columns * STEP_VALUES * outputs * 4,
+        )
+
+    def memory(self, columns: int, outputs: int, widest: int) -> int:
+        """The sum, its factor and what the factorisation holds beside it; the weights transposed;
+        mask, errors and scores of one group of columns, or some outputs' energy."""
+        energy = 2 * 4 * columns * min(outputs, ENERGY)
+        return 11 * columns**2 + 4 * columns * outputs + max(MASK_BYTES * outputs, energy)
+
+
+def _solve(
+    weights: Sequence[Tensor], gram: Tensor, factor: Factor, patterns: Sequence[Pattern]
+) -> list[tuple[Tensor, int, float]]:
+    """Return pruned weights, entries pruned and output error of layers: shares, or one N:M."""
     upper = factor.upper
     columns = upper.shape[0]
     heights = [len(weight) for weight in weights]
@@ -49,7 +113,7 @@ def solve(
     energy = torch.cat([_energy(part, gram) for part in stacked.split(ENERGY, dim=1)])
     loss = torch.zeros_like(energy)
     pruned = [0] * len(heights)
-    block = _multiple(BLOCK, pattern)
+    block = _multiple(BLOCK, patterns[0])
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
@@ -57,27 +121,22 @@ def solve(
         leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
         # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
         mask = torch.empty_like(stacked[start:stop])
-        if not isinstance(pattern, SemiStructured):
-            for layer, part in zip(layers, mask.split(heights, dim=1), strict=True):
+        parts = mask.split(heights, dim=1)
+        for layer, part, pattern in zip(layers, parts, patterns, strict=True):
+            if not isinstance(pattern, SemiStructured):
                 score = (layer[start:stop] * leverage).abs_().view(1, -1)
                 part.copy_(smallest(score, pattern.count(score.numel())).view(part.shape))
         local = upper[start:stop, start:stop]
-        errors = _block(stacked[start:stop], mask, local, inverse, leverage, pattern)
+        errors = _block(stacked[start:stop], mask, local, inverse, leverage, patterns[0])
         clear(stacked[start:stop], mask)
         stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(0)
-        for number, height in enumerate(heights):
+        for number, (height, pattern) in enumerate(zip(heights, patterns, strict=True)):
             pruned[number] += _count(pattern, stop - start, height)
     lost = [float(part.sum()) for part in loss.split(heights)]
     whole = [float(part.sum()) for part in energy.split(heights)]
-    return Solution(
-        weights=[layer.T for layer in layers],
-        pruned=pruned,
-        errors=[part / total if total else 0.0 for part, total in zip(lost, whole, strict=True)],
-        damping=factor.damping,
-        dtype=factor.dtype,
-        dead=int(factor.dead.sum()),
-    )
+    shares = [part / total if total else 0.0 for part, total in zip(lost, whole, strict=True)]
+    return list(zip([layer.T for layer in layers], pruned, shares, strict=True))
 
 
 def _energy(weights: Tensor, gram: Tensor) -> Tensor:

@@ -1,0 +1,312 @@
+"""How sparsity is shared out over layers: as many weights go as if it were the same everywhere.
+
+    uniform   the same everywhere
+    owl       blocks with more outliers keep more (OWL, arXiv 2310.05175): D is the share of
+              |W| ||x|| above five times its mean over a block, and a block keeps
+              r - mean(r) + 1 - S with r = 0.16 minmax(D)
+    error     layers that lose more of their output keep more: the same with r = 0.14 minmax(E),
+              E = ||(W - W') X||^2 / ||W X||^2 of Wanda's mask at half the sparsity; ours, after
+              LSA's use of that error
+
+Means are over weights, so that the total stays what it is where blocks differ in size. Both look
+at the dense model on the calibration set: one pass more. Shares of a file are taken as they are,
+but for at most a few steps of rounding that make the count exact.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from calmix.errors import InputError, nearest
+from calmix.files import user_path
+from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
+from calmix.pruning.engine import MICRO_TOKENS, Run, check_names, run_through
+from calmix.pruning.gram import bfloat16_products
+from calmix.pruning.methods import Method, get_method
+from calmix.pruning.methods.sparsegpt import SparseGPT
+from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.patterns import Unstructured
+from calmix.yaml_files import read_yaml
+
+OUTLIER = 5.0  # times the mean
+SPREAD = {"owl": 0.16, "error": 0.14}  # between the sparsest and the densest
+TOLERANCE = 5e-4  # a file's shares may miss the sparsity by so much: they are written rounded
+STEPS = 2  # of rounding that a layer may be moved by, each way
+STATES = 4096  # totals that are kept in mind while steps are chosen
+
+Groups = Callable[[int, int], list[tuple[int, int]]]
+
+
+def read_allocation(
+    asked: str | os.PathLike[str] | Mapping[str, float] | None, sparsity: float | None
+) -> str | dict[str, float] | None:
+    """Return `owl`, `error`, or sparsities by layer; None for the same everywhere.
+
+    Args:
+        asked: one of the names, a JSON or YAML file of sparsities by layer, or what it holds.
+        sparsity: that of the whole; None with an N:M pattern.
+
+    Raises:
+        InputError: no such name or file, a share that is none, or an N:M pattern.
+    """
+    if asked is None or asked == "uniform":
+        return None
+    if sparsity is None:
+        raise InputError(
+            "--allocation has no effect with an N:M pattern, which is the same in every layer: "
+            "give --sparsity"
+        )
+    where = "the allocation"
+    if not isinstance(asked, Mapping):
+        if asked in SPREAD:
+            return str(asked)
+        path = user_path(str(asked))
+        if not path.suffix and not path.exists():
+            known = ["uniform", *SPREAD]
+            raise InputError(
+                f"unknown allocation '{asked}': {nearest(str(asked), known)}, or name a file"
+            )
+        asked, where = read_yaml(path), str(path)
+    for name, share in asked.items():
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 < share < 1:
+            raise InputError(f"{where}: the sparsity of {name} is {share}, not between 0 and 1")
+    return {str(name): float(share) for name, share in asked.items()}
+
+
+def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float:
+    """Return the share of a block's |W_ij| ||x_j|| above `OUTLIER` times their mean (OWL).
+
+    Args:
+        weights: its matrices (rows, columns).
+        squares: sum of squares of the inputs of each, (columns,).
+    """
+    pairs = list(zip(weights, squares, strict=True))
+    metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
+    size = sum(weight.numel() for weight in weights)
+    bound = OUTLIER * sum(float(metric.sum(dtype=torch.float64)) for metric in metrics) / size
+    metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
+    return sum(int((metric > bound).sum()) for metric in metrics) / size
+
+
+def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
+    """Return the share of output energy that Wanda's mask loses, tr(D G D^T) / tr(W G W^T).
+
+    Args:
+        weight: (rows, columns).
+        gram: float32 (columns, columns), sum of x x^T.
+        sparsity: share pruned of every row.
+    """
+    full = weight.float()
+    kept = Wanda().solve([full], gram.diagonal(), [Unstructured(sparsity)]).weights[0]
+    with bfloat16_products():
+        lost, whole = (float(torch.mm(part, gram).mul_(part).sum()) for part in (full - kept, full))
+    return lost / whole if whole else 0.0
+
+
+def spread(
+    importance: Sequence[float], sizes: Sequence[int], sparsity: float, width: float
+) -> list[float]:
+    """Return sparsities whose mean over weights is `sparsity`: more important parts keep more.
+
+    Args:
+        importance: of each part.
+        sizes: weights of each part.
+        sparsity: share pruned of the whole.
+        width: between the most and the least important.
+
+    Raises:
+        InputError: a part would be pruned whole, or not at all.
+    """
+    low, high = min(importance), max(importance)
+    scale = width / (high - low) if high > low else 0.0
+    moved = [scale * (value - low) for value in importance]
+    mean = sum(m * size for m, size in zip(moved, sizes, strict=True)) / sum(sizes)
+    shares = [sparsity + mean - value for value in moved]
+    if min(shares) <= 0 or max(shares) >= 1:
+        raise InputError(
+            f"at sparsity {sparsity:g} there is no room for an allocation that spreads by "
+            f"{width:g}: leave out --allocation"
+        )
+    return shares
+
+
+def exact(
+    shares: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: float,
+    groups: Groups,
+) -> dict[str, Unstructured]:
+    """Return patterns by layer that together prune exactly as many weights as `sparsity` would.
+
+    Rounding in comparison groups makes counts move in steps. Layers are moved by as few as it
+    takes, those of most weights first.
+
+    Args:
+        shares: sparsity by layer, of mean `sparsity` over the weights.
+        shapes: (rows, columns) by layer.
+        sparsity: share pruned of the whole.
+        groups: comparison groups of a layer, as `Method.groups` gives them.
+
+    Raises:
+        InputError: no steps near by add up.
+    """
+    parts = {name: groups(*shape) for name, shape in shapes.items()}
+
+    def count(name: str, share: float) -> int:
+        pattern = Unstructured(share)
+        return sum(number * pattern.count(size) for number, size in parts[name])
+
+    found = dict(shares)
+    surplus = sum(count(name, found[name]) - count(name, sparsity) for name in found)
+    reached: dict[int, dict[str, float]] = {surplus: {}}
+    for name in sorted(found, key=lambda name: -shapes[name][0] * shapes[name][1]):
+        if 0 in reached:
+            break
+        held = count(name, found[name])
+        steps = [(count(name, near) - held, near) for near in _near(found[name], parts[name])]
+        grown = dict(reached)
+        for total, moves in reached.items():
+            for step, near in steps:
+                grown.setdefault(total + step, moves | {name: near})
+        reached = dict(sorted(grown.items(), key=lambda item: abs(item[0]))[:STATES])
+    if 0 not in reached:
+        raise InputError(
+            "no sparsities near those of the allocation prune exactly as many weights as "
+            f"{sparsity:g} everywhere: name others"
+        )
+    return {name: Unstructured(share) for name, share in (found | reached[0]).items()}
+
+
+def _near(share: float, groups: Sequence[tuple[int, int]]) -> Iterator[float]:
+    """Yield shares that are some steps of rounding from another one, the nearest first."""
+    ends = {
+        (round(share * size) + step + 0.5) / size
+        for _, size in groups
+        for step in range(-STEPS - 1, STEPS + 1)
+    }
+    below = [share, *sorted((end for end in ends if end < share), reverse=True)]
+    above = [share, *sorted(end for end in ends if end > share)]
+    for at in range(1, STEPS + 1):
+        for side in (below, above):
+            middle = sum(side[at : at + 2]) / 2
+            if len(side) > at + 1 and 0 < middle < 1:
+                yield middle
+
+
+def from_shares(
+    shares: Mapping[str, float], found: DecoderBlocks, sparsity: float, method: Method
+) -> dict[str, Unstructured]:
+    """Return exact patterns from sparsities by layer that a user has named.
+
+    Raises:
+        InputError: a layer is missing or unknown, or they add up to another sparsity.
+    """
+    shapes = _shapes(found)
+    check_names(list(shapes), shares, "allocation")
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    whole = sum(sizes.values())
+    mean = sum(shares[name] * size for name, size in sizes.items()) / whole
+    if abs(mean - sparsity) > TOLERANCE:
+        raise InputError(
+            f"the allocation adds up to a sparsity of {mean:.4f} over all weights, and "
+            f"{sparsity:g} is asked for"
+        )
+    moved = sparsity - mean if abs(mean - sparsity) > 1e-12 else 0.0
+    level = {name: min(max(shares[name] + moved, 1e-6), 1 - 1e-6) for name in shapes}
+    return exact(level, shapes, sparsity, method.groups)
+
+
+class DensePass(Run):
+    """A pass over the dense model that looks at its layers, and changes nothing.
+
+    Args:
+        by: `owl` or `error`.
+        sparsities: of the whole; the error is taken at half of each.
+        paused: as for `prune`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: DecoderBlocks,
+        by: str,
+        sparsities: Sequence[float],
+        paused: int | None = None,
+    ) -> None:
+        # What gathers the statistic, and is as large as what is done with it.
+        super().__init__(model, found, looker(by), Unstructured(0.5), "sequential", paused)
+        self._by, self._sparsities = by, sparsities
+        self._squares: dict[str, Tensor] = {}
+        self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
+
+    def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
+        assert statistic is not None
+        for layer in layers:
+            if self._by == "owl":
+                self._squares[layer.name] = statistic
+                continue
+            for share in self._sparsities:
+                error = output_error(layer.view(), statistic, share / 2)
+                self.importance[share][layer.name] = error
+
+    def block(self, index: int) -> None:
+        """Look at one block."""
+        super().block(index)
+        if self._by == "owl":
+            layers = self.found.prunables(index)
+            squares = [self._squares.pop(layer.name) for layer in layers]
+            share = outlier_share([layer.view() for layer in layers], squares)
+            for found in self.importance.values():
+                found |= dict.fromkeys((layer.name for layer in layers), share)
+
+    def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
+        """Return exact patterns by layer, after all blocks."""
+        shapes, importance = _shapes(self.found), self.importance[sparsity]
+        sizes = [rows * columns for rows, columns in shapes.values()]
+        values = [importance[name] for name in shapes]
+        shares = spread(values, sizes, sparsity, SPREAD[self._by])
+        return exact(dict(zip(shapes, shares, strict=True)), shapes, sparsity, method.groups)
+
+
+def looker(by: str) -> Method:
+    """Return a method that takes the statistic an allocation looks at, and as much memory."""
+    return SparseGPT() if by == "error" else Wanda()
+
+
+def allocate(
+    model: nn.Module,
+    ids: Tensor,
+    sparsity: float,
+    by: str = "owl",
+    *,
+    method: str | Method = "sparsegpt",
+    micro_tokens: int = MICRO_TOKENS,
+) -> dict[str, Unstructured]:
+    """Return a pattern for every layer of a model in memory, for `calmix.prune`.
+
+    Args:
+        model, ids, micro_tokens: as for `calmix.prune`.
+        sparsity: share pruned of all weights.
+        by: `owl` or `error`.
+        method: that is to prune: how it rounds decides what is exact.
+
+    Raises:
+        InputError: no such allocation or method, or no room for it.
+        ModelError, SolverError: as `calmix.prune`.
+    """
+    if by not in SPREAD:
+        raise InputError(f"unknown allocation '{by}': {nearest(by, SPREAD)}")
+    look = DensePass(model, find_blocks(model), by, [sparsity])
+    run_through(look, ids, micro_tokens)
+    return look.patterns(sparsity, get_method(method))
+
+
+def _shapes(found: DecoderBlocks) -> dict[str, tuple[int, int]]:
+    return {
+        layer.name: layer.shape for index in range(len(found)) for layer in found.prunables(index)
+    }

@@ -1,0 +1,123 @@
+"""What a pruning method is: one class that says what it needs, what it takes, and how it prunes.
+
+Everything else reads that: the engine, the command line's options, study files, the request's
+hash, the manifest, the memory budget and the cost model. A method knows nothing of models, files
+or command lines.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from calmix.pruning.gram import Statistic, Work
+from calmix.pruning.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Pruned weights of layers that share one input.
+
+    Attributes:
+        weights: float32 matrices (rows, columns), which may be transposed views; pruned entries
+            are exactly zero.
+        pruned: number of entries each layer's mask removes.
+        errors: share of each layer's output energy that is lost on the calibration tokens,
+            ||(W - W') X||^2 / ||W X||^2; None where the method has no Gram matrix.
+        damping: damping that was used, None if the method has none.
+        dtype: precision of the factorisation, None if there is none.
+        dead: inputs that were zero on every token.
+    """
+
+    weights: list[Tensor]
+    pruned: list[int]
+    errors: list[float | None]
+    damping: float | None = None
+    dtype: torch.dtype | None = None
+    dead: int = 0
+
+
+class Method(BaseModel, ABC):
+    """A pruning method; its fields are its options, an instance has their values.
+
+    A field needs a default and a description, which become the command line's. Options are
+    numbers, texts or truth values.
+
+    Attributes:
+        name: what users write.
+        statistic: what it needs of the inputs; None if it looks at no calibration data.
+        paper: where it is from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    statistic: ClassVar[type[Statistic] | None]
+    paper: ClassVar[str] = ""
+
+    @abstractmethod
+    def solve(
+        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Prune layers that share one input.
+
+        Args:
+            weights: matrices (rows, columns) of any float type; not to be changed.
+            statistic: what `needs` gave of their input, None if it is None.
+            patterns: what share or pattern to prune, one a layer.
+        """
+
+    @property
+    def needs(self) -> type[Statistic] | None:
+        """The statistic with these options."""
+        return self.statistic
+
+    def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Return the comparison groups of a layer, as (how many, entries each).
+
+        An unstructured pattern prunes `pattern.count(entries)` of each; by default the layer is
+        the one group.
+        """
+        return [(1, rows * columns)]
+
+    def work(self, columns: int, outputs: int) -> Work:
+        """Return what solving one input takes, its statistic apart.
+
+        By default weights are read, compared and written once.
+        """
+        return Work(memory=12 * columns * outputs)
+
+    def memory(self, columns: int, outputs: int, widest: int) -> int:
+        """Return the bytes held while one input is solved, its statistic among them.
+
+        Args:
+            columns: width of the input.
+            outputs: rows of all layers that share it.
+            widest: rows of the largest of them.
+        """
+        held = 0 if self.needs is None else self.needs.memory(columns)
+        return held + 4 * columns * outputs + 9 * columns * widest
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options with their values, JSON-serialisable."""
+        return self.model_dump(mode="json")
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults, JSON-serialisable."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def text(self) -> str:
+        """The method as a user writes it, with the options that differ from their defaults."""
+        return ",".join([self.name, *(f"{key}={value}" for key, value in self.changed.items())])
+
+    def __str__(self) -> str:
+        return self.text

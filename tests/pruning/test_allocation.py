@@ -1,0 +1,282 @@
+"""Sparsity by layer: the published formula, exact totals, and every door."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calmix.calibration import resolve
+from calmix.errors import InputError
+from calmix.models import find_blocks, open_model
+from calmix.pruning import SemiStructured, Unstructured, allocate, get_method, prune
+from calmix.pruning.allocation import (
+    DensePass,
+    exact,
+    from_shares,
+    outlier_share,
+    output_error,
+    read_allocation,
+    spread,
+)
+from calmix.pruning.engine import run_through
+from tests.tiny import tiny_ids, tiny_model
+
+SMALL = ("--rows", 6, "--length", 32)
+
+
+def layers_of(model):
+    found = find_blocks(model)
+    return [layer for index in range(len(found)) for layer in found.prunables(index)]
+
+
+def test_owl_is_the_published_formula():
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_t(3, size=(6, 8)) for _ in range(2)]
+    squares = [rng.uniform(0, 4, 8) for _ in range(2)]
+    metric = np.concatenate(
+        [(np.abs(w) * np.sqrt(s)).ravel() for w, s in zip(weights, squares, strict=True)]
+    )
+    expected = (metric > 5 * metric.mean()).mean()
+    found = outlier_share(*([torch.tensor(v) for v in values] for values in (weights, squares)))
+    assert found == pytest.approx(expected)
+    assert 0 < found < 0.2
+    # As the published code shares out what blocks of one size keep.
+    ratios, lamda, sparsity = rng.uniform(0, 3, 12), 0.08, 0.7
+    kept = (ratios - ratios.min()) * (1 / (ratios.max() - ratios.min()) * lamda * 2)
+    kept = kept - np.mean(kept) + (1 - sparsity)
+    np.testing.assert_allclose(spread(list(ratios), [5] * 12, sparsity, 0.16), 1 - kept)
+
+
+def test_the_error_is_that_of_half_the_weights():
+    rng = np.random.default_rng(1)
+    w, x = rng.normal(size=(10, 24)), rng.normal(size=(200, 24)) * rng.uniform(0.1, 3, 24)
+    gram = x.T @ x
+    score = np.abs(w) * np.sqrt(np.diag(gram))
+    kept = np.where(score.argsort(1, kind="stable").argsort(1) < round(0.3 * 24), 0, w)
+    expected = np.linalg.norm((w - kept) @ x.T) ** 2 / np.linalg.norm(w @ x.T) ** 2
+    found = output_error(torch.tensor(w), torch.tensor(gram).float(), 0.3)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert output_error(torch.zeros(2, 24), torch.tensor(gram).float(), 0.3) == 0
+
+
+def test_what_matters_more_keeps_more_and_the_whole_stays():
+    shares = spread([1.0, 3.0, 2.0], [10, 30, 60], 0.6, 0.2)
+    assert shares[0] > shares[2] > shares[1]
+    assert shares[0] - shares[1] == pytest.approx(0.2)
+    assert np.average(shares, weights=[10, 30, 60]) == pytest.approx(0.6)
+    assert spread([2.0, 2.0], [1, 2], 0.6, 0.2) == pytest.approx([0.6, 0.6])
+    with pytest.raises(InputError, match=r"at sparsity 0\.95 there is no room"):
+        spread([0.0, 1.0], [1, 1], 0.95, 0.16)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_weights_go_as_everywhere_the_same(method, seed):
+    rng = np.random.default_rng(seed)
+    kinds = [(576, 576), (192, 576), (1536, 576), (576, 1536), (100, 300)][: 3 + seed % 3]
+    shapes = {f"{b}.{k}": shape for b in range(6) for k, shape in enumerate(kinds)}
+    sizes = [rows * columns for rows, columns in shapes.values()]
+    wanted = spread(list(rng.uniform(size=len(sizes))), sizes, 0.6137, 0.16)
+    shares = dict(zip(shapes, wanted, strict=True))
+    groups = get_method(method).groups
+    found = exact(shares, shapes, 0.6137, groups)
+
+    def total(pattern_of):
+        return sum(
+            number * pattern_of(name).count(size)
+            for name, shape in shapes.items()
+            for number, size in groups(*shape)
+        )
+
+    assert total(found.get) == total(lambda name: Unstructured(0.6137))
+    # Moved by steps of rounding alone: three entries of a group, at most.
+    for name, shape in shapes.items():
+        smallest = min(size for _, size in groups(*shape))
+        assert abs(found[name].sparsity - shares[name]) <= 3 / smallest
+
+
+def test_what_does_not_add_up_is_refused():
+    """One layer cannot be moved alone without the whole moving."""
+    with pytest.raises(InputError, match="no sparsities near those of the allocation"):
+        exact({"a": 0.9}, {"a": (4, 8)}, 0.5, lambda rows, columns: [(rows, columns)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text"])
+@pytest.mark.parametrize("by", ["owl", "error"])
+def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
+    model, ids = tiny_model(kind), tiny_ids()
+    before = [p.clone() for p in model.parameters()]
+    look = DensePass(model, find_blocks(model), by, [0.4, 0.6])
+    run_through(look, ids, 5 * 32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    inputs = {}
+
+    def keep(name):
+        def hook(_, args):
+            inputs[name] = args[0].flatten(0, -2)
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers_of(model)
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    grams = {name: x.T @ x for name, x in inputs.items()}
+    if by == "error":
+        for share in (0.4, 0.6):
+            for layer in layers_of(model):
+                expected = output_error(layer.matrix(), grams[layer.name], share / 2)
+                assert look.importance[share][layer.name] == pytest.approx(expected, rel=1e-2)
+        return
+    found = find_blocks(model)
+    for index in range(len(found)):
+        layers = found.prunables(index)
+        squares = [grams[layer.name].diagonal() for layer in layers]
+        expected = outlier_share([layer.view() for layer in layers], squares)
+        for layer in layers:
+            assert look.importance[0.6][layer.name] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("by", ["owl", "error"])
+def test_layers_differ_and_the_total_is_the_uniforms(method, by):
+    ids = tiny_ids()
+    uniform, model = tiny_model("llama"), tiny_model("llama")
+    patterns = allocate(model, ids, 0.6, by, method=method)
+    data = None if method == "magnitude" else ids
+    report = prune(model, data, method=method, pattern=patterns)
+    assert report.pruned == prune(uniform, data, method=method, pattern=Unstructured(0.6)).pruned
+    assert len({round(layer.sparsity, 2) for layer in report.layers}) > 1
+    for layer in report.layers:
+        assert layer.sparsity == pytest.approx(patterns[layer.name].sparsity, abs=0.02)
+    assert report.pattern == "by layer"
+
+
+def test_a_mapping_may_mix_kinds_but_names_every_layer():
+    model = tiny_model("llama")
+    names = [layer.name for layer in layers_of(model)]
+    mixed = {n: SemiStructured(2, 4) if "mlp" in n else Unstructured(0.7) for n in names}
+    report = prune(model, tiny_ids(), pattern=mixed)
+    for layer in report.layers:
+        assert layer.sparsity == pytest.approx(0.5 if "mlp" in layer.name else 0.7, abs=1e-3)
+    few = {name: Unstructured(0.5) for name in names[1:]}
+    with pytest.raises(InputError, match=f"the pattern misses the layer {names[0]}$"):
+        prune(tiny_model("llama"), tiny_ids(), pattern=few)
+    with pytest.raises(InputError, match="the pattern names 'x', which is no layer"):
+        prune(tiny_model("llama"), tiny_ids(), pattern=few | {"x": Unstructured(0.5)})
+    with pytest.raises(InputError, match="does not divide a width of 32"):
+        prune(tiny_model("llama"), tiny_ids(), pattern=mixed | {names[0]: SemiStructured(2, 5)})
+
+
+def test_shares_of_ones_own_are_taken_as_they_are():
+    model = tiny_model("llama")
+    found, names = find_blocks(model), [layer.name for layer in layers_of(model)]
+    shares = {name: 0.55 if "layers.0" in name else 0.65 for name in names}
+    patterns = from_shares(shares, found, 0.6, get_method("sparsegpt"))
+    for name, pattern in patterns.items():
+        assert pattern.sparsity == pytest.approx(shares[name], abs=3e-3)
+    with pytest.raises(InputError, match=r"adds up to a sparsity of 0\.6000 .* and 0\.5 is asked"):
+        from_shares(shares, found, 0.5, get_method("sparsegpt"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sparsity", "says"),
+    [
+        ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\?, or name a file"),
+        ("owl", None, "has no effect with an N:M pattern"),
+        ("none.json", 0.5, "there is no file"),
+        ({"a": 1.0}, 0.5, "the sparsity of a is 1.0, not between 0 and 1"),
+        ({"a": "0.5"}, 0.5, "the sparsity of a is 0.5, not between"),
+        ({"a": True}, 0.5, "the sparsity of a is True"),
+        ({"a": float("nan")}, 0.5, "the sparsity of a is nan"),
+    ],
+)
+def test_what_is_no_allocation(asked, sparsity, says):
+    with pytest.raises(InputError, match=says):
+        read_allocation(asked, sparsity)
+
+
+def test_uniform_is_no_allocation_at_all():
+    assert read_allocation("uniform", None) is None
+    assert read_allocation(None, 0.5) is None
+
+
+def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.6, "-o")
+    assert calmix(*common, tmp_path / "uniform").code == 0
+
+    def told(name):
+        return json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
+
+    for by in ("owl", "error"):
+        ended = calmix(*common, tmp_path / by, "--allocation", by)
+        assert ended.code == 0, ended.err
+        assert told(by)["pruned"] == told("uniform")["pruned"]
+        assert (told(by)["allocation"], told(by)["pattern"]) == (by, "by layer")
+    assert told("uniform")["allocation"] is None
+    # In memory, the same.
+    opened = open_model(str(tiny_folder))
+    ids = resolve(str(text_file), opened, rows=6, length=32).ids
+    prune(opened.model, ids, pattern=allocate(opened.model, ids, 0.6, "owl"))
+    found = load_file(tmp_path / "owl" / "model.safetensors")
+    for layer in layers_of(opened.model):
+        assert torch.equal(found[f"{layer.name}.weight"], layer.matrix()), layer.name
+    # A file, and what is wrong with one; the work of an interrupted run goes on.
+    file = tmp_path / "shares.json"
+    shares = {layer["name"]: 0.6 for layer in told("owl")["layers"]}
+    file.write_text(json.dumps(shares))
+    assert calmix(*common, tmp_path / "file", "--allocation", file).code == 0
+    assert (tmp_path / "file" / "model.safetensors").read_bytes() == (
+        tmp_path / "uniform" / "model.safetensors"
+    ).read_bytes()
+    first = next(iter(shares))
+    missing, unknown, other = dict(shares), shares | {"x.y": 0.6}, shares | {first: 0.9}
+    del missing[first]
+    for content, says in [
+        (missing, f"the allocation misses the layer {first}"),
+        (unknown, "the allocation names 'x.y', which is no layer"),
+        (other, "the allocation adds up to a sparsity of"),
+        ({first: 1.5}, f"the sparsity of {first} is 1.5"),
+        ([], "holds no mapping"),
+    ]:
+        file.write_text(json.dumps(content))
+        ended = calmix(*common, tmp_path / "bad", "--allocation", file)
+        assert ended.code == 2
+        assert says in ended.line
+        assert not list(tmp_path.glob("bad*"))
+    ended = calmix("prune", tiny_folder, "--calibration", text_file, *SMALL, "--pattern", "2:4",
+                   "--allocation", "owl", "-o", tmp_path / "bad")  # fmt: skip
+    assert "has no effect with an N:M pattern" in ended.line
+    ended = calmix("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5,
+                   "--allocation", "owl", "-o", tmp_path / "bad")  # fmt: skip
+    assert "looks at calibration data" in ended.line
+
+
+def test_an_interrupted_allocation_goes_on_to_the_same_bytes(
+    calmix, tiny_folder, text_file, tmp_path, monkeypatch
+):
+    from calmix.pruning import checkpoint
+    from tests.pruning.test_streamed import hashes, interrupt_before
+
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.6,
+              "--allocation", "error", "-o")  # fmt: skip
+    assert calmix(*common, tmp_path / "whole").code == 0
+    look = checkpoint.look_streamed
+    with monkeypatch.context() as patched:
+
+        def looked(*arguments):
+            found = look(*arguments)
+            interrupt_before(patched, 1)  # of the prune, not of the look
+            return found
+
+        patched.setattr(checkpoint, "look_streamed", looked)
+        assert calmix(*common, tmp_path / "cut").code == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "look_streamed", None)  # what was seen is kept
+        ended = calmix(*common, tmp_path / "cut", "--resume")
+    assert ended.code == 0, ended.err
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")

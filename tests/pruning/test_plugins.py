@@ -1,0 +1,246 @@
+"""Methods from outside the package: registered, or shipped by another one, through every door."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import Field
+from safetensors.torch import load_file
+
+import calmix as api
+from calmix.errors import InputError
+from calmix.models import find_blocks, open_model
+from calmix.pruning import Method, Unstructured, get_method, prune, register
+from calmix.pruning.methods import METHODS, methods
+from calmix.study import load_study, read_results, run_study
+from calmix.study.cost import on_paper
+from calmix.study.planning import estimate, sizes_of_model
+from calmix.study.trials import Resolver, plan
+from tests.pruning.toy import Toy
+from tests.study.conftest import tiny_study  # noqa: F401
+from tests.study.test_running import Recorder
+from tests.tiny import tiny_ids, tiny_model
+
+
+class Unregistered(Toy):
+    """Passed as an object, it needs no name."""
+
+    name = "unregistered"
+
+
+SMALL = ("--rows", 6, "--length", 32)
+HALF = Unstructured(0.5)
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Whatever a test registers is forgotten."""
+    monkeypatch.setattr("calmix.pruning.methods.METHODS", dict(METHODS))
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """The toy in an installed package of its own."""
+    site = tmp_path / "site"
+    info = site / "toy_methods-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-methods\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[calmix.methods]\ntoy = tests.pruning.toy:Toy\ngone = toy_methods_gone:Gone\n"
+        "other = tests.pruning.toy:Toy\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+
+
+def weights_of(model):
+    found = find_blocks(model)
+    return {p.name: p.matrix() for i in range(len(found)) for p in found.prunables(i)}
+
+
+def test_a_registered_method_prunes():
+    register(Toy)
+    model = tiny_model("llama")
+    dense = weights_of(model)
+    before = {name: weight.clone() for name, weight in dense.items()}
+    report = prune(model, tiny_ids(), method="toy", pattern=HALF, strength=2)
+    assert (report.method, report.options, report.propagation) == (
+        "toy", {"strength": 2}, "sequential",
+    )  # fmt: skip
+    # The first input's mean, by hand: embeddings through the first norm.
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(tiny_ids()))
+    mean = hidden.flatten(0, 1).abs().mean(0)
+    for kind in "qkv":
+        name = f"model.layers.0.self_attn.{kind}_proj"
+        score = before[name].abs() * mean**2
+        bound = score.flatten().sort().values[score.numel() // 2 - 1]
+        assert torch.equal(weights_of(model)[name] == 0, score <= bound)
+    same = tiny_model("llama")
+    prune(same, tiny_ids(), method=Unregistered(), pattern=HALF, strength=2)
+    text = tiny_model("llama")
+    prune(text, tiny_ids(), method="toy,strength=2", pattern=HALF)
+    other = tiny_model("llama")
+    prune(other, tiny_ids(), method="toy", pattern=HALF)
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weights_of(same)[name], weight)
+        assert torch.equal(weights_of(text)[name], weight)
+    assert any(not torch.equal(weights_of(other)[n], w) for n, w in weights_of(model).items())
+
+
+def test_a_shipped_method_prunes_through_the_command_line(
+    calmix, shipped, tiny_folder, text_file, tmp_path
+):
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    made = {}
+    for name, how in {
+        "text": ("--method", "toy,strength=3"),
+        "flag": ("--method", "toy", "--strength", 3),
+        "plain": ("--method", "toy"),
+    }.items():
+        ended = calmix(*common, tmp_path / name, *how)
+        assert ended.code == 0, ended.err
+        made[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        told = json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
+        assert told["options"] == {"strength": 1 if name == "plain" else 3}
+    assert made["text"] == made["flag"] != made["plain"]
+    assert (tmp_path / "text" / "calmix.json").read_text() == (
+        tmp_path / "flag" / "calmix.json"
+    ).read_text()
+    several = calmix(*common, tmp_path / "all", "--method", "toy,strength=3,toy,wanda,sparsegpt",
+                     "--damping", 0.1)  # fmt: skip
+    assert several.code == 0, several.err
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
+        "sparsegpt-damping=0.1-0.5", "toy-0.5", "toy-strength=3-0.5", "wanda-0.5",
+    ]  # fmt: skip
+    assert (tmp_path / "all/toy-strength=3-0.5/model.safetensors").read_bytes() == made["text"]
+    opened = open_model(str(tiny_folder))
+    ids = api.resolve(str(text_file), opened, rows=6, length=32).ids
+    prune(opened.model, ids, method="toy", pattern=HALF, strength=3)
+    found = load_file(tmp_path / "text" / "model.safetensors")
+    for name, weight in weights_of(opened.model).items():
+        assert torch.equal(found[f"{name}.weight"], weight)
+    helped = calmix("prune", "--help")
+    assert "--strength" in helped.out
+    assert "Exponent of the inputs' mean. (toy)" in " ".join(helped.out.replace("│", " ").split())
+    assert "toy" in calmix("methods", "ls").out
+
+
+def test_a_shipped_method_is_studied(shipped, tiny_study, tmp_path):  # noqa: F811
+    path = tiny_study(
+        ('methods: {sparsegpt: [0.6], wanda: ["2:4"]}',
+         "methods:\n  toy: 0.6\n  toy,strength=2: [0.6]\n  sparsegpt,damping=0.01: 0.6"),
+    )  # fmt: skip
+    study = load_study(path)
+    trials = [trial for trial in plan(study) if trial.calibration == "code"]
+    assert [trial.label for trial in trials] == [
+        "code toy 60% seed 0", "code toy,strength=2 60% seed 0", "code sparsegpt 60% seed 0",
+    ]  # fmt: skip
+    resolver = Resolver(study)
+    plain, strong, _ = (resolver.resolve(trial) for trial in trials)
+    assert plain.id != strong.id
+    assert strong.request["options"] == {"strength": 2}
+    sizes = {label: sizes_of_model(label, model) for label, model in study.models.items()}
+    groups = estimate(study, sizes, on_paper(100, 24, 1000)).groups
+    assert {group.method for group in groups} == {"toy", "toy,strength=2", "sparsegpt"}
+    assert all(group.cost.seconds["prune"] > 0 for group in groups)
+    seen = Recorder()
+    run_study(study, tmp_path / "store", seen, only=["code*toy*"])
+    assert not seen.errors
+    done = read_results(tmp_path / "store").trials
+    assert {trial.method for trial in done} == {"toy", "toy,strength=2"}
+    assert all(trial.sparsity == pytest.approx(0.6, abs=1e-3) for trial in done)
+
+
+def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
+    """The request has the members it had when damping was the only option there was."""
+    study = load_study(tiny_study())
+    (trial,) = (t for t in plan(study) if (t.calibration, t.method) == ("code", "sparsegpt"))
+    request = Resolver(study).resolve(trial).request
+    assert set(request) == {
+        "format", "model", "calibration", "method", "pattern", "sparsity", "propagation",
+        "damping", "suite",
+    }  # fmt: skip
+    assert request["damping"] == 0.01
+    assert trial.condition == ("tiny", "sparsegpt", "60%", 6, 32, "sequential", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("tox", r"unknown method 'tox': did you mean toy\?"),
+        ("gone", r"the method 'gone' .* cannot be loaded: ModuleNotFoundError"),
+        ("other", "tests.pruning.toy:Toy is no method of the name 'other'"),
+        ("toy,strength", "'strength' is not of the form option=value"),
+        ("toy,strength=", "'strength=' is not of the form option=value"),
+        ("toy,strength=1,strength=2", "gives strength twice"),
+        ("toy,strength=many", "method toy: strength many: Input should be a valid integer"),
+        ("toy,strength=10", "method toy: strength 10: Input should be less than or equal to 9"),
+        ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
+        ("wanda,damping=1", "damping has no effect with method wanda: it has none"),
+        ("sparsegpt,damping=nan", "damping nan: Input should be"),
+    ],
+)
+def test_mistakes_are_one_line(shipped, method, says):
+    with pytest.raises(InputError, match=says):
+        get_method(method)
+
+
+def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, text_file, tmp_path):
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    for how, says in [
+        (("--strength", 2), "--strength has no effect with method sparsegpt: leave it out"),
+        (("--method", "toy", "--damping", 1), "--damping has no effect with method toy"),
+        (("--method", "toy,wanda", "--damping", 1), "--damping has no effect with methods toy"),
+        (("--method", "toy,strength=2", "--strength", 3), "strength is given twice"),
+        (("--method", "toy", "--strength", "x"), "strength x: Input should be a valid integer"),
+        (("--method", "toy,strength=1,toy"), "two targets are the same, toy-0.5"),
+        (("--method", "strength=1,toy"), "unknown method 'strength=1'"),
+    ]:
+        ended = calmix(*common, "-o", tmp_path / "out", *how)
+        assert ended.code == 2
+        assert says in ended.line
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_a_method_is_refused():
+    class Nameless(Method):
+        statistic = None
+
+        def solve(self, weights, statistic, patterns): ...
+
+    class Unsolved(Method):
+        name, statistic = "unsolved", None
+
+    class Taken(Toy):
+        name = "wanda"
+
+    class Reserved(Toy):
+        name = "reserved"
+        rows: int = Field(default=1, description="x")
+
+    class Open(Toy):
+        name = "open"
+        limit: int
+
+    class Odd(Toy):
+        name = "a,b"
+
+    for kind, says in [
+        (Nameless, "has no name"),
+        (Unsolved, "has no solve"),
+        (Taken, "the method 'wanda' is calmix.pruning.methods.wanda.Wanda's"),
+        (Reserved, "has an option rows, which is every prune's"),
+        (Open, "the option limit of the method open has no default"),
+        (Odd, "a method's name is of small letters"),
+        (int, "is no subclass of"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            register(kind)
+    assert "wanda" in methods()
+
+
+def test_the_command_line_starts_without_torch():
+    """Only a verb that prunes asks the methods what options they have."""
+    code = "import sys, calmix.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

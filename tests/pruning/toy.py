@@ -1,0 +1,43 @@
+"""A method as another package would ship it: its own statistic, an option, a paper's name."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from calmix.pruning.gram import Statistic
+from calmix.pruning.methods import Method, Solution
+from calmix.pruning.methods.magnitude import mask
+from calmix.pruning.patterns import clear
+
+
+class Means(Statistic):
+    """Mean of |x| of every input."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum, self.tokens = torch.zeros(columns, device=device), 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.sum += flat.abs().sum(0)
+        self.tokens += len(flat)
+
+    def matrix(self) -> torch.Tensor:
+        return self.sum / self.tokens
+
+
+class Toy(Method):
+    """Prune by |W| mean(|x|)^strength within a layer."""
+
+    name = "toy"
+    statistic = Means
+    paper = "none"
+
+    strength: int = Field(default=1, ge=0, le=9, description="Exponent of the inputs' mean.")
+
+    def solve(self, weights, statistic, patterns):
+        full = [weight.float() for weight in weights]
+        pairs = list(zip(full, patterns, strict=True))
+        masks = [mask(w.abs() * statistic**self.strength, pattern) for w, pattern in pairs]
+        pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
+        return Solution(pruned, [int(m.sum()) for m in masks], [None] * len(masks))
