@@ -30,7 +30,7 @@ from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks
 ITERATIONS = 24
 REFIT = 8
 RHO = 0.6
-DAMPING = 0.01
+DAMPING = 0.001
 POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
 SAMPLE = 2**14  # weights of which a bound is taken
 

@@ -18,6 +18,7 @@ from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks
 
 STEPS = 10
 DAMPING = 0.001
+ROUND = 10  # steps before rounding shows in the residual
 
 
 def refit(
@@ -33,8 +34,8 @@ def refit(
     Zeros stay exactly zero. A row keeps the weights it came with unless its own output error,
     after rounding to their type, is less: no layer ends with a larger error than it began with.
 
-    The steps' products may round their factors to bfloat16: they only choose directions. The
-    first residual and the errors that are compared are float32.
+    The steps' products may round their factors to bfloat16, so the residual is computed anew in
+    float32 every `ROUND` steps, and the errors that are compared are float32.
 
     Args:
         weights: dense matrices (rows, columns) of any float type that share one input.
@@ -65,15 +66,22 @@ def refit_layer(
     for rows in chunks(len(weight)):
         dense, begin = weight[rows].float(), start[rows].to(weight.dtype)
         target = dense * scaled.norm
-        delta = (dense - begin.float()).mul_(scaled.norm)
+        end, mask = begin.to(torch.float32, copy=True), (begin != 0).float()
+        delta = (dense - end).mul_(scaled.norm)
         residual = delta @ scaled.gram
         before = (residual * delta).sum(1)
-        change = _conjugate_gradients(residual, delta, begin != 0, scaled.gram, steps, damping)
-        end = change.mul_(scaled.inverse).add_(begin.float()).to(weight.dtype)
-        delta = (dense - end.float()).mul_(scaled.norm)
+        for done in range(0, steps, ROUND):
+            if done:
+                torch.mm(torch.mul(dense - end, scaled.norm, out=delta), scaled.gram, out=residual)
+            at_once = min(ROUND, steps - done)
+            change = _conjugate_gradients(residual, delta, mask, scaled.gram, at_once, damping)
+            end.add_(change.mul_(scaled.inverse))
+        made[rows] = end
+        end = made[rows].float()
+        torch.mul(dense - end, scaled.norm, out=delta)
         after = torch.mm(delta, scaled.gram, out=residual).mul_(delta).sum(1)
         better = after < before
-        made[rows] = torch.where(better[:, None], end, begin)
+        made[rows] = torch.where(better[:, None], end, begin.float())
         lost += torch.where(better, after, before).sum()
         with bfloat16_products():
             energy += torch.mm(target, scaled.gram, out=residual).mul_(target).sum()
@@ -84,14 +92,13 @@ def refit_layer(
 
 
 def _conjugate_gradients(
-    residual: Tensor, delta: Tensor, kept: Tensor, gram: Tensor, steps: int, damping: float
+    residual: Tensor, delta: Tensor, mask: Tensor, gram: Tensor, steps: int, damping: float
 ) -> Tensor:
-    """Return by how much kept entries change, (rows, columns) in scaled coordinates.
+    """Return by how much the entries that a mask of 1.0 keeps change, in scaled coordinates.
 
     Every row is a system of its own, with its own step lengths. `gram` has unit diagonal, so
     nothing is left to precondition.
     """
-    mask = kept.to(residual.dtype)
     left = residual.add(delta, alpha=damping).mul_(mask)
     change, towards = torch.zeros_like(left), left.clone()
     size = torch.linalg.vecdot(left, left)[:, None]
@@ -111,9 +118,9 @@ def _conjugate_gradients(
 
 
 def products(rows: int, columns: int, *, steps: int = STEPS) -> Products:
-    """Return the products that refitting a layer takes: one a step, three to measure."""
+    """Return the products of a layer's refit: one a step, a residual a round, two energies."""
     one = 2.0 * rows * columns**2
-    return Products(fast=(steps + 1) * one, exact=2 * one)
+    return Products(fast=(steps + 1) * one, exact=(max(1, -(-steps // ROUND)) + 1) * one)
 
 
 def memory(rows: int, columns: int) -> int:
