@@ -9,9 +9,9 @@ import torch
 from calmix.errors import SolverError
 from calmix.pruning.methods import sparsegpt, wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured
-from calmix.pruning.solvers import admm, refit, ria
-from calmix.pruning.solvers.admm import products
-from calmix.pruning.solvers.ria import saliency
+from calmix.pruning.solvers.admm import admm, products
+from calmix.pruning.solvers.refit import refit
+from calmix.pruning.solvers.ria import ria, saliency
 from tests.pruning.test_methods import first_k, output_error, problem
 
 PATTERNS = [Unstructured(0.6), SemiStructured(2, 4), SemiStructured(4, 8)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calmix.errors import SolverError
 
-ROWS = 1024  # rows worked on at a time: enough for a product, little beside the layer
+ROWS = 512  # rows worked on at a time: enough for a product, little beside the layer
 
 
 class Products(NamedTuple):
