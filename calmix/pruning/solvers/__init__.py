@@ -1,0 +1,1 @@
+"""Pure solvers: tensors in, tensors out; they know no models, methods or command lines."""

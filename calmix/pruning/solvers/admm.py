@@ -1,0 +1,209 @@
+"""Mask and weights together, by alternating directions on the Gram matrix.
+
+Boza (arXiv 2401.02938) and ALPS (arXiv 2406.07831) split the problem into a least-squares step
+and a projection onto sparse matrices. Ours are the form of the iteration, the schedule, the
+sampled bounds, and that the weights are left to conjugate gradients once the mask is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calmix.errors import SolverError
+from calmix.pruning.gram import bfloat16_products, inverse_factor
+from calmix.pruning.patterns import (
+    Pattern,
+    SemiStructured,
+    Unstructured,
+    clear,
+    smallest,
+    smallest_of_m,
+)
+from calmix.pruning.solvers import refit
+from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
+
+ITERATIONS = 24
+REFIT = 8
+RHO = 0.6
+DAMPING = 0.001
+POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
+SAMPLE = 2**14  # weights of which a bound is taken
+
+
+def admm(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    patterns: Sequence[Pattern],
+    *,
+    iterations: int = ITERATIONS,
+    rho: float = RHO,
+    damping: float = DAMPING,
+    steps: int = REFIT,
+) -> Fitted:
+    """Prune by alternating directions (arXiv 2401.02938, algorithm 1), then refit what is kept.
+
+    In scaled coordinates (see scaled.py), with H the scaled Gram matrix plus damping:
+
+        minimise tr((W - X) H (W - X)^T) over X = Z, Z sparse
+
+    Its iterations X = (W H + rho (Z - U)) (H + rho)^-1, Z = project(X + U), U = U + X - Z are, for
+    T = X + U, one line (Douglas and Rachford's):
+
+        Z = project(T),  T = Z + (T + W - 2 Z) Q,  Q = (H + rho)^-1 H
+
+    Unstructured, the share that is projected away rises to the pattern's over all iterations,
+    and bounds come from a sample of the layer; the last projection is exact. N:M patterns are
+    projected in full from the first: measured, a gradual schedule is worse.
+
+    Args:
+        weights: matrices (rows, columns) of any float type that share one input.
+        gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
+        patterns: of each layer: the share of the whole layer to prune, or of every group of M
+            columns of a row. Of equal weights those of the lower index go.
+        iterations: products that look for the mask.
+        rho: penalty on X - Z, beside a diagonal of ones. Below 0.5 it overshoots.
+        damping: share of every input's own square sum added to it, here and in the refit.
+        steps: steps of conjugate gradients on the kept weights (see refit.py).
+
+    Raises:
+        SolverError: the Gram matrix or the weights are not finite, every input is zero, or no
+            damping makes the Gram matrix positive definite.
+    """
+    scaled = scale(gram)
+    starts: dict[int, Tensor] = {}
+    used = damping
+    for m in sorted({_group(pattern) for pattern in patterns}):
+        order = _panels(len(gram), m).to(gram.device)
+        reflector, used = _reflector(scaled.gram, order, m, rho, damping)
+        for number, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
+            if _group(pattern) == m:
+                starts[number] = _search(weight, order, scaled, reflector, pattern, iterations)
+        del reflector
+    made, errors = [], []
+    for number, weight in enumerate(weights):
+        begin = starts.pop(number)
+        result, error = refit.refit_layer(weight, begin, scaled, steps=steps, damping=used)
+        made.append(result)
+        errors.append(error)
+    return Fitted(made, errors, used, scaled.dead)
+
+
+def _group(pattern: Pattern) -> int:
+    """Return M of an N:M pattern, 1 of an unstructured one."""
+    return pattern.m if isinstance(pattern, SemiStructured) else 1
+
+
+def _panels(columns: int, m: int) -> Tensor:
+    """Return an order of the columns in which the j-th of every group of M make one panel."""
+    return torch.arange(columns).view(-1, m).T.reshape(-1)
+
+
+def _reflector(
+    gram: Tensor, order: Tensor, m: int, rho: float, damping: float
+) -> tuple[Tensor, float]:
+    """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping that was needed."""
+    mean = float(gram.diagonal().mean())
+    ordered = gram if m == 1 else gram[order][:, order]
+    factor = inverse_factor(ordered, (damping + rho) / mean)
+    del ordered
+    with bfloat16_products():  # as the steps that use it do
+        reflector = torch.mm(factor.upper.T, factor.upper).mul_(-rho)
+    reflector.diagonal().add_(1)
+    return reflector, max(damping, factor.damping * mean - rho)
+
+
+def _search(
+    weight: Tensor,
+    order: Tensor,
+    scaled: Scaled,
+    reflector: Tensor,
+    pattern: Pattern,
+    iterations: int,
+) -> Tensor:
+    """Return one layer's weights, pruned but not refitted, in their type."""
+    norm = scaled.norm[order]
+    target = weight[:, order].float().mul_(norm)
+    state = target.clone()
+    for number in range(1, iterations + 1):
+        bound = 0.0
+        if isinstance(pattern, Unstructured):
+            time = number / (iterations + 1)
+            bound = _bound(state, pattern.sparsity * (1 - (1 - time) ** POWER))
+        for rows in chunks(len(state)):
+            part = state[rows]
+            if isinstance(pattern, SemiStructured):
+                sparse = part.addcmul(part, _semi_structured(part, pattern), value=-1)
+            else:
+                sparse = functional.hardshrink(part, bound)
+            step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
+            with bfloat16_products():
+                torch.addmm(sparse, step, reflector, out=part)
+    del target
+    if not torch.isfinite(state.sum()):
+        raise SolverError("the weights or inputs of this layer are not finite")
+    if isinstance(pattern, SemiStructured):
+        mask = _semi_structured(state, pattern)
+    else:
+        flat = state.abs().view(1, -1)
+        mask = smallest(flat, pattern.count(flat.shape[1])).view(state.shape).to(state.dtype)
+    state.mul_(scaled.inverse[order])
+    dead = norm == 0
+    if scaled.dead:
+        state[:, dead] = weight[:, order[dead]].float()
+    clear(state, mask)
+    made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    made[:, order] = state.to(weight.dtype)
+    return made
+
+
+def _bound(state: Tensor, share: float) -> float:
+    """Return the absolute value that about `share` of a layer's entries do not exceed."""
+    step = max(1, state.numel() // SAMPLE)
+    while math.gcd(step, state.shape[1]) > 1:  # a sample of every column
+        step += 1
+    sample = state.view(-1)[::step].abs()
+    count = round(share * len(sample))
+    return float(sample.kthvalue(count).values) if count else 0.0
+
+
+def _semi_structured(state: Tensor, pattern: SemiStructured) -> Tensor:
+    """Return 1.0 where an N:M pattern prunes, 0.0 elsewhere; columns lie in panels."""
+    panels = state.abs().view(len(state), pattern.m, -1).transpose(0, 1)
+    mask = smallest_of_m(panels, pattern.m - pattern.n)
+    return mask.transpose(0, 1).to(state.dtype).reshape(state.shape)
+
+
+def products(
+    rows: int, columns: int, *, iterations: int = ITERATIONS, steps: int = REFIT
+) -> Products:
+    """Return the products that pruning layers of `rows` in all, which share one input, takes."""
+    refitted = refit.products(rows, columns, steps=steps)
+    search = 2.0 * rows * columns**2 * iterations
+    # The factorisation, and its square.
+    return Products(
+        fast=search + refitted.fast + 2 * columns**3, exact=refitted.exact + 4 / 3 * columns**3
+    )
+
+
+def memory(rows: int, columns: int, most: int | None = None, *, value_bytes: int = 2) -> int:
+    """Return the bytes needed beside weights and Gram.
+
+    Args:
+        rows: of all layers that share the input.
+        columns: of the input.
+        most: rows of the largest of the layers; None for one layer.
+        value_bytes: of a weight.
+    """
+    most = rows if most is None else most
+    factors = 15 * columns**2  # the scaled Gram matrix, in order; a factor at work
+    layer = max(13 * columns * most, 8 * columns * most + 20 * columns * min(most, ROWS))
+    return max(
+        factors,
+        12 * columns**2 + layer + value_bytes * columns * rows,
+        refit.memory(rows, columns) + value_bytes * columns * rows,
+    )

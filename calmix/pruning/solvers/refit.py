@@ -1,0 +1,128 @@
+"""Refit of the kept weights of any mask, by masked conjugate gradients on all rows at once.
+
+A row's kept weights have a least-squares optimum of their own. Conjugate gradients come close to
+it in ten products with the Gram matrix, where solving each row's normal equations would take one
+factorisation a row (ALPS, arXiv 2406.07831, section 3.3, ends with such steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calmix.errors import SolverError
+from calmix.pruning.gram import bfloat16_products
+from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
+
+STEPS = 10
+DAMPING = 0.001
+ROUND = 10  # steps before rounding shows in the residual
+
+
+def refit(
+    weights: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    gram: Tensor,
+    *,
+    steps: int = STEPS,
+    damping: float = DAMPING,
+) -> Fitted:
+    """Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero.
+
+    Zeros stay exactly zero. A row keeps the weights it came with unless its own output error,
+    after rounding to their type, is less: no layer ends with a larger error than it began with.
+
+    The steps' products may round their factors to bfloat16, so the residual is computed anew in
+    float32 every `ROUND` steps, and the errors that are compared are float32.
+
+    Args:
+        weights: dense matrices (rows, columns) of any float type that share one input.
+        pruned: the same pruned, of the same type or float32: where to begin.
+        gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
+        steps: steps of conjugate gradients; 0 only measures.
+        damping: share of every input's own square sum added to it.
+
+    Raises:
+        SolverError: the Gram matrix or the weights are not finite, or every input is zero.
+    """
+    scaled = scale(gram)
+    made, errors = [], []
+    for weight, start in zip(weights, pruned, strict=True):
+        result, error = refit_layer(weight, start, scaled, steps=steps, damping=damping)
+        made.append(result)
+        errors.append(error)
+    return Fitted(made, errors, damping, scaled.dead)
+
+
+def refit_layer(
+    weight: Tensor, start: Tensor, scaled: Scaled, *, steps: int, damping: float
+) -> tuple[Tensor, float]:
+    """Refit one layer; return its weights, in their type, and the error that is left."""
+    made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    lost = torch.zeros((), dtype=torch.float64, device=weight.device)
+    energy = torch.zeros_like(lost)
+    for rows in chunks(len(weight)):
+        dense, begin = weight[rows].float(), start[rows].to(weight.dtype)
+        target = dense * scaled.norm
+        end, mask = begin.to(torch.float32, copy=True), (begin != 0).float()
+        delta = (dense - end).mul_(scaled.norm)
+        residual = delta @ scaled.gram
+        before = (residual * delta).sum(1)
+        for done in range(0, steps, ROUND):
+            if done:
+                torch.mm(torch.mul(dense - end, scaled.norm, out=delta), scaled.gram, out=residual)
+            at_once = min(ROUND, steps - done)
+            change = _conjugate_gradients(residual, delta, mask, scaled.gram, at_once, damping)
+            end.add_(change.mul_(scaled.inverse))
+        made[rows] = end
+        end = made[rows].float()
+        torch.mul(dense - end, scaled.norm, out=delta)
+        after = torch.mm(delta, scaled.gram, out=residual).mul_(delta).sum(1)
+        better = after < before
+        made[rows] = torch.where(better[:, None], end, begin.float())
+        lost += torch.where(better, after, before).sum()
+        with bfloat16_products():
+            energy += torch.mm(target, scaled.gram, out=residual).mul_(target).sum()
+    share, whole = float(lost), float(energy)
+    if not torch.isfinite(lost + energy):
+        raise SolverError("the weights or inputs of this layer are not finite")
+    return made, max(share, 0.0) / whole if whole > 0 else 0.0
+
+
+def _conjugate_gradients(
+    residual: Tensor, delta: Tensor, mask: Tensor, gram: Tensor, steps: int, damping: float
+) -> Tensor:
+    """Return by how much the entries that a mask of 1.0 keeps change, in scaled coordinates.
+
+    Every row is a system of its own, with its own step lengths. `gram` has unit diagonal, so
+    nothing is left to precondition.
+    """
+    left = residual.add(delta, alpha=damping).mul_(mask)
+    change, towards = torch.zeros_like(left), left.clone()
+    size = torch.linalg.vecdot(left, left)[:, None]
+    product = torch.empty_like(left)
+    with bfloat16_products():
+        for _ in range(steps):
+            torch.addmm(towards, towards, gram, beta=damping, out=product).mul_(mask)
+            curvature = torch.linalg.vecdot(towards, product)[:, None]
+            # A row that is solved, or that rounding left no descent, stays where it is.
+            length = torch.where(curvature > 0, size / curvature, 0)
+            change.addcmul_(towards, length)
+            left.addcmul_(product, length, value=-1)
+            now = torch.linalg.vecdot(left, left)[:, None]
+            towards.mul_(torch.where(size > 0, now / size, 0)).add_(left)
+            size = now
+    return change
+
+
+def products(rows: int, columns: int, *, steps: int = STEPS) -> Products:
+    """Return the products of a layer's refit: one a step, a residual a round, two energies."""
+    one = 2.0 * rows * columns**2
+    return Products(fast=(steps + 1) * one, exact=(max(1, -(-steps // ROUND)) + 1) * one)
+
+
+def memory(rows: int, columns: int) -> int:
+    """Return the bytes a refit needs beside weights and Gram: its scaled copy and some rows."""
+    return 4 * columns**2 + 11 * 4 * columns * min(rows, ROWS)

@@ -1,0 +1,89 @@
+"""The output error of a layer in coordinates in which every input has norm one.
+
+With n_j = ||x_j|| and N = diag(n), tr((W - P) G (W - P)^T) is the same for W N, P N and the
+scaled Gram matrix N^-1 G N^-1, whose diagonal is one: a preconditioner by the diagonal that
+costs nothing later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calmix.errors import SolverError
+
+ROWS = 512  # rows worked on at a time: enough for a product, little beside the layer
+
+
+class Products(NamedTuple):
+    """Floating point operations of a solver's matrix products.
+
+    Attributes:
+        fast: of those whose factors may be rounded to bfloat16.
+        exact: of those in float32.
+    """
+
+    fast: float
+    exact: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Pruned weights of layers that share one input.
+
+    Attributes:
+        weights: matrices (rows, columns) in the type of those given, pruned entries exactly zero.
+        errors: share of each layer's output energy that is lost on the calibration tokens,
+            ||(W - W') X||^2 / ||W X||^2, of the weights as returned.
+        damping: damping that was used.
+        dead: inputs that were zero on every token.
+    """
+
+    weights: list[Tensor]
+    errors: list[float]
+    damping: float
+    dead: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A Gram matrix and the norms it was scaled by.
+
+    Attributes:
+        gram: float32 (columns, columns), diagonal one; rows and columns of dead inputs zero.
+        norm: float32 (columns,), norms of the inputs, zero where dead.
+        inverse: float32 (columns,), their reciprocals, zero where dead.
+        dead: inputs that were zero on every token.
+    """
+
+    gram: Tensor
+    norm: Tensor
+    inverse: Tensor
+    dead: int
+
+
+def scale(gram: Tensor) -> Scaled:
+    """Scale a Gram matrix to unit diagonal.
+
+    Raises:
+        SolverError: its diagonal is not finite, or zero on every token.
+    """
+    squares = gram.diagonal()
+    if not torch.isfinite(squares).all():
+        raise SolverError("the inputs of this layer are not finite")
+    dead = squares <= torch.finfo(squares.dtype).tiny
+    if dead.all():
+        raise SolverError("the inputs of this layer are zero on every calibration token")
+    norm = squares.sqrt().masked_fill(dead, 0)
+    inverse = norm.reciprocal().masked_fill(dead, 0)
+    return Scaled((gram * inverse).mul_(inverse[:, None]), norm, inverse, int(dead.sum()))
+
+
+def chunks(rows: int) -> Iterator[slice]:
+    """Yield slices of at most `ROWS` rows."""
+    for start in range(0, rows, ROWS):
+        yield slice(start, min(start + ROWS, rows))
