@@ -63,7 +63,7 @@ def test_a_pruned_checkpoint_loads_anywhere_and_tells_what_was_done(
     assert run["seconds"]["total"] > 0
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda,refit=5", "magnitude"])
 def test_the_same_command_twice_gives_the_same_bytes(
     calmix, tiny_folder, text_file, tmp_path, method
 ):

@@ -25,7 +25,13 @@ from calmix.study.results import StudyResults, Trial
 TOTAL = "total"
 WORST = "worst"
 DISTANCES = ("kl", "top1", "flips")  # KL in nats a token; shares of tokens and of items
-METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "Magnitude"}
+METHOD_NAMES = {
+    "sparsegpt": "SparseGPT",
+    "admm": "ADMM",
+    "wanda": "Wanda",
+    "ria": "RIA",
+    "magnitude": "Magnitude",
+}
 
 
 @dataclass(frozen=True)

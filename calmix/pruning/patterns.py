@@ -53,6 +53,10 @@ class SemiStructured:
         """Share of weights that is pruned."""
         return 1 - self.n / self.m
 
+    def count(self, size: int) -> int:
+        """Return how many of `size` entries, whole groups, are pruned."""
+        return size // self.m * (self.m - self.n)
+
 
 Pattern = Unstructured | SemiStructured
 
@@ -132,6 +136,22 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
             rank[i] += later
             rank[j] += ~later
     return rank < count
+
+
+def layer_mask(saliency: Tensor, pattern: Pattern) -> Tensor:
+    """Return the mask (rows, columns) with the whole matrix as one comparison group."""
+    if isinstance(pattern, SemiStructured):
+        return grouped_mask(saliency, pattern)
+    flat = saliency.reshape(1, -1)
+    return smallest(flat, pattern.count(flat.shape[1])).view(saliency.shape)
+
+
+def grouped_mask(saliency: Tensor, pattern: SemiStructured) -> Tensor:
+    """Return the N:M mask (rows, columns) of a saliency matrix."""
+    rows, columns = saliency.shape
+    groups = saliency.view(rows, columns // pattern.m, pattern.m).permute(2, 0, 1).contiguous()
+    marked = smallest_of_m(groups, pattern.m - pattern.n)
+    return marked.permute(1, 2, 0).reshape(rows, columns)
 
 
 def clear(weight: Tensor, mask: Tensor) -> Tensor:

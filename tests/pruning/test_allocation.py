@@ -71,7 +71,7 @@ def test_what_matters_more_keeps_more_and_the_whole_stays():
         spread([0.0, 1.0], [1, 1], 0.95, 0.16)
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda", "ria", "magnitude"])
 @pytest.mark.parametrize("seed", range(4))
 def test_as_many_weights_go_as_everywhere_the_same(method, seed):
     rng = np.random.default_rng(seed)

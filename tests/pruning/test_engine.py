@@ -131,7 +131,7 @@ def test_layers_that_read_one_input_share_it():
     ]
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda", "ria", "magnitude"])
 def test_the_same_prune_twice_gives_the_same_bytes(method):
     first, second = tiny_model("llama"), tiny_model("llama")
     ids = None if method == "magnitude" else tiny_ids()

@@ -177,7 +177,7 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
         ("toy,strength=many", "method toy: strength many: Input should be a valid integer"),
         ("toy,strength=10", "method toy: strength 10: Input should be less than or equal to 9"),
         ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
-        ("wanda,damping=1", "damping has no effect with method wanda: it has none"),
+        ("wanda,damping=1", "damping has no effect with method wanda: known: refit"),
         ("sparsegpt,damping=nan", "damping nan: Input should be"),
     ],
 )

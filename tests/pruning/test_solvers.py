@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from calmix.errors import SolverError
-from calmix.pruning.methods import sparsegpt, wanda
+from calmix.pruning.methods.sparsegpt import SparseGPT
+from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.pruning.solvers.admm import admm, products
 from calmix.pruning.solvers.refit import refit
@@ -127,8 +128,8 @@ def test_refit_serves_masks_of_any_method():
     w, h = tensors(weight, gram)
     for pattern in PATTERNS:
         for start in (
-            wanda.solve([w], h.diagonal(), pattern).weights[0],
-            sparsegpt.solve([w], h, pattern).weights[0],
+            Wanda().solve([w], h.diagonal(), [pattern]).weights[0],
+            SparseGPT().solve([w], h, [pattern]).weights[0],
         ):
             refitted = refit([w], [start], h)
             assert refitted.errors[0] < 0.95 * share(w, start, gram)
@@ -177,7 +178,7 @@ def test_admm_is_exact_and_better_than_sparsegpt(pattern, seed):
     solved = admm([w], h, [pattern])
     assert_pattern(solved.weights[0], pattern)
     assert solved.errors[0] == pytest.approx(share(w, solved.weights[0], gram), rel=0.01)
-    other = sparsegpt.solve([w], h, pattern).weights[0]
+    other = SparseGPT().solve([w], h, [pattern]).weights[0]
     assert solved.errors[0] < share(w, other, gram)
 
 

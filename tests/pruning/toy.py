@@ -7,8 +7,7 @@ from pydantic import Field
 
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method, Solution
-from calmix.pruning.methods.magnitude import mask
-from calmix.pruning.patterns import clear
+from calmix.pruning.patterns import clear, layer_mask
 
 
 class Means(Statistic):
@@ -38,6 +37,6 @@ class Toy(Method):
     def solve(self, weights, statistic, patterns):
         full = [weight.float() for weight in weights]
         pairs = list(zip(full, patterns, strict=True))
-        masks = [mask(w.abs() * statistic**self.strength, pattern) for w, pattern in pairs]
+        masks = [layer_mask(w.abs() * statistic**self.strength, pattern) for w, pattern in pairs]
         pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
         return Solution(pruned, [int(m.sum()) for m in masks], [None] * len(masks))

@@ -15,8 +15,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from calmix.errors import InputError, nearest
+from calmix.pruning.methods.admm import Admm
 from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.methods.magnitude import Magnitude
+from calmix.pruning.methods.ria import Ria
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.specs import PRUNE
@@ -24,7 +26,7 @@ from calmix.specs import PRUNE
 __all__ = ["METHODS", "Method", "Solution", "get_method", "methods", "register"]
 
 GROUP = "calmix.methods"
-BUILTIN: tuple[type[Method], ...] = (SparseGPT, Wanda, Magnitude)
+BUILTIN: tuple[type[Method], ...] = (SparseGPT, Admm, Wanda, Ria, Magnitude)
 METHODS: dict[str, type[Method]] = {}
 
 

@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from calmix.pruning.gram import Factor, Gram, Work, bfloat16_products, inverse_factor, triangle
-from calmix.pruning.methods.base import Method, Solution
+from calmix.pruning.methods.base import Solution
+from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
@@ -24,7 +25,7 @@ STEP_VALUES = 24  # values read and written a column step and output (panel of 1
 MASK_BYTES = BLOCK * 5 * 4  # an output of mask, errors and scores of one block in float32
 
 
-class SparseGPT(Method):
+class SparseGPT(Refitted):
     """Prune with optimal brain surgeon updates (algorithm 1 of the paper).
 
     Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does, within
@@ -42,7 +43,7 @@ class SparseGPT(Method):
         description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
     )
 
-    def solve(
+    def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune and correct the weights that are kept.
@@ -82,7 +83,7 @@ class SparseGPT(Method):
         found = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
         return [(number, size) for number, size in found if number * size]
 
-    def work(self, columns: int, outputs: int) -> Work:
+    def own_work(self, columns: int, outputs: int) -> Work:
         """Factorisation 4/3 d^3; d steps; corrections r d^2; output energy, 2 r d^2 halved."""
         return Work(
             gram=2 * outputs * columns**2 * triangle(columns, ENERGY_PANEL),
@@ -92,7 +93,7 @@ class SparseGPT(Method):
             cached=columns * STEP_VALUES * outputs * 4,
         )
 
-    def memory(self, columns: int, outputs: int, widest: int) -> int:
+    def own_memory(self, columns: int, outputs: int, widest: int) -> int:
         """The sum, its factor and what the factorisation holds beside it; the weights transposed;
         mask, errors and scores of one group of columns, or some outputs' energy."""
         energy = 2 * 4 * columns * min(outputs, ENERGY)
@@ -132,7 +133,7 @@ def _solve(
         stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(0)
         for number, (height, pattern) in enumerate(zip(heights, patterns, strict=True)):
-            pruned[number] += _count(pattern, stop - start, height)
+            pruned[number] += pattern.count((stop - start) * height)
     lost = [float(part.sum()) for part in loss.split(heights)]
     whole = [float(part.sum()) for part in energy.split(heights)]
     shares = [part / total if total else 0.0 for part, total in zip(lost, whole, strict=True)]
@@ -223,13 +224,6 @@ def _errors(weights: Tensor, mask: Tensor, upper: Tensor) -> Tensor:
     system = torch.diag_embed(1 - mask.T).addcmul_(upper, chosen)
     right = (weights * mask).T[:, None, :]
     return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
-
-
-def _count(pattern: Pattern, columns: int, rows: int) -> int:
-    """Entries that one block's mask of a layer removes; exact by construction of the masks."""
-    if isinstance(pattern, SemiStructured):
-        return columns // pattern.m * (pattern.m - pattern.n) * rows
-    return pattern.count(columns * rows)
 
 
 def _multiple(size: int, pattern: Pattern) -> int:

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from calmix.pruning.gram import Squares
-from calmix.pruning.methods.base import Method, Solution
-from calmix.pruning.methods.magnitude import grouped_mask
-from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest
+from calmix.pruning.methods.base import Solution
+from calmix.pruning.methods.refitted import Refitted
+from calmix.pruning.patterns import Pattern, SemiStructured, clear, grouped_mask, smallest
 
 
-class Wanda(Method):
+class Wanda(Refitted):
     """Prune by |W_ij| * ||x_j||_2 (equation 1), within an output row or a group of M inputs."""
 
     name = "wanda"
     statistic = Squares
     paper = "arXiv 2306.11695"
 
-    def solve(
+    def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune; kept weights are not changed.

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from calmix.pruning.methods.magnitude import mask
-from calmix.pruning.patterns import Pattern, clear
+from calmix.pruning.patterns import Pattern, clear, layer_mask
 
 POWER = 0.5
 
@@ -53,6 +52,6 @@ def ria(
         The pruned weights, in the type of those given.
     """
     return [
-        clear(weight.clone(), mask(saliency(weight, squares, power=power), pattern))
+        clear(weight.clone(), layer_mask(saliency(weight, squares, power=power), pattern))
         for weight, pattern in zip(weights, patterns, strict=True)
     ]

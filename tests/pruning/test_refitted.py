@@ -1,0 +1,81 @@
+"""Methods with a refit: the same mask, never a larger error, and what it needs is planned for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calmix.errors import InputError
+from calmix.pruning import prune
+from calmix.pruning.gram import Gram
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import SemiStructured, Unstructured
+from calmix.specs import prune_request
+from tests.tiny import tiny_ids, tiny_model
+
+
+def problem(rows: int = 24, columns: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(columns, columns, generator=generator)
+    x = torch.randn(400, columns, generator=generator) @ mixing
+    return torch.randn(rows, columns, generator=generator), x.T @ x
+
+
+def error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
+    lost = (weight - pruned).double()
+    return float((lost @ gram.double() * lost).sum())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), SemiStructured(2, 4)])
+@pytest.mark.parametrize("name", ["sparsegpt", "wanda", "ria", "magnitude"])
+def test_a_refit_keeps_the_mask_and_lowers_the_error(name, pattern):
+    weight, gram = problem()
+    plain, fitted = get_method(name), get_method(name, refit=10)
+    own = {None: None, Gram: gram}.get(plain.needs, gram.diagonal())
+    before = plain.solve([weight], own, [pattern])
+    after = fitted.solve([weight], gram, [pattern])
+    assert torch.equal(before.weights[0] == 0, after.weights[0] == 0)
+    assert after.pruned == before.pruned == [int((after.weights[0] == 0).sum())]
+    least = error(weight, before.weights[0], gram)
+    assert error(weight, after.weights[0], gram) < least * (1 if name == "sparsegpt" else 0.7)
+    energy = float((weight.double() @ gram.double() * weight.double()).sum())
+    assert after.errors == [pytest.approx(error(weight, after.weights[0], gram) / energy, rel=1e-3)]
+
+
+def test_admm_loses_less_than_sparsegpt_with_a_refit():
+    weight, gram = problem(64, 96)
+    for pattern in (Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4)):
+        made = get_method("admm").solve([weight], gram, [pattern])
+        other = get_method("sparsegpt,refit=10").solve([weight], gram, [pattern])
+        assert made.errors[0] < other.errors[0], pattern
+        assert made.pruned == [pattern.count(weight.numel())]
+        assert int((made.weights[0] == 0).sum()) == made.pruned[0]
+
+
+def test_the_engine_gathers_what_a_refit_needs():
+    plain, fitted = tiny_model("llama"), tiny_model("llama")
+    before = prune(plain, tiny_ids(), method="wanda", pattern=Unstructured(0.6))
+    after = prune(fitted, tiny_ids(), method="wanda", pattern=Unstructured(0.6), refit=8)
+    assert before.sparsity == after.sparsity
+    assert all(layer.error is None for layer in before.layers)
+    assert all(0 < layer.error < 1 for layer in after.layers)
+    assert after.options["refit"] == 8
+    prune(tiny_model("llama"), tiny_ids(), method="magnitude", pattern=Unstructured(0.5), refit=3)
+
+
+def test_a_refit_is_planned_for():
+    for name in ("sparsegpt", "wanda", "magnitude"):
+        plain, fitted = get_method(name), get_method(name, refit=10)
+        assert fitted.work(64, 128).gram >= plain.work(64, 128).gram + 2 * 128 * 64**2 * 10
+        assert fitted.memory(64, 128, 128) >= Gram.memory(64)
+    admm = get_method("admm")
+    assert admm.work(64, 128).gram > 2 * 128 * 64**2 * (admm.iterations + admm.refit)
+
+
+def test_a_refit_without_data_is_one_line():
+    with pytest.raises(InputError, match="method magnitude needs --calibration"):
+        prune_request(method="magnitude", sparsity=0.5, refit=5)
+    with pytest.raises(InputError, match="refit"):
+        prune_request(method="wanda", sparsity=0.5, refit=-1, calibration="x")
+    with pytest.raises(InputError, match="--iterations has no effect with method wanda"):
+        prune_request(method="wanda", sparsity=0.5, iterations=3, calibration="x")
