@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from calmix.information.measuring import measure
     from calmix.models import open_model
     from calmix.pruning import SemiStructured, Unstructured, prune
+    from calmix.recovery import recover
 
 __all__ = [
     "CalibrationSet",
@@ -28,6 +29,7 @@ __all__ = [
     "measure",
     "open_model",
     "prune",
+    "recover",
     "resolve",
     "sources",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "measure": "calmix.information.measuring",
     "open_model": "calmix.models",
     "prune": "calmix.pruning",
+    "recover": "calmix.recovery",
     "resolve": "calmix.calibration",
 }
 

@@ -103,7 +103,10 @@ class WorkFolder:
 
     Attributes:
         claimed: whether this process is at work in it.
+        unit: what is counted as done.
     """
+
+    unit = "blocks"
 
     def __init__(self, output: Path) -> None:
         self.output = output = real_place(output)
@@ -176,8 +179,8 @@ class WorkFolder:
                 return True
             if not overwrite:
                 raise InputError(
-                    f"{self.path} holds an interrupted run with {self.done} blocks done: go on "
-                    "with --resume, start over with --overwrite, or name another output"
+                    f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
+                    "go on with --resume, start over with --overwrite, or name another output"
                 )
         if held is None and self.path.exists() and not self._only_begun():
             raise InputError(f"{self.path} is in the way and holds no work of calmix: move it")
