@@ -297,7 +297,7 @@ class _Job:
         config = pruned.model.config.get_text_config(decoder=True)
         largest = max(range(len(pruned.blocks)), key=pruned.block_bytes)
         maps = [layer.shape for layer in pruned.blocks.prunables(largest)]
-        own = dict(pruned.model.named_parameters())
+        own = {n: p for n, p in pruned.model.named_parameters() if n in pruned.names}
         inside = sum(p.numel() for p in pruned.blocks.blocks[largest].parameters())
         everything = sum(own[n].numel() for n in trained_names(pruned.model, pruned.blocks))
         head = pruned.model.get_output_embeddings().weight

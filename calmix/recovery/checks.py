@@ -83,10 +83,14 @@ def same_head(pair: Pair) -> bool:
     """Tell whether both models have the same output head, so that one serves for both."""
     values = []
     for streamed in (pair.pruned, pair.dense):
-        head = streamed.model.get_output_embeddings()
-        own = {id(p): n for n, p in streamed.model.named_parameters(remove_duplicate=False)
-               if n in streamed.names}  # fmt: skip
-        stored = [streamed.names[own[id(p)]] for p in head.parameters()]
+        own = {id(p): n for n, p in streamed.model.named_parameters(remove_duplicate=False)}
+        head, embedding = (
+            [own[id(p)] for p in part.parameters()]
+            for part in (streamed.model.get_output_embeddings(),
+                         streamed.model.get_input_embeddings())
+        )  # fmt: skip
+        # What the files do not hold is tied to the embedding.
+        stored = [streamed.names.get(n) or streamed.names[embedding[0]] for n in head]
         values.append([streamed.shards.read([name])[name] for name in stored])
     types = [value.dtype for value in values[0]]
     return all(

@@ -57,7 +57,7 @@ def distill_bytes(sizes: Sizes, *, recompute: bool) -> int:
     """Return what distillation takes beside the program."""
     between = sizes.blocks * sizes.tokens * sizes.hidden * sizes.value_bytes
     kept = 1 if recompute else sizes.blocks
-    logits = 5 * 4 * max(CHUNK, 16 * sizes.vocabulary)
+    logits = 5 * 4 * min(max(CHUNK, 16 * sizes.vocabulary), sizes.tokens * sizes.vocabulary)
     return (
         sizes.weights * sizes.value_bytes
         + optimiser_bytes(sizes)
