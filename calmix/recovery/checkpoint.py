@@ -146,8 +146,8 @@ def recover(
             if real_place(one.folder) == real_place(job.output):
                 raise InputError(f"{job.output} is {one.name} itself: name another output")
         tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
-        check_tokenizers(*tokenizers)
         job.pair = pair = compare(*models)
+        check_tokenizers(*tokenizers)
         asked = job.asked()
         if finished and (report := _finished(job.output, asked)) is not None:
             job.say(f"{job.output} was finished by an earlier run")

@@ -93,8 +93,9 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
             assert not value[zero].signbit().any()
             kept += int((~zero).sum())
             trained += int((value != before[name]).sum())
-        else:
-            assert not torch.equal(value, before[name]), name  # norms are trained
+        else:  # norms are trained; the last one belongs to no block
+            left = method == "blocks" and name == "model.norm.weight"
+            assert torch.equal(value, before[name]) == left, name
     assert trained > 0.9 * kept
     told = manifest(output)
     recovery = told["recovery"]
@@ -110,7 +111,7 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
     p = teacher(ids).logits.log_softmax(-1)
     gaps = []
     for model in models:
-        q = model(ids).logits.float().log_softmax(-1)
+        q = model(ids).logits.detach().float().log_softmax(-1)
         gaps.append(float((p.exp() * (p - q)).sum(-1).mean()))
     assert gaps[1] < 0.9 * gaps[0]
     if method == "distill":
@@ -220,7 +221,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_what_stood(
 
     def broken(hidden, *given):
         seen.append(torch.is_grad_enabled())
-        bad = sum(seen) == 3 if method == "distill" else sum(seen) == 16
+        bad = sum(seen) == 3 if method == "distill" else sum(seen) == 18
         return loss(hidden, *given) * (float("nan") if bad else 1.0)
 
     monkeypatch.setattr(module, name, broken)
