@@ -292,8 +292,7 @@ def test_other_architectures(place, tmp_path, kind, method):
 
 def test_two_processes_share_a_distillation(place, tmp_path, calmix):
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "calmix", *map(str, command(place, tmp_path / "two", "distill", "--epochs", 1)),
         "--dtype", "float32",
     ]  # fmt: skip
