@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calmix.models import open_model
     from calmix.pruning import SemiStructured, Unstructured, prune
     from calmix.recovery import recover
+    from calmix.specs import recover_request
 
 __all__ = [
     "CalibrationSet",
@@ -30,6 +31,7 @@ __all__ = [
     "open_model",
     "prune",
     "recover",
+    "recover_request",
     "resolve",
     "sources",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "open_model": "calmix.models",
     "prune": "calmix.pruning",
     "recover": "calmix.recovery",
+    "recover_request": "calmix.specs",
     "resolve": "calmix.calibration",
 }
 

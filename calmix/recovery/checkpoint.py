@@ -306,7 +306,7 @@ class _Job:
             trained=everything if request.method == "distill" else inside,
             blocks=len(pruned.blocks),
             hidden=getattr(config, "hidden_size", None) or head.shape[1],
-            outputs=sum(rows + columns for rows, columns in maps),
+            widths=sum(rows + columns for rows, columns in maps),
             vocabulary=head.shape[0],
             tokens=self.calibration.length
             * micro_rows(request.batch // self.processes, self.calibration.length),

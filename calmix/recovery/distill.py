@@ -169,7 +169,7 @@ def distill(
     Raises:
         SolverError: a loss is not finite.
     """
-    device = accelerator.device
+    device = next(student.parameters()).device
     world, rank = accelerator.num_processes, accelerator.process_index
     length = ids.shape[1]
     at_once = micro_rows(settings.batch // world, length)

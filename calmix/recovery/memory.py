@@ -26,18 +26,17 @@ class Sizes:
         weights: of the whole model.
         trained: weights that are trained at a time.
         blocks, hidden: number of blocks, and width between them.
-        outputs: of all linear maps of a block together, and inputs.
+        widths: inputs and outputs of all linear maps of a block together.
         vocabulary: width of the logits.
         tokens: of a micro-batch.
         value_bytes: bytes of a weight and an activation as computed with.
-        processes: that share the work. Each holds all of it, unless weights are sharded.
     """
 
     weights: int
     trained: int
     blocks: int
     hidden: int
-    outputs: int
+    widths: int
     vocabulary: int
     tokens: int
     value_bytes: int
@@ -45,7 +44,7 @@ class Sizes:
 
 def block_activations(sizes: Sizes) -> int:
     """Return what one micro-batch leaves in a block for the way back."""
-    return sizes.tokens * (8 * sizes.hidden + 3 * sizes.outputs) * sizes.value_bytes
+    return sizes.tokens * (8 * sizes.hidden + 3 * sizes.widths) * sizes.value_bytes
 
 
 def optimiser_bytes(sizes: Sizes) -> int:
@@ -74,8 +73,8 @@ def blocks_bytes(sizes: Sizes, outside: int) -> int:
         sizes: of the largest block.
         outside: bytes of what is outside the blocks, while the first states are made.
     """
-    # Twice the block (the dense one while targets are made), and the best weights so far.
-    weights = sizes.trained * (2 * sizes.value_bytes + 4)
+    # The block, both models' next ones that are read meanwhile, and the best weights so far.
+    weights = sizes.trained * (3 * sizes.value_bytes + 4)
     working = weights + optimiser_bytes(sizes) + 2 * block_activations(sizes)
     return max(working, outside + sizes.trained * sizes.value_bytes)
 
