@@ -134,7 +134,7 @@ def target_name(request: PruneRequest) -> str:
     return f"{request.method}-{request.sparsity:g}"
 
 
-RECOVERIES = {"distill": (2, 3e-4), "blocks": (2, 3e-4)}  # epochs and learning rate
+RECOVERIES = {"distill": (2, 3e-4), "blocks": (2, 1e-3)}  # epochs and learning rate
 BATCH = 4
 
 
