@@ -72,7 +72,8 @@ def recover_command(
         int | None, typer.Option(show_default="2", help="Passes over the rows, at most.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(show_default="3e-4, blocks 1e-3", help="Learning rate at its peak.")
+        float | None,
+        typer.Option(show_default="3e-4, blocks 1e-3", help="Learning rate at its peak."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = BATCH,
     rows: Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")] = None,
