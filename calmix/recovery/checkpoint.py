@@ -417,15 +417,17 @@ def _prepare_files(job: _Job) -> None:
 class _Keeper:
     """Keeps a distillation's weights and states in its work folder."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, progress: Progress) -> None:
         self._job = job
         self._saved, self._took = time.monotonic(), 0.0
+        self._counted = _names(progress)
 
     def best(self, masters: Masters, step: int) -> None:
         """Write the weights as they will be in the result."""
         kept = _as_stored(self._job, masters)
         if self._job.main:
             self._job.work.save(f"best-{step}", kept)
+            self._job.work.keep_only(f"best-{step}", *self._counted)
 
     def reached(self, masters: Masters, progress: Progress) -> None:
         """Write masters and moments, if the last time is long enough ago, and count the steps."""
@@ -435,15 +437,19 @@ class _Keeper:
         due = job.together(lambda: not over and began - self._saved >= SAVING * self._took)
         if not due:
             return
-        state = f"state-{progress.done}"
-        rank = job.accelerator.process_index
-        work.save(f"{state}/{rank}", masters.state())
+        self._counted = _names(progress)
+        work.save(f"{self._counted[0]}/{job.accelerator.process_index}", masters.state())
         job.wait()
         if job.main:
             work.count({"done": progress.done, "run": asdict(progress), "seconds": job.clock()})
-            work.keep_only(state, f"best-{progress.best}")
+            work.keep_only(*self._counted)
         self._saved = time.monotonic()
         self._took = self._saved - began
+
+
+def _names(progress: Progress) -> tuple[str, str]:
+    """Return what the state and the best weights of so far are called in the work folder."""
+    return f"state-{progress.done}", f"best-{progress.best}"
 
 
 def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
@@ -473,7 +479,7 @@ def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
         run = kept["run"] | {"held_out": [(at, loss) for at, loss in kept["run"]["held_out"]]}
         progress = Progress(**run)
         rank = accelerator.process_index
-        masters.restore(work.load(f"state-{progress.done}/{rank}"), progress.done)
+        masters.restore(work.load(f"{_names(progress)[0]}/{rank}"), progress.done)
 
     def tick(now: Progress) -> None:
         job.progress(now.done, now.steps, f"KL {now.held_out[-1][1]:.4f}")
@@ -481,11 +487,11 @@ def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     began = time.perf_counter()
     distill(
         student, masters, ids, lambda rows: torch.cat([states[row] for row in rows]), job.rows,
-        settings, accelerator, _Keeper(job), progress=progress, tick=tick,
+        settings, accelerator, _Keeper(job, progress), progress=progress, tick=tick,
     )  # fmt: skip
     job.seconds["steps"] = job.seconds.get("steps", 0.0) + time.perf_counter() - began
     if job.main:
-        best = work.load(f"best-{progress.best}") if progress.best else {}
+        best = work.load(_names(progress)[1]) if progress.best else {}
         _copy(job, best)
         _put(job, best)
     losses = dict(progress.held_out)
