@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from calmix.models import open_model
     from calmix.packed import load, pack, unpack
     from calmix.pruning import SemiStructured, Unstructured, prune
+    from calmix.recovery import recover
+    from calmix.specs import recover_request
 
 __all__ = [
     "CalibrationSet",
@@ -31,6 +33,8 @@ __all__ = [
     "open_model",
     "pack",
     "prune",
+    "recover",
+    "recover_request",
     "resolve",
     "sources",
     "unpack",
@@ -48,6 +52,8 @@ _HOMES = {
     "open_model": "calmix.models",
     "pack": "calmix.packed",
     "prune": "calmix.pruning",
+    "recover": "calmix.recovery",
+    "recover_request": "calmix.specs",
     "resolve": "calmix.calibration",
     "unpack": "calmix.packed",
 }

@@ -1,7 +1,9 @@
-"""What a user can ask for when pruning, checked before any work is done."""
+"""What a user can ask for when pruning and recovering, checked before any work is done."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -92,12 +94,7 @@ def prune_request(
             "uniform:python-stdlib,encyclopedia (calmix sources ls) or a .txt, .jsonl or .parquet "
             "file"
         )
-    draw = {name: given[name] for name in DRAW if name in given}
-    for name in ("rows", "length"):
-        if draw.get(name, 1) < 1:
-            raise InputError(f"--{name} {draw[name]} is not positive")
-    if draw.get("seed", 0) < 0:
-        raise InputError(f"--seed {draw['seed']} is negative")
+    draw = _draw(given)
     propagation = given.get("propagation", "sequential")
     if propagation not in get_args(Propagation):
         known = get_args(Propagation)
@@ -188,6 +185,74 @@ def _methods(text: str) -> list[str]:
         else:
             methods.append(part)
     return _once("method", methods)
+
+
+RECOVERIES = {"distill": (2, 3e-4), "blocks": (2, 1e-3)}  # epochs and learning rate
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class RecoverRequest:
+    """A checked request to recover one pruned model.
+
+    Attributes:
+        method: `distill` or `blocks`.
+        calibration, draw: as for a `PruneRequest`.
+        epochs: passes over the training rows, for `blocks` in every block.
+        lr: the learning rate at its peak.
+        batch: rows a step.
+    """
+
+    method: str
+    calibration: str
+    draw: dict[str, Any]
+    epochs: int
+    lr: float
+    batch: int
+
+
+def recover_request(
+    *,
+    calibration: str,
+    method: str = "distill",
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch: int = BATCH,
+    **draw: Any,
+) -> RecoverRequest:
+    """Check the options of a recovery and fill in the method's defaults.
+
+    Args:
+        calibration: what to train on, as `calmix.calibration.resolve` takes it.
+        method: `distill` or `blocks`.
+        epochs, lr, batch: as in a `RecoverRequest`; None for the method's own.
+        **draw: those in `DRAW`; None means not given.
+
+    Raises:
+        InputError: an unknown name, or a value out of range.
+    """
+    if method not in RECOVERIES:
+        raise InputError(f"unknown recovery '{method}': {nearest(method, RECOVERIES)}")
+    own = RECOVERIES[method]
+    epochs = own[0] if epochs is None else epochs
+    lr = own[1] if lr is None else lr
+    for name, value in (("epochs", epochs), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"--{name} {value} is not positive")
+    if not (math.isfinite(lr) and 0 < lr < 1):
+        raise InputError(f"--lr {lr} is not between 0 and 1 (exclusive)")
+    return RecoverRequest(method, calibration, _draw(draw), epochs, lr, batch)
+
+
+def _draw(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a draw that were given, checked."""
+    draw = {name: options[name] for name in DRAW if options.get(name) is not None}
+    for name in ("rows", "length"):
+        if draw.get(name, 1) < 1:
+            raise InputError(f"--{name} {draw[name]} is not positive")
+    if draw.get("seed", 0) < 0:
+        raise InputError(f"--seed {draw['seed']} is negative")
+    return draw
 
 
 def _listed(option: str, text: str | None) -> list[str]:

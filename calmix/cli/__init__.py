@@ -9,7 +9,17 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from calmix.cli import calibrate, compare, evaluate, generate, listing, pack, prune, study
+from calmix.cli import (
+    calibrate,
+    compare,
+    evaluate,
+    generate,
+    listing,
+    pack,
+    prune,
+    recover,
+    study,
+)
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -39,6 +49,7 @@ def _options(
 
 
 prune.register(app)
+recover.register(app)
 calibrate.register(app)
 generate.register(app)
 evaluate.register(app)

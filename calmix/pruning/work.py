@@ -107,7 +107,10 @@ class WorkFolder:
     Attributes:
         claimed: whether this process is at work in it.
         goes_on: whether it held work to go on with when it was claimed.
+        unit: what is counted as done.
     """
+
+    unit = "blocks"
 
     def __init__(self, output: Path) -> None:
         self.output = output = real_place(output)
@@ -139,8 +142,8 @@ class WorkFolder:
         except (OSError, ValueError, KeyError):
             return 0
 
-    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Take the folder for a request.
+    def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+        """Take the folder for a request; return `goes_on`.
 
         Raises:
             InputError: another process works in it, it holds another request's work, or an
@@ -158,6 +161,7 @@ class WorkFolder:
             give_back(self._lock)
             raise
         self.claimed, self._overwrite = True, overwrite
+        return self.goes_on
 
     def _alone(self) -> bool:
         """Take the lock on the output; return whether it was free. It ends with the process."""
@@ -179,8 +183,8 @@ class WorkFolder:
                 return True
             if not overwrite:
                 raise InputError(
-                    f"{self.path} holds an interrupted run with {self.done} blocks done: go on "
-                    "with --resume, start over with --overwrite, or name another output"
+                    f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
+                    "go on with --resume, start over with --overwrite, or name another output"
                 )
         if held is None and self.path.exists() and not self._only_begun():
             raise InputError(f"{self.path} is in the way and holds no work of calmix: move it")

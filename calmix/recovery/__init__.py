@@ -1,0 +1,5 @@
+"""Recovery: what a prune has left is trained towards the dense model, its zeros held."""
+
+from calmix.recovery.checkpoint import RecoveryReport, recover
+
+__all__ = ["RecoveryReport", "recover"]

@@ -1,0 +1,712 @@
+"""From a pruned checkpoint to a recovered one: what goes in is checked, kept and told.
+
+The output has the files, tensors and types of the pruned model. What was done stands beside the
+weights as for a prune: `calmix.json`, the same for the same inputs, and `calmix-run.json`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from calmix.calibration import CalibrationSet, OpenTokenizer, open_tokenizer, resolve
+from calmix.calibration.resolving import needs_model
+from calmix.capability.likelihood import decoder_and_head
+from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
+from calmix.files import check_output_folder, real_place, sha256_json, write_json
+from calmix.machine import free_memory
+from calmix.manifest import run_record, versions
+from calmix.models import find_blocks, open_model
+from calmix.models.opening import fast_half_precision, fingerprint
+from calmix.models.shards import Shards, ShardWriter
+from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.pruning.work import FileStates
+from calmix.recovery.blocks import BlockReport, Stream, tune
+from calmix.recovery.checks import (
+    Pair,
+    check_tokenizers,
+    check_vocabulary,
+    check_zeros,
+    compare,
+    same_head,
+)
+from calmix.recovery.distill import Progress, Settings, Student, distill, trained_names
+from calmix.recovery.memory import Sizes, blocks_bytes, check_memory, distill_bytes
+from calmix.recovery.training import (
+    Masters,
+    Rows,
+    grouped,
+    micro_rows,
+    reproducible,
+    split_rows,
+    steps_of,
+)
+from calmix.recovery.work import RecoveryFolder
+from calmix.specs import RecoverRequest
+
+MANIFEST, RUN = "calmix.json", "calmix-run.json"
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of weights a model
+SAVING = 20  # a distillation's state is kept whenever that takes less than 1/20 of the time
+ROOM = 0.8  # of the free memory, for the activations of all blocks at once
+
+
+@dataclass
+class RecoveryReport:
+    """What a recovery did.
+
+    Attributes:
+        method: `distill` or `blocks`.
+        rows, held_out: rows of the set, and the numbers of those that decided when to stop.
+        before, after: loss of the held-out rows: mean KL a token in nats (distill), or the mean
+            relative error a token, over blocks (blocks).
+        weights, zeros: of the linear maps, and how many of them are and stay zero.
+        curve: the losses on the way, in the terms of `Progress` or a `BlockReport` a block.
+        seconds: by activity.
+    """
+
+    method: str
+    epochs: int
+    lr: float
+    batch: int
+    seed: int
+    rows: int
+    length: int
+    held_out: list[int]
+    before: float
+    after: float
+    weights: int
+    zeros: int
+    curve: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable values."""
+        return asdict(self)
+
+
+def recover(
+    pruned: str,
+    against: str,
+    request: RecoverRequest,
+    output: Path | str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
+    started: Callable[[CalibrationSet], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    writing: Callable[[str, int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> RecoveryReport:
+    """Train what a prune has left, on a calibration set, and write a checkpoint.
+
+    Zeros of the linear maps stay exactly zero; embeddings and output head stay as they are.
+    Rows held out of the set decide when to stop, and whose weights are kept. A distillation may
+    run in several processes, started by `accelerate launch` or `torchrun`, which share a disk.
+
+    Args:
+        pruned: the model to recover, as `open_model` takes it.
+        against: the dense model it was pruned from.
+        request: what to do, from `calmix.specs.recover_request`.
+        output: the folder to write; it appears whole or not at all.
+        dtype: what to compute in: `bfloat16` or `float32`; `auto`: bfloat16 where it is fast.
+        overwrite, resume: as for a prune.
+        max_memory: bytes the process may hold; what is needed is told before the work starts.
+        started: called once the calibration set is ready.
+        progress: called with steps or blocks done, their number and the latest loss.
+        writing, note: as for `calmix.calibration.resolve`.
+
+    Raises:
+        CalmixError: anything a user can mend, before an output is touched.
+    """
+    job = _Job(
+        request, Path(output), {"trust_remote_code": trust_remote_code}, dtype, device,
+        max_memory, progress or (lambda done, total, loss: None), note or (lambda line: None),
+    )  # fmt: skip
+    finished = resume and (job.output / MANIFEST).is_file()
+    if job.main and not finished:
+        check_output_folder(job.output, overwrite=overwrite)
+    models = [_streamed(name, job, trust_remote_code) for name in (pruned, against)]
+    try:
+        for one in models:
+            if real_place(one.folder) == real_place(job.output):
+                raise InputError(f"{job.output} is {one.name} itself: name another output")
+        tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
+        job.pair = pair = compare(*models)
+        check_tokenizers(*tokenizers)
+        asked = job.asked()
+        if finished and (report := _finished(job.output, asked)) is not None:
+            job.say(f"{job.output} was finished by an earlier run")
+            job.work.remove_leftover()
+            return report
+        try:
+            job.goes_on = job.together(
+                lambda: job.work.claim(asked, resume=resume, overwrite=overwrite)
+            )
+            calibration = job.together(lambda: _calibration(job, tokenizers[1], writing))
+            check_vocabulary(pair.pruned, calibration)
+            job.take(calibration)
+            job.check_memory()
+            if job.main:
+                _prepare_files(job)
+            if started is not None:
+                started(calibration)
+            if job.goes_on:
+                job.say(f"going on after {job.work.done} {job.work.unit}")
+            with reproducible(job.device):
+                report = job.run()
+            if job.main:
+                _finish(job, asked, report)
+            job.wait()
+        except BaseException as error:
+            if job.work.claimed:
+                _leave(job, error)
+            raise
+        return report
+    finally:
+        for one in models:
+            one.close()
+
+
+def _streamed(name: str, job: _Job, trust_remote_code: bool) -> StreamedModel:
+    try:
+        return StreamedModel(
+            name, dtype=str(job.dtype).removeprefix("torch."), device=str(job.device),
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except NotStreamableError as error:
+        raise ModelError(
+            f"{name} cannot be recovered: transformers converts its weights while it loads them "
+            f"(first {error}), so that they cannot be told from the files"
+        ) from error
+
+
+class _Job:
+    """A recovery at work: what is asked for, what it has, and the processes that share it."""
+
+    pair: Pair
+    calibration: CalibrationSet
+    rows: Rows
+
+    def __init__(
+        self,
+        request: RecoverRequest,
+        output: Path,
+        how: dict[str, Any],
+        dtype: str,
+        device: str,
+        max_memory: int | None,
+        progress: Callable[[int, int, str], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.request, self.output, self.how = request, output, how
+        self.max_memory, self.progress = max_memory, progress
+        self.accelerator: Any = None
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if launched and request.method == "blocks":
+            raise InputError("recovery by blocks runs in one process: start it without a launcher")
+        if launched and device not in ("auto", "cpu"):
+            raise InputError(
+                "--device has no effect under a launcher, which gives each process its"
+            )
+        self.device = _device_of(device)
+        if request.method == "distill":
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+            if launched:
+                self.device = self.accelerator.device
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if plugin is not None and plugin.fsdp_version != 2:
+                raise InputError("only version 2 of FSDP can be used: set fsdp_version to 2")
+        self.processes = self.accelerator.num_processes if self.accelerator else 1
+        if request.batch % self.processes:
+            raise InputError(
+                f"--batch {request.batch} cannot be shared by {self.processes} processes"
+            )
+        self.dtype = _compute_type(dtype, self.device)
+        self.main = self.accelerator is None or self.accelerator.is_main_process
+        self.say = say if self.main else (lambda line: None)
+        self.work = RecoveryFolder(output, "steps" if request.method == "distill" else "blocks")
+        self.goes_on = False
+        self.seconds: dict[str, float] = {}
+        self.recompute = True
+
+    def asked(self) -> dict[str, Any]:
+        """Return what decides the bytes of the result, as far as it is known before the draw."""
+        asked = asdict(self.request)
+        own = asked["draw"].pop("own", None)
+        if own is not None:
+            asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
+        return {
+            "pruned": fingerprint(self.pair.pruned.folder),
+            "against": fingerprint(self.pair.dense.folder),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "processes": self.processes,
+            **asked,
+            "versions": _versions(),
+        }
+
+    def together(self, act: Callable[[], Any]) -> Any:
+        """Let the main process act, and return what came of it, or raise it, in all."""
+        if self.processes == 1:
+            return act()
+        from accelerate.utils import broadcast_object_list
+
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                box[0] = act()
+            except CalmixError as error:
+                box[1] = error
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.processes > 1:
+            self.accelerator.wait_for_everyone()
+
+    def take(self, calibration: CalibrationSet) -> None:
+        """Take the calibration set, and hold rows out of it."""
+        self.calibration = calibration
+        seed = calibration.manifest.get("seed")
+        self.seed = seed if isinstance(seed, int) else 0
+        self.rows = split_rows(calibration.rows, self.request.batch, self.seed)
+
+    def check_memory(self) -> None:
+        """Tell what memory is needed, and decide whether activations are kept."""
+        pruned, request = self.pair.pruned, self.request
+        config = pruned.model.config.get_text_config(decoder=True)
+        largest = max(range(len(pruned.blocks)), key=pruned.block_bytes)
+        maps = [layer.shape for layer in pruned.blocks.prunables(largest)]
+        own = {n: p for n, p in pruned.model.named_parameters() if n in pruned.names}
+        inside = sum(p.numel() for p in pruned.blocks.blocks[largest].parameters())
+        everything = sum(own[n].numel() for n in trained_names(pruned.model, pruned.blocks))
+        head = pruned.model.get_output_embeddings().weight
+        sizes = Sizes(
+            weights=sum(p.numel() for p in own.values()),
+            trained=everything if request.method == "distill" else inside,
+            blocks=len(pruned.blocks),
+            hidden=getattr(config, "hidden_size", None) or head.shape[1],
+            widths=sum(rows + columns for rows, columns in maps),
+            vocabulary=head.shape[0],
+            tokens=self.calibration.length
+            * micro_rows(request.batch // self.processes, self.calibration.length),
+            value_bytes=self.dtype.itemsize,
+        )
+        if self.device.type == "cuda":
+            held = torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            held, free = psutil.Process().memory_info().rss, free_memory()
+        if request.method == "blocks":
+            needed = blocks_bytes(sizes, pruned.outside_bytes)
+        else:
+            whole = distill_bytes(sizes, recompute=False)
+            room = int(ROOM * free) // self.processes
+            if self.max_memory is not None:
+                room = self.max_memory - held
+            self.recompute = whole > room
+            needed = distill_bytes(sizes, recompute=True) if self.recompute else whole
+        self.say("recovery " + check_memory(needed, held, self.max_memory, free))
+
+    def run(self) -> RecoveryReport:
+        """Do the work, from where an earlier run has left it."""
+        began = time.perf_counter()
+        kept = self.work.progress() if self.goes_on else {}
+        before = kept.get("seconds", {})
+        self.seconds = {key: float(value) for key, value in before.items()}
+        self._began = began - self.seconds.get("total", 0.0)
+        first, last, curve = (_distill if self.request.method == "distill" else _blocks)(self, kept)
+        self.clock()
+        request = self.request
+        return RecoveryReport(
+            request.method, request.epochs, request.lr, request.batch, self.seed,
+            self.calibration.rows, self.calibration.length, self.rows.held_out.tolist(),
+            first, last, self.pair.weights, self.pair.zeros, curve, dict(self.seconds),
+        )  # fmt: skip
+
+    def clock(self) -> dict[str, float]:
+        """Return the seconds so far."""
+        self.seconds["total"] = time.perf_counter() - self._began
+        return dict(self.seconds)
+
+
+def _device_of(name: str) -> torch.device:
+    from calmix.models.opening import _device
+
+    return _device(name)
+
+
+def _compute_type(name: str, device: torch.device) -> torch.dtype:
+    types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name == "auto":
+        fast = device.type != "cpu" or fast_half_precision(torch.bfloat16)
+        return torch.bfloat16 if fast else torch.float32
+    if name not in types:
+        raise InputError(f"--dtype {name} cannot train: use bfloat16 or float32")
+    return types[name]
+
+
+def _versions() -> dict[str, str]:
+    return versions() | {"accelerate": importlib.metadata.version("accelerate")}
+
+
+def _calibration(
+    job: _Job, tokenizer: OpenTokenizer, writing: Callable[[str, int, int], None] | None
+) -> CalibrationSet:
+    """Return the set of the work that goes on, or draw it; what a model writes, the dense does."""
+    if job.goes_on:
+        return job.work.calibration()
+    request = job.request
+    whole = needs_model(request.calibration, request.draw.get("select"))
+    name = job.pair.dense.name
+    opened = open_model(name, device=str(job.device), **job.how) if whole else tokenizer
+    made = resolve(request.calibration, opened, writing=writing, note=job.say, **request.draw)
+    job.work.keep_calibration(made)
+    return made
+
+
+def _prepare_files(job: _Job) -> None:
+    """Check the room on the disk, and make the files of the result at full size."""
+    work, places = job.work, job.pair.pruned.shards.places
+    files: dict[str, dict[str, Any]] = {}
+    for name, place in places.items():
+        files.setdefault(place.file, {})[name] = (place.dtype, place.shape)
+    needed = sum(place.size for place in places.values())
+    model = job.pair.pruned.model
+    width = model.get_output_embeddings().weight.shape[1]
+    states = job.calibration.ids.numel() * width * job.dtype.itemsize
+    if job.request.method == "distill":
+        own = dict(model.named_parameters())
+        trained = sum(own[n].numel() for n in trained_names(model, job.pair.pruned.blocks))
+        needed += states + 2 * (12 + 4) * trained
+    else:
+        needed += 4 * states
+    held = sum(p.stat().st_blocks * 512 for p in work.path.rglob("*") if p.is_file())
+    free = shutil.disk_usage(work.path).free
+    if free < needed - held:
+        raise DiskError(
+            f"no space left for {job.output}: checkpoint and states take up to "
+            f"{(needed - held) / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
+        )
+    work.writer = ShardWriter(work.checkpoint, files)
+
+
+# Distillation
+
+
+class _Keeper:
+    """Keeps a distillation's weights and states in its work folder."""
+
+    def __init__(self, job: _Job, progress: Progress) -> None:
+        self._job = job
+        self._saved, self._took = time.monotonic(), 0.0
+        self._counted = _names(progress)
+
+    def best(self, masters: Masters, step: int) -> None:
+        """Write the weights as they will be in the result."""
+        kept = _as_stored(self._job, masters)
+        if self._job.main:
+            self._job.work.save(f"best-{step}", kept)
+            self._job.work.keep_only(f"best-{step}", *self._counted)
+
+    def reached(self, masters: Masters, progress: Progress) -> None:
+        """Write masters and moments, if the last time is long enough ago, and count the steps."""
+        job, work = self._job, self._job.work
+        over = progress.stopped or progress.done == progress.steps
+        began = time.monotonic()
+        due = job.together(lambda: not over and began - self._saved >= SAVING * self._took)
+        if not due:
+            return
+        self._counted = _names(progress)
+        work.save(f"{self._counted[0]}/{job.accelerator.process_index}", masters.state())
+        job.wait()
+        if job.main:
+            work.count({"done": progress.done, "run": asdict(progress), "seconds": job.clock()})
+            work.keep_only(*self._counted)
+        self._saved = time.monotonic()
+        self._took = self._saved - began
+
+
+def _names(progress: Progress) -> tuple[str, str]:
+    """Return what the state and the best weights of so far are called in the work folder."""
+    return f"state-{progress.done}", f"best-{progress.best}"
+
+
+def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
+    request, work, pair, accelerator = job.request, job.work, job.pair, job.accelerator
+    ids = job.calibration.ids
+    settings = Settings(request.epochs, request.lr, request.batch, job.seed)
+    steps = len(steps_of(len(job.rows.training), request.batch, request.epochs, job.seed))
+    shared = same_head(pair)
+    states, dense_logits = _dense_states(job, shared)
+    type_name = str(job.dtype).removeprefix("torch.")
+    model = open_model(pair.pruned.name, dtype=type_name, device=str(job.device), **job.how).model
+    student: Any = Student(model, find_blocks(model), dense_logits, recompute=job.recompute)
+    if getattr(accelerator, "is_fsdp2", False):
+        # Accelerate shards a model only together with an optimiser; ours comes after.
+        held = [p for p in student.parameters() if p.requires_grad]
+        student, _ = accelerator.prepare(student, torch.optim.SGD(held, lr=0.0))
+    else:
+        student = accelerator.prepare_model(student, device_placement=job.processes > 1)
+    trained = {
+        name.removeprefix("module.").removeprefix("model."): p
+        for name, p in student.named_parameters()
+        if p.requires_grad
+    }
+    masters = Masters(trained, pair.stored, lambda name: name in pair.masked)
+    progress = Progress(steps)
+    if kept:
+        run = kept["run"] | {"held_out": [(at, loss) for at, loss in kept["run"]["held_out"]]}
+        progress = Progress(**run)
+        rank = accelerator.process_index
+        masters.restore(work.load(f"{_names(progress)[0]}/{rank}"), progress.done)
+
+    def tick(now: Progress) -> None:
+        job.progress(now.done, now.steps, f"KL {now.held_out[-1][1]:.4f}")
+
+    began = time.perf_counter()
+    distill(
+        student, masters, ids, lambda rows: torch.cat([states[row] for row in rows]), job.rows,
+        settings, accelerator, _Keeper(job, progress), progress=progress, tick=tick,
+    )  # fmt: skip
+    job.seconds["steps"] = job.seconds.get("steps", 0.0) + time.perf_counter() - began
+    if job.main:
+        best = work.load(_names(progress)[1]) if progress.best else {}
+        _copy(job, best)
+        _put(job, best)
+    losses = dict(progress.held_out)
+    curve = asdict(progress) | {"shared_head": shared}
+    return losses[0], losses[progress.best], curve
+
+
+def _dense_states(job: _Job, shared: bool) -> tuple[FileStates, Any]:
+    """Return what the dense model's head sees of every row, and that head if it is another one.
+
+    It lies in a file, in the type computed in; each process makes its share.
+    """
+    pair, work, ids = job.pair, job.work, job.calibration.ids
+    folder = work.path / "dense"
+    width = pair.dense.model.get_output_embeddings().weight.shape[1]
+    like = torch.empty(1, ids.shape[1], width, dtype=job.dtype, device=job.device)
+    if job.main:
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+    job.wait()
+    states = FileStates(folder, [1] * len(ids), like, 0, lambda: None)
+    logits = None
+    if not (job.goes_on and shared):
+        began = time.perf_counter()
+        type_name = str(job.dtype).removeprefix("torch.")
+        model = open_model(
+            pair.dense.name, dtype=type_name, device=str(job.device), **job.how
+        ).model
+        decoder, head = decoder_and_head(model)
+        logits = None if shared else head
+        rank = job.accelerator.process_index
+        own = list(range(rank, len(ids), job.processes)) if not job.goes_on else []
+        for part in grouped(own, micro_rows(job.request.batch, ids.shape[1])):
+            with torch.inference_mode():
+                hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
+            for row, value in zip(part, hidden, strict=True):
+                states[row] = value[None]
+        states.sync(1)
+        job.wait()
+        job.seconds["dense"] = time.perf_counter() - began
+    states.turn()
+    return states, logits
+
+
+# Block by block
+
+
+def _blocks(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
+    request, work, pair = job.request, job.work, job.pair
+    ids, found = job.calibration.ids, job.pair.pruned.blocks
+    at_once = micro_rows(request.batch, ids.shape[1])
+    training = grouped(job.rows.training.tolist(), at_once)
+    groups = training + grouped(job.rows.held_out.tolist(), at_once)
+    numbers = list(range(len(groups)))
+    reports = [BlockReport(**report) for report in kept.get("blocks", [])]
+    began = time.perf_counter()
+    dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
+    if not reports:
+        inside = {n for i in range(len(found)) for n in pair.pruned.block_names(i)}
+        _copy(job, inside)
+    made = Shards(work.checkpoint)
+    for index in range(len(found)):
+        pair.dense.fetch(index, ahead=True)
+        dense.advance(index)
+        pair.dense.drop(index)
+        pair.pruned.fetch(index, ahead=True)
+        prefix = f"{found.name}.{index}."
+        own = {prefix + name: p for name, p in found.blocks[index].named_parameters()}
+        if index < len(reports):  # an earlier run's: only the streams are made again
+            for name, parameter in own.items():
+                stored = pair.pruned.names[name]
+                parameter.data.copy_(made.read([stored])[stored])
+        else:
+            for parameter in own.values():
+                parameter.requires_grad_(True)
+            masters = Masters(own, pair.stored, lambda name: name in pair.masked)
+            reports.append(
+                tune(
+                    pruned, index, masters, dense.states, numbers[: len(training)],
+                    numbers[len(training) :], [len(g) * ids.shape[1] for g in groups],
+                    at_once=request.batch // at_once, epochs=request.epochs, lr=request.lr,
+                    seed=job.seed,
+                )
+            )  # fmt: skip
+            for parameter in own.values():
+                parameter.requires_grad_(False)
+            weights = _as_stored(job, masters)
+            masters.put([value.float() for value in weights.values()])
+            _put(job, weights)
+            assert work.writer is not None
+            work.writer.sync()
+            told = [asdict(report) for report in reports]
+            work.count({"done": index + 1, "blocks": told, "seconds": job.clock()})
+            del masters, weights
+        pruned.advance(index)
+        del own
+        pair.pruned.drop(index)
+        job.progress(index + 1, len(found), f"error {reports[index].after:.4f}")
+    job.seconds["blocks"] = job.seconds.get("blocks", 0.0) + time.perf_counter() - began
+    first = sum(report.before for report in reports) / len(reports)
+    last = sum(report.after for report in reports) / len(reports)
+    return first, last, [asdict(report) for report in reports]
+
+
+def _stream(job: _Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
+    """Return a model's stream before its first block, its states in files."""
+    folder = job.work.path / ("dense" if streamed is job.pair.dense else "pruned")
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    streamed.fetch_outside()
+    streamed.fetch(0)
+    stream = Stream(streamed.model, streamed.blocks)
+    for number, hidden in enumerate(stream.record(job.calibration.ids, groups)):
+        if not number:
+            sizes = [len(group) for group in groups]
+            stream.states = FileStates(folder, sizes, hidden, 0, lambda: None)
+        stream.states[number] = hidden
+    stream.states.turn()
+    streamed.drop_outside()
+    return stream
+
+
+# What is written
+
+
+def _as_stored(job: _Job, masters: Masters) -> dict[str, Tensor]:
+    """Return masters whole, by name, in the types the pruned model is stored in."""
+    names, places = job.pair.pruned.names, job.pair.pruned.shards.places
+    kept = {}
+    for name, value in masters.full():
+        if job.main:
+            kept[name] = value.to(places[names[name]].dtype)
+    return kept
+
+
+def _put(job: _Job, tensors: Mapping[str, Tensor]) -> None:
+    """Write trained weights to their places; every zero must still be one."""
+    assert job.work.writer is not None
+    for name, value in tensors.items():
+        if name in job.pair.masked:
+            check_zeros(job.pair, name, value)
+        job.work.writer.write({job.pair.pruned.names[name]: value})
+
+
+def _copy(job: _Job, but: Collection[str]) -> None:
+    """Copy the pruned model's tensors, but those of some parameters, one at a time."""
+    assert job.work.writer is not None
+    shards = job.pair.pruned.shards
+    left = {job.pair.pruned.names[name] for name in but}
+    for name in shards.places:
+        if name not in left:
+            job.work.writer.write(shards.read([name]))
+
+
+def _finish(job: _Job, asked: dict[str, Any], report: RecoveryReport) -> None:
+    """Write all that stands beside the weights, and turn the work into the output."""
+    work, pruned = job.work, job.pair.pruned
+    told = report.to_json()
+    seconds = told.pop("seconds")
+    manifest = {
+        "kind": "recovered checkpoint",
+        "model": {"name": pruned.name, "sha256": asked["pruned"]},
+        "against": {"name": job.pair.dense.name, "sha256": asked["against"]},
+        "dtype": asked["dtype"],
+        "device": asked["device"],
+        "processes": job.processes,
+        "calibration": job.calibration.manifest,
+        "recovery": told,
+        "pruned": _manifest_of(pruned.folder),
+        "versions": asked["versions"],
+        "request_sha256": sha256_json(asked),
+    }
+    assert work.writer is not None
+    kinds = (*BESIDE, "*.py") if job.how["trust_remote_code"] else BESIDE
+    with disk_errors(work.path):
+        work.writer.write_index()
+        for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
+            if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, work.checkpoint / path.name)
+        write_json(work.checkpoint / MANIFEST, manifest)
+        write_json(work.checkpoint / RUN, run_record(seconds))
+    work.complete()
+
+
+def _manifest_of(folder: Path) -> Any:
+    """Return the manifest of the model that was recovered; None if it has none."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _finished(output: Path, asked: dict[str, Any]) -> RecoveryReport | None:
+    """Return the report of an output that an earlier run of the same request has finished."""
+    try:
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["request_sha256"] != sha256_json(asked):
+            return None
+        run = json.loads((output / RUN).read_text(encoding="utf-8"))
+        return RecoveryReport(**manifest["recovery"], seconds=run["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _leave(job: _Job, error: BaseException) -> None:
+    """Keep the work that a later run can go on with, and nothing else.
+
+    A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What
+    an earlier run has left is kept whatever happens.
+    """
+    work = job.work
+    again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
+    if not (job.goes_on or (work.done > 0 and again)):
+        work.abandon()
+        return
+    work.close()
+    if not isinstance(error, CalmixError):
+        job.say(f"{work.done} {work.unit} are kept in {work.path}: --resume goes on")

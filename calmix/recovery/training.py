@@ -1,0 +1,259 @@
+"""What both ways of recovery share: rows, steps, learning rate, and weights in float32.
+
+The modules compute in the type they have (bfloat16); what is optimised are float32 copies, the
+masters, which are rounded into the modules after every step. Zeros of the linear maps get no
+gradient, so that Adam leaves them as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calmix.errors import InputError
+
+BETAS = (0.9, 0.95)
+WARM_UP = 0.05  # of all steps, one at least
+HELD_OUT = 16  # one row in so many, two at least
+PATIENCE = 3  # readings of the held-out rows without a better one before it stops
+MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a calibration set train and which decide when to stop.
+
+    Attributes:
+        training, held_out: row numbers, int64.
+    """
+
+    training: Tensor
+    held_out: Tensor
+
+
+def split_rows(rows: int, batch: int, seed: int) -> Rows:
+    """Hold out one row in 16, two at least, by chance.
+
+    Raises:
+        InputError: what is left is no batch.
+    """
+    held = max(2, rows // HELD_OUT)
+    if rows - held < batch:
+        raise InputError(
+            f"a calibration set of {rows} rows is too small to recover on: with {held} held out "
+            f"and {batch} rows a step it takes {batch + held} or more"
+        )
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return Rows(order[held:].sort().values, order[:held].sort().values)
+
+
+def steps_of(items: int, at_once: int, epochs: int, seed: int) -> list[list[int]]:
+    """Return the items of every step: each epoch in an order of its own, what is left over unused.
+
+    Args:
+        items: how many there are.
+        at_once: items a step.
+        epochs, seed: how often, and what decides the orders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps: list[list[int]] = []
+    for _ in range(epochs):
+        order = torch.randperm(items, generator=generator).tolist()
+        steps += [order[at : at + at_once] for at in range(0, items - at_once + 1, at_once)]
+    return steps
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step: a short warm-up, then linearly towards zero."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (steps - step) / (steps - warm + 1)
+
+
+def micro_rows(batch: int, length: int) -> int:
+    """Return how many rows run at a time: a divisor of the batch, of 2048 tokens at most."""
+    most = max(1, MICRO_TOKENS // length)
+    return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+
+
+class Stop:
+    """Tells when the held-out rows no longer get better.
+
+    Attributes:
+        best: the least loss so far, and
+        at: when it was.
+    """
+
+    def __init__(self, loss: float) -> None:
+        self.best, self.at = loss, 0
+        self.worse = 0
+
+    def better(self, loss: float, at: int) -> bool:
+        """Take a reading; return whether it is the best so far."""
+        if loss < self.best:
+            self.best, self.at, self.worse = loss, at, 0
+            return True
+        self.worse += 1
+        return False
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to stop."""
+        return self.worse >= PATIENCE
+
+
+def local(tensor: Any) -> Tensor:
+    """Return the part of a tensor that this process holds: all of it unless it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _shared_out(full: Tensor, like: Any) -> Tensor:
+    """Return the part of a full tensor that this process holds of `like`."""
+    if not hasattr(like, "to_local"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = distribute_tensor(full.to(like.device), like.device_mesh, like.placements)
+    return placed.to_local()
+
+
+class Masters:
+    """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
+
+    Args:
+        parameters: what is optimised, by name; whole, or sharded as DTensors.
+        stored: returns a parameter as it was stored, in its full precision.
+        masked: tells of a name whether its zeros stay.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        stored: Callable[[str], Tensor],
+        masked: Callable[[str], bool],
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.values = {
+            name: nn.Parameter(
+                _shared_out(stored(name), p).to(local(p).device, torch.float32).clone()
+            )
+            for name, p in self.parameters.items()
+        }
+        self._masked = [value for name, value in self.values.items() if masked(name)]
+        fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
+        self._adam = torch.optim.Adam(self.values.values(), lr=0.0, betas=BETAS, fused=fused)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the parameters' gradients to the masters', and forget them."""
+        for name, parameter in self.parameters.items():
+            master, gradient = self.values[name], parameter.grad
+            parameter.grad = None
+            if gradient is None:
+                continue
+            if master.grad is None:
+                master.grad = local(gradient).float()
+            else:
+                master.grad.add_(local(gradient))
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Take one step with the gradients collected; zeros stay exactly zero."""
+        for master in self._masked:
+            if master.grad is not None:
+                master.grad.mul_(master != 0)
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Round the masters into the parameters."""
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(self.values[name])
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every master whole; where they are sharded all processes must ask together."""
+        for name, parameter in self.parameters.items():
+            master: Any = self.values[name].detach()
+            if hasattr(parameter, "to_local"):
+                from torch.distributed.tensor import DTensor
+
+                sharded: Any = parameter
+                master = DTensor.from_local(
+                    master, sharded.device_mesh, sharded.placements,
+                    shape=sharded.shape, stride=sharded.stride(),
+                ).full_tensor()  # fmt: skip
+            yield name, master
+
+    def weights(self) -> list[Tensor]:
+        """Return a copy of the masters."""
+        return [value.detach().clone() for value in self.values.values()]
+
+    @torch.no_grad()
+    def put(self, weights: Sequence[Tensor]) -> None:
+        """Put a copy back into the masters, and round it into the parameters."""
+        for value, kept in zip(self.values.values(), weights, strict=True):
+            value.copy_(kept)
+        self.round()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return masters and moments, all it takes to go on."""
+        state = {}
+        for name, value in self.values.items():
+            state[f"value/{name}"] = value.detach()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                if value in self._adam.state:
+                    state[f"{kind}/{name}"] = self._adam.state[value][kind]
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from a state, after so many steps."""
+        for name, value in self.values.items():
+            value.copy_(state[f"value/{name}"])
+            moments = {
+                kind: state[f"{kind}/{name}"].to(value.device, copy=True)
+                for kind in ("exp_avg", "exp_avg_sq")
+                if f"{kind}/{name}" in state
+            }
+            if moments:
+                count = torch.tensor(float(steps), dtype=torch.float32)
+                moments["step"] = count.to(value.device)
+                self._adam.state[value] = moments
+        self.round()
+
+
+def finite(loss: float) -> bool:
+    """Tell whether a loss is a number."""
+    return math.isfinite(loss)
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Choose kernels that give the same bytes twice, where a device has others too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device.type != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def grouped(rows: Sequence[int], at_once: int) -> list[list[int]]:
+    """Cut rows into groups, the last of which may be smaller."""
+    return [list(rows[at : at + at_once]) for at in range(0, len(rows), at_once)]

@@ -1,0 +1,47 @@
+"""Run the command line in this process and end it by SIGKILL at a given moment.
+
+    python -m tests.recovery.stopper MOMENT NUMBER -- ARGUMENTS
+
+MOMENT is `written` (all that block or step NUMBER takes is on the disk, but not counted), `counted`
+(progress tells of it) or `renamed` (the output stands, the work folder too).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from calmix.cli import main
+from calmix.recovery import checkpoint
+from calmix.recovery.work import RecoveryFolder
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str, number: int) -> None:
+    """Patch the place where the process is to end; a distillation keeps every state."""
+    checkpoint.SAVING = 0
+    if moment == "renamed":
+        RecoveryFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
+        return
+    count = RecoveryFolder.count
+
+    def counted(self: RecoveryFolder, progress: dict[str, Any]) -> None:
+        due = progress["done"] >= number
+        if due and moment == "written":
+            stop()
+        count(self, progress)
+        if due:
+            stop()
+
+    RecoveryFolder.count = counted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1], int(sys.argv[2]))
+    sys.argv = ["calmix", *sys.argv[4:]]
+    main()

@@ -1,0 +1,380 @@
+"""Recovery from checkpoint to checkpoint: zeros, held-out rows, interruption, every mistake."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import calmix as api
+from calmix.models import find_blocks
+from calmix.recovery import checkpoint
+from calmix.recovery.distill import Student
+from calmix.recovery.work import RecoveryFolder
+from calmix.specs import recover_request
+from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+
+ROOT = Path(__file__).parents[2]
+METHODS = ("distill", "blocks")
+FAST = ("--lr", 0.003)
+
+
+def hashes(folder):
+    """Hashes of all files but the run record, which holds date and seconds."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name != "calmix-run.json"
+    }
+
+
+def manifest(folder):
+    return json.loads((folder / "calmix.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dense model, three prunings of it, and a calibration set."""
+    folder = tmp_path_factory.mktemp("recovery")
+    save_tiny_model(folder / "dense")
+    text = folder / "text.txt"
+    words = ["alpha", "beta", "gamma", "delta", "prime", "sum", "return", "river"]
+    picks = torch.randint(8, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    text.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
+    opened = api.open_model(str(folder / "dense"))
+    drawn = api.resolve(str(text), opened, rows=32, length=32, leakage="off")
+    drawn.save(folder / "set")
+    api.resolve(str(text), opened, rows=5, length=32, leakage="off").save(folder / "small")
+    for name, pattern, dtype in (
+        ("half", api.Unstructured(0.5), torch.float32),
+        ("2of4", api.SemiStructured(2, 4), torch.bfloat16),
+    ):
+        model = api.open_model(str(folder / "dense")).model
+        api.prune(model, drawn.ids, method="sparsegpt", pattern=pattern)
+        model.to(dtype).save_pretrained(folder / name)
+        opened.tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def command(place, output, method, *more, pruned="half", data="set"):
+    return (
+        "recover", place / pruned, "--against", place / "dense", "--calibration", place / data,
+        "--method", method, *FAST, *more, "-o", output,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pruned", ["half", "2of4"])
+def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method, pruned):
+    output = tmp_path / "out"
+    ended = calmix(*command(place, output, method, pruned=pruned))
+    assert ended.code == 0, ended.err
+    assert "held-out rows (2 of 32)" in ended.out
+    before, after = (load_file(f / "model.safetensors") for f in (place / pruned, output))
+    dense = load_file(place / "dense" / "model.safetensors")
+    assert before.keys() == after.keys()
+    kept = trained = 0
+    for name, value in after.items():
+        assert value.dtype == before[name].dtype
+        if "embed" in name or "lm_head" in name:
+            assert torch.equal(value, before[name])
+        elif value.ndim == 2:
+            zero = before[name] == 0
+            assert (value[zero] == 0).all()
+            assert not value[zero].signbit().any()
+            kept += int((~zero).sum())
+            trained += int((value != before[name]).sum())
+        else:  # norms are trained; the last one belongs to no block
+            left = method == "blocks" and name == "model.norm.weight"
+            assert torch.equal(value, before[name]) == left, name
+    assert trained > 0.9 * kept
+    told = manifest(output)
+    recovery = told["recovery"]
+    assert recovery["after"] < 0.9 * recovery["before"]
+    assert told["kind"] == "recovered checkpoint"
+    assert told["calibration"]["sha256"] == manifest_of_set(place)["sha256"]
+    assert {"sha256", "name"} <= told["against"].keys() & told["model"].keys()
+    assert recovery["zeros"] == recovery["weights"] // 2
+    models = [AutoModelForCausalLM.from_pretrained(f) for f in (place / pruned, output)]
+    teacher = tiny_model("llama")
+    teacher.load_state_dict(dense, strict=False)
+    ids = load_file(place / "set" / "calibration.safetensors")["ids"][recovery["held_out"]]
+    p = teacher(ids).logits.log_softmax(-1)
+    gaps = []
+    for model in models:
+        q = model(ids).logits.detach().float().log_softmax(-1)
+        gaps.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert gaps[1] < 0.9 * gaps[0]
+    if method == "distill":
+        assert gaps == pytest.approx([recovery["before"], recovery["after"]], rel=0.05)
+
+
+def manifest_of_set(place):
+    return json.loads((place / "set" / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_twice_gives_the_same_bytes(calmix, place, tmp_path, method):
+    for name in ("a", "b"):
+        ended = calmix(*command(place, tmp_path / name, method, "--json"))
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.out)["method"] == method
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def stopped(moment, number, *arguments):
+    """Run the command line in a process that ends itself by SIGKILL."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.recovery.stopper", moment, str(number), "--",
+         *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "moment", "number"),
+    [
+        ("distill", "counted", 8),
+        ("distill", "written", 8),
+        ("distill", "renamed", 0),
+        ("blocks", "counted", 1),
+        ("blocks", "written", 2),
+    ],
+)
+def test_a_killed_recovery_goes_on_to_the_same_bytes(
+    calmix, place, tmp_path, monkeypatch, method, moment, number
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    stopped(moment, number, *command(place, tmp_path / "cut", method))
+    if moment != "renamed":
+        ended = calmix(*command(place, tmp_path / "cut", method))
+        assert "go on with --resume" in ended.line
+        ended = calmix(*command(place, tmp_path / "cut", method, "--epochs", 3, "--resume"))
+        assert "another request (epochs: 2, now 3)" in ended.line
+    ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
+    assert ended.code == 0, ended.err
+    assert ("finished by an earlier run" if moment == "renamed" else "going on after") in ended.err
+    assert calmix(*command(place, tmp_path / "whole", method)).code == 0
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupt_and_a_full_disk_leave_what_it_takes(
+    calmix, place, tmp_path, monkeypatch, method
+):
+    monkeypatch.setattr(checkpoint, "SAVING", 0)
+    count, seen = RecoveryFolder.count, []
+
+    def full(self, progress):
+        seen.append(progress)
+        if len(seen) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count(self, progress)
+
+    def failing(path, value):
+        with checkpoint.disk_errors(path):
+            full(*path, value)
+
+    monkeypatch.setattr(RecoveryFolder, "count", lambda self, p: failing((self,), p))
+    ended = calmix(*command(place, tmp_path / "out", method))
+    assert ended.code == 2
+    assert "no space left" in ended.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(RecoveryFolder, "count", count)
+
+    def interrupted(self, *given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.RecoveryFolder, "complete", interrupted)
+        ended = calmix(*command(place, tmp_path / "out", method, "--resume"))
+    assert ended.code == 130
+    assert f"are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
+    assert calmix(*command(place, tmp_path / "out", method, "--resume")).code == 0
+    assert calmix(*command(place, tmp_path / "whole", method)).code == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("method", "where"), [("distill", "at step 3 of 14"), ("blocks", "in block 1")]
+)
+def test_a_loss_that_is_no_number_stops_and_leaves_what_stood(
+    calmix, place, tmp_path, monkeypatch, method, where
+):
+    import calmix.recovery.blocks as by_block
+    import calmix.recovery.distill as whole
+
+    module, name = (whole, "divergence") if method == "distill" else (by_block, "relative_error")
+    loss, seen = getattr(module, name), []
+
+    def broken(hidden, *given):
+        seen.append(torch.is_grad_enabled())
+        bad = sum(seen) == 3 if method == "distill" else sum(seen) == 18
+        return loss(hidden, *given) * (float("nan") if bad else 1.0)
+
+    monkeypatch.setattr(module, name, broken)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "kept").write_text("x", encoding="utf-8")
+    ended = calmix(*command(place, output, method, "--overwrite"))
+    assert ended.code == 2
+    assert f"error: the loss is not finite {where}: lower --lr" in ended.err
+    assert [p.name for p in output.iterdir()] == ["kept"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path):
+    base = command(place, tmp_path / "out", "distill")
+    ended = calmix(*base, "--lr", 0.9)
+    assert ended.code == 0, ended.err
+    assert "the weights are as they came" in ended.err
+    before, after = (load_file(f / "model.safetensors") for f in (place / "half", tmp_path / "out"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
+
+
+def test_another_head_is_asked_for_its_own_logits(calmix, place, tmp_path):
+    dense = tmp_path / "dense"
+    shutil.copytree(place / "dense", dense)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 1.05
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    ended = calmix(
+        "recover", place / "half", "--against", dense, "--calibration", place / "set", *FAST,
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    recovery = manifest(tmp_path / "out")["recovery"]
+    assert recovery["curve"]["shared_head"] is False
+    assert recovery["after"] < recovery["before"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gemma4_text", "cohere", "bloom"])
+def test_blocks_that_run_anew_give_the_same_gradients(kind):
+    ids = tiny_ids(2, 16)
+    gradients = []
+    for recompute in (False, True):
+        dense, model = tiny_model(kind), tiny_model(kind, seed=5)
+        target = dense.get_decoder()(input_ids=ids, use_cache=False)[0]
+        student = Student(model, find_blocks(model), None, recompute=recompute)
+        loss = student(ids, target)
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(gradients[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_architectures(place, tmp_path, kind, method):
+    dense = save_tiny_model(tmp_path / "dense", kind)
+    opened = api.open_model(str(dense))
+    ids = load_file(place / "set" / "calibration.safetensors")["ids"]
+    api.prune(opened.model, ids, method="wanda", pattern=api.Unstructured(0.5))
+    opened.model.save_pretrained(tmp_path / "pruned")
+    opened.tokenizer.save_pretrained(tmp_path / "pruned")
+    request = recover_request(calibration=str(place / "set"), method=method, lr=3e-3)
+    report = api.recover(str(tmp_path / "pruned"), str(dense), request, tmp_path / "out")
+    assert report.after < report.before
+
+
+def test_two_processes_share_a_distillation(place, tmp_path, calmix):
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "calmix", *map(str, command(place, tmp_path / "two", "distill", "--epochs", 1)),
+        "--dtype", "float32",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("held-out rows") == 1
+    alone = command(place, tmp_path / "one", "distill", "--epochs", 1, "--dtype", "float32")
+    assert calmix(*alone).code == 0
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4)
+    assert manifest(tmp_path / "two")["processes"] == 2
+
+
+def mistakes(place, tmp_path):
+    """Arguments of `recover`, and what the line must contain."""
+    half, dense, data = place / "half", place / "dense", ("--calibration", place / "set")
+    other = save_tiny_model(tmp_path / "other", seed=7)
+    kind = save_tiny_model(tmp_path / "qwen", "qwen2")
+    tokens = tmp_path / "tokens"
+    shutil.copytree(half, tokens)
+    state = json.loads((tokens / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = state["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tokens / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    wide = tmp_path / "wide"
+    shutil.copytree(half, wide)
+    config = json.loads((wide / "config.json").read_text(encoding="utf-8"))
+    config["intermediate_size"] = 96
+    model = AutoModelForCausalLM.from_config(type(tiny_model("llama").config)(**config))
+    model.save_pretrained(wide)
+    foreign = tmp_path / "foreign"
+    api.resolve(
+        str(place / "text.txt"), api.open_model(str(tokens)), rows=8, length=32, leakage="off"
+    ).save(foreign)
+    against = ("--against", dense)
+    return [
+        ((half, *against), "calibration"),
+        ((half, *data), "against"),
+        ((tmp_path / "none", *against, *data), "no model folder"),
+        ((kind, *against, *data), "it is a Qwen2ForCausalLM, and that a LlamaForCausalLM"),
+        ((wide, *against, *data), "mlp.gate_proj.weight is (96, 32) there, and (64, 32) in the"),
+        ((tokens, *against, *data), "has another tokenizer than"),
+        ((half, "--against", other, *data), "their embeddings are of different models"),
+        ((dense, *against, *data), "is not sparse (0.00% of its linear maps' weights"),
+        ((half, *against, "--calibration", foreign), "was made with another tokenizer"),
+        ((half, *against, "--calibration", place / "small"), "5 rows is too small"),
+        ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
+        ((half, *against, *data, "--method", "distil"), "did you mean distill"),
+        ((half, *against, *data, "--epochs", 0), "--epochs 0 is not positive"),
+        ((half, *against, *data, "--lr", "nan"), "--lr nan is not between 0 and 1"),
+        ((half, *against, *data, "--batch", 0), "--batch 0 is not positive"),
+        ((half, *against, *data, "--dtype", "float16"), "--dtype float16 cannot train"),
+        ((half, *against, *data, "--max-memory", "1MiB"), "GiB of memory are not enough"),
+        ((half, *against, *data, "--max-memory", "1MiB", "--method", "blocks"), "not enough"),
+        ((half, *against, *data, "--device", "tpu9"), "device 'tpu9' cannot be used"),
+    ]
+
+
+def test_every_mistake_is_one_line(calmix, place, tmp_path):
+    for arguments, told in mistakes(place, tmp_path):
+        ended = calmix("recover", *arguments, "-o", tmp_path / "out")
+        assert ended.code == 2, arguments
+        assert told in ended.line, (arguments, ended.line)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.unfinished").exists(), arguments
+    for name in ("half", "dense"):
+        before = hashes(place / name)
+        ended = calmix(*command(place, place / name, "distill", "--overwrite"))
+        assert "itself: name another output" in ended.line
+        assert hashes(place / name) == before
+    ended = calmix(*command(place, place / "set", "distill"))
+    assert "exists and is not empty" in ended.line
+
+
+def test_a_disk_without_room_is_told_before(calmix, place, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    for method in METHODS:
+        ended = calmix(*command(place, tmp_path / "out", method))
+        assert ended.code == 2
+        assert "no space left for" in ended.err
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,139 @@
+"""Rows, steps, rates and masters: what both ways of recovery share."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from calmix.errors import InputError
+from calmix.recovery.training import Masters, Stop, micro_rows, rate, split_rows, steps_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_train_or_are_held_out():
+    rows = split_rows(64, 4, seed=3)
+    assert len(rows.held_out) == 4
+    assert sorted([*rows.training.tolist(), *rows.held_out.tolist()]) == list(range(64))
+    assert rows.held_out.tolist() == split_rows(64, 4, seed=3).held_out.tolist()
+    assert rows.held_out.tolist() != split_rows(64, 4, seed=4).held_out.tolist()
+    assert len(split_rows(6, 4, seed=0).held_out) == 2
+    with pytest.raises(InputError, match=r"5 rows is too small .* it takes 6 or more"):
+        split_rows(5, 4, seed=0)
+
+
+def test_an_epoch_takes_no_row_twice():
+    steps = steps_of(10, 4, 3, seed=0)
+    assert [len(step) for step in steps] == [4] * 6
+    for epoch in (steps[:2], steps[2:4], steps[4:]):
+        assert len({item for step in epoch for item in step}) == 8
+    assert steps[:2] != steps[2:4]
+
+
+def test_the_rate_rises_shortly_and_falls_to_the_end():
+    rates = [rate(step, 100, 1.0) for step in range(100)]
+    assert max(rates) == rates[4] == 1.0
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 0.02
+    assert rate(0, 1, 1.0) == 1.0
+
+
+@pytest.mark.parametrize(("batch", "length", "rows"), [(4, 512, 4), (4, 1024, 2), (6, 512, 3),
+                                                       (4, 4096, 1), (1, 16, 1)])  # fmt: skip
+def test_a_micro_batch_divides_the_batch(batch, length, rows):
+    assert micro_rows(batch, length) == rows
+
+
+def test_it_stops_after_three_readings_without_a_better_one():
+    stop = Stop(1.0)
+    assert [stop.better(loss, at) for at, loss in enumerate((0.9, 0.95, 0.8, 0.8, 0.9), 1)] == [
+        True, False, True, False, False,
+    ]  # fmt: skip
+    assert not stop.due
+    stop.better(0.85, 6)
+    assert stop.due
+    assert (stop.best, stop.at) == (0.8, 3)
+
+
+def layer(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    module = nn.Linear(16, 8).to(dtype)
+    with torch.no_grad():
+        module.weight[:, ::2] = 0
+        module.bias[:4] = 0
+    return module
+
+
+def masters_of(module):
+    own = dict(module.named_parameters())
+    stored = copy.deepcopy(module.state_dict())
+    return Masters(own, lambda name: stored[name], lambda name: name == "weight")
+
+
+def train(module, masters, steps):
+    for step in steps:
+        for half in (0, 1):
+            generator = torch.Generator().manual_seed(2 * step + half)
+            inputs = torch.randn(5, 16, generator=generator).to(module.weight.dtype)
+            module(inputs).square().sum().backward()
+            masters.collect()
+        masters.step(1e-2)
+
+
+def test_masters_train_as_adam_does_but_hold_the_zeros():
+    module = layer(torch.float32)
+    masters = masters_of(module)
+    plain = layer(torch.float32)
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    train(module, masters, range(5))
+    for step in range(5):
+        for half in (0, 1):
+            generator = torch.Generator().manual_seed(2 * step + half)
+            plain(torch.randn(5, 16, generator=generator)).square().sum().backward()
+        plain.weight.grad[:, ::2] = 0
+        adam.step()
+        adam.zero_grad()
+    torch.testing.assert_close(module.weight, plain.weight)
+    torch.testing.assert_close(module.bias, plain.bias)
+    assert module.weight[:, ::2].abs().max() == 0
+    assert not module.weight[:, ::2].signbit().any()
+    assert module.bias.all()  # only zeros of linear maps are held
+
+
+def test_masters_keep_what_the_modules_type_would_lose():
+    module = layer()
+    masters = masters_of(module)
+    before = masters.values["weight"].detach().clone()
+    train(module, masters, range(1))
+    torch.testing.assert_close(module.weight.float(), masters.values["weight"], rtol=4e-3, atol=0)
+    assert not torch.equal(module.weight.float(), masters.values["weight"])
+    assert not torch.equal(before, masters.values["weight"])
+
+
+def test_a_state_goes_on_as_if_nothing_had_been():
+    whole, first, second = layer(), layer(), layer()
+    train(whole, masters_of(whole), range(6))
+    masters = masters_of(first)
+    train(first, masters, range(3))
+    state = {name: value.clone() for name, value in masters.state().items()}
+    again = masters_of(second)
+    again.restore(state, 3)
+    train(second, again, range(3, 6))
+    assert torch.equal(second.weight, whole.weight)
+    assert torch.equal(second.bias, whole.bias)
+
+
+def test_masters_of_sharded_weights_are_those_of_whole_ones():
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "tests.recovery.sharded"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
