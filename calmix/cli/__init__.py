@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from calmix.cli import calibrate, compare, evaluate, generate, listing, prune, study
+from calmix.cli import calibrate, compare, evaluate, generate, listing, prune, study, trust
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
@@ -45,6 +45,7 @@ evaluate.register(app)
 compare.register(app)
 listing.register(app)
 study.register(app)
+trust.register(app)
 
 
 # What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.
