@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.files import atomic_folder, check_output_folder, sha256_json, write_json
+from calmix.manifest import SEAL, seal_holds, sealed
 
 if TYPE_CHECKING:
     from calmix.calibration.build import HasTokenizer
@@ -88,12 +89,11 @@ class CalibrationSet:
             "sources_sha256": sha256_json(list(self.sources)),
             "sha256": self.sha256,
         }
-        manifest["manifest_sha256"] = sha256_json(manifest)
         with atomic_folder(folder) as beside:
             tensors = {"ids": self.ids.to(torch.int64).contiguous(), "source": source}
             save_file(tensors, beside / TENSORS)
             (beside / TENSORS).chmod(0o644)  # safetensors lets only the owner read
-            write_json(beside / MANIFEST, manifest)
+            write_json(beside / MANIFEST, sealed(manifest))
         return folder
 
     @classmethod
@@ -161,7 +161,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"calibration set {folder} has format {manifest.get('format')}, but this calmix "
             f"reads format {FORMAT}: make it again"
         )
-    stated = manifest.pop("manifest_sha256", None)
-    if stated != sha256_json(manifest):
+    whole = seal_holds(manifest)
+    manifest.pop(SEAL, None)
+    if not whole:
         raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
     return manifest

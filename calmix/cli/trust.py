@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from calmix.cli.common import AsJson, out, print_json, print_rows, progress_bar
+from calmix.errors import InputError
+
+if TYPE_CHECKING:
+    from calmix.trust.inspecting import Health, LayerHealth
+
+WORST = 5  # layers that are named
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("doctor")(doctor)
+    app.command("inspect")(inspect_command)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -34,7 +43,117 @@ def doctor(as_json: AsJson = False) -> None:
         )
         for check in checks:
             if check.advice is not None:
-                out.print(f"{check.name}: {check.advice}", soft_wrap=True, highlight=False)
-        out.print("pruning works" if fine else "pruning does not work", highlight=False)
+                _line(f"{check.name}: {check.advice}")
+        _line("pruning works" if fine else "pruning does not work")
     if not fine:
         sys.exit(2)
+
+
+def inspect_command(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            show_default=False,
+            help="A pruned checkpoint, calibration set, study or file of scores.",
+        ),
+    ],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="A row for every layer, not for every kind of layer.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="Draw sparsity and lost output to a .png or .svg."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check what calmix has written against its manifest, and show how well it is.
+
+    Exit code 2 if a file is missing, damaged or changed.
+    """
+    from calmix.trust.inspecting import inspect
+    from calmix.trust.plotting import check_plot
+    from calmix.trust.plotting import plot as draw
+
+    if plot is not None:
+        check_plot(plot)
+    with progress_bar() as bar:
+        task = bar.add_task("checking", total=None)
+        health = inspect(path, tick=lambda name: bar.update(task, description=f"checked {name}"))
+    if as_json:
+        print_json(health.to_json())
+    else:
+        _tell(health, each=layers)
+    if health.problems:
+        count = len(health.problems)
+        more = "" if count == 1 else f" (and {count - 1} more)"
+        raise InputError(f"{health.problems[0]}{more}: make it again")
+    if plot is not None:
+        draw(health, plot)
+        if not as_json:
+            _line(f"drawn to {plot}")
+
+
+def _tell(health: Health, *, each: bool) -> None:
+    _line(f"{health.path}: {health.kind}")
+    for name, value in health.facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        _line(f"  {name}: {shown}")
+    if health.layers:
+        print_rows(_each(health.layers) if each else _by_kind(health.layers), as_json=False)
+        measured = [layer for layer in health.layers if layer.error is not None]
+        worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
+        if worst and not each:
+            told = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
+            _line(f"most of the output lost: {told}")
+    for line in health.warnings:
+        _line(f"warning: {line}")
+    for line in health.problems:
+        _line(f"problem: {line}")
+    if not health.problems:
+        _line("whole: every file is as its manifest says")
+
+
+def _each(layers: list[LayerHealth]) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": layer.name,
+            "sparsity": f"{layer.sparsity:.2%}",
+            "lost": "" if layer.error is None else f"{layer.error:.2%}",
+            "damping": "" if layer.damping is None else f"{layer.damping:g}",
+            "dead": layer.dead,
+        }
+        for layer in layers
+    ]
+
+
+def _by_kind(layers: list[LayerHealth]) -> list[dict[str, Any]]:
+    kinds: dict[str, list[LayerHealth]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+    return [
+        {
+            "layer": kind,
+            "blocks": len(held),
+            "sparsity": _range([100 * layer.sparsity for layer in held]),
+            "lost output": _range([100 * la.error for la in held if la.error is not None]),
+            "damping": _most([la.damping for la in held if la.damping is not None]),
+            "dead inputs": sum(layer.dead for layer in held),
+        }
+        for kind, held in kinds.items()
+    ]
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return ""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{low}%" if low == high else f"{low}-{high}%"
+
+
+def _line(text: str) -> None:
+    out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _most(values: list[float]) -> str:
+    return f"{max(values):g}" if values else ""
