@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calmix.cli.common import AsJson, out, print_json, print_rows, progress_bar
+from calmix.cli.common import (
+    AsJson,
+    TrustRemoteCode,
+    note,
+    out,
+    print_json,
+    print_rows,
+    progress_bar,
+    writing_on,
+)
 from calmix.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +34,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("doctor")(doctor)
     app.command("inspect")(inspect_command)
+    app.command("rerun")(rerun_command)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -92,6 +105,65 @@ def inspect_command(
         draw(health, plot)
         if not as_json:
             _line(f"drawn to {plot}")
+
+
+def rerun_command(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MANIFEST",
+            show_default=False,
+            help="calmix.json of a pruned checkpoint or manifest.json of a calibration set.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", show_default="none is kept", help="Keep the new one in this folder."
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an artefact again from its manifest, and say whether it is the same.
+
+    Exit code 2 if not, with the inputs that differ. Relative paths in the manifest are meant from
+    the folder you are in.
+    """
+    from calmix.trust.rerunning import rerun
+
+    beside = manifest if manifest.is_dir() else manifest.parent
+    with (
+        tempfile.TemporaryDirectory(dir=_writable(beside), prefix=".calmix-rerun-")
+        if output is None
+        else contextlib.nullcontext(str(output.parent)) as folder,
+        progress_bar() as bar,
+    ):
+        task = bar.add_task("making it again", total=None)
+        result = rerun(
+            manifest,
+            Path(folder) / "again" if output is None else output,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            writing=writing_on(bar),
+            note=note,
+        )
+    if as_json:
+        print_json(result.to_json() | {"output": None if output is None else str(output)})
+    else:
+        for line in result.inputs:
+            _line(f"another now: {line}")
+        if result.same:
+            _line("the same: every file has the hash of the manifest")
+    if not result.same:
+        why = "though all inputs are the same" if not result.inputs else result.inputs[0]
+        raise InputError(f"not the same: {', '.join(result.differing)} ({why})")
+
+
+def _writable(folder: Path) -> Path | None:
+    """Return where a copy can be put for a while: beside the original, or the system's place."""
+    place = folder.resolve().parent
+    return place if os.access(place, os.W_OK) else None
 
 
 def _tell(health: Health, *, each: bool) -> None:
