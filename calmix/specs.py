@@ -14,7 +14,9 @@ Propagation = Literal["sequential", "block"]
 ROWS, LENGTH, SEED, DAMPING = 64, 512, 0, 0.01
 
 # What draws a calibration set beside its specification; calmix.calibration.resolve has defaults.
-DRAW = ("rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "own")
+DRAW = (
+    "rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "licence", "own",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,19 @@ class SuiteItem:
 
 
 @functools.cache
+def _provenance() -> dict[str, dict[str, str]]:
+    file = resources.files("calmix.capability").joinpath("provenance.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def provenance(spec: TaskSpec) -> dict[str, str]:
+    """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
+    name = (spec.archive or spec.harness or "").split("/")[0]
+    best = max((known for known in _provenance() if name.startswith(known)), key=len, default="")
+    return _provenance().get(best, {"licence": "unstated", "origin": "-"})
+
+
+@functools.cache
 def _builtin_files() -> dict[str, Traversable]:
     folder = resources.files("calmix.capability").joinpath("suites")
     files = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}

@@ -61,6 +61,13 @@ Leakage = Annotated[
         help="Suite whose items the text must not share runs of tokens with; off: no check.",
     ),
 ]
+Licence = Annotated[
+    str | None,
+    typer.Option(
+        show_default="any",
+        help="permissive: no source whose licence is another (calmix sources ls).",
+    ),
+]
 LeakageTokens = Annotated[int | None, typer.Option(show_default="13", help="Tokens in such a run.")]
 Sources = Annotated[
     Path | None, typer.Option(show_default=False, help="A .yaml file with sources of your own.")

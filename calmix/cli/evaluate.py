@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from calmix.capability.measures import Measure
     from calmix.capability.retention import Estimate
     from calmix.capability.scores import CapabilityScores
+    from calmix.capability.suites import TaskSpec
 
 
 MeasureName = Annotated[
@@ -451,7 +452,8 @@ def interval(value: Estimate) -> str:
 
 def suites_ls(as_json: AsJson = False) -> None:
     """List the builtin suites. The path of a YAML file is a suite too."""
-    from calmix.capability.suites import builtin_suites
+    from calmix.capability.suites import builtin_suites, provenance
+    from calmix.sources.licences import use_of
 
     rows = [
         {
@@ -459,11 +461,26 @@ def suites_ls(as_json: AsJson = False) -> None:
             "version": suite.version,
             "dimensions": ", ".join(suite.dimensions),
             "tasks": len(suite.tasks),
+            "not for commercial use": ", ".join(
+                name
+                for name, spec in suite.tasks.items()
+                if use_of(provenance(spec)["licence"]) == "non-commercial"
+            ),
             "description": suite.description,
         }
+        | ({"task": {n: _whose(spec) for n, spec in suite.tasks.items()}} if as_json else {})
         for suite in builtin_suites().values()
     ]
     print_rows(rows, as_json=as_json)
+
+
+def _whose(spec: TaskSpec) -> dict[str, str]:
+    """Return licence, what it lets one do, and origin of a task's items."""
+    from calmix.capability.suites import provenance
+    from calmix.sources.licences import use_of
+
+    found = provenance(spec)
+    return {**found, "use": use_of(found["licence"])}
 
 
 def suites_show(
@@ -475,7 +492,9 @@ def suites_show(
 
     suite = load_suite(name)
     if as_json:
-        print_json({**suite.model_dump(mode="json", exclude_none=True), "hash": suite.hash})
+        whose = {name: _whose(spec) for name, spec in suite.tasks.items()}
+        told = suite.model_dump(mode="json", exclude_none=True)
+        print_json({**told, "hash": suite.hash, "provenance": whose})
         return
     table = table_of(
         f"{suite.name} version {suite.version}: {suite.description}",
@@ -498,3 +517,5 @@ def suites_show(
             " ".join(part for part in (spec.harness, spec.archive) if part),
         )
     out.print(table)
+    rows = [{"task": name, **_whose(spec)} for name, spec in suite.tasks.items()]
+    print_rows(rows, as_json=False)

@@ -44,6 +44,7 @@ class BuiltinModel:
     asset: str
     member: str
     licence: str
+    origin: str
     parameters: str
     description: str
 
