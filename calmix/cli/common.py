@@ -22,9 +22,26 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would obey or an encoder refuse."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+class _Console(Console):
+    """A console that shows names and paths as they are: they may hold markup, or escape codes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return text as it is printed."""
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+
+
+out = _Console()
+err = _Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModelName = Annotated[
@@ -76,7 +93,7 @@ Sources = Annotated[
 
 def fail(message: str) -> NoReturn:
     """Print one line to the error stream and end with exit code 2."""
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + printable(" ".join(message.split())) + "\n")
     sys.exit(2)
 
 
@@ -112,7 +129,7 @@ def print_rows(
 def progress_bar() -> Progress:
     """Return a progress bar on the error stream; silent where that is no terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

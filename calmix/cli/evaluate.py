@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from calmix.cli.common import (
     AsJson,
@@ -286,7 +286,7 @@ def _head(table: Table, dimension: str, seen: set[str]) -> None:
     """Begin a dimension's part of a table with its name."""
     if dimension not in seen:
         seen.add(dimension)
-        table.add_row(f"[bold]{escape(dimension)}[/]")
+        table.add_row(Text(dimension, style="bold"))
 
 
 def _suite_title(scores: CapabilityScores) -> str:
@@ -416,7 +416,7 @@ def kl_cells(found: dict[str, Any] | None, measured: Any) -> list[str]:
         return ["-"] * 4
     mean = f"{found['kl_mean']:.3f}"
     if found["kl_low"] is not None:
-        mean += rf" \[{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
+        mean += f" [{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
     rest = f"{found['kl_median']:.3f}", f"{found['kl_p99']:.2f}", _percent(found["top1"])
     return [mean, *rest]
 
@@ -442,12 +442,10 @@ def _percent(value: float | None) -> str:
 
 
 def interval(value: Estimate) -> str:
-    """Return an estimate in per cent with its interval, as rich markup."""
+    """Return an estimate in per cent with its interval."""
     if value.value is None:
         return "-"
-    return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]".replace(
-        "[", r"\["
-    )
+    return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]"
 
 
 def suites_ls(as_json: AsJson = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from calmix.calibration import CalibrationSet
 from calmix.capability.scores import load_scores
 from calmix.errors import InputError
-from calmix.files import write_bytes, write_json, write_text
+from calmix.files import parse_json, write_bytes, write_json, write_text
 from calmix.information import metrics
 from calmix.study.items import read_items, write_items
 from calmix.study.results import Scores, StudyResults, Trial
@@ -35,7 +34,7 @@ def read_results(path: Path | str) -> StudyResults:
     if is_store(path) or not (path / RECORD).is_file():
         return _of_store(open_store(path))
     try:
-        kept = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        kept = parse_json((path / RECORD).read_text(encoding="utf-8"))
         if kept.pop("kind") != KIND:
             raise ValueError("it is of another kind")
         found = kept.pop("format")

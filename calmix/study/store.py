@@ -13,7 +13,7 @@ A trial's folder appears whole: it is written beside and renamed.
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
-from calmix.files import atomic_folder, sync, write_json
+from calmix.files import atomic_folder, parse_json, sync, write_json
 from calmix.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
@@ -31,6 +31,7 @@ from calmix.study.trials import Added, Condition, Resolved, differences
 KIND, FORMAT = "study store", 2  # 1 held no log-likelihoods
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 SCORES = "scores.json"
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ADDITIONS = ("added", "looks", "most")  # in the index, of `Store.add`
 
 State = Literal["finished", "failed", "running", "pending"]
@@ -209,6 +210,14 @@ def open_store(path: Path) -> Store:
             f"store {path} has format {index.get('format')}, but this calmix reads format "
             f"{FORMAT}: name another folder, or use the calmix that made it"
         )
+    for entry in index.get("trials") or ():
+        for name in (entry.get("id"), entry.get("set")) if isinstance(entry, dict) else ():
+            if name is not None and not (isinstance(name, str) and _ID.fullmatch(name)):
+                raise InputError(f"{path / INDEX} is damaged: {name!r} is no trial's or set's name")
+    for part in ("trials", "calibration", "dense", "locks"):
+        for place in (path / part, *(path / part).glob("*")):
+            if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{place} is a link out of the store: put there what it leads to")
     return Store(path, index)
 
 
@@ -286,7 +295,7 @@ def _request(kept: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {remedy}") from error
     if not isinstance(value, dict):

@@ -5,7 +5,6 @@ A file that is missing, changed or damaged is a problem; what is whole but unusu
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from calmix.calibration import CalibrationSet
 from calmix.calibration.set import is_saved_set
 from calmix.capability.scores import load_scores
 from calmix.errors import CalmixError, InputError
-from calmix.files import sha256_json
+from calmix.files import parse_json, sha256_json
 from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -110,10 +109,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: it is missing, no JSON object, or of no kind that is known.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no manifest {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: it is no JSON") from error
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         raise InputError(f"{path} is no manifest of calmix")

@@ -20,7 +20,7 @@ from calmix.calibration.selfgen.making import generate
 from calmix.calibration.set import MANIFEST as SET_MANIFEST
 from calmix.calibration.set import TENSORS
 from calmix.errors import InputError
-from calmix.files import check_output_folder
+from calmix.files import check_output_folder, parse_json
 from calmix.manifest import SEAL, seal_holds
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
@@ -242,7 +242,7 @@ def _other_set(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _run(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
