@@ -166,9 +166,11 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            tokenizer.decode(tokenizer("What loads may still not work.")["input_ids"])
+            return tokenizer
         except Exception as error:  # tokenizers raises plain exceptions on a damaged file
             raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
 

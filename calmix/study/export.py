@@ -154,10 +154,7 @@ def _of_store(store: Store) -> StudyResults:
     states = {entry["id"]: store.state(entry["id"]) for entry in entries}
     done = [entry for entry in entries if states[entry["id"]] == "finished"]
     kept = {entry["id"]: store.result(entry["id"]) for entry in done}
-    try:
-        trials = [Trial.model_validate(kept[entry["id"]]["trial"]) for entry in done]
-    except (KeyError, ValidationError) as error:
-        raise InputError(f"a result in {store.path / 'trials'} is damaged: delete it") from error
+    trials = [store.read_trial(entry["id"]) for entry in done]
     extra = _compared(store, {entry["set"]: t for entry, t in zip(done, trials, strict=True)})
     scored = {entry["id"]: store.scores(entry["id"]) for entry in done}
     trials = [

@@ -14,7 +14,7 @@ from typing import Any
 
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.calibration.build import build
-from calmix.calibration.mix import Mix
+from calmix.calibration.mix import Mix, make_mix
 from calmix.calibration.resolving import guard_of
 from calmix.calibration.selfgen.making import generate
 from calmix.calibration.set import MANIFEST as SET_MANIFEST
@@ -121,7 +121,7 @@ def _prune(
         request = _request(kept["request"], path)
         model, drawn, files = kept["model"], kept["calibration"], dict(kept["files"])
         how: dict[str, Any] = {"dtype": kept["dtype"], "device": kept["device"]}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} lacks what it takes to make it again: {error}") from error
     _check_model(model["name"], model["sha256"])
 
@@ -175,6 +175,7 @@ def _calibrate(
             raise InputError(f"the tokenizer of {model['name']} is another now than {path} tells")
         guard = guard_of(suite, run, opened)
         if generated is None:
+            make_mix(kept["mix"], str(path))  # refuses what is no mix, and would round the weights
             made = build(
                 Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"],
                 select=kept["select"], **asked,
@@ -184,7 +185,7 @@ def _calibrate(
                 generated, opened, guard=guard, own=own, batch=kept.get("batch"),
                 writing=writing, note=note, **asked, **_settings(kept["settings"]),
             )  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} lacks what it takes to make it again: {error}") from error
     made.save(output)
     new = read_manifest(output / SET_MANIFEST)
