@@ -141,7 +141,13 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     if id(node) in known:
         return known[id(node)]
     held: Iterable[yaml.Node] = ()
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            node.value.encode("utf-8")
+        except UnicodeEncodeError:
+            problem = "half a surrogate pair is no text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+    elif isinstance(node, yaml.SequenceNode):
         held = node.value
     elif isinstance(node, yaml.MappingNode):
         held = (part for pair in node.value for part in pair)

@@ -24,6 +24,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+LONGEST = 2000  # characters of the line a mistake is told in
+
 
 def printable(text: str) -> str:
     """Return text without what a terminal would obey or an encoder refuse."""
@@ -93,7 +95,10 @@ Sources = Annotated[
 
 def fail(message: str) -> NoReturn:
     """Print one line to the error stream and end with exit code 2."""
-    sys.stderr.write("error: " + printable(" ".join(message.split())) + "\n")
+    line = printable(" ".join(message.split()))
+    if len(line) > LONGEST:  # it quotes what somebody wrote
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    sys.stderr.write(f"error: {line}\n")
     sys.exit(2)
 
 

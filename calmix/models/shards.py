@@ -90,7 +90,8 @@ def weight_files(folder: Path) -> list[str]:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged: fetch the model again") from error
         for name in names:  # results are written under these names
-            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+            if not plain or "\0" in name:
                 raise ModelError(f"{index} names {name!r}, which is no file of its folder")
         return sorted(names)
     if (folder / "model.safetensors").is_file():

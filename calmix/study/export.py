@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from calmix.calibration import CalibrationSet
 from calmix.capability.scores import load_scores
 from calmix.errors import InputError
@@ -42,7 +40,7 @@ def read_results(path: Path | str) -> StudyResults:
             results = StudyResults.model_validate(kept)
             scores, dense = read_items(path / ITEMS)
             return results.model_copy(update={"scores": scores, "dense": dense})
-    except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{path / RECORD} holds no results of a study: {reason}") from error
     raise InputError(

@@ -10,13 +10,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.calibration.build import build
 from calmix.calibration.mix import Mix, make_mix
 from calmix.calibration.resolving import guard_of
-from calmix.calibration.selfgen.making import generate
+from calmix.calibration.selfgen.making import Options, generate
 from calmix.calibration.set import MANIFEST as SET_MANIFEST
 from calmix.calibration.set import TENSORS
 from calmix.errors import InputError
@@ -29,6 +31,81 @@ from calmix.sources import Source
 from calmix.sources.registry import parse_sources
 from calmix.specs import PruneRequest, prune_request
 from calmix.trust.inspecting import read_manifest
+from calmix.yaml_files import first_problem
+
+
+class _Kept(BaseModel):
+    """What of a manifest it takes to make its artefact again; another may have written it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Model(_Kept):
+    name: str
+    sha256: str | None = None
+    fingerprint: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class _Draw(_Kept):
+    rows: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    packing: str | None = None
+    select: str | None = None
+    leakage: str | None = None
+    leakage_tokens: int | None = None
+    licence: str | None = None
+    own: dict[str, dict[str, Any]] = {}
+
+
+class _Request(_Kept):
+    method: str
+    sparsity: float | None
+    pattern: str | None
+    calibration: str | None
+    draw: _Draw
+    propagation: str | None
+    damping: float | None
+
+
+class _Drawn(_Kept):
+    sha256: str
+    sources: dict[str, Any] = {}
+
+
+class _Pruned(_Kept):
+    model: _Model
+    request: _Request
+    calibration: _Drawn | None
+    files: dict[str, str]
+    versions: dict[str, str]
+    dtype: str
+    device: str
+
+
+class _Guard(_Kept):
+    suite: str
+    tokens: int
+
+
+class _Set(_Kept):
+    model: _Model
+    own: dict[str, dict[str, Any]]
+    rows: int
+    length: int
+    seed: int
+    leakage: Literal["off"] | _Guard
+    tokenizer: str
+    sha256: str
+    generated: str | None = None
+    batch: int | None = None
+    settings: dict[str, Any] = {}
+    mix: dict[str, float] = {}
+    packing: str = ""
+    select: str = ""
+
 
 WHERE = ("machine", "system", "instructions", "threads", "batch")  # of the run record
 
@@ -89,12 +166,20 @@ def rerun(
             f"{manifest} tells of a model that ran code of its own: --trust-remote-code to run "
             "it again"
         )
+    if kept["kind"] == "pruned checkpoint" and kept.get("request") is None:
+        raise InputError(f"{manifest} was made by a study: run the study again")
+    shapes: dict[str, type[_Kept]] = {"pruned checkpoint": _Pruned, "calibration set": _Set}
+    if kept["kind"] not in shapes:
+        raise InputError(f"{manifest} is of kind '{kept['kind']}', which cannot be made again")
+    try:
+        shapes[kept["kind"]].model_validate(kept)
+    except ValidationError as error:
+        line = f"{manifest} lacks what it takes to make it again: {first_problem(error)}"
+        raise InputError(line) from error
     check_output_folder(output)
     if kept["kind"] == "pruned checkpoint":
         return _prune(manifest, kept, output, trust_remote_code, progress, writing, note)
-    if kept["kind"] == "calibration set":
-        return _calibrate(manifest, kept, output, trust_remote_code, writing, note)
-    raise InputError(f"{manifest} is of kind '{kept['kind']}', which cannot be made again")
+    return _calibrate(manifest, kept, output, trust_remote_code, writing, note)
 
 
 def differences(then: Any, now: Any, at: str = "") -> Iterator[str]:
@@ -115,14 +200,9 @@ def _prune(
     writing: Callable[[str, int, int], None] | None,
     note: Callable[[str], None] | None,
 ) -> Rerun:
-    if kept.get("request") is None:
-        raise InputError(f"{path} was made by a study: run the study again")
-    try:
-        request = _request(kept["request"], path)
-        model, drawn, files = kept["model"], kept["calibration"], dict(kept["files"])
-        how: dict[str, Any] = {"dtype": kept["dtype"], "device": kept["device"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} lacks what it takes to make it again: {error}") from error
+    model, drawn, files = kept["model"], kept["calibration"], kept["files"]
+    how: dict[str, Any] = {"dtype": kept["dtype"], "device": kept["device"]}
+    request = _request(kept["request"], path)
     _check_model(model["name"], model["sha256"])
 
     def started(made: CalibrationSet | None) -> None:
@@ -156,37 +236,32 @@ def _calibrate(
     note: Callable[[str], None] | None,
 ) -> Rerun:
     generated = kept.get("generated")
-    try:
-        model = kept["model"]
-        own = _own(kept["own"], path)
-        asked = {key: kept[key] for key in ("rows", "length", "seed")}
-        leakage = kept["leakage"]
-        off = leakage == "off"
-        suite, run = (leakage, None) if off else (leakage["suite"], leakage["tokens"])
-        if "fingerprint" in model:
-            _check_model(model["name"], model["fingerprint"])
-            opened: Any = open_model(
-                model["name"], dtype=model["dtype"], device=model["device"],
-                trust_remote_code=trust,
-            )  # fmt: skip
-        else:
-            opened = open_tokenizer(model["name"], trust_remote_code=trust)
-        if opened.tokenizer_fingerprint != kept["tokenizer"]:
-            raise InputError(f"the tokenizer of {model['name']} is another now than {path} tells")
-        guard = guard_of(suite, run, opened)
-        if generated is None:
-            make_mix(kept["mix"], str(path))  # refuses what is no mix, and would round the weights
-            made = build(
-                Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"],
-                select=kept["select"], **asked,
-            )  # fmt: skip
-        else:
-            made = generate(
-                generated, opened, guard=guard, own=own, batch=kept.get("batch"),
-                writing=writing, note=note, **asked, **_settings(kept["settings"]),
-            )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} lacks what it takes to make it again: {error}") from error
+    model, own = kept["model"], _own(kept["own"], path)
+    asked = {key: kept[key] for key in ("rows", "length", "seed")}
+    leakage = kept["leakage"]
+    suite, run = ("off", None) if leakage == "off" else (leakage["suite"], leakage["tokens"])
+    if model.get("fingerprint") is not None:
+        _check_model(model["name"], model["fingerprint"])
+        opened: Any = open_model(
+            model["name"], dtype=model.get("dtype", "auto"), device=model.get("device", "auto"),
+            trust_remote_code=trust,
+        )  # fmt: skip
+    else:
+        opened = open_tokenizer(model["name"], trust_remote_code=trust)
+    if opened.tokenizer_fingerprint != kept["tokenizer"]:
+        raise InputError(f"the tokenizer of {model['name']} is another now than {path} tells")
+    guard = guard_of(suite, run, opened)
+    if generated is None:
+        make_mix(kept["mix"], str(path))  # refuses what is no mix, and would round the weights
+        made = build(
+            Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"],
+            select=kept["select"], **asked,
+        )  # fmt: skip
+    else:
+        made = generate(
+            generated, opened, guard=guard, own=own, batch=kept.get("batch"),
+            writing=writing, note=note, **asked, **_settings(kept["settings"], path),
+        )  # fmt: skip
     made.save(output)
     new = read_manifest(output / SET_MANIFEST)
     differing = [SET_MANIFEST] if new[SEAL] != kept[SEAL] else []
@@ -201,7 +276,10 @@ def _request(record: dict[str, Any], path: Path) -> PruneRequest:
     draw = dict(record.pop("draw"))
     if "own" in draw:
         draw["own"] = _own(draw["own"], path)
-    return prune_request(**record, **draw)
+    try:
+        return prune_request(**record, **draw)
+    except TypeError as error:  # an option prune does not have
+        raise InputError(f"{path} asks for what this calmix does not know: {error}") from error
 
 
 def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
@@ -210,15 +288,15 @@ def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     return parse_sources(entries, Path.cwd() / path.name)
 
 
-def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return a method's settings as `generate` takes them, from those of a manifest."""
     told = {key: value for key, value in record.items() if not key.endswith("_sha256")}
-    if "lambda" in told:
-        told["lambda_"] = told.pop("lambda")
-    if "openers" in told:
-        name = told.pop("openers")
-        told["openers"] = None if name == "builtin" else Path(name)
-    return told
+    if told.get("openers") == "builtin":
+        del told["openers"]
+    try:
+        return Options.model_validate(told).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise InputError(f"{path}: settings: {first_problem(error)}") from error
 
 
 def _check_model(name: str, sha256: str) -> None:

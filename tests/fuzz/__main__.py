@@ -1,5 +1,6 @@
 """`python -m tests.fuzz COUNT [SEED [KIND]]`: run mutations, and print what was found."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ def main() -> None:
     """Exit code 1 if any mutation is neither read nor refused in one line."""
     count, seed, only = (*sys.argv[1:], *(None,) * 3)[:3]
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["CALMIX_CACHE"] = str(Path(folder) / "fuzz" / "files" / "cache")
         found = run(Path(folder) / "fuzz", int(count or 10_000), int(seed or 0), only)
     print(f"{'kind':20}{'read':>8}{'refused':>9}")
     for name in KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from calmix.calibration.selfgen.openers import load_openers, tokenised
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.capability.scores import CapabilityScores, load_dense, load_scores
 from calmix.capability.suites import load_suite
+from calmix.errors import InputError
 from calmix.files import write_json
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint, tokenizer_fingerprint
@@ -123,6 +125,7 @@ def make(folder: Path) -> None:
     suite_told = {"name": "made", "version": 1, "hash": "0" * 64}
     scores = CapabilityScores(name, "0" * 64, "float32", suite_told, tasks, versions=versions)
     scores.save(folder / "scores.json")
+    scores.save(folder / "dense.json")
     _store(folder / "store", results, scores)
     _gguf(folder / "tiny.gguf")
 
@@ -281,7 +284,10 @@ def _rerun(folder: Path) -> None:
 def _scores(folder: Path) -> None:
     inspect(folder / "scores.json")
     load_dense(folder / "scores.json")
-    load_scores(folder / "scores.json")
+    scores = load_scores(folder / "scores.json")
+    for measure in ("primary", "accuracy"):
+        with contextlib.suppress(InputError):
+            scores.retention(load_scores(folder / "dense.json"), measure=measure, resamples=5)
 
 
 def _read_results(name: str) -> Callable[[Path], None]:

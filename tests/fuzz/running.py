@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import resource
 import signal
@@ -45,8 +44,10 @@ class HangError(BaseException):
 
 
 def run(folder: Path, count: int, seed: int = 0, only: str | None = None) -> Found:
-    """Run `count` mutations, shared out over the kinds; the same seed gives the same ones."""
-    os.environ["CALMIX_CACHE"] = str(folder / "files" / "cache")
+    """Run `count` mutations, shared out over the kinds; the same seed gives the same ones.
+
+    The cache must be `folder`/files/cache.
+    """
     make(folder / "files")
     kinds = {name: kind for name, kind in KINDS.items() if only in (None, name)}
     whole = sum(kind.weight for kind in kinds.values())
@@ -75,10 +76,7 @@ def _outcome(read: Any, folder: Path, size: int) -> BaseException | None:
         with _limited(size):
             read(folder)
     except CalmixError as error:
-        line = str(error)
-        if not line.strip() or len(line) > 2000:
-            return AssertionError(f"a line of {len(line)} characters: {line[:200]}")
-        return error
+        return error if str(error).strip() else AssertionError("it says nothing")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
