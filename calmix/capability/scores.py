@@ -151,7 +151,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
     if value.pop("kind", None) != KIND:
         raise InputError(f"{path} holds no scores of 'calmix evaluate'")
-    read = {1: from_old_mapping, FORMAT: from_mapping}.get(found := value.pop("format", None))
+    found = value.pop("format", None)
+    readers = {1: from_old_mapping, FORMAT: from_mapping}
+    read = readers.get(found) if isinstance(found, int) else None
     if read is None:
         raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
     try:
@@ -171,8 +173,11 @@ def _check_lengths(task: TaskScores, path: Path) -> None:
     """Refuse a task whose parts are not of one length, or whose right choice is none of them."""
     parts = (task.values, task.gold, task.loglikelihoods, task.bytes, task.floors, task.unigram)
     choices = task.loglikelihoods or task.bytes
+    needed: list[tuple[Any, ...]] = [task.gold] if task.loglikelihoods else []
+    needed += [task.bytes] if task.loglikelihoods and task.primary == "bits" else []
     if (
-        any(part and len(part) != len(task.items) for part in parts)
+        any(len(part) != len(task.items) for part in needed)
+        or any(part and len(part) != len(task.items) for part in parts)
         or any(not 0 <= right < len(row) for right, row in zip(task.gold, choices, strict=False))
         or any(list(map(len, other)) != list(map(len, choices))
                for other in (task.bytes, task.floors) if other and choices)

@@ -328,8 +328,10 @@ def _refuse_twice(node: yaml.Node, where: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(f"{where} line {line}: a key is not text")
             if key.value in seen:
-                line = key.start_mark.line + 1
                 raise InputError(f"{where} line {line}: key '{key.value}' is given twice")
             seen.add(key.value)
             _refuse_twice(value, where)

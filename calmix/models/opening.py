@@ -169,7 +169,10 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            tokenizer.decode(tokenizer("What loads may still not work.")["input_ids"])
+            # What loads may still not work, or not be saved once all is done.
+            tokenizer.decode(tokenizer("one two")["input_ids"])
+            kept = [tokenizer.init_kwargs, tokenizer.chat_template]
+            json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8")
             return tokenizer
         except Exception as error:  # tokenizers raises plain exceptions on a damaged file
             raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
