@@ -7,7 +7,7 @@ OUT := out/demo
 MODEL := builtin:smollm2-135m
 MIX := uniform:python-stdlib,encyclopedia,math-solutions,stories
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-long lint bench clean
 
 setup: $(VENV)/.ready
 	$(BIN)/calmix assets install
@@ -32,6 +32,11 @@ demo: setup
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# What takes too long for every change: ten thousand mutated files, and the fault matrix.
+test-long: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz 10000
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -48,6 +48,18 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON that others may have written.
+
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than anything calmix writes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, beside `path` first and then renamed onto it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

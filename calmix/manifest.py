@@ -10,9 +10,19 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from calmix.files import sha256_file, sha256_json
+from calmix.machine import cores
+from calmix.specs import PruneRequest
+
+SEAL = "manifest_sha256"
 
 
 def versions() -> dict[str, str]:
@@ -27,7 +37,51 @@ def run_record(seconds: dict[str, float]) -> dict[str, Any]:
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with its own hash at the end."""
+    content = {key: value for key, value in manifest.items() if key != SEAL}
+    return {**content, SEAL: sha256_json(content)}
+
+
+def seal_holds(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a manifest is as it was sealed."""
+    return sealed(manifest)[SEAL] == manifest.get(SEAL)
+
+
+def file_hashes(
+    folder: Path, *, without: Collection[str] = (), tick: Callable[[str], None] | None = None
+) -> dict[str, str]:
+    """Return the SHA-256 of every file in a folder by its path within, in order of path.
+
+    Args:
+        folder: where to look; links are not followed into folders.
+        without: names to leave out.
+        tick: called with the name of each file once it is hashed.
+    """
+
+    def hashed(name: str) -> str:
+        value = sha256_file(folder / name)
+        if tick is not None:
+            tick(name)
+        return value
+
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if name not in without]
+    with ThreadPoolExecutor(cores()) as pool:
+        return dict(zip(names, pool.map(hashed, names), strict=True))
+
+
+def request_record(request: PruneRequest) -> dict[str, Any]:
+    """Return a prune's request as JSON-serialisable values, the user's own sources included."""
+    record = {field.name: getattr(request, field.name) for field in fields(request)}
+    draw = dict(request.draw)
+    if own := draw.pop("own", None):
+        draw["own"] = {name: source.model_dump(mode="json") for name, source in own.items()}
+    return record | {"draw": draw}

@@ -14,7 +14,9 @@ Propagation = Literal["sequential", "block"]
 ROWS, LENGTH, SEED = 64, 512, 0
 
 # What draws a calibration set beside its specification; calmix.calibration.resolve has defaults.
-DRAW = ("rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "own")
+DRAW = (
+    "rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "licence", "own",
+)  # fmt: skip
 CALIBRATED = ("calibration", "propagation", *DRAW)  # what only a method that looks at data takes
 # What a user can say of any prune, whatever the method: no method's option has such a name.
 PRUNE = (

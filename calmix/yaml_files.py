@@ -12,6 +12,9 @@ from pydantic import ValidationError
 
 from calmix.errors import InputError, nearest
 
+LARGEST = 500_000  # characters of a file: PyYAML takes seconds for so many
+MOST_NODES = 200_000  # values, aliases written out
+
 
 class _Strict(yaml.SafeLoader):
     """A safe loader that refuses a key given twice instead of keeping the last."""
@@ -93,17 +96,64 @@ def parse_yaml(text: str, where: str) -> YamlText:
     Raises:
         InputError: it is not YAML or not a mapping; `where` names it.
     """
+    node = compose(text, where)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.load(text, Loader=_Strict)
     except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{where}{line}: {error.problem}") from error
-    except yaml.YAMLError as error:
+        raise _not_yaml(error, where) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date there is none of, say
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or node is None:
         raise InputError(f"{where} holds no mapping of names to values")
     return YamlText(where, text, value, node)
+
+
+def compose(text: str, where: str) -> yaml.Node | None:
+    """Return the nodes of YAML text; None if it is empty.
+
+    Raises:
+        InputError: it is not YAML, larger or deeper than a file a person writes, or has aliases
+            that contain themselves or make it grow beyond reason.
+    """
+    if len(text) > LARGEST:
+        raise InputError(f"{where} is larger than {LARGEST:,} characters, the most YAML may have")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = 0 if node is None else _size(node, {})
+    except yaml.MarkedYAMLError as error:
+        raise _not_yaml(error, where) from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply, or contains itself") from None
+    if size > MOST_NODES:
+        raise InputError(f"{where} has aliases that make it {size:,} values, not {MOST_NODES:,}")
+    return node
+
+
+def _not_yaml(error: yaml.MarkedYAMLError, where: str) -> InputError:
+    line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+    known = isinstance(error, yaml.constructor.ConstructorError)  # YAML, but not as it is wanted
+    return InputError(f"{where}{line}: {error.problem if known else f'not YAML ({error.problem})'}")
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node holds once every alias is written out."""
+    if id(node) in known:
+        return known[id(node)]
+    held: Iterable[yaml.Node] = ()
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            node.value.encode("utf-8")
+        except UnicodeEncodeError:
+            problem = "half a surrogate pair is no text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+    elif isinstance(node, yaml.SequenceNode):
+        held = node.value
+    elif isinstance(node, yaml.MappingNode):
+        held = (part for pair in node.value for part in pair)
+    known[id(node)] = size = 1 + sum(_size(part, known) for part in held)
+    return size
 
 
 def read_text(path: Path) -> str:

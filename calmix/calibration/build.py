@@ -28,6 +28,10 @@ class HasTokenizer(Protocol):
     """What building needs of a model: an `OpenModel` has it, and so has an `OpenTokenizer`."""
 
     @property
+    def name(self) -> str:
+        """The model as the user named it."""
+
+    @property
     def tokenizer(self) -> Any:
         """A tokenizer of transformers."""
 
@@ -123,8 +127,12 @@ def build(
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
     chosen = {name: [i for source, i in drawn if source == name] for name in counts}
     ids = torch.tensor([head + draws[name].packed.rows[i] for name, i in drawn])
+    model: dict[str, Any] = {"name": opened.name}
+    if select in BY_MODEL:
+        model |= model_record(opened)
     manifest = {
         "kind": "calibration set",
+        "model": model,
         "mix": mix.weights,
         "rows": rows,
         "length": length,
@@ -134,6 +142,7 @@ def build(
         "begin_token": begin,
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
+        "own": own_record(own, draws),
         "sources": {name: _described(draw, chosen[name]) for name, draw in draws.items()},
     }
     made = CalibrationSet(ids, tuple(name for name, _ in drawn), manifest)
@@ -166,6 +175,23 @@ def as_model(opened: HasTokenizer, what: str) -> Any:
     if getattr(opened, "model", None) is None:
         raise InputError(f"{what} runs the model: open it, not its tokenizer alone")
     return opened
+
+
+def model_record(opened: Any) -> dict[str, Any]:
+    """Return what a manifest says of an open model that was run for the set."""
+    weight = next(opened.model.parameters())
+    return {
+        "name": opened.name,
+        "fingerprint": opened.fingerprint,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+    }
+
+
+def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[str, Any]:
+    """Return the user's own sources among those used, as JSON-serialisable values."""
+    known = own or {}
+    return {name: known[name].model_dump(mode="json") for name in used if name in known}
 
 
 def _log_perplexity(opened: Any, rows: list[list[int]]) -> list[float]:

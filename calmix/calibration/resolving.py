@@ -4,7 +4,7 @@ method by which the model writes the text itself."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,14 @@ from calmix.calibration.selfgen.making import METHODS, Options, Writing, generat
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
 from calmix.files import user_path
-from calmix.sources import Source
+from calmix.sources import Source, get_source, offline_sources
+from calmix.sources.licences import Licence, allowed, check_licence, refuse
 from calmix.sources.registry import parse_sources
 from calmix.specs import LENGTH, ROWS, SEED
 from calmix.yaml_files import first_problem, read_yaml
 
 SUITE = "offline"
+GROUP = "offline"  # in a mix: every builtin source that needs no hub
 
 
 class SpecFile(BaseModel):
@@ -49,6 +51,7 @@ class SpecFile(BaseModel):
     select: Selection | None = None
     leakage: str | None = None
     leakage_tokens: int | None = None
+    licence: Licence | None = None
 
     @field_validator("leakage", mode="before")
     @classmethod
@@ -87,12 +90,67 @@ def needs_model(text: str, select: str | None = None) -> bool:
     return spec.generate is not None or "igsp" in (select, spec.fixed.get("select"))
 
 
-def parse_spec(text: str, own: Mapping[str, Source] | None = None) -> Spec:
+def parse_spec(
+    text: str, own: Mapping[str, Source] | None = None, licence: str | None = None
+) -> Spec:
     """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `igsp` or the path of a YAML file.
 
+    Among the names, `offline` stands for every builtin source that needs no hub.
+
+    Args:
+        text: what the user wrote.
+        own: the user's own sources by name.
+        licence: `permissive` leaves other sources out of `offline`.
+
     Raises:
-        InputError: the text or the file cannot be used as it is.
+        InputError: the text or the file cannot be used as it is, or it names a source that the
+            licence asked for leaves out.
+        SourceError: a licence is asked for, and a source is unknown.
     """
+    check_licence(licence)
+    spec = _parsed(text, own)
+    wanted = licence or spec.fixed.pop("licence", None)
+    spec.fixed.pop("licence", None)
+    if spec.generate is not None:
+        check_seeds(spec.generate, spec.options.seeds, wanted, spec.own)
+        return spec
+    return replace(spec, mix=_grouped(spec.mix, spec.own, text, wanted))
+
+
+def check_seeds(
+    method: str, seeds: str | None, licence: str | None, own: Mapping[str, Source] | None
+) -> None:
+    """Refuse seed texts of a method that generates, if their licence is not the one asked for.
+
+    Raises:
+        InputError: unknown licence, or that of the source of seed texts is another.
+        SourceError: a licence is asked for, and the source is unknown.
+    """
+    check_licence(licence)
+    if licence is not None and "seeds" in METHODS[method]:
+        name = seeds or METHODS[method]["seeds"]
+        refuse(name, get_source(name, own).licence, licence)
+
+
+def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
+    """Put the members in the place of a group, and refuse what the licence leaves out."""
+    weights: dict[str, float] = {}
+    for name, weight in mix.weights.items():
+        if name != GROUP or name in own:
+            if wanted is not None:
+                refuse(name, get_source(name, own).licence, wanted)
+            members = [name]
+        else:
+            held = offline_sources()
+            members = [member for member in held if allowed(held[member].licence, wanted)]
+        for member in members:
+            if member in weights or (member in mix.weights and member != name):
+                raise InputError(f"calibration '{text}' names '{member}' twice: {GROUP} holds it")
+            weights[member] = weight / len(members)
+    return mix if list(weights) == list(mix.weights) else Mix(weights)
+
+
+def _parsed(text: str, own: Mapping[str, Source] | None) -> Spec:
     if text in METHODS:
         return Spec(Mix({}), dict(own or {}), generate=text)
     path = user_path(text)
@@ -136,6 +194,7 @@ def resolve(
     select: Selection | None = None,
     leakage: str | None = None,
     leakage_tokens: int | None = None,
+    licence: str | None = None,
     own: Mapping[str, Source] | None = None,
     tick: Callable[[str], None] | None = None,
     writing: Writing | None = None,
@@ -151,6 +210,8 @@ def resolve(
             512 tokens, seed 0, concat, random, or what the YAML file says).
         leakage: the suite whose items the set must not share runs with; `off` for no check.
         leakage_tokens: the length of such a run in tokens.
+        licence: `permissive` leaves sources with other licences out; one that is named is an
+            error.
         own: the user's own sources by name.
         tick: called with the name of each source once it is drawn.
         writing: called with what the model writes, tokens done and tokens in all.
@@ -172,8 +233,9 @@ def resolve(
     given = {key: value for key, value in given.items() if value is not None}
     path = user_path(text)
     if is_saved_set(path):
-        return _saved(path, opened, given)
-    spec = parse_spec(text, own)
+        check_licence(licence)
+        return _saved(path, opened, given, licence)
+    spec = parse_spec(text, own, licence)
     options: dict[str, Any] = {
         "rows": ROWS,
         "length": LENGTH,
@@ -201,8 +263,16 @@ def resolve(
     return build(spec.mix, opened, guard=guard, own=spec.own, tick=tick, **options)
 
 
-def _saved(path: Path, opened: HasTokenizer, given: dict[str, Any]) -> CalibrationSet:
+def _saved(
+    path: Path, opened: HasTokenizer, given: dict[str, Any], licence: str | None
+) -> CalibrationSet:
     found = CalibrationSet.open(path, opened)
+    for name, source in (found.manifest.get("sources") or {}).items():
+        if isinstance(source, dict):
+            refuse(name, source.get("licence", "unstated"), licence)
+    seeds = (found.manifest.get("settings") or {}).get("seeds")
+    if licence is not None and seeds is not None:
+        refuse(seeds, get_source(seeds).licence, licence)
     leakage = found.manifest.get("leakage")
     has = {**found.manifest, "leakage": leakage, "leakage_tokens": None}
     if isinstance(leakage, dict):

@@ -7,7 +7,6 @@ On disk it is a folder of two files: `calibration.safetensors` (`ids`, shape (ro
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,7 +18,14 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.files import atomic_folder, check_output_folder, sha256_json, write_json
+from calmix.files import (
+    atomic_folder,
+    check_output_folder,
+    parse_json,
+    sha256_json,
+    write_json,
+)
+from calmix.manifest import SEAL, seal_holds, sealed
 
 if TYPE_CHECKING:
     from calmix.calibration.build import HasTokenizer
@@ -88,12 +94,11 @@ class CalibrationSet:
             "sources_sha256": sha256_json(list(self.sources)),
             "sha256": self.sha256,
         }
-        manifest["manifest_sha256"] = sha256_json(manifest)
         with atomic_folder(folder) as beside:
             tensors = {"ids": self.ids.to(torch.int64).contiguous(), "source": source}
             save_file(tensors, beside / TENSORS)
             (beside / TENSORS).chmod(0o644)  # safetensors lets only the owner read
-            write_json(beside / MANIFEST, manifest)
+            write_json(beside / MANIFEST, sealed(manifest))
         return folder
 
     @classmethod
@@ -149,7 +154,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"there is no calibration set at {folder}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {MANIFEST}: it is no calibration set") from None
     except (OSError, ValueError) as error:
@@ -161,7 +166,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"calibration set {folder} has format {manifest.get('format')}, but this calmix "
             f"reads format {FORMAT}: make it again"
         )
-    stated = manifest.pop("manifest_sha256", None)
-    if stated != sha256_json(manifest):
+    whole = seal_holds(manifest)
+    manifest.pop(SEAL, None)
+    if not whole:
         raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
     return manifest

@@ -7,14 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from calmix.capability.measures import Measure
 from calmix.capability.records import TaskScores, from_mapping, from_old_mapping
 from calmix.capability.retention import RESAMPLES, Retention, retention
 from calmix.capability.suites import Suite
 from calmix.errors import InputError
-from calmix.files import write_text
+from calmix.files import parse_json, write_text
+from calmix.yaml_files import first_problem
 
 KIND = "capability scores"
+_TASK = TypeAdapter(TaskScores)
 FORMAT = 2  # of the JSON file; 1 held no log-likelihoods
 
 
@@ -68,6 +72,9 @@ class CapabilityScores:
     def save(self, path: Path) -> None:
         """Write the scores as JSON, all on one line: they are long."""
         write_text(path, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+
+
+_SCORES = TypeAdapter(CapabilityScores)
 
 
 def describe(suite: Suite) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def load_dense(path: Path) -> CapabilityScores | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
@@ -144,11 +151,35 @@ def _read(path: Path) -> dict[str, Any]:
 def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
     if value.pop("kind", None) != KIND:
         raise InputError(f"{path} holds no scores of 'calmix evaluate'")
-    read = {1: from_old_mapping, FORMAT: from_mapping}.get(found := value.pop("format", None))
+    found = value.pop("format", None)
+    readers = {1: from_old_mapping, FORMAT: from_mapping}
+    read = readers.get(found) if isinstance(found, int) else None
     if read is None:
         raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
     try:
-        tasks = tuple(read(task) for task in value.pop("tasks"))
-        return CapabilityScores(tasks=tasks, **value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        tasks = tuple(_TASK.validate_python(vars(read(task))) for task in value.pop("tasks"))
+        scores = _SCORES.validate_python(vars(CapabilityScores(tasks=tasks, **value)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = first_problem(error) if isinstance(error, ValidationError) else error
+        raise InputError(f"{path} is damaged: {what}") from error
+    if not all(isinstance(scores.suite.get(key), str) for key in ("name", "hash")):
+        raise InputError(f"{path} is damaged: it does not say of which suite it is")
+    for task in tasks:
+        _check_lengths(task, path)
+    return scores
+
+
+def _check_lengths(task: TaskScores, path: Path) -> None:
+    """Refuse a task whose parts are not of one length, or whose right choice is none of them."""
+    parts = (task.values, task.gold, task.loglikelihoods, task.bytes, task.floors, task.unigram)
+    choices = task.loglikelihoods or task.bytes
+    needed: list[tuple[Any, ...]] = [task.gold] if task.loglikelihoods else []
+    needed += [task.bytes] if task.loglikelihoods and task.primary == "bits" else []
+    if (
+        any(len(part) != len(task.items) for part in needed)
+        or any(part and len(part) != len(task.items) for part in parts)
+        or any(not 0 <= right < len(row) for right, row in zip(task.gold, choices, strict=False))
+        or any(list(map(len, other)) != list(map(len, choices))
+               for other in (task.bytes, task.floors) if other and choices)
+    ):  # fmt: skip
+        raise InputError(f"{path} is damaged: the parts of task {task.name} do not fit together")

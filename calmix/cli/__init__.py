@@ -19,6 +19,7 @@ from calmix.cli import (
     prune,
     recover,
     study,
+    trust,
 )
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
@@ -57,6 +58,7 @@ compare.register(app)
 pack.register(app)
 listing.register(app)
 study.register(app)
+trust.register(app)
 
 
 # What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.

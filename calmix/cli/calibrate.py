@@ -13,6 +13,7 @@ from calmix.cli.common import (
     Dtype,
     Leakage,
     LeakageTokens,
+    Licence,
     Packing,
     Select,
     Sources,
@@ -62,6 +63,7 @@ def calibrate(
     select: Select = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
+    licence: Licence = None,
     sources: Sources = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder.")
@@ -101,6 +103,7 @@ def calibrate(
             select=select,  # type: ignore[arg-type]
             leakage=leakage,
             leakage_tokens=leakage_tokens,
+            licence=licence,
             own=own,
             tick=lambda name: bar.update(task, description=f"drew {name}", advance=1),
             writing=writing_on(bar),

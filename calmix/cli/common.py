@@ -22,9 +22,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+LONGEST = 2000  # characters of the line a mistake is told in
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would obey or an encoder refuse."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+class _Console(Console):
+    """A console that shows names and paths as they are: they may hold markup, or escape codes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return text as it is printed."""
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+
+
+out = _Console()
+err = _Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModelName = Annotated[
@@ -61,6 +80,13 @@ Leakage = Annotated[
         help="Suite whose items the text must not share runs of tokens with; off: no check.",
     ),
 ]
+Licence = Annotated[
+    str | None,
+    typer.Option(
+        show_default="any",
+        help="permissive: no source whose licence is another (calmix sources ls).",
+    ),
+]
 LeakageTokens = Annotated[int | None, typer.Option(show_default="13", help="Tokens in such a run.")]
 Sources = Annotated[
     Path | None, typer.Option(show_default=False, help="A .yaml file with sources of your own.")
@@ -69,7 +95,10 @@ Sources = Annotated[
 
 def fail(message: str) -> NoReturn:
     """Print one line to the error stream and end with exit code 2."""
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    line = printable(" ".join(message.split()))
+    if len(line) > LONGEST:  # it quotes what somebody wrote
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    sys.stderr.write(f"error: {line}\n")
     sys.exit(2)
 
 
@@ -105,7 +134,7 @@ def print_rows(
 def progress_bar() -> Progress:
     """Return a progress bar on the error stream; silent where that is no terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from calmix.cli.common import (
     AsJson,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from calmix.capability.measures import Measure
     from calmix.capability.retention import Estimate
     from calmix.capability.scores import CapabilityScores
+    from calmix.capability.suites import TaskSpec
 
 
 MeasureName = Annotated[
@@ -285,7 +286,7 @@ def _head(table: Table, dimension: str, seen: set[str]) -> None:
     """Begin a dimension's part of a table with its name."""
     if dimension not in seen:
         seen.add(dimension)
-        table.add_row(f"[bold]{escape(dimension)}[/]")
+        table.add_row(Text(dimension, style="bold"))
 
 
 def _suite_title(scores: CapabilityScores) -> str:
@@ -415,7 +416,7 @@ def kl_cells(found: dict[str, Any] | None, measured: Any) -> list[str]:
         return ["-"] * 4
     mean = f"{found['kl_mean']:.3f}"
     if found["kl_low"] is not None:
-        mean += rf" \[{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
+        mean += f" [{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
     rest = f"{found['kl_median']:.3f}", f"{found['kl_p99']:.2f}", _percent(found["top1"])
     return [mean, *rest]
 
@@ -441,17 +442,16 @@ def _percent(value: float | None) -> str:
 
 
 def interval(value: Estimate) -> str:
-    """Return an estimate in per cent with its interval, as rich markup."""
+    """Return an estimate in per cent with its interval."""
     if value.value is None:
         return "-"
-    return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]".replace(
-        "[", r"\["
-    )
+    return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]"
 
 
 def suites_ls(as_json: AsJson = False) -> None:
     """List the builtin suites. The path of a YAML file is a suite too."""
-    from calmix.capability.suites import builtin_suites
+    from calmix.capability.suites import builtin_suites, provenance
+    from calmix.sources.licences import use_of
 
     rows = [
         {
@@ -459,11 +459,26 @@ def suites_ls(as_json: AsJson = False) -> None:
             "version": suite.version,
             "dimensions": ", ".join(suite.dimensions),
             "tasks": len(suite.tasks),
+            "not for commercial use": ", ".join(
+                name
+                for name, spec in suite.tasks.items()
+                if use_of(provenance(spec)["licence"]) == "non-commercial"
+            ),
             "description": suite.description,
         }
+        | ({"task": {n: _whose(spec) for n, spec in suite.tasks.items()}} if as_json else {})
         for suite in builtin_suites().values()
     ]
     print_rows(rows, as_json=as_json)
+
+
+def _whose(spec: TaskSpec) -> dict[str, str]:
+    """Return licence, what it lets one do, and origin of a task's items."""
+    from calmix.capability.suites import provenance
+    from calmix.sources.licences import use_of
+
+    found = provenance(spec)
+    return {**found, "use": use_of(found["licence"])}
 
 
 def suites_show(
@@ -475,7 +490,9 @@ def suites_show(
 
     suite = load_suite(name)
     if as_json:
-        print_json({**suite.model_dump(mode="json", exclude_none=True), "hash": suite.hash})
+        whose = {name: _whose(spec) for name, spec in suite.tasks.items()}
+        told = suite.model_dump(mode="json", exclude_none=True)
+        print_json({**told, "hash": suite.hash, "provenance": whose})
         return
     table = table_of(
         f"{suite.name} version {suite.version}: {suite.description}",
@@ -498,3 +515,5 @@ def suites_show(
             " ".join(part for part in (spec.harness, spec.archive) if part),
         )
     out.print(table)
+    rows = [{"task": name, **_whose(spec)} for name, spec in suite.tasks.items()]
+    print_rows(rows, as_json=False)

@@ -14,6 +14,7 @@ from calmix.cli.common import (
     Dtype,
     Leakage,
     LeakageTokens,
+    Licence,
     Sources,
     TrustRemoteCode,
     note,
@@ -110,6 +111,7 @@ def generate(
     ] = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
+    licence: Licence = None,
     sources: Sources = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder.")
@@ -120,7 +122,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let the model write its own calibration set, and save it. Interrupted work goes on."""
-    from calmix.calibration.resolving import guard_of
+    from calmix.calibration.resolving import check_seeds, guard_of
     from calmix.calibration.selfgen.making import generate as run
     from calmix.calibration.selfgen.making import settings
     from calmix.models import open_model
@@ -134,6 +136,7 @@ def generate(
     settings(method, options)
     check_output_folder(output, overwrite=overwrite)
     own = load_sources(sources) if sources is not None else None
+    check_seeds(method, seeds, licence, own)
     opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with progress_bar() as bar:
         made = run(

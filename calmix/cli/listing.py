@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calmix import assets
-from calmix.cli.common import AsJson, out, print_json, print_rows
+from calmix.cli.common import AsJson, Licence, out, print_json, print_rows
 from calmix.errors import AssetError
 from calmix.files import cache_dir
+
+if TYPE_CHECKING:
+    from calmix.sources import Source
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)]
 
@@ -39,18 +42,28 @@ def register(app: typer.Typer) -> None:
 def models_ls(as_json: AsJson = False) -> None:
     """List the builtin models."""
     from calmix.models import builtin_models
+    from calmix.sources.licences import use_of
 
     rows = [
         {
             "name": f"builtin:{model.name}",
             "parameters": model.parameters,
             "licence": model.licence,
+            "use": use_of(model.licence),
+            "from": model.origin,
             "asset": ", ".join(f"{name} ({assets.get_asset(name).state})" for name in model.parts),
             "description": model.description,
         }
         for model in builtin_models().values()
     ]
-    print_rows(rows, as_json=as_json)
+    if as_json:
+        print_json(rows)
+        return
+    below = ("from", "description")
+    print_rows([{k: v for k, v in row.items() if k not in below} for row in rows], as_json=False)
+    for row in rows:
+        line = f"{row['name']}: {row['description']}; from {row['from']}"
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def methods_ls(as_json: AsJson = False) -> None:
@@ -76,27 +89,40 @@ def sources_ls(
         Path | None,
         typer.Option("--sources", show_default=False, help="A .yaml file with your own, too."),
     ] = None,
+    licence: Licence = None,
     as_json: AsJson = False,
 ) -> None:
     """List the sources. A path to a .txt, .jsonl or .parquet file or a folder of such, and a
     hub id (owner/name), are sources too.
     """
     from calmix.sources import builtin_sources, load_sources
+    from calmix.sources.licences import allowed, check_licence, short
 
+    check_licence(licence)
     known = {**builtin_sources(), **(load_sources(own) if own is not None else {})}
     rows = [
         {
             "name": source.name,
             "dimension": source.dimension,
-            "kind": source.kind,
-            "licence": source.licence,
-            "size": source.size,
+            "use": source.use,
+            "licence": source.licence if as_json else short(source.licence),
             "available": source.availability,
         }
-        | ({"from": source.origin, "description": source.description} if as_json else {})
+        | (_more(source) if as_json else {})
         for source in known.values()
+        if allowed(source.licence, licence)
     ]
-    print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json, whole=("dimension", "use"))
+
+
+def _more(source: Source) -> dict[str, str]:
+    return {
+        "kind": source.kind,
+        "size": source.size,
+        "from": source.origin,
+        "version": source.version,
+        "description": source.description,
+    }
 
 
 def sources_show(
@@ -116,13 +142,13 @@ def sources_show(
         {"id": document.id, "characters": len(document.text), "text": document.text[:characters]}
         for document in itertools.islice(source.documents(), documents)
     ]
-    entry = source.model_dump(mode="json")
+    entry = source.model_dump(mode="json") | {"use": source.use}
     if as_json:
         print_json({"source": entry, "version": source.version, "documents": shown})
         return
     out.print(f"{source.name}: {source.description}", soft_wrap=True, highlight=False)
     out.print(
-        f"{source.dimension}, {source.kind}, {source.licence}, {source.version}",
+        f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {source.version}",
         soft_wrap=True,
         highlight=False,
     )

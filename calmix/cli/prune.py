@@ -17,6 +17,7 @@ from calmix.cli.common import (
     Dtype,
     Leakage,
     LeakageTokens,
+    Licence,
     ModelName,
     Packing,
     Select,
@@ -151,6 +152,7 @@ def prune_command(
     select: Select = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
+    licence: Licence = None,
     sources: Sources = None,
     propagation: Annotated[
         str | None,
@@ -203,6 +205,7 @@ def prune_command(
         select=select,
         leakage=leakage,
         leakage_tokens=leakage_tokens,
+        licence=licence,
         own=load_sources(sources) if sources is not None else None,
         propagation=propagation,
         allocation=allocation,

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -28,11 +29,21 @@ from calmix import assets
 from calmix.errors import InputError, ModelError, disk_errors, nearest
 from calmix.files import atomic_folder, cache_dir, made_once, sha256_file, sha256_json
 from calmix.machine import cores
-from calmix.models.shards import weight_files
+from calmix.models.shards import Shards, weight_files
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
+# What a configuration can say of a decoder's size: no more blocks than weights, none wider.
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts")
+WIDTHS = (
+    "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "n_embd", "n_inner", "n_head", "ffn_dim", "hidden_size_per_layer_input",
+)  # fmt: skip
+GGUF_WIDTHS = (
+    "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "key_length",
+    "value_length", "dimension_count", "vocab_size",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,6 +54,7 @@ class BuiltinModel:
     name: str
     parts: dict[str, str]
     licence: str
+    origin: str
     parameters: str
     description: str
 
@@ -153,9 +165,14 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            # What loads may still not work, or not be saved once all is done.
+            tokenizer.decode(tokenizer("one two")["input_ids"])
+            kept = [tokenizer.init_kwargs, tokenizer.chat_template]
+            json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8")
+            return tokenizer
         except Exception as error:  # tokenizers raises plain exceptions on a damaged file
             raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
 
@@ -188,7 +205,26 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
+    _check_sizes(config, folder)
     return config
+
+
+def _check_sizes(config: Any, folder: Path) -> None:
+    """Refuse sizes that no weight bears out: modules of that size would be made before any is read.
+
+    Raises:
+        ModelError: which, or the weight files are damaged.
+    """
+    shapes = [place.shape for place in Shards(folder).places.values()]
+    limits = {key: max((math.prod(shape) for shape in shapes), default=0) for key in WIDTHS}
+    limits |= dict.fromkeys(DEPTHS, len(shapes))
+    text = config.get_text_config(decoder=True)
+    for key, most in limits.items():
+        value = getattr(text, key, None)
+        if isinstance(value, int | float) and value > most:
+            raise ModelError(
+                f"{folder / 'config.json'} has {key} {value}, more than the weights bear out"
+            )
 
 
 def _load(
@@ -260,13 +296,8 @@ def _check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it is not a model folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: fetch the model again") from error
-        for shard in sorted(shards):
+    if (folder / "model.safetensors.index.json").is_file():
+        for shard in weight_files(folder):
             if not (folder / shard).is_file():
                 raise ModelError(f"{folder} lacks the weight file {shard} its index names")
         return
@@ -364,9 +395,21 @@ def _gguf_dtype(file: Path) -> torch.dtype:
     """Float32 and float16 files keep their precision; quantised ones become bfloat16."""
     from gguf import GGUFReader
 
-    kind = GGUFReader(file).get_field("general.file_type")
+    reader = GGUFReader(file)
+    widest = max((int(tensor.n_elements) for tensor in reader.tensors), default=0)
+    for name, entry in reader.fields.items():
+        key = name.rsplit(".", 1)[-1]
+        most = len(reader.tensors) if key == "block_count" else widest
+        if key in ("block_count", *GGUF_WIDTHS) and _largest(entry.contents()) > most:
+            raise ValueError(f"its header has {name} {entry.contents()}, more than its weights")
+    kind = reader.get_field("general.file_type")
     code = int(kind.contents()) if kind is not None else -1
     return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
+
+
+def _largest(value: Any) -> float:
+    numbers = value if isinstance(value, list) else [value]
+    return max((n for n in numbers if isinstance(n, int | float)), default=0)
 
 
 def fingerprint(folder: Path) -> str:

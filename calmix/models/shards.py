@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError, disk_errors
-from calmix.files import sync
+from calmix.files import parse_json, sync
 
 DTYPES = {
     "F64": torch.float64,
@@ -78,10 +78,22 @@ class Shards:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files a model is read from: others beside them may repeat it."""
+    """Return the names of the files a model is read from: others beside them may repeat it.
+
+    Raises:
+        ModelError: the index is damaged, or names what lies elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} is damaged: fetch the model again") from error
+        for name in names:  # results are written under these names
+            plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+            if not plain or "\0" in name:
+                raise ModelError(f"{index} names {name!r}, which is no file of its folder")
+        return sorted(names)
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     return sorted(path.name for path in folder.glob("*.safetensors"))
@@ -99,14 +111,20 @@ def read_header(path: Path) -> dict[str, Place]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(HEADER_LIMIT, size):
                 raise ValueError
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         places, end = {}, 8 + length
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            places[name] = Place(
+            place = Place(
                 path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first
             )
+            numbers = (*place.shape, first, last)
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError
+            if place.size != last - first:
+                raise ValueError
+            places[name] = place
             end = max(end, 8 + length + last)
     except KeyError as error:
         raise ModelError(f"{path} holds a type calmix does not read: {error.args[0]}") from error

@@ -21,7 +21,7 @@ from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
-from calmix.manifest import run_record, versions
+from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
@@ -296,6 +296,8 @@ def _manifest(
     device: str,
     report: PruneReport,
     calibration: CalibrationSet | None,
+    request: PruneRequest | None,
+    trusted: bool,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     done = report.to_json()
     seconds = done.pop("seconds")
@@ -304,6 +306,8 @@ def _manifest(
         "model": {"name": name, "sha256": model_sha256},
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
+        "trust_remote_code": trusted,
+        "request": None if request is None else request_record(request),
         "calibration": None if calibration is None else calibration.manifest,
         "pruning": done,
         "versions": versions(),
@@ -315,7 +319,7 @@ def _write_beside(
     folder: Path,
     source: OpenModel | WeightSource,
     manifest: dict[str, Any],
-    seconds: dict[str, float],
+    run: dict[str, Any],
 ) -> None:
     """Write code and processor files that came with the model, the manifest and the run record."""
     for kind in PROCESSOR_FILES:
@@ -325,8 +329,9 @@ def _write_beside(
     if source.trust_remote_code:
         for code in source.folder.glob("*.py"):
             shutil.copy(code, folder / code.name)
-    write_json(folder / MANIFEST, manifest)
-    write_json(folder / RUN, run_record(seconds))
+    hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
+    write_json(folder / MANIFEST, sealed(manifest | hashed))
+    write_json(folder / RUN, run)
 
 
 def _finish(
@@ -344,6 +349,8 @@ def _finish(
         source.device.type,
         report,
         calibration if job.request.calibration is not None else None,
+        job.request,
+        source.trust_remote_code,
     )
     manifest["request_sha256"] = sha256_json(job.asked)
     work = job.work
@@ -351,22 +358,28 @@ def _finish(
     with disk_errors(work.path), quiet_transformers():
         source.save(work.writer, work.checkpoint)
         tokenizer.tokenizer.save_pretrained(work.checkpoint)
-        _write_beside(work.checkpoint, source, manifest, seconds)
+        run = run_record(seconds) | {"batch": work.batch}
+        _write_beside(work.checkpoint, source, manifest, run)
     work.complete()
 
 
 def write_checkpoint(
-    opened: OpenModel, output: Path, report: PruneReport, calibration: CalibrationSet | None
+    opened: OpenModel,
+    output: Path,
+    report: PruneReport,
+    calibration: CalibrationSet | None,
+    request: PruneRequest | None = None,
 ) -> None:
     """Write model, tokenizer, manifest and run record to a folder, whole or not at all."""
     model = opened.model
     manifest, seconds = _manifest(
-        opened.name, opened.fingerprint, model.dtype, model.device.type, report, calibration
-    )
+        opened.name, opened.fingerprint, model.dtype, model.device.type, report, calibration,
+        request, opened.trust_remote_code,
+    )  # fmt: skip
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
-        _write_beside(folder, opened, manifest, seconds)
+        _write_beside(folder, opened, manifest, run_record(seconds))
 
 
 def check_space(opened: OpenModel, output: Path) -> None:

@@ -7,7 +7,6 @@ the same machine. Drawing at random is the calibration set's work, not the reade
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import re
 import sysconfig
@@ -21,8 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from calmix import assets
 from calmix.errors import MissingExtraError, SourceError
+from calmix.files import parse_json
 from calmix.sources.template import fields, fill, lookup
 
+LINE = 64 << 20  # bytes of a line of .jsonl
+ROWS = 1024  # of a .parquet file, held at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
 
 
@@ -340,17 +342,24 @@ class LocalFile(Reader):
 
 
 def _read_txt(path: Path, template: str) -> Iterator[Document]:
+    with path.open("rb") as file:
+        if b"\0" in file.read(1 << 20):  # before all of it is read
+            raise SourceError(f"{path} is binary, not text")
     yield Document("0", _decoded(path, path.read_bytes()))
 
 
 def _read_jsonl(path: Path, template: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
+    with path.open("rb") as file:
+        for number, raw in enumerate(iter(lambda: file.readline(LINE + 1), b""), start=1):
+            if len(raw) > LINE:
+                raise SourceError(
+                    f"{path} line {number} has more than {LINE >> 20} MiB: split the document"
+                )
             line = _decoded(path, raw, f" line {number}")
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise SourceError(f"{path} line {number} is not JSON: {error}") from error
             yield Document(str(number), _filled(template, row, f"{path} line {number}"))
@@ -370,10 +379,18 @@ def _read_parquet(path: Path, template: str) -> Iterator[Document]:
         if column not in (names := file.schema_arrow.names):
             raise SourceError(f"{path} has no column '{column}' (has: {', '.join(names)})")
     number = 0
-    for batch in file.iter_batches(columns=columns):
-        for row in batch.to_pylist():
+    batches = file.iter_batches(batch_size=ROWS, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        except Exception as error:  # as above
+            raise SourceError(f"{path} is damaged after row {number}") from error
+        for row in rows:
             yield Document(str(number), _filled(template, row, f"{path} row {number}"))
             number += 1
+        if batch is None:
+            return
 
 
 FORMATS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
@@ -400,9 +417,13 @@ def _filled(template: str, row: Any, where: str) -> str:
         for path in fields(template):
             if not isinstance(value := lookup(row, path), str | list | dict | None):
                 raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
-        return fill(template, row)
+        text = fill(template, row)
+        text.encode("utf-8")
     except SourceError as error:
         raise SourceError(f"{where}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{where}: half a surrogate pair is no text") from error
+    return text
 
 
 def _matches(request: Mapping[str, Any], key: str, wanted: str | list[str]) -> bool:

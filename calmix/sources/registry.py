@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from calmix.errors import InputError, SourceError, nearest
 from calmix.files import user_path
 from calmix.sources.hub import HubText
+from calmix.sources.licences import OWN, Use, use_of
 from calmix.sources.readers import (
     FORMATS,
     AssetText,
@@ -43,7 +44,7 @@ class Source(BaseModel):
     name: str
     dimension: str = "-"
     kind: str = "the user's own"
-    licence: str = "the user's own"
+    licence: str = OWN
     size: str = "-"
     description: str = ""
     reader: AnyReader
@@ -52,6 +53,11 @@ class Source(BaseModel):
     def origin(self) -> str:
         """`offline` or `hub`."""
         return self.reader.origin
+
+    @property
+    def use(self) -> Use:
+        """What the licence lets one do (`calmix.sources.licences`)."""
+        return use_of(self.licence)
 
     @property
     def availability(self) -> str:

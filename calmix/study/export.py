@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from calmix.calibration import CalibrationSet
 from calmix.capability.scores import load_scores
 from calmix.errors import InputError
-from calmix.files import write_bytes, write_json, write_text
+from calmix.files import parse_json, write_bytes, write_json, write_text
 from calmix.information import metrics
 from calmix.study.items import read_items, write_items
 from calmix.study.results import Scores, StudyResults, Trial
@@ -35,7 +32,7 @@ def read_results(path: Path | str) -> StudyResults:
     if is_store(path) or not (path / RECORD).is_file():
         return _of_store(open_store(path))
     try:
-        kept = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        kept = parse_json((path / RECORD).read_text(encoding="utf-8"))
         if kept.pop("kind") != KIND:
             raise ValueError("it is of another kind")
         found = kept.pop("format")
@@ -43,7 +40,7 @@ def read_results(path: Path | str) -> StudyResults:
             results = StudyResults.model_validate(kept)
             scores, dense = read_items(path / ITEMS)
             return results.model_copy(update={"scores": scores, "dense": dense})
-    except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{path / RECORD} holds no results of a study: {reason}") from error
     raise InputError(
@@ -155,10 +152,7 @@ def _of_store(store: Store) -> StudyResults:
     states = {entry["id"]: store.state(entry["id"]) for entry in entries}
     done = [entry for entry in entries if states[entry["id"]] == "finished"]
     kept = {entry["id"]: store.result(entry["id"]) for entry in done}
-    try:
-        trials = [Trial.model_validate(kept[entry["id"]]["trial"]) for entry in done]
-    except (KeyError, ValidationError) as error:
-        raise InputError(f"a result in {store.path / 'trials'} is damaged: delete it") from error
+    trials = [store.read_trial(entry["id"]) for entry in done]
     extra = _compared(store, {entry["set"]: t for entry, t in zip(done, trials, strict=True)})
     scored = {entry["id"]: store.scores(entry["id"]) for entry in done}
     trials = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,14 @@ import numpy as np
 
 from calmix.capability.records import DIGITS, TaskScores
 from calmix.errors import InputError
-from calmix.files import write_bytes
+from calmix.files import parse_json, write_bytes
 from calmix.study.results import Scores, StudyResults
 
+LARGEST = 1 << 30  # bytes unpacked
+_DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError, EOFError,
+    OverflowError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 UNIT = 10.0**-DIGITS  # nats
 SHARED = "shared.json"
 
@@ -65,7 +71,10 @@ def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
-            shared = json.loads(archive.read(SHARED))
+            size = sum(info.file_size for info in archive.infolist())
+            if size > LARGEST:
+                raise ValueError(f"it unpacks to {size:,} bytes")
+            shared = parse_json(archive.read(SHARED))
 
             def load(name: str) -> np.ndarray | None:
                 if f"{name}.npy" not in names:
@@ -88,7 +97,7 @@ def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
             }
     except FileNotFoundError:
         raise InputError(f"there is no {path}: export the study again") from None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(f"{path} holds no scores of a study: {reason}") from error
     return trials, dense

@@ -34,6 +34,7 @@ from calmix.models.opening import DTYPES, builtin_models
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 from calmix.sources import Source, get_source
+from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
 from calmix.specs import SEED, Propagation
 from calmix.study.results import Strategy
@@ -89,6 +90,7 @@ class _Draw(_Strict):
     select: str | None = None
     leakage: str | None = None
     leakage_tokens: Annotated[int, Field(ge=2, strict=True)] | None = None
+    licence: Licence | None = None
 
     @field_validator("leakage", mode="before")
     @classmethod
@@ -335,7 +337,7 @@ def parse_study(text: str, path: Path) -> Checked:
         if problem := _model_problem(model):
             problems.append(f"{yaml.at(['models', label])}: models.{label}: {problem}")
     for label, entry in file.calibrations.items():
-        if problem := _calibration_problem(entry, own):
+        if problem := _calibration_problem(entry, own, file.licence):
             where = yaml.at(["calibrations", label])
             problems.append(f"{where}: calibrations.{label}: {problem}")
     if problems or suite is None:
@@ -446,13 +448,15 @@ def _model_problem(model: Model) -> str | None:
     return None
 
 
-def _calibration_problem(calibration: Calibration, own: Mapping[str, Source]) -> str | None:
+def _calibration_problem(
+    calibration: Calibration, own: Mapping[str, Source], licence: str | None
+) -> str | None:
     path = user_path(calibration.written)
     try:
         if is_saved_set(path):
             CalibrationSet.open(path)
             return None
-        spec = parse_spec(calibration.written, own)
+        spec = parse_spec(calibration.written, own, calibration.licence or licence)
         for name in ("packing", "select"):
             if spec.generate is not None and name in calibration.given():
                 return f"'{name}' has no effect with {spec.generate}"

@@ -13,20 +13,22 @@ A trial's folder appears whole: it is written beside and renamed.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
-from calmix.files import atomic_folder, sync, write_json
+from calmix.files import atomic_folder, parse_json, sync, write_json
 from calmix.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Added, Condition, Resolved, differences
+from calmix.yaml_files import first_problem
 
 KIND, FORMAT = "study store", 2  # 1 held no log-likelihoods
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
@@ -34,6 +36,66 @@ SCORES = "scores.json"
 ADDITIONS = ("added", "looks", "most")  # in the index, of `Store.add`
 
 State = Literal["finished", "failed", "running", "pending"]
+
+
+_Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of the store
+_Scalar = str | int | float | None
+
+
+class _Kept(BaseModel):
+    """What is read back from a file of the store, checked: another may have written it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Entry(_Kept):
+    id: _Id
+    label: str
+    key: list[_Scalar]
+    set: _Id | None
+
+
+class _Look(_Kept):
+    condition: list[_Scalar]
+    of: int
+    seen: list[Any]
+
+
+class _SuiteRecord(_Kept):
+    name: str
+    version: int
+    dimensions: list[str]
+
+
+class _Index(_Kept):
+    name: str
+    text: str
+    suite: _SuiteRecord
+    trials: list[_Entry]
+    added: list[tuple[list[_Scalar], str, int]] = []
+    looks: list[_Look] = []
+
+
+class _Run(_Kept):
+    finished: str
+    machine: str
+    system: str
+    threads: int
+    device: str
+    dtype: str
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+
+class _Result(_Kept):
+    trial: dict[str, Any]
+    run: _Run
+    dense: _Id
+
+
+class _Failure(_Kept):
+    label: str
+    error: str
 
 
 class Store:
@@ -111,7 +173,8 @@ class Store:
         Raises:
             InputError: the record is damaged.
         """
-        return _read(self.trial(trial_id) / RESULT, "run the study again after deleting it")
+        remedy = "run the study again after deleting it"
+        return _read(self.trial(trial_id) / RESULT, remedy, _Result)
 
     def scores(self, trial_id: str) -> CapabilityScores:
         """Return what a finished trial's model did on every item, and its distance.
@@ -123,11 +186,15 @@ class Store:
 
     def read_trial(self, trial_id: str) -> Trial:
         """Return a finished trial."""
-        return Trial.model_validate(self.result(trial_id)["trial"])
+        try:
+            return Trial.model_validate(self.result(trial_id)["trial"])
+        except ValidationError as error:
+            path = self.trial(trial_id) / RESULT
+            raise InputError(f"{path} is damaged: {first_problem(error)}") from error
 
     def read_failure(self, trial_id: str) -> FailedTrial:
         """Return what a failed trial ended with."""
-        kept = _read(self.trial(trial_id) / ERROR, "run the study with --retry-failed")
+        kept = _read(self.trial(trial_id) / ERROR, "run the study with --retry-failed", _Failure)
         return FailedTrial(id=trial_id, label=kept["label"], error=kept["error"])
 
     @contextmanager
@@ -209,6 +276,14 @@ def open_store(path: Path) -> Store:
             f"store {path} has format {index.get('format')}, but this calmix reads format "
             f"{FORMAT}: name another folder, or use the calmix that made it"
         )
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        raise InputError(f"{path / INDEX} is damaged: {first_problem(error)}") from error
+    for part in ("trials", "calibration", "dense", "locks"):
+        for place in (path / part, *(path / part).glob("*")):
+            if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{place} is a link out of the store: put there what it leads to")
     return Store(path, index)
 
 
@@ -284,11 +359,15 @@ def _request(kept: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if key != "label"}
 
 
-def _read(path: Path, remedy: str) -> dict[str, Any]:
+def _read(path: Path, remedy: str, kind: type[_Kept] = _Kept) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: {remedy}")
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged ({first_problem(error)}): {remedy}") from error
     return value

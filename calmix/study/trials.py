@@ -245,8 +245,9 @@ def draw_of(study: Study, entry: Calibration, grid: Grid, seed: int) -> Draw:
     if is_saved_set(path):
         saved = CalibrationSet.open(path)
         own_seed = saved.manifest.get("seed")
-        return Draw(text, entry.given(), saved.rows, saved.length, own_seed or 0)
-    spec = parse_spec(text, study.own)
+        options = {**study.file.given("licence"), **entry.given()}
+        return Draw(text, options, saved.rows, saved.length, own_seed or 0)
+    spec = parse_spec(text, study.own, entry.licence or study.file.licence)
     options = {**study.file.given(), **sizes, **entry.given(), "seed": seed}
     if spec.generate is not None:
         options = {key: options[key] for key in options if key not in ("packing", "select")}
@@ -302,7 +303,7 @@ class Resolver:
         if is_saved_set(path):
             return {"saved": CalibrationSet.open(path).manifest["sha256"], **draw.options}
         size = {"rows": draw.rows, "length": draw.length, "seed": draw.seed}
-        spec = parse_spec(draw.text, self.study.own)
+        spec = parse_spec(draw.text, self.study.own, draw.options.get("licence"))
         options: dict[str, Any] = {"leakage": SUITE, "leakage_tokens": TOKENS}
         if spec.generate is None:
             options |= {"packing": "concat", "select": "random"}
@@ -370,7 +371,7 @@ def _sources_of(trial: Planned, study: Study) -> list[Source]:
     """Return the sources of a set; none where it was saved, or the model writes it."""
     if trial.draw is None or is_saved_set(user_path(trial.draw.text)):
         return []
-    spec = parse_spec(trial.draw.text, study.own)
+    spec = parse_spec(trial.draw.text, study.own, trial.draw.options.get("licence"))
     return [get_source(name, spec.own) for name in spec.mix.weights]
 
 

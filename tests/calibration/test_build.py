@@ -85,6 +85,7 @@ def test_a_begin_token_opens_every_row(sources, tiny):
     assert begin_token(tiny.tokenizer) is None
 
     class Begins:
+        name = "begins"
         context = None
         tokenizer_fingerprint = "x"
 

@@ -145,7 +145,7 @@ def test_methods_may_have_options_of_their_own() -> None:
         "s.yaml line 9: grids.1.damping has no effect with magnitude",
     ]
     (line,) = problems(HEAD + "calibrations: {a: news}\nmethods:\n  wanda,damping=1: 0.5\n")
-    assert line.endswith("damping has no effect with method wanda: it has none")
+    assert line.endswith("damping has no effect with method wanda: known: refit")
 
 
 def test_a_pattern_that_is_none_is_told() -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from calmix.calibration.build import begin_token, check_request
+from calmix.calibration.build import begin_token, check_request, model_record, own_record
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen import igsp, self_cal, sgs
 from calmix.calibration.selfgen.made import Made
@@ -164,8 +164,9 @@ def generate(
         "kind": "calibration set",
         "generated": method,
         "settings": {name.rstrip("_"): value for name, value in sorted(chosen.items())},
-        "model": {"name": opened.name, "fingerprint": opened.fingerprint},
-        "dtype": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+        "model": model_record(opened),
+        **({} if batch is None else {"batch": batch}),
+        "own": own_record(own, [chosen["seeds"]] if "seeds" in chosen else []),
         **asked,
         "begin_token": begin_token(tokenizer),
         "tokenizer": opened.tokenizer_fingerprint,

@@ -1,0 +1,78 @@
+"""What a licence lets one do, by its name; not legal advice, and no licence is read here.
+
+permissive       any use, with attribution at most
+share-alike      any use; what is derived may have to carry the same licence
+non-commercial   research or other non-commercial use only
+unstated         the publisher states none, or one that is not known here
+own              the user's own text: whether it may be used is the user's to know
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+from calmix.errors import InputError, nearest
+
+Use = Literal["permissive", "share-alike", "non-commercial", "unstated", "own"]
+Licence = Literal["permissive"]  # what can be asked for
+OWN = "the user's own"
+
+_RESTRICTED = re.compile(r"\bNC\b|non-?commercial|research use|research only|MSR-LA", re.IGNORECASE)
+_ALIKE = re.compile(r"\bSA\b|GFDL|\bL?A?GPL\b|share-?alike", re.IGNORECASE)
+_FREE = re.compile(
+    r"\b(Apache-2\.0|MIT|BSD(-[23]-Clause)?|ISC|PSF-2\.0|AFL-3\.0|Unlicense|CC0(-1\.0)?|ODC-BY"
+    r"|CC BY(-?\s?[1-4]\.[05])?|public domain|permissive)(?![\w-])",
+    re.IGNORECASE,
+)
+_BRACKETS = re.compile(r"\s*\([^()]*\)")
+
+
+def use_of(licence: str) -> Use:
+    """Return what the licence line of a source, model or task lets one do.
+
+    Of several licences the strictest counts; what stands in brackets is whose they are.
+    """
+    if licence == OWN:
+        return "own"
+    named = short(licence)
+    if _RESTRICTED.search(named):
+        return "non-commercial"
+    parts = [part.strip() for part in re.split(r"[,;]|\band\b", named) if part.strip()]
+    if _ALIKE.search(named):
+        return "share-alike"
+    parts = [part for part in parts if not part.startswith("through ")]  # who handed it on
+    return "permissive" if parts and all(map(_FREE.search, parts)) else "unstated"
+
+
+def short(licence: str) -> str:
+    """Return a licence line without what stands in brackets: whose it is."""
+    return _BRACKETS.sub("", licence)
+
+
+def check_licence(wanted: str | None) -> None:
+    """Refuse an unknown wish for licences.
+
+    Raises:
+        InputError: it is not `permissive`.
+    """
+    if wanted is not None and wanted not in get_args(Licence):
+        raise InputError(f"unknown licence '{wanted}': {nearest(wanted, get_args(Licence))}")
+
+
+def allowed(licence: str, wanted: str | None) -> bool:
+    """Tell whether text under a licence may go into a set of which `wanted` is asked."""
+    return wanted is None or use_of(licence) in (wanted, "own")
+
+
+def refuse(name: str, licence: str, wanted: str | None) -> None:
+    """Refuse a source that was named outright and is not allowed.
+
+    Raises:
+        InputError: its licence is not what is asked for.
+    """
+    if not allowed(licence, wanted):
+        raise InputError(
+            f"source {name} is {use_of(licence)} ({licence}), not {wanted}: name another, or leave "
+            "--licence out"
+        )

@@ -1,0 +1,303 @@
+"""What this machine and this installation can do, what is missing, and what to do about it.
+
+Nothing is fetched and nothing is written but a probe file in the cache folder. That a registry
+cannot be reached is a fact, not a failure: everything builtin works without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+
+from calmix import assets
+from calmix.errors import CalmixError
+from calmix.files import cache_dir
+from calmix.machine import cores, free_memory, total_memory
+
+State = Literal["ok", "missing", "offline", "failed"]
+SECONDS = 3.0  # to wait for a registry
+FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
+WHAT_FOR = {
+    "hub": "sources on the Hugging Face hub",
+    "parquet": ".parquet files",
+    "ray": "studies on a Ray cluster",
+    "reasoning": "sources word-problems, arithmetic, algebra, puzzles",
+    "report": "figures and reports",
+    "eval": "suites beside the builtin ones",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        state: `ok`, `missing` (what needs it does not work), `offline` or `failed`.
+        found: what was found, in a few words.
+        advice: what to do about it; None if nothing.
+        core: whether pruning works only if it is well.
+    """
+
+    name: str
+    state: State
+    found: str
+    advice: str | None = None
+    core: bool = False
+
+
+def examine(*, tick: Callable[[str], None] | None = None) -> list[Check]:
+    """Look at everything, in some seconds; `tick` is called with what comes next."""
+    looks = (
+        ("versions", versions),
+        ("machine", machine),
+        ("cache", cache),
+        ("assets", archives),
+        ("extras", extras),
+        ("registries", registries),
+        ("engine", engine),
+    )
+    found: list[Check] = []
+    for name, look in looks:
+        if tick is not None:
+            tick(name)
+        found.extend(look())
+    return found
+
+
+def works(checks: list[Check]) -> bool:
+    """Tell whether pruning works."""
+    return all(check.state == "ok" for check in checks if check.core)
+
+
+def versions() -> Iterator[Check]:
+    """Yield the versions of Python and of what calmix needs, against what it asks for."""
+    own = importlib.metadata.version("calmix")
+    yield Check("calmix", "ok", f"{own}, Python {platform.python_version()}", core=True)
+    for requirement in _requirements(None):
+        wrong = _unmet(requirement)
+        if wrong is None and requirement.name not in ("torch", "transformers"):
+            continue
+        found = wrong or importlib.metadata.version(requirement.name)
+        advice = f"pip install '{requirement}'" if wrong else None
+        yield Check(requirement.name, "failed" if wrong else "ok", found, advice, core=True)
+
+
+def machine() -> Iterator[Check]:
+    """Yield processor, memory and device as this process may use them."""
+    able = torch.cpu.get_capabilities()
+    kinds = [name for name in FAST if able.get(name)]
+    seen, here = os.cpu_count() or 1, cores()
+    limited = f" of the machine's {seen}" if here < seen else ""
+    fast = f" ({', '.join(kinds)})" if kinds else ""
+    yield Check("cores", "ok", f"{here}{limited}{fast}, {torch.get_num_threads()} threads")
+    free, total = free_memory(), total_memory()
+    small = free < 2 << 30
+    yield Check(
+        "memory", "ok", f"{_size(free)} free of {_size(total)}",
+        "less than 2 GB free: stop something else, or give --max-memory" if small else None,
+    )  # fmt: skip
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        yield Check("device", "ok", "cpu, no accelerator")
+    else:
+        name = device.type
+        with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
+            name += f" ({torch.get_device_module(device).get_device_name()})"
+        yield Check("device", "ok", f"{torch.accelerator.device_count()} x {name}")
+
+
+def cache() -> Iterator[Check]:
+    """Yield where the cache is, and whether it can be written."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError as error:
+        yield Check(
+            "cache", "missing", f"{folder}: {error.strerror}",
+            "set CALMIX_CACHE to a folder you may write to; builtin models need it",
+        )  # fmt: skip
+        return
+    free = shutil.disk_usage(folder).free
+    advice = "free some: models and sources are kept there" if free < 1 << 30 else None
+    yield Check("cache", "ok", f"{folder}, {_size(free)} free", advice)
+
+
+def archives() -> Iterator[Check]:
+    """Yield the data archives, checked by hash."""
+    for asset in assets.assets().values():
+        try:
+            state = asset.state
+        except OSError as error:
+            state = f"unreadable ({error.strerror})"
+        if state == "ok":
+            yield Check(f"asset {asset.name}", "ok", "hash is right")
+        else:
+            advice = f"calmix assets install {asset.name} ({asset.size / 1e6:.0f} MB)"
+            yield Check(f"asset {asset.name}", "missing", state, advice)
+
+
+def extras() -> Iterator[Check]:
+    """Yield the optional parts."""
+    for extra, what in WHAT_FOR.items():
+        wrong = [line for line in map(_unmet, _requirements(extra)) if line is not None]
+        if wrong:
+            advice = f"pip install 'calmix[{extra}]' for {what}"
+            yield Check(f"extra {extra}", "missing", ", ".join(wrong), advice)
+        else:
+            yield Check(f"extra {extra}", "ok", what)
+
+
+def registries() -> Iterator[Check]:
+    """Yield whether the hub and the package index answer."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    asked = {"package index": (_index(), "what pip has fetched goes on working")}
+    if not off:
+        asked = {"hub": (hub, "models and sources by hub id work once fetched")} | asked
+    said: dict[str, str | None] = {}
+    # Threads that nobody waits for: a name server can let a look-up hang beyond any time-out.
+    threads = [
+        threading.Thread(
+            target=lambda n=name, a=address: said.update({n: _answers(a)}), daemon=True
+        )
+        for name, (address, _) in asked.items()
+    ]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + SECONDS + 1
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    if off:
+        advice = "unset HF_HUB_OFFLINE to fetch models and sources by hub id"
+        yield Check("hub", "offline", "switched off by HF_HUB_OFFLINE", advice)
+    for name, (address, meanwhile) in asked.items():
+        shown = address.split("@")[-1].removeprefix("https://")  # a password stays unsaid
+        answer = said.get(name, f"no answer within {SECONDS:g} s")
+        if answer is None:
+            yield Check(name, "ok", f"{shown} answers")
+        else:
+            advice = f"go online when you need it; {meanwhile}"
+            yield Check(name, "offline", f"{shown}: {answer}", advice)
+
+
+def _index() -> str:
+    """Return the package index pip fetches archives from, by the user's own settings."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = told.stdout.strip() if told.returncode == 0 else ""
+    return os.environ.get("PIP_INDEX_URL") or found or "https://pypi.org/simple/"
+
+
+def _answers(address: str) -> str | None:
+    """Return why an address does not answer; None if it does, with whatever status."""
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        with urllib.request.urlopen(request, timeout=SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return " ".join(str(getattr(reason, "strerror", None) or reason).split())[:60]
+
+
+def engine() -> Iterator[Check]:
+    """Yield whether the engine prunes a tiny random model as it must, twice with the same bytes."""
+    began = time.perf_counter()
+    try:
+        for method, pattern in (("sparsegpt", "0.5"), ("wanda", "2:4")):
+            wrong = _self_test(method, pattern)
+            if wrong is not None:
+                advice = "reinstall torch and calmix; if that does not help, file an issue"
+                yield Check("engine", "failed", f"{method} {pattern}: {wrong}", advice, core=True)
+                return
+    except CalmixError as error:
+        yield Check("engine", "failed", str(error), "file an issue with this line", core=True)
+        return
+    except Exception as error:  # whatever a broken installation raises is the finding
+        line = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        yield Check("engine", "failed", line, "reinstall torch and transformers", core=True)
+        return
+    seconds = time.perf_counter() - began
+    yield Check("engine", "ok", f"two prunes right, twice the same ({seconds:.1f} s)", core=True)
+
+
+def _self_test(method: str, pattern: str) -> str | None:
+    """Return what is wrong with a prune of a tiny model to half its weights; None if nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from calmix.pruning import Unstructured, prune
+    from calmix.pruning.patterns import parse_pattern
+
+    wanted = parse_pattern(pattern) if ":" in pattern else Unstructured(float(pattern))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    results = []
+    for _ in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            )  # fmt: skip
+            model = LlamaForCausalLM(config).to(device).eval().requires_grad_(False)
+            ids = torch.randint(256, (8, 64))
+        report = prune(model, ids, method=method, pattern=wanted)
+        weights = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+        zeros, total = sum(int((p == 0).sum()) for p in weights), sum(p.numel() for p in weights)
+        if abs(zeros / total - 0.5) > 0.001 or zeros != report.pruned:
+            return f"{zeros} of {total} weights are zero, not half"
+        if not all(p.isfinite().all() for p in weights):
+            return "weights are not finite"
+        if not model(ids.to(device)).logits.isfinite().all():
+            return "logits are not finite"
+        results.append(torch.cat([p.flatten() for p in weights]))
+    return None if torch.equal(*results) else "two runs of one request differ"
+
+
+def _requirements(extra: str | None) -> list[Requirement]:
+    """Return what calmix asks for, without or with an extra."""
+    asked = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
+    if extra is None:
+        return [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [
+        one
+        for one in asked
+        if one.marker is not None
+        and one.marker.evaluate({"extra": extra})
+        and not one.marker.evaluate({"extra": ""})
+    ]
+
+
+def _unmet(requirement: Requirement) -> str | None:
+    """Return what is wrong with what is installed for a requirement; None if it fits."""
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is not installed"
+    if requirement.specifier.contains(found, prereleases=True):
+        return None
+    return f"{requirement.name} {found} is not {requirement.specifier}"
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"

@@ -1,0 +1,333 @@
+"""Make an artefact again from its manifest, and say what is the same and what differs.
+
+What must be the same before the work is worth its time (the model, the calibration set) is
+checked first. What may change the last bits (versions, processor, threads) is told afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from calmix.calibration import CalibrationSet, open_tokenizer
+from calmix.calibration.build import build
+from calmix.calibration.mix import Mix, make_mix
+from calmix.calibration.resolving import guard_of
+from calmix.calibration.selfgen.making import Options, generate
+from calmix.calibration.set import MANIFEST as SET_MANIFEST
+from calmix.calibration.set import TENSORS
+from calmix.errors import InputError
+from calmix.files import check_output_folder, parse_json
+from calmix.manifest import SEAL, seal_holds
+from calmix.models import open_model, resolve_model
+from calmix.models.opening import fingerprint
+from calmix.pruning.checkpoint import MANIFEST, RUN, prune_checkpoints
+from calmix.sources import Source
+from calmix.sources.registry import parse_sources
+from calmix.specs import PruneRequest, prune_request
+from calmix.trust.inspecting import read_manifest
+from calmix.yaml_files import first_problem
+
+
+class _Kept(BaseModel):
+    """What of a manifest it takes to make its artefact again; another may have written it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Model(_Kept):
+    name: str
+    sha256: str | None = None
+    fingerprint: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class _Draw(_Kept):
+    rows: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    packing: str | None = None
+    select: str | None = None
+    leakage: str | None = None
+    leakage_tokens: int | None = None
+    licence: str | None = None
+    own: dict[str, dict[str, Any]] = {}
+
+
+class _Request(_Kept):
+    method: str
+    sparsity: float | None
+    pattern: str | None
+    calibration: str | None
+    draw: _Draw
+    propagation: str | None
+    options: dict[str, Any]
+    allocation: str | dict[str, float] | None
+
+
+class _Drawn(_Kept):
+    sha256: str
+    sources: dict[str, Any] = {}
+
+
+class _Pruned(_Kept):
+    model: _Model
+    request: _Request
+    calibration: _Drawn | None
+    files: dict[str, str]
+    versions: dict[str, str]
+    dtype: str
+    device: str
+
+
+class _Guard(_Kept):
+    suite: str
+    tokens: int
+
+
+class _Set(_Kept):
+    model: _Model
+    own: dict[str, dict[str, Any]]
+    rows: int
+    length: int
+    seed: int
+    leakage: Literal["off"] | _Guard
+    tokenizer: str
+    sha256: str
+    generated: str | None = None
+    batch: int | None = None
+    settings: dict[str, Any] = {}
+    mix: dict[str, float] = {}
+    packing: str = ""
+    select: str = ""
+
+
+WHERE = ("machine", "system", "instructions", "threads", "batch")  # of the run record
+
+
+@dataclass
+class Rerun:
+    """How a second run compares.
+
+    Attributes:
+        output: the new folder.
+        same: whether every file has the hash of the manifest.
+        differing: files whose hashes differ.
+        inputs: inputs that differ, as `what: then, now`.
+    """
+
+    output: str
+    same: bool
+    differing: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable values."""
+        return asdict(self)
+
+
+def rerun(
+    manifest: Path,
+    output: Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    writing: Callable[[str, int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Rerun:
+    """Make a pruned checkpoint or a calibration set again.
+
+    Args:
+        manifest: the manifest, or its folder.
+        output: where the new one goes; it must not exist.
+        trust_remote_code: needed again where the manifest tells of it.
+        progress, writing, note: as for `prune_checkpoints`.
+
+    Raises:
+        InputError: the manifest is damaged or lacks what it takes, or the model or the calibration
+            set is another now: the same hashes cannot come out.
+    """
+    if manifest.is_dir():
+        found = [manifest / name for name in (MANIFEST, SET_MANIFEST)]
+        manifest = next((path for path in found if path.is_file()), found[0])
+    kept = read_manifest(manifest)
+    if not seal_holds(kept):
+        raise InputError(
+            f"{manifest} is damaged, changed or of an earlier calmix: it holds no request to "
+            "make again"
+        )
+    if kept.get("trust_remote_code") and not trust_remote_code:
+        raise InputError(
+            f"{manifest} tells of a model that ran code of its own: --trust-remote-code to run "
+            "it again"
+        )
+    if kept["kind"] == "pruned checkpoint" and kept.get("request") is None:
+        raise InputError(f"{manifest} was made by a study: run the study again")
+    shapes: dict[str, type[_Kept]] = {"pruned checkpoint": _Pruned, "calibration set": _Set}
+    if kept["kind"] not in shapes:
+        raise InputError(f"{manifest} is of kind '{kept['kind']}', which cannot be made again")
+    try:
+        shapes[kept["kind"]].model_validate(kept)
+    except ValidationError as error:
+        line = f"{manifest} lacks what it takes to make it again: {first_problem(error)}"
+        raise InputError(line) from error
+    check_output_folder(output)
+    if kept["kind"] == "pruned checkpoint":
+        return _prune(manifest, kept, output, trust_remote_code, progress, writing, note)
+    return _calibrate(manifest, kept, output, trust_remote_code, writing, note)
+
+
+def differences(then: Any, now: Any, at: str = "") -> Iterator[str]:
+    """Yield what differs between two JSON values, as `path: then, now`, keys in order."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*then, *now]):
+            yield from differences(then.get(key), now.get(key), f"{at}.{key}" if at else str(key))
+    elif then != now:
+        yield f"{at}: {_short(then)}, now {_short(now)}"
+
+
+def _prune(
+    path: Path,
+    kept: dict[str, Any],
+    output: Path,
+    trust: bool,
+    progress: Callable[[int, int], None] | None,
+    writing: Callable[[str, int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> Rerun:
+    model, drawn, files = kept["model"], kept["calibration"], kept["files"]
+    how: dict[str, Any] = {"dtype": kept["dtype"], "device": kept["device"]}
+    request = _request(kept["request"], path)
+    _check_model(model["name"], model["sha256"])
+
+    def started(made: CalibrationSet | None) -> None:
+        # A saved set's manifest has keys of its saving, so content decides and the rest is told.
+        if made is not None and made.sha256 != drawn["sha256"]:
+            raise InputError(_other_set(drawn, made.manifest))
+
+    prune_checkpoints(
+        model["name"], {output: request}, trust_remote_code=trust, started=started,
+        progress=progress, writing=writing, note=note, **how,
+    )  # fmt: skip
+    new = read_manifest(output / MANIFEST)
+    differing = sorted(n for n in {*files, *new["files"]} if files.get(n) != new["files"].get(n))
+    inputs = [
+        line
+        for key in ("versions", "calibration", "request", "dtype", "device")
+        for line in differences(kept.get(key), new.get(key), key)
+    ]
+    then, now = _run(path.parent / RUN), _run(output / RUN)
+    if then:
+        inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
+    return Rerun(str(output), not differing, differing, inputs)
+
+
+def _calibrate(
+    path: Path,
+    kept: dict[str, Any],
+    output: Path,
+    trust: bool,
+    writing: Callable[[str, int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> Rerun:
+    generated = kept.get("generated")
+    model, own = kept["model"], _own(kept["own"], path)
+    asked = {key: kept[key] for key in ("rows", "length", "seed")}
+    leakage = kept["leakage"]
+    suite, run = ("off", None) if leakage == "off" else (leakage["suite"], leakage["tokens"])
+    if model.get("fingerprint") is not None:
+        _check_model(model["name"], model["fingerprint"])
+        opened: Any = open_model(
+            model["name"], dtype=model.get("dtype", "auto"), device=model.get("device", "auto"),
+            trust_remote_code=trust,
+        )  # fmt: skip
+    else:
+        opened = open_tokenizer(model["name"], trust_remote_code=trust)
+    if opened.tokenizer_fingerprint != kept["tokenizer"]:
+        raise InputError(f"the tokenizer of {model['name']} is another now than {path} tells")
+    guard = guard_of(suite, run, opened)
+    if generated is None:
+        make_mix(kept["mix"], str(path))  # refuses what is no mix, and would round the weights
+        made = build(
+            Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"],
+            select=kept["select"], **asked,
+        )  # fmt: skip
+    else:
+        made = generate(
+            generated, opened, guard=guard, own=own, batch=kept.get("batch"),
+            writing=writing, note=note, **asked, **_settings(kept["settings"], path),
+        )  # fmt: skip
+    made.save(output)
+    new = read_manifest(output / SET_MANIFEST)
+    differing = [SET_MANIFEST] if new[SEAL] != kept[SEAL] else []
+    if made.sha256 != kept["sha256"]:
+        differing.insert(0, TENSORS)
+    inputs = [line for line in differences(kept, new) if not line.startswith((SEAL, "sha256"))]
+    return Rerun(str(output), not differing, differing, inputs)
+
+
+def _request(record: dict[str, Any], path: Path) -> PruneRequest:
+    record = dict(record)
+    options, draw = dict(record.pop("options")), dict(record.pop("draw"))
+    if "own" in draw:
+        draw["own"] = _own(draw["own"], path)
+    try:
+        return prune_request(**record, **options, **draw)
+    except TypeError as error:  # an option prune does not have
+        raise InputError(f"{path} asks for what this calmix does not know: {error}") from error
+
+
+def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
+    """Return the user's own sources; relative paths are meant from where calmix is run."""
+    entries = {n: {k: v for k, v in e.items() if k != "name"} for n, e in record.items()}
+    return parse_sources(entries, Path.cwd() / path.name)
+
+
+def _settings(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a method's settings as `generate` takes them, from those of a manifest."""
+    told = {key: value for key, value in record.items() if not key.endswith("_sha256")}
+    if told.get("openers") == "builtin":
+        del told["openers"]
+    try:
+        return Options.model_validate(told).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise InputError(f"{path}: settings: {first_problem(error)}") from error
+
+
+def _check_model(name: str, sha256: str) -> None:
+    if fingerprint(resolve_model(name)) != sha256:
+        raise InputError(
+            f"the model {name} is another now: the hash of its files is not that of the manifest"
+        )
+
+
+def _other_set(then: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [
+        name for name, source in then.get("sources", {}).items()
+        if isinstance(source, dict)
+        and now.get("sources", {}).get(name, {}).get("sha256") != source.get("sha256")
+    ]  # fmt: skip
+    if changed:
+        what = f"source {', '.join(changed)} has another text"
+    else:
+        what = next((d for d in differences(then, now) if not d.startswith("sha256")), "its ids")
+    return f"the calibration set is another now ({what}): the same hashes cannot come out"
+
+
+def _run(path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:24]}...{text[-12:]}"

@@ -1,0 +1,1 @@
+"""What a night can bring: kills, interrupts, full and read-only disks, a second process."""

@@ -1,0 +1,31 @@
+"""`python -m tests.fuzz COUNT [SEED [KIND]]`: run mutations, and print what was found."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.fuzz.readers import KINDS
+from tests.fuzz.running import run
+
+
+def main() -> None:
+    """Exit code 1 if any mutation is neither read nor refused in one line."""
+    count, seed, only = (*sys.argv[1:], *(None,) * 3)[:3]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CALMIX_CACHE"] = str(Path(folder) / "fuzz" / "files" / "cache")
+        found = run(Path(folder) / "fuzz", int(count or 10_000), int(seed or 0), only)
+    print(f"{'kind':20}{'read':>8}{'refused':>9}")
+    for name in KINDS:
+        if found.read[name] or found.refused[name]:
+            print(f"{name:20}{found.read[name]:8}{found.refused[name]:9}")
+    print(f"{'all':20}{found.read.total():8}{found.refused.total():9}")
+    for place, (seeds, trace) in found.faults.items():
+        print(f"\n{place} ({len(seeds)}: {', '.join(seeds[:5])})\n{trace}")
+    faults = sum(len(seeds) for seeds, _ in found.faults.values())
+    print(f"{faults} faults in {len(found.faults)} places")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

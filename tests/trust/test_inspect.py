@@ -1,0 +1,166 @@
+"""`inspect`: a whole folder is told so; every way to damage one is named, with exit code 2."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calmix.files import write_json
+from calmix.manifest import sealed
+from tests import synthetic
+
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
+
+
+@pytest.fixture
+def pruned(calmix, tiny_folder, text_file, tmp_path):
+    folder = tmp_path / "pruned"
+    ended = calmix(
+        "prune", tiny_folder, "-o", folder, "--sparsity", 0.5, "--calibration", text_file, *SMALL
+    )
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def health(calmix, path):
+    ended = calmix("inspect", path, "--json")
+    return ended, json.loads(ended.out)
+
+
+def test_a_whole_checkpoint_is_told_so_with_a_plot(calmix, pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("a.png", "b.png", "c.svg"):
+        ended = calmix("inspect", pruned, "--plot", tmp_path / name)
+        assert ended.code == 0, ended.err
+    assert "whole: every file is as its manifest says" in ended.out
+    assert "50.00%" in ended.out
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    rows = [
+        line for line in calmix("inspect", pruned, "--layers").out.splitlines() if "_proj" in line
+    ]
+    assert len([row for row in rows if row.startswith(" model.layers")]) == 14
+    _, told = health(calmix, pruned)
+    assert not told["problems"]
+    assert len(told["layers"]) == 14
+    assert all(layer["sparsity"] == 0.5 for layer in told["layers"])
+    assert all(0 < layer["error"] < 1 and layer["damping"] == 0.01 for layer in told["layers"])
+
+
+def test_a_checkpoint_moved_elsewhere_is_still_whole(calmix, pruned, tmp_path):
+    shutil.move(pruned, tmp_path / "elsewhere")
+    assert calmix("inspect", tmp_path / "elsewhere" / "calmix.json").code == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_every_damaged_changed_or_missing_file_is_named(calmix, pruned, name):
+    path = pruned / name
+    raw = path.read_bytes()
+    for damaged in (
+        raw[:-1],
+        raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:],
+        raw + b"\n",
+        b"",
+    ):
+        path.write_bytes(damaged)
+        ended = calmix("inspect", pruned)
+        assert ended.code == 2
+        assert str(path) in ended.line
+    path.unlink()
+    ended = calmix("inspect", pruned)
+    assert ended.code == 2
+    assert name in ended.line
+    assert "missing" in ended.line
+
+
+def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
+    (pruned / "model-00002.safetensors").write_bytes(b"")
+    ended, told = health(calmix, pruned)
+    assert ended.code == 0
+    assert any("model-00002" in line for line in told["warnings"])
+    path = pruned / "calmix.json"
+    manifest = json.loads(path.read_text())
+    for change in ({"dtype": "float16"}, {"files": []}, {"pruning": None}, {"kind": 3}):
+        path.write_text(json.dumps(manifest | change))
+        ended = calmix("inspect", pruned)
+        assert (ended.code, "calmix.json" in ended.line) == (2, True)
+    path.write_text("{")
+    assert "no JSON" in calmix("inspect", pruned).line
+
+
+def test_weights_that_contradict_a_manifest_with_right_hashes_are_found(calmix, pruned):
+    file, path = pruned / "model.safetensors", pruned / "calmix.json"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.weight"][:] = 1.0
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    manifest = json.loads(path.read_text())
+    from calmix.files import sha256_file
+
+    manifest["files"]["model.safetensors"] = sha256_file(file)
+    write_json(path, sealed(manifest))
+    ended, told = health(calmix, pruned)
+    assert ended.code == 2
+    assert any("0.self_attn.q_proj has 0 zeros" in line for line in told["problems"])
+    assert any("1.self_attn.q_proj holds weights that are not" in line for line in told["problems"])
+
+
+def test_warnings_name_raised_damping_dead_inputs_and_lost_output(calmix, pruned):
+    path = pruned / "calmix.json"
+    manifest = json.loads(path.read_text())
+    manifest["pruning"]["layers"][0] |= {"damping": 0.1, "dead_inputs": 9, "error": 0.4}
+    write_json(path, sealed(manifest))
+    ended, told = health(calmix, pruned)
+    assert ended.code == 0
+    assert [w for w in told["warnings"] if "damping was raised from 0.01 to 0.1" in w]
+    assert [w for w in told["warnings"] if "9 of 32 inputs are dead" in w]
+    assert [w for w in told["warnings"] if "lost 40.0%" in w]
+
+
+def test_a_magnitude_checkpoint_has_no_errors_to_show(calmix, tiny_folder, tmp_path):
+    options = ("--method", "magnitude", "--pattern", "2:4", "-o", tmp_path / "m")
+    assert calmix("prune", tiny_folder, *options).code == 0
+    ended = calmix("inspect", tmp_path / "m", "--plot", tmp_path / "m.svg")
+    assert ended.code == 0
+    assert "not measured" in (tmp_path / "m.svg").read_text()
+
+
+def test_a_calibration_set_is_checked_and_told(calmix, tiny_folder, text_file, tmp_path):
+    folder = tmp_path / "set"
+    assert calmix("calibrate", text_file, "-m", tiny_folder, "-o", folder, *SMALL).code == 0
+    ended, told = health(calmix, folder)
+    assert ended.code == 0
+    assert told["facts"]["rows"] == "6 of 32 tokens"
+    path = folder / "calibration.safetensors"
+    tensors = load_file(path)
+    tensors["ids"][1] = tensors["ids"][0]
+    save_file(tensors, path)
+    ended, told = health(calmix, folder)
+    assert ended.code == 2
+    assert "damaged" in ended.err
+    assert torch.equal(tensors["ids"][0], tensors["ids"][1])
+
+
+def test_exported_results_of_a_study_are_checked(calmix, tmp_path):
+    folder = synthetic.save(synthetic.study(synthetic.Plan(seeds=(0,))), tmp_path / "results")
+    assert calmix("inspect", folder).code == 0
+    raw = (folder / "study.json").read_bytes()
+    (folder / "study.json").write_bytes(raw[: len(raw) // 2])
+    assert calmix("inspect", folder).code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("nowhere",), "there is nothing at nowhere"),
+        ((".",), "holds nothing calmix has written"),
+        ((".", "--plot", "x.pdf"), "no .png or .svg file"),
+    ],
+)
+def test_mistakes_give_one_line(calmix, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    ended = calmix("inspect", *arguments)
+    assert ended.code == 2
+    assert line in ended.line

@@ -1,0 +1,144 @@
+"""`rerun`: the same hashes from the manifest alone, or the input that differs."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from calmix.files import write_json
+from calmix.manifest import sealed
+from tests.tiny import save_tiny_model
+
+SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_tiny_model(tmp_path / "model")
+
+
+@pytest.fixture
+def sources(tmp_path, text_file):
+    path = tmp_path / "own.yaml"
+    path.write_text("mine:\n  licence: MIT\n  reader: {type: file, path: text.txt}\n")
+    return path
+
+
+def prune(calmix, model, output, *options):
+    ended = calmix("prune", model, "-o", output, "--sparsity", 0.5, *options)
+    assert ended.code == 0, ended.err
+    return output / "calmix.json"
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_a_checkpoint_is_made_again_with_the_same_hashes(calmix, model, sources, tmp_path, method):
+    drawn = ("--calibration", "mine", "--sources", sources, *SMALL, "--seed", 3)
+    if method == "magnitude":
+        drawn = ()
+    manifest = prune(calmix, model, tmp_path / "first", "--method", method, *drawn)
+    before = sorted(tmp_path.iterdir())
+    ended = calmix("rerun", manifest)
+    assert ended.code == 0, ended.err
+    assert "the same: every file" in ended.out
+    assert sorted(tmp_path.iterdir()) == before, "nothing is left behind"
+    ended = calmix("rerun", manifest.parent, "-o", tmp_path / "second", "--json")
+    told = json.loads(ended.out)
+    assert (told["same"], told["differing"], told["inputs"]) == (True, [], [])
+    first, second = (json.loads((p / "calmix.json").read_text())
+                     for p in (manifest.parent, tmp_path / "second"))  # fmt: skip
+    assert first == second, "a rerun can be rerun"
+
+
+def test_one_of_several_targets_on_a_generated_set_is_made_again(calmix, model, tmp_path):
+    options = ("--sparsity", "0.4,0.5", "--calibration", "self-cal", *SMALL)
+    assert calmix("prune", model, "-o", tmp_path / "both", *options).code == 0
+    ended = calmix("rerun", tmp_path / "both" / "sparsegpt-0.5")
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("method", ["self-cal", "igsp", "sgs"])
+def test_a_generated_set_is_made_again(calmix, model, sources, tmp_path, method):
+    own = ("--sources", sources, "--seeds", "mine") if method == "sgs" else ()
+    ended = calmix("generate", method, "-m", model, "-o", tmp_path / "set", *SMALL, *own)
+    assert ended.code == 0, ended.err
+    ended = calmix("rerun", tmp_path / "set" / "manifest.json", "-o", tmp_path / "again")
+    assert ended.code == 0, ended.err
+    first, second = ((tmp_path / name / "calibration.safetensors").read_bytes()
+                     for name in ("set", "again"))  # fmt: skip
+    assert first == second
+
+
+@pytest.mark.parametrize("select", ["random", "zipcal", "igsp"])
+def test_a_drawn_set_is_made_again(calmix, model, sources, text_file, tmp_path, select):
+    mix = f"mine:0.3,{text_file}:0.7"
+    drawn = ("-m", model, "--sources", sources, "--packing", "concat", "--select", select)
+    ended = calmix("calibrate", mix, *drawn, *SMALL, "-o", tmp_path / "set")
+    assert ended.code == 0, ended.err
+    assert calmix("rerun", tmp_path / "set").code == 0
+
+
+def test_another_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
+    manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    ended = calmix("rerun", manifest, "-o", tmp_path / "second")
+    assert ended.code == 2
+    assert "model" in ended.line
+    assert "is another now" in ended.line
+    assert not (tmp_path / "second").exists()
+
+
+def test_another_text_is_told_before_the_prune(calmix, model, text_file, tmp_path):
+    manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
+    text_file.write_text("other words " * 5000)
+    ended = calmix("rerun", manifest, "-o", tmp_path / "second")
+    assert ended.code == 2
+    assert f"source {text_file} has another text" in ended.err
+    assert not (tmp_path / "second").exists()
+    assert not (tmp_path / "second.unfinished").exists()
+
+
+def test_versions_and_machine_that_differ_are_named_where_hashes_do(
+    calmix, model, text_file, tmp_path
+):
+    manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
+    kept = json.loads(manifest.read_text())
+    kept["versions"]["torch"] = "1.0"
+    kept["files"]["model.safetensors"] = "0" * 64
+    write_json(manifest, sealed(kept))
+    run = json.loads((tmp_path / "first" / "calmix-run.json").read_text())
+    write_json(tmp_path / "first" / "calmix-run.json", run | {"machine": "riscv"})
+    ended = calmix("rerun", manifest)
+    assert ended.code == 2
+    assert "not the same: model.safetensors" in ended.err
+    assert 'versions.torch: "1.0", now' in ended.out
+    assert 'machine: "riscv", now' in ended.out
+
+
+def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, tmp_path):
+    options = ("--calibration", text_file, *SMALL, "--trust-remote-code")
+    manifest = prune(calmix, model, tmp_path / "first", *options)
+    assert "--trust-remote-code" in calmix("rerun", manifest).line
+    assert calmix("rerun", manifest, "--trust-remote-code").code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{}", "no manifest"),
+        ("[1]", "no manifest"),
+        ("x", "no JSON"),
+        ('{"kind": "pruned checkpoint"}', "holds no request"),
+        (json.dumps(sealed({"kind": "pruned checkpoint"})), "made by a study"),
+        (json.dumps(sealed({"kind": "pruned checkpoint", "request": {}})), "lacks what it takes"),
+        (json.dumps(sealed({"kind": "calibration set"})), "lacks what it takes"),
+        (json.dumps(sealed({"kind": "soup"})), "cannot be made again"),
+    ],
+)
+def test_manifests_that_cannot_be_used_give_one_line(calmix, tmp_path, content, line):
+    (tmp_path / "calmix.json").write_text(content)
+    ended = calmix("rerun", tmp_path / "calmix.json")
+    assert ended.code == 2
+    assert line in ended.line
+    assert calmix("rerun", tmp_path / "nowhere" / "calmix.json").code == 2
