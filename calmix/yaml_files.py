@@ -133,7 +133,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
 
 def _not_yaml(error: yaml.MarkedYAMLError, where: str) -> InputError:
     line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-    known = isinstance(error, yaml.constructor.ConstructorError)  # YAML, but not as it is wanted
+    known = type(error) is yaml.MarkedYAMLError  # raised here: YAML, but not as it is wanted
     return InputError(f"{where}{line}: {error.problem if known else f'not YAML ({error.problem})'}")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calmix.errors import SolverError
+from calmix.errors import InputError, SolverError
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured
@@ -208,6 +208,22 @@ def test_admm_takes_a_pattern_a_layer():
         alone = admm([weight], h, [pattern])
         assert torch.equal(alone.weights[0], made)
         assert alone.errors[0] == error
+
+
+def test_transposed_views_are_solved_as_matrices():
+    """What GPT-2's layers hold."""
+    weight, gram = problem(rows=16, columns=32, tokens=900)
+    w, h = tensors(weight, gram)
+    view = w.T.contiguous().T
+    for pattern in PATTERNS:
+        assert torch.equal(
+            admm([view], h, [pattern]).weights[0] == 0, admm([w], h, [pattern]).weights[0] == 0
+        )
+        assert torch.equal(
+            ria([view], h.diagonal(), [pattern])[0], ria([w], h.diagonal(), [pattern])[0]
+        )
+    with pytest.raises(InputError, match="2:5"):
+        admm([w], h, [SemiStructured(2, 5)])
 
 
 def test_columns_are_compared_by_what_they_put_out():

@@ -20,6 +20,7 @@ from calmix.pruning.patterns import (
     Pattern,
     SemiStructured,
     Unstructured,
+    check_columns,
     clear,
     smallest,
     smallest_of_m,
@@ -58,7 +59,8 @@ def admm(
 
     Unstructured, the share that is projected away rises to the pattern's over all iterations,
     and bounds come from a sample of the layer; the last projection is exact. N:M patterns are
-    projected in full from the first: measured, a gradual schedule is worse.
+    projected in full from the first: measured, a gradual schedule is worse. Comparing within rows
+    instead of the whole layer loses 13 % more on the builtin model.
 
     Args:
         weights: matrices (rows, columns) of any float type that share one input.
@@ -71,9 +73,12 @@ def admm(
         steps: steps of conjugate gradients on the kept weights (see refit.py).
 
     Raises:
+        InputError: M of an N:M pattern does not divide the columns.
         SolverError: the Gram matrix or the weights are not finite, every input is zero, or no
             damping makes the Gram matrix positive definite.
     """
+    for pattern in patterns:
+        check_columns(pattern, len(gram))
     scaled = scale(gram)
     starts: dict[int, Tensor] = {}
     used = damping
@@ -127,7 +132,7 @@ def _search(
 ) -> Tensor:
     """Return one layer's weights, pruned but not refitted, in their type."""
     norm = scaled.norm[order]
-    target = weight[:, order].float().mul_(norm)
+    target = weight[:, order].float().contiguous().mul_(norm)
     state = target.clone()
     for number in range(1, iterations + 1):
         bound = 0.0
@@ -201,7 +206,7 @@ def memory(rows: int, columns: int, most: int | None = None, *, value_bytes: int
     """
     most = rows if most is None else most
     factors = 15 * columns**2  # the scaled Gram matrix, in order; a factor at work
-    layer = max(13 * columns * most, 8 * columns * most + 20 * columns * min(most, ROWS))
+    layer = max(16 * columns * most, 8 * columns * most + 20 * columns * min(most, ROWS))
     return max(
         factors,
         12 * columns**2 + layer + value_bytes * columns * rows,

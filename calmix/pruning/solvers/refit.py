@@ -124,5 +124,5 @@ def products(rows: int, columns: int, *, steps: int = STEPS) -> Products:
 
 
 def memory(rows: int, columns: int) -> int:
-    """Return the bytes a refit needs beside weights and Gram: its scaled copy and some rows."""
-    return 4 * columns**2 + 11 * 4 * columns * min(rows, ROWS)
+    """Return the bytes a refit needs beside weights and Gram: its scaled copies and some rows."""
+    return 6 * columns**2 + 16 * 4 * columns * min(rows, ROWS)
