@@ -1,0 +1,193 @@
+"""What better solvers and recovery keep at the same sparsity: a table over models, sets and ways.
+
+    python benchmarks/keep_more.py -o OUT [--readout FILE] [--data DIR] [--models ...]
+        [--calibrations mix c4 igsp] [--targets 0.5 0.6 0.7 2:4] [--ways ...] [--draws 3]
+
+Every cell is a checkpoint made by the command line's own functions, read out, and noted in
+OUT/records.jsonl; what is noted is not done again, so a run that was stopped goes on. Ways:
+
+    sparsegpt, refit        SparseGPT, and with 10 steps of refit behind it
+    mask, admm              ADMM's mask without and with its refit
+    blocks, distill         the latter recovered, on the same rows
+
+`--readout FILE` is a Python file with `readout(folder) -> {dimension: {text: bits per byte}}`; kept
+is the mean over dimensions of the mean of dense over pruned. Without it the quick slice of the
+offline suite stands in, by `ratio`. `c4` is general/c4-train.jsonl of the data folder. Printed are
+means over draws with their half range; `error` is the mean output error of all layers, `s` the
+seconds of prune and recovery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import commit, data_file, machine
+
+import calmix
+from calmix.models import resolve_model
+from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.recovery import recover
+from calmix.specs import prune_request, recover_request
+
+MIX = (
+    "uniform:encyclopedia,books,stories,procedures,"
+    "python-stdlib,code-compiled,math-solutions,word-problems"
+)
+METHODS = {"sparsegpt": "sparsegpt", "refit": "sparsegpt,refit=10", "mask": "admm,refit=0"}
+WAYS = ("sparsegpt", "refit", "mask", "admm", "blocks", "distill")
+RECOVERIES = ("blocks", "distill")
+
+
+class Readout:
+    """What a model keeps, in per cent, by dimension and in total."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._dense: dict[str, Any] = {}
+        self._read = None
+        if file is not None:
+            spec = importlib.util.spec_from_file_location("readout", file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self._read = module.readout
+
+    def kept(self, dense: Path, pruned: Path) -> dict[str, float]:
+        key = str(dense)
+        if self._read is None:
+            before = self._dense.get(key) or calmix.evaluate(key, "offline", quick=True)
+            self._dense[key] = before
+            found = calmix.evaluate(str(pruned), "offline", quick=True, floors=False)
+            kept = found.retention(before, measure="ratio", resamples=2)
+            made = {one.name: 100 * (one.kept.value or 0) for one in kept.dimensions}
+        else:
+            before = self._dense.setdefault(key, self._read(dense))
+            bits = self._read(pruned)
+            made = {
+                name: 100 * float(np.mean([texts[t] / bits[name][t] for t in texts]))
+                for name, texts in before.items()
+            }
+        return made | {"total": float(np.mean(list(made.values())))}
+
+
+def request(way: str, target: str, calibration: str, rows: int, seed: int) -> Any:
+    goal = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+    return prune_request(
+        method=METHODS.get(way, way), calibration=calibration, rows=rows, seed=seed, **goal
+    )
+
+
+def make(options: argparse.Namespace, cell: dict[str, Any], text: str, folder: Path) -> Any:
+    """Make the checkpoint of a cell in `folder`; return mean output error and seconds."""
+    began = time.perf_counter()
+    base = folder if cell["way"] not in RECOVERIES else options.output / "admm"
+    if base == folder or not _made(base, cell):
+        way = cell["way"] if base == folder else "admm"
+        how = request(way, cell["target"], text, cell["rows"], cell["draw"])
+        (report,) = prune_checkpoints(cell["model"], {base: how}, overwrite=True)
+        note = {
+            "of": [cell[key] for key in ("model", "calibration", "target", "draw", "rows")],
+            "error": float(np.mean([layer.error or 0 for layer in report.layers])),
+            "seconds": time.perf_counter() - began,
+        }
+        (base / "keep_more.json").write_text(json.dumps(note), encoding="utf-8")
+    note = json.loads((base / "keep_more.json").read_text(encoding="utf-8"))
+    if base == folder:
+        return note["error"], note["seconds"]
+    began = time.perf_counter()
+    again = recover_request(
+        method=cell["way"], calibration=text, rows=cell["rows"], seed=cell["draw"]
+    )
+    recover(str(base), cell["model"], again, folder, overwrite=True)
+    return note["error"], note["seconds"] + time.perf_counter() - began
+
+
+def _made(base: Path, cell: dict[str, Any]) -> bool:
+    file = base / "keep_more.json"
+    wanted = [cell[key] for key in ("model", "calibration", "target", "draw", "rows")]
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["of"] == wanted
+
+
+def table(records: list[dict[str, Any]]) -> None:
+    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for one in records:
+        key = (one["model"], one["calibration"], one["target"], one["way"])
+        cells.setdefault(key, []).append(one)
+    dimensions = [name for name in records[0]["kept"] if name != "total"]
+    heads = [*dimensions, "total"]
+    last: tuple[str, ...] = ()
+    for key, found in cells.items():
+        if key[:3] != last:
+            last = key[:3]
+            print(f"\n{key[0]}, {key[1]}, {key[2]}")
+            print(f"{'':<10}" + "".join(f"{head[:11]:>12}" for head in heads) + "   error      s")
+        row = f"{key[3]:<10}"
+        for head in heads:
+            values = [one["kept"][head] for one in found]
+            half = (max(values) - min(values)) / 2
+            row += (
+                f"{np.mean(values):7.1f} ±{half:3.1f}" if len(found) > 1 else f"{values[0]:12.1f}"
+            )
+        error = np.mean([one["error"] for one in found])
+        print(f"{row}  {error:6.4f} {np.mean([one['seconds'] for one in found]):6.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--readout", type=Path)
+    parser.add_argument("--data")
+    parser.add_argument("--models", nargs="+", default=["builtin:smollm2-135m"])
+    parser.add_argument("--calibrations", nargs="+", default=["mix"])
+    parser.add_argument("--targets", nargs="+", default=["0.6"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=64)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "records.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    records = [json.loads(line) for line in lines]
+    known = [one["cell"] for one in records]
+    readout = Readout(options.readout)
+    print(machine(), f"commit {commit()}")
+    for draw in range(options.draws):
+        for model in options.models:
+            for name in options.calibrations:
+                text = {"mix": MIX}.get(name, name)
+                if name == "c4":
+                    text = str(data_file(options.data, "general/c4-train.jsonl"))
+                for target in options.targets:
+                    for way in options.ways:
+                        cell = {
+                            "model": model, "calibration": name, "target": target, "way": way,
+                            "draw": draw, "rows": options.rows,
+                        }  # fmt: skip
+                        if cell in known:
+                            continue
+                        folder = options.output / way
+                        error, seconds = make(options, cell, text, folder)
+                        kept = readout.kept(resolve_model(model), folder)
+                        one = cell | {
+                            "cell": cell, "kept": kept, "error": error, "seconds": seconds
+                        }  # fmt: skip
+                        records.append(one)
+                        with log.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(one) + "\n")
+                        print(f"{cell}: {kept['total']:.1f}", flush=True)
+    for way in WAYS:
+        if way != "admm":
+            shutil.rmtree(options.output / way, ignore_errors=True)
+    if records:
+        table(records)
+
+
+if __name__ == "__main__":
+    main()
