@@ -17,6 +17,8 @@ from calmix.errors import InputError
 from calmix.pruning.budget import GIB
 from calmix.recovery.losses import CHUNK
 
+PASSING = 2  # blocks' activations that come and go while one runs
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -44,7 +46,7 @@ class Sizes:
 
 def block_activations(sizes: Sizes) -> int:
     """Return what one micro-batch leaves in a block for the way back."""
-    return sizes.tokens * (8 * sizes.hidden + 3 * sizes.widths) * sizes.value_bytes
+    return sizes.tokens * (6 * sizes.hidden + sizes.widths) * sizes.value_bytes
 
 
 def optimiser_bytes(sizes: Sizes) -> int:
@@ -55,7 +57,7 @@ def optimiser_bytes(sizes: Sizes) -> int:
 def distill_bytes(sizes: Sizes, *, recompute: bool) -> int:
     """Return what distillation takes beside the program."""
     between = sizes.blocks * sizes.tokens * sizes.hidden * sizes.value_bytes
-    kept = 1 if recompute else sizes.blocks
+    kept = PASSING + (1 if recompute else sizes.blocks)
     logits = 5 * 4 * min(max(CHUNK, 16 * sizes.vocabulary), sizes.tokens * sizes.vocabulary)
     return (
         sizes.weights * sizes.value_bytes
@@ -75,7 +77,7 @@ def blocks_bytes(sizes: Sizes, outside: int) -> int:
     """
     # The block, both models' next ones that are read meanwhile, and the best weights so far.
     weights = sizes.trained * (3 * sizes.value_bytes + 4)
-    working = weights + optimiser_bytes(sizes) + 2 * block_activations(sizes)
+    working = weights + optimiser_bytes(sizes) + (1 + 2 * PASSING) * block_activations(sizes)
     return max(working, outside + sizes.trained * sizes.value_bytes)
 
 
