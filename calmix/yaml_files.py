@@ -100,7 +100,8 @@ def parse_yaml(text: str, where: str) -> YamlText:
     try:
         value = yaml.load(text, Loader=_Strict)
     except yaml.MarkedYAMLError as error:
-        raise _not_yaml(error, where) from error
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}{line}: {error.problem}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date there is none of, say
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or node is None:
@@ -121,7 +122,8 @@ def compose(text: str, where: str) -> yaml.Node | None:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         size = 0 if node is None else _size(node, {})
     except yaml.MarkedYAMLError as error:
-        raise _not_yaml(error, where) from error
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}{line}: not YAML ({error.problem})") from error
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
@@ -129,12 +131,6 @@ def compose(text: str, where: str) -> yaml.Node | None:
     if size > MOST_NODES:
         raise InputError(f"{where} has aliases that make it {size:,} values, not {MOST_NODES:,}")
     return node
-
-
-def _not_yaml(error: yaml.MarkedYAMLError, where: str) -> InputError:
-    line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-    known = type(error) is yaml.MarkedYAMLError  # raised here: YAML, but not as it is wanted
-    return InputError(f"{where}{line}: {error.problem if known else f'not YAML ({error.problem})'}")
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

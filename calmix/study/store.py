@@ -72,7 +72,7 @@ class _Index(_Kept):
     text: str
     suite: _SuiteRecord
     trials: list[_Entry]
-    added: list[tuple[list[_Scalar], str, int]] = []
+    added: list[Annotated[tuple[list[_Scalar], str, int], Field(strict=False)]] = []
     looks: list[_Look] = []
 
 
