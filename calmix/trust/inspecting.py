@@ -146,7 +146,7 @@ def _checkpoint(folder: Path, say: Callable[[str], None]) -> Health:
             "pruned": done["pruned"],
             "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
         }
-        asked = done["options"].get("damping")
+        asked = _number(done["options"].get("damping"))
         widest = max((layer.columns for layer, _ in layers), default=0)
         tokens = int(done["tokens"])
     except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -175,9 +175,14 @@ def _reported(layer: dict[str, Any]) -> tuple[LayerHealth, int]:
     rows, columns, pruned = int(layer["rows"]), int(layer["columns"]), int(layer["pruned"])
     told = LayerHealth(
         str(layer["name"]), rows, columns, pruned / max(1, rows * columns),
-        layer.get("error"), layer.get("damping"), layer.get("dead_inputs") or 0,
+        _number(layer.get("error")), _number(layer.get("damping")),
+        int(layer.get("dead_inputs") or 0),
     )  # fmt: skip
     return told, pruned
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _layers(

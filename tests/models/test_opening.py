@@ -79,7 +79,7 @@ def test_damaged_weights(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    rejected(folder, "cannot open")
+    rejected(folder, "is cut short")
 
 
 def test_missing_weights(tmp_path):
