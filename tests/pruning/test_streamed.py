@@ -464,7 +464,8 @@ def test_work_whose_files_have_become_the_output_is_not_gone_on_with(tmp_path):
     work.checkpoint.rmdir()
     work.close()
     again = WorkFolder(tmp_path / "out")
-    assert again.claim({"a": 1}, resume=True, overwrite=False) is False
+    again.claim({"a": 1}, resume=True, overwrite=False)
+    assert not again.goes_on
     again.abandon()
 
 
