@@ -26,7 +26,7 @@ def test_without_a_verb_help_is_shown_and_the_code_says_it_was_a_mistake(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("prune", "x", "--foo"), "error: No such option: --foo (see calmix prune --help)"),
+        (("prune", "x", "--zzzzz"), "error: No such option: --zzzzz (see calmix prune --help)"),
         (("prune",), "error: Missing argument 'MODEL' (see calmix prune --help)"),
         (("prue", "x"), "error: No such command 'prue'"),
         (("prune", "x", "--rows", "many"), "error: Invalid value for '--rows': "),

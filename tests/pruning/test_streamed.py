@@ -240,9 +240,8 @@ def stopped(moment, block, *arguments):
     ],
 )
 def test_a_killed_prune_goes_on_to_the_same_bytes(
-    calmix, deep, text_file, tmp_path, monkeypatch, moment, block, method
+    calmix, deep, text_file, tmp_path, one_thread, moment, block, method
 ):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     data = () if method == "magnitude" else ("--calibration", text_file, *SMALL)
     command = ("prune", deep, "--method", method, *data, "--sparsity", 0.5, "-o")
     whole, cut = tmp_path / "whole", tmp_path / "cut"

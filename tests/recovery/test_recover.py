@@ -153,9 +153,8 @@ def stopped(moment, number, *arguments):
     ],
 )
 def test_a_killed_recovery_goes_on_to_the_same_bytes(
-    calmix, place, tmp_path, monkeypatch, method, moment, number
+    calmix, place, tmp_path, one_thread, method, moment, number
 ):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     stopped(moment, number, *command(place, tmp_path / "cut", method))
     if moment != "renamed":
         ended = calmix(*command(place, tmp_path / "cut", method))
