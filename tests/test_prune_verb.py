@@ -196,7 +196,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ((tiny_folder, *half, *SMALL, "--calibration", "uniform:a,,b"), "between its commas"),
         ((tiny_folder, *half, "--calibration", text_file, "--length", 32, "--rows", 9999), "has"),
         ((tiny_folder, *half, *SMALL, "--calibration", empty), "empty"),
-        ((tiny_folder, *half, *SMALL, "--calibration", binary), "binary, not text"),
+        ((tiny_folder, *half, *SMALL, "--calibration", binary), "not UTF-8"),
         ((tiny_folder, *half, *SMALL, "--calibration", zero), "binary"),
         ((tiny_folder, *half, *SMALL, "--calibration", rows), "line 2: there is no field 'text'"),
         ((tiny_folder, *half, *SMALL, "--calibration", bad), "line 1 is not JSON"),

@@ -218,7 +218,8 @@ def _check_sizes(config: Any, folder: Path) -> None:
     shapes = [place.shape for place in Shards(folder).places.values()]
     limits = {key: max((math.prod(shape) for shape in shapes), default=0) for key in WIDTHS}
     limits |= dict.fromkeys(DEPTHS, len(shapes))
-    told = config.get_text_config(decoder=True).to_dict()  # of one that differs by layer too
+    # Not by attribute: some configurations refuse to name what differs between layers.
+    told = config.get_text_config(decoder=True).to_dict()
     for key, most in limits.items():
         value = told.get(key)
         if isinstance(value, int | float) and value > most:

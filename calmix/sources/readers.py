@@ -343,8 +343,8 @@ class LocalFile(Reader):
 
 def _read_txt(path: Path, template: str) -> Iterator[Document]:
     with path.open("rb") as file:
-        if b"\0" in file.read(1 << 20):  # before all of it is read
-            raise SourceError(f"{path} is binary, not text")
+        if b"\0" in (head := file.read(1 << 20)):  # refused before all of it is read
+            _decoded(path, head)
     yield Document("0", _decoded(path, path.read_bytes()))
 
 
