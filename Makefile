@@ -33,8 +33,10 @@ demo: setup
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-# What takes too long for every change: ten thousand mutated files, and the fault matrix.
+# What takes too long for every change: more kills and Ray, ten thousand mutated files, the fault
+# matrix.
 test-long: setup
+	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest -m long
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz 10000
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
 

@@ -55,6 +55,15 @@ def calmix(
     return run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what only `make test-long` runs."""
+    if not os.environ.get("CALMIX_LONG"):
+        skipped = pytest.mark.skip(reason="runs in make test-long (CALMIX_LONG=1)")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skipped)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Compute in one thread, as processes do that a test starts: sums round by their number."""

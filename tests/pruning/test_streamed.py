@@ -231,12 +231,12 @@ def stopped(moment, block, *arguments):
     ("moment", "block", "method"),
     [
         ("solved", 2, "sparsegpt"),
-        ("written", 2, "sparsegpt"),
-        ("counted", 0, "sparsegpt"),
-        ("counted", 4, "wanda"),
         ("renamed", 0, "sparsegpt"),
-        ("solved", 0, "wanda"),
         ("written", 3, "magnitude"),
+        pytest.param("written", 2, "sparsegpt", marks=pytest.mark.long),
+        pytest.param("counted", 0, "sparsegpt", marks=pytest.mark.long),
+        pytest.param("counted", 4, "wanda", marks=pytest.mark.long),
+        pytest.param("solved", 0, "wanda", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_prune_goes_on_to_the_same_bytes(

@@ -145,11 +145,11 @@ def stopped(moment, number, *arguments):
 @pytest.mark.parametrize(
     ("method", "moment", "number"),
     [
-        ("distill", "counted", 8),
         ("distill", "written", 8),
-        ("distill", "renamed", 0),
-        ("blocks", "counted", 1),
         ("blocks", "written", 2),
+        pytest.param("distill", "counted", 8, marks=pytest.mark.long),
+        pytest.param("distill", "renamed", 0, marks=pytest.mark.long),
+        pytest.param("blocks", "counted", 1, marks=pytest.mark.long),
     ],
 )
 def test_a_killed_recovery_goes_on_to_the_same_bytes(

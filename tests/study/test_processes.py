@@ -143,6 +143,7 @@ def test_an_address_nobody_answers_at(address: str, says: str) -> None:
         on_ray(Cluster(address))
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_draws_are_added_on_ray_as_here(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
