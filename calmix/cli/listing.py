@@ -51,7 +51,7 @@ def models_ls(as_json: AsJson = False) -> None:
             "licence": model.licence,
             "use": use_of(model.licence),
             "from": model.origin,
-            "asset": ", ".join(f"{name} ({assets.get_asset(name).state})" for name in model.parts),
+            "assets": list(model.parts) if as_json else _states(list(model.parts)),
             "description": model.description,
         }
         for model in builtin_models().values()
@@ -64,6 +64,13 @@ def models_ls(as_json: AsJson = False) -> None:
     for row in rows:
         line = f"{row['name']}: {row['description']}; from {row['from']}"
         out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _states(names: list[str]) -> str:
+    """Return assets in a cell: the first, how many more, and in which states they are."""
+    states = ", ".join(sorted({assets.get_asset(name).state for name in names}))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more} ({states})"
 
 
 def methods_ls(as_json: AsJson = False) -> None:
