@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -201,11 +202,12 @@ def registries() -> Iterator[Check]:
 
 
 def _index() -> str:
-    """Return the package index pip fetches archives from, by the user's own settings."""
-    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = told.stdout.strip() if told.returncode == 0 else ""
-    return os.environ.get("PIP_INDEX_URL") or found or "https://pypi.org/simple/"
+    """Return the package index pip fetches archives from, as pip tells it by all settings."""
+    command = [sys.executable, "-m", "pip", "download", "--help"]
+    wide = os.environ | {"COLUMNS": "9999"}  # an address is not broken into lines
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
+    found = re.search(r"Python Package Index \(default (\S+)\)", told.stdout)
+    return found[1] if found else ""
 
 
 def _answers(address: str) -> str | None:
