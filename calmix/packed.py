@@ -33,9 +33,9 @@ from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, sha256_file, write_json
 from calmix.machine import cores
 from calmix.manifest import versions
-from calmix.models.shards import Place, read_header, weight_files
+from calmix.models.opening import check_folder, load_config, quiet_transformers
+from calmix.models.shards import DTYPES, PACK, Place, read_header, weight_files
 
-MANIFEST = "calmix-pack.json"
 FORMAT = 1
 CHUNK = 1 << 22  # values that are coded together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bits
@@ -109,11 +109,11 @@ def pack(
             }
         others = {}
         for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in entries and path.name != MANIFEST:
+            if path.is_file() and path.name not in entries and path.name != PACK:
                 shutil.copyfile(path, beside / path.name)
                 others[path.name] = sha256_file(path)
         write_json(
-            beside / MANIFEST,
+            beside / PACK,
             {"format": FORMAT, "versions": versions(), "weights": entries, "files": others},
         )
     return Packed(dense, packed, (sparse[0], sparse[1]))
@@ -163,8 +163,6 @@ def load(
         InputError: `folder` is no pack, of another format, cut or altered.
         ModelError: transformers cannot open what it holds.
     """
-    from calmix.models.opening import load_config, quiet_transformers
-
     folder = Path(folder)
     manifest = _manifest(folder)
     for name, expected in manifest["files"].items():
@@ -203,24 +201,14 @@ def load(
 
 
 def _model_files(folder: Path) -> list[str]:
-    if (folder / MANIFEST).is_file():
+    if (folder / PACK).is_file():
         raise InputError(f"{folder} is a pack already")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json: it is not a model folder")
-    try:
-        files = weight_files(folder)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"the index of {folder} is damaged: fetch the model again") from error
-    for name in files:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} lacks the weight file {name} its index names")
-    if not files:
-        raise InputError(f"{folder} holds no weights (*.safetensors)")
-    return files
+    check_folder(folder)
+    return weight_files(folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
+    path = folder / PACK
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -234,7 +222,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which it was made with")
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is no pack: it has no {MANIFEST}") from None
+        raise InputError(f"{folder} is no pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: fetch the pack again") from error
     return manifest
@@ -376,8 +364,6 @@ def _dense_size(folder: Path, name: str, entry: dict[str, Any]) -> int:
 
 def _places(header: bytes, name: str, path: Path) -> list[tuple[str, Place]]:
     """Return the tensors that a kept header tells of, as their bytes lie."""
-    from calmix.models.shards import DTYPES
-
     try:
         entries = json.loads(header[8:])
         entries.pop("__metadata__", None)

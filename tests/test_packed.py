@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from calmix import packed
 from calmix.errors import InputError, ModelError
 from calmix.models import open_model
-from calmix.packed import MANIFEST, load, pack, unpack
+from calmix.models.shards import PACK
+from calmix.packed import load, pack, unpack
 from tests.tiny import save_tiny_model
 
 
@@ -117,8 +118,8 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
         shutil.copytree(tmp_path / "pack", folder)
         if content is not None:
             (folder / "model.safetensors").write_bytes(content)
-        kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        (folder / MANIFEST).write_text(json.dumps(kept | manifest), encoding="utf-8")
+        kept = json.loads((folder / PACK).read_text(encoding="utf-8"))
+        (folder / PACK).write_text(json.dumps(kept | manifest), encoding="utf-8")
         with pytest.raises(InputError, match=match):
             unpack(folder, tmp_path / "out")
         with pytest.raises(InputError, match=match):
@@ -144,7 +145,7 @@ def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
     assert calmix("pack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(
         "not a model folder"
     )
-    assert calmix("unpack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(MANIFEST)
+    assert calmix("unpack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(PACK)
     made = calmix("pack", pruned, "-o", tmp_path / "p")
     assert made.code == 0
     assert "where weights are pruned" in made.out

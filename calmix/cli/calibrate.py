@@ -13,6 +13,7 @@ from calmix.cli.common import (
     Dtype,
     Leakage,
     LeakageTokens,
+    Length,
     Licence,
     Packing,
     Select,
@@ -57,7 +58,7 @@ def calibrate(
         Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")
     ],
     rows: Annotated[int | None, typer.Option(show_default="64", help="Rows.")] = None,
-    length: Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")] = None,
+    length: Length = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="Seed of the draw.")] = None,
     packing: Packing = None,
     select: Select = None,

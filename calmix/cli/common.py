@@ -62,6 +62,15 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code shipped with the model.")
 ]
 
+Rows = Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")]
+Length = Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run of the same request.")
+]
+OverwriteWork = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the output folder, or an interrupted run's work."),
+]
 Packing = Annotated[
     str | None,
     typer.Option(show_default="concat", help="concat (documents joined) or window (as C4)."),

@@ -17,9 +17,13 @@ from calmix.cli.common import (
     Dtype,
     Leakage,
     LeakageTokens,
+    Length,
     Licence,
     ModelName,
+    OverwriteWork,
     Packing,
+    Resume,
+    Rows,
     Select,
     Sources,
     TrustRemoteCode,
@@ -143,8 +147,8 @@ def prune_command(
             "and sgs let the model write the text (calmix generate).",
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")] = None,
-    length: Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")] = None,
+    rows: Rows = None,
+    length: Length = None,
     seed: Annotated[
         int | None, typer.Option(show_default="0", help="Seed of the calibration draw.")
     ] = None,
@@ -176,16 +180,8 @@ def prune_command(
         str | None,
         typer.Option(show_default="what is free", help="Memory the prune may take, such as 6GiB."),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with an interrupted run of the same request."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace the output folder, or an interrupted run's work."
-        ),
-    ] = False,
+    resume: Resume = False,
+    overwrite: OverwriteWork = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a model in one shot and write a checkpoint that loads anywhere.

@@ -14,7 +14,11 @@ from calmix.cli.common import (
     Device,
     Leakage,
     LeakageTokens,
+    Length,
+    OverwriteWork,
     Packing,
+    Resume,
+    Rows,
     Select,
     Sources,
     TrustRemoteCode,
@@ -76,8 +80,8 @@ def recover_command(
         typer.Option(show_default="3e-4, blocks 1e-3", help="Learning rate at its peak."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = BATCH,
-    rows: Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")] = None,
-    length: Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")] = None,
+    rows: Rows = None,
+    length: Length = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -100,16 +104,8 @@ def recover_command(
         str | None,
         typer.Option(show_default="no bound", help="Memory it may take, such as 6GiB."),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with an interrupted run of the same request."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace the output folder, or an interrupted run's work."
-        ),
-    ] = False,
+    resume: Resume = False,
+    overwrite: OverwriteWork = False,
     as_json: AsJson = False,
 ) -> None:
     """Train what a prune has left towards the dense model, its zeros held, on a calibration set.

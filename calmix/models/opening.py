@@ -29,7 +29,7 @@ from calmix import assets
 from calmix.errors import InputError, ModelError, disk_errors, nearest
 from calmix.files import atomic_folder, cache_dir, made_once, sha256_file, sha256_json
 from calmix.machine import cores
-from calmix.models.shards import Shards, weight_files
+from calmix.models.shards import PACK, Shards, weight_files
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
@@ -118,7 +118,7 @@ def resolve_model(name: str) -> Path:
             raise ModelError(f"{path} is a file but no .gguf: name its folder, or a GGUF file")
         return _dequantised(sha256_file(path), functools.partial(_dequantise, path))
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no model folder or .gguf file at {path}")
@@ -290,8 +290,13 @@ def _dtype(name: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def _check_folder(folder: Path) -> None:
-    if (folder / "calmix-pack.json").is_file():
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that transformers could not read a model from.
+
+    Raises:
+        ModelError: it is a pack, or has no configuration, no weights, pickled ones, or not all.
+    """
+    if (folder / PACK).is_file():
         raise ModelError(
             f"{folder} is a pack: 'calmix unpack {folder} -o OUT' first, or calmix.load in Python"
         )
@@ -330,7 +335,7 @@ def _from_hub(name: str) -> Path:
             f"there is no folder '{name}' and the hub cannot be reached for it: give a local "
             "folder, a .gguf file or builtin:smollm2-135m, or go online once to fetch it"
         ) from error
-    _check_folder(folder)
+    check_folder(folder)
     return folder
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from calmix.pruning.gram import Squares
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
-from calmix.pruning.patterns import Pattern, clear, layer_mask
-from calmix.pruning.solvers.ria import POWER, saliency
+from calmix.pruning.patterns import Pattern
+from calmix.pruning.solvers import ria
 
 
 class Ria(Refitted):
@@ -22,7 +22,7 @@ class Ria(Refitted):
     paper = "Zhang et al., ICLR 2024"
 
     power: float = Field(
-        default=POWER, ge=0, allow_inf_nan=False, description="Exponent of an input's norm."
+        default=ria.POWER, ge=0, allow_inf_nan=False, description="Exponent of an input's norm."
     )
 
     def choose(
@@ -36,10 +36,7 @@ class Ria(Refitted):
             patterns: what share of every layer, or of every group of M inputs, to prune.
         """
         assert statistic is not None
-        pruned, counts = [], []
-        for weight, pattern in zip(weights, patterns, strict=True):
-            mask = layer_mask(saliency(weight, statistic, power=self.power), pattern)
-            pruned.append(clear(weight.float().clone(), mask))
-            counts.append(int(mask.count_nonzero()))
+        pruned = ria.ria(weights, statistic, patterns, power=self.power)
+        counts = [p.count(w.numel()) for p, w in zip(patterns, weights, strict=True)]
         dead = int((statistic == 0).sum())
         return Solution(pruned, counts, [None] * len(pruned), dead=dead)
