@@ -1,20 +1,24 @@
 """Our scorer against lm-evaluation-harness's own HFLM: the same scores, and how much faster?
 
-    python benchmarks/eval_parity.py [--dtype float32] [--limit N] [--batch-sizes 4,16]
+    python benchmarks/eval_parity.py [--dtype float32] [--limit N] [--batch-sizes 4,16] [-o FILE]
 
-Both run the same task objects of the `offline` suite with the same model in memory, one after
-the other; without --limit the whole suite. HFLM is first tried at each batch size on a few items
-of every task, and then runs with its fastest.
+Both run the same task objects of the `offline` suite with the same model in memory, task by task
+one after the other; without --limit the whole suite. HFLM is first tried at each batch size on a
+few items of every task, and then runs with its fastest. Times are the process's processor
+seconds, which other work on the machine hardly changes, and the wall clock's. With -o what is
+measured is kept, a line a task, and a later run goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from common import commit, machine
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 
@@ -27,12 +31,13 @@ from calmix.models import open_model
 TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap by rounding
 
 
-def run(lm: Any, suite: Suite) -> tuple[float, dict[str, Any]]:
+def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, Any]]:
+    """Return processor seconds, seconds on the wall, and the harness's samples by task."""
     tasks = {built.name: built.parts[built.name] for built in build_tasks(suite)}
     with quiet_harness():
-        start = time.perf_counter()
+        start, wall = time.process_time(), time.perf_counter()
         results = harness_evaluate(lm, tasks, bootstrap_iters=0, log_samples=True)
-        return time.perf_counter() - start, results["samples"]
+        return time.process_time() - start, time.perf_counter() - wall, results["samples"]
 
 
 def hflm(opened: Any, batch_size: int) -> HFLM:
@@ -57,56 +62,78 @@ class _Silent:
     def close(self) -> None: ...
 
 
+def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
+    """Run one task with both, and return how they compare."""
+    alone = suite.only(tasks=[task])
+    ours_seconds, ours_wall, ours = run(lm, alone)
+    theirs_seconds, theirs_wall, theirs = run(rival, alone)
+    pairs = list(zip(ours[task], theirs[task], strict=True))
+    a, b = ([np.array([float(r[0][0]) for r in row["resps"]]) for row in rows[task]]
+            for rows in (ours, theirs))  # fmt: skip
+    difference = max(float(np.max(np.abs(x - y) / np.abs(y))) for x, y in zip(a, b, strict=True))
+    metric = ours[task][0]["metrics"][0]
+    same = ties = 0
+    for (mine, other), scores in zip(pairs, b, strict=True):
+        if metric == "bits_per_byte" or mine[metric] == other[metric]:
+            same += 1
+            continue
+        first, second = sorted(scores / _lengths(mine, metric))[-2:][::-1]
+        ties += abs(first - second) <= TIE * abs(first)
+    return {
+        "task": task, "items": len(pairs), "requests": sum(map(len, a)), "difference": difference,
+        "same": same, "ties": int(ties), "ours": [ours_seconds, ours_wall],
+        "theirs": [theirs_seconds, theirs_wall],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-sizes", default="4,16")
+    parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     opened = open_model(options.model, dtype=options.dtype)
     suite = choose("offline", limit=options.limit)
-    threads = torch.get_num_threads()
-    items = f"{options.limit or 'all'} items a task"
-    print(f"{options.model} in {opened.model.dtype}, offline suite, {items}")
+    there = options.output is not None and options.output.is_file()
+    found = [json.loads(line) for line in options.output.read_text().splitlines()] if there else []
+    print(machine(), f"commit {commit()}")
+    print(f"{options.model} in {opened.model.dtype}, suite offline version {suite.version}, "
+          f"{options.limit or 'all'} items a task")  # fmt: skip
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     if len(sizes) > 1:
         trial = choose("offline", limit=2)
         seconds = {size: run(hflm(opened, size), trial)[0] for size in sizes}
-        print(
-            "HFLM, 2 items a task:", ", ".join(f"batch {b} {s:.1f} s" for b, s in seconds.items())
-        )
-        best = min(seconds, key=seconds.__getitem__)
-    else:
-        best = sizes[0]
-    ours_seconds, ours = run(Scorer(opened), suite)
-    theirs_seconds, theirs = run(hflm(opened, best), suite)
-    form = "{:<18} {:>6} {:>9} {:>14} {:>12} {:>6}"
-    print(form.format("task", "items", "requests", "max rel diff", "same result", "ties"))
-    worst, wrong = 0.0, 0
-    for name, rows in ours.items():
-        pairs = list(zip(rows, theirs[name], strict=True))
-        a = [np.array([float(r[0][0]) for r in row["resps"]]) for row, _ in pairs]
-        b = [np.array([float(r[0][0]) for r in row["resps"]]) for _, row in pairs]
-        difference = max(
-            float(np.max(np.abs(x - y) / np.abs(y))) for x, y in zip(a, b, strict=True)
-        )
-        metric = rows[0]["metrics"][0]
-        same = ties = 0
-        for (mine, other), scores in zip(pairs, b, strict=True):
-            if metric == "bits_per_byte" or mine[metric] == other[metric]:
-                same += 1
-                continue
-            first, second = sorted(scores / _lengths(mine, metric))[-2:][::-1]
-            ties += abs(first - second) <= TIE * abs(first)
-        worst, wrong = max(worst, difference), wrong + len(pairs) - same - ties
-        requests = sum(map(len, a))
-        print(form.format(name, len(pairs), requests, f"{difference:.1e}", same, ties))
-    print(f"largest relative difference of a log-likelihood: {worst:.1e}")
+        told = ", ".join(f"batch {size} {value:.1f}" for size, value in seconds.items())
+        print(f"HFLM, 2 items a task, processor seconds: {told}")
+        sizes = [min(seconds, key=seconds.__getitem__)]
+    form = "{:<18} {:>6} {:>9} {:>12} {:>6} {:>5} {:>9} {:>7} {:>6}"
+    print(form.format("task", "items", "requests", "max rel diff", "same", "ties",
+                      "HFLM, s", "ours, s", "times"))  # fmt: skip
+    done = {one["task"]: one for one in found}
+    scorer, rival = Scorer(opened), hflm(opened, sizes[0])
+    for task in suite.tasks:
+        one = done.get(task) or beside(scorer, rival, suite, task)
+        if task not in done:
+            done[task] = one
+            if options.output is not None:
+                with options.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(one) + "\n")
+        mine, other = one["ours"][0], one["theirs"][0]
+        print(form.format(task, one["items"], one["requests"], f"{one['difference']:.1e}",
+                          one["same"], one["ties"], f"{other:.1f}", f"{mine:.1f}",
+                          f"{other / mine:.1f}"), flush=True)  # fmt: skip
+    wrong = sum(one["items"] - one["same"] - one["ties"] for one in done.values())
+    print(f"largest relative difference of a log-likelihood: "
+          f"{max(one['difference'] for one in done.values()):.1e}")  # fmt: skip
     print(f"results that differ, ties aside: {wrong}")
+    mine, other = (
+        np.sum([one[who] for one in done.values()], axis=0) for who in ("ours", "theirs")
+    )
     print(
-        f"HFLM (batch {best}) {theirs_seconds:.1f} s, calmix {ours_seconds:.1f} s: "
-        f"{theirs_seconds / ours_seconds:.1f} times as fast ({threads} threads)"
+        f"HFLM (batch {sizes[0]}) {other[0]:.0f} processor seconds, calmix {mine[0]:.0f}: "
+        f"{other[0] / mine[0]:.1f} times as fast ({other[1] / mine[1]:.1f} by the wall clock)"
     )
 
 
