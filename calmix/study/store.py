@@ -99,7 +99,7 @@ class _Failure(_Kept):
 
 
 class Store:
-    """A study's folder on disk. Open one with `open_store` or `create_store`."""
+    """A study's folder on disk. Open one with `open_store` or `claim_store`."""
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.path = path
