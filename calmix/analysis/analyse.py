@@ -207,7 +207,6 @@ def analyse(
 
     Raises:
         InputError: nothing has finished, or a method, sparsity or default it does not have.
-        MissingExtraError: scipy is not installed.
     """
     asked = settings or Settings()
     _check(asked)

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.errors import MissingExtraError
-
 Array = NDArray[np.float64]
 Strata = tuple[tuple[int, ...], ...]  # positions of things that belong together
 
@@ -30,15 +28,8 @@ ROUNDING = 1e-12  # two rank correlations closer than this are one
 
 
 def scipy_stats() -> Any:
-    """Return `scipy.stats`.
-
-    Raises:
-        MissingExtraError: scipy is not installed.
-    """
-    try:
-        return importlib.import_module("scipy.stats")
-    except ImportError:
-        raise MissingExtraError("the analysis of a study", "report") from None
+    """Return `scipy.stats`, which takes a second to import."""
+    return importlib.import_module("scipy.stats")
 
 
 def unit_ranks(values: Array, strata: Strata | None = None) -> Array:

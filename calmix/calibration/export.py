@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from calmix.calibration.set import CalibrationSet
-from calmix.errors import InputError, MissingExtraError
+from calmix.errors import InputError
 from calmix.files import atomic_folder, check_output_folder, write_text
 
 
@@ -43,12 +43,9 @@ def export_datasets(
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
-        MissingExtraError: `datasets` is not installed.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("a datasets folder", "hub") from None
+    import datasets
+
     folder = Path(folder)
     check_output_folder(folder, overwrite=overwrite)
     features = datasets.Features(

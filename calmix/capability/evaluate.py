@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from calmix.capability.records import Floor, TaskScores, rounded
 from calmix.capability.scores import CapabilityScores, describe, load_scores
 from calmix.capability.suites import WRITTEN, Suite, load_suite
-from calmix.errors import InputError, MissingExtraError
+from calmix.errors import InputError
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
 
@@ -102,11 +102,9 @@ def evaluate(
     Raises:
         InputError: unknown suite, dimension or task, an empty limit, code execution not allowed.
         ModelError: the model cannot be opened, or its tokenizer lacks what a task needs.
-        MissingExtraError: lm-evaluation-harness is not installed.
     """
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
     check_code(chosen, allow_code_execution)
-    _require_harness()
     if isinstance(model, str):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
@@ -120,13 +118,6 @@ def evaluate(
     if kept is not None:
         scores.save(kept)
     return scores
-
-
-def _require_harness() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("evaluating a model", "eval") from None
 
 
 def _dtype(model: OpenModel) -> str:

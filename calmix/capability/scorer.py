@@ -16,24 +16,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from torch import Tensor
 
 from calmix.capability.likelihood import HEAD_TOKENS, decoder_and_head
 from calmix.capability.packing import Row, Run, Scored, Target, plan
-from calmix.errors import InputError, MissingExtraError, ModelError
+from calmix.errors import InputError, ModelError
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument
 from calmix.models.opening import quiet_transformers
-
-try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import (
-        handle_stop_sequences,
-        normalize_gen_kwargs,
-        postprocess_generated_text,
-    )
-except ImportError:
-    raise MissingExtraError("evaluating a model", "eval") from None
 
 ROW_TOKENS = 256
 MAX_LENGTH = 2048  # where a model does not tell its context

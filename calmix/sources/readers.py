@@ -366,10 +366,8 @@ def _read_jsonl(path: Path, template: str) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, template: str) -> Iterator[Document]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingExtraError(f"reading {path}", "parquet") from None
+    import pyarrow.parquet as parquet
+
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises its own classes for foreign bytes

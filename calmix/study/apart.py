@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from calmix.analysis.sequential import Look, look, unsettled
-from calmix.analysis.statistics import Array, scipy_stats
+from calmix.analysis.statistics import Array
 from calmix.errors import InputError
 from calmix.files import sha256_json
 from calmix.study.bench import Bench
@@ -121,9 +121,7 @@ def run_until_apart(
     Raises:
         InputError: as `run_study`; no two sets can be compared, `most` adds nothing, or the store
             was looked at with another `most`.
-        MissingExtraError: scipy is not installed.
     """
-    scipy_stats()
     if not 0 < points < 100:
         raise InputError(f"sets are told apart to so many points between 0 and 100, not {points:g}")
     limit = _most(study, path, most)

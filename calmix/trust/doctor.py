@@ -35,12 +35,8 @@ State = Literal["ok", "missing", "offline", "failed"]
 SECONDS = 3.0  # to wait for a registry
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
 WHAT_FOR = {
-    "hub": "sources on the Hugging Face hub",
-    "parquet": ".parquet files",
     "ray": "studies on a Ray cluster",
     "reasoning": "sources word-problems, arithmetic, algebra, puzzles",
-    "report": "figures and reports",
-    "eval": "suites beside the builtin ones",
 }
 
 

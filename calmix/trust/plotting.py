@@ -14,7 +14,6 @@ from calmix.report.drawing import (
     MUTED,
     Drawing,
     files,
-    matplotlib,
     new_figure,
 )
 from calmix.trust.inspecting import Health, LayerHealth
@@ -27,11 +26,9 @@ def check_plot(path: Path) -> None:
 
     Raises:
         InputError: the ending is neither .png nor .svg, or the path is a folder.
-        MissingExtraError: matplotlib is not installed.
     """
     if path.suffix.lower() not in FORMATS or path.is_dir():
         raise InputError(f"{path} is no {' or '.join(FORMATS)} file: name one for the plot")
-    matplotlib()
 
 
 def plot(health: Health, path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from calmix.calibration import build, parse_mix
 from calmix.calibration.export import export_datasets, export_jsonl
-from calmix.errors import InputError, MissingExtraError
+from calmix.errors import InputError
 
 
 @pytest.fixture
@@ -41,15 +41,6 @@ def test_datasets_folder(made, tiny, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     with pytest.raises(InputError, match="exists and is not empty"):
         export_datasets(made, tiny.tokenizer, tmp_path / "a")
-
-
-def test_without_the_extra(made, tiny, tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[hub\]'"):
-        export_datasets(made, tiny.tokenizer, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
 
 
 RIVAL = """

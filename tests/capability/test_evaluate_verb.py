@@ -184,17 +184,6 @@ def test_suites_are_listed_and_shown(calmix: Run) -> None:
     assert calmix("suites", "show", "papier").code == 2
 
 
-def test_a_missing_extra_is_named(
-    calmix: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    ended = calmix("evaluate", tiny_folder, "--suite", "smoke")
-    assert ended.code == 2
-    assert "pip install 'calmix[eval]'" in ended.line
-
-
 def test_a_context_too_short_for_a_task_is_one_line(
     calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
 ) -> None:

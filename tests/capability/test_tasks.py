@@ -12,7 +12,7 @@ from calmix import assets
 from calmix.capability import tasks as module
 from calmix.capability.suites import TaskSpec, load_suite, parse_suite
 from calmix.capability.tasks import build_tasks, load_items, preamble, registry, spread
-from calmix.errors import InputError, MissingExtraError
+from calmix.errors import InputError
 from tests.capability.archive import suite_text, use_archive
 
 
@@ -134,14 +134,6 @@ def test_a_data_set_out_of_reach_is_one_line() -> None:
     ) as caught:
         build_tasks(load_suite("paper").only(tasks=["piqa"]))
     assert "\n" not in str(caught.value)
-
-
-def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[eval\]'"):
-        build_tasks(load_suite("smoke"))
 
 
 @pytest.mark.real

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -113,21 +112,3 @@ def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> Non
     assert ended.code == 2
     assert ended.line
     assert not list((tmp_path / "bare").iterdir())
-
-
-def test_without_its_libraries_the_verbs_say_what_to_install(
-    calmix: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = importlib.import_module
-    for lost in ("scipy", "matplotlib"):
-
-        def without(name: str, *rest: str, lost: str = lost) -> object:
-            if name.partition(".")[0] == lost:
-                raise ImportError(name)
-            return whole(name, *rest)
-
-        monkeypatch.setattr(importlib, "import_module", without)
-        ended = calmix("study", "report", folder, *QUICK)
-        assert ended.code == 2
-        assert "pip install 'calmix[report]'" in ended.line
-    assert not (folder / "report").exists()

@@ -168,14 +168,3 @@ def test_a_local_copy_named_in_an_own_file(mirror, tmp_path, monkeypatch):
     assert [d.text for d in own["mine"].documents()] == ["x"]
     monkeypatch.chdir(tmp_path)  # a folder that happens to be there is not taken for the hub's
     assert HubText(type="hub", id="here/copy").availability == "hub"
-
-
-def test_without_the_extra(mirror, monkeypatch):
-    import sys
-
-    from calmix.errors import MissingExtraError
-
-    put(mirror, "a/b", [{"text": "x"}])
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'calmix\[hub\]'"):
-        list(get_source("a/b").documents())

@@ -1,0 +1,39 @@
+"""What `pip install calmix` brings: all that the package imports, but for two extras."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = {"ray": "ray", "reasoning_gym": "reasoning"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the top-level names a file imports anywhere, relative imports left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"calmix"}
+
+
+def test_all_that_is_imported_is_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {Requirement(line).name.lower() for line in project["dependencies"]}
+    brought = [Requirement(line) for name in required for line in requires(name) or ()]
+    required |= {one.name.lower() for one in brought if not one.marker or one.marker.evaluate()}
+    homes = packages_distributions()
+    names = {name for path in (ROOT / "calmix").rglob("*.py") for name in imported(path)}
+    assert {"torch", "lm_eval", "datasets", "pyarrow", *EXTRAS} <= names
+    for name in sorted(names - set(EXTRAS)):
+        known = {home.lower() for home in homes.get(name, [name])}
+        assert known & required, f"{name} is imported, and no dependency brings it"
+    assert set(project["optional-dependencies"]) >= set(EXTRAS.values())
