@@ -27,7 +27,6 @@ from calmix.errors import CalmixError
 app = typer.Typer(
     name="calmix",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Prune language models with mixed calibration sets, and see which abilities survive.",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from calmix.cli.common import (
+    TEXT,
     AsJson,
     Device,
     Dtype,
@@ -22,10 +23,10 @@ from calmix.cli.common import (
     note,
     out,
     print_json,
-    print_rows,
     progress_bar,
     writing_on,
 )
+from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 from calmix.files import check_output_folder, user_path
 from calmix.sources import load_sources
@@ -46,9 +47,9 @@ ForModel = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("calibrate")(calibrate)
-    app.command("export")(export)
-    app.command("measure")(measure)
+    app.command("calibrate", rich_help_panel=TEXT)(calibrate)
+    app.command("export", rich_help_panel=TEXT)(export)
+    app.command("measure", rich_help_panel=TEXT)(measure)
 
 
 def calibrate(
@@ -252,6 +253,7 @@ def measure(
     print_rows(
         table(measurement),
         as_json=False,
+        least=[] if len(measurement.results) <= 4 else None,
         title=f"{budget['tokens']} tokens a draw ({rows} x {length}), {draws} draws from seed "
         f"{seed}; mean ± half of the 95 % interval",
     )

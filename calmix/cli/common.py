@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,8 +20,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
+
+# What the verbs are for, as --help groups them.
+MAKE, TEXT, LEFT, MANY, HERE = (
+    "From a model to a smaller one", "Calibration text", "What is left", "Studies",
+    "This installation and what it makes",
+)  # fmt: skip
 
 LONGEST = 2000  # characters of the line a mistake is told in
 
@@ -34,7 +38,7 @@ def printable(text: str) -> str:
     )
 
 
-class _Console(Console):
+class Terminal(Console):
     """A console that shows names and paths as they are: they may hold markup, or escape codes."""
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -42,8 +46,8 @@ class _Console(Console):
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
 
 
-out = _Console()
-err = _Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModelName = Annotated[
@@ -116,30 +120,6 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def print_rows(
-    rows: Sequence[dict[str, Any]],
-    *,
-    as_json: bool,
-    title: str | None = None,
-    whole: Collection[str] = (),
-) -> None:
-    """Print records as a table, one column a key, or as JSON.
-
-    The first column and those named in `whole` are never broken into lines.
-    """
-    if as_json:
-        print_json(list(rows))
-        return
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, key in enumerate(rows[0] if rows else ()):
-        numeric = all(isinstance(row[key], int | float) for row in rows)
-        justify: JustifyMethod = "right" if numeric else "left"
-        table.add_column(key, justify=justify, overflow="fold", no_wrap=number == 0 or key in whole)
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    out.print(table)
-
-
 def progress_bar() -> Progress:
     """Return a progress bar on the error stream; silent where that is no terminal."""
     return Progress(
@@ -175,3 +155,21 @@ def writing_on(bar: Progress) -> Callable[[str, int, int], None]:
 def note(line: str) -> None:
     """Print a line the user should see beside the result."""
     err.print(line, soft_wrap=True, highlight=False)
+
+
+def size(count: float) -> str:
+    """Return bytes in words: `3.2 MB`, `14 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: `40 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

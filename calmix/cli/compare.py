@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calmix.cli.common import AsJson, out, print_json
+from calmix.cli.common import LEFT, AsJson, out, print_json
 from calmix.cli.evaluate import (
     MeasureName,
     Resamples,
@@ -16,8 +16,8 @@ from calmix.cli.evaluate import (
     interval,
     kl_cells,
     legend,
-    table_of,
 )
+from calmix.cli.tables import show, table_of
 from calmix.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ BESIDE = 3  # models whose intervals fit side by side into 80 columns
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command("compare")(compare)
+    app.command("compare", rich_help_panel=LEFT)(compare)
 
 
 def compare(
@@ -96,7 +96,9 @@ def compare(
     rows["flips %"] = ["-" if one is None else interval(one.share) for one in changed]
     suite = dense.suite
     title = f"retention %, suite {suite['name']} version {suite['version']}, by {judged}"
+    least = ["by accuracy", "top-1 %", "flips %", "worst", "KL to dense"]
     if len(models) <= BESIDE:
+        least = []
         table = table_of(title, ["", *names])
         for label, cells in rows.items():
             if label in ("total", "by accuracy", "KL to dense"):
@@ -110,5 +112,5 @@ def compare(
                 for label, row in rows.items()
             ]
             table.add_row(name, *cells)
-    out.print(table)
+    show(table, least=least)
     out.print(legend(resamples, seed), highlight=False)

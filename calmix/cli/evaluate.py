@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from calmix.cli.common import (
+    LEFT,
     AsJson,
     Device,
     Dtype,
@@ -22,9 +21,9 @@ from calmix.cli.common import (
     err,
     out,
     print_json,
-    print_rows,
     progress_bar,
 )
+from calmix.cli.tables import print_rows, show, table_of
 from calmix.errors import InputError, disk_errors
 from calmix.files import write_text
 
@@ -43,25 +42,27 @@ MeasureName = Annotated[
         help="primary (each task's own), probability, bits, smoothed, margin, accuracy or ratio.",
     ),
 ]
+SuiteName = Annotated[
+    str,
+    typer.Option("--suite", help="Suite by name (calmix suites ls), or the path of a YAML file."),
+]
 Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]
 Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("evaluate")(evaluate_command)
-    app.command("rescore")(rescore)
+    app.command("evaluate", rich_help_panel=LEFT)(evaluate_command)
+    app.command("rescore", rich_help_panel=LEFT)(rescore)
     suites = typer.Typer(no_args_is_help=True, help="Suites of tasks by capability dimension.")
     suites.command("ls")(suites_ls)
     suites.command("show")(suites_show)
-    app.add_typer(suites, name="suites")
+    app.add_typer(suites, name="suites", rich_help_panel=LEFT)
 
 
 def evaluate_command(
     model: ModelName,
-    suite: Annotated[
-        str, typer.Option(help="Suite by name (calmix suites ls), or the path of a YAML file.")
-    ] = "offline",
+    suite: SuiteName = "offline",
     against: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +134,7 @@ def evaluate_command(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens must be positive, not {batch_tokens}")
     if output is not None:
-        _check_output(output, overwrite)
+        check_output(output, overwrite)
 
     saved = against is not None and against.lower().endswith(".json")
     own = parse_texts(text or ())
@@ -259,7 +260,12 @@ def rescore(
         _print_retention(scores, dense, judged, resamples, seed)
 
 
-def _check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse a file that cannot be written, before any work is done.
+
+    Raises:
+        InputError: it is a folder, or exists and `overwrite` is off; its folder is a file.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file for the output")
     if path.exists() and not overwrite:
@@ -269,17 +275,6 @@ def _check_output(path: Path, overwrite: bool) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"{path.parent} is no folder: choose another file") from None
-
-
-def table_of(title: str, columns: list[str], left: int = 1) -> Table:
-    """Return an empty table of named columns, narrow enough for 80 characters."""
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
-    for number, column in enumerate(columns):
-        justify: JustifyMethod = "left" if number < left else "right"
-        table.add_column(column, justify=justify, no_wrap=True)
-    return table
 
 
 def _head(table: Table, dimension: str, seen: set[str]) -> None:
@@ -325,7 +320,7 @@ def _print_scores(scores: CapabilityScores, measure: Measure) -> None:
             "yes" if row["signal"] else "no",
             _number(row["accuracy"]),
         )
-    out.print(table)
+    show(table, least=["scored by", "floor", "accuracy", "n"])
 
 
 def _print_retention(
@@ -352,7 +347,7 @@ def _print_retention(
             pair if task.dense_accuracy is not None else "-",
             interval(task.kept) if task.signal else "no signal",
         )
-    out.print(table)
+    show(table, least=["scored by", "n", "accuracy", "dense", "pruned"])
     other = scores.retention(dense, measure="accuracy", resamples=resamples, seed=seed)
     summary = table_of(
         "retention %, mean over tasks with signal",
@@ -373,7 +368,7 @@ def _print_retention(
             f"worst: {kept.worst}", "", interval(kept.of(kept.worst)),
             interval(other.of(kept.worst)),
         )  # fmt: skip
-    out.print(summary)
+    show(summary)
     silent = [task.name for task in kept.tasks if not task.signal]
     if silent:
         out.print(
@@ -401,7 +396,7 @@ def _print_distance(
     table.add_section()
     total = measured["total"] if measured else None
     table.add_row("total", *kl_cells(total, measured), _share(changed.total))
-    out.print(table)
+    show(table, least=["median", "99 %", "top-1 %"])
     if measured is None:
         out.print("KL to the dense model needs the model itself: --against MODEL, not its scores")
     else:
@@ -469,7 +464,12 @@ def suites_ls(as_json: AsJson = False) -> None:
         | ({"task": {n: _whose(spec) for n, spec in suite.tasks.items()}} if as_json else {})
         for suite in builtin_suites().values()
     ]
-    print_rows(rows, as_json=as_json)
+    print_rows(
+        rows,
+        as_json=as_json,
+        text=["dimensions", "not for commercial use", "description"],
+        least=["not for commercial use", "tasks"],
+    )
 
 
 def _whose(spec: TaskSpec) -> dict[str, str]:
@@ -499,8 +499,7 @@ def suites_show(
         ["task", "metric", "shots", "items", "quick", "chance", "data"],
         left=2,
     )
-    data = table.columns[-1]
-    data.no_wrap, data.overflow, data.justify = False, "fold", "left"
+    table.columns[-1].justify = "left"
     seen: set[str] = set()
     for task, spec in suite.tasks.items():
         _head(table, suite.dimension_of(task), seen)
@@ -514,6 +513,6 @@ def suites_show(
             "-" if spec.chance is None else str(spec.chance),
             " ".join(part for part in (spec.harness, spec.archive) if part),
         )
-    out.print(table)
+    show(table, text=["data"], least=["chance", "shots", "metric", "data"])
     rows = [{"task": name, **_whose(spec)} for name, spec in suite.tasks.items()]
-    print_rows(rows, as_json=False)
+    print_rows(rows, as_json=False, text=["licence"], least=["origin", "licence"])

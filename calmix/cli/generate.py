@@ -9,6 +9,7 @@ import typer
 
 from calmix.cli.calibrate import ForModel
 from calmix.cli.common import (
+    TEXT,
     AsJson,
     Device,
     Dtype,
@@ -30,7 +31,7 @@ from calmix.specs import LENGTH, ROWS, SEED
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command("generate")(generate)
+    app.command("generate", rich_help_panel=TEXT)(generate)
 
 
 def generate(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calmix import assets
-from calmix.cli.common import AsJson, Licence, out, print_json, print_rows
-from calmix.errors import AssetError
+from calmix.cli.common import HERE, MAKE, TEXT, AsJson, Licence, out, print_json
+from calmix.cli.tables import print_rows
+from calmix.errors import AssetError, InputError, nearest
 from calmix.files import cache_dir
 
 if TYPE_CHECKING:
@@ -23,20 +24,20 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     models = typer.Typer(no_args_is_help=True, help="Models that come with the tool.")
     models.command("ls")(models_ls)
-    app.add_typer(models, name="models")
+    app.add_typer(models, name="models", rich_help_panel=HERE)
     methods = typer.Typer(no_args_is_help=True, help="Pruning methods, other packages' too.")
     methods.command("ls")(methods_ls)
-    app.add_typer(methods, name="methods")
+    app.add_typer(methods, name="methods", rich_help_panel=MAKE)
     sources = typer.Typer(no_args_is_help=True, help="Named text sources for calibration.")
     sources.command("ls")(sources_ls)
     sources.command("show")(sources_show)
-    app.add_typer(sources, name="sources")
+    app.add_typer(sources, name="sources", rich_help_panel=TEXT)
     archives = typer.Typer(no_args_is_help=True, help="Data archives in the cache.")
     archives.command("ls")(assets_ls)
     archives.command("install")(assets_install)
     archives.command("path")(assets_path)
     archives.command("verify")(assets_verify)
-    app.add_typer(archives, name="assets")
+    app.add_typer(archives, name="assets", rich_help_panel=HERE)
 
 
 def models_ls(as_json: AsJson = False) -> None:
@@ -60,7 +61,12 @@ def models_ls(as_json: AsJson = False) -> None:
         print_json(rows)
         return
     below = ("from", "description")
-    print_rows([{k: v for k, v in row.items() if k not in below} for row in rows], as_json=False)
+    print_rows(
+        [{k: v for k, v in row.items() if k not in below} for row in rows],
+        as_json=False,
+        text=["licence", "assets"],
+        least=["parameters", "assets"],
+    )
     for row in rows:
         line = f"{row['name']}: {row['description']}; from {row['from']}"
         out.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -88,7 +94,7 @@ def methods_ls(as_json: AsJson = False) -> None:
         }
         for method in methods().values()
     ]
-    print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json, text=["options", "paper"], least=["paper", "needs"])
 
 
 def sources_ls(
@@ -97,6 +103,9 @@ def sources_ls(
         typer.Option("--sources", show_default=False, help="A .yaml file with your own, too."),
     ] = None,
     licence: Licence = None,
+    dimension: Annotated[
+        str | None, typer.Option(show_default="all", help="Only sources of this dimension.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the sources. A path to a .txt, .jsonl or .parquet file or a folder of such, and a
@@ -107,6 +116,11 @@ def sources_ls(
 
     check_licence(licence)
     known = {**builtin_sources(), **(load_sources(own) if own is not None else {})}
+    dimensions = {source.dimension for source in known.values()}
+    if dimension is not None and dimension not in dimensions:
+        raise InputError(
+            f"no source is of dimension '{dimension}': {nearest(dimension, dimensions)}"
+        )
     rows = [
         {
             "name": source.name,
@@ -117,9 +131,9 @@ def sources_ls(
         }
         | (_more(source) if as_json else {})
         for source in known.values()
-        if allowed(source.licence, licence)
+        if allowed(source.licence, licence) and dimension in (None, source.dimension)
     ]
-    print_rows(rows, as_json=as_json, whole=("dimension", "use"))
+    print_rows(rows, as_json=as_json, text=["licence", "available"], least=["available", "licence"])
 
 
 def _more(source: Source) -> dict[str, str]:
@@ -178,7 +192,9 @@ def assets_ls(as_json: AsJson = False) -> None:
         }
         for asset in assets.assets().values()
     ]
-    print_rows(rows, as_json=as_json)
+    print_rows(
+        rows, as_json=as_json, text=["package", "licence", "purpose"], least=["package", "licence"]
+    )
 
 
 def assets_install(names: Names = None) -> None:

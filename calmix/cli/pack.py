@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from calmix.cli.common import AsJson, out, print_json, progress_bar
+from calmix.cli.common import MAKE, AsJson, out, print_json, progress_bar
 
 Output = Annotated[Path, typer.Option("--output", "-o", show_default=False, help="The new folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")]
@@ -15,8 +15,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder t
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("pack")(pack)
-    app.command("unpack")(unpack)
+    app.command("pack", rich_help_panel=MAKE)(pack)
+    app.command("unpack", rich_help_panel=MAKE)(unpack)
 
 
 def pack(

@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperCommand
 
 from calmix.cli.common import (
+    LEFT,
+    MAKE,
     AsJson,
     Device,
     Dtype,
@@ -31,10 +33,10 @@ from calmix.cli.common import (
     note,
     out,
     print_json,
-    print_rows,
     progress_bar,
     writing_on,
 )
+from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 from calmix.sources import load_sources
 from calmix.specs import prune_requests, target_name
@@ -46,8 +48,8 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("prune", cls=PruneCommand)(prune_command)
-    app.command("perplexity")(perplexity_command)
+    app.command("prune", cls=PruneCommand, rich_help_panel=MAKE)(prune_command)
+    app.command("perplexity", rich_help_panel=LEFT)(perplexity_command)
 
 
 class PruneCommand(TyperCommand):

@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from calmix.cli.common import (
+    MAKE,
     AsJson,
     Device,
     Leakage,
@@ -39,7 +40,7 @@ LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command("recover")(recover_command)
+    app.command("recover", rich_help_panel=MAKE)(recover_command)
 
 
 def recover_command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from calmix.cli import study_power, study_report, study_run
+from calmix.cli.common import MANY
 
 study = typer.Typer(no_args_is_help=True, help="Many trials from one file: run, analyse, report.")
 
@@ -14,4 +15,4 @@ def register(app: typer.Typer) -> None:
     study_run.register(study)
     study_power.register(study)
     study_report.register(app, study)
-    app.add_typer(study, name="study")
+    app.add_typer(study, name="study", rich_help_panel=MANY)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calmix.cli.common import AsJson, out, print_json, print_rows
+from calmix.cli.common import AsJson, out, print_json
+from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 
 MANY = 999  # draws, or times the items: more are not counted out

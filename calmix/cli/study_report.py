@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calmix.cli.common import AsJson, out, print_json, print_rows
+from calmix.cli.common import MANY, AsJson, out, print_json
+from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 from calmix.files import check_output_folder
 
@@ -60,7 +61,7 @@ def register(app: typer.Typer, study: typer.Typer) -> None:
     """Add the verbs to the command line."""
     study.command("analyse")(analyse)
     study.command("report")(report)
-    app.command("recommend")(recommend)
+    app.command("recommend", rich_help_panel=MANY)(recommend)
 
 
 def analyse(
@@ -166,7 +167,7 @@ def recommend(
                 for each in one.candidates[:top]
             ],
             as_json=False,
-            whole=("retention %",),
+            least=["draws", "made", "best", "shrunken"],
             title=f"{one.condition}, weights {shares}",
         )
         _line(words.wrapped(

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calmix.cli.common import AsJson, Device, TrustRemoteCode, err, out, print_json, print_rows
+from calmix.cli.common import (
+    AsJson,
+    Device,
+    TrustRemoteCode,
+    duration,
+    err,
+    out,
+    print_json,
+    size,
+)
+from calmix.cli.tables import print_rows
 from calmix.errors import InputError, nearest
 from calmix.files import write_text
 
@@ -158,7 +168,12 @@ def plan_command(
         }
         for group in found.groups
     ]
-    print_rows(rows, as_json=False, title=f"study {study.name}, each trial on {machine.name}")
+    print_rows(
+        rows,
+        as_json=False,
+        title=f"study {study.name}, each trial on {machine.name}",
+        least=["disk", "memory", "tokens", "model"],
+    )
     out.print(
         f"{found.trials} trials, {found.sets} calibration sets "
         f"({duration(found.sets_seconds)} to make and measure), dense scores "
@@ -357,7 +372,8 @@ def status_command(
         trials = [{"trial": r["trial"], "state": r["state"], "note": r[""]} for r in rows]
         print_json({"study": kept.index["name"], **counts, "seconds_left": ahead, "trials": trials})
         return
-    print_rows(rows, as_json=False, title=f"study {kept.index['name']}")
+    title = f"study {kept.index['name']}"
+    print_rows(rows, as_json=False, title=title, text=["trial", ""], least=[])
     line = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     if left and ahead is not None:
         line += f"; {duration(ahead)} of work left"
@@ -465,21 +481,3 @@ class Watch:
 
     def _line(self, text: str) -> None:
         self._bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-def size(count: float) -> str:
-    """Return bytes in words: `3.2 MB`, `14 GB`."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words: `40 s`, `12 min`, `3 h 5 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -13,28 +13,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calmix.cli.common import (
+    HERE,
     AsJson,
     TrustRemoteCode,
     note,
     out,
     print_json,
-    print_rows,
     progress_bar,
     writing_on,
 )
+from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 
 if TYPE_CHECKING:
     from calmix.trust.inspecting import Health, LayerHealth
 
 WORST = 5  # layers that are named
+WARNINGS = 10  # that are told one by one
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("doctor")(doctor)
-    app.command("inspect")(inspect_command)
-    app.command("rerun")(rerun_command)
+    app.command("doctor", rich_help_panel=HERE)(doctor)
+    app.command("inspect", rich_help_panel=HERE)(inspect_command)
+    app.command("rerun", rich_help_panel=HERE)(rerun_command)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -52,7 +54,10 @@ def doctor(as_json: AsJson = False) -> None:
         print_json({"works": fine, "checks": [asdict(check) for check in checks]})
     else:
         print_rows(
-            [{"what": c.name, "state": c.state, "found": c.found} for c in checks], as_json=False
+            [{"what": c.name, "state": c.state, "found": c.found} for c in checks],
+            as_json=False,
+            text=["found"],
+            least=[],
         )
         for check in checks:
             if check.advice is not None:
@@ -178,8 +183,10 @@ def _tell(health: Health, *, each: bool) -> None:
         if worst and not each:
             told = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
             _line(f"most of the output lost: {told}")
-    for line in health.warnings:
+    for line in health.warnings[:WARNINGS]:
         _line(f"warning: {line}")
+    if len(health.warnings) > WARNINGS:
+        _line(f"and {len(health.warnings) - WARNINGS} more warnings (--json has them all)")
     for line in health.problems:
         _line(f"problem: {line}")
     if not health.problems:

@@ -1,0 +1,204 @@
+"""Tables at 80 columns: nothing is cut, no word or number is broken, and no line is wider."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from calmix.capability.scores import CapabilityScores
+from calmix.cli import tables
+from calmix.cli.tables import print_rows, show, table_of
+from tests.capability.helpers import bits, choices
+from tests.conftest import Ended
+
+Run = Callable[..., Ended]
+ROOT = Path(__file__).parents[2]
+HEADS = ("task", "scored by", "retention %", "what it is about")
+ROWS = [
+    {"task": "common_knowledge", "scored by": "smoothed", "retention %": "65.9 [58.9, 71.0]",
+     "what it is about": "words between which lines may be broken, if there is no room"},
+    {"task": "mmlu", "scored by": "probability", "retention %": "-1.2 [-12.3, 10.0]",
+     "what it is about": "others"},
+]  # fmt: skip
+
+
+@pytest.fixture(params=[80, 60, 40])
+def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A width of the terminal."""
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return int(request.param)
+
+
+def check(printed: str, columns: int, *whole: object) -> None:
+    """Every line fits, and what must be whole stands in one line."""
+    assert "…" not in printed
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= columns, max(lines, key=len)
+    for text in whole:
+        assert any(str(text) in line for line in lines), (text, printed)
+
+
+def test_columns_are_left_out_before_anything_is_broken(
+    columns: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_rows(ROWS, as_json=False, text=HEADS[-1:], least=["scored by", HEADS[-1]])
+    printed = capsys.readouterr().out
+    numbers = [row["retention %"] for row in ROWS]
+    check(printed, columns, "common_knowledge", *numbers)
+    assert ("probability" in printed) == (columns >= 60)
+    assert ("between" in printed) == (columns >= 60)
+    assert ("a wider terminal shows" in printed) == (columns < 60)
+    for word in str(ROWS[0][HEADS[-1]]).split() if columns >= 60 else ():
+        assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
+
+
+def test_without_a_terminal_a_table_is_as_wide_as_it_likes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert tables.room() is None
+    print_rows([{f"column {n}": f"value {n}" * 3 for n in range(12)}], as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.count("value") == 36 for line in lines)
+
+
+def test_what_no_terminal_has_room_for_is_not_cut(
+    columns: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.10.self_attention.query_key_value_projection" * 2
+    table = table_of("a title of more words than there are columns in it, by far" * 2, ["a", "b"])
+    table.add_row(name, "1.25")
+    show(table)
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("sources", "ls"), ("models", "ls"), ("methods", "ls"), ("assets", "ls"), ("suites", "ls"),
+     ("suites", "show", "offline"), ("suites", "show", "paper")],
+    ids=" ".join,
+)  # fmt: skip
+def test_lists_fit(calmix: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = calmix(*arguments)
+    assert ended.code == 0, ended.err
+    below = ended.out.rpartition("builtin:smollm2-135m: ")[0] if arguments[0] == "models" else ""
+    told = json.loads(calmix(*arguments, "--json").out)
+    first = told["provenance"] if isinstance(told, dict) else [next(iter(r.values())) for r in told]
+    check(below or ended.out, 80, *first)
+    known = set(WORD.findall(json.dumps(told, ensure_ascii=False))) | HEAD_WORDS
+    for word in WORD.findall(below or ended.out):
+        assert word in known, f"{word} is a part of a word"
+
+
+WORD = re.compile(r"(?<![\w.-])[a-z]{3,}(?![\w.-])")
+HEAD_WORDS = {
+    "name", "dimension", "use", "licence", "available", "parameters", "assets", "method", "needs",
+    "options", "paper", "size", "state", "purpose", "dimensions", "tasks", "not", "for",
+    "commercial", "description", "task", "metric", "shots", "items", "quick", "chance", "data",
+    "origin", "wider", "terminal", "shows", "too", "does", "own", "all", "and", "more", "missing",
+    "package", "version",
+}  # fmt: skip
+
+
+def scores(model: str, nats: float) -> CapabilityScores:
+    """Made-up scores with names and numbers as wide as they come."""
+    task = "a_rather_long_name_of_it"
+    return CapabilityScores(
+        model, "f", "bfloat16", {"name": "offline", "version": 3, "hash": "0" * 64},
+        (
+            choices([[-nats, -2.0, -2.5]] * 30, [0] * 30, [[-2.0, -2.0, -2.0]] * 30, task),
+            bits([nats * 4] * 20, [4] * 20, name="text", dimension="commonsense"),
+            bits([nats * 3] * 20, [4] * 20, name="other", dimension="mathematics"),
+        ),
+        distance={"dimensions": {}, "total": {
+            "kl_mean": 1.7954, "kl_low": 1.6581, "kl_high": 1.9252, "kl_median": 1.234,
+            "kl_p99": 12.34, "top1": 0.412,
+        }},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_retention_fits(
+    calmix: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    dense = tmp_path / "dense.json"
+    scores("builtin:smollm2-135m", 0.1).save(dense)
+    files = []
+    for number in range(count):
+        files.append(tmp_path / f"model-{number}.json")
+        scores("out/smollm2-pruned/model", 0.6 + 0.1 * number).save(files[-1])
+    if count == 1:
+        whole = calmix("rescore", files[0], "--against", dense, "--json")
+        ended = calmix("rescore", files[0], "--against", dense)
+    else:
+        whole = calmix("compare", *files, "--against", dense, "--json")
+        ended = calmix("compare", *files, "--against", dense)
+    assert ended.code == 0, ended.err
+    told = json.loads(whole.out)
+    for one in [told] if count == 1 else told.values():
+        total = one["total"]
+        shown = "{:.1f} [{:.1f}, {:.1f}]".format(
+            *(100 * total[k] for k in ("value", "low", "high"))
+        )
+        check(ended.out, 80, shown)
+    check(calmix("rescore", files[0]).out, 80, "a_rather_long_name_of_it")
+
+
+def test_sources_are_listed_by_dimension_and_licence(calmix: Run) -> None:
+    told = json.loads(calmix("sources", "ls", "--dimension", "code", "--json").out)
+    assert {row["dimension"] for row in told} == {"code"}
+    both = calmix("sources", "ls", "--dimension", "general", "--licence", "permissive", "--json")
+    assert {row["use"] for row in json.loads(both.out)} == {"permissive"}
+    ended = calmix("sources", "ls", "--dimension", "cod")
+    assert (ended.code, "no source is of dimension 'cod': did you mean code" in ended.line) == (
+        2,
+        True,
+    )
+
+
+def test_help_is_grouped_and_shells_complete(calmix: Run) -> None:
+    ended = calmix("--help")
+    heads = re.findall(r"^╭─ (.*?) ─", ended.out, re.MULTILINE)
+    assert heads[0] == "Options"
+    assert heads[1] == "From a model to a smaller one"
+    assert "Commands" not in heads  # every verb is in a group
+    command = [sys.executable, "-m", "calmix"]
+    asked = {"_CALMIX_COMPLETE": "complete_bash", "COMP_WORDS": "calmix comp", "COMP_CWORD": "1"}
+    environment = {**os.environ, **asked, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert "compare" in told.stdout.split(), told.stderr
+
+
+def test_a_terminal_is_asked_for_its_width() -> None:
+    """In a real one, of 80 columns."""
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, True)
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    script = (
+        "from calmix.cli.tables import print_rows\n"
+        "print_rows([{'a': 'x' * 30, 'b': '1.5 [1.0, 2.0]', 'c': 'y' * 60}], as_json=False)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=follower, stdout=follower, stderr=follower,
+        env={**environment, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+    )  # fmt: skip
+    process.wait(timeout=120)
+    os.close(follower)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", os.read(leader, 65536).decode().replace("\r", ""))
+    os.close(leader)
+    check(printed, 80, "x" * 30, "1.5 [1.0, 2.0]", "a wider terminal shows c too")
