@@ -114,12 +114,13 @@ def _reflector(
     """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping that was needed."""
     mean = float(gram.diagonal().mean())
     ordered = gram if m == 1 else gram[order][:, order]
-    factor = inverse_factor(ordered, (damping + rho) / mean)
+    asked = (damping + rho) / mean
+    factor = inverse_factor(ordered, asked)
     del ordered
     with bfloat16_products():  # as the steps that use it do
         reflector = torch.mm(factor.upper.T, factor.upper).mul_(-rho)
     reflector.diagonal().add_(1)
-    return reflector, max(damping, factor.damping * mean - rho)
+    return reflector, damping if factor.damping == asked else factor.damping * mean - rho
 
 
 def _search(
