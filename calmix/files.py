@@ -60,6 +60,23 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def read_object(path: Path, missing: str) -> dict[str, Any]:
+    """Return the JSON object a file holds.
+
+    Raises:
+        InputError: the line `missing` where there is no file; or it holds something else.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(missing) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: it is no JSON") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, beside `path` first and then renamed onto it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

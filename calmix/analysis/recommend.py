@@ -50,15 +50,17 @@ class Recommendation:
     lead: Estimate | None
 
 
-def check_weights(weights: Mapping[str, float], dimensions: tuple[str, ...]) -> dict[str, float]:
-    """Return weights for every dimension, scaled to sum to 1.
+def check_weights(
+    weights: Mapping[str, float], dimensions: tuple[str, ...], where: str = "the study"
+) -> dict[str, float]:
+    """Return weights for every dimension, scaled to sum to 1; `where` has the dimensions.
 
     Raises:
         InputError: an unknown dimension, a negative or infinite weight, all of them 0.
     """
     for name, weight in weights.items():
         if name not in dimensions:
-            raise InputError(f"the study has no dimension '{name}': {nearest(name, dimensions)}")
+            raise InputError(f"{where} has no dimension '{name}': {nearest(name, dimensions)}")
         if not math.isfinite(weight) or weight < 0:
             raise InputError(f"the weight of {name} must be a number from 0 up, not {weight:g}")
     total = math.fsum(weights.values())

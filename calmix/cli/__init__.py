@@ -12,6 +12,7 @@ import typer
 from calmix.cli import (
     calibrate,
     compare,
+    compress,
     evaluate,
     generate,
     listing,
@@ -48,6 +49,7 @@ def _options(
     """Options of no verb."""
 
 
+compress.register(app)
 prune.register(app)
 recover.register(app)
 calibrate.register(app)

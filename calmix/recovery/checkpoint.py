@@ -289,7 +289,7 @@ class _Job:
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
-        self.rows = split_rows(calibration.rows, self.request.batch, self.seed)
+        self.rows = split_rows(calibration.sources, self.request.batch, self.seed)
 
     def check_memory(self) -> None:
         """Tell what memory is needed, and decide whether activations are kept."""

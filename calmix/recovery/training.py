@@ -37,20 +37,31 @@ class Rows:
     held_out: Tensor
 
 
-def split_rows(rows: int, batch: int, seed: int) -> Rows:
-    """Hold out one row in 16, two at least, by chance.
+def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
+    """Hold out one row in 16, two at least, by chance, spread over the sources.
+
+    They are taken at even steps from the rows in order of their source, so that a source has as
+    much say in when to stop as it has weight in the set.
+
+    Args:
+        sources: of each row, its source.
 
     Raises:
         InputError: what is left is no batch.
     """
+    rows = len(sources)
     held = max(2, rows // HELD_OUT)
     if rows - held < batch:
         raise InputError(
             f"a calibration set of {rows} rows is too small to recover on: with {held} held out "
             f"and {batch} rows a step it takes {batch + held} or more"
         )
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    return Rows(order[held:].sort().values, order[:held].sort().values)
+    generator = torch.Generator().manual_seed(seed)
+    order = sorted(torch.randperm(rows, generator=generator).tolist(), key=lambda i: sources[i])
+    start = float(torch.rand(1, generator=generator))
+    chosen = {order[int((number + start) * rows / held)] for number in range(held)}
+    training = [row for row in range(rows) if row not in chosen]
+    return Rows(torch.tensor(training), torch.tensor(sorted(chosen)))
 
 
 def steps_of(items: int, at_once: int, epochs: int, seed: int) -> list[list[int]]:

@@ -76,7 +76,7 @@ def _marker(analysis: Analysis, dimension: str) -> str:
     return DIMENSION_MARKERS[at % len(DIMENSION_MARKERS)]
 
 
-class _Tips(list[str]):
+class Tips(list[str]):
     """Collects what the mouse tells; gives each artist its group id."""
 
     def add(self, artist: Any, text: str) -> None:
@@ -102,7 +102,7 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     ramp = mpl.colormaps["YlGnBu"]
     low, high = _limits(analysis)
     columns = (*analysis.dimensions, TOTAL)
-    tips = _Tips()
+    tips = Tips()
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -156,7 +156,7 @@ def _task_map(found: ConditionAnalysis) -> Drawing:
     known = [one.value for row in found.ranking for one in row.tasks.values()
              if one.value is not None]  # fmt: skip
     low, high = min([0.0, *known]), max([1.0, *known])
-    tips = _Tips()
+    tips = Tips()
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -204,7 +204,7 @@ def _wide(columns: Sequence[str]) -> float:
 
 
 def _cell(
-    axes: Any, tips: _Tips, at: tuple[float, int], text: str, told: str, *,
+    axes: Any, tips: Tips, at: tuple[float, int], text: str, told: str, *,
     fill: Any = None, bold: bool = False,
 ) -> None:  # fmt: skip
     """Draw one cell of a map; hatched where it has no fill, that is no value."""
@@ -286,7 +286,7 @@ def _title(figure: Any, text: str, titled: bool) -> None:
 
 
 def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
-    tips = _Tips()
+    tips = Tips()
 
     def draw(titled: bool) -> Any:
         tips.clear()
@@ -359,7 +359,7 @@ def _whisker(axes: Any, one: Any, y: float, colour: str, width: float) -> None:
 
 
 def _spread(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
-    tips = _Tips()
+    tips = Tips()
     columns = [
         name for name in (*analysis.dimensions, TOTAL)
         if not np.isnan(found.cells.means[:, found.cells.quantities.index(name)]).all()
@@ -417,7 +417,7 @@ def _spread(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
 
 
 def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawing:
-    tips = _Tips()
+    tips = Tips()
     cells = found.cells
     x = cells.information[:, cells.metrics.index(metric)]
     inside = set(counted(cells, analysis.settings.over))
@@ -554,7 +554,7 @@ def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
 
 def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
     ramp = matplotlib().colormaps["RdBu"]
-    tips = _Tips()
+    tips = Tips()
     columns = (*analysis.dimensions, TOTAL)
     own = [one for one in found.correlations if one.among == among and not one.task]
     by_name = {(one.metric, one.quantity): one for one in own}
@@ -602,7 +602,7 @@ def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -
     if len({cells.condition.sparsity for cells in series}) < 2:
         return []
     lines = _lines(series)
-    tips = _Tips()
+    tips = Tips()
     quantities = (TOTAL, *analysis.dimensions)
     first = series[0].condition
     method = first.label.replace(f" {first.pattern}", "")
@@ -716,7 +716,7 @@ def _band(axes: Any, series: Sequence[Cells], quantity: str) -> None:
     axes.fill_between(shares, lows, highs, color=GRID, linewidth=0)
 
 
-def _gains(axes: Any, gains: Sequence[Any], lines: Sequence[tuple[str, str]], tips: _Tips) -> None:
+def _gains(axes: Any, gains: Sequence[Any], lines: Sequence[tuple[str, str]], tips: Tips) -> None:
     axes.axhline(0, color=MUTED, linewidth=0.9)
     made_by = dict(lines)
     names = list(dict.fromkeys(one.calibration for one in gains))

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.report import words
-from calmix.report.drawing import Drawing, inline
+from calmix.report.drawing import Drawing
 from calmix.report.figures import slug
+from calmix.report.parts import (
+    Cell,
+    Column,
+    escape,
+    figure,
+    flat,
+    fold,
+    key_figures,
+    plain,
+    shell,
+    table,
+)
 from calmix.report.summary import Findings, Summary, main_condition
 from calmix.study.results import StudyResults
 
-HERE = Path(__file__).parent
 FIGURES = "figures"
-
-
-def escape(text: object) -> str:
-    """Return text with HTML's own characters replaced."""
-    return html.escape(str(text))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table: HTML to show, and the value it sorts by."""
-
-    shown: str
-    key: str | float | None
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column's head; numbers are set right and sorted by value."""
-
-    title: str
-    number: bool = True
 
 
 def page(
@@ -52,41 +37,27 @@ def page(
 ) -> str:
     """Return the report as HTML."""
     main = main_condition(analysis)
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
     several = len(by_condition) > 1
-    parts = [
-        "<!doctype html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        '<link rel="icon" href="data:,">',
-        f"<title>{escape(results.name)} · calmix study</title>",
-        f"<style>\n{style}</style>",
-        "</head>",
-        "<body>",
+    return shell(
+        f"{results.name} · calmix study",
         _header(results, analysis, summary),
-        "<main>",
-        _cards(analysis, main),
-        _short(summary),
-        *([_tabs(by_condition, main)] if several else []),
-        *(
-            _condition(analysis, found, findings, drawings, several)
-            for (found, drawings), findings in zip(by_condition, summary.conditions, strict=True)
-        ),
-        _across(analysis, summary.across, across),
-        _certainty(summary),
-        _behind(results, analysis),
-        "</main>",
-        "<footer><p>Written by calmix from the study's results. What each number means, and "
-        "which definitions are calmix's own: docs/analysis.md.</p></footer>",
-        f"<script>\n{script}</script>",
-        "</body>",
-        "</html>",
-    ]
-    return "\n".join(part for part in parts if part) + "\n"
+        [
+            _cards(analysis, main),
+            _short(summary),
+            *([_tabs(by_condition, main)] if several else []),
+            *(
+                _condition(analysis, found, findings, drawings, several)
+                for (found, drawings), findings in zip(
+                    by_condition, summary.conditions, strict=True
+                )
+            ),
+            _across(analysis, summary.across, across),
+            _certainty(summary),
+            _behind(results, analysis),
+        ],
+        "Written by calmix from the study's results. What each number means, and which "
+        "definitions are calmix's own: docs/analysis.md.",
+    )
 
 
 def _header(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
@@ -171,11 +142,7 @@ def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
             f"in {where}, {tests} tests" if tested else "too few calibration sets",
         )
     )
-    return '<section class="cards" aria-label="Key figures">' + "".join(
-        f'<div class="card"><span>{escape(head)}</span><b>{escape(value)}</b>'
-        f'<span class="name">{escape(name)}</span><span>{escape(words.held(note))}</span></div>'
-        for head, name, value, note in cards
-    ) + "</section>"  # fmt: skip
+    return key_figures(cards)
 
 
 def _panel(head: str, lines: Iterable[str]) -> str:
@@ -230,16 +197,16 @@ def _condition(
     name = slug(found.condition.label)
     role = f' role="tabpanel" aria-labelledby="tab-{name}"' if several else ""
     tables = [
-        _fold("Distance to the dense model", "KL, top-1 and flips",
+        fold("Distance to the dense model", "KL, top-1 and flips",
               _told_distance(found) + _distance(analysis, found)),
-        _fold("Correlations", f"Spearman; {_families(analysis, tasks=False)}",
+        fold("Correlations", f"Spearman; {_families(analysis, tasks=False)}",
               _correlations(found, tasks=False)),
-        _fold("Correlations with single tasks", f"Spearman; {_families(analysis, tasks=True)}",
+        fold("Correlations with single tasks", f"Spearman; {_families(analysis, tasks=True)}",
               _correlations(found, tasks=True)),
-        _fold("Differences between ways to calibrate", "points", _differences(found)),
-        _fold("Signal and noise", "points; by the draw of the rows, and by test items",
+        fold("Differences between ways to calibrate", "points", _differences(found)),
+        fold("Signal and noise", "points; by the draw of the rows, and by test items",
               _noise(found)),
-        _fold("Spread over calibration sets", "points", _spreads(found)),
+        fold("Spread over calibration sets", "points", _spreads(found)),
     ]  # fmt: skip
     draws = "and other draws" if found.joint.freedom else "alone: one draw each"
     far = any(told[TOTAL] is not None for one in found.ranking for told in one.distance.values())
@@ -249,11 +216,11 @@ def _condition(
     return (
         f'<section class="condition" id="{name}"{role}>'
         f"<h2>{escape(found.condition.label)}</h2>"
-        + _fold("Ranking", f"retention with 95 % intervals, for other items {draws}",
+        + fold("Ranking", f"retention with 95 % intervals, for other items {draws}",
                 _ranking(analysis, found), open_=True)
-        + _figure(drawings[0])
+        + figure(drawings[0], FIGURES)
         + _panels(findings)
-        + "".join(_figure(drawing) for drawing in drawings[1:])
+        + "".join(figure(drawing, FIGURES) for drawing in drawings[1:])
         + "".join(table for table, told in zip(tables, shown, strict=True) if told)
         + "</section>"
     )  # fmt: skip
@@ -267,53 +234,6 @@ def _families(analysis: Analysis, *, tasks: bool) -> str:
     }
     told = [f"{words.counted(count, 'test')} {how}" for how, count in counts.items() if count]
     return f"corrected over {words.listed(told) or 'no tests'}"
-
-
-def _figure(drawing: Drawing) -> str:
-    links = " · ".join(
-        f'<a href="{FIGURES}/{drawing.name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png")
-    )
-    return (
-        f"<figure><figcaption><h3>{escape(drawing.title)}</h3><p>{escape(drawing.caption)}</p>"
-        f'</figcaption><div class="scroll" tabindex="0" role="group" '
-        f'aria-label="{escape(drawing.title)}">{inline(drawing)}</div>'
-        f'<p class="files">{links}</p></figure>'
-    )
-
-
-def _fold(title: str, note: str, table: str, *, open_: bool = False) -> str:
-    return (
-        f"<details{' open' if open_ else ''}><summary>{escape(title)} "
-        f"<small>{escape(note)}</small></summary>"
-        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(title)}">{table}'
-        "</div></details>"
-    )
-
-
-def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> str:
-    """Return a table whose columns sort on a click."""
-    head = "".join(
-        f'<th scope="col"{" class=number" if column.number else ""}>'
-        f'<button type="button">{escape(column.title)}</button></th>'
-        for column in columns
-    )
-    body = "".join(
-        "<tr>" + "".join(_td(column, cell) for column, cell in zip(columns, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )  # fmt: skip
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _td(column: Column, cell: Cell) -> str:
-    kinds = " ".join(kind for kind in ("number" if column.number else "", cell.kind) if kind)
-    key = f"{cell.key:.6g}" if isinstance(cell.key, float) else cell.key
-    kind = f' class="{kinds}"' if kinds else ""
-    return f'<td{kind} data-v="{"" if key is None else escape(key)}">{cell.shown}</td>'
-
-
-def _text(value: str, kind: str = "") -> Cell:
-    return Cell(escape(value), value, kind)
 
 
 def _estimate(one: Estimate) -> Cell:
@@ -349,14 +269,14 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
         behind = one.behind
         rows.append([
             Cell(dot + escape(one.calibration), one.calibration),
-            _text(words.STRATEGIES[one.strategy]), Cell(str(one.total.draws), one.total.draws),
+            plain(words.STRATEGIES[one.strategy]), Cell(str(one.total.draws), one.total.draws),
             _estimate(one.total), _share(one.accuracy[TOTAL]), _share(one.shrunken.value),
             Cell("–" if one.best is None else words.sure(one.best), one.best),
             Cell("", 0.0) if behind is None else _points(behind),
-            _text(one.worst or "–"), _estimate(one.lowest),
+            plain(one.worst or "–"), _estimate(one.lowest),
             *(cell for name in analysis.dimensions
               for cell in (_estimate(one.dimensions[name]), _share(one.accuracy[name]))),
-            *([_text(", ".join(f"{name} {words.percent(kept.value)}"
+            *([plain(", ".join(f"{name} {words.percent(kept.value)}"
                                for name, kept in one.without_own.items()))] if own else []),
         ])  # fmt: skip
     return table(columns, rows)
@@ -386,7 +306,7 @@ def _distance(analysis: Analysis, found: ConditionAnalysis) -> str:
     ]  # fmt: skip
     rows = [
         [
-            _text(one.calibration), _share(one.total.value), _nats(one.distance["kl"][TOTAL]),
+            plain(one.calibration), _share(one.total.value), _nats(one.distance["kl"][TOTAL]),
             _share(one.distance["top1"][TOTAL]), _share(one.distance["flips"][TOTAL]),
             *(_nats(one.distance["kl"][name]) for name in analysis.dimensions),
         ]
@@ -411,10 +331,10 @@ def _correlations(found: ConditionAnalysis, *, tasks: bool) -> str:
             continue
         ends = "–" if one.low is None else f"[{words.rho(one.low)}, {words.rho(one.high)}]"
         rows.append([
-            _text(words.metric_name(one.metric)), _text(one.quantity),
-            _text(words.AMONG[one.among]), Cell(words.rho(one.rho), one.rho), _text(ends),
+            plain(words.metric_name(one.metric)), plain(one.quantity),
+            plain(words.AMONG[one.among]), Cell(words.rho(one.rho), one.rho), plain(ends),
             Cell(escape(words.p_value(one.p)), one.p), _p(one.p_corrected), Cell(str(one.n), one.n),
-            _text(", ".join(map(words.metric_name, one.aliases))),
+            plain(", ".join(map(words.metric_name, one.aliases))),
         ])  # fmt: skip
     return table(columns, rows)
 
@@ -427,7 +347,7 @@ def _differences(found: ConditionAnalysis) -> str:
     ]  # fmt: skip
     rows = [
         [
-            _text(one.left), _text(one.right), _text(words.quantity_name(one.quantity)),
+            plain(one.left), plain(one.right), plain(words.quantity_name(one.quantity)),
             _points(one.gap), Cell(escape(words.p_value(one.gap.p)), one.gap.p),
             _p(one.p_corrected),
             Cell(words.span(one.gap.draw_low, one.gap.draw_high), one.gap.draw_low),
@@ -446,7 +366,7 @@ def _noise(found: ConditionAnalysis) -> str:
     ]  # fmt: skip
     rows = [
         [
-            _text(one.quantity), _text(one.kind), Cell(str(one.items), one.items),
+            plain(one.quantity), plain(one.kind), Cell(str(one.items), one.items),
             _share(one.signal), _share(one.signal_all), _share(one.draw), _share(one.item),
             Cell("–" if one.ratio is None else f"{one.ratio:.2f}", one.ratio),
         ]
@@ -463,9 +383,9 @@ def _spreads(found: ConditionAnalysis) -> str:
     ]  # fmt: skip
     rows = [
         [
-            _text("single sources" if one.over == "single" else "all sets"), _text(one.quantity),
+            plain("single sources" if one.over == "single" else "all sets"), plain(one.quantity),
             Cell(str(one.n), one.n), _share(one.range), _share(one.deviation),
-            _share(one.if_independent), _p(one.p_cancel), _text(one.lowest), _text(one.highest),
+            _share(one.if_independent), _p(one.p_cancel), plain(one.lowest), plain(one.highest),
         ]
         for one in found.spreads
     ]  # fmt: skip
@@ -477,8 +397,8 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
         return ""
     rows = [
         [
-            _text(one.condition), _text(one.calibration), _text(one.default),
-            _text(words.quantity_name(one.quantity)), _points(one.gap),
+            plain(one.condition), plain(one.calibration), plain(one.default),
+            plain(words.quantity_name(one.quantity)), _points(one.gap),
         ]
         for one in analysis.margins
     ]  # fmt: skip
@@ -487,12 +407,12 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
         Column("over the default", number=False), Column("in", number=False), Column("points"),
     ]  # fmt: skip
     margins = (
-        _fold("Margins over the default", "points", table(columns, rows))
+        fold("Margins over the default", "points", table(columns, rows))
         if rows else ""
     )  # fmt: skip
     return (
         "<section><h2>Against sparsity</h2>"
-        + "".join(_figure(drawing) for drawing in drawings)
+        + "".join(figure(drawing, FIGURES) for drawing in drawings)
         + _panels(findings)
         + margins
         + "</section>"
@@ -503,14 +423,14 @@ def _behind(results: StudyResults, analysis: Analysis) -> str:
     parts = ["<section><h2>Behind the figures</h2>"]
     if results.failed:
         rows = [
-            [_text(one.label), _text(one.error, "wrap"), _text(one.id)] for one in results.failed
+            [plain(one.label), plain(one.error, "wrap"), plain(one.id)] for one in results.failed
         ]
         columns = [Column(name, number=False) for name in ("trial", "error", "id")]
         parts.append(
-            _fold("Failed trials", str(len(results.failed)), table(columns, rows), open_=True)
+            fold("Failed trials", str(len(results.failed)), table(columns, rows), open_=True)
         )
     gaps = [
-        [_text(found.condition.label), _text(name), Cell(str(seed), seed)]
+        [plain(found.condition.label), plain(name), Cell(str(seed), seed)]
         for found in analysis.conditions
         for name, seed in found.missing
     ]
@@ -518,21 +438,19 @@ def _behind(results: StudyResults, analysis: Analysis) -> str:
         columns = [Column("condition", number=False), Column("calibration set", number=False),
                    Column("seed")]  # fmt: skip
         parts.append(
-            _fold(
+            fold(
                 "Cells without a finished trial",
                 f"{len(gaps)}: not asked for, failed or still to come",
                 table(columns, gaps),
             )
         )
-    parts.append(_fold("All trials", str(len(results.trials)), _trials(results, analysis)))
-    parts.append(
-        _fold("Study file", "as it was run", f"<pre>{escape(results.text.rstrip())}</pre>")
-    )
+    parts.append(fold("All trials", str(len(results.trials)), _trials(results, analysis)))
+    parts.append(fold("Study file", "as it was run", f"<pre>{escape(results.text.rstrip())}</pre>"))
     facts = [*flat(results.environment), *flat(results.suite, "suite"),
              *flat({"analysis": analysis.to_dict()["settings"]})]  # fmt: skip
-    rows = [[_text(name), _text(value, "wrap")] for name, value in facts]
+    rows = [[plain(name), plain(value, "wrap")] for name, value in facts]
     columns = [Column("what", number=False), Column("value", number=False)]
-    parts.append(_fold("Environment", "machine, versions, settings", table(columns, rows)))
+    parts.append(fold("Environment", "machine, versions, settings", table(columns, rows)))
     return "".join(parts) + "</section>"
 
 
@@ -549,22 +467,9 @@ def _trials(results: StudyResults, analysis: Analysis) -> str:
         values = [trial.total.value, *(one.value if one is not None else None for one in kept)]
         seconds = sum(trial.seconds.values())
         rows.append([
-            _text(trial.calibration), _text(trial.method), _text(trial.pattern),
+            plain(trial.calibration), plain(trial.method), plain(trial.pattern),
             Cell(str(trial.seed), trial.seed),
             *(Cell(words.percent(value), value) for value in values),
             Cell(f"{seconds:.0f}", seconds),
         ])  # fmt: skip
     return table(columns, rows)
-
-
-def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Return nested mappings as rows of dotted name and text."""
-    if isinstance(value, dict):
-        return [
-            row
-            for key, part in value.items()
-            for row in flat(part, f"{name}.{key}" if name else str(key))
-        ]
-    if isinstance(value, list | tuple):
-        return [(name, ", ".join(str(part) for part in value))]
-    return [(name, "–" if value is None else str(value))]

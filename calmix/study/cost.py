@@ -8,6 +8,8 @@ share, L the row length, q the width of the attention's queries):
     statistic       what its class says of N and d (`Statistic.work`)
     solve           what the method says of r and d (`Method.work`)
     generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
+    recovery        of every training token three forward passes (the way back takes two), as many
+                    of the output head and one of the dense model's; a step moves 48 bytes a weight
 
 How many values pass through element-wise steps and the quarter are ours, fitted to the engine.
 Attention has a rate of its own: on a CPU it reaches a fifth of what plain products do.
@@ -21,11 +23,14 @@ from typing import Any, Literal
 
 from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
+from calmix.recovery import memory as recovery
+from calmix.recovery.training import HELD_OUT, micro_rows
 
 BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
 PASSES = {"self-cal": 1.0, "sgs": 1.25, "igsp": 3.0}  # tokens written for each that is kept
 GENERATE = 256  # tokens an answer may have
+ADAM = 48  # bytes a step reads and writes of a trained weight: master, gradient and moments
 
 # Items of public test sets, tokens an item beyond a shared beginning, and whether answers are
 # written; for suites whose data is not at hand. Rough, and ours.
@@ -287,6 +292,45 @@ def set_seconds(
     if strategy in PASSES:
         seconds["generate"] = generation_seconds(sizes, PASSES[strategy] * tokens, machine)
     return seconds
+
+
+def recover_seconds(
+    sizes: Sizes, rows: int, length: int, method: str, epochs: int, batch: int, machine: Machine
+) -> float:
+    """Seconds of recovering a pruned model by `distill` or `blocks`, with all its epochs."""
+    held = max(2, rows // HELD_OUT)
+    once, trained = rows * length, (rows - held) * length * epochs
+    read = held * length * epochs
+    steps = (rows - held) // batch * epochs
+    seconds = forward_seconds(sizes, once + 3 * trained, length, machine)
+    seconds += steps * ADAM * sizes.block_weights / machine.memory_bytes
+    if method == "blocks":  # both streams, and a reading an epoch
+        return seconds + forward_seconds(sizes, once + read, length, machine)
+    seconds += forward_seconds(sizes, 2 * read, length, machine)
+    return seconds + head_seconds(sizes, 4 * trained + 4 * read, machine)
+
+
+def recover_memory(sizes: Sizes, length: int, method: str, batch: int) -> float:
+    """Bytes a recovery takes beside the program, with the activations of all blocks held."""
+    once = sizes.block_weights if method == "distill" else sizes.block_weights // sizes.blocks
+    tokens = length * micro_rows(batch, length)
+    found = recovery.Sizes(
+        sizes.weights, once, sizes.blocks, sizes.hidden, _widths(sizes), sizes.vocabulary, tokens,
+        sizes.value_bytes,
+    )  # fmt: skip
+    if method == "blocks":
+        outside = sizes.weights - sizes.block_weights
+        return recovery.blocks_bytes(found, outside * sizes.value_bytes)
+    return recovery.distill_bytes(found, recompute=False)
+
+
+def _widths(sizes: Sizes) -> int:
+    """Inputs and outputs of all linear maps of a block together."""
+    readers = 3, 1, 2 if sizes.gated else 1, 1  # linear maps that share an input
+    return sum(
+        count * width + outputs
+        for count, (width, outputs) in zip(readers, sizes.inputs, strict=True)
+    )
 
 
 def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Machine) -> float:

@@ -17,7 +17,7 @@ from calmix.calibration import CalibrationSet
 from calmix.calibration.set import is_saved_set
 from calmix.capability.scores import load_scores
 from calmix.errors import CalmixError, InputError
-from calmix.files import parse_json, sha256_json
+from calmix.files import read_object, sha256_json
 from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -108,13 +108,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, no JSON object, or of no kind that is known.
     """
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no manifest {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: it is no JSON") from error
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+    value = read_object(path, f"there is no manifest {path}")
+    if not isinstance(value.get("kind"), str):
         raise InputError(f"{path} is no manifest of calmix")
     return value
 

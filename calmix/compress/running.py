@@ -1,0 +1,138 @@
+"""Run a compression stage by stage: what stands in OUT is kept, what is missing is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from calmix.compress.plan import MANIFEST, Request, Stage, stages
+from calmix.errors import InputError, disk_errors
+from calmix.files import (
+    check_output_folder,
+    give_back,
+    parse_json,
+    read_object,
+    real_place,
+    write_json,
+)
+from calmix.manifest import run_record, seal_holds, sealed, versions
+
+KIND, RUN = "compressed model", "compress-run.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What OUT says of itself: the request, and the command of every stage by its name."""
+
+    request: dict[str, Any]
+    commands: dict[str, str]
+    versions: dict[str, str]
+
+
+def read_record(out: Path) -> Record:
+    """Return what OUT says of itself.
+
+    Raises:
+        InputError: it is no folder of `calmix compress`, or its record is damaged.
+    """
+    path = out / MANIFEST
+    missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
+    value = read_object(path, missing)
+    if value.get("kind") != KIND or not seal_holds(value):
+        raise InputError(f"{path} is damaged or changed: its hash is another")
+    return Record(value["request"], value["commands"], value["versions"])
+
+
+def compress(
+    asked: Request,
+    out: Path,
+    run: Callable[[Sequence[str]], None],
+    say: Callable[[Stage, bool], None],
+) -> dict[str, float]:
+    """Do what is left of a compression, and return the seconds of every stage done now.
+
+    Args:
+        asked: from `calmix.compress.plan.request`.
+        out: the folder; it holds each stage's result as soon as that is whole.
+        run: runs a command line of `calmix`, and raises what is wrong.
+        say: called with each stage, and whether an earlier run has done it.
+
+    Raises:
+        CalmixError: `out` holds something else, another process works in it, or a stage refuses.
+    """
+    listed = stages(asked, out)
+    with _claimed(asked, out, listed):
+        seconds: dict[str, float] = {}
+        for stage in listed:
+            kept = stage.leaves is not None and (out / stage.leaves).exists()
+            say(stage, kept)
+            if kept:
+                continue
+            began = time.perf_counter()
+            run(stage.arguments)
+            seconds[stage.name] = time.perf_counter() - began
+            write_json(out / RUN, run_record(stage_seconds(out) | seconds))
+    return seconds
+
+
+def stage_seconds(out: Path) -> dict[str, float]:
+    """Return the seconds of the stages that are done; empty if nothing tells."""
+    try:
+        return dict(parse_json((out / RUN).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+@contextmanager
+def _claimed(asked: Request, out: Path, listed: Sequence[Stage]) -> Iterator[None]:
+    """Hold OUT for this request alone."""
+    check(asked, out)
+    place = real_place(out)
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    with disk_errors(out):
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            line = f"another process is at work in {out}: wait for it, or stop it"
+            raise InputError(line) from None
+    try:
+        if not (out / MANIFEST).exists():
+            record = {
+                "kind": KIND,
+                "request": asked.to_json(),
+                "commands": {stage.name: stage.command for stage in listed},
+                "versions": versions(),
+            }
+            write_json(out / MANIFEST, sealed(record))
+        yield
+    finally:
+        give_back(lock)
+
+
+def check(asked: Request, out: Path) -> None:
+    """Refuse an output folder that holds something else.
+
+    Raises:
+        InputError: another request's work, or files that are none of calmix's.
+    """
+    if not (out / MANIFEST).exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(
+                f"{out} is not empty and was not made by calmix compress: name another folder"
+            )
+        check_output_folder(out)
+        return
+    held, now = read_record(out).request, asked.to_json()
+    differs = [key for key in now if held.get(key) != now[key]]
+    if differs:
+        raise InputError(
+            f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
+            f"{now[differs[0]]}): ask for the same, or name another folder"
+        )

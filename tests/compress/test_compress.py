@@ -1,0 +1,249 @@
+"""From a model to its card: every stage, a stop after each of them, and every mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from calmix.cli import compress as verb
+from calmix.compress.plan import EFFORTS, MIX, request, stages, weighed
+from calmix.errors import InputError
+from calmix.report.card import read_card
+from calmix.report.card_page import HEADS
+from tests.conftest import Ended
+
+Run = Callable[..., Ended]
+Command = Callable[..., tuple[object, ...]]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a model's files but the run record."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name not in ("calmix-run.json", "README.md", "calmix.json")
+    }
+
+
+def test_a_stop_after_every_stage_goes_on_to_the_same_model(
+    calmix: Run, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ended = calmix(*command(whole))
+    assert ended.code == 0, ended.err
+    verbs = re.findall(r"^\$ calmix (\w+)", ended.err, re.MULTILINE)
+    assert verbs == ["calibrate", "prune", "recover", "evaluate", "answer", "report"]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "answers.json", "calibration", "card.html", "compress-run.json", "compress.json", "model",
+        "pruned", "scores.json",
+    ]  # fmt: skip
+    weights = load_file(whole / "model" / "model.safetensors")
+    maps = [w for name, w in weights.items() if ".layers." in name and w.ndim == 2]
+    zeros, total = sum(int((w == 0).sum()) for w in maps), sum(w.numel() for w in maps)
+    assert abs(zeros / total - 0.6) < 0.001
+    run, limit = verb._run, 0
+
+    def stopped(arguments: list[str]) -> None:
+        nonlocal limit
+        if not limit:
+            raise KeyboardInterrupt
+        limit -= 1
+        run(arguments)
+
+    monkeypatch.setattr(verb, "_run", stopped)
+    for done in range(len(verbs)):
+        limit = 1 if done else 0  # one more stage each time
+        ended = calmix(*command(cut))
+        assert ended.code == 130
+        assert ended.err.count("done before") == max(0, done - 1)
+    monkeypatch.setattr(verb, "_run", run)
+    ended = calmix(*command(cut))
+    assert ended.code == 0, ended.err
+    assert ended.err.count("done before") == 5
+    assert hashes(cut / "model") == hashes(whole / "model")
+    told = [json.loads((out / "scores.json").read_text())["retention"] for out in (whole, cut)]
+    assert told[0] == told[1]
+    _numbers_equal_the_scores(calmix, whole)
+    before = hashes(whole / "model")
+    assert calmix(*command(whole)).code == 0
+    assert hashes(whole / "model") == before
+    for more, words in (
+        (("--sparsity", 0.5), "is of another request (sparsity: 0.6, now 0.5)"),
+        (("--seed", 1), "is of another request (seed: 0, now 1)"),
+        (("--sparsity", 0.5, "--dry-run"), "is of another request (sparsity: 0.6, now 0.5)"),
+    ):
+        ended = calmix(*command(whole, *more))
+        assert (ended.code, words in ended.line) == (2, True), ended.err
+
+
+def _numbers_equal_the_scores(calmix: Run, out: Path) -> None:
+    """The page, the model's card and the file of scores tell the same.
+
+    A random model knows nothing that could be kept: both are given answers they know better.
+    """
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    for whose, nats in (("dense", 1.0), ("scores", 2.5)):
+        for task in scores[whose]["tasks"]:
+            for number, (row, gold) in enumerate(
+                zip(task["loglikelihoods"], task["gold"], strict=True)
+            ):
+                row[gold] = -nats - 0.1 * (number % 3)
+    (out / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    assert calmix("report", out).code == 0
+    told = json.loads(calmix("rescore", out / "scores.json", "--json").out)
+    page = (out / "card.html").read_text(encoding="utf-8")
+    readme = (out / "model" / "README.md").read_text(encoding="utf-8")
+    table = page[page.index("<h2>What is kept</h2>") : page.index("Task by task")]
+    lines = {
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ")
+        for line in readme.splitlines()
+        if line.count(" | ") == len(HEADS) - 1
+    }
+    estimates = {one["name"]: one["kept"] for one in told["dimensions"]} | {"total": told["total"]}
+    assert set(estimates) < set(lines)
+    for name, one in estimates.items():
+        assert one["value"] is not None
+        numbers = [f"{100 * one[key]:.1f}".replace("-", "−") for key in ("value", "low", "high")]
+        assert lines[name][1] == "{} [{}, {}]".format(*numbers)
+        assert "{} <small>[{}, {}]</small>".format(*numbers) in table
+    card = read_card(out)
+    assert {one.name: one.kept.value for one in card.kept.dimensions} == {
+        one["name"]: one["kept"]["value"] for one in told["dimensions"]
+    }
+    for value in card.hashes.values():
+        assert value in page
+        assert value in readme
+    for stage in card.record.commands.values():
+        assert stage in readme
+    assert "src=" not in page
+    assert "http" not in re.sub(r"http://www\.w3\.org[^\"]*", "", page)
+
+
+def test_a_dry_run_writes_nothing(calmix: Run, command: Command, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    ended = calmix(*command(tmp_path / "out", "--dry-run"))
+    assert ended.code == 0, ended.err
+    assert "nothing was written" in ended.out
+    assert "calmix recover" in ended.out
+    told = json.loads(calmix(*command(tmp_path / "out", "--dry-run", "--json")).out)
+    assert [one["stage"]["name"] for one in told][1] == "prune"
+    assert all(one["seconds"] >= 0 and one["memory"] > 0 for one in told)
+    assert not (tmp_path / "out").exists()
+    assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in p.parts] == before
+
+
+def test_mistakes_are_one_line_before_any_work(
+    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, text_file: Path
+) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("mine")
+    (tmp_path / "empty.txt").write_text("\n")
+    out = tmp_path / "out"
+    base = ("compress", tiny_folder, "-o", out)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((*base, "--keep", "cod=1"), "the calibration set has no dimension 'cod': did you mean"),
+        ((*base, "--keep", "code=0"), "all weights are 0"),
+        ((*base, "--keep", "code=-1"), "must be a number from 0 up"),
+        ((*base, "--keep", "code"), "weights are written NAME=NUMBER"),
+        ((*base, "--keep", "code=1", "--no-corpus"), "--keep has no effect with --no-corpus"),
+        ((*base, "--no-corpus", "--calibration", "news"), "exclude each other"),
+        ((*base, "--effort", "quik"), "unknown effort 'quik': did you mean quick?"),
+        ((*base, "--sparsity", 1.5), "sparsity 1.5 is not between"),
+        ((*base, "--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
+        ((*base, "--pattern", "5:4"), "5:4"),
+        ((*base, "--calibration", "nwes"), "unknown source 'nwes'"),
+        ((*base, "--suite", "none"), "unknown suite 'none'"),
+        ((*base, "--prompts", tmp_path / "no.txt"), "there is no file"),
+        ((*base, "--prompts", tmp_path / "empty.txt"), "is empty: it holds no text"),
+        (("compress", "builtin:smol", "-o", out), "unknown builtin model 'smol'"),
+        (command(thesis), "is not empty and was not made by calmix compress"),
+        (command(text_file), "is a file"),
+        (("report", thesis), "is no folder that calmix compress made"),
+        (("report", thesis, thesis), "name it with -o"),
+    ]  # fmt: skip
+    for arguments, words in cases:
+        ended = calmix(*arguments)
+        assert ended.code == 2, (arguments, ended.err)
+        assert words in ended.line, (arguments, ended.err)
+    assert not out.exists()
+    assert [p.name for p in thesis.iterdir()] == ["thesis.txt"]
+
+
+def test_keep_weighs_the_set_by_dimension() -> None:
+    mix = ",".join(f"{name}:{weight:g}" for name, weight in MIX.items())
+    found = weighed(mix, {"code": 2, "general": 1})
+    assert found == pytest.approx(
+        {"encyclopedia": 1 / 6, "books": 1 / 6, "python-stdlib": 1 / 3, "code-compiled": 1 / 3}
+    )
+    assert weighed("stories:3,procedures:1,news:9", {"commonsense": 1}) == pytest.approx(
+        {"stories": 0.75, "procedures": 0.25}
+    )
+    with pytest.raises(InputError, match="has no dimension 'math'"):
+        weighed("stories", {"math": 1})
+
+
+def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
+    rows = [effort.rows for effort in EFFORTS.values()]
+    assert list(EFFORTS) == ["quick", "standard", "best"]
+    assert rows == sorted(set(rows))
+    verbs = {}
+    for effort in EFFORTS:
+        listed = stages(request(str(tiny_folder), effort=effort, sparsity=0.6), Path("out"))
+        verbs[effort] = [stage.arguments[0] for stage in listed]
+        assert ("--quick" in listed[-3].arguments) == (effort == "quick")
+    assert verbs["quick"] == verbs["standard"]
+    assert verbs["best"].count("recover") == 2
+    written = stages(
+        request(str(tiny_folder), pattern="2:4", no_corpus=True, trust_remote_code=True), Path("o")
+    )
+    assert written[0].arguments[:2] == ("generate", "igsp")
+    assert all("--trust-remote-code" in stage.arguments for stage in written[:-1])
+    assert {"--pattern", "2:4"} <= set(written[1].arguments)
+
+
+def test_a_saved_set_and_the_users_prompts(
+    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, text_file: Path
+) -> None:
+    kept = tmp_path / "set"
+    made = calmix(
+        "calibrate", text_file, "--model", tiny_folder, "--rows", 16, "--length", 64, "-o", kept,
+        "--leakage", "off",
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one <b>& two\n\nthree\n", encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = [a if a != text_file else kept for a in command(out, "--pattern", "2:4")]
+    ended = calmix(*arguments, "--prompts", prompts, "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["card"] == str(out / "card.html")
+    assert not (out / "calibration").exists()
+    card = read_card(out)
+    assert card.target == "2:4"
+    assert card.zeros * 2 == card.weights
+    assert card.answers is not None
+    assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
+    assert sum(one.tokens for one in card.sources) == 16 * 64
+    page = (out / "card.html").read_text(encoding="utf-8")
+    assert "one &lt;b&gt;&amp; two" in page
+    assert "<b>& two" not in page
+    both = tmp_path / "both.html"
+    ended = calmix("report", out, out, "-o", both)
+    assert ended.code == 0, ended.err
+    text = both.read_text(encoding="utf-8")
+    assert "out (1)" in text
+    assert "out (2)" in text
+    prompts.write_text("four\n", encoding="utf-8")
+    ended = calmix(*arguments, "--prompts", prompts)
+    assert "is of another request (prompts_sha256" in ended.line
+    (out / "model" / "calmix.json").write_text("{}", encoding="utf-8")
+    assert "is damaged" in calmix("report", out).line
+    (out / "scores.json").unlink()
+    assert "is not finished: it lacks scores.json" in calmix("report", out).line
