@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -25,6 +27,11 @@ START_S = 60
 def chromium() -> str | None:
     """Return the path of an installed Chromium, if there is one."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+PROGRAM = chromium()
+needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
+WIDTHS = (390, 768, 1280, 1600)
 
 
 class Page:
@@ -119,3 +126,69 @@ def browser(program: str, profile: Path) -> Iterator[Page]:
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+# Every visible text with its size and its contrast to what is behind it, in a page's own numbers.
+TEXTS = """
+(() => {
+  const parts = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((v) => v / 255).map(
+      (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const found = parts(getComputedStyle(at).backgroundColor);
+      if (found.length === 3 || found[3] === 1) return found.slice(0, 3);
+    }
+    return [255, 255, 255];
+  };
+  const cells = (text) => {
+    const box = text.getBoundingClientRect();
+    const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+    for (const path of text.closest("svg").querySelectorAll("g.tip path")) {
+      const around = path.getBoundingClientRect();
+      const fill = parts(getComputedStyle(path).fill);
+      if (fill.length >= 3 && around.width > 40 && around.height > 12 && x > around.left
+          && x < around.right && y > around.top && y < around.bottom) return fill.slice(0, 3);
+    }
+    return null;
+  };
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement;
+    const words = walk.currentNode.textContent.trim();
+    if (!words || ["SCRIPT", "STYLE", "title", "desc"].includes(element.tagName)) continue;
+    if (!element.checkVisibility() || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const svg = element.ownerSVGElement;
+    const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
+    const front = light(parts(svg ? style.fill : style.color).slice(0, 3));
+    const back = light((svg && cells(element)) || behind(element));
+    const [high, low] = [Math.max(front, back), Math.min(front, back)];
+    found.push({words, size: parseFloat(style.fontSize) * scale,
+                contrast: (high + 0.05) / (low + 0.05)});
+  }
+  return found;
+})()
+"""
+
+
+def readable(page: Page, width: int, *, figures: int, texts: int) -> None:
+    """Check an open page: no error, no network, nothing wider than it, every text legible."""
+    assert page.complaints == []
+    assert {address.partition(":")[0] for address in page.requests} <= {"file", "data"}
+    assert page.run("document.documentElement.scrollWidth") <= width
+    boxes = page.run(
+        "[...document.querySelectorAll('figure svg')].filter(e => e.checkVisibility())"
+        ".map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
+    )
+    assert len(boxes) == figures
+    assert all(wide > 300 and high > 100 for wide, high in boxes)
+    found = page.run(TEXTS)
+    assert len(found) > texts
+    for text in found:
+        assert text["size"] >= 11, text
+        assert text["contrast"] >= 4.5, text

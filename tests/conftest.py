@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from calmix.cli import main
+from tests.browser import PROGRAM, Page, browser
 from tests.tiny import save_tiny_model
 
 
@@ -74,17 +75,29 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A page of a real browser; for tests that need one."""
+    assert PROGRAM is not None
+    with browser(PROGRAM, tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random llama with a byte-level tokenizer, as a local model folder."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    """A text file of some ten thousand tokens under the tiny tokenizer."""
-    path = tmp_path / "text.txt"
+def write_text_file(path: Path) -> Path:
+    """Write a text file of some ten thousand tokens under the tiny tokenizer."""
     words = ["apple", "bread", "candle", "dune", "prime", "sum", "return", "river"]
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(words), (2000,), generator=generator).tolist()
     path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text file of some ten thousand tokens under the tiny tokenizer."""
+    return write_text_file(tmp_path / "text.txt")

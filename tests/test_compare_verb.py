@@ -53,7 +53,7 @@ def test_mistakes_are_one_line(calmix, files, tmp_path):
     for arguments, words in [
         ((half, tmp_path / "no.json", "--against", dense), "there is no file"),
         ((other, "--against", dense), "cannot be compared"),
-        ((half, twin, "--against", dense), "two files are called half.json"),
+        ((half, twin, "--against", dense), "two files are called half:"),
         ((half,), "was scored without a dense model"),
         ((half, "--against", dense, "--resamples", 0), "at least 1 resample"),
         ((half, "--against", dense, "--seed", -1), "negative"),

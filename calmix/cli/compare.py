@@ -56,10 +56,11 @@ def compare(
     from calmix.capability.scores import load_dense, load_scores
 
     judged = check_bootstrap(measure, resamples, seed)
-    names = [path.stem for path in scores]
+    # A folder of calmix compress is known by its own name.
+    names = [path.resolve().parent.name if path.stem == "scores" else path.stem for path in scores]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
-        raise InputError(f"two files are called {doubles[0]}.json: rename one, to tell them apart")
+        raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
     dense = load_dense(scores[0]) if against is None else load_scores(against)
     if dense is None:
         raise InputError(

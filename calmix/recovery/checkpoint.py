@@ -26,7 +26,7 @@ from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, real_place, sha256_json, write_json
 from calmix.machine import free_memory
-from calmix.manifest import run_record, versions
+from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
 from calmix.models.opening import fast_half_precision, fingerprint
 from calmix.models.shards import Shards, ShardWriter
@@ -671,7 +671,8 @@ def _finish(job: _Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
             if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, work.checkpoint / path.name)
-        write_json(work.checkpoint / MANIFEST, manifest)
+        hashed = {"files": file_hashes(work.checkpoint, without=(MANIFEST, RUN))}
+        write_json(work.checkpoint / MANIFEST, sealed(manifest | hashed))
         write_json(work.checkpoint / RUN, run_record(seconds))
     work.complete()
 

@@ -24,6 +24,7 @@ from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.study.export import RECORD, read_results
 from calmix.study.store import Store, is_store, open_store
 
+CARD = "README.md"  # written beside a model later, by whoever describes it
 # Beyond these a layer is worth a look: ours, some three times what is seen at 60 % SparseGPT.
 ERROR, DEAD = 0.3, 0.1
 
@@ -73,7 +74,7 @@ class Health:
 
 
 def inspect(path: Path, *, tick: Callable[[str], None] | None = None) -> Health:
-    """Check a pruned checkpoint, calibration set, study or file of scores.
+    """Check a pruned or recovered checkpoint, calibration set, study or file of scores.
 
     Args:
         path: the folder, or its manifest.
@@ -129,14 +130,25 @@ def _checkpoint(folder: Path, say: Callable[[str], None]) -> Health:
     health = Health(str(folder), "pruned checkpoint")
     path = folder / MANIFEST
     try:
-        manifest = read_manifest(path)
-        done = manifest["pruning"]
+        manifest = pruned = read_manifest(path)
+        recovered: list[dict[str, Any]] = []
+        while pruned["kind"] == "recovered checkpoint":
+            recovered.insert(0, pruned["recovery"])
+            pruned = pruned["pruned"] or {"kind": None}
+        if pruned["kind"] is None:
+            raise InputError("it was recovered from a model without a manifest")
+        done = pruned["pruning"]
         layers = [_reported(layer) for layer in done["layers"]]
         kept = manifest.get("files")
         health.facts = {
-            "model": manifest["model"]["name"],
+            "model": pruned["model"]["name"],
             "method": f"{done['method']} {done['pattern']}",
-            "calibration": _told(manifest["calibration"]),
+            **{
+                f"recovery by {one['method']}": f"held-out rows {one['before']:.4f} before, "
+                f"{one['after']:.4f} after"
+                for one in recovered
+            },
+            "calibration": _told(pruned["calibration"]),
             "weights": done["weights"],
             "pruned": done["pruned"],
             "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
@@ -145,14 +157,14 @@ def _checkpoint(folder: Path, say: Callable[[str], None]) -> Health:
         widest = max((layer.columns for layer, _ in layers), default=0)
         tokens = int(done["tokens"])
     except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
-        health.problems = [f"{path} is damaged: {_first(error)}"]
+        health.problems = [f"{path} cannot be checked: {_first(error)}"]
         return health
     if kept is None:
         health.warnings.append("made before hashes of files were kept: files cannot be checked")
     elif not isinstance(kept, dict) or not seal_holds(manifest):
         health.problems.append(f"{path} is damaged or changed: its hash is another")
     else:
-        found = file_hashes(folder, without=(MANIFEST, RUN), tick=say)
+        found = file_hashes(folder, without=(MANIFEST, RUN, CARD), tick=say)
         health.problems += changed_files(folder, kept, found)
         for name in sorted(set(found) - set(kept)):
             health.warnings.append(f"{folder / name} is not in the manifest")

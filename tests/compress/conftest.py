@@ -1,29 +1,71 @@
-"""A place to compress in: a tiny model, a text, and a suite over a made-up archive."""
+"""A place to compress in: a tiny model, a text, a suite over a made-up archive, and one result."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from calmix.cli import app
 from tests.capability.archive import suite_text, use_archive
+from tests.conftest import write_text_file
+
+Command = Callable[..., tuple[str, ...]]
 
 
-@pytest.fixture
-def command(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[object, ...]]:
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and a suite."""
+    folder = tmp_path_factory.mktemp("place")
+    write_text_file(folder / "text.txt")
+    (folder / "made.yaml").write_text(suite_text(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(place: Path, tiny_folder: Path) -> Command:
     """Return the arguments of a compression into a folder, with more of them at the end."""
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    use_archive(monkeypatch)
-    suite = tmp_path / "made.yaml"
-    suite.write_text(suite_text(), encoding="utf-8")
 
-    def made(output: Path, *more: object) -> tuple[object, ...]:
-        return (
-            "compress", tiny_folder, "-o", output, "--effort", "quick", "--calibration", text_file,
-            "--suite", suite, *more,
+    def made(output: Path, *more: object) -> tuple[str, ...]:
+        base = (
+            "compress", tiny_folder, "-o", output, "--effort", "quick", "--calibration",
+            place / "text.txt", "--suite", place / "made.yaml",
         )  # fmt: skip
+        return tuple(map(str, (*base, *more)))
 
     return made
+
+
+@pytest.fixture(autouse=True)
+def archive(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up archive, and a cache of its own."""
+    monkeypatch.setenv("CALMIX_CACHE", str(place / "cache"))
+    use_archive(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def compressed(place: Path, command: Command) -> Path:
+    """A finished compression, not to be changed.
+
+    A random model knows nothing that could be kept: in `scores.json` both have been given answers
+    they know better. What was written is `measured.json` beside the folder.
+    """
+    out = place / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALMIX_CACHE", str(place / "cache"))
+        use_archive(patch)
+        app(list(command(out)), standalone_mode=False)
+        shutil.copy(out / "scores.json", place / "measured.json")
+        scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+        for whose, nats in (("dense", 1.0), ("scores", 2.5)):
+            for task in scores[whose]["tasks"]:
+                for number, (row, gold) in enumerate(
+                    zip(task["loglikelihoods"], task["gold"], strict=True)
+                ):
+                    row[gold] = -nats - 0.1 * (number % 3)
+        (out / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+        app(["report", str(out)], standalone_mode=False)
+    return out

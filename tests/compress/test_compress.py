@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from safetensors.torch import load_file
 
 from calmix.cli import compress as verb
 from calmix.compress.plan import EFFORTS, MIX, request, stages, weighed
+from calmix.compress.running import read_record
 from calmix.errors import InputError
 from calmix.report.card import read_card
 from calmix.report.card_page import HEADS
 from tests.conftest import Ended
 
 Run = Callable[..., Ended]
-Command = Callable[..., tuple[object, ...]]
+Command = Callable[..., tuple[str, ...]]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -32,12 +34,15 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_a_stop_after_every_stage_goes_on_to_the_same_model(
-    calmix: Run, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calmix: Run,
+    command: Command,
+    compressed: Path,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    ended = calmix(*command(whole))
-    assert ended.code == 0, ended.err
-    verbs = re.findall(r"^\$ calmix (\w+)", ended.err, re.MULTILINE)
+    whole, cut = compressed, tmp_path / "cut"
+    verbs = [line.split()[1] for line in read_record(whole).commands.values()]
     assert verbs == ["calibrate", "prune", "recover", "evaluate", "answer", "report"]
     assert sorted(path.name for path in whole.iterdir()) == [
         "answers.json", "calibration", "card.html", "compress-run.json", "compress.json", "model",
@@ -62,40 +67,29 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
         ended = calmix(*command(cut))
         assert ended.code == 130
         assert ended.err.count("done before") == max(0, done - 1)
+        assert f"$ calmix {verbs[done]} " in ended.err
     monkeypatch.setattr(verb, "_run", run)
     ended = calmix(*command(cut))
     assert ended.code == 0, ended.err
     assert ended.err.count("done before") == 5
     assert hashes(cut / "model") == hashes(whole / "model")
-    told = [json.loads((out / "scores.json").read_text())["retention"] for out in (whole, cut)]
-    assert told[0] == told[1]
-    _numbers_equal_the_scores(calmix, whole)
-    before = hashes(whole / "model")
-    assert calmix(*command(whole)).code == 0
-    assert hashes(whole / "model") == before
+    told = [json.loads(f.read_text()) for f in (place / "measured.json", cut / "scores.json")]
+    assert told[0]["retention"] == told[1]["retention"]
+    before = hashes(cut / "model")
+    assert calmix(*command(cut)).code == 0
+    assert hashes(cut / "model") == before
     for more, words in (
         (("--sparsity", 0.5), "is of another request (sparsity: 0.6, now 0.5)"),
         (("--seed", 1), "is of another request (seed: 0, now 1)"),
         (("--sparsity", 0.5, "--dry-run"), "is of another request (sparsity: 0.6, now 0.5)"),
     ):
-        ended = calmix(*command(whole, *more))
+        ended = calmix(*command(cut, *more))
         assert (ended.code, words in ended.line) == (2, True), ended.err
 
 
-def _numbers_equal_the_scores(calmix: Run, out: Path) -> None:
-    """The page, the model's card and the file of scores tell the same.
-
-    A random model knows nothing that could be kept: both are given answers they know better.
-    """
-    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    for whose, nats in (("dense", 1.0), ("scores", 2.5)):
-        for task in scores[whose]["tasks"]:
-            for number, (row, gold) in enumerate(
-                zip(task["loglikelihoods"], task["gold"], strict=True)
-            ):
-                row[gold] = -nats - 0.1 * (number % 3)
-    (out / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
-    assert calmix("report", out).code == 0
+def test_the_cards_numbers_are_those_of_the_scores(calmix: Run, compressed: Path) -> None:
+    """The page, the model's own card, and what another verb makes of the file of scores."""
+    out = compressed
     told = json.loads(calmix("rescore", out / "scores.json", "--json").out)
     page = (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model" / "README.md").read_text(encoding="utf-8")
@@ -125,8 +119,10 @@ def _numbers_equal_the_scores(calmix: Run, out: Path) -> None:
     assert "http" not in re.sub(r"http://www\.w3\.org[^\"]*", "", page)
 
 
-def test_a_dry_run_writes_nothing(calmix: Run, command: Command, tmp_path: Path) -> None:
-    before = sorted(tmp_path.rglob("*"))
+def test_a_dry_run_writes_nothing(
+    calmix: Run, command: Command, tmp_path: Path, place: Path
+) -> None:
+    before = sorted(place.glob("*"))
     ended = calmix(*command(tmp_path / "out", "--dry-run"))
     assert ended.code == 0, ended.err
     assert "nothing was written" in ended.out
@@ -134,8 +130,8 @@ def test_a_dry_run_writes_nothing(calmix: Run, command: Command, tmp_path: Path)
     told = json.loads(calmix(*command(tmp_path / "out", "--dry-run", "--json")).out)
     assert [one["stage"]["name"] for one in told][1] == "prune"
     assert all(one["seconds"] >= 0 and one["memory"] > 0 for one in told)
-    assert not (tmp_path / "out").exists()
-    assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in p.parts] == before
+    assert not list(tmp_path.iterdir())
+    assert sorted(place.glob("*")) == before
 
 
 def test_mistakes_are_one_line_before_any_work(
@@ -209,9 +205,10 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
 
 
 def test_a_saved_set_and_the_users_prompts(
-    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, text_file: Path
+    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, place: Path
 ) -> None:
     kept = tmp_path / "set"
+    text_file = str(place / "text.txt")
     made = calmix(
         "calibrate", text_file, "--model", tiny_folder, "--rows", 16, "--length", 64, "-o", kept,
         "--leakage", "off",
@@ -234,12 +231,6 @@ def test_a_saved_set_and_the_users_prompts(
     page = (out / "card.html").read_text(encoding="utf-8")
     assert "one &lt;b&gt;&amp; two" in page
     assert "<b>& two" not in page
-    both = tmp_path / "both.html"
-    ended = calmix("report", out, out, "-o", both)
-    assert ended.code == 0, ended.err
-    text = both.read_text(encoding="utf-8")
-    assert "out (1)" in text
-    assert "out (2)" in text
     prompts.write_text("four\n", encoding="utf-8")
     ended = calmix(*arguments, "--prompts", prompts)
     assert "is of another request (prompts_sha256" in ended.line
@@ -247,3 +238,16 @@ def test_a_saved_set_and_the_users_prompts(
     assert "is damaged" in calmix("report", out).line
     (out / "scores.json").unlink()
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
+
+
+def test_what_recovery_wrote_is_checked_too(calmix: Run, compressed: Path, tmp_path: Path) -> None:
+    ended = calmix("inspect", compressed / "model")
+    assert ended.code == 0, ended.err
+    assert "recovery by distill: held-out rows" in ended.out
+    assert "warning" not in ended.out
+    changed = tmp_path / "model"
+    shutil.copytree(compressed / "model", changed)
+    config = changed / "config.json"
+    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    ended = calmix("inspect", changed)
+    assert (ended.code, "config.json is damaged or changed" in ended.err) == (2, True), ended.err

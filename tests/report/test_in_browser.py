@@ -2,75 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.browser import Page, browser, chromium
+from tests.browser import WIDTHS, Page, needs_chromium, readable
 
-PROGRAM = chromium()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
-WIDTHS = (390, 768, 1280, 1600)
-
-# Every visible text with its size and its contrast to what is behind it, in a page's own numbers.
-TEXTS = """
-(() => {
-  const parts = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
-  const light = (rgb) => {
-    const [r, g, b] = rgb.map((v) => v / 255).map(
-      (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const found = parts(getComputedStyle(at).backgroundColor);
-      if (found.length === 3 || found[3] === 1) return found.slice(0, 3);
-    }
-    return [255, 255, 255];
-  };
-  const cells = (text) => {
-    const box = text.getBoundingClientRect();
-    const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
-    for (const path of text.closest("svg").querySelectorAll("g.tip path")) {
-      const around = path.getBoundingClientRect();
-      const fill = parts(getComputedStyle(path).fill);
-      if (fill.length >= 3 && around.width > 40 && around.height > 12 && x > around.left
-          && x < around.right && y > around.top && y < around.bottom) return fill.slice(0, 3);
-    }
-    return null;
-  };
-  const found = [];
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const element = walk.currentNode.parentElement;
-    const words = walk.currentNode.textContent.trim();
-    if (!words || ["SCRIPT", "STYLE", "title", "desc"].includes(element.tagName)) continue;
-    if (!element.checkVisibility() || !element.getClientRects().length) continue;
-    const style = getComputedStyle(element);
-    const svg = element.ownerSVGElement;
-    const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
-    const front = light(parts(svg ? style.fill : style.color).slice(0, 3));
-    const back = light((svg && cells(element)) || behind(element));
-    const [high, low] = [Math.max(front, back), Math.min(front, back)];
-    found.push({words, size: parseFloat(style.fontSize) * scale,
-                contrast: (high + 0.05) / (low + 0.05)});
-  }
-  return found;
-})()
-"""
+pytestmark = needs_chromium
 
 
 @pytest.fixture
 def report(whole: Path) -> Path:
     return whole / "report.html"
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    assert PROGRAM is not None
-    with browser(PROGRAM, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -79,20 +22,7 @@ def test_it_renders_without_errors_and_is_readable(
     page: Page, report: Path, width: int, dark: bool
 ) -> None:
     page.open(report, width=width, dark=dark)
-    assert page.complaints == []
-    assert {address.partition(":")[0] for address in page.requests} <= {"file", "data"}
-    assert page.run("document.documentElement.scrollWidth") <= width
-    boxes = page.run(
-        "[...document.querySelectorAll('figure svg')].filter(e => e.checkVisibility())"
-        ".map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
-    )
-    assert len(boxes) == 8
-    assert all(wide > 300 and high > 100 for wide, high in boxes)
-    texts = page.run(TEXTS)
-    assert len(texts) > 200
-    for text in texts:
-        assert text["size"] >= 11, text
-        assert text["contrast"] >= 4.5, text
+    readable(page, width, figures=8, texts=200)
 
 
 def test_light_and_dark_differ_in_the_drawings_too(page: Page, report: Path) -> None:
