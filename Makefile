@@ -5,9 +5,8 @@ BIN := $(VENV)/bin
 RIVAL := .bench-venv
 OUT := out/demo
 MODEL := builtin:smollm2-135m
-MIX := uniform:python-stdlib,encyclopedia,math-solutions,stories
 
-.PHONY: setup demo test test-long lint bench clean
+.PHONY: setup demo test test-long lint docs bench clean
 
 setup: $(VENV)/.ready
 	$(BIN)/calmix assets install
@@ -17,18 +16,15 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-# One source, a mix, and text the model wrote itself: all at 60 % SparseGPT on the real model, and
-# what each lost.
+# The real model at 60 %, compressed with all that helps beside a plain prune on one source.
 demo: setup
 	rm -rf $(OUT)
-	$(BIN)/calmix prune $(MODEL) -o $(OUT)/single --sparsity 0.6 --calibration encyclopedia
-	$(BIN)/calmix prune $(MODEL) -o $(OUT)/mix --sparsity 0.6 --calibration $(MIX)
-	$(BIN)/calmix generate igsp --model $(MODEL) -o $(OUT)/written
-	$(BIN)/calmix prune $(MODEL) -o $(OUT)/igsp --sparsity 0.6 --calibration $(OUT)/written
-	for name in single mix igsp; do \
-	  $(BIN)/calmix evaluate $(OUT)/$$name --quick --against $(MODEL) -o $(OUT)/$$name.json \
-	    > $(OUT)/$$name.txt || exit; done
-	$(BIN)/calmix compare $(OUT)/single.json $(OUT)/mix.json $(OUT)/igsp.json
+	$(BIN)/calmix compress $(MODEL) -o $(OUT)/compressed --effort quick
+	$(BIN)/calmix prune $(MODEL) -o $(OUT)/plain --sparsity 0.6 --calibration encyclopedia
+	$(BIN)/calmix evaluate $(OUT)/plain --quick --against $(MODEL) -o $(OUT)/plain.json \
+	  > $(OUT)/plain.txt
+	$(BIN)/calmix compare $(OUT)/plain.json $(OUT)/compressed/scores.json
+	@echo "the report card: $(OUT)/compressed/card.html"
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -44,6 +40,15 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site in out/site; a link that leads nowhere is an error.
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	rm -rf out/site-src && mkdir -p out/site-src
+	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs studies out/site-src
+	$(BIN)/typer calmix.cli utils docs --name calmix --title 'calmix' \
+	  --output out/site-src/docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # llm-compressor, to measure against, lives in an environment of its own.
 $(RIVAL)/.ready:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from calmix.capability.retention import Estimate
 from calmix.capability.scores import check_same_suite
@@ -201,7 +204,7 @@ def _answers(cards: Sequence[Card]) -> str:
         for other in answered
     ):
         return ""
-    names = ["pruned"] if len(cards) == 1 else _names(cards)
+    names = ["pruned"] if len(cards) == 1 else [card.name for card in cards]
     articles = []
     for number, prompt in enumerate(first.prompts):
         texts = [told.answers[1][number] for told in answered if told is not None]
@@ -311,9 +314,9 @@ def _zeros(card: Card) -> str:
 
 def model_card(card: Card) -> str:
     """Return the README.md of the pruned model: the same figures, in Markdown."""
-    builtin = card.model.startswith("builtin:")
-    listed = [f"base_model: {card.origin}"] if builtin or "/" in card.model else []
-    if builtin:
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", card.origin) and not Path(card.origin).exists()
+    listed = [f"base_model: {card.origin}"] if hub else []
+    if re.fullmatch(r"[\w.-]+", card.licence):
         listed.append(f"license: {card.licence.lower()}")
     front = "\n".join(
         ["---", *listed, "library_name: transformers", "tags: [pruned, sparse, calmix]", "---"]
@@ -385,20 +388,20 @@ def several_page(cards: Sequence[Card]) -> str:
                 f"{card.name} is of another dense model than {first.name}: there is no common "
                 "measure"
             )
-    names = _names(cards)
+    cards = [replace(card, name=name) for card, name in zip(cards, _names(cards), strict=True)]
     facts = [f"{len(cards)} models", f"against {first.model}", f"suite {_suite(first)}"]
     best = max(cards, key=lambda card: card.kept.total.value or float("-inf"))
-    lead = f"{names[cards.index(best)]} keeps most: {_spanned(best.kept.total)} %."
+    lead = f"{best.name} keeps most: {_spanned(best.kept.total)} %."
     return shell(
         "Models side by side · calmix",
         '<header><p class="kicker">calmix report card</p><h1>Models side by side</h1>'
         f'<p class="facts">{escape(" · ".join(facts))}</p>'
         f'<p class="lead">{escape(words.held(lead))}</p></header>',
         [
-            f"<section><h2>What is kept</h2>{_beside(cards, names)}"
+            f"<section><h2>What is kept</h2>{_beside(cards)}"
             f"{figure(card_figures.kept(cards))}</section>",
             _answers(cards),
-            _items(cards, names),
+            _items(cards),
         ],
         escape(FOOTER),
     )
@@ -414,7 +417,7 @@ def _names(cards: Sequence[Card]) -> list[str]:
     return found
 
 
-def _beside(cards: Sequence[Card], names: Sequence[str]) -> str:
+def _beside(cards: Sequence[Card]) -> str:
     dimensions = [one.name for one in cards[0].kept.dimensions]
     columns = [
         *(Column(name, number=False) for name in ("model", "target", "effort")),
@@ -422,11 +425,11 @@ def _beside(cards: Sequence[Card], names: Sequence[str]) -> str:
         Column("top-1 %"), Column("flips %"), Column("calibration", number=False),
     ]  # fmt: skip
     rows = []
-    for name, card in zip(names, cards, strict=True):
+    for card in cards:
         far = None if card.distance is None else card.distance["total"]
         flips = card.flipped.total
         rows.append([
-            plain(name), plain(card.target), plain(str(card.record.request["effort"])),
+            plain(card.name), plain(card.target), plain(str(card.record.request["effort"])),
             _cell(_spanned(card.kept.total)),
             *(_cell(_spanned(card.kept.of(each))) for each in dimensions),
             Cell("–", None) if far is None else _cell(_nats(far["kl_mean"])),
@@ -437,11 +440,11 @@ def _beside(cards: Sequence[Card], names: Sequence[str]) -> str:
     return f'<div class="panel scroll" tabindex="0">{table(columns, rows)}</div>'
 
 
-def _items(cards: Sequence[Card], names: Sequence[str]) -> str:
+def _items(cards: Sequence[Card]) -> str:
     """Return every scored item that is right or wrong, with a filter for those that differ."""
     columns = [
         Column("item", number=False), Column("task", number=False), Column("dense", number=False),
-        *(Column(name, number=False) for name in names),
+        *(Column(card.name, number=False) for card in cards),
     ]  # fmt: skip
     rows, same = [], []
     for at, task in enumerate(cards[0].dense.tasks):
