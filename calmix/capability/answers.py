@@ -36,7 +36,7 @@ class Prompt:
         shown: the question, without worked examples before it.
         asked: what the model is given.
         expected: the right answer, where there is one.
-        stop: what ends an answer, beside the end token and `TOKENS`.
+        short: whether an empty line ends the answer, beside the end token and `TOKENS`.
     """
 
     dimension: str
@@ -44,7 +44,7 @@ class Prompt:
     shown: str
     asked: str
     expected: str | None = None
-    stop: tuple[str, ...] = ()
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,11 @@ def suite_prompts(suite: Suite) -> list[Prompt]:
                     break
                 item = short[(2 * at + 1) * len(short) // (2 * count)]
                 text = item.contexts[0]
-                found.append(
-                    Prompt(dimension, name, text[head:].strip(), text,
-                           item.choices[item.gold].strip(), ("\n\n",))
-                )  # fmt: skip
+                shown = text[head:].strip()
+                if spec.shots and not head:  # examples of its own: the question stands last
+                    shown = shown.rpartition("\n\n")[2]
+                right = item.choices[item.gold].strip()
+                found.append(Prompt(dimension, name, shown, text, right, short=True))
     return found
 
 
@@ -152,9 +153,13 @@ def answer(
     room = min(TOKENS, scorer.max_length // 2)
     asked: list[Any] = [
         SimpleNamespace(
-            args=(p.asked, {"until": list(p.stop), "max_gen_toks": room, "do_sample": False}),
-            task_name=p.task,
+            args=(prompt.asked, {"until": [], "max_gen_toks": room, "do_sample": False}),
+            task_name=prompt.task,
         )
-        for p in prompts
+        for prompt in prompts
     ]
-    return tuple(text.strip() for text in scorer.generate_until(asked))
+    texts = [text.strip() for text in scorer.generate_until(asked)]
+    return tuple(
+        text.partition("\n\n")[0].rstrip() if prompt.short else text
+        for prompt, text in zip(prompts, texts, strict=True)
+    )

@@ -33,8 +33,8 @@ FOOTER = (
 )
 SMALLER = (
     "The weights are plain dense safetensors: zeros alone make a model neither smaller nor faster "
-    "in most engines. calmix pack stores it in two fifths of the bytes; docs/deploy.md says what "
-    "else there is."
+    "in most engines. calmix pack stores it in fewer bytes, without loss; docs/deploy.md says "
+    "what else there is."
 )
 DIFFER = "Only those that differ"
 
@@ -49,9 +49,9 @@ def card_page(card: Card) -> str:
             f"<section><h2>What is kept</h2>{_kept(card)}"
             f"{figure(card_figures.kept([card]))}"
             f"{fold('Task by task', 'scores of both models', _tasks(card))}</section>",
-            _answers([card]),
             "<section><h2>Where it was lost</h2>"
             + "".join(figure(one) for one in _drawn(card)) + "</section>",
+            _answers([card]),
             f"<section><h2>What it was made of</h2>{_made_of(card)}</section>",
             f"<section><h2>How it was made</h2>{_made(card)}</section>",
         ],
@@ -88,7 +88,7 @@ def _header(card: Card) -> str:
         "calibrated on its own text" if written else words.counted(len(card.sources), "source"),
         f"suite {_suite(card)}",
         f"{card.size / 1e6:,.0f} MB",
-        f"licence of the dense model: {card.licence}",
+        f"dense model: {card.licence}",
     ]
     return (
         '<header><p class="kicker">calmix report card</p>'
@@ -251,8 +251,8 @@ def _made_of(card: Card) -> str:
     rows = [
         [
             plain(one.name), plain(one.dimension), Cell(str(one.rows), one.rows),
-            Cell(f"{one.tokens:,}", one.tokens), plain(one.licence), plain(_use(one.licence)),
-            plain(one.version),
+            Cell(f"{one.tokens:,}", one.tokens), plain(one.licence, "wrap"),
+            plain(_use(one.licence)), plain(one.version),
         ]
         for one in card.sources
     ]  # fmt: skip
