@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -37,3 +41,41 @@ def test_all_that_is_imported_is_required() -> None:
         known = {home.lower() for home in homes.get(name, [name])}
         assert known & required, f"{name} is imported, and no dependency brings it"
     assert set(project["optional-dependencies"]) >= set(EXTRAS.values())
+
+
+SMOKE = """
+import sys
+import calmix
+from calmix.cli import app
+from calmix.report.parts import shell
+assert calmix.__file__.startswith(sys.argv[2]), calmix.__file__
+for arguments in (
+    ["prune", sys.argv[1], "-o", "out", "--method", "magnitude", "--sparsity", "0.5"],
+    ["inspect", "out"], ["suites", "show", "smoke"], ["sources", "ls"], ["models", "ls"],
+):
+    assert not app(arguments, standalone_mode=False), arguments
+assert "<style>" in shell("title", "", [], "")
+"""
+
+
+def test_a_wheel_holds_all_that_it_takes(tmp_path: Path, tiny_folder: Path) -> None:
+    """Built from the files of the package, unpacked elsewhere, and used from there."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    kept = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "calmix", source / "calmix", ignore=kept)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    built = subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("calmix-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    ended = subprocess.run(
+        [sys.executable, "-c", SMOKE, tiny_folder, str(site)], capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
