@@ -16,6 +16,7 @@ import pytest
 from calmix.capability.scores import CapabilityScores
 from calmix.cli import tables
 from calmix.cli.tables import print_rows, show, table_of
+from calmix.trust import doctor
 from tests.capability.helpers import bits, choices
 from tests.conftest import Ended
 
@@ -202,3 +203,28 @@ def test_a_terminal_is_asked_for_its_width() -> None:
     printed = re.sub(r"\x1b\[[0-9;]*m", "", os.read(leader, 65536).decode().replace("\r", ""))
     os.close(leader)
     check(printed, 80, "x" * 30, "1.5 [1.0, 2.0]", "a wider terminal shows c too")
+
+
+def test_what_a_prune_did_and_what_is_wrong_with_it_fit(
+    calmix: Run, tiny_folder: Path, text_file: Path, tmp_path: Path, columns: int
+) -> None:
+    pruned = tmp_path / "pruned"
+    ended = calmix(
+        "prune", tiny_folder, "-o", pruned, "--calibration", text_file, "--sparsity", 0.5,
+        "--rows", 8, "--length", 32, "--leakage", "off",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    table, _, _ = ended.out.rpartition(" weights pruned")
+    errors = re.findall(r"\d+\.\d\d%", table)
+    assert len(errors) == 2 * 7 if columns == 80 else len(errors) >= 7
+    check(table, columns, "mean output", *errors)
+    for more in ((), ("--layers",)):
+        ended = calmix("inspect", pruned, *more)
+        rows = [line for line in ended.out.splitlines() if "_proj " in line and "lost" not in line]
+        assert len(rows) == (14 if more else 7)
+        check("\n".join(rows), columns, *re.findall(r"\d+\.\d\d%", "\n".join(rows)))
+    sound = doctor.Check("extra ray", "missing", "ray is not installed here " * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "examine", lambda tick: [sound])
+        printed = calmix("doctor").out.rpartition("pruning works")[0]
+    check(printed, columns, "extra ray", "missing", "installed")
