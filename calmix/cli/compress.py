@@ -16,6 +16,7 @@ from calmix.cli.common import (
     MAKE,
     AsJson,
     Device,
+    Licence,
     ModelName,
     TrustRemoteCode,
     duration,
@@ -91,6 +92,7 @@ def compress_command(
     seed: Annotated[
         int | None, typer.Option(show_default="0", help="Seed of the calibration draw.")
     ] = None,
+    licence: Licence = None,
     suite: SuiteName = "offline",
     prompts: Prompts = None,
     dry_run: Annotated[
@@ -118,7 +120,7 @@ def compress_command(
     asked = plan.request(
         model, effort=effort, sparsity=sparsity, pattern=pattern, calibration=calibration,
         no_corpus=no_corpus, keep=parse_weights(keep), seed=seed, suite=suite, prompts=prompts,
-        device=device, trust_remote_code=trust_remote_code, max_memory=max_memory,
+        licence=licence, device=device, trust_remote_code=trust_remote_code, max_memory=max_memory,
     )  # fmt: skip
     if dry_run:
         running.check(asked, output)

@@ -23,12 +23,17 @@ from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.pruning.patterns import parse_pattern
 from calmix.sources import get_source
+from calmix.sources.licences import check_licence
 from calmix.specs import LENGTH, SEED, prune_request
 
 # Two sources a dimension of those that need neither network nor extra; mathematics has one.
 # docs/methods.md has what such a mix keeps.
 MIX = {
     "encyclopedia": 1.0, "books": 1.0, "stories": 1.0, "procedures": 1.0,
+    "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
+}  # fmt: skip
+PERMISSIVE = {
+    "papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
     "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
 }  # fmt: skip
 METHOD = "admm"  # ends in a refit of its own: docs/methods.md
@@ -70,6 +75,7 @@ class Request:
         length: tokens of a row.
         suite: what is scored, and what the calibration set must not hold.
         prompts: a file of the user's, or None for the suite's; `prompts_sha256` of its bytes.
+        licence: `permissive` for no calibration text under another.
     """
 
     model: str
@@ -83,6 +89,7 @@ class Request:
     suite: str
     prompts: str | None
     prompts_sha256: str | None
+    licence: str | None
     device: str
     trust_remote_code: bool
     max_memory: str | None
@@ -139,6 +146,7 @@ def request(
     seed: int | None = None,
     suite: str = "offline",
     prompts: Path | None = None,
+    licence: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     max_memory: str | None = None,
@@ -161,16 +169,21 @@ def request(
             "--keep has no effect with --no-corpus: the model writes equally many rows of each "
             "dimension"
         )
+    if no_corpus and licence is not None:
+        raise InputError("--licence has no effect with --no-corpus: the text is the model's own")
+    check_licence(licence)
     saved = calibration is not None and is_saved_set(user_path(calibration))
     if saved and seed is not None:
         raise InputError(f"--seed has no effect: {calibration} is drawn already")
     if saved and keep is not None:
         raise InputError(f"--keep has no effect: {calibration} is drawn already")
-    text = "igsp" if no_corpus else calibration or str(Mix(MIX))
+    mix = MIX if licence is None else PERMISSIVE
+    text = "igsp" if no_corpus else calibration or str(Mix(mix))
     if keep is not None:
         text = str(Mix(weighed(text, keep)))
+        parse_spec(text, licence=licence)
     elif not saved:
-        spec = parse_spec(text)
+        spec = parse_spec(text, licence=licence)
         for name in spec.mix.weights:
             get_source(name, spec.own)
     # What every stage checks of its own, before the first of them has begun.
@@ -188,7 +201,8 @@ def request(
     return Request(
         model, fingerprint(resolve_model(model)), effort, sparsity, pattern, text,
         min(LENGTH, context or LENGTH), SEED if seed is None else seed, suite,
-        None if prompts is None else str(prompts), asked, device, trust_remote_code, max_memory,
+        None if prompts is None else str(prompts), asked, licence, device, trust_remote_code,
+        max_memory,
     )  # fmt: skip
 
 
@@ -223,6 +237,7 @@ def stages(asked: Request, out: Path) -> list[Stage]:
     memory = () if asked.max_memory is None else ("--max-memory", asked.max_memory)
     place = {name: str(out / name) for name in ("calibration", "pruned", "blocks", "model")}
     held = asked.calibration if asked.saved else place["calibration"]
+    licence = () if asked.licence is None else ("--licence", asked.licence)
     found: list[Stage] = []
     if not asked.saved:
         verb = ("generate",) if asked.generated else ("calibrate",)
@@ -233,7 +248,7 @@ def stages(asked: Request, out: Path) -> list[Stage]:
                     *verb, asked.calibration, "--model", asked.model, "--rows", str(effort.rows),
                     "--length", str(asked.length), "--seed", str(asked.seed),
                     *_unless("--leakage", asked.suite, "offline"),
-                    *(device if asked.generated else ()), *trust, "-o", held,
+                    *licence, *(device if asked.generated else ()), *trust, "-o", held,
                 ),
                 "calibration",
             )
@@ -243,8 +258,9 @@ def stages(asked: Request, out: Path) -> list[Stage]:
         Stage(
             "prune",
             (
-                "prune", asked.model, "--method", METHOD, *target, "--calibration", held, *device,
-                *trust, *memory, "--resume", "-o", place["pruned"],
+                "prune", asked.model, "--method", METHOD, *target, "--calibration", held,
+                *(licence if asked.saved else ()), *device, *trust, *memory, "--resume",
+                "-o", place["pruned"],
             ),
             "pruned",
         )

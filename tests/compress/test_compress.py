@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import pytest
 from safetensors.torch import load_file
 
 from calmix.cli import compress as verb
-from calmix.compress.plan import EFFORTS, MIX, request, stages, weighed
+from calmix.compress.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
 from calmix.compress.running import read_record
 from calmix.errors import InputError
 from calmix.report.card import read_card
 from calmix.report.card_page import HEADS
+from calmix.sources import builtin_sources
 from tests.conftest import Ended
 
 Run = Callable[..., Ended]
@@ -150,6 +152,9 @@ def test_mistakes_are_one_line_before_any_work(
         ((*base, "--keep", "code"), "weights are written NAME=NUMBER"),
         ((*base, "--keep", "code=1", "--no-corpus"), "--keep has no effect with --no-corpus"),
         ((*base, "--no-corpus", "--calibration", "news"), "exclude each other"),
+        ((*base, "--no-corpus", "--licence", "permissive"), "--licence has no effect"),
+        ((*base, "--licence", "free"), "unknown licence 'free'"),
+        ((*base, "--licence", "permissive", "--calibration", "books"), "is unstated"),
         ((*base, "--effort", "quik"), "unknown effort 'quik': did you mean quick?"),
         ((*base, "--sparsity", 1.5), "sparsity 1.5 is not between"),
         ((*base, "--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
@@ -183,6 +188,19 @@ def test_keep_weighs_the_set_by_dimension() -> None:
     )
     with pytest.raises(InputError, match="has no dimension 'math'"):
         weighed("stories", {"math": 1})
+
+
+def test_the_builtin_mixes_are_what_they_are_said_to_be() -> None:
+    known = builtin_sources()
+    for mix in (MIX, PERMISSIVE):
+        weights = Counter[str]()
+        for name, weight in mix.items():
+            weights[known[name].dimension] += weight
+            assert known[name].origin != "hub"
+            assert known[name].reader.type != "reasoning-gym"  # an extra
+        assert set(weights.values()) == {2.0}
+        assert list(weights) == ["general", "commonsense", "code", "math"]
+    assert {known[name].use for name in PERMISSIVE} == {"permissive"}
 
 
 def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
