@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
-from calmix.pruning.engine import MICRO_TOKENS, Run, check_names, run_through
+from calmix.pruning.engine import Run, check_names, run_through
 from calmix.pruning.gram import bfloat16_products
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.reading import quotient, read, widest
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
@@ -78,8 +79,10 @@ def read_allocation(
     return {str(name): float(share) for name, share in asked.items()}
 
 
-def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float:
+def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
     """Return the share of a block's |W_ij| ||x_j|| above `OUTLIER` times their mean (OWL).
+
+    It stays on the device, as a tensor of no dimensions.
 
     Args:
         weights: its matrices (rows, columns).
@@ -88,13 +91,16 @@ def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float
     pairs = list(zip(weights, squares, strict=True))
     metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
     size = sum(weight.numel() for weight in weights)
-    bound = OUTLIER * sum(float(metric.sum(dtype=torch.float64)) for metric in metrics) / size
+    wide = widest(squares[0].device)
+    bound = OUTLIER * torch.stack([m.sum(dtype=wide) for m in metrics]).sum() / size
     metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
-    return sum(int((metric > bound).sum()) for metric in metrics) / size
+    return torch.stack([(metric > bound).sum() for metric in metrics]).sum().to(wide) / size
 
 
-def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
+def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
     """Return the share of output energy that Wanda's mask loses, tr(D G D^T) / tr(W G W^T).
+
+    It stays on the device, as a tensor of no dimensions.
 
     Args:
         weight: (rows, columns).
@@ -104,8 +110,8 @@ def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
     full = weight.float()
     kept = Wanda().solve([full], gram.diagonal(), [Unstructured(sparsity)]).weights[0]
     with bfloat16_products():
-        lost, whole = (float(torch.mm(part, gram).mul_(part).sum()) for part in (full - kept, full))
-    return lost / whole if whole else 0.0
+        lost, whole = (torch.mm(part, gram).mul_(part).sum() for part in (full - kept, full))
+    return quotient(lost, whole)
 
 
 def spread(
@@ -242,6 +248,7 @@ class DensePass(Run):
         super().__init__(model, found, looker(by), Unstructured(0.5), "sequential", paused)
         self._by, self._sparsities = by, sparsities
         self._squares: dict[str, Tensor] = {}
+        self._errors: list[tuple[float, str, Tensor]] = []
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
     def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
@@ -252,7 +259,7 @@ class DensePass(Run):
                 continue
             for share in self._sparsities:
                 error = output_error(layer.view(), statistic, share / 2)
-                self.importance[share][layer.name] = error
+                self._errors.append((share, layer.name, error))
 
     def block(self, index: int) -> None:
         """Look at one block."""
@@ -261,8 +268,13 @@ class DensePass(Run):
             layers = self.found.prunables(index)
             squares = [self._squares.pop(layer.name) for layer in layers]
             share = outlier_share([layer.view() for layer in layers], squares)
-            for found in self.importance.values():
-                found |= dict.fromkeys((layer.name for layer in layers), share)
+            named = [(whole, layer.name) for whole in self.importance for layer in layers]
+            self._errors = [(whole, name, share) for whole, name in named]
+        told = read([error for _, _, error in self._errors])
+        for (whole, name, _), error in zip(self._errors, told, strict=True):
+            assert error is not None
+            self.importance[whole][name] = error
+        self._errors.clear()
 
     def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
         """Return exact patterns by layer, after all blocks."""
@@ -285,7 +297,7 @@ def allocate(
     by: str = "owl",
     *,
     method: str | Method = "sparsegpt",
-    micro_tokens: int = MICRO_TOKENS,
+    micro_tokens: int | None = None,
 ) -> dict[str, Unstructured]:
     """Return a pattern for every layer of a model in memory, for `calmix.prune`.
 

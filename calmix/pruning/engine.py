@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,11 +33,13 @@ from calmix.pruning.gram import Statistic
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns
+from calmix.pruning.reading import DoubtError, holds, read, trusting
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
 MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
+WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def prune(
     method: str | Method = "sparsegpt",
     pattern: Patterns,
     propagation: Propagation = "sequential",
-    micro_tokens: int = MICRO_TOKENS,
+    micro_tokens: int | None = None,
     paused: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -129,7 +131,7 @@ def prune(
             `Method`.
         pattern: `Unstructured` or `SemiStructured`; or one for every layer, by its name.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
-        micro_tokens: tokens that run through a block at a time.
+        micro_tokens: tokens that run through a block at a time; None for what suits the device.
         paused: micro-batches that may hold a block's activations at a time; None for all.
         progress: called with (blocks done, blocks) after every block.
         **options: the method's own, such as `damping=0.1`.
@@ -151,7 +153,7 @@ def prune(
 def run_through(
     run: Run,
     ids: Tensor | None,
-    micro_tokens: int = MICRO_TOKENS,
+    micro_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Take a run through all blocks of a model that is in memory, its states too."""
@@ -168,6 +170,11 @@ def run_through(
             if progress is not None:
                 progress(index + 1, len(found))
     run.report.seconds["total"] = time.perf_counter() - began
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Return how many tokens run through a block at a time where nothing else is asked for."""
+    return MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS
 
 
 @contextmanager
@@ -295,13 +302,19 @@ class Run:
         self._calls: list[list[BlockCall]] = []
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self.written: list[list[Any]] = []
+        self._solved: list[tuple[list[Prunable], Solution]] = []  # not reported yet
+
+    @property
+    def on_trust(self) -> bool:
+        """Whether a block is read once (see reading.py), for which its dense weights are kept."""
+        return self.found.prunables(0)[0].module.weight.device.type != "cpu"
 
     @property
     def needs_ids(self) -> bool:
         """Whether the method looks at calibration data."""
         return self.method.needs is not None
 
-    def record(self, ids: Tensor, micro_tokens: int = MICRO_TOKENS) -> Iterator[tuple[int, Tensor]]:
+    def record(self, ids: Tensor, micro_tokens: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield the hidden states each micro-batch brings into the first block.
 
         What the decoder hands to the blocks beside them is kept.
@@ -316,6 +329,7 @@ class Run:
             hidden, recorded, written = calls.record(few)
         self._tiny = hidden, recorded
         self._calls, self.written = [], [written]
+        micro_tokens = micro_tokens or tokens_at_once(device)
         for number, batch in enumerate(ids.split(max(1, micro_tokens // ids.shape[1]))):
             with torch.inference_mode():
                 hidden, recorded, written = calls.record(batch.to(device))
@@ -331,18 +345,40 @@ class Run:
         self.report.tokens = other.report.tokens
 
     def block(self, index: int) -> None:
-        """Prune one block, whose weights are in memory, and move the states on to the next."""
+        """Prune one block, whose weights are in memory, and move the states on to the next.
+
+        On an accelerator the host reads once: if something is wrong then, the block is done over
+        from its dense weights, and read at every step.
+        """
         began = time.perf_counter()
         before = sum(self.report.seconds.values())
+        layers = self.found.prunables(index)
         with torch.inference_mode():
-            if self.needs_ids:
-                self._with_states(index)
-                spent = sum(self.report.seconds.values()) - before
-                self.report.seconds["forward"] += time.perf_counter() - began - spent
-                return
-            for layer in self.found.prunables(index):
-                self._prune([layer])
-        self.report.seconds["solve"] += time.perf_counter() - began
+            if not self.on_trust:
+                self._block(index)
+            else:
+                dense = [layer.view().clone() for layer in layers]
+                try:
+                    with trusting():
+                        self._block(index)
+                except DoubtError:
+                    for layer, weight in zip(layers, dense, strict=True):
+                        layer.assign(weight)
+                    self._solved.clear()
+                    self._block(index)
+        if self.needs_ids:
+            spent = sum(self.report.seconds.values()) - before
+            self.report.seconds["forward"] += time.perf_counter() - began - spent
+        else:
+            self.report.seconds["solve"] += time.perf_counter() - began
+
+    def _block(self, index: int) -> None:
+        if self.needs_ids:
+            self._with_states(index)
+            return
+        for layer in self.found.prunables(index):
+            self._prune([layer])
+        self._settle()
 
     def _with_states(self, index: int) -> None:
         assert self._tiny is not None
@@ -410,6 +446,7 @@ class Run:
                     if number >= held:
                         tasks.pop(number).throw()
                 self._solve(shared, statistics.pop())
+            self._settle()
             current = len(inputs)
             if index + 1 < len(self.found):
                 for number in batches:
@@ -444,6 +481,7 @@ class Run:
                 handle.remove()
         for shared in inputs:
             self._solve(shared, statistics.pop(0))
+        self._settle()
         if index + 1 < len(self.found):
             for number in range(len(self._calls)):
                 self.states[number] = self._run(index, number)
@@ -471,7 +509,7 @@ class Run:
         self.report.seconds["solve"] += time.perf_counter() - began
 
     def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
-        """Solve layers that share an input, write their weights and report on them."""
+        """Solve layers that share an input and write their weights."""
         inputs = []
         if statistic is not None:  # the sums of squares tell of a Gram matrix
             square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
@@ -483,8 +521,37 @@ class Run:
             solved = self.method.solve(weights, statistic, patterns)
         except SolverError as error:
             raise SolverError(f"{layers[0].name}: {error}") from error
-        _apply(layers, solved, self.report)
+        for layer, weight in zip(layers, solved.weights, strict=True):
+            layer.assign(weight)
         _check_finite(layers, "its pruned weights are not finite")
+        self._solved.append((layers, replace(solved, weights=[])))
+
+    def _settle(self) -> None:
+        """Report on a block's layers; before its states move on, so that it can be done over.
+
+        Raises:
+            DoubtError: what was taken to hold does not.
+        """
+        numbers = (n for _, s in self._solved for n in (s.damping, s.dead, *s.errors))
+        told = iter(read(list(numbers)))
+        for layers, solved in self._solved:
+            damping, dead = next(told), next(told)
+            for layer, pruned in zip(layers, solved.pruned, strict=True):
+                rows, columns = layer.shape
+                self.report.layers.append(
+                    LayerReport(
+                        name=layer.name,
+                        rows=rows,
+                        columns=columns,
+                        pruned=pruned,
+                        sparsity=pruned / (rows * columns),
+                        error=next(told),
+                        damping=damping,
+                        factor_dtype=None if solved.dtype is None else str(solved.dtype)[6:],
+                        dead_inputs=int(dead or 0),
+                    )
+                )
+        self._solved.clear()
 
 
 def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]:
@@ -519,32 +586,11 @@ def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tenso
     """
     weights = [layer.view() for layer in layers]
     ends = [torch.stack(torch.aminmax(value)).float() for value in (*weights, *inputs)]
-    finite = torch.stack(ends).isfinite().all(1).tolist()
-    if all(finite):
+    finite = torch.stack(ends).isfinite().all(1)
+    if holds(finite.all()):
         return
-    number = finite.index(False)
+    number = finite.tolist().index(False)
     what = otherwise if number < len(layers) else "its inputs are not finite"
     half = weights[0].dtype == torch.float16
     hint = ": float16 may be too narrow, use --dtype bfloat16 or float32" if half else ""
     raise SolverError(f"{layers[number % len(layers)].name}: {what}{hint}")
-
-
-def _apply(layers: list[Prunable], solved: Solution, report: PruneReport) -> None:
-    """Write solved weights into their modules and report on each."""
-    for layer, weight, pruned, error in zip(
-        layers, solved.weights, solved.pruned, solved.errors, strict=True
-    ):
-        layer.assign(weight)
-        report.layers.append(
-            LayerReport(
-                name=layer.name,
-                rows=weight.shape[0],
-                columns=weight.shape[1],
-                pruned=pruned,
-                sparsity=pruned / weight.numel(),
-                error=error,
-                damping=solved.damping,
-                factor_dtype=None if solved.dtype is None else str(solved.dtype).split(".")[-1],
-                dead_inputs=solved.dead,
-            )
-        )

@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
+from calmix.pruning.reading import Number, holds
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
-LEAF = 144  # columns of a block that LAPACK factorises
-PANEL = 256  # columns of the upper triangle computed in one product
+LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
+PANEL = 256  # columns of the upper triangle computed in one product, on a CPU
+WIDE = 2048  # elsewhere, where every product is a kernel to start, and large ones are fast
+# Precision, and how often the damping that was asked for, until the factor exists.
+ATTEMPTS = (
+    (torch.float32, 1), (torch.float32, 10), (torch.float64, 10), (torch.float64, 100),
+)  # fmt: skip
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def triangle(width: int, panel: int) -> float:
 
 
 class Gram(Statistic):
-    """Running sum of x x^T in float32; on a CPU only the upper triangle is computed."""
+    """Running sum of x x^T in float32, of which only the upper triangle is computed."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
@@ -108,25 +114,31 @@ class Gram(Statistic):
         """Add tokens: inputs of shape (..., columns), any float dtype."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(flat)
-        columns = flat.shape[1]
-        if flat.device.type == "cuda" and flat.dtype != torch.float32:
-            self._sum += torch.mm(flat.T, flat, out_dtype=torch.float32)
+        columns, cpu = flat.shape[1], flat.device.type == "cpu"
+        panel = _panel(columns, cpu=cpu)
+        starts = range(0, columns, panel)
+        if flat.dtype != torch.float32 and float32_sums(flat.device):
+            for at in starts:
+                own = self._sum[at : at + panel, at:]
+                left, right = flat[:, at : at + panel].T, flat[:, at:]
+                torch.addmm(own, left, right, out_dtype=torch.float32, out=own)
             return
-        panel = _panel(columns)
-        # Inputs that are bfloat16 values anyway lose nothing.
-        with bfloat16_products(flat.dtype == torch.bfloat16):
+        # Inputs that are bfloat16 values anyway lose nothing; nor does float16 by TF32.
+        exact = (torch.bfloat16,) if cpu else (torch.bfloat16, torch.float16)
+        with bfloat16_products(flat.dtype in exact):
             for start in range(0, len(flat), CHUNK):
                 x = flat[start : start + CHUNK].float()
-                for at in range(0, columns, panel):
+                for at in starts:
                     self._sum[at : at + panel, at:].addmm_(x[:, at : at + panel].T, x[:, at:])
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns): the running sum itself."""
         full = self._sum
-        for at in range(0, len(full), PANEL):
-            square = full[at : at + PANEL, at : at + PANEL]
+        panel = PANEL if full.device.type == "cpu" else WIDE
+        for at in range(0, len(full), panel):
+            square = full[at : at + panel, at : at + panel]
             square.triu_().add_(square.triu(1).T)
-            full[at + PANEL :, at : at + PANEL] = full[at : at + PANEL, at + PANEL :].T
+            full[at + panel :, at : at + panel] = full[at : at + panel, at + panel :].T
         return full
 
     @classmethod
@@ -136,14 +148,20 @@ class Gram(Statistic):
 
     @classmethod
     def work(cls, columns: int, tokens: int, *, cpu: bool) -> Work:
-        """2 N d^2, of which a CPU computes the upper triangle."""
-        share = triangle(columns, _panel(columns)) if cpu else 1.0
-        return Work(gram=2 * tokens * columns**2 * share)
+        """2 N d^2, of which the upper triangle is computed."""
+        return Work(gram=2 * tokens * columns**2 * triangle(columns, _panel(columns, cpu=cpu)))
 
 
-def _panel(columns: int) -> int:
+def _panel(columns: int, *, cpu: bool) -> int:
     """Return how many rows of the upper triangle come from one product."""
+    if not cpu:
+        return min(WIDE, columns)
     return PANEL if columns > PANEL else max(1, -(-columns // 2))
+
+
+def float32_sums(device: torch.device) -> bool:
+    """Tell whether products of half types can be summed, and kept, in float32 there."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 class Squares(Statistic):
@@ -157,6 +175,9 @@ class Squares(Statistic):
         """Add tokens: inputs of shape (..., columns), any float dtype."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(flat)
+        if flat.device.type != "cpu":
+            self._sum += torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+            return
         for start in range(0, len(flat), ROWS):
             rows = flat[start : start + ROWS].to(torch.float32, copy=True)
             self._sum += rows.square_().sum(0)
@@ -175,15 +196,17 @@ class Factor:
         damping: what was added to the diagonal, as a share of its mean.
         dtype: precision of the factorisation that succeeded.
         dead: bool (columns,), inputs that were zero on every token.
+        raised: how often the damping that was asked for stands in it.
     """
 
     upper: Tensor
-    damping: float
+    damping: Number
     dtype: torch.dtype
     dead: Tensor
+    raised: int = 1
 
 
-def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
+def inverse_factor(gram: Tensor, damping: Number = 0.01) -> Factor:
     """Factorise the inverse of a damped Gram matrix (SparseGPT, arXiv 2301.00774, section 3.3).
 
     H = R R^T with R upper triangular gives H^-1 = U^T U with U = R^-1; neither R nor H^-1 is
@@ -199,31 +222,30 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         SolverError: the matrix is not finite, is zero, or no attempt succeeded.
     """
     diagonal = gram.diagonal()
-    if not torch.isfinite(diagonal).all():
+    if not holds(torch.isfinite(diagonal).all()):
         raise SolverError("the inputs of this layer are not finite")
     mean = diagonal.mean()
-    if mean <= 0:
+    if not holds(mean > 0):
         raise SolverError("the inputs of this layer are zero on every calibration token")
-    attempts = [
-        (torch.float32, damping),
-        (torch.float32, 10 * damping),
-        (torch.float64, 10 * damping),
-        (torch.float64, 100 * damping),
-    ]
-    for dtype, share in attempts:
-        upper = gram.to(dtype, copy=True)
-        upper.diagonal().add_(share * mean)
+    for dtype, raised in ATTEMPTS:
+        share = raised * damping
+        upper = gram.to(_factor_device(gram.device), dtype, copy=True)
+        upper.diagonal().add_((share * mean).to(upper.device))
         failed = torch.stack(list(_invert_factor(upper))).any()
-        if failed:
-            continue
-        upper = upper.float()
+        upper = upper.to(gram.device, torch.float32)
         # A sum is finite only if every entry is, and is had in one pass.
-        if torch.isfinite(upper.sum()) and (upper.diagonal() > 0).all():
-            return Factor(upper, share, dtype, diagonal == 0)
+        usable = torch.isfinite(upper.sum()) & (upper.diagonal() > 0).all()
+        if holds(usable.logical_and_(~failed.to(usable.device))):
+            return Factor(upper, share, dtype, diagonal == 0, raised)
     raise SolverError(
-        f"the Gram matrix is not positive definite even with damping {100 * damping:g}: "
+        f"the Gram matrix is not positive definite even with damping {100 * float(damping):g}: "
         "use more calibration tokens or a larger --damping"
     )
+
+
+def _factor_device(device: torch.device) -> torch.device:
+    """Return where a factorisation runs: Apple's GPUs know neither float64 nor all of LAPACK."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _invert_factor(h: Tensor) -> Iterator[Tensor]:
@@ -234,7 +256,7 @@ def _invert_factor(h: Tensor) -> Iterator[Tensor]:
     several times faster than its factorisation of the whole. Only the upper triangle is read.
     """
     size = len(h)
-    if size <= LEAF:
+    if size <= (LEAF if h.device.type == "cpu" else WIDE):
         # LAPACK's factor is lower triangular: reversing the order of rows and columns turns it.
         lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
         identity = torch.eye(size, dtype=h.dtype, device=h.device)

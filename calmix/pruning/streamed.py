@@ -24,13 +24,13 @@ from calmix.models.streaming import WeightSource
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan, Sizes, make_plan
 from calmix.pruning.engine import (
-    MICRO_TOKENS,
     Patterns,
     Propagation,
     PruneReport,
     Run,
     check_ids,
     check_pattern,
+    tokens_at_once,
 )
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
@@ -113,7 +113,7 @@ def plan_for(
     # Without a budget the micro-batch stays what it is, so that no number depends on the moment;
     # earlier work goes on with what it had.
     fixed = budget is None or bool(earlier)
-    at_once = earlier.pop() * length if earlier else MICRO_TOKENS
+    at_once = earlier.pop() * length if earlier else tokens_at_once(source.device)
     if budget is not None:
         return make_plan(sizes, budget, held, at_once, sequential=sequential, fixed=fixed)
     whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential)

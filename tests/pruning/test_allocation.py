@@ -39,7 +39,8 @@ def test_owl_is_the_published_formula():
         [(np.abs(w) * np.sqrt(s)).ravel() for w, s in zip(weights, squares, strict=True)]
     )
     expected = (metric > 5 * metric.mean()).mean()
-    found = outlier_share(*([torch.tensor(v) for v in values] for values in (weights, squares)))
+    both = ([torch.tensor(v) for v in values] for values in (weights, squares))
+    found = float(outlier_share(*both))
     assert found == pytest.approx(expected)
     assert 0 < found < 0.2
     # As the published code shares out what blocks of one size keep.
@@ -56,7 +57,7 @@ def test_the_error_is_that_of_half_the_weights():
     score = np.abs(w) * np.sqrt(np.diag(gram))
     kept = np.where(score.argsort(1, kind="stable").argsort(1) < round(0.3 * 24), 0, w)
     expected = np.linalg.norm((w - kept) @ x.T) ** 2 / np.linalg.norm(w @ x.T) ** 2
-    found = output_error(torch.tensor(w), torch.tensor(gram).float(), 0.3)
+    found = float(output_error(torch.tensor(w), torch.tensor(gram).float(), 0.3))
     assert found == pytest.approx(expected, rel=1e-3)
     assert output_error(torch.zeros(2, 24), torch.tensor(gram).float(), 0.3) == 0
 
@@ -129,14 +130,14 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
     if by == "error":
         for share in (0.4, 0.6):
             for layer in layers_of(model):
-                expected = output_error(layer.matrix(), grams[layer.name], share / 2)
+                expected = float(output_error(layer.matrix(), grams[layer.name], share / 2))
                 assert look.importance[share][layer.name] == pytest.approx(expected, rel=1e-2)
         return
     found = find_blocks(model)
     for index in range(len(found)):
         layers = found.prunables(index)
         squares = [grams[layer.name].diagonal() for layer in layers]
-        expected = outlier_share([layer.view() for layer in layers], squares)
+        expected = float(outlier_share([layer.view() for layer in layers], squares))
         for layer in layers:
             assert look.importance[0.6][layer.name] == pytest.approx(expected, abs=1e-3)
 

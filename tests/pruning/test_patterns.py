@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from calmix.errors import InputError
 from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,
-    _below_and_first_ties,
+    _bound,
+    _ranks,
+    _smallest_in_parallel,
     check_columns,
     parse_pattern,
     smallest,
@@ -35,11 +39,24 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
     marked = smallest(torch.from_numpy(score), count).numpy()
     assert (marked.sum(1) == count).all()
     assert (marked == stable_mask(score, count, 1)).all()
-    # The way taken on an accelerator.
+    # The two ways taken on an accelerator: rows that are sorted, and longer ones.
     if count:
-        bound = torch.from_numpy(np.sort(score, 1)[:, count - 1 : count].copy())
-        there = _below_and_first_ties(torch.from_numpy(score), bound, count).numpy()
-        assert (there == marked).all()
+        for most in (7, 2**24):
+            with mock.patch("calmix.pruning.patterns.SORTED", most):
+                there = _smallest_in_parallel(torch.from_numpy(score), count).numpy()
+            assert (there == marked).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bound_of_a_long_row_is_exact(dtype):
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(4, 1001, generator=generator).to(dtype)
+    score[0], score[1] = -score[0].abs(), score[1].abs()
+    score[2, :500] = torch.tensor([0.0, 1e-45, -1e-45, 3e38, -3e38]).repeat(100).to(dtype)
+    score = score.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    for count in (1, 2, 400, 1000, 1001):
+        expected = score.float().sort(1).values[:, count - 1 : count]
+        assert torch.equal(_bound(score, count).float(), expected), count
 
 
 @given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
@@ -48,6 +65,8 @@ def test_smallest_of_m_equals_a_stable_sort(m, seed, data):
     score = np.random.default_rng(seed).integers(0, 4, (m, 7)).astype(np.float32)
     marked = smallest_of_m(torch.from_numpy(score), count).numpy()
     assert (marked == stable_mask(score, count, 0)).all()
+    there = _ranks(torch.from_numpy(score)).numpy() < count  # the way taken on an accelerator
+    assert (there == marked).all()
 
 
 def test_count_is_rounded_once():

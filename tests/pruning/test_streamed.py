@@ -326,7 +326,8 @@ def test_going_on_keeps_the_size_of_a_micro_batch(calmix, deep, text_file, tmp_p
     """Another budget must not change how sums round; one that is too small takes nothing away."""
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     with monkeypatch.context() as patched:
-        patched.setattr(streamed, "MICRO_TOKENS", 32)  # a row at a time, as a small budget would
+        # A row at a time, as a small budget would.
+        patched.setattr(streamed, "tokens_at_once", lambda device: 32)
         assert calmix(*command, tmp_path / "whole").code == 0
         interrupt_before(patched, 3)
         assert calmix(*command, tmp_path / "cut").code == 130

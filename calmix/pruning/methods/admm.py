@@ -63,9 +63,13 @@ class Admm(Method):
             damping=self.damping,
             steps=self.refit,
         )
-        pruned = [p.count(w.numel()) for p, w in zip(patterns, weights, strict=True)]
         return Solution(
-            made.weights, pruned, list(made.errors), made.damping, torch.float32, made.dead
+            made.weights,
+            self.counts(weights, patterns),
+            list(made.errors),
+            made.damping,
+            torch.float32,
+            made.dead,
         )
 
     def work(self, columns: int, outputs: int) -> Work:

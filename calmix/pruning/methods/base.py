@@ -18,11 +18,14 @@ from torch import Tensor
 
 from calmix.pruning.gram import Statistic, Work
 from calmix.pruning.patterns import Pattern
+from calmix.pruning.reading import Number
 
 
 @dataclass(frozen=True)
 class Solution:
     """Pruned weights of layers that share one input.
+
+    Numbers may be tensors of no dimensions: the host reads them with those of other layers.
 
     Attributes:
         weights: float32 matrices (rows, columns), which may be transposed views; pruned entries
@@ -37,10 +40,10 @@ class Solution:
 
     weights: list[Tensor]
     pruned: list[int]
-    errors: list[float | None]
-    damping: float | None = None
+    errors: list[Number | None]
+    damping: Number | None = None
     dtype: torch.dtype | None = None
-    dead: int = 0
+    dead: Number = 0
 
 
 class Method(BaseModel, ABC):
@@ -77,6 +80,13 @@ class Method(BaseModel, ABC):
     def needs(self) -> type[Statistic] | None:
         """The statistic with these options."""
         return self.statistic
+
+    def counts(self, weights: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[int]:
+        """Return how many weights of each layer its pattern prunes."""
+        return [
+            sum(number * pattern.count(size) for number, size in self.groups(*weight.shape))
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return the comparison groups of a layer, as (how many, entries each).

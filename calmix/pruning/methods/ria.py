@@ -37,6 +37,5 @@ class Ria(Refitted):
         """
         assert statistic is not None
         pruned = ria.ria(weights, statistic, patterns, power=self.power)
-        counts = [p.count(w.numel()) for p, w in zip(patterns, weights, strict=True)]
-        dead = int((statistic == 0).sum())
-        return Solution(pruned, counts, [None] * len(pruned), dead=dead)
+        counts = self.counts(weights, patterns)
+        return Solution(pruned, counts, [None] * len(pruned), dead=(statistic == 0).sum())

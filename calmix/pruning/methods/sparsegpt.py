@@ -16,11 +16,13 @@ from calmix.pruning.gram import Factor, Gram, Work, bfloat16_products, inverse_f
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
+from calmix.pruning.reading import quotient
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 ENERGY = 4096  # outputs whose energy is computed at a time, so that little memory is needed
 ENERGY_PANEL = 1024  # inputs whose share of it comes from one product
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
+AT_ONCE = 32  # on an accelerator: columns whose errors one call solves for, half as many calls
 STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
 MASK_BYTES = BLOCK * 5 * 4  # an output of mask, errors and scores of one block in float32
 
@@ -61,7 +63,7 @@ class SparseGPT(Refitted):
         factor = inverse_factor(statistic, self.damping)
         # Layers with shares are solved at once; those with N:M only with their like.
         kinds = [p if isinstance(p, SemiStructured) else None for p in patterns]
-        made: dict[int, tuple[Tensor, int, float]] = {}
+        made: dict[int, tuple[Tensor, int, Tensor]] = {}
         for kind in dict.fromkeys(kinds):
             places = [i for i, own in enumerate(kinds) if own == kind]
             solved = _solve(
@@ -75,7 +77,7 @@ class SparseGPT(Refitted):
             errors=list(errors),
             damping=factor.damping,
             dtype=factor.dtype,
-            dead=int(factor.dead.sum()),
+            dead=factor.dead.sum(),
         )
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
@@ -102,7 +104,7 @@ class SparseGPT(Refitted):
 
 def _solve(
     weights: Sequence[Tensor], gram: Tensor, factor: Factor, patterns: Sequence[Pattern]
-) -> list[tuple[Tensor, int, float]]:
+) -> list[tuple[Tensor, int, Tensor]]:
     """Return pruned weights, entries pruned and output error of layers: shares, or one N:M."""
     upper = factor.upper
     columns = upper.shape[0]
@@ -134,9 +136,8 @@ def _solve(
         loss += errors.square_().sum(0)
         for number, (height, pattern) in enumerate(zip(heights, patterns, strict=True)):
             pruned[number] += pattern.count((stop - start) * height)
-    lost = [float(part.sum()) for part in loss.split(heights)]
-    whole = [float(part.sum()) for part in energy.split(heights)]
-    shares = [part / total if total else 0.0 for part, total in zip(lost, whole, strict=True)]
+    pairs = zip(loss.split(heights), energy.split(heights), strict=True)
+    shares = [quotient(part.sum(), total.sum()) for part, total in pairs]
     return list(zip([layer.T for layer in layers], pruned, shares, strict=True))
 
 
@@ -176,10 +177,12 @@ def _block(
     are left for the caller to clear: no later step reads them.
 
     A CPU goes column by column. An accelerator, where starting a kernel takes longer than a
-    column's arithmetic, solves for all errors of a group `at_once`.
+    column's arithmetic, takes many columns `at_once`.
     """
     if at_once is None:
         at_once = weights.device.type != "cpu"
+    if at_once:
+        return _block_at_once(weights, mask, upper, leverage, pattern)
     size = len(weights)
     panel = _multiple(PANEL, pattern)
     width = pattern.m if isinstance(pattern, SemiStructured) else panel
@@ -197,11 +200,6 @@ def _block(
             if isinstance(pattern, SemiStructured):
                 score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
-            if at_once:
-                own = upper[group:last, group:last]
-                errors[group:last] = _errors(weights[group:last], mask[group:last], own)
-                weights[group:last].addmm_(own.triu(1).T, errors[group:last], alpha=-1)
-                continue
             torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
             wrong[group].mul_(columns[group])
             for j in range(group + 1, last):
@@ -213,15 +211,44 @@ def _block(
     return errors
 
 
-def _errors(weights: Tensor, mask: Tensor, upper: Tensor) -> Tensor:
+def _block_at_once(
+    weights: Tensor, mask: Tensor, upper: Tensor, leverage: Tensor, pattern: Pattern
+) -> Tensor:
+    """Do what `_block` does in few kernels: for all columns of which the mask is known at once."""
+    size = len(weights)
+    semi = isinstance(pattern, SemiStructured)
+    width = pattern.m if isinstance(pattern, SemiStructured) else AT_ONCE
+    panel = _multiple(AT_ONCE, pattern)
+    errors = torch.empty_like(weights)
+    strict, identity = upper.triu(1), torch.eye(width, device=upper.device)
+    for start in range(0, size, panel):
+        stop = min(start + panel, size)
+        for group in range(start, stop, width):
+            last = min(group + width, stop)
+            here = weights[group:last]
+            if isinstance(pattern, SemiStructured):
+                if group > start:
+                    here.addmm_(strict[start:group, group:last].T, errors[start:group], alpha=-1)
+                score = (here * leverage[group:last]).abs_()
+                mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
+            own, ones = upper[group:last, group:last], identity[: last - group, : last - group]
+            errors[group:last] = _errors(here, mask[group:last], own, ones)
+            if semi:
+                here.addmm_(strict[group:last, group:last].T, errors[group:last], alpha=-1)
+        behind = stop if semi else start  # the columns of a group themselves are corrected too
+        if behind < size:
+            weights[behind:].addmm_(strict[start:stop, behind:].T, errors[start:stop], alpha=-1)
+    return errors
+
+
+def _errors(weights: Tensor, mask: Tensor, upper: Tensor, identity: Tensor) -> Tensor:
     """Return the scaled errors of a group of columns whose mask is known, all at once.
 
     The column's rule e_j = m_j (w_j - sum_{i<j} e_i U_ij) / U_jj is, for one output, the
     triangular system e A = m w, where A takes the columns of U that are pruned and those of the
     identity elsewhere. The systems of all outputs are solved in one call.
     """
-    chosen = mask.T[:, None, :]
-    system = torch.diag_embed(1 - mask.T).addcmul_(upper, chosen)
+    system = torch.where(mask.T[:, None, :] > 0, upper, identity)
     right = (weights * mask).T[:, None, :]
     return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
 

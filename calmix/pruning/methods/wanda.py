@@ -31,7 +31,7 @@ class Wanda(Refitted):
         """
         assert statistic is not None
         norm = statistic.sqrt()
-        pruned, counts = [], []
+        pruned = []
         for given, pattern in zip(weights, patterns, strict=True):
             weight = given.float()
             saliency = weight.abs().mul_(norm)
@@ -40,9 +40,8 @@ class Wanda(Refitted):
             else:
                 mask = smallest(saliency, pattern.count(weight.shape[1]))
             pruned.append(clear(weight.clone() if weight is given else weight, mask))
-            counts.append(int(mask.count_nonzero()))
-        dead = int((statistic == 0).sum())
-        return Solution(pruned, counts, [None] * len(pruned), dead=dead)
+        counts = self.counts(weights, patterns)
+        return Solution(pruned, counts, [None] * len(pruned), dead=(statistic == 0).sum())
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Every row is a group."""

@@ -25,6 +25,7 @@ from calmix.pruning.patterns import (
     smallest,
     smallest_of_m,
 )
+from calmix.pruning.reading import holds, widest
 from calmix.pruning.solvers import refit
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
 
@@ -83,7 +84,7 @@ def admm(
     starts: dict[int, Tensor] = {}
     used = damping
     for m in sorted({_group(pattern) for pattern in patterns}):
-        order = _panels(len(gram), m).to(gram.device)
+        order = _panels(len(gram), m, gram.device)
         reflector, used = _reflector(scaled.gram, order, m, rho, damping)
         for number, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
             if _group(pattern) == m:
@@ -103,24 +104,25 @@ def _group(pattern: Pattern) -> int:
     return pattern.m if isinstance(pattern, SemiStructured) else 1
 
 
-def _panels(columns: int, m: int) -> Tensor:
+def _panels(columns: int, m: int, device: torch.device) -> Tensor:
     """Return an order of the columns in which the j-th of every group of M make one panel."""
-    return torch.arange(columns).view(-1, m).T.reshape(-1)
+    return torch.arange(columns, device=device).view(-1, m).T.reshape(-1)
 
 
 def _reflector(
     gram: Tensor, order: Tensor, m: int, rho: float, damping: float
 ) -> tuple[Tensor, float]:
     """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping that was needed."""
-    mean = float(gram.diagonal().mean())
+    mean = gram.diagonal().mean()
     ordered = gram if m == 1 else gram[order][:, order]
-    asked = (damping + rho) / mean
-    factor = inverse_factor(ordered, asked)
+    share = (damping + rho) / mean.to(widest(mean.device))
+    factor = inverse_factor(ordered, share.to(mean.dtype))
     del ordered
     with bfloat16_products():  # as the steps that use it do
         reflector = torch.mm(factor.upper.T, factor.upper).mul_(-rho)
     reflector.diagonal().add_(1)
-    return reflector, damping if factor.damping == asked else factor.damping * mean - rho
+    # What a raised damping adds counts as damping; the penalty stays what it is.
+    return reflector, damping + (factor.raised - 1) * (damping + rho)
 
 
 def _search(
@@ -136,21 +138,20 @@ def _search(
     target = weight[:, order].float().contiguous().mul_(norm)
     state = target.clone()
     for number in range(1, iterations + 1):
-        bound = 0.0
         if isinstance(pattern, Unstructured):
             time = number / (iterations + 1)
             bound = _bound(state, pattern.sparsity * (1 - (1 - time) ** POWER))
-        for rows in chunks(len(state)):
+        for rows in chunks(state):
             part = state[rows]
             if isinstance(pattern, SemiStructured):
                 sparse = part.addcmul(part, _semi_structured(part, pattern), value=-1)
             else:
-                sparse = functional.hardshrink(part, bound)
+                sparse = _shrunk(part, bound)
             step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
             with bfloat16_products():
                 torch.addmm(sparse, step, reflector, out=part)
     del target
-    if not torch.isfinite(state.sum()):
+    if not holds(torch.isfinite(state.sum())):
         raise SolverError("the weights or inputs of this layer are not finite")
     if isinstance(pattern, SemiStructured):
         mask = _semi_structured(state, pattern)
@@ -158,23 +159,29 @@ def _search(
         flat = state.abs().view(1, -1)
         mask = smallest(flat, pattern.count(flat.shape[1])).view(state.shape).to(state.dtype)
     state.mul_(scaled.inverse[order])
-    dead = norm == 0
-    if scaled.dead:
-        state[:, dead] = weight[:, order[dead]].float()
+    # Inputs that never fired keep their weights as they are.
+    state = torch.where(norm == 0, weight[:, order].float(), state)
     clear(state, mask)
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
     made[:, order] = state.to(weight.dtype)
     return made
 
 
-def _bound(state: Tensor, share: float) -> float:
+def _shrunk(state: Tensor, bound: Tensor) -> Tensor:
+    """Return the entries whose absolute value exceeds a bound, and zeros."""
+    if state.device.type == "cpu":
+        return functional.hardshrink(state, bound.item())
+    return torch.where(state.abs() > bound, state, 0)
+
+
+def _bound(state: Tensor, share: float) -> Tensor:
     """Return the absolute value that about `share` of a layer's entries do not exceed."""
     step = max(1, state.numel() // SAMPLE)
     while math.gcd(step, state.shape[1]) > 1:  # a sample of every column
         step += 1
     sample = state.view(-1)[::step].abs()
     count = round(share * len(sample))
-    return float(sample.kthvalue(count).values) if count else 0.0
+    return sample.kthvalue(count).values if count else sample.new_zeros(())
 
 
 def _semi_structured(state: Tensor, pattern: SemiStructured) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calmix.errors import SolverError
 from calmix.pruning.gram import bfloat16_products
+from calmix.pruning.reading import holds, quotient, widest
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
 
 STEPS = 10
@@ -58,12 +59,12 @@ def refit(
 
 def refit_layer(
     weight: Tensor, start: Tensor, scaled: Scaled, *, steps: int, damping: float
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """Refit one layer; return its weights, in their type, and the error that is left."""
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    lost = torch.zeros((), dtype=torch.float64, device=weight.device)
+    lost = torch.zeros((), dtype=widest(weight.device), device=weight.device)
     energy = torch.zeros_like(lost)
-    for rows in chunks(len(weight)):
+    for rows in chunks(weight):
         dense, begin = weight[rows].float(), start[rows].to(weight.dtype)
         target = dense * scaled.norm
         end, mask = begin.to(torch.float32, copy=True), (begin != 0).float()
@@ -85,10 +86,9 @@ def refit_layer(
         lost += torch.where(better, after, before).sum()
         with bfloat16_products():
             energy += torch.mm(target, scaled.gram, out=residual).mul_(target).sum()
-    share, whole = float(lost), float(energy)
-    if not torch.isfinite(lost + energy):
+    if not holds(torch.isfinite(lost + energy)):
         raise SolverError("the weights or inputs of this layer are not finite")
-    return made, max(share, 0.0) / whole if whole > 0 else 0.0
+    return made, quotient(lost.clamp(min=0), energy.clamp(min=0))
 
 
 def _conjugate_gradients(

@@ -25,9 +25,9 @@ def saliency(weight: Tensor, squares: Tensor, *, power: float = POWER) -> Tensor
         power: of the norm of the inputs (the paper's a, 0.5).
     """
     size = weight.abs().float()
-    least = size.new_tensor(1e-38)  # an input or output without weights has none to divide
-    share = size / size.sum(0).maximum(least)
-    return share.add_(size.div_(size.sum(1, keepdim=True).maximum(least))).mul_(
+    least = 1e-38  # an input or output without weights has none to divide
+    share = size / size.sum(0).clamp(min=least)
+    return share.add_(size.div_(size.sum(1, keepdim=True).clamp(min=least))).mul_(
         squares.pow(power / 2)
     )
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
+from calmix.pruning.reading import Number, holds
 
 ROWS = 512  # rows worked on at a time: enough for a product, little beside the layer
+WIDE = 2**25  # entries worked on at a time on an accelerator, where every call is a kernel
 
 
 class Products(NamedTuple):
@@ -40,13 +42,13 @@ class Fitted:
         errors: share of each layer's output energy that is lost on the calibration tokens,
             ||(W - W') X||^2 / ||W X||^2, of the weights as returned.
         damping: damping that was used.
-        dead: inputs that were zero on every token.
+        dead: how many inputs were zero on every token.
     """
 
     weights: list[Tensor]
-    errors: list[float]
+    errors: list[Tensor]
     damping: float
-    dead: int
+    dead: Number
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Scaled:
         gram: float32 (columns, columns), diagonal one; rows and columns of dead inputs zero.
         norm: float32 (columns,), norms of the inputs, zero where dead.
         inverse: float32 (columns,), their reciprocals, zero where dead.
-        dead: inputs that were zero on every token.
+        dead: how many inputs were zero on every token, int64 of no dimensions.
     """
 
     gram: Tensor
     norm: Tensor
     inverse: Tensor
-    dead: int
+    dead: Tensor
 
 
 def scale(gram: Tensor) -> Scaled:
@@ -73,17 +75,19 @@ def scale(gram: Tensor) -> Scaled:
         SolverError: its diagonal is not finite, or zero on every token.
     """
     squares = gram.diagonal()
-    if not torch.isfinite(squares).all():
+    if not holds(torch.isfinite(squares).all()):
         raise SolverError("the inputs of this layer are not finite")
     dead = squares <= torch.finfo(squares.dtype).tiny
-    if dead.all():
+    if not holds(~dead.all()):
         raise SolverError("the inputs of this layer are zero on every calibration token")
     norm = squares.sqrt().masked_fill(dead, 0)
     inverse = norm.reciprocal().masked_fill(dead, 0)
-    return Scaled((gram * inverse).mul_(inverse[:, None]), norm, inverse, int(dead.sum()))
+    return Scaled((gram * inverse).mul_(inverse[:, None]), norm, inverse, dead.sum())
 
 
-def chunks(rows: int) -> Iterator[slice]:
-    """Yield slices of at most `ROWS` rows."""
-    for start in range(0, rows, ROWS):
-        yield slice(start, min(start + ROWS, rows))
+def chunks(matrix: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix that are worked on at a time."""
+    rows, columns = matrix.shape
+    size = ROWS if matrix.device.type == "cpu" else max(ROWS, WIDE // columns)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))

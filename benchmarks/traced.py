@@ -1,0 +1,242 @@
+"""A device that is not there: operations run on tensors without numbers, and are counted.
+
+PyTorch's FakeTensorMode follows types, shapes and devices through every operation, so a CPU build
+can run what a GPU would. What needs numbers on the host is answered here and counted: every such
+read makes a real host wait. Used by the tests and by on_paper.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
+         "unique_dim", "unique_consecutive", "repeat_interleave", "allclose"}  # fmt: skip
+SELECTS = {"index", "index_put", "index_put_", "_index_put_impl_"}
+FREE = {"device", "sym_size", "sym_stride", "sym_numel", "detach", "empty", "empty_like",
+        "new_empty", "empty_strided", "_unsafe_view", "_reshape_alias", "lift_fresh"}  # fmt: skip
+COPIES = {"_to_copy", "copy_", "_copy_from"}
+
+
+class Traced(TorchDispatchMode):
+    """Counts what a program asks of a device.
+
+    Attributes:
+        reads: times the host waits for numbers, by operation.
+        copies: tensors that go from one device to another, by (from, to).
+        operations: all operations that start work, by name; views start none.
+        moved: bytes they read and write.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+        self.copies: Counter[tuple[str, str]] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        away = any(tensor.device.type != "cpu" for tensor in given)
+        chosen = name in SELECTS and any(
+            t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+        )
+        if (name in READS or chosen) and away:
+            self.reads[name] += 1
+        if name == "_local_scalar_dense":
+            return torch.ones((), dtype=args[0].dtype, device="cpu").item()
+        if name == "equal":
+            return True
+        if "out" in kwargs and isinstance(kwargs["out"], Tensor):
+            found = _into(func, args, kwargs)
+        else:
+            found = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        if name in COPIES:
+            ends = args[1 if name == "copy_" else 0].device.type, made[0].device.type
+            if ends[0] != ends[1]:
+                self.copies[ends] += 1
+        if name in FREE or func.is_view:
+            return found
+        if any(t.device.type != "cpu" for t in (*given, *made)):
+            self.operations[name] += 1
+            self.moved[name] += sum(t.numel() * t.element_size() for t in (*given, *made))
+        return found
+
+    def listed(self, value: Tensor) -> Any:
+        """Return what `tolist` might."""
+        self.reads["tolist"] += value.device.type != "cpu"
+        fill = {torch.bool: True, torch.int64: 1}.get(value.dtype, 1.0)
+
+        def filled(shape: tuple[int, ...]) -> Any:
+            return [filled(shape[1:]) for _ in range(shape[0])] if shape else fill
+
+        return filled(tuple(value.shape))
+
+
+def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Run an operation that writes into `out`: what it would return has to fit."""
+    rest = dict(kwargs)
+    out = rest.pop("out")
+    made = func.overloadpacket(*args, **rest)
+    assert (made.shape, made.dtype, made.device) == (out.shape, out.dtype, out.device), func
+    return out
+
+
+CONVERSIONS: dict[Any, tuple[Any, ...]] = {
+    Tensor.to: (),
+    Tensor.cpu: (torch.device("cpu"),),
+    Tensor.float: (torch.float32,),
+    Tensor.double: (torch.float64,),
+    Tensor.half: (torch.float16,),
+    Tensor.bfloat16: (torch.bfloat16,),
+    Tensor.int: (torch.int32,),
+    Tensor.long: (torch.int64,),
+    Tensor.bool: (torch.bool,),
+}
+
+
+PLAIN: dict[Any, Any] = {
+    Tensor.copy_: aten.copy_,
+    Tensor.contiguous: aten.contiguous,
+    Tensor.__invert__: aten.bitwise_not,
+    Tensor.nonzero: aten.nonzero,
+    Tensor.item: aten._local_scalar_dense,
+    Tensor.__bool__: lambda value: bool(aten._local_scalar_dense(value)),
+    Tensor.__int__: lambda value: int(aten._local_scalar_dense(value)),
+    Tensor.__index__: lambda value: int(aten._local_scalar_dense(value)),
+    Tensor.__float__: lambda value: float(aten._local_scalar_dense(value)),
+}
+
+
+class _Python(TorchFunctionMode):
+    """Answers what Python does with a tensor before the dispatcher hears of it.
+
+    Indexing and conversions make PyTorch switch to the tensor's device, which a CPU build cannot.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.__getitem__:
+            view, chosen = _viewed(*args)
+            return aten.index(view, chosen) if chosen else view
+        if func is Tensor.__setitem__:
+            view, chosen = _viewed(*args[:2])
+            value = args[2]
+            if not isinstance(value, Tensor):
+                value = torch.full((), value, dtype=view.dtype, device=view.device)
+            return aten.index_put_(view, chosen, value) if chosen else aten.copy_(view, value)
+        if func in PLAIN:
+            return PLAIN[func](*args, **(kwargs or {}))
+        if func in CONVERSIONS:
+            return _converted(args[0], *args[1:], *CONVERSIONS[func], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _converted(tensor: Tensor, *to: Any, copy: bool = False, **options: Any) -> Tensor:
+    """Do what `Tensor.to` does."""
+    options = {k: v for k, v in options.items() if v is not None}
+    for value in to:
+        if isinstance(value, torch.dtype):
+            options["dtype"] = value
+        elif isinstance(value, Tensor):
+            options |= {"dtype": value.dtype, "device": value.device}
+        elif isinstance(value, str | torch.device):
+            options["device"] = value
+    if "device" in options:
+        options["device"] = torch.empty(0, device=options["device"]).device
+    same = options.get("dtype", tensor.dtype) == tensor.dtype
+    same &= options.get("device", tensor.device) == tensor.device
+    return tensor if same and not copy else aten._to_copy(tensor, **options)
+
+
+def _viewed(tensor: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """Apply the numbers, slices and new axes of an index; return what is left to choose by."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in [k for k in keys if k is Ellipsis]:
+        at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+        taken = sum(k.ndim if _is_mask(k) else k is not None for k in keys) - 1
+        keys[at : at + 1] = [slice(None)] * (tensor.ndim - taken)
+    chosen: list[Tensor | None] = []
+    axis = 0
+    for k in keys:
+        if k is None:
+            tensor = tensor.unsqueeze(axis)
+        elif isinstance(k, slice):
+            tensor = aten.slice(tensor, axis, k.start, k.stop, k.step or 1)
+        elif isinstance(k, int) and not isinstance(k, bool):
+            tensor = tensor.select(axis, k)
+            continue
+        else:
+            index = k if isinstance(k, Tensor) else torch.tensor(k, device="cpu")
+            chosen += [None] * (axis - len(chosen)) + [index]
+            axis += index.ndim if _is_mask(index) else 1
+            continue
+        axis += 1
+    return tensor, chosen
+
+
+def _is_mask(key: Any) -> bool:
+    return isinstance(key, Tensor) and key.dtype == torch.bool
+
+
+@contextmanager
+def tracing(device: str = "cuda") -> Iterator[Traced]:
+    """Make tensors fake, on `device` unless told otherwise, and count what is done with them."""
+    traced = Traced()
+    modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), torch.device(device)
+    before = FakeTensor.tolist
+    FakeTensor.tolist = lambda value: traced.listed(value)
+    try:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield traced
+    finally:
+        FakeTensor.tolist = before
+
+
+def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return a causal language model without numbers, on the device that is traced.
+
+    Args:
+        config: transformers' configuration.
+        dtype: of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _disable_current_modes(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                made = torch.empty(weight.shape, dtype=weight.dtype)
+                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,82 @@
+"""When the host reads what a device has computed.
+
+Reading waits until the device has done all it was given, and leaves it idle until it is given more.
+On a CPU that is free: conditions are tested where they arise. On other devices a block is pruned on
+trust: conditions and the numbers of its report are kept, and read together, once. Where one does
+not hold, the caller does the block over without trust, which meets the same condition and mends it
+or says what is wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor  # a tensor of no dimensions, which the host has not read yet
+
+_kept = threading.local()
+
+
+class DoubtError(Exception):
+    """Something that was taken to hold does not."""
+
+
+@contextmanager
+def trusting() -> Iterator[None]:
+    """Take conditions to hold until `read` has read them."""
+    before = _tests()
+    _kept.tests = []
+    try:
+        yield
+    finally:
+        _kept.tests = before
+
+
+def _tests() -> list[Tensor] | None:
+    return getattr(_kept, "tests", None)
+
+
+def holds(condition: Tensor) -> bool:
+    """Tell whether a condition (bool, no dimensions) holds; within `trusting` it is said to."""
+    tests = _tests()
+    if tests is None:
+        return bool(condition)
+    tests.append(condition)
+    return True
+
+
+def read(values: Sequence[Number | None]) -> list[float | None]:
+    """Return numbers, those on a device in one read, with the conditions kept until now.
+
+    Raises:
+        DoubtError: a condition does not hold.
+    """
+    tests = _tests() or []
+    told = _fetch([*tests, *(value for value in values if isinstance(value, Tensor))])
+    if not all(told[: len(tests)]):
+        raise DoubtError
+    numbers = iter(told[len(tests) :])
+    tests.clear()
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+def _fetch(values: Sequence[Tensor]) -> list[float]:
+    """Copy tensors of no dimensions to the host, all at once."""
+    if not values:
+        return []
+    return torch.stack([value.to(widest(value.device)) for value in values]).tolist()
+
+
+def quotient(part: Tensor, whole: Tensor) -> Tensor:
+    """Return part / whole in the widest type, or 0 if the whole is 0."""
+    part, whole = (value.to(widest(value.device)) for value in (part, whole))
+    return torch.where(whole == 0, 0.0, part / whole)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float type a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64

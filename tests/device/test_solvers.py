@@ -1,0 +1,87 @@
+"""Solvers, statistics and patterns on a device that is not there: types, shapes, devices, reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.traced import tracing
+from calmix.pruning.gram import Gram, Squares
+from calmix.pruning.methods import METHODS, get_method
+from calmix.pruning.patterns import SemiStructured, Unstructured, grouped_mask, layer_mask, smallest
+from calmix.pruning.reading import read, trusting
+from tests.pruning.toy import Means
+
+CUDA = torch.device("cuda")
+PATTERNS = [Unstructured(0.6), SemiStructured(2, 4), SemiStructured(16, 32)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def on_device(*tensors):
+    return all(tensor.device.type == "cuda" for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [Gram, Squares, Means])
+def test_statistics_stay_on_the_device(kind, dtype):
+    with tracing() as traced:
+        sums = kind(96, CUDA)
+        for length in (40, 7):
+            sums.add(torch.randn(3, length, 96, dtype=dtype))
+        made = sums.matrix()
+        assert on_device(made)
+        assert made.dtype == torch.float32
+    assert sums.tokens == 141
+    assert not traced.reads
+    assert not traced.copies
+
+
+def test_a_gram_matrix_is_summed_in_place():
+    """No product is as large as the sum itself: a wide layer's would take gigabytes."""
+    with tracing() as traced:
+        sums = Gram(4096, CUDA)
+        traced.operations.clear()
+        sums.add(torch.randn(1, 8, 4096, dtype=torch.bfloat16))
+    assert traced.operations == {"randn": 1, "addmm": 2}  # two panels of the upper triangle
+
+
+def test_without_products_that_sum_in_float32_inputs_are_widened(monkeypatch):
+    """ROCm, and whatever is no CUDA."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with tracing() as traced:
+        sums = Gram(96, CUDA)
+        sums.add(torch.randn(2, 8, 96, dtype=torch.float16))
+        assert sums.matrix().dtype == torch.float32
+    assert traced.operations["addmm_"] == 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", [*METHODS, "sparsegpt,refit=11", "wanda,refit=1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_solve_reads_nothing(name, pattern, dtype):
+    """Layers of several sizes; what the reports need is told in one read."""
+    method = get_method(name)
+    with tracing() as traced, trusting(), torch.inference_mode():
+        weights = [torch.randn(rows, 192, dtype=dtype) for rows in (24, 40)]
+        weights.append(torch.randn(192, 8, dtype=dtype).T)
+        needs = method.needs
+        statistic = None if needs is None else torch.randn(*(192,) * (2 if needs is Gram else 1))
+        solved = method.solve(weights, statistic, [pattern] * 3)
+        assert on_device(*solved.weights)
+        assert [w.shape for w in solved.weights] == [w.shape for w in weights]
+        assert not traced.reads, traced.reads
+        assert not traced.copies, traced.copies
+        told = read([solved.dead, *solved.errors])
+    assert len(told) == 4
+    assert sum(traced.reads.values()) <= 1
+
+
+@pytest.mark.parametrize("score", [(5, 64), (1, 5000), (3, 2)])
+def test_masks_are_made_without_the_host(score):
+    with tracing() as traced:
+        values = torch.rand(score)
+        assert on_device(smallest(values, 2), smallest(values, score[1] - 1), smallest(values, 0))
+        assert layer_mask(values, Unstructured(0.5)).shape == score
+        assert grouped_mask(values, SemiStructured(1, 2)).dtype == torch.bool
+    assert not traced.reads
+    assert not traced.copies
