@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
@@ -28,6 +29,40 @@ FREE = {"device", "sym_size", "sym_stride", "sym_numel", "detach", "empty", "emp
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
+class Work(NamedTuple):
+    """One operation: products by the precision of their factors, and bytes read and written."""
+
+    name: str
+    flop: float
+    precision: str
+    moved: int
+
+
+def _flop(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> tuple[float, str]:
+    """Return FLOP of products and factorisations by PyTorch's own formulas, and the precision."""
+    packet = func.overloadpacket
+    if packet is aten.linalg_cholesky_ex:
+        return args[0].shape[-1] ** 3 / 3, "float32"
+    if packet is aten.linalg_solve_triangular:
+        return args[1].numel() * args[0].shape[-1], "float32"
+    if packet is aten.linear:  # whole within inference mode
+        flop = 2.0 * args[0].numel() * len(args[1])
+        return flop, "float32" if args[0].dtype == torch.float32 else "half"
+    if packet is aten.scaled_dot_product_attention:
+        query, key = args[:2]
+        return 2.0 * query.numel() * key.shape[-2], "half"  # half of the square: causal
+    if packet not in flop_registry:
+        return 0.0, "none"
+    own = {key: value for key, value in kwargs.items() if key not in ("out", "beta", "alpha")}
+    factors = args[:3] if packet is aten.addmm else args
+    flop = float(flop_registry[packet](*factors, **own, out_val=found))
+    first = next(a for a in args[packet is aten.addmm :] if isinstance(a, Tensor))
+    if first.dtype != torch.float32:
+        return flop, "half"
+    fast = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return flop, "tf32" if fast else "float32"
+
+
 class Traced(TorchDispatchMode):
     """Counts what a program asks of a device.
 
@@ -35,7 +70,7 @@ class Traced(TorchDispatchMode):
         reads: times the host waits for numbers, by operation.
         copies: tensors that go from one device to another, by (from, to).
         operations: all operations that start work, by name; views start none.
-        moved: bytes they read and write.
+        work: the same with what each computes and moves.
     """
 
     def __init__(self) -> None:
@@ -43,7 +78,7 @@ class Traced(TorchDispatchMode):
         self.reads: Counter[str] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()
+        self.work: Counter[Work] = Counter()
 
     def __torch_dispatch__(
         self,
@@ -62,9 +97,14 @@ class Traced(TorchDispatchMode):
         if (name in READS or chosen) and away:
             self.reads[name] += 1
         if name == "_local_scalar_dense":
-            return torch.ones((), dtype=args[0].dtype, device="cpu").item()
+            return 1.0 if args[0].is_floating_point() else args[0].dtype == torch.bool or 1
         if name == "equal":
             return True
+        if name == "nonzero":  # as if all were chosen
+            return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if name == "_unique2":  # as if all were distinct
+            found = args[0].reshape(-1)
+            return found, found.new_zeros(args[0].shape, dtype=torch.int64), found
         if "out" in kwargs and isinstance(kwargs["out"], Tensor):
             found = _into(func, args, kwargs)
         else:
@@ -78,12 +118,14 @@ class Traced(TorchDispatchMode):
             return found
         if any(t.device.type != "cpu" for t in (*given, *made)):
             self.operations[name] += 1
-            self.moved[name] += sum(t.numel() * t.element_size() for t in (*given, *made))
+            moved = sum(t.numel() * t.element_size() for t in (*given, *made))
+            self.work[Work(name, *_flop(func, args, kwargs, found), moved)] += 1
         return found
 
     def listed(self, value: Tensor) -> Any:
         """Return what `tolist` might."""
-        self.reads["tolist"] += value.device.type != "cpu"
+        if value.device.type != "cpu":
+            self.reads["tolist"] += 1
         fill = {torch.bool: True, torch.int64: 1}.get(value.dtype, 1.0)
 
         def filled(shape: tuple[int, ...]) -> Any:
@@ -204,10 +246,15 @@ def _is_mask(key: Any) -> bool:
 
 
 @contextmanager
-def tracing(device: str = "cuda") -> Iterator[Traced]:
-    """Make tensors fake, on `device` unless told otherwise, and count what is done with them."""
+def tracing(device: str | None = "cuda") -> Iterator[Traced]:
+    """Make tensors fake and count what is done with them.
+
+    Args:
+        device: where they are made that nobody says of where; None for the CPU.
+    """
     traced = Traced()
-    modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), torch.device(device)
+    where = torch.device(device or "cpu")
+    modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), where
     before = FakeTensor.tolist
     FakeTensor.tolist = lambda value: traced.listed(value)
     try:
@@ -219,12 +266,13 @@ def tracing(device: str = "cuda") -> Iterator[Traced]:
         FakeTensor.tolist = before
 
 
-def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Return a causal language model without numbers, on the device that is traced.
+def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
+    """Return a causal language model without numbers.
 
     Args:
         config: transformers' configuration.
         dtype: of its weights.
+        device: where it is said to be.
     """
     from transformers import AutoModelForCausalLM
 
@@ -233,10 +281,10 @@ def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                made = torch.empty(weight.shape, dtype=weight.dtype)
+                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
                 module._parameters[name] = nn.Parameter(made, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     model.tie_weights()
     return model.eval()

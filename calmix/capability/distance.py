@@ -222,24 +222,24 @@ def distance(
         start = 0
         for states in hidden_states(decoder, ids, device):
             stop = start + len(states)
-            kept = reference.hidden[name][start:stop]
+            kept = reference.hidden[name][start:stop].to(device)
             pairs = zip(
                 kept.flatten(0, 1).split(POSITIONS),
                 states.flatten(0, 1).split(POSITIONS),
                 strict=True,
             )
             for old, new in pairs:
-                kl, same = _compare(before(old.to(device)), after(new))
-                divergence.append(kl.cpu())
-                agree.append(same.cpu())
+                kl, same = _compare(before(old), after(new))
+                divergence.append(kl)
+                agree.append(same)
             tick(stop - start)
             start = stop
-        kls = torch.cat(divergence).double().numpy().reshape(len(ids), -1)
+        kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
         times = item_weights(name, len(ids), resamples=resamples, seed=seed)
         draws.append(times @ kls.mean(1) / len(ids))
-        found[name] = _summary(kls, torch.cat(agree), draws[-1])
+        found[name] = _summary(kls, torch.cat(agree).cpu(), draws[-1])
     return Distances(reference.dense, reference.texts, found, _total(found, draws))
 
 

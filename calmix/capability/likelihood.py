@@ -85,7 +85,7 @@ def row_nll(model: Any, ids: Tensor, *, tick: Callable[[int], None] | None = Non
     rows, length = ids.shape
     device = next(model.parameters()).device
     decoder, logits = decoder_and_head(model)
-    result = torch.empty(rows, length - 1)
+    result = torch.empty(rows, length - 1, device=device)
     start = 0
     for states in hidden_states(decoder, ids, device):
         stop = start + len(states)
@@ -99,8 +99,8 @@ def row_nll(model: Any, ids: Tensor, *, tick: Callable[[int], None] | None = Non
             )
             for at in range(0, len(target), HEAD_TOKENS)
         ]
-        result[start:stop] = torch.cat(parts).view(stop - start, -1).cpu()
+        result[start:stop] = torch.cat(parts).view(stop - start, -1)
         if tick is not None:
             tick(stop - start)
         start = stop
-    return result
+    return result.cpu()

@@ -299,17 +299,18 @@ class Scorer(TemplateLM):
         """Return log-probability and greediness of every target of the rows, in order."""
         width = hidden.shape[1]
         places = torch.tensor([n * width + t.node for n, r in enumerate(rows) for t in r.targets])
-        tokens = torch.tensor([t.token for row in rows for t in row.targets]).to(hidden.device)
+        tokens = torch.tensor([t.token for row in rows for t in row.targets])
         distinct, which = places.unique(return_inverse=True)
-        states = hidden.flatten(0, 1)[distinct.to(hidden.device)]
-        which = which.to(hidden.device)
-        values = torch.empty(len(tokens), device=hidden.device)
-        best = torch.empty(len(tokens), dtype=torch.bool, device=hidden.device)
+        device = hidden.device
+        states = hidden.flatten(0, 1)[distinct.to(device)]
+        values = torch.empty(len(tokens), device=device)
+        best = torch.empty(len(tokens), dtype=torch.bool, device=device)
         for at in range(0, len(states), HEAD_TOKENS):
             part = states[at : at + HEAD_TOKENS]
             logits = self._logits(part) if self._head else part.float()
             here = ((which >= at) & (which < at + HEAD_TOKENS)).nonzero().flatten()
-            line, token = which[here] - at, tokens[here]
+            # Counted on the host, and sent at once: nothing waits for the device.
+            line, token, here = torch.stack([which[here] - at, tokens[here], here]).to(device)
             values[here] = logits[line, token] - logits.logsumexp(-1)[line]
             best[here] = logits.argmax(-1)[line] == token
         return values.cpu(), best.cpu()

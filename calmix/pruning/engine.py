@@ -17,6 +17,7 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError, SolverError, nearest
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
-from calmix.pruning.gram import Statistic
+from calmix.pruning import sharing
+from calmix.pruning.gram import Statistic, bfloat16_products
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns
@@ -253,6 +255,7 @@ class _Sum:
     def matrix(self) -> Tensor:
         if self._known is None:
             assert self._sums is not None
+            sharing.gather(self._sums)
             self._known = self._sums.matrix()
             self._keep(self._known)
         return self._known
@@ -330,7 +333,8 @@ class Run:
         self._tiny = hidden, recorded
         self._calls, self.written = [], [written]
         micro_tokens = micro_tokens or tokens_at_once(device)
-        for number, batch in enumerate(ids.split(max(1, micro_tokens // ids.shape[1]))):
+        own = sharing.own_rows(ids)
+        for number, batch in enumerate(own.split(max(1, micro_tokens // ids.shape[1]))):
             with torch.inference_mode():
                 hidden, recorded, written = calls.record(batch.to(device))
             self._calls.append(recorded)
@@ -518,7 +522,9 @@ class Run:
         weights = [layer.view() for layer in layers]
         patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
         try:
-            solved = self.method.solve(weights, statistic, patterns)
+            # What a solver may round it says itself; the rest is float32, whatever is set.
+            with bfloat16_products(allowed=False):
+                solved = sharing.solve(self.method, weights, statistic, patterns)
         except SolverError as error:
             raise SolverError(f"{layers[0].name}: {error}") from error
         for layer, weight in zip(layers, solved.weights, strict=True):
@@ -532,6 +538,7 @@ class Run:
         Raises:
             DoubtError: what was taken to hold does not.
         """
+        sharing.agree()
         numbers = (n for _, s in self._solved for n in (s.damping, s.dead, *s.errors))
         told = iter(read(list(numbers)))
         for layers, solved in self._solved:
@@ -545,13 +552,18 @@ class Run:
                         columns=columns,
                         pruned=pruned,
                         sparsity=pruned / (rows * columns),
-                        error=next(told),
-                        damping=damping,
+                        error=_given(next(told)),
+                        damping=_given(damping),
                         factor_dtype=None if solved.dtype is None else str(solved.dtype)[6:],
                         dead_inputs=int(dead or 0),
                     )
                 )
         self._solved.clear()
+
+
+def _given(number: float | None) -> float | None:
+    """Return a number, or None for NaN, as what is not known comes from another process."""
+    return None if number is None or math.isnan(number) else number
 
 
 def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]:

@@ -8,7 +8,7 @@ is not positive definite, so no half-precision product is ever accumulated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.errors import SolverError
+from calmix.errors import InputError, SolverError
 from calmix.pruning.reading import Number, holds
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
@@ -86,6 +86,17 @@ class Statistic(ABC):
     def matrix(self) -> Tensor:
         """Return the statistic; nothing is added afterwards."""
 
+    def reduce(self, total: Callable[[Tensor], Any]) -> None:
+        """Add what other processes have gathered.
+
+        Args:
+            total: changes a tensor to the sum of all processes'.
+
+        Raises:
+            InputError: this one cannot be shared; by default none can.
+        """
+        raise InputError(f"{type(self).__name__} cannot be gathered by several processes")
+
     @classmethod
     def memory(cls, columns: int) -> int:
         """Return the bytes it takes; by default a few vectors."""
@@ -130,6 +141,10 @@ class Gram(Statistic):
                 x = flat[start : start + CHUNK].float()
                 for at in starts:
                     self._sum[at : at + panel, at:].addmm_(x[:, at : at + panel].T, x[:, at:])
+
+    def reduce(self, total: Callable[[Tensor], Any]) -> None:
+        """Add what other processes have gathered."""
+        total(self._sum)
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns): the running sum itself."""
@@ -181,6 +196,10 @@ class Squares(Statistic):
         for start in range(0, len(flat), ROWS):
             rows = flat[start : start + ROWS].to(torch.float32, copy=True)
             self._sum += rows.square_().sum(0)
+
+    def reduce(self, total: Callable[[Tensor], Any]) -> None:
+        """Add what other processes have gathered."""
+        total(self._sum)
 
     def matrix(self) -> Tensor:
         """Return the sums, float32 (columns,)."""

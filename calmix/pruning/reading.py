@@ -10,8 +10,9 @@ or says what is wrong.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,19 @@ def holds(condition: Tensor) -> bool:
         return bool(condition)
     tests.append(condition)
     return True
+
+
+def agreed(among: Callable[[Tensor], Any]) -> None:
+    """Make one condition of those kept until now, true if `among` leaves it true.
+
+    Args:
+        among: changes an int32 tensor of 0 or 1 to the least of all processes'.
+    """
+    tests = _tests()
+    if tests is not None:
+        whole = torch.stack(tests).all().int()
+        among(whole)
+        tests[:] = [whole]
 
 
 def read(values: Sequence[Number | None]) -> list[float | None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
 from calmix.pruning.layout import TOKENS, BlockCall, Calls
+from calmix.pruning.reading import widest
 from calmix.recovery.losses import relative_error
 from calmix.recovery.training import Masters, Stop, finite, rate, steps_of
 
@@ -132,25 +133,31 @@ def tune(
         SolverError: a loss is not finite.
     """
 
-    def error(numbers: Sequence[int], *, learn: bool) -> float:
-        tokens, total = sum(sizes[number] for number in numbers), 0.0
+    def error(numbers: Sequence[int], *, learn: bool) -> Tensor:
+        """Return the mean error a token, which stays on the device until an epoch is over."""
+        tokens, total = sum(sizes[number] for number in numbers), None
         for number in numbers:
             with torch.set_grad_enabled(learn):
                 output = stream.run(index, number, keep=False)
                 loss = relative_error(output, targets[number]) / tokens
-            value = loss.item()
-            if not finite(value):
-                raise SolverError(
-                    f"the loss is not finite in block {index}: lower --lr, or check the models' "
-                    "weights (--dtype float32 computes in more range)"
-                )
             if learn:
                 loss.backward()
                 masters.collect()
-            total += value
+            value = loss.detach().to(widest(loss.device))
+            total = value if total is None else total + value
+        assert total is not None
         return total
 
-    stop = Stop(error(held_out, learn=False))
+    def told(losses: Sequence[Tensor]) -> list[float]:
+        values = torch.stack(list(losses)).tolist()
+        if all(map(finite, values)):
+            return values
+        raise SolverError(
+            f"the loss is not finite in block {index}: lower --lr, or check the models' weights "
+            "(--dtype float32 computes in more range)"
+        )
+
+    stop = Stop(told([error(held_out, learn=False)])[0])
     report = BlockReport(index, stop.best, stop.best)
     best = masters.weights()
     steps = steps_of(len(groups), at_once, epochs, seed)
@@ -161,8 +168,9 @@ def tune(
             losses.append(error([groups[number] for number in steps[step]], learn=True))
             masters.step(rate(step, len(steps), lr))
             tick()
-        report.losses.append(sum(losses) / len(losses))
-        report.held_out.append(error(held_out, learn=False))
+        *values, reading = told([*losses, error(held_out, learn=False)])
+        report.losses.append(sum(values) / len(values))
+        report.held_out.append(reading)
         if stop.better(report.held_out[-1], epoch + 1):
             best = masters.weights()
         if stop.due:

@@ -1,9 +1,14 @@
 import pytest
 import torch
 
+from benchmarks.traced import tracing
 from calmix.errors import SolverError
+from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
 from calmix.pruning.gram import Gram, Squares, inverse_factor
+from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.reading import trusting
+from tests.tiny import tiny_ids, tiny_model
 
 
 @pytest.mark.parametrize("columns", [1, 7, 33, 600])
@@ -40,6 +45,56 @@ def test_matmul_precision_setting_is_restored(precision, dtype):
     finally:
         for backend, value in zip(backends, at_first, strict=True):
             backend.fp32_precision = value
+
+
+SETTINGS = [
+    lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    lambda: torch.set_float32_matmul_precision("high"),
+    lambda: torch.set_float32_matmul_precision("medium"),
+    lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+]
+
+
+def told():
+    """What every way of asking for the precision of products says, or that it refuses to."""
+    ways = (
+        lambda: torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision,
+        lambda: torch.backends.fp32_precision, lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+    )  # fmt: skip
+    found = []
+    for way in ways:
+        try:
+            found.append(way())
+        except RuntimeError:
+            found.append("mixed")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*API.*:UserWarning")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_precision_is_what_it_was_whatever_way_it_was_set(setting, monkeypatch):
+    """And what a solver does not allow itself is float32, not what the user has set."""
+    seen = []
+    solve = Wanda.choose
+
+    def choose(self, *given):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return solve(self, *given)
+
+    monkeypatch.setattr(Wanda, "choose", choose)
+    try:
+        setting()
+        before = told()
+        prune(tiny_model("llama"), tiny_ids(2, 8), method="wanda", pattern=Unstructured(0.5))
+        assert told() == before
+        assert set(seen) == {"ieee"}
+    finally:
+        torch.backends.fp32_precision = "none"
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            backend.fp32_precision = "none"
 
 
 def correlated(columns: int, tokens: int) -> torch.Tensor:
@@ -108,3 +163,14 @@ def test_dead_inputs_are_reported():
     gram = correlated(10, 100)
     gram[3] = gram[:, 3] = 0
     assert inverse_factor(gram).dead.nonzero().flatten().tolist() == [3]
+
+
+def test_where_float64_is_not_known_the_factor_is_made_on_the_cpu():
+    with tracing() as traced:
+        gram = torch.randn(24, 24, device="mps")
+        traced.copies.clear()
+        with trusting():
+            factor = inverse_factor(gram)
+        assert factor.upper.device == factor.dead.device == gram.device
+    assert traced.copies[("mps", "cpu")] == 2  # the matrix, and its mean
+    assert not traced.reads

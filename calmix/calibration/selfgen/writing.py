@@ -107,6 +107,8 @@ class _Sampler:
         self.openers = request.openers
         count, length = len(request.openers), request.length
         base = request.temperatures or [request.sampling.temperature] * count
+        # Apple's GPUs have no float64, in which the running sums are.
+        self.device = device = torch.device("cpu") if device.type == "mps" else device
         self.base = torch.tensor(base, dtype=torch.float32, device=device)
         draws = np.stack(
             [np.random.default_rng([request.seed, first + i]).random(length) for i in range(count)]
@@ -117,23 +119,23 @@ class _Sampler:
         self.start = [0] * count  # where in the row it starts
         self.drawn = [0] * count  # tokens of it that were sampled
         self.pending = [list(opener[0])[1:] for opener in request.openers]
-        self.nll = torch.full((count, length), math.nan)
+        self.nll = torch.full((count, length), math.nan, device=device)
         self.text = torch.zeros((count, length), dtype=torch.int32)
         self.sampled = torch.zeros((count, length), dtype=torch.bool)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        at, device = ids.shape[1], scores.device
-        logits = scores.float()
-        chosen = self._drawn(ids, logits, at)
+        at = ids.shape[1]
+        logits = scores.to(self.device, torch.float32)
         forced = [row.pop(0) if row else -1 for row in self.pending]
-        tokens = torch.where(torch.tensor(forced, device=device) >= 0, 0, chosen)
-        tokens += torch.tensor([max(0, token) for token in forced], device=device)
-        loss = logits.logsumexp(-1) - logits.gather(1, tokens[:, None])[:, 0]
-        self.nll[:, at] = loss.cpu()
+        # What the host knows goes to the device at once; the tokens come back at once.
+        given, start, drawn = torch.tensor([forced, self.start, self.drawn]).to(self.device)
+        chosen = self._drawn(ids.to(self.device), logits, at, start, drawn)
+        tokens = torch.where(given >= 0, given, chosen)
+        self.nll[:, at] = logits.logsumexp(-1) - logits.gather(1, tokens[:, None])[:, 0]
         self.text[:, at] = torch.tensor(self.turn, dtype=torch.int32)
         self.sampled[:, at] = torch.tensor([token < 0 for token in forced])
-        for row, (token, given) in enumerate(zip(tokens.tolist(), forced, strict=True)):
-            if given >= 0:
+        for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):
+            if opener >= 0:
                 continue
             self.drawn[row] += 1
             if token in self.ends:
@@ -144,19 +146,18 @@ class _Sampler:
         if self.tick is not None:
             self.tick(len(tokens))
         left = torch.full_like(logits, -torch.inf)
-        return left.scatter_(1, tokens[:, None], 0.0)
+        return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
-    def _drawn(self, ids: Tensor, logits: Tensor, at: int) -> Tensor:
-        sampling, device = self.sampling, logits.device
+    def _drawn(self, ids: Tensor, logits: Tensor, at: int, start: Tensor, drawn: Tensor) -> Tensor:
+        sampling = self.sampling
         if sampling.repetition_penalty != 1:
-            start = torch.tensor(self.start, device=device)[:, None].clamp(max=at - 1)
-            place = torch.arange(at, device=device)[None]
+            start = start[:, None].clamp(max=at - 1)
+            place = torch.arange(at, device=logits.device)[None]
             held = torch.where(place >= start, ids, ids.gather(1, start))
             logits = penalised(logits, held, sampling.repetition_penalty)
-        position = torch.tensor(self.drawn, device=device)
         return draw(
             logits,
-            sampling.temperatures(position, self.base),
+            sampling.temperatures(drawn, self.base),
             self.uniform[:, at],
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -279,7 +280,7 @@ def _batch(
             logits_processor=LogitsProcessorList([sampler]),
             **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
-    return Written(made.cpu(), sampler.nll, sampler.text, sampler.sampled)
+    return Written(made.cpu(), sampler.nll.cpu(), sampler.text, sampler.sampled)
 
 
 @contextmanager

@@ -1,0 +1,168 @@
+"""Recovery, scoring, distance and generation on a device that is not there.
+
+Gradients are given, not computed: a CPU build keeps no graph of what another device does.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.traced import empty_model, tracing
+from calmix.calibration.selfgen.sampling import Sampling
+from calmix.calibration.selfgen.writing import Request, _Sampler
+from calmix.capability.distance import _compare
+from calmix.capability.likelihood import decoder_and_head, row_nll
+from calmix.capability.packing import Row, Target
+from calmix.capability.scorer import Scorer
+from calmix.models import find_blocks
+from calmix.recovery.blocks import Stream, tune
+from calmix.recovery.distill import Progress, Settings, Student, distill, trained_names
+from calmix.recovery.training import Masters, Rows, reproducible
+from tests.tiny import VOCABULARY, tiny_config
+
+CUDA = torch.device("cuda")
+
+
+class Kept(dict):
+    """Hidden states in memory."""
+
+    def turn(self):
+        """Nothing: both sides are one."""
+
+
+def masters_of(model, names):
+    own = {name: model.get_parameter(name).requires_grad_() for name in names}
+    return Masters(own, lambda name: own[name].detach(), lambda name: "proj" in name)
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Say which tensors get a gradient, of its own type, where one is asked for."""
+    learning = []
+
+    def backward(loss):
+        for value in learning:
+            value.grad = torch.empty_like(value)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", lambda scores, by, slope: (torch.empty_like(by),))
+    switch = torch.set_grad_enabled
+    monkeypatch.setattr(torch, "set_grad_enabled", lambda on: switch(False))
+    switch(False)
+    yield learning
+    switch(True)
+
+
+def some_ids(rows, length):
+    return torch.randint(VOCABULARY, (rows, length))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_block_learns_with_a_read_an_epoch(kind, gradients):
+    with tracing(None) as traced:
+        model = empty_model(tiny_config(kind))
+        found = find_blocks(model)
+        stream = Stream(model, found)
+        stream.states = Kept(enumerate(stream.record(some_ids(4, 16), [[0], [1], [2], [3]])))
+        targets = Kept({n: torch.randn(1, 16, 32, device=CUDA) for n in range(4)})
+        names = [n for n, _ in model.named_parameters() if n.startswith(f"{found.name}.0.")]
+        masters = masters_of(model, names)
+        gradients += masters.parameters.values()
+        traced.reads.clear()
+        traced.copies.clear()
+        with reproducible(torch.device("cpu")):
+            tune(
+                stream, 0, masters, targets, [0, 1], [2, 3], [16] * 4,
+                at_once=2, epochs=2, lr=1e-3, seed=0,
+            )  # fmt: skip
+        assert all(value.device.type == "cuda" for value in masters.values.values())
+    assert traced.reads == {"tolist": 3}  # before the first epoch, and after each
+    assert not traced.copies
+
+
+def test_distillation_reads_once_a_step(gradients):
+    with tracing(None) as traced:
+        model = empty_model(tiny_config("llama"))
+        student = Student(model, find_blocks(model), None, recompute=False)
+        masters = masters_of(model, trained_names(model, find_blocks(model)))
+        gradients += masters.parameters.values()
+        alone = SimpleNamespace(
+            num_processes=1, process_index=0, backward=lambda loss: loss.backward(),
+            reduce=lambda total, reduction: total,
+        )  # fmt: skip
+        rows = Rows(torch.arange(4), torch.arange(4, 6))
+        rows.training.tolist = lambda: [0, 1, 2, 3]
+        rows.held_out.tolist = lambda: [4, 5]
+        kept = SimpleNamespace(best=lambda *_: None, reached=lambda *_: None)
+        made = distill(
+            student, masters, some_ids(6, 16), lambda part: torch.randn(len(part), 16, 32),
+            rows, Settings(1, 1e-3, 2, 0), alone, kept, progress=Progress(2),
+        )  # fmt: skip
+    assert made.done == 2
+    assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings
+    assert set(traced.copies) == {("cpu", "cuda")}  # ids and targets
+    assert traced.copies.total() == 2 * (2 + 3)
+
+
+def test_perplexity_and_distance_read_at_the_end():
+    with tracing(None) as traced:
+        model = empty_model(tiny_config("gemma2"))
+        nll = row_nll(model, some_ids(3, 20))
+        assert nll.shape == (3, 19)
+        assert not traced.reads
+        assert traced.copies[("cuda", "cpu")] == 1
+        traced.copies.clear()
+        logits = decoder_and_head(model)[1]
+        apart, same = _compare(*(logits(torch.randn(7, 32, device=CUDA).bfloat16()) for _ in "ab"))
+        assert apart.device == same.device == nll.to(CUDA).device
+        assert not traced.reads
+
+
+def test_scores_are_read_once_a_batch():
+    row = Row([5, 6, 7, 8], [-1, 0, 1, 2], [0, 1, 2, 3], [Target(0, 1, 7), Target(0, 2, 8)])
+    with tracing(None) as traced:
+        model = empty_model(tiny_config("llama"))
+        scorer = SimpleNamespace(
+            _head=True, _logits=decoder_and_head(model)[1], model=model, _device=CUDA,
+            _decoder=model.get_decoder(), _cache_key="past_key_values",
+        )  # fmt: skip
+        hidden = Scorer._run_plain(scorer, [row])
+        packed = Scorer._forward_packed(scorer, [row, row], None, 0)
+        assert (hidden.shape, packed.shape) == ((1, 4, 32), (2, 4, 32))
+        traced.copies.clear()
+        values, best = Scorer._values(scorer, [row], hidden)
+        assert values.device == best.device == torch.device("cpu")
+    assert not traced.reads
+    assert traced.copies == {("cpu", "cuda"): 2, ("cuda", "cpu"): 2}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2, start_temperature=2, ramp=3)],
+)
+def test_a_step_of_writing_reads_once(sampling):
+    request = Request([[[3, 4]], [[5]]], 6, sampling, seed=0)
+    with tracing(None) as traced:
+        sampler = _Sampler(request, 0, [2], CUDA, None)
+        ids = torch.ones(2, 1, dtype=torch.int64, device=CUDA)
+        for _ in range(3):
+            traced.reads.clear()
+            traced.copies.clear()
+            left = sampler(ids, torch.randn(2, VOCABULARY, device=CUDA).bfloat16())
+            ids = torch.cat([ids, left.argmax(-1, keepdim=True)], 1)
+            assert traced.reads == {"tolist": 1}
+            assert traced.copies == {("cpu", "cuda"): 1}
+    assert sampler.nll.device.type == "cuda"
+
+
+def test_where_float64_is_not_known_tokens_are_drawn_on_the_cpu():
+    request = Request([[[3]]], 4, Sampling(), seed=0)
+    with tracing(None):
+        sampler = _Sampler(request, 0, [2], torch.device("mps"), None)
+        ids = torch.ones(1, 1, dtype=torch.int64, device="mps")
+        left = sampler(ids, torch.randn(1, VOCABULARY, device="mps"))
+    assert left.device.type == "mps"
+    assert sampler.uniform.device.type == "cpu"
