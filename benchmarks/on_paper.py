@@ -31,7 +31,7 @@ from calmix.pruning.patterns import Pattern, parse_pattern
 from calmix.pruning.reading import trusting
 from calmix.study.cost import Machine, Sizes, on_paper, prune_seconds
 
-ROWS, LENGTH, MICRO = 128, 2048, 2048
+ROWS, LENGTH = 128, 2048
 MODELS = {
     "LLaMA-3.1-8B": Sizes(32, 4096, 14336, 4096, 1024, 128256),
     "LLaMA-3.1-70B": Sizes(80, 8192, 28672, 8192, 1024, 128256),
@@ -50,14 +50,16 @@ def unsolved(self: Method, weights: Any, statistic: Any, patterns: Any) -> Solut
     return Solution(list(weights), [0] * len(weights), [None] * len(weights))
 
 
-def print_traced(asked: Sequence[str], device: Machine, launch: float) -> None:
+def print_traced(
+    models: dict[str, Sizes], asked: Sequence[str], device: Machine, launch: float
+) -> None:
     """Print kernels, bytes and seconds of one block by method, from traced operations."""
     print(f"{device.name}; a block, {ROWS} x {LENGTH} tokens, {WIDE_TOKENS} at a time; "
           f"{launch * 1e6:g} us a kernel\n")  # fmt: skip
     print("| model | method | kernels | of the solve | GB moved | arithmetic, s | starting, s "
           "| share | reads |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, sizes in MODELS.items():
+    for name, sizes in models.items():
         config = AutoConfig.for_model(
             "llama", num_hidden_layers=2, vocab_size=64, hidden_size=sizes.hidden,
             intermediate_size=sizes.inner, num_attention_heads=sizes.query // 128, head_dim=128,
@@ -131,11 +133,13 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=80)
     parser.add_argument("--bandwidth", type=float, default=3350)
     parser.add_argument("--traced", nargs="*", metavar="METHOD[@N:M]", help="count kernels instead")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--launch-us", type=float, default=5, help="microseconds a kernel's start")
     options = parser.parse_args()
     device = on_paper(options.tflops, options.memory_gb, options.bandwidth)
     if options.traced is not None:
-        print_traced(options.traced or TRACED, device, options.launch_us * 1e-6)
+        chosen = {name: MODELS[name] for name in options.models}
+        print_traced(chosen, options.traced or TRACED, device, options.launch_us * 1e-6)
         return
     tokens = ROWS * LENGTH
     print(f"{device.name}; {ROWS} x {LENGTH} tokens, SparseGPT 60 %\n")
@@ -164,7 +168,7 @@ def main() -> None:
                   (sizes.hidden, up)]  # fmt: skip
         held = Held(
             block_bytes=2 * sizes.block_weights // sizes.blocks,
-            copies=False,
+            copies=1,
             outside_bytes=2 * sizes.vocabulary * sizes.hidden,
             layers=layers,
             hidden=sizes.hidden,
@@ -172,8 +176,9 @@ def main() -> None:
             length=LENGTH,
             value_bytes=2,
             methods=[method],
+            accelerator=True,
         )
-        plan = make_plan(held, int(options.memory_gb * 1e9), 0, MICRO, sequential=True)
+        plan = make_plan(held, int(options.memory_gb * 1e9), 0, WIDE_TOKENS, sequential=True)
         paused = "all" if plan.paused is None else plan.paused
         print(
             f"| {name} | {2 * sizes.weights / GIB:.0f} GiB | {held.block_bytes / GIB:.2f} GiB "

@@ -36,7 +36,8 @@ MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 def floor(ids: torch.Tensor) -> tuple[float, float]:
     """Seconds of one forward pass of the blocks, and of one Gram matrix per distinct input."""
     model = open_model(MODEL).model
-    found = find_blocks(model)
+    device = next(model.parameters()).device
+    found, ids = find_blocks(model), ids.to(device)
     with torch.inference_mode(False):
         layout = observe(model, found, ids[:1, :8].clone())
     calls = Calls(model, found, ids[:1, :8])
@@ -45,24 +46,31 @@ def floor(ids: torch.Tensor) -> tuple[float, float]:
     for number in range(2):  # a warm-up: the first products of a process are slow
         first, recorded, written = batches[number % len(batches)]
         recorded[0].run(found.blocks[0], first, written)
-    began = time.perf_counter()
+    began = now(device)
     for index, block in enumerate(found.blocks):
         for number, (_, recorded, written) in enumerate(batches):
             hidden[number] = recorded[index].run(block, hidden[number], written)
-    forward = time.perf_counter() - began
+    forward = now(device) - began
     torch.set_float32_matmul_precision("medium")
     gram = 0.0
     for inputs in layout:
         for shared in inputs:
             columns = shared.columns
-            x = torch.randn(MICRO_TOKENS, columns).bfloat16().float()
-            total = torch.zeros(columns, columns)
-            began = time.perf_counter()
+            x = torch.randn(MICRO_TOKENS, columns, device=device).bfloat16().float()
+            total = torch.zeros(columns, columns, device=device)
+            began = now(device)
             for _ in range(ids.numel() // MICRO_TOKENS):
                 total.addmm_(x.T, x)
-            gram += time.perf_counter() - began
+            gram += now(device) - began
     torch.set_float32_matmul_precision("highest")
     return forward, gram
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock, once the device has done all it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def ours(ids: torch.Tensor, method: str, propagation: str, pattern: Pattern) -> dict[str, float]:

@@ -207,13 +207,16 @@ class StreamedModel:
         read = {}
         for name in names:
             stored = self.names[name]
-            read[name] = self.shards.read([stored])[stored].to(own[name].dtype)
+            value = self.shards.read([stored])[stored].to(own[name].dtype)
+            # From pinned memory a copy to the device goes on beside what the device computes.
+            read[name] = value.pin_memory() if self.device.type == "cuda" else value
         return read
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             module, last = self._owner(name)
-            module._parameters[last] = nn.Parameter(value.to(self.device), requires_grad=False)
+            here = value.to(self.device, non_blocking=True)
+            module._parameters[last] = nn.Parameter(here, requires_grad=False)
 
     def _drop(self, names: list[str]) -> None:
         for name in names:

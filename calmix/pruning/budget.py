@@ -20,9 +20,11 @@ from dataclasses import dataclass
 
 from calmix.errors import InputError
 from calmix.pruning.methods import Method
+from calmix.pruning.solvers.scaled import WIDE
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+AT_ONCE = 64  # bytes an entry of the rows that a solver on an accelerator works on at a time
 SLACK = 0.05  # of the budget, for the allocator's rounding
 
 
@@ -32,17 +34,19 @@ class Sizes:
 
     Attributes:
         block_bytes: weights of the largest block.
-        copies: whether the dense weights are kept beside, for another target.
+        copies: how often the dense weights are kept beside: for another target, and on an
+            accelerator to do a block over.
         outside_bytes: weights outside the blocks, the output head excepted.
         layers: (outputs, inputs) of the linear maps of one block.
         hidden: width of the residual stream.
         rows, length: calibration rows and their tokens; 0 without calibration.
         value_bytes: bytes of a weight and of an activation.
         methods: of all targets.
+        accelerator: whether the work is done on a device that is no CPU.
     """
 
     block_bytes: int
-    copies: bool
+    copies: int
     outside_bytes: int
     layers: Sequence[tuple[int, int]]
     hidden: int
@@ -50,6 +54,7 @@ class Sizes:
     length: int
     value_bytes: int
     methods: Sequence[Method]
+    accelerator: bool = False
 
     @property
     def inner(self) -> int:
@@ -88,11 +93,16 @@ def parse_memory(text: str) -> int:
 
 
 def solver_bytes(sizes: Sizes) -> int:
-    """Return the most memory a solver takes: all layers of one width may share an input."""
+    """Return the most memory a solver takes: all layers of one width may share an input.
+
+    On an accelerator it works on more rows at a time.
+    """
     most = 0
     for width in {columns for _, columns in sizes.layers}:
         rows = [rows for rows, columns in sizes.layers if columns == width]
-        most = max([most, *(m.memory(width, sum(rows), max(rows)) for m in sizes.methods)])
+        wide = AT_ONCE * min(WIDE, width * max(rows)) if sizes.accelerator else 0
+        found = (m.memory(width, sum(rows), max(rows)) for m in sizes.methods)
+        most = max([most, *(held + wide for held in found)])
     return most
 
 

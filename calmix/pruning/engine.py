@@ -35,7 +35,7 @@ from calmix.pruning.gram import Statistic, bfloat16_products
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns
-from calmix.pruning.reading import DoubtError, holds, read, trusting
+from calmix.pruning.reading import DoubtError, Laps, holds, read, trusting
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
@@ -306,11 +306,7 @@ class Run:
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self.written: list[list[Any]] = []
         self._solved: list[tuple[list[Prunable], Solution]] = []  # not reported yet
-
-    @property
-    def on_trust(self) -> bool:
-        """Whether a block is read once (see reading.py), for which its dense weights are kept."""
-        return self.found.prunables(0)[0].module.weight.device.type != "cpu"
+        self._laps = Laps(torch.device("cpu"))
 
     @property
     def needs_ids(self) -> bool:
@@ -357,8 +353,10 @@ class Run:
         began = time.perf_counter()
         before = sum(self.report.seconds.values())
         layers = self.found.prunables(index)
+        device = layers[0].module.weight.device
+        self._laps = Laps(device)
         with torch.inference_mode():
-            if not self.on_trust:
+            if not self.trusts(device):
                 self._block(index)
             else:
                 dense = [layer.view().clone() for layer in layers]
@@ -370,11 +368,16 @@ class Run:
                         layer.assign(weight)
                     self._solved.clear()
                     self._block(index)
+        self._laps.read(self.report.seconds)
         if self.needs_ids:
             spent = sum(self.report.seconds.values()) - before
             self.report.seconds["forward"] += time.perf_counter() - began - spent
         else:
             self.report.seconds["solve"] += time.perf_counter() - began
+
+    def trusts(self, device: torch.device) -> bool:
+        """Tell whether blocks there are read once, for which dense weights are kept beside."""
+        return device.type != "cpu"
 
     def _block(self, index: int) -> None:
         if self.needs_ids:
@@ -503,14 +506,12 @@ class Run:
         return _Sum(made, None, lambda full: kept.setdefault(key, full))
 
     def _add(self, statistic: _Sum, inputs: Tensor) -> None:
-        began = time.perf_counter()
-        statistic.add(inputs)
-        self.report.seconds["statistics"] += time.perf_counter() - began
+        with self._laps.lap("statistics"):
+            statistic.add(inputs)
 
     def _solve(self, shared: SharedInput, statistic: _Sum) -> None:
-        began = time.perf_counter()
-        self._prune(shared.layers, statistic.matrix())
-        self.report.seconds["solve"] += time.perf_counter() - began
+        with self._laps.lap("solve"):
+            self._prune(shared.layers, statistic.matrix())
 
     def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
         """Solve layers that share an input and write their weights."""

@@ -10,7 +10,8 @@ or says what is wrong.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +84,41 @@ def _fetch(values: Sequence[Tensor]) -> list[float]:
     if not values:
         return []
     return torch.stack([value.to(widest(value.device)) for value in values]).tolist()
+
+
+class Laps:
+    """Seconds by activity: of the host's clock, or between marks in a device's queue.
+
+    A host that only hands work over cannot tell how long it takes; marks are read once a block,
+    after its numbers, when all of them have been passed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type in ("cuda", "xpu") else None
+        if not torch.accelerator.is_available():
+            self._device = None
+        self._laps: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def lap(self, activity: str) -> Iterator[None]:
+        """Count what is done within as an activity's."""
+        began = self._mark()
+        yield
+        self._laps.append((activity, began, self._mark()))
+
+    def _mark(self) -> Any:
+        if self._device is None:
+            return time.perf_counter()
+        mark = torch.Event(self._device, enable_timing=True)
+        mark.record()
+        return mark
+
+    def read(self, seconds: MutableMapping[str, float]) -> None:
+        """Add what was counted, and begin anew."""
+        for activity, began, ended in self._laps:
+            on_host = self._device is None
+            seconds[activity] += ended - began if on_host else began.elapsed_time(ended) / 1000
+        self._laps.clear()
 
 
 def quotient(part: Tensor, whole: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def plan_for(
         source: the model.
         ids: calibration ids, None if no target needs them.
         targets: what is to be done.
-        budget: bytes; None for what is free, which is never refused.
+        budget: bytes; None for what is free, which is only refused where it is an accelerator's
+            and could not hold one block if all of it were free.
         beside: what else looks at the model.
 
     Raises:
@@ -79,13 +80,14 @@ def plan_for(
             earlier work had, or earlier works of several targets had other sizes.
     """
     blocks = source.blocks
+    accelerator = source.device.type != "cpu"
     rows, length = (0, 0) if ids is None else ids.shape
     config = source.model.config.get_text_config(decoder=True)
     largest = max(range(len(blocks)), key=source.block_bytes)
     layers = [layer.shape for layer in blocks.prunables(largest)]
     sizes = Sizes(
         block_bytes=source.block_bytes(largest),
-        copies=len(targets) > 1,
+        copies=(len(targets) > 1) + accelerator,
         outside_bytes=source.outside_bytes if rows else 0,
         layers=layers,
         hidden=getattr(config, "hidden_size", None) or max(columns for _, columns in layers),
@@ -93,13 +95,9 @@ def plan_for(
         length=length,
         value_bytes=source.dtype.itemsize,
         methods=[target.method for target in targets] + list(beside),
+        accelerator=accelerator,
     )
-    if source.device.type == "cuda":
-        held = torch.cuda.memory_allocated(source.device)
-        free = torch.cuda.mem_get_info(source.device)[0]
-    else:
-        held = psutil.Process().memory_info().rss
-        free = free_memory()
+    held, free, total = device_memory(source.device)
     sequential = bool(beside) or any(
         t.propagation == "sequential" and t.method.needs for t in targets
     )
@@ -116,11 +114,25 @@ def plan_for(
     at_once = earlier.pop() * length if earlier else tokens_at_once(source.device)
     if budget is not None:
         return make_plan(sizes, budget, held, at_once, sequential=sequential, fixed=fixed)
-    whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential)
+    # What a device has is the same every time, and there is no swapping: it decides too.
+    most = 2**62 if total is None else total
+    whole = make_plan(sizes, most, held, at_once, sequential=sequential, fixed=bool(earlier))
+    at_once = whole.micro_tokens or at_once
     with contextlib.suppress(InputError):
         room = held + int(FREE_SHARE * free)
         return make_plan(sizes, room, held, at_once, sequential=sequential, fixed=fixed)
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
+
+
+def device_memory(device: torch.device) -> tuple[int, int, int | None]:
+    """Return bytes this process holds where it works, bytes free, and all there are.
+
+    Of the last a CPU's is None: what does not fit is swapped.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return torch.cuda.memory_allocated(device), free, total
+    return psutil.Process().memory_info().rss, free_memory(), None
 
 
 def prepare_files(source: WeightSource, work: WorkFolder) -> None:

@@ -158,8 +158,9 @@ def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
     """Return an accelerator known from its data sheet only.
 
     Half of the stated products are reached, a twentieth in float32, two thirds of the bandwidth.
-    A group of 16 columns takes twelve kernel launches of 10 microseconds. All shares and times
-    are assumptions of ours; no accelerator was measured.
+    Starting a kernel takes 5 microseconds, and a column of SparseGPT two thirds of one
+    (`benchmarks/on_paper.py --traced` counts them). All shares and times are assumptions of ours;
+    no accelerator was measured.
     """
     products, bandwidth = 0.5e12 * tflops, 0.67e9 * bandwidth_gbs
     return Machine(
@@ -169,7 +170,7 @@ def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
         gram_flops=products,
         factor_flops=0.05e12 * tflops,
         solve_flops=0.05e12 * tflops,
-        step_seconds=12 * 10e-6 / 16,
+        step_seconds=5e-6 * 2 / 3,
         cached_bytes=bandwidth,
         memory_bytes=bandwidth,
         memory=1e9 * memory_gb,

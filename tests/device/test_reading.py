@@ -10,7 +10,7 @@ from calmix.models import find_blocks
 from calmix.pruning import Unstructured, get_method
 from calmix.pruning import gram as gram_module
 from calmix.pruning.engine import Run, run_through
-from calmix.pruning.reading import DoubtError, holds, quotient, read, trusting
+from calmix.pruning.reading import DoubtError, Laps, holds, quotient, read, trusting
 from tests.tiny import tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -21,7 +21,7 @@ def pruned(monkeypatch, method, *, trust, propagation="sequential", change=lambd
     model = tiny_model("llama")
     change(model)
     run = Run(model, find_blocks(model), get_method(method), HALF, propagation)
-    monkeypatch.setattr(Run, "on_trust", trust)
+    monkeypatch.setattr(Run, "trusts", lambda self, device: trust)
     run_through(run, tiny_ids() if run.needs_ids else None, 96)
     return dict(model.named_parameters()), run.report
 
@@ -80,3 +80,36 @@ def test_a_quotient_of_nothing_is_zero():
     assert float(quotient(one, zero)) == 0
     assert float(quotient(one, 4 * one)) == 0.25
     assert quotient(one, one).dtype == torch.float64
+
+
+class Mark:
+    """An event of a device that is not there: marks are a second apart."""
+
+    made = 0
+
+    def __init__(self, device, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Mark.made += 1
+        self.at = Mark.made
+
+    def elapsed_time(self, other):
+        return 1000.0 * (other.at - self.at)
+
+
+def test_seconds_are_those_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "Event", Mark)
+    laps, seconds = Laps(torch.device("cuda")), {"solve": 0.5, "statistics": 0.0}
+    with laps.lap("solve"), laps.lap("statistics"):
+        pass
+    laps.read(seconds)
+    assert seconds == {"solve": 3.5, "statistics": 1.0}
+    laps.read(seconds)
+    assert seconds["solve"] == 3.5
+    laps = Laps(torch.device("cpu"))
+    with laps.lap("solve"):
+        pass
+    laps.read(seconds)
+    assert 3.5 <= seconds["solve"] < 4.5

@@ -552,3 +552,28 @@ def test_a_disk_that_fills_up_half_way(calmix, deep, text_file, tmp_path, monkey
         assert hashes(small / "out") == hashes(tmp_path / "whole")
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_device_that_cannot_hold_a_block_is_refused(tmp_path, tiny_folder, monkeypatch):
+    """Its own memory decides the size of a micro-batch too, what happens to be free does not."""
+    streamed_model = StreamedModel(str(tiny_folder))
+    streamed_model.device = torch.device("cuda")
+    one = target(tmp_path / "out")
+    ids = tiny_ids(400, 32)
+
+    def plan(free, total):
+        monkeypatch.setattr(streamed, "device_memory", lambda device: (0, free, total))
+        return streamed.plan_for(streamed_model, ids, [one], budget=None)
+
+    try:
+        gib = 2**30
+        assert plan(gib, gib) == Plan(8192, None, True, plan(gib, gib).needed)
+        assert plan(gib // 256, gib).micro_tokens == 8192
+        small = plan(gib, 6 * 2**20)
+        assert small.micro_tokens < 8192
+        assert plan(0, 6 * 2**20).micro_tokens == small.micro_tokens
+        with pytest.raises(InputError, match="cannot hold one block at work"):
+            plan(gib, 2**18)
+    finally:
+        one.work.abandon()
+        streamed_model.close()
