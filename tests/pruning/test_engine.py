@@ -186,6 +186,7 @@ class Replay(Run):
                     self._run(index, number, keep=False)
             handle.remove()
             self._solve(shared, statistic)
+        self._settle()
         for number in batches:
             self.states[number] = self._run(index, number)
 
@@ -302,7 +303,7 @@ def test_an_error_half_way_leaves_no_hooks_and_no_coroutines(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("half way")
 
-    monkeypatch.setattr("calmix.pruning.engine._apply", broken)
+    monkeypatch.setattr("calmix.pruning.engine.LayerReport", broken)
     with pytest.raises(RuntimeError, match="half way"):
         prune(model, ids, pattern=Unstructured(0.5))
     assert not any(module._forward_pre_hooks for module in model.modules())
