@@ -8,7 +8,7 @@ load as a whole. Knows nothing about pruning.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from calmix.errors import ModelError
 from calmix.models.blocks import DecoderBlocks, find_blocks
+from calmix.models.converting import Conversions, Part
 from calmix.models.opening import (
     _device,
     _dtype,
@@ -49,12 +50,14 @@ class StreamedModel:
             `drop_outside`), the output head excepted, and for blocks between `fetch` and `drop`.
         blocks: its decoder blocks.
         shards: the folder's files.
-        names: name in the files of every parameter, by its name in the model.
+        names: name in the files of every parameter, by its name in the model, but for those that
+            are merged from several or split.
         buffers: the same of the buffers that files hold.
 
     Raises:
         ModelError: as `open_model`, or a file is cut short.
-        NotStreamableError: transformers would convert the weights while it loads them.
+        NotStreamableError: a parameter is not in the files, or what is merged while it is read
+            cannot be taken apart again.
     """
 
     in_place = True  # the files that are written are the checkpoint's own
@@ -78,27 +81,43 @@ class StreamedModel:
         self.model = _skeleton(config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        own = self.model.named_parameters(remove_duplicate=False)
-        self.names = self._stored(own, tied)
+        places = self.shards.places
+        self._conversions = Conversions(
+            self.model, {n: (p.dtype, p.shape) for n, p in places.items()}
+        )
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        self._parts = self._held(own)
+        self.names = {name: part.stored[0] for name, part in self._parts.items() if part.whole}
+        for name in own:
+            if name not in self._parts and name not in tied:
+                raise NotStreamableError(name)
         kept = self.model.state_dict().keys()
-        self.buffers = self._stored((b for b in self.model.named_buffers() if b[0] in kept), ())
+        buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
+        held = self._held(buffers)
+        self.buffers = {name: part.stored[0] for name, part in held.items() if part.whole}
+        for name in buffers:
+            if name not in self.buffers:
+                raise NotStreamableError(name)
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
-    def _stored(self, own: Iterable[tuple[str, Tensor]], tied: Container[str]) -> dict[str, str]:
-        """Return the names in the files of the model's own tensors, which may lack the prefix."""
-        base = getattr(self.model, "base_model_prefix", "") + "."
-        names = {}
-        for name, tensor in own:
-            for known in (name, name.removeprefix(base), base + name):
-                place = self.shards.places.get(known)
-                if place is not None and place.shape == tuple(tensor.shape):
-                    names[name] = known
-                    break
-            else:
-                if name not in tied:
-                    raise NotStreamableError(name)
-        return names
+    def _held(self, own: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Return the part of the files that each of the model's own tensors is in."""
+        shapes = {name: place.shape for name, place in self.shards.places.items()}
+        held = {
+            name: part
+            for part in self._conversions.parts
+            for name in part.parameters
+            if name in own and part.shapes[name] == tuple(own[name].shape)
+        }
+        if (name := self._conversions.faulty(held.values(), shapes)) is not None:
+            raise NotStreamableError(name)
+        return held
+
+    @property
+    def merges(self) -> bool:
+        """Whether parameters are merged from what the files hold apart, which takes memory."""
+        return len(self.names) < len(self._parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +127,7 @@ class StreamedModel:
     def block_names(self, index: int) -> list[str]:
         """Return the names in the model of a block's parameters."""
         prefix = f"{self.blocks.name}.{index}."
-        return [name for name in self.names if name.startswith(prefix)]
+        return [name for name in self._parts if name.startswith(prefix)]
 
     def block_bytes(self, index: int) -> int:
         """Return the bytes of a block's weights in memory."""
@@ -125,7 +144,7 @@ class StreamedModel:
             name
             for name, p in self.model.named_parameters(remove_duplicate=False)
             if not name.startswith(prefix)
-            and name in self.names
+            and name in self._parts
             and (id(p) not in skipped or id(p) in embedded)
         ]
 
@@ -161,7 +180,11 @@ class StreamedModel:
     def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
         """Return a block's weights by their names in the files, copied if they will change."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        held = {self.names[name]: own[name].detach() for name in self.block_names(index)}
+        names = self.block_names(index)
+        held = {self.names[name]: own[name].detach() for name in names if name in self.names}
+        merged = {name: own[name].detach() for name in names if name not in self.names}
+        if merged:
+            held |= self._conversions.split(merged)
         return {name: value.clone() for name, value in held.items()} if copy else held
 
     def drop(self, index: int) -> None:
@@ -174,7 +197,9 @@ class StreamedModel:
         What the model has no parameter for keeps the type it is stored in.
         """
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        types = {stored: own[name].dtype for name, stored in self.names.items()}
+        types = {
+            stored: own[name].dtype for name, part in self._parts.items() for stored in part.stored
+        }
         files: Files = {}
         for name, place in self.shards.places.items():
             files.setdefault(place.file, {})[name] = (types.get(name, place.dtype), place.shape)
@@ -183,7 +208,12 @@ class StreamedModel:
     def copy_others(self, writer: ShardWriter) -> None:
         """Write all tensors that belong to no block, one at a time."""
         blocks = range(len(self.blocks))
-        inside = {self.names[name] for index in blocks for name in self.block_names(index)}
+        inside = {
+            stored
+            for index in blocks
+            for name in self.block_names(index)
+            for stored in self._parts[name].stored
+        }
         for name in self.shards.places:
             if name not in inside:
                 writer.write(self.shards.read([name]))
@@ -204,12 +234,18 @@ class StreamedModel:
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        read = {}
+        read: dict[str, Tensor] = {}
         for name in names:
-            stored = self.names[name]
-            value = self.shards.read([stored])[stored].to(own[name].dtype)
+            if name not in read:
+                part = self._parts[name]
+                held = {
+                    stored: self.shards.read([stored])[stored].to(own[name].dtype)
+                    for stored in part.stored
+                }
+                read |= self._conversions.merge(part, held)
+        if self.device.type == "cuda":
             # From pinned memory a copy to the device goes on beside what the device computes.
-            read[name] = value.pin_memory() if self.device.type == "cuda" else value
+            read = {name: value.pin_memory() for name, value in read.items()}
         return read
 
     def _put(self, values: dict[str, Tensor]) -> None:
@@ -242,6 +278,7 @@ class WholeModel:
     """
 
     in_place = False
+    merges = False
     outside_bytes = 0  # already in memory, as all is
 
     def __init__(self, name: str, **how: Any) -> None:
