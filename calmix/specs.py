@@ -17,12 +17,18 @@ ROWS, LENGTH, SEED = 64, 512, 0
 DRAW = (
     "rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "licence", "own",
 )  # fmt: skip
-CALIBRATED = ("calibration", "propagation", *DRAW)  # what only a method that looks at data takes
+EXPERTS = ("experts", "expert_smoothing")
+CALIBRATED = (
+    "calibration",
+    "propagation",
+    *EXPERTS,
+    *DRAW,
+)  # what only a method that looks at data takes
 # What a user can say of any prune, whatever the method: no method's option has such a name.
 PRUNE = (
     *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
     "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
-    "resume", "overwrite", "json", "as_json", "help", "recover", "against",
+    "resume", "overwrite", "json", "as_json", "help", "recover", "against", "only", "skip",
 )  # fmt: skip
 
 
@@ -35,6 +41,8 @@ class PruneRequest:
         calibration: what to calibrate on, as `calmix.calibration.resolve` takes it.
         draw: the options of the draw that were given.
         allocation: `owl`, `error` or sparsities by layer; None for the same everywhere.
+        experts, expert_smoothing: as `calmix.pruning.experts.ExpertTokens` has them.
+        only, skip: patterns of layers' names, as `DecoderBlocks.select` takes them.
     """
 
     method: str
@@ -45,6 +53,10 @@ class PruneRequest:
     draw: dict[str, Any] = field(default_factory=dict)
     propagation: Propagation | None = None
     allocation: str | dict[str, float] | None = None
+    experts: str | None = None
+    expert_smoothing: float | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
 
 
 def prune_request(
@@ -60,8 +72,8 @@ def prune_request(
         method: as `calmix.pruning.methods.get_method` takes it.
         sparsity: share to prune, in (0, 1); or
         pattern: `N:M`. Exactly one of the two.
-        **options: calibration, propagation, allocation, those in `DRAW` and the method's own;
-            None means not given.
+        **options: calibration, propagation, allocation, experts, expert_smoothing, only, skip,
+            those in `DRAW` and the method's own; None means not given.
 
     Raises:
         InputError: an unknown name, a value out of range, something needed that is missing, or
@@ -81,6 +93,7 @@ def prune_request(
     if sparsity is not None and not 0 < sparsity < 1:
         raise InputError(f"sparsity {sparsity} is not between 0 and 1 (exclusive)")
     allocation = read_allocation(given.pop("allocation", None), sparsity)
+    only, skip = (tuple(given.pop(key, ())) for key in ("only", "skip"))
     if chosen.needs is None:
         if given:
             raise _no_effect(min(given), chosen.name)
@@ -89,7 +102,15 @@ def prune_request(
                 f"--allocation {allocation} looks at calibration data, which method {chosen.name} "
                 "has none of: name a file of sparsities, or choose another method"
             )
-        return PruneRequest(chosen.name, sparsity, pattern, chosen.options, allocation=allocation)
+        return PruneRequest(
+            chosen.name,
+            sparsity,
+            pattern,
+            chosen.options,
+            allocation=allocation,
+            only=only,
+            skip=skip,
+        )
     if "calibration" not in given:
         raise InputError(
             f"method {chosen.name} needs --calibration, such as "
@@ -103,7 +124,7 @@ def prune_request(
         raise InputError(f"unknown propagation '{propagation}': {nearest(propagation, known)}")
     return PruneRequest(
         chosen.name, sparsity, pattern, chosen.options, given["calibration"], draw, propagation,
-        allocation,
+        allocation, given.get("experts"), given.get("expert_smoothing"), only, skip,
     )  # fmt: skip
 
 

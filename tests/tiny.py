@@ -35,7 +35,16 @@ ARCHITECTURES = (
     "smollm3",
     "gemma4_text",
 )
-MIXTURES = ("mixtral", "qwen2_moe", "olmoe")
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "llama4_text",
+)
 
 
 def tiny_config(kind: str) -> Any:
@@ -50,6 +59,17 @@ def tiny_config(kind: str) -> Any:
         "num_experts": 4,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "intermediate_size_mlp": 64,
         "num_hidden_layers": blocks,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -72,6 +92,8 @@ def tiny_config(kind: str) -> Any:
     if kind in ("gpt2", "gpt_bigcode"):
         wanted |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
         wanted = {k: v for k, v in wanted.items() if not k.startswith(("num_", "hidden", "max_"))}
+    if kind.startswith("deepseek"):  # every head has keys of its own
+        wanted["num_key_value_heads"] = 4
     if kind == "bloom":
         wanted |= {"n_layer": 2, "n_head": 4}
     if kind == "opt":
@@ -86,7 +108,7 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim in (2, 3):
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     return model.requires_grad_(False)
 

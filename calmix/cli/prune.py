@@ -175,6 +175,31 @@ def prune_command(
             "more), error (layers that lose more keep more), or a JSON or YAML file.",
         ),
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            show_default="routed",
+            help="Tokens experts are pruned on: routed (their own, and with a small weight all), "
+            "all-tokens, or routed-only.",
+        ),
+    ] = None,
+    expert_smoothing: Annotated[
+        float | None,
+        typer.Option(
+            show_default="32", help="Tokens that the mean over all counts as, with routed."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default=False,
+            help="Prune layers of such names alone: '*.mlp.*', or re: and an expression.",
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(show_default=False, help="Leave layers of such names dense."),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -207,6 +232,10 @@ def prune_command(
         own=load_sources(sources) if sources is not None else None,
         propagation=propagation,
         allocation=allocation,
+        experts=experts,
+        expert_smoothing=expert_smoothing,
+        only=only or None,
+        skip=skip or None,
         **ctx.meta.get(METHOD_OPTIONS, {}),
     )
     from calmix.pruning.budget import parse_memory
@@ -254,6 +283,8 @@ def prune_command(
 
 def _tell(path: Path, report: PruneReport, *, brief: bool) -> None:
     """Print what became of a target: a line, and if not `brief` a table of the layers' errors."""
+    from calmix.pruning.experts import starved
+
     kinds: dict[str, list[float]] = {}
     for layer in report.layers:
         if layer.error is not None:
@@ -273,6 +304,15 @@ def _tell(path: Path, report: PruneReport, *, brief: bool) -> None:
     raised = [layer.name for layer in report.layers if (layer.damping or 0) > damping]
     if raised:
         out.print(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
+    if told := starved(report.layers, report.rows):
+        out.print(told, soft_wrap=True, highlight=False)
+    dense: dict[str, int] = {}
+    for one in report.dense:
+        dense[one.reason] = dense.get(one.reason, 0) + one.weights
+    whole = report.weights + report.dense_weights
+    if dense:
+        why = ", ".join(f"{reason} {weights / whole:.1%}" for reason, weights in dense.items())
+        out.print(f"left dense, of the blocks' weights: {why}", soft_wrap=True, highlight=False)
     out.print(
         f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
         f"in {report.seconds['total']:.1f} s: {path}",

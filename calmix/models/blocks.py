@@ -1,19 +1,28 @@
 """Find the decoder blocks of a model and the weights in them, by structure alone.
 
 Knows no model list: the decoder is the list of modules that holds most of the weights, and
-what can be pruned in a block are its linear maps.
+what can be pruned in a block are its linear maps. Experts are linear maps too, whether each is a
+module of its own or a slice of a parameter that holds all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calmix.errors import ModelError
+from calmix.errors import InputError, ModelError
+
+EXPERTS = "experts"  # how a list of experts is called, in every model that has one
+ROUTERS = ("router", "gate", "wg")  # how the linear maps are called that choose experts
+DOWN = re.compile(r"down|w2|out")  # how the last linear map of an expert is called
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -28,21 +37,52 @@ def is_conv1d(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Prunable:
-    """A linear map in a block, seen as a matrix of shape (rows = outputs, columns = inputs)."""
+    """A linear map in a block, seen as a matrix of shape (rows = outputs, columns = inputs).
+
+    Attributes:
+        name: qualified name; with `.weight` that of the parameter, but for slices of one.
+        module: what holds the parameter.
+        parameter: its name in the module.
+        transposed: whether the parameter is stored as (inputs, outputs).
+        mixture: qualified name of the module within which tokens are routed; None outside.
+        expert: number of the expert, None outside of experts.
+        fused: whether the parameter holds all experts along its first dimension.
+        rows: which of the parameter's outputs these are: gate and up may lie in one.
+        key: name within the expert, the same for all experts; of the parameter if it is fused.
+    """
 
     name: str
     module: Any
+    parameter: str = "weight"
+    transposed: bool = False
+    mixture: str | None = None
+    expert: int | None = None
+    fused: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))
+    key: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs)."""
-        rows, columns = self.module.weight.shape
-        return (columns, rows) if is_conv1d(self.module) else (rows, columns)
+        rows, columns = self.view().shape
+        return rows, columns
+
+    @property
+    def parameter_id(self) -> int:
+        """What tells the parameter from others."""
+        return id(self.module._parameters[self.parameter])
+
+    def whole(self) -> Tensor:
+        """Return the module's own parameter, of which this may be a part."""
+        weight: Tensor = self.module._parameters[self.parameter].data
+        return weight
 
     def view(self) -> Tensor:
         """Return the module's own weight, seen as (rows, columns)."""
-        weight = self.module.weight.detach()
-        return weight.T if is_conv1d(self.module) else weight
+        weight = self.whole()
+        if self.fused:
+            weight = weight[self.expert]
+        return (weight.T if self.transposed else weight)[self.rows]
 
     def matrix(self) -> Tensor:
         """Return the weight as float32 (rows, columns); a copy or view of the module's own."""
@@ -50,28 +90,266 @@ class Prunable:
 
     def assign(self, matrix: Tensor) -> None:
         """Write a (rows, columns) matrix into the module, in the module's own dtype."""
-        weight = matrix.T if is_conv1d(self.module) else matrix
-        self.module.weight.data.copy_(weight)
+        self.view().copy_(matrix)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight of a block that stays as it is, how many values it has, and why."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts that share a router, as a block's structure tells of them.
+
+    Attributes:
+        name: qualified name of the module within which tokens are routed.
+        module: that module; it is called once a pass.
+        experts: the experts' own modules, where each is one.
+        count: number of experts.
+    """
+
+    name: str
+    module: Any
+    experts: Any | None
+    count: int
 
 
 @dataclass(frozen=True)
 class DecoderBlocks:
-    """The decoder blocks of a model, in order, with the qualified name of their list."""
+    """The decoder blocks of a model, in order, with the qualified name of their list.
+
+    Attributes:
+        width: of the residual stream, None where the configuration does not tell.
+        shared: ids of parameters that are also used elsewhere.
+        only, skip: patterns of layers' names, as `select` takes them.
+    """
 
     name: str
     blocks: Any
+    width: int | None = None
+    shared: frozenset[int] = frozenset()
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def prunables(self, index: int) -> list[Prunable]:
-        """Return the linear maps of block `index` with their qualified names."""
+    def prunables(self, index: int, *, every: bool = False) -> list[Prunable]:
+        """Return the linear maps of block `index` with their qualified names.
+
+        Routers, gates of shared experts and what other parts of the model use too are none.
+
+        Args:
+            index: the block.
+            every: those too that `only` and `skip` leave out.
+        """
+        layers = self._layers(index)[0]
+        return layers if every else [layer for layer in layers if self._wanted(layer.name)]
+
+    def dense(self, index: int) -> list[Dense]:
+        """Return the other weights of block `index` that are no vectors."""
+        layers, dense = self._layers(index)
+        left = [layer for layer in layers if not self._wanted(layer.name)]
+        return [*dense, *(Dense(layer.name, layer.view().numel(), "skipped") for layer in left)]
+
+    def select(self, only: Sequence[str] = (), skip: Sequence[str] = ()) -> DecoderBlocks:
+        """Return the same blocks with other linear maps to prune.
+
+        Args:
+            only: patterns of names, `*.mlp.*` or `re:` and an expression that is searched for;
+                what none of them matches stays dense. Empty for all.
+            skip: patterns of what stays dense.
+
+        Raises:
+            InputError: a pattern matches no layer, is no expression, or nothing is left.
+        """
+        names = [layer.name for i in range(len(self)) for layer in self.prunables(i, every=True)]
+        for option, patterns in (("only", only), ("skip", skip)):
+            for pattern in patterns:
+                if not any(_matches(name, pattern) for name in names):
+                    raise InputError(f"--{option} '{pattern}' matches no layer, such as {names[0]}")
+        chosen = replace(self, only=tuple(only), skip=tuple(skip))
+        if not any(chosen._wanted(name) for name in names):
+            raise InputError("--only and --skip leave no layer to prune")
+        return chosen
+
+    def _wanted(self, name: str) -> bool:
+        chosen = not self.only or any(_matches(name, pattern) for pattern in self.only)
+        return chosen and not any(_matches(name, pattern) for pattern in self.skip)
+
+    def mixtures(self, index: int) -> list[Mixture]:
+        """Return the mixtures of experts in block `index`."""
         prefix = f"{self.name}.{index}"
-        return [
-            Prunable(f"{prefix}.{name}", module)
-            for name, module in self.blocks[index].named_modules()
-            if is_linear(module)
+        found = []
+        for name, module in self.blocks[index].named_modules():
+            path = f"{prefix}.{name}"
+            if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == EXPERTS:
+                owner = name.rpartition(".")[0]
+                parent = self.blocks[index].get_submodule(owner)
+                found.append(Mixture(f"{prefix}.{owner}".rstrip("."), parent, module, len(module)))
+            elif fused := fused_parameters(module, self.width):
+                found.append(Mixture(path, module, None, fused[0].count))
+        return found
+
+    def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
+        block, prefix = self.blocks[index], f"{self.name}.{index}"
+        mixtures = self.mixtures(index)
+        layers: list[Prunable] = []
+        taken: set[int] = set()
+        others: dict[int, str] = {}  # why a linear map is left out
+        for name, module in block.named_modules():
+            path = f"{prefix}.{name}"
+            if is_linear(module):
+                weight = module.weight
+                if id(weight) in self.shared:
+                    others[id(weight)] = "used elsewhere too"
+                elif _routes(path, weight, mixtures):
+                    others[id(weight)] = "router"
+                elif weight.dtype not in FLOATS:
+                    raise ModelError(
+                        f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
+                    )
+                else:
+                    layer = Prunable(path, module, transposed=is_conv1d(module), key=name)
+                    layers.append(_in_mixture(layer, mixtures))
+                    taken.add(id(weight))
+                continue
+            for fused in fused_parameters(module, self.width):
+                parameter = module._parameters[fused.name]
+                if id(parameter) in self.shared:
+                    others[id(parameter)] = "used elsewhere too"
+                    continue
+                taken.add(id(parameter))
+                layers += [
+                    Prunable(
+                        f"{path}.{expert}.{key}", module, fused.name, fused.transposed, path,
+                        expert, True, rows, fused.name,
+                    )
+                    for expert in range(fused.count)
+                    for key, rows in fused.parts.items()
+                ]  # fmt: skip
+        dense = [
+            Dense(path, p.numel(), others.get(id(p)) or _reason(path, p, mixtures))
+            for name, p in block.named_parameters()
+            if id(p) not in taken and p.ndim > 1 and p.numel() > max(p.shape)
+            if not name.endswith("bias")
+            for path in (f"{prefix}.{name}",)
         ]
+        return layers, dense
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Tell whether a layer's name is one of a pattern."""
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.search(pattern.removeprefix("re:"), name) is not None
+    except re.error as error:
+        raise InputError(f"'{pattern}' is no regular expression: {error}") from error
+
+
+def _in_mixture(layer: Prunable, mixtures: list[Mixture]) -> Prunable:
+    """Return a linear map with its place in the mixture it is in."""
+    for mixture in mixtures:
+        if not layer.name.startswith(f"{mixture.name}."):
+            continue
+        inside = layer.name.removeprefix(f"{mixture.name}.").split(".")
+        if mixture.experts is not None and inside[0] == EXPERTS:
+            key = ".".join(inside[2:])
+            return replace(layer, mixture=mixture.name, expert=int(inside[1]), key=key)
+        return replace(layer, mixture=mixture.name, key="/" + ".".join(inside))
+    return layer
+
+
+def _reason(path: str, parameter: Tensor, mixtures: list[Mixture]) -> str:
+    """Say why a parameter that belongs to no linear map stays dense."""
+    owner = path.rpartition(".")[0]
+    routes = parameter.ndim == 2 and _routes(owner, parameter, mixtures)
+    return "router" if routes else "no linear map"
+
+
+def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
+    """Tell whether a linear map chooses experts, or how much of a shared one is taken."""
+    for mixture in mixtures:
+        owner = mixture.name if mixture.experts is not None else mixture.name.rpartition(".")[0]
+        if not path.startswith(f"{owner}."):
+            continue
+        inside = path.removeprefix(f"{owner}.").split(".")
+        few = weight.shape[0] in (1, mixture.count)
+        if any(part.endswith("router") for part in inside) or (len(inside) == 1 and few):
+            return True
+        if inside[-1] in ROUTERS and inside[0] != EXPERTS:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A parameter of shape (experts, ...) that holds a linear map of every expert.
+
+    `parts` has the outputs that are one layer, by the layer's name.
+    """
+
+    name: str
+    count: int
+    transposed: bool
+    parts: Mapping[str, slice]
+
+
+def fused_parameters(module: nn.Module, width: int | None = None) -> list[Fused]:
+    """Return a module's own parameters that hold all experts, in order, or none.
+
+    They are matrices from the width of the input to that of the neurons, once or twice as many
+    outputs (gate and up in one), and back: how they are stored follows, but for experts without a
+    gate that are square, for which the module's own word or the model's width decides.
+
+    Args:
+        module: any module.
+        width: of the residual stream, if it is known.
+    """
+    own = {
+        name: tuple(p.shape)
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim == 3 and p.dtype in FLOATS
+    }
+    if len(own) < 2 or isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    count = min(shape[0] for shape in own.values())
+    names = list(own)
+    down = next((name for name in names if DOWN.search(name)), names[-1])
+    told = getattr(module, "is_transposed", None)
+    found = []
+    for transposed in (False, True) if told is None else (bool(told),):
+        sides = {n: s[:0:-1] if transposed else s[1:] for n, s in own.items()}  # (outputs, inputs)
+        back, neurons = sides.pop(down)
+        ups = set(sides.values())
+        if len(ups) == 1 and (up := ups.pop())[1] == back and up[0] in (neurons, 2 * neurons):
+            half = neurons if up[0] != neurons else None
+            found.append((back == width, transposed, half))
+    if not found:
+        return []
+    _, transposed, half = max(found, key=lambda way: way[0])
+    return [
+        Fused(name, count, transposed, _parts(module, name, None if name == down else half))
+        for name in names
+    ]
+
+
+def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice]:
+    """Return the outputs of gate and up where they lie in one parameter, by name of the layer."""
+    if half is None:
+        return {name: slice(None)}
+    gate, up = f"{name}.gate", f"{name}.up"
+    if "gate_up" in name:
+        gate, up = name.replace("gate_up", "gate"), name.replace("gate_up", "up")
+    if not getattr(module, "is_concatenated", True):
+        return {gate: slice(0, None, 2), up: slice(1, None, 2)}
+    return {gate: slice(0, half), up: slice(half, None)}
 
 
 def find_blocks(model: nn.Module) -> DecoderBlocks:
@@ -80,8 +358,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     The blocks are the outermost `ModuleList` with the most parameters in linear maps.
 
     Raises:
-        ModelError: there is no such list, or a block holds weights the engine cannot prune
-            (experts of a mixture, convolutions, state-space parameters).
+        ModelError: there is no such list, or no block has a linear map of floats.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in _outermost_lists(model):
@@ -93,9 +370,18 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
             best = (size, name, module)
     if best is None:
         raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear maps")
-    found = DecoderBlocks(best[1], best[2])
-    for index in range(len(found)):
-        _check_block(found, index)
+    used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    config = getattr(model, "config", None)
+    told = {} if config is None else config.get_text_config(decoder=True).to_dict()
+    width = told.get("hidden_size")
+    found = DecoderBlocks(
+        best[1],
+        best[2],
+        width if isinstance(width, int) else None,
+        frozenset(key for key, times in used.items() if times > 1),
+    )
+    if not any(found.prunables(index) for index in range(len(found))):
+        raise ModelError(f"the blocks in {found.name} have no linear maps that can be pruned")
     return found
 
 
@@ -106,32 +392,3 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield path, child
         else:
             yield from _outermost_lists(child, path)
-
-
-def _check_block(found: DecoderBlocks, index: int) -> None:
-    block = found.blocks[index]
-    where = f"{found.name}.{index}"
-    parameters = dict(block.named_parameters())
-    for name, module in block.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts":
-            raise _mixture(f"{where}.{name}")
-    for name, parameter in parameters.items():
-        if "expert" in name.lower() and parameter.ndim >= 2:
-            raise _mixture(f"{where}.{name}")
-    for name, parameter in parameters.items():
-        path = f"{where}.{name}"
-        if is_linear(block.get_submodule(name.rpartition(".")[0])):
-            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ModelError(f"weight {path} is {parameter.dtype}: only floats can be pruned")
-        elif parameter.ndim >= 2 and parameter.numel() > max(parameter.shape):
-            raise ModelError(
-                f"weight {path} of shape {tuple(parameter.shape)} is no linear map, and the "
-                "engine cannot prune it: only attention and dense feed-forward blocks work"
-            )
-
-
-def _mixture(path: str) -> ModelError:
-    return ModelError(
-        f"mixture-of-experts weights cannot be pruned yet (first: {path}); "
-        "models with dense feed-forward blocks work"
-    )

@@ -25,6 +25,7 @@ from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.pruning.engine import Run, check_names, run_through
+from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import bfloat16_products
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
@@ -233,7 +234,7 @@ class DensePass(Run):
     Args:
         by: `owl` or `error`.
         sparsities: of the whole; the error is taken at half of each.
-        paused: as for `prune`.
+        paused, experts: as for `Run`.
     """
 
     def __init__(
@@ -243,15 +244,23 @@ class DensePass(Run):
         by: str,
         sparsities: Sequence[float],
         paused: int | None = None,
+        experts: ExpertTokens | None = None,
     ) -> None:
         # What gathers the statistic, and is as large as what is done with it.
-        super().__init__(model, found, looker(by), Unstructured(0.5), "sequential", paused)
+        super().__init__(
+            model, found, looker(by), Unstructured(0.5), "sequential", paused, experts=experts
+        )
         self._by, self._sparsities = by, sparsities
         self._squares: dict[str, Tensor] = {}
         self._errors: list[tuple[float, str, Tensor]] = []
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
-    def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
+    def _prune(
+        self,
+        layers: list[Prunable],
+        statistic: Tensor | None = None,
+        tokens: int | None = None,
+    ) -> None:
         assert statistic is not None
         for layer in layers:
             if self._by == "owl":
@@ -265,7 +274,7 @@ class DensePass(Run):
         """Look at one block."""
         super().block(index)
         if self._by == "owl":
-            layers = self.found.prunables(index)
+            layers = [one for one in self.found.prunables(index) if one.name in self._squares]
             squares = [self._squares.pop(layer.name) for layer in layers]
             share = outlier_share([layer.view() for layer in layers], squares)
             named = [(whole, layer.name) for whole in self.importance for layer in layers]
@@ -278,7 +287,8 @@ class DensePass(Run):
 
     def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
         """Return exact patterns by layer, after all blocks."""
-        shapes, importance = _shapes(self.found), self.importance[sparsity]
+        importance = self.importance[sparsity]
+        shapes = {name: s for name, s in _shapes(self.found).items() if name in importance}
         sizes = [rows * columns for rows, columns in shapes.values()]
         values = [importance[name] for name in shapes]
         shares = spread(values, sizes, sparsity, SPREAD[self._by])

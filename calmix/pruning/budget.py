@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calmix.errors import InputError
+from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.methods import Method
 from calmix.pruning.solvers.scaled import WIDE
 
@@ -37,7 +38,9 @@ class Sizes:
         copies: how often the dense weights are kept beside: for another target, and on an
             accelerator to do a block over.
         outside_bytes: weights outside the blocks, the output head excepted.
-        layers: (outputs, inputs) of the linear maps of one block.
+        layers: (outputs, inputs) of the linear maps of one block, experts apart.
+        experts: those of one expert, of one of each mixture; `expert_count` has how many are like
+            it.
         hidden: width of the residual stream.
         rows, length: calibration rows and their tokens; 0 without calibration.
         value_bytes: bytes of a weight and of an activation.
@@ -55,11 +58,13 @@ class Sizes:
     value_bytes: int
     methods: Sequence[Method]
     accelerator: bool = False
+    experts: Sequence[tuple[int, int]] = ()
+    expert_count: int = 0
 
     @property
     def inner(self) -> int:
         """Width of the widest input."""
-        return max(columns for _, columns in self.layers)
+        return max(columns for _, columns in (*self.layers, *self.experts))
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,14 @@ class Plan:
         paused: micro-batches that may stay paused; None for all.
         overlap: whether blocks are read and written while another is pruned.
         needed: bytes at the peak.
+        expert_bytes: bytes that statistics of experts take at a time.
     """
 
     micro_tokens: int
     paused: int | None
     overlap: bool
     needed: int
+    expert_bytes: int = EXPERT_BYTES
 
 
 def parse_memory(text: str) -> int:
@@ -98,12 +105,20 @@ def solver_bytes(sizes: Sizes) -> int:
     On an accelerator it works on more rows at a time.
     """
     most = 0
-    for width in {columns for _, columns in sizes.layers}:
-        rows = [rows for rows, columns in sizes.layers if columns == width]
-        wide = AT_ONCE * min(WIDE, width * max(rows)) if sizes.accelerator else 0
-        found = (m.memory(width, sum(rows), max(rows)) for m in sizes.methods)
-        most = max([most, *(held + wide for held in found)])
+    for layers in (sizes.layers, sizes.experts):
+        for width in {columns for _, columns in layers}:
+            rows = [rows for rows, columns in layers if columns == width]
+            wide = AT_ONCE * min(WIDE, width * max(rows)) if sizes.accelerator else 0
+            found = (m.memory(width, sum(rows), max(rows)) for m in sizes.methods)
+            most = max([most, *(held + wide for held in found)])
     return most
+
+
+def one_expert_bytes(sizes: Sizes) -> int:
+    """Return what the statistics of one expert's widest input take, its own and that of all."""
+    kinds = [method.needs for method in sizes.methods]
+    held = [2 * kind.memory(width) for kind in kinds if kind for _, width in sizes.experts]
+    return max(held, default=0)
 
 
 def statistics_bytes(sizes: Sizes) -> int:
@@ -152,7 +167,8 @@ def make_plan(
     """
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
-    solver = solver_bytes(sizes)
+    expert = one_expert_bytes(sizes)
+    solver = solver_bytes(sizes) + expert
     if not sequential:  # a block's statistics are summed together
         solver += statistics_bytes(sizes)
     at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
@@ -167,10 +183,12 @@ def make_plan(
             weights = (copies + sizes.copies) * sizes.block_bytes
             least = held + weights + max(solver, running)
             if max(first, least) <= room:
-                paused = min(wanted, (room - least) // each)
-                needed = max(first, least + paused * each)
+                # Several experts at a time save a replay of those that do not stay paused.
+                more = min(EXPERT_BYTES, sizes.expert_count * expert, (room - least) // 2)
+                paused = min(wanted, (room - least - more) // each)
+                needed = max(first, least + more + paused * each)
                 limit = None if paused == wanted else paused
-                found.append(Plan(tokens, limit, copies > 1, needed))
+                found.append(Plan(tokens, limit, copies > 1, needed, max(more, expert)))
         if found:
             return max(found, key=lambda plan: wanted if plan.paused is None else plan.paused)
         if fixed or at_once == 1:

@@ -27,7 +27,7 @@ from calmix.models.opening import fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import LayerReport, Patterns, PruneReport
+from calmix.pruning.engine import Patterns, PruneReport, check_pattern, expert_tokens
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
 from calmix.pruning.streamed import (
@@ -88,6 +88,10 @@ def prune_checkpoints(
             check_output_folder(output, overwrite=overwrite)
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
+        names = {(request.only, request.skip) for request in targets.values()}
+        if len(names) > 1:
+            raise InputError("--only and --skip have to be the same for all targets")
+        source.blocks = source.blocks.select(*names.pop())
         jobs = [_job(output, request, source) for output, request in targets.items()]
         done = {job.output: _finished(job) for job in jobs} if resume else {}
         reports = {output: report for output, report in done.items() if report is not None}
@@ -113,7 +117,8 @@ def prune_checkpoints(
                 if work.goes_on:
                     say(f"going on after {work.done} of {len(source.blocks)} blocks")
             left = _allocated(source, ids, left, plan)
-            made = prune_streamed(source, ids, left, plan, progress=progress)
+            named = () if calibration is None else calibration.sources
+            made = prune_streamed(source, ids, left, plan, sources=named, progress=progress)
             for job, report in zip(left, made, strict=True):
                 _finish(source, tokenizer, job, report, calibration)
                 reports[job.output] = report
@@ -174,7 +179,8 @@ def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
         assert request.sparsity is not None
         pattern = from_shares(allocation, source.blocks, request.sparsity, method)
         allocation = "given"
-    asked = asdict(request)
+    check_pattern(source.blocks, pattern)
+    asked = asdict(request) | {"only": list(request.only), "skip": list(request.skip)}
     own = asked["draw"].pop("own", None)
     if own is not None:
         asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
@@ -188,6 +194,7 @@ def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
     return Job(
         work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
         propagation=request.propagation or "sequential", output=output, request=request,
+        experts=expert_tokens(request.experts, request.expert_smoothing, source.blocks),
         asked=asked,
     )  # fmt: skip
 
@@ -202,9 +209,9 @@ def _finished(job: Job) -> PruneReport | None:
         done = manifest["pruning"]
         report = PruneReport(
             done["method"], done["pattern"], done["propagation"], done["tokens"],
-            done["options"], done["allocation"],
-            [LayerReport(**layer) for layer in done["layers"]], run["seconds"],
+            done["options"], done["allocation"], done["rows"], seconds=run["seconds"],
         )  # fmt: skip
+        report.restore(done)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     job.work.remove_leftover()
@@ -221,7 +228,7 @@ def _allocated(
         if asking:
             assert ids is not None
             shares = sorted({job.request.sparsity or 0.0 for job in asking})
-            look = look_streamed(source, ids, by, shares, asking[0].work, plan)
+            look = look_streamed(source, ids, by, shares, asking[0].work, plan, asking[0].experts)
             for job in asking:
                 found = look.patterns(job.request.sparsity or 0.0, job.method)
                 job.work.keep_allocation(found)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,8 +30,9 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError, SolverError, nearest
-from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
+from calmix.models.blocks import DecoderBlocks, Dense, Prunable, find_blocks
 from calmix.pruning import sharing
+from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Statistic, bfloat16_products
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import Method, Solution, get_method
@@ -39,6 +41,7 @@ from calmix.pruning.reading import DoubtError, Laps, holds, read, trusting
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
+Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
 MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
 WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
@@ -46,7 +49,11 @@ WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer. `error` is the share of its output energy that was lost."""
+    """What happened to one layer.
+
+    `error` is the share of its output energy that was lost, `tokens` how many were routed to it
+    if it is an expert's.
+    """
 
     name: str
     rows: int
@@ -57,13 +64,27 @@ class LayerReport:
     damping: float | None
     factor_dtype: str | None
     dead_inputs: int
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """How many calibration tokens reach each expert of a mixture, and by source."""
+
+    name: str
+    tokens: list[int]
+    sources: dict[str, list[int]]
+
+
+PARTS: dict[str, Any] = {"layers": LayerReport, "dense": Dense, "experts": ExpertsReport}
 
 
 @dataclass
 class PruneReport:
     """What a prune did: a report per layer, totals, and seconds by activity.
 
-    `options` are the method's own; `allocation` says where sparsities by layer are from.
+    `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
+    are the weights of blocks that stayed as they were, vectors apart.
     """
 
     method: str
@@ -72,7 +93,10 @@ class PruneReport:
     tokens: int
     options: dict[str, Any] = field(default_factory=dict)
     allocation: str | None = None
+    rows: int = 0
     layers: list[LayerReport] = field(default_factory=list)
+    dense: list[Dense] = field(default_factory=list)
+    experts: list[ExpertsReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -90,12 +114,27 @@ class PruneReport:
         """Share of the weights in pruned layers that is zero."""
         return self.pruned / self.weights
 
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights in matrices of the blocks that stayed as they were."""
+        return sum(dense.weights for dense in self.dense)
+
+    def parts(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what grows block by block as JSON-serialisable values."""
+        return {name: [asdict(one) for one in getattr(self, name)] for name in PARTS}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Take the parts from what `parts` or `to_json` has given."""
+        for name, kind in PARTS.items():
+            setattr(self, name, [kind(**one) for one in kept[name]])
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
         return asdict(self) | {
             "weights": self.weights,
             "pruned": self.pruned,
             "sparsity": self.sparsity,
+            "dense_weights": self.dense_weights,
         }
 
 
@@ -118,6 +157,11 @@ def prune(
     propagation: Propagation = "sequential",
     micro_tokens: int | None = None,
     paused: int | None = None,
+    experts: str | None = None,
+    expert_smoothing: float | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> PruneReport:
@@ -135,6 +179,11 @@ def prune(
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         micro_tokens: tokens that run through a block at a time; None for what suits the device.
         paused: micro-batches that may hold a block's activations at a time; None for all.
+        experts: tokens that experts are pruned on: `routed` (default), `all-tokens` or
+            `routed-only`, as `ExpertTokens` says.
+        expert_smoothing: tokens that the mean over all tokens counts as, with `routed`.
+        only, skip: patterns of layers' names: those to be pruned, and those to be left dense.
+        sources: of each calibration row, to report which experts it reaches.
         progress: called with (blocks done, blocks) after every block.
         **options: the method's own, such as `damping=0.1`.
 
@@ -145,11 +194,29 @@ def prune(
         SolverError: a layer's weights or inputs are unusable.
     """
     chosen = get_method(method, **options)
-    found = find_blocks(model)
+    found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern)
-    run = Run(model, found, chosen, pattern, propagation, paused)
+    tokens = expert_tokens(experts, expert_smoothing, found)
+    run = Run(model, found, chosen, pattern, propagation, paused, experts=tokens, sources=sources)
     run_through(run, ids, micro_tokens, progress)
     return run.report
+
+
+def expert_tokens(mode: str | None, smoothing: float | None, found: DecoderBlocks) -> ExpertTokens:
+    """Return which tokens experts are pruned on.
+
+    Raises:
+        InputError: no such mode, or an option without effect.
+    """
+    if mode is None and smoothing is None:
+        return ExpertTokens()
+    given = "--experts" if mode is not None else "--expert-smoothing"
+    if not any(found.mixtures(index) for index in range(len(found))):
+        raise InputError(f"{given} has no effect: this model has no experts")
+    if smoothing is not None and mode not in (None, "routed"):
+        raise InputError(f"--expert-smoothing has no effect with --experts {mode}")
+    values: dict[str, Any] = {"mode": mode, "smoothing": smoothing}
+    return ExpertTokens(**{key: value for key, value in values.items() if value is not None})
 
 
 def run_through(
@@ -202,7 +269,7 @@ def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
     for layer in layers:
-        check_columns(_of_layer(pattern, layer.name), layer.shape[1])
+        check_columns(_of_layer(pattern, layer.name), layer.shape[1], layer.name)
 
 
 def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
@@ -272,6 +339,9 @@ class Run:
         pattern, propagation, paused: as for `prune`.
         shared: statistics of the first block's inputs that are the same for other runs, by kind
             and number: taken from here, or left here.
+        experts: which tokens experts are pruned on.
+        expert_bytes: bytes that statistics of several experts may take at a time.
+        sources: of each calibration row, for the report.
 
     Attributes:
         states: hidden states; the caller's to set once `record` has given the first.
@@ -289,6 +359,10 @@ class Run:
         propagation: Propagation,
         paused: int | None = None,
         shared: dict[tuple[type[Statistic], int], Tensor] | None = None,
+        *,
+        experts: ExpertTokens | None = None,
+        expert_bytes: int = EXPERT_BYTES,
+        sources: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.found = found
@@ -296,6 +370,9 @@ class Run:
         self.pattern = pattern
         self.propagation = propagation
         self.paused = paused
+        self.experts = experts or ExpertTokens()
+        self.expert_bytes = expert_bytes
+        self.sources = sources
         self._shared = shared
         self.states: States | dict[int, Tensor] = {}
         named = propagation if self.needs_ids else None
@@ -303,9 +380,13 @@ class Run:
         self.report = PruneReport(method.name, shown, named, 0, method.options)
         self.report.seconds = dict.fromkeys(ACTIVITIES if self.needs_ids else ("solve",), 0.0)
         self._calls: list[list[BlockCall]] = []
+        self._rows: list[int] = []
+        self._length = 0
+        self._gathered = False
+        self._counts: dict[str, dict[int, Tensor]] = {}
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self.written: list[list[Any]] = []
-        self._solved: list[tuple[list[Prunable], Solution]] = []  # not reported yet
+        self._solved: list[tuple[list[Prunable], Solution, int | None]] = []  # not reported yet
         self._laps = Laps(torch.device("cpu"))
 
     @property
@@ -320,20 +401,21 @@ class Run:
         """
         began = time.perf_counter()
         device = next(self.found.blocks[0].parameters()).device
-        self.report.tokens = ids.numel()
+        self.report.tokens, self.report.rows = ids.numel(), len(ids)
         # The layout is observed outside inference mode, where tensors count their versions.
         with torch.inference_mode(False), torch.no_grad():
             few = ids[:1, :TOKENS].clone().to(device)
             calls = Calls(self.model, self.found, few)
             hidden, recorded, written = calls.record(few)
         self._tiny = hidden, recorded
-        self._calls, self.written = [], [written]
+        self._calls, self.written, self._rows, self._length = [], [written], [], ids.shape[1]
         micro_tokens = micro_tokens or tokens_at_once(device)
         own = sharing.own_rows(ids)
         for number, batch in enumerate(own.split(max(1, micro_tokens // ids.shape[1]))):
             with torch.inference_mode():
                 hidden, recorded, written = calls.record(batch.to(device))
             self._calls.append(recorded)
+            self._rows.append(len(batch))
             self.written.append(written)
             yield number, hidden
         self.report.seconds["prepare"] += time.perf_counter() - began
@@ -341,8 +423,9 @@ class Run:
     def recorded_by(self, other: Run) -> None:
         """Take what another run of the same model and ids, yet to prune a block, has recorded."""
         self._calls, self._tiny = other._calls, other._tiny
+        self._rows, self._length = other._rows, other._length
         self.written = [list(values) for values in other.written]
-        self.report.tokens = other.report.tokens
+        self.report.tokens, self.report.rows = other.report.tokens, other.report.rows
 
     def block(self, index: int) -> None:
         """Prune one block, whose weights are in memory, and move the states on to the next.
@@ -353,8 +436,11 @@ class Run:
         began = time.perf_counter()
         before = sum(self.report.seconds.values())
         layers = self.found.prunables(index)
-        device = layers[0].module.weight.device
+        device = self._device(index)
         self._laps = Laps(device)
+        self.report.dense += self.found.dense(index)
+        told = len(self.report.dense), len(self.report.experts)
+        self._counts.clear()
         with torch.inference_mode():
             if not self.trusts(device):
                 self._block(index)
@@ -367,6 +453,7 @@ class Run:
                     for layer, weight in zip(layers, dense, strict=True):
                         layer.assign(weight)
                     self._solved.clear()
+                    del self.report.dense[told[0] :], self.report.experts[told[1] :]
                     self._block(index)
         self._laps.read(self.report.seconds)
         if self.needs_ids:
@@ -391,11 +478,12 @@ class Run:
         assert self._tiny is not None
         with torch.inference_mode(False):
             hidden, recorded = self._tiny
-            inputs = observe_block(self.found, index, recorded[index], hidden, self.written[0])
+            seen = observe_block(self.found, index, recorded[index], hidden, self.written[0])
+        self.report.dense += seen.dense
         if self.propagation == "sequential":
-            self._sequential(index, inputs, 0 if index else 1)
+            self._sequential(index, seen.inputs, 0 if index else 1)
         else:
-            self._two_pass(index, inputs, 0 if index else len(inputs))
+            self._two_pass(index, seen.inputs, 0 if index else len(seen.inputs))
 
     def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
         """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
@@ -404,33 +492,33 @@ class Run:
             self.found.blocks[index], self.states[number], written if keep else list(written)
         )
 
-    def _sequential(self, index: int, inputs: list[SharedInput], common: int) -> None:
+    def _sequential(self, index: int, inputs: list[SharedInput | Routed], common: int) -> None:
         """Prune one block in one pass; replace the states by its outputs unless it is the last.
 
         The first `common` inputs are the same whatever the block is pruned to.
         """
-        statistics = [self._statistic(inputs, 0, common)]
-        outside = _autocast_state({"cpu", inputs[0].layers[0].module.weight.device.type})
+        outside = _autocast_state({"cpu", self._device(index).type})
         current = 0
 
         def pause(number: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                if number < current:  # a micro-batch that begins the block anew
-                    return
-                with _autocast(outside):
-                    if number == current:
-                        self._add(statistics[0], args[0])
-                    getcurrent().parent.switch(number)
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                while number >= current:  # else a micro-batch that begins the block anew
+                    with _autocast(outside):
+                        work = getcurrent().parent.switch(number)
+                    if not work:
+                        return
+                    work(args, kwargs)
 
             return hook
 
         handles = [
-            shared.layers[0].module.register_forward_pre_hook(pause(number))
+            shared.module.register_forward_pre_hook(pause(number), with_kwargs=True)
             for number, shared in enumerate(inputs)
         ]
         batches = range(len(self._calls))
         held = len(batches) if self.paused is None else self.paused
         tasks: dict[int, greenlet] = {}
+        arrived: set[int] = set()
 
         def proceed(number: int) -> Any:
             if number in tasks:
@@ -438,21 +526,39 @@ class Run:
             tasks[number] = greenlet(self._run)
             return tasks[number].switch(index, number)
 
-        try:
-            for current, shared in enumerate(inputs):
-                if current:
-                    statistics.append(self._statistic(inputs, current, common))
-                for number in batches:
+        def gather(work: Work) -> None:
+            """Take every micro-batch to the input at hand, and do some work on it there."""
+            for number in batches:
+                if number not in arrived:
                     # A task that has ended, or stands elsewhere, took a path of its own.
                     reached = proceed(number)
                     if tasks[number].dead or reached != current:
                         raise ModelError(
-                            f"{shared.layers[0].name} is not reached by every micro-batch: the "
+                            f"{inputs[current].name} is not reached by every micro-batch: the "
                             "engine cannot prune layers that only some tokens pass through"
                         )
-                    if number >= held:
-                        tasks.pop(number).throw()
-                self._solve(shared, statistics.pop())
+                    arrived.add(number)
+                tasks[number].switch(partial(work, number))
+                if number >= held:
+                    arrived.discard(number)
+                    tasks.pop(number).throw()
+
+        try:
+            for current, shared in enumerate(inputs):
+                arrived.clear()
+                if isinstance(shared, Routed):
+                    for step, experts in self._waves(shared):
+                        self._experts(shared, step, experts, gather)
+                    continue
+                statistic = self._statistic(shared, current, common)
+
+                def add(number: int, args: Any, kwargs: Any, to: _Sum = statistic) -> None:
+                    with _autocast(outside):
+                        self._add(to, args[0])
+
+                gather(add)
+                self._solve(shared, statistic)
+                del statistic, add
             self._settle()
             current = len(inputs)
             if index + 1 < len(self.found):
@@ -466,34 +572,112 @@ class Run:
                 if task and not task.dead:
                     task.throw()
 
-    def _two_pass(self, index: int, inputs: list[SharedInput], common: int) -> None:
+    def _two_pass(self, index: int, inputs: list[SharedInput | Routed], common: int) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
-        statistics = [self._statistic(inputs, i, common) for i in range(len(inputs))]
-
-        def collect(number: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                self._add(statistics[number], args[0])
-
-            return hook
-
-        handles = [
-            shared.layers[0].module.register_forward_pre_hook(collect(number))
+        plain = [
+            (shared, self._statistic(shared, number, common))
             for number, shared in enumerate(inputs)
+            if isinstance(shared, SharedInput)
         ]
-        try:
-            for number in range(len(self._calls)):
-                self._run(index, number, keep=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for shared in inputs:
-            self._solve(shared, statistics.pop(0))
+
+        def gather(work: Work, at: nn.Module | None) -> None:
+            """Run the block on every micro-batch, and do some work at a mixture of experts."""
+            number = 0
+
+            def collect(to: _Sum) -> Callable[..., None]:
+                return lambda module, args: self._add(to, args[0])
+
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                work(number, args, kwargs)
+
+            handles = [
+                shared.module.register_forward_pre_hook(collect(statistic))
+                for shared, statistic in plain
+                if not self._gathered
+            ]
+            if at is not None:
+                handles.append(at.register_forward_pre_hook(hook, with_kwargs=True))
+            try:
+                for number in range(len(self._calls)):
+                    self._run(index, number, keep=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._gathered = True
+
+        self._gathered = False
+        # From the last input to the first: what is upstream of experts has to be dense still.
+        for routed in reversed([shared for shared in inputs if isinstance(shared, Routed)]):
+            for step, experts in reversed(self._waves(routed)):
+                self._experts(routed, step, experts, partial(gather, at=routed.module))
+        if not self._gathered:
+            gather(lambda number, args, kwargs: None, None)
+        while plain:
+            self._solve(*plain.pop(0))
         self._settle()
         if index + 1 < len(self.found):
             for number in range(len(self._calls)):
                 self.states[number] = self._run(index, number)
 
-    def _statistic(self, inputs: list[SharedInput], number: int, common: int) -> _Sum:
+    def _waves(self, routed: Routed) -> list[tuple[Step, list[int | None]]]:
+        """Return a mixture's steps, each with as many experts as have room for statistics."""
+        kind = self.method.needs
+        assert kind is not None
+        waves = []
+        for step in (step for step in routed.steps if step.layers):
+            at_once = max(1, self.expert_bytes // (2 * kind.memory(step.columns)))
+            experts = list(step.layers)
+            waves += [(step, experts[at : at + at_once]) for at in range(0, len(experts), at_once)]
+        return waves
+
+    def _experts(
+        self,
+        routed: Routed,
+        step: Step,
+        experts: list[int | None],
+        gather: Callable[[Work], None],
+    ) -> None:
+        """Gather the statistics of some experts at one step, and prune them."""
+        if sharing.processes()[1] > 1:
+            raise ModelError(f"{routed.name}: experts are pruned in one process only")
+        kind = self.method.needs
+        assert kind is not None
+        gathering = Gathering(routed, step, experts, kind, self.experts)
+        every = 1 if gathering.all_tokens else sampled(routed, self._length)
+        counts = self._counts.setdefault(routed.name, {})
+
+        def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows = self._rows[number]
+            if number not in counts:
+                counts[number] = routed.counts(rows, args, kwargs)
+            first = sum(self._rows[:number]) * self._length
+            sample = torch.arange(-first % every, rows * self._length, every)
+            gathering.collect(sample.to(self._device_of(routed)), args, kwargs)
+
+        gather(collect)
+        self.report.seconds["statistics"] += gathering.seconds
+        by_row = torch.cat([counts[number] for number in range(len(self._rows))])
+        with self._laps.lap("solve"):
+            for layers, statistic, tokens in gathering.statistics(by_row.sum(0).tolist()):
+                self._prune(layers, statistic, tokens)
+        if not any(report.name == routed.name for report in self.report.experts):
+            self.report.experts.append(self._coverage(routed.name, by_row))
+
+    def _coverage(self, name: str, by_row: Tensor) -> ExpertsReport:
+        sources: dict[str, list[int]] = {}
+        for source in dict.fromkeys(self.sources):
+            rows = torch.tensor([one == source for one in self.sources])
+            sources[source] = by_row[rows].sum(0).tolist()
+        return ExpertsReport(name, by_row.sum(0).tolist(), sources)
+
+    def _device(self, index: int) -> torch.device:
+        return next(self.found.blocks[index].parameters()).device
+
+    @staticmethod
+    def _device_of(routed: Routed) -> torch.device:
+        return routed.layers[0].view().device
+
+    def _statistic(self, shared: SharedInput, number: int, common: int) -> _Sum:
         """Return an input's empty statistic, or another run's full one that is the same."""
         kept = self._shared if self._shared is not None and number < common else {}
         kind = self.method.needs
@@ -501,8 +685,7 @@ class Run:
         key = kind, number
         if key in kept:
             return _Sum(None, kept[key])
-        shared = inputs[number]
-        made = kind(shared.columns, shared.layers[0].module.weight.device)
+        made = kind(shared.columns, shared.layers[0].view().device)
         return _Sum(made, None, lambda full: kept.setdefault(key, full))
 
     def _add(self, statistic: _Sum, inputs: Tensor) -> None:
@@ -513,7 +696,12 @@ class Run:
         with self._laps.lap("solve"):
             self._prune(shared.layers, statistic.matrix())
 
-    def _prune(self, layers: list[Prunable], statistic: Tensor | None = None) -> None:
+    def _prune(
+        self,
+        layers: list[Prunable],
+        statistic: Tensor | None = None,
+        tokens: int | None = None,
+    ) -> None:
         """Solve layers that share an input and write their weights."""
         inputs = []
         if statistic is not None:  # the sums of squares tell of a Gram matrix
@@ -531,7 +719,7 @@ class Run:
         for layer, weight in zip(layers, solved.weights, strict=True):
             layer.assign(weight)
         _check_finite(layers, "its pruned weights are not finite")
-        self._solved.append((layers, replace(solved, weights=[])))
+        self._solved.append((layers, replace(solved, weights=[]), tokens))
 
     def _settle(self) -> None:
         """Report on a block's layers; before its states move on, so that it can be done over.
@@ -540,9 +728,9 @@ class Run:
             DoubtError: what was taken to hold does not.
         """
         sharing.agree()
-        numbers = (n for _, s in self._solved for n in (s.damping, s.dead, *s.errors))
+        numbers = (n for _, s, _ in self._solved for n in (s.damping, s.dead, *s.errors))
         told = iter(read(list(numbers)))
-        for layers, solved in self._solved:
+        for layers, solved, tokens in self._solved:
             damping, dead = next(told), next(told)
             for layer, pruned in zip(layers, solved.pruned, strict=True):
                 rows, columns = layer.shape
@@ -557,6 +745,7 @@ class Run:
                         damping=_given(damping),
                         factor_dtype=None if solved.dtype is None else str(solved.dtype)[6:],
                         dead_inputs=int(dead or 0),
+                        tokens=tokens,
                     )
                 )
         self._solved.clear()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,13 @@ class Statistic(ABC):
     Args:
         columns: width of the input.
         device: where inputs and statistic lie.
+
+    Attributes:
+        sums: whether the statistics of two sets of tokens add up to that of both; otherwise they
+            are averages.
     """
+
+    sums: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, columns: int, device: torch.device) -> None: ...
@@ -116,6 +122,8 @@ def triangle(width: int, panel: int) -> float:
 
 class Gram(Statistic):
     """Running sum of x x^T in float32, of which only the upper triangle is computed."""
+
+    sums = True
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
@@ -181,6 +189,8 @@ def float32_sums(device: torch.device) -> bool:
 
 class Squares(Statistic):
     """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
+
+    sums = True
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, device=device)

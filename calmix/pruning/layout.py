@@ -8,6 +8,7 @@ are looked at one by one, so that only the one at hand needs its weights in memo
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import ModelError
-from calmix.models.blocks import DecoderBlocks, Prunable
+from calmix.models.blocks import DecoderBlocks, Dense, Prunable
+from calmix.pruning.experts import Routed
 
 TOKENS = 8  # that a block is observed on
 KNOWN = 3  # values of one argument that are compared with: the few tokens', full and last rows'
@@ -29,6 +31,16 @@ class SharedInput:
     """Linear maps of one block that read the very same input, in the order they are called."""
 
     layers: list[Prunable]
+
+    @property
+    def name(self) -> str:
+        """Name of the linear map that is called first."""
+        return self.layers[0].name
+
+    @property
+    def module(self) -> Any:
+        """The module at which the input is there."""
+        return self.layers[0].module
 
     @property
     def columns(self) -> int:
@@ -191,11 +203,21 @@ class Calls:
         return value
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The distinct inputs of a block in order of appearance, and linear maps that stay dense."""
+
+    inputs: list[SharedInput | Routed]
+    dense: list[Dense]
+
+
 @torch.no_grad()
 def observe_block(
     found: DecoderBlocks, index: int, call: BlockCall, hidden: Tensor, written: list[Any]
-) -> list[SharedInput]:
+) -> Layout:
     """Run one block on a few tokens; return its distinct inputs in order of appearance.
+
+    Linear maps that are never called, or more than once a pass, stay dense.
 
     Must run outside inference mode, where tensors count their versions.
 
@@ -206,11 +228,19 @@ def observe_block(
         written: what stands in the slots of these tokens' arguments, as for `BlockCall.run`.
 
     Raises:
-        ModelError: a linear map of the block is never called or more than once a pass.
+        ModelError: it cannot be seen how a block's experts work.
     """
-    seen: list[tuple[Prunable, tuple[Any, ...]]] = []
+    seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
-    layers = found.prunables(index)
+    layers, everything = found.prunables(index), found.prunables(index, every=True)
+    wanted = frozenset(layer.name for layer in layers)
+    within = {mixture.name: mixture for mixture in found.mixtures(index)}
+    routed = [
+        Routed(mixture, [one for one in everything if one.mixture == mixture.name], wanted)
+        for mixture in within.values()
+        if any(layer.mixture == mixture.name for layer in layers)
+    ]
+    layers = [layer for layer in layers if layer.mixture not in within]
 
     def on_linear(layer: Prunable) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -220,21 +250,49 @@ def observe_block(
 
         return hook
 
+    def on_mixture(mixture: Routed) -> Callable[..., Any]:
+        module = mixture.mixture.module
+        run = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            seen.append((mixture, ()))
+            with _forwards([(module, run)]):
+                return mixture.learn(args, kwargs)
+
+        return forward
+
     handles = [layer.module.register_forward_pre_hook(on_linear(layer)) for layer in layers]
     try:
-        call.run(found.blocks[index], hidden, written)
+        with _forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
+            call.run(found.blocks[index], hidden, written)
     finally:
         for handle in handles:
             handle.remove()
-    names = [layer.name for layer, _ in seen]
-    for layer in layers:
-        if names.count(layer.name) != 1:
-            often = "never" if layer.name not in names else "more than once"
-            raise ModelError(f"{layer.name} is called {often} in a forward pass: cannot prune it")
-    groups: dict[tuple[Any, ...], list[Prunable]] = {}
-    for layer, key in seen:
-        groups.setdefault(key, []).append(layer)
-    return [SharedInput(group) for group in groups.values()]
+    times = Counter(one.name for one, _ in seen)
+    for mixture in routed:
+        if times[mixture.name] != 1:
+            often = "more than once" if times[mixture.name] else "never"
+            raise ModelError(
+                f"the experts in {mixture.name} are called {often} in a forward pass: the engine "
+                "cannot prune them"
+            )
+    dense = [
+        Dense(
+            layer.name, layer.view().numel(),
+            "called more than once in a pass" if times[layer.name] else "never called",
+        )
+        for layer in layers
+        if times[layer.name] != 1
+    ]  # fmt: skip
+    inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
+    for one, key in seen:
+        if isinstance(one, Routed):
+            inputs[(one.name,)] = one
+        elif times[one.name] == 1:
+            shared = inputs.setdefault(key, SharedInput([]))
+            assert isinstance(shared, SharedInput)
+            shared.layers.append(one)
+    return Layout(list(inputs.values()), dense)
 
 
 def _identity(value: Tensor) -> tuple[Any, ...]:
@@ -243,7 +301,7 @@ def _identity(value: Tensor) -> tuple[Any, ...]:
     return *place, value._version, value.shape.numel(), value.dtype
 
 
-def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedInput]]:
+def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedInput | Routed]]:
     """Return the distinct inputs of every block of a model that is in memory.
 
     Args:
@@ -255,7 +313,7 @@ def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedIn
         ModelError: as `Calls` and `observe_block`.
     """
     hidden, calls, written = Calls(model, found, ids).record(ids)
-    return [observe_block(found, i, call, hidden, written) for i, call in enumerate(calls)]
+    return [observe_block(found, i, call, hidden, written).inputs for i, call in enumerate(calls)]
 
 
 @contextmanager

@@ -206,11 +206,14 @@ def clear(weight: Tensor, mask: Tensor) -> Tensor:
     return weight.addcmul_(weight, mask.to(weight.dtype), value=-1)
 
 
-def check_columns(pattern: Pattern, columns: int) -> None:
+def check_columns(pattern: Pattern, columns: int, name: str = "a layer") -> None:
     """Refuse a matrix whose width an N:M pattern does not divide.
 
     Raises:
         InputError: M does not divide `columns`.
     """
     if isinstance(pattern, SemiStructured) and columns % pattern.m:
-        raise InputError(f"pattern {pattern} does not divide a width of {columns} inputs")
+        raise InputError(
+            f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another, or "
+            f"leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +32,7 @@ from calmix.pruning.engine import (
     check_pattern,
     tokens_at_once,
 )
+from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
 from calmix.pruning.work import FileStates, WorkFolder
@@ -48,6 +49,7 @@ class Target:
         method: with its options.
         pattern, propagation: as for `calmix.pruning.engine.prune`.
         allocation: where a pattern by layer is from, for the report.
+        experts: which tokens experts are pruned on.
     """
 
     work: WorkFolder
@@ -55,6 +57,7 @@ class Target:
     pattern: Patterns
     propagation: Propagation
     allocation: str | None = None
+    experts: ExpertTokens = field(default_factory=ExpertTokens)
 
 
 def plan_for(
@@ -84,13 +87,18 @@ def plan_for(
     rows, length = (0, 0) if ids is None else ids.shape
     config = source.model.config.get_text_config(decoder=True)
     largest = max(range(len(blocks)), key=source.block_bytes)
-    layers = [layer.shape for layer in blocks.prunables(largest)]
+    pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
+    layers = blocks.prunables(max(pruned, key=source.block_bytes))
+    inside = [layer for layer in layers if layer.expert is not None]
+    one = {layer.mixture: layer.expert for layer in inside}
     sizes = Sizes(
         block_bytes=source.block_bytes(largest),
-        copies=(len(targets) > 1) + accelerator,
+        copies=(len(targets) > 1) + accelerator + source.merges,
         outside_bytes=source.outside_bytes if rows else 0,
-        layers=layers,
-        hidden=getattr(config, "hidden_size", None) or max(columns for _, columns in layers),
+        layers=[layer.shape for layer in layers if layer.expert is None],
+        experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
+        expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
+        hidden=getattr(config, "hidden_size", None) or max(layer.shape[1] for layer in layers),
         rows=rows,
         length=length,
         value_bytes=source.dtype.itemsize,
@@ -151,6 +159,7 @@ def prune_streamed(
     targets: Sequence[Target],
     plan: Plan,
     *,
+    sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[PruneReport]:
     """Prune a model into the targets' work folders, each from its first block that is not done.
@@ -163,6 +172,7 @@ def prune_streamed(
         ids: calibration ids, None if no target needs them.
         targets: their work folders are claimed, with their files made.
         plan: of memory.
+        sources: of each calibration row, for the report.
         progress: called with (blocks done, blocks) of all targets, at the start too if some are.
 
     Raises:
@@ -177,7 +187,8 @@ def prune_streamed(
         check_pattern(blocks, target.pattern)
         run = Run(
             source.model, blocks, target.method, target.pattern, target.propagation,
-            plan.paused, shared if len(targets) > 1 else None,
+            plan.paused, shared if len(targets) > 1 else None, experts=target.experts,
+            expert_bytes=plan.expert_bytes, sources=sources,
         )  # fmt: skip
         run.report.allocation = target.allocation
         runs.append(run)
@@ -228,6 +239,7 @@ def look_streamed(
     sparsities: Sequence[float],
     work: WorkFolder,
     plan: Plan,
+    experts: ExpertTokens,
 ) -> DensePass:
     """Take a pass over the dense model, its hidden states beside those of a target to be.
 
@@ -235,9 +247,11 @@ def look_streamed(
         source, ids, plan: as for `prune_streamed`.
         by, sparsities: as for `DensePass`.
         work: a claimed work folder.
+        experts: which tokens experts are looked at on.
     """
     blocks, states = source.blocks, None
-    look = DensePass(source.model, blocks, by, sparsities, plan.paused)
+    look = DensePass(source.model, blocks, by, sparsities, plan.paused, experts)
+    look.expert_bytes = plan.expert_bytes
     batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
     source.fetch_outside()
     source.fetch(0)
@@ -259,10 +273,8 @@ def look_streamed(
 
 def _copies(source: WeightSource, index: int) -> dict[Tensor, Tensor]:
     """Return a copy of every weight of a block that pruning changes."""
-    return {
-        layer.module.weight.data: layer.module.weight.detach().clone()
-        for layer in source.blocks.prunables(index)
-    }
+    own = {layer.parameter_id: layer.whole() for layer in source.blocks.prunables(index)}
+    return {weight: weight.clone() for weight in own.values()}
 
 
 def _first_states(

@@ -23,7 +23,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from calmix.calibration import CalibrationSet
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import check_output_folder, give_back, real_place, sync, sync_all, write_json
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
-from calmix.pruning.engine import LayerReport, PruneReport
+from calmix.pruning.engine import PruneReport
 from calmix.pruning.patterns import Unstructured
 
 SUFFIX = ".unfinished"
@@ -258,7 +257,7 @@ class WorkFolder:
             kept = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return 0
-        report.layers = [LayerReport(**layer) for layer in kept["layers"]]
+        report.restore(kept)
         report.seconds = {key: float(value) for key, value in kept["seconds"].items()}
         return int(kept["done"])
 
@@ -316,7 +315,7 @@ class WorkFolder:
             "done": index + 1,
             "batch": 0 if self.states is None else self.states.rows[0],
             "seconds": dict(report.seconds),
-            "layers": [asdict(layer) for layer in report.layers],
+            **report.parts(),
             "written": kept,
         }
 

@@ -42,6 +42,7 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
     """Return the pair, or refuse it.
 
     Raises:
+        ModelError: they are mixtures of experts.
         InputError: the models differ in architecture or shapes, their embeddings are of different
             models, or the pruned one is not sparse.
     """
@@ -55,6 +56,8 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
         if own.get(name) != other.get(name):
             shapes = [s.get(name, "none") for s in (own, other)]
             raise InputError(f"{line}: {name} is {shapes[0]} there, and {shapes[1]} in the other")
+    if any(pruned.blocks.mixtures(index) for index in range(len(pruned.blocks))):
+        raise ModelError(f"{pruned.name} is a mixture of experts, which cannot be recovered yet")
     embedded = pruned.model.get_input_embeddings().weight
     named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
     ours, theirs = (m.shards.read([m.names[named]])[m.names[named]].float()

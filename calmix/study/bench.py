@@ -157,7 +157,7 @@ class Bench:
         if self._opened is None or not self._pruned:
             return
         for layer in self._layers():
-            layer.module.weight.data.copy_(self._dense_weights[layer.name])
+            layer.assign(self._dense_weights[layer.name])
         self._pruned = False
 
     def _layers(self) -> list[Any]:
@@ -174,8 +174,7 @@ class Bench:
     ) -> PruneReport:
         if not self._dense_weights:
             self._dense_weights = {
-                layer.name: layer.module.weight.detach().to("cpu", copy=True)
-                for layer in self._layers()
+                layer.name: layer.view().to("cpu", copy=True) for layer in self._layers()
             }
         self._pruned = True
         return prune(

@@ -5,6 +5,7 @@ A file that is missing, changed or damaged is a problem; what is whole but unusu
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,7 @@ from calmix.files import read_object, sha256_json
 from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
+from calmix.pruning.experts import starved
 from calmix.study.export import RECORD, read_results
 from calmix.study.store import Store, is_store, open_store
 
@@ -38,6 +40,7 @@ class LayerHealth:
         error: share of the output's energy that was lost; None where none was measured.
         damping: what the solver used; None for a method without.
         dead: inputs that were always zero.
+        tokens: that were routed to it, if it is an expert's.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LayerHealth:
     error: float | None
     damping: float | None
     dead: int
+    tokens: int | None = None
 
 
 @dataclass
@@ -169,6 +173,8 @@ def _checkpoint(folder: Path, say: Callable[[str], None]) -> Health:
         for name in sorted(set(found) - set(kept)):
             health.warnings.append(f"{folder / name} is not in the manifest")
     _layers(folder, layers, asked, health, say)
+    if told := starved((layer for layer, _ in layers), int(done.get("rows") or 0)):
+        health.warnings.append(told)
     if manifest["calibration"] is not None and tokens < widest:
         health.warnings.append(
             f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: more "
@@ -183,7 +189,7 @@ def _reported(layer: dict[str, Any]) -> tuple[LayerHealth, int]:
     told = LayerHealth(
         str(layer["name"]), rows, columns, pruned / max(1, rows * columns),
         _number(layer.get("error")), _number(layer.get("damping")),
-        int(layer.get("dead_inputs") or 0),
+        int(layer.get("dead_inputs") or 0), layer.get("tokens"),
     )  # fmt: skip
     return told, pruned
 
@@ -205,11 +211,16 @@ def _layers(
     except (CalmixError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         health.problems.append(_first(error))
         return
+    left = dict(shards.places)
+    experts: dict[str, list[tuple[LayerHealth, int]]] = {}
     for layer, pruned in told:
         name = f"{layer.name}.weight"
         close = (p for n, p in shards.places.items()
                  if name.endswith(f".{n}") or n.endswith(f".{name}"))  # fmt: skip
         place = shards.places.get(name) or next(close, None)
+        if place is None and (block := re.match(r".*?\.\d+\.", layer.name)):
+            experts.setdefault(block[0], []).append((layer, pruned))
+            continue
         if place is None:
             health.problems.append(f"{folder} lacks the weights of {layer.name}")
             continue
@@ -218,6 +229,7 @@ def _layers(
         except (CalmixError, OSError, RuntimeError, ValueError) as error:
             health.problems.append(_first(error))
             continue
+        left = {name: one for name, one in left.items() if one is not place}
         zeros = int((weight == 0).sum())
         if not torch.isfinite(weight).all():
             health.problems.append(f"{layer.name} holds weights that are not finite")
@@ -225,16 +237,49 @@ def _layers(
             health.problems.append(
                 f"{layer.name} has {zeros} zeros, and the manifest tells of {pruned}"
             )
-        if layer.error is not None and layer.error > ERROR:
-            health.warnings.append(f"{layer.name} lost {layer.error:.1%} of its output")
-        if layer.dead > DEAD * layer.columns:
-            health.warnings.append(f"{layer.name}: {layer.dead} of {layer.columns} inputs are dead")
-        if damping is not None and (layer.damping or 0) > damping:
-            health.warnings.append(
-                f"{layer.name}: damping was raised from {damping:g} to {layer.damping:g}"
-            )
+        _unusual(layer, damping, health)
         health.layers.append(replace(layer, sparsity=zeros / max(1, weight.numel())))
         say(layer.name)
+    for where, inside in experts.items():
+        _fused(folder, where, inside, left, health)
+        for layer, _ in inside:
+            _unusual(layer, damping, health)
+        health.layers += [layer for layer, _ in inside]
+        say(where)
+
+
+def _unusual(layer: LayerHealth, damping: float | None, health: Health) -> None:
+    """Warn of what is unusual about a layer."""
+    if layer.error is not None and layer.error > ERROR:
+        health.warnings.append(f"{layer.name} lost {layer.error:.1%} of its output")
+    if layer.dead > DEAD * layer.columns and layer.tokens is None:
+        health.warnings.append(f"{layer.name}: {layer.dead} of {layer.columns} inputs are dead")
+    if damping is not None and (layer.damping or 0) > damping:
+        health.warnings.append(
+            f"{layer.name}: damping was raised from {damping:g} to {layer.damping:g}"
+        )
+
+
+def _fused(
+    folder: Path,
+    block: str,
+    layers: list[tuple[LayerHealth, int]],
+    left: dict[str, Any],
+    health: Health,
+) -> None:
+    """Count the zeros of a block's layers that have other names in the files, all together."""
+    end = block.split(".", 1)[-1]
+    places = [place for name, place in left.items() if f".{end}" in f".{name}"]
+    weights = [read_tensor(folder, place) for place in places if len(place.shape) > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    pruned = sum(count for _, count in layers)
+    if zeros < pruned:
+        health.problems.append(
+            f"the experts in {block.rstrip('.')} have {zeros} zeros, and the manifest tells of "
+            f"{pruned}"
+        )
+    if not all(torch.isfinite(weight).all() for weight in weights):
+        health.problems.append(f"{block.rstrip('.')} holds weights that are not finite")
 
 
 def _calibration(folder: Path) -> Health:

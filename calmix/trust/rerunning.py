@@ -69,6 +69,10 @@ class _Request(_Kept):
     propagation: str | None
     options: dict[str, Any]
     allocation: str | dict[str, float] | None
+    experts: str | None = None
+    expert_smoothing: float | None = None
+    only: list[str] = []
+    skip: list[str] = []
 
 
 class _Drawn(_Kept):

@@ -169,7 +169,7 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
         prune(tiny_model("llama"), tiny_ids(), pattern=few)
     with pytest.raises(InputError, match="the pattern names 'x', which is no layer"):
         prune(tiny_model("llama"), tiny_ids(), pattern=few | {"x": Unstructured(0.5)})
-    with pytest.raises(InputError, match="does not divide a width of 32"):
+    with pytest.raises(InputError, match="does not divide the 32 inputs of model"):
         prune(tiny_model("llama"), tiny_ids(), pattern=mixed | {names[0]: SemiStructured(2, 5)})
 
 

@@ -10,7 +10,7 @@ from calmix.pruning.engine import Run, run_through
 from calmix.pruning.layout import observe
 from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
-from tests.tiny import ARCHITECTURES, MIXTURES, tiny_ids, tiny_model
+from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 
@@ -174,7 +174,7 @@ class Replay(Run):
         batches = range(len(self._calls))
         for shared in inputs:
             first = shared.layers[0].module
-            statistic = self._statistic([shared], 0, 0)
+            statistic = self._statistic(shared, 0, 0)
 
             def stop(module, args, statistic=statistic):
                 statistic.add(args[0])
@@ -309,12 +309,6 @@ def test_an_error_half_way_leaves_no_hooks_and_no_coroutines(monkeypatch):
     assert not any(module._forward_pre_hooks for module in model.modules())
     with torch.no_grad():
         model(ids)
-
-
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_mixtures_of_experts_are_refused_in_one_line(kind):
-    with pytest.raises(ModelError, match="mixture-of-experts weights cannot be pruned yet"):
-        prune(tiny_model(kind), tiny_ids(), pattern=Unstructured(0.5))
 
 
 def test_a_model_without_blocks_is_refused():

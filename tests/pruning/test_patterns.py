@@ -96,5 +96,5 @@ def test_sparsity_out_of_range(sparsity):
 
 def test_width_that_m_does_not_divide():
     check_columns(parse_pattern("2:4"), 12)
-    with pytest.raises(InputError, match="does not divide a width of 10"):
+    with pytest.raises(InputError, match="does not divide the 10 inputs of a layer"):
         check_columns(parse_pattern("2:4"), 10)

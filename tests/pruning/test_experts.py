@@ -1,0 +1,299 @@
+"""Mixtures of experts against plain loops over whole forward passes with a Gram per expert."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from calmix.errors import InputError
+from calmix.models import find_blocks
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune
+from calmix.pruning.engine import Run, run_through
+from calmix.pruning.experts import ExpertTokens, Routed
+from calmix.pruning.layout import observe
+from calmix.pruning.methods import METHODS
+from tests.pruning.test_engine import input_gram, weights_of
+from tests.tiny import MIXTURES, tiny_ids, tiny_model
+
+HALF = Unstructured(0.5)
+EVERY = 3  # of how many tokens one stands for all: two of four experts, and no factor of 32
+
+
+class OldExpert(nn.Module):
+    """An expert that is a module, as checkpoints with their own code have it."""
+
+    def __init__(self, gate, up, down):
+        super().__init__()
+        self.w1, self.w3, self.w2 = (
+            nn.Linear(w.shape[1], w.shape[0], bias=False) for w in (gate, up, down)
+        )
+        for linear, weight in ((self.w1, gate), (self.w3, up), (self.w2, down)):
+            linear.weight.data.copy_(weight)
+
+    def forward(self, x):
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class OldMixture(nn.Module):
+    """A router and a list of experts."""
+
+    def __init__(self, block):
+        super().__init__()
+        weight = block.gate.weight
+        self.gate = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.gate.weight.data.copy_(weight)
+        self.experts = nn.ModuleList(
+            OldExpert(*both.chunk(2), down)
+            for both, down in zip(block.experts.gate_up_proj, block.experts.down_proj, strict=True)
+        )
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        weights, chosen = self.gate(flat).softmax(-1).topk(2, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        result = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == number)
+            result.index_add_(0, token, expert(flat[token]) * weights[token, place, None])
+        return result.view_as(hidden)
+
+
+def old_mixtral():
+    """Mixtral with a list of experts in the place of its parameters."""
+    model = tiny_model("mixtral")
+    for block in model.model.layers:
+        block.mlp = OldMixture(block.mlp).requires_grad_(False)
+    return model
+
+
+def model_of(kind):
+    return old_mixtral() if kind == "modules" else tiny_model(kind)
+
+
+def routed_inputs(model, module, ids):
+    """What a mixture's module is given over a whole forward pass of the model."""
+    given = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    return given[0]
+
+
+def inputs_of(model, routed, ids, step):
+    """Every expert's input at a step, of its own tokens and of those that stand for all."""
+    module, count = routed.module, routed.mixture.count
+    given = routed_inputs(model, module, ids)
+    hidden = given[0]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if isinstance(module, OldMixture):
+        chosen = module.gate(flat).topk(2, dim=-1).indices
+    elif len(given) > 1:
+        chosen = given[1]
+    else:  # Llama 4: an expert's tokens after another's, scaled by the router
+        apart = flat.view(count, -1, flat.shape[-1])
+        chosen = (apart != 0).any(-1).T
+    for expert in range(count):
+        if isinstance(chosen, torch.Tensor) and chosen.dtype == torch.bool:
+            apart = flat.view(count, -1, flat.shape[-1])
+            own = apart[expert][chosen[:, expert]]
+            every = (apart.sum(0) / chosen.sum(1, keepdim=True))[::EVERY]
+        else:
+            own, every = flat[(chosen == expert).any(-1)], flat[::EVERY]
+        if step:
+            own, every = (neurons(module, expert, x) for x in (own, every))
+        yield own, every
+
+
+def neurons(module, expert, x):
+    """What an expert's last linear map is applied to."""
+    if isinstance(module, OldMixture):
+        one = module.experts[expert]
+        return functional.silu(one.w1(x)) * one.w3(x)
+    weight = module.gate_up_proj[expert]
+    both = x @ (weight if weight.shape[0] == x.shape[1] else weight.T)
+    if hasattr(module, "gate_up_proj_bias"):
+        both = both + module.gate_up_proj_bias[expert]
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(both)
+    gate, up = both.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+def gram_of(x):
+    return x.double().T @ x.double()
+
+
+def reference(model, ids, method, pattern, tokens, propagation):
+    """Prune as the definition says, with Gram matrices in float64; return output errors."""
+    kind, errors = get_method(method), {}
+
+    def solve(layers, gram):
+        gram = gram.float()
+        weights = [layer.matrix() for layer in layers]
+        statistic = gram if kind.name == "sparsegpt" else gram.diagonal()
+        solved = kind.solve(weights, statistic, [pattern] * len(weights))
+        for layer, weight, error in zip(layers, solved.weights, solved.errors, strict=True):
+            todo.append((layer, weight)) if propagation == "block" else layer.assign(weight)
+            errors[layer.name] = error
+
+    for inputs in observe(model, find_blocks(model), ids[:1, :8]):
+        todo = []
+        for shared in inputs:
+            if not isinstance(shared, Routed):
+                solve(shared.layers, input_gram(model, shared.module, ids))
+                continue
+            for number, step in enumerate(shared.steps):
+                for expert, (own, every) in enumerate(inputs_of(model, shared, ids, number)):
+                    gram, whole = gram_of(own), gram_of(every)
+                    if tokens.mode == "all-tokens":
+                        gram = whole
+                    elif tokens.mode == "routed":
+                        gram = gram + tokens.smoothing * whole / len(every)
+                    solve(step.layers[expert], gram)
+        for layer, weight in todo:
+            layer.assign(weight)
+    return errors
+
+
+@pytest.mark.parametrize("kind", [*MIXTURES, "modules"])
+@pytest.mark.parametrize(
+    ("method", "propagation", "tokens"),
+    [
+        ("sparsegpt", "sequential", ExpertTokens()),
+        ("wanda", "block", ExpertTokens("routed-only")),
+    ],
+    ids=["sparsegpt", "wanda"],
+)
+def test_engine_equals_the_definition(kind, method, propagation, tokens):
+    ids = tiny_ids()
+    ours, theirs = model_of(kind), model_of(kind)
+    found = find_blocks(ours)
+    run = Run(ours, found, get_method(method), HALF, propagation, experts=tokens)
+    run_through(run, ids, 96)
+    errors = reference(theirs, ids, method, HALF, tokens, propagation)
+    expected, made = weights_of(theirs), weights_of(ours)
+    same = torch.cat([((made[n] == 0) == (expected[n] == 0)).flatten() for n in made])
+    assert same.float().mean() >= 0.999
+    experts = [layer for layer in run.report.layers if layer.tokens is not None]
+    assert len(experts) == sum(".experts." in name for name in made) > 0
+    for layer in run.report.layers:
+        if errors[layer.name] is not None:
+            assert layer.error == pytest.approx(errors[layer.name], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [*MIXTURES, "modules"])
+def test_every_expert_is_pruned_exactly_and_routers_not_at_all(kind):
+    model = model_of(kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = prune(model, tiny_ids(), pattern=HALF)
+    for name, weight in weights_of(model).items():
+        assert int((weight == 0).sum()) == weight.numel() // 2, name
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("router", "gate.", "bias", "embed", "norm", "head")):
+            assert torch.equal(parameter, before[name]), name
+    routers = {dense.name for dense in report.dense if dense.reason == "router"}
+    assert len(routers) == len(report.experts) > 0
+    assert any("shared" in layer.name for layer in report.layers) == (
+        kind in ("qwen2_moe", "deepseek_v3", "llama4_text")
+    )
+    for mixture in report.experts:
+        assert sum(mixture.tokens) == tiny_ids().numel() * 2
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "modules"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_n_of_m_holds_in_every_expert(kind, method):
+    model = model_of(kind)
+    ids = None if method == "magnitude" else tiny_ids(4)
+    prune(model, ids, method=method, pattern=SemiStructured(2, 4))
+    for name, weight in weights_of(model).items():
+        zeros = (weight.view(weight.shape[0], -1, 4) == 0).sum(-1)
+        assert (zeros == 2).all(), name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama4_text", "modules"])
+@pytest.mark.parametrize("paused", [0, 1])
+def test_waves_and_replays_change_no_bytes(kind, paused):
+    """One expert at a time, with micro-batches that begin the block anew for each."""
+    whole, little = model_of(kind), model_of(kind)
+    for model, bytes_, held in ((whole, 2**30, None), (little, 1, paused)):
+        run = Run(
+            model, find_blocks(model), get_method("sparsegpt"), HALF, "sequential", held,
+            expert_bytes=bytes_,
+        )  # fmt: skip
+        run_through(run, tiny_ids(), 5 * 32)
+    for (name, a), b in zip(whole.named_parameters(), little.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "modules", "llama4_text", "gpt_oss"])
+def test_an_expert_without_tokens_is_pruned_on_all_or_refused(kind):
+    """Tokens that are all alike go to the same two experts."""
+    ids = torch.full((2, 32), 7)
+    with pytest.raises(InputError, match=r"expert \d of model\.layers\.0\..* sees none of the"):
+        prune(model_of(kind), ids, pattern=HALF, experts="routed-only")
+    for mode in ("routed", "all-tokens"):
+        model = model_of(kind)
+        report = prune(model, ids, pattern=HALF, experts=mode)
+        for mixture in report.experts:
+            assert sorted(mixture.tokens) == [0, 0, 64, 64]
+        for name, weight in weights_of(model).items():
+            assert int((weight == 0).sum()) == weight.numel() // 2, name
+        assert {layer.tokens for layer in report.layers} == {None, 0, 64}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text", "modules"])
+def test_all_tokens_are_those_of_a_router_that_chooses_all(kind):
+    """With as many experts a token as there are, and equal gates, routed is all-tokens."""
+    model, ids = model_of(kind), tiny_ids(4)
+    found = find_blocks(model)
+    before = weights_of(model)
+    run = Run(model, found, get_method("wanda"), HALF, "block", experts=ExpertTokens("all-tokens"))
+    run_through(run, ids, 96)
+    dense = model_of(kind)
+    for routed in (one for one in observe(dense, find_blocks(dense), ids[:1, :8])[0]
+                   if isinstance(one, Routed)):  # fmt: skip
+        given = routed_inputs(dense, routed.module, ids)[0]
+        flat = given.reshape(-1, given.shape[-1])
+        if kind == "llama4_text":
+            apart = flat.view(4, -1, flat.shape[-1])
+            flat = apart.sum(0) / (apart != 0).any(-1).sum(0)[:, None]
+        for number, step in enumerate(routed.steps):
+            for expert, layers in step.layers.items():
+                x = neurons(routed.module, expert, flat) if number else flat
+                for layer in layers:
+                    score = before[layer.name].abs() * x.double().square().sum(0).sqrt()
+                    mask = score.float().topk(score.shape[1] // 2, 1, largest=False).indices
+                    zero = weights_of(model)[layer.name].gather(1, mask) == 0
+                    assert zero.float().mean() > 0.99, layer.name
+
+
+def test_coverage_is_told_by_source():
+    names = ["prose"] * 8 + ["code"] * 4
+    report = prune(tiny_model("qwen3_moe"), tiny_ids(), pattern=HALF, sources=names)
+    assert len(report.experts) == 2
+    for mixture in report.experts:
+        assert list(mixture.sources) == ["prose", "code"]
+        assert sum(mixture.sources["code"]) == 4 * 32 * 2
+        assert mixture.tokens == [sum(pair) for pair in zip(*mixture.sources.values(), strict=True)]
+    old = prune(old_mixtral(), tiny_ids(), method="wanda", pattern=HALF, sources=names)
+    new = prune(tiny_model("mixtral"), tiny_ids(), method="wanda", pattern=HALF, sources=names)
+    assert old.experts[0].sources == new.experts[0].sources
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("llama", {"experts": "routed"}, "--experts has no effect: this model has no experts"),
+        ("llama", {"expert_smoothing": 3}, "--expert-smoothing has no effect"),
+        ("mixtral", {"experts": "some"}, "unknown --experts 'some'"),
+        ("mixtral", {"experts": "all-tokens", "expert_smoothing": 3}, "no effect with --experts"),
+        ("mixtral", {"expert_smoothing": 0}, "for none use --experts routed-only"),
+    ],
+)
+def test_options_of_experts_that_make_no_sense(kind, options, said):
+    with pytest.raises(InputError, match=said):
+        prune(tiny_model(kind), tiny_ids(2), pattern=HALF, **options)

@@ -1,0 +1,185 @@
+"""Mixtures of experts from disk to disk, under the names that checkpoints have."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from calmix.models import open_model
+from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.pruning import SemiStructured, Unstructured, prune
+from calmix.pruning.budget import Plan
+from tests.pruning.test_streamed import HALF, hashes, stopped, streamed_prune, target
+from tests.tiny import MIXTURES, save_tiny_model, tiny_config, tiny_ids, tiny_tokenizer
+
+SMALL = ("--rows", 6, "--length", 32)
+
+
+def in_memory(folder, output, **options):
+    """Prune a model in memory; return the tensors transformers saves, and the model."""
+    opened = open_model(str(folder))
+    prune(opened.model, tiny_ids(), micro_tokens=5 * 32, **options)
+    opened.model.save_pretrained(output)
+    return load_file(output / "model.safetensors"), opened.model
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", kind)
+    expected, model = in_memory(folder, tmp_path / "whole", pattern=HALF)
+    one = target(tmp_path / "out")
+    (found,) = streamed_prune(folder, [one], tiny_ids())
+    assert found.keys() == expected.keys() == load_file(folder / "model.safetensors").keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(again(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(5 * 32, 0, False, 0, 1), Plan(5 * 32, 1, True, 0, 20_000)],
+    ids=["one expert at a time", "some"],
+)
+def test_plans_with_less_memory_give_the_same_bytes(tmp_path, kind, plan):
+    folder = save_tiny_model(tmp_path / "model", kind)
+    (expected,) = streamed_prune(folder, [target(tmp_path / "a")], tiny_ids())
+    (found,) = streamed_prune(folder, [target(tmp_path / "b")], tiny_ids(), plan)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_several_targets_give_the_bytes_of_each_alone(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "qwen2_moe")
+
+    def wanted(place):
+        return [
+            target(place / "a", "sparsegpt", HALF),
+            target(place / "b", "wanda", SemiStructured(2, 4), "block"),
+            target(place / "c", "magnitude", Unstructured(0.3)),
+        ]
+
+    together = streamed_prune(folder, wanted(tmp_path / "all"), tiny_ids())
+    for number, found in enumerate(together):
+        (alone,) = streamed_prune(folder, [wanted(tmp_path / str(number))[number]], tiny_ids())
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
+    """Not every tool that saves a model takes experts apart again."""
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    apart = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    merged = {name: value.clone() for name, value in model.state_dict().items()}
+    merged.pop("lm_head.weight")
+    save_file(merged, folder / "model.safetensors", {"format": "pt"})
+    (found,) = streamed_prune(folder, [target(tmp_path / "out")], tiny_ids())
+    assert found.keys() == merged.keys() != apart.keys()
+    expected, _ = in_memory(folder, tmp_path / "whole", pattern=HALF)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_no_model(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "qwen3_moe")
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotStreamableError):
+        StreamedModel(str(folder))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    torch.manual_seed(0)
+    config = tiny_config("qwen3_moe")
+    config.num_hidden_layers = 4
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_path, one_thread):
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stopped("solved", 2, *command, cut)
+    ended = calmix(*command, cut, "--resume")
+    assert ended.code == 0, ended.err
+    assert "going on after" in ended.err
+    ended = calmix(*command, whole)
+    assert ended.code == 0, ended.err
+    assert hashes(cut) == hashes(whole)
+    told = json.loads((whole / "calmix.json").read_text())["pruning"]
+    assert [mixture["name"] for mixture in told["experts"]] == [
+        f"model.layers.{index}.mlp.experts" for index in range(4)
+    ]
+    for mixture in told["experts"]:
+        assert sum(mixture["tokens"]) == 6 * 32 * 2
+        assert mixture["tokens"] == next(iter(mixture["sources"].values()))
+    assert {dense["reason"] for dense in told["dense"]} == {"router"}
+    checked = calmix("inspect", whole)
+    assert checked.code == 0, checked.err
+
+
+def test_starved_experts_are_told(calmix, tmp_path, text_file):
+    folder = save_tiny_model(tmp_path / "model", "qwen3_moe")
+    few = ("--rows", 1, "--length", 16)
+    output = tmp_path / "out"
+    ended = calmix(
+        "prune", folder, "--calibration", text_file, *few, "--sparsity", 0.5, "-o", output
+    )
+    assert ended.code == 0, ended.err
+    assert "of 8 experts see fewer tokens than they have inputs" in ended.out
+    assert "rows would do" in ended.out
+    assert "experts see fewer tokens than they have inputs" in calmix("inspect", output).out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--only", "*.nothing"), "--only '*.nothing' matches no layer"),
+        (("--skip", "re:("), "is no regular expression"),
+        (("--skip", "*"), "--only and --skip leave no layer to prune"),
+        (("--pattern", "3:5"), "leave such layers dense with --skip '*.q_proj'"),
+        (("--expert-smoothing", -1), "--expert-smoothing -1.0 is no positive number"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(calmix, deep, text_file, tmp_path, options, said):
+    share = () if "--pattern" in options else ("--sparsity", 0.5)
+    ended = calmix(
+        "prune", deep, "--calibration", text_file, *SMALL, *share, *options, "-o", tmp_path / "out"
+    )
+    assert ended.code == 2
+    assert said in ended.line
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
+    output = tmp_path / "out"
+    ended = calmix(
+        "prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", output,
+        "--only", "*.mlp.*", "--skip", r"re:experts\.3\.", "--skip", "*.layers.0.*",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    before, after = (load_file(f / "model.safetensors") for f in (deep, output))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+        for layer in (1, 2, 3)
+        for expert in (0, 1, 2)
+        for part in ("gate", "up", "down")
+    }
+    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    assert told["weights"] == 27 * 32 * 32
+    assert told["pruned"] == 27 * 32 * 16
+    skipped = sum(dense["weights"] for dense in told["dense"] if dense["reason"] == "skipped")
+    assert skipped == sum(
+        value.numel() for name, value in before.items()
+        if "layers" in name and "proj" in name and name not in changed
+    )  # fmt: skip
