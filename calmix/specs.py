@@ -17,7 +17,7 @@ ROWS, LENGTH, SEED = 64, 512, 0
 DRAW = (
     "rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "licence", "own",
 )  # fmt: skip
-EXPERTS = ("experts", "expert_smoothing")
+EXPERTS = ("experts", "expert_smoothing", "drop_experts")
 CALIBRATED = (
     "calibration",
     "propagation",
@@ -43,6 +43,7 @@ class PruneRequest:
         allocation: `owl`, `error` or sparsities by layer; None for the same everywhere.
         experts, expert_smoothing: as `calmix.pruning.experts.ExpertTokens` has them.
         only, skip: patterns of layers' names, as `DecoderBlocks.select` takes them.
+        drop_experts: share of every mixture's experts that go whole, before weights do.
     """
 
     method: str
@@ -57,6 +58,7 @@ class PruneRequest:
     expert_smoothing: float | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    drop_experts: float | None = None
 
 
 def prune_request(
@@ -72,8 +74,8 @@ def prune_request(
         method: as `calmix.pruning.methods.get_method` takes it.
         sparsity: share to prune, in (0, 1); or
         pattern: `N:M`. Exactly one of the two.
-        **options: calibration, propagation, allocation, experts, expert_smoothing, only, skip,
-            those in `DRAW` and the method's own; None means not given.
+        **options: calibration, propagation, allocation, experts, expert_smoothing, drop_experts,
+            only, skip, those in `DRAW` and the method's own; None means not given.
 
     Raises:
         InputError: an unknown name, a value out of range, something needed that is missing, or
@@ -118,6 +120,11 @@ def prune_request(
             "file"
         )
     draw = _draw(given)
+    drop = given.get("drop_experts")
+    if drop is not None and not 0 < drop < 1:
+        raise InputError(f"--drop-experts {drop} is not between 0 and 1 (exclusive)")
+    if drop is not None and isinstance(allocation, dict):
+        raise InputError("--drop-experts needs an --allocation that names no layers: owl or error")
     propagation = given.get("propagation", "sequential")
     if propagation not in get_args(Propagation):
         known = get_args(Propagation)
@@ -125,6 +132,7 @@ def prune_request(
     return PruneRequest(
         chosen.name, sparsity, pattern, chosen.options, given["calibration"], draw, propagation,
         allocation, given.get("experts"), given.get("expert_smoothing"), only, skip,
+        drop,
     )  # fmt: skip
 
 

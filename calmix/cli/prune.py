@@ -189,6 +189,13 @@ def prune_command(
             show_default="32", help="Tokens that the mean over all counts as, with routed."
         ),
     ] = None,
+    drop_experts: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="Share of every mixture's experts that go whole, those that count least: 0.25.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -234,6 +241,7 @@ def prune_command(
         allocation=allocation,
         experts=experts,
         expert_smoothing=expert_smoothing,
+        drop_experts=drop_experts,
         only=only or None,
         skip=skip or None,
         **ctx.meta.get(METHOD_OPTIONS, {}),
@@ -313,6 +321,10 @@ def _tell(path: Path, report: PruneReport, *, brief: bool) -> None:
     if dense:
         why = ", ".join(f"{reason} {weights / whole:.1%}" for reason, weights in dense.items())
         out.print(f"left dense, of the blocks' weights: {why}", soft_wrap=True, highlight=False)
+    if report.dropped:
+        before = sum(len(one.scores) for one in report.dropped)
+        after = sum(len(one.kept) for one in report.dropped)
+        out.print(f"{before - after} of {before} experts dropped (calmix.json)", highlight=False)
     out.print(
         f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
         f"in {report.seconds['total']:.1f} s: {path}",

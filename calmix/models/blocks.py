@@ -361,7 +361,15 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         ModelError: there is no such list, or no block has a linear map of floats.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in _outermost_lists(model):
+    lists = dict(_outermost_lists(model))
+    # Towers for images or sound beside the decoder have blocks too.
+    decoder: Any = model
+    if callable(getter := getattr(model, "get_decoder", None)):
+        decoder = getter()
+    inside = {id(module) for module in decoder.modules()}
+    for name, module in lists.items():
+        if id(module) not in inside and any(id(other) in inside for other in lists.values()):
+            continue
         linears: list[Any] = [m for m in module.modules() if is_linear(m)]
         size = sum(m.weight.numel() for m in linears) + sum(
             p.numel() for p in module.parameters() if p.ndim >= 3

@@ -180,12 +180,23 @@ class StreamedModel:
     def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
         """Return a block's weights by their names in the files, copied if they will change."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        names = self.block_names(index)
-        held = {self.names[name]: own[name].detach() for name in names if name in self.names}
-        merged = {name: own[name].detach() for name in names if name not in self.names}
-        if merged:
-            held |= self._conversions.split(merged)
+        held = self.as_stored({name: own[name].detach() for name in self.block_names(index)})
         return {name: value.clone() for name, value in held.items()} if copy else held
+
+    def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a block's tensors, given by their names in the model, as the files have them."""
+        names = self.names | self.buffers
+        held = {names[name]: value for name, value in tensors.items() if name in names}
+        merged = {name: value for name, value in tensors.items() if name not in names}
+        return held | self._conversions.split(merged) if merged else held
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return a block's parameters and those of its buffers that files hold, by name."""
+        prefix = f"{self.blocks.name}.{index}."
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        held = {name: own[name].detach() for name in self.block_names(index)}
+        buffers = dict(self.model.named_buffers())
+        return held | {n: buffers[n] for n in self.buffers if n.startswith(prefix)}
 
     def drop(self, index: int) -> None:
         """Forget a block's weights."""

@@ -27,12 +27,20 @@ from calmix.models.opening import fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import Patterns, PruneReport, check_pattern, expert_tokens
+from calmix.pruning.dropping import ScorePass, chosen_experts, write_dropped
+from calmix.pruning.engine import (
+    Dropped,
+    Patterns,
+    PruneReport,
+    check_pattern,
+    expert_tokens,
+)
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
 from calmix.pruning.streamed import (
     Target,
     look_streamed,
+    pass_through,
     plan_for,
     prepare_files,
     prune_streamed,
@@ -88,10 +96,11 @@ def prune_checkpoints(
             check_output_folder(output, overwrite=overwrite)
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
-        names = {(request.only, request.skip) for request in targets.values()}
+        names = {(r.only, r.skip, r.drop_experts) for r in targets.values()}
         if len(names) > 1:
-            raise InputError("--only and --skip have to be the same for all targets")
-        source.blocks = source.blocks.select(*names.pop())
+            raise InputError("--only, --skip and --drop-experts are the same for all targets")
+        only, skip, _ = names.pop()
+        source.blocks = source.blocks.select(only, skip)
         jobs = [_job(output, request, source) for output, request in targets.items()]
         done = {job.output: _finished(job) for job in jobs} if resume else {}
         reports = {output: report for output, report in done.items() if report is not None}
@@ -106,6 +115,10 @@ def prune_checkpoints(
             calibration = _calibration(left, source, tokenizer, dtype, device, writing, note)
             _check_vocabulary(source, calibration)
             ids = None if calibration is None else calibration.ids
+            dropped: list[Dropped] = []
+            if left and left[0].request.drop_experts is not None:
+                assert ids is not None
+                source, dropped = _dropped(source, ids, left, max_memory)
             looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
             plan = plan_for(source, ids, left, budget=max_memory, beside=looked)
             _check_space(source, left, ids)
@@ -120,6 +133,7 @@ def prune_checkpoints(
             named = () if calibration is None else calibration.sources
             made = prune_streamed(source, ids, left, plan, sources=named, progress=progress)
             for job, report in zip(left, made, strict=True):
+                report.dropped = dropped
                 _finish(source, tokenizer, job, report, calibration)
                 reports[job.output] = report
         except BaseException as error:
@@ -149,6 +163,45 @@ def _open(
                 f"weights while it loads them (first {error}): leave out --max-memory"
             ) from error
         return WholeModel(name, **how)
+
+
+def _dropped(
+    source: WeightSource, ids: torch.Tensor, jobs: Sequence[Job], max_memory: int | None
+) -> tuple[StreamedModel, list[Dropped]]:
+    """Return the model without the experts that count least, in the first job's work folder.
+
+    Raises:
+        ModelError: the architecture's experts cannot be dropped.
+        InputError: it has none, or too few would be left.
+    """
+    share, work = jobs[0].request.drop_experts, jobs[0].work
+    assert share is not None
+    blocks = source.blocks.select()
+    if not any(blocks.mixtures(index) for index in range(len(blocks))):
+        raise InputError("--drop-experts has no effect: this model has no experts")
+    if not isinstance(source, StreamedModel):
+        raise ModelError("--drop-experts needs a model that can be read block by block")
+    look = ScorePass(source.model, blocks)
+    chosen_experts(source.model, {m.name: [0.0] * m.count for i in range(len(blocks))
+                                  for m in blocks.mixtures(i)}, share)  # fmt: skip
+    plan = plan_for(source, ids, [], budget=max_memory, beside=[look.method])
+    pass_through(source, ids, look, work, plan)
+    dropped = chosen_experts(source.model, look.scores, share)
+    folder = work.path / "dropped"
+    write_dropped(source, dropped, folder)
+    try:
+        made = StreamedModel(
+            str(folder), dtype=str(source.dtype).removeprefix("torch."),
+            device=str(source.device), trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
+    except NotStreamableError as error:
+        raise ModelError(
+            f"--drop-experts does not work with this architecture: {error} is of another size"
+        ) from error
+    source.close()
+    made.name = source.name
+    made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
+    return made, dropped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,18 @@ class ExpertsReport:
     sources: dict[str, list[int]]
 
 
-PARTS: dict[str, Any] = {"layers": LayerReport, "dense": Dense, "experts": ExpertsReport}
+@dataclass(frozen=True)
+class Dropped:
+    """What became of a mixture's experts: their scores, and the numbers of those that are left."""
+
+    name: str
+    scores: list[float]
+    kept: list[int]
+
+
+PARTS: dict[str, Any] = {
+    "layers": LayerReport, "dense": Dense, "experts": ExpertsReport, "dropped": Dropped,
+}  # fmt: skip
 
 
 @dataclass
@@ -97,6 +108,7 @@ class PruneReport:
     layers: list[LayerReport] = field(default_factory=list)
     dense: list[Dense] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -265,7 +265,7 @@ class Routed:
         if self.mixture.experts is not None:
             return "modules"
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if any(_is_index(value) for value in tensors):
+        if any(is_index(value) for value in tensors):
             return "indexed"
         return "stacked" if len(tensors) == 1 else "shared"
 
@@ -328,7 +328,7 @@ class Routed:
                 return
             flat = hidden.reshape(-1, width)[tokens]
             flat = flat[None] if hidden.ndim == 3 else flat
-            index = next(v for v in (*args, *kwargs.values()) if _is_index(v))
+            index = next(v for v in (*args, *kwargs.values()) if is_index(v))
             numbers = torch.tensor(list(experts), dtype=index.dtype, device=index.device)
             numbers = numbers.expand(len(tokens), -1)
             gates = hidden.new_ones(numbers.shape)
@@ -369,7 +369,7 @@ class Routed:
         count = self.mixture.count
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if self.kind == "indexed":
-            index = next(v for v in (*args, *kwargs.values()) if _is_index(v))
+            index = next(v for v in (*args, *kwargs.values()) if is_index(v))
             each = [
                 part.flatten().bincount(minlength=count)[:count]
                 for part in index.reshape(rows, -1).cpu()
@@ -394,7 +394,7 @@ class Routed:
         return found
 
 
-def _is_index(value: Any) -> bool:
+def is_index(value: Any) -> bool:
     """Tell whether an argument names the experts of each token."""
     return (
         isinstance(value, Tensor)

@@ -114,7 +114,7 @@ class Calls:
         self._decoder = decoder_and_head(model)[0]
         self._found = found
         self._known: dict[tuple[int, str], list[Tensor]] = {}
-        self._returns_tuple = False
+        self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self._learn(ids)
 
     @torch.no_grad()
@@ -122,32 +122,47 @@ class Calls:
         """Run the first block to see what blocks return, and mark what passes between them."""
         handed: list[Tensor] = []
         given: list[Tensor] = []
+        more: list[Tensor] = []  # what else a block hands to the next
         run_first = self._found.blocks[0].forward
 
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = _hidden_of(args, kwargs)[0]
+                hidden, others, named = _hidden_of(args, kwargs)
                 handed.append(hidden.clone())
                 if index == 0:
-                    self._returns_tuple = isinstance(run_first(*args, **kwargs), tuple)
+                    result = run_first(*args, **kwargs)
+                    self._rest = result[1:] if isinstance(result, tuple) else None
+                values = [*others, *named.values()]
+                more.extend(
+                    value for value in self._rest or ()
+                    if isinstance(value, Tensor) and any(value is own for own in values)
+                )  # fmt: skip
                 given.append(hidden + 1)
                 return self._returned(given[-1])
 
             return forward
 
+        reason = ""
         with _forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
-            self._decoder(input_ids=ids, use_cache=False)
-        straight = len(handed) == len(self._found) and all(
-            torch.equal(out, into) for out, into in zip(given, handed[1:], strict=False)
+            try:
+                self._decoder(input_ids=ids, use_cache=False)
+            except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+                reason = f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        straight = (
+            not reason
+            and not more
+            and len(handed) == len(self._found)
+            and all(torch.equal(out, into) for out, into in zip(given, handed[1:], strict=False))
         )
         if not straight:
             raise ModelError(
                 f"the blocks in {self._found.name} do not pass hidden states straight from one "
-                "to the next: the engine cannot prune this architecture yet"
+                f"to the next, and nothing else{reason}: the engine cannot prune this "
+                "architecture yet"
             )
 
     def _returned(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+        return hidden if self._rest is None else (hidden, *self._rest)
 
     def record(self, ids: Tensor) -> tuple[Tensor, list[BlockCall], list[Any]]:
         """Return the first block's hidden states, every block's other arguments, and their slots.
@@ -217,7 +232,8 @@ def observe_block(
 ) -> Layout:
     """Run one block on a few tokens; return its distinct inputs in order of appearance.
 
-    Linear maps that are never called, or more than once a pass, stay dense.
+    Linear maps that are never called, or more than once a pass, or do anything else than multiply
+    stay dense.
 
     Must run outside inference mode, where tensors count their versions.
 
@@ -250,6 +266,20 @@ def observe_block(
 
         return hook
 
+    odd: set[str] = set()
+
+    def on_output(layer: Prunable) -> Callable[..., None]:
+        """Look whether a linear map with a forward of its own is one."""
+
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            fits = args[0].shape[-1] == layer.shape[1]
+            plain = nn.Linear.forward(module, args[0]).float() if fits else args[0]
+            same = plain.shape == output.shape
+            if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
+                odd.add(layer.name)
+
+        return hook
+
     def on_mixture(mixture: Routed) -> Callable[..., Any]:
         module = mixture.mixture.module
         run = module.forward
@@ -262,6 +292,12 @@ def observe_block(
         return forward
 
     handles = [layer.module.register_forward_pre_hook(on_linear(layer)) for layer in layers]
+    handles += [
+        layer.module.register_forward_hook(on_output(layer))
+        for layer in layers
+        if isinstance(layer.module, nn.Linear)
+        and type(layer.module).forward is not nn.Linear.forward
+    ]
     try:
         with _forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
             call.run(found.blocks[index], hidden, written)
@@ -276,19 +312,21 @@ def observe_block(
                 f"the experts in {mixture.name} are called {often} in a forward pass: the engine "
                 "cannot prune them"
             )
-    dense = [
-        Dense(
-            layer.name, layer.view().numel(),
-            "called more than once in a pass" if times[layer.name] else "never called",
-        )
+    why = {
+        layer.name: "called more than once in a pass" if times[layer.name] else "never called"
         for layer in layers
         if times[layer.name] != 1
-    ]  # fmt: skip
+    } | dict.fromkeys(odd, "no plain linear map")
+    dense = [
+        Dense(layer.name, layer.view().numel(), why[layer.name])
+        for layer in layers
+        if layer.name in why
+    ]
     inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
     for one, key in seen:
         if isinstance(one, Routed):
             inputs[(one.name,)] = one
-        elif times[one.name] == 1:
+        elif one.name not in why:
             shared = inputs.setdefault(key, SharedInput([]))
             assert isinstance(shared, SharedInput)
             shared.layers.append(one)

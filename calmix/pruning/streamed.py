@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import psutil
 import torch
@@ -232,6 +233,9 @@ def prune_streamed(
     return [run.report for run in runs]
 
 
+Pass = TypeVar("Pass", bound=Run)
+
+
 def look_streamed(
     source: WeightSource,
     ids: Tensor,
@@ -249,9 +253,16 @@ def look_streamed(
         work: a claimed work folder.
         experts: which tokens experts are looked at on.
     """
-    blocks, states = source.blocks, None
-    look = DensePass(source.model, blocks, by, sparsities, plan.paused, experts)
+    look = DensePass(source.model, source.blocks, by, sparsities, plan.paused, experts)
     look.expert_bytes = plan.expert_bytes
+    return pass_through(source, ids, look, work, plan)
+
+
+def pass_through(
+    source: WeightSource, ids: Tensor, look: Pass, work: WorkFolder, plan: Plan
+) -> Pass:
+    """Take a run that changes nothing through all blocks, its hidden states in a work folder."""
+    blocks, states = source.blocks, None
     batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
     source.fetch_outside()
     source.fetch(0)

@@ -73,6 +73,7 @@ class _Request(_Kept):
     expert_smoothing: float | None = None
     only: list[str] = []
     skip: list[str] = []
+    drop_experts: float | None = None
 
 
 class _Drawn(_Kept):
