@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import os
 import re
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from common import machine
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -39,7 +42,7 @@ from calmix.pruning.engine import PruneReport, Run, run_through
 from calmix.pruning.experts import ExpertTokens
 
 SAME = 0.999  # of the masks
-SECONDS = 40  # of processor time for one architecture
+SECONDS = 60  # of processor time for one architecture
 HALF = Unstructured(0.5)
 VOCABULARY = 320
 # Whole numbers of a configuration by expressions on their names, the first that matches; larger
@@ -53,7 +56,8 @@ SMALL: dict[str, int] = {
     r"key_value_heads|kv_heads|n_head_kv|num_query_groups": 2,
     r"experts|zero_expert_num": 4,
     r"heads|^n_head$": 4,
-    r"rank$|state|head_dim|d_head|headdim|_head_size|rope_dim|nope_dim|rotary_dim|v_head": 8,
+    r"rank$": 16,
+    r"state|head_dim|d_head|headdim|_head_size|rope_dim|nope_dim|rotary_dim|v_head": 8,
     r"sliding_window|attention_window|local_attention|chunk|window_size|block_size": 16,
     r"moe_intermediate|shared_.*size|expert_.*size|ffn_hidden": 32,
     r"intermediate|ffn|dff|dim_ff|d_inner|n_inner|d_ssm": 64,
@@ -157,15 +161,23 @@ def small_config(kind: type, own: dict[str, Any]) -> Any:
             small = next((n for rule, n in SMALL.items() if re.search(rule, key)), value)
             given[key] = min(small, value)
     heads = "num_attention_heads", "num_key_value_heads"
-    if heads[1] in told and told[heads[0]] == told[heads[1]]:
+    if heads[1] in told and told.get(heads[0]) == told[heads[1]]:
         given[heads[1]] = given[heads[0]]
     depth = told.get("num_hidden_layers")
-    lists = {k: v for k, v in told.items() if isinstance(v, list) and depth and len(v) == depth}
+    lists = {
+        key: value for key, value in told.items()
+        if isinstance(value, list) and depth and len(value) == depth
+        and len(set(map(str, value))) < depth
+    }  # fmt: skip
     if lists:
         kinds = list(zip(*(map(str, v) for v in lists.values()), strict=True))
         first = sorted({row: number for number, row in reversed(list(enumerate(kinds)))}.values())
         first = first if len(first) > 1 else [first[0], depth - 1]
-        given |= {key: [value[number] for number in first] for key, value in lists.items()}
+        for key, value in lists.items():
+            small = next((n for rule, n in SMALL.items() if re.search(rule, key)), None)
+            picked = [value[number] for number in first]
+            numbers = all(type(one) is int and one > 1 for one in picked) and small
+            given[key] = [min(one, small) for one in picked] if numbers else picked
         given["num_hidden_layers"] = len(first)
     for name in getattr(kind, "sub_configs", {}):
         if (part := getattr(default, name, None)) is not None:
@@ -173,7 +185,8 @@ def small_config(kind: type, own: dict[str, Any]) -> Any:
     for key in told:
         if key in ("transformers_version", "model_type", "architectures"):
             given.pop(key, None)
-    return kind(**given | {k: v for k, v in own.items() if not isinstance(v, dict)})
+    parts = set(getattr(kind, "sub_configs", {}))
+    return kind(**given | {key: value for key, value in own.items() if key not in parts})
 
 
 def tiny(kind: str) -> Any:
@@ -186,6 +199,8 @@ def tiny(kind: str) -> Any:
         for parameter in model.parameters():
             if parameter.ndim in (2, 3) and parameter.is_floating_point():
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            elif not parameter.any():  # what is learnt from nothing lets nothing through
+                parameter.fill_(0.5)
     return model.requires_grad_(False)
 
 
@@ -207,7 +222,8 @@ def measure(kind: str) -> Row:
         if not decodes(kind):
             return Row(kind, "no decoder")
         model = tiny(kind)
-        ids = torch.randint(3, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
+        known = min(VOCABULARY, model.get_input_embeddings().weight.shape[0] - 8)
+        ids = torch.randint(3, known, (8, 32), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             model(ids[:1], use_cache=False)
     except Exception as error:
@@ -261,7 +277,94 @@ def guarded(kind: str) -> Row:
 
 
 # What a configuration has to say of itself to be built small.
-OWN: dict[str, dict[str, Any]] = {}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+             "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32}},
+    "dots3_note": {"adapter_input_size": 32},
+    "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "num_experts_per_token": 2,
+                       "q_lora_rank": 8, "linear_head_dim": 8, "qk_head_dim": 16},
+    "bamba": MAMBA,
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "cohere_compass_text": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4}
+        for kind in ("full_attention", "sliding_attention")}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_routed_experts": 4},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "dory": {"n_input_layers": 4, "n_recurrent_layers": 4, "n_output_layers": 4,
+             "num_hidden_layers": 12, "layer_types": ["full_attention", "mlp"] * 6},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+              "n_shared_experts": 1},
+    "ernie4_5_moe": {"moe_k": 2},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2,
+                     "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": MAMBA,
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4": {"vision_config": {"image_size": 28, "patch_size": 14}},
+    "llama4_text": {"moe_layers": [0, 1]},
+    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                       "indexer_budget": 16, "indexer_compress_ratio": 2, "ple_layer_ids": []},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2, "chunk_size": 32},
+    "zamba": {"num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
+              "layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_dt_rank": 4},
+    "zamba2": {"num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
+               "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+               "num_attention_heads": 4, "num_key_value_heads": 4, "n_mamba_heads": 4,
+               "mamba_headdim": 16, "num_query_groups": 4, "kv_channels": 16},
+}  # fmt: skip
+
+OWN["qwen4_exp"] = {"text_config": OWN["qwen4_exp_text"]}
+
+STATES = {
+    "whole": "pruned", "part": "pruned in part", "refused": "refused", "not built": "not tried",
+    "wrong": "WRONG", "crashed": "CRASHED",
+}  # fmt: skip
+
+
+def page(rows: list[Row]) -> str:
+    """Return the table as a page of the documentation."""
+    decoders = [row for row in rows if row.state != "no decoder"]
+    pruned = [row for row in decoders if row.state in ("whole", "part")]
+    others = ", ".join(row.kind for row in rows if row.state == "no decoder")
+    lines = [
+        "# Architectures",
+        "",
+        f"What calmix does with the {len(decoders)} decoder-only architectures that transformers "
+        f"{transformers.__version__} names for causal language models: {len(pruned)} are pruned, "
+        "wholly or in part. Made by `python benchmarks/architectures.py --write "
+        f"docs/architectures.md` ({datetime.date.today()}, {machine()}).",
+        "",
+        "A tiny random model of each is pruned to 50 % with SparseGPT and held against a plain "
+        "loop of whole forward passes with a Gram matrix in float64 for every linear map, and for "
+        f"every expert: at least {SAME:.1%} of the masks have to be the same, and nothing else may "
+        "have changed. No architecture is known to the engine by name. *Pruned*: all matrices of "
+        "the blocks but routers. *In part*: some are no linear maps (depthwise convolutions, scan "
+        "parameters), or are called more than once a pass, never, or from elsewhere too; they stay "
+        "dense, and every prune tells of them (`dense` in `calmix.json`). Shares are of the tiny "
+        "model's blocks. *Not tried*: no small model of it can be made or run on text alone.",
+        "",
+        "| architecture | outcome | pruned | experts' layers | masks as the reference | left "
+        "dense, or why not |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in decoders:
+        done = row.state in ("whole", "part", "wrong")
+        told = (
+            [f"{row.pruned:.1%}", str(row.experts or ""), f"{row.same:.3%}"] if done else [""] * 3
+        )
+        why = next(iter(row.why.splitlines()), "").replace("|", "/")
+        lines.append(f"| {row.kind} | {STATES[row.state]} | {' | '.join(told)} | {why} |")
+    lines += ["", f"No decoders of their own, and left out: {others}.", ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -269,6 +372,7 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", metavar="KIND")
     parser.add_argument("--write", type=Path, help="Markdown file to write")
     parser.add_argument("--json", type=Path, help="file of rows, gone on with")
+    parser.add_argument("--tell", action="store_true", help="write from the rows there are")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(50)
@@ -277,7 +381,7 @@ def main() -> None:
     if options.json is not None and options.json.is_file():
         done = json.loads(options.json.read_text(encoding="utf-8"))
     for kind in kinds:
-        if kind in done and kind not in options.kinds:
+        if options.tell or (kind in done and kind not in options.kinds):
             continue
         row = guarded(kind)
         print(f"{kind:24} {row.state:10} {row.pruned:6.1%} {row.same:8.4%} {row.why[:150]}",
@@ -285,6 +389,12 @@ def main() -> None:
         done[kind] = vars(row)
         if options.json is not None:
             options.json.write_text(json.dumps(done, indent=1), encoding="utf-8")
+    rows = [Row(**row) for _, row in sorted(done.items())]
+    if options.write is not None:
+        options.write.write_text(page(rows), encoding="utf-8")
+    faults = [row.kind for row in rows if row.state in ("wrong", "crashed")]
+    if faults:
+        sys.exit(f"pruned wrongly, or not refused in one line: {', '.join(faults)}")
 
 
 if __name__ == "__main__":

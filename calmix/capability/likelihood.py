@@ -25,7 +25,8 @@ def decoder_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
     granite's or cohere's scaling of logits.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if decoder is None or decoder is model:
+    # Some call their output head a decoder.
+    if decoder is None or decoder is model or not hasattr(decoder, "get_input_embeddings"):
         decoder = model.base_model
     head = model.get_output_embeddings()
     cap, scale, divisor = logit_settings(model)

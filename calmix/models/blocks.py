@@ -22,6 +22,7 @@ from calmix.errors import InputError, ModelError
 EXPERTS = "experts"  # how a list of experts is called, in every model that has one
 ROUTERS = ("router", "gate", "wg")  # how the linear maps are called that choose experts
 DOWN = re.compile(r"down|w2|out")  # how the last linear map of an expert is called
+TOWERS = re.compile(r"vision|visual|image|audio|speech")  # how parts beside a decoder are called
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -281,9 +282,11 @@ def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
             continue
         inside = path.removeprefix(f"{owner}.").split(".")
         few = weight.shape[0] in (1, mixture.count)
-        if any(part.endswith("router") for part in inside) or (len(inside) == 1 and few):
+        if inside[0] == EXPERTS:
+            continue
+        if any(part.endswith("router") or part in ROUTERS for part in inside):
             return True
-        if inside[-1] in ROUTERS and inside[0] != EXPERTS:
+        if len(inside) == 1 and few:
             return True
     return False
 
@@ -304,9 +307,10 @@ class Fused:
 def fused_parameters(module: nn.Module, width: int | None = None) -> list[Fused]:
     """Return a module's own parameters that hold all experts, in order, or none.
 
-    They are matrices from the width of the input to that of the neurons, once or twice as many
-    outputs (gate and up in one), and back: how they are stored follows, but for experts without a
-    gate that are square, for which the module's own word or the model's width decides.
+    The module or one of its attributes speaks of experts. They map from the width of the input to
+    that of the neurons, with once or twice as many outputs (gate and up in one), and back: how they
+    are stored follows, but for experts without a gate that are square, for which the module's own
+    word or the model's width decides.
 
     Args:
         module: any module.
@@ -317,7 +321,8 @@ def fused_parameters(module: nn.Module, width: int | None = None) -> list[Fused]
         for name, p in module._parameters.items()
         if p is not None and p.ndim == 3 and p.dtype in FLOATS
     }
-    if len(own) < 2 or isinstance(module, nn.modules.conv._ConvNd):
+    words = [type(module).__name__, *vars(module)]
+    if len(own) < 2 or not any("expert" in word.lower() for word in words):
         return []
     count = min(shape[0] for shape in own.values())
     names = list(own)
@@ -363,13 +368,8 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     best: tuple[int, str, nn.ModuleList] | None = None
     lists = dict(_outermost_lists(model))
     # Towers for images or sound beside the decoder have blocks too.
-    decoder: Any = model
-    if callable(getter := getattr(model, "get_decoder", None)):
-        decoder = getter()
-    inside = {id(module) for module in decoder.modules()}
-    for name, module in lists.items():
-        if id(module) not in inside and any(id(other) in inside for other in lists.values()):
-            continue
+    texts = {name: module for name, module in lists.items() if not TOWERS.search(name)}
+    for name, module in (texts or lists).items():
         linears: list[Any] = [m for m in module.modules() if is_linear(m)]
         size = sum(m.weight.numel() for m in linears) + sum(
             p.numel() for p in module.parameters() if p.ndim >= 3

@@ -188,7 +188,7 @@ class Step:
         return next(iter(self.layers.values()))[0].shape[1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Routed:
     """A mixture of experts as it was seen at work.
 

@@ -56,14 +56,23 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Handed:
+    """The place, in the first slot, of what the block before has returned beside hidden states."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class BlockCall:
     """The arguments a decoder calls one block with, the hidden states left out.
 
-    Nothing that runs changes them: for every dict and list there is a `Slot`.
+    Nothing that runs changes them: for every dict and list there is a `Slot`, and where blocks
+    hand one another more than hidden states, `Handed`.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    hands: bool = False
 
     def run(self, block: nn.Module, hidden: Tensor, written: list[Any]) -> Tensor:
         """Call the block on hidden states and return its hidden states.
@@ -77,6 +86,8 @@ class BlockCall:
         own = [copied(value) for value in written]
         args = _filled(self.args, own)
         result = block(hidden, *args, **{k: _filled(v, own) for k, v in self.kwargs.items()})
+        if self.hands:
+            own[0] = list(result[1:])
         written[:] = own
         return first_tensor(result)
 
@@ -94,6 +105,8 @@ def copied(value: Any) -> Any:
 def _filled(value: Any, written: list[Any]) -> Any:
     if isinstance(value, Slot):
         return written[value.number]
+    if isinstance(value, Handed):
+        return written[0][value.number]
     return tuple(_filled(v, written) for v in value) if type(value) is tuple else value
 
 
@@ -115,14 +128,18 @@ class Calls:
         self._found = found
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
-        self._learn(ids)
+        self._hands = False
+        try:
+            self._learn(ids, mark=True)
+        except ModelError:  # some look at what a block returns
+            self._learn(ids, mark=False)
 
     @torch.no_grad()
-    def _learn(self, ids: Tensor) -> None:
+    def _learn(self, ids: Tensor, *, mark: bool) -> None:
         """Run the first block to see what blocks return, and mark what passes between them."""
+        self._hands = False
         handed: list[Tensor] = []
         given: list[Tensor] = []
-        more: list[Tensor] = []  # what else a block hands to the next
         run_first = self._found.blocks[0].forward
 
         def stub(index: int) -> Callable[..., Any]:
@@ -131,12 +148,14 @@ class Calls:
                 handed.append(hidden.clone())
                 if index == 0:
                     result = run_first(*args, **kwargs)
-                    self._rest = result[1:] if isinstance(result, tuple) else None
+                    listed = isinstance(result, tuple | list)
+                    rest = tuple(result[1:]) if listed else None
+                    # Something in the place of nothing, to see where it goes.
+                    if mark and rest:
+                        rest = tuple(hidden.new_zeros(()) if v is None else v for v in rest)
+                    self._rest = rest
                 values = [*others, *named.values()]
-                more.extend(
-                    value for value in self._rest or ()
-                    if isinstance(value, Tensor) and any(value is own for own in values)
-                )  # fmt: skip
+                self._hands |= index > 0 and any(self._handed(value) for value in values)
                 given.append(hidden + 1)
                 return self._returned(given[-1])
 
@@ -150,16 +169,21 @@ class Calls:
                 reason = f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
         straight = (
             not reason
-            and not more
             and len(handed) == len(self._found)
             and all(torch.equal(out, into) for out, into in zip(given, handed[1:], strict=False))
         )
         if not straight:
             raise ModelError(
                 f"the blocks in {self._found.name} do not pass hidden states straight from one "
-                f"to the next, and nothing else{reason}: the engine cannot prune this "
-                "architecture yet"
+                f"to the next{reason}: the engine cannot prune this architecture yet"
             )
+
+    def _handed(self, value: Any) -> Handed | None:
+        """Return which of the things a block returns beside hidden states an argument is."""
+        for number, own in enumerate(self._rest or ()):
+            if isinstance(own, Tensor) and value is own:
+                return Handed(number)
+        return None
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)
@@ -170,11 +194,13 @@ class Calls:
         Equal tensors of different micro-batches (masks, position embeddings) are kept once.
         """
         recorded: list[tuple[Tensor, BlockCall]] = []
-        written: list[Any] = []
+        written: list[Any] = [[None] * len(self._rest or ())] if self._hands else []
         # What all blocks are given is looked at once: comparing makes the host wait for a device.
         looked_at: dict[tuple[int, str], tuple[Any, Any]] = {}
 
         def kept(key: tuple[int, str], value: Any) -> Any:
+            if self._hands and (handed := self._handed(value)) is not None:
+                return handed
             if isinstance(value, tuple):
                 return tuple(kept((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
             if isinstance(value, MutableMapping | MutableSequence):
@@ -192,7 +218,7 @@ class Calls:
                 hidden, args, kwargs = _hidden_of(args, kwargs)
                 args = tuple(kept((index, str(i)), value) for i, value in enumerate(args))
                 kwargs = {key: kept((index, key), v) for key, v in kwargs.items()}
-                recorded.append((hidden, BlockCall(args, kwargs)))
+                recorded.append((hidden, BlockCall(args, kwargs, self._hands)))
                 return self._returned(hidden)
 
             return forward
@@ -242,9 +268,6 @@ def observe_block(
         call: the block's arguments for these tokens.
         hidden: its hidden states, shape (1, tokens, width); only their shape matters.
         written: what stands in the slots of these tokens' arguments, as for `BlockCall.run`.
-
-    Raises:
-        ModelError: it cannot be seen how a block's experts work.
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
@@ -267,6 +290,7 @@ def observe_block(
         return hook
 
     odd: set[str] = set()
+    unseen: set[str] = set()  # mixtures whose experts' inputs cannot be told
 
     def on_output(layer: Prunable) -> Callable[..., None]:
         """Look whether a linear map with a forward of its own is one."""
@@ -287,7 +311,11 @@ def observe_block(
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen.append((mixture, ()))
             with _forwards([(module, run)]):
-                return mixture.learn(args, kwargs)
+                try:
+                    return mixture.learn(args, kwargs)
+                except ModelError:
+                    unseen.add(mixture.name)
+                    return run(*args, **kwargs)
 
         return forward
 
@@ -305,13 +333,7 @@ def observe_block(
         for handle in handles:
             handle.remove()
     times = Counter(one.name for one, _ in seen)
-    for mixture in routed:
-        if times[mixture.name] != 1:
-            often = "more than once" if times[mixture.name] else "never"
-            raise ModelError(
-                f"the experts in {mixture.name} are called {often} in a forward pass: the engine "
-                "cannot prune them"
-            )
+    left = [one for one in routed if times[one.name] != 1 or one.name in unseen]
     why = {
         layer.name: "called more than once in a pass" if times[layer.name] else "never called"
         for layer in layers
@@ -322,10 +344,17 @@ def observe_block(
         for layer in layers
         if layer.name in why
     ]
+    dense += [
+        Dense(layer.name, layer.view().numel(), "it cannot be seen what experts are applied to")
+        for mixture in left
+        for layer in mixture.layers
+        if layer.name in wanted
+    ]
     inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
     for one, key in seen:
         if isinstance(one, Routed):
-            inputs[(one.name,)] = one
+            if one not in left:
+                inputs[(one.name,)] = one
         elif one.name not in why:
             shared = inputs.setdefault(key, SharedInput([]))
             assert isinstance(shared, SharedInput)
@@ -382,4 +411,4 @@ def _hidden_of(
 
 def first_tensor(result: Any) -> Tensor:
     """Return a block's hidden states out of what it returned."""
-    return result[0] if isinstance(result, tuple) else result
+    return result[0] if isinstance(result, tuple | list) else result
