@@ -63,6 +63,7 @@ bench: setup $(RIVAL)/.ready
 	$(BIN)/python benchmarks/on_paper.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/architectures.py
 	$(BIN)/python benchmarks/profile_trial.py
 	test -z "$$CALMIX_DATA" || \
 	  $(BIN)/python benchmarks/quality.py --data "$$CALMIX_DATA" --rival $(RIVAL)/bin/python
