@@ -165,7 +165,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ((tmp_path / "none", *data, *half), "no model folder"),
         (("builtin:smollm", *data, *half), "did you mean smollm2-135m"),
         ((tmp_path, *data, *half), "no config.json"),
-        ((odd, *data, *half), "mixture-of-experts"),
+        ((odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"),
         ((tiny_folder, *data, *half, "--method", "sparsegtp"), "did you mean sparsegpt"),
         ((tiny_folder, *data), "either --sparsity"),
         ((tiny_folder, *data, *half, "--pattern", "2:4"), "either --sparsity"),

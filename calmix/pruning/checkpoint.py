@@ -159,8 +159,8 @@ def _open(
     except NotStreamableError as error:
         if max_memory is not None:
             raise InputError(
-                f"{name} cannot be pruned block by block, because transformers converts its "
-                f"weights while it loads them (first {error}): leave out --max-memory"
+                f"{name} cannot be pruned block by block, because its files are not what its "
+                f"modules hold (first {error}): leave out --max-memory"
             ) from error
         return WholeModel(name, **how)
 
