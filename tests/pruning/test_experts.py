@@ -137,7 +137,7 @@ def reference(model, ids, method, pattern, tokens, propagation):
         solved = kind.solve(weights, statistic, [pattern] * len(weights))
         for layer, weight, error in zip(layers, solved.weights, solved.errors, strict=True):
             todo.append((layer, weight)) if propagation == "block" else layer.assign(weight)
-            errors[layer.name] = error
+            errors[layer.name] = None if error is None else float(error)
 
     for inputs in observe(model, find_blocks(model), ids[:1, :8]):
         todo = []
