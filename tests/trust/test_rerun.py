@@ -127,7 +127,7 @@ def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, 
     ("content", "line"),
     [
         ("{}", "no manifest"),
-        ("[1]", "no manifest"),
+        ("[1]", "holds no JSON object"),
         ("x", "no JSON"),
         ('{"kind": "pruned checkpoint"}', "holds no request"),
         (json.dumps(sealed({"kind": "pruned checkpoint"})), "made by a study"),
