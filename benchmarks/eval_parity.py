@@ -1,12 +1,13 @@
 """Our scorer against lm-evaluation-harness's own HFLM: the same scores, and how much faster?
 
-    python benchmarks/eval_parity.py [--dtype float32] [--limit N] [--batch-sizes 4,16] [-o FILE]
+    python benchmarks/eval_parity.py [--dtype float32] [--limit N] [--batch-sizes 4,16]
+        [--tasks ...] [-o FILE]
 
 Both run the same task objects of the `offline` suite with the same model in memory, task by task
 one after the other; without --limit the whole suite. HFLM is first tried at each batch size on a
 few items of every task, and then runs with its fastest. Times are the process's processor
 seconds, which other work on the machine hardly changes, and the wall clock's. With -o what is
-measured is kept, a line a task, and a later run goes on from there.
+measured is kept, a line a task, and a later run goes on from there (`--tasks` for a part of them).
 """
 
 from __future__ import annotations
@@ -92,10 +93,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-sizes", default="4,16")
+    parser.add_argument("--tasks", nargs="+", default=[])
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     opened = open_model(options.model, dtype=options.dtype)
-    suite = choose("offline", limit=options.limit)
+    suite = choose("offline", tasks=options.tasks, limit=options.limit)
     there = options.output is not None and options.output.is_file()
     found = [json.loads(line) for line in options.output.read_text().splitlines()] if there else []
     print(machine(), f"commit {commit()}")
@@ -111,7 +113,7 @@ def main() -> None:
     form = "{:<18} {:>6} {:>9} {:>12} {:>6} {:>5} {:>9} {:>7} {:>6}"
     print(form.format("task", "items", "requests", "max rel diff", "same", "ties",
                       "HFLM, s", "ours, s", "times"))  # fmt: skip
-    done = {one["task"]: one for one in found}
+    done = {one["task"]: one for one in found if one["task"] in suite.tasks}
     scorer, rival = Scorer(opened), hflm(opened, sizes[0])
     for task in suite.tasks:
         one = done.get(task) or beside(scorer, rival, suite, task)
