@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import psutil
 from filelock import BaseFileLock, FileLock
 
 from calmix.errors import InputError, disk_errors
+
+PARTIAL, OLD = "partial-", "old-"  # hidden beside a result: what is to become it, what it was
 
 
 def cache_dir() -> Path:
@@ -92,18 +95,87 @@ def write_bytes(path: Path, content: bytes) -> None:
     path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with hidden(path, Path.touch) as beside:
+            with beside.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(beside).chmod(0o644)
-            Path(beside).replace(path)
+            beside.chmod(0o644)
+            beside.replace(path)
             sync(path.parent)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+
+
+@contextmanager
+def hidden(
+    path: Path, make: Callable[[Path], None] = Path.mkdir, kind: str = PARTIAL
+) -> Iterator[Path]:
+    """Yield a new hidden file or folder beside `path`; what is left of it at the end is removed.
+
+    This process holds the kernel's lock on it, which ends with the process however that ends. What
+    lies there unlocked was left by one that was killed, and goes first.
+
+    Args:
+        path: what it is to become, or was.
+        make: makes the file or folder.
+        kind: the middle of its name.
+    """
+    _sweep(path)
+    while True:
+        beside = path.with_name(f".{path.name}.{kind}{secrets.token_hex(4)}")
+        make(beside)
+        if (handle := _locked(beside, own=True)) is None:  # somebody sweeps it
+            continue
+        try:
+            if beside.exists():
+                yield beside
+                return
+        finally:
+            _remove(beside)
+            os.close(handle)
+
+
+def _locked(path: Path, *, own: bool) -> int | None:
+    """Return an open handle that holds the lock on a path; None if another process has it.
+
+    Where a file system has no locks, an own path is taken as locked, and no other.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not own or isinstance(error, BlockingIOError):
+            os.close(handle)
+            return None
+    return handle
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed have left beside `path`.
+
+    One killed between the two renames of `atomic_folder` has left the old folder in a hidden one:
+    it gets its name back.
+    """
+    for kind in (OLD, PARTIAL):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}*"):
+            with suppress(OSError):  # another user's
+                if (handle := _locked(left, own=False)) is None:
+                    continue
+                try:
+                    if kind == OLD and (left / path.name).exists() and not path.exists():
+                        (left / path.name).rename(path)
+                    _remove(left)
+                finally:
+                    os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -139,13 +211,13 @@ def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
     """
     with disk_errors(path):
         place = real_place(path)
+        _sweep(place)
         if place.is_symlink():
             raise InputError(f"{path} is a link in a circle: name another folder for the output")
         if path.is_file():
             raise InputError(f"{path} is a file: name a folder for the output")
         held = "the folder you are in" if Path.cwd().is_relative_to(place) else None
-        mounts = [Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)]
-        if os.path.ismount(place) or any(mount.is_relative_to(place) for mount in mounts):
+        if _holds_mount(place):
             held = "a disk's mount point"
         if held is not None:
             raise InputError(
@@ -157,7 +229,40 @@ def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
                 f"{path} exists and is not empty: choose another folder or --overwrite"
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.partial-")).rmdir()
+        with hidden(place):
+            pass
+
+
+def check_output_file(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output file that exists, or that cannot be written, before any work is done.
+
+    Raises:
+        InputError: `path` is a folder, or a file and `overwrite` is off; nothing can be written
+            beside it, or no rename can replace it.
+    """
+    with disk_errors(path):
+        place = real_place(path)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file for the output")
+        if _holds_mount(place):
+            raise InputError(
+                f"{path} is mounted from elsewhere, so nothing can take its place: mount the "
+                "folder it lies in, or name another file"
+            )
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists: choose another file or --overwrite")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{path.parent} is no folder: choose another file") from None
+        with hidden(place, Path.touch):
+            pass
+
+
+def _holds_mount(place: Path) -> bool:
+    """Tell whether something is mounted at a path or below it: a disk, or a file of its own."""
+    mounts = [Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)]
+    return os.path.ismount(place) or any(mount.is_relative_to(place) for mount in mounts)
 
 
 def give_back(lock: BaseFileLock) -> None:
@@ -195,24 +300,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
-        old = None
-        try:
-            beside.chmod(0o755)
+        with hidden(path) as beside:
             yield beside
             sync_all(beside)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
-                path.rename(old / path.name)
-            beside.rename(path)
-            sync(path.parent)
-            if old is not None:
-                shutil.rmtree(old)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            with suppress(OSError):
-                if old is not None and not path.exists():
-                    (old / path.name).rename(path)
-                if old is not None:
-                    old.rmdir()
-            raise
+            if not path.exists():
+                beside.rename(path)
+                sync(path.parent)
+                return
+            with hidden(path, kind=OLD) as old:
+                try:
+                    path.rename(old / path.name)
+                    beside.rename(path)
+                    sync(path.parent)
+                except BaseException:
+                    with suppress(OSError):
+                        if not path.exists():
+                            (old / path.name).rename(path)
+                    raise

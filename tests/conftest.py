@@ -5,18 +5,33 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread a process: workers share the cores, sums round alike in all, and a fork can compute.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from calmix.cli import main
 from tests.browser import PROGRAM, Page, browser
 from tests.tiny import save_tiny_model
+
+torch.set_num_threads(1)
+# The same examples every time, none told by a clock; `make test-long` tries more of them.
+hypothesis.settings.register_profile(
+    "calmix",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=200 if os.environ.get("CALMIX_LONG") else 25,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("calmix")
 
 
 @dataclass(frozen=True)
@@ -63,15 +78,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(skipped)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute in one thread, as processes do that a test starts: sums round by their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from calmix.errors import DiskError, InputError, disk_errors
-from calmix.files import atomic_folder, check_output_folder, write_text
+from calmix.files import atomic_folder, check_output_folder, hidden, write_text
+from tests import forks
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
 
@@ -85,6 +87,78 @@ def test_a_mount_point_is_refused_before_the_work(calmix, tiny_folder, disk, opt
 def test_what_holds_a_mount_point_is_refused(disk):
     with pytest.raises(InputError, match="mount point"):
         check_output_folder(disk.parent, overwrite=True)
+
+
+def test_a_file_mounted_from_elsewhere_is_refused_before_the_work(
+    calmix, tiny_folder, text_file, disk
+):
+    for name in ("host.json", "scores.json"):
+        (disk / name).touch()
+    target = disk / "scores.json"
+    subprocess.run(["mount", "--bind", str(disk / "host.json"), str(target)], check=True)
+    try:
+        for verb in (
+            ("evaluate", tiny_folder, "--overwrite"),
+            ("measure", text_file, "-m", tiny_folder),
+        ):
+            ended = calmix(*verb, "-o", target)
+            assert ended.code == 2
+            assert "is mounted from elsewhere" in ended.line
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def killed(act, folder):
+    """Act in a fork that ends itself by SIGKILL."""
+    ended = forks.run(act, folder / "log")
+    assert ended.code == -signal.SIGKILL, ended.errors
+    (folder / "log").unlink()
+
+
+def test_what_the_killed_left_goes_and_what_the_living_make_stays(tmp_path):
+    def folder():
+        with hidden(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def file():
+        with hidden(tmp_path / "out", Path.touch):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    left = set()
+    for act in (folder, file):
+        killed(act, tmp_path)
+        left |= set(names(tmp_path))
+        assert len(names(tmp_path)) == 1
+    assert len(left) == 2
+    with atomic_folder(tmp_path / "out") as mine, hidden(tmp_path / "out") as other:
+        assert set(names(tmp_path)) == {mine.name, other.name}
+        assert not left & {mine.name, other.name}
+    assert names(tmp_path) == ["out"]
+
+
+def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+
+    def act():
+        rename = Path.rename
+
+        def renamed(path, to):
+            if ".partial-" in path.name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, to)
+
+        Path.rename = renamed
+        with atomic_folder(output):
+            pass
+
+    killed(act, tmp_path)
+    assert not output.exists()
+    with pytest.raises(InputError, match="is not empty"):
+        check_output_folder(output)
+    assert names(output) == ["old"]
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("output", [".", "..", "sub/.."])

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calmix.errors import InputError
+from calmix.machine import cores
 
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes of address space
@@ -206,7 +207,7 @@ class CodeEval:
             for problem, (test, candidates) in enumerate(zip(references, predictions, strict=True))
             for number, candidate in enumerate(candidates)
         ]
-        with ThreadPoolExecutor(num_workers or min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(num_workers or min(4, cores())) as pool:
             outcomes = list(pool.map(lambda job: run_program(job[2], seconds=timeout), jobs))
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         for (problem, number, _), outcome in zip(jobs, outcomes, strict=True):

@@ -28,7 +28,7 @@ from calmix.cli.common import (
 )
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
-from calmix.files import check_output_folder, user_path
+from calmix.files import check_output_file, check_output_folder, user_path
 from calmix.sources import load_sources
 
 Spec = Annotated[
@@ -167,10 +167,7 @@ def export(
     from calmix.calibration.export import export_datasets, export_jsonl
 
     text = output.suffix.lower() == ".jsonl"
-    if not text:
-        check_output_folder(output, overwrite=overwrite)
-    elif output.exists() and not overwrite:
-        raise InputError(f"{output} exists: choose another file or --overwrite")
+    (check_output_file if text else check_output_folder)(output, overwrite=overwrite)
     CalibrationSet.open(folder)
     opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
     made = CalibrationSet.open(folder, opened)

@@ -24,8 +24,8 @@ from calmix.cli.common import (
     progress_bar,
 )
 from calmix.cli.tables import print_rows, show, table_of
-from calmix.errors import InputError, disk_errors
-from calmix.files import write_text
+from calmix.errors import InputError
+from calmix.files import check_output_file, write_text
 
 if TYPE_CHECKING:
     from calmix.capability.distance import Flipped
@@ -134,7 +134,7 @@ def evaluate_command(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens must be positive, not {batch_tokens}")
     if output is not None:
-        check_output(output, overwrite)
+        check_output_file(output, overwrite=overwrite)
 
     saved = against is not None and against.lower().endswith(".json")
     own = parse_texts(text or ())
@@ -258,23 +258,6 @@ def rescore(
         )
     else:
         _print_retention(scores, dense, judged, resamples, seed)
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Raises:
-        InputError: it is a folder, or exists and `overwrite` is off; its folder is a file.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file for the output")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: choose another file or --overwrite")
-    with disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{path.parent} is no folder: choose another file") from None
 
 
 def _head(table: Table, dimension: str, seen: set[str]) -> None:

@@ -17,7 +17,7 @@ from calmix.calibration.packing import Packing
 from calmix.calibration.resolving import resolve
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
-from calmix.files import user_path, write_json, write_text
+from calmix.files import check_output_file, user_path, write_json, write_text
 from calmix.information import metrics
 from calmix.information.ngrams import Ids
 from calmix.sources import Source
@@ -125,12 +125,11 @@ def check_result_file(path: Path) -> None:
     """Refuse a result file before any work is done.
 
     Raises:
-        InputError: the ending is neither .json nor .csv, or the path is a folder.
+        InputError: the ending is neither .json nor .csv, or no file can be written there.
     """
     if path.suffix.lower() not in (".json", ".csv"):
         raise InputError(f"cannot write results to {path}: name a .json or .csv file")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a .json or .csv file")
+    check_output_file(path, overwrite=True)
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -24,10 +24,18 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from calmix import assets
-from calmix.errors import InputError, ModelError, disk_errors, nearest
-from calmix.files import atomic_folder, cache_dir, made_once, sha256_file, sha256_json
+from calmix.errors import DiskError, InputError, ModelError, disk_errors, nearest
+from calmix.files import (
+    atomic_folder,
+    cache_dir,
+    made_once,
+    sha256_file,
+    sha256_json,
+    write_text,
+)
 from calmix.machine import cores
 from calmix.models.shards import PACK, Shards, weight_files
 
@@ -151,8 +159,25 @@ def open_model(
     chosen = _dtype(dtype)
     folder = resolve_model(name)
     model = _load(folder, name, chosen, target, trust_remote_code)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     return OpenModel(name, folder, model, tokenizer, trust_remote_code)
+
+
+def check_ids(name: str, embeddings: Any, ids: Tensor) -> None:
+    """Refuse token ids that a model has no embedding for; an accelerator would not say which.
+
+    Raises:
+        ModelError: there is one.
+    """
+    known = embeddings.weight.shape[0]
+    for found in map(int, ids.aminmax()) if ids.numel() else ():
+        if not 0 <= found < known:
+            raise ModelError(
+                f"{name} has no usable tokenizer: it gives id {found}, and the model has "
+                f"embeddings for {known}"
+            )
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
@@ -435,11 +460,8 @@ def _cached_sha256(file: Path) -> str:
         return kept
     value = sha256_file(file)
     if settled:
-        with contextlib.suppress(OSError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            beside = note.with_suffix(f".{os.getpid()}")
-            beside.write_text(value, encoding="ascii")
-            beside.replace(note)
+        with contextlib.suppress(OSError, DiskError):
+            write_text(note, value)
     return value
 
 

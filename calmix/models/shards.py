@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.errors import ModelError, disk_errors
+from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import parse_json, sync
 
 DTYPES = {
@@ -171,6 +172,9 @@ class ShardWriter:
         folder: where the files go.
         places: the tensors of each file in order, as type and shape, by name.
 
+    Attributes:
+        sums: CRC-32 of the bytes of each tensor that was written, by name.
+
     Raises:
         InputError: the disk has no room, or may not be written.
     """
@@ -180,6 +184,7 @@ class ShardWriter:
     ) -> None:
         self.folder = folder
         self.places: dict[str, Place] = {}
+        self.sums: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in places.items():
             path = folder / name
@@ -210,6 +215,19 @@ class ShardWriter:
                     _write(handle, tensor_bytes(value), place.start)
                 finally:
                     os.close(handle)
+            self.sums[name] = zlib.crc32(tensor_bytes(value))
+
+    def check(self, sums: Mapping[str, int]) -> None:
+        """Go on with what an earlier run has written, if its bytes are what they were.
+
+        Raises:
+            InputError: they are not.
+        """
+        for name, wanted in sums.items():
+            place = self.places.get(name)
+            if place is None or zlib.crc32(tensor_bytes(read_tensor(self.folder, place))) != wanted:
+                raise InputError(f"{self.folder} is damaged ({name}): start over with --overwrite")
+        self.sums = dict(sums)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

@@ -19,11 +19,11 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
+from calmix.errors import CalmixError, DiskError, InputError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import fingerprint, quiet_transformers
+from calmix.models.opening import check_ids, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
@@ -113,8 +113,9 @@ def prune_checkpoints(
                 job.work.claim(job.asked, resume=resume, overwrite=overwrite)
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
             calibration = _calibration(left, source, tokenizer, dtype, device, writing, note)
-            _check_vocabulary(source, calibration)
             ids = None if calibration is None else calibration.ids
+            if ids is not None:
+                check_ids(name, source.model.get_input_embeddings(), ids)
             dropped: list[Dropped] = []
             if left and left[0].request.drop_experts is not None:
                 assert ids is not None
@@ -321,16 +322,6 @@ def _calibration(
         if not job.work.goes_on:
             job.work.keep_calibration(made)
     return made
-
-
-def _check_vocabulary(source: OpenModel | WeightSource, calibration: CalibrationSet | None) -> None:
-    """Refuse ids the model has no embedding for."""
-    known = source.model.get_input_embeddings().weight.shape[0]
-    if calibration is not None and (most := int(calibration.ids.max())) >= known:
-        raise ModelError(
-            f"{source.name} has no usable tokenizer: it gives id {most}, and the model has "
-            f"embeddings for {known}"
-        )
 
 
 def _leave(work: WorkFolder, error: BaseException) -> bool:

@@ -10,17 +10,20 @@
                       progress.json      blocks that are done, and the report on them
 
 A block is done when its weights and the next block's hidden states are on the disk; only then
-is progress.json replaced. The states that lead into a block are kept until it is done.
+is progress.json replaced. The states that lead into a block are kept until it is done. It holds a
+sum of all that a later run reads, and its own hash: damage is told, and not built upon.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import operator
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +35,16 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import DiskError, InputError, disk_errors
-from calmix.files import check_output_folder, give_back, real_place, sync, sync_all, write_json
+from calmix.files import (
+    check_output_folder,
+    give_back,
+    parse_json,
+    real_place,
+    sync,
+    sync_all,
+    write_json,
+)
+from calmix.manifest import SEAL, seal_holds, sealed
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
 from calmix.pruning.engine import PruneReport
 from calmix.pruning.patterns import Unstructured
@@ -52,6 +64,9 @@ class FileStates:
         like: hidden states of one micro-batch, for length, width, type and device.
         side: which file is read first.
         before_write: called before anything is written.
+
+    Attributes:
+        sums: CRC-32 of every micro-batch of each file.
     """
 
     def __init__(
@@ -61,7 +76,9 @@ class FileStates:
         self.rows = list(rows)
         self.shape, self.dtype, self.device = like.shape[1:], like.dtype, like.device
         self.side = side
+        self.sums: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self._before_write = before_write
+        self._unread: dict[int, int] = {}
         self._row_bytes = self.shape.numel() * self.dtype.itemsize
         for path in self.paths:
             path.touch()
@@ -69,8 +86,11 @@ class FileStates:
     def __getitem__(self, number: int) -> Tensor:
         """Return what a micro-batch brings into the block at hand."""
         hidden = torch.empty(self.rows[number], *self.shape, dtype=self.dtype)
-        if not read_bytes(self.paths[self.side], self._start(number), hidden):
-            raise InputError(f"{self.paths[self.side]} is cut short: start over")
+        path = self.paths[self.side]
+        whole = read_bytes(path, self._start(number), hidden)
+        wanted = self._unread.pop(number, None)
+        if not whole or wanted not in (None, zlib.crc32(tensor_bytes(hidden))):
+            raise damaged(path)
         return hidden.to(self.device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
@@ -83,6 +103,12 @@ class FileStates:
             at = 0
             while at < len(view):
                 at += file.write(view[at:])
+        self.sums[1 - self.side][number] = zlib.crc32(view)
+
+    def restore(self, sums: Mapping[str, int]) -> None:
+        """Go on with what an earlier run has written to the file that is read now."""
+        self._unread = {int(number): wanted for number, wanted in sums.items()}
+        self.sums[self.side].update(self._unread)
 
     def turn(self) -> None:
         """What was written is what is read from now on."""
@@ -122,7 +148,7 @@ class WorkFolder:
         self._pool = ThreadPoolExecutor(1, "writing")
         self._pending: Future[None] | None = None
         self._leaves: list[Any] = []
-        self._written: str | None = None
+        self._written: tuple[int, int] | None = None  # the block whose file it is, and its sum
         self.claimed = self.goes_on = False
 
     @property
@@ -136,10 +162,22 @@ class WorkFolder:
         return self._counted("batch")
 
     def _counted(self, key: str) -> int:
-        try:
-            return int(json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))[key])
-        except (OSError, ValueError, KeyError):
-            return 0
+        count = self.progress().get(key, 0)
+        if type(count) is not int:
+            raise damaged(self.path / PROGRESS)
+        return count
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far an earlier run has come; empty if nowhere.
+
+        Raises:
+            InputError: the file is not what was written.
+        """
+        return self._sealed(PROGRESS) or {}
+
+    def count(self, progress: Mapping[str, Any]) -> None:
+        """Replace progress.json; `done` says how many blocks or steps count."""
+        write_json(self.path / PROGRESS, sealed(progress))
 
     def claim(self, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
         """Take the folder for a request; return `goes_on`.
@@ -170,7 +208,13 @@ class WorkFolder:
 
     def _take(self, request: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         held = self._request()
-        if held is not None and self.done and self.checkpoint.is_dir():
+        try:
+            done = self.done
+        except InputError:
+            if not overwrite:
+                raise
+            done = 0
+        if held is not None and done and self.checkpoint.is_dir():
             if resume:
                 differs = [key for key in request if held.get(key) != request[key]]
                 if differs:
@@ -182,7 +226,7 @@ class WorkFolder:
                 return True
             if not overwrite:
                 raise InputError(
-                    f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
+                    f"{self.path} holds an interrupted run with {done} {self.unit} done: "
                     "go on with --resume, start over with --overwrite, or name another output"
                 )
         if held is None and self.path.exists() and not self._only_begun():
@@ -230,40 +274,62 @@ class WorkFolder:
     def keep_calibration(self, drawn: CalibrationSet) -> None:
         """Keep the calibration set, so that it need not be drawn again."""
         drawn.save(self.path / SET)
-        write_json(self.path / SET_MANIFEST, drawn.manifest)
+        write_json(self.path / SET_MANIFEST, sealed(drawn.manifest))
 
     def calibration(self) -> CalibrationSet:
         """Return the calibration set that was kept, as it was drawn."""
         held = CalibrationSet.open(self.path / SET)
-        manifest = json.loads((self.path / SET_MANIFEST).read_text(encoding="utf-8"))
+        if (manifest := self._sealed(SET_MANIFEST)) is None:
+            raise damaged(self.path / SET_MANIFEST)
         return CalibrationSet(held.ids, held.sources, manifest)
 
     def keep_allocation(self, patterns: Mapping[str, Unstructured]) -> None:
         """Keep patterns by layer, so that the model need not be looked at again."""
         shares = {name: pattern.sparsity for name, pattern in patterns.items()}
-        write_json(self.path / ALLOCATION, shares)
+        write_json(self.path / ALLOCATION, sealed(shares))
 
     def allocation(self) -> dict[str, Unstructured] | None:
         """Return the patterns by layer that were kept."""
-        try:
-            kept = json.loads((self.path / ALLOCATION).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if (kept := self._sealed(ALLOCATION)) is None:
             return None
         return {name: Unstructured(share) for name, share in kept.items()}
 
-    def restore(self, report: PruneReport) -> int:
-        """Put the report on the blocks that are done into `report`; return how many they are."""
+    def _sealed(self, name: str) -> dict[str, Any] | None:
+        """Return a small file's content; None if there is none.
+
+        Raises:
+            InputError: it is not what was written.
+        """
+        path = self.path / name
         try:
-            kept = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+            kept = parse_json(path.read_bytes())
         except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise damaged(path) from error
+        if not isinstance(kept, dict) or not seal_holds(kept):
+            raise damaged(path)
+        del kept[SEAL]
+        return kept
+
+    def restore(self, report: PruneReport) -> int:
+        """Put the report on the blocks that are done into `report`; return how many they are.
+
+        Raises:
+            InputError: their weights are not what was written.
+        """
+        if not (kept := self.progress()):
             return 0
+        assert self.writer is not None
+        self.writer.check(kept["weights"])
         report.restore(kept)
         report.seconds = {key: float(value) for key, value in kept["seconds"].items()}
-        return int(kept["done"])
+        return self.done
 
     def make_states(self, rows: Sequence[int], like: Tensor, done: int) -> FileStates:
         """Return the hidden states' files, at the side that leads into block `done`."""
         self.states = FileStates(self.path, rows, like, done % 2, self.wait)
+        self.states.restore(self.progress().get("states", {}))
         return self.states
 
     def states_begin(self) -> None:
@@ -273,12 +339,18 @@ class WorkFolder:
 
     def restore_written(self, written: list[list[Any]]) -> None:
         """Put what the blocks that are done wrote into their arguments into what was recorded."""
-        with contextlib.suppress(FileNotFoundError):
-            kept = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
-            self._written = kept.get("written")
-        if self._written is not None:
+        if (kept := self.progress().get("written")) is not None:
+            match kept:
+                case [int(block), int(wanted)]:
+                    path = self._written_file(block)
+                case _:
+                    raise damaged(self.path / PROGRESS)
+            self._written = block, wanted
+            content = path.read_bytes() if path.is_file() else b""
+            if zlib.crc32(content) != wanted:
+                raise damaged(path)
             assert self.states is not None
-            saved = torch.load(self.path / self._written, self.states.device, weights_only=True)
+            saved = torch.load(io.BytesIO(content), self.states.device, weights_only=True)
             for values, contents in zip(written, saved, strict=True):
                 values[:] = [_refilled(v, held) for v, held in zip(values, contents, strict=True)]
         self._leaves = list(_leaves(written))
@@ -302,21 +374,21 @@ class WorkFolder:
             overlap: whether to return before it is on the disk.
         """
         self.wait()
-        side = None
+        side, sums = None, {}
         if self.states is not None:
             self.states.turn()
             side = self.states.side
-        leaves, contents, before = list(_leaves(written)), None, self._written
+            sums = {str(n): found for n, found in self.states.sums[side].items()}
+        leaves, contents = list(_leaves(written)), None
         if len(leaves) != len(self._leaves) or any(map(operator.is_not, leaves, self._leaves)):
             contents = [[_plain(value) for value in values] for values in written]
-            self._leaves, self._written = leaves, f"written-{index}"
-        kept = self._written
+            self._leaves = leaves
         progress = {
             "done": index + 1,
             "batch": 0 if self.states is None else self.states.rows[0],
             "seconds": dict(report.seconds),
             **report.parts(),
-            "written": kept,
+            "states": sums,
         }
 
         def finish() -> None:
@@ -325,15 +397,19 @@ class WorkFolder:
             self.writer.sync()
             if self.states is not None and side is not None:
                 self.states.sync(side)
+            before = self._written
             if contents is not None:
-                _save(self.path / str(kept), contents)
-            write_json(self.path / PROGRESS, progress)
-            if contents is not None and before is not None:
-                (self.path / before).unlink(missing_ok=True)
+                self._written = index, _save(self._written_file(index), contents)
+            self.count(progress | {"weights": self.writer.sums, "written": self._written})
+            if before not in (None, self._written):
+                self._written_file(before[0]).unlink(missing_ok=True)
 
         self._pending = self._pool.submit(finish)
         if not overlap:
             self.wait()
+
+    def _written_file(self, block: int) -> Path:
+        return self.path / f"written-{block}"
 
     def wait(self) -> None:
         """Wait for the block that is being written, and raise what went wrong with it."""
@@ -402,11 +478,20 @@ def _refilled(value: Any, contents: Any) -> Any:
     return made
 
 
-def _save(path: Path, value: Any) -> None:
+def _save(path: Path, value: Any) -> int:
+    """Write a value to the disk and return the CRC-32 of the file."""
+    content = io.BytesIO()
+    torch.save(value, content)
     with disk_errors(path), path.open("wb") as file:
-        torch.save(value, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
+    return zlib.crc32(content.getbuffer())
+
+
+def damaged(path: Path) -> InputError:
+    """Return the error about a file of the work folder that is not what was written."""
+    return InputError(f"{path} is damaged: start over with --overwrite")
 
 
 def _short(value: Any) -> str:

@@ -28,7 +28,7 @@ from calmix.files import check_output_folder, real_place, sha256_json, write_jso
 from calmix.machine import free_memory
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
-from calmix.models.opening import fast_half_precision, fingerprint
+from calmix.models.opening import check_ids, fast_half_precision, fingerprint
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning.work import FileStates
@@ -36,7 +36,6 @@ from calmix.recovery.blocks import BlockReport, Stream, tune
 from calmix.recovery.checks import (
     Pair,
     check_tokenizers,
-    check_vocabulary,
     check_zeros,
     compare,
     same_head,
@@ -158,7 +157,8 @@ def recover(
                 lambda: job.work.claim(asked, resume=resume, overwrite=overwrite)
             )
             calibration = job.together(lambda: _calibration(job, tokenizers[1], writing))
-            check_vocabulary(pair.pruned, calibration)
+            embeddings = pair.pruned.model.get_input_embeddings()
+            check_ids(pair.pruned.name, embeddings, calibration.ids)
             job.take(calibration)
             job.check_memory()
             if job.main:
@@ -245,6 +245,7 @@ class _Job:
         self.goes_on = False
         self.seconds: dict[str, float] = {}
         self.recompute = True
+        self.dense_sums: dict[int, int] = {}
 
     def asked(self) -> dict[str, Any]:
         """Return what decides the bytes of the result, as far as it is known before the draw."""
@@ -441,7 +442,8 @@ class _Keeper:
         work.save(f"{self._counted[0]}/{job.accelerator.process_index}", masters.state())
         job.wait()
         if job.main:
-            work.count({"done": progress.done, "run": asdict(progress), "seconds": job.clock()})
+            told = {"done": progress.done, "run": asdict(progress), "seconds": job.clock()}
+            work.count(told | {"dense": {str(n): s for n, s in job.dense_sums.items()}})
             work.keep_only(*self._counted)
         self._saved = time.monotonic()
         self._took = self._saved - began
@@ -458,7 +460,8 @@ def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     settings = Settings(request.epochs, request.lr, request.batch, job.seed)
     steps = len(steps_of(len(job.rows.training), request.batch, request.epochs, job.seed))
     shared = same_head(pair)
-    states, dense_logits = _dense_states(job, shared)
+    states, dense_logits = _dense_states(job, shared, kept.get("dense", {}))
+    job.dense_sums = states.sums[states.side]
     type_name = str(job.dtype).removeprefix("torch.")
     model = open_model(pair.pruned.name, dtype=type_name, device=str(job.device), **job.how).model
     student: Any = Student(model, find_blocks(model), dense_logits, recompute=job.recompute)
@@ -499,8 +502,10 @@ def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     return losses[0], losses[progress.best], curve
 
 
-def _dense_states(job: _Job, shared: bool) -> tuple[FileStates, Any]:
+def _dense_states(job: _Job, shared: bool, sums: Mapping[str, int]) -> tuple[FileStates, Any]:
     """Return what the dense model's head sees of every row, and that head if it is another one.
+
+    `sums` are an earlier run's, which left the states.
 
     It lies in a file, in the type computed in; each process makes its share.
     """
@@ -533,6 +538,7 @@ def _dense_states(job: _Job, shared: bool) -> tuple[FileStates, Any]:
         job.wait()
         job.seconds["dense"] = time.perf_counter() - began
     states.turn()
+    states.restore(sums)
     return states, logits
 
 
@@ -549,6 +555,8 @@ def _blocks(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     reports = [BlockReport(**report) for report in kept.get("blocks", [])]
     began = time.perf_counter()
     dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
+    assert work.writer is not None
+    work.writer.check(kept.get("weights", {}))
     if not reports:
         inside = {n for i in range(len(found)) for n in pair.pruned.block_names(i)}
         _copy(job, inside)
@@ -581,10 +589,10 @@ def _blocks(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
             weights = _as_stored(job, masters)
             masters.put([value.float() for value in weights.values()])
             _put(job, weights)
-            assert work.writer is not None
             work.writer.sync()
             told = [asdict(report) for report in reports]
-            work.count({"done": index + 1, "blocks": told, "seconds": job.clock()})
+            done = {"done": index + 1, "blocks": told, "weights": work.writer.sums}
+            work.count(done | {"seconds": job.clock()})
             del masters, weights
         pruned.advance(index)
         del own

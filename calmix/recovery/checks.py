@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.models.streaming import StreamedModel
 
 LEAST = 0.01  # share of zeros below which a model is not sparse
@@ -111,20 +110,6 @@ def check_tokenizers(pruned: OpenTokenizer, dense: OpenTokenizer) -> None:
     if pruned.tokenizer_fingerprint != dense.tokenizer_fingerprint:
         raise InputError(
             f"{pruned.name} has another tokenizer than {dense.name}: it was not pruned from it"
-        )
-
-
-def check_vocabulary(streamed: StreamedModel, calibration: CalibrationSet) -> None:
-    """Refuse ids the model has no embedding for.
-
-    Raises:
-        ModelError: there is one.
-    """
-    known = streamed.model.get_input_embeddings().weight.shape[0]
-    if (most := int(calibration.ids.max())) >= known:
-        raise ModelError(
-            f"{streamed.name} has no usable tokenizer: it gives id {most}, and the model has "
-            f"embeddings for {known}"
         )
 
 

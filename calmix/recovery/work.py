@@ -18,17 +18,20 @@ progress.json is replaced only once what it names is on the disk; what it no lon
 
 from __future__ import annotations
 
-import json
 import shutil
+import zlib
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from calmix.errors import disk_errors
-from calmix.files import sync, write_json
-from calmix.pruning.work import PROGRESS, WorkFolder
+from calmix.files import sync
+from calmix.models.shards import tensor_bytes
+from calmix.pruning.work import WorkFolder, damaged
+
+SUM = "crc32"  # in a file's metadata: of all its tensors, by order of name
 
 
 class RecoveryFolder(WorkFolder):
@@ -43,30 +46,32 @@ class RecoveryFolder(WorkFolder):
         super().__init__(output)
         self.unit = unit
 
-    def progress(self) -> dict[str, Any]:
-        """Return how far an earlier run has come; empty if nowhere."""
-        try:
-            kept = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return kept if isinstance(kept, dict) else {}
-
-    def count(self, progress: dict[str, Any]) -> None:
-        """Replace progress.json; `done` says how many blocks or steps count."""
-        write_json(self.path / PROGRESS, progress)
-
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write tensors to a file and wait until they are on the disk."""
         path = self.path / name
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
-            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+            held = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(held, path, {SUM: str(_sum(held))})
             sync(path)
             sync(path.parent)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of a file."""
-        return load_file(self.path / name)
+        """Return the tensors of a file.
+
+        Raises:
+            InputError: they are not what was written.
+        """
+        path = self.path / name
+        try:
+            with safe_open(path, "pt") as file:
+                wanted = (file.metadata() or {}).get(SUM)
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise damaged(path) from error
+        if wanted != str(_sum(found)):
+            raise damaged(path)
+        return found
 
     def keep_only(self, *names: str) -> None:
         """Remove states and weights that are not named."""
@@ -76,3 +81,11 @@ class RecoveryFolder(WorkFolder):
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def _sum(tensors: dict[str, Tensor]) -> int:
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensor_bytes(tensor.cpu().contiguous()), value)
+    return value

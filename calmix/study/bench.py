@@ -7,8 +7,6 @@ cost more than the prune's own set-up.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,7 +20,7 @@ from calmix.capability.retention import Estimate, Retention
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.capability.texts import Texts, builtin_readers, texts
 from calmix.errors import InputError
-from calmix.files import sha256_json, write_json
+from calmix.files import hidden, sha256_json, write_json
 from calmix.information.measuring import measure_set
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
@@ -253,15 +251,12 @@ class Bench:
         values = measure_set(made, opened)
         values["perplexity"] = values.pop("distortion")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:16]}.partial-"))
-        try:
+        with hidden(folder) as beside:
             made.save(beside / "set")
             write_json(
                 beside / "set" / INFORMATION, {"label": planned.calibration, "metrics": values}
             )
             publish(beside / "set", folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _kept(path: Path) -> CapabilityScores | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,3 +199,18 @@ def test_a_context_too_short_for_a_task_is_one_line(
     ended = calmix("evaluate", folder, "--suite", suite_file)
     assert ended.code == 2
     assert "task quiz has an answer of 6 tokens" in ended.line
+
+
+def test_ids_beyond_the_vocabulary_are_one_line(
+    calmix: Run, tiny_folder: Path, suite_file: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    file = model / "tokenizer.json"
+    file.write_text(re.sub(r'("a": )\d+', r"\g<1>5000", file.read_text(encoding="utf-8")))
+    for verb in (
+        ("evaluate", model, "--suite", suite_file),
+        ("measure", text_file, "-m", model, "--rows", 4, "--length", 32),
+    ):
+        ended = calmix(*verb)
+        assert ended.code == 2
+        assert "it gives id 5000, and the model has embeddings for 320" in ended.line

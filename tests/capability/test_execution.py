@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from calmix.capability import execution
 from calmix.capability.execution import (
     CodeEval,
     check_sandbox,
@@ -15,6 +17,21 @@ from calmix.capability.execution import (
     pass_at_k,
     run_program,
 )
+
+
+def test_programs_run_at_once_as_the_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, most: int) -> None:
+            asked.append(most)
+            super().__init__(most)
+
+    monkeypatch.setattr(execution, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(execution, "cores", lambda: 3)
+    CodeEval().compute(references=["assert f() == 1"], predictions=[["def f(): return 1"]], k=(1,))
+    assert asked == [3]
+
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX")
 

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from tests.faults.running import run, start, tree, wait
+import torch
+
+import calmix
+from calmix.files import cache_dir
+from calmix.recovery import checkpoint as recovery
+from tests.forks import Ended, command, run, start, wait
 from tests.study.worker import write_study
 from tests.tiny import save_tiny_model
 
 RUN = ("calmix-run.json",)  # holds date and seconds
 SMALL = ("--rows", 8, "--length", 64, "--leakage", "off")
+DAY = 86_400.0
+NAMES = (
+    "prune sparsegpt", "prune wanda", "prune magnitude", "prune block", "prune targets",
+    "recover distill", "recover blocks", "calibrate", "generate", "evaluate", "study",
+)  # fmt: skip
+CACHED = ("generate", "evaluate", "study")  # what keeps something in the cache
 
 
 @dataclass
@@ -47,49 +62,71 @@ class Verb:
     Attributes:
         arguments: of the command line, given the folder to write in; asked again after a fault.
         result: what must be the same, given that folder.
+        reading: of the command line that reads the result and tells damage; None if none can.
+        anew: options that start over.
     """
 
     arguments: Callable[[Path], tuple[object, ...]]
     result: Callable[[Path], Mapping[str, object]]
+    reading: Callable[[Path], tuple[object, ...]] | None = None
+    anew: tuple[str, ...] = ("--overwrite",)
 
 
 def verbs(files: Path) -> dict[str, Verb]:
     """Return the commands, over tiny files that are written to `files`."""
     model = save_tiny_model(files / "short")
-    (files / "text.txt").write_text("alpha beta gamma delta prime sum return river " * 300)
+    text = files / "text.txt"
+    text.write_text("alpha beta gamma delta prime sum return river " * 300)
     study = write_study(files, model)
+    opened = calmix.open_model(str(model))
+    drawn = calmix.resolve(str(text), opened, rows=8, length=64, leakage="off")
+    drawn.save(files / "set")
+    calmix.prune(opened.model, drawn.ids, method="wanda", pattern=calmix.Unstructured(0.5))
+    opened.model.save_pretrained(files / "pruned")
+    opened.tokenizer.save_pretrained(files / "pruned")
 
-    def prune(*options: object) -> Verb:
-        drawn = ("--calibration", files / "text.txt", *SMALL, "--resume")
-        return Verb(lambda at: ("prune", model, "-o", at / "out", *drawn, *options), _files)
+    calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imported once, for every fork
 
+    def kept(verb: str, *options: object, resume: bool = True) -> Verb:
+        more = ("--resume",) if resume else ()
+        return Verb(
+            lambda at: (verb, *options, "-o", at / "out", *more),
+            partial(tree, without=RUN),
+            lambda at: ("inspect", at / "out"),
+        )
+
+    own = ("--calibration", text, *SMALL)
+    recovered = (files / "pruned", "--against", model, "--calibration", files / "set")
     found = {
-        "prune sparsegpt": prune("--sparsity", 0.5),
-        "prune wanda": prune("--method", "wanda", "--pattern", "2:4"),
-        "prune magnitude": Verb(
-            lambda at: ("prune", model, "-o", at / "out", "--method", "magnitude", "--sparsity",
-                        0.5, "--resume"), _files,
+        "prune sparsegpt": kept("prune", model, *own, "--sparsity", 0.5),
+        "prune wanda": kept("prune", model, *own, "--method", "wanda", "--pattern", "2:4"),
+        "prune magnitude": kept("prune", model, "--method", "magnitude", "--sparsity", 0.5),
+        "prune block": kept("prune", model, *own, "--sparsity", 0.5, "--propagation", "block"),
+        "prune targets": kept(
+            "prune", model, *own, "--method", "sparsegpt,wanda", "--sparsity", "0.4,0.6"
         ),
-        "prune block": prune("--sparsity", 0.5, "--propagation", "block"),
-        "prune targets": prune("--method", "sparsegpt,wanda", "--sparsity", "0.4,0.6"),
-        "calibrate": Verb(
-            lambda at: ("calibrate", files / "text.txt", "-m", model, "-o", at / "out", *SMALL),
-            _files,
-        ),
-        "generate": Verb(
-            lambda at: ("generate", "self-cal", "-m", model, "-o", at / "out", *SMALL), _files
-        ),
+        "recover distill": kept("recover", *recovered, "--epochs", 1),
+        "recover blocks": kept("recover", *recovered, "--method", "blocks", "--epochs", 1),
+        "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=False),
+        "generate": kept("generate", "self-cal", "-m", model, *SMALL, resume=False),
         "evaluate": Verb(
             lambda at: ("evaluate", files / "model", "--suite", files / "suite.yaml", "-o",
                         at / "out.json"), _scores,
         ),
-        "study": Verb(lambda at: ("study", "run", study, "-o", at / "out"), _study),
+        "study": Verb(lambda at: ("study", "run", study, "-o", at / "out"), _study, anew=()),
     }  # fmt: skip
+    found["prune targets"] = Verb(found["prune targets"].arguments, found["prune targets"].result)
+    assert tuple(found) == NAMES
     return found
 
 
-def _files(folder: Path) -> Mapping[str, object]:
-    return tree(folder, without=RUN)
+def tree(folder: Path, without: Sequence[str] = ()) -> Mapping[str, bytes]:
+    """Return every file below a folder by its path, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in without
+    }
 
 
 def _scores(folder: Path) -> Mapping[str, object]:
@@ -105,115 +142,286 @@ def _timeless(value: object) -> object:
 
 def _study(folder: Path) -> Mapping[str, object]:
     store = folder / "out"
-    kept = {name: held for name, held in tree(store).items() if name.endswith("safetensors")}
+    kept: dict[str, object] = {
+        name: held for name, held in tree(store).items() if name.endswith("safetensors")
+    }
     for path in sorted(store.glob("trials/*/scores.json")):
-        kept[str(path)] = _timeless(json.loads(path.read_text()))  # type: ignore[assignment]
-    return {**_relative(kept, store), "files": sorted(tree(folder))}
+        kept[str(path.relative_to(store))] = _timeless(json.loads(path.read_text()))
+    return {**kept, "files": sorted(tree(folder))}
 
 
-def _relative(kept: Mapping[str, object], store: Path) -> dict[str, object]:
-    return {name.removeprefix(f"{store}/"): value for name, value in kept.items()}
+class Place:
+    """Where a verb is tried: its folders, and what an undisturbed run gives."""
+
+    def __init__(self, name: str, verb: Verb, folder: Path) -> None:
+        self.name, self.verb, self.folder = name, verb, folder
+        self.log = folder / "log"
+        clean = self.fresh("clean")
+        self.whole = self.run(clean)
+        assert not self.whole.code, f"undisturbed: {self.whole.errors[-300:]}"
+        self.wanted = verb.result(clean)
+
+    def fresh(self, name: str) -> Path:
+        """Return an empty folder; the cache is empty too."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.empty_cache()
+        return folder
+
+    def empty_cache(self) -> None:
+        """Remove all that is in the verb's cache but the archives."""
+        cache = self.folder / "cache"
+        shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(exist_ok=True)
+        (cache / "assets").symlink_to(cache_dir() / "assets")
+
+    def run(self, at: Path, *options: object, **how: object) -> Ended:
+        """Run the verb in a fork."""
+        return run(self.acts(at, *options), self.log, **how)  # type: ignore[arg-type]
+
+    def acts(self, at: Path, *options: object) -> Callable[[], None]:
+        """Return what runs the verb, with the cache of its own."""
+
+        def act() -> None:
+            os.environ["CALMIX_CACHE"] = str(self.folder / "cache")
+            recovery.SAVING = 0  # a distillation keeps every state: there is something to damage
+            command(*self.verb.arguments(at), *options)()
+
+        return act
+
+    def moment(self, rng: random.Random) -> float:
+        """Return processor seconds at which a run is at work, or has just ended."""
+        return rng.uniform(0, 1.05) * self.whole.seconds
+
+    def judged(self, at: Path, again: Ended) -> str | None:
+        """Return what is wrong with the result of the verb asked again; None if nothing."""
+        if again.code and not (again.line and "exists" in again.errors):
+            return again.errors[-300:]
+        got = self.verb.result(at)
+        if got == self.wanted:
+            return None
+        names = [n for n in {**self.wanted, **got} if self.wanted.get(n) != got.get(n)]
+        told = f"; files {got['files']}" if "files" in names else ""
+        return f"differs in {sorted(names)[:6]}{told[:300]}"
+
+    def seeded(self, fault: str, number: int) -> random.Random:
+        """Return what decides a try."""
+        return random.Random(zlib.crc32(f"{self.name}/{fault}/0/{number}".encode()))
 
 
-def faults(name: str, verb: Verb, place: Path, count: int, how: str, seed: int = 0) -> Row:
+def faults(place: Place, count: int, how: str) -> Row:
     """End a verb at `count` seeded moments, up to three times in a row, and ask for it again."""
-    row = Row(name, "SIGKILL" if how == "kill" else "SIGINT")
-    log = place / "log"
-    clean = _fresh(place / "clean")
-    whole = run(verb.arguments(clean), log)
-    if whole.code:
-        row.tried, row.found = 1, [f"undisturbed: {whole.errors[-300:]}"]
-        return row
-    wanted = verb.result(clean)
+    row = Row(place.name, "SIGKILL" if how == "kill" else "SIGINT")
     for number in range(count):
-        rng = random.Random(zlib.crc32(f"{name}/{how}/{seed}/{number}".encode()))
-        folder = _fresh(place / "tried")
+        rng = place.seeded(how, number)
+        folder = place.fresh("tried")
         row.tried += 1
         ended = None
         for _ in range(rng.choice([1, 1, 2, 3])):
-            moment = rng.uniform(0, 1.05) * whole.seconds
-            ended = run(verb.arguments(folder), log, moment, how)
+            ended = place.run(folder, after=place.moment(rng), how=how)
             row.ended += ended.code not in (0, 2)
             if ended.code in (0, 2) or "Traceback" in ended.errors:
                 break
         if ended is not None and "Traceback" in ended.errors:
             row.found.append(f"{number}: {ended.errors[-300:]}")
-            continue
-        again = run(verb.arguments(folder), log)
-        there = "exists" in again.errors or "finished" in again.errors
-        if again.code not in (0, 2) or (again.code == 2 and not there):
-            row.found.append(f"{number}: {again.errors[-300:]}")
-        elif (got := verb.result(folder)) != wanted:
-            row.found.append(f"{number}: differs in {_different(wanted, got)}")
+        elif wrong := place.judged(folder, place.run(folder)):
+            row.found.append(f"{number}: {wrong}")
     return row
 
 
-def _different(wanted: Mapping[str, object], got: Mapping[str, object]) -> str:
-    names = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]
-    told = f"; files {got['files']}" if "files" in names else ""
-    return f"{sorted(names)[:6]}{told[:300]}"
+def damage(place: Place, count: int) -> Row:
+    """End a verb, damage one file of what it has left, and ask for it again or read it.
 
-
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def two_at_once(name: str, verb: Verb, place: Path, count: int) -> Row:
-    """Start a verb twice on one output: one makes it, the other stops in one line or finds it."""
-    row = Row(name, "two processes")
-    clean = _fresh(place / "clean")
-    if run(verb.arguments(clean), place / "log").code:
-        row.tried, row.found = 1, ["undisturbed"]
-        return row
-    wanted = verb.result(clean)
-    for number in range(count):
-        folder = _fresh(place / "tried")
-        logs = [place / "log-a", place / "log-b"]
-        children = [start(verb.arguments(folder), log, None, "kill") for log in logs]
-        ended = [wait(child, log) for child, log in zip(children, logs, strict=True)]
-        row.tried, row.ended = row.tried + 1, row.ended + 1
-        bad = [one.errors[-300:] for one in ended if one.code and not one.line]
-        if bad or all(one.code for one in ended):
-            row.found.append(f"{number}: {bad or [one.errors[-200:] for one in ended]}")
-        elif (got := verb.result(folder)) != wanted:
-            row.found.append(f"{number}: differs in {_different(wanted, got)}")
-    return row
-
-
-def small_disk(name: str, verb: Verb, place: Path, *, read_only: bool) -> Row | None:
-    """Write to a disk with room for a part, then for all; or to one that takes nothing.
-
-    None where nothing can be mounted.
+    Bytes are cut off or flipped, or two files are swapped. Of a whole result, `inspect` must tell;
+    of an unfinished one, the verb: it stops in one line, and starts over if told to.
     """
-    row = Row(name, "read-only disk" if read_only else "full disk")
-    clean = _fresh(place / "clean")
-    if run(verb.arguments(clean), place / "log").code:
-        row.tried, row.found = 1, ["undisturbed"]
-        return row
-    wanted = verb.result(clean)
-    size = sum(path.stat().st_size for path in clean.rglob("*") if path.is_file())
+    row = Row(place.name, "damaged file")
+    verb = place.verb
+    for number in range(count):
+        rng = place.seeded("damage", number)
+        folder = place.fresh("tried")
+        place.run(folder, after=None if number % 2 else place.moment(rng))
+        files = [folder / name for name, held in tree(folder, without=RUN).items() if held]
+        if not files:
+            continue
+        row.tried += 1
+        told = _damage(rng, files)
+        if verb.reading is not None and (folder / "out").exists():
+            row.ended += 1
+            read = run(command(*verb.reading(folder)), place.log)
+            if not read.line:
+                row.found.append(f"{number}, {told}: code {read.code}, {read.errors[-300:]}")
+            continue
+        again = place.run(folder)
+        row.ended += again.line
+        if again.line and verb.anew:
+            again = place.run(folder, *verb.anew)
+        if again.line or (verb.reading is None and not again.code):  # no hash to go by
+            continue
+        if wrong := place.judged(folder, again):
+            row.found.append(f"{number}, {told}: {wrong}")
+    return row
+
+
+def _damage(rng: random.Random, files: Sequence[Path]) -> str:
+    path = rng.choice(files)
+    content = bytearray(path.read_bytes())
+    way = rng.choice(["cut", "flip", "swap"])
+    if way == "swap" and len(files) > 1:
+        other = rng.choice([file for file in files if file != path])
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+        return f"{path.name} swapped with {other.name}"
+    at = rng.randrange(len(content))
+    if way == "cut":
+        del content[at:]
+    else:
+        content[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    return f"{path.name} {way} at {at}"
+
+
+def vanished_cache(place: Place, count: int) -> Row:
+    """Remove the cache while a verb is at work: it ends as ever, or in one line."""
+    row = Row(place.name, "vanished cache")
+    for number in range(count):
+        folder = place.fresh("tried")
+
+        def act(folder: Path = folder) -> None:
+            def vanish(*_: object) -> None:
+                place.empty_cache()
+
+            signal.signal(signal.SIGVTALRM, vanish)
+            moment = place.moment(place.seeded("vanish", number))  # noqa: B023
+            signal.setitimer(signal.ITIMER_VIRTUAL, moment, 0.1)
+            place.acts(folder)()
+
+        ended = run(act, place.log)
+        row.tried, row.ended = row.tried + 1, row.ended + 1
+        if ended.code and not ended.line:
+            row.found.append(f"{number}: {ended.errors[-300:]}")
+        elif wrong := place.judged(folder, place.run(folder)):
+            row.found.append(f"{number}: {wrong}")
+    return row
+
+
+def clock_step(place: Place, count: int) -> Row:
+    """Step the clock by a day while two processes are at work: stamps of files move with it."""
+    row = Row(place.name, "clock step")
+    for number in range(count):
+        rng = place.seeded("clock", number)
+        row.tried += 1
+        row.found += _two(place, row, number, rng.choice([-DAY, DAY]), place.moment(rng))
+    return row
+
+
+def two_at_once(place: Place, count: int) -> Row:
+    """Start a verb twice on one output: one makes it, the other stops in one line or finds it."""
+    row = Row(place.name, "two processes")
+    for number in range(count):
+        row.tried += 1
+        row.found += _two(place, row, number)
+    return row
+
+
+def one_cache(place: Place, count: int) -> Row:
+    """Start a verb twice on two outputs and one cache: both have what one alone would."""
+    row = Row(place.name, "one cache")
+    for number in range(count):
+        folders = [place.fresh("tried"), place.fresh("other")]
+        row.tried, row.ended = row.tried + 1, row.ended + 1
+        for folder, ended in zip(folders, _both(place, folders), strict=True):
+            if ended.code:
+                row.found.append(f"{number}: {ended.errors[-300:]}")
+            elif wrong := place.judged(folder, ended):
+                row.found.append(f"{number}: {wrong}")
+                break
+    return row
+
+
+def _both(place: Place, folders: Sequence[Path], step: float = 0, at: float = 0) -> list[Ended]:
+    def act(folder: Path) -> None:
+        if step:
+            real = time.time
+
+            def stepped(*_: object) -> None:
+                time.time = lambda: real() + step
+                for path in folder.rglob("*"):
+                    if path.suffix == ".lock":
+                        stamp = path.stat().st_mtime + step
+                        os.utime(path, (stamp, stamp))
+
+            signal.signal(signal.SIGVTALRM, stepped)
+            signal.setitimer(signal.ITIMER_VIRTUAL, max(at, 1e-3))
+        place.acts(folder)()
+
+    logs = [place.folder / f"log-{number}" for number in (0, 1)]
+    children = [start(partial(act, folder), log) for folder, log in zip(folders, logs, strict=True)]
+    return [wait(child, log) for child, log in zip(children, logs, strict=True)]
+
+
+def _two(place: Place, row: Row, number: int, step: float = 0, at: float = 0) -> list[str]:
+    folder = place.fresh("tried")
+    ended = _both(place, [folder, folder], step, at)
+    row.ended += 1
+    bad = [one.errors[-300:] for one in ended if one.code and not one.line]
+    if bad or all(one.code for one in ended):
+        return [f"{number}: {bad or [one.errors[-200:] for one in ended]}"]
+    wrong = place.judged(folder, next(one for one in ended if not one.code))
+    return [f"{number}: {wrong}"] if wrong else []
+
+
+def small_disk(place: Place, *, read_only: bool) -> Row | None:
+    """Write to a tmpfs too small for the result, or to one that takes nothing, and then to more.
+
+    None if this process may not mount one.
+    """
+    row = Row(place.name, "read-only disk" if read_only else "full disk")
+    size = sum(path.stat().st_size for path in (place.folder / "clean").rglob("*"))
     for share in (None,) if read_only else (0.1, 0.4, 0.7, 0.9, 1.0):
-        disk = _fresh(place / "disk")
+        disk = place.fresh("disk")
         room = "ro" if share is None else f"size={max(4096, int(share * size))}"
         if subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk],
                           capture_output=True, check=False).returncode:  # fmt: skip
             return None
         try:
             row.tried += 1
-            ended = run(verb.arguments(disk), place / "log")
+            ended = place.run(disk)
             row.ended += ended.code != 0
             if ended.code and not ended.line:
                 row.found.append(f"{room}: {ended.errors[-300:]}")
             elif not read_only:
                 room = ["mount", "-o", "remount,size=64m", str(disk)]
                 subprocess.run(room, check=True, capture_output=True)
-                again = run(verb.arguments(disk), place / "log")
-                if again.code and "exists" not in again.errors:
-                    row.found.append(f"{share}: then {again.errors[-300:]}")
-                elif (got := verb.result(disk)) != wanted:
-                    row.found.append(f"{share}: differs in {_different(wanted, got)}")
+                if wrong := place.judged(disk, place.run(disk)):
+                    row.found.append(f"{share}: then {wrong}")
         finally:
             subprocess.run(["umount", disk], check=False, capture_output=True)
     return row
+
+
+def everything(
+    name: str, verb: Verb, folder: Path, count: int, tell: Callable[[Row], None]
+) -> list[Row]:
+    """Bring every fault upon a verb: `count` kills and damaged files, less of the others."""
+    torch.set_num_threads(1)
+    place = Place(name, verb, folder)
+    few, fewer = -(-count // 5), -(-count // 25)
+    tried: list[Callable[[], Row | None]] = [
+        partial(faults, place, count, "kill"),
+        partial(faults, place, few, "interrupt"),
+        partial(damage, place, count),
+        partial(two_at_once, place, fewer),
+        partial(clock_step, place, fewer),
+        partial(small_disk, place, read_only=False),
+        partial(small_disk, place, read_only=True),
+    ]
+    if name in CACHED:
+        tried += [partial(vanished_cache, place, few), partial(one_cache, place, fewer)]
+    rows = []
+    for fault in tried:
+        if (row := fault()) is not None:
+            tell(row)
+            rows.append(row)
+    return rows

@@ -1,8 +1,6 @@
-"""Run the command line in this process and end it by SIGKILL at a given moment.
+"""Make this process end by SIGKILL at a given moment.
 
-    python -m tests.pruning.stopper MOMENT BLOCK -- ARGUMENTS
-
-MOMENT is `claimed` (the work folder is there, and nothing in it), `solved` (block BLOCK is pruned,
+A moment is `claimed` (the work folder is there, and nothing in it), `solved` (that block is pruned,
 nothing of it written), `written` (its weights are written, but not counted), `counted` (progress
 tells of it) or `renamed` (the output stands, the work folder too).
 """
@@ -11,9 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
-from calmix.cli import main
 from calmix.pruning import work
 from calmix.pruning.engine import Run
 
@@ -51,9 +47,3 @@ def arm(moment: str, number: int) -> None:
         work.write_json = counted  # type: ignore[assignment]
     else:
         work.WorkFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    arm(sys.argv[1], int(sys.argv[2]))
-    sys.argv = ["calmix", *sys.argv[4:]]
-    main()

@@ -5,11 +5,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,10 @@ from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
+from tests.forks import stopped
+from tests.pruning.stopper import arm
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_config, tiny_ids, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 SMALL = ("--rows", 6, "--length", 32)
 HALF = Unstructured(0.5)
 PLENTY = Plan(5 * 32, None, True, 0)
@@ -217,16 +217,6 @@ def deep(tmp_path_factory):
     return deep_model(tmp_path_factory.mktemp("deep") / "model")
 
 
-def stopped(moment, block, *arguments):
-    """Run the command line in a process that ends itself by SIGKILL."""
-    command = [sys.executable, "-m", "tests.pruning.stopper", moment, str(block), "--"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-
-
 @pytest.mark.parametrize(
     ("moment", "block", "method"),
     [
@@ -240,12 +230,12 @@ def stopped(moment, block, *arguments):
     ],
 )
 def test_a_killed_prune_goes_on_to_the_same_bytes(
-    calmix, deep, text_file, tmp_path, one_thread, moment, block, method
+    calmix, deep, text_file, tmp_path, moment, block, method
 ):
     data = () if method == "magnitude" else ("--calibration", text_file, *SMALL)
     command = ("prune", deep, "--method", method, *data, "--sparsity", 0.5, "-o")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    stopped(moment, block, *command, cut)
+    stopped(partial(arm, moment, block), *command, cut)
     ended = calmix(*command, cut, "--resume")
     assert ended.code == 0, ended.err
     if moment == "renamed":
@@ -260,7 +250,7 @@ def test_a_killed_prune_goes_on_to_the_same_bytes(
 def test_what_stands_in_the_way_of_going_on(calmix, deep, text_file, tmp_path):
     output = tmp_path / "out"
     command = ("prune", deep, "--calibration", text_file, *SMALL, "-o", output)
-    stopped("counted", 1, *command, "--sparsity", 0.5)
+    stopped(partial(arm, "counted", 1), *command, "--sparsity", 0.5)
     ended = calmix(*command, "--sparsity", 0.5)
     assert ended.code == 2
     assert "2 blocks done: go on with --resume" in ended.line
@@ -427,7 +417,7 @@ def test_an_output_filled_meanwhile_is_not_replaced(calmix, deep, tmp_path):
 @pytest.mark.parametrize("option", [None, "--resume", "--overwrite"])
 def test_killed_before_the_request_was_written(calmix, deep, tmp_path, option):
     command = ("prune", deep, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out")
-    stopped("claimed", 0, *command)
+    stopped(partial(arm, "claimed", 0), *command)
     (tmp_path / "out.unfinished" / ".request.json.abc").touch()  # killed while it was written
     ended = calmix(*command, *([option] if option else []))
     assert ended.code == 0, ended.err
@@ -438,8 +428,8 @@ def test_work_that_is_being_removed_is_not_gone_on_with(tmp_path, monkeypatch):
     """Whatever is gone already, no result may be made of what is left."""
     work = WorkFolder(tmp_path / "out")
     work.claim({"a": 1}, resume=False, overwrite=False)
-    for name in ("progress.json", "states-0"):
-        (work.path / name).write_text('{"done": 2}', encoding="utf-8")
+    work.count({"done": 2})
+    (work.path / "states-0").touch()
     left = []
     for kind in (shutil, Path):
         name = "rmtree" if kind is shutil else "unlink"
@@ -460,7 +450,7 @@ def test_work_whose_files_have_become_the_output_is_not_gone_on_with(tmp_path):
     """Killed after the renaming, and then the output was moved away."""
     work = WorkFolder(tmp_path / "out")
     work.claim({"a": 1}, resume=False, overwrite=False)
-    (work.path / "progress.json").write_text('{"done": 2}', encoding="utf-8")
+    work.count({"done": 2})
     work.checkpoint.rmdir()
     work.close()
     again = WorkFolder(tmp_path / "out")

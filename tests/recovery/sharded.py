@@ -1,7 +1,5 @@
 """Distil a tiny model whose weights are sharded among processes (FSDP 2, on CPUs).
 
-    torchrun --standalone --nproc-per-node 2 -m tests.recovery.sharded
-
 Ends well if masters, zeros and loss are those of a model that is whole.
 """
 
@@ -69,7 +67,3 @@ def main() -> None:
         if "proj" in name:
             assert not value[:, ::2].any()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,6 @@
-"""Run the command line in this process and end it by SIGKILL at a given moment.
+"""Make this process end by SIGKILL at a given moment.
 
-    python -m tests.recovery.stopper MOMENT NUMBER -- ARGUMENTS
-
-MOMENT is `written` (all that block or step NUMBER takes is on the disk, but not counted), `counted`
+A moment is `written` (all that that block or step takes is on the disk, but not counted), `counted`
 (progress tells of it) or `renamed` (the output stands, the work folder too).
 """
 
@@ -10,10 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import Any
 
-from calmix.cli import main
 from calmix.recovery import checkpoint
 from calmix.recovery.work import RecoveryFolder
 
@@ -39,9 +35,3 @@ def arm(moment: str, number: int) -> None:
             stop()
 
     RecoveryFolder.count = counted  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    arm(sys.argv[1], int(sys.argv[2]))
-    sys.argv = ["calmix", *sys.argv[4:]]
-    main()

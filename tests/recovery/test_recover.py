@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,9 @@ from calmix.recovery import checkpoint
 from calmix.recovery.distill import Student
 from calmix.recovery.work import RecoveryFolder
 from calmix.specs import recover_request
+from tests import forks
+from tests.forks import stopped
+from tests.recovery.stopper import arm
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -131,17 +135,6 @@ def test_the_same_command_twice_gives_the_same_bytes(calmix, place, tmp_path, me
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-def stopped(moment, number, *arguments):
-    """Run the command line in a process that ends itself by SIGKILL."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.recovery.stopper", moment, str(number), "--",
-         *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-
-
 @pytest.mark.parametrize(
     ("method", "moment", "number"),
     [
@@ -153,9 +146,9 @@ def stopped(moment, number, *arguments):
     ],
 )
 def test_a_killed_recovery_goes_on_to_the_same_bytes(
-    calmix, place, tmp_path, one_thread, method, moment, number
+    calmix, place, tmp_path, method, moment, number
 ):
-    stopped(moment, number, *command(place, tmp_path / "cut", method))
+    stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
     if moment != "renamed":
         ended = calmix(*command(place, tmp_path / "cut", method))
         assert "go on with --resume" in ended.line
@@ -289,16 +282,34 @@ def test_other_architectures(place, tmp_path, kind, method):
     assert report.after < report.before
 
 
-def test_two_processes_share_a_distillation(place, tmp_path, calmix):
+def launched(arguments, log):
+    """Run the command line in two processes of the real launcher; return what they print."""
     launch = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "calmix", *map(str, command(place, tmp_path / "two", "distill", "--epochs", 1)),
-        "--dtype", "float32",
+        "-m", "calmix", *map(str, arguments),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("held-out rows") == 1
+    return ended.stdout
+
+
+def forked(arguments, log):
+    """Run it in two forks that see what the launcher tells; return what they print."""
+
+    def act():
+        AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, in one process
+        forks.command(*arguments)()
+
+    ended = forks.ranks(act, 2, log)
+    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
+    return "".join(one.errors for one in ended)
+
+
+@pytest.mark.parametrize("launch", [forked, pytest.param(launched, marks=pytest.mark.long)])
+def test_two_processes_share_a_distillation(place, tmp_path, calmix, launch):
+    shared = command(place, tmp_path / "two", "distill", "--epochs", 1, "--dtype", "float32")
+    assert launch(shared, tmp_path / "log").count("held-out rows") == 1
     alone = command(place, tmp_path / "one", "distill", "--epochs", 1, "--dtype", "float32")
     assert calmix(*alone).code == 0
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))

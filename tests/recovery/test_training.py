@@ -1,10 +1,6 @@
 """Rows, steps, rates and masters: what both ways of recovery share."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +8,8 @@ from torch import nn
 
 from calmix.errors import InputError
 from calmix.recovery.training import Masters, Stop, micro_rows, rate, split_rows, steps_of
-
-ROOT = Path(__file__).parents[2]
+from tests import forks
+from tests.recovery import sharded
 
 
 def test_rows_train_or_are_held_out():
@@ -137,11 +133,6 @@ def test_a_state_goes_on_as_if_nothing_had_been():
     assert torch.equal(second.bias, whole.bias)
 
 
-def test_masters_of_sharded_weights_are_those_of_whole_ones():
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.recovery.sharded"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+def test_masters_of_sharded_weights_are_those_of_whole_ones(tmp_path):
+    ended = forks.ranks(sharded.main, 2, tmp_path / "log")
+    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]

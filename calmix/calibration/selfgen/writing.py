@@ -20,7 +20,7 @@ from torch import Tensor
 
 from calmix.calibration.selfgen.sampling import Sampling, draw, penalised
 from calmix.errors import InputError
-from calmix.files import cache_dir, sha256_json
+from calmix.files import cache_dir, hidden, sha256_json
 from calmix.machine import free_memory
 from calmix.manifest import versions
 from calmix.models import OpenModel
@@ -346,10 +346,10 @@ def _keep(folder: Path, first: int, part: Written) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{first:08d}.safetensors"
-    beside = path.with_suffix(".partial")
     names = ("ids", "nll", "text", "sampled")
-    save_file(dict(zip(names, part.tensors(), strict=True)), beside)
-    beside.replace(path)
+    with hidden(path, Path.touch) as beside:
+        save_file(dict(zip(names, part.tensors(), strict=True)), beside)
+        beside.replace(path)
 
 
 def _kept(folder: Path, request: Request) -> Iterator[tuple[int, Written]]:

@@ -1,0 +1,131 @@
+"""Forks of this process that run the command line, or anything else, and may be ended on the way.
+
+A fork needs no second import of torch, and a timer of processor time ends it at the same place
+however busy the machine is. A timer whose signal nobody handles ends a process as SIGKILL does: at
+once, with nothing tidied up. This process must compute in one thread (`tests/conftest.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+HANG = 600  # seconds of processor time that no run of these tiny models takes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: exit code (negative: by which signal), what it printed, its CPU seconds."""
+
+    code: int
+    errors: str
+    seconds: float
+
+    @property
+    def line(self) -> bool:
+        """Whether it ended with one line that says what is wrong."""
+        lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        return self.code == 2 and len(lines) == 1 and "Traceback" not in self.errors
+
+
+def command(*arguments: object) -> Callable[[], None]:
+    """Return what runs the command line."""
+
+    def act() -> None:
+        from calmix.cli import main
+
+        sys.argv = ["calmix", *map(str, arguments)]
+        main()
+
+    return act
+
+
+def start(
+    act: Callable[[], object], log: Path, after: float | None = None, how: str = "kill"
+) -> int:
+    """Fork, act in the child, and return its process id.
+
+    Args:
+        act: what the child does.
+        log: file that takes what it prints.
+        after: processor seconds to end it after; None lets it end by itself.
+        how: `kill` or `interrupt`.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (os.fdopen(at, "w", closefd=False) for at in (1, 2))
+        if how == "interrupt":
+            signal.signal(signal.SIGPROF, signal.default_int_handler)
+        else:
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, HANG if after is None else max(after, 1e-4))
+        act()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int, log: Path) -> Ended:
+    """Return how a run has ended, once it has."""
+    _, status, usage = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return Ended(code, log.read_text(errors="replace"), usage.ru_utime + usage.ru_stime)
+
+
+def run(
+    act: Callable[[], object], log: Path, after: float | None = None, how: str = "kill"
+) -> Ended:
+    """Act in a fork, to its end or to the moment `after`."""
+    return wait(start(act, log, after, how), log)
+
+
+def stopped(arm: Callable[[], None], *arguments: object) -> None:
+    """Run the command line in a fork that ends itself by SIGKILL; `arm` has set where."""
+
+    def act() -> None:
+        arm()
+        command(*arguments)()
+
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run(act, Path(folder) / "log")
+    assert ended.code == -signal.SIGKILL, ended.errors
+
+
+def ranks(act: Callable[[], object], count: int, log: Path) -> list[Ended]:
+    """Act in forks that see what `torchrun` tells its processes, and wait for all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def ranked(rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        act()
+
+    logs = [log.with_suffix(f".{rank}") for rank in range(count)]
+    children = [start(partial(ranked, rank), own) for rank, own in enumerate(logs)]
+    return [wait(child, own) for child, own in zip(children, logs, strict=True)]
