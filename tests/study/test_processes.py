@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.study import apart, load_study, run_study
+from calmix.study.bench import Bench
 from calmix.study.cluster import Cluster, on_ray
 from calmix.study.store import Store, open_store
 from calmix.study.trials import Planned
+from tests.forks import command, run, start, stopped, wait
 from tests.study.test_running import Recorder
-from tests.study.worker import start, write_study
+from tests.study.worker import write_study
 
 TABLES = ("results.csv", "results.parquet")
 
@@ -43,12 +44,24 @@ def running_process(store: Path) -> int | None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Path]:
     """A study with trials long enough to be met at work, and its store after a plain run."""
     folder = tmp_path_factory.mktemp("plain")
-    path = write_study(folder, tiny_folder, rows=90)
-    process = start("study", "run", path, "-o", folder / "store")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "6 of 6 trials finished" in out
+    path = write_study(folder, tiny_folder, rows=30)
+    # In this process, so that what it imports need not be imported in every fork.
+    run_study(load_study(path), folder / "store", Recorder())
+    assert states(folder / "store") == ["finished"] * 6
     return path, folder / "store"
+
+
+def kill_in_third_trial() -> None:
+    prune, seen = Bench._prune, []
+
+    def pruned(self: Bench, *given: Any) -> Any:
+        made = prune(self, *given)
+        seen.append(made)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    Bench._prune = pruned  # type: ignore[method-assign]
 
 
 @pytest.mark.real
@@ -57,20 +70,11 @@ def test_a_study_killed_at_work_goes_on_where_it_was(
 ) -> None:
     path, whole = undisturbed
     store = tmp_path / "store"
-    process = start("study", "run", path, "-o", store)
-    # Killed within its third trial or a little later.
-    while not (store / "store.json").exists() or states(store).count("finished") < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    while running_process(store) is None and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 2 <= states(store).count("finished") < 6
-    again = start("study", "run", path, "-o", store)
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+    study = ("study", "run", path, "-o", store)
+    stopped(kill_in_third_trial, *study)
+    assert states(store).count("finished") == 2
+    ended = run(command(*study), tmp_path / "log")
+    assert ended.code == 0, ended.errors
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
     assert not list((store / "locks").iterdir())
@@ -83,12 +87,13 @@ def test_two_runners_on_one_store_share_the_work(
 ) -> None:
     path, whole = undisturbed
     store = tmp_path / "store"
-    runners = [start("study", "run", path, "-o", store) for _ in range(2)]
-    for process in runners:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    act = command("study", "run", path, "-o", store)
+    logs = [tmp_path / "a", tmp_path / "b"]
+    for child, log in [(start(act, log), log) for log in logs]:
+        ended = wait(child, log)
+        assert ended.code == 0, ended.errors
     assert states(store) == ["finished"] * 6
-    start("study", "run", path, "-o", store).communicate(timeout=60)
+    assert run(act, tmp_path / "log").code == 0
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
 
@@ -102,8 +107,7 @@ class Killer(Recorder):
         self.killed: int | None = None
 
     def finished(self, trial: Any, outcome: Any) -> None:
-        until = time.monotonic() + 5
-        while self.killed is None and time.monotonic() < until:
+        while self.killed is None and {"pending", "running"} & set(states(self.store)):
             if (found := running_process(self.store)) is not None and found != os.getpid():
                 os.kill(found, signal.SIGKILL)
                 self.killed = found
@@ -116,16 +120,21 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     pytest.importorskip("ray")
     path, whole = undisturbed
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine never gets round to it
     store = tmp_path / "store"
-    seen = Killer(store)
-    _, outcome = run_study(load_study(path), store, seen, execute=on_ray(Cluster(workers=2)))
-    assert seen.killed is not None
-    assert outcome.failed == outcome.elsewhere == {}
+
+    def act() -> None:
+        seen = Killer(store)
+        _, outcome = run_study(load_study(path), store, seen, execute=on_ray(Cluster(workers=2)))
+        assert seen.killed is not None
+        assert outcome.failed == outcome.elsewhere == {}
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+    ended = run(act, tmp_path / "log")  # Ray leaves threads behind, which no fork may have
+    assert ended.code == 0, ended.errors
     assert states(store) == ["finished"] * 6
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 @pytest.mark.parametrize(

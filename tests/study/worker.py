@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.study.conftest import STUDY, write_texts
 
-ROOT = Path(__file__).parents[2]
 SUITE = """\
 name: few
 version: 1
@@ -38,12 +34,3 @@ def write_study(folder: Path, model: Path, *, rows: int = 6) -> Path:
     path = folder / "study.yaml"
     path.write_text(text.replace("rows: 6", f"rows: {rows}"), encoding="utf-8")
     return path
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own, on one thread."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "calmix", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )

@@ -1,0 +1,30 @@
+"""A sample of the fault matrix; `make test-long` kills and damages each verb fifty times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.matrix import CACHED, NAMES, Place, Verb, damage, faults, vanished_cache, verbs
+
+SAMPLE = [name for name in NAMES if name != "study"]  # killed in tests/study/test_processes.py
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
+    return verbs(tmp_path_factory.mktemp("faults") / "files")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SAMPLE)
+def test_after_a_fault_there_are_the_same_bytes_or_a_line(
+    name: str, chosen: dict[str, Verb], tmp_path: Path
+) -> None:
+    place = Place(name, chosen[name], tmp_path)
+    rows = [faults(place, 2, "kill"), damage(place, 2)]
+    if name in CACHED:
+        rows.append(vanished_cache(place, 1))
+    for row in rows:
+        assert row.tried, row
+        assert not row.found, row
