@@ -1,0 +1,390 @@
+"""What must hold for any input: mixes, packing, metrics, selection, solvers, statistics."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from calmix.analysis.statistics import (
+    benjamini_hochberg,
+    bootstrap_intervals,
+    least_p,
+    one_stratum,
+    orders,
+    permutation_p,
+    spearman,
+    two_sided_p,
+)
+from calmix.calibration.mix import Mix, make_mix, parse_mix, rows_per_source
+from calmix.calibration.packing import pack_concat, pack_window
+from calmix.calibration.select import select_random, select_zipcal
+from calmix.capability.measures import Parts
+from calmix.capability.retention import column_means, estimate, item_weights, mean, resampled
+from calmix.information import metrics
+from calmix.pruning.methods import METHODS, get_method
+from calmix.pruning.patterns import SemiStructured, Unstructured, check_columns, layer_mask
+from calmix.pruning.solvers.refit import refit
+from calmix.sources import Document
+
+NAMES = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=6, unique=True)
+SEEDS = st.integers(0, 10_000)
+
+
+@st.composite
+def mixes(draw: st.DrawFn) -> Mix:
+    names = draw(NAMES)
+    weights = [draw(st.sampled_from([0.1, 0.2, 0.3, 0.5, 1, 1 / 3, 7])) for _ in names]
+    return make_mix(dict(zip(names, weights, strict=True)), "")
+
+
+@given(mix=mixes(), rows=st.integers(0, 500))
+def test_rows_are_shared_out_by_the_largest_remainders(mix: Mix, rows: int) -> None:
+    counts = rows_per_source(mix, rows)
+    assert list(counts) == list(mix.weights)
+    assert sum(counts.values()) == rows
+    over = {name: counts[name] - mix.weights[name] * rows for name in counts}
+    assert all(-1 < value < 1 for value in over.values())
+    # Nobody got a row that was due to a larger remainder.
+    up = [value for value in over.values() if value > 1e-9]
+    down = [value for value in over.values() if value < -1e-9]
+    assert not up or not down or max(up) - 1 <= min(down) + 1e-9
+
+
+@given(names=NAMES, parts=st.lists(st.integers(1, 99), min_size=6, max_size=6))
+def test_a_mix_is_what_is_written(names: list[str], parts: list[int]) -> None:
+    weights = dict(zip(names, parts, strict=False))
+    whole = sum(weights.values())
+    read = parse_mix(" , ".join(f"{name}:{part}" for name, part in weights.items()))
+    assert read.weights == pytest.approx({n: Fraction(p, whole) for n, p in weights.items()})
+    equal = parse_mix(f"uniform:{','.join(names)}").weights
+    assert equal == pytest.approx(dict.fromkeys(names, 1 / len(names)))
+    assert list(equal) == list(read.weights) == names
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> list[tuple[Document, list[int]]]:
+    """Documents in which no token occurs twice, so that every one tells where it is from."""
+    sizes = draw(st.lists(st.integers(0, 30), max_size=8))
+    ends = itertools.accumulate(sizes, initial=0)
+    return [
+        (Document(id=str(number), text="x"), list(range(first, first + size)))
+        for number, (first, size) in enumerate(zip(ends, sizes, strict=False))
+    ]
+
+
+@given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), joined=st.booleans())
+def test_joined_rows_are_the_text_cut_up(
+    texts: list[tuple[Document, list[int]]], rows: int, length: int, joined: bool
+) -> None:
+    end = -1 if joined else None
+    packed = pack_concat(iter(texts), rows, length, end)
+    stream = [(t, n) for n, (_, ids) in enumerate(texts) for t in [*ids, *([-1] if joined else [])]]
+    whole = min(rows, len(stream) // length)
+    assert packed.rows == [
+        [token for token, _ in stream[i * length : (i + 1) * length]] for i in range(whole)
+    ]
+    for row, (first, last) in enumerate(packed.spans):
+        owners = {owner for _, owner in stream[row * length : (row + 1) * length]}
+        held = {n for n in range(first, last + 1) if texts[n][1] or joined}
+        assert owners == held
+    assert packed.used == texts[: len(packed.used)]
+    assert len(packed.used) == len(texts) or len(packed.rows) == rows
+
+
+@given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), seed=SEEDS)
+def test_windows_are_runs_of_documents_of_their_own(
+    texts: list[tuple[Document, list[int]]], rows: int, length: int, seed: int
+) -> None:
+    packed = pack_window(iter(texts), rows, length, np.random.default_rng(seed))
+    enough = [pair for pair in texts if len(pair[1]) >= length]
+    assert packed.used == enough[:rows]
+    for row, (_, ids), span in zip(packed.rows, packed.used, packed.spans, strict=True):
+        start = ids.index(row[0])
+        assert row == ids[start : start + length]
+        assert len(row) == length
+        assert packed.used[span[0]][1] == packed.used[span[1]][1] == ids
+
+
+def test_every_window_of_a_document_is_drawn() -> None:
+    text = [(Document(id="a", text="x"), list(range(6)))]
+    found = {
+        pack_window(iter(text), 1, 4, np.random.default_rng(seed)).rows[0][0] for seed in range(60)
+    }
+    assert found == {0, 1, 2}
+
+
+@st.composite
+def token_rows(draw: st.DrawFn) -> np.ndarray:
+    shape = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(SEEDS))
+    return rng.integers(0, draw(st.integers(1, 12)), shape)
+
+
+def grams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
+    return [tuple(row[i : i + n]) for row in ids.tolist() for i in range(len(row) - n + 1)]
+
+
+@given(ids=token_rows(), other=token_rows(), n=st.integers(1, 4))
+def test_metrics_are_those_of_a_plain_count(ids: np.ndarray, other: np.ndarray, n: int) -> None:
+    total, distinct = grams(ids, n), set(grams(ids, n))
+    assert metrics.variety(ids, n) == len(distinct) / ids.size
+    expected = 1 - len(distinct) / len(total) if total else 0.0
+    assert metrics.aggregation(ids, n) == expected
+    pooled = distinct | set(grams(other, n))
+    assert metrics.coverage([ids, other], n) == [
+        len(set(grams(part, n))) / len(pooled) if pooled else 0.0 for part in (ids, other)
+    ]
+    target = set(grams(other, n))
+    assert metrics.coverage([ids], n, [other]) == [
+        len(distinct & target) / len(target) if target else 0.0
+    ]
+    share = [count / ids.size for count in Counter(ids.ravel().tolist()).values()]
+    entropy = -sum(p * math.log2(p) for p in share)
+    assert metrics.unigram_entropy(ids) == pytest.approx(entropy, abs=1e-12)
+    assert metrics.scope(ids, 20) == len(share) / 20
+    told = metrics.of_ids(ids, 20)
+    assert told[f"variety_{n}"] == metrics.variety(ids, n)
+    assert told[f"aggregation_{n}"] == metrics.aggregation(ids, n)
+    assert told["volume"] == metrics.volume(ids) == ids.size * told["entropy"]
+    assert (told["tokens"], told["scope_tokens"]) == (ids.size, metrics.scope(ids, 20))
+
+
+@given(left=token_rows(), right=token_rows())
+def test_mismatch_is_a_bounded_symmetric_divergence(left: np.ndarray, right: np.ndarray) -> None:
+    found = metrics.mismatch(left, [right])
+    assert found == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
+    p, q = (np.bincount(part.ravel(), minlength=12) / part.size for part in (left, right))
+    assert found == pytest.approx(jensen_shannon(p, q), abs=1e-9)
+    assert 0 <= found <= 1
+    assert metrics.mismatch(left, [left, left]) == pytest.approx(0, abs=1e-12)
+    assert metrics.mismatch(left, [right + 100]) == pytest.approx(1)
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+    middle = (p + q) / 2
+    return float(stats.entropy(p, middle, base=2) + stats.entropy(q, middle, base=2)) / 2
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> tuple[list[list[int]], list[str], dict[str, int]]:
+    count = draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(SEEDS))
+    rows = rng.integers(0, 9, (count, 4)).tolist()
+    groups = [draw(st.sampled_from("ab")) for _ in range(count)]
+    quota = {g: draw(st.integers(0, groups.count(g))) for g in sorted(set(groups))}
+    return rows, groups, quota
+
+
+@given(pool=candidates(), seed=SEEDS)
+def test_selectors_fill_their_quotas(
+    pool: tuple[list[list[int]], list[str], dict[str, int]], seed: int
+) -> None:
+    rows, groups, quota = pool
+    for select in (select_random, select_zipcal):
+        chosen = select(rows, groups, quota, seed)
+        assert len(set(chosen)) == len(chosen)
+        assert Counter(groups[i] for i in chosen) == +Counter(quota)
+    # The lazy greedy is the plain one.
+    left, covered, plain = dict(quota), set(), []
+    while any(left.values()):
+        best = max(
+            (i for i in range(len(rows)) if left[groups[i]] and i not in plain),
+            key=lambda i: (len(set(rows[i]) - covered), -i),
+        )
+        plain.append(best)
+        covered |= set(rows[best])
+        left[groups[best]] -= 1
+    assert select_zipcal(rows, groups, quota, seed) == plain
+
+
+PATTERNS = (Unstructured(0.3), Unstructured(0.5), SemiStructured(2, 4), SemiStructured(1, 4))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and inputs, some of which are zero on every token."""
+    rows, columns = draw(st.integers(1, 9)), 4 * draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(60, columns, generator=generator) * torch.rand(columns, generator=generator)
+    if draw(st.booleans()):
+        x[:, draw(st.integers(0, columns - 1))] = 0
+        assume(bool(x.any()))
+    return weight, x
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@given(layer=layers(), pattern=st.sampled_from(PATTERNS))
+def test_every_method_prunes_just_what_is_asked(
+    name: str, layer: tuple[torch.Tensor, torch.Tensor], pattern: Unstructured | SemiStructured
+) -> None:
+    weight, x = layer
+    method = get_method(name)
+    statistic = None
+    if method.needs is not None:
+        kept = method.needs(x.shape[1], x.device)
+        kept.add(x)
+        statistic = kept.matrix()
+    before = weight.clone()
+    made = method.solve([weight], statistic, [pattern])
+    assert torch.equal(weight, before)
+    pruned = made.weights[0]
+    count = sum(
+        many * pattern.count(size) for many, size in method.groups(*weight.shape)
+    ) if isinstance(pattern, Unstructured) else pattern.count(weight.numel())  # fmt: skip
+    zeros = pruned == 0
+    assert made.pruned == [count]
+    assert int(zeros.sum()) == count
+    if isinstance(pattern, SemiStructured):
+        groups = zeros.view(len(weight), -1, pattern.m).sum(2)
+        assert (groups == pattern.m - pattern.n).all()
+    if made.errors[0] is None:  # no Gram matrix: the kept weights are what they were
+        assert torch.equal(pruned[~zeros], weight[~zeros])
+        return
+    lost = float(((weight - pruned).double() @ x.double().T).square().sum())
+    whole = float((weight.double() @ x.double().T).square().sum())
+    gone = float((weight - pruned).double().square().sum())
+    damped = lost + (made.damping or 0.0) * float(x.double().square().sum(0).mean()) * gone
+    assert lost <= made.errors[0] * whole * 1.01 + 1e-3
+    assert made.errors[0] * whole <= damped * 1.01 + 1e-3
+
+
+@given(layer=layers(), pattern=st.sampled_from(PATTERNS))
+def test_a_refit_never_loses_more(
+    layer: tuple[torch.Tensor, torch.Tensor], pattern: Unstructured | SemiStructured
+) -> None:
+    weight, x = layer
+    start = weight.masked_fill(layer_mask(weight.abs(), pattern), 0)
+    found = refit([weight], [start], x.T @ x).weights[0]
+    assert torch.equal(found == 0, start == 0)
+    before, after = (((weight - w) @ x.T).square().sum(1) for w in (start, found))
+    assert (after <= before * (1 + 1e-4) + 1e-6).all()
+
+
+@given(score=layers(), n=st.integers(1, 3))
+def test_masks_take_the_smallest(score: tuple[torch.Tensor, torch.Tensor], n: int) -> None:
+    saliency = score[0].abs()
+    for pattern in (SemiStructured(n, 4), Unstructured(n / 4)):
+        check_columns(pattern, saliency.shape[1])
+        mask = layer_mask(saliency, pattern)
+        size = 4 if isinstance(pattern, SemiStructured) else saliency.numel()
+        for values, gone in zip(saliency.view(-1, size), mask.view(-1, size), strict=True):
+            assert int(gone.sum()) == pattern.count(size)
+            if gone.any() and not gone.all():
+                assert values[gone].max() <= values[~gone].min()
+
+
+NUMBERS = st.lists(st.integers(0, 5), min_size=4, max_size=6)
+
+
+@given(x=NUMBERS, seed=SEEDS)
+def test_rank_correlation_and_its_p_are_scipys(x: list[int], seed: int) -> None:
+    a = np.array(x, float)
+    b = np.random.default_rng(seed).integers(0, 5, len(x)).astype(float)
+    assume(len(set(x)) > 1 and len(set(b)) > 1)
+    rho = spearman(a, b)
+    assert rho == pytest.approx(stats.spearmanr(a, b).statistic)
+    p, exact = permutation_p(a, b)
+    every = [abs(spearman(a, b[list(order)])) for order in itertools.permutations(range(len(a)))]
+    assert exact
+    assert p == pytest.approx(np.mean([value >= abs(rho) - 1e-9 for value in every]))
+    assert float(permutation_p(a, -b)[0]) == pytest.approx(float(p))
+    low, high = bootstrap_intervals(a, b, resamples=60, seed=seed)
+    assert math.isnan(low) or -1 <= low <= high <= 1
+
+
+@given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_orders_stay_within_their_strata(sizes: list[int]) -> None:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    strata = tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends))
+    found = orders(strata, 10, 0)
+    assert len(found) == math.prod(map(math.factorial, sizes))
+    assert len(set(map(tuple, found.tolist()))) == len(found)
+    for members in strata:
+        assert (np.sort(found[:, list(members)], 1) == list(members)).all()
+    assert least_p(strata) == 2 / len(found)
+
+
+def test_more_orders_than_are_counted_are_drawn() -> None:
+    strata = one_stratum(9)
+    found = orders(strata, 500, 3)
+    assert found.shape == (500, 9)
+    assert (np.sort(found, 1) == range(9)).all()
+    assert len(set(map(tuple, found.tolist()))) > 490
+    assert least_p(strata, 499) == 1 / 500
+    rng = np.random.default_rng(0)
+    x, y = rng.random(9), rng.random((2, 9))
+    p, exact = permutation_p(x, y, permutations=499, seed=5)
+    assert not exact
+    for row, value in zip(y, p, strict=True):
+        every = [abs(spearman(x[order], row)) for order in orders(strata, 499, 5)]
+        reached = sum(one >= abs(spearman(x, row)) - 1e-9 for one in every)
+        assert value == pytest.approx((reached + 1) / 500)
+    alone = permutation_p(x, x, permutations=499, seed=5)[0]
+    assert float(alone) == least_p(strata, 499)
+
+
+@given(p=st.lists(st.floats(0, 1), max_size=8))
+def test_corrected_ps_are_the_step_up_ones(p: list[float]) -> None:
+    found = benjamini_hochberg(p)
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    expected = [
+        min([1.0, *(p[j] * len(p) / (at + 1) for at, j in enumerate(order) if p[j] >= p[i])])
+        for i in range(len(p))
+    ]
+    assert found == pytest.approx(expected)
+
+
+@given(value=st.floats(-5, 5), error=st.floats(0.01, 3), freedom=st.sampled_from([1, 4, math.inf]))
+def test_two_sided_ps(value: float, error: float, freedom: float) -> None:
+    t = stats.norm if math.isinf(freedom) else stats.t(freedom)
+    expected = 2 * t.cdf(-abs(value / error))
+    assert two_sided_p(value, error, freedom) == pytest.approx(expected, rel=1e-9)
+    assert two_sided_p(value, 0, freedom) == float(value == 0)
+
+
+@given(count=st.integers(1, 12), seed=SEEDS, name=st.text(max_size=5))
+def test_resamples_draw_items_with_replacement(count: int, seed: int, name: str) -> None:
+    times = item_weights(name, count, resamples=20, seed=seed)
+    assert times.shape == (20, count)
+    assert (times.sum(1) == count).all()
+    assert (times >= 0).all()
+    assert np.array_equal(times, item_weights(name, count, resamples=20, seed=seed))
+    rng = np.random.default_rng(seed)
+    made = Parts("accuracy", rng.random(count), rng.integers(-1, 2, count).astype(float))
+    found = resampled(name, made, resamples=20, seed=seed)
+    for row, value in zip(times, found, strict=True):
+        whole = row @ made.whole
+        assert math.isnan(value) if whole <= 0 else value == pytest.approx(row @ made.kept / whole)
+    other = item_weights(name + "x", count, resamples=20, seed=seed)
+    assert count < 3 or not np.array_equal(times, other)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.5, math.nan]), min_size=3, max_size=3),
+                min_size=1, max_size=4))  # fmt: skip
+def test_means_leave_out_what_is_not_defined(rows: list[list[float]]) -> None:
+    found = column_means([np.array(row) for row in rows])
+    for column, value in zip(zip(*rows, strict=True), found, strict=True):
+        known = [one for one in column if not math.isnan(one)]
+        for told in (value, mean(column)):
+            assert math.isnan(told) if not known else told == pytest.approx(np.mean(known))
+
+
+@given(draws=st.lists(st.floats(-3, 3), max_size=40), lost=st.integers(0, 3))
+def test_an_estimate_is_the_central_share_of_its_draws(draws: list[float], lost: int) -> None:
+    found = estimate(0.7, np.array([*draws, *[math.nan] * lost]))
+    assert found.value == 0.7
+    if draws:
+        assert [found.low, found.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    else:
+        assert (found.low, found.high) == (None, None)
+    assert estimate(math.nan, np.array(draws)).value is None
