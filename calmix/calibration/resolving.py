@@ -3,6 +3,7 @@ method by which the model writes the text itself."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -312,8 +313,22 @@ def suite_guard(suite: str, opened: HasTokenizer, n: int = TOKENS) -> Guard:
     """
     if n < 2:
         raise InputError(f"a run of {n} tokens is too short to tell a leak: use 2 or more")
-    items = suite_items(suite)
-    return Guard(suite, ItemIndex(items, tokenizer_function(opened.tokenizer), n))
+    tokenizer = _Tokenizer(opened.tokenizer_fingerprint, opened.tokenizer)
+    return Guard(suite, _index(tuple(suite_items(suite)), tokenizer, n))
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A tokenizer, which is the same as another that gives the same ids."""
+
+    fingerprint: str
+    tokenizer: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=2)
+def _index(items: tuple[Item, ...], tokenizer: _Tokenizer, n: int) -> ItemIndex:
+    """Return the items' windows: a study draws many sets beside the same ones."""
+    return ItemIndex(items, tokenizer_function(tokenizer.tokenizer), n)
 
 
 def suite_items(suite: str) -> list[Item]:

@@ -1,7 +1,7 @@
 """Drawing calibration sets."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.calibration import build, parse_mix
@@ -14,7 +14,6 @@ def mix_of(sources, lower=1, upper=1):
     return parse_mix(f"{sources['lower']}:{lower},{sources['upper']}:{upper}")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     rows=st.integers(1, 12),
     length=st.integers(1, 60),

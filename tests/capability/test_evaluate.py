@@ -255,9 +255,9 @@ def test_programs_are_written_run_and_scored(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(execution, "run_program", kept)
     model = open_model("builtin:smollm2-135m")
-    suite = load_suite("programs").limited(2)
+    suite = load_suite("programs").limited(1)
     scores = evaluate(model, suite.only(tasks=["humaneval"]), allow_code_execution=True)
-    assert scores.tasks[0].items == ("codex_humaneval/0", "codex_humaneval/82")
+    assert scores.tasks[0].items == ("codex_humaneval/0",)
     assert set(scores.tasks[0].values) <= {0.0, 1.0}
     assert any("check(" in source for source in tried)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.capability.packing import Row, Scored, Target, fill_rows, plan
@@ -35,7 +35,6 @@ def made(seed: int, count: int, alphabet: int, prefix: int) -> list[Scored]:
     return sequences
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 5), st.integers(0, 80),
     st.sampled_from([8, 32, 100]),

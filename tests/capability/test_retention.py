@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.capability.measures import parts
@@ -33,7 +33,6 @@ def suite(seed: int) -> list[TaskScores]:
     ]
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
 def test_retention_against_itself_is_exactly_one(seed: int) -> None:
     scores = suite(seed)

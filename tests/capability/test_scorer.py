@@ -150,7 +150,7 @@ def test_generation_needs_an_end_token_and_room() -> None:
 
 @pytest.mark.real
 def test_the_builtin_model_scores_alike_in_any_batch(builtin_float32: OpenModel) -> None:
-    requests = quiz(questions=3, shots=10)
+    requests = quiz(questions=2, shots=3)
     few = Scorer(builtin_float32, batch_tokens=64).loglikelihood(requests)
     many = Scorer(builtin_float32, batch_tokens=4096).loglikelihood(requests)
     assert [v for v, _ in few] == pytest.approx([v for v, _ in many], rel=1e-4)

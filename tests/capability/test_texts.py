@@ -6,16 +6,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from calmix.calibration import open_tokenizer
-from calmix.calibration.leakage import DISTINCT, TOKENS
+from calmix.calibration.leakage import DISTINCT, TOKENS, window_hashes
 from calmix.capability import texts as module
 from calmix.capability.texts import builtin_readers, parse_texts, texts, texts_hash
 from calmix.errors import InputError, SourceError
 from calmix.sources import offline_sources
-from calmix.sources.readers import Document, LocalFile, word_runs
+from calmix.sources.readers import Document, LocalFile
 from tests.capability.helpers import opened
 
 
@@ -80,37 +81,41 @@ def test_mistakes_in_a_text(tmp_path: Path, no_archive: None) -> None:
         texts(opened(), rows=0)
 
 
-def _runs(documents: Iterable[Document]) -> dict[int, tuple[str, tuple[str, ...]]]:
-    """Return every run of thirteen words by its hash, with who has it."""
-    return {
-        hash(run): (document.id, run)
-        for document in documents
-        for run in word_runs(document.text, TOKENS)
-        if len(run) == TOKENS
-    }
+class Runs:
+    """Every run of thirteen words of some documents; words are numbered in `known`."""
+
+    def __init__(self, documents: Iterable[Document], known: dict[str, int]) -> None:
+        texts = [document.text.lower().split() for document in documents]
+        self.words = [word for text in texts for word in text]
+        ids = np.array([known.setdefault(word, len(known)) for word in self.words], np.int64)
+        owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+        hashes = window_hashes(ids, TOKENS)
+        self.at = np.flatnonzero(owner[: len(hashes)] == owner[-len(hashes) :])
+        self.hashes = hashes[self.at]
+
+    def shared(self, other: Runs) -> list[list[str]]:
+        """Return the runs both have, as they count for the leakage guard: not `} } } }`."""
+        found = self.at[np.isin(self.hashes, other.hashes)]
+        runs = [self.words[at : at + TOKENS] for at in found]
+        return [run for run in runs if len(set(run)) >= DISTINCT * TOKENS]
 
 
 @pytest.mark.real
 def test_no_source_hands_out_what_the_builtin_texts_are_drawn_from() -> None:
     """No document of any offline source shares thirteen words, nor is one the same."""
     documents = [d for readers in builtin_readers().values() for r in readers for d in r.read()]
-    # A run counts as it does for the leakage guard: not `} } } }`.
-    runs = {
-        key: found
-        for key, found in _runs(documents).items()
-        if len(set(found[1])) >= DISTINCT * TOKENS
-    }
+    known: dict[str, int] = {}
+    runs = Runs(documents, known)
     whole = {" ".join(document.text.split()) for document in documents}
     assert len(documents) > 8000
-    assert len(runs) > 100_000
+    assert len(np.unique(runs.hashes)) > 100_000
     for name, source in offline_sources().items():
         handed = list(source.documents())
         assert whole.isdisjoint({" ".join(d.text.split()) for d in handed}), name
-        shared = runs.keys() & _runs(handed).keys()
-        assert not shared, (name, [runs[key] for key in shared])
+        assert not runs.shared(Runs(handed, known)), name
     lambada = builtin_readers()["general"][1]
-    odd = _runs(lambada.model_copy(update={"items": "odd"}).read())  # the check can fail
-    assert odd.keys() & _runs(offline_sources()["books"].documents()).keys()
+    odd = Runs(lambada.model_copy(update={"items": "odd"}).read(), known)  # the check can fail
+    assert odd.shared(Runs(offline_sources()["books"].documents(), known))
 
 
 @pytest.mark.real
