@@ -6,7 +6,7 @@ RIVAL := .bench-venv
 OUT := out/demo
 MODEL := builtin:smollm2-135m
 
-.PHONY: setup demo test test-long lint docs bench clean
+.PHONY: setup demo test test-long coverage mutants test-lowest lint docs bench clean
 
 setup: $(VENV)/.ready
 	$(BIN)/calmix assets install
@@ -35,6 +35,27 @@ test-long: setup
 	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest -m long
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz 10000
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
+
+# Branches that `make test` takes; htmlcov/index.html shows those it does not.
+coverage: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered \
+	  --cov-report=html
+
+# Changes in the code of solvers, masks, statistics and retention that no test notices
+# (pyproject.toml says which files and tests); many CPU hours. MUTANTS narrows it by name.
+mutants: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run $(MUTANTS)
+	$(BIN)/mutmut results
+
+# The lower end of every range in pyproject.toml, in an environment of its own. INDEX is where pip
+# finds builds of torch for CPUs; without it torch may bring gigabytes of CUDA.
+LOWEST := .lowest-venv
+test-lowest: $(VENV)/.ready
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(BIN)/python -m tests.lowest > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q $(if $(INDEX),--extra-index-url $(INDEX)) \
+	  -e '.[dev]' -c $(LOWEST)/constraints.txt
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -69,4 +90,4 @@ bench: setup $(RIVAL)/.ready
 	  $(BIN)/python benchmarks/quality.py --data "$$CALMIX_DATA" --rival $(RIVAL)/bin/python
 
 clean:
-	rm -rf $(VENV) $(RIVAL) out
+	rm -rf $(VENV) $(RIVAL) $(LOWEST) mutants htmlcov .coverage out

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from calmix.cli import main
+
 HANG = 600  # seconds of processor time that no run of these tiny models takes
 
 
@@ -40,8 +42,6 @@ def command(*arguments: object) -> Callable[[], None]:
     """Return what runs the command line."""
 
     def act() -> None:
-        from calmix.cli import main
-
         sys.argv = ["calmix", *map(str, arguments)]
         main()
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-import calmix
+import calmix.pruning.checkpoint
+import calmix.study.running  # imported once, for every fork
 from calmix.files import cache_dir
 from calmix.recovery import checkpoint as recovery
 from tests.forks import Ended, command, run, start, wait
@@ -85,7 +86,7 @@ def verbs(files: Path) -> dict[str, Verb]:
     opened.model.save_pretrained(files / "pruned")
     opened.tokenizer.save_pretrained(files / "pruned")
 
-    calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imported once, for every fork
+    calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imports the harness
 
     def kept(verb: str, *options: object, resume: bool = True) -> Verb:
         more = ("--resume",) if resume else ()
