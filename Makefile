@@ -47,14 +47,14 @@ mutants: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run $(MUTANTS)
 	$(BIN)/mutmut results
 
-# The lower end of every range in pyproject.toml, in an environment of its own. INDEX is where pip
-# finds builds of torch for CPUs; without it torch may bring gigabytes of CUDA.
+# The lower end of every range in pyproject.toml, in an environment of its own. Torch may bring
+# gigabytes of CUDA: UV_OVERRIDE names a file that asks for another build, `torch==2.13.0+cpu`.
 LOWEST := .lowest-venv
-test-lowest: $(VENV)/.ready
+test-lowest: setup
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(BIN)/python -m tests.lowest > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install -q $(if $(INDEX),--extra-index-url $(INDEX)) \
-	  -e '.[dev]' -c $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) -e '.[dev]'
 	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest
 
 lint: $(VENV)/.ready

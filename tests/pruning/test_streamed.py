@@ -459,6 +459,40 @@ def test_work_whose_files_have_become_the_output_is_not_gone_on_with(tmp_path):
     again.abandon()
 
 
+@pytest.mark.parametrize("written", [["../../x", 0], ["1", 0], [1], "x", {"1": 0}])
+def test_progress_names_nothing_outside_the_work_folder(tmp_path, written):
+    work = WorkFolder(tmp_path / "out")
+    work.claim({"a": 1}, resume=False, overwrite=False)
+    work.count({"done": 1, "written": written})
+    with pytest.raises(InputError, match=r"progress\.json is damaged: start over with --overwrite"):
+        work.restore_written([])
+    work.abandon()
+
+
+@pytest.mark.parametrize("name", ["progress.json", "allocation.json", "calibration.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"done": 1}', b"\xff", b"[" * 5000])
+def test_damaged_records_of_the_work_are_one_line(tmp_path, name, content):
+    work = WorkFolder(tmp_path / "out")
+    work.claim({"a": 1}, resume=False, overwrite=False)
+    work.count({"done": 1})
+    (work.path / name).write_bytes(content)
+    reading = {
+        "progress.json": lambda: work.done,
+        "allocation.json": work.allocation,
+        "calibration.json": lambda: work._sealed(name),
+    }[name]
+    with pytest.raises(InputError, match=f"{name} is damaged"):
+        reading()
+    work.close()
+    again = WorkFolder(tmp_path / "out")
+    if name == "progress.json":
+        with pytest.raises(InputError, match="is damaged"):
+            again.claim({"a": 1}, resume=True, overwrite=False)
+    again.claim({"a": 1}, resume=False, overwrite=True)
+    assert not again.goes_on
+    again.abandon()
+
+
 def test_a_folder_in_the_way_is_not_deleted(calmix, deep, tmp_path):
     mine = tmp_path / "out.unfinished"
     mine.mkdir()
