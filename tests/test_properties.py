@@ -279,6 +279,7 @@ def test_masks_take_the_smallest(score: tuple[torch.Tensor, torch.Tensor], n: in
         size = 4 if isinstance(pattern, SemiStructured) else saliency.numel()
         for values, gone in zip(saliency.view(-1, size), mask.view(-1, size), strict=True):
             assert int(gone.sum()) == pattern.count(size)
+            assert type(pattern.count(size)) is int
             if gone.any() and not gone.all():
                 assert values[gone].max() <= values[~gone].min()
 

@@ -413,7 +413,7 @@ def test_a_real_mix_prunes_the_real_model_better_than_magnitude(calmix, tmp_path
     text.write_text("\n\n".join(documents), encoding="utf-8")
     scores = {}
     for method, data in {
-        "wanda": ("--calibration", "uniform:encyclopedia,python-docs", "--rows", 8),
+        "wanda": ("--calibration", "uniform:encyclopedia,python-docs", "--rows", 4),
         "magnitude": (),
     }.items():
         output = tmp_path / method

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,4 +137,13 @@ def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     """Save a tiny model with its tokenizer and return the folder."""
     tiny_model(kind, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def longer(model: Path, folder: Path) -> Path:
+    """Copy a tiny model with room for real text, which takes more bytes than it has positions."""
+    shutil.copytree(model, folder)
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": 2048}
+    config.write_text(json.dumps(settings), encoding="utf-8")
     return folder

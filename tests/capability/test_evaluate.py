@@ -22,6 +22,7 @@ from calmix.errors import InputError
 from calmix.models import OpenModel, open_model
 from tests.capability.archive import suite_text, use_archive
 from tests.capability.helpers import reference, request
+from tests.tiny import longer
 
 
 @pytest.fixture
@@ -243,7 +244,10 @@ def test_the_builtin_model_on_the_smoke_suite() -> None:
 
 
 @pytest.mark.real
-def test_programs_are_written_run_and_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("builtin", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_programs_are_written_run_and_scored(
+    builtin: bool, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from calmix.capability import execution
 
     tried: list[str] = []
@@ -254,7 +258,8 @@ def test_programs_are_written_run_and_scored(monkeypatch: pytest.MonkeyPatch) ->
         return real(source, **options)
 
     monkeypatch.setattr(execution, "run_program", kept)
-    model = open_model("builtin:smollm2-135m")
+    name = "builtin:smollm2-135m" if builtin else str(longer(tiny_folder, tmp_path / "model"))
+    model = open_model(name)
     suite = load_suite("programs").limited(1)
     scores = evaluate(model, suite.only(tasks=["humaneval"]), allow_code_execution=True)
     assert scores.tasks[0].items == ("codex_humaneval/0",)
