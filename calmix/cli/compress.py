@@ -26,10 +26,11 @@ from calmix.cli.common import (
     progress_bar,
     size,
 )
-from calmix.cli.evaluate import SuiteName, check_output
+from calmix.cli.evaluate import SuiteName
 from calmix.cli.study_report import parse_weights
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
+from calmix.files import check_output_file
 
 if TYPE_CHECKING:
     from calmix.compress.estimate import Taken
@@ -209,7 +210,7 @@ def answer_command(
     from calmix.capability.suites import load_suite
     from calmix.models import open_model
 
-    check_output(output, overwrite)
+    check_output_file(output, overwrite=overwrite)
     asked = read_prompts(prompts) if prompts is not None else suite_prompts(load_suite(suite))
     if not asked:
         raise InputError(f"suite {suite} has no items in the archive to ask: give --prompts FILE")
