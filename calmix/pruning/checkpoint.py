@@ -19,7 +19,7 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import CalmixError, DiskError, InputError, disk_errors
+from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models import OpenModel, open_model

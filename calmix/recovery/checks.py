@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
 from calmix.models.streaming import StreamedModel
 
 LEAST = 0.01  # share of zeros below which a model is not sparse
