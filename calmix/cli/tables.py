@@ -70,7 +70,8 @@ def show(table: Table, *, text: Collection[str] = (), least: Sequence[str] | Non
             but the first, from the last on.
     """
     if table.title:
-        out.print(Text(str(table.title), style="bold"), soft_wrap=room() is None)
+        title = Text(str(table.title), style="bold")
+        out.print(title, soft_wrap=room() is None, width=room())
         table.title = None
     limit, left_out = room() or ENDLESS, []
     if least is None:
@@ -85,7 +86,8 @@ def show(table: Table, *, text: Collection[str] = (), least: Sequence[str] | Non
     Terminal(width=width).print(table)
     if left_out:
         named = ", ".join(name for name in reversed(left_out) if name)
-        out.print(f"(a wider terminal shows {named} too; so does --json)", highlight=False)
+        note = f"(a wider terminal shows {named} too; so does --json)"
+        out.print(note, highlight=False, width=limit)
 
 
 def _shown(cell: Any) -> str:

@@ -1,6 +1,7 @@
 """Mixtures of experts from disk to disk, under the names that checkpoints have."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from calmix.models import open_model
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, prune
 from calmix.pruning.budget import Plan
-from tests.pruning.test_streamed import HALF, hashes, stopped, streamed_prune, target
+from tests.forks import stopped
+from tests.pruning.stopper import arm
+from tests.pruning.test_streamed import HALF, hashes, streamed_prune, target
 from tests.tiny import MIXTURES, save_tiny_model, tiny_config, tiny_ids, tiny_tokenizer
 
 SMALL = ("--rows", 6, "--length", 32)
@@ -104,10 +107,10 @@ def deep(tmp_path_factory):
     return folder
 
 
-def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_path, one_thread):
+def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_path):
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    stopped("solved", 2, *command, cut)
+    stopped(partial(arm, "solved", 2), *command, cut)
     ended = calmix(*command, cut, "--resume")
     assert ended.code == 0, ended.err
     assert "going on after" in ended.err
