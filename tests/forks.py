@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from calmix.cli import main
 
 HANG = 600  # seconds of processor time that no run of these tiny models takes
@@ -74,6 +76,8 @@ def start(
             signal.signal(signal.SIGPROF, signal.default_int_handler)
         else:
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        # torch makes its pool of threads anew after a fork, and two threads at once break that.
+        torch.set_num_threads(1)
         signal.setitimer(signal.ITIMER_PROF, HANG if after is None else max(after, 1e-4))
         act()
         code = 0
