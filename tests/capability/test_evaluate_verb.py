@@ -19,6 +19,7 @@ Run = Callable[..., Ended]
 @pytest.fixture
 def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")  # into a pipe, tables are as wide as they come
     use_archive(monkeypatch)
     path = tmp_path / "made.yaml"
     path.write_text(suite_text(), encoding="utf-8")
