@@ -197,14 +197,16 @@ def margins(
 
     Args:
         series: conditions that differ in sparsity alone, lowest first.
-        default: a calibration set; None is the mean of the single sources.
+        default: a calibration set; None is the mean of the single sources that there are at
+            every sparsity, so that a lead does not grow by other sources.
     """
     made: list[Margin] = []
     samples: dict[tuple[str, str], list[tuple[Margin, Sample]]] = {}
+    singles = [{cells.sets[at] for at in cells.of("single")} for cells, _ in series]
+    there = [names for names in singles if names] if default is None else [{default}]
+    named = set.intersection(*there) if there else set()
     for cells, found in series:
-        against = cells.of("single") if default is None else [
-            at for at, name in enumerate(cells.sets) if name == default
-        ]  # fmt: skip
+        against = [at for at, name in enumerate(cells.sets) if name in named]
         if not against:
             continue
         right = mean_of(cells, found, default or SINGLES, "default", against)

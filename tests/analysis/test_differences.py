@@ -95,6 +95,22 @@ def test_the_margin_grows_with_sparsity_as_planted() -> None:
     assert {m.default for m in named.margins} == {"news"}
 
 
+def test_margins_are_over_the_sources_of_every_sparsity() -> None:
+    """A lead does not grow because other sources were run."""
+    whole = study(full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")]))
+    gone = {"news", "books"} & {one.calibration for one in whole.trials}
+    assert gone
+
+    def without(patterns: set[str]) -> list[float | None]:
+        left = [t for t in whole.trials if t.calibration not in gone or t.pattern not in patterns]
+        found = analyse(whole.model_copy(update={"trials": tuple(left)}), QUICK)
+        assert len(found.growths) > 0
+        return [one.gap.value for one in (*found.margins, *found.growths)]
+
+    assert without({"50%"}) == pytest.approx(without({"50%", "60%"}))
+    assert without({"50%"}) != pytest.approx(without(set()))
+
+
 def test_patterns_of_n_in_m_are_no_point_on_the_sparsity_axis() -> None:
     pairs = [("sparsegpt", "2:4"), ("sparsegpt", "50%"), ("sparsegpt", "60%")]
     found = analyse(study(full_plan(conditions=pairs)), QUICK)
