@@ -1,3 +1,4 @@
+# Not built yet: no Docker engine was at hand where this was written.
 # Build: docker build -t calmix .
 # Use:   docker run --rm -v "$PWD:/work" calmix compress builtin:smollm2-135m -o out --effort quick
 # On Linux pip takes the CUDA build of PyTorch; for the smaller one for CPUs name an index that has
