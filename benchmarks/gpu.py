@@ -23,11 +23,11 @@ import torch
 from common import HERE, commit, machine
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calmix.machine import tokens_at_once
 from calmix.models.opening import _device
 from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, micro_bytes, solver_bytes
 from calmix.pruning.budget import Sizes as Held
-from calmix.pruning.engine import tokens_at_once
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.patterns import Pattern, SemiStructured
 from calmix.study.cost import Sizes, prune_seconds

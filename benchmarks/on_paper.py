@@ -20,11 +20,12 @@ import torch
 from traced import Work, empty_model, tracing
 from transformers import AutoConfig
 
+from calmix.machine import WIDE_TOKENS
 from calmix.models import find_blocks
 from calmix.pruning import Unstructured
 from calmix.pruning.budget import GIB, make_plan, solver_bytes
 from calmix.pruning.budget import Sizes as Held
-from calmix.pruning.engine import WIDE_TOKENS, Run
+from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, parse_pattern

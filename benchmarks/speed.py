@@ -21,9 +21,9 @@ import torch
 from common import commit, machine, run_rival
 
 from calmix.calibration import build, parse_mix
+from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, prune
-from calmix.pruning.engine import MICRO_TOKENS
 from calmix.pruning.layout import Calls, observe
 from calmix.pruning.patterns import Pattern, parse_pattern
 

@@ -7,9 +7,15 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
+
+MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
+WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 
@@ -33,6 +39,11 @@ def cores() -> int:
     except AttributeError:  # not on every system
         own = os.cpu_count() or 1
     return max(1, min([own, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Return how many tokens run through a block at a time where nothing else is asked for."""
+    return MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS
 
 
 def _memory() -> Iterator[tuple[int, int]]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-MICRO_TOKENS = 2048
-WIDE_TOKENS = 8192  # elsewhere than on a CPU, whose cache they need not fit
+from calmix.machine import tokens_at_once
+
 HEAD_TOKENS = 512
 
 
@@ -65,8 +65,7 @@ def hidden_states(decoder: Any, ids: Tensor, device: torch.device) -> Iterator[T
     Yields:
         shape (some rows, length - 1, width): every position that predicts a token of its row.
     """
-    most = MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS
-    step = max(1, most // ids.shape[1])
+    step = max(1, tokens_at_once(device) // ids.shape[1])
     for batch in ids.split(step):
         yield decoder(input_ids=batch.to(device), use_cache=False)[0][:, :-1]
 

@@ -30,6 +30,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError, SolverError, nearest
+from calmix.machine import tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Dense, Prunable, find_blocks
 from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
@@ -43,8 +44,6 @@ Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
-MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
-WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
 
 
 @dataclass(frozen=True)
@@ -251,11 +250,6 @@ def run_through(
             if progress is not None:
                 progress(index + 1, len(found))
     run.report.seconds["total"] = time.perf_counter() - began
-
-
-def tokens_at_once(device: torch.device) -> int:
-    """Return how many tokens run through a block at a time where nothing else is asked for."""
-    return MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS
 
 
 @contextmanager

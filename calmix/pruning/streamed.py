@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.machine import free_memory
+from calmix.machine import free_memory, tokens_at_once
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import WeightSource
 from calmix.pruning.allocation import DensePass
@@ -31,7 +31,6 @@ from calmix.pruning.engine import (
     Run,
     check_ids,
     check_pattern,
-    tokens_at_once,
 )
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from calmix.errors import InputError
+from calmix.machine import MICRO_TOKENS
 
 BETAS = (0.9, 0.95)
 WARM_UP = 0.05  # of all steps, one at least
 HELD_OUT = 16  # one row in so many, two at least
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
-MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Rows:
 
     training: Tensor
     held_out: Tensor
+
+
+def held_out(rows: int) -> int:
+    """Return how many rows of a set are held out: one in 16, two at least."""
+    return max(2, rows // HELD_OUT)
 
 
 def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
@@ -50,7 +55,7 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
         InputError: what is left is no batch.
     """
     rows = len(sources)
-    held = max(2, rows // HELD_OUT)
+    held = held_out(rows)
     if rows - held < batch:
         raise InputError(
             f"a calibration set of {rows} rows is too small to recover on: with {held} held out "

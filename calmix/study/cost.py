@@ -24,7 +24,7 @@ from typing import Any, Literal
 from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
 from calmix.recovery import memory as recovery
-from calmix.recovery.training import HELD_OUT, micro_rows
+from calmix.recovery.training import held_out, micro_rows
 
 BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
@@ -299,7 +299,7 @@ def recover_seconds(
     sizes: Sizes, rows: int, length: int, method: str, epochs: int, batch: int, machine: Machine
 ) -> float:
     """Seconds of recovering a pruned model by `distill` or `blocks`, with all its epochs."""
-    held = max(2, rows // HELD_OUT)
+    held = held_out(rows)
     once, trained = rows * length, (rows - held) * length * epochs
     read = held * length * epochs
     steps = (rows - held) // batch * epochs

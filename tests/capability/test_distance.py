@@ -52,7 +52,7 @@ def whole(dense: OpenModel, pruned: OpenModel, ids: torch.Tensor) -> tuple[np.nd
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox"])
 def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POSITIONS", 7)
-    monkeypatch.setattr("calmix.capability.likelihood.MICRO_TOKENS", 100)
+    monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
     dense, pruned = pair(kind)
     found = distance(pruned, reference(dense, TEXTS), TEXTS)
     for name, ids in TEXTS.items():
