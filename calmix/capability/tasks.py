@@ -378,6 +378,22 @@ def _code_in_sandbox(spec: TaskSpec) -> contextlib.AbstractContextManager[None]:
     return code_eval_in_sandbox()
 
 
+@functools.lru_cache(maxsize=64)
+def _archive_texts(spec: TaskSpec) -> list[tuple[str, str]]:
+    items = load_items(spec)
+    head = preamble([context for item in items for context in item.contexts])
+    found = []
+    for item in items:
+        right = item.contexts[item.gold] if spec.form == "contexts" else item.contexts[0]
+        if spec.form == "contexts":
+            answers = list(item.choices)
+        else:
+            rest = [c for i, c in enumerate(item.choices) if i != item.gold]
+            answers = [item.choices[item.gold], *rest]
+        found.append((item.id, right[head:].lstrip() + "\n".join(answers)))
+    return found
+
+
 def suite_items(suite: Suite) -> Iterator[SuiteItem]:
     """Yield every item a suite scores, its text without instructions or worked examples.
 
@@ -386,16 +402,8 @@ def suite_items(suite: Suite) -> Iterator[SuiteItem]:
     """
     for name, spec in suite.tasks.items():
         if spec.archive is not None:
-            items = load_items(spec)
-            head = preamble([context for item in items for context in item.contexts])
-            for item in items:
-                right = item.contexts[item.gold] if spec.form == "contexts" else item.contexts[0]
-                if spec.form == "contexts":
-                    answers = list(item.choices)
-                else:
-                    rest = [c for i, c in enumerate(item.choices) if i != item.gold]
-                    answers = [item.choices[item.gold], *rest]
-                yield SuiteItem(name, item.id, right[head:].lstrip() + "\n".join(answers))
+            for identifier, text in _archive_texts(spec):
+                yield SuiteItem(name, identifier, text)
             continue
         parts, samples, _ = _build_harness(name, spec)
         for part, task in parts.items():
