@@ -97,6 +97,7 @@ class Cells:
         sets, strategies, kinds: calibration sets in the study's order, how each was made, and
             what a single source leans to.
         halves: for each set the tasks that are the other half of a benchmark it was made of.
+        mixes: for each set the shares of its sources; empty where it is made of none.
         trials: (set, seed) of every trial, by position.
         values: retention, shape (sets, seeds, 1 + dimensions + tasks).
         accuracy: retention of accuracy (the paper's), shape (sets, seeds, 1 + dimensions).
@@ -109,6 +110,7 @@ class Cells:
     strategies: tuple[str, ...]
     kinds: tuple[str, ...]
     halves: tuple[tuple[str, ...], ...]
+    mixes: tuple[dict[str, float], ...]
     seeds: tuple[int, ...]
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -332,7 +334,7 @@ def _cells(
     return Cells(
         condition, sets, tuple(first[name].strategy for name in sets),
         tuple(first[name].kind for name in sets), tuple(first[name].halves for name in sets),
-        seeds, dimensions, tasks, tuple(places), items,
+        tuple(first[name].mix for name in sets), seeds, dimensions, tasks, tuple(places), items,
         table(rolled_up(values, tasks, dimensions)),
         table(rolled_up(accuracies, tasks, dimensions)[:, : 1 + len(dimensions)]),
         {name: table(rows) for name, rows in far.items()}, metrics, nan_mean(table(known), 1),

@@ -6,6 +6,7 @@ Every one is a contrast of the joint bootstrap: items are the same for both side
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,8 @@ class Difference:
     Attributes:
         left, right: a calibration set, the best single source, or the mean of them.
         quantity: `total`, `worst` (each side's own worst dimension) or a dimension.
+        removed: the sources that the left set has and the right set lacks, the others being in
+            one proportion in both: the gap is what they contribute. Empty for other pairs.
         gap: left - right.
         p_corrected, draw_p_corrected: its two p after Benjamini-Hochberg, each over all
             differences of the analysis.
@@ -37,6 +40,7 @@ class Difference:
     right: str
     quantity: str
     gap: Estimate
+    removed: tuple[str, ...] = ()
     p_corrected: float | None = None
     draw_p_corrected: float | None = None
 
@@ -131,14 +135,28 @@ def compare(cells: Cells, found: Joint) -> list[Difference]:
     for left, right in itertools.combinations(contenders(cells, found), 2):
         if left.made == right.made == "single":
             continue  # the best of them against the mean of them says nothing
+        removed = _removed(cells, left.name, right.name)
         for number, quantity in _asked(cells):
             gap = between(found, left, right, number, quantity)
             if gap is not None:
                 told = found.estimate(gap[1], gap[0], test=True)
                 made.append(
-                    Difference(cells.condition.label, left.name, right.name, quantity, told)
+                    Difference(
+                        cells.condition.label, left.name, right.name, quantity, told, removed
+                    )
                 )
     return made
+
+
+def _removed(cells: Cells, left: str, right: str) -> tuple[str, ...]:
+    """Return the sources whose removal makes the left set the right one; () if none does."""
+    mixes = dict(zip(cells.sets, cells.mixes, strict=True))
+    more, less = mixes.get(left, {}), mixes.get(right, {})
+    if not less or not less.keys() < more.keys():
+        return ()
+    kept = sum(more[name] for name in less)
+    same = all(math.isclose(more[name] / kept, share, rel_tol=1e-6) for name, share in less.items())
+    return tuple(name for name in more if name not in less) if same else ()
 
 
 def _asked(cells: Cells) -> list[tuple[int, str]]:

@@ -12,6 +12,8 @@ from calmix.analysis.bootstrap import Estimate, joint
 from calmix.analysis.cells import Cells, dimensions_of, select, tables
 from calmix.analysis.ranking import chances, groups_of, shrink
 from calmix.analysis.statistics import RESAMPLES
+from calmix.analysis.surface import Proposal
+from calmix.analysis.surface import propose as best_of
 from calmix.capability.measures import Measure
 from calmix.errors import InputError, nearest
 from calmix.study.results import StudyResults
@@ -90,6 +92,40 @@ def recommend(
     Raises:
         InputError: bad weights, no finished trials, no such method or sparsity.
     """
+    made, share = _weighted(results, weights, measure, method, sparsity)
+    return [_recommend(cells, share, resamples, seed) for cells in made]
+
+
+def propose(
+    results: StudyResults,
+    weights: Mapping[str, float] | None = None,
+    *,
+    measure: Measure = "primary",
+    seed: int = 0,
+    method: str | None = None,
+    sparsity: str | None = None,
+) -> list[Proposal]:
+    """Return for each condition the mix of the studied sources expected to keep most, run or not.
+
+    Args:
+        weights, measure, method, sparsity: as for `recommend`.
+        seed: of the search.
+
+    Raises:
+        InputError: as `recommend`, or too few mixes to fit a surface to.
+    """
+    made, share = _weighted(results, weights, measure, method, sparsity)
+    return [best_of(cells, share, seed) for cells in made]
+
+
+def _weighted(
+    results: StudyResults,
+    weights: Mapping[str, float] | None,
+    measure: Measure,
+    method: str | None,
+    sparsity: str | None,
+) -> tuple[list[Cells], dict[str, float]]:
+    """Return the conditions asked for, and a weight for every dimension."""
     trials = select(results, method=method, sparsity=sparsity)
     dimensions = dimensions_of(results)
     made = tables(results, trials, measure)
@@ -99,8 +135,7 @@ def recommend(
         weights = {
             name: 1.0 for name, has in zip(dimensions, known, strict=True) if has or not any(known)
         }
-    share = check_weights(weights, dimensions)
-    return [_recommend(cells, share, resamples, seed) for cells in made]
+    return made, check_weights(weights, dimensions)
 
 
 def _recommend(

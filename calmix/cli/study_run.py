@@ -23,6 +23,7 @@ from calmix.cli.common import (
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError, nearest
 from calmix.files import write_text
+from calmix.specs import ROWS
 
 if TYPE_CHECKING:
     from calmix.analysis.power import Reach
@@ -41,9 +42,16 @@ StorePath = Annotated[
 ]
 
 
+NewPath = Annotated[
+    Path, typer.Argument(metavar="STUDY", show_default=False, help="The .yaml file to write.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
+
+
 def register(study: typer.Typer) -> None:
     """Add the verbs to the sub-command."""
     study.command("init")(init_command)
+    study.command("design")(design_command)
     study.command("validate")(validate_command)
     study.command("plan")(plan_command)
     study.command("run")(run_command)
@@ -51,24 +59,63 @@ def register(study: typer.Typer) -> None:
     study.command("export")(export_command)
 
 
-def init_command(
-    path: Annotated[
-        Path, typer.Argument(metavar="STUDY", show_default=False, help="The .yaml file to write.")
-    ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
-    ] = False,
-) -> None:
+def init_command(path: NewPath, overwrite: Overwrite = False) -> None:
     """Write a commented study file to start from."""
+    _check_new(path, overwrite)
+    template = resources.files("calmix.study").joinpath("template.yaml")
+    write_text(path, template.read_text(encoding="utf-8"))
+    err.print(f"wrote {path}: calmix study validate {path}", soft_wrap=True, highlight=False)
+
+
+def design_command(
+    path: NewPath,
+    components: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMPONENT...",
+            show_default=False,
+            help="Sources, or NAME=SOURCE+SOURCE for several in equal shares.",
+        ),
+    ],
+    mixes: Annotated[int, typer.Option(help="Mixes between the components.")] = 16,
+    without: Annotated[
+        bool, typer.Option("--without", help="Also the uniform mix of all components but one.")
+    ] = False,
+    rows: Annotated[int, typer.Option(help="Rows of a set.")] = ROWS,
+    model: Annotated[str, typer.Option(help="The model to prune.")] = "builtin:smollm2-135m",
+    method: Annotated[str, typer.Option(help="One of calmix methods ls.")] = "sparsegpt",
+    sparsity: Annotated[float, typer.Option(help="Share of weights to prune.")] = 0.6,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the mixes.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a study of mixes over the simplex of some sources, to fit a surface to.
+
+    When it has run, calmix recommend --unseen proposes mixes that were not among them.
+    """
+    from calmix.study.design import design, parse_components, study_file
+    from calmix.study.spec import parse_study
+
+    _check_new(path, overwrite)
+    found = parse_components(components)
+    sets = design(found, mixes=mixes, rows=rows, without=without, seed=seed)
+    text = study_file(path.stem, sets, model=model, method=method, sparsity=sparsity, rows=rows)
+    if problems := parse_study(text, path).problems:
+        raise InputError(problems[0])
+    write_text(path, text)
+    err.print(
+        f"wrote {path} with {len(sets)} sets: calmix study plan {path}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    """Refuse a path at which no study file can be written."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"name a .yaml file for the study, not {path}")
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a .yaml file")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another file or --overwrite")
-    template = resources.files("calmix.study").joinpath("template.yaml")
-    write_text(path, template.read_text(encoding="utf-8"))
-    err.print(f"wrote {path}: calmix study validate {path}", soft_wrap=True, highlight=False)
 
 
 def validate_command(path: StudyPath, as_json: AsJson = False) -> None:

@@ -284,6 +284,7 @@ def describe(
         strategy=planned.strategy,
         kind=kind_of(planned, study),
         halves=halves_of(planned, study),
+        mix=(trial.request["calibration"] or {}).get("mix", {}),
         method=planned.method,
         pattern=planned.pattern,
         sparsity=sparsity,

@@ -53,6 +53,7 @@ class Trial(_Record):
         id: hash of the resolved request, the trial's folder in the store.
         calibration: the calibration set's name in the study file.
         strategy: how that set was made.
+        mix: its sources with their shares; empty where it was saved, or the model wrote it.
         method: its text, with the options that differ from their defaults.
         pattern: as printed: `60%` or `2:4`.
         sparsity: share of weights pruned.
@@ -72,6 +73,7 @@ class Trial(_Record):
     strategy: Strategy
     kind: str = ""
     halves: tuple[str, ...] = ()
+    mix: dict[str, float] = {}
     method: str
     pattern: str
     sparsity: float

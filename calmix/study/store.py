@@ -32,6 +32,7 @@ from calmix.yaml_files import first_problem
 
 KIND, FORMAT = "study store", 2  # 1 held no log-likelihoods
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
+REMEDY = "run the study again after deleting it"  # of a record that is damaged
 SCORES = "scores.json"
 ADDITIONS = ("added", "looks", "most")  # in the index, of `Store.add`
 
@@ -173,8 +174,7 @@ class Store:
         Raises:
             InputError: the record is damaged.
         """
-        remedy = "run the study again after deleting it"
-        return _read(self.trial(trial_id) / RESULT, remedy, _Result)
+        return _read(self.trial(trial_id) / RESULT, REMEDY, _Result)
 
     def scores(self, trial_id: str) -> CapabilityScores:
         """Return what a finished trial's model did on every item, and its distance.
@@ -186,8 +186,12 @@ class Store:
 
     def read_trial(self, trial_id: str) -> Trial:
         """Return a finished trial."""
+        record = self.result(trial_id)["trial"]
+        if "mix" not in record:  # finished before records had it
+            asked = _read(self.trial(trial_id) / REQUEST, REMEDY).get("calibration")
+            record = record | {"mix": asked.get("mix", {}) if isinstance(asked, dict) else {}}
         try:
-            return Trial.model_validate(self.result(trial_id)["trial"])
+            return Trial.model_validate(record)
         except ValidationError as error:
             path = self.trial(trial_id) / RESULT
             raise InputError(f"{path} is damaged: {first_problem(error)}") from error

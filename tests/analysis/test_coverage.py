@@ -75,6 +75,7 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
     cells = Cells(
         AT, tuple(f"s{at}" for at in range(count)),
         ("single",) * singles + ("mix",) * truth.others, ("",) * count, ((),) * count,
+        ({},) * count,
         tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), tuple(items), table,
         table[:, :, :3], {}, (), np.zeros((count, 0)),
     )  # fmt: skip

@@ -236,3 +236,25 @@ def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not() -> None:
         cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0)[1] for _ in range(200)
     ]
     assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.03)
+
+
+def test_what_a_source_contributes_is_marked() -> None:
+    """A mix against the same without some of its sources, the others in one proportion."""
+    mixes = {
+        "uniform": {"a": 0.25, "b": 0.25, "c": 0.5},
+        "without-a": {"b": 1 / 3, "c": 2 / 3},
+        "other": {"b": 0.5, "c": 0.5},
+        "without-b-c": {"a": 1.0},
+    }
+    trials = tuple(
+        trial(name, "mix", "sparsegpt", "60%", 0, {"general": 0.5, "code": 0.3 + 0.1 * at}, mix=mix)
+        for at, (name, mix) in enumerate(mixes.items())
+    )
+    found = analyse(study(full_plan(), trials=trials), QUICK)
+    marked = {
+        (one.left, one.right): one.removed
+        for one in found.conditions[0].differences
+        if one.removed and one.quantity == "code"
+    }
+    assert marked == {("uniform", "without-a"): ("a",), ("uniform", "without-b-c"): ("b", "c")}
+    assert "removed" in found.tables()["differences.csv"].splitlines()[0]
