@@ -136,6 +136,27 @@ def prune_request(
     )  # fmt: skip
 
 
+def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
+    """Return the name and the options, as written, of `NAME` or `NAME,option=value,...`.
+
+    Args:
+        what: what the name is of, for complaints.
+
+    Raises:
+        InputError: the text is of another form, or gives an option twice.
+    """
+    name, *parts = (part.strip() for part in text.split(","))
+    values: dict[str, str] = {}
+    for part in parts:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise InputError(f"{what} '{text}': '{part}' is not of the form option=value")
+        if key in values:
+            raise InputError(f"{what} '{text}' gives {key} twice")
+        values[key] = value
+    return name, values
+
+
 def _no_effect(name: str, method: str) -> InputError:
     option = {"own": "sources"}.get(name, name).replace("_", "-")
     return InputError(
@@ -174,8 +195,7 @@ def prune_requests(
     given = {name: value for name, value in options.items() if value is not None}
     useful: dict[str, dict[str, Any]] = {}
     for text in methods:
-        bare = get_method(text)
-        own = {k: v for k, v in given.items() if k in bare.options and f",{k}=" not in text}
+        own = _own(text, given)
         common = set(PRUNE) - (set(CALIBRATED) if get_method(text, **own).needs is None else set())
         useful[text] = own | {k: v for k, v in given.items() if k in common}
     idle = set(given) - {key for part in useful.values() for key in part}
@@ -192,6 +212,15 @@ def prune_requests(
         if names.count(name) > 1:
             raise InputError(f"two targets are the same, {name}: leave one out")
     return requests
+
+
+def _own(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that are a method's own and that its text does not name."""
+    from calmix.pruning.methods import get_method
+
+    known = get_method(method).options
+    given = {k: v for k, v in options.items() if v is not None}
+    return {k: v for k, v in given.items() if k in known and f",{k}=" not in method}
 
 
 def target_name(request: PruneRequest) -> str:
@@ -220,6 +249,7 @@ def _methods(text: str) -> list[str]:
 
 RECOVERIES = {"distill": (2, 3e-4), "blocks": (2, 1e-3)}  # epochs and learning rate
 BATCH = 4
+RECOVERY_OPTIONS: dict[str, type] = {"epochs": int, "lr": float, "batch": int}
 
 
 @dataclass(frozen=True)
@@ -273,6 +303,67 @@ def recover_request(
     if not (math.isfinite(lr) and 0 < lr < 1):
         raise InputError(f"--lr {lr} is not between 0 and 1 (exclusive)")
     return RecoverRequest(method, calibration, _draw(draw), epochs, lr, batch)
+
+
+def recovery_options(text: str) -> dict[str, Any]:
+    """Return what `METHOD` or `METHOD,option=value,...` says, as `recover_request` takes it.
+
+    Raises:
+        InputError: an unknown name, or a value that is no number.
+    """
+    method, given = named_options("recovery", text)
+    if method not in RECOVERIES:
+        raise InputError(f"unknown recovery '{method}': {nearest(method, RECOVERIES)}")
+    options: dict[str, Any] = {"method": method}
+    for key, value in given.items():
+        if key not in RECOVERY_OPTIONS:
+            hint = nearest(key, RECOVERY_OPTIONS)
+            raise InputError(f"{key} has no effect with recovery {method}: {hint}")
+        try:
+            options[key] = RECOVERY_OPTIONS[key](value)
+        except ValueError:
+            kind = "whole number" if RECOVERY_OPTIONS[key] is int else "number"
+            raise InputError(f"recovery {method}: {key} {value} is no {kind}") from None
+    return options
+
+
+def recovery_text(request: RecoverRequest) -> str:
+    """Return a recovery as a user writes it, with the options that differ from their defaults."""
+    epochs, lr = RECOVERIES[request.method]
+    defaults = {"epochs": epochs, "lr": lr, "batch": BATCH}
+    changed = {key: getattr(request, key) for key in defaults}
+    told = (f"{key}={value!r}" for key, value in changed.items() if value != defaults[key])
+    return ",".join([request.method, *told])
+
+
+def prune_and_recover_requests(
+    recover: str, *, method: str = "sparsegpt", **options: Any
+) -> tuple[list[PruneRequest], RecoverRequest]:
+    """Check a prune to one or several targets, and the recovery behind each.
+
+    Args:
+        recover: as `recovery_options` takes it.
+        method, **options: as for `prune_requests`. A method that looks at no data leaves the
+            calibration set to the recovery.
+
+    Raises:
+        InputError: as `prune_requests` and `recover_request`.
+    """
+    from calmix.pruning.methods import get_method
+
+    chosen = recovery_options(recover)
+    if options.get("calibration") is None:
+        raise InputError("--recover needs --calibration: the text that a recovery trains on")
+    if options.get("drop_experts") is not None:
+        raise InputError(
+            "--recover has no effect with --drop-experts: a recovery compares the pruned model "
+            "with one that has as many experts"
+        )
+    chosen |= {name: options.get(name) for name in ("calibration", *DRAW)}
+    recovery = recover_request(**chosen)
+    if all(get_method(text, **_own(text, options)).needs is None for text in _methods(method)):
+        options = {k: v for k, v in options.items() if k not in ("calibration", *DRAW)}
+    return prune_requests(method=method, **options), recovery
 
 
 def _draw(options: Mapping[str, Any]) -> dict[str, Any]:

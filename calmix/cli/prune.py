@@ -36,14 +36,17 @@ from calmix.cli.common import (
     progress_bar,
     writing_on,
 )
+from calmix.cli.recover import recovering_on, tell_recovery
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 from calmix.sources import load_sources
-from calmix.specs import prune_requests, target_name
+from calmix.specs import prune_and_recover_requests, prune_requests, target_name
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
     from calmix.pruning import PruneReport
+    from calmix.recovery import RecoveryReport
+    from calmix.specs import RecoverRequest
 
 
 def register(app: typer.Typer) -> None:
@@ -196,6 +199,15 @@ def prune_command(
             help="Share of every mixture's experts that go whole, those that count least: 0.25.",
         ),
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            show_default=False,
+            help="Recover in the same run, on the same rows (calmix recover): distill or blocks, "
+            "with options if need be: distill,epochs=3,lr=1e-4,batch=8.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -223,29 +235,34 @@ def prune_command(
     With several methods, sparsities or patterns the model is read once, and every target gets a
     folder of its own in the output folder.
     """
-    requests = prune_requests(
-        method=method,
-        sparsity=sparsity,
-        pattern=pattern,
-        calibration=calibration,
-        rows=rows,
-        length=length,
-        seed=seed,
-        packing=packing,
-        select=select,
-        leakage=leakage,
-        leakage_tokens=leakage_tokens,
-        licence=licence,
-        own=load_sources(sources) if sources is not None else None,
-        propagation=propagation,
-        allocation=allocation,
-        experts=experts,
-        expert_smoothing=expert_smoothing,
-        drop_experts=drop_experts,
-        only=only or None,
-        skip=skip or None,
+    asked: dict[str, Any] = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "calibration": calibration,
+        "rows": rows,
+        "length": length,
+        "seed": seed,
+        "packing": packing,
+        "select": select,
+        "leakage": leakage,
+        "leakage_tokens": leakage_tokens,
+        "licence": licence,
+        "own": load_sources(sources) if sources is not None else None,
+        "propagation": propagation,
+        "allocation": allocation,
+        "experts": experts,
+        "expert_smoothing": expert_smoothing,
+        "drop_experts": drop_experts,
+        "only": only or None,
+        "skip": skip or None,
         **ctx.meta.get(METHOD_OPTIONS, {}),
-    )
+    }
+    recovery: RecoverRequest | None = None
+    if recover is None:
+        requests = prune_requests(**asked)
+    else:
+        requests, recovery = prune_and_recover_requests(recover, **asked)
     from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoints
 
@@ -264,29 +281,47 @@ def prune_command(
                 soft_wrap=True,
             )
 
+    recovered: list[RecoveryReport] = []
     with progress_bar() as bar:
         task = bar.add_task("pruning blocks", total=None)
-        reports = prune_checkpoints(
-            model,
-            targets,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-            resume=resume,
-            max_memory=None if max_memory is None else parse_memory(max_memory),
-            started=started,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            writing=writing_on(bar),
-            note=note,
-        )
-    results = list(zip(targets, reports, strict=True))
+
+        def pruning(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        how: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+            "overwrite": overwrite,
+            "resume": resume,
+            "max_memory": None if max_memory is None else parse_memory(max_memory),
+            "started": started,
+            "writing": writing_on(bar),
+            "note": note,
+        }
+        if recovery is None:
+            reports = prune_checkpoints(model, targets, progress=pruning, **how)
+        else:
+            from calmix.recovery.chain import prune_and_recover
+
+            shown = recovering_on(bar, recovery.method)
+            made = prune_and_recover(
+                model, targets, recovery, pruning=pruning, recovering=shown, **how
+            )
+            reports, recovered = [one for one, _ in made], [one for _, one in made]
     if as_json:
-        told = [{"output": str(path)} | report.to_json() for path, report in results]
+        told = [
+            {"output": str(path)} | report.to_json()
+            for path, report in zip(targets, reports, strict=True)
+        ]
+        for one, again in zip(told, recovered, strict=False):
+            one["recovery"] = again.to_json()
         print_json(told[0] if len(told) == 1 else told)
         return
-    for path, report in results:
-        _tell(path, report, brief=len(results) > 1)
+    for path, report in zip(targets, reports, strict=True):
+        _tell(path, report, brief=len(targets) > 1)
+    for path, again in zip(targets, recovered, strict=False):
+        tell_recovery(path, again)
 
 
 def _tell(path: Path, report: PruneReport, *, brief: bool) -> None:

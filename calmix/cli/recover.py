@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from calmix.cli.common import (
     Leakage,
     LeakageTokens,
     Length,
+    Licence,
     OverwriteWork,
     Packing,
     Resume,
@@ -34,6 +36,7 @@ from calmix.specs import BATCH, recover_request
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
+    from calmix.recovery import RecoveryReport
 
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
@@ -94,6 +97,7 @@ def recover_command(
     select: Select = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
+    licence: Licence = None,
     sources: Sources = None,
     dtype: Annotated[
         str,
@@ -127,6 +131,7 @@ def recover_command(
         select=select,
         leakage=leakage,
         leakage_tokens=leakage_tokens,
+        licence=licence,
         own=load_sources(sources) if sources is not None else None,
     )
     from calmix.pruning.budget import parse_memory
@@ -140,7 +145,6 @@ def recover_command(
 
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one tells
     with progress_bar() if leads else Progress(disable=True) as bar:
-        task = bar.add_task(method, total=None)
         report = recover(
             pruned,
             against,
@@ -153,9 +157,7 @@ def recover_command(
             resume=resume,
             max_memory=None if max_memory is None else parse_memory(max_memory),
             started=started,
-            progress=lambda done, total, loss: bar.update(
-                task, completed=done, total=total, description=f"{method}, {loss}"
-            ),
+            progress=recovering_on(bar, method),
             writing=writing_on(bar),
             note=note,
         )
@@ -164,6 +166,21 @@ def recover_command(
     if as_json:
         print_json({"output": str(output)} | report.to_json())
         return
+    tell_recovery(output, report)
+
+
+def recovering_on(bar: Progress, method: str) -> Callable[[int, int, str], None]:
+    """Return what shows on a bar how far a recovery is, and its latest loss."""
+    task = bar.add_task(method, total=None)
+
+    def show(done: int, total: int, loss: str) -> None:
+        bar.update(task, completed=done, total=total, description=f"{method}, {loss}")
+
+    return show
+
+
+def tell_recovery(output: Path, report: RecoveryReport) -> None:
+    """Print what became of a recovery."""
     out.print(
         f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
         f"{report.before:.4f} before, {report.after:.4f} after",

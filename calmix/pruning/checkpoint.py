@@ -234,23 +234,27 @@ def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
         pattern = from_shares(allocation, source.blocks, request.sparsity, method)
         allocation = "given"
     check_pattern(source.blocks, pattern)
+    return Job(
+        work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
+        propagation=request.propagation or "sequential", output=output, request=request,
+        experts=expert_tokens(request.experts, request.expert_smoothing, source.blocks),
+        asked=asked_of(request, source),
+    )  # fmt: skip
+
+
+def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
+    """Return what decides the bytes of a result, as far as it is known before the draw."""
     asked = asdict(request) | {"only": list(request.only), "skip": list(request.skip)}
     own = asked["draw"].pop("own", None)
     if own is not None:
         asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
-    asked = {
+    return {
         "model": fingerprint(source.folder),
         "dtype": str(source.dtype).removeprefix("torch."),
         "device": source.device.type,
         **asked,
         "versions": versions(),
     }
-    return Job(
-        work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
-        propagation=request.propagation or "sequential", output=output, request=request,
-        experts=expert_tokens(request.experts, request.expert_smoothing, source.blocks),
-        asked=asked,
-    )  # fmt: skip
 
 
 def _finished(job: Job) -> PruneReport | None:
@@ -260,15 +264,21 @@ def _finished(job: Job) -> PruneReport | None:
         if manifest["request_sha256"] != sha256_json(job.asked):
             return None
         run = json.loads((job.output / RUN).read_text(encoding="utf-8"))
-        done = manifest["pruning"]
-        report = PruneReport(
-            done["method"], done["pattern"], done["propagation"], done["tokens"],
-            done["options"], done["allocation"], done["rows"], seconds=run["seconds"],
-        )  # fmt: skip
-        report.restore(done)
+        report = told_report(manifest, run)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     job.work.remove_leftover()
+    return report
+
+
+def told_report(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> PruneReport:
+    """Return the report that a manifest and its run record tell."""
+    done = manifest["pruning"]
+    report = PruneReport(
+        done["method"], done["pattern"], done["propagation"], done["tokens"],
+        done["options"], done["allocation"], done["rows"], seconds=run["seconds"],
+    )  # fmt: skip
+    report.restore(done)
     return report
 
 

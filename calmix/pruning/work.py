@@ -273,15 +273,11 @@ class WorkFolder:
 
     def keep_calibration(self, drawn: CalibrationSet) -> None:
         """Keep the calibration set, so that it need not be drawn again."""
-        drawn.save(self.path / SET)
-        write_json(self.path / SET_MANIFEST, sealed(drawn.manifest))
+        keep_set(self.path, drawn)
 
     def calibration(self) -> CalibrationSet:
         """Return the calibration set that was kept, as it was drawn."""
-        held = CalibrationSet.open(self.path / SET)
-        if (manifest := self._sealed(SET_MANIFEST)) is None:
-            raise damaged(self.path / SET_MANIFEST)
-        return CalibrationSet(held.ids, held.sources, manifest)
+        return kept_set(self.path)
 
     def keep_allocation(self, patterns: Mapping[str, Unstructured]) -> None:
         """Keep patterns by layer, so that the model need not be looked at again."""
@@ -295,22 +291,7 @@ class WorkFolder:
         return {name: Unstructured(share) for name, share in kept.items()}
 
     def _sealed(self, name: str) -> dict[str, Any] | None:
-        """Return a small file's content; None if there is none.
-
-        Raises:
-            InputError: it is not what was written.
-        """
-        path = self.path / name
-        try:
-            kept = parse_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise damaged(path) from error
-        if not isinstance(kept, dict) or not seal_holds(kept):
-            raise damaged(path)
-        del kept[SEAL]
-        return kept
+        return read_sealed(self.path / name)
 
     def restore(self, report: PruneReport) -> int:
         """Put the report on the blocks that are done into `report`; return how many they are.
@@ -449,6 +430,42 @@ class WorkFolder:
             self._clear()
             self.path.rmdir()
         self.close()
+
+
+def keep_set(folder: Path, drawn: CalibrationSet) -> None:
+    """Keep a calibration set in a folder, its manifest as it was drawn."""
+    drawn.save(folder / SET, overwrite=True)
+    write_json(folder / SET_MANIFEST, sealed(drawn.manifest))
+
+
+def kept_set(folder: Path) -> CalibrationSet:
+    """Return the calibration set that was kept in a folder.
+
+    Raises:
+        InputError: it is not what was written.
+    """
+    held = CalibrationSet.open(folder / SET)
+    if (manifest := read_sealed(folder / SET_MANIFEST)) is None:
+        raise damaged(folder / SET_MANIFEST)
+    return CalibrationSet(held.ids, held.sources, manifest)
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return a small file's content; None if there is none.
+
+    Raises:
+        InputError: it is not what was written.
+    """
+    try:
+        kept = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged(path) from error
+    if not isinstance(kept, dict) or not seal_holds(kept):
+        raise damaged(path)
+    del kept[SEAL]
+    return kept
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -110,6 +110,8 @@ def recover(
     progress: Callable[[int, int, str], None] | None = None,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    drawn: CalibrationSet | None = None,
+    called: str | None = None,
 ) -> RecoveryReport:
     """Train what a prune has left, on a calibration set, and write a checkpoint.
 
@@ -128,18 +130,23 @@ def recover(
         started: called once the calibration set is ready.
         progress: called with steps or blocks done, their number and the latest loss.
         writing, note: as for `calmix.calibration.resolve`.
+        drawn: the calibration set that is asked for, if it is there already.
+        called: what the manifest calls the pruned model, if not `pruned`.
 
     Raises:
         CalmixError: anything a user can mend, before an output is touched.
     """
-    job = _Job(
+    job = Job(
         request, Path(output), {"trust_remote_code": trust_remote_code}, dtype, device,
         max_memory, progress or (lambda done, total, loss: None), note or (lambda line: None),
     )  # fmt: skip
     finished = resume and (job.output / MANIFEST).is_file()
     if job.main and not finished:
         check_output_folder(job.output, overwrite=overwrite)
-    models = [_streamed(name, job, trust_remote_code) for name in (pruned, against)]
+    models = [
+        streamed(n, str(job.dtype).removeprefix("torch."), str(job.device), trust_remote_code)
+        for n in (pruned, against)
+    ]
     try:
         for one in models:
             if real_place(one.folder) == real_place(job.output):
@@ -147,16 +154,14 @@ def recover(
         tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
         job.pair = pair = compare(*models)
         check_tokenizers(*tokenizers)
-        asked = job.asked()
-        if finished and (report := _finished(job.output, asked)) is not None:
-            job.say(f"{job.output} was finished by an earlier run")
-            job.work.remove_leftover()
+        asked = job.asked(*(fingerprint(one.folder) for one in models))
+        if finished and (report := finished_report(job, asked)) is not None:
             return report
         try:
             job.goes_on = job.together(
                 lambda: job.work.claim(asked, resume=resume, overwrite=overwrite)
             )
-            calibration = job.together(lambda: _calibration(job, tokenizers[1], writing))
+            calibration = job.together(lambda: _calibration(job, tokenizers[1], drawn, writing))
             embeddings = pair.pruned.model.get_input_embeddings()
             check_ids(pair.pruned.name, embeddings, calibration.ids)
             job.take(calibration)
@@ -170,7 +175,7 @@ def recover(
             with reproducible(job.device):
                 report = job.run()
             if job.main:
-                _finish(job, asked, report)
+                _finish(job, asked, report, called or pair.pruned.name)
             job.wait()
         except BaseException as error:
             if job.work.claimed:
@@ -182,12 +187,14 @@ def recover(
             one.close()
 
 
-def _streamed(name: str, job: _Job, trust_remote_code: bool) -> StreamedModel:
+def streamed(name: str, dtype: str, device: str, trust_remote_code: bool) -> StreamedModel:
+    """Open a model block by block, as it has to be for a recovery.
+
+    Raises:
+        ModelError: it cannot be opened so.
+    """
     try:
-        return StreamedModel(
-            name, dtype=str(job.dtype).removeprefix("torch."), device=str(job.device),
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        return StreamedModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     except NotStreamableError as error:
         raise ModelError(
             f"{name} cannot be recovered: transformers converts its weights while it loads them "
@@ -195,7 +202,7 @@ def _streamed(name: str, job: _Job, trust_remote_code: bool) -> StreamedModel:
         ) from error
 
 
-class _Job:
+class Job:
     """A recovery at work: what is asked for, what it has, and the processes that share it."""
 
     pair: Pair
@@ -247,15 +254,19 @@ class _Job:
         self.recompute = True
         self.dense_sums: dict[int, int] = {}
 
-    def asked(self) -> dict[str, Any]:
-        """Return what decides the bytes of the result, as far as it is known before the draw."""
+    def asked(self, pruned: str, against: str) -> dict[str, Any]:
+        """Return what decides the bytes of the result, as far as it is known before the draw.
+
+        Args:
+            pruned, against: hashes of both models' files.
+        """
         asked = asdict(self.request)
         own = asked["draw"].pop("own", None)
         if own is not None:
             asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
         return {
-            "pruned": fingerprint(self.pair.pruned.folder),
-            "against": fingerprint(self.pair.dense.folder),
+            "pruned": pruned,
+            "against": against,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "processes": self.processes,
@@ -372,11 +383,17 @@ def _versions() -> dict[str, str]:
 
 
 def _calibration(
-    job: _Job, tokenizer: OpenTokenizer, writing: Callable[[str, int, int], None] | None
+    job: Job,
+    tokenizer: OpenTokenizer,
+    drawn: CalibrationSet | None,
+    writing: Callable[[str, int, int], None] | None,
 ) -> CalibrationSet:
     """Return the set of the work that goes on, or draw it; what a model writes, the dense does."""
     if job.goes_on:
         return job.work.calibration()
+    if drawn is not None:
+        job.work.keep_calibration(drawn)
+        return drawn
     request = job.request
     whole = needs_model(request.calibration, request.draw.get("select"))
     name = job.pair.dense.name
@@ -386,7 +403,7 @@ def _calibration(
     return made
 
 
-def _prepare_files(job: _Job) -> None:
+def _prepare_files(job: Job) -> None:
     """Check the room on the disk, and make the files of the result at full size."""
     work, places = job.work, job.pair.pruned.shards.places
     files: dict[str, dict[str, Any]] = {}
@@ -418,7 +435,7 @@ def _prepare_files(job: _Job) -> None:
 class _Keeper:
     """Keeps a distillation's weights and states in its work folder."""
 
-    def __init__(self, job: _Job, progress: Progress) -> None:
+    def __init__(self, job: Job, progress: Progress) -> None:
         self._job = job
         self._saved, self._took = time.monotonic(), 0.0
         self._counted = _names(progress)
@@ -454,7 +471,7 @@ def _names(progress: Progress) -> tuple[str, str]:
     return f"state-{progress.done}", f"best-{progress.best}"
 
 
-def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
+def _distill(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     request, work, pair, accelerator = job.request, job.work, job.pair, job.accelerator
     ids = job.calibration.ids
     settings = Settings(request.epochs, request.lr, request.batch, job.seed)
@@ -502,7 +519,7 @@ def _distill(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     return losses[0], losses[progress.best], curve
 
 
-def _dense_states(job: _Job, shared: bool, sums: Mapping[str, int]) -> tuple[FileStates, Any]:
+def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[FileStates, Any]:
     """Return what the dense model's head sees of every row, and that head if it is another one.
 
     `sums` are an earlier run's, which left the states.
@@ -545,7 +562,7 @@ def _dense_states(job: _Job, shared: bool, sums: Mapping[str, int]) -> tuple[Fil
 # Block by block
 
 
-def _blocks(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
+def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     request, work, pair = job.request, job.work, job.pair
     ids, found = job.calibration.ids, job.pair.pruned.blocks
     at_once = micro_rows(request.batch, ids.shape[1])
@@ -604,7 +621,7 @@ def _blocks(job: _Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     return first, last, [asdict(report) for report in reports]
 
 
-def _stream(job: _Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
+def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
     """Return a model's stream before its first block, its states in files."""
     folder = job.work.path / ("dense" if streamed is job.pair.dense else "pruned")
     with disk_errors(folder):
@@ -625,7 +642,7 @@ def _stream(job: _Job, streamed: StreamedModel, groups: Sequence[Sequence[int]])
 # What is written
 
 
-def _as_stored(job: _Job, masters: Masters) -> dict[str, Tensor]:
+def _as_stored(job: Job, masters: Masters) -> dict[str, Tensor]:
     """Return masters whole, by name, in the types the pruned model is stored in."""
     names, places = job.pair.pruned.names, job.pair.pruned.shards.places
     kept = {}
@@ -635,7 +652,7 @@ def _as_stored(job: _Job, masters: Masters) -> dict[str, Tensor]:
     return kept
 
 
-def _put(job: _Job, tensors: Mapping[str, Tensor]) -> None:
+def _put(job: Job, tensors: Mapping[str, Tensor]) -> None:
     """Write trained weights to their places; every zero must still be one."""
     assert job.work.writer is not None
     for name, value in tensors.items():
@@ -644,7 +661,7 @@ def _put(job: _Job, tensors: Mapping[str, Tensor]) -> None:
         job.work.writer.write({job.pair.pruned.names[name]: value})
 
 
-def _copy(job: _Job, but: Collection[str]) -> None:
+def _copy(job: Job, but: Collection[str]) -> None:
     """Copy the pruned model's tensors, but those of some parameters, one at a time."""
     assert job.work.writer is not None
     shards = job.pair.pruned.shards
@@ -654,21 +671,21 @@ def _copy(job: _Job, but: Collection[str]) -> None:
             job.work.writer.write(shards.read([name]))
 
 
-def _finish(job: _Job, asked: dict[str, Any], report: RecoveryReport) -> None:
+def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str) -> None:
     """Write all that stands beside the weights, and turn the work into the output."""
     work, pruned = job.work, job.pair.pruned
     told = report.to_json()
     seconds = told.pop("seconds")
     manifest = {
         "kind": "recovered checkpoint",
-        "model": {"name": pruned.name, "sha256": asked["pruned"]},
+        "model": {"name": called, "sha256": asked["pruned"]},
         "against": {"name": job.pair.dense.name, "sha256": asked["against"]},
         "dtype": asked["dtype"],
         "device": asked["device"],
         "processes": job.processes,
         "calibration": job.calibration.manifest,
         "recovery": told,
-        "pruned": _manifest_of(pruned.folder),
+        "pruned": _told(pruned.folder / MANIFEST),
         "versions": asked["versions"],
         "request_sha256": sha256_json(asked),
     }
@@ -681,31 +698,35 @@ def _finish(job: _Job, asked: dict[str, Any], report: RecoveryReport) -> None:
                 shutil.copyfile(path, work.checkpoint / path.name)
         hashed = {"files": file_hashes(work.checkpoint, without=(MANIFEST, RUN))}
         write_json(work.checkpoint / MANIFEST, sealed(manifest | hashed))
-        write_json(work.checkpoint / RUN, run_record(seconds))
+        run = run_record(seconds) | {"pruned": _told(pruned.folder / RUN)}
+        write_json(work.checkpoint / RUN, run)
     work.complete()
 
 
-def _manifest_of(folder: Path) -> Any:
-    """Return the manifest of the model that was recovered; None if it has none."""
+def _told(path: Path) -> Any:
+    """Return what the pruned model's manifest or run record holds; None if it has none."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _finished(output: Path, asked: dict[str, Any]) -> RecoveryReport | None:
+def finished_report(job: Job, asked: dict[str, Any]) -> RecoveryReport | None:
     """Return the report of an output that an earlier run of the same request has finished."""
     try:
-        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((job.output / MANIFEST).read_text(encoding="utf-8"))
         if manifest["request_sha256"] != sha256_json(asked):
             return None
-        run = json.loads((output / RUN).read_text(encoding="utf-8"))
-        return RecoveryReport(**manifest["recovery"], seconds=run["seconds"])
+        run = json.loads((job.output / RUN).read_text(encoding="utf-8"))
+        report = RecoveryReport(**manifest["recovery"], seconds=run["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    job.say(f"{job.output} was finished by an earlier run")
+    job.work.remove_leftover()
+    return report
 
 
-def _leave(job: _Job, error: BaseException) -> None:
+def _leave(job: Job, error: BaseException) -> None:
     """Keep the work that a later run can go on with, and nothing else.
 
     A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What

@@ -21,7 +21,7 @@ from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.methods.ria import Ria
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
-from calmix.specs import PRUNE
+from calmix.specs import PRUNE, named_options
 
 __all__ = ["METHODS", "Method", "Solution", "get_method", "methods", "register"]
 
@@ -67,7 +67,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
     """
     if isinstance(method, Method):
         return _made(type(method), method.options | options) if options else method
-    name, *parts = (part.strip() for part in method.split(","))
+    name, values = named_options("method", method)
     found = METHODS.get(name)
     if found is None:
         point = _others().get(name)
@@ -75,14 +75,6 @@ def get_method(method: str | Method, **options: Any) -> Method:
             known = [*METHODS, *_others()]
             raise InputError(f"unknown method '{name}': {nearest(name, known)}")
         found = _load(point)
-    values: dict[str, Any] = {}
-    for part in parts:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise InputError(f"method '{method}': '{part}' is not of the form option=value")
-        if key in values:
-            raise InputError(f"method '{method}' gives {key} twice")
-        values[key] = value
     for key in options:
         if key in values:
             raise InputError(f"{key} is given twice, once in the method '{method}'")
