@@ -7,11 +7,12 @@ cost more than the prune's own set-up.
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calmix.calibration import CalibrationSet, resolve
 from calmix.capability.distance import Reference, distance, reference
@@ -24,7 +25,10 @@ from calmix.files import hidden, sha256_json, write_json
 from calmix.information.measuring import measure_set
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
-from calmix.pruning import PruneReport, prune
+from calmix.pruning import PruneReport, allocate, prune
+from calmix.pruning.engine import Patterns
+from calmix.recovery.distill import trained_names
+from calmix.specs import recover_request, recovery_options
 from calmix.study.results import Interval, TaskOutcome, Trial
 from calmix.study.spec import Study, as_pattern
 from calmix.study.store import RESULT, SCORES, Store, publish
@@ -33,7 +37,8 @@ from calmix.study.trials import Planned, Resolved, halves_of, kind_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-INFORMATION, PRUNING = "information.json", "pruning.json"
+INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
+CHECKPOINT = "checkpoint"
 
 Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
 
@@ -99,35 +104,35 @@ class Bench:
         at = timed("calibration", at)
         report = self._prune(planned, opened, made, lambda *of: stage("pruning", *of))
         at = timed("prune", at)
-        scores = evaluate(
-            opened,
-            self.study.suite,
-            allow_code_execution=self.allow_code_execution,
-            floors=False,
-            progress=lambda *of: stage("scoring", *of),
-        )
-        if self._reference is not None:
-            found = distance(opened, self._reference, self._texts,
-                             progress=lambda *of: stage("distance", *of))  # fmt: skip
-            scores = replace(scores, distance=found.to_dict())
-        at = timed("evaluate", at)
-        kept = scores.retention(dense)
-        timed("retention", at)
-        timed("total", began)
-        outcome = describe(trial, self.study, information, kept, report.sparsity, seconds)
-        run = run_record(seconds) | {
-            "versions": versions() | scores.versions,
-            "dtype": scores.dtype,
-            "device": opened.model.device.type,
-        }
         with self.store.writing(trial) as folder:
-            scores.save(folder / SCORES)
             write_json(folder / PRUNING, report.to_json())
-            if self.study.file.keep_checkpoints:
-                from calmix.pruning.checkpoint import check_space, write_checkpoint
-
-                check_space(opened, folder)
-                write_checkpoint(opened, folder / "checkpoint", report, made)
+            if planned.recovery is not None:
+                self._recover(trial, opened, report, made, folder, stage)
+                at = timed("recover", at)
+            elif self.study.file.keep_checkpoints:
+                self._keep(opened, report, made, folder / CHECKPOINT)
+            scores = evaluate(
+                opened,
+                self.study.suite,
+                allow_code_execution=self.allow_code_execution,
+                floors=False,
+                progress=lambda *of: stage("scoring", *of),
+            )
+            if self._reference is not None:
+                found = distance(opened, self._reference, self._texts,
+                                 progress=lambda *of: stage("distance", *of))  # fmt: skip
+                scores = replace(scores, distance=found.to_dict())
+            at = timed("evaluate", at)
+            kept = scores.retention(dense)
+            timed("retention", at)
+            timed("total", began)
+            outcome = describe(trial, self.study, information, kept, report.sparsity, seconds)
+            run = run_record(seconds) | {
+                "versions": versions() | scores.versions,
+                "dtype": scores.dtype,
+                "device": opened.model.device.type,
+            }
+            scores.save(folder / SCORES)
             record = {"trial": outcome.model_dump(mode="json"), "run": run}
             write_json(folder / RESULT, record | {"dense": self._dense_key()})
         return outcome
@@ -154,14 +159,60 @@ class Bench:
     def _restore(self) -> None:
         if self._opened is None or not self._pruned:
             return
-        for layer in self._layers():
-            layer.assign(self._dense_weights[layer.name])
+        self._put(self._dense_weights)
         self._pruned = False
 
-    def _layers(self) -> list[Any]:
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights into the open model."""
         assert self._opened is not None
-        found = find_blocks(self._opened.model)
-        return [layer for index in range(len(found)) for layer in found.prunables(index)]
+        for name, value in weights.items():
+            self._opened.model.get_parameter(name).data.copy_(value)
+
+    def _recover(
+        self,
+        trial: Resolved,
+        opened: OpenModel,
+        report: PruneReport,
+        made: CalibrationSet | None,
+        folder: Path,
+        stage: Stage,
+    ) -> None:
+        """Recover the pruned model, by files in the trial's folder; only the report stays there."""
+        from calmix.recovery import recover
+
+        planned = trial.planned
+        assert planned.recovery is not None
+        assert trial.calibration_id is not None
+        options = recovery_options(planned.recovery)
+        held = str(self.store.calibration(trial.calibration_id))
+        self._keep(opened, report, made, folder / "pruned")
+        recovered = recover(
+            str(folder / "pruned"),
+            self.study.models[planned.model].name,
+            recover_request(calibration=held, **options),
+            folder / CHECKPOINT,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            progress=lambda done, total, loss: stage("recovering", done, total),
+        )
+        write_json(folder / RECOVERY, recovered.to_json())
+        kind = str(opened.model.dtype).removeprefix("torch.")
+        again = open_model(
+            str(folder / CHECKPOINT), dtype=kind, device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        ).model  # fmt: skip
+        self._put({name: again.get_parameter(name).data for name in self._dense_weights})
+        shutil.rmtree(folder / "pruned")
+        if not self.study.file.keep_checkpoints:
+            shutil.rmtree(folder / CHECKPOINT)
+
+    def _keep(
+        self, opened: OpenModel, report: PruneReport, made: CalibrationSet | None, folder: Path
+    ) -> None:
+        from calmix.pruning.checkpoint import check_space, write_checkpoint
+
+        check_space(opened, folder)
+        write_checkpoint(opened, folder, report, made)
 
     def _prune(
         self,
@@ -171,15 +222,23 @@ class Bench:
         progress: Callable[[int, int], None],
     ) -> PruneReport:
         if not self._dense_weights:
+            named = dict(opened.model.named_parameters())
             self._dense_weights = {
-                layer.name: layer.view().to("cpu", copy=True) for layer in self._layers()
+                name: named[name].to("cpu", copy=True)
+                for name in trained_names(opened.model, find_blocks(opened.model))
             }
+        pattern: Patterns = as_pattern(planned.target)
+        if planned.allocation is not None:
+            assert made is not None
+            pattern = allocate(
+                opened.model, made.ids, planned.sparsity, planned.allocation, method=planned.method
+            )
         self._pruned = True
         return prune(
             opened.model,
             None if made is None else made.ids,
             method=planned.method,
-            pattern=as_pattern(planned.target),
+            pattern=pattern,
             propagation="block" if planned.propagation == "block" else "sequential",
             progress=progress,
         )
@@ -285,7 +344,7 @@ def describe(
         kind=kind_of(planned, study),
         halves=halves_of(planned, study),
         mix=(trial.request["calibration"] or {}).get("mix", {}),
-        method=planned.method,
+        method=planned.way,
         pattern=planned.pattern,
         sparsity=sparsity,
         propagation=planned.propagation,

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from calmix.pruning.allocation import looker
 from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
 from calmix.recovery import memory as recovery
@@ -251,6 +252,16 @@ def prune_seconds(
     return seconds
 
 
+def allocation_seconds(sizes: Sizes, rows: int, length: int, by: str, machine: Machine) -> float:
+    """Seconds of the look at the dense model that an allocation (`owl`, `error`) takes."""
+    look = looker(by)
+    seconds = prune_seconds(sizes, rows, length, look.name, None, machine)
+    products = 0.0
+    if by == "error":  # what Wanda's mask loses, on the Gram matrix
+        products = sizes.blocks * sum(4.0 * width**2 * out for width, out in sizes.inputs)
+    return seconds["forward"] + seconds["statistic"] + products / machine.solve_flops
+
+
 def work_seconds(work: Work, machine: Machine) -> float:
     """Seconds of work on a machine."""
     return (
@@ -341,14 +352,18 @@ def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Mach
     of all rows with what one block keeps of them while it waits, what the method takes for the
     widest input (`Method.memory`), and a slice of logits.
     """
-    held = sizes.weights * sizes.value_bytes
-    if machine.device == "cpu":
-        held += sizes.block_weights * sizes.value_bytes
+    held = held_memory(sizes, machine)
     logits = 3 * 512 * sizes.vocabulary * 4
     chosen = get_method(method)
     states = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
     solving = max(chosen.memory(width, outputs, outputs) for width, outputs in sizes.inputs)
     return held + max((states if chosen.needs else 0) + solving, logits)
+
+
+def held_memory(sizes: Sizes, machine: Machine) -> float:
+    """Bytes of the model, and on a CPU of the copy of its blocks' weights that is put back."""
+    copied = sizes.block_weights if machine.device == "cpu" else 0
+    return (sizes.weights + copied) * sizes.value_bytes
 
 
 def disk_bytes(sizes: Sizes, work: SuiteWork, keep_checkpoint: bool) -> float:

@@ -15,6 +15,7 @@ from calmix.capability.texts import LENGTH, ROWS, builtin_readers
 from calmix.errors import InputError
 from calmix.files import user_path
 from calmix.models import resolve_model
+from calmix.specs import recover_request, recovery_options
 from calmix.study import cost
 from calmix.study.cost import Cost, Machine, Sizes, SuiteWork
 from calmix.study.spec import Model, Study
@@ -88,13 +89,14 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
     sets: dict[tuple[Any, ...], Planned] = {}
     for trial in plan(study):
         size = (0, 0) if trial.draw is None else (trial.draw.rows, trial.draw.length)
-        key = (trial.model, trial.method, trial.pattern, *size, trial.propagation)
+        key = (trial.model, trial.way, trial.pattern, *size, trial.propagation)
         groups.setdefault(key, []).append(trial)
         if trial.draw is not None:
             sets.setdefault((trial.model, trial.calibration, *size, trial.seed), trial)
     found = []
-    for (label, method, pattern, rows, length, propagation), members in groups.items():
-        model = sizes[label]
+    for (label, way, pattern, rows, length, propagation), members in groups.items():
+        model, like = sizes[label], members[0]
+        method = like.method
         seconds = {
             "prune": sum(
                 cost.prune_seconds(model, rows, length, method, propagation, machine).values()
@@ -103,9 +105,19 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             + cost.distance_seconds(model, held, machine),
         }
         memory = cost.peak_memory(model, rows, length, method, machine)
+        if like.allocation is not None:
+            seconds["allocation"] = cost.allocation_seconds(
+                model, rows, length, like.allocation, machine
+            )
+        if like.recovery is not None:
+            asked = recover_request(calibration="", **recovery_options(like.recovery))
+            how = asked.method, asked.epochs, asked.batch
+            seconds["recover"] = cost.recover_seconds(model, rows, length, *how, machine)
+            recovering = cost.recover_memory(model, length, asked.method, asked.batch)
+            memory = max(memory, cost.held_memory(model, machine) + recovering)
         disk = cost.disk_bytes(model, work, study.file.keep_checkpoints)
         costs = Cost(seconds, memory, disk)
-        found.append(Group(label, method, pattern, rows, length, len(members), costs))
+        found.append(Group(label, way, pattern, rows, length, len(members), costs))
     making = sum(
         sum(cost.set_seconds(sizes[key[0]], key[2], key[3], trial.strategy, machine).values())
         for key, trial in sets.items()

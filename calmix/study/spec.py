@@ -31,16 +31,18 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
 from calmix.models import resolve_model
 from calmix.models.opening import DTYPES, builtin_models
+from calmix.pruning.allocation import SPREAD
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 from calmix.sources import Source, get_source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
-from calmix.specs import SEED, Propagation
+from calmix.specs import SEED, Propagation, recover_request, recovery_options, recovery_text
 from calmix.study.results import Strategy
 from calmix.yaml_files import YamlText, parse_yaml, read_text
 
-NONE = "none"  # the calibration of a method that needs none
+NONE = "none"  # the calibration of a method that needs none, and no recovery
+UNIFORM = "uniform"  # the allocation that needs no look at the model
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
@@ -145,6 +147,16 @@ def _method(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _recovery(text: str) -> str:
+    if text == NONE:
+        return NONE
+    try:
+        # What it trains on is the trial's set.
+        return recovery_text(recover_request(calibration="", **recovery_options(text)))
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
 # A method may have options of its own: `sparsegpt,damping=0.1`.
 Methods = dict[Annotated[str, AfterValidator(_method)], list[Target]]
 
@@ -152,13 +164,29 @@ Methods = dict[Annotated[str, AfterValidator(_method)], list[Target]]
 class _Targets(_Strict):
     """What is done with each calibration set, and with which draws of it.
 
-    `damping` is an option of every method that has it and does not name it itself.
+    `damping` is an option of every method that has it and does not name it itself. Of `allocation`
+    (`uniform`, `owl`, `error`) and `recovery` (`none`, or as behind `prune --recover`) there may be
+    several; methods without a calibration set know neither.
     """
 
     methods: Methods | None = None
     seeds: list[Seed] | None = None
     propagation: str | None = None
     damping: Annotated[float, Field(gt=0)] | None = None
+    allocation: list[str] | None = None
+    recovery: list[Annotated[str, AfterValidator(_recovery)]] | None = None
+
+    @field_validator("allocation", "recovery", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("allocation")
+    @classmethod
+    def _allocation(cls, value: list[str] | None) -> list[str] | None:
+        for one in value or ():
+            _one_of("allocation", one, (UNIFORM, *SPREAD))
+        return value
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -271,6 +299,8 @@ class Study:
             "seeds": [SEED] if self.file.seeds is None else self.file.seeds,
             "propagation": self.file.propagation,
             "damping": self.file.damping,
+            "allocation": self.file.allocation or [UNIFORM],
+            "recovery": self.file.recovery or [NONE],
         }
         return [
             Grid.model_validate(top | grid.model_dump(exclude_none=True))
@@ -405,7 +435,7 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
                 if name not in names:
                     at = yaml.at(["grids", number, key, place])
                     yield f"{at}: grids.{number}.{key}: unknown '{name}': {nearest(name, names)}"
-        for key in ("models", "calibrations", "methods", "seeds"):
+        for key in ("models", "calibrations", "methods", "seeds", "allocation", "recovery"):
             value = getattr(grid, key)
             if value is not None and not value:
                 yield f"{yaml.at(['grids', number, key])}: grids.{number}.{key} is empty"
@@ -426,8 +456,30 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
         if part.damping is not None and not useful:
             where = ".".join(map(str, [*path, "damping"]))
             yield f"{yaml.at([*path, 'damping'])}: {where} has no effect with {', '.join(named)}"
+    yield from _without_effect(file, yaml)
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         yield f"{yaml.at(['methods'])}: methods is empty or missing: the grid has no trials"
+
+
+def _without_effect(file: StudyFile, yaml: YamlText) -> Iterator[str]:
+    """Yield allocations and recoveries that nothing in their grid has a use for."""
+    parts: list[tuple[list[Any], _Targets]] = [([], file)]
+    if file.grids:
+        parts = [(["grids", n], grid) for n, grid in enumerate(file.grids)]
+    for path, part in parts:
+        methods = part.methods or file.methods or {}
+        useful = {name: t for name, t in methods.items() if get_method(name).needs is not None}
+        patterns = [t for listed in useful.values() for t in listed if isinstance(t, str)]
+        for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
+            given = getattr(part, key)
+            at = [*path, key] if given is not None else [key]
+            if not methods or not set(given or getattr(file, key) or ()) - {idle}:
+                continue
+            where = f"{yaml.at(at)}: {'.'.join(map(str, at))} has no effect with"
+            if not useful:
+                yield f"{where} {', '.join(methods)}"
+            elif key == "allocation" and patterns:
+                yield f"{where} {patterns[0]}, the same in every layer: give it a grid of its own"
 
 
 def _model_problem(model: Model) -> str | None:

@@ -8,7 +8,8 @@ are no part of it; they are recorded with every result, and a mix of them is ann
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
-from calmix.specs import LENGTH, ROWS
+from calmix.specs import LENGTH, ROWS, recover_request, recovery_options
 from calmix.study.results import Strategy
 from calmix.study.spec import (
     NONE,
+    UNIFORM,
     Calibration,
     Grid,
     Study,
@@ -72,6 +74,8 @@ class Planned:
         pattern: as printed: `60%` or `2:4`.
         target: the same as the study file has it.
         draw: None for a method that needs no calibration.
+        allocation: `owl` or `error`; None for the same everywhere.
+        recovery: as `recovery_options` takes it; None without one.
     """
 
     model: str
@@ -83,6 +87,16 @@ class Planned:
     sparsity: float
     draw: Draw | None
     propagation: str | None
+    allocation: str | None = None
+    recovery: str | None = None
+
+    @property
+    def way(self) -> str:
+        """How the model is pruned: its method, and where there are such allocation and recovery.
+
+        `sparsegpt + owl + distill,epochs=1`; what was found knows trials by it.
+        """
+        return " + ".join(filter(None, (self.method, self.allocation, self.recovery)))
 
     @property
     def seed(self) -> int:
@@ -98,14 +112,14 @@ class Planned:
     def condition(self) -> Condition:
         """All that is asked for but the calibration set and the seed."""
         size = (0, 0) if self.draw is None else (self.draw.rows, self.draw.length)
-        return (self.model, self.method, self.pattern, *size, self.propagation, self.damping)
+        return (self.model, self.way, self.pattern, *size, self.propagation, self.damping)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells the trials of one study apart."""
-        model, method, pattern, rows, length, propagation, damping = self.condition
+        model, way, pattern, rows, length, propagation, damping = self.condition
         return (
-            model, self.calibration, method, pattern, rows, length, self.seed, propagation, damping,
+            model, self.calibration, way, pattern, rows, length, self.seed, propagation, damping,
         )  # fmt: skip
 
     @property
@@ -123,8 +137,8 @@ class Planned:
     def label(self) -> str:
         """The trial in a few words; the model is left out."""
         if self.draw is None:
-            return f"{self.method} {self.pattern}"
-        return f"{self.calibration} {self.method} {self.pattern} seed {self.seed}"
+            return f"{self.way} {self.pattern}"
+        return f"{self.calibration} {self.way} {self.pattern} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -201,10 +215,18 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
                 entry = study.calibrations[label]
                 strategy = strategy_of(entry, study.own)
                 draw = draw_of(study, entry, grid, seed)
-                for method, target in targets:
-                    if method.needs is not None:
-                        propagation = grid.propagation or "sequential"
-                        yield _planned(model, label, strategy, method, target, draw, propagation)
+                propagation = grid.propagation or "sequential"
+                for allocation, recovery in product(grid.allocation or (), grid.recovery or ()):
+                    for method, target in targets:
+                        if method.needs is not None:
+                            trial = _planned(
+                                model, label, strategy, method, target, draw, propagation
+                            )
+                            yield replace(
+                                trial,
+                                allocation=None if allocation == UNIFORM else allocation,
+                                recovery=None if recovery == NONE else recovery,
+                            )
 
 
 def _with(name: str, **options: Any) -> Method:
@@ -287,10 +309,21 @@ class Resolver:
             "propagation": trial.propagation,
             "damping": method.options.get("damping"),
             **({"options": more} if more else {}),
+            **self._around(trial),
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         return Resolved(trial, sha256_json(request), request, shared)
+
+    def _around(self, trial: Planned) -> dict[str, Any]:
+        """Return what is asked for beside the prune, if anything."""
+        asked: dict[str, Any] = {}
+        if trial.allocation is not None:
+            asked["allocation"] = trial.allocation
+        if trial.recovery is not None:
+            chosen = asdict(recover_request(calibration="", **recovery_options(trial.recovery)))
+            asked["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}
+        return asked
 
     def _model(self, label: str) -> dict[str, Any]:
         entry = self.study.models[label]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from calmix.study import cost, planning
 from calmix.study.cost import Machine, Sizes, on_paper, sizes_of
 from calmix.study.planning import estimate, sizes_of_model, suite_work
 from calmix.study.probe import probe
-from calmix.study.spec import Model, Shape, load_study
+from calmix.study.spec import Model, Shape, load_study, parse_study
 from tests.tiny import tiny_config, tiny_model
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -125,6 +126,31 @@ def test_the_paper_study_is_planned_without_its_model() -> None:
     (small, *_) = estimate(study, sizes, on_paper(989, 24, 3350)).notes[1:]
     assert "needs" in small
     assert "there are 24.0 GB" in small
+
+
+def test_what_a_recovery_and_an_allocation_take_is_planned() -> None:
+    text = (STUDIES / "paper-llama31-8b.yaml").read_text(encoding="utf-8")
+    head = text[: text.index("grids:")] + "grids: [{methods: {sparsegpt: 0.6}, seeds: [0], "
+    seconds, memory = {}, {}
+    for way in ("", "allocation: owl", "recovery: blocks", "recovery: distill"):
+        study = parse_study(f"{head}{way}}}]\n", STUDIES / "s.yaml").study
+        assert study is not None
+        (group,) = estimate(study, {"llama-3.1-8b": LLAMA_8B}, on_paper(989, 80, 3350)).groups
+        seconds[way], memory[way] = group.cost.seconds, group.cost.memory
+        assert group.method == " + ".join(["sparsegpt", *way.split()[1:]])
+    plain, owl, blocks, distill = seconds.values()
+    assert owl["allocation"] < plain["prune"]
+    for found, way in ((blocks, "blocks"), (distill, "distill")):
+        size = group.rows, group.length
+        alone = cost.recover_seconds(LLAMA_8B, *size, way, 2, 4, on_paper(989, 80, 3350))
+        assert (
+            found["recover"]
+            == alone
+            > 3 * cost.forward_seconds(LLAMA_8B, math.prod(size), size[1], on_paper(989, 80, 3350))
+        )
+    assert {k: v for k, v in distill.items() if k != "recover"} == plain
+    assert memory["recovery: distill"] > memory["recovery: blocks"] >= memory[""]
+    assert memory["recovery: distill"] > (16 + 2) * LLAMA_8B.block_weights
 
 
 def test_the_builtin_models_study_is_ordered_and_small_enough() -> None:

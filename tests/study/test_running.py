@@ -16,7 +16,9 @@ from calmix.errors import InputError
 from calmix.information import metrics
 from calmix.information.measuring import measure
 from calmix.models import open_model
-from calmix.pruning import Unstructured, prune
+from calmix.pruning import Unstructured, allocate, prune
+from calmix.recovery import recover
+from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import export_results, load_study, read_results, run_study
 from calmix.study.running import Options
@@ -391,3 +393,54 @@ def test_the_lock_of_a_process_that_died_with_its_work_done_is_removed(
     run(tiny_study(), store, only=["mix wanda*"])
     assert [file.name for file in locks.iterdir()] == ["held.lock"]  # one who lives keeps it
     held.release()
+
+
+def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
+    tiny_study: Write, tmp_path: Path
+) -> None:
+    ways = "allocation: [uniform, owl]\nrecovery: [none, 'distill,epochs=1,lr=0.0003']\n"
+    path = tiny_study(
+        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{wanda: [0.6], magnitude: 0.5}"),
+        ("rows: 6", "rows: 16"),
+        more=ways,
+    )
+    seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
+    assert seen.errors == {}
+    assert seen.ran == [
+        "magnitude 50%", "mix wanda 60% seed 0", "mix wanda + distill,epochs=1 60% seed 0",
+        "mix wanda + owl 60% seed 0", "mix wanda + owl + distill,epochs=1 60% seed 0",
+    ]  # fmt: skip
+    store = open_store(tmp_path / "store")
+    last = next(e for e in store.entries if e["label"] == seen.ran[-1])
+    request = json.loads((store.trial(last["id"]) / "request.json").read_text(encoding="utf-8"))
+    assert request["allocation"] == "owl"
+    assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 3e-4, "batch": 4}
+    assert sorted(p.name for p in store.trial(last["id"]).iterdir()) == [
+        "pruning.json", "recovery.json", "request.json", "result.json", "scores.json",
+    ]  # fmt: skip
+    trial = store.read_trial(last["id"])
+    assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
+
+    study = load_study(path)
+    text = study.calibrations["mix"].written
+    opened = open_model(study.models["tiny"].name)
+    dense = evaluate(opened, study.suite)
+    made = resolve(text, opened, rows=16, length=32, leakage="off")
+    made.save(tmp_path / "set")
+    patterns = allocate(opened.model, made.ids, 0.6, "owl", method="wanda")
+    prune(opened.model, made.ids, method="wanda", pattern=patterns)
+    opened.model.save_pretrained(tmp_path / "pruned")
+    opened.tokenizer.save_pretrained(tmp_path / "pruned")
+    asked = recover_request(calibration=str(tmp_path / "set"), epochs=1)
+    name = study.models["tiny"].name
+    report = recover(str(tmp_path / "pruned"), name, asked, tmp_path / "recovered")
+    told = json.loads((store.trial(last["id"]) / "recovery.json").read_text(encoding="utf-8"))
+    assert (told["before"], told["after"]) == (report.before, report.after)
+    assert report.after < report.before
+    kept = evaluate(open_model(str(tmp_path / "recovered")), study.suite).retention(dense)
+    assert trial.total.value == kept.total.value
+    # What a recovery has trained beside the pruned weights leaves no trace in the next trial.
+    assert run(path, tmp_path / "again", only=["mix wanda 60%*"]).errors == {}
+    alone = read_results(tmp_path / "again").trials[0]
+    first = next(t for t in read_results(tmp_path / "store").trials if t.id == alone.id)
+    assert alone.total == first.total

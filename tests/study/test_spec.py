@@ -224,3 +224,40 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"line 5: .*source 'mine'"):
         load_study(path)
+
+
+def test_allocations_and_recoveries_are_part_of_a_condition() -> None:
+    study = parsed(
+        HEAD + "calibrations: {a: news}\nmethods: {sparsegpt: 0.6, magnitude: 0.5}\n"
+        "allocation: owl\nrecovery: [none, 'blocks,epochs=2', 'distill,lr=1e-3']\n"
+    )
+    ways = [
+        "magnitude", "sparsegpt + owl", "sparsegpt + owl + blocks",
+        "sparsegpt + owl + distill,lr=0.001",
+    ]  # fmt: skip
+    assert [trial.way for trial in plan(study)] == ways
+    assert len({trial.condition for trial in plan(study)}) == 4
+    asked = [Resolver(study)._around(trial) for trial in plan(study)]
+    assert asked[0] == {}
+    assert asked[2]["recovery"] == {"method": "blocks", "epochs": 2, "lr": 1e-3, "batch": 4}
+    assert asked[3]["recovery"]["lr"] == 1e-3
+    found = problems(
+        HEAD + "calibrations: {a: news}\nmethods: {wanda: 0.5}\ngrids:\n"
+        "  - {recovery: []}\n  - {methods: {magnitude: 0.5}, recovery: distill}\n"
+        "  - {methods: {wanda: 2:4}, allocation: owl}\n  - {recovery: none}\n"
+    )
+    assert found == [
+        "s.yaml line 6: grids.0.recovery is empty",
+        "s.yaml line 7: grids.1.recovery has no effect with magnitude",
+        "s.yaml line 8: grids.2.allocation has no effect with 2:4, the same in every layer: give "
+        "it a grid of its own",
+    ]
+    for line, told in (
+        ("recovery: distil", "unknown recovery 'distil': did you mean distill"),
+        ("recovery: 'distill,epochs=0'", "--epochs 0 is not positive"),
+        ("allocation: [olw]", "unknown allocation 'olw': did you mean owl"),
+    ):
+        (problem,) = problems(
+            HEAD + f"calibrations: {{a: news}}\nmethods: {{wanda: 0.5}}\n{line}\n"
+        )
+        assert told in problem
