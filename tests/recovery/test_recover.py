@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -318,6 +319,28 @@ def test_two_processes_share_a_distillation(place, tmp_path, calmix, launch):
     assert manifest(tmp_path / "two")["processes"] == 2
 
 
+def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path, calmix):
+    def shared(output, *more):
+        return command(place, output, "distill", "--epochs", 1, "--dtype", "float32", *more)
+
+    def killed():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arm("counted", 2)
+        forks.command(*shared(tmp_path / "cut"))()
+
+    ended = forks.ranks(killed, 2, tmp_path / "log")
+    assert ended[0].code == -signal.SIGKILL, ended[0].errors
+    assert ended[1].code != 0
+    work = tmp_path / "cut.unfinished"
+    assert sorted(p.name for p in work.glob("state-*/*")) == ["0", "1"]
+    line = calmix(*shared(tmp_path / "cut", "--resume")).line
+    assert "another request (processes: 2, now 1)" in line
+    assert "going on after" in forked(shared(tmp_path / "cut", "--resume"), tmp_path / "log")
+    forked(shared(tmp_path / "whole"), tmp_path / "log")
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert not work.exists()
+
+
 def mistakes(place, tmp_path):
     """Arguments of `recover`, and what the line must contain."""
     half, dense, data = place / "half", place / "dense", ("--calibration", place / "set")
@@ -353,6 +376,8 @@ def mistakes(place, tmp_path):
         ((half, *against, "--calibration", foreign), "was made with another tokenizer"),
         ((half, *against, "--calibration", place / "small"), "5 rows is too small"),
         ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
+        ((half, *against, "--calibration", "encyclopedia", "--licence", "permissive"), "licence"),
+        ((half, *against, *data, "--licence", "free"), "unknown licence 'free'"),
         ((half, *against, *data, "--method", "distil"), "did you mean distill"),
         ((half, *against, *data, "--epochs", 0), "--epochs 0 is not positive"),
         ((half, *against, *data, "--lr", "nan"), "--lr nan is not between 0 and 1"),
