@@ -21,6 +21,9 @@ from calmix.errors import InputError, ModelError
 
 EXPERTS = "experts"  # how a list of experts is called, in every model that has one
 ROUTERS = ("router", "gate", "wg")  # how the linear maps are called that choose experts
+CHOSEN = (  # how configurations call the experts a token is sent to
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k",
+)  # fmt: skip
 DOWN = re.compile(r"down|w2|out")  # how the last linear map of an expert is called
 TOWERS = re.compile(r"vision|visual|image|audio|speech")  # how parts beside a decoder are called
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +70,11 @@ class Prunable:
         """(outputs, inputs)."""
         rows, columns = self.view().shape
         return rows, columns
+
+    @property
+    def parameter_name(self) -> str:
+        """Qualified name of the parameter, of which this may be a part."""
+        return f"{self.mixture if self.fused else self.name}.{self.parameter}"
 
     @property
     def parameter_id(self) -> int:
@@ -355,6 +363,13 @@ def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice
     if not getattr(module, "is_concatenated", True):
         return {gate: slice(0, None, 2), up: slice(1, None, 2)}
     return {gate: slice(0, half), up: slice(half, None)}
+
+
+def experts_per_token(config: Any) -> int:
+    """Return how many experts a token is sent to, 1 where a configuration does not tell."""
+    told = config.get_text_config(decoder=True)
+    values = (getattr(told, key, None) for key in CHOSEN)
+    return next((value for value in values if isinstance(value, int)), 1)
 
 
 def find_blocks(model: nn.Module) -> DecoderBlocks:

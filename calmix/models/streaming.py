@@ -119,6 +119,31 @@ class StreamedModel:
         """Whether parameters are merged from what the files hold apart, which takes memory."""
         return len(self.names) < len(self._parts)
 
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """Return the names in the files of what makes up a parameter."""
+        return self._parts[name].stored
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the type a parameter is stored in."""
+        return self.shards.places[self._parts[name].stored[0]].dtype
+
+    def stored(self, name: str, shards: Shards | None = None) -> Tensor:
+        """Return a parameter in the precision it is stored in, on the CPU.
+
+        Args:
+            name: its name in the model.
+            shards: other files of the same names to read it from.
+        """
+        part = self._parts[name]
+        held = {one: (shards or self.shards).read([one])[one] for one in part.stored}
+        return self._conversions.merge(part, held)[name]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the files hold, by name in the model; without data out of memory."""
+        own = dict(self.model.named_parameters())
+        return {name: own[name] for name in self._parts if name in own}
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the blocks' weights in memory."""

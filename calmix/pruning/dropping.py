@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
-from calmix.models.blocks import DecoderBlocks, Mixture
+from calmix.models.blocks import DecoderBlocks, Mixture, experts_per_token
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import Files, StreamedModel
 from calmix.pruning.engine import Dropped, Run
@@ -149,12 +149,8 @@ def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> 
     Raises:
         InputError: as `choose`, or mixtures differ in size.
     """
-    told = text_config(model.config)
-    chosen = next(
-        (v for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-         if isinstance(v := getattr(told, key, None), int)), 1,
-    )  # fmt: skip
-    groups = getattr(told, "n_group", None) or 1
+    chosen = experts_per_token(model.config)
+    groups = getattr(text_config(model.config), "n_group", None) or 1
     if len({len(one) for one in scores.values()}) > 1:
         raise InputError("--drop-experts needs as many experts in every mixture")
     return [

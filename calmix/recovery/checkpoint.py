@@ -28,6 +28,7 @@ from calmix.files import check_output_folder, real_place, sha256_json, write_jso
 from calmix.machine import free_memory
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
+from calmix.models.blocks import DecoderBlocks, experts_per_token
 from calmix.models.opening import check_ids, fast_half_precision, fingerprint
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
@@ -308,8 +309,7 @@ class Job:
         pruned, request = self.pair.pruned, self.request
         config = pruned.model.config.get_text_config(decoder=True)
         largest = max(range(len(pruned.blocks)), key=pruned.block_bytes)
-        maps = [layer.shape for layer in pruned.blocks.prunables(largest)]
-        own = {n: p for n, p in pruned.model.named_parameters() if n in pruned.names}
+        own = pruned.parameters
         inside = sum(p.numel() for p in pruned.blocks.blocks[largest].parameters())
         everything = sum(own[n].numel() for n in trained_names(pruned.model, pruned.blocks))
         head = pruned.model.get_output_embeddings().weight
@@ -318,7 +318,7 @@ class Job:
             trained=everything if request.method == "distill" else inside,
             blocks=len(pruned.blocks),
             hidden=getattr(config, "hidden_size", None) or head.shape[1],
-            widths=sum(rows + columns for rows, columns in maps),
+            widths=widths_of(pruned.blocks, largest, experts_per_token(config)),
             vocabulary=head.shape[0],
             tokens=self.calibration.length
             * micro_rows(request.batch // self.processes, self.calibration.length),
@@ -360,6 +360,25 @@ class Job:
         """Return the seconds so far."""
         self.seconds["total"] = time.perf_counter() - self._began
         return dict(self.seconds)
+
+
+def widths_of(found: DecoderBlocks, index: int, chosen: int) -> int:
+    """Return the inputs and outputs, together, of the linear maps of a block a token goes through.
+
+    Args:
+        found: the blocks.
+        index: which.
+        chosen: experts a token is sent to.
+    """
+    layers = found.prunables(index)
+    each: dict[str | None, int] = {}
+    for layer in layers:
+        each[layer.mixture] = max(each.get(layer.mixture, 0), (layer.expert or 0) + 1)
+    return sum(
+        sum(layer.shape) * (1 if layer.expert is None else min(chosen, each[layer.mixture]))
+        for layer in layers
+        if not layer.expert
+    )
 
 
 def _device_of(name: str) -> torch.device:
@@ -587,8 +606,7 @@ def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
         own = {prefix + name: p for name, p in found.blocks[index].named_parameters()}
         if index < len(reports):  # an earlier run's: only the streams are made again
             for name, parameter in own.items():
-                stored = pair.pruned.names[name]
-                parameter.data.copy_(made.read([stored])[stored])
+                parameter.data.copy_(pair.pruned.stored(name, made))
         else:
             for parameter in own.values():
                 parameter.requires_grad_(True)
@@ -644,11 +662,10 @@ def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) 
 
 def _as_stored(job: Job, masters: Masters) -> dict[str, Tensor]:
     """Return masters whole, by name, in the types the pruned model is stored in."""
-    names, places = job.pair.pruned.names, job.pair.pruned.shards.places
     kept = {}
     for name, value in masters.full():
         if job.main:
-            kept[name] = value.to(places[names[name]].dtype)
+            kept[name] = value.to(job.pair.pruned.stored_dtype(name))
     return kept
 
 
@@ -658,14 +675,14 @@ def _put(job: Job, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if name in job.pair.masked:
             check_zeros(job.pair, name, value)
-        job.work.writer.write({job.pair.pruned.names[name]: value})
+        job.work.writer.write(job.pair.pruned.as_stored({name: value}))
 
 
 def _copy(job: Job, but: Collection[str]) -> None:
     """Copy the pruned model's tensors, but those of some parameters, one at a time."""
     assert job.work.writer is not None
     shards = job.pair.pruned.shards
-    left = {job.pair.pruned.names[name] for name in but}
+    left = {stored for name in but for stored in job.pair.pruned.stored_names(name)}
     for name in shards.places:
         if name not in left:
             job.work.writer.write(shards.read([name]))

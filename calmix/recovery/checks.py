@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.models.streaming import StreamedModel
 
 LEAST = 0.01  # share of zeros below which a model is not sparse
@@ -21,7 +21,8 @@ class Pair:
 
     Attributes:
         pruned, dense: both, with their blocks on disk.
-        masked: names in the pruned model of the linear maps whose zeros stay.
+        masked: names in the pruned model of the linear maps whose zeros stay; one may be that of
+            all experts.
         weights, zeros: how many they hold.
     """
 
@@ -33,15 +34,13 @@ class Pair:
 
     def stored(self, name: str) -> Tensor:
         """Return a parameter of the pruned model as it is stored."""
-        place = self.pruned.names[name]
-        return self.pruned.shards.read([place])[place]
+        return self.pruned.stored(name)
 
 
 def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
     """Return the pair, or refuse it.
 
     Raises:
-        ModelError: they are mixtures of experts.
         InputError: the models differ in architecture or shapes, their embeddings are of different
             models, or the pruned one is not sparse.
     """
@@ -55,8 +54,6 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
         if own.get(name) != other.get(name):
             shapes = [s.get(name, "none") for s in (own, other)]
             raise InputError(f"{line}: {name} is {shapes[0]} there, and {shapes[1]} in the other")
-    if any(pruned.blocks.mixtures(index) for index in range(len(pruned.blocks))):
-        raise ModelError(f"{pruned.name} is a mixture of experts, which cannot be recovered yet")
     embedded = pruned.model.get_input_embeddings().weight
     named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
     ours, theirs = (m.shards.read([m.names[named]])[m.names[named]].float()
@@ -66,10 +63,8 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
     masked: list[str] = []
     weights = zeros = 0
     for index in range(len(pruned.blocks)):
-        for layer in pruned.blocks.prunables(index):
-            name = f"{layer.name}.weight"
-            place = pruned.names[name]
-            value = pruned.shards.read([place])[place]
+        for name in dict.fromkeys(one.parameter_name for one in pruned.blocks.prunables(index)):
+            value = pruned.stored(name)
             masked.append(name)
             weights += value.numel()
             zeros += int((value == 0).sum())

@@ -7,6 +7,8 @@ share, L the row length, q the width of the attention's queries):
                     (40 h + 20 f) values a token and block through element-wise steps
     statistic       what its class says of N and d (`Statistic.work`)
     solve           what the method says of r and d (`Method.work`)
+    experts         each sees its share of the tokens, and as many of a sample of all (`routed`):
+                    statistics of both; the first linear maps run twice more for the second input
     generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
     recovery        of every training token three forward passes (the way back takes two), as many
                     of the output head and one of the dense model's; a step moves 48 bytes a weight
@@ -21,7 +23,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from calmix.models.blocks import CHOSEN
 from calmix.pruning.allocation import looker
+from calmix.pruning.dropping import COUNTS
+from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
 from calmix.recovery import memory as recovery
@@ -53,15 +58,42 @@ UNKNOWN_TASK = (1000, 300)
 
 
 @dataclass(frozen=True)
+class Maps:
+    """Linear maps that share an input, as often as the model has them.
+
+    Attributes:
+        width, outputs: of the input, and all that read it.
+        readers: how many they are.
+        copies: in the whole model.
+        share: of all tokens that each copy sees; of an expert's, the share routed to it.
+    """
+
+    width: int
+    outputs: int
+    readers: int
+    copies: int
+    share: float = 1.0
+
+    @property
+    def weights(self) -> int:
+        """Weights of all copies."""
+        return self.width * self.outputs * self.copies
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A decoder-only model's sizes, as far as they decide what it costs.
 
     Attributes:
-        hidden, inner: width of the residual stream and of the feed-forward part.
+        hidden, inner: width of the residual stream and of the (plain) feed-forward part.
         query, key: width of the queries, and of the keys (and values).
         head: width of one attention head.
         gated: whether the feed-forward part has a gate beside its up-projection.
         value_bytes: bytes of one weight.
+        experts, chosen: of a mixture, and how many of them a token is sent to; 0 without.
+        expert_inner, shared_inner: `inner` of one expert, and of what all tokens go through
+            beside them.
+        plain: blocks without experts in a model that has some.
     """
 
     blocks: int
@@ -74,22 +106,63 @@ class Sizes:
     tied: bool = False
     value_bytes: int = 2
     head: int = 64
+    experts: int = 0
+    chosen: int = 1
+    expert_inner: int = 0
+    shared_inner: int = 0
+    plain: int = 0
 
     @property
     def inputs(self) -> list[tuple[int, int]]:
-        """The distinct inputs of a block's linear maps: width, and outputs that share it."""
-        up = (2 if self.gated else 1) * self.inner
+        """The distinct inputs of a plain block's linear maps: width, and outputs that share it."""
         return [
-            (self.hidden, self.query + 2 * self.key),
-            (self.query, self.hidden),
-            (self.hidden, up),
-            (self.inner, self.hidden),
+            (one.width, one.outputs) for one in (*self._attention, *self._forward(self.inner, 1))
+        ]
+
+    @property
+    def maps(self) -> list[Maps]:
+        """The linear maps of all blocks by their inputs, those of experts too."""
+        if not self.experts:
+            return [*self._attention, *self._forward(self.inner, self.blocks)]
+        mixed, share = self.blocks - self.plain, self.chosen / self.experts
+        found = [
+            *self._forward(self.inner, self.plain),
+            *self._forward(self.expert_inner, mixed * self.experts, share),
+            *self._forward(self.shared_inner, mixed),
+        ]
+        return [*self._attention, *(one for one in found if one.weights)]
+
+    @property
+    def _attention(self) -> list[Maps]:
+        return [
+            Maps(self.hidden, self.query + 2 * self.key, 3, self.blocks),
+            Maps(self.query, self.hidden, 1, self.blocks),
+        ]
+
+    def _forward(self, inner: int, copies: int, share: float = 1.0) -> list[Maps]:
+        up = 2 if self.gated else 1
+        return [
+            Maps(self.hidden, up * inner, up, copies, share),
+            Maps(inner, self.hidden, 1, copies, share),
         ]
 
     @property
     def block_weights(self) -> int:
         """Weights in the linear maps of all blocks: those that are pruned."""
-        return self.blocks * sum(width * outputs for width, outputs in self.inputs)
+        return sum(one.weights for one in self.maps)
+
+    @property
+    def active_weights(self) -> float:
+        """Those of them that a token goes through."""
+        return sum(one.weights * one.share for one in self.maps)
+
+    @property
+    def neurons(self) -> float:
+        """Values between the linear maps of the feed-forward parts of all blocks, of a token."""
+        if not self.experts:
+            return self.blocks * self.inner
+        mixed = self.chosen * self.expert_inner + self.shared_inner
+        return self.plain * self.inner + (self.blocks - self.plain) * mixed
 
     @property
     def weights(self) -> int:
@@ -197,6 +270,10 @@ def sizes_of(config: Mapping[str, Any], *, value_bytes: int = 2) -> Sizes:
     except StopIteration:
         raise KeyError("hidden_size, num_attention_heads, num_hidden_layers, vocab_size") from None
     inner = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner")
+    experts = next((config[key] for key in COUNTS if config.get(key)), 0)
+    each = config.get("moe_intermediate_size") or inner or 4 * hidden
+    both = config.get("shared_expert_intermediate_size")
+    plain = config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or ())
     head = config.get("head_dim") or hidden // heads
     shared = config.get("num_key_value_heads") or heads
     return Sizes(
@@ -210,6 +287,11 @@ def sizes_of(config: Mapping[str, Any], *, value_bytes: int = 2) -> Sizes:
         tied=bool(config.get("tie_word_embeddings")),
         value_bytes=value_bytes,
         head=head,
+        experts=experts,
+        chosen=next((config[key] for key in CHOSEN if config.get(key)), 1),
+        expert_inner=each if experts else 0,
+        shared_inner=both or each * (config.get("n_shared_experts") or 0) if experts else 0,
+        plain=plain if experts else 0,
     )
 
 
@@ -218,9 +300,9 @@ UNGATED = ("gpt2", "opt", "gpt_neox", "gpt_bigcode", "phi", "falcon", "bloom", "
 
 def forward_seconds(sizes: Sizes, tokens: float, length: int, machine: Machine) -> float:
     """Seconds of one pass of `tokens` tokens in rows of `length` through the blocks."""
-    products = 2 * sizes.block_weights * tokens
+    products = 2 * sizes.active_weights * tokens
     attention = 2 * tokens * length * sizes.query * sizes.blocks
-    values = (40 * sizes.hidden + 20 * sizes.inner) * tokens * sizes.blocks
+    values = (40 * sizes.hidden * sizes.blocks + 20 * sizes.neurons) * tokens
     moved = values * sizes.value_bytes / machine.cached_bytes
     return products / machine.forward_flops + attention / machine.attention_flops + moved
 
@@ -241,14 +323,18 @@ def prune_seconds(
     if (kind := chosen.needs) is not None:
         passes = 2 if propagation == "block" else 1
         seconds["forward"] = passes * forward_seconds(sizes, tokens, length, machine)
-    for width, outputs in sizes.inputs:
+        first = sum(m.weights for m in sizes.maps if m.share < 1 and m.width == sizes.hidden)
+        again = 2 * 2 * first * sizes.chosen / max(1, sizes.experts) * tokens
+        seconds["forward"] += again / machine.forward_flops
+    for maps in sizes.maps:
         if kind is not None:
-            work = kind.work(width, tokens, cpu=machine.device == "cpu")
-            seconds["statistic"] += sizes.blocks * work_seconds(work, machine)
-        work = chosen.work(width, outputs)
+            seen = round(tokens * (maps.share if maps.share == 1 else 2 * maps.share))
+            work = kind.work(maps.width, seen, cpu=machine.device == "cpu")
+            seconds["statistic"] += maps.copies * work_seconds(work, machine)
+        work = chosen.work(maps.width, maps.outputs)
         factor = work.factor / machine.factor_flops
-        seconds["factor"] += sizes.blocks * factor
-        seconds["solve"] += sizes.blocks * (work_seconds(work, machine) - factor)
+        seconds["factor"] += maps.copies * factor
+        seconds["solve"] += maps.copies * (work_seconds(work, machine) - factor)
     return seconds
 
 
@@ -258,7 +344,7 @@ def allocation_seconds(sizes: Sizes, rows: int, length: int, by: str, machine: M
     seconds = prune_seconds(sizes, rows, length, look.name, None, machine)
     products = 0.0
     if by == "error":  # what Wanda's mask loses, on the Gram matrix
-        products = sizes.blocks * sum(4.0 * width**2 * out for width, out in sizes.inputs)
+        products = sum(4.0 * one.width * one.weights for one in sizes.maps)
     return seconds["forward"] + seconds["statistic"] + products / machine.solve_flops
 
 
@@ -337,12 +423,9 @@ def recover_memory(sizes: Sizes, length: int, method: str, batch: int) -> float:
 
 
 def _widths(sizes: Sizes) -> int:
-    """Inputs and outputs of all linear maps of a block together."""
-    readers = 3, 1, 2 if sizes.gated else 1, 1  # linear maps that share an input
-    return sum(
-        count * width + outputs
-        for count, (width, outputs) in zip(readers, sizes.inputs, strict=True)
-    )
+    """Inputs and outputs of the linear maps of a block a token goes through, together."""
+    each = (m.copies * m.share * (m.readers * m.width + m.outputs) for m in sizes.maps)
+    return round(sum(each) / sizes.blocks)
 
 
 def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Machine) -> float:
@@ -355,8 +438,12 @@ def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Mach
     held = held_memory(sizes, machine)
     logits = 3 * 512 * sizes.vocabulary * 4
     chosen = get_method(method)
-    states = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
-    solving = max(chosen.memory(width, outputs, outputs) for width, outputs in sizes.inputs)
+    inner = sizes.neurons / sizes.blocks
+    states = rows * length * (3 * sizes.hidden + 2 * inner) * sizes.value_bytes
+    solving = max(chosen.memory(one.width, one.outputs, one.outputs) for one in sizes.maps)
+    if sizes.experts and chosen.needs is not None:  # its own tokens' and all tokens' statistic
+        widest = max(sizes.hidden, sizes.expert_inner)
+        solving += min(EXPERT_BYTES, 2 * sizes.experts * chosen.needs.memory(widest))
     return held + max((states if chosen.needs else 0) + solving, logits)
 
 

@@ -65,6 +65,11 @@ class Shape(_Strict):
     head_dim: Count | None = None
     vocab_size: Count
     tie_word_embeddings: bool = False
+    num_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Count | None = None
+    shared_expert_intermediate_size: Count | None = None
+    first_k_dense_replace: Count | None = None
 
 
 class Model(_Strict):

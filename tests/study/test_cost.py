@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,40 @@ def test_sizes_read_from_a_configuration_count_the_blocks_weights(kind: str) -> 
         layer.module.weight.numel() for i in range(len(found)) for layer in found.prunables(i)
     )
     assert sizes_of(tiny_config(kind).to_dict()).block_weights == weights
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_sizes_of_mixtures_count_every_expert_and_those_a_token_sees(kind: str) -> None:
+    found = find_blocks(tiny_model(kind))
+    layers = [layer for i in range(len(found)) for layer in found.prunables(i)]
+    sizes = sizes_of(tiny_config(kind).to_dict())
+    assert sizes.block_weights == sum(layer.view().numel() for layer in layers)
+    # Two of four experts see a token.
+    shares = [1.0 if layer.expert is None else sizes.chosen / 4 for layer in layers]
+    assert sizes.active_weights == sum(
+        share * layer.view().numel() for share, layer in zip(shares, layers, strict=True)
+    )
+
+
+def test_the_published_figures_of_mixtures() -> None:
+    config = {
+        "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_hidden_layers": 48, "intermediate_size": 6144, "vocab_size": 151936,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "mlp_only_layers": [],
+    }  # fmt: skip
+    qwen = sizes_of(config)
+    assert qwen.weights == pytest.approx(30.5e9, rel=0.01)
+    outside = qwen.weights - qwen.block_weights
+    assert qwen.active_weights + outside == pytest.approx(3.3e9, rel=0.02)
+    dense = replace(qwen, experts=0, inner=8 * 768)
+    seconds = [cost.prune_seconds(one, 8, 64, "wanda", "sequential", UNIT) for one in (qwen, dense)]
+    # Both maps that read the experts' first input run twice more.
+    more = 2 * 2 * 8 * 64 * 48 * 8 * 2 * 2048 * 768
+    assert seconds[0]["forward"] - seconds[1]["forward"] == pytest.approx(more)
+    assert cost.recover_memory(qwen, 512, "blocks", 4) < cost.recover_memory(
+        qwen, 512, "distill", 4
+    )
 
 
 def test_a_configuration_without_sizes_is_refused() -> None:

@@ -1,0 +1,101 @@
+"""Recovery of mixtures of experts: experts' zeros stay, whether the files hold them one by one."""
+
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import calmix as api
+from calmix.models import find_blocks
+from calmix.models.streaming import StreamedModel
+from calmix.recovery.checkpoint import widths_of
+from tests.forks import stopped
+from tests.recovery.stopper import arm
+from tests.recovery.test_recover import hashes, manifest
+from tests.tiny import save_tiny_model, tiny_ids
+
+KINDS = ("mixtral", "qwen3_moe", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A set, and of every kind a dense model and a pruning of it."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    manifest = {"seed": 0, "tokenizer": None}
+    for kind in KINDS:
+        save_tiny_model(folder / kind, kind)
+        opened = api.open_model(str(folder / kind))
+        manifest["tokenizer"] = opened.tokenizer_fingerprint
+        api.prune(opened.model, tiny_ids(), method="wanda", pattern=api.Unstructured(0.5))
+        opened.model.save_pretrained(folder / f"{kind}-pruned")
+        opened.tokenizer.save_pretrained(folder / f"{kind}-pruned")
+    ids = tiny_ids(16)
+    api.CalibrationSet(ids, ("x",) * len(ids), manifest).save(folder / "set")
+    return folder
+
+
+def command(place, kind, output, method, *more):
+    return (
+        "recover", place / f"{kind}-pruned", "--against", place / kind, "--calibration",
+        place / "set", "--method", method, "--lr", 0.003, *more, "-o", output,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("mixtral", "blocks"), ("qwen3_moe", "distill"), ("gpt_oss", "blocks")],
+)
+def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_path, kind, method):
+    output = tmp_path / "out"
+    ended = calmix(*command(place, kind, output, method))
+    assert ended.code == 0, ended.err
+    before, after = (load_file(f / "model.safetensors") for f in (place / f"{kind}-pruned", output))
+    assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
+    models = [
+        AutoModelForCausalLM.from_pretrained(f)
+        for f in (place / f"{kind}-pruned", output, place / kind)
+    ]
+    old, new = (find_blocks(model) for model in models[:2])
+    zeros = weights = 0
+    for index in range(len(old)):
+        for was, layer in zip(old.prunables(index), new.prunables(index), strict=True):
+            zero = was.matrix() == 0
+            assert (layer.matrix()[zero] == 0).all(), layer.name
+            assert (layer.matrix() != was.matrix()).sum() > 0.9 * (~zero).sum(), layer.name
+            zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
+    told = manifest(output)["recovery"]
+    assert (told["zeros"], told["weights"]) == (zeros, weights)
+    assert zeros == pytest.approx(weights / 2, rel=0.01)
+    ids = load_file(place / "set" / "calibration.safetensors")["ids"][told["held_out"]]
+    with torch.no_grad():
+        q, better, p = (m(ids).logits.float().log_softmax(-1) for m in models)
+    gaps = [float((p.exp() * (p - one)).sum(-1).mean()) for one in (q, better)]
+    assert gaps[1] < gaps[0]
+    if method == "distill":
+        assert gaps == pytest.approx([told["before"], told["after"]], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "number"), [("blocks", 1), pytest.param("distill", 2, marks=pytest.mark.long)]
+)
+def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
+    calmix, place, tmp_path, method, number
+):
+    stopped(partial(arm, "counted", number), *command(place, "mixtral", tmp_path / "cut", method))
+    ended = calmix(*command(place, "mixtral", tmp_path / "cut", method, "--resume"))
+    assert ended.code == 0, ended.err
+    assert "going on after" in ended.err
+    assert calmix(*command(place, "mixtral", tmp_path / "whole", method)).code == 0
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_what_a_token_leaves_is_that_of_its_experts(place):
+    opened = StreamedModel(str(place / "mixtral"))
+    assert opened.merges  # the files hold experts one by one
+    attention = (32 + 32) * 2 + (32 + 16) * 2
+    expert = 3 * (32 + 64)
+    assert widths_of(opened.blocks, 0, 2) == attention + 2 * expert
+    assert widths_of(opened.blocks, 0, 9) == attention + 4 * expert
+    opened.close()
