@@ -12,6 +12,8 @@ from calmix.errors import InputError, nearest
 Propagation = Literal["sequential", "block"]
 
 ROWS, LENGTH, SEED = 64, 512, 0
+METHOD = "sparsegpt"
+NONE = "none"  # the method of a request that drops experts and prunes nothing
 
 # What draws a calibration set beside its specification; calmix.calibration.resolve has defaults.
 DRAW = (
@@ -37,7 +39,7 @@ class PruneRequest:
     """A checked request to prune one model. What a method has no use for is None or empty.
 
     Attributes:
-        method: its name; `options` are its own, all of them.
+        method: its name; `options` are its own, all of them. `none` where only experts are dropped.
         calibration: what to calibrate on, as `calmix.calibration.resolve` takes it.
         draw: the options of the draw that were given.
         allocation: `owl`, `error` or sparsities by layer; None for the same everywhere.
@@ -63,7 +65,7 @@ class PruneRequest:
 
 def prune_request(
     *,
-    method: str = "sparsegpt",
+    method: str | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
     **options: Any,
@@ -71,9 +73,9 @@ def prune_request(
     """Check the options of a prune and fill in the method's defaults.
 
     Args:
-        method: as `calmix.pruning.methods.get_method` takes it.
+        method: as `calmix.pruning.methods.get_method` takes it; None for sparsegpt.
         sparsity: share to prune, in (0, 1); or
-        pattern: `N:M`. Exactly one of the two.
+        pattern: `N:M`. Exactly one of the two; or neither, and `drop_experts` alone.
         **options: calibration, propagation, allocation, experts, expert_smoothing, drop_experts,
             only, skip, those in `DRAW` and the method's own; None means not given.
 
@@ -85,7 +87,13 @@ def prune_request(
     from calmix.pruning.methods import get_method
 
     given = {name: value for name, value in options.items() if value is not None}
+    drop = given.get("drop_experts")
+    if drop is not None and not 0 < drop < 1:
+        raise InputError(f"--drop-experts {drop} is not between 0 and 1 (exclusive)")
+    if drop is not None and sparsity is None and pattern is None:
+        return _drop_alone(method, given)
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
+    method = method or METHOD
     bare = get_method(method)
     if idle := set(own) - set(bare.options):
         raise _no_effect(min(idle), bare.name)
@@ -120,9 +128,6 @@ def prune_request(
             "file"
         )
     draw = _draw(given)
-    drop = given.get("drop_experts")
-    if drop is not None and not 0 < drop < 1:
-        raise InputError(f"--drop-experts {drop} is not between 0 and 1 (exclusive)")
     if drop is not None and isinstance(allocation, dict):
         raise InputError("--drop-experts needs an --allocation that names no layers: owl or error")
     propagation = given.get("propagation", "sequential")
@@ -134,6 +139,28 @@ def prune_request(
         allocation, given.get("experts"), given.get("expert_smoothing"), only, skip,
         drop,
     )  # fmt: skip
+
+
+def _drop_alone(method: str | None, given: Mapping[str, Any]) -> PruneRequest:
+    """Return the request to drop experts and prune nothing."""
+    useful = {"calibration", "drop_experts", *DRAW}
+    idle = sorted(
+        name for name, value in given.items() if name not in useful and value not in ((), [])
+    )
+    if method not in (None, NONE):
+        idle.insert(0, "method")
+    if idle:
+        option = idle[0].replace("_", "-")
+        raise InputError(
+            f"--{option} has no effect where only experts are dropped: give --sparsity or "
+            "--pattern too, or leave it out"
+        )
+    if "calibration" not in given:
+        raise InputError("--drop-experts needs --calibration: text to score the experts on")
+    drop, draw = given["drop_experts"], _draw(given)
+    return PruneRequest(
+        NONE, None, None, calibration=given["calibration"], draw=draw, drop_experts=drop
+    )
 
 
 def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
@@ -166,7 +193,7 @@ def _no_effect(name: str, method: str) -> InputError:
 
 def prune_requests(
     *,
-    method: str = "sparsegpt",
+    method: str | None = None,
     sparsity: str | None = None,
     pattern: str | None = None,
     **options: Any,
@@ -174,7 +201,8 @@ def prune_requests(
     """Check a prune to one or several targets: every method with every sparsity or pattern.
 
     Args:
-        method: a name or several, each with options of its own: `sparsegpt,damping=0.1,wanda`.
+        method: a name or several, each with options of its own: `sparsegpt,damping=0.1,wanda`;
+            None for sparsegpt.
         sparsity: a share or several, as `0.5,0.6`; or
         pattern: `N:M` or several.
         **options: as for `prune_request`; with several methods each takes those it has a use for.
@@ -184,9 +212,9 @@ def prune_requests(
     """
     from calmix.pruning.methods import get_method
 
-    methods = _methods(method)
-    if (sparsity is None) == (pattern is None):
-        return [prune_request(method=methods[0], **options)]  # which tells what is wrong
+    if (sparsity is None) == (pattern is None):  # only experts are dropped, or it tells what is
+        return [prune_request(method=method and _methods(method)[0], **options)]  # wrong
+    methods = _methods(method or METHOD)
     wanted: list[dict[str, Any]] = [
         {"sparsity": _share(text)} for text in _listed("sparsity", sparsity)
     ] + [{"pattern": text} for text in _listed("pattern", pattern)]
@@ -230,6 +258,8 @@ def target_name(request: PruneRequest) -> str:
     """
     from calmix.pruning.methods import get_method
 
+    if request.method == NONE:
+        return f"drop-{request.drop_experts:g}"
     method = get_method(request.method, **request.options).text.replace(",", "-").replace("/", "_")
     if request.pattern is not None:
         return f"{method}-{'of'.join(p.strip() for p in request.pattern.split(':'))}"
@@ -337,7 +367,7 @@ def recovery_text(request: RecoverRequest) -> str:
 
 
 def prune_and_recover_requests(
-    recover: str, *, method: str = "sparsegpt", **options: Any
+    recover: str, *, method: str | None = None, **options: Any
 ) -> tuple[list[PruneRequest], RecoverRequest]:
     """Check a prune to one or several targets, and the recovery behind each.
 
@@ -361,7 +391,8 @@ def prune_and_recover_requests(
         )
     chosen |= {name: options.get(name) for name in ("calibration", *DRAW)}
     recovery = recover_request(**chosen)
-    if all(get_method(text, **_own(text, options)).needs is None for text in _methods(method)):
+    named = _methods(method or METHOD)
+    if all(get_method(text, **_own(text, options)).needs is None for text in named):
         options = {k: v for k, v in options.items() if k not in ("calibration", *DRAW)}
     return prune_requests(method=method, **options), recovery
 

@@ -127,12 +127,13 @@ def prune_command(
         ),
     ],
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
+            show_default="sparsegpt",
             help="One of calmix methods ls, or several: sparsegpt,wanda; each may have options of "
-            "its own: sparsegpt,damping=0.1."
+            "its own: sparsegpt,damping=0.1.",
         ),
-    ] = "sparsegpt",
+    ] = None,
     sparsity: Annotated[
         str | None,
         typer.Option(
@@ -196,7 +197,8 @@ def prune_command(
         float | None,
         typer.Option(
             show_default=False,
-            help="Share of every mixture's experts that go whole, those that count least: 0.25.",
+            help="Share of every mixture's experts that go whole, those that count least: 0.25; "
+            "without --sparsity or --pattern nothing else.",
         ),
     ] = None,
     recover: Annotated[
@@ -359,7 +361,11 @@ def _tell(path: Path, report: PruneReport, *, brief: bool) -> None:
     if report.dropped:
         before = sum(len(one.scores) for one in report.dropped)
         after = sum(len(one.kept) for one in report.dropped)
-        out.print(f"{before - after} of {before} experts dropped (calmix.json)", highlight=False)
+        line = f"{before - after} of {before} experts dropped (calmix.json)"
+        alone = "" if report.layers else f" in {report.seconds['total']:.1f} s: {path}"
+        out.print(line + alone, soft_wrap=True, highlight=False)
+    if not report.layers:
+        return
     out.print(
         f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
         f"in {report.seconds['total']:.1f} s: {path}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ from calmix.pruning.streamed import (
     prune_streamed,
 )
 from calmix.pruning.work import WorkFolder
-from calmix.specs import PruneRequest
+from calmix.specs import NONE, PruneRequest
 
 # Of models of images or sound, opened as models of text.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
@@ -91,15 +92,16 @@ def prune_checkpoints(
         CalmixError: anything a user can mend, before an output is touched.
     """
     say = note or (lambda line: None)
+    began = time.perf_counter()
     for output in targets:
         if not (resume and (output / MANIFEST).is_file()):
             check_output_folder(output, overwrite=overwrite)
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
-        names = {(r.only, r.skip, r.drop_experts) for r in targets.values()}
+        names = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
         if len(names) > 1:
             raise InputError("--only, --skip and --drop-experts are the same for all targets")
-        only, skip, _ = names.pop()
+        only, skip, _, drops_alone = names.pop()
         source.blocks = source.blocks.select(only, skip)
         jobs = [_job(output, request, source) for output, request in targets.items()]
         done = {job.output: _finished(job) for job in jobs} if resume else {}
@@ -128,11 +130,14 @@ def prune_checkpoints(
             if left and started is not None:
                 started(calibration)
             for work in works:
-                if work.goes_on:
+                if work.goes_on and not drops_alone:
                     say(f"going on after {work.done} of {len(source.blocks)} blocks")
-            left = _allocated(source, ids, left, plan)
-            named = () if calibration is None else calibration.sources
-            made = prune_streamed(source, ids, left, plan, sources=named, progress=progress)
+            if drops_alone:
+                made = [_dropped_alone(job, ids, began) for job in left]
+            else:
+                left = _allocated(source, ids, left, plan)
+                named = () if calibration is None else calibration.sources
+                made = prune_streamed(source, ids, left, plan, sources=named, progress=progress)
             for job, report in zip(left, made, strict=True):
                 report.dropped = dropped
                 _finish(source, tokenizer, job, report, calibration)
@@ -141,7 +146,8 @@ def prune_checkpoints(
             for work in works:
                 kept = work.claimed and _leave(work, error)
                 if kept and not isinstance(error, CalmixError):
-                    say(f"{work.done} blocks are kept in {work.path}: --resume goes on")
+                    what = f"{work.done} blocks" if work.done else "the experts' scores"
+                    say(f"{what} are kept in {work.path}: --resume goes on")
             raise
     finally:
         source.close()
@@ -175,20 +181,26 @@ def _dropped(
         ModelError: the architecture's experts cannot be dropped.
         InputError: it has none, or too few would be left.
     """
-    share, work = jobs[0].request.drop_experts, jobs[0].work
+    request, work = jobs[0].request, jobs[0].work
+    share = request.drop_experts
     assert share is not None
     blocks = source.blocks.select()
     if not any(blocks.mixtures(index) for index in range(len(blocks))):
         raise InputError("--drop-experts has no effect: this model has no experts")
     if not isinstance(source, StreamedModel):
         raise ModelError("--drop-experts needs a model that can be read block by block")
-    look = ScorePass(source.model, blocks)
-    chosen_experts(source.model, {m.name: [0.0] * m.count for i in range(len(blocks))
-                                  for m in blocks.mixtures(i)}, share)  # fmt: skip
-    plan = plan_for(source, ids, [], budget=max_memory, beside=[look.method])
-    pass_through(source, ids, look, work, plan)
-    dropped = chosen_experts(source.model, look.scores, share)
-    folder = work.path / "dropped"
+    dropped = next((kept for job in jobs if (kept := job.work.dropped())), [])
+    if not dropped:
+        look = ScorePass(source.model, blocks)
+        chosen_experts(source.model, {m.name: [0.0] * m.count for i in range(len(blocks))
+                                      for m in blocks.mixtures(i)}, share)  # fmt: skip
+        plan = plan_for(source, ids, [], budget=max_memory, beside=[look.method])
+        pass_through(source, ids, look, work, plan)
+        dropped = chosen_experts(source.model, look.scores, share)
+    for job in jobs:
+        job.work.keep_dropped(dropped)
+    # Where nothing is pruned it is the result.
+    folder = work.checkpoint if request.method == NONE else work.path / "dropped"
     write_dropped(source, dropped, folder)
     try:
         made = StreamedModel(
@@ -200,9 +212,17 @@ def _dropped(
             f"--drop-experts does not work with this architecture: {error} is of another size"
         ) from error
     source.close()
-    made.name = source.name
+    made.name, made.folder = source.name, source.folder
     made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
     return made, dropped
+
+
+def _dropped_alone(job: Job, ids: torch.Tensor | None, began: float) -> PruneReport:
+    """Return the report of a job whose experts have gone, and nothing else."""
+    assert ids is not None
+    report = PruneReport("reap", "none", None, ids.numel(), rows=len(ids))
+    report.seconds = {"total": time.perf_counter() - began}
+    return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +241,14 @@ class Job(Target):
 
 def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
     """Return what a request means for a model; a look at the model may decide its pattern yet."""
-    method = get_method(request.method, **request.options)
-    pattern: Patterns
-    if request.pattern is not None:
+    # Where only experts are dropped these are not looked at.
+    method = get_method(
+        "magnitude" if request.method == NONE else request.method, **request.options
+    )
+    pattern: Patterns = Unstructured(0.5)
+    if request.method == NONE:
+        pass
+    elif request.pattern is not None:
         pattern = parse_pattern(request.pattern)
     else:
         assert request.sparsity is not None
@@ -342,7 +367,7 @@ def _leave(work: WorkFolder, error: BaseException) -> bool:
     """
     work.settle()
     again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
-    stays = work.goes_on or (work.done > 0 and again)
+    stays = work.goes_on or (work.begun and again)
     if stays:
         work.close()
     else:

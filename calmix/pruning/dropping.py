@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
-from calmix.models.blocks import DecoderBlocks, Mixture, experts_per_token
+from calmix.models.blocks import EXPERTS, ROUTERS, DecoderBlocks, Mixture, experts_per_token
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import Files, StreamedModel
 from calmix.pruning.engine import Dropped, Run
@@ -31,7 +32,7 @@ COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
     "num_routed_experts",
 )  # fmt: skip
-CHOOSES = ("router", "gate", "wg")
+MARK = 256.0  # what an expert gives where its gate is looked for: large beside other outputs
 
 
 class ScorePass(Run):
@@ -53,11 +54,8 @@ class ScorePass(Run):
         handles = []
         sums: dict[str, Tensor] = {}
         for routed in (one for one in seen.inputs if isinstance(one, Routed)):
-            if routed.kind in ("modules", "shared"):
-                raise ModelError(
-                    f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
-                    "does not work with this architecture"
-                )
+            if routed.kind == "shared":
+                raise _unseen(routed.name)
             sums[routed.name] = torch.zeros(2, routed.mixture.count, dtype=torch.float64)
             handles.append(_scored(routed, sums[routed.name]))
         try:
@@ -74,6 +72,12 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
     """Add to the sums (score, tokens; experts) whenever a mixture is called."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if routed.kind == "modules":
+            made, gates = _marked(routed, args, kwargs)
+            whole = gates.sum(-1, keepdim=True).where(gates.any(-1, keepdim=True), 1.0)
+            sums[0] += (made / whole).sum(0).cpu()
+            sums[1] += (gates != 0).sum(0).cpu()
+            return
         values = [*args, *kwargs.values()]
         hidden = next(value for value in values if isinstance(value, Tensor))
         width = hidden.shape[-1]
@@ -102,6 +106,74 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
             sums[1, expert] += len(token)
 
     return routed.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _unseen(name: str) -> ModelError:
+    return ModelError(
+        f"the gates of the experts in {name} cannot be seen: --drop-experts does not work with "
+        "this architecture"
+    )
+
+
+def _marked(routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return gate times norm of the output, and gate, of every token and expert, (tokens, experts).
+
+    For experts that are modules of their own, whose gates stay within the module around them: it
+    runs with experts that give one number each, in an output of their own, and what it returns
+    then holds the gates. What it adds beside its experts is taken off.
+
+    Raises:
+        ModelError: it does more with its experts' outputs than add them up, times a gate.
+    """
+    experts: list[Any] = list(routed.mixture.experts or ())
+    norms: list[list[Tensor]] = [[] for _ in experts]
+    like: list[Tensor] = []
+
+    def run(given: Callable[[int, Tensor], Tensor | None] | None) -> Tensor:
+        """Run the module with experts that give `given(expert, inputs)`, or what they are for."""
+        with ExitStack() as stack:
+            for number, expert in enumerate(experts):
+                before, real = expert.__dict__.get("forward"), expert.forward
+
+                def forward(*inputs: Any, number: int = number, real: Any = real) -> Tensor:
+                    if len(inputs) != 1:
+                        raise _unseen(routed.name)
+                    if given is None:
+                        made: Tensor = real(*inputs)
+                        like[:] = [made.new_empty(0, made.shape[-1])]
+                        norms[number].append(made.double().norm(dim=-1))
+                        return made
+                    (empty,) = like
+                    marks = empty.new_zeros(*inputs[0].shape[:-1], empty.shape[-1])
+                    value = given(number, marks[..., number])
+                    if value is not None:
+                        marks[..., number] = value.to(marks.dtype)
+                    return marks
+
+                def undo(expert: Any = expert, before: Any = before) -> None:
+                    expert.__dict__.pop("forward")
+                    if before is not None:
+                        expert.__dict__["forward"] = before
+
+                expert.__dict__["forward"] = forward
+                stack.callback(undo)
+            made = routed.module.forward(*args, **kwargs)
+        found: Tensor = made if isinstance(made, Tensor) else made[0]
+        return found.reshape(-1, found.shape[-1]).double()
+
+    run(None)
+    if not like or len(experts) > like[0].shape[-1]:
+        raise _unseen(routed.name)
+    most = max(float(one.max()) for own in norms for one in own if one.numel()) or 1.0
+    waiting = [iter(own) for own in norms]
+    beside = run(lambda number, marks: None)
+    gates = run(lambda number, marks: torch.full_like(marks, MARK)) - beside
+    made = run(lambda number, marks: next(waiting[number]) * (MARK / most)) - beside
+    seen = torch.tensor([sum(one.numel() for one in own) for own in norms])
+    used = (gates[:, : len(experts)] != 0).sum(0).cpu()
+    if (used > seen).any() or not used.any() or gates[:, len(experts) :].any():
+        raise _unseen(routed.name)
+    return made[:, : len(experts)] * (most / MARK), gates[:, : len(experts)] / MARK
 
 
 def choose(
@@ -164,14 +236,22 @@ def cut(
 ) -> dict[str, Tensor]:
     """Return a block's tensors, by name in the model, without what belongs to dropped experts."""
     made = dict(tensors)
+    renamed: dict[str, Tensor] = {}
     for mixture in mixtures:
         kept, count = dropped[mixture.name].kept, mixture.count
-        owner = mixture.name.rpartition(".")[0]
+        fused = mixture.experts is None
+        owner = mixture.name.rpartition(".")[0] if fused else mixture.name
         for name, value in tensors.items():
             inside = name.removeprefix(f"{owner}.").split(".")
-            own = name.startswith(f"{mixture.name}.")
+            own = fused and name.startswith(f"{mixture.name}.")
+            if not fused and name.startswith(f"{owner}.{EXPERTS}."):
+                del made[name]
+                if (number := int(inside[1])) in kept:
+                    inside[1] = str(kept.index(number))
+                    renamed[".".join([owner, *inside])] = value
+                continue
             routes = name.startswith(f"{owner}.") and (
-                any(part.endswith("router") or part in CHOOSES for part in inside[:-1])
+                any(part.endswith("router") or part in ROUTERS for part in inside[:-1])
                 or inside[-1].endswith("correction_bias")
             )
             if (own or routes) and value.ndim and value.shape[0] == count:
@@ -180,7 +260,7 @@ def cut(
                     value.new_empty(len(kept), *value.shape[1:]) if value.is_meta
                     else value.index_select(0, numbers)
                 )  # fmt: skip
-    return made
+    return made | renamed
 
 
 def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Path) -> None:

@@ -123,7 +123,7 @@ class PruneReport:
     @property
     def sparsity(self) -> float:
         """Share of the weights in pruned layers that is zero."""
-        return self.pruned / self.weights
+        return self.pruned / self.weights if self.weights else 0.0
 
     @property
     def dense_weights(self) -> int:

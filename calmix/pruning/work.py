@@ -2,6 +2,7 @@
 
     OUTPUT.unfinished/request.json       what was asked for; another request is refused
                       calibration/       the calibration set, calibration.json its manifest
+                      dropped.json       experts' scores, and those that stay, where some go
                       allocation.json    sparsities by layer, where a look at the model gave them
                       checkpoint/        the files of the result, at full size, filled by block
                       blocks/            the blocks' weights, where transformers writes those files
@@ -26,6 +27,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,13 @@ from calmix.files import (
 )
 from calmix.manifest import SEAL, seal_holds, sealed
 from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
-from calmix.pruning.engine import PruneReport
+from calmix.pruning.engine import Dropped, PruneReport
 from calmix.pruning.patterns import Unstructured
 
 SUFFIX = ".unfinished"
-REQUEST, PROGRESS, SET, SET_MANIFEST, ALLOCATION = (
+REQUEST, PROGRESS, SET, SET_MANIFEST, ALLOCATION, DROPPED = (
     "request.json", "progress.json", "calibration", "calibration.json", "allocation.json",
+    "dropped.json",
 )  # fmt: skip
 
 
@@ -157,6 +160,11 @@ class WorkFolder:
         return self._counted("done")
 
     @property
+    def begun(self) -> bool:
+        """Whether there is work to go on with: blocks, or which experts go."""
+        return bool(self.done or self.dropped())
+
+    @property
     def batch(self) -> int:
         """Rows of a micro-batch in the blocks that are done: they decide how sums round."""
         return self._counted("batch")
@@ -209,12 +217,12 @@ class WorkFolder:
     def _take(self, request: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         held = self._request()
         try:
-            done = self.done
+            done, begun = self.done, self.begun
         except InputError:
             if not overwrite:
                 raise
-            done = 0
-        if held is not None and done and self.checkpoint.is_dir():
+            begun = False
+        if held is not None and begun and self.checkpoint.is_dir():
             if resume:
                 differs = [key for key in request if held.get(key) != request[key]]
                 if differs:
@@ -251,7 +259,8 @@ class WorkFolder:
         """
         if not self.path.exists():
             return
-        (self.path / PROGRESS).unlink(missing_ok=True)
+        for name in (PROGRESS, DROPPED):
+            (self.path / name).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -289,6 +298,16 @@ class WorkFolder:
         if (kept := self._sealed(ALLOCATION)) is None:
             return None
         return {name: Unstructured(share) for name, share in kept.items()}
+
+    def keep_dropped(self, dropped: Sequence[Dropped]) -> None:
+        """Keep which experts go, so that they need not be scored again."""
+        kept = {DROPPED: [asdict(one) for one in dropped]}
+        write_json(self.path / DROPPED, sealed(kept))
+
+    def dropped(self) -> list[Dropped]:
+        """Return which experts go, as far as it is known."""
+        kept = self._sealed(DROPPED) or {DROPPED: []}
+        return [Dropped(**one) for one in kept[DROPPED]]
 
     def _sealed(self, name: str) -> dict[str, Any] | None:
         return read_sealed(self.path / name)

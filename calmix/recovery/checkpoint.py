@@ -155,6 +155,15 @@ def recover(
         tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
         job.pair = pair = compare(*models)
         check_tokenizers(*tokenizers)
+        if job.processes > 1 and any(
+            one.experts is not None
+            for index in range(len(pair.pruned.blocks))
+            for one in pair.pruned.blocks.mixtures(index)
+        ):  # one that no token of a process reaches would keep the others waiting
+            raise ModelError(
+                f"{pruned} has experts that are modules of their own, which are recovered in one "
+                "process: start it without a launcher"
+            )
         asked = job.asked(*(fingerprint(one.folder) for one in models))
         if finished and (report := finished_report(job, asked)) is not None:
             return report
