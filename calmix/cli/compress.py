@@ -169,6 +169,12 @@ def _print_plan(asked: Any, output: Path, as_json: bool) -> None:
     if as_json:
         print_json([asdict(one) | {"command": one.stage.command} for one in taken])
         return
+    title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
+    print_taken(taken, title)
+
+
+def print_taken(taken: Sequence[Taken], title: str) -> None:
+    """Print what stages will take, the commands of those that have one, and the whole."""
     print_rows(
         [
             {"stage": one.stage.name, "time": duration(one.seconds), "memory": size(one.memory),
@@ -176,10 +182,11 @@ def _print_plan(asked: Any, output: Path, as_json: bool) -> None:
             for one in taken
         ],
         as_json=False,
-        title=f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine",
+        title=title,
     )  # fmt: skip
     for one in taken:
-        out.print(one.stage.command, soft_wrap=True, highlight=False)
+        if one.stage.arguments:
+            out.print(one.stage.command, soft_wrap=True, highlight=False)
     out.print(
         f"\nabout {duration(sum(one.seconds for one in taken))}, "
         f"{size(max(one.memory for one in taken))} of memory at the peak, "

@@ -228,6 +228,9 @@ def prune_command(
         str | None,
         typer.Option(show_default="what is free", help="Memory the prune may take, such as 6GiB."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print time, memory and disk; write nothing.")
+    ] = False,
     resume: Resume = False,
     overwrite: OverwriteWork = False,
     as_json: AsJson = False,
@@ -275,6 +278,21 @@ def prune_command(
     if len(requests) > 1 and (output / "config.json").is_file():
         raise InputError(f"{output} is a model folder: name another one for several checkpoints")
 
+    bound = None if max_memory is None else parse_memory(max_memory)
+    if dry_run:
+        from calmix.cli.compress import print_taken
+        from calmix.compress.estimate import estimate_prune
+
+        taken = estimate_prune(
+            model, targets, recovery, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code, max_memory=bound,
+        )  # fmt: skip
+        if as_json:
+            print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
+        else:
+            print_taken(taken, f"{model}, on this machine")
+        return
+
     def started(drawn: CalibrationSet | None) -> None:
         if drawn is not None:
             shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
@@ -296,7 +314,7 @@ def prune_command(
             "trust_remote_code": trust_remote_code,
             "overwrite": overwrite,
             "resume": resume,
-            "max_memory": None if max_memory is None else parse_memory(max_memory),
+            "max_memory": bound,
             "started": started,
             "writing": writing_on(bar),
             "note": note,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from calmix.calibration.set import CalibrationSet
+from calmix.calibration.resolving import parse_spec
+from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.answers import EACH, TOKENS
 from calmix.capability.evaluate import choose
 from calmix.capability.texts import LENGTH as TEXT_LENGTH
@@ -12,10 +16,23 @@ from calmix.capability.texts import ROWS as TEXT_ROWS
 from calmix.capability.texts import builtin_readers
 from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
 from calmix.files import user_path
-from calmix.specs import BATCH, RECOVERIES
+from calmix.pruning.allocation import SPREAD
+from calmix.pruning.checkpoint import planned
+from calmix.pruning.methods import get_method
+from calmix.specs import (
+    BATCH,
+    LENGTH,
+    NONE,
+    RECOVERIES,
+    ROWS,
+    PruneRequest,
+    RecoverRequest,
+    target_name,
+)
 from calmix.study import cost
 from calmix.study.cost import Machine, Sizes
 from calmix.study.planning import sizes_of_model, suite_work
+from calmix.study.probe import probe
 from calmix.study.spec import Model
 
 PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
@@ -74,3 +91,77 @@ def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine
             seconds = cost.generation_seconds(sizes, cost.BATCH_ROWS / 8 * written, machine)
         found.append(Taken(stage, seconds, memory + PROGRAM, disk))
     return found
+
+
+def estimate_prune(
+    name: str,
+    targets: Mapping[Path, PruneRequest],
+    recovery: RecoverRequest | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    max_memory: int | None = None,
+) -> list[Taken]:
+    """Return what a prune to one or several targets will take here, and recovery behind each.
+
+    Args:
+        name, targets, dtype, device, trust_remote_code, max_memory: as for `prune_checkpoints`.
+        recovery: of each target.
+
+    Raises:
+        CalmixError: as `prune_checkpoints`, as far as it can be known.
+    """
+    sizes = sizes_of_model(name, Model(name=name, dtype=dtype))
+    machine = probe(sizes, device)
+    asked = recovery or next((r for r in targets.values() if r.calibration is not None), None)
+    rows, length, seconds = 0, 0, 0.0
+    found: list[Taken] = []
+    if asked is not None:
+        assert asked.calibration is not None
+        rows, length, strategy = size_of_set(asked.calibration, asked.draw)
+        seconds = cost.set_seconds(sizes, rows, length, strategy, machine).get("generate", 0.0)
+    if seconds:
+        memory = sizes.weights * sizes.value_bytes + PROGRAM
+        found.append(Taken(Stage("write the calibration set", (), None), seconds, memory, 0.0))
+    used = rows if any(r.calibration is not None for r in targets.values()) else 0
+    needed, checkpoint = planned(
+        name, targets, used, length, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code, max_memory=max_memory,
+    )  # fmt: skip
+    for request in targets.values():
+        seconds, way = 0.0, target_name(request)
+        if request.method != NONE:
+            text = get_method(request.method, **request.options).text
+            size = rows, length
+            seconds = sum(
+                cost.prune_seconds(sizes, *size, text, request.propagation, machine).values()
+            )
+            if request.allocation in SPREAD:
+                seconds += cost.allocation_seconds(sizes, *size, request.allocation, machine)
+        if request.drop_experts is not None:  # a pass, and every expert's outputs once more
+            seconds += 2 * cost.forward_seconds(sizes, rows * length, length, machine)
+        found.append(Taken(Stage(f"prune, {way}", (), None), seconds, needed, checkpoint))
+        if recovery is not None:
+            how = recovery.method, recovery.epochs, recovery.batch
+            seconds = cost.recover_seconds(sizes, rows, length, *how, machine)
+            memory = cost.recover_memory(sizes, length, recovery.method, recovery.batch)
+            stage = Stage(f"recover by {recovery.method}, {way}", (), None)
+            found.append(Taken(stage, seconds, memory + PROGRAM, checkpoint))
+    return found
+
+
+def size_of_set(text: str, draw: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Return the rows of a calibration set, their length, and the method that writes it, if any.
+
+    Args:
+        text: as `calmix.calibration.resolve` takes it.
+        draw: the options that were given.
+    """
+    path = user_path(text)
+    if is_saved_set(path):
+        held = CalibrationSet.open(path)
+        return held.rows, held.length, ""
+    spec = parse_spec(text, draw.get("own"), draw.get("licence"))
+    given = {"rows": ROWS, "length": LENGTH} | spec.fixed | dict(draw)
+    return given["rows"], given["length"], spec.generate or ""

@@ -154,6 +154,43 @@ def prune_checkpoints(
     return [reports[job.output] for job in jobs]
 
 
+def planned(
+    name: str,
+    targets: Mapping[Path, PruneRequest],
+    rows: int,
+    length: int,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    max_memory: int | None = None,
+) -> tuple[int, int]:
+    """Return the bytes a prune will hold at its peak, and those of each checkpoint, unpruned.
+
+    Nothing is written, and only headers are read, unless the model must be opened whole.
+
+    Args:
+        rows, length: of the calibration set; 0 without one.
+        name, targets, dtype, device, trust_remote_code, max_memory: as for `prune_checkpoints`.
+
+    Raises:
+        CalmixError: as `prune_checkpoints`, as far as it can be known.
+    """
+    source = _open(name, max_memory, dtype, device, trust_remote_code)
+    try:
+        first = next(iter(targets.values()))
+        source.blocks = source.blocks.select(first.only, first.skip)
+        jobs = [_job(output, request, source) for output, request in targets.items()]
+        looked = [looker(job.allocation) for job in jobs if job.allocation in SPREAD]
+        if first.drop_experts is not None:
+            looked.append(ScorePass(source.model, source.blocks).method)
+        ids = torch.empty(rows, length, dtype=torch.int64, device="meta") if rows else None
+        plan = plan_for(source, ids, jobs, budget=max_memory, beside=looked)
+        return plan.needed, _checkpoint_bytes(source)
+    finally:
+        source.close()
+
+
 def _open(
     name: str, max_memory: int | None, dtype: str, device: str, trust_remote_code: bool
 ) -> WeightSource:
@@ -480,12 +517,7 @@ def check_space(opened: OpenModel, output: Path) -> None:
 
 def _check_space(source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
     """Refuse before the work starts if checkpoints and hidden states will not fit on the disk."""
-    files = source.files().values()
-    weights = sum(
-        torch.Size(shape).numel() * dtype.itemsize
-        for tensors in files
-        for dtype, shape in tensors.values()
-    )
+    weights = _checkpoint_bytes(source)
     states = 0
     if ids is not None:
         config = source.model.config.get_text_config(decoder=True)
@@ -494,6 +526,14 @@ def _check_space(source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | 
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())
         _check_free(job.work.output, len(jobs) * (weights + states) - held, what)
+
+
+def _checkpoint_bytes(source: WeightSource) -> int:
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for tensors in source.files().values()
+        for dtype, shape in tensors.values()
+    )
 
 
 def _check_free(output: Path, needed: int, what: str) -> None:

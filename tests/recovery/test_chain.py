@@ -5,9 +5,11 @@ from functools import partial
 
 import pytest
 
+from calmix.compress import estimate
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import chain
 from calmix.recovery.work import RecoveryFolder
+from calmix.study.cost import on_paper
 from tests.conftest import write_text_file
 from tests.forks import stopped
 from tests.recovery.stopper import arm, stop
@@ -136,3 +138,40 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
     assert "--recover needs --calibration" in ended.line
     ended = calmix(*prune(place, place / "dense", "--recover", "distill", "--overwrite"))
     assert "itself: name another output" in ended.line
+
+
+def test_a_dry_run_tells_what_it_takes_and_writes_nothing(calmix, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "probe", lambda *of: on_paper(100, 80, 1000))
+    recover = ("--recover", "blocks", "--dry-run", "--allocation", "owl")
+    asked = prune(place, tmp_path / "out", *recover, sparsity="0.4,0.6")
+    ended = calmix(*asked)
+    assert ended.code == 0, ended.err
+    assert "nothing was written" in ended.out
+    told = json.loads(calmix(*asked, "--json").out)
+    assert [one["stage"] for one in told] == [
+        "prune, sparsegpt-0.4", "recover by blocks, sparsegpt-0.4", "prune, sparsegpt-0.6",
+        "recover by blocks, sparsegpt-0.6",
+    ]  # fmt: skip
+    stored = (place / "dense" / "model.safetensors").stat().st_size
+    for one in told:
+        assert one["seconds"] > 0
+        assert one["memory"] > 0.2e9
+        assert 0.9 * stored < one["disk"] < stored
+    ended = calmix(*asked, "--max-memory", "1MiB")
+    assert "cannot hold one block" in ended.line
+    assert beside(tmp_path) == []
+
+
+@pytest.mark.parametrize("more", [(), ("--sparsity", 0.5)])
+def test_a_dry_run_knows_experts(calmix, place, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(estimate, "probe", lambda *of: on_paper(100, 80, 1000))
+    save_tiny_model(tmp_path / "mixture", "mixtral")
+    ended = calmix(
+        "prune", tmp_path / "mixture", "--calibration", place / "text.txt", *ROWS, "--drop-experts",
+        0.25, "--dry-run", "--json", *more, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    (one,) = json.loads(ended.out)
+    assert one["stage"] == ("prune, sparsegpt-0.5" if more else "prune, drop-0.25")
+    assert one["seconds"] > 0
+    assert beside(tmp_path) == ["mixture"]
