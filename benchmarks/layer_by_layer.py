@@ -7,12 +7,14 @@ The model is pruned by `--method`; at every input the other solves the same laye
 Gram matrix, and both are measured alike: the share of output energy lost, in float32, without
 damping, of the weights rounded to the model's type. Errors in two manifests cannot be held against
 each other so: each prune has inputs of its own from the second layer on, and SparseGPT's are on
-the damped Gram matrix. Printed are means by kind of layer, and every layer where ADMM is behind.
+the damped Gram matrix. Every pair goes to the error stream as it is found; printed are means by
+kind of layer, and every layer where `--method` is behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -47,10 +49,10 @@ def beside(method: Method, other: Method) -> Method:
             assert statistic is not None
             again = other.solve(weights, statistic.clone(), patterns).weights
             own: Solution = super().solve(weights, statistic, patterns)
-            FOUND.extend(
-                (lost(w, a, statistic), lost(w, b, statistic))
-                for w, a, b in zip(weights, own.weights, again, strict=True)
-            )
+            for weight, a, b in zip(weights, own.weights, again, strict=True):
+                FOUND.append((lost(weight, a, statistic), lost(weight, b, statistic)))
+                one, two = FOUND[-1]
+                print(f"{one:.5f} {two:.5f}", tuple(weight.shape), file=sys.stderr, flush=True)
             return own
 
     return Beside(**method.options)

@@ -37,7 +37,7 @@ class Admm(Method):
         default=admm.DAMPING,
         gt=0,
         allow_inf_nan=False,
-        description="Share of every input's square sum added to it.",
+        description="Share of what every input has of its own, added to its square sum.",
     )
 
     def solve(
@@ -73,9 +73,9 @@ class Admm(Method):
         )
 
     def work(self, columns: int, outputs: int) -> Work:
-        """A factorisation; a product an iteration and step, and a few more for the errors."""
+        """Two factorisations; a product an iteration and step, and a few more for the errors."""
         found = admm.products(outputs, columns, iterations=self.iterations, steps=self.refit)
-        factor = 4 / 3 * columns**3
+        factor = 8 / 3 * columns**3
         return Work(gram=found.fast, factor=factor, products=found.exact - factor)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:

@@ -96,8 +96,8 @@ def _conjugate_gradients(
 ) -> Tensor:
     """Return by how much the entries that a mask of 1.0 keeps change, in scaled coordinates.
 
-    Every row is a system of its own, with its own step lengths. `gram` has unit diagonal, so
-    nothing is left to precondition.
+    Every row is a system of its own, with its own step lengths. What `gram` is scaled by is the
+    preconditioner.
     """
     left = residual.add(delta, alpha=damping).mul_(mask)
     change, towards = torch.zeros_like(left), left.clone()
