@@ -214,6 +214,14 @@ def prune_command(
         str | None,
         typer.Option(show_default="what is free", help="Memory the prune may take, such as 6GiB."),
     ] = None,
+    checkpoint_every: Annotated[
+        float | None,
+        typer.Option(
+            show_default="30",
+            min=0,
+            help="Seconds of work that an interruption may cost; 0: no more than a block.",
+        ),
+    ] = None,
     resume: Resume = False,
     overwrite: OverwriteWork = False,
     as_json: AsJson = False,
@@ -221,7 +229,8 @@ def prune_command(
     """Prune a model in one shot and write a checkpoint that loads anywhere.
 
     With several methods, sparsities or patterns the model is read once, and every target gets a
-    folder of its own in the output folder.
+    folder of its own in the output folder. Under torchrun several processes, with a GPU each, prune
+    one model together.
     """
     requests = prune_requests(
         method=method,
@@ -246,6 +255,7 @@ def prune_command(
         skip=skip or None,
         **ctx.meta.get(METHOD_OPTIONS, {}),
     )
+    from calmix.pruning import sharing
     from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoints
 
@@ -264,22 +274,27 @@ def prune_command(
                 soft_wrap=True,
             )
 
-    with progress_bar() as bar:
-        task = bar.add_task("pruning blocks", total=None)
-        reports = prune_checkpoints(
-            model,
-            targets,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-            resume=resume,
-            max_memory=None if max_memory is None else parse_memory(max_memory),
-            started=started,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            writing=writing_on(bar),
-            note=note,
-        )
+    with sharing.launched(device) as own:
+        leads = sharing.processes()[0] == 0  # of several processes one tells
+        with progress_bar(shown=leads) as bar:
+            task = bar.add_task("pruning blocks", total=None)
+            reports = prune_checkpoints(
+                model,
+                targets,
+                dtype=dtype,
+                device=own,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+                resume=resume,
+                max_memory=None if max_memory is None else parse_memory(max_memory),
+                checkpoint_every=checkpoint_every,
+                started=started,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                writing=writing_on(bar),
+                note=note,
+            )
+    if not leads:
+        return
     results = list(zip(targets, reports, strict=True))
     if as_json:
         told = [{"output": str(path)} | report.to_json() for path, report in results]

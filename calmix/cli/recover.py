@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from calmix.cli.common import (
     MAKE,
@@ -139,7 +138,7 @@ def recover_command(
         note(f"recovering on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one tells
-    with progress_bar() if leads else Progress(disable=True) as bar:
+    with progress_bar(shown=leads) as bar:
         task = bar.add_task(method, total=None)
         report = recover(
             pruned,
