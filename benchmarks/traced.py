@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from calmix.pruning.solvers import columns
+
 aten = torch.ops.aten
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
          "unique_dim", "unique_consecutive", "repeat_interleave", "allclose"}  # fmt: skip
@@ -41,6 +43,11 @@ class Work(NamedTuple):
 def _flop(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> tuple[float, str]:
     """Return FLOP of products and factorisations by PyTorch's own formulas, and the precision."""
     packet = func.overloadpacket
+    if packet is torch.ops.calmix.prune_columns:
+        # A column at a time from a whole tile: two operations to read it, two to correct the tile;
+        # a mask is chosen by comparing every group's columns with the tile.
+        size, outputs = args[0].shape
+        return (8.0 if args[5] else 4.0) * size**2 * outputs, "float32"
     if packet is aten.linalg_cholesky_ex:
         return args[0].shape[-1] ** 3 / 3, "float32"
     if packet is aten.linalg_solve_triangular:
@@ -246,16 +253,18 @@ def _is_mask(key: Any) -> bool:
 
 
 @contextmanager
-def tracing(device: str | None = "cuda") -> Iterator[Traced]:
+def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Traced]:
     """Make tensors fake and count what is done with them.
 
     Args:
         device: where they are made that nobody says of where; None for the CPU.
+        kernel: whether kernels written in Triton are taken to run there.
     """
     traced = Traced()
     where = torch.device(device or "cpu")
     modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), where
-    before = FakeTensor.tolist
+    before, usable = FakeTensor.tolist, columns.usable
+    columns.usable = lambda device, check: kernel and device.type == "cuda"
     FakeTensor.tolist = lambda value: traced.listed(value)
     try:
         with ExitStack() as stack:
@@ -263,7 +272,7 @@ def tracing(device: str | None = "cuda") -> Iterator[Traced]:
                 stack.enter_context(mode)
             yield traced
     finally:
-        FakeTensor.tolist = before
+        FakeTensor.tolist, columns.usable = before, usable
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
