@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -263,16 +264,17 @@ def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Tr
     traced = Traced()
     where = torch.device(device or "cpu")
     modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), where
-    before, usable = FakeTensor.tolist, columns.usable
-    columns.usable = lambda device, check: kernel and device.type == "cuda"
-    FakeTensor.tolist = lambda value: traced.listed(value)
-    try:
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            yield traced
-    finally:
-        FakeTensor.tolist, columns.usable = before, usable
+    there: dict[tuple[Any, str], Any] = {
+        (FakeTensor, "tolist"): lambda value: traced.listed(value),
+        (torch.cuda, "get_device_capability"): lambda device=None: (9, 0),
+        (columns, "usable"): lambda device, check: kernel and device.type == "cuda",
+    }
+    with ExitStack() as stack:
+        for (owner, name), instead in there.items():
+            stack.enter_context(mock.patch.object(owner, name, instead))
+        for mode in modes:
+            stack.enter_context(mode)
+        yield traced
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:

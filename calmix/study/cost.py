@@ -21,8 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from calmix.pruning.budget import AT_ONCE
 from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
+from calmix.pruning.solvers.scaled import WIDE
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, micro_rows
 
@@ -334,20 +336,24 @@ def _widths(sizes: Sizes) -> int:
     )
 
 
-def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Machine) -> float:
-    """Bytes held at the peak of a trial, on the device that prunes.
+def peak_memory(sizes: Sizes, rows: int, length: int, method: str, device: str) -> float:
+    """Bytes held at the peak of a trial, on the device that prunes: `cpu`, or another kind.
 
-    The model (on a CPU also the copy of its block weights that is put back), the hidden states
-    of all rows with what one block keeps of them while it waits, what the method takes for the
-    widest input (`Method.memory`), and a slice of logits.
+    The model (on a CPU also the copy of its block weights that is put back, elsewhere that of the
+    block at hand), the hidden states of all rows with what one block keeps of them while it waits,
+    what the method takes for the widest input (`Method.memory`; elsewhere it works on more rows at
+    a time), and a slice of logits.
     """
-    held = sizes.weights * sizes.value_bytes
-    if machine.device == "cpu":
-        held += sizes.block_weights * sizes.value_bytes
+    cpu = device == "cpu"
+    kept = sizes.block_weights // (1 if cpu else sizes.blocks)
+    held = (sizes.weights + kept) * sizes.value_bytes
     logits = 3 * 512 * sizes.vocabulary * 4
     chosen = get_method(method)
     states = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
-    solving = max(chosen.memory(width, outputs, outputs) for width, outputs in sizes.inputs)
+    solving = max(
+        chosen.memory(width, outputs, outputs) + (not cpu) * AT_ONCE * min(WIDE, width * outputs)
+        for width, outputs in sizes.inputs
+    )
     return held + max((states if chosen.needs else 0) + solving, logits)
 
 
