@@ -8,7 +8,7 @@ read makes a real host wait. Used by the tests and by on_paper.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -110,6 +110,9 @@ class Traced(TorchDispatchMode):
             return True
         if name == "nonzero":  # as if all were chosen
             return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if name == "where" and len(args) == 1:  # the same, a tensor for each dimension
+            self.reads[name] += away
+            return [args[0].new_zeros(args[0].numel(), dtype=torch.int64) for _ in args[0].shape]
         if name == "_unique2":  # as if all were distinct
             found = args[0].reshape(-1)
             return found, found.new_zeros(args[0].shape, dtype=torch.int64), found
@@ -277,18 +280,25 @@ def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Tr
         yield traced
 
 
-def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
+def empty_model(
+    config: Any,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    change: Callable[[Any], None] = lambda model: None,
+) -> Any:
     """Return a causal language model without numbers.
 
     Args:
         config: transformers' configuration.
         dtype: of its weights.
         device: where it is said to be.
+        change: puts other modules in the place of some.
     """
     from transformers import AutoModelForCausalLM
 
     with _disable_current_modes(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        change(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
