@@ -1,4 +1,4 @@
-"""The prune from disk to disk on a device that is not there: what is copied, and when it is read."""
+"""The prune from disk to disk on a device that is not there: what is copied and when it is read."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.pruning.stopper import arm
 from tests.tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--rows", 7, "--length", 32, "--sparsity", 0.5)
+SMALL = ("--rows", 7, "--length", 32, "--leakage", "off", "--sparsity", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,16 @@ def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
     for line, arguments in asked.items():
         assert line in told_once(command("prune", *arguments, *output), tmp_path / "log")
         assert not list(tmp_path.glob("out*"))
+
+
+def test_without_a_launcher_there_is_one_process(calmix, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    asked = ("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "x")
+    assert "WORLD_SIZE is set, but no launcher is there: " in calmix(*asked).line
+    monkeypatch.delenv("WORLD_SIZE")
+    for seconds in ("nan", -1, "soon"):
+        assert "--checkpoint-every" in calmix(*asked, "--checkpoint-every", seconds).line
 
 
 def test_what_one_process_meets_ends_the_other(tiny_folder, text_file, tmp_path):
