@@ -40,6 +40,7 @@ from calmix.pruning.engine import (
 )
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
+from calmix.pruning.states import FILES
 from calmix.pruning.streamed import (
     Target,
     look_streamed,
@@ -106,7 +107,7 @@ def prune_checkpoints(
             if not (resume and (output / MANIFEST).is_file()):
                 check_output_folder(output, overwrite=overwrite)
 
-    sharing.meet()
+    sharing.host_group()
     sharing.once(check_outputs)
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
@@ -144,7 +145,7 @@ def prune_checkpoints(
                 source, dropped = _dropped(source, ids, left, max_memory)
             looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
             plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
-            sharing.once(partial(_check_space, source, left, ids))
+            sharing.once(partial(_check_space, source, left, ids, plan))
             for work in works:
                 prepare_files(source, work)
             if left and leads and started is not None:
@@ -478,7 +479,9 @@ def check_space(opened: OpenModel, output: Path) -> None:
     _check_free(real_place(output), needed, "the checkpoint takes")
 
 
-def _check_space(source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
+def _check_space(
+    source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | None, plan: Plan
+) -> None:
     """Refuse before the work starts if checkpoints and hidden states will not fit on the disk."""
     files = source.files().values()
     weights = sum(
@@ -489,7 +492,9 @@ def _check_space(source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | 
     states = 0
     if ids is not None:
         config = source.model.config.get_text_config(decoder=True)
-        states = 2 * ids.numel() * getattr(config, "hidden_size", 0) * source.dtype.itemsize
+        states = ids.numel() * getattr(config, "hidden_size", 0) * source.dtype.itemsize
+        stay = plan.states * sharing.processes()[1] >= len(jobs) * states
+        states *= FILES - stay  # one more is read where they do not stay in memory
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())

@@ -75,7 +75,7 @@ def launched(device: str) -> Iterator[str]:
             sys.exit(2)
         raise
     finally:
-        _hosts.cache_clear()
+        _groups.clear()
 
 
 def _own_device(name: str) -> tuple[str, str]:
@@ -122,7 +122,7 @@ def _leave(store: Any, rank: int) -> None:
     """
     if dist.is_initialized():
         alone = dist.get_backend() == "gloo"  # a device's groups may wait for the others
-        for group in [*(_hosts() if _hosts.cache_info().currsize else ()), *([None] * alone)]:
+        for group in [*_groups, *([None] * alone)]:
             dist.destroy_process_group(group)
     with contextlib.suppress(RuntimeError):  # nobody keeps the store any more, or it took too long
         if rank == 0:
@@ -131,21 +131,25 @@ def _leave(store: Any, rank: int) -> None:
             store.wait([TIDY], TIDYING)
 
 
-@functools.cache
-def _hosts() -> tuple[Any, Any]:
-    """Return groups for what the hosts tell each other: at work, and beside the work."""
-    made = [dist.new_group(backend="gloo", timeout=WAIT) for _ in range(2)]
-    return made[0], made[1]
+_groups: list[Any] = []  # of hosts; the first is for the thread at work
 
 
-def meet() -> None:
-    """Prepare what `once` and `everyone` need; in the thread at work, of all processes."""
-    if processes()[1] > 1:
-        _together(_hosts)
+def host_group() -> Any:
+    """Return a new group for what one thread of each host tells the others; None if there are none.
+
+    All processes call it, in the same order.
+    """
+    if processes()[1] == 1:
+        return None
+    _together(lambda: _groups.append(dist.new_group(backend="gloo", timeout=WAIT)))
+    return _groups[-1]
 
 
 def once(act: Callable[[], T]) -> T:
-    """Let the first process alone act; return what came of it, or raise its mistake, in all."""
+    """Let the first process alone act; return what came of it, or raise its mistake, in all.
+
+    Needs a `host_group`, as `everyone` does.
+    """
     rank, world = processes()
     if world == 1:
         return act()
@@ -155,25 +159,24 @@ def once(act: Callable[[], T]) -> T:
             box[0] = act()
         except CalmixError as error:
             box[1] = error
-    group = _hosts()[0]
-    _together(lambda: dist.broadcast_object_list(box, 0, group, torch.device("cpu")))
+    _together(lambda: dist.broadcast_object_list(box, 0, _groups[0], torch.device("cpu")))
     if box[1] is not None:
         raise box[1]
     return box[0]
 
 
-def everyone(value: T, *, beside: bool = False) -> list[T]:
+def everyone(value: T, group: Any = None) -> list[T]:
     """Return the values of all processes, to each of them.
 
     Args:
         value: this process's.
-        beside: for a thread beside the one at work.
+        group: of threads beside those at work.
     """
     world = processes()[1]
     if world == 1:
         return [value]
     found: list[Any] = [None] * world
-    _together(lambda: dist.all_gather_object(found, value, _hosts()[beside]))
+    _together(lambda: dist.all_gather_object(found, value, group or _groups[0]))
     return found
 
 

@@ -90,6 +90,7 @@ class WorkFolder:
     ) -> None:
         self.output = output = real_place(output)
         self.every, self.rank, self.processes = every, rank, processes
+        self._peers = sharing.host_group() if processes > 1 else None
         self.path = output.with_name(output.name + SUFFIX)
         self.checkpoint = self.path / "checkpoint"
         self.writer: ShardWriter | None = None
@@ -384,12 +385,12 @@ class WorkFolder:
             if contents is not None:
                 self._written = index, _save(self._written_file(index), contents)
             part = {"states": states, "written": self._written}
-            parts = [part] if self.processes == 1 else sharing.everyone(part, beside=True)
+            parts = [part] if self.processes == 1 else sharing.everyone(part, self._peers)
             if self.writer is not None:
                 self.writer.sync()
                 self.count(progress | {"weights": self.writer.sums, "parts": parts})
             if self.processes > 1:
-                sharing.everyone(None, beside=True)
+                sharing.everyone(None, self._peers)
             if self.states is not None and states is not None:
                 self.states.counted = frozenset({states["side"]})
             if before not in (None, self._written):

@@ -106,8 +106,8 @@ def test_a_block_comes_goes_and_is_read_once(numberless, tmp_path, monkeypatch, 
     first, *blocks = seen
     assert [reads for reads, _ in blocks] == [{"tolist": 1}] * 2
     # A block's weights come while the one before is at work, and the last block gives no states.
-    given = {("cuda", "cpu"): weights + outside, ("cpu", "cuda"): outside}
-    last = {("cuda", "cpu"): weights, ("cpu", "cuda"): weights + outside}
+    given = {("cuda", "cpu"): weights + outside, ("cpu", "cuda"): weights + outside}
+    last = {("cuda", "cpu"): weights, ("cpu", "cuda"): outside}
     assert [+copies for _, copies in blocks] == [+Counter(given), +Counter(last)]
     assert len(pinned) == 2 * weights + len(streamed.outside_names)
     # Before the blocks, what is handed to them is compared with what other micro-batches brought.

@@ -76,6 +76,19 @@ def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_pa
     ]  # fmt: skip
 
 
+def test_several_targets_count_apart(calmix, tiny_folder, text_file, tmp_path, monkeypatch):
+    """Each tells its own peers what it has kept."""
+    monkeypatch.setattr(work, "SAVING", 0)
+    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL[:-1], "0.4,0.6", "-o")
+    told = forked((*asked, tmp_path / "two"), tmp_path / "log")
+    assert told.count("weights pruned") == 2
+    assert calmix(*asked, tmp_path / "one").code == 0
+    for name in ("sparsegpt-0.4", "sparsegpt-0.6"):
+        one, two = tensors(tmp_path / "one" / name), tensors(tmp_path / "two" / name)
+        same = [((one[key] == 0) == (two[key] == 0)).float().mean() for key in one]
+        assert min(same) > 0.99
+
+
 def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "SAVING", 0)
     monkeypatch.setattr(sharing, "TIDYING", timedelta(seconds=0.1))  # the first one is killed

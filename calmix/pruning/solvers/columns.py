@@ -44,8 +44,8 @@ def prune_columns(
     assert weights.stride(1) == mask.stride(1) == errors.stride(1) == 1
     with torch.cuda.device_of(weights):  # Triton starts on the current one
         columns[(-(-outputs // OUTPUTS),)](
-            weights, mask, errors, upper, inverse, leverage, size, outputs,
-            weights.stride(0), mask.stride(0), errors.stride(0), *upper.stride(),
+            weights, mask, errors, upper, inverse.contiguous(), leverage.contiguous(),
+            size, outputs, weights.stride(0), mask.stride(0), errors.stride(0), *upper.stride(),
             SIZE=1 << (size - 1).bit_length(), OUTPUTS=OUTPUTS, M=m or 1, GO=go, GIVEN=m == 0,
             num_warps=WARPS,
         )  # fmt: skip
