@@ -52,9 +52,19 @@ def unsolved(self: Method, weights: Any, statistic: Any, patterns: Any) -> Solut
 
 
 def print_traced(
-    models: dict[str, Sizes], asked: Sequence[str], device: Machine, launch: float
+    models: dict[str, Sizes],
+    asked: Sequence[str],
+    device: Machine,
+    launch: float,
+    *,
+    kernel: bool,
 ) -> None:
-    """Print kernels, bytes and seconds of one block by method, from traced operations."""
+    """Print kernels, bytes and seconds of one block by method, from traced operations.
+
+    Args:
+        models, asked, device, launch: what is counted, and what it is put to.
+        kernel: whether kernels written in Triton are taken to run.
+    """
     print(f"{device.name}; a block, {ROWS} x {LENGTH} tokens, {WIDE_TOKENS} at a time; "
           f"{launch * 1e6:g} us a kernel\n")  # fmt: skip
     print("| model | method | kernels | of the solve | GB moved | arithmetic, s | starting, s "
@@ -69,7 +79,7 @@ def print_traced(
         for text in asked:
             method, _, pattern = text.partition("@")
             found = parse_pattern(pattern) if pattern else Unstructured(0.6)
-            passes, solve, reads = traced_block(config, get_method(method), found)
+            passes, solve, reads = traced_block(config, get_method(method), found, kernel=kernel)
             kernels = {part: launches(work) for part, work in (("all", passes + solve),
                                                                 ("solve", solve))}  # fmt: skip
             whole = passes + solve
@@ -83,7 +93,7 @@ def print_traced(
 
 
 def traced_block(
-    config: Any, method: Method, pattern: Pattern
+    config: Any, method: Method, pattern: Pattern, *, kernel: bool
 ) -> tuple[Counter[Work], Counter[Work], int]:
     """Return what passes and statistics of a block take, what its solves take, and host reads."""
     counts = []
@@ -99,7 +109,7 @@ def traced_block(
     each = counts[1] - counts[0]  # what one micro-batch more takes
     once = counts[0] - each
     passes = once + Counter({w: c * (ROWS * LENGTH // WIDE_TOKENS) for w, c in each.items()})
-    with tracing(None) as traced:
+    with tracing(None, kernel=kernel) as traced:
         model = empty_model(config)
         run = Run(model, find_blocks(model), method, pattern, "sequential")
         own = run.found.prunables(0)
@@ -134,13 +144,17 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=80)
     parser.add_argument("--bandwidth", type=float, default=3350)
     parser.add_argument("--traced", nargs="*", metavar="METHOD[@N:M]", help="count kernels instead")
+    parser.add_argument("--without-triton", action="store_true", help="as where it is missing")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--launch-us", type=float, default=5, help="microseconds a kernel's start")
     options = parser.parse_args()
     device = on_paper(options.tflops, options.memory_gb, options.bandwidth)
     if options.traced is not None:
         chosen = {name: MODELS[name] for name in options.models}
-        print_traced(chosen, options.traced or TRACED, device, options.launch_us * 1e-6)
+        print_traced(
+            chosen, options.traced or TRACED, device, options.launch_us * 1e-6,
+            kernel=not options.without_triton,
+        )  # fmt: skip
         return
     tokens = ROWS * LENGTH
     print(f"{device.name}; {ROWS} x {LENGTH} tokens, SparseGPT 60 %\n")

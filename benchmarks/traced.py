@@ -8,9 +8,10 @@ read makes a real host wait. Used by the tests and by on_paper.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from calmix.pruning.solvers import columns
 
 aten = torch.ops.aten
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
@@ -41,6 +44,11 @@ class Work(NamedTuple):
 def _flop(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> tuple[float, str]:
     """Return FLOP of products and factorisations by PyTorch's own formulas, and the precision."""
     packet = func.overloadpacket
+    if packet is torch.ops.calmix.prune_columns:
+        # A column at a time from a whole tile: two operations to read it, two to correct the tile;
+        # a mask is chosen by comparing every group's columns with the tile.
+        size, outputs = args[0].shape
+        return (8.0 if args[5] else 4.0) * size**2 * outputs, "float32"
     if packet is aten.linalg_cholesky_ex:
         return args[0].shape[-1] ** 3 / 3, "float32"
     if packet is aten.linalg_solve_triangular:
@@ -102,6 +110,9 @@ class Traced(TorchDispatchMode):
             return True
         if name == "nonzero":  # as if all were chosen
             return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if name == "where" and len(args) == 1:  # the same, a tensor for each dimension
+            self.reads[name] += away
+            return [args[0].new_zeros(args[0].numel(), dtype=torch.int64) for _ in args[0].shape]
         if name == "_unique2":  # as if all were distinct
             found = args[0].reshape(-1)
             return found, found.new_zeros(args[0].shape, dtype=torch.int64), found
@@ -246,38 +257,48 @@ def _is_mask(key: Any) -> bool:
 
 
 @contextmanager
-def tracing(device: str | None = "cuda") -> Iterator[Traced]:
+def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Traced]:
     """Make tensors fake and count what is done with them.
 
     Args:
         device: where they are made that nobody says of where; None for the CPU.
+        kernel: whether kernels written in Triton are taken to run there.
     """
     traced = Traced()
     where = torch.device(device or "cpu")
     modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), where
-    before = FakeTensor.tolist
-    FakeTensor.tolist = lambda value: traced.listed(value)
-    try:
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            yield traced
-    finally:
-        FakeTensor.tolist = before
+    there: dict[tuple[Any, str], Any] = {
+        (FakeTensor, "tolist"): lambda value: traced.listed(value),
+        (torch.cuda, "get_device_capability"): lambda device=None: (9, 0),
+        (columns, "usable"): lambda device, check: kernel and device.type == "cuda",
+    }
+    with ExitStack() as stack:
+        for (owner, name), instead in there.items():
+            stack.enter_context(mock.patch.object(owner, name, instead))
+        for mode in modes:
+            stack.enter_context(mode)
+        yield traced
 
 
-def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
+def empty_model(
+    config: Any,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    change: Callable[[Any], None] = lambda model: None,
+) -> Any:
     """Return a causal language model without numbers.
 
     Args:
         config: transformers' configuration.
         dtype: of its weights.
         device: where it is said to be.
+        change: puts other modules in the place of some.
     """
     from transformers import AutoModelForCausalLM
 
     with _disable_current_modes(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        change(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:

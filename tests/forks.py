@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from calmix.cli import main
 
@@ -119,14 +119,13 @@ def stopped(arm: Callable[[], None], *arguments: object) -> None:
 
 def ranks(act: Callable[[], object], count: int, log: Path) -> list[Ended]:
     """Act in forks that see what `torchrun` tells its processes, and wait for all of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
 
     def ranked(rank: int) -> None:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
         act()
 

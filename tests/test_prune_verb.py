@@ -283,7 +283,7 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
 ):
     """Several targets, an interruption, and the tensors of a prune block by block."""
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", "0.5,0.6",
-              "-o")  # fmt: skip
+              "--checkpoint-every", 0, "-o")  # fmt: skip
     assert calmix(*common, tmp_path / "streamed").code == 0
 
     def refuse(*_, **__):

@@ -228,6 +228,14 @@ def prune_command(
         str | None,
         typer.Option(show_default="what is free", help="Memory the prune may take, such as 6GiB."),
     ] = None,
+    checkpoint_every: Annotated[
+        float | None,
+        typer.Option(
+            show_default="30",
+            min=0,
+            help="Seconds of work that an interruption may cost; 0: no more than a block.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print time, memory and disk; write nothing.")
     ] = False,
@@ -238,7 +246,8 @@ def prune_command(
     """Prune a model in one shot and write a checkpoint that loads anywhere.
 
     With several methods, sparsities or patterns the model is read once, and every target gets a
-    folder of its own in the output folder.
+    folder of its own in the output folder. Under torchrun several processes, with a GPU each, prune
+    one model together.
     """
     asked: dict[str, Any] = {
         "method": method,
@@ -268,6 +277,7 @@ def prune_command(
         requests = prune_requests(**asked)
     else:
         requests, recovery = prune_and_recover_requests(recover, **asked)
+    from calmix.pruning import sharing
     from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoints
 
@@ -302,33 +312,38 @@ def prune_command(
             )
 
     recovered: list[RecoveryReport] = []
-    with progress_bar() as bar:
-        task = bar.add_task("pruning blocks", total=None)
+    with sharing.launched(device) as own:
+        leads = sharing.processes()[0] == 0  # of several processes one tells
+        with progress_bar(shown=leads) as bar:
+            task = bar.add_task("pruning blocks", total=None)
 
-        def pruning(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            def pruning(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
 
-        how: dict[str, Any] = {
-            "dtype": dtype,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-            "overwrite": overwrite,
-            "resume": resume,
-            "max_memory": bound,
-            "started": started,
-            "writing": writing_on(bar),
-            "note": note,
-        }
-        if recovery is None:
-            reports = prune_checkpoints(model, targets, progress=pruning, **how)
-        else:
-            from calmix.recovery.chain import prune_and_recover
+            how: dict[str, Any] = {
+                "dtype": dtype,
+                "device": own,
+                "trust_remote_code": trust_remote_code,
+                "overwrite": overwrite,
+                "resume": resume,
+                "max_memory": bound,
+                "checkpoint_every": checkpoint_every,
+                "started": started,
+                "writing": writing_on(bar),
+                "note": note,
+            }
+            if recovery is None:
+                reports = prune_checkpoints(model, targets, progress=pruning, **how)
+            else:
+                from calmix.recovery.chain import prune_and_recover
 
-            shown = recovering_on(bar, recovery.method)
-            made = prune_and_recover(
-                model, targets, recovery, pruning=pruning, recovering=shown, **how
-            )
-            reports, recovered = [one for one, _ in made], [one for _, one in made]
+                shown = recovering_on(bar, recovery.method)
+                made = prune_and_recover(
+                    model, targets, recovery, pruning=pruning, recovering=shown, **how
+                )
+                reports, recovered = [one for one, _ in made], [one for _, one in made]
+    if not leads:
+        return
     if as_json:
         told = [
             {"output": str(path)} | report.to_json()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from calmix.cli.common import (
     MAKE,
@@ -35,6 +34,8 @@ from calmix.sources import load_sources
 from calmix.specs import BATCH, recover_request
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from calmix.calibration import CalibrationSet
     from calmix.recovery import RecoveryReport
 
@@ -144,7 +145,7 @@ def recover_command(
         note(f"recovering on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one tells
-    with progress_bar() if leads else Progress(disable=True) as bar:
+    with progress_bar(shown=leads) as bar:
         report = recover(
             pruned,
             against,

@@ -76,7 +76,7 @@ def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine
                 seconds = made["generate"]
         elif verb == "prune":
             seconds = sum(cost.prune_seconds(sizes, rows, length, METHOD, None, machine).values())
-            memory, disk = cost.peak_memory(sizes, rows, length, METHOD, machine), weights
+            memory, disk = cost.peak_memory(sizes, rows, length, METHOD, machine.device), weights
         elif verb == "recover":
             way = stage.arguments[stage.arguments.index("--method") + 1]
             epochs = effort.epochs if stage.leaves == "model" else RECOVERIES[way][0]

@@ -162,6 +162,22 @@ def read_bytes(path: Path, start: int, tensor: Tensor) -> bool:
     return True
 
 
+def write_bytes(path: Path, start: int, tensor: Tensor) -> int:
+    """Write a tensor of the host to a file's bytes at `start`; return their CRC-32.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    view = tensor_bytes(tensor.contiguous())
+    with disk_errors(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            _write(handle, view, start)
+        finally:
+            os.close(handle)
+    return zlib.crc32(view)
+
+
 class ShardWriter:
     """Files for given tensors, made at full size at once and filled in any order.
 
@@ -207,15 +223,8 @@ class ShardWriter:
         for name, tensor in tensors.items():
             place = self.places[name]
             assert tuple(tensor.shape) == place.shape, name
-            value = tensor.detach().to("cpu", place.dtype).contiguous()
-            path = self.folder / place.file
-            with disk_errors(path):
-                handle = os.open(path, os.O_WRONLY)
-                try:
-                    _write(handle, tensor_bytes(value), place.start)
-                finally:
-                    os.close(handle)
-            self.sums[name] = zlib.crc32(tensor_bytes(value))
+            value = tensor.detach().to("cpu", place.dtype)
+            self.sums[name] = write_bytes(self.folder / place.file, place.start, value)
 
     def check(self, sums: Mapping[str, int]) -> None:
         """Go on with what an earlier run has written, if its bytes are what they were.

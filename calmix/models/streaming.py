@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ class StreamedModel:
             if name not in self.buffers:
                 raise NotStreamableError(name)
         self._pool = ThreadPoolExecutor(1, "reading")
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
+        # A device copies in a queue of its own what the next block needs.
+        cuda = self.device.type == "cuda" and torch.cuda.is_available()
+        self._queue: Any = torch.cuda.Stream(self.device) if cuda else None
 
     def _held(self, own: Mapping[str, Tensor]) -> dict[str, Part]:
         """Return the part of the files that each of the model's own tensors is in."""
@@ -196,11 +200,19 @@ class StreamedModel:
     def fetch(self, index: int, *, ahead: bool = False) -> None:
         """Read a block's weights if they are not there; begin to read the next's if `ahead`."""
         if next(self.blocks.blocks[index].parameters()).is_meta:
-            reading = self._ahead.pop(index, None)
-            self._put(reading.result() if reading else self._read(self.block_names(index)))
+            if (reading := self._ahead.pop(index, None)) is not None:
+                read, copied = reading.result()
+                if copied is not None:
+                    now = torch.cuda.current_stream(self.device)
+                    now.wait_event(copied)
+                    for value in read.values():
+                        value.record_stream(now)
+            else:
+                read = self._read(self.block_names(index))
+            self._put(read)
         if ahead and index + 1 < len(self.blocks) and index + 1 not in self._ahead:
             names = self.block_names(index + 1)
-            self._ahead[index + 1] = self._pool.submit(self._read, names)
+            self._ahead[index + 1] = self._pool.submit(self._read_ahead, names)
 
     def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
         """Return a block's weights by their names in the files, copied if they will change."""
@@ -283,6 +295,18 @@ class StreamedModel:
             # From pinned memory a copy to the device goes on beside what the device computes.
             read = {name: value.pin_memory() for name, value in read.items()}
         return read
+
+    def _read_ahead(self, names: list[str]) -> tuple[dict[str, Tensor], Any]:
+        """Read, and begin to copy to the device beside its work; return what marks the end of it.
+
+        Called in a thread beside the one at work.
+        """
+        read = self._read(names)
+        if self.device.type == "cpu":
+            return read, None
+        with nullcontext() if self._queue is None else torch.cuda.stream(self._queue):
+            there = {n: value.to(self.device, non_blocking=True) for n, value in read.items()}
+        return there, None if self._queue is None else self._queue.record_event()
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -7,9 +7,10 @@ Pure arithmetic over sizes. A prune block by block holds
     what is outside the blocks, until the first hidden states are made
     the solver's work on the widest input
     one micro-batch running through a block, and the activations of those that are paused
+    hidden states between two blocks, as far as there is room
 
-Hidden states between blocks lie in a file, which the system keeps in memory as far as there is
-room. What a block's activations and the solver take is ours, fitted to the engine.
+Those for which there is none lie in a file. What a block's activations and the solver take is ours,
+fitted to the engine.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from calmix.pruning.solvers.scaled import WIDE
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 AT_ONCE = 64  # bytes an entry of the rows that a solver on an accelerator works on at a time
+HELD = 2  # hidden states at a time: while some are written, the next ones are made
 SLACK = 0.05  # of the budget, for the allocator's rounding
 
 
@@ -77,6 +79,7 @@ class Plan:
         overlap: whether blocks are read and written while another is pruned.
         needed: bytes at the peak.
         expert_bytes: bytes that statistics of experts take at a time.
+        states: bytes that hidden states take, a second time while they are written.
     """
 
     micro_tokens: int
@@ -84,6 +87,7 @@ class Plan:
     overlap: bool
     needed: int
     expert_bytes: int = EXPERT_BYTES
+    states: int = 0
 
 
 def parse_memory(text: str) -> int:
@@ -138,6 +142,12 @@ def paused_bytes(sizes: Sizes, tokens: int) -> int:
     return tokens * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
 
 
+def states_bytes(sizes: Sizes) -> int:
+    """Return what the hidden states between two blocks take, those of all targets."""
+    own = sum(method.needs is not None for method in sizes.methods)
+    return own * sizes.rows * sizes.length * sizes.hidden * sizes.value_bytes
+
+
 def make_plan(
     sizes: Sizes,
     budget: int,
@@ -188,7 +198,9 @@ def make_plan(
                 paused = min(wanted, (room - least - more) // each)
                 needed = max(first, least + more + paused * each)
                 limit = None if paused == wanted else paused
-                found.append(Plan(tokens, limit, copies > 1, needed, max(more, expert)))
+                states = min(states_bytes(sizes), (room - needed) // HELD)
+                needed += HELD * states
+                found.append(Plan(tokens, limit, copies > 1, needed, max(more, expert), states))
         if found:
             return max(found, key=lambda plan: wanted if plan.paused is None else plan.paused)
         if fixed or at_once == 1:

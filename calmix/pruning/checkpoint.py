@@ -8,10 +8,12 @@ keys). What was done stands beside the weights: `calmix.json`, the same for the 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from calmix.manifest import file_hashes, request_record, run_record, sealed, ver
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
+from calmix.pruning import sharing
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
 from calmix.pruning.dropping import ScorePass, chosen_experts, write_dropped
@@ -38,6 +41,7 @@ from calmix.pruning.engine import (
 )
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
+from calmix.pruning.states import FILES
 from calmix.pruning.streamed import (
     Target,
     look_streamed,
@@ -64,6 +68,7 @@ def prune_checkpoints(
     overwrite: bool = False,
     resume: bool = False,
     max_memory: int | None = None,
+    checkpoint_every: float | None = None,
     started: Callable[[CalibrationSet | None], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     writing: Callable[[str, int, int], None] | None = None,
@@ -72,7 +77,8 @@ def prune_checkpoints(
     """Draw a model's calibration set, prune the model block by block and write checkpoints.
 
     Weights come from disk and go back one block at a time. What is done is kept beside each
-    output, so that an interrupted prune goes on with `resume`.
+    output, so that an interrupted prune goes on with `resume`. Of several processes
+    (`calmix.pruning.sharing`) the first one draws, writes and tells.
 
     Args:
         name: the model, as `open_model` takes it.
@@ -81,6 +87,8 @@ def prune_checkpoints(
         overwrite: replace what is there, and an interrupted run's work.
         resume: go on with an interrupted run of the same request, if there is one.
         max_memory: bytes the process may hold; None for what is free.
+        checkpoint_every: seconds that an interruption may cost, 0 for a block at most; None for
+            what `WorkFolder` does.
         started: called once the calibration set is ready.
         progress: called with (blocks done, blocks), those of all targets.
         writing, note: as for `calmix.calibration.resolve`.
@@ -91,20 +99,31 @@ def prune_checkpoints(
     Raises:
         CalmixError: anything a user can mend, before an output is touched.
     """
-    say = note or (lambda line: None)
     began = time.perf_counter()
-    for output in targets:
-        if not (resume and (output / MANIFEST).is_file()):
-            check_output_folder(output, overwrite=overwrite)
+    rank, world = sharing.processes()
+    leads = rank == 0
+    say = note if note is not None and leads else (lambda line: None)
+
+    def check_outputs() -> None:
+        for output in targets:
+            if not (resume and (output / MANIFEST).is_file()):
+                check_output_folder(output, overwrite=overwrite)
+
+    sharing.host_group()
+    sharing.once(check_outputs)
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
+        if world > 1 and any(source.blocks.mixtures(i) for i in range(len(source.blocks))):
+            raise ModelError(f"{name} has experts, which only one process prunes: start it alone")
         names = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
         if len(names) > 1:
             raise InputError("--only, --skip and --drop-experts are the same for all targets")
         only, skip, _, drops_alone = names.pop()
         source.blocks = source.blocks.select(only, skip)
-        jobs = [_job(output, request, source) for output, request in targets.items()]
-        done = {job.output: _finished(job) for job in jobs} if resume else {}
+        jobs = [
+            _job(output, request, source, checkpoint_every) for output, request in targets.items()
+        ]
+        done = sharing.once(lambda: {j.output: _finished(j) for j in jobs} if resume else {})
         reports = {output: report for output, report in done.items() if report is not None}
         for output in reports:
             say(f"{output} was finished by an earlier run")
@@ -112,9 +131,13 @@ def prune_checkpoints(
         works = [job.work for job in left]
         try:
             for job in left:
-                job.work.claim(job.asked, resume=resume, overwrite=overwrite)
+                job.work.goes_on = sharing.once(
+                    partial(job.work.claim, job.asked, resume=resume, overwrite=overwrite)
+                )
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
-            calibration = _calibration(left, source, tokenizer, dtype, device, writing, note)
+            calibration = sharing.once(
+                lambda: _calibration(left, source, tokenizer, dtype, device, writing, note)
+            )
             ids = None if calibration is None else calibration.ids
             if ids is not None:
                 check_ids(name, source.model.get_input_embeddings(), ids)
@@ -123,11 +146,11 @@ def prune_checkpoints(
                 assert ids is not None
                 source, dropped = _dropped(source, ids, left, max_memory)
             looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
-            plan = plan_for(source, ids, left, budget=max_memory, beside=looked)
-            _check_space(source, left, ids)
+            plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
+            sharing.once(partial(_check_space, source, left, ids, plan))
             for work in works:
                 prepare_files(source, work)
-            if left and started is not None:
+            if left and leads and started is not None:
                 started(calibration)
             for work in works:
                 if work.goes_on and not drops_alone:
@@ -140,7 +163,8 @@ def prune_checkpoints(
                 made = prune_streamed(source, ids, left, plan, sources=named, progress=progress)
             for job, report in zip(left, made, strict=True):
                 report.dropped = dropped
-                _finish(source, tokenizer, job, report, calibration)
+                if leads:
+                    _finish(source, tokenizer, job, report, calibration)
                 reports[job.output] = report
         except BaseException as error:
             for work in works:
@@ -189,6 +213,14 @@ def planned(
         return plan.needed, _checkpoint_bytes(source)
     finally:
         source.close()
+
+
+def _agreed(plan: Plan) -> Plan:
+    """Return the plan of the process with the least memory."""
+    return min(
+        sharing.everyone(plan),
+        key=lambda one: (one.micro_tokens, math.inf if one.paused is None else one.paused),
+    )
 
 
 def _open(
@@ -276,7 +308,12 @@ class Job(Target):
     asked: dict[str, Any]
 
 
-def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
+def _job(
+    output: Path,
+    request: PruneRequest,
+    source: WeightSource,
+    checkpoint_every: float | None = None,
+) -> Job:
     """Return what a request means for a model; a look at the model may decide its pattern yet."""
     # Where only experts are dropped these are not looked at.
     method = get_method(
@@ -297,7 +334,8 @@ def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
         allocation = "given"
     check_pattern(source.blocks, pattern)
     return Job(
-        work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
+        work=WorkFolder(output, checkpoint_every, *sharing.processes()),
+        method=method, pattern=pattern, allocation=allocation,
         propagation=request.propagation or "sequential", output=output, request=request,
         experts=expert_tokens(request.experts, request.expert_smoothing, source.blocks),
         asked=asked_of(request, source),
@@ -311,9 +349,10 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
     if own is not None:
         asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
     return {
-        "model": fingerprint(source.folder),
+        "model": sharing.once(partial(fingerprint, source.folder)),
         "dtype": str(source.dtype).removeprefix("torch."),
         "device": source.device.type,
+        "processes": sharing.processes()[1],  # their shares decide in which order sums are taken
         **asked,
         "versions": versions(),
     }
@@ -481,7 +520,7 @@ def _finish(
     with disk_errors(work.path), quiet_transformers():
         source.save(work.writer, work.checkpoint)
         tokenizer.tokenizer.save_pretrained(work.checkpoint)
-        run = run_record(seconds) | {"batch": work.batch}
+        run = run_record(seconds) | {"batch": work.batch, "processes": work.processes}
         _write_beside(work.checkpoint, source, manifest, run)
     work.complete()
 
@@ -515,13 +554,17 @@ def check_space(opened: OpenModel, output: Path) -> None:
     _check_free(real_place(output), needed, "the checkpoint takes")
 
 
-def _check_space(source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | None) -> None:
+def _check_space(
+    source: WeightSource, jobs: Sequence[Job], ids: torch.Tensor | None, plan: Plan
+) -> None:
     """Refuse before the work starts if checkpoints and hidden states will not fit on the disk."""
     weights = _checkpoint_bytes(source)
     states = 0
     if ids is not None:
         config = source.model.config.get_text_config(decoder=True)
-        states = 2 * ids.numel() * getattr(config, "hidden_size", 0) * source.dtype.itemsize
+        states = ids.numel() * getattr(config, "hidden_size", 0) * source.dtype.itemsize
+        stay = plan.states * sharing.processes()[1] >= len(jobs) * states
+        states *= FILES - stay  # one more is read where they do not stay in memory
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())

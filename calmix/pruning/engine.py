@@ -390,6 +390,7 @@ class Run:
         self._length = 0
         self._gathered = False
         self._counts: dict[str, dict[int, Tensor]] = {}
+        self._by_row: dict[str, Tensor] = {}
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self.written: list[list[Any]] = []
         self._solved: list[tuple[list[Prunable], Solution, int | None]] = []  # not reported yet
@@ -447,6 +448,7 @@ class Run:
         self.report.dense += self.found.dense(index)
         told = len(self.report.dense), len(self.report.experts)
         self._counts.clear()
+        self._by_row.clear()
         with torch.inference_mode():
             if not self.trusts(device):
                 self._block(index)
@@ -662,7 +664,10 @@ class Run:
 
         gather(collect)
         self.report.seconds["statistics"] += gathering.seconds
-        by_row = torch.cat([counts[number] for number in range(len(self._rows))])
+        if routed.name not in self._by_row:  # read once a mixture
+            by_number = [counts[number] for number in range(len(self._rows))]
+            self._by_row[routed.name] = torch.cat(by_number).cpu()
+        by_row = self._by_row[routed.name]
         with self._laps.lap("solve"):
             for layers, statistic, tokens in gathering.statistics(by_row.sum(0).tolist()):
                 self._prune(layers, statistic, tokens)

@@ -1,9 +1,9 @@
 """Experts: which inputs each one sees, without knowing how a model sends tokens to them.
 
 The module within which tokens are routed runs as the model's authors wrote it, one expert after
-another, while every product with an expert's weights is watched. What is a view of a parameter
-that holds all experts is followed through indexing and transposing, so that slices are known by
-where they lie. Products that are of no use to what is asked for are left out: they give zeros.
+another, while every product with an expert's weights is watched. A view of a parameter that holds
+all experts, through whatever indexing and transposing, is known by where it lies. Products that are
+of no use to what is asked for are left out: they give zeros.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from calmix.errors import InputError, ModelError, nearest
 from calmix.models.blocks import Mixture, Prunable
@@ -57,49 +58,40 @@ class ExpertTokens:
             )
 
 
-class Watched(Tensor):
-    """A parameter of all experts, or a view of it, that tells of the products it goes into."""
+class _Products(TorchFunctionMode):
+    """Sees products with the parameters of all experts: their views lie in the same memory."""
 
-    source: Any
+    def __init__(self, layers: Iterable[Prunable], seen: Product) -> None:
+        super().__init__()
+        made = [_Source(layer, seen) for layer in layers]
+        self._sources = {source.place: source for source in made}
 
-    @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if len(args) > 1 and isinstance(args[1], Watched) and not isinstance(args[0], Watched):
-                weight = args[1]
-                if func is nn.functional.linear:
-                    return weight.source.product(func, weight, args, kwargs)
-                if func in MATMULS:
-                    return weight.source.product(func, weight.transpose(-1, -2), args, kwargs)
-            held = [value for value in args if isinstance(value, Watched)]
-            made = func(*args, **kwargs)
-            return held[0].source.followed(made) if held else made
+        linear = func is nn.functional.linear
+        if (linear or func in MATMULS) and len(args) > 1 and isinstance(args[1], Tensor):
+            source = self._sources.get(_memory(args[1]))
+            if source is not None and _memory(args[0]) != source.place:
+                weight = args[1] if linear else args[1].transpose(-1, -2)
+                return source.product(func, weight, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what tells the memory a tensor lies in from any other that is in use."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _Source:
     """One parameter of all experts that is watched."""
 
     def __init__(self, layer: Prunable, seen: Product) -> None:
-        self._whole = layer.module._parameters[layer.parameter].data
-        self._stored = self._whole.transpose(1, 2) if layer.transposed else self._whole
-        self._place = self._whole.untyped_storage().data_ptr()
+        whole = layer.module._parameters[layer.parameter].data
+        self._stored = whole.transpose(1, 2) if layer.transposed else whole
+        self.place = _memory(whole)
         self._parameter, self._seen = layer.parameter, seen
-
-    def watched(self) -> Any:
-        return self.followed(self._whole)
-
-    def followed(self, made: Any) -> Any:
-        """Return a view of the parameter as one that is watched too; the rest as it is."""
-        if isinstance(made, tuple | list):
-            return type(made)(self.followed(value) for value in made)
-        if not isinstance(made, Tensor) or made.untyped_storage().data_ptr() != self._place:
-            return made
-        view: Any = made.as_subclass(Watched)
-        view.source = self
-        return view
 
     def product(self, func: Any, weight: Tensor, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Tell of a product x W^T with a weight (outputs, inputs) of one expert, or of all."""
@@ -134,13 +126,11 @@ def watching(mixture: Mixture, layers: Sequence[Prunable], seen: Product) -> Ite
             before = config._experts_implementation
             stack.callback(setattr, config, "_experts_implementation", before)
             config._experts_implementation = "eager"
-        for layer in fused.values():
-            held = layer.module.__dict__
-            held[layer.parameter] = _Source(layer, seen).watched()
-            stack.callback(held.pop, layer.parameter)
         for layer in layers:
             if not layer.fused:
                 stack.enter_context(_replaced(layer, seen))
+        if fused:
+            stack.enter_context(_Products(fused.values(), seen))
         yield
 
 
@@ -231,7 +221,8 @@ class Routed:
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
             kept.append(inputs)
-            place = inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride()
+            where = _memory(inputs), inputs.storage_offset()
+            place = *where, inputs._version, inputs.shape, inputs.stride()
             same = [keys for who, where, keys in groups if (who, where) == (expert, place)]
             if same:
                 same[0].append(key)
@@ -370,14 +361,12 @@ class Routed:
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if self.kind == "indexed":
             index = next(v for v in (*args, *kwargs.values()) if is_index(v))
-            each = [
-                part.flatten().bincount(minlength=count)[:count]
-                for part in index.reshape(rows, -1).cpu()
-            ]
-            return torch.stack(each)
+            each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
+            found = each.new_zeros(rows, count + 1)
+            return found.scatter_add_(1, each, torch.ones_like(each))[:, :count]
         if self.kind == "stacked":
             used = (hidden.reshape(count, rows, -1, hidden.shape[-1]) != 0).any(-1)
-            return used.sum(-1).T.cpu()
+            return used.sum(-1).T
         found = torch.zeros(rows, count, dtype=torch.int64)
         if self.kind == "shared":
             return found + hidden.numel() // hidden.shape[-1] // rows

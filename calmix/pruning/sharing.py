@@ -4,21 +4,193 @@ Every process holds the model (or the block at hand), runs its share of the cali
 gets the sum of all statistics. Each of the layers that share an input is solved by one process and
 sent to the others, so that all go on with the same weights. What differs from one process is the
 order in which sums are taken, as it does with the size of a micro-batch.
+
+What concerns the host (files, text, mistakes) goes by groups of its own, without the devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calmix.errors import InputError
+from calmix.errors import CalmixError, InputError
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.reading import agreed, widest
+
+T = TypeVar("T")
+WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
+TOLD, TIDY = "calmix/told", "calmix/tidy"  # who says what went wrong; the first one has tidied up
+TIDYING = timedelta(seconds=20)  # a launcher waits for 30 s before it kills
+
+
+class PeerError(CalmixError):
+    """Another process has ended before the work was done."""
+
+
+@contextmanager
+def launched(device: str) -> Iterator[str]:
+    """Join the processes that torchrun has started, if it has; give the device of this one.
+
+    Of what goes wrong in several of them one process tells: the others end without a word, with
+    exit code 2.
+
+    Args:
+        device: as the user named it.
+
+    Raises:
+        InputError: there is no device for each process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield device
+        return
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise InputError(f"WORLD_SIZE is set, but no launcher is there: {line}") from error
+    try:
+        kind, own = _own_device(device)
+        dist.init_process_group(
+            dist.get_default_backend_for_device(kind), timeout=WAIT, store=store, rank=rank,
+            world_size=world,
+        )  # fmt: skip
+        yield own
+        dist.destroy_process_group()
+    except Exception:
+        tells = _tells(store, rank)
+        _leave(store, rank)
+        if not tells:
+            sys.exit(2)
+        raise
+    finally:
+        _groups.clear()
+
+
+def _own_device(name: str) -> tuple[str, str]:
+    """Return the kind and the name of this process's device."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "cpu" or (name == "auto" and (found is None or found.type == "mps")):
+        return "cpu", "cpu"
+    kind, local = name if name != "auto" or found is None else found.type, _local()
+    if ":" in kind or kind == "mps":
+        raise InputError(f"--device {name} is one device: several processes need one each")
+    if found is None or found.type != kind:
+        raise InputError(f"device '{kind}' cannot be used: there is none")
+    if local >= (count := torch.accelerator.device_count()):
+        raise InputError(
+            f"there are {count} devices here, and more processes: start {count} (--nproc-per-node)"
+        )
+    torch.accelerator.set_device_index(local)
+    return kind, f"{kind}:{local}"
+
+
+def _local() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+
+
+def here() -> int:
+    """Return how many of the processes run on this machine."""
+    world = processes()[1]
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
+
+
+def _tells(store: Any, rank: int) -> bool:
+    """Tell whether this process is the first in which something went wrong."""
+    key = f"{TOLD}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        return bool(store.compare_set(key, "", str(rank)) == str(rank).encode())
+    except RuntimeError:  # the process that keeps the store has ended, for a reason it has told
+        return False
+
+
+def _leave(store: Any, rank: int) -> None:
+    """Let go of the others, so that they end too; the first one tidies up before any has ended.
+
+    A launcher ends all that are left as soon as one has.
+    """
+    if dist.is_initialized():
+        alone = dist.get_backend() == "gloo"  # a device's groups may wait for the others
+        for group in [*_groups, *([None] * alone)]:
+            dist.destroy_process_group(group)
+    with contextlib.suppress(RuntimeError):  # nobody keeps the store any more, or it took too long
+        if rank == 0:
+            store.set(TIDY, "")
+        else:
+            store.wait([TIDY], TIDYING)
+
+
+_groups: list[Any] = []  # of hosts; the first is for the thread at work
+
+
+def host_group() -> Any:
+    """Return a new group for what one thread of each host tells the others; None if there are none.
+
+    All processes call it, in the same order.
+    """
+    if processes()[1] == 1:
+        return None
+    _together(lambda: _groups.append(dist.new_group(backend="gloo", timeout=WAIT)))
+    return _groups[-1]
+
+
+def once(act: Callable[[], T]) -> T:
+    """Let the first process alone act; return what came of it, or raise its mistake, in all.
+
+    Needs a `host_group`, as `everyone` does.
+    """
+    rank, world = processes()
+    if world == 1:
+        return act()
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = act()
+        except CalmixError as error:
+            box[1] = error
+    _together(lambda: dist.broadcast_object_list(box, 0, _groups[0], torch.device("cpu")))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def everyone(value: T, group: Any = None) -> list[T]:
+    """Return the values of all processes, to each of them.
+
+    Args:
+        value: this process's.
+        group: of threads beside those at work.
+    """
+    world = processes()[1]
+    if world == 1:
+        return [value]
+    found: list[Any] = [None] * world
+    _together(lambda: dist.all_gather_object(found, value, group or _groups[0]))
+    return found
+
+
+def _together(act: Callable[[], Any]) -> None:
+    """Do what all processes do.
+
+    Raises:
+        PeerError: one does not.
+    """
+    try:
+        act()
+    except RuntimeError as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise PeerError(f"another process has ended before the work was done: {line}") from error
 
 
 def processes() -> tuple[int, int]:
@@ -43,13 +215,14 @@ def own_rows(ids: Tensor) -> Tensor:
 def gather(statistic: Statistic) -> None:
     """Make a statistic that of all processes' rows."""
     if processes()[1] > 1:
-        statistic.reduce(dist.all_reduce)
+        statistic.reduce(lambda part: _together(lambda: dist.all_reduce(part)))
 
 
 def agree() -> None:
     """Let all processes doubt what one doubts."""
     if processes()[1] > 1:
-        agreed(lambda condition: dist.all_reduce(condition, dist.ReduceOp.MIN))
+        least = dist.ReduceOp.MIN
+        agreed(lambda condition: _together(lambda: dist.all_reduce(condition, least)))
 
 
 def solve(
@@ -78,8 +251,8 @@ def solve(
             for at, value in enumerate((own.errors[place], own.damping, own.dead)):
                 if value is not None:
                     about[at] = value
-        dist.broadcast(full, source)
-        dist.broadcast(about, source)
+        for part in (full, about):
+            _together(functools.partial(dist.broadcast, part, source))
         made.append(full)
         told.append(about)
     dtype = None if own is None else own.dtype

@@ -22,6 +22,7 @@ from calmix.errors import InputError
 from calmix.machine import free_memory, tokens_at_once
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import WeightSource
+from calmix.pruning import sharing
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan, Sizes, make_plan
 from calmix.pruning.engine import (
@@ -35,9 +36,11 @@ from calmix.pruning.engine import (
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
-from calmix.pruning.work import FileStates, WorkFolder
+from calmix.pruning.states import KeptStates, Room
+from calmix.pruning.work import WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
+HOST_SHARE = 0.5  # of the host's that is free, for hidden states an accelerator has no room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,8 @@ def plan_for(
         source: the model.
         ids: calibration ids, None if no target needs them.
         targets: what is to be done.
-        budget: bytes; None for what is free, which is only refused where it is an accelerator's
-            and could not hold one block if all of it were free.
+        budget: bytes of each process; None for what is free, which is only refused where it is an
+            accelerator's and could not hold one block if all of it were free.
         beside: what else looks at the model.
 
     Raises:
@@ -85,6 +88,7 @@ def plan_for(
     blocks = source.blocks
     accelerator = source.device.type != "cpu"
     rows, length = (0, 0) if ids is None else ids.shape
+    rows = -(-rows // sharing.processes()[1])
     config = source.model.config.get_text_config(decoder=True)
     largest = max(range(len(blocks)), key=source.block_bytes)
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
@@ -106,6 +110,8 @@ def plan_for(
         accelerator=accelerator,
     )
     held, free, total = device_memory(source.device)
+    if not accelerator:  # which processes here share, as a device they do not
+        free //= sharing.here()
     sequential = bool(beside) or any(
         t.propagation == "sequential" and t.method.needs for t in targets
     )
@@ -132,6 +138,14 @@ def plan_for(
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
 
 
+def room_for(source: WeightSource, plan: Plan, runs: int = 1) -> Room:
+    """Return what the hidden states of one of several runs may take."""
+    host = 0
+    if source.device.type in ("cuda", "xpu"):
+        host = int(HOST_SHARE * free_memory()) // sharing.here()
+    return Room(plan.states // runs, host // runs)
+
+
 def device_memory(device: torch.device) -> tuple[int, int, int | None]:
     """Return bytes this process holds where it works, bytes free, and all there are.
 
@@ -146,9 +160,13 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
 def prepare_files(source: WeightSource, work: WorkFolder) -> None:
     """Make the files of the result at full size, or find those of an earlier run.
 
+    Of several processes the first one does.
+
     Raises:
         InputError: the disk has no room.
     """
+    if not work.leads:
+        return
     folder = work.checkpoint if source.in_place else work.path / "blocks"
     work.writer = ShardWriter(folder, source.files())
 
@@ -201,8 +219,7 @@ def prune_streamed(
             [(runs[i], targets[i].work, done[i]) for i in calibrated],
         )  # fmt: skip
     for target, first in zip(targets, done, strict=True):
-        if not first:
-            assert target.work.writer is not None
+        if not first and target.work.writer is not None:
             source.copy_others(target.work.writer)
     finished = sum(done)
     if finished and progress is not None:
@@ -219,7 +236,7 @@ def prune_streamed(
             run.report.seconds["total"] = spent + time.perf_counter() - began
             target.work.finish_block(
                 index, source.weights(index, copy=len(runs) > 1), run.report, run.written,
-                overlap=plan.overlap,
+                overlap=plan.overlap, last=index + 1 == len(blocks),
             )  # fmt: skip
             finished += 1
             if progress is not None:
@@ -262,13 +279,13 @@ def pass_through(
 ) -> Pass:
     """Take a run that changes nothing through all blocks, its hidden states in a work folder."""
     blocks, states = source.blocks, None
-    batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
+    batches = _batches(ids, plan)
     source.fetch_outside()
     source.fetch(0)
     with TemporaryDirectory(dir=work.path) as folder:
         for number, hidden in look.record(ids, plan.micro_tokens):
             if states is None:
-                states = FileStates(Path(folder), batches, hidden, 1, lambda: None)
+                states = KeptStates(Path(folder), batches, hidden, room_for(source, plan))
                 look.states = states
             states[number] = hidden
         assert states is not None
@@ -279,6 +296,12 @@ def pass_through(
             look.block(index)
             source.drop(index)
     return look
+
+
+def _batches(ids: Tensor, plan: Plan) -> list[int]:
+    """Return the rows of this process's micro-batches."""
+    own = sharing.own_rows(ids)
+    return [len(batch) for batch in own.split(max(1, plan.micro_tokens // ids.shape[1]))]
 
 
 def _copies(source: WeightSource, index: int) -> dict[Tensor, Tensor]:
@@ -293,19 +316,20 @@ def _first_states(
     """Record what the decoder hands to its blocks; give each run that begins its first states."""
     source.fetch_outside()
     source.fetch(0)
-    batches = [len(batch) for batch in ids.split(max(1, plan.micro_tokens // ids.shape[1]))]
+    batches, room = _batches(ids, plan), room_for(source, plan, len(at))
     first, others = at[0][0], [run for run, _, _ in at[1:]]
     for number, hidden in first.record(ids, plan.micro_tokens):
         for run, work, done in at:
             if not number:
-                run.states = work.make_states(batches, hidden, done)
-                work.states_begin()
+                run.states = work.make_states(batches, hidden, room)
             if not done:
                 run.states[number] = hidden
     for run in others:
         run.recorded_by(first)
-    for run, work, _ in at:
-        work.states_begin()
+    for run, work, done in at:
+        assert work.states is not None
+        if not done:
+            work.states.turn()
         work.restore_written(run.written)
     source.drop_outside()
     if all(done for _, _, done in at):

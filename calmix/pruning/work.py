@@ -6,13 +6,15 @@
                       allocation.json    sparsities by layer, where a look at the model gave them
                       checkpoint/        the files of the result, at full size, filled by block
                       blocks/            the blocks' weights, where transformers writes those files
-                      states-0, -1       hidden states before and after the block at hand
+                      states-0, -1, -2   hidden states before and after the block at hand
                       written-N          what blocks wrote into their arguments, up to block N
+                      process-1, ...     states and written of the other processes, if several
                       progress.json      blocks that are done, and the report on them
 
-A block is done when its weights and the next block's hidden states are on the disk; only then
-is progress.json replaced. The states that lead into a block are kept until it is done. It holds a
-sum of all that a later run reads, and its own hash: damage is told, and not built upon.
+A block counts as done when its weights and the next block's hidden states are on the disk; only
+then is progress.json replaced, every `SAVING` seconds. The states it tells of are kept until it is
+replaced again. It holds a sum of all that a later run reads, and its own hash: damage is told, and
+not built upon.
 """
 
 from __future__ import annotations
@@ -24,8 +26,16 @@ import json
 import operator
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -47,83 +57,18 @@ from calmix.files import (
     write_json,
 )
 from calmix.manifest import SEAL, seal_holds, sealed
-from calmix.models.shards import ShardWriter, read_bytes, tensor_bytes
+from calmix.models.shards import ShardWriter
+from calmix.pruning import sharing
 from calmix.pruning.engine import Dropped, PruneReport
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.states import KeptStates, Room, damaged
 
 SUFFIX = ".unfinished"
+SAVING = 30.0  # seconds: at most so much is done again after an interruption
 REQUEST, PROGRESS, SET, SET_MANIFEST, ALLOCATION, DROPPED = (
     "request.json", "progress.json", "calibration", "calibration.json", "allocation.json",
     "dropped.json",
 )  # fmt: skip
-
-
-class FileStates:
-    """Hidden states of micro-batches in two files: one is read while the other is written.
-
-    Args:
-        folder: where the files lie.
-        rows: rows of each micro-batch.
-        like: hidden states of one micro-batch, for length, width, type and device.
-        side: which file is read first.
-        before_write: called before anything is written.
-
-    Attributes:
-        sums: CRC-32 of every micro-batch of each file.
-    """
-
-    def __init__(
-        self, folder: Path, rows: Sequence[int], like: Tensor, side: int, before_write: Any
-    ) -> None:
-        self.paths = [folder / f"states-{number}" for number in (0, 1)]
-        self.rows = list(rows)
-        self.shape, self.dtype, self.device = like.shape[1:], like.dtype, like.device
-        self.side = side
-        self.sums: tuple[dict[int, int], dict[int, int]] = ({}, {})
-        self._before_write = before_write
-        self._unread: dict[int, int] = {}
-        self._row_bytes = self.shape.numel() * self.dtype.itemsize
-        for path in self.paths:
-            path.touch()
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Return what a micro-batch brings into the block at hand."""
-        hidden = torch.empty(self.rows[number], *self.shape, dtype=self.dtype)
-        path = self.paths[self.side]
-        whole = read_bytes(path, self._start(number), hidden)
-        wanted = self._unread.pop(number, None)
-        if not whole or wanted not in (None, zlib.crc32(tensor_bytes(hidden))):
-            raise damaged(path)
-        return hidden.to(self.device)
-
-    def __setitem__(self, number: int, hidden: Tensor) -> None:
-        """Keep what a micro-batch brings into the next block."""
-        self._before_write()
-        path = self.paths[1 - self.side]
-        with disk_errors(path), path.open("r+b", buffering=0) as file:
-            file.seek(self._start(number))
-            view = tensor_bytes(hidden.to("cpu").contiguous())
-            at = 0
-            while at < len(view):
-                at += file.write(view[at:])
-        self.sums[1 - self.side][number] = zlib.crc32(view)
-
-    def restore(self, sums: Mapping[str, int]) -> None:
-        """Go on with what an earlier run has written to the file that is read now."""
-        self._unread = {int(number): wanted for number, wanted in sums.items()}
-        self.sums[self.side].update(self._unread)
-
-    def turn(self) -> None:
-        """What was written is what is read from now on."""
-        self.side = 1 - self.side
-
-    def sync(self, side: int) -> None:
-        """Wait until a file is on the disk."""
-        with disk_errors(self.paths[side]):
-            sync(self.paths[side])
-
-    def _start(self, number: int) -> int:
-        return sum(self.rows[:number]) * self._row_bytes
 
 
 class WorkFolder:
@@ -131,6 +76,9 @@ class WorkFolder:
 
     Args:
         output: the checkpoint it is to become.
+        every: seconds between two times at which blocks are counted as done; None for `SAVING`.
+        rank, processes: this process's number, of how many that share the work; the first one
+            claims the folder, writes the result and counts.
 
     Attributes:
         claimed: whether this process is at work in it.
@@ -140,12 +88,16 @@ class WorkFolder:
 
     unit = "blocks"
 
-    def __init__(self, output: Path) -> None:
+    def __init__(
+        self, output: Path, every: float | None = None, rank: int = 0, processes: int = 1
+    ) -> None:
         self.output = output = real_place(output)
+        self.every, self.rank, self.processes = every, rank, processes
+        self._peers = sharing.host_group() if processes > 1 else None
         self.path = output.with_name(output.name + SUFFIX)
         self.checkpoint = self.path / "checkpoint"
         self.writer: ShardWriter | None = None
-        self.states: FileStates | None = None
+        self.states: KeptStates | None = None
         self._lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
         self._overwrite = False
         self._pool = ThreadPoolExecutor(1, "writing")
@@ -153,6 +105,12 @@ class WorkFolder:
         self._leaves: list[Any] = []
         self._written: tuple[int, int] | None = None  # the block whose file it is, and its sum
         self.claimed = self.goes_on = False
+        self._kept_at = time.monotonic()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process claims the folder, writes the result and counts."""
+        return self.rank == 0
 
     @property
     def done(self) -> int:
@@ -320,26 +278,25 @@ class WorkFolder:
         """
         if not (kept := self.progress()):
             return 0
-        assert self.writer is not None
-        self.writer.check(kept["weights"])
+        if self.writer is not None:
+            self.writer.check(kept["weights"])
         report.restore(kept)
         report.seconds = {key: float(value) for key, value in kept["seconds"].items()}
         return self.done
 
-    def make_states(self, rows: Sequence[int], like: Tensor, done: int) -> FileStates:
-        """Return the hidden states' files, at the side that leads into block `done`."""
-        self.states = FileStates(self.path, rows, like, done % 2, self.wait)
-        self.states.restore(self.progress().get("states", {}))
+    def make_states(self, rows: Sequence[int], like: Tensor, room: Room) -> KeptStates:
+        """Return hidden states, those that lead into the first block that is not done."""
+        folder = self.path if self.leads else self.path / f"process-{self.rank}"
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        self.states = KeptStates(folder, rows, like, room, self.wait)
+        if kept := self._part().get("states"):
+            self.states.restore(kept["sums"], kept["side"])
         return self.states
-
-    def states_begin(self) -> None:
-        """Turn the states' files round: the first ones are written to the side that is read."""
-        assert self.states is not None
-        self.states.turn()
 
     def restore_written(self, written: list[list[Any]]) -> None:
         """Put what the blocks that are done wrote into their arguments into what was recorded."""
-        if (kept := self.progress().get("written")) is not None:
+        if (kept := self._part().get("written")) is not None:
             match kept:
                 case [int(block), int(wanted)]:
                     path = self._written_file(block)
@@ -355,6 +312,14 @@ class WorkFolder:
                 values[:] = [_refilled(v, held) for v, held in zip(values, contents, strict=True)]
         self._leaves = list(_leaves(written))
 
+    def _part(self) -> dict[str, Any]:
+        """Return what progress.json tells of this process's states; empty if there is none."""
+        if (parts := self.progress().get("parts")) is None:
+            return {}
+        if not isinstance(parts, list) or len(parts) != self.processes:
+            raise damaged(self.path / PROGRESS)
+        return dict(parts[self.rank])
+
     def finish_block(
         self,
         index: int,
@@ -363,22 +328,46 @@ class WorkFolder:
         written: list[list[Any]],
         *,
         overlap: bool,
+        last: bool,
     ) -> None:
-        """Write a block's weights and then count it as done, in the background if `overlap`.
+        """Write a block's weights; if it is time, or the `last` block, count all until it as done.
 
         Args:
             index: the block.
             tensors: its weights, by name.
             report: on this block and those before.
-            written: what stands in the slots of its arguments; kept if the block has changed it.
-            overlap: whether to return before it is on the disk.
+            written: what stands in the slots of its arguments; kept if blocks have changed it.
+            overlap: whether to return before all is written.
+            last: whether no block follows.
         """
         self.wait()
-        side, sums = None, {}
-        if self.states is not None:
-            self.states.turn()
-            side = self.states.side
-            sums = {str(n): found for n, found in self.states.sums[side].items()}
+        moved = self.states is not None and self.states.turn()
+        every = SAVING if self.every is None else self.every
+        due = last or time.monotonic() - self._kept_at >= every
+        if self.processes > 1:
+            due = sharing.once(lambda: due)
+        count = self._counting(index, report, written, moved=moved) if due else None
+
+        def finish() -> None:
+            if self.writer is not None:
+                self.writer.write(tensors)
+            if count is not None:
+                count()
+
+        self._pending = self._pool.submit(finish)
+        if not overlap:
+            self.wait()
+
+    def _counting(
+        self, index: int, report: PruneReport, written: list[list[Any]], *, moved: bool
+    ) -> Callable[[], None]:
+        """Return what brings all to the disk and then counts a block as done.
+
+        It is called when the block's weights are written, while the next one is at work. Several
+        processes wait until all have their part there, and go on once it is counted.
+        """
+        self._kept_at = time.monotonic()
+        keep = self.states.keeping() if self.states is not None and moved else None
         leaves, contents = list(_leaves(written)), None
         if len(leaves) != len(self._leaves) or any(map(operator.is_not, leaves, self._leaves)):
             contents = [[_plain(value) for value in values] for values in written]
@@ -388,28 +377,30 @@ class WorkFolder:
             "batch": 0 if self.states is None else self.states.rows[0],
             "seconds": dict(report.seconds),
             **report.parts(),
-            "states": sums,
         }
 
-        def finish() -> None:
-            assert self.writer is not None
-            self.writer.write(tensors)
-            self.writer.sync()
-            if self.states is not None and side is not None:
-                self.states.sync(side)
+        def count() -> None:
+            states = None if keep is None else keep()
             before = self._written
             if contents is not None:
                 self._written = index, _save(self._written_file(index), contents)
-            self.count(progress | {"weights": self.writer.sums, "written": self._written})
+            part = {"states": states, "written": self._written}
+            parts = [part] if self.processes == 1 else sharing.everyone(part, self._peers)
+            if self.writer is not None:
+                self.writer.sync()
+                self.count(progress | {"weights": self.writer.sums, "parts": parts})
+            if self.processes > 1:
+                sharing.everyone(None, self._peers)
+            if self.states is not None and states is not None:
+                self.states.counted = frozenset({states["side"]})
             if before not in (None, self._written):
                 self._written_file(before[0]).unlink(missing_ok=True)
 
-        self._pending = self._pool.submit(finish)
-        if not overlap:
-            self.wait()
+        return count
 
     def _written_file(self, block: int) -> Path:
-        return self.path / f"written-{block}"
+        folder = self.path if self.states is None else self.states.folder
+        return folder / f"written-{block}"
 
     def wait(self) -> None:
         """Wait for the block that is being written, and raise what went wrong with it."""
@@ -440,11 +431,14 @@ class WorkFolder:
         """Let go of the folder; what is in it stays."""
         self.settle()
         self.claimed = False
-        give_back(self._lock)
+        if self.leads:
+            give_back(self._lock)
 
     def abandon(self) -> None:
         """Remove the folder and let go of it."""
         self.settle()
+        if not self.leads:
+            return
         with contextlib.suppress(OSError):
             self._clear()
             self.path.rmdir()
@@ -523,11 +517,6 @@ def _save(path: Path, value: Any) -> int:
         file.flush()
         os.fsync(file.fileno())
     return zlib.crc32(content.getbuffer())
-
-
-def damaged(path: Path) -> InputError:
-    """Return the error about a file of the work folder that is not what was written."""
-    return InputError(f"{path} is damaged: start over with --overwrite")
 
 
 def _short(value: Any) -> str:

@@ -31,7 +31,7 @@ class States(Protocol):
     def __setitem__(self, number: int, hidden: Tensor) -> None:
         """Keep what micro-batch `number` brings into the next block."""
 
-    def turn(self) -> None:
+    def turn(self) -> bool:
         """What was kept is what is read from now on."""
 
 

@@ -50,6 +50,7 @@ def prune_and_recover(
     overwrite: bool = False,
     resume: bool = False,
     max_memory: int | None = None,
+    checkpoint_every: float | None = None,
     started: Callable[[CalibrationSet | None], None] | None = None,
     pruning: Callable[[int, int], None] | None = None,
     recovering: Callable[[int, int, str], None] | None = None,
@@ -68,6 +69,7 @@ def prune_and_recover(
         recovery: of each of them.
         dtype: as for a prune; the recovery computes in it too, or in what it can train in.
         max_memory: bytes the process may hold.
+        checkpoint_every: of the prune.
         started, pruning: `started` and `progress` of the prune.
         recovering: `progress` of the recoveries.
         device, trust_remote_code, overwrite, resume, writing, note: as for both.
@@ -122,7 +124,8 @@ def prune_and_recover(
                 _stages(output).mkdir(parents=True, exist_ok=True)
         stages = {_stages(output) / PRUNED: request for output, request in left.items()}
         reports = prune_checkpoints(
-            name, stages, dtype=dtype, started=drawn, progress=pruning, **how
+            name, stages, dtype=dtype, checkpoint_every=checkpoint_every, started=drawn,
+            progress=pruning, **how,
         )  # fmt: skip
     except BaseException:
         for output in left:

@@ -32,7 +32,7 @@ from calmix.models.blocks import DecoderBlocks, experts_per_token
 from calmix.models.opening import check_ids, fast_half_precision, fingerprint
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
-from calmix.pruning.work import FileStates
+from calmix.pruning.states import KeptStates
 from calmix.recovery.blocks import BlockReport, Stream, tune
 from calmix.recovery.checks import (
     Pair,
@@ -547,7 +547,7 @@ def _distill(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     return losses[0], losses[progress.best], curve
 
 
-def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[FileStates, Any]:
+def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[KeptStates, Any]:
     """Return what the dense model's head sees of every row, and that head if it is another one.
 
     `sums` are an earlier run's, which left the states.
@@ -562,7 +562,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[File
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
     job.wait()
-    states = FileStates(folder, [1] * len(ids), like, 0, lambda: None)
+    states = KeptStates(folder, [1] * len(ids), like)
     logits = None
     if not (job.goes_on and shared):
         began = time.perf_counter()
@@ -582,8 +582,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[File
         states.sync(1)
         job.wait()
         job.seconds["dense"] = time.perf_counter() - began
-    states.turn()
-    states.restore(sums)
+    states.restore(sums, 1)
     return states, logits
 
 
@@ -659,7 +658,7 @@ def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) 
     for number, hidden in enumerate(stream.record(job.calibration.ids, groups)):
         if not number:
             sizes = [len(group) for group in groups]
-            stream.states = FileStates(folder, sizes, hidden, 0, lambda: None)
+            stream.states = KeptStates(folder, sizes, hidden)
         stream.states[number] = hidden
     stream.states.turn()
     streamed.drop_outside()

@@ -29,7 +29,8 @@ from torch import Tensor
 from calmix.errors import disk_errors
 from calmix.files import sync
 from calmix.models.shards import tensor_bytes
-from calmix.pruning.work import WorkFolder, damaged
+from calmix.pruning.states import damaged
+from calmix.pruning.work import WorkFolder
 
 SUM = "crc32"  # in a file's metadata: of all its tensors, by order of name
 

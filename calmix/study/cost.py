@@ -25,10 +25,12 @@ from typing import Any, Literal
 
 from calmix.models.blocks import CHOSEN
 from calmix.pruning.allocation import looker
+from calmix.pruning.budget import AT_ONCE
 from calmix.pruning.dropping import COUNTS
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
+from calmix.pruning.solvers.scaled import WIDE
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, micro_rows
 
@@ -428,29 +430,36 @@ def _widths(sizes: Sizes) -> int:
     return round(sum(each) / sizes.blocks)
 
 
-def peak_memory(sizes: Sizes, rows: int, length: int, method: str, machine: Machine) -> float:
-    """Bytes held at the peak of a trial, on the device that prunes.
+def peak_memory(sizes: Sizes, rows: int, length: int, method: str, device: str) -> float:
+    """Bytes held at the peak of a trial, on the device that prunes: `cpu`, or another kind.
 
-    The model (on a CPU also the copy of its block weights that is put back), the hidden states
-    of all rows with what one block keeps of them while it waits, what the method takes for the
-    widest input (`Method.memory`), and a slice of logits.
+    The model (on a CPU also the copy of its block weights that is put back, elsewhere that of the
+    block at hand), the hidden states of all rows with what one block keeps of them while it waits,
+    what the method takes for the widest input (`Method.memory`; elsewhere it works on more rows at
+    a time), and a slice of logits.
     """
-    held = held_memory(sizes, machine)
+    cpu = device == "cpu"
+    held = held_memory(sizes, device)
     logits = 3 * 512 * sizes.vocabulary * 4
     chosen = get_method(method)
     inner = sizes.neurons / sizes.blocks
     states = rows * length * (3 * sizes.hidden + 2 * inner) * sizes.value_bytes
-    solving = max(chosen.memory(one.width, one.outputs, one.outputs) for one in sizes.maps)
+    solving = max(
+        chosen.memory(one.width, one.outputs, one.outputs)
+        + (not cpu) * AT_ONCE * min(WIDE, one.width * one.outputs)
+        for one in sizes.maps
+    )
     if sizes.experts and chosen.needs is not None:  # its own tokens' and all tokens' statistic
         widest = max(sizes.hidden, sizes.expert_inner)
         solving += min(EXPERT_BYTES, 2 * sizes.experts * chosen.needs.memory(widest))
     return held + max((states if chosen.needs else 0) + solving, logits)
 
 
-def held_memory(sizes: Sizes, machine: Machine) -> float:
-    """Bytes of the model, and on a CPU of the copy of its blocks' weights that is put back."""
-    copied = sizes.block_weights if machine.device == "cpu" else 0
-    return (sizes.weights + copied) * sizes.value_bytes
+def held_memory(sizes: Sizes, device: str) -> float:
+    """Bytes of the model and of the copy that is put back: of all its blocks on a CPU, elsewhere of
+    the block at hand."""
+    kept = sizes.block_weights // (1 if device == "cpu" else sizes.blocks)
+    return (sizes.weights + kept) * sizes.value_bytes
 
 
 def disk_bytes(sizes: Sizes, work: SuiteWork, keep_checkpoint: bool) -> float:

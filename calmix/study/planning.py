@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from calmix import assets
 from calmix.capability.suites import ARCHIVE, WRITTEN, Suite, TaskSpec
@@ -15,6 +17,7 @@ from calmix.capability.texts import LENGTH, ROWS, builtin_readers
 from calmix.errors import InputError
 from calmix.files import user_path
 from calmix.models import resolve_model
+from calmix.pruning.streamed import device_memory
 from calmix.specs import recover_request, recovery_options
 from calmix.study import cost
 from calmix.study.cost import Cost, Machine, Sizes, SuiteWork
@@ -104,7 +107,7 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             "evaluate": cost.suite_seconds(model, work, machine)
             + cost.distance_seconds(model, held, machine),
         }
-        memory = cost.peak_memory(model, rows, length, method, machine)
+        memory = cost.peak_memory(model, rows, length, method, machine.device)
         if like.allocation is not None:
             seconds["allocation"] = cost.allocation_seconds(
                 model, rows, length, like.allocation, machine
@@ -114,7 +117,7 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             how = asked.method, asked.epochs, asked.batch
             seconds["recover"] = cost.recover_seconds(model, rows, length, *how, machine)
             recovering = cost.recover_memory(model, length, asked.method, asked.batch)
-            memory = max(memory, cost.held_memory(model, machine) + recovering)
+            memory = max(memory, cost.held_memory(model, machine.device) + recovering)
         disk = cost.disk_bytes(model, work, study.file.keep_checkpoints)
         costs = Cost(seconds, memory, disk)
         found.append(Group(label, way, pattern, rows, length, len(members), costs))
@@ -133,11 +136,37 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
     )
     for group in found:
         if group.cost.memory > machine.memory:
-            notes.append(
-                f"{group.model} {group.method} {group.pattern} needs {group.cost.memory / 1e9:.1f} "
-                f"GB, and there are {machine.memory / 1e9:.1f} GB: fewer or shorter rows need less"
-            )
+            named = f"{group.model} {group.method} {group.pattern}"
+            notes.append(_too_large(named, group.cost.memory, machine.memory))
     return Estimate(found, len(sets), making, dense, machine, list(dict.fromkeys(notes)))
+
+
+def _too_large(named: str, needed: float, there: float) -> str:
+    return (
+        f"{named} needs {needed / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB: fewer or "
+        "shorter rows need less"
+    )
+
+
+def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) -> None:
+    """Refuse trials that an accelerator cannot hold, by formula. On a CPU they would be swapped.
+
+    Raises:
+        InputError: there is one.
+    """
+    there = device_memory(device)[2]
+    if there is None:
+        return
+    for label, model in study.models.items():
+        try:
+            sizes = sizes_of_model(label, model)
+        except InputError:  # it is not here yet, or its configuration is of another kind
+            continue
+        for trial in (trial for trial in trials if trial.model == label):
+            size = (0, 0) if trial.draw is None else (trial.draw.rows, trial.draw.length)
+            needed = cost.peak_memory(sizes, *size, trial.method, device.type)
+            if needed > there:
+                raise InputError(_too_large(trial.label, needed, there))
 
 
 def sizes_of_model(label: str, model: Model) -> Sizes:

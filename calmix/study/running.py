@@ -12,8 +12,10 @@ from typing import Protocol
 
 from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, DiskError, InputError
+from calmix.models.opening import _device
 from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
+from calmix.study.planning import check_memory
 from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import Store, check_folder, claim_store, is_store, open_store
@@ -176,7 +178,11 @@ def run_locally(
     """Run trials one after another in this process.
 
     A trial that another runner is at work on is left to it.
+
+    Raises:
+        InputError: the device cannot hold one of them.
     """
+    check_memory(study, [trial.planned for trial in todo], _device(options.device))
     return run_on(options.bench(study, store), store, todo, observer)
 
 

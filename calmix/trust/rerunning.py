@@ -113,7 +113,8 @@ class _Set(_Kept):
     select: str = ""
 
 
-WHERE = ("machine", "system", "instructions", "threads", "batch")  # of the run record
+# Of the run record.
+WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
 
 
 @dataclass

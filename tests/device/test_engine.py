@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.engine import Run, run_through
+from tests.pruning.test_experts import OldMixture
 from tests.tiny import VOCABULARY, tiny_config
 
 HALF = Unstructured(0.5)
@@ -75,3 +77,50 @@ def test_a_look_reads_once(by):
         _, *blocks = by_block(traced, look)
     assert blocks == [(ONCE, Counter())] * 2
     assert len(look.importance[0.5]) == 14
+
+
+def as_lists(model):
+    """Experts as modules of their own."""
+    for block in model.model.layers:
+        block.mlp = OldMixture(block.mlp).requires_grad_(False).bfloat16()
+
+
+def as_slices(model):
+    """Experts as slices of parameters, one after another whichever of them tokens reach."""
+
+    def forward(self, hidden, index, gates):
+        result = torch.zeros_like(hidden)
+        for number in range(self.num_experts):
+            token, place = torch.where(index == number)
+            made = functional.linear(hidden[token], self.gate_up_proj[number])
+            gate, up = made.chunk(2, -1)
+            own = functional.linear(functional.silu(gate) * up, self.down_proj[number])
+            result.index_add_(0, token, own * gates[token, place, None])
+        return result
+
+    for block in model.model.layers:
+        kind = type(block.mlp.experts)
+        block.mlp.experts.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+@pytest.mark.parametrize(
+    ("method", "propagation", "change"),
+    [("wanda", "sequential", as_lists), ("wanda", "sequential", as_slices),
+     (QUICK, "block", as_slices)],
+)  # fmt: skip
+def test_experts_are_read_once_besides_what_routing_asks(method, propagation, change):
+    """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
+    with tracing(None) as traced:
+        model = empty_model(tiny_config("mixtral"), change=change)
+        run = Run(model, find_blocks(model), get_method(method), HALF, propagation)
+        _, *blocks = by_block(traced, run)
+    for reads, copies in blocks:
+        assert reads.pop("where") > 0
+        assert reads.pop("nonzero") > 0
+        # How many tokens reach each expert: of the few that are observed, and of all.
+        learnt, counted = ({}, {}) if change is as_lists else (
+            {"_local_scalar_dense": 1}, {("cuda", "cpu"): 1}
+        )  # fmt: skip
+        assert reads == {"tolist": 1, "equal": 2 * 3} | learnt  # two more experts a micro-batch
+        assert copies == {("cpu", "cuda"): 2 * 3} | counted  # which tokens stand for all
+    assert len(run.report.layers) == 2 * (4 + 4 * 3)

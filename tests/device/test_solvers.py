@@ -76,6 +76,18 @@ def test_a_solve_reads_nothing(name, pattern, dtype):
     assert sum(traced.reads.values()) <= 1
 
 
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
+def test_a_block_of_columns_is_one_kernel(pattern):
+    with tracing(kernel=True) as traced, trusting():
+        weights = [torch.randn(rows, 192, dtype=torch.bfloat16) for rows in (24, 40)]
+        solved = get_method("sparsegpt").solve(weights, torch.randn(192, 192), [pattern] * 2)
+        assert on_device(*solved.weights, *solved.errors)
+    assert traced.operations["prune_columns"] == 2
+    assert traced.operations["linalg_solve_triangular"] == 1  # of the factor
+    assert not traced.reads
+    assert not traced.copies
+
+
 @pytest.mark.parametrize("score", [(5, 64), (1, 5000), (3, 2)])
 def test_masks_are_made_without_the_host(score):
     with tracing() as traced:

@@ -20,6 +20,7 @@ import torch
 import calmix.pruning.checkpoint
 import calmix.study.running  # imported once, for every fork
 from calmix.files import cache_dir
+from calmix.pruning import work
 from calmix.recovery import checkpoint as recovery
 from tests.forks import Ended, command, run, start, wait
 from tests.study.worker import write_study
@@ -186,7 +187,8 @@ class Place:
 
         def act() -> None:
             os.environ["CALMIX_CACHE"] = str(self.folder / "cache")
-            recovery.SAVING = 0  # a distillation keeps every state: there is something to damage
+            # A distillation keeps every state, a prune every block: there is something to damage.
+            recovery.SAVING = work.SAVING = 0
             command(*self.verb.arguments(at), *options)()
 
         return act

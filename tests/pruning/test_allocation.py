@@ -264,7 +264,7 @@ def test_an_interrupted_allocation_goes_on_to_the_same_bytes(
     from tests.pruning.test_streamed import hashes, interrupt_before
 
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.6,
-              "--allocation", "error", "-o")  # fmt: skip
+              "--allocation", "error", "--checkpoint-every", 0, "-o")  # fmt: skip
     assert calmix(*common, tmp_path / "whole").code == 0
     look = checkpoint.look_streamed
     with monkeypatch.context() as patched:

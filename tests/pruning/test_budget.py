@@ -6,7 +6,14 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.pruning import get_method
-from calmix.pruning.budget import GIB, Sizes, make_plan, parse_memory, solver_bytes
+from calmix.pruning.budget import (
+    GIB,
+    Sizes,
+    make_plan,
+    parse_memory,
+    paused_bytes,
+    solver_bytes,
+)
 
 MIB = 2**20
 LLAMA_8B = Sizes(
@@ -41,6 +48,19 @@ def test_less_memory_pauses_fewer_micro_batches():
     assert narrow.micro_tokens == wide.micro_tokens == 2048
     for made, budget in ((wide, 12), (narrow, 6)):
         assert made.needed <= budget * GIB
+
+
+def test_hidden_states_take_what_is_left():
+    """Twice: while some are written, the next ones are made."""
+    states = 128 * 2048 * 4096 * 2
+    wide = plan(80)
+    assert wide.states == states
+    without = dataclasses.replace(LLAMA_8B, methods=[get_method("magnitude")])
+    assert plan(80, without).states == 0
+    some = plan((wide.needed - states) / 0.95 / GIB)
+    assert some.paused is None
+    assert 0.49 * states < some.states < 0.51 * states
+    assert 2 * plan(6).states < paused_bytes(LLAMA_8B, 2048)  # micro-batches that pause come first
 
 
 def test_what_is_needed_is_told_and_is_enough():

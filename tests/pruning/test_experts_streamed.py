@@ -108,7 +108,8 @@ def deep(tmp_path_factory):
 
 
 def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_path):
-    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
+               "--checkpoint-every", 0, "-o")  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stopped(partial(arm, "solved", 2), *command, cut)
     ended = calmix(*command, cut, "--resume")

@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from calmix.errors import DiskError, InputError
 from calmix.models import open_model
+from calmix.models.shards import ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune, streamed
+from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
+from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
 from tests.forks import stopped
@@ -31,7 +35,14 @@ from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_config, tiny_ids, ti
 
 SMALL = ("--rows", 6, "--length", 32)
 HALF = Unstructured(0.5)
-PLENTY = Plan(5 * 32, None, True, 0)
+PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
+BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
+
+
+@pytest.fixture(autouse=True)
+def _every_block_counts(monkeypatch):
+    """What is done is kept at once, not every so many seconds."""
+    monkeypatch.setattr(work_module, "SAVING", 0)
 
 
 def hashes(folder):
@@ -111,7 +122,11 @@ def test_a_buffer_the_files_lack_makes_the_model_be_opened_whole(tmp_path):
 
 @pytest.mark.parametrize(
     "plan",
-    [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0), Plan(5 * 32, 2, False, 0)],
+    [
+        Plan(5 * 32, 0, False, 0),
+        Plan(5 * 32, 1, True, 0, states=BATCH),
+        Plan(5 * 32, 2, False, 0, states=2 * BATCH),
+    ],
     ids=str,
 )
 def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan):
@@ -165,7 +180,7 @@ def test_half_precision_and_several_files(tmp_path):
     one = target(tmp_path / "out", "wanda", propagation="block")
     work = one.work
     prepare_files(streamed, work)
-    prune_streamed(streamed, tiny_ids(), [one], Plan(2048, None, True, 0))
+    prune_streamed(streamed, tiny_ids(), [one], Plan(2048, None, True, 0, states=2**30))
     work.writer.write_index()
     streamed.model.config.save_pretrained(work.checkpoint)
     assert sorted(p.name for p in work.checkpoint.glob("*.safetensors")) == files
@@ -284,6 +299,32 @@ def test_an_interrupt_says_how_to_go_on(calmix, deep, text_file, tmp_path, monke
     assert f"3 blocks are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
     assert calmix(*command, tmp_path / "out", "--resume").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_between_checkpoints_nothing_waits_for_the_disk(
+    calmix, deep, text_file, tmp_path, monkeypatch
+):
+    """Of five blocks the second, the fourth and the last count; a clock ticks once a block."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(work_module, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    waited = []
+    for kind in (ShardWriter, KeptStates):
+        sync = kind.sync
+        monkeypatch.setattr(
+            kind, "sync", lambda self, *side, sync=sync: (waited.append(1), sync(self, *side))[1]
+        )
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    every = ("--checkpoint-every", 2)
+    assert calmix(*command, tmp_path / "whole", *every).code == 0
+    assert len(waited) == 5  # three times the weights, twice the states that lead on
+    with monkeypatch.context() as patched:
+        interrupt_before(patched, 3)
+        ended = calmix(*command, tmp_path / "cut", *every)
+    assert ended.code == 130
+    assert "2 blocks are kept" in ended.err
+    ended = calmix(*command, tmp_path / "cut", "--resume")
+    assert "going on after 2 of 5 blocks" in ended.err
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
 def test_an_interrupt_keeps_the_block_that_is_being_written(
@@ -463,7 +504,7 @@ def test_work_whose_files_have_become_the_output_is_not_gone_on_with(tmp_path):
 def test_progress_names_nothing_outside_the_work_folder(tmp_path, written):
     work = WorkFolder(tmp_path / "out")
     work.claim({"a": 1}, resume=False, overwrite=False)
-    work.count({"done": 1, "written": written})
+    work.count({"done": 1, "parts": [{"written": written}]})
     with pytest.raises(InputError, match=r"progress\.json is damaged: start over with --overwrite"):
         work.restore_written([])
     work.abandon()
@@ -592,7 +633,8 @@ def test_a_device_that_cannot_hold_a_block_is_refused(tmp_path, tiny_folder, mon
     try:
         gib = 2**30
         whole = plan(gib, gib)
-        assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes)
+        states = ids.numel() * 32 * 4
+        assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, states)
         assert plan(gib // 256, gib).micro_tokens == 8192
         small = plan(gib, 6 * 2**20)
         assert small.micro_tokens < 8192

@@ -15,8 +15,16 @@ from torch import Tensor
 from calmix.pruning.gram import Factor, Gram, Work, bfloat16_products, inverse_factor, triangle
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
-from calmix.pruning.patterns import Pattern, SemiStructured, clear, smallest, smallest_of_m
+from calmix.pruning.patterns import (
+    Pattern,
+    SemiStructured,
+    Unstructured,
+    clear,
+    smallest,
+    smallest_of_m,
+)
 from calmix.pruning.reading import quotient
+from calmix.pruning.solvers import columns as fused
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 ENERGY = 4096  # outputs whose energy is computed at a time, so that little memory is needed
@@ -177,10 +185,16 @@ def _block(
     are left for the caller to clear: no later step reads them.
 
     A CPU goes column by column. An accelerator, where starting a kernel takes longer than a
-    column's arithmetic, takes many columns `at_once`.
+    column's arithmetic, has one kernel do that, or where it is not `usable` takes many columns
+    `at_once`.
     """
     if at_once is None:
         at_once = weights.device.type != "cpu"
+        m, go = (
+            (pattern.m, pattern.m - pattern.n) if isinstance(pattern, SemiStructured) else (0, 0)
+        )
+        if at_once and m <= fused.LARGEST and fused.usable(weights.device, _kernel_agrees):
+            return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
     if at_once:
         return _block_at_once(weights, mask, upper, leverage, pattern)
     size = len(weights)
@@ -251,6 +265,27 @@ def _errors(weights: Tensor, mask: Tensor, upper: Tensor, identity: Tensor) -> T
     system = torch.where(mask.T[:, None, :] > 0, upper, identity)
     right = (weights * mask).T[:, None, :]
     return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
+
+
+def _kernel_agrees(device: torch.device) -> bool:
+    """Tell whether the kernel does on a device what the plain way does, on a little example."""
+    size, outputs = 32, 40
+    generator = torch.Generator().manual_seed(0)
+    given = torch.rand(size, outputs, generator=generator).to(device)
+    upper = torch.rand(size, size, generator=generator).triu_().to(device)
+    upper.diagonal().add_(size)
+    inverse = upper.diagonal().reciprocal()[:, None]
+    for pattern in (Unstructured(0.5), SemiStructured(2, 4)):
+        plain, mask = given.clone(), (given > 0.5).float()
+        expected = _block_at_once(plain, mask, upper, inverse, pattern)
+        weights, found = given.clone(), (given > 0.5).float()
+        m, go = (4, 2) if isinstance(pattern, SemiStructured) else (0, 0)
+        errors = fused.prune_columns(weights, found, upper, inverse, inverse, m, go)
+        pairs = ((errors, expected), (clear(weights, found), clear(plain, mask)))
+        near = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+        if not (near and torch.equal(found, mask)):
+            return False
+    return True
 
 
 def _multiple(size: int, pattern: Pattern) -> int:

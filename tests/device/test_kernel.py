@@ -1,0 +1,117 @@
+"""The kernel of SparseGPT: in Triton's interpreter beside the plain loop, and compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from calmix.pruning import SemiStructured, Unstructured, get_method
+from calmix.pruning.methods import sparsegpt
+from calmix.pruning.patterns import clear
+from calmix.pruning.solvers import columns as fused
+from tests.device import compiled
+
+pytest.importorskip("triton")
+CPU = torch.device("cpu")
+
+
+def block(size, outputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3 * size, size, generator=generator)
+    factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / size), upper=True)
+    wide = torch.randn(size + 3, outputs, generator=generator)
+    return wide[1:-2], factor, factor.diagonal().reciprocal()[:, None]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size", "outputs"),
+    [(Unstructured(0.6), 128, 70), (Unstructured(0.5), 41, 8), (SemiStructured(2, 4), 128, 33),
+     (SemiStructured(1, 3), 48, 5)],
+    ids=str,
+)  # fmt: skip
+def test_the_kernel_does_what_the_plain_loop_does(pattern, size, outputs):
+    given, upper, inverse = block(size, outputs)
+    leverage = inverse.clone()
+    leverage[[2, 3, 7]] = 0  # dead inputs: ties, which go in order
+    mask = (torch.rand(size, outputs, generator=torch.Generator().manual_seed(1)) > 0.4).float()
+    semi = isinstance(pattern, SemiStructured)
+    plain, expected = given.clone(), torch.empty_like(mask) if semi else mask.clone()
+    wanted = sparsegpt._block(plain, expected, upper, inverse, leverage, pattern, at_once=False)
+    weights, found = given.clone(), torch.empty_like(mask) if semi else mask.clone()
+    m, go = (pattern.m, pattern.m - pattern.n) if semi else (0, 0)
+    with torch.inference_mode():
+        made = fused.prune_columns(weights, found, upper, inverse, leverage, m, go)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(clear(weights, found), clear(plain, expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_is_solved_by_it(monkeypatch):
+    """Layers of several heights, and a last block that is not whole; the kernel agrees at once."""
+    monkeypatch.setattr(fused, "usable", lambda device, check: check(device))
+    monkeypatch.setattr(sparsegpt, "_block", as_on_a_device(sparsegpt._block))
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(400, 160, generator=generator)
+    weights = [torch.randn(rows, 160, generator=generator) for rows in (9, 4)]
+    method = get_method("sparsegpt")
+    for pattern in (Unstructured(0.5), SemiStructured(2, 4)):
+        found = method.solve(weights, x.T @ x, [pattern] * 2)
+        with monkeypatch.context() as patched:
+            patched.setattr(fused, "usable", lambda device, check: False)
+            plain = method.solve(weights, x.T @ x, [pattern] * 2)
+        assert found.pruned == plain.pruned
+        for a, b in zip(found.weights, plain.weights, strict=True):
+            assert torch.equal(a == 0, b == 0)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def as_on_a_device(block):
+    def there(weights, mask, upper, inverse, leverage, pattern):
+        if fused.usable(weights.device, sparsegpt._kernel_agrees):
+            m, go = (4, 2) if isinstance(pattern, SemiStructured) else (0, 0)
+            return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
+        return block(weights, mask, upper, inverse, leverage, pattern, at_once=True)
+
+    return there
+
+
+@pytest.mark.long  # in a process of its own, which does not interpret
+def test_it_compiles_for_devices_that_are_not_here():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    made = subprocess.run(
+        [sys.executable, compiled.__file__], env=environment, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    told = [json.loads(line) for line in made.stdout.splitlines()]
+    assert [(one["capability"], one["m"]) for one in told] == [
+        (at, m) for at in compiled.CAPABILITIES for m in compiled.GROUPS
+    ]
+    assert all(one["bytes"] for one in told)
+    assert not any(one["spilt"] for one in told)
+
+
+def test_where_it_does_not_run_the_plain_way_is_taken(monkeypatch):
+    answers = iter([False, True])
+
+    def check(at):
+        return next(answers)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
+    device = torch.device("cuda", 7)
+    with pytest.warns(UserWarning, match="not used on cuda:7: it differs from the plain loop"):
+        assert not fused.usable(device, check)
+    assert not fused.usable(device, check)  # it is tried once
+
+    def broken(at):
+        raise RuntimeError("no ptxas\nin sight")
+
+    with pytest.warns(UserWarning, match="not used on cuda:7: no ptxas$"):
+        assert not fused.usable(device, broken)
+    assert fused.usable(device, lambda at: True)
+    assert not fused.usable(CPU, lambda at: True)

@@ -1,0 +1,114 @@
+"""The prune from disk to disk on a device that is not there: what is copied and when it is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from benchmarks.traced import tracing
+from calmix.models.shards import Shards, ShardWriter
+from calmix.models.streaming import StreamedModel
+from calmix.pruning import Unstructured, get_method
+from calmix.pruning import work as work_module
+from calmix.pruning.budget import Plan
+from calmix.pruning.states import KeptStates
+from calmix.pruning.streamed import Target, prepare_files, prune_streamed
+from calmix.pruning.work import WorkFolder
+from tests.tiny import VOCABULARY
+
+BATCHES, ROWS, LENGTH = 3, 2, 32
+STATES = BATCHES * ROWS * LENGTH * 32 * 4
+
+
+class Inline:
+    """Does at once, and in this thread, what is counted."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, act, *given):
+        done = Future()
+        done.set_result(act(*given))
+        return done
+
+    def shutdown(self, **_):
+        pass
+
+
+@pytest.fixture
+def numberless(monkeypatch, tiny_folder):
+    """Let files give and take tensors without numbers; return the model on its device."""
+    streamed = StreamedModel(str(tiny_folder))
+    streamed._pool.shutdown()
+    streamed._pool, streamed.device = Inline(), torch.device("cuda")
+
+    def read(self, names):
+        made = {name: self.places[name] for name in names}
+        return {n: torch.empty(p.shape, dtype=p.dtype, device="cpu") for n, p in made.items()}
+
+    def written(self, tensors):
+        for name, tensor in tensors.items():
+            assert tensor.to("cpu").shape == self.places[name].shape
+            self.sums[name] = 0
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(1), self)[1])
+    monkeypatch.setattr(Shards, "read", read)
+    monkeypatch.setattr(ShardWriter, "write", written)
+    monkeypatch.setattr(work_module, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(
+        KeptStates, "_empty",
+        lambda self, number, pinned=False: torch.empty(
+            self.rows[number], *self.shape, dtype=self.dtype, device="cpu"
+        ),
+    )  # fmt: skip
+    yield streamed, pinned
+    streamed.close()
+
+
+@pytest.mark.parametrize("room", [2**30, STATES // BATCHES])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda,refit=2"])
+def test_a_block_comes_goes_and_is_read_once(numberless, tmp_path, monkeypatch, method, room):
+    """Its weights come and go; hidden states stay, those there is no room for in pinned memory."""
+    streamed, pinned = numberless
+    monkeypatch.setattr(work_module, "SAVING", 1e9)
+    work = WorkFolder(tmp_path / "out")
+    work.claim({}, resume=False, overwrite=False)
+    target = Target(
+        work=work, method=get_method(method), pattern=Unstructured(0.5), propagation="sequential"
+    )
+    prepare_files(streamed, target.work)
+    plan = Plan(ROWS * LENGTH, None, True, 0, states=room)
+    seen = []
+    with tracing() as traced:
+
+        def mark(*_):
+            seen.append((Counter(traced.reads), Counter(traced.copies)))
+            traced.reads.clear()
+            traced.copies.clear()
+
+        fetch = streamed.fetch
+
+        def fetched(index, *, ahead=False):
+            if index == 0 and ahead:  # what was recorded before the blocks
+                mark()
+            fetch(index, ahead=ahead)
+
+        monkeypatch.setattr(streamed, "fetch", fetched)
+        ids = torch.randint(VOCABULARY, (BATCHES * ROWS, LENGTH), device="cpu")
+        prune_streamed(streamed, ids, [target], plan, progress=mark)
+    work.abandon()
+    weights = len(streamed.block_names(0))
+    outside = 0 if room > STATES else BATCHES - 1
+    first, *blocks = seen
+    assert [reads for reads, _ in blocks] == [{"tolist": 1}] * 2
+    # A block's weights come while the one before is at work, and the last block gives no states.
+    given = {("cuda", "cpu"): weights + outside, ("cpu", "cuda"): weights + outside}
+    last = {("cuda", "cpu"): weights, ("cpu", "cuda"): outside}
+    assert [+copies for _, copies in blocks] == [+Counter(given), +Counter(last)]
+    assert len(pinned) == 2 * weights + len(streamed.outside_names)
+    # Before the blocks, what is handed to them is compared with what other micro-batches brought.
+    assert first[0] == {"equal": 3 * BATCHES}

@@ -1,0 +1,104 @@
+"""Hidden states in memory and in files: what is read, what is kept, what nobody overwrites."""
+
+import pytest
+import torch
+
+from calmix.errors import InputError
+from calmix.pruning.states import KeptStates, Room, damaged
+
+ROWS = [2, 2, 1]
+BATCH = 2 * 3 * 4 * 4  # bytes of a micro-batch of two rows
+ROOMS = [Room(), Room(BATCH), Room(2 * BATCH), Room(2**20), Room(BATCH, BATCH)]
+
+
+def made(seed):
+    """The states of all micro-batches."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, 3, 4, generator=generator) for count in ROWS]
+
+
+def put(states, values):
+    for number, value in enumerate(values):
+        states[number] = value
+    assert states.turn()
+
+
+def same(states, values):
+    return all(torch.equal(states[number], value) for number, value in enumerate(values))
+
+
+@pytest.fixture
+def unpinned(monkeypatch):
+    """A CPU has no pinned memory to give."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+
+
+@pytest.mark.usefixtures("unpinned")
+@pytest.mark.parametrize("room", ROOMS, ids=str)
+def test_what_was_kept_is_read_on(tmp_path, room):
+    states = KeptStates(tmp_path, ROWS, made(0)[0], room)
+    put(states, made(0))
+    assert same(states, made(0))
+    for block in range(1, 6):
+        before = made(block - 1)
+        for number, value in enumerate(made(block)):
+            assert torch.equal(states[number], before[number])
+            states[number] = value
+        assert states.turn()
+        assert same(states, made(block))
+    assert not states.turn()  # nothing has come since
+
+
+@pytest.mark.usefixtures("unpinned")
+@pytest.mark.parametrize("room", ROOMS, ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupted_run_goes_on_from_the_last_that_count(tmp_path, room, late):
+    """Whatever came after them, and if they were written while the next ones were made."""
+    states = KeptStates(tmp_path, ROWS, made(0)[0], room)
+    put(states, made(0))
+    kept = None
+    for block in range(1, 7):
+        values = made(block)
+        if block in (2, 5):
+            keep = states.keeping()
+            if late and room.host == 0:  # what is pinned waits for `before_write`
+                put(states, values)
+                kept = keep()
+            else:
+                kept = keep()
+                put(states, values)
+            states.counted = frozenset({kept["side"]})
+        else:
+            put(states, values)
+        assert same(states, values)
+        if kept is not None:
+            again = KeptStates(tmp_path, ROWS, made(0)[0], room)
+            again.restore(kept["sums"], kept["side"])
+            assert same(again, made(1 if block < 5 else 4))
+    assert len(list(tmp_path.iterdir())) == (3 if room.device + room.host < 3 * BATCH else 2)
+
+
+def test_what_is_read_may_be_changed(tmp_path):
+    """A block that works in place changes nothing of what is kept."""
+    for room in (Room(), Room(2**20)):
+        states = KeptStates(tmp_path, ROWS, made(0)[0], room)
+        put(states, made(0))
+        states[1].zero_()
+        assert same(states, made(0))
+
+
+def test_damage_is_told(tmp_path):
+    states = KeptStates(tmp_path, ROWS, made(0)[0])
+    put(states, made(0))
+    kept = states.keeping()()
+    again = KeptStates(tmp_path, ROWS, made(0)[0])
+    with pytest.raises(InputError, match=str(damaged(tmp_path))):
+        again.restore(kept["sums"], 3)
+    again.restore(kept["sums"] | {"1": 5}, kept["side"])
+    assert torch.equal(again[0], made(0)[0])
+    with pytest.raises(InputError, match=r"states-\d is damaged: start over with --overwrite"):
+        again[1]
+    (tmp_path / "states-1").unlink()
+    with pytest.raises(InputError, match="is damaged"):
+        again[2]
