@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from calmix.capability.evaluate import evaluate
     from calmix.capability.scores import CapabilityScores
     from calmix.errors import CalmixError
+    from calmix.exported import export
     from calmix.information.measuring import measure
     from calmix.models import open_model
     from calmix.packed import load, pack, unpack
@@ -28,6 +29,7 @@ __all__ = [
     "SemiStructured",
     "Unstructured",
     "evaluate",
+    "export",
     "load",
     "measure",
     "open_model",
@@ -47,6 +49,7 @@ _HOMES = {
     "SemiStructured": "calmix.pruning",
     "Unstructured": "calmix.pruning",
     "evaluate": "calmix.capability.evaluate",
+    "export": "calmix.exported",
     "load": "calmix.packed",
     "measure": "calmix.information.measuring",
     "open_model": "calmix.models",

@@ -1,4 +1,4 @@
-"""What `pip install calmix` brings: all that the package imports, but for two extras."""
+"""What `pip install calmix` brings: all that the package imports, but for three extras."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"ray": "ray", "reasoning_gym": "reasoning"}
+EXTRAS = {"nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
 BROUGHT = {"triton"}  # by PyTorch's wheels for GPUs; where it is missing there is another way
 
 

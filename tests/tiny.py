@@ -104,10 +104,12 @@ def tiny_config(kind: str) -> Any:
     return AutoConfig.for_model(kind, **{k: v for k, v in wanted.items() if k in known})
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
     """Return a tiny random model in float32, its weights large enough to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    config = tiny_config(kind)
+    config.update(settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
@@ -133,9 +135,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **settings: Any) -> Path:
     """Save a tiny model with its tokenizer and return the folder."""
-    tiny_model(kind, seed).save_pretrained(folder)
+    tiny_model(kind, seed, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

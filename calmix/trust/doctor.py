@@ -35,6 +35,7 @@ State = Literal["ok", "missing", "offline", "failed"]
 SECONDS = 3.0  # to wait for a registry
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
 WHAT_FOR = {
+    "export": "calmix export",
     "ray": "studies on a Ray cluster",
     "reasoning": "sources word-problems, arithmetic, algebra, puzzles",
 }

@@ -1,0 +1,261 @@
+"""Exports: a model in the form of another engine, made by a maintained library and checked here.
+
+OpenVINO, by the exporter of transformers, with weights in 8 bits by NNCF if asked for. Ours is
+what lies around that: the result is read back from the disk, run on token ids in two parts, so
+that its cache counts, and refused where it is not what the model computes. What an export gains,
+and which engines were left out, is in docs/deploy.md.
+
+The export holds the graph (`openvino_model.xml`), its weights (`.bin`), configuration, tokenizer
+and a sealed manifest; the same model and versions give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors, nearest
+from calmix.files import atomic_folder, check_output_folder, write_json
+from calmix.manifest import file_hashes, run_record, sealed, versions
+from calmix.models import OpenModel, open_model, resolve_model
+from calmix.models.opening import load_config, quiet_transformers
+from calmix.models.shards import weight_files
+
+ENGINES = ("openvino",)
+# Weights, and the divergence from the model (nats a token) beyond which an export is refused. A
+# right one of the builtin model has 1e-10 with its own weights and 0.01 with those of 8 bits.
+WEIGHTS = {"int8": 0.2, "own": 1e-4}
+MANIFEST, RUN = "calmix-export.json", "calmix-run.json"
+GRAPH = "openvino_model.xml"
+ROWS, LENGTH = 2, 16  # token ids the graph is traced and checked with
+STEPS = ("convert", "check", "hash")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    Attributes:
+        before, after: bytes of the model's weight files, and of the export's.
+        kl: mean KL(model || export) of a token's prediction, in nats, on random ids, computed in
+            float32 with activations as they are.
+        top1: share of tokens whose likeliest next token is the same.
+    """
+
+    before: int
+    after: int
+    kl: float
+    top1: float
+
+
+class Session:
+    """An OpenVINO export that runs; it goes on from what it was given before.
+
+    Args:
+        folder: of `export`.
+        **properties: of OpenVINO, such as `INFERENCE_PRECISION_HINT="f32"`; without it OpenVINO
+            computes in bfloat16 where the processor can.
+
+    Raises:
+        InputError: `folder` is no export.
+        MissingExtraError: OpenVINO is not installed.
+    """
+
+    def __init__(self, folder: Path | str, **properties: Any) -> None:
+        graph = Path(folder) / GRAPH
+        if not graph.is_file():
+            raise InputError(f"{folder} is no OpenVINO export: it has no {GRAPH}")
+        compiled = _library("openvino").Core().compile_model(graph, "CPU", properties)
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+        self._request = compiled.create_infer_request()
+        self._past = 0
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the logits (rows, tokens, vocabulary), float32, of ids (rows, tokens)."""
+        rows, tokens = ids.shape
+        now = self._past + tokens
+        feed = {
+            "input_ids": ids.numpy(),
+            "attention_mask": torch.ones(rows, now, dtype=torch.int64).numpy(),
+            "position_ids": torch.arange(self._past, now).repeat(rows, 1).numpy(),
+            "beam_idx": torch.arange(rows, dtype=torch.int32).numpy(),
+        }
+        feed = {name: value for name, value in feed.items() if name in self._inputs}
+        self._past = now
+        return torch.from_numpy(self._request.infer(feed)["logits"].copy()).float()
+
+    def reset(self) -> None:
+        """Forget what was given before."""
+        self._request.reset_state()
+        self._past = 0
+
+
+def export(
+    name: str,
+    output: Path,
+    *,
+    to: str = "openvino",
+    weights: str = "int8",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    say: Say | None = None,
+) -> Exported:
+    """Write a model in the form of another engine, and check it against the model.
+
+    Args:
+        name: hub id, local folder, `.gguf` file, or `builtin:NAME`. It is held in memory whole.
+        output: the new folder; replaced only with `overwrite`, and only when all is done.
+        to: the engine, of `ENGINES`.
+        weights: `int8` (symmetric, one scale an output row: zeros stay zeros) or `own`.
+        say: called with each of `STEPS` as it begins.
+
+    Raises:
+        InputError: an unknown engine or form of weights, or `output` cannot be written.
+        MissingExtraError: a library is not installed.
+        ModelError: the model cannot be opened, the library cannot convert it, or what it made
+            is another model.
+    """
+    if to not in ENGINES:
+        raise InputError(
+            f"cannot export to '{to}': {nearest(to, ENGINES)} (docs/deploy.md tells of others)"
+        )
+    if weights not in WEIGHTS:
+        raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
+    check_output_folder(output, overwrite=overwrite)
+    for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23
+        _library(library)
+    tell, began = say or (lambda step: None), time.perf_counter()
+    folder = resolve_model(name)
+    own = getattr(load_config(folder, name, trust_remote_code), "dtype", None)
+    opened = open_model(
+        name,
+        dtype="auto" if own is None else str(own).removeprefix("torch."),
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+    )
+    with atomic_folder(output) as beside, disk_errors(output):
+        tell("convert")
+        with _quiet():
+            _convert(opened, weights, beside)
+        converted = time.perf_counter() - began
+        opened.tokenizer.save_pretrained(beside)
+        tell("check")
+        kl, top1 = _difference(opened, beside)
+        if not kl <= WEIGHTS[weights]:
+            raise ModelError(
+                f"the export of {name} is another model (KL {kl:.3g} nats a token, at most "
+                f"{WEIGHTS[weights]:g} with {weights} weights): nothing was written"
+            )
+        tell("hash")
+        manifest = {
+            "kind": "export",
+            "engine": to,
+            "weights": weights,
+            "model": {"name": name, "sha256": opened.fingerprint},
+            "versions": versions()
+            | {one: importlib.metadata.version(one) for one in ("openvino", "nncf")},
+            "files": file_hashes(beside),
+        }
+        write_json(beside / MANIFEST, sealed(manifest))
+        seconds = {"convert": converted, "all": time.perf_counter() - began}
+        write_json(beside / RUN, run_record(seconds) | {"kl": kl, "top1": top1})
+        after = sum(path.stat().st_size for path in beside.glob("*.bin"))
+    before = sum((folder / file).stat().st_size for file in weight_files(folder))
+    return Exported(before, after, kl, top1)
+
+
+def _library(name: str) -> Any:
+    """Import a library of the extra `export`.
+
+    Both report each use to their makers where `openvino_telemetry` can be imported; calmix sends
+    nothing, so here it cannot.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError("an export to OpenVINO", "export") from error
+
+
+def _ids(vocabulary: int) -> Tensor:
+    """Return random token ids (ROWS, LENGTH), the same each time."""
+    return torch.randint(vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
+    """Write the graph of a decoding step of any number of tokens, its cache a state inside it.
+
+    Raises:
+        ModelError: the library cannot.
+    """
+    import nncf
+    from transformers.exporters import (
+        NNCFOpenVINOQuantizer,
+        NNCFWeightCompressionConfig,
+        OpenVINOConfig,
+        OpenVINOExporter,
+    )
+    from transformers.exporters.utils import decompose_for_generation
+
+    ids = _ids(opened.model.config.get_text_config().vocab_size)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # of ones alone, the graph would have no mask
+    quantizer = None
+    if weights == "int8":
+        mode = nncf.CompressWeightsMode.INT8_SYM
+        quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=mode))
+    try:
+        parts = decompose_for_generation(
+            opened.model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+        )
+        made = OpenVINOExporter().export(
+            *parts["decode"], OpenVINOConfig(dynamic=True, quantizer=quantizer)
+        )
+        made.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # torch, transformers, OpenVINO and NNCF raise anything
+        told = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"transformers cannot export {opened.name}: {told[:300]}") from error
+
+
+def _difference(opened: OpenModel, folder: Path) -> tuple[float, float]:
+    """Return mean KL(model || export) in nats, and how often both have one likeliest token."""
+    ids = _ids(opened.model.config.get_text_config().vocab_size)
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    session = Session(folder, **exact, KV_CACHE_PRECISION="f32")
+    half = LENGTH // 2
+    after = torch.cat([session(ids[:, :half]), session(ids[:, half:])], 1).log_softmax(-1)
+    with torch.no_grad():
+        before = opened.model.float()(ids).logits.log_softmax(-1)
+    kl = (before.exp() * (before - after)).sum(-1)
+    same = before.argmax(-1) == after.argmax(-1)
+    return float(kl.mean()), float(same.float().mean())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep tables, bars and advice of the libraries from the terminal."""
+    logs = [logging.getLogger(name) for name in ("nncf", "transformers.exporters")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
