@@ -16,6 +16,7 @@ from calmix.cli import (
     compress,
     evaluate,
     generate,
+    hub,
     listing,
     pack,
     prune,
@@ -58,6 +59,7 @@ generate.register(app)
 evaluate.register(app)
 compare.register(app)
 pack.register(app)
+hub.register(app)
 listing.register(app)
 study.register(app)
 trust.register(app)

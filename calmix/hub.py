@@ -1,0 +1,79 @@
+"""Push what calmix has made to the Hugging Face hub: a model with its card, plain or as a pack."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from calmix.errors import InputError, disk_errors
+from calmix.models.opening import check_folder
+from calmix.models.shards import PACK
+from calmix.packed import pack as write_pack
+
+CARD = "README.md"
+# What a repository held before must not be taken for a part of what it holds now.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", PACK]
+
+
+def push(
+    folder: Path,
+    repository: str,
+    *,
+    pack: bool = False,
+    private: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> str:
+    """Upload a model folder or a pack in one commit, and return the repository's address.
+
+    Args:
+        folder: of a model, or a pack. Its card is README.md, as `calmix report` writes it.
+        repository: `owner/name` on the hub; made if there is none.
+        pack: upload a pack of the model, made beside it first.
+        private: make the repository private, if it is made.
+        say: called with what is being done.
+
+    Raises:
+        InputError: `folder` is no model folder or a pack already, `repository` is no hub id, or
+            the hub refuses or cannot be reached.
+    """
+    tell = say or (lambda line: None)
+    is_pack = (folder / PACK).is_file()
+    if not is_pack:
+        check_folder(folder)
+    elif pack:
+        raise InputError(f"{folder} is a pack already: leave --pack out")
+    if not pack:
+        return _upload(folder, repository, private, tell)
+    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder.absolute().parent) as place:
+        tell("pack")
+        packed = Path(place) / "pack"
+        write_pack(folder, packed)
+        return _upload(packed, repository, private, tell)
+
+
+def _upload(folder: Path, repository: str, private: bool, tell: Callable[[str], None]) -> str:
+    from huggingface_hub import HfApi, errors
+
+    hub = HfApi()
+    tell("upload")
+    try:
+        made = hub.create_repo(repository, private=private or None, exist_ok=True)
+        hub.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message="Model and card by calmix",
+            delete_patterns=REPLACED,
+        )
+        return str(made)
+    except errors.HFValidationError as error:
+        raise InputError(f"'{repository}' is no hub id: write owner/name") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        told = "log in first (hf auth login)" if status == 401 else f"status {status}"
+        raise InputError(f"the hub refuses a push to {repository}: {told}") from error
+    except Exception as error:  # offline, in the many forms the hub client gives it
+        raise InputError(
+            f"the hub cannot be reached for {repository} ({type(error).__name__}): nothing was "
+            "pushed; go online, or upload the folder later"
+        ) from error
