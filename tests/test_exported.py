@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -93,6 +94,18 @@ def test_an_export_is_small_keeps_zeros_and_tells_what_it_is_of(pruned: Path, ma
 
 
 @needs_openvino
+def test_what_is_changed_in_an_export_is_told(made: Path, tmp_path: Path, calmix: Run) -> None:
+    ended = calmix("inspect", made)
+    assert ended.code == 0, ended.err
+    assert "openvino, int8 weights" in ended.out
+    shutil.copytree(made, tmp_path / "changed")
+    with (tmp_path / "changed" / "openvino_model.bin").open("ab") as file:
+        file.write(b"\0")
+    ended = calmix("inspect", tmp_path / "changed")
+    assert (ended.code, "openvino_model.bin is damaged or changed" in ended.err) == (2, True)
+
+
+@needs_openvino
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "olmo2", "phi3"])
 def test_with_its_own_weights_an_export_is_the_model(kind: str, tmp_path: Path) -> None:
@@ -134,3 +147,6 @@ def test_mistakes_are_one_line(
     refused("needs an optional dependency: pip install 'calmix[export]'", pruned, "-o", out)
     monkeypatch.setattr(exported, "_library", lambda name: None)
     refused("has no config.json: it is not a model folder", full, "-o", out)
+    inside = pruned.parent / "model"
+    inside.symlink_to(pruned)
+    refused(f"it is not a model folder, but {inside} is", pruned.parent, "-o", out)

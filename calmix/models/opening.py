@@ -328,7 +328,9 @@ def check_folder(folder: Path) -> None:
             f"{folder} is a pack: 'calmix unpack {folder} -o OUT' first, or calmix.load in Python"
         )
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json: it is not a model folder")
+        inside = folder / "model"
+        hint = f", but {inside} is" if (inside / "config.json").is_file() else ""
+        raise ModelError(f"{folder} has no config.json: it is not a model folder{hint}")
     if (folder / "model.safetensors.index.json").is_file():
         for shard in weight_files(folder):
             if not (folder / shard).is_file():

@@ -18,6 +18,7 @@ from calmix.calibration import CalibrationSet
 from calmix.calibration.set import is_saved_set
 from calmix.capability.scores import load_scores
 from calmix.errors import CalmixError, InputError
+from calmix.exported import MANIFEST as EXPORT
 from calmix.files import read_object, sha256_json
 from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import Shards, read_tensor
@@ -78,7 +79,7 @@ class Health:
 
 
 def inspect(path: Path, *, tick: Callable[[str], None] | None = None) -> Health:
-    """Check a pruned or recovered checkpoint, calibration set, study or file of scores.
+    """Check a pruned or recovered checkpoint, export, calibration set, study or file of scores.
 
     Args:
         path: the folder, or its manifest.
@@ -97,6 +98,8 @@ def inspect(path: Path, *, tick: Callable[[str], None] | None = None) -> Health:
         return _store(folder, say)
     if (folder / MANIFEST).is_file():
         return _checkpoint(folder, say)
+    if (folder / EXPORT).is_file():
+        return _export(folder, say)
     if is_saved_set(folder):
         return _calibration(folder)
     if (folder / RECORD).is_file():
@@ -180,6 +183,27 @@ def _checkpoint(folder: Path, say: Callable[[str], None]) -> Health:
             f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: more "
             "rows would tell the solver more"
         )
+    return health
+
+
+def _export(folder: Path, say: Callable[[str], None]) -> Health:
+    health = Health(str(folder), "export")
+    path = folder / EXPORT
+    try:
+        manifest = read_manifest(path)
+        health.facts = {
+            "model": manifest["model"]["name"],
+            "engine": f"{manifest['engine']}, {manifest['weights']} weights",
+            "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+        }
+        kept = dict(manifest["files"])
+    except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
+        health.problems = [f"{path} cannot be checked: {_first(error)}"]
+        return health
+    if not seal_holds(manifest):
+        health.problems.append(f"{path} is damaged or changed: its hash is another")
+    found = file_hashes(folder, without=(EXPORT, RUN, CARD), tick=say)
+    health.problems += changed_files(folder, kept, found)
     return health
 
 
