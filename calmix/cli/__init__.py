@@ -84,6 +84,7 @@ def _command() -> Any:
 
 def main() -> None:
     """Run the command line. Exit code 2 and one line for a mistake; 130 for an interrupt."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own, which may not be installed here
     try:
         code = _command()(prog_name="calmix", standalone_mode=False)
     except UsageError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,28 @@ def test_without_a_verb_help_is_shown_and_the_code_says_it_was_a_mistake(
     ended = calmix()
     assert ended.code == 2
     assert "calibrate" in ended.out + ended.err
+
+
+def test_a_notebooks_backend_of_figures_is_not_the_command_lines(
+    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel of another environment hands its own down to `!calmix`; it need not be here."""
+    monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend_inline")
+    assert calmix("--version").code == 0
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("calmix comp", ["compare", "compress"]), ("calmix sources ls --d", ["--dimension"])],
+)
+def test_a_shell_is_told_how_a_line_may_go_on(
+    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, words: str, offered: list[str]
+) -> None:
+    monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert sorted(calmix().out.split()) == offered
 
 
 @pytest.mark.parametrize(
