@@ -41,6 +41,11 @@ def printable(text: str) -> str:
 class Terminal(Console):
     """A console that shows names and paths as they are: they may hold markup, or escape codes."""
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody looks on: FORCE_COLOR, which notebooks set, makes no file a terminal."""
+        return self.file.isatty()
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text as it is printed."""
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 from collections.abc import Callable
 
 import pytest
 
+from calmix.cli.common import Terminal
 from tests.conftest import Ended
 
 
@@ -31,6 +33,16 @@ def test_a_notebooks_backend_of_figures_is_not_the_command_lines(
     monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend_inline")
     assert calmix("--version").code == 0
     assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_a_file_is_no_terminal_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Terminal(file=io.StringIO())
+    assert not console.is_terminal
+    console.print("[bold]plain[/]", style="red")
+    assert console.file.getvalue() == "[bold]plain[/]\n"
 
 
 @pytest.mark.parametrize(
