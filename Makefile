@@ -69,6 +69,10 @@ docs: $(VENV)/.ready
 	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs studies out/site-src
 	$(BIN)/typer calmix.cli utils docs --name calmix --title 'calmix' \
 	  --output out/site-src/docs/cli.md
+	$(BIN)/python -c 'import calmix; print("# Python", *(f"::: {home}.{name}" for name, home in \
+	  sorted(calmix._HOMES.items())), sep="\n\n")' > out/site-src/docs/api.md
+	$(BIN)/jupyter-nbconvert --to markdown --log-level WARN out/site-src/docs/notebooks/*.ipynb
+	sed -i.bak 's/\.ipynb)/.md)/' out/site-src/docs/tasks/*.md && rm out/site-src/docs/tasks/*.bak
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # llm-compressor, to measure against, lives in an environment of its own.

@@ -107,12 +107,18 @@ def test_what_is_changed_in_an_export_is_told(made: Path, tmp_path: Path, calmix
 
 @needs_openvino
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "olmo2", "phi3"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "olmo2", "phi3", "mixtral"])
 def test_with_its_own_weights_an_export_is_the_model(kind: str, tmp_path: Path) -> None:
+    """Beyond the window of those with one, and in more steps than the export was checked with."""
     folder = save_tiny_model(tmp_path / "model", kind)
     found = export(str(folder), tmp_path / "out", weights="own")
     assert found.kl < 1e-5
     assert found.top1 == 1
+    ids = tiny_ids(2, 40, seed=5)
+    session = Session(tmp_path / "out", **EXACT)
+    parts = torch.cat([session(ids[:, at : at + 8]) for at in range(0, 40, 8)], 1)
+    wanted = calmix.open_model(str(folder)).model(ids).logits
+    torch.testing.assert_close(parts, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
 
 def test_what_is_another_model_is_not_written(
