@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,9 +50,13 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its export, by the command line."""
+    """Its export, by the command line, which says one line whatever the libraries have to say."""
     output = tmp_path_factory.mktemp("made") / "export"
-    assert not app(["export", str(pruned), "-o", str(output)], standalone_mode=False)
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        assert not app(["export", str(pruned), "-o", str(output)], standalone_mode=False)
+    assert err.getvalue() == ""
+    assert out.getvalue().count("\n") == 1
+    assert "same first choice" in out.getvalue()
     return output
 
 
