@@ -15,6 +15,7 @@ from calmix.cli import (
     compare,
     compress,
     evaluate,
+    export,
     generate,
     hub,
     listing,
@@ -59,6 +60,7 @@ generate.register(app)
 evaluate.register(app)
 compare.register(app)
 pack.register(app)
+export.register(app)
 hub.register(app)
 listing.register(app)
 study.register(app)

@@ -1,4 +1,4 @@
-"""`calibrate`, `export` and `measure`: make a calibration set, hand it on, tell what it is like."""
+"""`calibrate` and `measure`: make a calibration set, tell what its text is like."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from calmix.cli.common import (
 )
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
-from calmix.files import check_output_file, check_output_folder, user_path
+from calmix.files import check_output_folder, user_path
 from calmix.sources import load_sources
 
 Spec = Annotated[
@@ -48,7 +48,6 @@ ForModel = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("calibrate", rich_help_panel=TEXT)(calibrate)
-    app.command("export", rich_help_panel=TEXT)(export)
     app.command("measure", rich_help_panel=TEXT)(measure)
 
 
@@ -143,39 +142,6 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, int] | None:
     if leakage == "off":
         return None
     return {name: len(entries) for name, entries in leakage["dropped"].items()}
-
-
-def export(
-    folder: Annotated[
-        Path, typer.Argument(metavar="SET", show_default=False, help="A saved calibration set.")
-    ],
-    model: ForModel,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", show_default=False,
-            help="A .jsonl file (text), or a folder for datasets.load_from_disk (ids and text).",
-        ),
-    ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file or folder.")
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:  # fmt: skip
-    """Export a calibration set for other tools, as text or as a datasets folder."""
-    from calmix.calibration import CalibrationSet, open_tokenizer
-    from calmix.calibration.export import export_datasets, export_jsonl
-
-    text = output.suffix.lower() == ".jsonl"
-    (check_output_file if text else check_output_folder)(output, overwrite=overwrite)
-    CalibrationSet.open(folder)
-    opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
-    made = CalibrationSet.open(folder, opened)
-    if text:
-        export_jsonl(made, opened.tokenizer, output)
-    else:
-        export_datasets(made, opened.tokenizer, output, overwrite=overwrite)
-    out.print(f"{output}: {made.rows} rows of {made.length} tokens", soft_wrap=True)
 
 
 def measure(
