@@ -33,6 +33,12 @@ hypothesis.settings.register_profile(
     max_examples=200 if os.environ.get("CALMIX_LONG") else 25,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
+# For `make mutants`: an example that fails is not made smaller, which takes most of the time.
+hypothesis.settings.register_profile(
+    "once",
+    hypothesis.settings.get_profile("calmix"),
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
 hypothesis.settings.load_profile("calmix")
 
 

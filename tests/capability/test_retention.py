@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -9,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix.capability.measures import parts
+from calmix.capability.measures import Measure, mean_score, noise, parts
 from calmix.capability.records import TaskScores, from_mapping
-from calmix.capability.retention import resampled, retention
+from calmix.capability.retention import (
+    TaskRetention,
+    column_means,
+    estimate,
+    item_weights,
+    resampled,
+    retention,
+)
 from calmix.errors import InputError
 from tests.capability.helpers import accuracy, bits, choices
 
@@ -52,7 +60,8 @@ def test_a_task_at_chance_is_flagged_and_left_out_of_the_corrected_mean() -> Non
     assert weak.kept.value is None
     dimension = found.dimensions[0]
     assert dimension.without_signal == ("weak",)
-    assert dimension.kept.value == good.kept.value
+    assert dimension.kept == good.kept  # its resamples count no more than its value
+    assert dimension.tasks == 2
 
 
 def test_a_dimension_without_any_signal_has_no_value_and_does_not_count() -> None:
@@ -154,8 +163,10 @@ def test_a_tasks_interval_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_other_tasks_or_items_are_refused() -> None:
-    with pytest.raises(InputError, match="different tasks"):
-        retention([right(5, 10, name="a")], [right(5, 10, name="b")])
+    a, b, c = (right(5, 10, name=name) for name in "abc")
+    for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
+        with pytest.raises(InputError, match=rf"different tasks \(first: {first}\)$"):
+            retention(dense, pruned)
     with pytest.raises(InputError, match=r"different items of task quiz \(10 and 20\)"):
         retention([right(5, 10)], [right(5, 20)])
 
@@ -166,3 +177,64 @@ def test_scores_survive_json() -> None:
 
     for task in suite(0):
         assert from_mapping(json.loads(json.dumps(dataclasses.asdict(task)))) == task
+
+
+@pytest.mark.parametrize(
+    ("measure", "floors"),
+    [("primary", (0.25, 0.25, 3 / math.log(2))), ("ratio", (None, None, None))],
+)
+def test_all_that_is_told_of_tasks_and_dimensions(
+    measure: Measure, floors: tuple[float | None, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    nats, sizes = rng.uniform(2, 6, 40).tolist(), rng.integers(9, 20, 40).tolist()
+    dense, pruned = (
+        [
+            right(count, 80, name="a"),
+            right(count, 50, name="b"),
+            bits([worse * value for value in nats], sizes, "c", "code"),
+        ]
+        for count, worse in ((40, 1.0), (30, 1.3))
+    )
+    found = retention(dense, pruned, measure=measure, resamples=50)
+    draws, points = [], []
+    for one, two, floor, told in zip(dense, pruned, floors, found.tasks, strict=True):
+        made = parts(one, two, measure)
+        draws.append(resampled(one.name, made, resamples=50, seed=0))
+        points.append(made.retention)
+        assert told == TaskRetention(
+            one.name, one.dimension, made.score, len(one.items),
+            None if floor is None else pytest.approx(floor),
+            mean_score(one, made.score), mean_score(two, made.score),
+            one.accuracy, two.accuracy, noise(made.whole), True, estimate(points[-1], draws[-1]),
+        )  # fmt: skip
+    general = estimate((points[0] + points[1]) / 2, column_means(draws[:2]))
+    code = estimate(points[2], draws[2])
+    assert [one.kept for one in found.dimensions] == [general, code]
+    assert [found.of(name) for name in ("general", "code")] == [general, code]
+    both = column_means([column_means(draws[:2]), draws[2]])
+    assert found.total == estimate((points[0] + points[1] + 2 * points[2]) / 4, both)
+    assert (found.measure, found.resamples, found.seed) == (measure, 50, 0)
+    assert retention(dense, pruned, resamples=50).measure == "primary"
+    told = found.to_dict()
+    assert told["total"]["value"] == found.total.value
+    assert told["tasks"][1]["name"] == "b"
+
+
+def test_signal_is_that_of_the_measure() -> None:
+    """The right choice is likely, but seldom the likeliest: no more often than by chance."""
+    rows = [[0.0, -4.0, -4.0, -4.0]] * 25 + [[0.0, 0.1, -4.0, -4.0]] * 75
+    dense = choices(rows, [0] * 100)
+    signal = {m: retention([dense], [dense], measure=m, resamples=5).tasks[0].signal
+              for m in ("primary", "accuracy", "ratio")}  # fmt: skip
+    assert signal == {"primary": True, "accuracy": False, "ratio": False}
+
+
+def test_draws_are_those_of_seed_name_and_count() -> None:
+    """On every machine and in every version: what is published can be told again."""
+    digest = hashlib.sha256(b"quiz").digest()
+    rng = np.random.default_rng([3, int.from_bytes(digest[:8], "little")])
+    expected = rng.multinomial(7, [1 / 7] * 7, size=20)
+    found = item_weights("quiz", 7, resamples=20, seed=3)
+    assert np.array_equal(found, expected)
+    assert found.dtype == float

@@ -24,10 +24,10 @@ def on_device(*tensors):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [Gram, Squares, Means])
 def test_statistics_stay_on_the_device(kind, dtype):
-    with tracing() as traced:
+    with tracing(None) as traced:
         sums = kind(96, CUDA)
         for length in (40, 7):
-            sums.add(torch.randn(3, length, 96, dtype=dtype))
+            sums.add(torch.randn(3, length, 96, dtype=dtype, device=CUDA))
         made = sums.matrix()
         assert on_device(made)
         assert made.dtype == torch.float32
@@ -59,13 +59,20 @@ def test_without_products_that_sum_in_float32_inputs_are_widened(monkeypatch):
 @pytest.mark.parametrize("name", [*METHODS, "sparsegpt,refit=11", "wanda,refit=1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_solve_reads_nothing(name, pattern, dtype):
-    """Layers of several sizes; what the reports need is told in one read."""
+    """Layers of several sizes; what the reports need is told in one read.
+
+    Nothing that is made on the way lies elsewhere: where nobody says, it would be on the CPU.
+    """
     method = get_method(name)
-    with tracing() as traced, trusting(), torch.inference_mode():
-        weights = [torch.randn(rows, 192, dtype=dtype) for rows in (24, 40)]
-        weights.append(torch.randn(192, 8, dtype=dtype).T)
+    with tracing(None) as traced, trusting(), torch.inference_mode():
+
+        def made(*shape, dtype=torch.float32):
+            return torch.randn(*shape, dtype=dtype, device=CUDA)
+
+        weights = [made(rows, 192, dtype=dtype) for rows in (24, 40)]
+        weights.append(made(192, 8, dtype=dtype).T)
         needs = method.needs
-        statistic = None if needs is None else torch.randn(*(192,) * (2 if needs is Gram else 1))
+        statistic = None if needs is None else made(*(192,) * (2 if needs is Gram else 1))
         solved = method.solve(weights, statistic, [pattern] * 3)
         assert on_device(*solved.weights)
         assert [w.shape for w in solved.weights] == [w.shape for w in weights]

@@ -14,6 +14,8 @@ from calmix.pruning.budget import (
     paused_bytes,
     solver_bytes,
 )
+from calmix.pruning.gram import Gram, Squares, Work, triangle
+from calmix.pruning.solvers import admm, refit
 
 MIB = 2**20
 LLAMA_8B = Sizes(
@@ -112,3 +114,67 @@ def test_amounts_of_memory(text, value):
 def test_what_is_no_amount(text):
     with pytest.raises(InputError, match="is no amount of memory"):
         parse_memory(text)
+
+
+OF_SPARSEGPT = Work(
+    gram=2 * 40 * 1500**2 * triangle(1500, 1024), factor=4 / 3 * 1500**3, products=40 * 1500**2,
+    steps=1500, cached=4 * 24 * 1500 * 40,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "work", "memory"),
+    [
+        # Weights are read in float32, compared, and written; beside them a mask and its scores.
+        ("magnitude", Work(memory=12 * 1500 * 40), 1500 * (4 * 40 + 9 * 30)),
+        ("wanda", Work(memory=12 * 1500 * 40), 1500 * (16 + 4 * 40 + 9 * 30)),
+        ("sparsegpt", OF_SPARSEGPT, 11 * 1500**2 + 4 * 1500 * 40 + 8 * 1500 * 40),
+    ],
+)
+def test_work_and_memory_by_hand(method, work, memory):
+    """40 outputs of 1,500 inputs, the largest layer of 30."""
+    assert get_method(method).work(1500, 40) == work
+    assert get_method(method).memory(1500, 40, 30) == memory
+
+
+def test_memory_of_narrow_and_of_tall_layers_by_hand():
+    """A block of 128 columns takes more than the energy; which is made of 4,096 outputs at most."""
+    sparsegpt = get_method("sparsegpt")
+    assert sparsegpt.memory(200, 40, 30) == 11 * 200**2 + 4 * 200 * 40 + 128 * 5 * 4 * 40
+    assert sparsegpt.memory(1500, 5000, 30) == 11 * 1500**2 + 4 * 1500 * 5000 + 8 * 1500 * 4096
+
+
+def test_what_follows_a_mask_is_added_by_hand():
+    taken = refit.products(40, 1500, steps=7)
+    fitting = 4 * 1500**2 + refit.memory(40, 1500) + 6 * 1500 * 40
+    wanda, sparsegpt = get_method("wanda,refit=7"), get_method("sparsegpt,refit=7")
+    assert wanda.work(1500, 40) == Work(
+        memory=12 * 1500 * 40, gram=taken.fast, products=taken.exact
+    )
+    assert sparsegpt.work(1500, 40) == dataclasses.replace(
+        OF_SPARSEGPT,
+        gram=OF_SPARSEGPT.gram + taken.fast,
+        products=OF_SPARSEGPT.products + taken.exact,
+    )
+    assert wanda.memory(1500, 40, 30) == fitting
+    assert sparsegpt.memory(100, 9000, 30) == get_method("sparsegpt").memory(100, 9000, 30)
+
+
+def test_what_admm_takes_by_hand():
+    found = admm.products(40, 1500, iterations=5, steps=3)
+    assert get_method("admm,iterations=5,refit=3").work(1500, 40) == Work(
+        gram=found.fast, factor=4 / 3 * 1500**3, products=found.exact - 4 / 3 * 1500**3
+    )
+    held = 4 * 100**2 + 2 * 100 * 5000
+    assert get_method("admm").memory(100, 5000, 4000) == held + admm.memory(5000, 100, 4000)
+    assert admm.memory(5000, 100, 4000) != admm.memory(5000, 100)  # the largest layer tells
+
+
+def test_statistics_by_hand():
+    assert Squares.work(1500, 70, cpu=True) == Work(cached=4 * 1500 * 70)
+    assert (Squares.memory(1500), Gram.memory(1500)) == (16 * 1500, 4 * 1500**2)
+    # Panels of 256 rows on a CPU, two halves of what is narrower; of 2,048 elsewhere.
+    for columns, panel in ((1, 1), (2, 1), (255, 128), (256, 128), (257, 256)):
+        share = triangle(columns, panel)
+        assert Gram.work(columns, 3, cpu=True) == Work(gram=2 * 3 * columns**2 * share)
+    assert triangle(3, 2) == (2 * 3 + 1 * 1) / 9

@@ -1,13 +1,16 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from benchmarks.traced import tracing
-from calmix.errors import SolverError
+from calmix.errors import InputError, SolverError
 from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
 from calmix.pruning.gram import Gram, Squares, inverse_factor
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.reading import trusting
+from tests.pruning.toy import Means
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -28,6 +31,33 @@ def test_gram_matches_float64(columns, dtype):
     assert (gram.matrix().double() - exact).abs().max() / scale < 1e-5
     assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
     assert torch.equal(gram.matrix(), gram.matrix().T)
+
+
+def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatch):
+    seen = []
+
+    def allowed(given):
+        seen.append(given)
+        return nullcontext()
+
+    monkeypatch.setattr(gram_module, "bfloat16_products", allowed)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        Gram(4, torch.device("cpu")).add(torch.ones(5, 4, dtype=dtype))
+    assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", [Gram, Squares])
+def test_statistics_of_several_processes_are_summed(kind):
+    one, x = kind(300, torch.device("cpu")), torch.randn(20, 300)
+    one.add(x)
+    one.reduce(lambda held: held.mul_(3))
+    exact = 3 * (x.T @ x)
+    torch.testing.assert_close(one.matrix(), exact if kind is Gram else exact.diagonal())
+
+
+def test_a_statistic_that_is_no_sum_is_not_shared():
+    with pytest.raises(InputError, match=r"^Means cannot be gathered by several processes$"):
+        Means(3, torch.device("cpu")).reduce(lambda held: held)
 
 
 @pytest.mark.parametrize("precision", ["none", "ieee", "tf32"])
@@ -104,16 +134,22 @@ def correlated(columns: int, tokens: int) -> torch.Tensor:
     return (x.T @ x).float()
 
 
-def test_factor_is_that_of_the_damped_inverse():
+@pytest.mark.parametrize("columns", [40, 311])  # LAPACK's alone, and of blocks
+def test_factor_is_that_of_the_damped_inverse(columns):
     torch.manual_seed(0)
-    gram = correlated(40, 500)
+    gram = correlated(columns, 12 * columns)
     factor = inverse_factor(gram, 0.01)
-    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(40)
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(columns)
     inverse = torch.linalg.inv(damped)
     upper = factor.upper.double()
     assert torch.equal(factor.upper, factor.upper.triu())
     assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-4 * inverse.max())
     assert (factor.damping, factor.dtype, int(factor.dead.sum())) == (0.01, torch.float32, 0)
+    assert factor.upper.dtype == torch.float32
+    for scale in (2.0**-30, 2.0**30):  # of whatever units the inputs are
+        scaled = inverse_factor(scale * gram)
+        assert (scaled.damping, scaled.raised) == (0.01, 1)
+        torch.testing.assert_close(scaled.upper * scale**0.5, factor.upper)
 
 
 def test_damping_is_raised_and_recorded_never_skipped():
@@ -130,7 +166,7 @@ def test_damping_is_raised_and_recorded_never_skipped():
     assert factor.dtype == torch.float64
     assert factor.damping == pytest.approx(1.0)
     values[0] = -5
-    with pytest.raises(SolverError, match="not positive definite"):
+    with pytest.raises(SolverError, match="not positive definite even with damping 1: use more"):
         inverse_factor((basis * values @ basis.T).float(), 0.01)
 
 
@@ -139,16 +175,24 @@ def test_attempts_at_a_factor_in_order(monkeypatch):
     invert, failures = gram_module._invert_factor, []
 
     def failing(h):
-        return [torch.tensor(failures.pop())] if failures else invert(h)
+        how = failures.pop() if failures else None
+        if how in ("nan", "zero"):  # LAPACK finds nothing wrong
+            list(invert(h))
+            h[0, 1] = h[0, 1] if how == "zero" else torch.nan
+            h[2, 2] = 0 if how == "zero" else h[2, 2]
+            return [torch.tensor(0)]
+        return [torch.tensor(1)] if how else invert(h)
 
     monkeypatch.setattr(gram_module, "_invert_factor", failing)
     found = []
-    for count in range(4):
-        failures.extend([1] * count)
+    for hows in ([], ["failed"], ["nan", "zero"], ["failed"] * 3):
+        failures.extend(hows)
         factor = inverse_factor(torch.eye(4), 0.01)
-        found.append((factor.damping, factor.dtype))
+        found.append((factor.damping, factor.dtype, factor.raised))
     single, double = torch.float32, torch.float64
-    assert found == [(0.01, single), (0.1, single), (0.1, double), (1.0, double)]
+    assert found == [
+        (0.01, single, 1), (0.1, single, 10), (0.1, double, 10), (1.0, double, 100),
+    ]  # fmt: skip
 
 
 def test_unusable_inputs():

@@ -182,6 +182,21 @@ def test_sparsegpt_reports_the_error_it_makes():
     assert lost < 0.8 * output_error(weight, masked, gram)
 
 
+@pytest.mark.parametrize("panel", [7, 40, 1024])
+def test_sparsegpt_energy_is_the_diagonal_of_w_h_w(panel, monkeypatch):
+    """However many inputs and outputs are taken at a time."""
+    monkeypatch.setattr(sparsegpt, "ENERGY_PANEL", panel)
+    monkeypatch.setattr(sparsegpt, "ENERGY", panel)
+    weight, gram = problem(rows=24, columns=40)
+    w, h = as_tensors(weight, gram)
+    expected = np.einsum("ij,jk,ik->i", weight, gram, weight)
+    np.testing.assert_allclose(sparsegpt._energy(w.T, h).numpy(), expected, rtol=1e-4)
+    solved = SparseGPT(damping=1e-4).solve([w[:9], w[9:]], h, [Unstructured(0.5)] * 2)
+    for part, pruned, error in zip((w[:9], w[9:]), solved.weights, solved.errors, strict=True):
+        lost, whole = (output_error(part, other, gram) for other in (pruned, 0 * part))
+        assert error == pytest.approx(lost / whole, rel=0.05)
+
+
 def test_sparsegpt_dead_inputs_go_first_and_kept_weights_stay():
     weight, gram = problem(rows=8, columns=20)
     gram[5] = gram[:, 5] = 0

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 
 import calmix as api
@@ -49,7 +49,12 @@ def shipped(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-methods\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[calmix.methods]\ntoy = tests.pruning.toy:Toy\ngone = toy_methods_gone:Gone\n"
-        "other = tests.pruning.toy:Toy\n"
+        "other = tests.pruning.toy:Toy\nnone = json:dumps\nsilent = toy_silent:Toy\n"
+        "late = toy_late:Late\n"
+    )
+    (site / "toy_silent.py").write_text("raise RuntimeError\n")
+    (site / "toy_late.py").write_text(
+        "from tests.pruning.toy import Toy\nclass Late(Toy):\n    name = 'late'\n"
     )
     monkeypatch.syspath_prepend(str(site))
 
@@ -171,6 +176,9 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
         ("tox", r"unknown method 'tox': did you mean toy\?"),
         ("gone", r"the method 'gone' .* cannot be loaded: ModuleNotFoundError"),
         ("other", "tests.pruning.toy:Toy is no method of the name 'other'"),
+        ("none", "json:dumps is no method of the name 'none'"),
+        ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
+        ("pytest", "unknown method 'pytest'"),  # another group's entry point
         ("toy,strength", "'strength' is not of the form option=value"),
         ("toy,strength=", "'strength=' is not of the form option=value"),
         ("toy,strength=1,strength=2", "gives strength twice"),
@@ -184,6 +192,45 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
 def test_mistakes_are_one_line(shipped, method, says):
     with pytest.raises(InputError, match=says):
         get_method(method)
+
+
+def test_methods_that_cannot_be_loaded_are_left_out(shipped):
+    assert {"toy", "late", "wanda"} < set(methods())
+    assert not {"gone", "other", "none", "silent"} & set(methods())
+
+
+def test_options_of_a_method_in_hand():
+    toy = Toy(strength=3)
+    assert get_method(toy) is toy
+    assert get_method(toy, strength=2) == Toy(strength=2)
+    wanda = get_method("wanda , refit = 2")
+    assert wanda.options == {"refit": 2}
+    assert get_method(get_method("sparsegpt,damping=0.5"), refit=3).options == {
+        "damping": 0.5, "refit": 3,
+    }  # fmt: skip
+
+
+def test_what_a_method_itself_refuses_is_told_in_its_words():
+    class Odd(Toy):
+        name = "odd"
+
+        @model_validator(mode="after")
+        def odd(self):
+            if self.strength % 2 == 0:
+                raise ValueError("the strength is even")
+            return self
+
+    class Plain(Method):
+        name, statistic = "plain", None
+        solve = Toy.solve
+
+    register(Plain)
+    with pytest.raises(InputError, match=r"^x has no effect with method plain: it has none$"):
+        get_method("plain,x=1")
+    assert register(Odd) is Odd
+    register(Odd)  # once more
+    with pytest.raises(InputError, match=r"^method odd: options \{.*\}: the strength is even$"):
+        get_method("odd,strength=2")
 
 
 def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, text_file, tmp_path):
@@ -209,6 +256,10 @@ def test_what_cannot_be_a_method_is_refused():
 
         def solve(self, weights, statistic, patterns): ...
 
+    class Blind(Method):
+        name = "blind"
+        solve = Toy.solve
+
     class Unsolved(Method):
         name, statistic = "unsolved", None
 
@@ -233,7 +284,9 @@ def test_what_cannot_be_a_method_is_refused():
         (Reserved, "has an option rows, which is every prune's"),
         (Open, "the option limit of the method open has no default"),
         (Odd, "a method's name is of small letters"),
+        (Blind, "has no statistic"),
         (int, "is no subclass of"),
+        (3, "3 is no subclass of"),
     ]:
         with pytest.raises(InputError, match=says):
             register(kind)
