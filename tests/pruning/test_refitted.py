@@ -10,6 +10,7 @@ from calmix.pruning import prune
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
+from calmix.pruning.solvers import admm, refit, ria
 from calmix.specs import prune_request
 from tests.tiny import tiny_ids, tiny_model
 
@@ -40,6 +41,42 @@ def test_a_refit_keeps_the_mask_and_lowers_the_error(name, pattern):
     assert error(weight, after.weights[0], gram) < least * (1 if name == "sparsegpt" else 0.7)
     energy = float((weight.double() @ gram.double() * weight.double()).sum())
     assert after.errors == [pytest.approx(error(weight, after.weights[0], gram) / energy, rel=1e-3)]
+
+
+@pytest.mark.parametrize(
+    "text", ["sparsegpt", "sparsegpt,refit=2", "admm", "wanda", "wanda,refit=2", "ria", "magnitude"]
+)
+def test_inputs_that_never_fired_are_counted(text):
+    weight, gram = problem()
+    gram[[3, 7]] = 0
+    gram[:, [3, 7]] = 0
+    method = get_method(text)
+    statistic = {None: None, Gram: gram}.get(method.needs, gram.diagonal())
+    made = method.solve([weight] * 2, statistic, [Unstructured(0.5)] * 2)
+    assert int(made.dead) == (0 if text == "magnitude" else 2)
+    assert len(made.weights) == len(made.pruned) == len(made.errors) == 2
+    known = "refit" in text or text in ("sparsegpt", "admm")
+    assert [error is not None for error in made.errors] == [known] * 2
+
+
+def test_options_reach_the_solver():
+    weight, gram = problem()
+    half = [Unstructured(0.5)]
+    made = get_method("admm,iterations=3,rho=2,damping=0.1,refit=1").solve([weight], gram, half)
+    plain = admm.admm([weight], gram, half, iterations=3, rho=2.0, damping=0.1, steps=1)
+    assert torch.equal(made.weights[0], plain.weights[0])
+    assert (made.errors, made.damping) == (list(plain.errors), plain.damping)
+    assert made.dtype == torch.float32
+    linear = get_method("ria,power=1").solve([weight], gram.diagonal(), half)
+    assert torch.equal(linear.weights[0], ria.ria([weight], gram.diagonal(), half, power=1.0)[0])
+    assert not torch.equal(
+        linear.weights[0], get_method("ria").solve([weight], gram.diagonal(), half).weights[0]
+    )
+    damped = get_method("sparsegpt,damping=0.3").solve([weight], gram, half)
+    assert (damped.damping, damped.dtype) == (0.3, torch.float32)
+    chosen = get_method("wanda").solve([weight], gram.diagonal(), half).weights
+    fitted = get_method("wanda,refit=3").solve([weight], gram, half).weights
+    assert torch.equal(fitted[0], refit.refit([weight], chosen, gram, steps=3).weights[0])
 
 
 def test_admm_loses_less_than_sparsegpt_with_a_refit():
