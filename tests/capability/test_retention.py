@@ -181,7 +181,11 @@ def test_scores_survive_json() -> None:
 
 @pytest.mark.parametrize(
     ("measure", "floors"),
-    [("primary", (0.25, 0.25, 3 / math.log(2))), ("ratio", (None, None, None))],
+    [
+        ("primary", (0.25, 0.25, 3 / math.log(2))),
+        ("accuracy", (0.25, 0.25, None)),
+        ("ratio", (None, None, None)),
+    ],
 )
 def test_all_that_is_told_of_tasks_and_dimensions(
     measure: Measure, floors: tuple[float | None, ...]

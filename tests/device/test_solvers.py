@@ -36,13 +36,22 @@ def test_statistics_stay_on_the_device(kind, dtype):
     assert not traced.copies
 
 
-def test_a_gram_matrix_is_summed_in_place():
+def test_a_gram_matrix_is_summed_in_place(monkeypatch):
     """No product is as large as the sum itself: a wide layer's would take gigabytes."""
+    places, addmm = [], torch.addmm
+
+    def told(*given, **options):
+        assert options["out_dtype"] == torch.float32
+        places.append(options["out"]._base)
+        return addmm(*given, **options)
+
+    monkeypatch.setattr(torch, "addmm", told)
     with tracing() as traced:
         sums = Gram(4096, CUDA)
         traced.operations.clear()
         sums.add(torch.randn(1, 8, 4096, dtype=torch.bfloat16))
-    assert traced.operations == {"randn": 1, "addmm": 2}  # two panels of the upper triangle
+        assert traced.operations == {"randn": 1, "addmm": 2}  # two panels of the upper triangle
+        assert [place is sums.matrix() for place in places] == [True, True]
 
 
 def test_without_products_that_sum_in_float32_inputs_are_widened(monkeypatch):
