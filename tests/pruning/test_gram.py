@@ -33,6 +33,25 @@ def test_gram_matches_float64(columns, dtype):
     assert torch.equal(gram.matrix(), gram.matrix().T)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor on the CPU that says it lies on a device without products of its own."""
+
+    device = property(lambda self: torch.device("xpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_way_taken_on_an_accelerator_gives_the_same_sums(dtype):
+    x = 30 * torch.randn(2, 500, 40).to(dtype)
+    gram, squares = Gram(40, torch.device("cpu")), Squares(40, torch.device("cpu"))
+    for part in x:
+        gram.add(part.as_subclass(Elsewhere))
+        squares.add(part.as_subclass(Elsewhere))
+    flat = x.double().reshape(-1, 40)
+    exact = flat.T @ flat
+    assert (gram.matrix().double() - exact).abs().max() / exact.max() < 1e-5
+    assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
+
+
 def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatch):
     seen = []
 
@@ -168,6 +187,19 @@ def test_damping_is_raised_and_recorded_never_skipped():
     values[0] = -5
     with pytest.raises(SolverError, match="not positive definite even with damping 1: use more"):
         inverse_factor((basis * values @ basis.T).float(), 0.01)
+
+
+def test_a_factor_beyond_single_precision_is_made_in_double():
+    """Whole numbers of rank 20 in 40, damped by less than float32 can add to them."""
+    x = torch.randint(-3, 4, (20, 40), generator=torch.Generator().manual_seed(0)).float()
+    gram = x.T @ x
+    factor = inverse_factor(gram, 1e-9)
+    assert (factor.dtype, factor.damping) == (torch.float64, pytest.approx(1e-8))
+    assert factor.upper.dtype == torch.float32
+    damped = gram.double() + 1e-8 * gram.diagonal().double().mean() * torch.eye(40)
+    inverse = torch.linalg.inv(damped)
+    upper = factor.upper.double()
+    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-4 * inverse.max())
 
 
 def test_attempts_at_a_factor_in_order(monkeypatch):

@@ -37,6 +37,7 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
     score = np.random.default_rng(seed).integers(0, levels, (groups, size)).astype(np.float32)
     count = round(share * size)
     marked = smallest(torch.from_numpy(score), count).numpy()
+    assert marked.dtype == bool
     assert (marked.sum(1) == count).all()
     assert (marked == stable_mask(score, count, 1)).all()
     # The two ways taken on an accelerator: rows that are sorted, and longer ones.
@@ -45,6 +46,14 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
             with mock.patch("calmix.pruning.patterns.SORTED", most):
                 there = _smallest_in_parallel(torch.from_numpy(score), count).numpy()
             assert (there == marked).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1700, 4999, 5000])
+def test_the_smallest_of_a_long_row_are_those_of_a_sort(count):
+    score = np.random.default_rng(count).standard_normal((3, 5000)).astype(np.float32)
+    marked = smallest(torch.from_numpy(score), count).numpy()
+    assert marked.dtype == bool
+    assert (marked == stable_mask(score, count, 1)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -74,6 +83,7 @@ def test_count_is_rounded_once():
     assert Unstructured(0.5).count(3) == 2
     assert SemiStructured(2, 4).sparsity == 0.5
     assert SemiStructured(1, 4).sparsity == 0.75
+    assert (SemiStructured(1, 4).count(12), type(SemiStructured(1, 4).count(12))) == (9, int)
 
 
 @pytest.mark.parametrize("text", ["2/4", "2", "", ":4", "a:b", "-1:4", "2:4:8"])
