@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix.capability.measures import Measure, mean_score, noise, parts
+from calmix.capability.measures import Measure, Parts, mean_score, noise, parts
 from calmix.capability.records import TaskScores, from_mapping
 from calmix.capability.retention import (
     TaskRetention,
@@ -242,3 +242,11 @@ def test_draws_are_those_of_seed_name_and_count() -> None:
     found = item_weights("quiz", 7, resamples=20, seed=3)
     assert np.array_equal(found, expected)
     assert found.dtype == float
+
+
+def test_a_resample_with_nothing_to_keep_has_no_value() -> None:
+    made = Parts("accuracy", np.array([0.5, 0.0]), np.array([1.0, 0.0]))
+    times = item_weights("quiz", 2, resamples=20, seed=0)[:, 0]
+    assert {0.0, 1.0, 2.0} == set(times)
+    found = resampled("quiz", made, resamples=20, seed=0)
+    assert np.array_equal(found, np.where(times > 0, 0.5, np.nan), equal_nan=True)

@@ -10,7 +10,7 @@ from calmix.pruning import gram as gram_module
 from calmix.pruning.gram import Gram, Squares, inverse_factor
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.reading import trusting
-from tests.pruning.toy import Means
+from tests.pruning.toy import Elsewhere, Means
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -31,12 +31,6 @@ def test_gram_matches_float64(columns, dtype):
     assert (gram.matrix().double() - exact).abs().max() / scale < 1e-5
     assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
     assert torch.equal(gram.matrix(), gram.matrix().T)
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor on the CPU that says it lies on a device without products of its own."""
-
-    device = property(lambda self: torch.device("xpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -61,8 +55,10 @@ def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatc
 
     monkeypatch.setattr(gram_module, "bfloat16_products", allowed)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        Gram(4, torch.device("cpu")).add(torch.ones(5, 4, dtype=dtype))
-    assert seen == [False, False, True]
+        x = torch.ones(5, 4, dtype=dtype)
+        Gram(4, torch.device("cpu")).add(x)
+        Gram(4, torch.device("cpu")).add(x.as_subclass(Elsewhere))
+    assert seen == [False, False, False, True, True, True]  # float16 in tf32, not in bfloat16
 
 
 @pytest.mark.parametrize("kind", [Gram, Squares])

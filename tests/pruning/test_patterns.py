@@ -18,6 +18,7 @@ from calmix.pruning.patterns import (
     smallest,
     smallest_of_m,
 )
+from tests.pruning.toy import Elsewhere
 
 
 def stable_mask(score: np.ndarray, count: int, axis: int) -> np.ndarray:
@@ -45,7 +46,10 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
         for most in (7, 2**24):
             with mock.patch("calmix.pruning.patterns.SORTED", most):
                 there = _smallest_in_parallel(torch.from_numpy(score), count).numpy()
+            assert there.dtype == bool
             assert (there == marked).all()
+    elsewhere = smallest(torch.from_numpy(score).as_subclass(Elsewhere), count)
+    assert (elsewhere.numpy() == marked).all()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1700, 4999, 5000])
