@@ -183,6 +183,7 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
         ("toy,strength=", "'strength=' is not of the form option=value"),
         ("toy,strength=1,strength=2", "gives strength twice"),
         ("toy,strength=many", "method toy: strength many: Input should be a valid integer"),
+        ("toy,strength=1=2", "method toy: strength 1=2: Input should be a valid integer"),
         ("toy,strength=10", "method toy: strength 10: Input should be less than or equal to 9"),
         ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
         ("wanda,damping=1", "damping has no effect with method wanda: known: refit"),
@@ -203,6 +204,10 @@ def test_options_of_a_method_in_hand():
     toy = Toy(strength=3)
     assert get_method(toy) is toy
     assert get_method(toy, strength=2) == Toy(strength=2)
+    with pytest.raises(
+        InputError, match=r"^refit is given twice, once in the method 'ria,refit=1'$"
+    ):
+        get_method("ria,refit=1", refit=2)
     wanda = get_method("wanda , refit = 2")
     assert wanda.options == {"refit": 2}
     assert get_method(get_method("sparsegpt,damping=0.5"), refit=3).options == {

@@ -43,9 +43,10 @@ def test_a_refit_keeps_the_mask_and_lowers_the_error(name, pattern):
     assert after.errors == [pytest.approx(error(weight, after.weights[0], gram) / energy, rel=1e-3)]
 
 
-@pytest.mark.parametrize(
-    "text", ["sparsegpt", "sparsegpt,refit=2", "admm", "wanda", "wanda,refit=2", "ria", "magnitude"]
-)
+OWN = ["sparsegpt", "admm", "wanda", "ria", "magnitude"]
+
+
+@pytest.mark.parametrize("text", [*OWN, "sparsegpt,refit=2", "wanda,refit=2", "magnitude,refit=2"])
 def test_inputs_that_never_fired_are_counted(text):
     weight, gram = problem()
     gram[[3, 7]] = 0
@@ -57,6 +58,8 @@ def test_inputs_that_never_fired_are_counted(text):
     assert len(made.weights) == len(made.pruned) == len(made.errors) == 2
     known = "refit" in text or text in ("sparsegpt", "admm")
     assert [error is not None for error in made.errors] == [known] * 2
+    with pytest.raises(ValueError, match="shorter"):  # every layer has a pattern
+        method.counts([weight] * 2, [Unstructured(0.5)])
 
 
 def test_options_reach_the_solver():
