@@ -158,15 +158,21 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
         return rank < count
     # For small M comparing all pairs is faster than sorting, and exact about ties.
     if score.device.type != "cpu":
-        parts = score.reshape(m, -1).split(SORTED // m, dim=1)
-        return torch.cat([_ranks(part) < count for part in parts], 1).view(score.shape)
-    rank = torch.zeros(score.shape, dtype=torch.uint8, device=score.device)
+        return _smallest_of_m_in_parallel(score, count)
+    rank = torch.zeros_like(score, dtype=torch.uint8)
     for i in range(m):
         for j in range(i):
             later = score[j] <= score[i]
             rank[i] += later
             rank[j] += ~later
     return rank < count
+
+
+def _smallest_of_m_in_parallel(score: Tensor, count: int) -> Tensor:
+    """Do the same with all of an accelerator, some columns at a time."""
+    m = len(score)
+    parts = score.reshape(m, -1).split(SORTED // m, dim=1)
+    return torch.cat([_ranks(part) < count for part in parts], 1).view(score.shape)
 
 
 def _ranks(score: Tensor) -> Tensor:

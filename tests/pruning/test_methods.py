@@ -1,5 +1,7 @@
 """The solvers against independent implementations: textbook formulas and published semantics."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -94,8 +96,12 @@ def output_error(weight, pruned, gram):
 PATTERNS = [Unstructured(0.5), Unstructured(0.63), SemiStructured(2, 4), SemiStructured(1, 4)]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("columns", [40, 152])
+UNEVEN = SemiStructured(5, 12)  # groups that end at no multiple of 16, 32 or 128
+
+
+@pytest.mark.parametrize(
+    ("pattern", "columns"), [*itertools.product(PATTERNS, [40, 152]), (UNEVEN, 156)], ids=str
+)
 def test_sparsegpt_equals_textbook_obs(pattern, columns):
     weight, gram = problem(columns=columns, tokens=4 * columns)
     expected, mask = textbook_obs(weight, gram, pattern)
@@ -122,8 +128,9 @@ def test_sparsegpt_keeps_the_published_semantics(n, m, sparsity):
     assert 0.99 < ratio < 1.01
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("columns", [128, 44])
+@pytest.mark.parametrize(
+    ("pattern", "columns"), [*itertools.product(PATTERNS, [128, 44]), (UNEVEN, 132)], ids=str
+)
 def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, columns):
     """What an accelerator does: the same masks and errors, but for rounding."""
     weight, gram = problem(rows=48, columns=columns, tokens=1000, seed=5)

@@ -54,7 +54,8 @@ def shipped(tmp_path, monkeypatch):
     )
     (site / "toy_silent.py").write_text("raise RuntimeError\n")
     (site / "toy_late.py").write_text(
-        "from tests.pruning.toy import Toy\nclass Late(Toy):\n    name = 'late'\n"
+        "from calmix.pruning import Method\nclass Late(Method):\n"
+        "    name, statistic = 'late', None\n    def solve(self, *given): ...\n"
     )
     monkeypatch.syspath_prepend(str(site))
 
