@@ -163,7 +163,7 @@ def test_what_follows_a_mask_is_added_by_hand():
 def test_what_admm_takes_by_hand():
     found = admm.products(40, 1500, iterations=5, steps=3)
     assert get_method("admm,iterations=5,refit=3").work(1500, 40) == Work(
-        gram=found.fast, factor=4 / 3 * 1500**3, products=found.exact - 4 / 3 * 1500**3
+        gram=found.fast, factor=8 / 3 * 1500**3, products=found.exact - 8 / 3 * 1500**3
     )
     held = 4 * 100**2 + 2 * 100 * 5000
     assert get_method("admm").memory(100, 5000, 4000) == held + admm.memory(5000, 100, 4000)

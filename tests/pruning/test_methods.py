@@ -12,6 +12,7 @@ from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
+from tests.pruning.toy import Elsewhere
 
 
 def problem(rows=24, columns=40, tokens=400, seed=0):
@@ -153,6 +154,27 @@ def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, colum
     torch.testing.assert_close(
         corrected[mask == 0], weights[mask == 0], rtol=1e-3, atol=1e-5 * scale
     )
+
+
+def test_sparsegpt_kernel_is_given_the_block_on_an_accelerator(monkeypatch):
+    asked, most = [], sparsegpt.fused.LARGEST
+    monkeypatch.setattr(sparsegpt.fused, "usable", lambda _, check: asked.append(check) or True)
+    monkeypatch.setattr(sparsegpt.fused, "prune_columns", lambda *given: given)
+    monkeypatch.setattr(sparsegpt, "_block_at_once", lambda *given: "at once")
+    upper = torch.eye(8)
+    given = [torch.rand(8, 3), torch.zeros(8, 3), upper, torch.ones(8, 1), torch.ones(8, 1)]
+    there = [given[0].as_subclass(Elsewhere), *given[1:]]
+    for pattern, numbers in (
+        (Unstructured(0.5), (0, 0)),
+        (SemiStructured(1, 4), (4, 3)),
+        (SemiStructured(1, most), (most, most - 1)),
+    ):
+        told = sparsegpt._block(*there, pattern)
+        assert all(one is other for one, other in zip(told, there, strict=False))
+        assert told[5:] == numbers
+    assert asked == [sparsegpt._kernel_agrees] * 3
+    assert sparsegpt._block(*there, SemiStructured(1, 2 * most)) == "at once"
+    assert isinstance(sparsegpt._block(*given, Unstructured(0.5)), torch.Tensor)
 
 
 def test_sparsegpt_layers_that_share_an_input_are_solved_as_if_alone():

@@ -180,7 +180,7 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
         ("none", "json:dumps is no method of the name 'none'"),
         ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
         ("pytest", "unknown method 'pytest'"),  # another group's entry point
-        ("toy,strength", "'strength' is not of the form option=value"),
+        ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
         ("toy,strength=", "'strength=' is not of the form option=value"),
         ("toy,strength=1,strength=2", "gives strength twice"),
         ("toy,strength=many", "method toy: strength many: Input should be a valid integer"),
