@@ -94,6 +94,27 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
         print(form.format(task.name, *row, task.primary))
 
 
+def of_kinds(results: StudyResults, method: str, sparsity: str) -> None:
+    """Print how much a draw of the total moves by how a set is made, and what that tells apart."""
+    trials = select(results, method=method, sparsity=sparsity)
+    cells = tables(results, trials, "primary")[0]
+    item = noises(results, method=method, sparsity=sparsity)[0].item or 0.0
+    total = cells.values[:, :, 0]
+    print(
+        "\none draw of the total by how the set is made (degrees of freedom), draws to tell apart"
+    )
+    for kind, made in (("single source", ("single",)), ("mix", ("mix",)),
+                       ("written by the model", ("self-cal", "sgs", "igsp"))):  # fmt: skip
+        rows = [total[at][~np.isnan(total[at])] for name in made for at in cells.of(name)]
+        rows = [row for row in rows if len(row) > 1]
+        freedom = sum(len(row) - 1 for row in rows)
+        if not freedom:
+            continue
+        draw = math.sqrt(sum(np.square(row - row.mean()).sum() for row in rows) / freedom)
+        told = [needed(points / 100, draw, freedom, item).draws for points in (2, 1)]
+        print(f"{kind:<21} {100 * draw:.2f} ({freedom})  2 points {told[0]}, 1 point {told[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store")
@@ -107,6 +128,7 @@ def main() -> None:
     for measure in ("accuracy", "ratio"):
         if options.measure == "primary":
             overview_total(results, options.method, options.sparsity, check_measure(measure))
+    of_kinds(results, options.method, options.sparsity)
     scores(results, options.method, options.sparsity, options.agreement or options.sparsity)
 
 
