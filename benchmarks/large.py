@@ -1,11 +1,14 @@
-"""A model larger than memory: a random LLaMA-3.1-8B-shaped checkpoint pruned within a budget.
+"""A model larger than memory: a random checkpoint of a large model's shape pruned in a budget.
 
-    python benchmarks/large.py --folder DIR [--max-memory 6GiB] [--kill-after 3]
+    python benchmarks/large.py --folder DIR [--shape llama-3.1-8b] [--blocks 32]
+        [--max-memory 6GiB] [--kill-after 3]
 
-DIR needs about 40 GB. The checkpoint (16 GB, written shard by shard) is made once. The prune runs
-in a process of its own, whose peak resident memory is what the operating system says of it; with
-`--kill-after N` it is ended by SIGKILL once N blocks are done, and resumed. Calibration is 8 rows
-of 512 random tokens unless told otherwise. Prints seconds a block and peaks.
+Shapes: llama-3.1-8b (16 GB, DIR needs about 40), mixtral-8x7b (2.9 GB a block), qwen3-30b-a3b
+(1.2 GB a block); the checkpoint is written shard by shard, once, experts one by one as on the
+hub. The prune runs in a process of its own, whose peak resident memory is what the operating
+system says of it; with `--kill-after N` it is ended by SIGKILL once N blocks are done, and
+resumed. Calibration is 8 rows of 512 random tokens unless told otherwise. Prints seconds a block
+and peaks, beside what `prune --dry-run` expects.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,26 +30,71 @@ import torch
 from common import commit, machine
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-}
+SHAPES = {
+    "llama-3.1-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
-def write_model(folder: Path, blocks: int) -> None:
+def block_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a block by their names in hub checkpoints, experts one by one."""
+    width, inner, heads = (
+        shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"],
+    )  # fmt: skip
+    head = shape.get("head_dim", width // heads)
+    shared = head * shape["num_key_value_heads"]
+    found: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (head * heads, width),
+        "self_attn.k_proj.weight": (shared, width),
+        "self_attn.v_proj.weight": (shared, width),
+        "self_attn.o_proj.weight": (width, head * heads),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    if shape["model_type"] == "llama":
+        parts = {"mlp.": ("gate_proj", "up_proj", "down_proj")}
+    elif shape["model_type"] == "mixtral":
+        found["block_sparse_moe.gate.weight"] = (shape["num_local_experts"], width)
+        parts = {f"block_sparse_moe.experts.{number}.": ("w1", "w3", "w2")
+                 for number in range(shape["num_local_experts"])}  # fmt: skip
+    else:
+        inner = shape["moe_intermediate_size"]
+        found["mlp.gate.weight"] = (shape["num_experts"], width)
+        found |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+        parts = {f"mlp.experts.{number}.": ("gate_proj", "up_proj", "down_proj")
+                 for number in range(shape["num_experts"])}  # fmt: skip
+    for at, (gate, up, down) in parts.items():
+        found |= {
+            f"{at}{gate}.weight": (inner, width),
+            f"{at}{up}.weight": (inner, width),
+            f"{at}{down}.weight": (width, inner),
+        }
+    return found
+
+
+def write_model(folder: Path, blocks: int, shape: dict[str, Any]) -> None:
     """Write a random checkpoint, a file a block, unless it is there."""
     if (folder / "model.safetensors.index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model("llama", num_hidden_layers=blocks, dtype="bfloat16", **SHAPE)
-    config.architectures = ["LlamaForCausalLM"]
+    config = AutoConfig.for_model(num_hidden_layers=blocks, dtype="bfloat16", **shape)
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
@@ -54,39 +103,27 @@ def write_model(folder: Path, blocks: int) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    width, inner, vocabulary = (
-        SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"],
-    )  # fmt: skip
-    shared = width * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
+    width, vocabulary = shape["hidden_size"], shape["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     weights: dict[str, str] = {}
 
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        values = torch.randn(rows, columns, generator=generator)
-        return values.mul_(columns**-0.5).bfloat16()
+    def values(size: tuple[int, ...]) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.ones(size).bfloat16()
+        return torch.randn(size, generator=generator).mul_(size[-1] ** -0.5).bfloat16()
 
-    def keep(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, {"format": "pt"})
-        weights.update(dict.fromkeys(tensors, name))
+    def keep(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        made = {key: values(size) for key, size in shapes.items()}
+        save_file(made, folder / name, {"format": "pt"})
+        weights.update(dict.fromkeys(made, name))
 
     keep("model-outside.safetensors", {
-        "model.embed_tokens.weight": matrix(vocabulary, width),
-        "lm_head.weight": matrix(vocabulary, width),
-        "model.norm.weight": torch.ones(width).bfloat16(),
+        "model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
     })  # fmt: skip
     for index in range(blocks):
-        at = f"model.layers.{index}."
-        keep(f"model-{index:05d}.safetensors", {
-            at + "self_attn.q_proj.weight": matrix(width, width),
-            at + "self_attn.k_proj.weight": matrix(shared, width),
-            at + "self_attn.v_proj.weight": matrix(shared, width),
-            at + "self_attn.o_proj.weight": matrix(width, width),
-            at + "mlp.gate_proj.weight": matrix(inner, width),
-            at + "mlp.up_proj.weight": matrix(inner, width),
-            at + "mlp.down_proj.weight": matrix(width, inner),
-            at + "input_layernorm.weight": torch.ones(width).bfloat16(),
-            at + "post_attention_layernorm.weight": torch.ones(width).bfloat16(),
-        })  # fmt: skip
+        own = {f"model.layers.{index}.{name}": size for name, size in block_shapes(shape).items()}
+        keep(f"model-{index:05d}.safetensors", own)
         print(f"wrote block {index + 1} of {blocks}", file=sys.stderr, flush=True)
     index_file = {"metadata": {}, "weight_map": weights}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
@@ -122,6 +159,7 @@ def run(command: list[str], work: Path, kill_after: int | None) -> tuple[float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--max-memory", default="6GiB")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--rows", type=int, default=8)
@@ -129,8 +167,9 @@ def main() -> None:
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--kill-after", type=int)
     options = parser.parse_args()
-    model, output = options.folder / f"model-{options.blocks}", options.folder / "pruned"
-    write_model(model, options.blocks)
+    model = options.folder / f"{options.shape}-{options.blocks}"
+    output = options.folder / "pruned"
+    write_model(model, options.blocks, SHAPES[options.shape])
     text = options.folder / "text.txt"
     generator = torch.Generator().manual_seed(1)
     letters = torch.randint(97, 123, (4 * options.rows * options.length,), generator=generator)
@@ -139,17 +178,25 @@ def main() -> None:
         sys.executable, "-m", "calmix", "prune", str(model), "-o", str(output), "--calibration",
         str(text), "--rows", str(options.rows), "--length", str(options.length), "--sparsity",
         "0.6", "--method", options.method, "--dtype", "bfloat16", "--leakage", "off",
-        "--max-memory", options.max_memory, "--overwrite",
+        "--max-memory", options.max_memory, "--checkpoint-every", "0", "--overwrite",
     ]  # fmt: skip
+    dry = subprocess.run(
+        [*command, "--dry-run", "--json"], capture_output=True, text=True, check=True
+    )
+    planned = json.loads(dry.stdout)[-1]
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**30
     print(f"commit {commit()}, {machine()}")
     print(f"{options.blocks} blocks, {size:.1f} GiB of weights, {options.rows} x {options.length} "
           f"tokens, {options.method} 60 %, --max-memory {options.max_memory}\n")  # fmt: skip
     work = output.with_name(output.name + ".unfinished")
+    began = time.perf_counter()
     peak, times, killed = run(command, work, options.kill_after)
+    seconds = time.perf_counter() - began
     steps = [b - a for a, b in itertools.pairwise(times)]
     each = sum(steps) / len(steps) if steps else float("nan")
-    print(f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen)")
+    print(f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen), "
+          f"{seconds:.0f} s in all")  # fmt: skip
+    print(f"planned: {planned['memory'] / 2**30:.2f} GiB, {planned['seconds']:.0f} s in all")
     if killed:
         print("killed, then resumed:")
         peak, times, _ = run([*command, "--resume"], work, None)

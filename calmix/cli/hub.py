@@ -19,7 +19,10 @@ def register(app: typer.Typer) -> None:
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(show_default=False, help="A model folder with its card, or a pack.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="A model folder with its card, or a pack."
+        ),
     ],
     repository: Annotated[
         str,
