@@ -195,7 +195,8 @@ def _curves(lines: Sequence[Line], below: str, beside: str) -> Any:
                   linewidth=1.4, label=line.name)  # fmt: skip
     axes.set_xlabel(below)
     axes.set_ylabel(beside)
-    axes.set_ylim(0, 1.05 * max(value for line in lines for value in line.y))
+    highest = max((value for line in lines for value in line.y), default=0.0)
+    axes.set_ylim(0, 1.05 * highest or None)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y")
     figure.legend(loc="outside lower left", ncols=len(lines), fontsize=9.5, labelcolor=MUTED)
