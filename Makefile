@@ -11,13 +11,18 @@ MODEL := builtin:smollm2-135m
 setup: $(VENV)/.ready
 	$(BIN)/calmix assets install
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.base
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
 # The real model at 60 %, compressed with all that helps beside a plain prune on one source.
-demo: setup
+demo: $(VENV)/.base
+	$(BIN)/calmix assets install
 	rm -rf $(OUT)
 	$(BIN)/calmix compress $(MODEL) -o $(OUT)/compressed --effort quick
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/plain --sparsity 0.6 --calibration encyclopedia
