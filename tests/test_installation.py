@@ -12,7 +12,10 @@ import zipfile
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
+
+from tests.conftest import write_text_file
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
@@ -44,21 +47,34 @@ def test_all_that_is_imported_is_required() -> None:
     assert set(project["optional-dependencies"]) >= set(EXTRAS.values())
 
 
+SUITE = """
+name: short
+version: 1
+description: short items, for a model of a small context
+dimensions:
+  general:
+    lambada:
+      {archive: lambada/bpb, form: answer, metric: bits_per_byte, shots: 0, limit: 4, quick: 4}
+"""
 SMOKE = """
 import sys
+from pathlib import Path
 import calmix
 from calmix.cli import app
-from calmix.report.parts import shell
 assert calmix.__file__.startswith(sys.argv[2]), calmix.__file__
 for arguments in (
     ["prune", sys.argv[1], "-o", "out", "--method", "magnitude", "--sparsity", "0.5"],
     ["inspect", "out"], ["suites", "show", "smoke"], ["sources", "ls"], ["models", "ls"],
+    ["evaluate", "out", "--suite", sys.argv[4], "--against", sys.argv[1], "-o", "scores.json"],
+    ["compress", sys.argv[1], "-o", "all", "--effort", "quick", "--calibration", sys.argv[3],
+     "--suite", sys.argv[4]],
 ):
     assert not app(arguments, standalone_mode=False), arguments
-assert "<style>" in shell("title", "", [], "")
+assert "<style>" in Path("all/card.html").read_text(encoding="utf-8")
 """
 
 
+@pytest.mark.real
 def test_a_wheel_holds_all_that_it_takes(tmp_path: Path, tiny_folder: Path) -> None:
     """Built from the files of the package, unpacked elsewhere, and used from there."""
     source, site = tmp_path / "source", tmp_path / "site"
@@ -75,8 +91,10 @@ def test_a_wheel_holds_all_that_it_takes(tmp_path: Path, tiny_folder: Path) -> N
     (wheel,) = tmp_path.glob("calmix-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    text, suite = write_text_file(tmp_path / "text.txt"), tmp_path / "short.yaml"
+    suite.write_text(SUITE, encoding="utf-8")
     ended = subprocess.run(
-        [sys.executable, "-c", SMOKE, tiny_folder, str(site)], capture_output=True, text=True,
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+        [sys.executable, "-c", SMOKE, tiny_folder, str(site), text, suite],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
