@@ -416,7 +416,7 @@ def _dequantise(file: Path, folder: Path) -> None:
         # transformers keeps a dequantised model marked as quantised and would not save it.
         model.hf_quantizer = None
         model.is_quantized = False
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)  # older versions do not set it
         # Positions up to the context are what the tokenizer may fill; GGUF does not say.
         context = getattr(model.config, "max_position_embeddings", None)
         if context:

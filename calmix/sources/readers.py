@@ -10,6 +10,7 @@ import importlib.util
 import platform
 import re
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -267,7 +268,10 @@ class ReasoningGym(Reader):
     def read(self) -> Iterator[Document]:
         """Yield `documents` problems, the generators taking turns; each text once."""
         try:
-            import reasoning_gym
+            with warnings.catch_warnings():
+                # Its cellpylib has an "is" with a literal, told of where no installer compiled it.
+                warnings.simplefilter("ignore", SyntaxWarning)
+                import reasoning_gym
         except ImportError:
             raise MissingExtraError("reasoning-gym problems", "reasoning") from None
         size = -(-self.documents // len(self.datasets))

@@ -197,11 +197,12 @@ def _gguf(path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     vocabulary = tiny_tokenizer().get_vocab()
     tokens = [token for token, _ in sorted(vocabulary.items(), key=lambda pair: pair[1])]
-    tokens += ["ab", *(f"<unused{n}>" for n in range(config.vocab_size - len(tokens) - 1))]
+    tokens += ["ab", "bc"]
+    tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b c"])  # older transformers take a list of one for text
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {
