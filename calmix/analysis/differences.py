@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -132,10 +132,11 @@ def between(
 def compare(cells: Cells, found: Joint) -> list[Difference]:
     """Return every pair of contenders, for total, worst and each dimension."""
     made = []
+    mixes = dict(zip(cells.sets, cells.mixes, strict=True))
     for left, right in itertools.combinations(contenders(cells, found), 2):
         if left.made == right.made == "single":
             continue  # the best of them against the mean of them says nothing
-        removed = _removed(cells, left.name, right.name)
+        removed = _removed(mixes.get(left.name, {}), mixes.get(right.name, {}))
         for number, quantity in _asked(cells):
             gap = between(found, left, right, number, quantity)
             if gap is not None:
@@ -148,10 +149,8 @@ def compare(cells: Cells, found: Joint) -> list[Difference]:
     return made
 
 
-def _removed(cells: Cells, left: str, right: str) -> tuple[str, ...]:
-    """Return the sources whose removal makes the left set the right one; () if none does."""
-    mixes = dict(zip(cells.sets, cells.mixes, strict=True))
-    more, less = mixes.get(left, {}), mixes.get(right, {})
+def _removed(more: Mapping[str, float], less: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the sources whose removal makes one mix the other; () if none does."""
     if not less or not less.keys() < more.keys():
         return ()
     kept = sum(more[name] for name in less)

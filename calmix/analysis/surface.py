@@ -65,15 +65,18 @@ class _Solved:
 
 
 def _solve(x: Array, y: Array, setting: Setting) -> _Solved:
-    """Fit one setting, and predict every point from the others (closed form)."""
+    """Fit one setting, and predict every point from the others (closed form).
+
+    Without components in `x` it is the mean, whatever the points asked for have.
+    """
     share, floor = setting.share, setting.floor
     lost = 1 - y
     base = 0.0 if floor is None else float(lost.min()) - floor
 
     def features(points: Array) -> Array:
-        own = points
+        own = points[:, : x.shape[1]]
         if share is not None:
-            own = np.log1p(points / share) / math.log1p(1 / share)
+            own = np.log1p(own / share) / math.log1p(1 / share)
         return np.hstack([np.ones((len(points), 1)), own])
 
     def value(told: Array) -> Array:
@@ -106,7 +109,6 @@ class Surface:
     """
 
     form: Form
-    setting: Setting
     error: float
     predict: Callable[[Array], Array]
     without: tuple[Callable[[Array], Array], ...]
@@ -116,21 +118,19 @@ class Surface:
 def fit(x: Array, y: Array, form: Form) -> Surface:
     """Fit a form to retention `y` (sets,) of shares `x` (sets, components)."""
 
-    def best(points: Array, values: Array) -> tuple[Setting, _Solved]:
-        if form == "mean":
-            found = float(values.mean())
-            rest = (values.sum() - values) / (len(values) - 1)
-            return Setting(0.0), _Solved(lambda more: np.full(len(more), found), rest)
-        tried = [(setting, _solve(points, values, setting)) for setting in settings_of(form)]
-        return min(tried, key=lambda each: float(np.square(values - each[1].left_out).sum()))
+    def best(points: Array, values: Array) -> _Solved:
+        used = points[:, :0] if form == "mean" else points
+        tried = [_solve(used, values, setting) for setting in settings_of(form)]
+        return min(tried, key=lambda one: _error(values - one.left_out))
 
-    setting, solved = best(x, y)
     rest = [np.arange(len(y)) != at for at in range(len(y))]
-    without = tuple(best(x[keep], y[keep])[1].predict for keep in rest)
-    told = np.array([one(x[at : at + 1])[0] for at, one in enumerate(without)])
-    residuals = y - told
-    error = float(np.sqrt(np.square(residuals).mean()))
-    return Surface(form, setting, error, solved.predict, without, residuals)
+    without = tuple(best(x[keep], y[keep]).predict for keep in rest)
+    residuals = y - np.array([one(x[at : at + 1])[0] for at, one in enumerate(without)])
+    return Surface(form, _error(residuals), best(x, y).predict, without, residuals)
+
+
+def _error(residuals: Array) -> float:
+    return float(np.sqrt(np.square(residuals).mean()))
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,8 @@ def propose(cells: Cells, weights: dict[str, float], seed: int = 0) -> Proposal:
             f"{cells.condition.label}: {lacking[0]} has no retention, so no surface of it"
         )
     used = {name: weight for name, weight in weights.items() if weight}
-    chosen = {name: found.chosen[name] for name in used}
+    best_forms = found.chosen
+    chosen = {name: best_forms[name] for name in used}
 
     def expected(points: Array) -> Array:
         return sum(weight * chosen[name].predict(points) for name, weight in used.items())  # type: ignore[return-value]
@@ -285,7 +286,6 @@ def propose(cells: Cells, weights: dict[str, float], seed: int = 0) -> Proposal:
     left = [sum(weight * chosen[name].without[one](at)[0] for name, weight in used.items())
             for one in range(len(found.sets))]  # fmt: skip
     residuals = np.stack([chosen[name].residuals for name in used], axis=1) @ share
-    mean = (measured.sum() - measured) / (len(measured) - 1)
     low, high = _interval(np.array(left), residuals)
     ahead = float(measured[best])
     return Proposal(
@@ -294,8 +294,7 @@ def propose(cells: Cells, weights: dict[str, float], seed: int = 0) -> Proposal:
                         *_interval(np.array([rest(at)[0] for rest in one.without]), one.residuals))
          for name, one in chosen.items()},
         Estimate(total - ahead, low - ahead, high - ahead), found.sets[best],
-        float(np.sqrt(np.square(residuals).mean())),
-        float(np.sqrt(np.square(measured - mean).mean())),
+        _error(residuals), fit(found.shares, measured, "mean").error,
         {name: one.form for name, one in chosen.items()},
     )  # fmt: skip
 
