@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from calmix.errors import InputError, disk_errors
+from calmix.files import hidden, real_place
 from calmix.models.opening import check_folder
 from calmix.models.shards import PACK
 from calmix.packed import pack as write_pack
@@ -45,9 +45,9 @@ def push(
         raise InputError(f"{folder} is a pack already: leave --pack out")
     if not pack:
         return _upload(folder, repository, private, tell)
-    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder.absolute().parent) as place:
+    with disk_errors(folder), hidden(real_place(folder)) as place:
         tell("pack")
-        packed = Path(place) / "pack"
+        packed = place / "pack"
         write_pack(folder, packed)
         return _upload(packed, repository, private, tell)
 
