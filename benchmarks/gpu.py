@@ -24,7 +24,7 @@ from common import HERE, commit, machine
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.machine import tokens_at_once
-from calmix.models.opening import _device
+from calmix.models.opening import device_of
 from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, micro_bytes, solver_bytes
 from calmix.pruning.budget import Sizes as Held
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--only-own", action="store_true", help="leave the other benchmarks out")
     options: Any = parser.parse_args()
-    device = _device(options.device)
+    device = device_of(options.device)
     rows, length, width = (4, 32, 64) if options.tiny else (options.rows, options.length, 1024)
     named = "CPU"
     if device.type != "cpu":

@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from calmix.files import sha256_file, sha256_json
 from calmix.machine import cores
-from calmix.specs import PruneRequest
+from calmix.specs import PruneRequest, RecoverRequest
 
 SEAL = "manifest_sha256"
 
@@ -85,3 +85,11 @@ def request_record(request: PruneRequest) -> dict[str, Any]:
     if own := draw.pop("own", None):
         draw["own"] = {name: source.model_dump(mode="json") for name, source in own.items()}
     return record | {"draw": draw}
+
+
+def asked_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
+    """Return what of a request decides the bytes of a result, the user's own sources by hash."""
+    record = asdict(request)
+    if (own := record["draw"].pop("own", None)) is not None:
+        record["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
+    return record

@@ -145,5 +145,5 @@ def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, 
     now = [8]
     monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
-    opening._device("cpu")
+    opening.device_of("cpu")
     assert now == [threads]

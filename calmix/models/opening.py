@@ -155,7 +155,7 @@ def open_model(
         ModelError: the model cannot be found, is pickled, quantised or not a causal LM.
         InputError: unknown dtype or device.
     """
-    target = _device(device)
+    target = device_of(device)
     chosen = _dtype(dtype)
     folder = resolve_model(name)
     model = _load(folder, name, chosen, target, trust_remote_code)
@@ -294,7 +294,12 @@ def fast_half_precision(dtype: torch.dtype) -> bool:
     return False
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device a user names; `auto` is an accelerator if there is one.
+
+    Raises:
+        InputError: it cannot be used.
+    """
     # torch counts the processors it may run on, but not a container's share of their time.
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
         torch.set_num_threads(most)

@@ -22,8 +22,8 @@ from calmix.errors import ModelError
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.converting import Conversions, Part
 from calmix.models.opening import (
-    _device,
     _dtype,
+    device_of,
     fast_half_precision,
     load_config,
     open_model,
@@ -74,7 +74,7 @@ class StreamedModel:
         self.name = name
         self.trust_remote_code = trust_remote_code
         self.opened = None
-        self.device = _device(device)
+        self.device = device_of(device)
         chosen = _dtype(dtype)
         self.folder = resolve_model(name)
         self.shards = Shards(self.folder)

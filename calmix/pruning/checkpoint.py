@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
-from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
+from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
@@ -344,16 +344,14 @@ def _job(
 
 def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
     """Return what decides the bytes of a result, as far as it is known before the draw."""
-    asked = asdict(request) | {"only": list(request.only), "skip": list(request.skip)}
-    own = asked["draw"].pop("own", None)
-    if own is not None:
-        asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
     return {
         "model": sharing.once(partial(fingerprint, source.folder)),
         "dtype": str(source.dtype).removeprefix("torch."),
         "device": source.device.type,
         "processes": sharing.processes()[1],  # their shares decide in which order sums are taken
-        **asked,
+        **asked_record(request),
+        "only": list(request.only),
+        "skip": list(request.skip),
         "versions": versions(),
     }
 

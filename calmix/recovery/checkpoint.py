@@ -26,10 +26,10 @@ from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, real_place, sha256_json, write_json
 from calmix.machine import free_memory
-from calmix.manifest import file_hashes, run_record, sealed, versions
+from calmix.manifest import asked_record, file_hashes, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import DecoderBlocks, experts_per_token
-from calmix.models.opening import check_ids, fast_half_precision, fingerprint
+from calmix.models.opening import check_ids, device_of, fast_half_precision, fingerprint
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning.states import KeptStates
@@ -240,7 +240,7 @@ class Job:
             raise InputError(
                 "--device has no effect under a launcher, which gives each process its"
             )
-        self.device = _device_of(device)
+        self.device = device_of(device)
         if request.method == "distill":
             from accelerate import Accelerator
 
@@ -270,17 +270,13 @@ class Job:
         Args:
             pruned, against: hashes of both models' files.
         """
-        asked = asdict(self.request)
-        own = asked["draw"].pop("own", None)
-        if own is not None:
-            asked["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
         return {
             "pruned": pruned,
             "against": against,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "processes": self.processes,
-            **asked,
+            **asked_record(self.request),
             "versions": _versions(),
         }
 
@@ -388,12 +384,6 @@ def widths_of(found: DecoderBlocks, index: int, chosen: int) -> int:
         for layer in layers
         if not layer.expert
     )
-
-
-def _device_of(name: str) -> torch.device:
-    from calmix.models.opening import _device
-
-    return _device(name)
 
 
 def _compute_type(name: str, device: torch.device) -> torch.dtype:

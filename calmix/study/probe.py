@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from calmix.machine import total_memory
-from calmix.models.opening import _device, fast_half_precision
+from calmix.models.opening import device_of, fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
 from calmix.pruning.methods.sparsegpt import BLOCK, STEP_VALUES, SparseGPT
 from calmix.pruning.patterns import Unstructured
@@ -31,7 +31,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         sizes: of the model.
         device: torch device; `auto` for an accelerator if there is one.
     """
-    target = _device(device)
+    target = device_of(device)
     dtype = torch.bfloat16 if sizes.value_bytes == 2 else torch.float32
     if target.type == "cpu" and not fast_half_precision(dtype):
         dtype = torch.float32

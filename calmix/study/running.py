@@ -12,7 +12,7 @@ from typing import Protocol
 
 from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, DiskError, InputError
-from calmix.models.opening import _device
+from calmix.models.opening import device_of
 from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
 from calmix.study.planning import check_memory
@@ -182,7 +182,7 @@ def run_locally(
     Raises:
         InputError: the device cannot hold one of them.
     """
-    check_memory(study, [trial.planned for trial in todo], _device(options.device))
+    check_memory(study, [trial.planned for trial in todo], device_of(options.device))
     return run_on(options.bench(study, store), store, todo, observer)
 
 
