@@ -357,6 +357,18 @@ def recovery_options(text: str) -> dict[str, Any]:
     return options
 
 
+def recovery_of(text: str, calibration: str = "") -> RecoverRequest:
+    """Return the recovery that a text asks for, as `recovery_options` takes it.
+
+    Args:
+        calibration: what it trains on, where that is known.
+
+    Raises:
+        InputError: as `recovery_options` and `recover_request`.
+    """
+    return recover_request(calibration=calibration, **recovery_options(text))
+
+
 def recovery_text(request: RecoverRequest) -> str:
     """Return a recovery as a user writes it, with the options that differ from their defaults."""
     epochs, lr = RECOVERIES[request.method]

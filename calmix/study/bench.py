@@ -28,7 +28,7 @@ from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.engine import Patterns
 from calmix.recovery.distill import trained_names
-from calmix.specs import recover_request, recovery_options
+from calmix.specs import recovery_of
 from calmix.study.results import Interval, TaskOutcome, Trial
 from calmix.study.spec import Study, as_pattern
 from calmix.study.store import RESULT, SCORES, Store, publish
@@ -183,13 +183,12 @@ class Bench:
         planned = trial.planned
         assert planned.recovery is not None
         assert trial.calibration_id is not None
-        options = recovery_options(planned.recovery)
         held = str(self.store.calibration(trial.calibration_id))
         self._keep(opened, report, made, folder / "pruned")
         recovered = recover(
             str(folder / "pruned"),
             self.study.models[planned.model].name,
-            recover_request(calibration=held, **options),
+            recovery_of(planned.recovery, held),
             folder / CHECKPOINT,
             device=self.device,
             trust_remote_code=self.trust_remote_code,

@@ -18,7 +18,7 @@ from calmix.errors import InputError
 from calmix.files import user_path
 from calmix.models import resolve_model
 from calmix.pruning.streamed import device_memory
-from calmix.specs import recover_request, recovery_options
+from calmix.specs import recovery_of
 from calmix.study import cost
 from calmix.study.cost import Cost, Machine, Sizes, SuiteWork
 from calmix.study.spec import Model, Study
@@ -113,7 +113,7 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
                 model, rows, length, like.allocation, machine
             )
         if like.recovery is not None:
-            asked = recover_request(calibration="", **recovery_options(like.recovery))
+            asked = recovery_of(like.recovery)
             how = asked.method, asked.epochs, asked.batch
             seconds["recover"] = cost.recover_seconds(model, rows, length, *how, machine)
             recovering = cost.recover_memory(model, length, asked.method, asked.batch)

@@ -37,7 +37,7 @@ from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 from calmix.sources import Source, get_source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
-from calmix.specs import SEED, Propagation, recover_request, recovery_options, recovery_text
+from calmix.specs import SEED, Propagation, recovery_of, recovery_text
 from calmix.study.results import Strategy
 from calmix.yaml_files import YamlText, parse_yaml, read_text
 
@@ -157,7 +157,7 @@ def _recovery(text: str) -> str:
         return NONE
     try:
         # What it trains on is the trial's set.
-        return recovery_text(recover_request(calibration="", **recovery_options(text)))
+        return recovery_text(recovery_of(text))
     except InputError as error:
         raise ValueError(str(error)) from None
 

@@ -29,7 +29,7 @@ from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
-from calmix.specs import LENGTH, ROWS, recover_request, recovery_options
+from calmix.specs import LENGTH, ROWS, recovery_of
 from calmix.study.results import Strategy
 from calmix.study.spec import (
     NONE,
@@ -321,7 +321,7 @@ class Resolver:
         if trial.allocation is not None:
             asked["allocation"] = trial.allocation
         if trial.recovery is not None:
-            chosen = asdict(recover_request(calibration="", **recovery_options(trial.recovery)))
+            chosen = asdict(recovery_of(trial.recovery))
             asked["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}
         return asked
 
