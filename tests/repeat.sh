@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run `make test` (or pytest with ARGUMENTS) COUNT times, every second time beside a busy loop on
-# every core, and log date, seconds, load and outcome of each run to repeat.log.
+# every core, and log date, seconds, load (of five minutes) and outcome of each run to repeat.log.
 #
 #   tests/repeat.sh [COUNT [ARGUMENTS...]]
 #
@@ -32,9 +32,10 @@ for run in $(seq "$count"); do
   fi
   code=$?
   seconds=$(($(date +%s) - began))
+  load=$(cut -d ' ' -f 2 /proc/loadavg 2>/dev/null || sysctl -n vm.loadavg | cut -d ' ' -f 3)
   idle
   told=$(grep -E '^[0-9]+ (passed|failed)|(passed|failed).* in [0-9.]+s' repeat.out | tail -n 1)
-  echo "$(date -u +%Y-%m-%dT%H:%MZ) run $run $beside ${seconds}s code $code: $told" | tee -a "$log"
+  echo "$(date -u +%Y-%m-%dT%H:%MZ) run $run $beside ${seconds}s load $load code $code: $told" | tee -a "$log"
   if [ $code != 0 ]; then
     failed=1
     mv repeat.out "repeat-$run.out"
