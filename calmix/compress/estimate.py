@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,13 @@ def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine
                 seconds = made["generate"]
         elif verb == "prune":
             seconds = sum(cost.prune_seconds(sizes, rows, length, METHOD, None, machine).values())
+            seconds += cost.files_seconds(sizes)
             memory, disk = cost.peak_memory(sizes, rows, length, METHOD, machine.device), weights
         elif verb == "recover":
             way = stage.arguments[stage.arguments.index("--method") + 1]
             epochs = effort.epochs if stage.leaves == "model" else RECOVERIES[way][0]
             seconds = cost.recover_seconds(sizes, rows, length, way, epochs, BATCH, machine)
+            seconds += cost.files_seconds(sizes)
             memory, disk = cost.recover_memory(sizes, length, way, BATCH), weights
         elif verb == "evaluate":
             seconds = 2 * cost.suite_seconds(sizes, work, machine)
@@ -130,11 +132,11 @@ def estimate_prune(
         trust_remote_code=trust_remote_code, max_memory=max_memory,
     )  # fmt: skip
     for request in targets.values():
-        seconds, way = 0.0, target_name(request)
+        seconds, way = cost.files_seconds(sizes), target_name(request)
         if request.method != NONE:
             text = get_method(request.method, **request.options).text
             size = rows, length
-            seconds = sum(
+            seconds += sum(
                 cost.prune_seconds(sizes, *size, text, request.propagation, machine).values()
             )
             if request.allocation in SPREAD:
@@ -145,10 +147,11 @@ def estimate_prune(
         if recovery is not None:
             how = recovery.method, recovery.epochs, recovery.batch
             seconds = cost.recover_seconds(sizes, rows, length, *how, machine)
+            seconds += cost.files_seconds(sizes)
             memory = cost.recover_memory(sizes, length, recovery.method, recovery.batch)
             stage = Stage(f"recover by {recovery.method}, {way}", (), None)
             found.append(Taken(stage, seconds, memory + PROGRAM, checkpoint))
-    return found
+    return [replace(found[0], seconds=found[0].seconds + cost.START), *found[1:]]
 
 
 def size_of_set(text: str, draw: Mapping[str, Any]) -> tuple[int, int, str]:

@@ -10,10 +10,12 @@ share, L the row length, q the width of the attention's queries):
     experts         each sees its share of the tokens, and as many of a sample of all (`routed`):
                     statistics of both; the first linear maps run twice more for the second input
     generation      one read of all weights a step of 64 rows, at a quarter of the bandwidth
+    files           a checkpoint is read, hashed, converted, written and hashed again
     recovery        of every training token three forward passes (the way back takes two), as many
                     of the output head and one of the dense model's; a step moves 48 bytes a weight
 
-How many values pass through element-wise steps and the quarter are ours, fitted to the engine.
+How many values pass through element-wise steps, the quarter and the rate of files are ours, fitted
+to the engine.
 Attention has a rate of its own: on a CPU it reaches a fifth of what plain products do.
 """
 
@@ -38,6 +40,8 @@ BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
 PASSES = {"self-cal": 1.0, "sgs": 1.25, "igsp": 3.0}  # tokens written for each that is kept
 GENERATE = 256  # tokens an answer may have
+FILES = 0.3e9  # bytes of a checkpoint a second, from file to pruned file, its solves apart
+START = 8.0  # seconds until Python, torch and transformers are there
 ADAM = 48  # bytes a step reads and writes of a trained weight: master, gradient and moments
 
 # Items of public test sets, tokens an item beyond a shared beginning, and whether answers are
@@ -338,6 +342,11 @@ def prune_seconds(
         seconds["factor"] += maps.copies * factor
         seconds["solve"] += maps.copies * (work_seconds(work, machine) - factor)
     return seconds
+
+
+def files_seconds(sizes: Sizes) -> float:
+    """Seconds of reading a checkpoint and writing another of it."""
+    return sizes.weights * sizes.value_bytes / FILES
 
 
 def allocation_seconds(sizes: Sizes, rows: int, length: int, by: str, machine: Machine) -> float:

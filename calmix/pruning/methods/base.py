@@ -28,8 +28,8 @@ class Solution:
     Numbers may be tensors of no dimensions: the host reads them with those of other layers.
 
     Attributes:
-        weights: float32 matrices (rows, columns), which may be transposed views; pruned entries
-            are exactly zero.
+        weights: matrices (rows, columns) in float32, or in their own type where kept weights are
+            what they were; may be transposed views. Pruned entries are exactly zero.
         pruned: number of entries each layer's mask removes.
         errors: share of each layer's output energy that is lost on the calibration tokens,
             ||(W - W') X||^2 / ||W X||^2; None where the method has no Gram matrix.
