@@ -20,6 +20,8 @@ DRAW = (
     "rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "licence", "own",
 )  # fmt: skip
 EXPERTS = ("experts", "expert_smoothing", "drop_experts")
+SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes
+UNSCORED = "--drop-experts needs --calibration: text to score the experts on"
 CALIBRATED = (
     "calibration",
     "propagation",
@@ -105,8 +107,10 @@ def prune_request(
     allocation = read_allocation(given.pop("allocation", None), sparsity)
     only, skip = (tuple(given.pop(key, ())) for key in ("only", "skip"))
     if chosen.needs is None:
-        if given:
-            raise _no_effect(min(given), chosen.name)
+        if idle := set(given) - (SCORED if drop is not None else set()):
+            raise _no_effect(min(idle), chosen.name)
+        if drop is not None and "calibration" not in given:
+            raise InputError(UNSCORED)
         if isinstance(allocation, str):
             raise InputError(
                 f"--allocation {allocation} looks at calibration data, which method {chosen.name} "
@@ -117,9 +121,12 @@ def prune_request(
             sparsity,
             pattern,
             chosen.options,
+            calibration=given.get("calibration"),
+            draw=_draw(given),
             allocation=allocation,
             only=only,
             skip=skip,
+            drop_experts=drop,
         )
     if "calibration" not in given:
         raise InputError(
@@ -143,9 +150,8 @@ def prune_request(
 
 def _drop_alone(method: str | None, given: Mapping[str, Any]) -> PruneRequest:
     """Return the request to drop experts and prune nothing."""
-    useful = {"calibration", "drop_experts", *DRAW}
     idle = sorted(
-        name for name, value in given.items() if name not in useful and value not in ((), [])
+        name for name, value in given.items() if name not in SCORED and value not in ((), [])
     )
     if method not in (None, NONE):
         idle.insert(0, "method")
@@ -156,7 +162,7 @@ def _drop_alone(method: str | None, given: Mapping[str, Any]) -> PruneRequest:
             "--pattern too, or leave it out"
         )
     if "calibration" not in given:
-        raise InputError("--drop-experts needs --calibration: text to score the experts on")
+        raise InputError(UNSCORED)
     drop, draw = given["drop_experts"], _draw(given)
     return PruneRequest(
         NONE, None, None, calibration=given["calibration"], draw=draw, drop_experts=drop
@@ -224,7 +230,9 @@ def prune_requests(
     useful: dict[str, dict[str, Any]] = {}
     for text in methods:
         own = _own(text, given)
-        common = set(PRUNE) - (set(CALIBRATED) if get_method(text, **own).needs is None else set())
+        common = set(PRUNE)
+        if get_method(text, **own).needs is None:
+            common -= set(CALIBRATED) - (SCORED if "drop_experts" in given else set())
         useful[text] = own | {k: v for k, v in given.items() if k in common}
     idle = set(given) - {key for part in useful.values() for key in part}
     if idle:
@@ -396,15 +404,11 @@ def prune_and_recover_requests(
     chosen = recovery_options(recover)
     if options.get("calibration") is None:
         raise InputError("--recover needs --calibration: the text that a recovery trains on")
-    if options.get("drop_experts") is not None:
-        raise InputError(
-            "--recover has no effect with --drop-experts: a recovery compares the pruned model "
-            "with one that has as many experts"
-        )
     chosen |= {name: options.get(name) for name in ("calibration", *DRAW)}
     recovery = recover_request(**chosen)
     named = _methods(method or METHOD)
-    if all(get_method(text, **_own(text, options)).needs is None for text in named):
+    unread = all(get_method(text, **_own(text, options)).needs is None for text in named)
+    if unread and options.get("drop_experts") is None:
         options = {k: v for k, v in options.items() if k not in ("calibration", *DRAW)}
     return prune_requests(method=method, **options), recovery
 

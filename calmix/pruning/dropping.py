@@ -215,6 +215,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def experts_of(config: Any) -> int:
+    """Return how many experts a configuration gives every mixture; 0 without."""
+    told = text_config(config)
+    return next((int(n) for key in COUNTS if (n := getattr(told, key, None))), 0)
+
+
 def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
     """Return which experts every mixture keeps.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import InputError
+from calmix.models.blocks import EXPERTS
 from calmix.models.streaming import StreamedModel
+from calmix.pruning.dropping import experts_of
 
 LEAST = 0.01  # share of zeros below which a model is not sparse
 APART = 0.5  # relative distance of embeddings beyond which a model is another one
@@ -40,9 +43,11 @@ class Pair:
 def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
     """Return the pair, or refuse it.
 
+    The pruned one may lack experts, as a drop leaves it.
+
     Raises:
         InputError: the models differ in architecture or shapes, their embeddings are of different
-            models, or the pruned one is not sparse.
+            models, or the pruned one is not sparse and has all experts.
     """
     kinds = [type(m.model).__name__ for m in (pruned, dense)]
     line = f"{pruned.name} was not pruned from {dense.name}"
@@ -50,8 +55,11 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
         raise InputError(f"{line}: it is a {kinds[0]}, and that a {kinds[1]}")
     own, other = ({n: tuple(p.shape) for n, p in m.model.named_parameters()}
                   for m in (pruned, dense))  # fmt: skip
+    kept, count = (experts_of(m.model.config) for m in (pruned, dense))
     for name in dict.fromkeys([*own, *other]):
-        if own.get(name) != other.get(name):
+        if own.get(name) != other.get(name) and not _dropped(
+            name, own.get(name), other.get(name), kept, count
+        ):
             shapes = [s.get(name, "none") for s in (own, other)]
             raise InputError(f"{line}: {name} is {shapes[0]} there, and {shapes[1]} in the other")
     embedded = pruned.model.get_input_embeddings().weight
@@ -68,12 +76,24 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
             masked.append(name)
             weights += value.numel()
             zeros += int((value == 0).sum())
-    if zeros < LEAST * weights:
+    if zeros < LEAST * weights and kept == count:
         raise InputError(
             f"{pruned.name} is not sparse ({zeros / weights:.2%} of its linear maps' weights are "
             "zero): prune it first"
         )
     return Pair(pruned, dense, frozenset(masked), weights, zeros)
+
+
+def _dropped(
+    name: str, own: tuple[int, ...] | None, other: tuple[int, ...] | None, kept: int, count: int
+) -> bool:
+    """Tell whether a parameter differs as it does where some of the experts were dropped."""
+    if kept >= count or other is None:
+        return False
+    if own is None:
+        number = re.search(rf"\.{EXPERTS}\.(\d+)\.", name)
+        return number is not None and int(number[1]) >= kept
+    return own[1:] == other[1:] and (own[:1], other[:1]) == ((kept,), (count,))
 
 
 def same_head(pair: Pair) -> bool:

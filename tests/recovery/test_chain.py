@@ -123,7 +123,7 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
         (("--recover", "distill,epochs=two"), "epochs two is no whole number"),
         (("--recover", "blocks,epochs"), "'epochs' is not of the form option=value"),
         (("--recover", "blocks,lr=0"), "--lr 0.0 is not between 0 and 1"),
-        (("--recover", "blocks", "--drop-experts", 0.5), "no effect with --drop-experts"),
+        (("--recover", "blocks", "--drop-experts", 0.5), "this model has no experts"),
         (few, "set of 4 rows is too small to recover on"),
         (("--recover", "distill", "--max-memory", "1MiB"), "of memory cannot hold one block"),
     ):

@@ -91,6 +91,38 @@ def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("method", "recover"), [("none", "distill"), ("magnitude", "blocks")])
+def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, method, recover):
+    sparse = ("--sparsity", 0.5, "--method", method) if method != "none" else ()
+    calibration = ("--calibration", place / "set")
+    drop = ("prune", place / "mixtral", *calibration, "--drop-experts", 0.5, *sparse)
+    assert calmix(*drop, "-o", tmp_path / "dropped").code == 0
+    ended = calmix(
+        "recover", tmp_path / "dropped", "--against", place / "mixtral", *calibration,
+        "--method", recover, "--lr", 0.003, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    told = manifest(tmp_path / "out")["recovery"]
+    assert told["after"] < told["before"]
+    assert told["zeros"] == (0 if method == "none" else told["weights"] // 2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_local_experts == 2
+    ended = calmix(*drop, "--recover", f"{recover},lr=0.003", "-o", tmp_path / "both")
+    assert ended.code == 0, ended.err
+    one, other = (hashes(tmp_path / name) for name in ("both", "out"))
+    assert {n for n in one.keys() | other if one.get(n) != other.get(n)} == {"calmix.json"}
+
+
+def test_other_shapes_than_a_drop_leaves_are_refused(calmix, place, tmp_path):
+    save_tiny_model(tmp_path / "wider", "mixtral", num_local_experts=8, intermediate_size=48)
+    ended = calmix(
+        "recover", place / "mixtral-pruned", "--against", tmp_path / "wider", "--calibration",
+        place / "set", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "was not pruned from" in ended.line
+
+
 def test_what_a_token_leaves_is_that_of_its_experts(place):
     opened = StreamedModel(str(place / "mixtral"))
     assert opened.merges  # the files hold experts one by one
