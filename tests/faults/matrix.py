@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -404,6 +406,61 @@ def small_disk(place: Place, *, read_only: bool) -> Row | None:
     return row
 
 
+def dying_workers(place: Place, count: int) -> Row:
+    """Run a study on Ray and kill workers at work, up to three a run: the others take over.
+
+    Moments are drawn by the clock: processor time of another process sends no signal.
+    """
+    row = Row("study on Ray", "SIGKILL")
+    verb, *rest = place.verb.arguments(place.folder)
+    assert verb == "study"
+    study = rest[1]
+    while row.tried < count:
+        rng = place.seeded("worker", row.tried)
+        folder = place.fresh("tried")
+        kills = min(rng.choice([1, 1, 2, 3]), count - row.tried)
+        waits = [rng.uniform(0, 2 * place.whole.seconds / 6) for _ in range(kills)]
+        met = folder.with_name("met")
+        met.write_text("")
+        ended = run(partial(_on_ray, place, study, folder / "out", waits, met), place.log)
+        row.tried, row.ended = row.tried + kills, row.ended + len(met.read_text().split())
+        if ended.code:
+            row.found.append(f"{row.tried}: {ended.errors[-300:]}")
+        elif wrong := place.judged(folder, ended):
+            row.found.append(f"{row.tried}: {wrong}")
+    return row
+
+
+def _on_ray(place: Place, study: object, store: Path, waits: Sequence[float], met: Path) -> None:
+    os.environ |= {
+        "CALMIX_CACHE": str(place.folder / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RAY_worker_niceness": "0",
+    }
+
+    def kill() -> None:
+        left, known = list(waits), {os.getpid()}
+        while left:
+            for lock in store.glob("locks/*.lock"):
+                try:
+                    found = int(json.loads(lock.read_text())["pid"])
+                except (OSError, ValueError, KeyError):
+                    continue
+                if len(lock.stem) == 64 and found not in known:
+                    time.sleep(left.pop())
+                    known.add(found)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(found, signal.SIGKILL)
+                        with met.open("a") as log:
+                            log.write(f"{found}\n")
+                    break
+            time.sleep(0.01)
+
+    threading.Thread(target=kill, daemon=True).start()
+    options = "--executor", "ray", "--workers", "2", "--retries", "3"
+    command("study", "run", study, "-o", store, *options)()
+
+
 def everything(
     name: str, verb: Verb, folder: Path, count: int, tell: Callable[[Row], None]
 ) -> list[Row]:
@@ -422,6 +479,8 @@ def everything(
     ]
     if name in CACHED:
         tried += [partial(vanished_cache, place, few), partial(one_cache, place, fewer)]
+    if name == "study":
+        tried.append(partial(dying_workers, place, count))
     rows = []
     for fault in tried:
         if (row := fault()) is not None:
