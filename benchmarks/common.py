@@ -1,7 +1,8 @@
-"""What the benchmarks share: the data folder, the rival's interpreter, the machine in words."""
+"""What the benchmarks share: data folder, machine in words, the rival, what a model keeps."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -11,8 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+
+import calmix
 
 HERE = Path(__file__).parent
 
@@ -59,3 +63,41 @@ def run_rival(python: str, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"the rival failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class Readout:
+    """What a model keeps, in per cent, by dimension and in total.
+
+    Args:
+        file: a Python file with `readout(folder) -> {dimension: {text: bits per byte}}`; kept is
+            the mean over dimensions of the mean of dense over pruned. None: the quick slice of the
+            offline suite, by `ratio`.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._dense: dict[str, Any] = {}
+        self._read = None
+        if file is not None:
+            spec = importlib.util.spec_from_file_location("readout", file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self._read = module.readout
+
+    def kept(self, dense: Path, pruned: Path) -> dict[str, float]:
+        key = str(dense)
+        if self._read is None:
+            before = self._dense.get(key) or calmix.evaluate(key, "offline", quick=True)
+            self._dense[key] = before
+            found = calmix.evaluate(str(pruned), "offline", quick=True, floors=False)
+            kept = found.retention(before, measure="ratio", resamples=2)
+            made = {one.name: 100 * (one.kept.value or 0) for one in kept.dimensions}
+        else:
+            before = self._dense.setdefault(key, self._read(dense))
+            bits = self._read(pruned)
+            made = {
+                name: 100 * float(np.mean([texts[t] / bits[name][t] for t in texts]))
+                for name, texts in before.items()
+            }
+        return made | {"total": float(np.mean(list(made.values())))}

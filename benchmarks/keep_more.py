@@ -20,7 +20,6 @@ seconds of prune and recovery.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import time
@@ -28,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import commit, data_file, machine
+from common import Readout, commit, data_file, machine
 
-import calmix
 from calmix.models import resolve_model
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.recovery import recover
@@ -43,38 +41,6 @@ MIX = (
 METHODS = {"sparsegpt": "sparsegpt", "refit": "sparsegpt,refit=10", "mask": "admm,refit=0"}
 WAYS = ("sparsegpt", "refit", "mask", "admm", "blocks", "distill")
 RECOVERIES = ("blocks", "distill")
-
-
-class Readout:
-    """What a model keeps, in per cent, by dimension and in total."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._dense: dict[str, Any] = {}
-        self._read = None
-        if file is not None:
-            spec = importlib.util.spec_from_file_location("readout", file)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            self._read = module.readout
-
-    def kept(self, dense: Path, pruned: Path) -> dict[str, float]:
-        key = str(dense)
-        if self._read is None:
-            before = self._dense.get(key) or calmix.evaluate(key, "offline", quick=True)
-            self._dense[key] = before
-            found = calmix.evaluate(str(pruned), "offline", quick=True, floors=False)
-            kept = found.retention(before, measure="ratio", resamples=2)
-            made = {one.name: 100 * (one.kept.value or 0) for one in kept.dimensions}
-        else:
-            before = self._dense.setdefault(key, self._read(dense))
-            bits = self._read(pruned)
-            made = {
-                name: 100 * float(np.mean([texts[t] / bits[name][t] for t in texts]))
-                for name, texts in before.items()
-            }
-        return made | {"total": float(np.mean(list(made.values())))}
 
 
 def request(way: str, target: str, calibration: str, rows: int, seed: int) -> Any:

@@ -6,8 +6,8 @@ SmolLM2-135M is upcycled to Mixtral's shape: each block's feed-forward is copied
 with small seeded differences, behind a random router that sends every token to two. As gates add
 up to one, it computes nearly what the dense model computes. It is pruned to 50 and 60 % with every
 expert on its routed tokens alone, on all tokens, or on its own smoothed with all, calibrated on one
-source and on a mix. READOUT is a script `READOUT DENSE PRUNED --json FILE` that measures held-out
-text. Every condition is kept in WORK/results.json as it is done; run again, it goes on.
+source and on a mix. READOUT is a file as keep_more.py takes it; without, a quick suite stands in. Every
+condition is kept in WORK/results.json as it is done; run again, it goes on.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import datetime
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import commit, machine
+from common import Readout, commit, machine
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from calmix.errors import InputError
@@ -91,17 +89,8 @@ def coverage(folder: Path) -> dict[str, Any]:
     }
     return {
         "least": min(tokens), "most": max(tokens), "by_source": least,
-        "error": sum(errors) / len(errors) if errors else None,
+        "error": sum(errors) / len(errors),
     }  # fmt: skip
-
-
-def readout(script: Path, dense: Path, pruned: Path) -> Any:
-    """Return what a script measures of a pruned model against the dense one."""
-    file = pruned.with_suffix(".json")
-    subprocess.run(
-        [sys.executable, str(script), str(dense), str(pruned), "--json", str(file)], check=True
-    )
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -121,6 +110,7 @@ def main() -> None:
         (options.work / "making").rename(dense)
     kept = options.work / "results.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    read = Readout(options.readout)
     wanted = [(s, t, c) for s in options.sparsities for t in TOKENS for c in SOURCES]
     for sparsity, tokens, calibration in wanted[: options.conditions]:
         name = f"{options.method} {sparsity:g} {tokens} {calibration} {options.rows}"
@@ -133,25 +123,22 @@ def main() -> None:
         )  # fmt: skip
         try:
             prune_checkpoints(str(dense), {output: request}, resume=True)
-            results[name] = coverage(output)
+            results[name] = coverage(output) | {"kept": read.kept(dense, output)}
+            shutil.rmtree(output)
         except InputError as error:
             results[name] = {"refused": str(error)}
-        else:
-            if options.readout is not None:
-                results[name]["readout"] = readout(options.readout, dense, output)
-            shutil.rmtree(output)
         write_json(kept, results)
+        print(f"{name}: done", flush=True)
     print(f"{datetime.date.today()}, commit {commit()}, {machine()}\n")
-    print("| condition | tokens an expert, least and most | by source, least | error | readout |")
-    print("|---|---|---|---|---|")
+    heads = next((list(one["kept"]) for one in results.values() if "kept" in one), [])
+    print(f"| condition | tokens an expert | error | {' | '.join(heads)} |")
+    print("|---" * (3 + len(heads)) + "|")
     for name, one in results.items():
         if "refused" in one:
-            print(f"| {name} | refused: {one['refused']} | | | |")
+            print(f"| {name} | refused: {one['refused']} |")
             continue
-        sources = ", ".join(f"{source} {least}" for source, least in one["by_source"].items())
-        error = "" if one["error"] is None else f"{one['error']:.4f}"
-        told = json.dumps(one.get("readout", ""))[:200]
-        print(f"| {name} | {one['least']}, {one['most']} | {sources} | {error} | {told} |")
+        shown = " | ".join(f"{one['kept'][head]:.1f}" for head in heads)
+        print(f"| {name} | {one['least']} to {one['most']} | {one['error']:.4f} | {shown} |")
 
 
 if __name__ == "__main__":
