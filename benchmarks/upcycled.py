@@ -6,8 +6,8 @@ SmolLM2-135M is upcycled to Mixtral's shape: each block's feed-forward is copied
 with small seeded differences, behind a random router that sends every token to two. As gates add
 up to one, it computes nearly what the dense model computes. It is pruned to 50 and 60 % with every
 expert on its routed tokens alone, on all tokens, or on its own smoothed with all, calibrated on one
-source and on a mix. READOUT is a file as keep_more.py takes it; without, a quick suite stands in. Every
-condition is kept in WORK/results.json as it is done; run again, it goes on.
+source and on a mix. READOUT is a file as keep_more.py takes it; without, a quick suite stands in.
+Every condition is kept in WORK/results.json as it is done; run again, it goes on.
 """
 
 from __future__ import annotations
