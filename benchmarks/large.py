@@ -1,7 +1,7 @@
 """A model larger than memory: a random checkpoint of a large model's shape pruned in a budget.
 
     python benchmarks/large.py --folder DIR [--shape llama-3.1-8b] [--blocks 32]
-        [--max-memory 6GiB] [--kill-after 3]
+        [--max-memory 6GiB] [--kill-after 3] [--recover blocks,epochs=1]
 
 Shapes: llama-3.1-8b (16 GB, DIR needs about 40), mixtral-8x7b (2.9 GB a block), qwen3-30b-a3b
 (1.2 GB a block); the checkpoint is written shard by shard, once, experts one by one as on the
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--kill-after", type=int)
+    parser.add_argument("--recover", help="as `calmix prune` takes it")
     options = parser.parse_args()
     model = options.folder / f"{options.shape}-{options.blocks}"
     output = options.folder / "pruned"
@@ -179,15 +180,18 @@ def main() -> None:
         str(text), "--rows", str(options.rows), "--length", str(options.length), "--sparsity",
         "0.6", "--method", options.method, "--dtype", "bfloat16", "--leakage", "off",
         "--max-memory", options.max_memory, "--checkpoint-every", "0", "--overwrite",
+        *(("--recover", options.recover) if options.recover else ()),
     ]  # fmt: skip
     dry = subprocess.run(
         [*command, "--dry-run", "--json"], capture_output=True, text=True, check=True
     )
-    planned = json.loads(dry.stdout)[-1]
+    planned = json.loads(dry.stdout)
+    memory, expected = max(p["memory"] for p in planned), sum(p["seconds"] for p in planned)
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**30
     print(f"commit {commit()}, {machine()}")
     print(f"{options.blocks} blocks, {size:.1f} GiB of weights, {options.rows} x {options.length} "
-          f"tokens, {options.method} 60 %, --max-memory {options.max_memory}\n")  # fmt: skip
+          f"tokens, {options.method} 60 %, {options.recover or 'no'} recovery, --max-memory "
+          f"{options.max_memory}\n")  # fmt: skip
     work = output.with_name(output.name + ".unfinished")
     began = time.perf_counter()
     peak, times, killed = run(command, work, options.kill_after)
@@ -196,7 +200,7 @@ def main() -> None:
     each = sum(steps) / len(steps) if steps else float("nan")
     print(f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen), "
           f"{seconds:.0f} s in all")  # fmt: skip
-    print(f"planned: {planned['memory'] / 2**30:.2f} GiB, {planned['seconds']:.0f} s in all")
+    print(f"planned: {memory / 2**30:.2f} GiB, {expected:.0f} s in all")
     if killed:
         print("killed, then resumed:")
         peak, times, _ = run([*command, "--resume"], work, None)
