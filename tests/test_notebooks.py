@@ -56,6 +56,7 @@ def ran(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
 
 
 @pytest.mark.real
+@pytest.mark.long  # a minute of processor time, and tests/compress has all it does
 def test_a_model_compressed_on_its_own_text(ran: Ran, tmp_path: Path) -> None:
     told = ran("compress.ipynb", CALMIX_NOTEBOOK_SUITE="smoke")
     card = read_card(tmp_path / "out" / "no-corpus")

@@ -17,6 +17,7 @@ from calmix.calibration.select import BY_MODEL, OVERSAMPLE, SELECTORS, Selection
 from calmix.calibration.set import CalibrationSet
 from calmix.errors import InputError, SourceError, nearest
 from calmix.sources import Document, Source, get_source
+from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
 
 BATCH = 64  # documents handed to the tokenizer at a time
@@ -105,7 +106,7 @@ def build(
     draws: dict[str, _Draw] = {}
     for name, count in counts.items():
         documents = list(sources[name].documents())
-        rng = np.random.default_rng(_seed_of(seed, name))
+        rng = np.random.default_rng(_seed_of(seed, sources[name], own))
         order = [documents[i] for i in rng.permutation(len(documents))]
         stream = _tokenized(order, tokenize)
         if guard is not None:
@@ -273,8 +274,14 @@ def _tokenized(
         yield from zip(batch, tokenize([document.text for document in batch]), strict=True)
 
 
-def _seed_of(seed: int, name: str) -> list[int]:
-    """Give every source a stream of its own, so that adding one does not move the others."""
+def _seed_of(seed: int, source: Source, own: Mapping[str, Source] | None) -> list[int]:
+    """Give every source a stream of its own, so that adding one does not move the others.
+
+    A file that is named by its path has that of its last part, wherever it lies.
+    """
+    name, reader = source.name, source.reader
+    if isinstance(reader, LocalFile) and name not in (own or {}):
+        name = reader.path.resolve().name
     return [seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")]
 
 

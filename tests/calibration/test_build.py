@@ -1,5 +1,8 @@
 """Drawing calibration sets."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,6 +60,18 @@ def test_adding_a_source_does_not_move_the_others(sources, tiny):
     assert rows == {tuple(row) for row in alone.ids.tolist()}
 
 
+def test_a_file_gives_the_same_rows_wherever_it_lies(tmp_path, tiny, sources, monkeypatch):
+    moved = tmp_path / "elsewhere" / Path(sources["lower"]).name
+    moved.parent.mkdir()
+    shutil.copyfile(sources["lower"], moved)
+    monkeypatch.chdir(moved.parent)
+    drawn = {
+        build(parse_mix(name), tiny, rows=4, length=32).sha256
+        for name in (sources["lower"], str(moved), f"./{moved.name}")
+    }
+    assert len(drawn) == 1
+
+
 def test_zipcal_draws_more_distinct_tokens(tmp_path, tiny):
     path = tmp_path / "skewed.jsonl"
     lines = ['{"text": "' + "ab" * 20 + '"}' for _ in range(60)]
@@ -65,9 +80,12 @@ def test_zipcal_draws_more_distinct_tokens(tmp_path, tiny):
     path.write_text("\n".join(lines), encoding="utf-8")
     mix = parse_mix(str(path))
     options = {"rows": 5, "length": 30, "packing": "window"}
-    plain = build(mix, tiny, **options)
-    diverse = build(mix, tiny, select="zipcal", **options)
-    assert len(diverse.ids.unique()) > len(plain.ids.unique())
+    distinct = {"random": 0, "zipcal": 0}
+    for seed in range(5):
+        for select in distinct:
+            diverse = build(mix, tiny, select=select, seed=seed, **options)
+            distinct[select] += len(diverse.ids.unique())
+    assert distinct["zipcal"] > 1.1 * distinct["random"], distinct
     assert diverse.manifest["sources"][str(path)]["candidates"] == 20
 
 

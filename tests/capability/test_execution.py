@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,13 +82,11 @@ def test_right_programs_pass(source: str) -> None:
     ],
 )
 def test_everything_else_is_a_plain_failure(source: str, reason: str) -> None:
-    start = time.monotonic()
     # What ends by itself gets time to, however busy the machine is.
     outcome = run_program(source, seconds=1.5 if reason == "still running" else 30)
     assert not outcome.passed
     assert reason in outcome.reason
     assert "\n" not in outcome.reason
-    assert time.monotonic() - start < 6
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

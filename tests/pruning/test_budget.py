@@ -127,7 +127,7 @@ OF_SPARSEGPT = Work(
     [
         # Weights are read in float32, compared, and written; beside them a mask and its scores.
         ("magnitude", Work(memory=12 * 1500 * 40), 1500 * (4 * 40 + 9 * 30)),
-        ("wanda", Work(memory=12 * 1500 * 40), 1500 * (16 + 4 * 40 + 9 * 30)),
+        ("wanda", Work(cached=40 * 1500 * 40), 1500 * (16 + 4 * 40 + 9 * 30)),
         ("sparsegpt", OF_SPARSEGPT, 11 * 1500**2 + 4 * 1500 * 40 + 8 * 1500 * 40),
     ],
 )
@@ -149,7 +149,7 @@ def test_what_follows_a_mask_is_added_by_hand():
     fitting = 4 * 1500**2 + refit.memory(40, 1500) + 6 * 1500 * 40
     wanda, sparsegpt = get_method("wanda,refit=7"), get_method("sparsegpt,refit=7")
     assert wanda.work(1500, 40) == Work(
-        memory=12 * 1500 * 40, gram=taken.fast, products=taken.exact
+        cached=40 * 1500 * 40, gram=taken.fast, products=taken.exact
     )
     assert sparsegpt.work(1500, 40) == dataclasses.replace(
         OF_SPARSEGPT,
