@@ -121,17 +121,21 @@ def hidden(
     """
     _sweep(path)
     while True:
-        beside = path.with_name(f".{path.name}.{kind}{secrets.token_hex(4)}")
-        make(beside)
-        if (handle := _locked(beside, own=True)) is None:  # somebody sweeps it
-            continue
+        beside, handle = path.with_name(f".{path.name}.{kind}{secrets.token_hex(4)}"), None
         try:
-            if beside.exists():
+            make(beside)
+            if (handle := _locked(beside, own=True)) is not None and beside.exists():
                 yield beside
                 return
-        finally:
+        finally:  # also if it was interrupted before it was locked, or somebody swept it
             _remove(beside)
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
+
+
+def is_hidden(path: Path) -> bool:
+    """Tell whether a file is, or lies in, what was hidden beside another by a process."""
+    return any(part.startswith(".") and f".{PARTIAL}" in part for part in path.parts)
 
 
 def _locked(path: Path, *, own: bool) -> int | None:

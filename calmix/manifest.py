@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from calmix.files import sha256_file, sha256_json
+from calmix.files import is_hidden, sha256_file, sha256_json
 from calmix.machine import cores
 from calmix.specs import PruneRequest, RecoverRequest
 
@@ -60,6 +60,8 @@ def file_hashes(
 ) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder by its path within, in order of path.
 
+    What a killed process has left hidden beside another file goes when that is written.
+
     Args:
         folder: where to look; links are not followed into folders.
         without: names to leave out.
@@ -72,8 +74,8 @@ def file_hashes(
             tick(name)
         return value
 
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    names = [name for name in names if name not in without]
+    paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
     with ThreadPoolExecutor(cores()) as pool:
         return dict(zip(names, pool.map(hashed, names), strict=True))
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import atomic_folder, check_output_folder, hidden, write_text
+from calmix.manifest import file_hashes
 from tests import forks
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
@@ -295,3 +296,20 @@ def test_a_disk_that_is_full_for_the_library_that_writes_weights(disk):
     with pytest.raises(DiskError, match="no space left"), atomic_folder(disk / "out") as beside:
         save_file(tensors, beside / "model.safetensors")
     assert names(disk) == []
+
+
+def test_an_interrupt_before_the_lock_leaves_nothing(tmp_path):
+    def make(path):
+        path.touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), hidden(tmp_path / "file", make):
+        pytest.fail("it was not made")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_killed_left_is_no_file_of_the_result(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b", "sub/a", ".kept", ".b.partial-0a1b2c3d", "sub/.a.partial-0a1b2c3d"):
+        (tmp_path / name).touch()
+    assert list(file_hashes(tmp_path, without=["b"])) == [".kept", "sub/a"]

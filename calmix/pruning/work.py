@@ -164,6 +164,8 @@ class WorkFolder:
             give_back(self._lock)
             raise
         self.claimed, self._overwrite = True, overwrite
+        # An interrupt while a thread is started loses it: none could then wait for what it writes.
+        self._pool.submit(int).result()
         return self.goes_on
 
     def _alone(self) -> bool:

@@ -24,7 +24,7 @@ from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune, streamed
 from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import Run
+from calmix.pruning.engine import PruneReport, Run
 from calmix.pruning.gram import Gram
 from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
@@ -463,6 +463,17 @@ def test_killed_before_the_request_was_written(calmix, deep, tmp_path, option):
     ended = calmix(*command, *([option] if option else []))
     assert ended.code == 0, ended.err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_thread_is_started_that_an_interrupt_could_lose(tmp_path, monkeypatch):
+    """One that is lost writes into a folder that is being removed."""
+    work = WorkFolder(tmp_path / "out")
+    work.claim({"a": 1}, resume=False, overwrite=False)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread starts"))
+    report = PruneReport("magnitude", "0.5", None, 0)
+    work.finish_block(0, {}, report, [], overlap=True, last=True)
+    work.abandon()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_work_that_is_being_removed_is_not_gone_on_with(tmp_path, monkeypatch):
