@@ -160,6 +160,7 @@ class Place:
     def __init__(self, name: str, verb: Verb, folder: Path) -> None:
         self.name, self.verb, self.folder = name, verb, folder
         self.log = folder / "log"
+        self.assets = cache_dir() / "assets"  # asked here: a fork has this verb's own cache
         clean = self.fresh("clean")
         self.whole = self.run(clean)
         assert not self.whole.code, f"undisturbed: {self.whole.errors[-300:]}"
@@ -178,7 +179,7 @@ class Place:
         cache = self.folder / "cache"
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(exist_ok=True)
-        (cache / "assets").symlink_to(cache_dir() / "assets")
+        (cache / "assets").symlink_to(self.assets)
 
     def run(self, at: Path, *options: object, **how: object) -> Ended:
         """Run the verb in a fork."""
