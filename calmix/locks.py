@@ -53,8 +53,8 @@ class Lock:
             content = {"token": self._token, **_place(), "pid": os.getpid()}
             content["started"] = _started(os.getpid())
             own = self.path.with_name(f".{self.path.name}.{self._token}")
-            own.write_text(json.dumps(content), encoding="utf-8")
             try:
+                own.write_text(json.dumps(content), encoding="utf-8")
                 if not (_linked(own, self.path) or self._take_over(own)):
                     return False
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from calmix import locks
+from calmix.errors import DiskError
 from calmix.locks import Lock, holder_of
 
 
@@ -204,3 +206,14 @@ def test_many_that_want_a_dead_lock_get_it_once(tmp_path: Path) -> None:
     for process in runs:
         process.communicate("")
     assert sorted(answers) == ["False", "False", "True"]
+
+
+def test_a_full_disk_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *text: Any, **how: Any) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DiskError):
+        Lock(tmp_path / "one.lock").acquire()
+    assert not list(tmp_path.iterdir())
