@@ -22,6 +22,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models.blocks import EXPERTS, ROUTERS, DecoderBlocks, Mixture, experts_per_token
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import Files, StreamedModel
+from calmix.pruning import sharing
 from calmix.pruning.engine import Dropped, Run
 from calmix.pruning.experts import Routed, is_index
 from calmix.pruning.layout import observe_block
@@ -64,7 +65,8 @@ class ScorePass(Run):
         finally:
             for handle in handles:
                 handle.remove()
-        for name, (total, tokens) in sums.items():
+        for name, own in sums.items():
+            total, tokens = sharing.total(own, self._device(index)).cpu()
             self.scores[name] = (total / tokens.clamp(min=1)).tolist()
 
 

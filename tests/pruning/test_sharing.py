@@ -112,6 +112,36 @@ def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, 
     assert all(torch.equal(a, tensors(cut)[n]) for n, a in tensors(tmp_path / "whole").items())
 
 
+def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):
+    """And go on with them, when one of them was killed."""
+    monkeypatch.setattr(work, "SAVING", 0)
+    monkeypatch.setattr(sharing, "TIDYING", timedelta(seconds=0.1))
+    mixture = save_tiny_model(tmp_path / "model", "mixtral")
+    asked = ("prune", mixture, "--calibration", text_file, *SMALL, "--drop-experts", 0.25, "-o")
+
+    def ends():
+        if os.environ["RANK"] == "0":
+            arm("counted", 0)
+        command(*asked, tmp_path / "two")()
+
+    assert [one.code for one in ranks(ends, 2, tmp_path / "log")] == [-9, 2]
+    told = forked((*asked, tmp_path / "two", "--resume"), tmp_path / "log")
+    assert "going on after 1 of 2 blocks" in told
+    assert calmix(*asked, tmp_path / "one").code == 0
+    one, two = (
+        json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
+        for name in ("one", "two")
+    )
+    for ours, theirs in zip(one["dropped"], two["dropped"], strict=True):
+        assert ours["kept"] == theirs["kept"]
+        assert ours["scores"] == pytest.approx(theirs["scores"])
+    assert one["experts"] == two["experts"]
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
+
+
 def damaged(folder):
     opened = open_model(str(save_tiny_model(folder)))
     opened.model.model.layers[1].self_attn.k_proj.weight[3, 5] = float("nan")
@@ -135,7 +165,7 @@ def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
     asked = {
         "1 calibration rows are too few for 2": (tiny_folder, *drawn, *SMALL, "--rows", 1),
         "k_proj: its weights are not finite": (damaged(tmp_path / "nan"), *drawn, *SMALL),
-        "only one process prunes": (mixture, *drawn, *SMALL),
+        "every token is sent to 2: drop fewer": (mixture, *drawn, *SMALL, "--drop-experts", 0.75),
         "no model folder": (tmp_path / "nowhere", *drawn, *SMALL),
         "is one device": (tiny_folder, *drawn, *SMALL, "--device", "cuda:1"),
         "there is none": (tiny_folder, *drawn, *SMALL, "--device", "cuda"),
