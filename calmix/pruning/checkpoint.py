@@ -30,7 +30,7 @@ from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSou
 from calmix.pruning import sharing
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
-from calmix.pruning.dropping import ScorePass, chosen_experts, write_dropped
+from calmix.pruning.dropping import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.engine import (
     Dropped,
     Patterns,
@@ -140,7 +140,7 @@ def prune_checkpoints(
             dropped: list[Dropped] = []
             if left and left[0].request.drop_experts is not None:
                 assert ids is not None
-                source, dropped = _dropped(source, ids, left, max_memory)
+                source, dropped = _dropped(source, ids, left, max_memory, say)
             looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
             plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
             sharing.once(partial(_check_space, source, left, ids, plan))
@@ -243,7 +243,11 @@ def _open(
 
 
 def _dropped(
-    source: WeightSource, ids: torch.Tensor, jobs: Sequence[Job], max_memory: int | None
+    source: WeightSource,
+    ids: torch.Tensor,
+    jobs: Sequence[Job],
+    max_memory: int | None,
+    say: Callable[[str], None],
 ) -> tuple[StreamedModel, list[Dropped]]:
     """Return the model without the experts that count least, in the first job's work folder.
 
@@ -267,6 +271,9 @@ def _dropped(
         plan = _agreed(plan_for(source, ids, [], budget=max_memory, beside=[look.method]))
         pass_through(source, ids, look, work, plan)
         dropped = sharing.once(lambda: chosen_experts(source.model, look.scores, share))
+    if lost := unscored(source):
+        names = ", ".join(sorted(layer.strip(".") for layer in lost))
+        say(f"{names}: left out, as it predicts further tokens with experts that nobody scored")
     # Where nothing is pruned it is the result.
     folder = work.checkpoint if request.method == NONE else work.path / "dropped"
 
