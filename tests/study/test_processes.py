@@ -14,9 +14,10 @@ import pytest
 from calmix.errors import InputError
 from calmix.study import apart, load_study, run_study
 from calmix.study.bench import Bench
-from calmix.study.cluster import Cluster, on_ray
+from calmix.study.cluster import Cluster, on_ray, places, room
+from calmix.study.planning import PROGRAM, host_memory, sizes_of_model, trial_memory
 from calmix.study.store import Store, open_store
-from calmix.study.trials import Planned
+from calmix.study.trials import Planned, plan
 from tests.forks import command, run, start, stopped, wait
 from tests.study.test_running import Recorder
 from tests.study.worker import write_study
@@ -135,6 +136,37 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     assert states(store) == ["finished"] * 6
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_no_machine_gets_more_workers_than_its_memory_holds() -> None:
+    nodes = [
+        {"CPU": 8, "memory": 40e9, "GPU": 2},
+        {"CPU": 32, "memory": 25e9},
+        {"CPU": 2, "memory": 90e9},
+    ]
+    needs = {"CPU": 1, "GPU": 0, "memory": 12e9}
+    assert places(nodes, needs) == room(nodes, needs, "a") == 3 + 2 + 2
+    assert room(nodes, {**needs, "memory": 0}, "") == 42  # of a model that is not known here
+    assert room(nodes, {**needs, "GPU": 0.5}, "a") == 3
+    assert room(nodes, {**needs, "CPU": 4, "memory": 30e9}, "a") == 1  # not two halves of one
+    with pytest.raises(InputError, match=r"more than 32 CPUs and 2 GPUs, but .* asks for 1 and 4"):
+        room(nodes, {**needs, "GPU": 4}, "a")
+    line = r"llama wanda 60% needs 50\.0 GB, and the largest machine of the cluster has 40\.0 GB: "
+    with pytest.raises(InputError, match=line):
+        room(nodes, {"CPU": 4, "GPU": 0, "memory": 50e9}, "llama wanda 60%")
+
+
+def test_what_a_worker_is_given_is_what_its_trial_takes() -> None:
+    study = load_study(Path(__file__).parents[2] / "studies" / "paper-llama31-8b.yaml")
+    trials = plan(study)
+    label, most = host_memory(study, trials, "cpu")
+    (model,) = study.models
+    sizes = sizes_of_model(model, study.models[model])
+    each = {trial.label: trial_memory(sizes, trial, "cpu") for trial in trials}
+    assert most == PROGRAM + max(each.values()) == PROGRAM + each[label]
+    # What a GPU prunes passes through the machine's memory once.
+    assert host_memory(study, trials, "cuda")[1] == PROGRAM + sizes.weights * sizes.value_bytes
+    assert host_memory(study, [], "cpu") == ("", 0)
 
 
 @pytest.mark.parametrize(
