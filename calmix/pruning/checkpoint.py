@@ -165,7 +165,7 @@ def prune_checkpoints(
         except BaseException as error:
             for work in works:
                 kept = work.claimed and _leave(work, error)
-                if kept and not isinstance(error, CalmixError):
+                if kept and not _is_mistake(error):
                     what = f"{work.done} blocks" if work.done else "the experts' scores"
                     say(f"{what} are kept in {work.path}: --resume goes on")
             raise
@@ -445,14 +445,18 @@ def _calibration(
     return made
 
 
+def _is_mistake(error: BaseException) -> bool:
+    return isinstance(error, CalmixError) and not isinstance(error, sharing.PeerError)
+
+
 def _leave(work: WorkFolder, error: BaseException) -> bool:
     """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
-    A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What
-    an earlier run has left is kept whatever happens.
+    A mistake would meet the same end again; a full disk, an interrupt, a defect or another
+    process's end need not. What an earlier run has left is kept whatever happens.
     """
     work.settle()
-    again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
+    again = isinstance(error, DiskError) or not _is_mistake(error)
     stays = work.goes_on or (work.begun and again)
     if stays:
         work.close()

@@ -8,6 +8,8 @@ Ends well if every process ends with the masks of one process, and with its own 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from calmix.models import find_blocks
 from calmix.pruning import Pattern, SemiStructured, Unstructured, prune
 from calmix.pruning.dropping import ScorePass
 from calmix.pruning.engine import PruneReport, Run, run_through
-from calmix.pruning.experts import ExpertTokens
+from calmix.pruning.experts import ExpertTokens, Gathering
+from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
 from tests.pruning.toy import Toy
 from tests.tiny import tiny_ids, tiny_model
@@ -89,7 +92,30 @@ def main() -> None:
         prune(tiny_model("llama"), tiny_ids(5, 16), method=Toy(), pattern=Unstructured(0.5))
     with pytest.raises(InputError, match=r"sees none of the calibration tokens: draw more"):
         prune(CASES[3].model(), CASES[3].ids(), pattern=Unstructured(0.5), experts="routed-only")
+    alike()
     dist.destroy_process_group()
+
+
+def alike() -> None:
+    """What all experts see alike in one process, and not in the other, is summed of each."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 5, 4, generator=generator)
+    seen = [[a, a, a], [b, c, b]]
+
+    def everything(step, experts, sample, args, kwargs, add):
+        for expert in experts:
+            add(expert, args[0][expert])
+
+    routed: Any = SimpleNamespace(
+        kind="indexed", device=torch.device("cpu"), everything=everything, name="mixture"
+    )
+    step: Any = SimpleNamespace(columns=4, layers={expert: [expert] for expert in range(3)})
+    gathering = Gathering(routed, step, range(3), Gram, ExpertTokens("all-tokens"))
+    gathering.collect(torch.arange(5), (seen[dist.get_rank()],), {})
+    found = [matrix for _, matrix, _ in gathering.statistics([5, 5, 5])]
+    for matrix, *parts in zip(found, *seen, strict=True):
+        whole = torch.cat(parts)
+        torch.testing.assert_close(matrix, whole.T @ whole)
 
 
 def check(case: Case, expected: tuple[dict[str, torch.Tensor], PruneReport]) -> None:
