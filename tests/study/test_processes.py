@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,9 @@ import pytest
 from calmix.errors import InputError
 from calmix.study import apart, load_study, run_study
 from calmix.study.bench import Bench
-from calmix.study.cluster import Cluster, on_ray, places, room
+from calmix.study.cluster import Cluster, _Run, on_ray, places, room
 from calmix.study.planning import PROGRAM, host_memory, sizes_of_model, trial_memory
+from calmix.study.running import Options
 from calmix.study.store import Store, open_store
 from calmix.study.trials import Planned, plan
 from tests.forks import command, run, start, stopped, wait
@@ -167,6 +171,33 @@ def test_what_a_worker_is_given_is_what_its_trial_takes() -> None:
     # What a GPU prunes passes through the machine's memory once.
     assert host_memory(study, trials, "cuda")[1] == PROGRAM + sizes.weights * sizes.value_bytes
     assert host_memory(study, [], "cpu") == ("", 0)
+
+
+def test_workers_ask_for_the_memory_of_their_trials(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(write_study(tmp_path, tiny_folder))
+    todo: Any = [SimpleNamespace(planned=trial) for trial in plan(study)]
+    _, needed = host_memory(study, plan(study), "cpu")
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 3.5 * needed}}]
+    given: dict[str, Any] = {}
+
+    def remote(**options: Any) -> Any:
+        given.update(options)
+        return lambda worker: SimpleNamespace(remote=worker)
+
+    ray = SimpleNamespace(nodes=lambda: nodes, remote=remote)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    store: Any = SimpleNamespace(path=tmp_path)
+    seen = Recorder()
+    run = _Run(Cluster(workers=4), study, store, todo, Options(), seen)
+    assert given == {"num_cpus": 1, "num_gpus": 0, "memory": math.ceil(needed)}
+    assert run.workers == 3
+    assert [note for note in seen.notes if note.startswith("3 at a time, as a trial may take")]
+    nodes[0]["Alive"] = False
+    nodes.append({"Alive": True, "Resources": {"CPU": 8.0, "memory": 0.9 * needed}})
+    with pytest.raises(InputError, match=r" needs 0\.5 GB, and the largest machine of the cluster"):
+        _Run(Cluster(), study, store, todo, Options(), seen)
 
 
 @pytest.mark.parametrize(
