@@ -120,7 +120,7 @@ def traced_block(
         traced.reads.clear()
         with trusting():
             for layers, statistic in zip(groups, statistics, strict=True):
-                run._prune(layers, statistic)
+                run._prune((layers, statistic, None))
             run._settle()
         solve, reads = traced.work.copy(), traced.reads.total()
     return passes, solve, reads

@@ -149,6 +149,12 @@ class StreamedModel:
         return {name: own[name] for name in self._parts if name in own}
 
     @property
+    def unknown(self) -> set[str]:
+        """Names in the files of what the model has no parameter or buffer for."""
+        own = {stored for part in self._parts.values() for stored in part.stored}
+        return self.shards.places.keys() - own - set(self.buffers.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the blocks' weights in memory."""
         return next(self.blocks.blocks[0].parameters()).dtype

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
-from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
-from calmix.pruning.engine import Run, check_names, run_through
+from calmix.models.blocks import DecoderBlocks, find_blocks
+from calmix.pruning.engine import Group, Run, check_names, run_through
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import bfloat16_products
 from calmix.pruning.methods import Method, get_method
@@ -255,20 +255,16 @@ class DensePass(Run):
         self._errors: list[tuple[float, str, Tensor]] = []
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
-    def _prune(
-        self,
-        layers: list[Prunable],
-        statistic: Tensor | None = None,
-        tokens: int | None = None,
-    ) -> None:
-        assert statistic is not None
-        for layer in layers:
-            if self._by == "owl":
-                self._squares[layer.name] = statistic
-                continue
-            for share in self._sparsities:
-                error = output_error(layer.view(), statistic, share / 2)
-                self._errors.append((share, layer.name, error))
+    def _prune(self, *groups: Group) -> None:
+        for layers, statistic, _ in groups:
+            assert statistic is not None
+            for layer in layers:
+                if self._by == "owl":
+                    self._squares[layer.name] = statistic
+                    continue
+                for share in self._sparsities:
+                    error = output_error(layer.view(), statistic, share / 2)
+                    self._errors.append((share, layer.name, error))
 
     def block(self, index: int) -> None:
         """Look at one block."""

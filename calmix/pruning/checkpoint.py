@@ -8,7 +8,6 @@ keys). What was done stands beside the weights: `calmix.json`, the same for the 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSou
 from calmix.pruning import sharing
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
-from calmix.pruning.dropping import ScorePass, chosen_experts, write_dropped
+from calmix.pruning.dropping import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.engine import (
     Dropped,
     Patterns,
@@ -100,8 +99,7 @@ def prune_checkpoints(
         CalmixError: anything a user can mend, before an output is touched.
     """
     began = time.perf_counter()
-    rank, world = sharing.processes()
-    leads = rank == 0
+    leads = sharing.processes()[0] == 0
     say = note if note is not None and leads else (lambda line: None)
 
     def check_outputs() -> None:
@@ -113,8 +111,6 @@ def prune_checkpoints(
     sharing.once(check_outputs)
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
-        if world > 1 and any(source.blocks.mixtures(i) for i in range(len(source.blocks))):
-            raise ModelError(f"{name} has experts, which only one process prunes: start it alone")
         names = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
         if len(names) > 1:
             raise InputError("--only, --skip and --drop-experts are the same for all targets")
@@ -144,7 +140,7 @@ def prune_checkpoints(
             dropped: list[Dropped] = []
             if left and left[0].request.drop_experts is not None:
                 assert ids is not None
-                source, dropped = _dropped(source, ids, left, max_memory)
+                source, dropped = _dropped(source, ids, left, max_memory, say)
             looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
             plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
             sharing.once(partial(_check_space, source, left, ids, plan))
@@ -169,7 +165,7 @@ def prune_checkpoints(
         except BaseException as error:
             for work in works:
                 kept = work.claimed and _leave(work, error)
-                if kept and not isinstance(error, CalmixError):
+                if kept and not _is_mistake(error):
                     what = f"{work.done} blocks" if work.done else "the experts' scores"
                     say(f"{what} are kept in {work.path}: --resume goes on")
             raise
@@ -216,10 +212,15 @@ def planned(
 
 
 def _agreed(plan: Plan) -> Plan:
-    """Return the plan of the process with the least memory."""
-    return min(
-        sharing.everyone(plan),
-        key=lambda one: (one.micro_tokens, math.inf if one.paused is None else one.paused),
+    """Return what every process has the memory for: all gather for the same experts at a time."""
+    plans = sharing.everyone(plan)
+    return Plan(
+        micro_tokens=min(one.micro_tokens for one in plans),
+        paused=min((one.paused for one in plans if one.paused is not None), default=None),
+        overlap=all(one.overlap for one in plans),
+        needed=max(one.needed for one in plans),
+        expert_bytes=min(one.expert_bytes for one in plans),
+        states=min(one.states for one in plans),
     )
 
 
@@ -242,7 +243,11 @@ def _open(
 
 
 def _dropped(
-    source: WeightSource, ids: torch.Tensor, jobs: Sequence[Job], max_memory: int | None
+    source: WeightSource,
+    ids: torch.Tensor,
+    jobs: Sequence[Job],
+    max_memory: int | None,
+    say: Callable[[str], None],
 ) -> tuple[StreamedModel, list[Dropped]]:
     """Return the model without the experts that count least, in the first job's work folder.
 
@@ -258,19 +263,26 @@ def _dropped(
         raise InputError("--drop-experts has no effect: this model has no experts")
     if not isinstance(source, StreamedModel):
         raise ModelError("--drop-experts needs a model that can be read block by block")
-    dropped = next((kept for job in jobs if (kept := job.work.dropped())), [])
+    dropped = sharing.once(lambda: next((d for job in jobs if (d := job.work.dropped())), []))
     if not dropped:
         look = ScorePass(source.model, blocks)
         chosen_experts(source.model, {m.name: [0.0] * m.count for i in range(len(blocks))
                                       for m in blocks.mixtures(i)}, share)  # fmt: skip
-        plan = plan_for(source, ids, [], budget=max_memory, beside=[look.method])
+        plan = _agreed(plan_for(source, ids, [], budget=max_memory, beside=[look.method]))
         pass_through(source, ids, look, work, plan)
-        dropped = chosen_experts(source.model, look.scores, share)
-    for job in jobs:
-        job.work.keep_dropped(dropped)
+        dropped = sharing.once(lambda: chosen_experts(source.model, look.scores, share))
+    if lost := unscored(source):
+        names = ", ".join(sorted(layer.strip(".") for layer in lost))
+        say(f"{names}: left out, as it predicts further tokens with experts that nobody scored")
     # Where nothing is pruned it is the result.
     folder = work.checkpoint if request.method == NONE else work.path / "dropped"
-    write_dropped(source, dropped, folder)
+
+    def write() -> None:
+        for job in jobs:
+            job.work.keep_dropped(dropped)
+        write_dropped(source, dropped, folder)
+
+    sharing.once(write)
     try:
         made = StreamedModel(
             str(folder), dtype=str(source.dtype).removeprefix("torch."),
@@ -433,14 +445,18 @@ def _calibration(
     return made
 
 
+def _is_mistake(error: BaseException) -> bool:
+    return isinstance(error, CalmixError) and not isinstance(error, sharing.PeerError)
+
+
 def _leave(work: WorkFolder, error: BaseException) -> bool:
     """Keep the work that a later run can go on with, and nothing else; return whether it stays.
 
-    A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What
-    an earlier run has left is kept whatever happens.
+    A mistake would meet the same end again; a full disk, an interrupt, a defect or another
+    process's end need not. What an earlier run has left is kept whatever happens.
     """
     work.settle()
-    again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
+    again = isinstance(error, DiskError) or not _is_mistake(error)
     stays = work.goes_on or (work.begun and again)
     if stays:
         work.close()

@@ -3,12 +3,14 @@
 The score of an expert is the mean, over the tokens that are routed to it, of its gate times the
 norm of its output. Gates are those of the chosen experts, made to sum to one. Every mixture loses
 as many; where experts are chosen by group, every group does. The router loses their outputs, and
-the configuration counts those that are left.
+the configuration counts those that are left. Layers that predict further tokens, which transformers
+does not build, have as many experts as it counts and none that were scored: they go.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,6 +24,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models.blocks import EXPERTS, ROUTERS, DecoderBlocks, Mixture, experts_per_token
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import Files, StreamedModel
+from calmix.pruning import sharing
 from calmix.pruning.engine import Dropped, Run
 from calmix.pruning.experts import Routed, is_index
 from calmix.pruning.layout import observe_block
@@ -32,6 +35,7 @@ COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
     "num_routed_experts",
 )  # fmt: skip
+NEXT = "num_nextn_predict_layers"
 MARK = 256.0  # what an expert gives where its gate is looked for: large beside other outputs
 
 
@@ -64,7 +68,8 @@ class ScorePass(Run):
         finally:
             for handle in handles:
                 handle.remove()
-        for name, (total, tokens) in sums.items():
+        for name, own in sums.items():
+            total, tokens = sharing.total(own, self._device(index)).cpu()
             self.scores[name] = (total / tokens.clamp(min=1)).tolist()
 
 
@@ -177,7 +182,13 @@ def _marked(routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def choose(
-    scores: Sequence[float], share: float, groups: int = 1, *, chosen: int, name: str = "a mixture"
+    scores: Sequence[float],
+    share: float,
+    groups: int = 1,
+    *,
+    chosen: int,
+    reach: int | None = None,
+    name: str = "a mixture",
 ) -> list[int]:
     """Return the experts that are left, in order.
 
@@ -186,6 +197,7 @@ def choose(
         share: to be dropped, in (0, 1).
         groups: of experts next to one another that are chosen together.
         chosen: experts a token is sent to.
+        reach: groups they may be of; None for all.
         name: of the mixture, for what is said.
 
     Raises:
@@ -198,10 +210,12 @@ def choose(
         raise InputError(
             f"--drop-experts {share:g} drops none of the {len(scores)} experts of {name}"
         )
-    if left * groups < chosen or (groups > 1 and left < 2):
+    reach = min(groups, reach or groups)
+    if left * reach < chosen or (groups > 1 and left < 2):
+        within = f" in {reach} of {groups} groups" if groups > 1 else ""
         raise InputError(
             f"--drop-experts {share:g} leaves {left * groups} of the {len(scores)} experts of "
-            f"{name}, and every token is sent to {chosen}: drop fewer"
+            f"{name}, and every token is sent to {chosen}{within}: drop fewer"
         )
     kept: list[int] = []
     for first in range(0, len(scores), size):
@@ -229,10 +243,11 @@ def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> 
     """
     chosen = experts_per_token(model.config)
     groups = getattr(text_config(model.config), "n_group", None) or 1
+    reach = getattr(text_config(model.config), "topk_group", None)
     if len({len(one) for one in scores.values()}) > 1:
         raise InputError("--drop-experts needs as many experts in every mixture")
     return [
-        Dropped(name, own, choose(own, share, groups, chosen=chosen, name=name))
+        Dropped(name, own, choose(own, share, groups, chosen=chosen, reach=reach, name=name))
         for name, own in scores.items()
     ]
 
@@ -269,6 +284,12 @@ def cut(
     return made | renamed
 
 
+def unscored(source: StreamedModel) -> set[str]:
+    """Return the layers with experts that the model as it is opened lacks, as names begin."""
+    found = (re.match(r".*?\.\d+\.", name) for name in source.unknown if f".{EXPERTS}." in name)
+    return {layer[0] for layer in found if layer}
+
+
 def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Path) -> None:
     """Write a model without the dropped experts, block by block, as a folder that loads.
 
@@ -279,8 +300,11 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
     by_name = {one.name: one for one in dropped}
     blocks = source.blocks
     files: Files = source.files()
-    inside: set[str] = set()
     where = {name: file for file, held in files.items() for name in held}
+    layers = tuple(unscored(source))
+    inside = {name for name in source.unknown if name.startswith(layers)}
+    for name in inside:
+        files[where[name]].pop(name)
     for index in range(len(blocks)):
         own = source.tensors(index)
         before, after = (
@@ -291,7 +315,7 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
             files[where[name]].pop(name)
         for name, value in after.items():
             files[where[name]][name] = (value.dtype, tuple(value.shape))
-    writer = ShardWriter(folder, files)
+    writer = ShardWriter(folder, {file: held for file, held in files.items() if held})
     for name in source.shards.places:
         if name not in inside:
             writer.write(source.shards.read([name]))
@@ -305,6 +329,8 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
     for key in COUNTS:
         if getattr(told, key, None) == count:
             setattr(told, key, len(dropped[0].kept))
+    if layers and getattr(told, NEXT, None):
+        setattr(told, NEXT, 0)
     try:
         source.save(writer, folder)
     finally:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -36,12 +37,13 @@ from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Statistic, bfloat16_products
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
-from calmix.pruning.methods import Method, Solution, get_method
+from calmix.pruning.methods import DTYPES, Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns
-from calmix.pruning.reading import DoubtError, Laps, holds, read, trusting
+from calmix.pruning.reading import DoubtError, Laps, Number, holds, read, trusting
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
+Group = tuple[list[Prunable], Tensor | None, int | None]  # one input's, its statistic, its tokens
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
 
@@ -479,7 +481,7 @@ class Run:
             self._with_states(index)
             return
         for layer in self.found.prunables(index):
-            self._prune([layer])
+            self._prune(([layer], None, None))
         self._settle()
 
     def _with_states(self, index: int) -> None:
@@ -646,8 +648,6 @@ class Run:
         gather: Callable[[Work], None],
     ) -> None:
         """Gather the statistics of some experts at one step, and prune them."""
-        if sharing.processes()[1] > 1:
-            raise ModelError(f"{routed.name}: experts are pruned in one process only")
         kind = self.method.needs
         assert kind is not None
         gathering = Gathering(routed, step, experts, kind, self.experts)
@@ -658,19 +658,23 @@ class Run:
             rows = self._rows[number]
             if number not in counts:
                 counts[number] = routed.counts(rows, args, kwargs)
-            first = sum(self._rows[:number]) * self._length
+            before = sharing.share(self.report.rows).start + sum(self._rows[:number])
+            first = before * self._length
             sample = torch.arange(-first % every, rows * self._length, every)
-            gathering.collect(sample.to(self._device_of(routed)), args, kwargs)
+            gathering.collect(sample.to(routed.device), args, kwargs)
 
         gather(collect)
         self.report.seconds["statistics"] += gathering.seconds
         if routed.name not in self._by_row:  # read once a mixture
-            by_number = [counts[number] for number in range(len(self._rows))]
-            self._by_row[routed.name] = torch.cat(by_number).cpu()
+            own = torch.cat([counts[number] for number in range(len(self._rows))])
+            whole = sharing.of_all_rows(own, self.report.rows, routed.device)
+            self._by_row[routed.name] = whole.cpu()
         by_row = self._by_row[routed.name]
         with self._laps.lap("solve"):
-            for layers, statistic, tokens in gathering.statistics(by_row.sum(0).tolist()):
-                self._prune(layers, statistic, tokens)
+            groups = gathering.statistics(by_row.sum(0).tolist())
+            while together := list(islice(groups, sharing.processes()[1])):
+                self._prune(*together)
+                del together
         if not any(report.name == routed.name for report in self.report.experts):
             self.report.experts.append(self._coverage(routed.name, by_row))
 
@@ -683,10 +687,6 @@ class Run:
 
     def _device(self, index: int) -> torch.device:
         return next(self.found.blocks[index].parameters()).device
-
-    @staticmethod
-    def _device_of(routed: Routed) -> torch.device:
-        return routed.layers[0].view().device
 
     def _statistic(self, shared: SharedInput, number: int, common: int) -> _Sum:
         """Return an input's empty statistic, or another run's full one that is the same."""
@@ -705,32 +705,28 @@ class Run:
 
     def _solve(self, shared: SharedInput, statistic: _Sum) -> None:
         with self._laps.lap("solve"):
-            self._prune(shared.layers, statistic.matrix())
+            self._prune((shared.layers, statistic.matrix(), None))
 
-    def _prune(
-        self,
-        layers: list[Prunable],
-        statistic: Tensor | None = None,
-        tokens: int | None = None,
-    ) -> None:
-        """Solve layers that share an input and write their weights."""
-        inputs = []
-        if statistic is not None:  # the sums of squares tell of a Gram matrix
-            square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
-            inputs = [statistic.diagonal() if square else statistic]
-        _check_finite(layers, "its weights are not finite", inputs)
-        weights = [layer.view() for layer in layers]
-        patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
-        try:
-            # What a solver may round it says itself; the rest is float32, whatever is set.
-            with bfloat16_products(allowed=False):
-                solved = sharing.solve(self.method, weights, statistic, patterns)
-        except SolverError as error:
-            raise SolverError(f"{layers[0].name}: {error}") from error
-        for layer, weight in zip(layers, solved.weights, strict=True):
-            layer.assign(weight)
-        _check_finite(layers, "its pruned weights are not finite")
-        self._solved.append((layers, replace(solved, weights=[]), tokens))
+    def _prune(self, *groups: Group) -> None:
+        """Solve layers, of one input or of several, and write their weights."""
+        tasks = []
+        for layers, statistic, _ in groups:
+            inputs = []
+            if statistic is not None:  # the sums of squares tell of a Gram matrix
+                square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
+                inputs = [statistic.diagonal() if square else statistic]
+            _check_finite(layers, "its weights are not finite", inputs)
+            weights = [layer.view() for layer in layers]
+            patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
+            tasks.append(sharing.Task(layers[0].name, weights, statistic, patterns))
+        # What a solver may round it says itself; the rest is float32, whatever is set.
+        with bfloat16_products(allowed=False):
+            solutions = sharing.solve(self.method, tasks)
+            for (layers, _, tokens), solved in zip(groups, solutions, strict=True):
+                for layer, weight in zip(layers, solved.weights, strict=True):
+                    layer.assign(weight)
+                _check_finite(layers, "its pruned weights are not finite")
+                self._solved.append((layers, replace(solved, weights=[]), tokens))
 
     def _settle(self) -> None:
         """Report on a block's layers; before its states move on, so that it can be done over.
@@ -739,10 +735,14 @@ class Run:
             DoubtError: what was taken to hold does not.
         """
         sharing.agree()
-        numbers = (n for _, s, _ in self._solved for n in (s.damping, s.dead, *s.errors))
-        told = iter(read(list(numbers)))
+        numbers: list[Number | None] = []
+        for _, solved, _ in self._solved:
+            kind = solved.dtype
+            place = DTYPES.index(kind) if isinstance(kind, torch.dtype) else kind
+            numbers += [solved.damping, solved.dead, place, *solved.errors]
+        told = iter(read(numbers))
         for layers, solved, tokens in self._solved:
-            damping, dead = next(told), next(told)
+            damping, dead, dtype = next(told), next(told), _given(next(told))
             for layer, pruned in zip(layers, solved.pruned, strict=True):
                 rows, columns = layer.shape
                 self.report.layers.append(
@@ -754,7 +754,7 @@ class Run:
                         sparsity=pruned / (rows * columns),
                         error=_given(next(told)),
                         damping=_given(damping),
-                        factor_dtype=None if solved.dtype is None else str(solved.dtype)[6:],
+                        factor_dtype=None if dtype is None else str(DTYPES[int(dtype)])[6:],
                         dead_inputs=int(dead or 0),
                         tokens=tokens,
                     )

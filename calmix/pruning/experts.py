@@ -8,6 +8,7 @@ of no use to what is asked for are left out: they give zeros.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from calmix.errors import InputError, ModelError, nearest
 from calmix.models.blocks import Mixture, Prunable
+from calmix.pruning import sharing
 from calmix.pruning.gram import Statistic
 
 Tokens = Literal["routed", "all-tokens", "routed-only"]
@@ -209,6 +211,11 @@ class Routed:
     def module(self) -> Any:
         """That module."""
         return self.mixture.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return self.layers[0].view().device
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module on a few tokens and find the steps; return what it returned.
@@ -402,6 +409,8 @@ def _with(values: Any, old: Tensor, new: Tensor) -> Any:
 class Gathering:
     """The statistics of some experts' inputs at one step, and how they are mixed.
 
+    Of several processes each collects what its rows give; what is yielded is all processes'.
+
     Args:
         routed: the mixture.
         step: the inputs.
@@ -427,6 +436,7 @@ class Gathering:
         self._done: dict[int | None, Tensor] = {}
         self.routes = list(experts) != [None]
         self.all_tokens = tokens.mode == "all-tokens" or routed.kind == "shared"
+        self._samples = self.routes and (self.all_tokens or tokens.mode == "routed")
         self.seconds = 0.0
 
     def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -438,7 +448,7 @@ class Gathering:
         """
         if not (self.routes and self.all_tokens):
             self._routed.collect(self._step, self._experts, args, kwargs, self._add_own)
-        if self.routes and (self.all_tokens or self._tokens.mode == "routed"):
+        if self._samples and len(sample):
             first: list[tuple[int | None, Tensor]] = []
 
             def add(expert: int | None, inputs: Tensor) -> None:
@@ -476,12 +486,14 @@ class Gathering:
         Raises:
             InputError: an expert sees no token and is to be pruned on its own alone.
         """
+        if self._samples and sharing.processes()[1] > 1:
+            self._agree()
         for expert in self._experts:
             layers = self._step.layers.get(expert, [])
             if not layers:
                 continue
             if expert is None:
-                yield layers, self._own.pop(None).matrix(), None
+                yield layers, self._summed(self._own, None), None
             else:
                 yield layers, self._mixed(expert, counts[expert]), counts[expert]
 
@@ -495,18 +507,41 @@ class Gathering:
                     f"expert {expert} of {self._routed.name} sees none of the calibration tokens: "
                     "draw more --rows or from other sources, or leave out --experts routed-only"
                 )
-            return self._own.pop(expert).matrix()
+            return self._summed(self._own, expert)
         weight = self._tokens.smoothing
         whole = self._matrix(every)
-        own = self._own.pop(expert).matrix() if count else torch.zeros_like(whole)
+        own = self._summed(self._own, expert) if count else torch.zeros_like(whole)
         if self._kind.sums:
             return own.add_(whole, alpha=weight / self._all)
         return (count * own + weight * whole) / (count + weight)
 
     def _matrix(self, expert: int | None) -> Tensor:
         if expert not in self._done:
-            self._done[expert] = self._every.pop(expert).matrix()
+            self._done[expert] = self._summed(self._every, expert)
         return self._done[expert]
+
+    def _summed(self, sums: dict[int | None, Statistic], expert: int | None) -> Tensor:
+        """Return the statistic of all processes' tokens, of which this one may have seen none."""
+        found = sums.pop(expert, None)
+        if found is None:
+            assert sharing.processes()[1] > 1
+            found = self._kind(self._step.columns, self._routed.device)
+        sharing.gather(found)
+        return found.matrix()
+
+    def _agree(self) -> None:
+        """Let all processes hold the same inputs to be another expert's, and count all tokens."""
+        same = set(self._same.values())
+        flags = [flag for e in self._experts for flag in (e in self._every, e in same)]
+        counted = torch.tensor([*flags, self._all])
+        *told, self._all = sharing.total(counted, self._routed.device).tolist()
+        held, others = told[::2], told[1::2]
+        first = next((e for e, by in zip(self._experts, others, strict=True) if by), None)
+        for expert, by in zip(self._experts, held, strict=True):
+            if not by:
+                self._same[expert] = first
+            elif expert in self._same:  # as it happens here, and not everywhere
+                self._every[expert] = copy.deepcopy(self._every[self._same.pop(expert)])
 
 
 def sampled(routed: Routed, length: int) -> int:

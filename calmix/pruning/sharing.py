@@ -1,9 +1,10 @@
 """Several processes prune one model: rows are shared out, and the solves of layers.
 
 Every process holds the model (or the block at hand), runs its share of the calibration rows, and
-gets the sum of all statistics. Each of the layers that share an input is solved by one process and
-sent to the others, so that all go on with the same weights. What differs from one process is the
-order in which sums are taken, as it does with the size of a micro-batch.
+gets the sum of all statistics. Each of the layers that share an input, or of as many experts as
+there are processes, is solved by one process and sent to the others, so that all go on with the
+same weights. What differs from one process is the order in which sums are taken, as it does with
+the size of a micro-batch.
 
 What concerns the host (files, text, mistakes) goes by groups of its own, without the devices.
 """
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calmix.errors import CalmixError, InputError
+from calmix.errors import CalmixError, InputError, SolverError
 from calmix.pruning.gram import Statistic
-from calmix.pruning.methods import Method, Solution
+from calmix.pruning.methods import DTYPES, Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.reading import agreed, widest
 
@@ -200,16 +203,43 @@ def processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def share(rows: int) -> range:
+    """Return the numbers of this process's rows, of all there are."""
+    rank, world = processes()
+    each, more = divmod(rows, world)
+    first = rank * each + min(rank, more)
+    return range(first, first + each + (rank < more))
+
+
 def own_rows(ids: Tensor) -> Tensor:
     """Return this process's share of the rows.
 
     Raises:
         InputError: there are fewer rows than processes.
     """
-    rank, world = processes()
-    if len(ids) < world:
+    if len(ids) < (world := processes()[1]):
         raise InputError(f"{len(ids)} calibration rows are too few for {world} processes")
-    return ids.tensor_split(world)[rank]
+    own = share(len(ids))
+    return ids[own.start : own.stop]
+
+
+def of_all_rows(own: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Return what all processes know of their rows, (rows, ...), from what this one does."""
+    if processes()[1] == 1:
+        return own
+    whole = own.new_zeros(rows, *own.shape[1:])
+    at = share(rows)
+    whole[at.start : at.stop] = own
+    return total(whole, device)
+
+
+def total(own: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of what all processes have; of several it lies on the device they work on."""
+    if processes()[1] == 1:
+        return own
+    whole = own.to(device, copy=True)
+    _together(lambda: dist.all_reduce(whole))
+    return whole
 
 
 def gather(statistic: Statistic) -> None:
@@ -225,36 +255,73 @@ def agree() -> None:
         agreed(lambda condition: _together(lambda: dist.all_reduce(condition, least)))
 
 
-def solve(
-    method: Method, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
-) -> Solution:
-    """Do what the method's `solve` does, each layer in one process; all get the whole.
+@dataclass(frozen=True)
+class Task:
+    """Layers that share an input, to be solved together.
 
+    Attributes:
+        name: what a mistake is told of.
+        weights, statistic, patterns: as `Method.solve` takes them.
+    """
+
+    name: str
+    weights: Sequence[Tensor]
+    statistic: Tensor | None
+    patterns: Sequence[Pattern]
+
+
+def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
+    """Yield what the method's `solve` makes of each task; all processes get the whole.
+
+    Of several each solves tasks of its own, or layers where tasks are fewer, before any is sent.
     Numbers that a method does not give come as NaN.
+
+    Raises:
+        SolverError: as the method's `solve`.
     """
     rank, world = processes()
     if world == 1:
-        return method.solve(weights, statistic, patterns)
-    mine = range(rank, len(weights), world)
-    own = None
-    if mine:
-        own = method.solve([weights[i] for i in mine], statistic, [patterns[i] for i in mine])
-    made: list[Tensor] = []
-    told: list[Tensor] = []
-    for number, weight in enumerate(weights):
-        source = number % world
-        full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-        about = torch.full((3,), torch.nan, dtype=widest(weight.device), device=weight.device)
-        if own is not None and source == rank:
-            place = mine.index(number)
-            full.copy_(own.weights[place])
-            for at, value in enumerate((own.errors[place], own.damping, own.dead)):
-                if value is not None:
-                    about[at] = value
-        for part in (full, about):
-            _together(functools.partial(dist.broadcast, part, source))
-        made.append(full)
-        told.append(about)
-    dtype = None if own is None else own.dtype
-    counts = method.counts(weights, patterns)
-    return Solution(made, counts, [t[0] for t in told], told[0][1], dtype, told[0][2])
+        yield from (_solved(method, task, range(len(task.weights))) for task in tasks)
+        return
+    counted = itertools.count()
+    owners = [
+        [(at if len(tasks) >= world else next(counted)) % world for _ in task.weights]
+        for at, task in enumerate(tasks)
+    ]
+    places = [[at for at, owner in enumerate(of) if owner == rank] for of in owners]
+    own = [
+        _solved(method, task, mine) if mine else None
+        for task, mine in zip(tasks, places, strict=True)
+    ]
+    for number, task in enumerate(tasks):
+        solved, own[number] = own[number], None
+        made: list[Tensor] = []
+        told: list[Tensor] = []
+        for at, weight in enumerate(task.weights):
+            source = owners[number][at]
+            full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            about = torch.full((4,), torch.nan, dtype=widest(weight.device), device=weight.device)
+            if solved is not None and source == rank:
+                place = places[number].index(at)
+                full.copy_(solved.weights[place])
+                assert solved.dtype is None or isinstance(solved.dtype, torch.dtype)
+                kind = None if solved.dtype is None else DTYPES.index(solved.dtype)
+                numbers = solved.errors[place], solved.damping, solved.dead, kind
+                for slot, value in enumerate(numbers):
+                    if value is not None:
+                        about[slot] = value
+            for part in (full, about):
+                _together(functools.partial(dist.broadcast, part, source))
+            made.append(full)
+            told.append(about)
+        counts = method.counts(task.weights, task.patterns)
+        _, damping, dead, dtype = told[0]
+        yield Solution(made, counts, [one[0] for one in told], damping, dtype, dead)
+
+
+def _solved(method: Method, task: Task, places: Sequence[int]) -> Solution:
+    weights = [task.weights[at] for at in places]
+    try:
+        return method.solve(weights, task.statistic, [task.patterns[at] for at in places])
+    except SolverError as error:
+        raise SolverError(f"{task.name}: {error}") from error

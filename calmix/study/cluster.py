@@ -1,17 +1,19 @@
 """Run a study's trials on a Ray cluster, or on a Ray of this machine's own.
 
 Each worker is an actor with a bench of its own; the store, a folder all of them reach, is what
-they share. A worker that dies gives its trial back, and another takes it.
+they share. A worker that dies gives its trial back, and another takes it. Each is given the memory
+that the largest trial takes by formula, so that no machine gets more of them than it can hold.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from urllib.parse import urlsplit
 
 from calmix import machine
 from calmix.errors import CalmixError, InputError, MissingExtraError
+from calmix.models.opening import device_of
+from calmix.study.planning import check_memory, host_memory, too_large
 from calmix.study.results import Trial
 from calmix.study.running import Execute, Observer, Options, Outcome, run_one
 from calmix.study.spec import Study, parse_study
@@ -27,6 +31,7 @@ from calmix.study.store import Store, open_store
 from calmix.study.trials import Resolved
 
 REACH_SECONDS = 5.0
+PASSED = 2**27  # bytes: what is too large for a call is in files
 AGAIN_SECONDS = 1.0  # before a dead worker's trial is tried again
 
 
@@ -71,7 +76,7 @@ def on_ray(cluster: Cluster) -> Execute:
         if not todo:
             return Outcome()
         with _connected(cluster):
-            return _Run(cluster, study, store, options, observer).all(todo)
+            return _Run(cluster, study, store, todo, options, observer).all()
 
     return execute
 
@@ -85,7 +90,7 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         cores = machine.cores()
         if cluster.workers is not None:
             cores = max(cores, round(cluster.workers * cluster.cpus))
-        quiet |= {"num_cpus": cores, "include_dashboard": False}
+        quiet |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
     try:
         ray.init(address=cluster.address or "local", **quiet)
     except Exception as error:  # Ray raises anything where no cluster answers
@@ -126,6 +131,41 @@ def _unreachable(address: str | None, error: Exception) -> InputError:
     )
 
 
+def places(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float]) -> int:
+    """Return how many workers there is room for, machine by machine.
+
+    Args:
+        nodes: what each machine has, by Ray's names.
+        needs: the same of what each worker is given; none of what is 0.
+    """
+    asked = {key: need for key, need in needs.items() if need}
+    return sum(int(min(node.get(key, 0) // need for key, need in asked.items())) for node in nodes)
+
+
+def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], label: str) -> int:
+    """Do the same, or refuse trials for which there is no room anywhere.
+
+    Args:
+        nodes, needs: as for `places`.
+        label: of the trial that takes the most memory.
+
+    Raises:
+        InputError: no machine has as many CPUs and GPUs, or as much memory.
+    """
+    able = [node for node in nodes if places([node], {**needs, "memory": 0})]
+    if not able:
+        most = [max((node.get(key, 0) for node in nodes), default=0) for key in ("CPU", "GPU")]
+        raise InputError(
+            f"no machine of the cluster has more than {most[0]:g} CPUs and {most[1]:g} GPUs, "
+            f"but a trial asks for {needs['CPU']:g} and {needs['GPU']:g}"
+        )
+    if not (found := places(able, needs)):
+        there = max(node.get("memory", 0) for node in able)
+        where = "the largest machine of the cluster has"
+        raise InputError(too_large(label, needs["memory"], there, where))
+    return found
+
+
 class _Quiet:
     """An observer for the workers: what they find travels in the outcome."""
 
@@ -149,13 +189,16 @@ class _Quiet:
 class Worker:
     """A process that runs trials of one study; an actor of Ray."""
 
-    def __init__(self, text: str, path: Path, folder: Path, store: Path, options: Options) -> None:
+    def __init__(
+        self, text: str, path: Path, folder: Path, store: Path, options: Options, share: float
+    ) -> None:
         if folder.is_dir():  # paths in the study are meant from where it was started
             os.chdir(folder)
         study = parse_study(text, path).study
         if study is None:
             raise InputError(f"{path} names files that this worker does not reach")
         self.store = open_store(store)
+        self.study, self.share, self.device = study, share, device_of(options.device)
         self.bench = options.bench(study, self.store)
 
     def run(self, trial: Resolved) -> tuple[str, Any]:
@@ -163,6 +206,7 @@ class Worker:
         or `done` (by another runner) with a line."""
         outcome, observer = Outcome(), _Quiet()
         try:
+            check_memory(self.study, [trial.planned], self.device, self.share)
             run_one(self.bench, self.store, trial, observer, outcome)
         except CalmixError as error:
             return "mistake", str(error)
@@ -178,7 +222,13 @@ class _Run:
     """One run on a connected cluster."""
 
     def __init__(
-        self, cluster: Cluster, study: Study, store: Store, options: Options, observer: Observer
+        self,
+        cluster: Cluster,
+        study: Study,
+        store: Store,
+        todo: Sequence[Resolved],
+        options: Options,
+        observer: Observer,
     ) -> None:
         import ray
 
@@ -186,27 +236,32 @@ class _Run:
         self.cluster = cluster
         self.observer = observer
         self.outcome = Outcome()
-        there = ray.cluster_resources()
+        self.todo = todo
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = cluster.gpus
         if gpus is None:
-            gpus = 1 if there.get("GPU", 0) >= 1 else 0
-        room = there.get("CPU", 0) // cluster.cpus
-        if gpus:
-            room = min(room, there.get("GPU", 0) // gpus)
-        if room < 1:
-            raise InputError(
-                f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, "
-                f"but a trial asks for {cluster.cpus:g} and {gpus:g}"
+            gpus = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
+        kind = "cuda" if gpus and options.device != "cpu" else "cpu"
+        label, memory = host_memory(study, [trial.planned for trial in todo], kind)
+        needs = {"CPU": cluster.cpus, "GPU": gpus, "memory": math.ceil(memory)}
+        most = room(nodes, needs, label)
+        self.workers = min(most, cluster.workers or most)
+        if most < min(len(todo), cluster.workers or places(nodes, {**needs, "memory": 0})):
+            observer.note(
+                f"{most} at a time, as a trial may take {memory / 1e9:.1f} GB of memory ({label})"
             )
-        self.workers = int(min(room, cluster.workers or room))
-        actor: Any = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus)(Worker)
+        given = {"num_cpus": cluster.cpus, "num_gpus": gpus, "memory": needs["memory"] or None}
+        actor: Any = ray.remote(**given)(Worker)
         self.make = actor.remote
-        self.given = (study.text, study.path.absolute(), Path.cwd(), store.path.absolute(), options)
+        self.given = (
+            study.text, study.path.absolute(), Path.cwd(), store.path.absolute(), options,
+            min(gpus, 1) or 1,
+        )  # fmt: skip
 
-    def all(self, todo: Sequence[Resolved]) -> Outcome:
-        """Run trials, as many at a time as there are workers; tell of each as it ends."""
-        queue = deque((trial, 0.0) for trial in todo)
-        idle = [self.make(*self.given) for _ in range(min(self.workers, len(todo)))]
+    def all(self) -> Outcome:
+        """Run the trials, as many at a time as there are workers; tell of each as it ends."""
+        queue = deque((trial, 0.0) for trial in self.todo)
+        idle = [self.make(*self.given) for _ in range(min(self.workers, len(self.todo)))]
         running: dict[Any, tuple[Any, Resolved]] = {}
         deaths = Counter[str]()
         while queue or running:

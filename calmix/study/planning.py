@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from calmix.study.cost import Cost, Machine, Sizes, SuiteWork
 from calmix.study.spec import Model, Study
 from calmix.study.trials import Planned, plan
 
+PROGRAM = 2**29  # bytes a process holds before it opens a model; 375 MiB with all it imports
 CHARACTERS = 3.6  # a token, in English text and code
 
 
@@ -107,7 +108,6 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             "evaluate": cost.suite_seconds(model, work, machine)
             + cost.distance_seconds(model, held, machine),
         }
-        memory = cost.peak_memory(model, rows, length, method, machine.device)
         if like.allocation is not None:
             seconds["allocation"] = cost.allocation_seconds(
                 model, rows, length, like.allocation, machine
@@ -116,10 +116,8 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             asked = recovery_of(like.recovery)
             how = asked.method, asked.epochs, asked.batch
             seconds["recover"] = cost.recover_seconds(model, rows, length, *how, machine)
-            recovering = cost.recover_memory(model, length, asked.method, asked.batch)
-            memory = max(memory, cost.held_memory(model, machine.device) + recovering)
         disk = cost.disk_bytes(model, work, study.file.keep_checkpoints)
-        costs = Cost(seconds, memory, disk)
+        costs = Cost(seconds, trial_memory(model, like, machine.device), disk)
         found.append(Group(label, way, pattern, rows, length, len(members), costs))
     making = sum(
         sum(cost.set_seconds(sizes[key[0]], key[2], key[3], trial.strategy, machine).values())
@@ -137,19 +135,52 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
     for group in found:
         if group.cost.memory > machine.memory:
             named = f"{group.model} {group.method} {group.pattern}"
-            notes.append(_too_large(named, group.cost.memory, machine.memory))
+            notes.append(too_large(named, group.cost.memory, machine.memory))
     return Estimate(found, len(sets), making, dense, machine, list(dict.fromkeys(notes)))
 
 
-def _too_large(named: str, needed: float, there: float) -> str:
+def too_large(named: str, needed: float, there: float, where: str = "there are") -> str:
+    """Say that a trial needs more memory than there is."""
     return (
-        f"{named} needs {needed / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB: fewer or "
+        f"{named} needs {needed / 1e9:.1f} GB, and {where} {there / 1e9:.1f} GB: fewer or "
         "shorter rows need less"
     )
 
 
-def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) -> None:
+def trial_memory(sizes: Sizes, trial: Planned, device: str) -> float:
+    """Return the bytes a trial holds at its peak on the device that prunes, by formula."""
+    rows, length = (0, 0) if trial.draw is None else (trial.draw.rows, trial.draw.length)
+    peak = cost.peak_memory(sizes, rows, length, trial.method, device)
+    if trial.recovery is None:
+        return peak
+    asked = recovery_of(trial.recovery)
+    recovering = cost.recover_memory(sizes, length, asked.method, asked.batch)
+    return max(peak, cost.held_memory(sizes, device) + recovering)
+
+
+def largest(
+    study: Study, trials: Sequence[Planned], memory: Callable[[Sizes, Planned], float]
+) -> tuple[Planned | None, float]:
+    """Return the trial that takes the most memory, and how much, of those whose model is known."""
+    found: tuple[Planned | None, float] = None, 0.0
+    for label, model in study.models.items():
+        try:
+            sizes = sizes_of_model(label, model)
+        except InputError:  # it is not here yet, or its configuration is of another kind
+            continue
+        for trial in (trial for trial in trials if trial.model == label):
+            if (needed := memory(sizes, trial)) > found[1]:
+                found = trial, needed
+    return found
+
+
+def check_memory(
+    study: Study, trials: Sequence[Planned], device: torch.device, share: float = 1
+) -> None:
     """Refuse trials that an accelerator cannot hold, by formula. On a CPU they would be swapped.
+
+    Args:
+        share: of the accelerator that is a trial's.
 
     Raises:
         InputError: there is one.
@@ -157,16 +188,27 @@ def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) 
     there = device_memory(device)[2]
     if there is None:
         return
-    for label, model in study.models.items():
-        try:
-            sizes = sizes_of_model(label, model)
-        except InputError:  # it is not here yet, or its configuration is of another kind
-            continue
-        for trial in (trial for trial in trials if trial.model == label):
-            size = (0, 0) if trial.draw is None else (trial.draw.rows, trial.draw.length)
-            needed = cost.peak_memory(sizes, *size, trial.method, device.type)
-            if needed > there:
-                raise InputError(_too_large(trial.label, needed, there))
+    trial, needed = largest(study, trials, lambda sizes, t: trial_memory(sizes, t, device.type))
+    if trial is not None and needed > share * there:
+        raise InputError(too_large(trial.label, needed, share * there))
+
+
+def host_memory(study: Study, trials: Sequence[Planned], device: str) -> tuple[str, float]:
+    """Return which trial takes the most of a machine's own memory, and how many bytes, by formula.
+
+    Where an accelerator prunes weights pass through it on their way. None is known: an empty name.
+
+    Args:
+        device: `cpu`, or another kind that prunes.
+    """
+    trial, needed = largest(
+        study,
+        trials,
+        lambda sizes, t: (
+            trial_memory(sizes, t, device) if device == "cpu" else sizes.weights * sizes.value_bytes
+        ),
+    )
+    return ("", 0.0) if trial is None else (trial.label, PROGRAM + needed)
 
 
 def sizes_of_model(label: str, model: Model) -> Sizes:

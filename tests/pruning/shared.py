@@ -1,4 +1,4 @@
-"""Prune a tiny model by two processes that share its calibration rows (on CPUs, gloo).
+"""Prune tiny models by two processes that share their calibration rows (on CPUs, gloo).
 
     torchrun --standalone --nproc-per-node 2 -m tests.pruning.shared
 
@@ -7,59 +7,146 @@ Ends well if every process ends with the masks of one process, and with its own 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from calmix.errors import InputError
-from calmix.pruning import SemiStructured, Unstructured, prune
-from calmix.pruning.engine import Run
+from calmix.models import find_blocks
+from calmix.pruning import Pattern, SemiStructured, Unstructured, prune
+from calmix.pruning.dropping import ScorePass
+from calmix.pruning.engine import PruneReport, Run, run_through
+from calmix.pruning.experts import ExpertTokens, Gathering
+from calmix.pruning.gram import Gram
+from calmix.pruning.methods import get_method
 from tests.pruning.toy import Toy
 from tests.tiny import tiny_ids, tiny_model
 
+SOME = 3 * 2 * 4 * 32**2  # bytes: statistics of three experts at a time
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prune; of `experts` each mixture has so many, and few tokens reach them."""
+
+    method: str
+    pattern: Pattern
+    propagation: str = "sequential"
+    trust: bool = False
+    kind: str = "llama"
+    experts: int = 0
+    tokens: str = "routed"
+
+    def model(self):
+        counts = dict.fromkeys(("num_experts", "num_local_experts"), self.experts)
+        return tiny_model(self.kind, **counts if self.experts else {})
+
+    def ids(self):
+        return tiny_ids(3, 10) if self.experts else tiny_ids(5, 32)
+
+
 CASES = [
-    ("sparsegpt", Unstructured(0.6), "sequential", False),
-    ("admm,iterations=4,refit=2", SemiStructured(2, 4), "sequential", True),
-    ("wanda,refit=2", Unstructured(0.5), "block", True),
+    Case("sparsegpt", Unstructured(0.6)),
+    Case("admm,iterations=4,refit=2", SemiStructured(2, 4), trust=True),
+    Case("wanda,refit=2", Unstructured(0.5), "block", trust=True),
+    Case("sparsegpt", Unstructured(0.5), kind="mixtral", experts=16),
+    Case("sparsegpt", SemiStructured(2, 4), "block", True, "qwen3_moe", 16),
+    Case("wanda", Unstructured(0.5), kind="qwen3_moe", experts=4, tokens="all-tokens"),
 ]
 
 
-def pruned(method, pattern, propagation, trust):
-    Run.trusts = lambda self, device: trust
-    model = tiny_model("llama")
-    report = prune(
-        model, tiny_ids(5, 32), method=method, pattern=pattern, propagation=propagation,
-        micro_tokens=64,
+def pruned(case: Case) -> tuple[dict[str, torch.Tensor], PruneReport]:
+    Run.trusts = lambda self, device: case.trust
+    model, ids = case.model(), case.ids()
+    run = Run(
+        model, find_blocks(model), get_method(case.method), case.pattern, case.propagation,
+        experts=ExpertTokens(case.tokens), expert_bytes=SOME,
+        sources=["first", "first", "second"] if case.experts else [],
     )  # fmt: skip
-    return dict(model.named_parameters()), report
+    run_through(run, ids, micro_tokens=2 * ids.shape[1])
+    return dict(model.named_parameters()), run.report
+
+
+def scores() -> dict[str, list[float]]:
+    model = CASES[3].model()
+    look = ScorePass(model, find_blocks(model))
+    run_through(look, CASES[3].ids())
+    return look.scores
 
 
 def main() -> None:
-    expected = [pruned(*case) for case in CASES]
+    expected, alone = [pruned(case) for case in CASES], scores()
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for case, (alone, told) in zip(CASES, expected, strict=True):
-        together, report = pruned(*case)
-        assert report.tokens == told.tokens == 160
-        for name, value in together.items():
-            other = value.detach().clone()
-            dist.broadcast(other, 0)
-            assert torch.equal(other, value), (rank, name)
-            same = (value == 0) == (alone[name] == 0)
-            assert same.float().mean() > 0.995, (case, name, same.float().mean())
-            # A row corrects its own weights only: one whose mask is the same is the same.
-            rows = same.view(len(same), -1).all(1)
-            assert rows.float().mean() > 0.9, (case, name)
-            torch.testing.assert_close(value[rows], alone[name][rows], rtol=0.05, atol=0.03)
-        for ours, theirs in zip(report.layers, told.layers, strict=True):
-            assert (ours.pruned, ours.dead_inputs) == (theirs.pruned, theirs.dead_inputs)
-            assert ours.error == pytest.approx(theirs.error, rel=0.05)
-            assert ours.damping == pytest.approx(theirs.damping)
+    for case, before in zip(CASES, expected, strict=True):
+        check(case, before)
+    together = scores()
+    for name, values in alone.items():
+        assert together[name] == pytest.approx(values, rel=1e-5)
     with pytest.raises(InputError, match="1 calibration rows are too few for 2 processes"):
         prune(tiny_model("llama"), tiny_ids(1, 16), pattern=Unstructured(0.5))
     with pytest.raises(InputError, match="Means cannot be gathered by several processes"):
         prune(tiny_model("llama"), tiny_ids(5, 16), method=Toy(), pattern=Unstructured(0.5))
+    with pytest.raises(InputError, match=r"sees none of the calibration tokens: draw more"):
+        prune(CASES[3].model(), CASES[3].ids(), pattern=Unstructured(0.5), experts="routed-only")
+    alike()
     dist.destroy_process_group()
+
+
+def alike() -> None:
+    """What all experts see alike in one process, and not in the other, is summed of each."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 5, 4, generator=generator)
+    seen = [[a, a, a], [b, c, b]]
+
+    def everything(step, experts, sample, args, kwargs, add):
+        for expert in experts:
+            add(expert, args[0][expert])
+
+    routed: Any = SimpleNamespace(
+        kind="indexed", device=torch.device("cpu"), everything=everything, name="mixture"
+    )
+    step: Any = SimpleNamespace(columns=4, layers={expert: [expert] for expert in range(3)})
+    gathering = Gathering(routed, step, range(3), Gram, ExpertTokens("all-tokens"))
+    gathering.collect(torch.arange(5), (seen[dist.get_rank()],), {})
+    found = [matrix for _, matrix, _ in gathering.statistics([5, 5, 5])]
+    for matrix, *parts in zip(found, *seen, strict=True):
+        whole = torch.cat(parts)
+        torch.testing.assert_close(matrix, whole.T @ whole)
+
+
+def check(case: Case, expected: tuple[dict[str, torch.Tensor], PruneReport]) -> None:
+    """Prune together, and compare with what a process has done alone and with the other's."""
+    alone, told = expected
+    together, report = pruned(case)
+    assert report.tokens == told.tokens == case.ids().numel()
+    for name, value in together.items():
+        other = value.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, value), (case, name)
+        same = (value == 0) == (alone[name] == 0)
+        assert same.float().mean() > 0.995, (case, name, same.float().mean())
+        # A row corrects its own weights only: one whose mask is the same is the same.
+        rows = same.view(-1, same.shape[-1]).all(1)
+        assert rows.float().mean() > 0.9, (case, name)
+        torch.testing.assert_close(
+            value.view(-1, same.shape[-1])[rows], alone[name].view(-1, same.shape[-1])[rows],
+            rtol=0.05, atol=0.03,
+        )  # fmt: skip
+    for ours, theirs in zip(report.layers, told.layers, strict=True):
+        assert (ours.pruned, ours.dead_inputs) == (theirs.pruned, theirs.dead_inputs)
+        assert ours.factor_dtype == theirs.factor_dtype
+        for own, other in ((ours.error, theirs.error), (ours.damping, theirs.damping)):
+            assert own == (other if other is None else pytest.approx(other, rel=0.05))
+        assert ours.tokens == theirs.tokens
+    assert report.experts == told.experts
+    if case.experts == 16:  # some see tokens in one process only, and some in none
+        by_process = [one.sources.values() for one in told.experts]
+        seen = {(a > 0, b > 0) for both in by_process for a, b in zip(*both, strict=True)}
+        assert len(seen) == 4, seen
 
 
 if __name__ == "__main__":

@@ -287,12 +287,45 @@ def test_the_smaller_checkpoint_computes_what_the_router_left_gives(
     assert not (tmp_path / "out.unfinished").exists()
 
 
+def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_file):
+    """Groups of the same size, a bias an expert, the settings of the router as they were; and no
+    layer that predicts further tokens, with a mixture of another size than the configuration says.
+    """
+    folder = save_tiny_model(tmp_path / "model", "deepseek_v3", n_routed_experts=8)
+    asked = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 1}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | asked
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    held = load_file(folder / "model.safetensors")
+    second = {n: v.clone() for n, v in held.items() if ".layers.1." in n}
+    more = {name.replace(".layers.1.", ".layers.2."): value for name, value in second.items()}
+    more["model.layers.2.enorm.weight"] = torch.ones(32)
+    save_file(held | more, folder / "model.safetensors", {"format": "pt"})
+    ended = calmix(*drop(folder, text_file, tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    assert "model.layers.2: left out" in ended.err
+    told = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    asked |= {"num_nextn_predict_layers": 0, "n_routed_experts": 6, "n_group": 2, "topk_group": 2}
+    assert {key: told[key] for key in asked} == asked
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    gate = "model.layers.1.mlp.gate."
+    assert found[f"{gate}weight"].shape == (6, 32)
+    assert found[f"{gate}e_score_correction_bias"].shape == (6,)
+    gone = {n for n in second if ".experts.6." in n or ".experts.7." in n}
+    assert found.keys() == held.keys() - gone
+    pruned = (*drop(folder, text_file, tmp_path / "both"), "--sparsity", 0.5, "--method", "wanda")
+    assert calmix(*pruned).code == 0
+    assert load_file(tmp_path / "both" / "model.safetensors").keys() == found.keys()
+
+
 def test_the_choice_is_of_the_least_scores_in_every_group():
     assert choose([3.0, 1.0, 2.0, 4.0], 0.25, chosen=2) == [0, 2, 3]
     assert choose([3, 1, 2, 9, 0, 8, 7, 6], 0.25, 2, chosen=2) == [0, 2, 3, 5, 6, 7]
     assert choose([1.0, 1.0, 1.0, 1.0], 0.5, chosen=2) == [0, 1]
     with pytest.raises(InputError, match=r"leaves 1 of the 4 experts .* sent to 2: drop fewer"):
         choose([1, 2, 3, 4], 0.75, chosen=2)
+    assert choose([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
+    with pytest.raises(InputError, match=r"sent to 4 in 1 of 2 groups: drop fewer"):
+        choose([1.0] * 8, 0.5, 2, chosen=4, reach=1)
     with pytest.raises(InputError, match="drops none of the 4 experts"):
         choose([1, 2, 3, 4], 0.1, chosen=2)
 

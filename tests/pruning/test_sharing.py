@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from calmix.errors import SolverError
 from calmix.models import open_model
 from calmix.pruning import sharing, work
+from calmix.pruning.dropping import ScorePass
 from calmix.pruning.engine import Run
 from tests.forks import command, ranks
 from tests.pruning import shared
-from tests.pruning.stopper import arm
+from tests.pruning.stopper import arm, stop
 from tests.tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +113,38 @@ def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, 
     assert all(torch.equal(a, tensors(cut)[n]) for n, a in tensors(tmp_path / "whole").items())
 
 
+def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):
+    """And go on with them when the one that does not count was killed."""
+    mixture = save_tiny_model(tmp_path / "model", "mixtral")
+    asked = ("prune", mixture, "--calibration", text_file, *SMALL, "--drop-experts", 0.25, "-o")
+
+    def ends():
+        if os.environ["RANK"] == "1":
+            work.WorkFolder.finish_block = lambda *given, **more: stop()
+        command(*asked, tmp_path / "two")()
+
+    first, second = ranks(ends, 2, tmp_path / "log")
+    assert (first.code, second.code) == (2, -9)
+    assert "the experts' scores are kept in" in first.errors
+    monkeypatch.setattr(ScorePass, "block", None)  # nothing is scored again
+    told = forked((*asked, tmp_path / "two", "--resume"), tmp_path / "log")
+    monkeypatch.undo()
+    assert "going on after 0 of 2 blocks" in told
+    assert calmix(*asked, tmp_path / "one").code == 0
+    one, two = (
+        json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
+        for name in ("one", "two")
+    )
+    for ours, theirs in zip(one["dropped"], two["dropped"], strict=True):
+        assert ours["kept"] == theirs["kept"]
+        assert ours["scores"] == pytest.approx(theirs["scores"])
+    assert one["experts"] == two["experts"]
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
+
+
 def damaged(folder):
     opened = open_model(str(save_tiny_model(folder)))
     opened.model.model.layers[1].self_attn.k_proj.weight[3, 5] = float("nan")
@@ -135,7 +168,7 @@ def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
     asked = {
         "1 calibration rows are too few for 2": (tiny_folder, *drawn, *SMALL, "--rows", 1),
         "k_proj: its weights are not finite": (damaged(tmp_path / "nan"), *drawn, *SMALL),
-        "only one process prunes": (mixture, *drawn, *SMALL),
+        "every token is sent to 2: drop fewer": (mixture, *drawn, *SMALL, "--drop-experts", 0.75),
         "no model folder": (tmp_path / "nowhere", *drawn, *SMALL),
         "is one device": (tiny_folder, *drawn, *SMALL, "--device", "cuda:1"),
         "there is none": (tiny_folder, *drawn, *SMALL, "--device", "cuda"),

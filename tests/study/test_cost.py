@@ -150,6 +150,7 @@ def test_what_an_accelerator_cannot_hold_is_refused_before_the_start(
     there[:] = [int(max(needed)) - 1]
     with pytest.raises(InputError, match=r"needs [\d.]+ GB, and there are [\d.]+ GB: fewer or"):
         planning.check_memory(study, trials, cuda)
+    planning.check_memory(study, trials, cuda, share=1.1)
     # A device keeps one block's dense weights, a CPU those of all.
     both = [cost.peak_memory(LLAMA_8B, 1, 1, "magnitude", kind) for kind in ("cpu", "cuda")]
     assert both[0] - both[1] > LLAMA_8B.block_weights

@@ -16,14 +16,14 @@ from pydantic import ValidationError
 
 from calmix.errors import InputError, nearest
 from calmix.pruning.methods.admm import Admm
-from calmix.pruning.methods.base import Method, Solution
+from calmix.pruning.methods.base import DTYPES, Method, Solution
 from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.methods.ria import Ria
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.specs import PRUNE, named_options
 
-__all__ = ["METHODS", "Method", "Solution", "get_method", "methods", "register"]
+__all__ = ["DTYPES", "METHODS", "Method", "Solution", "get_method", "methods", "register"]
 
 GROUP = "calmix.methods"
 BUILTIN: tuple[type[Method], ...] = (SparseGPT, Admm, Wanda, Ria, Magnitude)

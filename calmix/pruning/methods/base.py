@@ -20,6 +20,8 @@ from calmix.pruning.gram import Statistic, Work
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.reading import Number
 
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of factorisations
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -34,7 +36,8 @@ class Solution:
         errors: share of each layer's output energy that is lost on the calibration tokens,
             ||(W - W') X||^2 / ||W X||^2; None where the method has no Gram matrix.
         damping: damping that was used, None if the method has none.
-        dtype: precision of the factorisation, None if there is none.
+        dtype: precision of the factorisation, None if there is none; where another process has
+            done it its place in `DTYPES`.
         dead: inputs that were zero on every token.
     """
 
@@ -42,7 +45,7 @@ class Solution:
     pruned: list[int]
     errors: list[Number | None]
     damping: Number | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | Number | None = None
     dead: Number = 0
 
 
