@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, SolverError
-from calmix.pruning.reading import Number, holds
+from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
@@ -214,6 +214,22 @@ class Squares(Statistic):
     def matrix(self) -> Tensor:
         """Return the sums, float32 (columns,)."""
         return self._sum
+
+
+def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+    """Return the share of a layer's output energy that is lost, tr(D G D^T) / tr(W G W^T).
+
+    Gram matrices add, so that of a mix is the sum of its sources', each times its share; and the
+    same weights may be held against the Gram matrix of any other text. The share stays on the
+    device, as a tensor of no dimensions.
+
+    Args:
+        weight: W, float32 (rows, columns).
+        kept: what W is replaced by; D is the difference.
+        gram: float32 (columns, columns), sum or mean of x x^T.
+    """
+    lost, whole = (torch.mm(part, gram).mul_(part).sum() for part in (weight - kept, weight))
+    return quotient(lost, whole)
 
 
 @dataclass(frozen=True)
