@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calmix.analysis.prediction import Predicted, leave_one_out, predicted
+from calmix.analysis.validation import Predicted, leave_one_out, predicted
 
 
 def test_each_set_is_predicted_by_the_line_through_the_others() -> None:
