@@ -271,7 +271,8 @@ class _Part:
     def draw(self, opened: OpenModel, asked: Mapping[str, Any]) -> Tensor:
         if is_saved_set(user_path(self.text)):
             return resolve(self.text, opened).ids
-        return resolve(self.text, opened, own=self.own, **dict(self.fixed) | asked).ids
+        given = {name: value for name, value in asked.items() if value is not None}
+        return resolve(self.text, opened, own=self.own, **{**dict(self.fixed), **given}).ids
 
 
 def _parts(text: str, own: Mapping[str, Source] | None, licence: str | None) -> dict[_Part, float]:
