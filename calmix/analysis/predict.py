@@ -37,10 +37,11 @@ from calmix.files import cache_dir, real_place, sha256_json, user_path, write_by
 from calmix.models import OpenModel, find_blocks
 from calmix.models.blocks import DecoderBlocks
 from calmix.pruning.engine import check_pattern, prune
-from calmix.pruning.gram import Gram, Squares, relative_error
+from calmix.pruning.gram import Gram, Squares, output_energy
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.patterns import Pattern, Unstructured
+from calmix.pruning.reading import quotient
 from calmix.sources import Source
 
 ROWS, LENGTH, EVERY = 16, 512, 7
@@ -157,13 +158,22 @@ def lost_output(
         weights = [layers[name].view().float() for name in inputs.split(",")]
         files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
         read = {file: _read(file, inputs).to(weights[0].device) for file in files}
+        dense = {
+            text: [output_energy(weight, read[file]) for weight in weights]
+            for text, file in held_out.items()
+        }
         for name, parts in sets.items():
-            gram = tokens * torch.stack([s * read[file] for file, s in parts.items()]).sum(0)
+            gram = torch.zeros_like(next(iter(read.values())))
+            for file, share in parts.items():
+                gram.add_(read[file], alpha=tokens * share)
             statistic = gram if method.needs is Gram else gram.diagonal()
-            made = method.solve(weights, statistic.clone(), [pattern] * len(weights)).weights
+            made = method.solve(weights, statistic, [pattern] * len(weights)).weights
             for text, file in held_out.items():
-                for layer, weight, kept in zip(inputs.split(","), weights, made, strict=True):
-                    lost[name][text][layer] = float(relative_error(weight, kept, read[file]))
+                for layer, weight, kept, whole in zip(
+                    inputs.split(","), weights, made, dense[text], strict=True
+                ):
+                    left = output_energy(weight - kept, read[file])
+                    lost[name][text][layer] = float(quotient(left, whole))
         if tick is not None:
             tick(inputs)
     return lost

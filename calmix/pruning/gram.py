@@ -216,8 +216,18 @@ class Squares(Statistic):
         return self._sum
 
 
+def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return tr(W H W^T), the energy of a layer's output, as a tensor of no dimensions.
+
+    Args:
+        weight: W, float32 (rows, columns).
+        gram: H, float32 (columns, columns), sum or mean of x x^T.
+    """
+    return torch.mm(weight, gram).mul_(weight).sum()
+
+
 def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
-    """Return the share of a layer's output energy that is lost, tr(D G D^T) / tr(W G W^T).
+    """Return the share of a layer's output energy that is lost, tr(D H D^T) / tr(W H W^T).
 
     Gram matrices add, so that of a mix is the sum of its sources', each times its share; and the
     same weights may be held against the Gram matrix of any other text. The share stays on the
@@ -226,10 +236,9 @@ def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     Args:
         weight: W, float32 (rows, columns).
         kept: what W is replaced by; D is the difference.
-        gram: float32 (columns, columns), sum or mean of x x^T.
+        gram: H, float32 (columns, columns), sum or mean of x x^T.
     """
-    lost, whole = (torch.mm(part, gram).mul_(part).sum() for part in (weight - kept, weight))
-    return quotient(lost, whole)
+    return quotient(output_energy(weight - kept, gram), output_energy(weight, gram))
 
 
 @dataclass(frozen=True)
