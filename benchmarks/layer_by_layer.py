@@ -25,6 +25,7 @@ from torch import Tensor
 
 import calmix
 from calmix.pruning import prune
+from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 
@@ -32,10 +33,8 @@ FOUND: list[tuple[float, float]] = []  # of every layer in the order of the engi
 
 
 def lost(weight: Tensor, made: Tensor, gram: Tensor) -> float:
-    """Return the share of a layer's output energy that is lost."""
-    dense = weight.float()
-    left = dense - made.to(weight.dtype).float()
-    return float(((left @ gram) * left).sum() / ((dense @ gram) * dense).sum())
+    """Return the share of a layer's output energy that is lost, in the model's type."""
+    return float(relative_error(weight.float(), made.to(weight.dtype).float(), gram))
 
 
 def beside(method: Method, other: Method) -> Method:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calmix import sources
+    from calmix.analysis.predict import predict
     from calmix.calibration import CalibrationSet, resolve
     from calmix.capability.evaluate import evaluate
     from calmix.capability.scores import CapabilityScores
@@ -34,6 +35,7 @@ __all__ = [
     "measure",
     "open_model",
     "pack",
+    "predict",
     "prune",
     "recover",
     "recover_request",
@@ -54,6 +56,7 @@ _HOMES = {
     "measure": "calmix.information.measuring",
     "open_model": "calmix.models",
     "pack": "calmix.packed",
+    "predict": "calmix.analysis.predict",
     "prune": "calmix.pruning",
     "recover": "calmix.recovery",
     "recover_request": "calmix.specs",

@@ -80,8 +80,8 @@ def file_hashes(
         return dict(zip(names, pool.map(hashed, names), strict=True))
 
 
-def request_record(request: PruneRequest) -> dict[str, Any]:
-    """Return a prune's request as JSON-serialisable values, the user's own sources included."""
+def request_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
+    """Return a request as JSON-serialisable values, the user's own sources included."""
     record = {field.name: getattr(request, field.name) for field in fields(request)}
     draw = dict(request.draw)
     if own := draw.pop("own", None):

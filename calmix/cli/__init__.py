@@ -20,6 +20,7 @@ from calmix.cli import (
     hub,
     listing,
     pack,
+    predict,
     prune,
     recover,
     study,
@@ -57,6 +58,7 @@ prune.register(app)
 recover.register(app)
 calibrate.register(app)
 generate.register(app)
+predict.register(app)
 evaluate.register(app)
 compare.register(app)
 pack.register(app)

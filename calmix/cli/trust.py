@@ -118,7 +118,8 @@ def rerun_command(
         typer.Argument(
             metavar="MANIFEST",
             show_default=False,
-            help="calmix.json of a pruned checkpoint or manifest.json of a calibration set.",
+            help="calmix.json of a pruned or recovered checkpoint, manifest.json of a "
+            "calibration set.",
         ),
     ],
     output: Annotated[

@@ -26,12 +26,12 @@ from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.pruning.engine import Group, Run, check_names, run_through
 from calmix.pruning.experts import ExpertTokens
-from calmix.pruning.gram import bfloat16_products
+from calmix.pruning.gram import bfloat16_products, relative_error
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Unstructured
-from calmix.pruning.reading import quotient, read, widest
+from calmix.pruning.reading import read, widest
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
@@ -111,8 +111,7 @@ def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
     full = weight.float()
     kept = Wanda().solve([full], gram.diagonal(), [Unstructured(sparsity)]).weights[0]
     with bfloat16_products():
-        lost, whole = (torch.mm(part, gram).mul_(part).sum() for part in (full - kept, full))
-    return quotient(lost, whole)
+        return relative_error(full, kept, gram)
 
 
 def spread(

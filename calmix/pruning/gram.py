@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, SolverError
-from calmix.pruning.reading import Number, holds
+from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
@@ -214,6 +214,31 @@ class Squares(Statistic):
     def matrix(self) -> Tensor:
         """Return the sums, float32 (columns,)."""
         return self._sum
+
+
+def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return tr(W H W^T), the energy of a layer's output, as a tensor of no dimensions.
+
+    Args:
+        weight: W, float32 (rows, columns).
+        gram: H, float32 (columns, columns), sum or mean of x x^T.
+    """
+    return torch.mm(weight, gram).mul_(weight).sum()
+
+
+def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+    """Return the share of a layer's output energy that is lost, tr(D H D^T) / tr(W H W^T).
+
+    Gram matrices add, so that of a mix is the sum of its sources', each times its share; and the
+    same weights may be held against the Gram matrix of any other text. The share stays on the
+    device, as a tensor of no dimensions.
+
+    Args:
+        weight: W, float32 (rows, columns).
+        kept: what W is replaced by; D is the difference.
+        gram: H, float32 (columns, columns), sum or mean of x x^T.
+    """
+    return quotient(output_energy(weight - kept, gram), output_energy(weight, gram))
 
 
 @dataclass(frozen=True)

@@ -137,11 +137,16 @@ def prune_and_recover(
         recovered = recover(
             str(stage / PRUNED), name, recovery, output, dtype=trained_in, progress=recovering,
             drawn=kept_set(stage) if (stage / SET).exists() else None,
-            called=f"{name}, {target_name(request)}", **how,
+            called=stage_name(name, request), **how,
         )  # fmt: skip
         _remove(stage)
         done[output] = report, recovered
     return [done[output] for output in targets]
+
+
+def stage_name(name: str, request: PruneRequest) -> str:
+    """Return what the manifest calls the pruned model, which is gone once the rest stands."""
+    return f"{name}, {target_name(request)}"
 
 
 def _stages(output: Path) -> Path:

@@ -26,7 +26,7 @@ from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, real_place, sha256_json, write_json
 from calmix.machine import free_memory
-from calmix.manifest import asked_record, file_hashes, run_record, sealed, versions
+from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import DecoderBlocks, experts_per_token
 from calmix.models.opening import check_ids, device_of, fast_half_precision, fingerprint
@@ -698,6 +698,7 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str
         "dtype": asked["dtype"],
         "device": asked["device"],
         "processes": job.processes,
+        "request": request_record(job.request),
         "calibration": job.calibration.manifest,
         "recovery": told,
         "pruned": _told(pruned.folder / MANIFEST),

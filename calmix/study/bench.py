@@ -26,7 +26,9 @@ from calmix.information.measuring import measure_set
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning import PruneReport, allocate, prune
+from calmix.pruning.allocation import from_shares
 from calmix.pruning.engine import Patterns
+from calmix.pruning.methods import get_method
 from calmix.recovery.distill import trained_names
 from calmix.specs import recovery_of
 from calmix.study.results import Interval, TaskOutcome, Trial
@@ -227,7 +229,10 @@ class Bench:
                 for name in trained_names(opened.model, find_blocks(opened.model))
             }
         pattern: Patterns = as_pattern(planned.target)
-        if planned.allocation is not None:
+        if (shares := self.study.allocations.get(planned.allocation or "")) is not None:
+            method = get_method(planned.method)
+            pattern = from_shares(shares, find_blocks(opened.model), planned.sparsity, method)
+        elif planned.allocation is not None:
             assert made is not None
             pattern = allocate(
                 opened.model, made.ids, planned.sparsity, planned.allocation, method=planned.method

@@ -17,6 +17,9 @@ from calmix.capability.texts import LENGTH, ROWS, builtin_readers
 from calmix.errors import InputError
 from calmix.files import user_path
 from calmix.models import resolve_model
+from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.pruning.allocation import SPREAD, from_shares
+from calmix.pruning.methods import get_method
 from calmix.pruning.streamed import device_memory
 from calmix.specs import recovery_of
 from calmix.study import cost
@@ -108,7 +111,7 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
             "evaluate": cost.suite_seconds(model, work, machine)
             + cost.distance_seconds(model, held, machine),
         }
-        if like.allocation is not None:
+        if like.allocation in SPREAD:
             seconds["allocation"] = cost.allocation_seconds(
                 model, rows, length, like.allocation, machine
             )
@@ -209,6 +212,36 @@ def host_memory(study: Study, trials: Sequence[Planned], device: str) -> tuple[s
         ),
     )
     return ("", 0.0) if trial is None else (trial.label, PROGRAM + needed)
+
+
+def check_allocations(
+    study: Study, trials: Sequence[Planned], *, trust_remote_code: bool = False
+) -> None:
+    """Refuse a file of sparsities by layer that does not fit a model, before any trial is run.
+
+    Raises:
+        InputError: it misses a layer, names one that is none, or adds up to another sparsity.
+        ModelError: a model cannot be opened.
+    """
+    asked = dict.fromkeys(
+        (trial.model, trial.allocation, trial.sparsity, trial.method)
+        for trial in trials
+        if trial.allocation in study.allocations
+    )
+    for label in dict.fromkeys(each[0] for each in asked):
+        name = study.models[label].name
+        try:
+            model = StreamedModel(name, device="cpu", trust_remote_code=trust_remote_code)
+        except NotStreamableError:  # read whole, once its trials run
+            continue
+        model.close()
+        for own, file, sparsity, method in asked:
+            if own != label or file is None:
+                continue
+            try:
+                from_shares(study.allocations[file], model.blocks, sparsity, get_method(method))
+            except InputError as error:
+                raise InputError(f"{file} does not fit {label}: {error}") from error
 
 
 def sizes_of_model(label: str, model: Model) -> Sizes:

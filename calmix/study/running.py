@@ -15,7 +15,7 @@ from calmix.errors import CalmixError, DiskError, InputError
 from calmix.models.opening import device_of
 from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
-from calmix.study.planning import check_memory
+from calmix.study.planning import check_allocations, check_memory
 from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import Store, check_folder, claim_store, is_store, open_store
@@ -108,8 +108,9 @@ def run_study(
         execute: runs the trials; one at a time in this process if not given.
 
     Raises:
-        InputError: nothing matches, code execution is needed and not allowed, or the store is
-            no store or holds finished trials of a changed study.
+        InputError: nothing matches, code execution is needed and not allowed, sparsities by
+            layer do not fit a model, or the store is no store or holds finished trials of a
+            changed study.
         ModelError: a model cannot be opened.
     """
     options = options or Options()
@@ -125,7 +126,9 @@ def run_study(
             raise InputError(
                 f"'{first}' and '{trial.planned.label}' are the same trial: name it once"
             )
-    chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
+    wanted_trials = chosen_trials(planned, only, skip)
+    check_allocations(study, wanted_trials, trust_remote_code=options.trust_remote_code)
+    chosen = {trial.key for trial in wanted_trials}
     store = claim_store(path, study, resolved)
     wanted = ("pending", "running", "failed") if retry_failed else ("pending", "running")
     todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in wanted]

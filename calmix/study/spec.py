@@ -1,7 +1,7 @@
 """The study file: what a user writes to describe an experiment, checked with every mistake's line.
 
 Paths in it are meant from where calmix is run, as on the command line; only those in `sources`
-are meant from the file's own folder, as in any file of sources.
+and of files of sparsities by layer are meant from the file's own folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
 from calmix.models import resolve_model
 from calmix.models.opening import DTYPES, builtin_models
-from calmix.pruning.allocation import SPREAD
+from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
 from calmix.sources import Source, get_source
@@ -170,8 +170,8 @@ class _Targets(_Strict):
     """What is done with each calibration set, and with which draws of it.
 
     `damping` is an option of every method that has it and does not name it itself. Of `allocation`
-    (`uniform`, `owl`, `error`) and `recovery` (`none`, or as behind `prune --recover`) there may be
-    several; methods without a calibration set know neither.
+    (`uniform`, `owl`, `error`, or a file of sparsities by layer) and `recovery` (`none`, or as
+    behind `prune --recover`) there may be several; methods without a calibration set know neither.
     """
 
     methods: Methods | None = None
@@ -190,7 +190,8 @@ class _Targets(_Strict):
     @classmethod
     def _allocation(cls, value: list[str] | None) -> list[str] | None:
         for one in value or ():
-            _one_of("allocation", one, (UNIFORM, *SPREAD))
+            if not Path(one).suffix:
+                _one_of("allocation", one, (UNIFORM, *SPREAD))
         return value
 
     @field_validator("methods", mode="before")
@@ -269,6 +270,7 @@ class Study:
         file: its content; `text` as written, `path` where it lies.
         own: the user's own sources by name.
         suite: as it is to be run.
+        allocations: sparsities by layer, by the file as the study names it.
     """
 
     file: StudyFile
@@ -276,6 +278,7 @@ class Study:
     path: Path
     own: dict[str, Source]
     suite: Suite
+    allocations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def models(self) -> dict[str, Model]:
@@ -368,6 +371,14 @@ def parse_study(text: str, path: Path) -> Checked:
         suite = suite if file.limit is None else suite.limited(file.limit)
     except CalmixError as error:
         problems.append(f"{yaml.at(['suite'])}: suite: {error}")
+    allocations: dict[str, dict[str, float]] = {}
+    for at, name in _allocation_files(file):
+        try:
+            shares = read_allocation(path.parent / user_path(name), sparsity=0.5)
+            assert isinstance(shares, dict)
+            allocations[name] = shares
+        except InputError as error:
+            problems.append(f"{yaml.at(at)}: {'.'.join(map(str, at))}: {error}")
     for label, model in file.models.items():
         if problem := _model_problem(model):
             problems.append(f"{yaml.at(['models', label])}: models.{label}: {problem}")
@@ -377,7 +388,7 @@ def parse_study(text: str, path: Path) -> Checked:
             problems.append(f"{where}: calibrations.{label}: {problem}")
     if problems or suite is None:
         return Checked(None, sorted(problems, key=_line))
-    return Checked(Study(file, text, path, own, suite))
+    return Checked(Study(file, text, path, own, suite, allocations))
 
 
 def as_pattern(target: float | str) -> Pattern:
@@ -464,6 +475,15 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
     yield from _without_effect(file, yaml)
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         yield f"{yaml.at(['methods'])}: methods is empty or missing: the grid has no trials"
+
+
+def _allocation_files(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
+    """Yield where an allocation is the path of a file, and the path."""
+    parts: list[tuple[list[Any], _Targets]] = [([], file)]
+    for at, part in [*parts, *((["grids", n], grid) for n, grid in enumerate(file.grids))]:
+        for name in part.allocation or ():
+            if name not in (UNIFORM, *SPREAD):
+                yield [*at, "allocation"], name
 
 
 def _without_effect(file: StudyFile, yaml: YamlText) -> Iterator[str]:

@@ -74,7 +74,7 @@ class Planned:
         pattern: as printed: `60%` or `2:4`.
         target: the same as the study file has it.
         draw: None for a method that needs no calibration.
-        allocation: `owl` or `error`; None for the same everywhere.
+        allocation: `owl`, `error` or a file of the study's; None for the same everywhere.
         recovery: as `recovery_options` takes it; None without one.
     """
 
@@ -319,7 +319,8 @@ class Resolver:
         """Return what is asked for beside the prune, if anything."""
         asked: dict[str, Any] = {}
         if trial.allocation is not None:
-            asked["allocation"] = trial.allocation
+            shares = self.study.allocations.get(trial.allocation)
+            asked["allocation"] = trial.allocation if shares is None else sha256_json(shares)
         if trial.recovery is not None:
             chosen = asdict(recovery_of(trial.recovery))
             asked["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}

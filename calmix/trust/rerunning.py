@@ -7,10 +7,11 @@ checked first. What may change the last bits (versions, processor, threads) is t
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,17 +22,21 @@ from calmix.calibration.resolving import guard_of
 from calmix.calibration.selfgen.making import Options, generate
 from calmix.calibration.set import MANIFEST as SET_MANIFEST
 from calmix.calibration.set import TENSORS
-from calmix.errors import InputError
+from calmix.errors import InputError, disk_errors
 from calmix.files import check_output_folder, parse_json
 from calmix.manifest import SEAL, seal_holds
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.pruning.checkpoint import MANIFEST, RUN, prune_checkpoints
+from calmix.recovery import recover
+from calmix.recovery.chain import stage_name
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
-from calmix.specs import PruneRequest, prune_request
+from calmix.specs import PruneRequest, RecoverRequest, prune_request, recover_request
 from calmix.trust.inspecting import read_manifest
 from calmix.yaml_files import first_problem
+
+Request = TypeVar("Request", PruneRequest, RecoverRequest)
 
 
 class _Kept(BaseModel):
@@ -76,6 +81,15 @@ class _Request(_Kept):
     drop_experts: float | None = None
 
 
+class _Recovery(_Kept):
+    method: str
+    calibration: str
+    draw: _Draw
+    epochs: int
+    lr: float
+    batch: int
+
+
 class _Drawn(_Kept):
     sha256: str
     sources: dict[str, Any] = {}
@@ -89,6 +103,19 @@ class _Pruned(_Kept):
     versions: dict[str, str]
     dtype: str
     device: str
+
+
+class _Recovered(_Kept):
+    model: _Model
+    against: _Model
+    request: _Recovery
+    calibration: _Drawn
+    pruned: dict[str, Any] | None
+    files: dict[str, str]
+    versions: dict[str, str]
+    dtype: str
+    device: str
+    processes: int
 
 
 class _Guard(_Kept):
@@ -113,7 +140,15 @@ class _Set(_Kept):
     select: str = ""
 
 
-# Of the run record.
+SHAPES: dict[str, type[_Kept]] = {
+    "pruned checkpoint": _Pruned, "recovered checkpoint": _Recovered, "calibration set": _Set,
+}  # fmt: skip
+CHECKPOINTS = {  # and why one may hold no request
+    "pruned checkpoint": "was made by a study: run the study again",
+    "recovered checkpoint": "is of an earlier calmix: it holds no request to make again",
+}
+# Of the manifest and of the run record: what may differ beside the files.
+TOLD = ("versions", "calibration", "request", "pruned", "dtype", "device")
 WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
 
 
@@ -147,7 +182,9 @@ def rerun(
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Rerun:
-    """Make a pruned checkpoint or a calibration set again.
+    """Make a pruned or recovered checkpoint, or a calibration set, again.
+
+    A recovery of a prune in the same run prunes again first; another needs the pruned model.
 
     Args:
         manifest: the manifest, or its folder.
@@ -173,20 +210,29 @@ def rerun(
             f"{manifest} tells of a model that ran code of its own: --trust-remote-code to run "
             "it again"
         )
-    if kept["kind"] == "pruned checkpoint" and kept.get("request") is None:
-        raise InputError(f"{manifest} was made by a study: run the study again")
-    shapes: dict[str, type[_Kept]] = {"pruned checkpoint": _Pruned, "calibration set": _Set}
-    if kept["kind"] not in shapes:
-        raise InputError(f"{manifest} is of kind '{kept['kind']}', which cannot be made again")
-    try:
-        shapes[kept["kind"]].model_validate(kept)
-    except ValidationError as error:
-        line = f"{manifest} lacks what it takes to make it again: {first_problem(error)}"
-        raise InputError(line) from error
+    kind = kept["kind"]
+    if kind not in SHAPES:
+        raise InputError(f"{manifest} is of kind '{kind}', which cannot be made again")
+    if kind in CHECKPOINTS and kept.get("request") is None:
+        raise InputError(f"{manifest} {CHECKPOINTS[kind]}")
+    _check_shape(manifest, kept, kind)
     check_output_folder(output)
-    if kept["kind"] == "pruned checkpoint":
-        return _prune(manifest, kept, output, trust_remote_code, progress, writing, note)
-    return _calibrate(manifest, kept, output, trust_remote_code, writing, note)
+    how = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
+    if kind == "pruned checkpoint":
+        _prune(manifest, kept, output, progress, **how)
+    elif kind == "recovered checkpoint":
+        _recover(manifest, kept, output, progress, **how)
+    else:
+        return _calibrate(manifest, kept, output, trust_remote_code, writing, note)
+    return _compared(manifest, kept, output)
+
+
+def _check_shape(path: Path, kept: dict[str, Any], kind: str) -> None:
+    try:
+        SHAPES[kind].model_validate(kept)
+    except ValidationError as error:
+        line = f"{path} lacks what it takes to make it again: {first_problem(error)}"
+        raise InputError(line) from error
 
 
 def differences(then: Any, now: Any, at: str = "") -> Iterator[str]:
@@ -202,32 +248,80 @@ def _prune(
     path: Path,
     kept: dict[str, Any],
     output: Path,
-    trust: bool,
     progress: Callable[[int, int], None] | None,
-    writing: Callable[[str, int, int], None] | None,
-    note: Callable[[str], None] | None,
-) -> Rerun:
-    model, drawn, files = kept["model"], kept["calibration"], kept["files"]
-    how: dict[str, Any] = {"dtype": kept["dtype"], "device": kept["device"]}
+    **how: Any,
+) -> CalibrationSet | None:
+    """Prune again, and return the calibration set."""
+    model = kept["model"]
     request = _request(kept["request"], path)
     _check_model(model["name"], model["sha256"])
+    drawn: list[CalibrationSet | None] = []
 
     def started(made: CalibrationSet | None) -> None:
-        # A saved set's manifest has keys of its saving, so content decides and the rest is told.
-        if made is not None and made.sha256 != drawn["sha256"]:
-            raise InputError(_other_set(drawn, made.manifest))
+        drawn.append(made)
+        if made is not None:
+            _check_set(kept["calibration"], made)
 
     prune_checkpoints(
-        model["name"], {output: request}, trust_remote_code=trust, started=started,
-        progress=progress, writing=writing, note=note, **how,
+        model["name"], {output: request}, started=started, progress=progress,
+        dtype=kept["dtype"], device=kept["device"], **how,
     )  # fmt: skip
-    new = read_manifest(output / MANIFEST)
+    return drawn[0]
+
+
+def _recover(
+    path: Path,
+    kept: dict[str, Any],
+    output: Path,
+    progress: Callable[[int, int], None] | None,
+    **how: Any,
+) -> None:
+    """Recover again; of a prune and recovery in one run, prune again first."""
+    model, against, pruned = kept["model"], kept["against"], kept["pruned"]
+    if kept["processes"] > 1:
+        raise InputError(
+            f"{path} was recovered by {kept['processes']} processes, whose shares decide how sums "
+            "round: recover again under the same launcher, and compare the hashes in calmix.json"
+        )
+    request = _asked(recover_request, kept["request"], path)
+    _check_model(against["name"], against["sha256"])
+
+    def tick(done: int, total: int, loss: str) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    def again(name: str, drawn: CalibrationSet | None) -> None:
+        recover(
+            name, against["name"], request, output, drawn=drawn, called=model["name"],
+            started=lambda made: _check_set(kept["calibration"], made), progress=tick,
+            dtype=kept["dtype"], device=kept["device"], **how,
+        )  # fmt: skip
+
+    if not _chained(path, model["name"], pruned):
+        _check_model(model["name"], model["sha256"])
+        again(model["name"], None)
+        return
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".calmix-rerun-") as folder:
+        stage = Path(folder) / "pruned"
+        drawn = _prune(path, pruned, stage, progress, **how)
+        again(str(stage), drawn)
+
+
+def _chained(path: Path, name: str, pruned: dict[str, Any] | None) -> bool:
+    """Tell whether a pruned model of this name was a stage on the way to a recovered one."""
+    if pruned is None or pruned.get("kind") != "pruned checkpoint" or not pruned.get("request"):
+        return False
+    _check_shape(path, pruned, "pruned checkpoint")
+    return name == stage_name(pruned["model"]["name"], _request(pruned["request"], path))
+
+
+def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
+    """Compare a new checkpoint with what the manifest of an old one tells."""
+    new, files = read_manifest(output / MANIFEST), kept["files"]
     differing = sorted(n for n in {*files, *new["files"]} if files.get(n) != new["files"].get(n))
-    inputs = [
-        line
-        for key in ("versions", "calibration", "request", "dtype", "device")
-        for line in differences(kept.get(key), new.get(key), key)
-    ]
+    inputs = [line for key in TOLD for line in differences(kept.get(key), new.get(key), key)]
     then, now = _run(path.parent / RUN), _run(output / RUN)
     if then:
         inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
@@ -278,14 +372,20 @@ def _calibrate(
     return Rerun(str(output), not differing, differing, inputs)
 
 
-def _request(record: dict[str, Any], path: Path) -> PruneRequest:
+def _request(record: Mapping[str, Any], path: Path) -> PruneRequest:
+    rest = {key: value for key, value in record.items() if key != "options"}
+    return _asked(prune_request, rest | record["options"], path)
+
+
+def _asked(make: Callable[..., Request], record: Mapping[str, Any], path: Path) -> Request:
+    """Return a request from its record, the draw's options among the others."""
     record = dict(record)
-    options, draw = dict(record.pop("options")), dict(record.pop("draw"))
+    draw = dict(record.pop("draw"))
     if "own" in draw:
         draw["own"] = _own(draw["own"], path)
     try:
-        return prune_request(**record, **options, **draw)
-    except TypeError as error:  # an option prune does not have
+        return make(**record, **draw)
+    except TypeError as error:  # an option there is none of
         raise InputError(f"{path} asks for what this calmix does not know: {error}") from error
 
 
@@ -313,7 +413,11 @@ def _check_model(name: str, sha256: str) -> None:
         )
 
 
-def _other_set(then: dict[str, Any], now: dict[str, Any]) -> str:
+def _check_set(told: dict[str, Any], made: CalibrationSet) -> None:
+    # A saved set's manifest has keys of its saving, so content decides and the rest is told.
+    if made.sha256 == told["sha256"]:
+        return
+    then, now = told, made.manifest
     changed = [
         name for name, source in then.get("sources", {}).items()
         if isinstance(source, dict)
@@ -323,7 +427,9 @@ def _other_set(then: dict[str, Any], now: dict[str, Any]) -> str:
         what = f"source {', '.join(changed)} has another text"
     else:
         what = next((d for d in differences(then, now) if not d.startswith("sha256")), "its ids")
-    return f"the calibration set is another now ({what}): the same hashes cannot come out"
+    raise InputError(
+        f"the calibration set is another now ({what}): the same hashes cannot come out"
+    )
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -256,8 +256,31 @@ def test_allocations_and_recoveries_are_part_of_a_condition() -> None:
         ("recovery: distil", "unknown recovery 'distil': did you mean distill"),
         ("recovery: 'distill,epochs=0'", "--epochs 0 is not positive"),
         ("allocation: [olw]", "unknown allocation 'olw': did you mean owl"),
+        ("allocation: no.yaml", "s.yaml line 5: allocation: there is no file no.yaml"),
     ):
         (problem,) = problems(
             HEAD + f"calibrations: {{a: news}}\nmethods: {{wanda: 0.5}}\n{line}\n"
         )
         assert told in problem
+
+
+def test_a_file_of_sparsities_lies_beside_the_study_and_is_known_by_its_content(
+    tmp_path: Path,
+) -> None:
+    text = HEAD + "calibrations: {a: news}\nmethods: {wanda: 0.5}\nallocation: [own/by.yaml]\n"
+    (tmp_path / "own").mkdir()
+
+    def asked(shares: str) -> tuple[str, dict[str, str]]:
+        (tmp_path / "own" / "by.yaml").write_text(shares, encoding="utf-8")
+        study = parse_study(text, tmp_path / "s.yaml").study
+        assert study is not None
+        (trial,) = plan(study)
+        return trial.label, Resolver(study)._around(trial)
+
+    label, first = asked("{a.q: 0.4, a.k: 0.6}")
+    assert label == "a wanda + own/by.yaml 50% seed 0"
+    assert asked("a.k: 0.6\na.q: 0.4\n") == (label, first)
+    assert asked("{a.q: 0.4, a.k: 0.7}")[1] != first
+    (tmp_path / "own" / "by.yaml").write_text("{a.q: 1.4}", encoding="utf-8")
+    (line,) = parse_study(text, tmp_path / "s.yaml").problems
+    assert line.endswith("the sparsity of a.q is 1.4, not between 0 and 1")

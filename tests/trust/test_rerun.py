@@ -56,6 +56,55 @@ def test_one_of_several_targets_on_a_generated_set_is_made_again(calmix, model, 
     assert ended.code == 0, ended.err
 
 
+LARGER = ("--rows", 16, *SMALL[2:])  # a recovery holds rows out
+
+
+@pytest.mark.parametrize("one_run", [False, True], ids=["two verbs", "one run"])
+def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
+    calmix, model, sources, tmp_path, one_run
+):
+    drawn = ("--calibration", "mine", "--sources", sources, *LARGER)
+    first = tmp_path / "first"
+    if one_run:
+        prune(calmix, model, first, *drawn, "--recover", "blocks,epochs=1")
+    else:
+        prune(calmix, model, tmp_path / "pruned", *drawn)
+        how = ("--against", model, *drawn, "--epochs", 1, "-o", first)
+        assert calmix("recover", tmp_path / "pruned", *how).code == 0
+    before = sorted(tmp_path.iterdir())
+    ended = calmix("rerun", first, "-o", tmp_path / "new" / "second", "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert (told["same"], told["differing"], told["inputs"]) == (True, [], [])
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "new"])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["second"]
+    kept, again = (json.loads((folder / "calmix.json").read_text())
+                   for folder in (first, tmp_path / "new" / "second"))  # fmt: skip
+    assert kept == again, "a rerun can be rerun"
+
+    def changed(**parts):
+        write_json(first / "calmix.json", sealed(kept | parts))
+        return calmix("rerun", first)
+
+    other = {"sha256": "0" * 64}
+    if one_run:
+        told = changed(
+            pruned=kept["pruned"] | {"versions": {"torch": "1.0"}},
+            files=kept["files"] | {"model.safetensors": "0" * 64},
+        )
+        assert "not the same: model.safetensors" in told.err
+        assert 'pruned.versions.torch: "1.0", now' in told.out
+        drawn = kept["calibration"] | other
+        assert "the calibration set is another now" in changed(calibration=drawn).err
+        return
+    assert "by 2 processes" in changed(processes=2).line
+    assert "of an earlier calmix" in changed(request=None).line
+    for name in ("against", "model"):
+        assert "is another now" in changed(**{name: kept[name] | other}).line
+    (tmp_path / "pruned").rename(tmp_path / "moved")
+    assert str(tmp_path / "pruned") in changed().line
+
+
 @pytest.mark.parametrize("method", ["self-cal", "igsp", "sgs"])
 def test_a_generated_set_is_made_again(calmix, model, sources, tmp_path, method):
     own = ("--sources", sources, "--seeds", "mine") if method == "sgs" else ()
@@ -132,6 +181,7 @@ def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, 
         ('{"kind": "pruned checkpoint"}', "holds no request"),
         (json.dumps(sealed({"kind": "pruned checkpoint"})), "made by a study"),
         (json.dumps(sealed({"kind": "pruned checkpoint", "request": {}})), "lacks what it takes"),
+        (json.dumps(sealed({"kind": "recovered checkpoint", "request": {}})), "lacks what"),
         (json.dumps(sealed({"kind": "calibration set"})), "lacks what it takes"),
         (json.dumps(sealed({"kind": "soup"})), "cannot be made again"),
     ],

@@ -1,0 +1,145 @@
+"""What a set keeps, predicted before any benchmark is run: by Gram algebra, by KL, by metrics.
+
+    python benchmarks/predict.py STORE --work DIR [--rows 16] [--every 7] [--sparsity 0.6]
+
+STORE is a study's store with its calibration sets. Of every single source (and every set the
+model writes) the first `--rows` rows of its first draw run once through the dense model, and so do
+held-out texts of every dimension; `calmix.analysis.predict` does the rest as `calmix predict` does,
+with the Gram matrices in DIR. The predictor, the mean over layers of the logarithm of the share of
+output energy lost, was fixed before it was compared with anything.
+
+Beside it: KL to the dense model on held-out texts after one prune, and the information metrics,
+both from the store. Each is compared with measured retention by rank, and by the straight line
+through all other sets. Gram matrices that are in DIR are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from common import commit, machine
+from torch import Tensor
+
+from calmix.analysis.cells import Cells, nan_mean, select, tables
+from calmix.analysis.correlations import distinct, kinds_of, strata_of
+from calmix.analysis.predict import EVERY, ROWS, every_block, keep_grams, lost_output, prediction
+from calmix.analysis.statistics import Array
+from calmix.analysis.validation import Predicted, predicted
+from calmix.calibration import CalibrationSet
+from calmix.capability.texts import texts
+from calmix.models import open_model
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Unstructured
+from calmix.study import read_results
+from calmix.study.store import Store, open_store
+
+
+def set_ids(store: Store, name: str, rows: int) -> Tensor:
+    """Return the first rows of a calibration set's first draw."""
+    entry = min((e for e in store.entries if e["key"][1] == name), key=lambda e: e["key"][6])
+    return CalibrationSet.open(store.calibration(entry["set"])).ids[:rows]
+
+
+def cell(found: Predicted) -> str:
+    if found.rho is None:
+        return "-"
+    left = "-" if found.rho_left_out is None else f"{found.rho_left_out:+.2f}"
+    error = "-" if found.error is None else f"{100 * found.error:.1f}"
+    return f"{found.rho:+.2f} / {left} / {error}"
+
+
+def table(
+    cells: Cells, candidates: dict[str, Array], judge: Callable[[Array, Array], Predicted],
+    show: Callable[[Predicted], str],
+) -> None:  # fmt: skip
+    """Print a row a candidate, a column a quantity."""
+    print("| predictor | " + " | ".join(cells.quantities) + " |")
+    print("|---|" + "---|" * len(cells.quantities))
+    for name, values in candidates.items():
+        told = [show(judge(values[:, at], cells.means[:, at]))
+                for at in range(len(cells.quantities))]  # fmt: skip
+        print(f"| {name} | " + " | ".join(told) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--method", default="sparsegpt")
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--held-out", type=int, default=16, help="rows of 512 a dimension")
+    parser.add_argument("--every", type=int, default=EVERY)
+    options = parser.parse_args()
+    results, store = read_results(options.store), open_store(options.store)
+    trials = select(results, method=options.method, sparsity=str(options.sparsity))
+    (cells,) = tables(results, trials, "primary")
+    opened = open_model(cells.condition.model)
+    only = every_block(opened, options.every)
+    own = [name for name, mix in zip(cells.sets, cells.mixes, strict=True) if len(mix) < 2]
+
+    def kept(name: str, ids: Tensor) -> Path:
+        began = time.process_time()
+        path = keep_grams(opened, ids, only, options.work)
+        told = f"{path.stat().st_size / 1e6:.0f} MB, {time.process_time() - began:.0f} s"
+        print(f"{name}: {tuple(ids.shape)}, {told}", file=sys.stderr, flush=True)
+        return path
+
+    held_out = texts(opened, dimensions=cells.dimensions, rows=options.held_out, length=512)
+    dimensions = {name: kept(name, ids) for name, ids in held_out.items()}
+    files = {name: kept(name, set_ids(store, name, options.rows)) for name in own}
+    singles = {source: files[name] for name, mix in zip(cells.sets, cells.mixes, strict=True)
+               if len(mix) == 1 for source in mix}  # fmt: skip
+    mixes = {
+        name: {singles[source]: share for source, share in mix.items()} if mix else {files[name]: 1}
+        for name, mix in zip(cells.sets, cells.mixes, strict=True)
+    }
+    began = time.process_time()
+    lost = lost_output(
+        opened, only, mixes, dimensions, get_method(options.method),
+        Unstructured(options.sparsity),
+    )  # fmt: skip
+    solving = time.process_time() - began
+    told = [prediction(name, lost[name], dict.fromkeys(cells.dimensions, 1 / len(dimensions)))
+            for name in cells.sets]  # fmt: skip
+    shares = np.array([[one.total, *(one.lost[d] for d in cells.dimensions)] for one in told])
+    candidates = {
+        "- log output error, Gram algebra": -np.log(shares),
+        "- KL on held-out text, pruned once": -nan_mean(cells.distance["kl"], 1),
+    }
+    for column, aliases in distinct(cells, range(len(cells.sets))):
+        name = " = ".join([cells.metrics[column], *aliases])
+        values = np.repeat(cells.information[:, column : column + 1], len(cells.quantities), 1)
+        candidates[name] = values
+    print(f"{machine()}, commit {commit()}")
+    print(
+        f"\n{cells.condition.model}, {cells.condition.label}: {len(cells.sets)} sets; every "
+        f"{options.every}th block, {options.rows} x 512 tokens a source, {options.held_out} x 512 "
+        f"a dimension; {solving / len(cells.sets):.1f} s a set once the Gram matrices are there"
+    )
+    print(
+        "\nrank correlation with retention / of each set predicted by the line through the others "
+        "/ root mean square error of that, points"
+    )
+    spread = [predicted(np.arange(len(cells.sets)) + 0.0, cells.means[:, at]).spread
+              for at in range(len(cells.quantities))]  # fmt: skip
+    table(cells, candidates, predicted, cell)
+    print("| mean of the others | " + " | ".join(f"{100 * (one or 0):.1f}" for one in spread)
+          + " |")  # fmt: skip
+    kinds = [at for group in kinds_of(cells) for at in group]
+    strata = strata_of(cells, "single", "kinds")
+    print(f"\nrank correlation within kinds of text (prose, code, math), {len(kinds)} single "
+          "sources")  # fmt: skip
+    table(
+        cells, candidates, lambda x, y: predicted(x[kinds], y[kinds], strata),
+        lambda one: "-" if one.rho is None else f"{one.rho:+.2f}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""`predict`: which calibration set keeps most, before anything is pruned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from calmix.cli.common import (
+    TEXT,
+    AsJson,
+    Device,
+    Dtype,
+    Leakage,
+    LeakageTokens,
+    Length,
+    Licence,
+    ModelName,
+    Sources,
+    TrustRemoteCode,
+    note,
+    out,
+    print_json,
+    progress_bar,
+    writing_on,
+)
+from calmix.cli.study_report import parse_weights
+from calmix.cli.tables import print_rows
+from calmix.errors import InputError
+from calmix.sources import load_sources
+from calmix.specs import METHOD
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command("predict", rich_help_panel=TEXT)(predict_command)
+
+
+def predict_command(
+    model: ModelName,
+    calibrations: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SPEC...",
+            show_default=False,
+            help="Calibration sets, as for calmix prune: sources, mixes, files, saved sets, igsp.",
+        ),
+    ],
+    method: Annotated[
+        str, typer.Option(help="How it is to be pruned, with options: admm,refit=5.")
+    ] = METHOD,
+    sparsity: Annotated[
+        float | None, typer.Option(show_default="0.6", help="Share of weights to prune.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(show_default=False, help="N:M, instead of a share.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=NUMBER,...",
+            show_default="all the same",
+            help="What counts in the total, such as general=1,code=2.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            show_default="held-out text of each dimension",
+            help="Also your own text, or yours for a dimension: code=mine.jsonl (repeat).",
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(show_default="16", help="Rows of each source.")
+    ] = None,
+    length: Length = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="Seed of the draws.")] = None,
+    every: Annotated[
+        int | None, typer.Option(show_default="7", help="Look at every k-th block.")
+    ] = None,
+    leakage: Leakage = None,
+    leakage_tokens: LeakageTokens = None,
+    licence: Licence = None,
+    sources: Sources = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Order calibration sets by what a prune on them would lose, without pruning.
+
+    Each source runs through the dense model once; further mixes of it take seconds. The shares
+    order sets and are no retention: docs/analysis.md says how well.
+    """
+    from calmix.analysis.predict import EVERY, LENGTH, ROWS, predict
+    from calmix.capability.texts import parse_texts, texts
+    from calmix.models import open_model
+    from calmix.pruning.patterns import Unstructured, parse_pattern
+
+    if sparsity is not None and pattern is not None:
+        raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
+    target = Unstructured(0.6 if sparsity is None else sparsity)
+    asked, own_texts = parse_weights(weights), parse_texts(text or ())
+    own = load_sources(sources) if sources is not None else None
+    rows, length = ROWS if rows is None else rows, LENGTH if length is None else length
+    opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    with progress_bar() as bar:
+        task = bar.add_task("predicting", total=None)
+        made = predict(
+            opened,
+            calibrations,
+            method=method,
+            pattern=target if pattern is None else parse_pattern(pattern),
+            rows=rows,
+            length=length,
+            every=EVERY if every is None else every,
+            weights=asked,
+            held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
+            own=own,
+            tick=lambda what: bar.update(task, description=what, advance=1),
+            note=note,
+            writing=writing_on(bar),
+            seed=seed,
+            leakage=leakage,
+            leakage_tokens=leakage_tokens,
+            licence=licence,
+        )
+    if as_json:
+        print_json([asdict(one) for one in made])
+        return
+    rows_told = [
+        {"calibration": one.calibration, "total": f"{one.total:.2%}"}
+        | {name: f"{value:.2%}" for name, value in one.lost.items()}
+        for one in made
+    ]
+    print_rows(rows_told, as_json=False, text=["calibration"], title="output energy lost")
+    out.print("the least first; it orders sets and is no retention", highlight=False)
