@@ -18,7 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -273,10 +273,7 @@ class _Part:
 
     text: str
     fixed: tuple[tuple[str, Any], ...] = ()  # what a mix's own file says of the draw
-    own: Any = None
-
-    def __hash__(self) -> int:
-        return hash((self.text, self.fixed))
+    own: Any = field(default=None, hash=False)
 
     def draw(self, opened: OpenModel, asked: Mapping[str, Any]) -> Tensor:
         if is_saved_set(user_path(self.text)):

@@ -97,11 +97,11 @@ def predict_command(
     from calmix.analysis.predict import EVERY, LENGTH, ROWS, predict
     from calmix.capability.texts import parse_texts, texts
     from calmix.models import open_model
-    from calmix.pruning.patterns import Unstructured, parse_pattern
+    from calmix.study.spec import as_pattern
 
     if sparsity is not None and pattern is not None:
         raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
-    target = Unstructured(0.6 if sparsity is None else sparsity)
+    target = sparsity if pattern is None else pattern
     asked, own_texts = parse_weights(weights), parse_texts(text or ())
     own = load_sources(sources) if sources is not None else None
     rows, length = ROWS if rows is None else rows, LENGTH if length is None else length
@@ -112,7 +112,7 @@ def predict_command(
             opened,
             calibrations,
             method=method,
-            pattern=target if pattern is None else parse_pattern(pattern),
+            pattern=None if target is None else as_pattern(target),
             rows=rows,
             length=length,
             every=EVERY if every is None else every,

@@ -464,7 +464,7 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
             yield f"{yaml.at(['methods', method])}: methods.{method} names no sparsity"
     if file.seeds is not None and not file.seeds:
         yield f"{yaml.at(['seeds'])}: seeds is empty: the grid has no trials"
-    for path, part in [([], file), *((["grids", n], grid) for n, grid in enumerate(file.grids))]:
+    for path, part in _parts(file):
         named = [*(part.methods or file.methods or ())]
         if part is file:
             named += [method for grid in file.grids for method in grid.methods or ()]
@@ -477,10 +477,14 @@ def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
         yield f"{yaml.at(['methods'])}: methods is empty or missing: the grid has no trials"
 
 
+def _parts(file: StudyFile) -> list[tuple[list[Any], _Targets]]:
+    """Return the file itself and its grids, each behind where it stands."""
+    return [([], file), *((["grids", n], grid) for n, grid in enumerate(file.grids))]
+
+
 def _allocation_files(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
     """Yield where an allocation is the path of a file, and the path."""
-    parts: list[tuple[list[Any], _Targets]] = [([], file)]
-    for at, part in [*parts, *((["grids", n], grid) for n, grid in enumerate(file.grids))]:
+    for at, part in _parts(file):
         for name in part.allocation or ():
             if name not in (UNIFORM, *SPREAD):
                 yield [*at, "allocation"], name
@@ -488,10 +492,8 @@ def _allocation_files(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
 
 def _without_effect(file: StudyFile, yaml: YamlText) -> Iterator[str]:
     """Yield allocations and recoveries that nothing in their grid has a use for."""
-    parts: list[tuple[list[Any], _Targets]] = [([], file)]
-    if file.grids:
-        parts = [(["grids", n], grid) for n, grid in enumerate(file.grids)]
-    for path, part in parts:
+    whole, *grids = _parts(file)
+    for path, part in grids or [whole]:
         methods = part.methods or file.methods or {}
         useful = {name: t for name, t in methods.items() if get_method(name).needs is not None}
         patterns = [t for listed in useful.values() for t in listed if isinstance(t, str)]

@@ -7,7 +7,6 @@ checked first. What may change the last bits (versions, processor, threads) is t
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from calmix.calibration.selfgen.making import Options, generate
 from calmix.calibration.set import MANIFEST as SET_MANIFEST
 from calmix.calibration.set import TENSORS
 from calmix.errors import InputError, disk_errors
-from calmix.files import check_output_folder, parse_json
+from calmix.files import check_output_folder, hidden, parse_json, real_place
 from calmix.manifest import SEAL, seal_holds
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
@@ -303,8 +302,8 @@ def _recover(
         return
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".calmix-rerun-") as folder:
-        stage = Path(folder) / "pruned"
+    with hidden(real_place(output)) as folder:
+        stage = folder / "pruned"
         drawn = _prune(path, pruned, stage, progress, **how)
         again(str(stage), drawn)
 
