@@ -2,9 +2,11 @@
 
     python benchmarks/keep_more.py -o OUT [--readout FILE] [--data DIR] [--models ...]
         [--calibrations mix c4 igsp] [--targets 0.5 0.6 0.7 2:4] [--ways ...] [--draws 3]
+        [--records FILE]
 
 Every cell is a checkpoint made by the command line's own functions, read out, and noted in
-OUT/records.jsonl; what is noted is not done again, so a run that was stopped goes on. Ways:
+keep_more.jsonl beside this file, with commit and machine; what is noted is not done again, so the
+table grows over runs and machines, and `--draws 0` prints what there is. Ways:
 
     sparsegpt, refit        SparseGPT, and with 10 steps of refit behind it
     mask, admm              ADMM's mask without and with its refit
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Readout, commit, data_file, machine
+from common import HERE, Readout, commit, data_file, machine
 
 from calmix.models import resolve_model
 from calmix.pruning.checkpoint import prune_checkpoints
@@ -81,6 +83,12 @@ def _made(base: Path, cell: dict[str, Any]) -> bool:
     return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["of"] == wanted
 
 
+def read(records: Path) -> list[dict[str, Any]]:
+    """Return what is noted; read anew for every cell, since two runs may share the file."""
+    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def table(records: list[dict[str, Any]]) -> None:
     cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for one in records:
@@ -89,7 +97,9 @@ def table(records: list[dict[str, Any]]) -> None:
     dimensions = [name for name in records[0]["kept"] if name != "total"]
     heads = [*dimensions, "total"]
     last: tuple[str, ...] = ()
-    for key, found in cells.items():
+    for key, found in sorted(
+        cells.items(), key=lambda cell: (*cell[0][:3], WAYS.index(cell[0][3]))
+    ):
         if key[:3] != last:
             last = key[:3]
             print(f"\n{key[0]}, {key[1]}, {key[2]}")
@@ -116,14 +126,12 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--records", type=Path, default=HERE / "keep_more.jsonl")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    log = options.output / "records.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    records = [json.loads(line) for line in lines]
-    known = [one["cell"] for one in records]
     readout = Readout(options.readout)
-    print(machine(), f"commit {commit()}")
+    made_by = {"commit": commit(), "machine": machine()}
+    print(made_by["machine"], f"commit {made_by['commit']}")
     for draw in range(options.draws):
         for model in options.models:
             for name in options.calibrations:
@@ -136,22 +144,22 @@ def main() -> None:
                             "model": model, "calibration": name, "target": target, "way": way,
                             "draw": draw, "rows": options.rows,
                         }  # fmt: skip
-                        if cell in known:
+                        if any(cell.items() <= one.items() for one in read(options.records)):
                             continue
                         folder = options.output / way
                         error, seconds = make(options, cell, text, folder)
                         kept = readout.kept(resolve_model(model), folder)
                         one = cell | {
-                            "cell": cell, "kept": kept, "error": error, "seconds": seconds
+                            "kept": {key: round(value, 3) for key, value in kept.items()},
+                            "error": round(error, 6), "seconds": round(seconds, 1),
                         }  # fmt: skip
-                        records.append(one)
-                        with log.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(one) + "\n")
+                        with options.records.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(one | made_by) + "\n")
                         print(f"{cell}: {kept['total']:.1f}", flush=True)
     for way in WAYS:
         if way != "admm":
             shutil.rmtree(options.output / way, ignore_errors=True)
-    if records:
+    if records := read(options.records):
         table(records)
 
 
