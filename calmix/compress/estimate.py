@@ -19,6 +19,7 @@ from calmix.files import user_path
 from calmix.pruning.allocation import SPREAD
 from calmix.pruning.checkpoint import planned
 from calmix.pruning.methods import get_method
+from calmix.recovery.memory import check_memory
 from calmix.specs import (
     BATCH,
     LENGTH,
@@ -148,7 +149,9 @@ def estimate_prune(
             how = recovery.method, recovery.epochs, recovery.batch
             seconds = cost.recover_seconds(sizes, rows, length, *how, machine)
             seconds += cost.files_seconds(sizes)
-            memory = cost.recover_memory(sizes, length, recovery.method, recovery.batch)
+            room = None if max_memory is None else max_memory - PROGRAM
+            memory = cost.recover_memory(sizes, length, recovery.method, recovery.batch, room)
+            check_memory(memory, int(PROGRAM), max_memory, 0)
             stage = Stage(f"recover by {recovery.method}, {way}", (), None)
             found.append(Taken(stage, seconds, memory + PROGRAM, checkpoint))
     return [replace(found[0], seconds=found[0].seconds + cost.START), *found[1:]]

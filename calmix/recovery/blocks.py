@@ -106,7 +106,7 @@ def tune(
     index: int,
     masters: Masters,
     targets: States,
-    groups: Sequence[int],
+    groups: Sequence[Sequence[int]],
     held_out: Sequence[int],
     sizes: Sequence[int],
     *,
@@ -114,20 +114,23 @@ def tune(
     epochs: int,
     lr: float,
     seed: int,
-    tick: Callable[[], None] = lambda: None,
+    keep: Callable[[], None],
 ) -> BlockReport:
     """Train one block until its epochs are over or the held-out rows no longer get better.
 
     Args:
         stream: the pruned one.
         index: the block, whose weights are in memory.
-        masters: of its parameters; they hold the best weights afterwards.
+        masters: of its parameters.
         targets: what it is to give: the dense stream behind the dense block.
-        groups, held_out: numbers of the micro-batches that train, and that decide.
+        groups: numbers of the micro-batches that train, those together that share a step whatever
+            their size.
+        held_out: of those that decide.
         sizes: tokens of every micro-batch.
-        at_once: micro-batches a step.
+        at_once: groups a step.
         epochs, lr, seed: as for `distill`.
-        tick: called after every step.
+        keep: called whenever the masters are the best so far; never, if they are best as they
+            came.
 
     Raises:
         SolverError: a loss is not finite.
@@ -159,22 +162,19 @@ def tune(
 
     stop = Stop(told([error(held_out, learn=False)])[0])
     report = BlockReport(index, stop.best, stop.best)
-    best = masters.weights()
     steps = steps_of(len(groups), at_once, epochs, seed)
     an_epoch = len(steps) // epochs
     for epoch in range(epochs):
         losses = []
         for step in range(epoch * an_epoch, (epoch + 1) * an_epoch):
-            losses.append(error([groups[number] for number in steps[step]], learn=True))
+            losses.append(error([n for group in steps[step] for n in groups[group]], learn=True))
             masters.step(rate(step, len(steps), lr))
-            tick()
         *values, reading = told([*losses, error(held_out, learn=False)])
         report.losses.append(sum(values) / len(values))
         report.held_out.append(reading)
         if stop.better(report.held_out[-1], epoch + 1):
-            best = masters.weights()
+            keep()
         if stop.due:
             break
-    masters.put(best)
     report.after, report.epochs = stop.best, stop.at
     return report

@@ -30,8 +30,10 @@ from calmix.recovery.checkpoint import (
     RecoveryReport,
     finished_report,
     recover,
+    sizes_of,
     streamed,
 )
+from calmix.recovery.memory import Sizes
 from calmix.recovery.training import split_rows
 from calmix.specs import PruneRequest, RecoverRequest, target_name
 
@@ -91,6 +93,7 @@ def prune_and_recover(
     source = streamed(name, dtype, device, trust_remote_code)
     try:
         done: dict[Path, Done] = {}
+        jobs: list[tuple[Job, Sizes]] = []
         for output, request in targets.items():
             job = Job(
                 recovery, output, {"trust_remote_code": trust_remote_code}, trained_in, device,
@@ -104,6 +107,8 @@ def prune_and_recover(
                 raise InputError(f"{output} is {name} itself: name another output")
             else:
                 _check(output, resume=resume, overwrite=overwrite)
+                if request.drop_experts is None:  # else it will be smaller
+                    jobs.append((job, sizes_of(source, recovery.method, job.dtype)))
     finally:
         source.close()
     left = {output: request for output, request in targets.items() if output not in done}
@@ -113,6 +118,8 @@ def prune_and_recover(
     def drawn(made: CalibrationSet | None) -> None:
         if made is not None:
             split_rows(made.sources, recovery.batch, 0)  # whether there are enough
+            for job, sizes in jobs:
+                job.check_memory(sizes, made.length)
             for output in left:
                 keep_set(_stages(output), made)
         if started is not None:

@@ -6,6 +6,7 @@ weights as for a prune: `calmix.json`, the same for the same inputs, and `calmix
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,7 @@ from calmix.models.blocks import DecoderBlocks, experts_per_token
 from calmix.models.opening import check_ids, device_of, fast_half_precision, fingerprint
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.pruning.budget import GIB
 from calmix.pruning.states import KeptStates
 from calmix.recovery.blocks import BlockReport, Stream, tune
 from calmix.recovery.checks import (
@@ -42,13 +44,13 @@ from calmix.recovery.checks import (
     same_head,
 )
 from calmix.recovery.distill import Progress, Settings, Student, distill, trained_names
-from calmix.recovery.memory import Sizes, blocks_bytes, check_memory, distill_bytes
+from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
 from calmix.recovery.training import (
     Masters,
     Rows,
     grouped,
-    micro_rows,
     reproducible,
+    rows_at_once,
     split_rows,
     steps_of,
 )
@@ -67,6 +69,7 @@ class RecoveryReport:
 
     Attributes:
         method: `distill` or `blocks`.
+        rows_at_once: rows that ran at a time in a process.
         rows, held_out: rows of the set, and the numbers of those that decided when to stop.
         before, after: loss of the held-out rows: mean KL a token in nats (distill), or the mean
             relative error a token, over blocks (blocks).
@@ -79,6 +82,7 @@ class RecoveryReport:
     epochs: int
     lr: float
     batch: int
+    rows_at_once: int
     seed: int
     rows: int
     length: int
@@ -175,7 +179,7 @@ def recover(
             embeddings = pair.pruned.model.get_input_embeddings()
             check_ids(pair.pruned.name, embeddings, calibration.ids)
             job.take(calibration)
-            job.check_memory()
+            job.check_memory(sizes_of(pair.pruned, request.method, job.dtype), calibration.length)
             if job.main:
                 _prepare_files(job)
             if started is not None:
@@ -261,7 +265,7 @@ class Job:
         self.work = RecoveryFolder(output, "steps" if request.method == "distill" else "blocks")
         self.goes_on = False
         self.seconds: dict[str, float] = {}
-        self.recompute = True
+        self.plan: Plan | None = None
         self.dense_sums: dict[int, int] = {}
 
     def asked(self, pruned: str, against: str) -> dict[str, Any]:
@@ -309,41 +313,41 @@ class Job:
         self.seed = seed if isinstance(seed, int) else 0
         self.rows = split_rows(calibration.sources, self.request.batch, self.seed)
 
-    def check_memory(self) -> None:
-        """Tell what memory is needed, and decide whether activations are kept."""
-        pruned, request = self.pair.pruned, self.request
-        config = pruned.model.config.get_text_config(decoder=True)
-        largest = max(range(len(pruned.blocks)), key=pruned.block_bytes)
-        own = pruned.parameters
-        inside = sum(p.numel() for p in pruned.blocks.blocks[largest].parameters())
-        everything = sum(own[n].numel() for n in trained_names(pruned.model, pruned.blocks))
-        head = pruned.model.get_output_embeddings().weight
-        sizes = Sizes(
-            weights=sum(p.numel() for p in own.values()),
-            trained=everything if request.method == "distill" else inside,
-            blocks=len(pruned.blocks),
-            hidden=getattr(config, "hidden_size", None) or head.shape[1],
-            widths=widths_of(pruned.blocks, largest, experts_per_token(config)),
-            vocabulary=head.shape[0],
-            tokens=self.calibration.length
-            * micro_rows(request.batch // self.processes, self.calibration.length),
-            value_bytes=self.dtype.itemsize,
-        )
+    def check_memory(self, sizes: Sizes, length: int) -> None:
+        """Tell what memory is needed, and decide what to spare to stay within it.
+
+        What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
+        the same plan.
+
+        Args:
+            sizes: from `sizes_of`.
+            length: of a row.
+
+        Raises:
+            InputError: more is needed than the user allows.
+        """
         if self.device.type == "cuda":
             held = torch.cuda.memory_allocated(self.device)
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
             held, free = psutil.Process().memory_info().rss, free_memory()
-        if request.method == "blocks":
-            needed = blocks_bytes(sizes, pruned.outside_bytes)
+        rows = rows_at_once(self.request.batch // self.processes, length)
+        room = int(ROOM * free) // self.processes
+        if self.max_memory is None:
+            rows = rows[:1]
         else:
-            whole = distill_bytes(sizes, recompute=False)
-            room = int(ROOM * free) // self.processes
-            if self.max_memory is not None:
-                room = self.max_memory - held
-            self.recompute = whole > room
-            needed = distill_bytes(sizes, recompute=True) if self.recompute else whole
-        self.say("recovery " + check_memory(needed, held, self.max_memory, free))
+            held = -(-held // (GIB // 4)) * (GIB // 4)
+            room = self.max_memory - held
+        if self.goes_on and (begun := self.work.progress().get("rows_at_once")):
+            rows = [begun]
+        self.plan = make_plan(self.request.method, sizes, length, rows, room)
+        self.say("recovery " + check_memory(self.plan.needed, held, self.max_memory, free))
+
+    def count(self, progress: Mapping[str, Any]) -> None:
+        """Write how far the work is."""
+        assert self.plan is not None
+        seconds = {"rows_at_once": self.plan.rows, "seconds": self.clock()}
+        self.work.count({**progress, **seconds})
 
     def run(self) -> RecoveryReport:
         """Do the work, from where an earlier run has left it."""
@@ -355,8 +359,9 @@ class Job:
         first, last, curve = (_distill if self.request.method == "distill" else _blocks)(self, kept)
         self.clock()
         request = self.request
+        assert self.plan is not None
         return RecoveryReport(
-            request.method, request.epochs, request.lr, request.batch, self.seed,
+            request.method, request.epochs, request.lr, request.batch, self.plan.rows, self.seed,
             self.calibration.rows, self.calibration.length, self.rows.held_out.tolist(),
             first, last, self.pair.weights, self.pair.zeros, curve, dict(self.seconds),
         )  # fmt: skip
@@ -365,6 +370,27 @@ class Job:
         """Return the seconds so far."""
         self.seconds["total"] = time.perf_counter() - self._began
         return dict(self.seconds)
+
+
+def sizes_of(model: StreamedModel, method: str, dtype: torch.dtype) -> Sizes:
+    """Return what decides the memory of a recovery of a model, computed with in `dtype`."""
+    config = model.model.config.get_text_config(decoder=True)
+    largest = max(range(len(model.blocks)), key=model.block_bytes)
+    own = model.parameters
+    inside = sum(p.numel() for p in model.blocks.blocks[largest].parameters())
+    everything = sum(own[n].numel() for n in trained_names(model.model, model.blocks))
+    head = model.model.get_output_embeddings().weight
+    return Sizes(
+        weights=sum(p.numel() for p in own.values()),
+        trained=everything if method == "distill" else inside,
+        outside=model.outside_bytes // model.dtype.itemsize,
+        blocks=len(model.blocks),
+        hidden=getattr(config, "hidden_size", None) or head.shape[1],
+        widths=widths_of(model.blocks, largest, experts_per_token(config)),
+        vocabulary=head.shape[0],
+        tokens=0,
+        value_bytes=dtype.itemsize,
+    )
 
 
 def widths_of(found: DecoderBlocks, index: int, chosen: int) -> int:
@@ -477,8 +503,8 @@ class _Keeper:
         work.save(f"{self._counted[0]}/{job.accelerator.process_index}", masters.state())
         job.wait()
         if job.main:
-            told = {"done": progress.done, "run": asdict(progress), "seconds": job.clock()}
-            work.count(told | {"dense": {str(n): s for n, s in job.dense_sums.items()}})
+            told = {"done": progress.done, "run": asdict(progress)}
+            job.count(told | {"dense": {str(n): s for n, s in job.dense_sums.items()}})
             work.keep_only(*self._counted)
         self._saved = time.monotonic()
         self._took = self._saved - began
@@ -492,14 +518,15 @@ def _names(progress: Progress) -> tuple[str, str]:
 def _distill(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     request, work, pair, accelerator = job.request, job.work, job.pair, job.accelerator
     ids = job.calibration.ids
-    settings = Settings(request.epochs, request.lr, request.batch, job.seed)
+    assert job.plan is not None
+    settings = Settings(request.epochs, request.lr, request.batch, job.plan.rows, job.seed)
     steps = len(steps_of(len(job.rows.training), request.batch, request.epochs, job.seed))
     shared = same_head(pair)
     states, dense_logits = _dense_states(job, shared, kept.get("dense", {}))
     job.dense_sums = states.sums[states.side]
     type_name = str(job.dtype).removeprefix("torch.")
     model = open_model(pair.pruned.name, dtype=type_name, device=str(job.device), **job.how).model
-    student: Any = Student(model, find_blocks(model), dense_logits, recompute=job.recompute)
+    student: Any = Student(model, find_blocks(model), dense_logits, recompute=job.plan.sparing)
     if getattr(accelerator, "is_fsdp2", False):
         # Accelerate shards a model only together with an optimiser; ours comes after.
         held = [p for p in student.parameters() if p.requires_grad]
@@ -564,7 +591,8 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
         logits = None if shared else head
         rank = job.accelerator.process_index
         own = list(range(rank, len(ids), job.processes)) if not job.goes_on else []
-        for part in grouped(own, micro_rows(job.request.batch, ids.shape[1])):
+        assert job.plan is not None
+        for part in grouped(own, job.plan.rows):
             with torch.inference_mode():
                 hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
             for row, value in zip(part, hidden, strict=True):
@@ -582,10 +610,15 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
 def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     request, work, pair = job.request, job.work, job.pair
     ids, found = job.calibration.ids, job.pair.pruned.blocks
-    at_once = micro_rows(request.batch, ids.shape[1])
-    training = grouped(job.rows.training.tolist(), at_once)
-    groups = training + grouped(job.rows.held_out.tolist(), at_once)
-    numbers = list(range(len(groups)))
+    assert job.plan is not None
+    ahead = not job.plan.sparing
+    together = rows_at_once(request.batch, ids.shape[1])[0]  # in steps, whatever runs at a time
+    groups: list[list[int]] = []
+    numbers: list[list[int]] = []
+    for rows in (*grouped(job.rows.training.tolist(), together), job.rows.held_out.tolist()):
+        parts = grouped(rows, job.plan.rows)
+        numbers.append(list(range(len(groups), len(groups) + len(parts))))
+        groups += parts
     reports = [BlockReport(**report) for report in kept.get("blocks", [])]
     began = time.perf_counter()
     dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
@@ -596,37 +629,39 @@ def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
         _copy(job, inside)
     made = Shards(work.checkpoint)
     for index in range(len(found)):
-        pair.dense.fetch(index, ahead=True)
+        pair.dense.fetch(index, ahead=ahead)
         dense.advance(index)
         pair.dense.drop(index)
-        pair.pruned.fetch(index, ahead=True)
+        pair.pruned.fetch(index, ahead=ahead)
         prefix = f"{found.name}.{index}."
         own = {prefix + name: p for name, p in found.blocks[index].named_parameters()}
         if index < len(reports):  # an earlier run's: only the streams are made again
-            for name, parameter in own.items():
-                parameter.data.copy_(pair.pruned.stored(name, made))
+            weights = {name: pair.pruned.stored(name, made) for name in own}
         else:
             for parameter in own.values():
                 parameter.requires_grad_(True)
             masters = Masters(own, pair.stored, lambda name: name in pair.masked)
-            reports.append(
-                tune(
-                    pruned, index, masters, dense.states, numbers[: len(training)],
-                    numbers[len(training) :], [len(g) * ids.shape[1] for g in groups],
-                    at_once=request.batch // at_once, epochs=request.epochs, lr=request.lr,
-                    seed=job.seed,
-                )
+            best: dict[str, Tensor] = {}
+            report = tune(
+                pruned, index, masters, dense.states, numbers[:-1], numbers[-1],
+                [len(group) * ids.shape[1] for group in groups],
+                at_once=request.batch // together, epochs=request.epochs, lr=request.lr,
+                seed=job.seed, keep=functools.partial(_keep, job, masters, best),
             )  # fmt: skip
+            reports.append(report)
             for parameter in own.values():
                 parameter.requires_grad_(False)
-            weights = _as_stored(job, masters)
-            masters.put([value.float() for value in weights.values()])
+            del masters
+            weights = best or {
+                name: pair.stored(name).to(pair.pruned.stored_dtype(name)) for name in own
+            }
             _put(job, weights)
             work.writer.sync()
             told = [asdict(report) for report in reports]
-            done = {"done": index + 1, "blocks": told, "weights": work.writer.sums}
-            work.count(done | {"seconds": job.clock()})
-            del masters, weights
+            job.count({"done": index + 1, "blocks": told, "weights": work.writer.sums})
+        for name, parameter in own.items():
+            parameter.data.copy_(weights[name])
+        del weights
         pruned.advance(index)
         del own
         pair.pruned.drop(index)
@@ -635,6 +670,12 @@ def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     first = sum(report.before for report in reports) / len(reports)
     last = sum(report.after for report in reports) / len(reports)
     return first, last, [asdict(report) for report in reports]
+
+
+def _keep(job: Job, masters: Masters, best: dict[str, Tensor]) -> None:
+    """Put what the masters are now in place of what was best, in the types it is written in."""
+    best.clear()
+    best.update(_as_stored(job, masters, copy=True))
 
 
 def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
@@ -658,12 +699,12 @@ def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) 
 # What is written
 
 
-def _as_stored(job: Job, masters: Masters) -> dict[str, Tensor]:
+def _as_stored(job: Job, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
     """Return masters whole, by name, in the types the pruned model is stored in."""
     kept = {}
     for name, value in masters.full():
         if job.main:
-            kept[name] = value.to(job.pair.pruned.stored_dtype(name))
+            kept[name] = value.to(job.pair.pruned.stored_dtype(name), copy=copy)
     return kept
 
 

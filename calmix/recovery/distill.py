@@ -26,7 +26,6 @@ from calmix.recovery.training import (
     Stop,
     finite,
     grouped,
-    micro_rows,
     rate,
     steps_of,
 )
@@ -100,12 +99,14 @@ class Settings:
         epochs: passes over the training rows.
         lr: the learning rate at its peak.
         batch: rows a step, of all processes together.
+        at_once: rows that run at a time in a process.
         seed: of the rows held out and of the order of the others.
     """
 
     epochs: int
     lr: float
     batch: int
+    at_once: int
     seed: int
 
 
@@ -172,7 +173,6 @@ def distill(
     device = next(student.parameters()).device
     world, rank = accelerator.num_processes, accelerator.process_index
     length = ids.shape[1]
-    at_once = micro_rows(settings.batch // world, length)
     training = rows.training.tolist()
     steps = steps_of(len(training), settings.batch, settings.epochs, settings.seed)
     every = max(1, -(-len(steps) // (READINGS * settings.epochs)))
@@ -181,7 +181,7 @@ def distill(
         """Return the mean KL a token of rows; collect its gradients if `learn`."""
         tokens = len(numbers) * length
         total = torch.zeros((), dtype=torch.float32, device=device)
-        for part in grouped(numbers, at_once):
+        for part in grouped(numbers, settings.at_once):
             with torch.set_grad_enabled(learn):
                 loss = student(ids[part].to(device), targets(part).to(device)) / tokens
             total += loss.detach()

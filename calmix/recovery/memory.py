@@ -11,7 +11,8 @@ How many bytes of activations a token leaves in a block is ours, fitted to what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from calmix.errors import InputError
 from calmix.pruning.budget import GIB
@@ -27,6 +28,7 @@ class Sizes:
     Attributes:
         weights: of the whole model.
         trained: weights that are trained at a time.
+        outside: weights that are outside the blocks.
         blocks, hidden: number of blocks, and width between them.
         widths: inputs and outputs of all linear maps of a block together.
         vocabulary: width of the logits.
@@ -36,6 +38,7 @@ class Sizes:
 
     weights: int
     trained: int
+    outside: int
     blocks: int
     hidden: int
     widths: int
@@ -68,17 +71,60 @@ def distill_bytes(sizes: Sizes, *, recompute: bool) -> int:
     )
 
 
-def blocks_bytes(sizes: Sizes, outside: int) -> int:
+def blocks_bytes(sizes: Sizes, *, ahead: bool) -> int:
     """Return what recovery of one block at a time takes beside the program.
 
     Args:
         sizes: of the largest block.
-        outside: bytes of what is outside the blocks, while the first states are made.
+        ahead: whether both models' next blocks are read meanwhile.
     """
-    # The block, both models' next ones that are read meanwhile, and the best weights so far.
-    weights = sizes.trained * (3 * sizes.value_bytes + 4)
+    # The block, its best weights so far, and the next ones.
+    weights = sizes.trained * (2 + 2 * ahead) * sizes.value_bytes
     working = weights + optimiser_bytes(sizes) + (1 + 2 * PASSING) * block_activations(sizes)
-    return max(working, outside + sizes.trained * sizes.value_bytes)
+    first = (sizes.outside + sizes.trained) * sizes.value_bytes  # while the first states are made
+    return max(working, first)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recovery does to stay within its memory.
+
+    Attributes:
+        rows: that run at a time, which decides how sums round.
+        sparing: blocks: none is read ahead; distill: blocks run anew on the way back. The same
+            numbers in more time.
+        needed: bytes beside the program.
+    """
+
+    rows: int
+    sparing: bool
+    needed: int
+
+
+def make_plan(method: str, sizes: Sizes, length: int, rows: Sequence[int], room: float) -> Plan:
+    """Return the first plan with room enough, or the one that takes least.
+
+    Args:
+        method: `distill` or `blocks`.
+        sizes: of the model, whatever their `tokens`.
+        length: tokens of a row.
+        rows: how many may run at a time, the most first.
+        room: bytes beside the program.
+    """
+    plan = None
+    for count in rows:
+        own = replace(sizes, tokens=count * length)
+        for sparing in (False, True):
+            if method == "blocks":
+                needed = blocks_bytes(own, ahead=not sparing)
+            else:
+                needed = distill_bytes(own, recompute=sparing)
+            if plan is None or needed < plan.needed:
+                plan = Plan(count, sparing, needed)
+            if needed <= room:
+                return Plan(count, sparing, needed)
+    assert plan is not None
+    return plan
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:

@@ -93,10 +93,10 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * (steps - step) / (steps - warm + 1)
 
 
-def micro_rows(batch: int, length: int) -> int:
-    """Return how many rows run at a time: a divisor of the batch, of 2048 tokens at most."""
+def rows_at_once(batch: int, length: int) -> list[int]:
+    """Return how many rows may run at a time, the most first: divisors of the batch."""
     most = max(1, MICRO_TOKENS // length)
-    return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+    return [rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0]
 
 
 class Stop:
@@ -210,17 +210,6 @@ class Masters:
                     shape=sharded.shape, stride=sharded.stride(),
                 ).full_tensor()  # fmt: skip
             yield name, master
-
-    def weights(self) -> list[Tensor]:
-        """Return a copy of the masters."""
-        return [value.detach().clone() for value in self.values.values()]
-
-    @torch.no_grad()
-    def put(self, weights: Sequence[Tensor]) -> None:
-        """Put a copy back into the masters, and round it into the parameters."""
-        for value, kept in zip(self.values.values(), weights, strict=True):
-            value.copy_(kept)
-        self.round()
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, all it takes to go on."""

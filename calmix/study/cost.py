@@ -21,6 +21,7 @@ Attention has a rate of its own: on a CPU it reaches a fifth of what plain produ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,7 +35,7 @@ from calmix.pruning.gram import Work
 from calmix.pruning.methods import get_method
 from calmix.pruning.solvers.scaled import WIDE
 from calmix.recovery import memory as recovery
-from calmix.recovery.training import held_out, micro_rows
+from calmix.recovery.training import held_out, rows_at_once
 
 BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
@@ -419,18 +420,19 @@ def recover_seconds(
     return seconds + head_seconds(sizes, 4 * trained + 4 * read, machine)
 
 
-def recover_memory(sizes: Sizes, length: int, method: str, batch: int) -> float:
-    """Bytes a recovery takes beside the program, with the activations of all blocks held."""
+def recover_memory(
+    sizes: Sizes, length: int, method: str, batch: int, room: float | None = None
+) -> int:
+    """Bytes a recovery takes beside the program, of which it spares some to stay within `room`."""
     once = sizes.block_weights if method == "distill" else sizes.block_weights // sizes.blocks
-    tokens = length * micro_rows(batch, length)
     found = recovery.Sizes(
-        sizes.weights, once, sizes.blocks, sizes.hidden, _widths(sizes), sizes.vocabulary, tokens,
-        sizes.value_bytes,
+        sizes.weights, once, sizes.weights - sizes.block_weights, sizes.blocks, sizes.hidden,
+        _widths(sizes), sizes.vocabulary, 0, sizes.value_bytes,
     )  # fmt: skip
-    if method == "blocks":
-        outside = sizes.weights - sizes.block_weights
-        return recovery.blocks_bytes(found, outside * sizes.value_bytes)
-    return recovery.distill_bytes(found, recompute=False)
+    rows = rows_at_once(batch, length)
+    if room is None:
+        rows, room = rows[:1], math.inf
+    return recovery.make_plan(method, found, length, rows, room).needed
 
 
 def _widths(sizes: Sizes) -> int:

@@ -75,8 +75,8 @@ def test_a_block_learns_with_a_read_an_epoch(kind, gradients):
         traced.copies.clear()
         with reproducible(torch.device("cpu")):
             tune(
-                stream, 0, masters, targets, [0, 1], [2, 3], [16] * 4,
-                at_once=2, epochs=2, lr=1e-3, seed=0,
+                stream, 0, masters, targets, [[0], [1]], [2, 3], [16] * 4,
+                at_once=2, epochs=2, lr=1e-3, seed=0, keep=lambda: None,
             )  # fmt: skip
         assert all(value.device.type == "cuda" for value in masters.values.values())
     assert traced.reads == {"tolist": 3}  # before the first epoch, and after each
@@ -99,7 +99,7 @@ def test_distillation_reads_once_a_step(gradients):
         kept = SimpleNamespace(best=lambda *_: None, reached=lambda *_: None)
         made = distill(
             student, masters, some_ids(6, 16), lambda part: torch.randn(len(part), 16, 32),
-            rows, Settings(1, 1e-3, 2, 0), alone, kept, progress=Progress(2),
+            rows, Settings(1, 1e-3, 2, 2, 0), alone, kept, progress=Progress(2),
         )  # fmt: skip
     assert made.done == 2
     assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings

@@ -1,0 +1,87 @@
+"""What a recovery spares to stay within its memory: the plan, and runs that follow a small one."""
+
+import math
+from functools import partial
+
+import pytest
+
+from calmix.recovery import checkpoint
+from calmix.recovery.memory import Plan, Sizes, blocks_bytes, distill_bytes, make_plan
+from tests.forks import stopped
+from tests.recovery.stopper import arm
+from tests.recovery.test_recover import METHODS, command, hashes, manifest, place
+
+__all__ = ["place"]  # a fixture
+SIZES = Sizes(
+    weights=10_000, trained=1_000, outside=2_000, blocks=8, hidden=16, widths=200,
+    vocabulary=500, tokens=0, value_bytes=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_changes_no_number_is_spared_first_then_rows(method):
+    def made(room):
+        return make_plan(method, SIZES, 32, [4, 2, 1], room)
+
+    plan, plans = made(math.inf), []
+    while not plans or plan != plans[-1]:
+        plans.append(plan)
+        plan = made(plan.needed - 1)
+    assert plans[:2] == [made(plans[0].needed), made(plans[1].needed)]
+    assert [(one.rows, one.sparing) for one in plans[:2]] == [(4, False), (4, True)]
+    assert (plans[-1].rows, plans[-1].sparing) == (1, True)
+    assert [one.needed for one in plans] == sorted((one.needed for one in plans), reverse=True)
+    assert made(0) == plans[-1]  # what takes least, for the message
+
+
+def test_the_formulas_are_those_of_the_documentation():
+    sizes = Sizes(1000, 100, 300, 4, 8, 60, 50, 16, 2)
+    activations = 16 * (6 * 8 + 60) * 2
+    assert blocks_bytes(sizes, ahead=True) == 100 * (16 + 2 + 4 * 2) + 5 * activations
+    assert blocks_bytes(sizes, ahead=False) == 100 * (16 + 2 + 2 * 2) + 5 * activations
+    passed = 1000 * 2 + 100 * 18 + 4 * 16 * 8 * 2 + 5 * 4 * 16 * 50
+    assert distill_bytes(sizes, recompute=False) == passed + 6 * activations
+    assert distill_bytes(sizes, recompute=True) == passed + 3 * activations
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """As if next to nothing were free."""
+    monkeypatch.setattr(checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_goes_on_with_as_many_rows_at_a_time(
+    calmix, place, tmp_path, monkeypatch, small, method
+):
+    within = ("--max-memory", "64GiB")
+    assert calmix(*command(place, tmp_path / "whole", method, *within)).code == 0
+    stopped(partial(arm, "counted", 1), *command(place, tmp_path / "cut", method, *within))
+    monkeypatch.setattr(checkpoint, "make_plan", make_plan)
+    ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
+    assert ended.code == 0, ended.err
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert manifest(tmp_path / "cut")["recovery"]["rows_at_once"] == 1
+    # The same but for the order of sums.
+    assert calmix(*command(place, tmp_path / "plenty", method)).code == 0
+    few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
+    assert many["rows_at_once"] > 1
+    assert few["after"] == pytest.approx(many["after"], rel=0.02)
+
+
+def test_without_a_bound_rows_run_as_many_at_a_time_as_they_may(calmix, place, tmp_path, small):
+    assert calmix(*command(place, tmp_path / "out", "blocks")).code == 0
+    assert manifest(tmp_path / "out")["recovery"]["rows_at_once"] > 1
+
+
+def test_a_recovery_that_cannot_fit_is_refused_before_the_prune(
+    calmix, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "make_plan", lambda *of: Plan(1, True, 1 << 50))
+    monkeypatch.setattr("calmix.pruning.checkpoint.prune_streamed", None)
+    ended = calmix(
+        "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",
+        "blocks", "--max-memory", "64GiB", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert "64.00 GiB of memory are not enough: 10485" in ended.line
+    assert not list(tmp_path.iterdir())
