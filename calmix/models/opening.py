@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -284,13 +284,24 @@ def _load(
     return model.to(device).eval()
 
 
+def capabilities() -> Mapping[str, Any]:
+    """Return by name which instructions this CPU has, as far as torch tells."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    older: Any = torch.cpu  # 2.9 tells of these alone
+    return {
+        "amx_bf16": older._is_amx_tile_supported(),
+        "avx512_bf16": older._is_avx512_bf16_supported(),
+    }
+
+
 def fast_half_precision(dtype: torch.dtype) -> bool:
     """Tell whether this CPU multiplies matrices of `dtype` natively (float32 always does)."""
     if dtype == torch.float32:
         return True
     if dtype == torch.bfloat16:
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
+        able = capabilities()
+        return any(able.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
     return False
 
 

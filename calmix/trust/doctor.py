@@ -30,6 +30,7 @@ from calmix import assets
 from calmix.errors import CalmixError
 from calmix.files import cache_dir
 from calmix.machine import cores, free_memory, total_memory
+from calmix.models.opening import capabilities
 
 State = Literal["ok", "missing", "offline", "failed"]
 SECONDS = 3.0  # to wait for a registry
@@ -99,7 +100,7 @@ def versions() -> Iterator[Check]:
 
 def machine() -> Iterator[Check]:
     """Yield processor, memory and device as this process may use them."""
-    able = torch.cpu.get_capabilities()
+    able = capabilities()
     kinds = [name for name in FAST if able.get(name)]
     seen, here = os.cpu_count() or 1, cores()
     limited = f" of the machine's {seen}" if here < seen else ""

@@ -225,3 +225,13 @@ def test_the_second_builtin_model_is_put_together_from_its_parts():
     with torch.no_grad():
         next_id = int(opened.model(**ids).logits[0, -1].argmax())
     assert opened.tokenizer.decode([next_id]).strip() == "five"
+
+
+def test_an_older_torch_tells_of_fewer_instructions(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for able in (True, False):
+        monkeypatch.setattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able, raising=False
+        )
+        assert opening.fast_half_precision(torch.bfloat16) == able
