@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import calmix
+from calmix.models.opening import capabilities
 
 HERE = Path(__file__).parent
 
@@ -39,7 +40,7 @@ def machine() -> str:
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
             break
-    isa = "AMX" if torch.cpu.get_capabilities().get("amx_bf16") else "no AMX"
+    isa = "AMX" if capabilities().get("amx_bf16") else "no AMX"
     return f"{name} ({isa}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

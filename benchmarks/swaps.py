@@ -4,8 +4,8 @@
         [--sample 128]
 
 Layers of every k-th block are pruned on Gram matrices of the dense model, and so many rows of each
-looked at. With D the weights that a
-mask removes and C = D G, pruning u and restoring p in one row changes its loss by
+looked at. With D the weights that a mask removes and C = D G, pruning u and restoring p in one row
+changes its loss by
 
     2 w_u c_u + w_u^2 G_uu - 2 w_p c_p + w_p^2 G_pp - 2 w_u w_p G_up
 

@@ -222,6 +222,7 @@ class Job:
     pair: Pair
     calibration: CalibrationSet
     rows: Rows
+    plan: Plan
 
     def __init__(
         self,
@@ -265,7 +266,6 @@ class Job:
         self.work = RecoveryFolder(output, "steps" if request.method == "distill" else "blocks")
         self.goes_on = False
         self.seconds: dict[str, float] = {}
-        self.plan: Plan | None = None
         self.dense_sums: dict[int, int] = {}
 
     def asked(self, pruned: str, against: str) -> dict[str, Any]:
@@ -345,7 +345,6 @@ class Job:
 
     def count(self, progress: Mapping[str, Any]) -> None:
         """Write how far the work is."""
-        assert self.plan is not None
         seconds = {"rows_at_once": self.plan.rows, "seconds": self.clock()}
         self.work.count({**progress, **seconds})
 
@@ -359,7 +358,6 @@ class Job:
         first, last, curve = (_distill if self.request.method == "distill" else _blocks)(self, kept)
         self.clock()
         request = self.request
-        assert self.plan is not None
         return RecoveryReport(
             request.method, request.epochs, request.lr, request.batch, self.plan.rows, self.seed,
             self.calibration.rows, self.calibration.length, self.rows.held_out.tolist(),
@@ -518,7 +516,6 @@ def _names(progress: Progress) -> tuple[str, str]:
 def _distill(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     request, work, pair, accelerator = job.request, job.work, job.pair, job.accelerator
     ids = job.calibration.ids
-    assert job.plan is not None
     settings = Settings(request.epochs, request.lr, request.batch, job.plan.rows, job.seed)
     steps = len(steps_of(len(job.rows.training), request.batch, request.epochs, job.seed))
     shared = same_head(pair)
@@ -591,7 +588,6 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
         logits = None if shared else head
         rank = job.accelerator.process_index
         own = list(range(rank, len(ids), job.processes)) if not job.goes_on else []
-        assert job.plan is not None
         for part in grouped(own, job.plan.rows):
             with torch.inference_mode():
                 hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
@@ -610,7 +606,6 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
 def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     request, work, pair = job.request, job.work, job.pair
     ids, found = job.calibration.ids, job.pair.pruned.blocks
-    assert job.plan is not None
     ahead = not job.plan.sparing
     together = rows_at_once(request.batch, ids.shape[1])[0]  # in steps, whatever runs at a time
     groups: list[list[int]] = []
@@ -652,9 +647,7 @@ def _blocks(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
             for parameter in own.values():
                 parameter.requires_grad_(False)
             del masters
-            weights = best or {
-                name: pair.stored(name).to(pair.pruned.stored_dtype(name)) for name in own
-            }
+            weights = best or {name: pair.stored(name) for name in own}
             _put(job, weights)
             work.writer.sync()
             told = [asdict(report) for report in reports]
