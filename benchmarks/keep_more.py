@@ -15,16 +15,16 @@ table grows over runs and machines, and `--draws 0` prints what there is. Ways:
 `--readout FILE` is a Python file with `readout(folder) -> {dimension: {text: bits per byte}}`; kept
 is the mean over dimensions of the mean of dense over pruned. Without it the quick slice of the
 offline suite stands in, by `ratio`. `c4` is general/c4-train.jsonl of the data folder. Printed are
-means over draws with their half range; `error` is the mean output error of all layers, `s` the
-seconds of prune and recovery.
+means over draws with their half range; `error` is the mean output error of all layers, `cpu s`
+the processor's seconds of prune and recovery, which other work on the machine changes little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,14 @@ def request(way: str, target: str, calibration: str, rows: int, seed: int) -> An
     )
 
 
+def spent() -> float:
+    """Return the processor's seconds of this process and of those that it waited for."""
+    return sum(os.times()[:4])
+
+
 def make(options: argparse.Namespace, cell: dict[str, Any], text: str, folder: Path) -> Any:
-    """Make the checkpoint of a cell in `folder`; return mean output error and seconds."""
-    began = time.perf_counter()
+    """Make the checkpoint of a cell in `folder`; return mean output error and processor's seconds."""
+    began = spent()
     base = folder if cell["way"] not in RECOVERIES else options.output / "admm"
     if base == folder or not _made(base, cell):
         way = cell["way"] if base == folder else "admm"
@@ -63,18 +68,18 @@ def make(options: argparse.Namespace, cell: dict[str, Any], text: str, folder: P
         note = {
             "of": [cell[key] for key in ("model", "calibration", "target", "draw", "rows")],
             "error": float(np.mean([layer.error or 0 for layer in report.layers])),
-            "seconds": time.perf_counter() - began,
+            "seconds": spent() - began,
         }
         (base / "keep_more.json").write_text(json.dumps(note), encoding="utf-8")
     note = json.loads((base / "keep_more.json").read_text(encoding="utf-8"))
     if base == folder:
         return note["error"], note["seconds"]
-    began = time.perf_counter()
+    began = spent()
     again = recover_request(
         method=cell["way"], calibration=text, rows=cell["rows"], seed=cell["draw"]
     )
     recover(str(base), cell["model"], again, folder, overwrite=True)
-    return note["error"], note["seconds"] + time.perf_counter() - began
+    return note["error"], note["seconds"] + spent() - began
 
 
 def _made(base: Path, cell: dict[str, Any]) -> bool:
@@ -103,7 +108,7 @@ def table(records: list[dict[str, Any]]) -> None:
         if key[:3] != last:
             last = key[:3]
             print(f"\n{key[0]}, {key[1]}, {key[2]}")
-            print(f"{'':<10}" + "".join(f"{head[:11]:>12}" for head in heads) + "   error      s")
+            print(f"{'':<10}" + "".join(f"{head[:11]:>12}" for head in heads) + "   error  cpu s")
         row = f"{key[3]:<10}"
         for head in heads:
             values = [one["kept"][head] for one in found]
@@ -112,7 +117,8 @@ def table(records: list[dict[str, Any]]) -> None:
                 f"{np.mean(values):7.1f} ±{half:3.1f}" if len(found) > 1 else f"{values[0]:12.1f}"
             )
         error = np.mean([one["error"] for one in found])
-        print(f"{row}  {error:6.4f} {np.mean([one['seconds'] for one in found]):6.0f}")
+        seconds = [one["cpu_seconds"] for one in found if "cpu_seconds" in one]
+        print(f"{row}  {error:6.4f} " + (f"{np.mean(seconds):6.0f}" if seconds else f"{'':>6}"))
 
 
 def main() -> None:
@@ -151,7 +157,7 @@ def main() -> None:
                         kept = readout.kept(resolve_model(model), folder)
                         one = cell | {
                             "kept": {key: round(value, 3) for key, value in kept.items()},
-                            "error": round(error, 6), "seconds": round(seconds, 1),
+                            "error": round(error, 6), "cpu_seconds": round(seconds, 1),
                         }  # fmt: skip
                         with options.records.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(one | made_by) + "\n")
