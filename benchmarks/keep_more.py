@@ -58,7 +58,7 @@ def spent() -> float:
 
 
 def make(options: argparse.Namespace, cell: dict[str, Any], text: str, folder: Path) -> Any:
-    """Make the checkpoint of a cell in `folder`; return mean output error and processor's seconds."""
+    """Make the checkpoint of a cell in `folder`; return output error and processor's seconds."""
     began = spent()
     base = folder if cell["way"] not in RECOVERIES else options.output / "admm"
     if base == folder or not _made(base, cell):
