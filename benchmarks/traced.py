@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -116,7 +116,9 @@ class Traced(TorchDispatchMode):
         if name == "_unique2":  # as if all were distinct
             found = args[0].reshape(-1)
             return found, found.new_zeros(args[0].shape, dtype=torch.int64), found
-        if "out" in kwargs and isinstance(kwargs["out"], Tensor):
+        if func.overloadpacket is aten.scaled_dot_product_attention:
+            found = _attended(*args, **kwargs)
+        elif "out" in kwargs and isinstance(kwargs["out"], Tensor):
             found = _into(func, args, kwargs)
         else:
             found = func(*args, **kwargs)
@@ -149,9 +151,17 @@ def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Run an operation that writes into `out`: what it would return has to fit."""
     rest = dict(kwargs)
     out = rest.pop("out")
+    if func is aten.addmm.dtype_out:  # PyTorch 2.9 does not follow products of a wider type
+        args = tuple(value.to(args[3]) for value in args[:3])
     made = func.overloadpacket(*args, **rest)
     assert (made.shape, made.dtype, made.device) == (out.shape, out.dtype, out.device), func
     return out
+
+
+def _attended(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> Tensor:
+    """Attend without a choice of kernel, for which a CUDA build asks the driver."""
+    found, _ = aten._scaled_dot_product_attention_math(*args, enable_gqa=enable_gqa, **kwargs)
+    return cast(Tensor, found)
 
 
 CONVERSIONS: dict[Any, tuple[Any, ...]] = {
@@ -202,6 +212,8 @@ class _Python(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 value = torch.full((), value, dtype=view.dtype, device=view.device)
             return aten.index_put_(view, chosen, value) if chosen else aten.copy_(view, value)
+        if func is nn.functional.scaled_dot_product_attention and not torch.is_inference_mode_enabled():
+            return _attended(*args, **(kwargs or {}))
         if func in PLAIN:
             return PLAIN[func](*args, **(kwargs or {}))
         if func in CONVERSIONS:
@@ -223,7 +235,11 @@ def _converted(tensor: Tensor, *to: Any, copy: bool = False, **options: Any) -> 
         options["device"] = torch.empty(0, device=options["device"]).device
     same = options.get("dtype", tensor.dtype) == tensor.dtype
     same &= options.get("device", tensor.device) == tensor.device
-    return tensor if same and not copy else aten._to_copy(tensor, **options)
+    if same and not copy:
+        return tensor
+    if options.get("device", tensor.device) != tensor.device and not isinstance(tensor, FakeTensor):
+        tensor = torch.empty_like(tensor)  # real numbers would go to the real device
+    return cast(Tensor, aten._to_copy(tensor, **options))
 
 
 def _viewed(tensor: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
