@@ -212,7 +212,8 @@ class _Python(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 value = torch.full((), value, dtype=view.dtype, device=view.device)
             return aten.index_put_(view, chosen, value) if chosen else aten.copy_(view, value)
-        if func is nn.functional.scaled_dot_product_attention and not torch.is_inference_mode_enabled():
+        attends = func is nn.functional.scaled_dot_product_attention
+        if attends and not torch.is_inference_mode_enabled():
             return _attended(*args, **(kwargs or {}))
         if func in PLAIN:
             return PLAIN[func](*args, **(kwargs or {}))
