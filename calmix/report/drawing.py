@@ -156,15 +156,21 @@ def _settings(salt: str) -> Iterator[None]:
         yield
 
 
+# A canvas' own printing: `savefig` would draw everything once more beforehand, to lay it out.
 def _svg(figure: Any) -> bytes:
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     target = io.BytesIO()
-    figure.savefig(target, format="svg", metadata=nothing)
+    _backend("svg").FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
     figure.set_layout_engine("none")  # laid out once, for the files that follow
     return target.getvalue()
 
 
 def _png(figure: Any) -> bytes:
     target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=160, metadata={"Software": None})
+    figure.set_dpi(160)
+    _backend("agg").FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
     return target.getvalue()
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"matplotlib.backends.backend_{name}")
