@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from calmix import assets
@@ -303,22 +305,32 @@ def _bits_per_byte(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
 
 
 @functools.cache
-def registry() -> Any:
-    """Return lm-evaluation-harness's own registry of tasks."""
+def registry(folder: Path | None = None) -> Any:
+    """Return lm-evaluation-harness's own registry of tasks, of one folder or of all."""
     from lm_eval.tasks import TaskManager
 
     with quiet_harness():
-        return TaskManager()
+        return TaskManager(include_path=folder, include_defaults=folder is None)
+
+
+def registry_of(task: str) -> Any:
+    """Return a registry with a task: of all, thousands of files, only if none is of its name."""
+    import lm_eval.tasks
+
+    for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob(f"{glob.escape(task)}.yaml")):
+        if task in registry(file.parent).all_subtasks:
+            return registry(file.parent)
+    found = registry()
+    if task not in found.all_tasks:
+        raise InputError(
+            f"lm-evaluation-harness has no task '{task}': {nearest(task, found.all_tasks)}"
+        )
+    return found
 
 
 def _build_harness(name: str, spec: TaskSpec) -> tuple[Any, Any, Any]:
     assert spec.harness is not None
-    manager = registry()
-    if spec.harness not in manager.all_tasks:
-        raise InputError(
-            f"lm-evaluation-harness has no task '{spec.harness}': "
-            f"{nearest(spec.harness, manager.all_tasks)}"
-        )
+    manager = registry_of(spec.harness)
     ids: list[str] | None = None
     data: Any = None
     if spec.archive is not None:

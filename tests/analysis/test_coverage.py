@@ -121,7 +121,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
 
 def test_among_equal_sets_no_more_is_claimed_than_the_level_allows() -> None:
     """Mixes, the best source (picked by its numbers) and the mean of the sources, all alike."""
-    times, claimed, found_at_all, drawn_at_all = 200, [], 0, 0
+    times, claimed, found_at_all, drawn_at_all = 120, [], 0, 0
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
     for cells, found, _ in studies(truth, times, seed=1):
         gaps = corrected_differences(compare(cells, found))

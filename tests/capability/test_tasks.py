@@ -11,7 +11,7 @@ import pytest
 from calmix import assets
 from calmix.capability import tasks as module
 from calmix.capability.suites import TaskSpec, load_suite, parse_suite
-from calmix.capability.tasks import build_tasks, load_items, preamble, registry, spread
+from calmix.capability.tasks import build_tasks, load_items, preamble, registry, registry_of, spread
 from calmix.errors import InputError
 from tests.capability.archive import suite_text, use_archive
 
@@ -123,9 +123,13 @@ def test_an_unknown_task_of_the_harness_is_one_line() -> None:
         build_tasks(parse_suite(text, "suite"))
 
 
-def test_the_papers_tasks_are_in_the_harness_registry() -> None:
-    known = set(registry().all_tasks)
-    assert {task.harness for task in load_suite("paper").tasks.values()} <= known
+def test_tasks_of_suites_are_in_the_harness_registry() -> None:
+    known = registry().task_index
+    for name in ("paper", "programs"):
+        for task in load_suite(name).tasks.values():
+            if task.harness is not None:  # found without the whole registry too
+                quick = registry_of(task.harness).task_index[task.harness]
+                assert quick.yaml_path == known[task.harness].yaml_path
 
 
 def test_a_data_set_out_of_reach_is_one_line() -> None:

@@ -22,7 +22,7 @@ def test_after_a_fault_there_are_the_same_bytes_or_a_line(
     name: str, chosen: dict[str, Verb], tmp_path: Path
 ) -> None:
     place = Place(name, chosen[name], tmp_path)
-    rows = [faults(place, 2, "kill"), damage(place, 2)]
+    rows = [faults(place, 1, "kill"), damage(place, 2)]
     if name in CACHED:
         rows.append(vanished_cache(place, 1))
     for row in rows:

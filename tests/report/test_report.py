@@ -143,8 +143,10 @@ def test_what_is_missing_or_failed_is_on_the_page(whole: Path, tmp_path: Path) -
     assert "Cells without a finished trial" in page
 
 
-@pytest.mark.parametrize("sources", [1, 2, 3])
-@pytest.mark.parametrize("dimensions", [("math",), ("general", "code", "math")])
+@pytest.mark.parametrize(
+    ("sources", "dimensions"),
+    [(1, ("math",)), (1, ("general", "code", "math")), (2, ("math",)), (3, ("general", "math"))],
+)
 def test_tiny_studies_have_a_report(
     sources: int, dimensions: tuple[str, ...], tmp_path: Path
 ) -> None:
