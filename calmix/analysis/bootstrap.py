@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,20 @@ class Estimate:
     deviation: float | None = None
     p: float | None = None
     draw_p: float | None = None
+
+    def __neg__(self) -> Estimate:
+        """Return a difference seen from its other side."""
+
+        def minus(value: float | None) -> float | None:
+            return None if value is None else -value
+
+        return replace(
+            self,
+            value=minus(self.value),
+            low=minus(self.high), high=minus(self.low),
+            item_low=minus(self.item_high), item_high=minus(self.item_low),
+            draw_low=minus(self.draw_high), draw_high=minus(self.draw_low),
+        )  # fmt: skip
 
     @property
     def sure(self) -> float | None:

@@ -38,7 +38,8 @@ METHOD_NAMES = {
 class Condition:
     """What the trials of one table share; `label` names what differs within the study.
 
-    `sparsity` is the one asked for: what a trial reached differs from it by rounding.
+    `sparsity` is the one asked for: what a trial reached differs from it by rounding. `series` is
+    the label without the pattern: what conditions of several sparsities have in common.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Condition:
     length: int
     suite: str
     label: str
+    series: str
 
     @property
     def unstructured(self) -> bool:
@@ -279,16 +281,16 @@ def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
     found = {}
     for key in keys:
         model, method, pattern, _, propagation, rows, length, suite = key
-        label = f"{METHOD_NAMES.get(method, method)} {pattern}"
+        name, rest = METHOD_NAMES.get(method, method), ""
         if len({key[0] for key in keys}) > 1:
-            label += f", {model}"
+            rest += f", {model}"
         if differs(4) and propagation is not None:
-            label += f", {propagation} propagation"
+            rest += f", {propagation} propagation"
         if rows and (differs(5) or differs(6)):
-            label += f", {rows} x {length}"
+            rest += f", {rows} x {length}"
         if len({key[7] for key in keys}) > 1:
-            label += f", suite {suite}"
-        found[key] = Condition(*key, label=label)
+            rest += f", suite {suite}"
+        found[key] = Condition(*key, label=f"{name} {pattern}{rest}", series=name + rest)
     return found
 
 

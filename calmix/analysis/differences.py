@@ -196,10 +196,11 @@ class Margin:
 class Growth:
     """How much the margin over the default grows from the lowest to the highest sparsity.
 
-    Items are paired, and so are draws that both sparsities have.
+    Items are paired, and so are draws that both sparsities have. `series` names what the
+    conditions have in common.
     """
 
-    method: str
+    series: str
     calibration: str
     default: str
     quantity: str
@@ -249,5 +250,6 @@ def margins(
             draws = min(first.gap.draws, last.gap.draws)
             rise = (high - low).estimate(last.gap.value - first.gap.value, draws)
             shares = tuple(margin.sparsity for margin, _ in told)
-            grown.append(Growth(first.method, name, first.default, quantity, shares, rise))
+            common = series[0][0].condition.series
+            grown.append(Growth(common, name, first.default, quantity, shares, rise))
     return made, grown

@@ -52,6 +52,7 @@ def page(
                 )
             ),
             _across(analysis, summary.across, across),
+            _claims(summary),
             _certainty(summary),
             _behind(results, analysis),
         ],
@@ -170,6 +171,21 @@ def _short(summary: Summary) -> str:
 def _certainty(summary: Summary) -> str:
     items = "".join(f"<li>{escape(words.held(line))}</li>" for line in summary.certainty)
     return f'<section><h2>How sure this is</h2><div class="panel"><ul>{items}</ul></div></section>'
+
+
+def _claims(summary: Summary) -> str:
+    if not summary.claims:
+        return ""
+    columns = [Column(name, number=False) for name in ("claim", "where", "verdict", "figures")]
+    rows = [
+        [plain(claim.text), plain(one.where), plain(one.verdict, "strong"),
+         Cell(escape(words.held(one.because)), one.because)]
+        for claim in summary.claims
+        for one in claim.told
+    ]  # fmt: skip
+    told = fold("Claim by claim", "points of total retention, correlations", table(columns, rows),
+                open_=True)  # fmt: skip
+    return f"<section><h2>The claims</h2>{told}</section>"
 
 
 def _tabs(

@@ -16,6 +16,7 @@ from calmix.analysis.differences import BEST, SINGLES
 from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
+from calmix.report.claims import Claim, claims, claims_text
 
 ROWS = 8  # of the ranking in the text
 
@@ -34,11 +35,13 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """Sentences: one for the top, those about each condition, across them, and on certainty."""
+    """Sentences: one for the top, those about each condition, across them, and on certainty; and
+    the claims."""
 
     headline: str
     conditions: tuple[Findings, ...]
     across: Findings
+    claims: tuple[Claim, ...]
     certainty: tuple[str, ...]
 
     def text(self) -> str:
@@ -51,6 +54,8 @@ class Summary:
             for head, lines in (("found", each.found), ("not found", each.not_found)):
                 if lines:
                     parts.append(_block(f"{each.about}: {head}", lines))
+        if self.claims:
+            parts.append(claims_text(self.claims))
         return "\n\n".join([*parts, _block("How sure this is", self.certainty)])
 
 
@@ -93,7 +98,10 @@ def summarise(analysis: Analysis) -> Summary:
     level: list[str] = []
     _growth(analysis, grown, level)
     across = Findings("Against sparsity", tuple(grown), tuple(level))
-    return Summary(_headline(analysis), tuple(conditions), across, tuple(_certainty(analysis)))
+    return Summary(
+        _headline(analysis), tuple(conditions), across, tuple(claims(analysis)),
+        tuple(_certainty(analysis)),
+    )  # fmt: skip
 
 
 def _table(each: ConditionAnalysis) -> tuple[str, ...]:
@@ -318,10 +326,10 @@ def _told(found: Sequence[TradeOff]) -> str:
 
 
 def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
-    for method in dict.fromkeys(one.method for one in analysis.growths):
+    for series in dict.fromkeys(one.series for one in analysis.growths):
         certain: list[str] = []
         open_: list[str] = []
-        own = [one for one in analysis.growths if (one.method, one.quantity) == (method, TOTAL)]
+        own = [one for one in analysis.growths if (one.series, one.quantity) == (series, TOTAL)]
         for one in own:
             gap = one.gap
             told = f"{one.calibration} {words.points(gap.value)} {words.span(gap.low, gap.high)}"
@@ -332,12 +340,11 @@ def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
         first, last = (
             f"{100 * share:g} %" for share in (own[0].sparsities[0], own[0].sparsities[-1])
         )
-        name = words.METHODS.get(method, method)
         lead = f"the lead over the {_default(own[0].default)} from {first} to {last} sparsity"
         if certain:
-            found.append(f"{name}: {lead} changes by {words.listed(certain)} points.")
+            found.append(f"{series}: {lead} changes by {words.listed(certain)} points.")
         if open_:
-            missing.append(f"{name}: {lead}: {words.listed(open_)} points; no clear change.")
+            missing.append(f"{series}: {lead}: {words.listed(open_)} points; no clear change.")
 
 
 def _default(name: str) -> str:

@@ -1,0 +1,231 @@
+"""What is said of calibration text, and whether a study bears it out: one row a claim.
+
+All but the last are claims of the paper (arXiv 2606.03328) or what it implies; verdicts are ours.
+They are read off the analysis, where p is corrected; nothing is tested anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.cells import TOTAL
+from calmix.analysis.correlations import Among
+from calmix.analysis.differences import BEST, SINGLES
+from calmix.analysis.statistics import ALPHA
+from calmix.report import words
+
+HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
+OPEN, NOT_FOUND = "cannot be told", "not found"
+COMPARED = (  # sets made one way, against sets made another way or a contender among the sources
+    ("A mix keeps more than the best single source", "mix", BEST),
+    ("A mix keeps more than single sources do on the whole", "mix", SINGLES),
+    ("IGSP keeps more than the best single source", "igsp", BEST),
+    ("IGSP keeps more than Self-Cal", "igsp", "self-cal"),
+    ("IGSP keeps more than SGS", "igsp", "sgs"),
+    ("A mix keeps more than IGSP", "mix", "igsp"),
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a study says of a claim under one condition.
+
+    Attributes:
+        where: the condition's label; of a series of sparsities, what they have in common.
+        verdict: `does not hold` where the opposite was found, `cannot be told` where neither was
+            or too few sources were looked at, `not found` of a relation among enough of them.
+        because: the figures: points and correlations with their intervals and draws.
+    """
+
+    where: str
+    verdict: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far one set is ahead of another or of several, and whether that is found."""
+
+    ours: str
+    theirs: str
+    gap: Estimate
+    found: bool
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim in words, and what each condition says of it that can say anything."""
+
+    text: str
+    told: tuple[Told, ...]
+
+
+def claims(analysis: Analysis) -> list[Claim]:
+    """Return the claims that this study can say anything of."""
+    found = analysis.conditions
+    made = [
+        *(
+            (text, [_compared(each, left, right) for each in found])
+            for text, left, right in COMPARED[:2]
+        ),
+        (f"A mix keeps more than {analysis.settings.default}",
+         [_over_default(analysis, each) for each in found]),
+        *(
+            (text, [_compared(each, left, right) for each in found])
+            for text, left, right in COMPARED[2:]
+        ),
+        ("Dimensions are far apart where the total is close", [_cancelled(each) for each in found]),
+        ("A metric of the text raises one dimension and lowers another",
+         [_pulled(each, "sources") for each in found]),
+        ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
+        ("The lead of a mix grows with sparsity", _grown(analysis)),
+    ]  # fmt: skip
+    some = [Claim(text, tuple(one for one in told if one is not None)) for text, told in made]
+    return [claim for claim in some if claim.told]
+
+
+def claims_text(made: Sequence[Claim]) -> str:
+    """Return claims as plain text for a terminal of 80 columns."""
+    lines = []
+    for claim in made:
+        lines.append(words.wrapped(claim.text, "  - ", "    "))
+        lines += [
+            words.wrapped(f"{one.where}: {one.verdict} ({one.because})", "      ", "        ")
+            for one in claim.told
+        ]
+    return "\n".join(["The claims", *lines])
+
+
+def _verdict(signs: Iterable[int]) -> str:
+    """Tell what differences say together: 1 or -1 where one was found, else 0."""
+    seen = set(signs)
+    if seen == {1}:
+        return HOLDS
+    if 1 in seen:
+        return IN_PART
+    return FAILS if -1 in seen else OPEN
+
+
+def _sign(gap: Estimate, found: bool) -> int:
+    return 0 if not found or not gap.value else 1 if gap.value > 0 else -1
+
+
+def _clear(gap: Estimate) -> bool:
+    return gap.low is not None and gap.high is not None and not gap.low <= 0 <= gap.high
+
+
+def _gap(name: str, gap: Estimate) -> str:
+    return f"{name} {words.points(gap.value)} {words.span(gap.low, gap.high)}".rstrip()
+
+
+def _drawn(each: ConditionAnalysis, names: Iterable[str]) -> str:
+    """Say how often sets were drawn."""
+    counts = Counter(each.cells.sets[at] for at, _ in each.cells.trials)
+    return "draws " + ", ".join(f"{name} {counts[name]}" for name in dict.fromkeys(names))
+
+
+def _told(each: ConditionAnalysis, gaps: Sequence[Gap]) -> Told | None:
+    if not gaps:
+        return None
+    single = SINGLES in {one.theirs for one in gaps}
+    because = [
+        _gap(one.ours if single else f"{one.ours} over {one.theirs}", one.gap) for one in gaps
+    ]
+    names = [name for one in gaps for name in (one.ours, one.theirs) if name in each.cells.sets]
+    because.append(_drawn(each, names))
+    if not each.joint.freedom:
+        because.append("other draws left aside")
+    verdict = _verdict(_sign(one.gap, one.found) for one in gaps)
+    return Told(each.condition.label, verdict, "; ".join(because))
+
+
+def _compared(each: ConditionAnalysis, left: str, right: str) -> Told | None:
+    made = dict(zip(each.cells.sets, each.cells.strategies, strict=True))
+
+    def names(contender: str, wanted: str) -> bool:
+        return contender.startswith(wanted) or made.get(contender) == wanted
+
+    gaps = []
+    for one in each.differences:
+        if one.quantity != TOTAL or one.gap.value is None:
+            continue
+        if names(one.left, left) and names(one.right, right):
+            theirs = one.right.removeprefix(BEST)
+            gaps.append(Gap(one.left, theirs, one.gap, one.significant))
+        elif names(one.right, left) and names(one.left, right):
+            gaps.append(Gap(one.right, one.left, -one.gap, one.significant))
+    return _told(each, gaps)
+
+
+def _over_default(analysis: Analysis, each: ConditionAnalysis) -> Told | None:
+    if analysis.settings.default is None:
+        return None
+    made = dict(zip(each.cells.sets, each.cells.strategies, strict=True))
+    return _told(
+        each,
+        [
+            Gap(one.calibration, one.default, one.gap, _clear(one.gap))
+            for one in analysis.margins
+            if one.condition == each.condition.label
+            and one.quantity == TOTAL
+            and made.get(one.calibration) == "mix"
+        ],
+    )
+
+
+def _cancelled(each: ConditionAnalysis) -> Told | None:
+    spread = {one.quantity: one for one in each.spreads if one.over == "single"}
+    total = spread.pop(TOTAL, None)
+    if total is None or len(spread) < 2 or total.p_cancel is None:
+        return None
+    widest = max(spread.values(), key=lambda one: one.range)
+    because = (
+        f"single sources {100 * widest.range:.1f} points apart in {widest.quantity}, "
+        f"{100 * total.range:.1f} in total; p {words.p_value(total.p_cancel)} against unrelated "
+        "dimensions"
+    )
+    verdict = HOLDS if total.p_cancel <= ALPHA else NOT_FOUND
+    return Told(each.condition.label, verdict, because)
+
+
+def _pulled(each: ConditionAnalysis, among: Among) -> Told | None:
+    tested = [one for one in each.correlations if one.among == among and not one.task]
+    if not tested:
+        return None
+    n = words.counted(max(one.n for one in tested), "source")
+    own = [one for one in each.trade_offs if one.among == among]
+    if own:
+        best = max(own, key=lambda one: min(one.rho_rises, -one.rho_falls))
+        because = (
+            f"{words.metric_name(best.metric)}: {best.rises} {words.rho(best.rho_rises)}, "
+            f"{best.falls} {words.rho(best.rho_falls)}; {n}"
+        )
+        return Told(each.condition.label, HOLDS, because)
+    verdict = OPEN if each.least_p.get(among, 1.0) > ALPHA else NOT_FOUND
+    return Told(each.condition.label, verdict, f"no two signs survive correction; {n}")
+
+
+def _grown(analysis: Analysis) -> list[Told | None]:
+    told: list[Told | None] = []
+    for series in dict.fromkeys(one.series for one in analysis.growths):
+        mixes = {
+            name
+            for each in analysis.conditions
+            if each.condition.series == series
+            for name, how in zip(each.cells.sets, each.cells.strategies, strict=True)
+            if how == "mix"
+        }
+        own = [
+            one for one in analysis.growths
+            if (one.series, one.quantity) == (series, TOTAL) and one.calibration in mixes
+        ]  # fmt: skip
+        if own:
+            ends = [f"{100 * share:g} %" for share in own[0].sparsities]
+            because = "; ".join(_gap(one.calibration, one.gap) for one in own)
+            verdict = _verdict(_sign(one.gap, _clear(one.gap)) for one in own)
+            told.append(Told(series, verdict, f"{ends[0]} to {ends[-1]}: {because}"))
+    return told
