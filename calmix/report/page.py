@@ -8,6 +8,7 @@ from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.report import words
+from calmix.report.claims import HOLDS
 from calmix.report.drawing import Drawing
 from calmix.report.figures import slug
 from calmix.report.parts import (
@@ -178,8 +179,9 @@ def _claims(summary: Summary) -> str:
         return ""
     columns = [Column(name, number=False) for name in ("claim", "where", "verdict", "figures")]
     rows = [
-        [plain(claim.text), plain(one.where), plain(one.verdict, "strong"),
-         Cell(escape(words.held(one.because)), one.because)]
+        [plain(claim.text, "wrap"), plain(one.where),
+         plain(one.verdict, "strong" if one.verdict == HOLDS else ""),
+         Cell(escape(words.held(one.because)), one.because, "wrap")]
         for claim in summary.claims
         for one in claim.told
     ]  # fmt: skip
