@@ -257,7 +257,7 @@ def run_command(
         typer.Option(
             show_default=False,
             metavar="PATTERN",
-            help="Only trials whose calibration or label matches, such as 'mix*' (repeat).",
+            help="Only trials whose calibration, model or label matches, such as 'mix*' (repeat).",
         ),
     ] = None,
     skip: Annotated[

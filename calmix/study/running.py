@@ -157,13 +157,16 @@ def chosen_trials(
     """
 
     def matches(trial: Planned, pattern: str) -> bool:
-        names = (trial.calibration, trial.label)
+        names = (trial.model, trial.calibration, trial.label)
         return any(fnmatchcase(name, pattern) for name in names)
 
     for pattern in [*only, *skip]:
         if not any(matches(trial, pattern) for trial in trials):
-            known = ", ".join(dict.fromkeys(trial.calibration for trial in trials))
-            raise InputError(f"no trial matches '{pattern}' (calibrations: {known})")
+            known = [", ".join(dict.fromkeys(getattr(trial, of) for trial in trials))
+                     for of in ("calibration", "model")]  # fmt: skip
+            raise InputError(
+                f"no trial matches '{pattern}' (calibrations: {known[0]}; models: {known[1]})"
+            )
     kept = [
         trial
         for trial in trials

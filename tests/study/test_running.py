@@ -22,8 +22,9 @@ from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import export_results, load_study, read_results, run_study
-from calmix.study.running import Options
+from calmix.study.running import Options, chosen_trials
 from calmix.study.store import open_store
+from calmix.study.trials import plan
 
 Write = Callable[..., Path]
 
@@ -277,6 +278,11 @@ def test_patterns_choose_trials(tiny_study: Write, tmp_path: Path) -> None:
         run(path, tmp_path / "a", only=["igsp"])
     with pytest.raises(InputError, match="leave no trial"):
         run(path, tmp_path / "a", only=["mix"], skip=["m*"])
+    trials = plan(load_study(path))
+    (model,) = {trial.model for trial in trials}
+    assert chosen_trials(trials, [model], []) == trials
+    with pytest.raises(InputError, match=rf"matches 'x' \(calibrations: .*; models: {model}\)$"):
+        chosen_trials(trials, ["x"], [])
 
 
 def test_results_read_the_same_from_an_exported_folder(tiny_study: Write, tmp_path: Path) -> None:
