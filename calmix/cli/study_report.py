@@ -104,9 +104,9 @@ def report(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page with figures, tables and a summary; the figures also as PNG and SVG.
+    """One HTML page with figures, tables and a summary, and a brief one to pass on.
 
-    Writes to STUDY/report unless -o names another folder.
+    Writes to STUDY/report unless -o names another folder, the figures as PNG and SVG too.
     """
     from calmix.report import write_report
 

@@ -44,7 +44,7 @@ def slug(text: str) -> str:
 
 def figures_of(analysis: Analysis, found: ConditionAnalysis) -> list[Drawing]:
     """Return the figures of one condition; those that nothing can be drawn in are left out."""
-    drawings = [_heat_map(analysis, found), _bars(analysis, found), _task_map(found)]
+    drawings = [heat_map(analysis, found), _bars(analysis, found), _task_map(found)]
     if len(found.ranking) > 1:
         drawings.append(_spread(analysis, found))
     metric = perplexity_of(found)
@@ -97,7 +97,7 @@ def _limits(analysis: Analysis) -> tuple[float, float]:
     return low, max(high, low + 0.1)
 
 
-def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
+def heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     mpl = matplotlib()
     ramp = mpl.colormaps["YlGnBu"]
     low, high = _limits(analysis)
@@ -133,7 +133,7 @@ def _heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         _frame(axes, columns, len(rows))
         _set_labels(axes, rows)
         _strategy_legend(figure, rows)
-        _title(figure, f"Retention (%) after {found.condition.label}", titled)
+        put_title(figure, f"Retention (%) after {found.condition.label}", titled)
         return figure
 
     best = found.ranking[0]
@@ -183,7 +183,7 @@ def _task_map(found: ConditionAnalysis) -> Drawing:
             label.set(rotation=50, ha="left", rotation_mode="anchor")
         axes.set_yticks(range(-1, len(rows)))
         axes.set_yticklabels(["dense score", *(words.short(row.calibration) for row in rows)])
-        _title(figure, f"Retention (%) of every task after {found.condition.label}", titled)
+        put_title(figure, f"Retention (%) of every task after {found.condition.label}", titled)
         return figure
 
     return Drawing(
@@ -257,7 +257,7 @@ def _set_labels(axes: Any, rows: Sequence[Any]) -> None:
     axes.tick_params(axis="y", pad=16)
 
 
-def _legend(figure: Any, handles: Sequence[Any], below: Sequence[Any] = ()) -> None:
+def legend(figure: Any, handles: Sequence[Any], below: Sequence[Any] = ()) -> None:
     """Put a legend under the axes: one line, and a second `below` it."""
     if below:
         blank = matplotlib().lines.Line2D([], [], linestyle="none", label=" ")
@@ -277,10 +277,10 @@ def _strategy_legend(figure: Any, rows: Sequence[Any], below: Sequence[Any] = ()
              color=STRATEGY_COLOURS[name], label=words.STRATEGIES[name])
         for name in made
     ]  # fmt: skip
-    _legend(figure, handles, below)
+    legend(figure, handles, below)
 
 
-def _title(figure: Any, text: str, titled: bool) -> None:
+def put_title(figure: Any, text: str, titled: bool) -> None:
     if titled:
         figure.suptitle(text, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
 
@@ -299,11 +299,11 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
             upper, lower = y - 0.1, y + 0.28
             [bar] = axes.barh(upper, total, height=0.42, color=STRATEGY_COLOURS[one.strategy])
             tips.add(bar, f"{one.calibration}, total: {words.with_span(one.total)} %")
-            _whisker(axes, one.total, upper, INK, 1.4)
+            whisker(axes, one.total, upper, INK, 1.4)
             axes.plot([100 * (one.shrunken.value or 0)], [upper], marker="|", color=INK,
                       markersize=11, linestyle="none")  # fmt: skip
             if one.worst is not None and one.lowest.value is not None:
-                _whisker(axes, one.lowest, lower, _colour(analysis, one.worst), 1.2)
+                whisker(axes, one.lowest, lower, _colour(analysis, one.worst), 1.2)
                 [mark] = axes.plot(
                     [100 * one.lowest.value], [lower], marker=_marker(analysis, one.worst),
                     color=_colour(analysis, one.worst), markersize=6, markeredgewidth=0,
@@ -332,7 +332,7 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
                 for name in worst
             ],
         )  # fmt: skip
-        _title(figure, f"Total and worst dimension after {found.condition.label}", titled)
+        put_title(figure, f"Total and worst dimension after {found.condition.label}", titled)
         return figure
 
     return Drawing(
@@ -352,7 +352,7 @@ def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     )  # fmt: skip
 
 
-def _whisker(axes: Any, one: Any, y: float, colour: str, width: float) -> None:
+def whisker(axes: Any, one: Any, y: float, colour: str, width: float) -> None:
     if one.low is not None and one.high is not None:
         axes.plot([100 * one.low, 100 * one.high], [y, y], color=colour, linewidth=width,
                   solid_capstyle="butt")  # fmt: skip
@@ -399,7 +399,7 @@ def _spread(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
         axes.set_xlabel("retention, %")
         axes.spines["left"].set_visible(False)
         _strategy_legend(figure, found.ranking)
-        _title(figure, f"What averaging hides, {found.condition.label}", titled)
+        put_title(figure, f"What averaging hides, {found.condition.label}", titled)
         return figure
 
     return Drawing(
@@ -460,7 +460,7 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
             axes.set_ylabel("retention, %")
         others = [one for one in found.ranking if cells.sets.index(one.calibration) not in inside]
         line = matplotlib().lines.Line2D
-        _legend(
+        legend(
             figure,
             [
                 line([], [], marker="o", linestyle="none", markersize=7, markeredgewidth=0,
@@ -472,7 +472,7 @@ def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawi
                 for made in words.STRATEGIES if any(one.strategy == made for one in others)
             ],
         )  # fmt: skip
-        _title(figure, f"Perplexity and retention, {found.condition.label}", titled)
+        put_title(figure, f"Perplexity and retention, {found.condition.label}", titled)
         return figure
 
     counts = "single sources only" if analysis.settings.over == "single" else "all sets"
@@ -578,7 +578,9 @@ def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
         _frame(axes, columns, len(metrics))
         axes.set_yticks(range(len(metrics)))
         axes.set_yticklabels([words.short(words.metric_name(metric)) for metric in metrics])
-        _title(figure, f"Metrics and retention{within} (Spearman), {found.condition.label}", titled)
+        put_title(
+            figure, f"Metrics and retention{within} (Spearman), {found.condition.label}", titled
+        )
         return figure  # fmt: skip
 
     strong = [one for one in own if one.significant]
@@ -660,7 +662,7 @@ def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -
             loc="outside lower left", ncols=5, fontsize=9.5, labelcolor=MUTED,
             columnspacing=1.4, borderaxespad=0.2,
         )  # fmt: skip
-        _title(figure, f"Retention against sparsity, {method}", titled)
+        put_title(figure, f"Retention against sparsity, {method}", titled)
         return figure
 
     against = analysis.settings.default or SINGLES

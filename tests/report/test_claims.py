@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from calmix.analysis import Settings, analyse
-from calmix.report import write_report
+from calmix.report import pages
 from calmix.report.claims import Claim, Told, claims, claims_text
 from calmix.study.results import StudyResults
 from tests.synthetic import SLOPES, Plan, study
@@ -88,16 +86,16 @@ def test_a_default_and_sparsities_have_their_claims(planted: StudyResults) -> No
         assert one.because.startswith("30 % to 60 %: mix-8 ")
 
 
-def test_they_fit_a_terminal_and_stand_on_the_page(planted: StudyResults, tmp_path: Path) -> None:
+def test_they_fit_a_terminal_and_stand_on_the_page(planted: StudyResults) -> None:
     made = [*claims(analyse(planted, SETTINGS)), Claim("x" * 70, (Told("a" * 30, "b", "c " * 90),))]
     lines = claims_text(made).splitlines()
     assert lines[0] == "The claims"
     assert max(map(len, lines)) <= 80
     few = study(Plan(sources=("a", "b"), seeds=(0,), others=LIFTS, dimensions=("code", "math")))
-    write_report(few, analyse(few, Settings(permutations=99, resamples=20)), tmp_path / "r")
-    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    texts = pages(few, analyse(few, Settings(permutations=99, resamples=20)))
+    page = texts["report.html"]
     assert "<h2>The claims</h2>" in page
     assert page.count(">A mix keeps more than IGSP</td>") == 1
     assert '<td class="strong" data-v="holds">' in page
     assert '<td data-v="does not hold">' in page
-    assert "The claims" in (tmp_path / "r" / "summary.txt").read_text(encoding="utf-8")
+    assert "The claims" in texts["summary.txt"]

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from calmix.analysis import Settings, analyse
-from calmix.report import write_report
+from calmix.report import pages, write_report
 from calmix.report.drawing import VARIABLES
 from calmix.report.page import flat
 from calmix.study.results import StudyResults
@@ -22,9 +22,8 @@ KINDS = (
 )  # fmt: skip
 
 
-def write(results: StudyResults, folder: Path) -> str:
-    write_report(results, analyse(results, QUICK), folder)
-    return (folder / "report.html").read_text(encoding="utf-8")
+def page_of(results: StudyResults) -> str:
+    return pages(results, analyse(results, QUICK))["report.html"]
 
 
 def test_every_figure_is_there_as_png_and_svg_and_in_the_page(whole: Path) -> None:
@@ -103,16 +102,16 @@ def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[6:14])
     results = study(few)
-    write(results, tmp_path / "one")
-    write(results, tmp_path / "two")
+    for name in ("one", "two"):
+        write_report(results, analyse(results, QUICK), tmp_path / name)
     one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(one) == 2 + 2 * len(KINDS)
+    assert len(one) == 3 + 2 * len(KINDS)
     for path in one:
         twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == twin.read_bytes(), path.name
 
 
-def test_what_the_study_says_is_shown_and_never_run(tmp_path: Path) -> None:
+def test_what_the_study_says_is_shown_and_never_run() -> None:
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
     kept = {"general": 0.5, evil: 0.4}
     trials = tuple(
@@ -124,21 +123,21 @@ def test_what_the_study_says_is_shown_and_never_run(tmp_path: Path) -> None:
         Plan(), trials=trials, name=evil, text=evil, environment={evil: evil}, suite={},
         failed=(failed("x").model_copy(update={"error": evil}),),
     )  # fmt: skip
-    page = write(results, tmp_path / "r")
+    page = page_of(results)
     assert page.count("<script>") == 1
     assert "<script>alert" not in page
     assert "<!--" not in page
     assert "&lt;script&gt;" in page
 
 
-def test_what_is_missing_or_failed_is_on_the_page(whole: Path, tmp_path: Path) -> None:
+def test_what_is_missing_or_failed_is_on_the_page(whole: Path) -> None:
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "Not complete:" in page
     assert "no space left on the disk" in page
     results = study(Plan(seeds=(0, 1), sources=("a", "b")))
-    assert "Not complete:" not in write(results, tmp_path / "complete")
+    assert "Not complete:" not in page_of(results)
     gappy = results.model_copy(update={"trials": results.trials[:-1]})
-    page = write(gappy, tmp_path / "gappy")
+    page = page_of(gappy)
     assert "1 trial still to come" in page
     assert "Cells without a finished trial" in page
 
@@ -147,17 +146,15 @@ def test_what_is_missing_or_failed_is_on_the_page(whole: Path, tmp_path: Path) -
     ("sources", "dimensions"),
     [(1, ("math",)), (1, ("general", "code", "math")), (2, ("math",)), (3, ("general", "math"))],
 )
-def test_tiny_studies_have_a_report(
-    sources: int, dimensions: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_tiny_studies_have_a_report(sources: int, dimensions: tuple[str, ...]) -> None:
     names = [f"s{number}" for number in range(sources)]
-    page = write(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)), tmp_path / "r")
+    page = page_of(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)))
     assert "cannot be" in page
     assert ("Signal and noise" in page) == (sources > 1)
     assert 'role="tabpanel"' not in page
 
 
-def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> None:
+def test_dimensions_and_metrics_without_values_have_a_report() -> None:
     trials = tuple(
         trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None},
               {"perplexity": 4.0 + n} if n else {})
@@ -165,28 +162,28 @@ def test_dimensions_and_metrics_without_values_have_a_report(tmp_path: Path) -> 
         for seed in (0, 1)
     )  # fmt: skip
     silent = (trial("none", "none", "magnitude", "2:4", 0, {"general": 0.1, "math": None}),)
-    page = write(study(Plan(), trials=trials + silent), tmp_path / "r")
+    page = page_of(study(Plan(), trials=trials + silent))
     assert "Magnitude 2:4" in page
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
 
 
-def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known(tmp_path: Path) -> None:
+def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known() -> None:
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
-    page = write(results, tmp_path / "whole")
+    page = page_of(results)
     assert "Spearman&#x27;s ρ of KL with retention: total −1.00" in page
     kl = (results.trials[0].distance or {})["total"]["kl_mean"]
     assert f">{kl:.3f}</td>" in page
     old = [one.model_copy(update={"distance": None}) for one in results.trials]
-    page = write(results.model_copy(update={"trials": tuple(old)}), tmp_path / "old")
+    page = page_of(results.model_copy(update={"trials": tuple(old)}))
     assert "ρ of KL" not in page
 
 
-def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line(tmp_path: Path) -> None:
+def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
     trials = tuple(
         trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
         for n in range(2)
     )
-    page = write(study(Plan(), trials=trials), tmp_path / "r")
+    page = page_of(study(Plan(), trials=trials))
     assert re.findall(r">−20(?:\.0)?<", page)
     assert re.findall(r">-\d", page) == []
     assert "After Wanda 2:4, s0 keeps the most" in page
@@ -197,16 +194,16 @@ def test_an_environment_is_laid_flat() -> None:
     assert told == [("a.b", "1"), ("a.c", "1, 2"), ("d", "–")]
 
 
-def test_what_a_set_shares_with_a_benchmark_is_marked(tmp_path: Path) -> None:
+def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
     kept = {"general": 0.5, "code": 0.6}
     trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]
     trials[0] = trials[0].model_copy(update={"halves": ("code_a",)})
-    page = write(study(Plan(), trials=tuple(trials)), tmp_path / "r")
+    page = page_of(study(Plan(), trials=tuple(trials)))
     assert "made of its benchmark&#x27;s other half" in page
     assert page.count("60*") == 1
     assert "without its own benchmark" in page
     assert "total 55.0, code 60.0" in page
-    plain = write(study(Plan(), trials=tuple(trials[1:])), tmp_path / "plain")
+    plain = page_of(study(Plan(), trials=tuple(trials[1:])))
     assert "without its own benchmark" not in plain
 
 

@@ -1,0 +1,316 @@
+"""The study on one page, to be passed on: plain words and at most five figures, then the claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.cells import TOTAL
+from calmix.analysis.differences import SINGLES, mean_of
+from calmix.report import words
+from calmix.report.drawing import INK, MUTED, STRATEGY_COLOURS, Drawing, new_figure
+from calmix.report.figures import WIDTH, Tips, heat_map, legend, put_title, whisker
+from calmix.report.parts import escape, figure, shell
+from calmix.report.summary import Summary, main_condition
+from calmix.study.results import StudyResults
+
+WRITTEN = ("igsp", "self-cal", "sgs")
+MIXED, WROTE, BEST, MEAN, WORST = (
+    "a mix of sources", "text the model wrote", "the best single source",
+    "an average source", "the worst source",
+)  # fmt: skip
+LINES: dict[str, tuple[str, Any]] = {
+    MIXED: (STRATEGY_COLOURS["mix"], "-"),
+    WROTE: (STRATEGY_COLOURS["igsp"], "-"),
+    BEST: (INK, "-"),
+    MEAN: (STRATEGY_COLOURS["single"], (0, (5, 2))),
+}
+
+
+Points = dict[str, list[tuple[float, str, ConditionAnalysis]]]  # by model: place, label, condition
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is left on one kind of text: the set that stands for it, and how it was made."""
+
+    kind: str
+    name: str
+    strategy: str
+    kept: Estimate
+
+
+def bars(found: ConditionAnalysis) -> list[Bar]:
+    """Return what is left on each kind of text, the best set standing for its kind.
+
+    The best single source is told by its shrunken total, since it was picked of many.
+    """
+    known = [one for one in found.ranking if one.total.value is not None]
+    singles = [one for one in known if one.strategy == "single"]
+    made = []
+    for kind, how in ((MIXED, ("mix",)), (WROTE, WRITTEN)):
+        some = [one for one in known if one.strategy in how]
+        made += [Bar(kind, one.calibration, one.strategy, one.total) for one in some[:1]]
+    made += [Bar(BEST, one.calibration, "single", one.shrunken) for one in singles[:1]]
+    if len(singles) > 1:
+        sets = [found.cells.sets.index(one.calibration) for one in singles]
+        mean = mean_of(found.cells, found.joint, SINGLES, "single", sets)
+        coefficients = np.zeros(found.joint.values.shape)
+        coefficients[:, 0] = mean.coefficients[:, 0]
+        kept = found.joint.estimate(coefficients, float(mean.values[0]))
+        last = singles[-1]
+        made.append(Bar(MEAN, words.counted(len(singles), "source"), "single", kept))
+        made.append(Bar(WORST, last.calibration, "single", last.total))
+    return made
+
+
+def by_model(analysis: Analysis) -> dict[str, ConditionAnalysis]:
+    """Return the condition to look at first of every model."""
+    models = dict.fromkeys(found.condition.model for found in analysis.conditions)
+    return {
+        model: main_condition(
+            replace(
+                analysis,
+                conditions=tuple(
+                    found for found in analysis.conditions if found.condition.model == model
+                ),
+            )
+        )
+        for model in models
+    }
+
+
+def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
+    """Return the page as HTML; figures that the study has nothing for are left out."""
+    first = by_model(analysis)
+    drawn = [one for one in (
+        _left(first), _abilities(analysis, first), _sparser(analysis, first),
+        _better(analysis, first), _distance(first),
+    ) if one is not None]  # fmt: skip
+    lead = " ".join(_sentence(model, found) for model, found in first.items())
+    waiting = analysis.planned - analysis.finished
+    note = (
+        f'<p class="warning">{analysis.finished} of {analysis.planned} planned runs are done: '
+        "figures may change.</p>" if waiting > 0 else ""
+    )  # fmt: skip
+    header = (
+        '<header><p class="kicker">calmix study</p>'
+        f"<h1>What pruning leaves, by the text it is done on</h1>{note}"
+        f'<p class="lead">{escape(words.held(lead))}</p></header>'
+    )
+    told = "".join(
+        f"<h3>{escape(claim.text)}</h3><ul>"
+        + "".join(
+            f"<li><b>{escape(one.where)}: {escape(one.verdict)}</b>, "
+            f"{escape(words.held(one.because))}</li>"
+            for one in claim.told
+        )
+        + "</ul>"
+        for claim in summary.claims
+    )
+    sure = "".join(f"<li>{escape(words.held(line))}</li>" for line in summary.certainty)
+    return shell(
+        f"{results.name} · in short",
+        header,
+        [
+            "".join(figure(drawing) for drawing in drawn),
+            f'<section><h2>The claims</h2><div class="panel">{told}</div></section>'
+            if told
+            else "",
+            f'<section><h2>How sure this is</h2><div class="panel"><ul>{sure}</ul></div></section>',
+        ],
+        'All figures and tables: <a href="report.html">report.html</a>. Written by calmix from the '
+        "study's results; what each number means: docs/analysis.md.",
+    )
+
+
+def _panel(inside: str) -> str:
+    return f'<div class="panel">{inside}</div>'
+
+
+def _cut(found: ConditionAnalysis) -> str:
+    at = found.condition
+    share = f"{100 * at.sparsity:g} %" if at.unstructured else f"{at.pattern.replace(':', ' of ')}"
+    return f"{share} of its weights"
+
+
+def _sentence(model: str, found: ConditionAnalysis) -> str:
+    made = {bar.kind: bar for bar in bars(found)}
+    if not made:
+        return f"{model}: nothing could be measured."
+    told = [
+        f"{words.percent(bar.kept.value)} % on {bar.kind}"
+        for bar in made.values() if bar.kind != WORST
+    ]  # fmt: skip
+    return (
+        f"With {_cut(found)} set to zero, {model} keeps this much of what it could: "
+        f"{words.listed(told)}."
+    )
+
+
+def _left(first: dict[str, ConditionAnalysis]) -> Drawing | None:
+    made = {model: bars(found) for model, found in first.items()}
+    rows = max(len(told) for told in made.values())
+    if rows < 2:
+        return None
+    tips = Tips()
+
+    def draw(titled: bool) -> Any:
+        tips.clear()
+        picture = new_figure(WIDTH, 0.5 + len(made) * (0.75 + 0.36 * rows) + 0.3 * titled)
+        panels = picture.subplots(len(made), 1, sharex=True, squeeze=False).ravel()
+        for axes, (model, told) in zip(panels, made.items(), strict=True):
+            for y, bar in enumerate(told):
+                colour = STRATEGY_COLOURS[bar.strategy]
+                [box] = axes.barh(y, 100 * (bar.kept.value or 0), height=0.6, color=colour)
+                whisker(axes, bar.kept, y, INK, 1.4)
+                tips.add(box, f"{model}, {bar.kind} ({bar.name}): {words.with_span(bar.kept)} %")
+            axes.set_yticks(range(len(told)))
+            axes.set_yticklabels([f"{bar.kind} ({words.short(bar.name)})" for bar in told])
+            axes.invert_yaxis()
+            axes.grid(axis="x")
+            axes.tick_params(length=0)
+            axes.set_title(f"{model}, {_cut(first[model])} removed")
+        panels[-1].set_xlabel("abilities left, % of the whole model's")
+        put_title(picture, "What is left, by kind of text", titled)
+        return picture
+
+    return Drawing(
+        "brief-left", "What is left, by kind of text",
+        "Mean over abilities, with 95 % intervals. The best set stands for its kind; the best "
+        "single source is given as what to expect of it.",
+        "Bars: " + "; ".join(
+            f"{model}, {bar.kind} {words.percent(bar.kept.value)} %"
+            for model, told in made.items() for bar in told
+        ), draw, tips,
+    )  # fmt: skip
+
+
+def _abilities(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | None:
+    """A few sets of the first model by dimension: the best of each way and kind."""
+    found = next(iter(first.values()))
+    seen: dict[tuple[str, str], Any] = {}
+    for one in found.ranking:
+        seen.setdefault((one.strategy, one.kind if one.strategy == "single" else ""), one)
+    if len(seen) < 2 or len(analysis.dimensions) < 2:
+        return None
+    made = heat_map(analysis, replace(found, ranking=tuple(seen.values())))
+    return replace(
+        made, name="brief-abilities", title="Which abilities each text keeps",
+        caption="Percent of the whole model's, the best text of each kind; the corner marks what "
+        f"it keeps least of. {found.condition.model}, {_cut(found)} removed.",
+    )  # fmt: skip
+
+
+def _sparser(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | None:
+    points: Points = {}
+    for model, found in first.items():
+        points[model] = [
+            (100 * each.condition.sparsity, f"{100 * each.condition.sparsity:g}", each)
+            for each in analysis.conditions  # lowest sparsity first
+            if each.condition.series == found.condition.series and each.condition.unstructured
+        ]
+    return _curves("brief-sparser", "What is left as more is removed", points, "weights removed, %")
+
+
+def _better(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | None:
+    points: Points = {}
+    for model, found in first.items():
+        ways = [
+            each for each in analysis.conditions
+            if (each.condition.model, each.condition.pattern) == (model, found.condition.pattern)
+        ]  # fmt: skip
+        ways.sort(key=lambda each: each.ranking[0].total.value or 0.0)
+        points[model] = [
+            (float(at), each.condition.series.partition(",")[0], each)
+            for at, each in enumerate(ways)
+        ]
+    return _curves("brief-better", "What is left by method", points, "")
+
+
+def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None:
+    """Draw what is left on kinds of text along an axis, a panel a model."""
+    told = {
+        model: [(x, label, {bar.kind: bar for bar in bars(each)}) for x, label, each in some]
+        for model, some in points.items() if len(some) > 1
+    }  # fmt: skip
+    if not told:
+        return None
+    tips = Tips()
+
+    def draw(titled: bool) -> Any:
+        tips.clear()
+        picture = new_figure(WIDTH, 3.4 + 0.3 * titled)
+        panels = picture.subplots(1, len(told), sharey=True, squeeze=False).ravel()
+        handles: dict[str, Any] = {}
+        for axes, (model, some) in zip(panels, told.items(), strict=True):
+            for kind, (colour, dash) in LINES.items():
+                known = [(x, label, made[kind]) for x, label, made in some if kind in made]
+                [line] = axes.plot(
+                    [x for x, _, _ in known], [100 * (bar.kept.value or 0) for _, _, bar in known],
+                    color=colour, linestyle=dash, marker="o", markersize=4, linewidth=1.8,
+                    label=kind,
+                )  # fmt: skip
+                if known:
+                    handles.setdefault(kind, line)
+                tips.add(line, f"{model}, {kind}: " + ", ".join(
+                    f"{label} {words.with_span(bar.kept)} %" for _, label, bar in known
+                ))  # fmt: skip
+            axes.set_xticks([x for x, _, _ in some])
+            axes.set_xticklabels([label for _, label, _ in some])
+            axes.grid()
+            axes.tick_params(length=0, labelcolor=MUTED)
+            axes.set_title(model)
+            axes.set_xlabel(below)
+        panels[0].set_ylabel("abilities left, %")
+        legend(picture, list(handles.values()))
+        put_title(picture, title, titled)
+        return picture
+
+    return Drawing(
+        name, title, "Mean over abilities, in percent of the whole model's.",
+        f"Lines of {words.listed(list(LINES))} for {words.listed(list(told))}.", draw, tips,
+    )  # fmt: skip
+
+
+def _distance(first: dict[str, ConditionAnalysis]) -> Drawing | None:
+    points = {
+        model: [
+            (one, far) for one in found.ranking
+            if one.total.value is not None and (far := one.distance.get("kl", {}).get(TOTAL))
+        ]
+        for model, found in first.items()
+    }  # fmt: skip
+    points = {model: told for model, told in points.items() if len(told) > 2}
+    if not points:
+        return None
+    tips = Tips()
+
+    def draw(titled: bool) -> Any:
+        tips.clear()
+        picture = new_figure(WIDTH, 3.2 + 0.3 * titled)
+        panels = picture.subplots(1, len(points), sharey=True, squeeze=False).ravel()
+        for axes, (model, told) in zip(panels, points.items(), strict=True):
+            for one, far in told:
+                [dot] = axes.plot([far], [100 * (one.total.value or 0)], marker="o", markersize=6,
+                                  color=STRATEGY_COLOURS[one.strategy], linestyle="none",
+                                  markeredgewidth=0)  # fmt: skip
+                tips.add(dot, f"{model}, {one.calibration}: {words.with_span(one.total)} %")
+            axes.set_title(model)
+            axes.grid()
+            axes.tick_params(length=0, labelcolor=MUTED)
+            axes.set_xlabel("how far its predictions moved")
+        panels[0].set_ylabel("abilities left, %")
+        put_title(picture, "What is left, and how far predictions moved", titled)
+        return picture
+
+    return Drawing(
+        "brief-distance", "What is left, and how far predictions moved",
+        "Each dot is a calibration text: how far the pruned model's predictions on held-out text "
+        "moved from the whole model's (KL divergence in nats a token), and what is left.",
+        f"Dots of calibration sets for {words.listed(list(points))}.", draw, tips,
+    )  # fmt: skip

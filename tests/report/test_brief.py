@@ -1,0 +1,109 @@
+"""The page to pass on: plain words, what can be drawn, nothing that the study does not hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from calmix.analysis import Analysis, Settings, analyse
+from calmix.analysis.cells import TOTAL
+from calmix.report import summarise
+from calmix.report.brief import BEST, MEAN, MIXED, WORST, WROTE, bars, brief
+from calmix.study.results import StudyResults
+from tests.browser import WIDTHS, Page, needs_chromium, readable
+from tests.synthetic import Plan, study
+
+LIFTS = {"mix-4": ("mix", 0.1), "mix-8": ("mix", 0.2), "igsp": ("igsp", 0.15),
+         "sgs": ("sgs", 0.0)}  # fmt: skip
+CONDITIONS = [("sparsegpt", "50%"), ("sparsegpt", "60%"), ("admm", "60%")]
+SOURCES = ("a", "b", "c", "d")
+
+
+def two_models() -> StudyResults:
+    one = study(Plan(sources=SOURCES, conditions=CONDITIONS, others=LIFTS, seeds=(0,)))
+    more = [
+        trial.model_copy(update={"model": "other", "id": f"other-{trial.id}"})
+        for trial in one.trials
+    ]
+    return study(Plan(), trials=(*one.trials, *more), planned=2 * len(more))
+
+
+def of(results: StudyResults) -> tuple[Analysis, str]:
+    found = analyse(results, Settings(permutations=99, resamples=50))
+    return found, brief(results, found, summarise(found))
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Analysis, str]:
+    return of(two_models())
+
+
+def test_what_stands_for_a_kind_is_its_best_and_its_worst_source(
+    made: tuple[Analysis, str],
+) -> None:
+    found = made[0].conditions[0]
+    told = {bar.kind: bar for bar in bars(found)}
+    assert list(told) == [MIXED, WROTE, BEST, MEAN, WORST]
+    assert (told[MIXED].name, told[WROTE].name) == ("mix-8", "igsp")
+    singles = [one for one in found.ranking if one.strategy == "single"]
+    assert told[BEST].kept == singles[0].shrunken
+    assert told[WORST].kept == singles[-1].total
+    mean = sum(one.total.value or 0 for one in singles) / len(singles)
+    assert told[MEAN].kept.value == pytest.approx(mean)
+    low, high = told[MEAN].kept.low, told[MEAN].kept.high
+    assert low is not None
+    assert high is not None
+    assert low < mean < high
+
+
+def test_it_says_first_what_is_left_without_terms(made: tuple[Analysis, str]) -> None:
+    found, page = made
+    lead = page[page.index('<p class="lead">') : page.index("</header>")]
+    for model in ("builtin:smollm2-135m", "other"):
+        top = next(
+            each for each in found.conditions
+            if each.condition.model == model and each.condition.label.startswith("SparseGPT 60%")
+        ).ranking[0]  # fmt: skip
+        assert f"With 60\N{NO-BREAK SPACE}% of its weights set to zero, {model} keeps" in lead
+        assert f"{100 * (top.total.value or 0):.1f}\N{NO-BREAK SPACE}% on a mix of sources" in lead
+    assert not re.search(r"retention|rho|SparseGPT|shrunken|bootstrap|p-value", lead, re.I)
+
+
+def test_five_figures_of_both_models_and_all_the_claims(made: tuple[Analysis, str]) -> None:
+    found, page = made
+    names = re.findall(r'aria-labelledby="([\w-]+)-title', page)
+    assert names == [f"brief-{name}" for name in
+                     ("left", "abilities", "sparser", "better", "distance")]  # fmt: skip
+    for claim in summarise(found).claims:
+        assert f"<h3>{claim.text}</h3>" in page
+    assert "nan" not in page.lower().split()
+    links = re.findall(r'(?:src|href)="([^"#]*)"', page)
+    assert set(links) <= {"report.html", "data:,"}
+    assert len(page) < 200_000
+    assert "planned runs" not in page
+
+
+def test_what_a_study_does_not_have_is_left_out() -> None:
+    _, page = of(study(Plan(sources=SOURCES[:1], seeds=(0,))))
+    assert "<figure>" not in page
+    assert "The claims" not in page
+    few = study(Plan(sources=SOURCES, seeds=(0,), others={"mix-8": ("mix", 0.2)}), planned=99)
+    _, page = of(few)
+    names = re.findall(r'aria-labelledby="brief-(\w+)-title', page)
+    assert names == ["left", "abilities", "distance"]
+    assert "5 of 99 planned runs are done" in page
+    assert WROTE not in page
+    far = [one.model_copy(update={"distance": None}) for one in few.trials]
+    _, page = of(few.model_copy(update={"trials": tuple(far)}))
+    assert re.findall(r'aria-labelledby="brief-(\w+)-title', page) == ["left", "abilities"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", WIDTHS[:1] + WIDTHS[-1:])
+def test_it_is_readable(page: Page, made: tuple[Analysis, str], tmp_path: Path, width: int) -> None:
+    (tmp_path / "brief.html").write_text(made[1], encoding="utf-8")
+    page.open(tmp_path / "brief.html", width=width)
+    readable(page, width, figures=5, texts=100)
+    assert TOTAL in made[1]
