@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from calmix.capability.texts import builtin_readers
 from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
 from calmix.files import user_path
 from calmix.pruning.allocation import SPREAD
+from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import planned
 from calmix.pruning.methods import get_method
 from calmix.recovery.memory import check_memory
@@ -57,10 +58,7 @@ def sizes_of(asked: Request) -> Sizes:
 def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine) -> list[Taken]:
     """Return what every stage will take on a machine, in order."""
     effort = EFFORTS[asked.effort]
-    rows, length = effort.rows, asked.length
-    if asked.saved:
-        held = CalibrationSet.open(user_path(asked.calibration))
-        rows, length = held.rows, held.length
+    rows, length = _drawn(asked)
     suite = choose(asked.suite, quick=effort.quick)
     work = suite_work(suite)
     texts = TEXT_ROWS * TEXT_LENGTH * sum(name in builtin_readers() for name in suite.dimensions)
@@ -80,11 +78,12 @@ def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine
             seconds += cost.files_seconds(sizes)
             memory, disk = cost.peak_memory(sizes, rows, length, METHOD, machine.device), weights
         elif verb == "recover":
-            way = stage.arguments[stage.arguments.index("--method") + 1]
+            way = _way(stage)
             epochs = effort.epochs if stage.leaves == "model" else RECOVERIES[way][0]
             seconds = cost.recover_seconds(sizes, rows, length, way, epochs, BATCH, machine)
             seconds += cost.files_seconds(sizes)
-            memory, disk = cost.recover_memory(sizes, length, way, BATCH), weights
+            most = None if asked.max_memory is None else parse_memory(asked.max_memory)
+            memory, disk = _recover_memory(sizes, length, way, BATCH, most), weights
         elif verb == "evaluate":
             seconds = 2 * cost.suite_seconds(sizes, work, machine)
             seconds += cost.distance_seconds(sizes, texts, machine)
@@ -149,12 +148,43 @@ def estimate_prune(
             how = recovery.method, recovery.epochs, recovery.batch
             seconds = cost.recover_seconds(sizes, rows, length, *how, machine)
             seconds += cost.files_seconds(sizes)
-            room = None if max_memory is None else max_memory - PROGRAM
-            memory = cost.recover_memory(sizes, length, recovery.method, recovery.batch, room)
-            check_memory(memory, int(PROGRAM), max_memory, 0)
+            memory = _recover_memory(sizes, length, recovery.method, recovery.batch, max_memory)
             stage = Stage(f"recover by {recovery.method}, {way}", (), None)
             found.append(Taken(stage, seconds, memory + PROGRAM, checkpoint))
     return [replace(found[0], seconds=found[0].seconds + cost.START), *found[1:]]
+
+
+def check_recoveries(asked: Request, listed: Sequence[Stage]) -> None:
+    """Refuse a compression whose recovery cannot stay within `--max-memory`, before its prune.
+
+    Raises:
+        InputError: it needs more.
+    """
+    ways = [_way(stage) for stage in listed if stage.arguments[0] == "recover"]
+    if ways and asked.max_memory is not None:
+        sizes, most = sizes_of(asked), parse_memory(asked.max_memory)
+        for way in ways:
+            _recover_memory(sizes, _drawn(asked)[1], way, BATCH, most)
+
+
+def _drawn(asked: Request) -> tuple[int, int]:
+    """Return rows and length of the calibration set."""
+    if asked.saved:
+        held = CalibrationSet.open(user_path(asked.calibration))
+        return held.rows, held.length
+    return EFFORTS[asked.effort].rows, asked.length
+
+
+def _way(stage: Stage) -> str:
+    return stage.arguments[stage.arguments.index("--method") + 1]
+
+
+def _recover_memory(sizes: Sizes, length: int, way: str, batch: int, most: int | None) -> int:
+    """Return the bytes a recovery takes beside the program; refuse more than `most` in all."""
+    room = None if most is None else most - PROGRAM
+    memory = cost.recover_memory(sizes, length, way, batch, room)
+    check_memory(memory, int(PROGRAM), most, 0)
+    return memory
 
 
 def size_of_set(text: str, draw: Mapping[str, Any]) -> tuple[int, int, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from calmix.compress.estimate import check_recoveries
 from calmix.compress.plan import MANIFEST, Request, Stage, stages
 from calmix.errors import InputError, disk_errors
 from calmix.files import (
@@ -67,10 +68,11 @@ def compress(
         CalmixError: `out` holds something else, another process works in it, or a stage refuses.
     """
     listed = stages(asked, out)
+    check_recoveries(asked, [stage for stage in listed if not _stands(stage, out)])
     with _claimed(asked, out, listed):
         seconds: dict[str, float] = {}
         for stage in listed:
-            kept = stage.leaves is not None and (out / stage.leaves).exists()
+            kept = _stands(stage, out)
             say(stage, kept)
             if kept:
                 continue
@@ -79,6 +81,10 @@ def compress(
             seconds[stage.name] = time.perf_counter() - began
             write_json(out / RUN, run_record(stage_seconds(out) | seconds))
     return seconds
+
+
+def _stands(stage: Stage, out: Path) -> bool:
+    return stage.leaves is not None and (out / stage.leaves).exists()
 
 
 def stage_seconds(out: Path) -> dict[str, float]:

@@ -155,6 +155,8 @@ def test_mistakes_are_one_line_before_any_work(
         ((*base, "--no-corpus", "--licence", "permissive"), "--licence has no effect"),
         ((*base, "--licence", "free"), "unknown licence 'free'"),
         ((*base, "--licence", "permissive", "--calibration", "books"), "is unstated"),
+        ((*base, "--calibration", text_file, "--max-memory", "0.5GiB"),
+         "0.50 GiB of memory are not enough: "),
         ((*base, "--effort", "quik"), "unknown effort 'quik': did you mean quick?"),
         ((*base, "--sparsity", 1.5), "sparsity 1.5 is not between"),
         ((*base, "--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
