@@ -71,6 +71,11 @@ class Estimate:
         )  # fmt: skip
 
     @property
+    def clear(self) -> bool:
+        """Whether the interval of a difference is known and leaves 0 out."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    @property
     def sure(self) -> float | None:
         """Probability of a difference above 0, for other items and draws; None untested."""
         if self.p is None or self.value is None:

@@ -67,17 +67,14 @@ class Claim:
 def claims(analysis: Analysis) -> list[Claim]:
     """Return the claims that this study can say anything of."""
     found = analysis.conditions
+    compared = [
+        (text, [_compared(each, left, right) for each in found]) for text, left, right in COMPARED
+    ]
     made = [
-        *(
-            (text, [_compared(each, left, right) for each in found])
-            for text, left, right in COMPARED[:2]
-        ),
+        *compared[:2],
         (f"A mix keeps more than {analysis.settings.default}",
          [_over_default(analysis, each) for each in found]),
-        *(
-            (text, [_compared(each, left, right) for each in found])
-            for text, left, right in COMPARED[2:]
-        ),
+        *compared[2:],
         ("Dimensions are far apart where the total is close", [_cancelled(each) for each in found]),
         ("A metric of the text raises one dimension and lowers another",
          [_pulled(each, "sources") for each in found]),
@@ -114,10 +111,6 @@ def _sign(gap: Estimate, found: bool) -> int:
     return 0 if not found or not gap.value else 1 if gap.value > 0 else -1
 
 
-def _clear(gap: Estimate) -> bool:
-    return gap.low is not None and gap.high is not None and not gap.low <= 0 <= gap.high
-
-
 def _gap(name: str, gap: Estimate) -> str:
     return f"{name} {words.points(gap.value)} {words.span(gap.low, gap.high)}".rstrip()
 
@@ -147,7 +140,9 @@ def _compared(each: ConditionAnalysis, left: str, right: str) -> Told | None:
     made = dict(zip(each.cells.sets, each.cells.strategies, strict=True))
 
     def names(contender: str, wanted: str) -> bool:
-        return contender.startswith(wanted) or made.get(contender) == wanted
+        if wanted in (BEST, SINGLES):
+            return contender.startswith(wanted)
+        return made.get(contender) == wanted
 
     gaps = []
     for one in each.differences:
@@ -168,7 +163,7 @@ def _over_default(analysis: Analysis, each: ConditionAnalysis) -> Told | None:
     return _told(
         each,
         [
-            Gap(one.calibration, one.default, one.gap, _clear(one.gap))
+            Gap(one.calibration, one.default, one.gap, one.gap.clear)
             for one in analysis.margins
             if one.condition == each.condition.label
             and one.quantity == TOTAL
@@ -226,6 +221,6 @@ def _grown(analysis: Analysis) -> list[Told | None]:
         if own:
             ends = [f"{100 * share:g} %" for share in own[0].sparsities]
             because = "; ".join(_gap(one.calibration, one.gap) for one in own)
-            verdict = _verdict(_sign(one.gap, _clear(one.gap)) for one in own)
+            verdict = _verdict(_sign(one.gap, one.gap.clear) for one in own)
             told.append(Told(series, verdict, f"{ends[0]} to {ends[-1]}: {because}"))
     return told

@@ -333,8 +333,7 @@ def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
         for one in own:
             gap = one.gap
             told = f"{one.calibration} {words.points(gap.value)} {words.span(gap.low, gap.high)}"
-            clear = gap.low is not None and gap.high is not None and not gap.low <= 0 <= gap.high
-            (certain if clear else open_).append(told.strip())
+            (certain if gap.clear else open_).append(told.strip())
         if not own:
             continue
         first, last = (
