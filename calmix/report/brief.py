@@ -226,7 +226,7 @@ def _better(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing 
         ]  # fmt: skip
         ways.sort(key=lambda each: each.ranking[0].total.value or 0.0)
         points[model] = [
-            (float(at), each.condition.series.partition(",")[0], each)
+            (float(at), each.condition.series.replace(f", {model}", ""), each)
             for at, each in enumerate(ways)
         ]
     return _curves("brief-better", "What is left by method", points, "")
