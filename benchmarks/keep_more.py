@@ -11,6 +11,7 @@ table grows over runs and machines, and `--draws 0` prints what there is. Ways:
     sparsegpt, refit        SparseGPT, and with 10 steps of refit behind it
     mask, admm              ADMM's mask without and with its refit
     blocks, distill         the latter recovered, on the same rows
+    both                    by blocks, then by distillation
 
 `--readout FILE` is a Python file with `readout(folder) -> {dimension: {text: bits per byte}}`; kept
 is the mean over dimensions of the mean of dense over pruned. Without it the quick slice of the
@@ -41,8 +42,12 @@ MIX = (
     "python-stdlib,code-compiled,math-solutions,word-problems"
 )
 METHODS = {"sparsegpt": "sparsegpt", "refit": "sparsegpt,refit=10", "mask": "admm,refit=0"}
-WAYS = ("sparsegpt", "refit", "mask", "admm", "blocks", "distill")
-RECOVERIES = ("blocks", "distill")
+WAYS = ("sparsegpt", "refit", "mask", "admm", "blocks", "distill", "both")
+AFTER = {
+    "blocks": ("admm", "blocks"),
+    "distill": ("admm", "distill"),
+    "both": ("blocks", "distill"),
+}
 
 
 def request(way: str, target: str, calibration: str, rows: int, seed: int) -> Any:
@@ -57,35 +62,28 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
-def make(options: argparse.Namespace, cell: dict[str, Any], text: str, folder: Path) -> Any:
-    """Make the checkpoint of a cell in `folder`; return output error and processor's seconds."""
-    began = spent()
-    base = folder if cell["way"] not in RECOVERIES else options.output / "admm"
-    if base == folder or not _made(base, cell):
-        way = cell["way"] if base == folder else "admm"
+def make(options: argparse.Namespace, cell: dict[str, Any], text: str) -> dict[str, Any]:
+    """Make the checkpoint of a cell in its way's folder; return what is noted of it."""
+    way, folder = cell["way"], options.output / cell["way"]
+    file = folder / "keep_more.json"
+    of = [cell[key] for key in ("model", "calibration", "target", "draw", "rows")]
+    if file.is_file() and (note := json.loads(file.read_text(encoding="utf-8")))["of"] == of:
+        return dict(note)
+    if way not in AFTER:
+        began = spent()
         how = request(way, cell["target"], text, cell["rows"], cell["draw"])
-        (report,) = prune_checkpoints(cell["model"], {base: how}, overwrite=True)
-        note = {
-            "of": [cell[key] for key in ("model", "calibration", "target", "draw", "rows")],
-            "error": float(np.mean([layer.error or 0 for layer in report.layers])),
-            "seconds": spent() - began,
-        }
-        (base / "keep_more.json").write_text(json.dumps(note), encoding="utf-8")
-    note = json.loads((base / "keep_more.json").read_text(encoding="utf-8"))
-    if base == folder:
-        return note["error"], note["seconds"]
-    began = spent()
-    again = recover_request(
-        method=cell["way"], calibration=text, rows=cell["rows"], seed=cell["draw"]
-    )
-    recover(str(base), cell["model"], again, folder, overwrite=True)
-    return note["error"], note["seconds"] + spent() - began
-
-
-def _made(base: Path, cell: dict[str, Any]) -> bool:
-    file = base / "keep_more.json"
-    wanted = [cell[key] for key in ("model", "calibration", "target", "draw", "rows")]
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["of"] == wanted
+        (report,) = prune_checkpoints(cell["model"], {folder: how}, overwrite=True)
+        error = float(np.mean([layer.error or 0 for layer in report.layers]))
+        note = {"of": of, "error": error, "seconds": spent() - began}
+    else:
+        before, method = AFTER[way]
+        note = make(options, cell | {"way": before}, text)
+        began = spent()
+        how = recover_request(method=method, calibration=text, rows=cell["rows"], seed=cell["draw"])
+        recover(str(options.output / before), cell["model"], how, folder, overwrite=True)
+        note["seconds"] += spent() - began
+    file.write_text(json.dumps(note), encoding="utf-8")
+    return note
 
 
 def read(records: Path) -> list[dict[str, Any]]:
@@ -152,19 +150,18 @@ def main() -> None:
                         }  # fmt: skip
                         if any(cell.items() <= one.items() for one in read(options.records)):
                             continue
-                        folder = options.output / way
-                        error, seconds = make(options, cell, text, folder)
-                        kept = readout.kept(resolve_model(model), folder)
+                        note = make(options, cell, text)
+                        kept = readout.kept(resolve_model(model), options.output / way)
                         one = cell | {
                             "kept": {key: round(value, 3) for key, value in kept.items()},
-                            "error": round(error, 6), "cpu_seconds": round(seconds, 1),
+                            "error": round(note["error"], 6),
+                            "cpu_seconds": round(note["seconds"], 1),
                         }  # fmt: skip
                         with options.records.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(one | made_by) + "\n")
                         print(f"{cell}: {kept['total']:.1f}", flush=True)
     for way in WAYS:
-        if way != "admm":
-            shutil.rmtree(options.output / way, ignore_errors=True)
+        shutil.rmtree(options.output / way, ignore_errors=True)
     if records := read(options.records):
         table(records)
 
