@@ -95,7 +95,9 @@ class Readout:
             kept = found.retention(before, measure="ratio", resamples=2)
             made = {one.name: 100 * (one.kept.value or 0) for one in kept.dimensions}
         else:
-            before = self._dense.setdefault(key, self._read(dense))
+            if key not in self._dense:
+                self._dense[key] = self._read(dense)
+            before = self._dense[key]
             bits = self._read(pruned)
             made = {
                 name: 100 * float(np.mean([texts[t] / bits[name][t] for t in texts]))
