@@ -101,7 +101,7 @@ def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[6:14])
+    few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[6:14], others={})
     results = study(few)
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
