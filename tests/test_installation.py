@@ -63,11 +63,10 @@ import calmix
 from calmix.cli import app
 assert calmix.__file__.startswith(sys.argv[2]), calmix.__file__
 for arguments in (
-    ["prune", sys.argv[1], "-o", "out", "--method", "magnitude", "--sparsity", "0.5"],
-    ["inspect", "out"], ["suites", "show", "smoke"], ["sources", "ls"], ["models", "ls"],
-    ["evaluate", "out", "--suite", sys.argv[4], "--against", sys.argv[1], "-o", "scores.json"],
+    ["suites", "show", "smoke"], ["sources", "ls"], ["models", "ls"],
     ["compress", sys.argv[1], "-o", "all", "--effort", "quick", "--calibration", sys.argv[3],
-     "--suite", sys.argv[4]],
+     "--suite", sys.argv[4]],  # prune, recover, evaluate, answer and report
+    ["inspect", "all/model"],
 ):
     assert not app(arguments, standalone_mode=False), arguments
 assert "<style>" in Path("all/card.html").read_text(encoding="utf-8")
