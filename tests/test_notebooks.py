@@ -69,6 +69,7 @@ def test_a_model_compressed_on_its_own_text(ran: Ran, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long  # a quarter of a minute, most of it a kernel's imports
 def test_two_sets_compared_and_a_mix_built(ran: Ran, tmp_path: Path) -> None:
     told = ran(
         "compare-sets.ipynb",
