@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,7 +316,8 @@ def registry_of(task: str) -> Any:
     """Return a registry with a task: of all, thousands of files, only if none is of its name."""
     import lm_eval.tasks
 
-    for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob(f"{glob.escape(task)}.yaml")):
+    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
+    for file in sorted(file for file in files if file.stem == task):
         if task in registry(file.parent).all_subtasks:
             return registry(file.parent)
     found = registry()

@@ -121,6 +121,9 @@ def test_an_unknown_task_of_the_harness_is_one_line() -> None:
     )
     with pytest.raises(InputError, match=r"task x: .* has no task 'helaswag': did you mean"):
         build_tasks(parse_suite(text, "suite"))
+    for name in ("/etc/passwd", "../tasks/piqa/piqa", "**"):
+        with pytest.raises(InputError, match="has no task"):
+            build_tasks(parse_suite(text.replace("helaswag", f"'{name}'"), "suite"))
 
 
 def test_tasks_of_suites_are_in_the_harness_registry() -> None:
