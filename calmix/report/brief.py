@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from calmix.analysis.differences import SINGLES, mean_of
 from calmix.report import words
 from calmix.report.drawing import INK, MUTED, STRATEGY_COLOURS, Drawing, new_figure
 from calmix.report.figures import WIDTH, Tips, heat_map, legend, put_title, whisker
+from calmix.report.page import certainty
 from calmix.report.parts import escape, figure, shell
 from calmix.report.summary import Summary, main_condition
 from calmix.study.results import StudyResults
@@ -29,8 +31,6 @@ LINES: dict[str, tuple[str, Any]] = {
     BEST: (INK, "-"),
     MEAN: (STRATEGY_COLOURS["single"], (0, (5, 2))),
 }
-
-
 Points = dict[str, list[tuple[float, str, ConditionAnalysis]]]  # by model: place, label, condition
 
 
@@ -112,7 +112,6 @@ def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
         + "</ul>"
         for claim in summary.claims
     )
-    sure = "".join(f"<li>{escape(words.held(line))}</li>" for line in summary.certainty)
     return shell(
         f"{results.name} · in short",
         header,
@@ -121,15 +120,11 @@ def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
             f'<section><h2>The claims</h2><div class="panel">{told}</div></section>'
             if told
             else "",
-            f'<section><h2>How sure this is</h2><div class="panel"><ul>{sure}</ul></div></section>',
+            certainty(summary),
         ],
         'All figures and tables: <a href="report.html">report.html</a>. Written by calmix from the '
         "study's results; what each number means: docs/analysis.md.",
     )
-
-
-def _panel(inside: str) -> str:
-    return f'<div class="panel">{inside}</div>'
 
 
 def _cut(found: ConditionAnalysis) -> str:
@@ -244,8 +239,7 @@ def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None
 
     def draw(titled: bool) -> Any:
         tips.clear()
-        picture = new_figure(WIDTH, 3.4 + 0.3 * titled)
-        panels = picture.subplots(1, len(told), sharey=True, squeeze=False).ravel()
+        picture, panels = _side_by_side(list(told), 3.4, below, title, titled)
         handles: dict[str, Any] = {}
         for axes, (model, some) in zip(panels, told.items(), strict=True):
             for kind, (colour, dash) in LINES.items():
@@ -262,19 +256,29 @@ def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None
                 ))  # fmt: skip
             axes.set_xticks([x for x, _, _ in some])
             axes.set_xticklabels([label for _, label, _ in some])
-            axes.grid()
-            axes.tick_params(length=0, labelcolor=MUTED)
-            axes.set_title(model)
-            axes.set_xlabel(below)
-        panels[0].set_ylabel("abilities left, %")
         legend(picture, list(handles.values()))
-        put_title(picture, title, titled)
         return picture
 
     return Drawing(
         name, title, "Mean over abilities, in percent of the whole model's.",
         f"Lines of {words.listed(list(LINES))} for {words.listed(list(told))}.", draw, tips,
     )  # fmt: skip
+
+
+def _side_by_side(
+    models: Sequence[str], height: float, below: str, title: str, titled: bool
+) -> tuple[Any, Any]:
+    """Return a figure of what is left, and its empty panels, one a model."""
+    picture = new_figure(WIDTH, height + 0.3 * titled)
+    panels = picture.subplots(1, len(models), sharey=True, squeeze=False).ravel()
+    for axes, model in zip(panels, models, strict=True):
+        axes.set_title(model)
+        axes.grid()
+        axes.tick_params(length=0, labelcolor=MUTED)
+        axes.set_xlabel(below)
+    panels[0].set_ylabel("abilities left, %")
+    put_title(picture, title, titled)
+    return picture, panels
 
 
 def _distance(first: dict[str, ConditionAnalysis]) -> Drawing | None:
@@ -288,28 +292,23 @@ def _distance(first: dict[str, ConditionAnalysis]) -> Drawing | None:
     points = {model: told for model, told in points.items() if len(told) > 2}
     if not points:
         return None
-    tips = Tips()
+    title, tips = "What is left, and how far predictions moved", Tips()
 
     def draw(titled: bool) -> Any:
         tips.clear()
-        picture = new_figure(WIDTH, 3.2 + 0.3 * titled)
-        panels = picture.subplots(1, len(points), sharey=True, squeeze=False).ravel()
+        picture, panels = _side_by_side(
+            list(points), 3.2, "how far its predictions moved", title, titled
+        )
         for axes, (model, told) in zip(panels, points.items(), strict=True):
             for one, far in told:
                 [dot] = axes.plot([far], [100 * (one.total.value or 0)], marker="o", markersize=6,
                                   color=STRATEGY_COLOURS[one.strategy], linestyle="none",
                                   markeredgewidth=0)  # fmt: skip
                 tips.add(dot, f"{model}, {one.calibration}: {words.with_span(one.total)} %")
-            axes.set_title(model)
-            axes.grid()
-            axes.tick_params(length=0, labelcolor=MUTED)
-            axes.set_xlabel("how far its predictions moved")
-        panels[0].set_ylabel("abilities left, %")
-        put_title(picture, "What is left, and how far predictions moved", titled)
         return picture
 
     return Drawing(
-        "brief-distance", "What is left, and how far predictions moved",
+        "brief-distance", title,
         "Each dot is a calibration text: how far the pruned model's predictions on held-out text "
         "moved from the whole model's (KL divergence in nats a token), and what is left.",
         f"Dots of calibration sets for {words.listed(list(points))}.", draw, tips,

@@ -111,10 +111,6 @@ def _sign(gap: Estimate, found: bool) -> int:
     return 0 if not found or not gap.value else 1 if gap.value > 0 else -1
 
 
-def _gap(name: str, gap: Estimate) -> str:
-    return f"{name} {words.points(gap.value)} {words.span(gap.low, gap.high)}".rstrip()
-
-
 def _drawn(each: ConditionAnalysis, names: Iterable[str]) -> str:
     """Say how often sets were drawn."""
     counts = Counter(each.cells.sets[at] for at, _ in each.cells.trials)
@@ -126,7 +122,8 @@ def _told(each: ConditionAnalysis, gaps: Sequence[Gap]) -> Told | None:
         return None
     single = SINGLES in {one.theirs for one in gaps}
     because = [
-        _gap(one.ours if single else f"{one.ours} over {one.theirs}", one.gap) for one in gaps
+        f"{one.ours if single else f'{one.ours} over {one.theirs}'} {words.with_points(one.gap)}"
+        for one in gaps
     ]
     names = [name for one in gaps for name in (one.ours, one.theirs) if name in each.cells.sets]
     because.append(_drawn(each, names))
@@ -220,7 +217,7 @@ def _grown(analysis: Analysis) -> list[Told | None]:
         ]  # fmt: skip
         if own:
             ends = [f"{100 * share:g} %" for share in own[0].sparsities]
-            because = "; ".join(_gap(one.calibration, one.gap) for one in own)
+            because = "; ".join(f"{one.calibration} {words.with_points(one.gap)}" for one in own)
             verdict = _verdict(_sign(one.gap, one.gap.clear) for one in own)
             told.append(Told(series, verdict, f"{ends[0]} to {ends[-1]}: {because}"))
     return told

@@ -606,8 +606,7 @@ def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -
     lines = _lines(series)
     tips = Tips()
     quantities = (TOTAL, *analysis.dimensions)
-    first = series[0].condition
-    method = first.label.replace(f" {first.pattern}", "")
+    method = series[0].condition.series
     gains = [
         one for one in analysis.margins
         if one.condition in {cells.condition.label for cells in series}

@@ -54,7 +54,7 @@ def page(
             ),
             _across(analysis, summary.across, across),
             _claims(summary),
-            _certainty(summary),
+            certainty(summary),
             _behind(results, analysis),
         ],
         "Written by calmix from the study's results. What each number means, and which "
@@ -169,7 +169,7 @@ def _short(summary: Summary) -> str:
     return f'<section><h2>In short</h2><div class="panel"><ul>{items}</ul></div></section>'
 
 
-def _certainty(summary: Summary) -> str:
+def certainty(summary: Summary) -> str:
     items = "".join(f"<li>{escape(words.held(line))}</li>" for line in summary.certainty)
     return f'<section><h2>How sure this is</h2><div class="panel"><ul>{items}</ul></div></section>'
 

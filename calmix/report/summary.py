@@ -195,8 +195,7 @@ def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> N
             ahead = (one.gap.value or 0) > 0
             drawn = one.draw_p_corrected is not None and one.draw_p_corrected <= ALPHA
             key = ("more" if ahead else "less") if one.significant else "these" if drawn else "none"
-            ends = words.span(one.gap.low, one.gap.high)
-            told[key].append(f"{one.left} ({f'{words.points(one.gap.value)} {ends}'.strip()})")
+            told[key].append(f"{one.left} ({words.with_points(one.gap)})")
         for key in ("more", "less"):
             if names := told[key]:
                 verb = "keeps" if len(names) == 1 else "keep"
@@ -331,9 +330,8 @@ def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
         open_: list[str] = []
         own = [one for one in analysis.growths if (one.series, one.quantity) == (series, TOTAL)]
         for one in own:
-            gap = one.gap
-            told = f"{one.calibration} {words.points(gap.value)} {words.span(gap.low, gap.high)}"
-            (certain if gap.clear else open_).append(told.strip())
+            told = f"{one.calibration} {words.with_points(one.gap)}"
+            (certain if one.gap.clear else open_).append(told)
         if not own:
             continue
         first, last = (

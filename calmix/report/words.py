@@ -85,6 +85,11 @@ def with_span(one: Estimate) -> str:
     return f"{percent(one.value)} {span(one.low, one.high)}".strip()
 
 
+def with_points(one: Estimate) -> str:
+    """Return a difference in percentage points with its interval."""
+    return f"{points(one.value)} {span(one.low, one.high)}".strip()
+
+
 def rho(value: float | None) -> str:
     """Return a correlation with its sign and two decimals."""
     if value is None:
