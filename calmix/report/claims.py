@@ -133,13 +133,16 @@ def _told(each: ConditionAnalysis, gaps: Sequence[Gap]) -> Told | None:
     return Told(each.condition.label, verdict, "; ".join(because))
 
 
-def _compared(each: ConditionAnalysis, left: str, right: str) -> Told | None:
-    made = dict(zip(each.cells.sets, each.cells.strategies, strict=True))
+def _made(each: ConditionAnalysis, how: str) -> set[str]:
+    """Return the sets that were made in one way."""
+    return {each.cells.sets[at] for at in each.cells.of(how)}
 
+
+def _compared(each: ConditionAnalysis, left: str, right: str) -> Told | None:
     def names(contender: str, wanted: str) -> bool:
         if wanted in (BEST, SINGLES):
             return contender.startswith(wanted)
-        return made.get(contender) == wanted
+        return contender in _made(each, wanted)
 
     gaps = []
     for one in each.differences:
@@ -156,7 +159,7 @@ def _compared(each: ConditionAnalysis, left: str, right: str) -> Told | None:
 def _over_default(analysis: Analysis, each: ConditionAnalysis) -> Told | None:
     if analysis.settings.default is None:
         return None
-    made = dict(zip(each.cells.sets, each.cells.strategies, strict=True))
+    mixes = _made(each, "mix")
     return _told(
         each,
         [
@@ -164,7 +167,7 @@ def _over_default(analysis: Analysis, each: ConditionAnalysis) -> Told | None:
             for one in analysis.margins
             if one.condition == each.condition.label
             and one.quantity == TOTAL
-            and made.get(one.calibration) == "mix"
+            and one.calibration in mixes
         ],
     )
 
@@ -208,8 +211,7 @@ def _grown(analysis: Analysis) -> list[Told | None]:
             name
             for each in analysis.conditions
             if each.condition.series == series
-            for name, how in zip(each.cells.sets, each.cells.strategies, strict=True)
-            if how == "mix"
+            for name in _made(each, "mix")
         }
         own = [
             one for one in analysis.growths
