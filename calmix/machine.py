@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
 WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
+CACHED_VALUES = 2**18  # float32 values that stay in the cache of one core: 1 MiB
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 
@@ -44,6 +45,13 @@ def cores() -> int:
 def tokens_at_once(device: torch.device) -> int:
     """Return how many tokens run through a block at a time where nothing else is asked for."""
     return MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS
+
+
+def values_at_once(device: torch.device) -> int:
+    """Return how many float32 values are worked on at a time, one operation after another."""
+    import torch
+
+    return CACHED_VALUES * torch.get_num_threads() if device.type == "cpu" else 2**31
 
 
 def _memory() -> Iterator[tuple[int, int]]:

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.capability.likelihood import decoder_and_head, hidden_states, logit_settings
+from calmix.capability.likelihood import (
+    Head,
+    decoder_and_head,
+    divergences,
+    hidden_states,
+    in_cache,
+    logit_settings,
+)
 from calmix.capability.measures import Array
 from calmix.capability.records import TaskScores
 from calmix.capability.retention import (
@@ -228,10 +235,11 @@ def distance(
                 states.flatten(0, 1).split(POSITIONS),
                 strict=True,
             )
-            for old, new in pairs:
-                kl, same = _compare(before(old), after(new))
-                divergence.append(kl)
-                agree.append(same)
+            for products in ((before.product(old), after.product(new)) for old, new in pairs):
+                for old, new in zip(*map(in_cache, products), strict=True):
+                    kl, same = _compare(before.logits(old), after.logits(new))
+                    divergence.append(kl)
+                    agree.append(same)
             tick(stop - start)
             start = stop
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
@@ -249,12 +257,8 @@ def _compare(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         before, after: float32 logits, shape (positions, vocabulary); both are overwritten.
     """
-    apart = before - after
-    (top, first), (peak, best) = before.max(-1), after.max(-1)
-    p, q = before.sub_(top[:, None]).exp_(), after.sub_(peak[:, None]).exp_()
-    whole = p.sum(-1)
-    kl = torch.linalg.vecdot(p, apart) / whole + (q.sum(-1).log() + peak) - (whole.log() + top)
-    return kl.clamp_min(0), first == best  # rounding may leave it a hair below
+    same = before.argmax(-1) == after.argmax(-1)
+    return divergences(before, after), same
 
 
 def _summary(kls: Array, agree: Tensor, draws: Array) -> Distance:
@@ -297,9 +301,7 @@ def _check(opened: OpenModel, reference: Reference, texts: Texts) -> None:
         )
 
 
-def _dense_head(
-    name: str, reference: Reference, dense: Callable[[], OpenModel] | None
-) -> Callable[[Tensor], Tensor]:
+def _dense_head(name: str, reference: Reference, dense: Callable[[], OpenModel] | None) -> Head:
     if dense is None:
         raise InputError(f"{name} has another output head than the dense model, which is needed")
     model = dense().model

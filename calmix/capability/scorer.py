@@ -24,7 +24,12 @@ from lm_eval.models.utils import (
 )
 from torch import Tensor
 
-from calmix.capability.likelihood import HEAD_TOKENS, decoder_and_head
+from calmix.capability.likelihood import (
+    HEAD_TOKENS,
+    Head,
+    decoder_and_head,
+    peaks_and_sums,
+)
 from calmix.capability.packing import Row, Run, Scored, Target, plan
 from calmix.errors import InputError, ModelError
 from calmix.models import OpenModel
@@ -72,12 +77,12 @@ class Scorer(TemplateLM):
         self._progress = progress
         self._done = self._asked = 0
         self.truncated: Counter[str] = Counter()
-        self._decoder, self._logits = decoder_and_head(self.model)
+        self._decoder, self._head = decoder_and_head(self.model)
         self._device = next(self.model.parameters()).device
         self.max_length = opened.context or MAX_LENGTH
         self._window = attention_window(self.model)
         self._cache_key = cache_argument(self._decoder)
-        self.packed, self._head = self._probe()
+        self.packed, self._apart = self._probe()
 
     @property
     def eot_token_id(self) -> int:
@@ -238,7 +243,7 @@ class Scorer(TemplateLM):
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row.ids)
         ids = ids.to(self._device)
-        if self._head:
+        if self._apart:
             return self._decoder(input_ids=ids, use_cache=False)[0]
         return self.model(input_ids=ids, use_cache=False).logits
 
@@ -305,14 +310,16 @@ class Scorer(TemplateLM):
         states = hidden.flatten(0, 1)[distinct.to(device)]
         values = torch.empty(len(tokens), device=device)
         best = torch.empty(len(tokens), dtype=torch.bool, device=device)
+        head = self._head if self._apart else Head(lambda logits: logits)
         for at in range(0, len(states), HEAD_TOKENS):
-            part = states[at : at + HEAD_TOKENS]
-            logits = self._logits(part) if self._head else part.float()
+            product = head.product(states[at : at + HEAD_TOKENS])
             here = ((which >= at) & (which < at + HEAD_TOKENS)).nonzero().flatten()
             # Counted on the host, and sent at once: nothing waits for the device.
             line, token, here = torch.stack([which[here] - at, tokens[here], here]).to(device)
-            values[here] = logits[line, token] - logits.logsumexp(-1)[line]
-            best[here] = logits.argmax(-1)[line] == token
+            right = head.logits(product[line, token])
+            top, whole = peaks_and_sums(head, product)
+            values[here] = right - whole[line]
+            best[here] = top[line] == token
         return values.cpu(), best.cpu()
 
     @torch.inference_mode()
@@ -327,7 +334,7 @@ class Scorer(TemplateLM):
             batch = torch.tensor([ids], device=self._device)
             states = self._decoder(input_ids=batch, use_cache=False)[0]
             wanted = self.model(input_ids=batch, use_cache=False).logits.float()
-            if not close(self._logits(states), wanted, limit):
+            if not close(self._head(states), wanted, limit):
                 return False, False
             row, ends = Row(), []
             for number, line in enumerate(lines):  # one tree: 4 shared tokens are the prefix

@@ -519,11 +519,11 @@ def _distill(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     settings = Settings(request.epochs, request.lr, request.batch, job.plan.rows, job.seed)
     steps = len(steps_of(len(job.rows.training), request.batch, request.epochs, job.seed))
     shared = same_head(pair)
-    states, dense_logits = _dense_states(job, shared, kept.get("dense", {}))
+    states, dense_head = _dense_states(job, shared, kept.get("dense", {}))
     job.dense_sums = states.sums[states.side]
     type_name = str(job.dtype).removeprefix("torch.")
     model = open_model(pair.pruned.name, dtype=type_name, device=str(job.device), **job.how).model
-    student: Any = Student(model, find_blocks(model), dense_logits, recompute=job.plan.sparing)
+    student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)
     if getattr(accelerator, "is_fsdp2", False):
         # Accelerate shards a model only together with an optimiser; ours comes after.
         held = [p for p in student.parameters() if p.requires_grad]
@@ -577,7 +577,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
             folder.mkdir(exist_ok=True)
     job.wait()
     states = KeptStates(folder, [1] * len(ids), like)
-    logits = None
+    own_head = None
     if not (job.goes_on and shared):
         began = time.perf_counter()
         type_name = str(job.dtype).removeprefix("torch.")
@@ -585,7 +585,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
             pair.dense.name, dtype=type_name, device=str(job.device), **job.how
         ).model
         decoder, head = decoder_and_head(model)
-        logits = None if shared else head
+        own_head = None if shared else head
         rank = job.accelerator.process_index
         own = list(range(rank, len(ids), job.processes)) if not job.goes_on else []
         for part in grouped(own, job.plan.rows):
@@ -597,7 +597,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
         job.wait()
         job.seconds["dense"] = time.perf_counter() - began
     states.restore(sums, 1)
-    return states, logits
+    return states, own_head
 
 
 # Block by block

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calmix.capability.likelihood import decoder_and_head
+from calmix.capability.likelihood import Head, decoder_and_head
 from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
-from calmix.recovery.losses import Logits, divergence
+from calmix.recovery.losses import divergence
 from calmix.recovery.training import (
     Masters,
     Rows,
@@ -39,19 +39,19 @@ class Student(nn.Module):
     Args:
         model: causal language model in evaluation mode.
         found: its decoder blocks.
-        dense_logits: what the dense model's head does; None where the heads are the same.
+        dense_head: the dense model's output head; None where the heads are the same.
         recompute: whether blocks forget their activations and run anew on the way back: the same
             numbers in less memory and more time.
     """
 
     def __init__(
-        self, model: Any, found: DecoderBlocks, dense_logits: Logits | None, *, recompute: bool
+        self, model: Any, found: DecoderBlocks, dense_head: Head | None, *, recompute: bool
     ) -> None:
         super().__init__()
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self._forwards = decoder_and_head(model)
-        self._dense_logits = dense_logits
+        self._dense_head = dense_head
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         for name in trained_names(model, found):
             model.get_parameter(name).requires_grad_(True)
@@ -66,10 +66,10 @@ class Student(nn.Module):
             ids: token ids, shape (rows, length).
             target: what the dense model's head sees of them, shape (rows, length, width).
         """
-        decoder, logits = self._forwards
+        decoder, head = self._forwards
         hidden = decoder(input_ids=ids, use_cache=False)[0].flatten(0, 1)
-        dense_logits = self._dense_logits or logits
-        return divergence(hidden, target.flatten(0, 1), logits, dense_logits, self._vocabulary)
+        dense_head = self._dense_head or head
+        return divergence(hidden, target.flatten(0, 1), head, dense_head, self._vocabulary)
 
     def tie_weights(self) -> None:
         """Tie the model's weights again, once they have been moved."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 2**23  # logits of one model held at a time: 32 MiB in float32
+from calmix.capability.likelihood import Head, divergences, in_cache
 
-Logits = Callable[[Tensor], Tensor]
+CHUNK = 2**23  # logits of one model held at a time
+LEAST = 64  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
 
 
 class _Divergence(torch.autograd.Function):
@@ -18,7 +18,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, target: Tensor, logits: Logits, dense_logits: Logits, chunk: int
+        ctx: Any, hidden: Tensor, target: Tensor, head: Head, dense_head: Head, chunk: int
     ) -> Tensor:
         wanted = bool(ctx.needs_input_grad[0])
         gradient = torch.empty_like(hidden) if wanted else None
@@ -27,16 +27,21 @@ class _Divergence(torch.autograd.Function):
             part = slice(at, at + chunk)
             piece = hidden[part].detach().requires_grad_(wanted)
             with torch.no_grad():
-                log_p = dense_logits(target[part]).log_softmax(-1)
+                dense = dense_head.product(target[part])
             with torch.set_grad_enabled(wanted):
-                scores = logits(piece)
-            log_q = scores.detach().log_softmax(-1)
-            p = log_p.exp()
-            total += p.mul(log_p.sub_(log_q)).sum()
+                product = head.product(piece)
+            slopes: list[Tensor] = []
+            for theirs, ours in zip(in_cache(dense), in_cache(product.detach()), strict=True):
+                ours.requires_grad_(wanted)
+                with torch.set_grad_enabled(wanted):
+                    logits = head.logits(ours)
+                p, q = dense_head.logits(theirs), logits.detach()
+                total += divergences(p, q).sum()
+                if wanted:
+                    # The derivative of KL by the pruned model's logits is q - p.
+                    slopes += torch.autograd.grad(logits, ours, q.sub_(p))
             if gradient is not None:
-                # The derivative of KL by the pruned model's logits is q - p.
-                slope = log_q.exp_().sub_(p)
-                (gradient[part],) = torch.autograd.grad(scores, piece, slope)
+                (gradient[part],) = torch.autograd.grad(product, piece, torch.cat(slopes))
         ctx.save_for_backward(gradient)
         return total
 
@@ -47,7 +52,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(
-    hidden: Tensor, target: Tensor, logits: Logits, dense_logits: Logits, vocabulary: int
+    hidden: Tensor, target: Tensor, head: Head, dense_head: Head, vocabulary: int
 ) -> Tensor:
     """Return the sum over tokens of KL(dense || pruned), in nats.
 
@@ -57,14 +62,14 @@ def divergence(
     Args:
         hidden: what the pruned model's head sees, shape (tokens, width).
         target: what the dense model's head sees, same shape.
-        logits, dense_logits: from hidden states to float32 logits.
+        head, dense_head: the models' output heads.
         vocabulary: width of the logits.
 
     Returns:
         float32 scalar.
     """
-    chunk = max(16, CHUNK // vocabulary)
-    return _Divergence.apply(hidden, target, logits, dense_logits, chunk)
+    chunk = max(LEAST, CHUNK // vocabulary)
+    return _Divergence.apply(hidden, target, head, dense_head, chunk)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from calmix.errors import InputError
 from calmix.pruning.budget import GIB
-from calmix.recovery.losses import CHUNK
+from calmix.recovery.losses import CHUNK, LEAST
 
 PASSING = 2  # blocks' activations that come and go while one runs
 
@@ -61,7 +61,7 @@ def distill_bytes(sizes: Sizes, *, recompute: bool) -> int:
     """Return what distillation takes beside the program."""
     between = sizes.blocks * sizes.tokens * sizes.hidden * sizes.value_bytes
     kept = PASSING + (1 if recompute else sizes.blocks)
-    logits = 5 * 4 * min(max(CHUNK, 16 * sizes.vocabulary), sizes.tokens * sizes.vocabulary)
+    logits = 5 * 4 * min(max(CHUNK, LEAST * sizes.vocabulary), sizes.tokens * sizes.vocabulary)
     return (
         sizes.weights * sizes.value_bytes
         + optimiser_bytes(sizes)

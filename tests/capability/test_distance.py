@@ -53,6 +53,7 @@ def whole(dense: OpenModel, pruned: OpenModel, ids: torch.Tensor) -> tuple[np.nd
 def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
+    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # of a few positions
     dense, pruned = pair(kind)
     found = distance(pruned, reference(dense, TEXTS), TEXTS)
     for name, ids in TEXTS.items():

@@ -126,7 +126,7 @@ def test_scores_are_read_once_a_batch():
     with tracing(None) as traced:
         model = empty_model(tiny_config("llama"))
         scorer = SimpleNamespace(
-            _head=True, _logits=decoder_and_head(model)[1], model=model, _device=CUDA,
+            _apart=True, _head=decoder_and_head(model)[1], model=model, _device=CUDA,
             _decoder=model.get_decoder(), _cache_key="past_key_values",
         )  # fmt: skip
         hidden = Scorer._run_plain(scorer, [row])

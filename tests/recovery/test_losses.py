@@ -1,9 +1,12 @@
 """The losses of a recovery against what they are in one piece."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from calmix.capability.likelihood import Head
 from calmix.recovery import losses
 from calmix.recovery.losses import divergence, relative_error
 
@@ -14,26 +17,25 @@ def test_divergence_in_chunks_is_that_of_all_logits_at_once(monkeypatch, cap):
     heads = [torch.randn(50, 8) for _ in range(2)]
     hidden, target = torch.randn(37, 8), torch.randn(37, 8)
 
-    def logits(weight):
-        def of(states):
-            value = states @ weight.T
-            return value if cap is None else torch.tanh(value / cap) * cap
-
-        return of
+    def softmax(weight, states):
+        value = states @ weight.double().T
+        return (value if cap is None else torch.tanh(value / cap) * cap).softmax(-1)
 
     whole = hidden.double().requires_grad_()
-    ours, theirs = (logits(head.double()) for head in heads)
-    p, q = theirs(target.double()).softmax(-1), ours(whole).softmax(-1)
+    p, q = softmax(heads[1], target.double()), softmax(heads[0], whole)
     expected = (p * (p / q).log()).sum()
     expected.backward()
-    monkeypatch.setattr(losses, "CHUNK", 0)  # 16 tokens at a time, the least
+    monkeypatch.setattr(losses, "CHUNK", 0)
+    monkeypatch.setattr(losses, "LEAST", 16)
+    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
     hidden.requires_grad_()
-    found = divergence(hidden, target, logits(heads[0]), logits(heads[1]), 50)
+    ours, theirs = (Head(partial(F.linear, weight=weight), cap=cap) for weight in heads)
+    found = divergence(hidden, target, ours, theirs, 50)
     (3 * found).backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(hidden.grad, 3 * whole.grad.float(), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        again = divergence(hidden, target, logits(heads[0]), logits(heads[1]), 50)
+        again = divergence(hidden, target, ours, theirs, 50)
     assert again.item() == found.item()
 
 
