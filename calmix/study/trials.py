@@ -7,8 +7,8 @@ are no part of it; they are recorded with every result, and a mix of them is ann
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Planned:
         draw: None for a method that needs no calibration.
         allocation: `owl`, `error` or a file of the study's; None for the same everywhere.
         recovery: as `recovery_options` takes it; None without one.
+        named: the name of its condition among those of its study, of `condition_names`.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Planned:
     propagation: str | None
     allocation: str | None = None
     recovery: str | None = None
+    named: str = field(default="", compare=False)
 
     @property
     def way(self) -> str:
@@ -135,10 +137,9 @@ class Planned:
 
     @property
     def label(self) -> str:
-        """The trial in a few words; the model is left out."""
-        if self.draw is None:
-            return f"{self.way} {self.pattern}"
-        return f"{self.calibration} {self.way} {self.pattern} seed {self.seed}"
+        """The trial in a few words, which no other trial of its study has."""
+        named = self.named or f"{self.way} {self.pattern}"
+        return named if self.draw is None else f"{self.calibration} {named} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def plan(study: Study) -> list[Planned]:
     for grid in study.grids:
         for trial in _of_grid(study, grid):
             found.setdefault(trial.key, trial)
-    return list(found.values())
+    names = condition_names(dict.fromkeys(trial.condition for trial in found.values()))
+    return [replace(trial, named=names[trial.condition]) for trial in found.values()]
 
 
 def extended(planned: Sequence[Planned], added: Iterable[Added]) -> list[Planned]:
@@ -187,7 +189,7 @@ def extended(planned: Sequence[Planned], added: Iterable[Added]) -> list[Planned
     return list(found.values())
 
 
-def condition_names(conditions: Sequence[Condition]) -> dict[Condition, str]:
+def condition_names(conditions: Collection[Condition]) -> dict[Condition, str]:
     """Return names of conditions: method and pattern, and what else tells them apart."""
 
     def parts(condition: Condition) -> tuple[str, ...]:

@@ -64,6 +64,21 @@ def test_grids_replace_what_they_name_and_what_they_share_comes_once() -> None:
     assert plan(study)[2].strategy == "igsp"
 
 
+def test_labels_tell_models_and_sizes_apart() -> None:
+    study = parsed(
+        "name: s\nmodels: {one: a/b, two: c/d}\ncalibrations: {a: news}\n"
+        "methods: {wanda: 0.5, magnitude: 0.5}\nrows: 8\n"
+        "grids:\n  - {}\n  - {models: [one], rows: 4, methods: {wanda: 0.5}, seeds: [1]}\n"
+    )
+    assert [trial.label for trial in plan(study)] == [
+        "magnitude 50%, one",
+        "a wanda 50%, one, 8 x 512 seed 0",
+        "magnitude 50%, two",
+        "a wanda 50%, two, 8 x 512 seed 0",
+        "a wanda 50%, one, 4 x 512 seed 1",
+    ]
+
+
 def test_a_set_may_be_drawn_in_its_own_way() -> None:
     study = parsed(
         HEAD + "calibrations:\n  a: {from: news, rows: 3, packing: window, leakage: off}\n"
