@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from calmix.report.parts import escape, figure, shell
 from calmix.report.summary import Summary, main_condition
 from calmix.study.results import StudyResults
 
+MOST = 5  # figures
+NEAR = 0.005  # of the most that is left, which text of any size keeps: half a point
 WRITTEN = ("igsp", "self-cal", "sgs")
 MIXED, WROTE, BEST, MEAN, WORST = (
     "a mix of sources", "text the model wrote", "the best single source",
@@ -89,8 +92,8 @@ def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
     first = by_model(analysis)
     drawn = [one for one in (
         _left(first), _abilities(analysis, first), _sparser(analysis, first),
-        _better(analysis, first), _distance(first),
-    ) if one is not None]  # fmt: skip
+        _better(analysis, first), _more(analysis, first), _distance(first),
+    ) if one is not None][:MOST]  # fmt: skip
     lead = " ".join(_sentence(model, found) for model, found in first.items())
     waiting = analysis.planned - analysis.finished
     note = (
@@ -217,7 +220,7 @@ def _better(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing 
     for model, found in first.items():
         ways = [
             each for each in analysis.conditions
-            if (each.condition.model, each.condition.pattern) == (model, found.condition.pattern)
+            if _alike(each, found, "model", "pattern", "rows", "length")
         ]  # fmt: skip
         ways.sort(key=lambda each: each.ranking[0].total.value or 0.0)
         points[model] = [
@@ -225,6 +228,48 @@ def _better(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing 
             for at, each in enumerate(ways)
         ]
     return _curves("brief-better", "What is left by method", points, "")
+
+
+def _more(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | None:
+    points: Points = {}
+    for model, found in first.items():
+        sizes = [
+            each for each in analysis.conditions
+            if _alike(each, found, "model", "method", "pattern", "propagation", "length")
+        ]  # fmt: skip
+        sizes.sort(key=lambda each: each.condition.rows)
+        points[model] = [
+            (math.log2(max(1, each.condition.rows)), str(each.condition.rows), each) for each in sizes
+        ]
+    made = _curves("brief-more", "What is left by how much text", points, "rows of text")
+    if made is None:
+        return None
+    enough = [
+        f"{model}, {kind}, {rows} rows" for model, some in points.items() if len(some) > 1
+        for kind, rows in _enough(some).items()
+    ]  # fmt: skip
+    return replace(
+        made,
+        caption=f"{made.caption} Half a point short of the most at {words.listed(enough)}.",
+    )
+
+
+def _enough(sizes: Sequence[tuple[float, str, ConditionAnalysis]]) -> dict[str, str]:
+    """Return the fewest rows, of each kind of text, that keep nearly the most of any."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for _, rows, each in sizes:
+        for bar in bars(each):
+            if bar.kind in LINES:
+                found.setdefault(bar.kind, []).append((bar.kept.value or 0, rows))
+    return {
+        kind: next(rows for value, rows in kept if value >= max(kept)[0] - NEAR)
+        for kind, kept in found.items() if len(kept) > 1
+    }  # fmt: skip
+
+
+def _alike(one: ConditionAnalysis, other: ConditionAnalysis, *names: str) -> bool:
+    """Return whether two conditions have these in common."""
+    return all(getattr(one.condition, of) == getattr(other.condition, of) for of in names)
 
 
 def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None:

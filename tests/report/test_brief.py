@@ -100,6 +100,24 @@ def test_what_a_study_does_not_have_is_left_out() -> None:
     assert re.findall(r'aria-labelledby="brief-(\w+)-title', page) == ["left", "abilities"]
 
 
+def test_how_much_text_is_enough() -> None:
+    lifts = {"mix-8": ("mix", 0.2), "igsp": ("igsp", 0.15)}
+    plans = [
+        Plan(sources=SOURCES, seeds=(0,), others={**lifts, "mix-8": ("mix", mix)})
+        for mix in (0.1, 0.2, 0.201)
+    ]
+    trials = [
+        trial.model_copy(update={"rows": rows, "id": f"{rows}-{trial.id}"})
+        for rows, plan in zip((8, 16, 32), plans, strict=True)
+        for trial in study(plan).trials
+    ]
+    _, page = of(study(Plan(), trials=tuple(trials), planned=len(trials)))
+    names = re.findall(r'aria-labelledby="brief-([\w]+)-title', page)
+    assert names == ["left", "abilities", "more", "distance"]
+    assert f"{MIXED}, 16 rows" in page
+    assert f"{WROTE}, 8 rows" in page
+
+
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS[:1] + WIDTHS[-1:])
 def test_it_is_readable(page: Page, made: tuple[Analysis, str], tmp_path: Path, width: int) -> None:
