@@ -235,9 +235,10 @@ def distance(
                 states.flatten(0, 1).split(POSITIONS),
                 strict=True,
             )
-            for products in ((before.product(old), after.product(new)) for old, new in pairs):
-                for old, new in zip(*map(in_cache, products), strict=True):
-                    kl, same = _compare(before.logits(old), after.logits(new))
+            for old, new in pairs:
+                products = before.product(old), after.product(new)
+                for one, other in zip(*map(in_cache, products), strict=True):
+                    kl, same = _compare(before.logits(one), after.logits(other))
                     divergence.append(kl)
                     agree.append(same)
             tick(stop - start)

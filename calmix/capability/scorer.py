@@ -24,12 +24,7 @@ from lm_eval.models.utils import (
 )
 from torch import Tensor
 
-from calmix.capability.likelihood import (
-    HEAD_TOKENS,
-    Head,
-    decoder_and_head,
-    peaks_and_sums,
-)
+from calmix.capability.likelihood import HEAD_TOKENS, Head, decoder_and_head, peaks_and_sums
 from calmix.capability.packing import Row, Run, Scored, Target, plan
 from calmix.errors import InputError, ModelError
 from calmix.models import OpenModel
