@@ -235,11 +235,12 @@ def _more(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | 
     for model, found in first.items():
         sizes = [
             each for each in analysis.conditions
-            if _alike(each, found, "model", "method", "pattern", "propagation", "length")
+            if each.condition.rows
+            and _alike(each, found, "model", "method", "pattern", "propagation", "length")
         ]  # fmt: skip
         sizes.sort(key=lambda each: each.condition.rows)
         points[model] = [
-            (math.log2(max(1, each.condition.rows)), str(each.condition.rows), each) for each in sizes
+            (math.log2(each.condition.rows), str(each.condition.rows), each) for each in sizes
         ]
     made = _curves("brief-more", "What is left by how much text", points, "rows of text")
     if made is None:
