@@ -34,7 +34,7 @@ from calmix.errors import InputError
 
 NAME = "igsp"
 PIECE = 170  # tokens of a piece, about: rows are cut into as many as come nearest
-PILOT_PIECES, PILOT_TOKENS = 16, 64
+PILOT_PIECES, PILOT_TOKENS = 16, 64  # tokens, and more where openers take most of them
 PILOT_SPREAD = 0.1  # temperatures tried below and above the given one
 DEFAULTS: dict[str, Any] = {
     "openers": None,
@@ -86,6 +86,7 @@ def igsp(
     quota = rows // len(names) * per_row
     pool = math.ceil(candidates * quota)
     base = Sampling(temperature=temperature, **sampling)
+    openers = {name: fitting(held, size) for name, held in openers.items()}
 
     def request(count: int, length: int, seed: int, of: Mapping[str, float]) -> Request:
         """Pieces of all dimensions in turn, so that a stop leaves some of each."""
@@ -97,9 +98,11 @@ def igsp(
     if len(names) > 1 and lambda_ > 0:
         tried = [temperature - PILOT_SPREAD, temperature, temperature + PILOT_SPREAD]
         tried = [value for value in tried if value > 0]
+        longest = max(len(opener) for held in openers.values() for opener in held)
+        short = min(size, max(PILOT_TOKENS, longest + PILOT_TOKENS // 2))
         for value in tried:
             written = write(
-                request(PILOT_PIECES, min(size, PILOT_TOKENS), seed, dict.fromkeys(names, value)),
+                request(PILOT_PIECES, short, seed, dict.fromkeys(names, value)),
                 f"pilot at temperature {value:g}",
             )
             pilot[value] = dict(zip(names, _logs(written, len(names)), strict=True))
@@ -155,6 +158,13 @@ def check(
         raise InputError(f"--band {band:g} is not in [0, 0.5)")
     if piece < 8:
         raise InputError(f"--piece {piece} is too short to hold text: use 8 tokens or more")
+
+
+def fitting(openers: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+    """Return the openers that leave the model half of a piece of `size` tokens, in their order;
+    the shortest where none does."""
+    short = [opener for opener in openers if len(opener) <= size // 2]
+    return short or [min(openers, key=len)]
 
 
 def balanced(pilot: Mapping[float, Mapping[str, float]], middle: float) -> dict[str, float]:
