@@ -1,12 +1,14 @@
 """What a set keeps, predicted before any benchmark is run: by Gram algebra, by KL, by metrics.
 
     python benchmarks/predict.py STORE --work DIR [--rows 16] [--every 7] [--sparsity 0.6]
+        [--label gemma3 --model builtin:gemma3-270m]
 
-STORE is a study's store with its calibration sets. Of every single source (and every set the
-model writes) the first `--rows` rows of its first draw run once through the dense model, and so do
-held-out texts of every dimension; `calmix.analysis.predict` does the rest as `calmix predict` does,
-with the Gram matrices in DIR. The predictor, the mean over layers of the logarithm of the share of
-output energy lost, was fixed before it was compared with anything.
+STORE is a study's store with its calibration sets. Of every single source (and every set the model
+writes) the first `--rows` rows of its first draw run once through the dense model, and so do held-
+out texts of every dimension (of a source that is in a mix alone, a draw of its own);
+`calmix.analysis.predict` does the rest as `calmix predict` does, with the Gram matrices in DIR.
+The predictor, the mean over layers of the logarithm of the share of output energy lost, was fixed
+before it was compared with anything.
 
 Beside it: KL to the dense model on held-out texts after one prune, and the information metrics,
 both from the store. Each is compared with measured retention by rank, and by the straight line
@@ -30,7 +32,7 @@ from calmix.analysis.correlations import distinct, kinds_of, strata_of
 from calmix.analysis.predict import EVERY, ROWS, every_block, keep_grams, lost_output, prediction
 from calmix.analysis.statistics import Array
 from calmix.analysis.validation import Predicted, predicted
-from calmix.calibration import CalibrationSet
+from calmix.calibration import CalibrationSet, resolve
 from calmix.capability.texts import texts
 from calmix.models import open_model
 from calmix.pruning.methods import get_method
@@ -39,9 +41,10 @@ from calmix.study import read_results
 from calmix.study.store import Store, open_store
 
 
-def set_ids(store: Store, name: str, rows: int) -> Tensor:
+def set_ids(store: Store, model: str, name: str, rows: int) -> Tensor:
     """Return the first rows of a calibration set's first draw."""
-    entry = min((e for e in store.entries if e["key"][1] == name), key=lambda e: e["key"][6])
+    drawn = (e for e in store.entries if e["key"][:2] == [model, name])
+    entry = min(drawn, key=lambda e: e["key"][6])
     return CalibrationSet.open(store.calibration(entry["set"])).ids[:rows]
 
 
@@ -70,6 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--label", help="of a store of several models, the one to look at")
+    parser.add_argument("--model", help="what that label stands for")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -78,8 +83,9 @@ def main() -> None:
     options = parser.parse_args()
     results, store = read_results(options.store), open_store(options.store)
     trials = select(results, method=options.method, sparsity=str(options.sparsity))
+    trials = [one for one in trials if options.label in (None, one.model)]
     (cells,) = tables(results, trials, "primary")
-    opened = open_model(cells.condition.model)
+    opened = open_model(options.model or cells.condition.model)
     only = every_block(opened, options.every)
     own = [name for name, mix in zip(cells.sets, cells.mixes, strict=True) if len(mix) < 2]
 
@@ -92,9 +98,12 @@ def main() -> None:
 
     held_out = texts(opened, dimensions=cells.dimensions, rows=options.held_out, length=512)
     dimensions = {name: kept(name, ids) for name, ids in held_out.items()}
-    files = {name: kept(name, set_ids(store, name, options.rows)) for name in own}
+    model = cells.condition.model
+    files = {name: kept(name, set_ids(store, model, name, options.rows)) for name in own}
     singles = {source: files[name] for name, mix in zip(cells.sets, cells.mixes, strict=True)
                if len(mix) == 1 for source in mix}  # fmt: skip
+    for source in {source for mix in cells.mixes for source in mix if source not in singles}:
+        singles[source] = kept(source, resolve(source, opened, rows=options.rows, length=512).ids)
     mixes = {
         name: {singles[source]: share for source, share in mix.items()} if mix else {files[name]: 1}
         for name, mix in zip(cells.sets, cells.mixes, strict=True)
