@@ -4,8 +4,8 @@
         [--label gemma3 --model builtin:gemma3-270m]
 
 STORE is a study's store with its calibration sets. Of every single source (and every set the model
-writes) the first `--rows` rows of its first draw run once through the dense model, and so do held-
-out texts of every dimension (of a source that is in a mix alone, a draw of its own);
+writes) the first `--rows` rows of its first draw run once through the dense model, and so do
+held-out texts of every dimension (of a source that is in a mix alone, a draw of its own);
 `calmix.analysis.predict` does the rest as `calmix predict` does, with the Gram matrices in DIR.
 The predictor, the mean over layers of the logarithm of the share of output energy lost, was fixed
 before it was compared with anything.

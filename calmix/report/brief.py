@@ -246,12 +246,12 @@ def _more(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | 
     if made is None:
         return None
     enough = [
-        f"{model}, {kind}, {rows} rows" for model, some in points.items() if len(some) > 1
+        f"{model}, {kind}, {rows} rows" for model, some in points.items()
         for kind, rows in _enough(some).items()
     ]  # fmt: skip
     return replace(
         made,
-        caption=f"{made.caption} Half a point short of the most at {words.listed(enough)}.",
+        caption=f"{made.caption} Fewest within half a point of the most: {words.listed(enough)}.",
     )
 
 
