@@ -189,7 +189,7 @@ def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
     for trial in planned:
         if trial.draw is not None:
             groups.setdefault(trial.condition, Counter())[trial.calibration] += 1
-    names = condition_names(list(groups))
+    names = condition_names(groups)
     for condition, counts in groups.items():
         freedom = sum(count - 1 for count in counts.values())
         alike = tuple(trial for trial in results.trials if _condition(trial) == condition[:-1])

@@ -161,7 +161,7 @@ def look_round(
     for trial in asked_trials(study, store.path):
         if trial.draw is not None and (trial.condition, trial.calibration) in kept:
             groups.setdefault(trial.condition, {}).setdefault(trial.calibration, []).append(trial)
-    names = condition_names(list(groups))
+    names = condition_names(groups)
     standings: list[Standing] = []
     added: list[Added] = []
     looks: list[dict[str, Any]] = []
