@@ -247,7 +247,7 @@ def measure_set(
     """
     values = metrics.of_ids(made.ids.numpy(), len(opened.tokenizer)) | _of_manifest(made.manifest)
     values["bytes"] = text_bytes(opened.tokenizer, made.ids.numpy())
-    return values | _distortion(opened, made) if perplexity else values
+    return values | distortion(opened, made) if perplexity else values
 
 
 def _is_whole(path: Path, rows: int) -> bool:
@@ -321,7 +321,8 @@ def text_bytes(tokenizer: Any, ids: Ids) -> int:
     )
 
 
-def _distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
+def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
+    """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
     from calmix.capability.likelihood import row_nll
 
     nll = float(row_nll(opened.model, made.ids).double().sum())

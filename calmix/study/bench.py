@@ -22,7 +22,7 @@ from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.capability.texts import Texts, builtin_readers, texts
 from calmix.errors import InputError
 from calmix.files import hidden, sha256_json, write_json
-from calmix.information.measuring import measure_set
+from calmix.information.measuring import distortion, measure_set
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning import PruneReport, allocate, prune
@@ -299,10 +299,15 @@ class Bench:
         try:
             if not folder.is_dir():
                 self._make_set(trial.planned, opened, folder, stage)
+            made = CalibrationSet.open(folder, opened)
+            information = json.loads((folder / INFORMATION).read_text(encoding="utf-8"))
+            if self.study.file.perplexity and "perplexity" not in information["metrics"]:
+                stage("measuring the set", 0, 1)
+                found = distortion(opened, made)
+                information["metrics"] |= found | {"perplexity": found.pop("distortion")}
+                write_json(folder / INFORMATION, information)
         finally:
             lock.release()
-        made = CalibrationSet.open(folder, opened)
-        information = json.loads((folder / INFORMATION).read_text(encoding="utf-8"))
         self._set = (trial.calibration_id, made, information["metrics"])
         return made, information["metrics"]
 
@@ -311,8 +316,7 @@ class Bench:
         made = resolve(
             planned.draw.text, opened, own=self.study.own, writing=stage, **planned.draw.options
         )
-        values = measure_set(made, opened)
-        values["perplexity"] = values.pop("distortion")
+        values = measure_set(made, opened, perplexity=False)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with hidden(folder) as beside:
             made.save(beside / "set")

@@ -392,13 +392,14 @@ def generation_seconds(sizes: Sizes, tokens: float, machine: Machine) -> float:
 
 
 def set_seconds(
-    sizes: Sizes, rows: int, length: int, strategy: str, machine: Machine
+    sizes: Sizes, rows: int, length: int, strategy: str, machine: Machine, *, measured: bool = True
 ) -> dict[str, float]:
-    """Seconds of making a calibration set and measuring it, by activity."""
+    """Seconds of making a calibration set and measuring its perplexity, by activity."""
     tokens = rows * length
-    measured = forward_seconds(sizes, tokens, length, machine)
-    measured += head_seconds(sizes, tokens, machine)
-    seconds = {"measure": measured}
+    seconds = {}
+    if measured:
+        seconds["measure"] = forward_seconds(sizes, tokens, length, machine)
+        seconds["measure"] += head_seconds(sizes, tokens, machine)
     if strategy in PASSES:
         seconds["generate"] = generation_seconds(sizes, PASSES[strategy] * tokens, machine)
     return seconds

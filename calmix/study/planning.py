@@ -122,10 +122,12 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
         disk = cost.disk_bytes(model, work, study.file.keep_checkpoints)
         costs = Cost(seconds, trial_memory(model, like, machine.device), disk)
         found.append(Group(label, way, pattern, rows, length, len(members), costs))
+    measured = study.file.perplexity
     making = sum(
-        sum(cost.set_seconds(sizes[key[0]], key[2], key[3], trial.strategy, machine).values())
+        sum(cost.set_seconds(sizes[key[0]], key[2], key[3], trial.strategy, machine,
+                             measured=measured).values())
         for key, trial in sets.items()
-    )
+    )  # fmt: skip
     dense = sum(cost.suite_seconds(model, work, machine) for model in sizes.values())
     notes = (
         []

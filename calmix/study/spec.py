@@ -229,7 +229,8 @@ class Grid(_Targets):
 
 
 class StudyFile(_Draw, _Targets):
-    """A study. Without `grids` its own lists are the one grid."""
+    """A study. Without `grids` its own lists are the one grid. Without `perplexity` sets are
+    measured by what needs no model."""
 
     name: Name
     description: str = ""
@@ -240,6 +241,7 @@ class StudyFile(_Draw, _Targets):
     calibrations: dict[str, Calibration]
     sources: dict[str, Any] = {}
     grids: list[Grid] = []
+    perplexity: bool = True
     keep_checkpoints: bool = False
 
     @field_validator("models", mode="before")

@@ -127,6 +127,7 @@ def test_costs_follow_the_request() -> None:
     assert far[2] == pytest.approx(2 * far[1])
     sets = {s: cost.set_seconds(small, 4, 32, s, UNIT) for s in ("mix", "self-cal", "igsp")}
     assert "generate" not in sets["mix"]
+    assert cost.set_seconds(small, 4, 32, "mix", UNIT, measured=False) == {}
     assert sets["igsp"]["generate"] == 3 * sets["self-cal"]["generate"]
 
 

@@ -341,6 +341,20 @@ def test_coverage_and_mismatch_compare_with_the_single_sources(
     assert found["mix"]["coverage_2"] == share
 
 
+def test_a_study_may_do_without_perplexity(tiny_study: Write, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(tiny_study(("suite:", "perplexity: false\nsuite:")), store, only=["*wanda*"])
+    for trial in (before := read_results(store).trials):
+        assert "entropy" in trial.information and "coverage_4" in trial.information
+        assert not {"perplexity", "distortion", "bits_per_byte"} & set(trial.information)
+    # What needs it later has it; the sets are not drawn again.
+    drawn = {path: path.stat().st_mtime_ns for path in store.glob("calibration/*/manifest.json")}
+    run(tiny_study(), store)
+    after = [trial for trial in read_results(store).trials if trial.id not in {t.id for t in before}]
+    assert after and all(trial.information["perplexity"] > 1 for trial in after)
+    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
+
+
 def test_two_names_for_one_trial_are_refused(tiny_study: Write, tmp_path: Path) -> None:
     path = tiny_study(("  mix:", f"  twin: {tmp_path}/texts/code.jsonl\n  mix:"))
     with pytest.raises(InputError, match=r"'code sparsegpt.*' and 'twin sparsegpt.*' are the same"):
