@@ -304,7 +304,8 @@ class Bench:
             if self.study.file.perplexity and "perplexity" not in information["metrics"]:
                 stage("measuring the set", 0, 1)
                 found = distortion(opened, made)
-                information["metrics"] |= found | {"perplexity": found.pop("distortion")}
+                found["perplexity"] = found.pop("distortion")
+                information["metrics"] |= found
                 write_json(folder / INFORMATION, information)
         finally:
             lock.release()
