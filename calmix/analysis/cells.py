@@ -39,7 +39,8 @@ class Condition:
     """What the trials of one table share; `label` names what differs within the study.
 
     `sparsity` is the one asked for: what a trial reached differs from it by rounding. `series` is
-    the label without the pattern: what conditions of several sparsities have in common.
+    the label without the pattern: what conditions of several sparsities have in common. `way` is
+    the label without the model.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Condition:
     suite: str
     label: str
     series: str
+    way: str
 
     @property
     def unstructured(self) -> bool:
@@ -282,15 +284,17 @@ def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
     for key in keys:
         model, method, pattern, _, propagation, rows, length, suite = key
         name, rest = METHOD_NAMES.get(method, method), ""
-        if len({key[0] for key in keys}) > 1:
-            rest += f", {model}"
+        which = f", {model}" if len({key[0] for key in keys}) > 1 else ""
         if differs(4) and propagation is not None:
             rest += f", {propagation} propagation"
         if rows and (differs(5) or differs(6)):
             rest += f", {rows} x {length}"
         if len({key[7] for key in keys}) > 1:
             rest += f", suite {suite}"
-        found[key] = Condition(*key, label=f"{name} {pattern}{rest}", series=name + rest)
+        found[key] = Condition(
+            *key, label=f"{name} {pattern}{which}{rest}", series=f"{name}{which}{rest}",
+            way=f"{name} {pattern}{rest}",
+        )  # fmt: skip
     return found
 
 

@@ -16,7 +16,7 @@ from calmix.analysis.differences import SINGLES, mean_of
 from calmix.report import words
 from calmix.report.drawing import INK, MUTED, STRATEGY_COLOURS, Drawing, new_figure
 from calmix.report.figures import WIDTH, Tips, heat_map, legend, put_title, whisker
-from calmix.report.page import certainty
+from calmix.report.page import certainty, claims_section
 from calmix.report.parts import escape, figure, shell
 from calmix.report.summary import Summary, main_condition
 from calmix.study.results import StudyResults
@@ -105,24 +105,12 @@ def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
         f"<h1>What pruning leaves, by the text it is done on</h1>{note}"
         f'<p class="lead">{escape(words.held(lead))}</p></header>'
     )
-    told = "".join(
-        f"<h3>{escape(claim.text)}</h3><ul>"
-        + "".join(
-            f"<li><b>{escape(one.where)}: {escape(one.verdict)}</b>, "
-            f"{escape(words.held(one.because))}</li>"
-            for one in claim.told
-        )
-        + "</ul>"
-        for claim in summary.claims
-    )
     return shell(
         f"{results.name} · in short",
         header,
         [
             "".join(figure(drawing) for drawing in drawn),
-            f'<section><h2>The claims</h2><div class="panel">{told}</div></section>'
-            if told
-            else "",
+            claims_section(summary),
             certainty(summary),
         ],
         'All figures and tables: <a href="report.html">report.html</a>. Written by calmix from the '

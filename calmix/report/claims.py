@@ -35,12 +35,16 @@ class Told:
     """What a study says of a claim under one condition.
 
     Attributes:
-        where: the condition's label; of a series of sparsities, what they have in common.
+        model, way: whose condition it is, and its label without the model; of a series of
+            sparsities the sparsest's.
+        where: the condition's label; of a series, what they have in common.
         verdict: `does not hold` where the opposite was found, `cannot be told` where neither was
             or too few sources were looked at, `not found` of a relation among enough of them.
         because: the figures: points and correlations with their intervals and draws.
     """
 
+    model: str
+    way: str
     where: str
     verdict: str
     because: str
@@ -58,10 +62,19 @@ class Gap:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim in words, and what each condition says of it that can say anything."""
+    """A claim in words, and what each condition says of it that can say anything.
+
+    Conditions that differ in the model alone stand side by side.
+    """
 
     text: str
     told: tuple[Told, ...]
+
+    @property
+    def tally(self) -> str:
+        """In how many of the conditions it holds; empty of a single one."""
+        held = sum(one.verdict == HOLDS for one in self.told)
+        return f"holds in {held} of {len(self.told)}" if len(self.told) > 1 else ""
 
 
 def claims(analysis: Analysis) -> list[Claim]:
@@ -81,7 +94,12 @@ def claims(analysis: Analysis) -> list[Claim]:
         ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
         ("The lead of a mix grows with sparsity", _grown(analysis)),
     ]  # fmt: skip
-    some = [Claim(text, tuple(one for one in told if one is not None)) for text, told in made]
+    ways = list(dict.fromkeys(each.condition.way for each in found))
+
+    def by_way(told: Iterable[Told | None]) -> tuple[Told, ...]:
+        return tuple(sorted((one for one in told if one), key=lambda one: ways.index(one.way)))
+
+    some = [Claim(text, by_way(told)) for text, told in made]
     return [claim for claim in some if claim.told]
 
 
@@ -89,7 +107,8 @@ def claims_text(made: Sequence[Claim]) -> str:
     """Return claims as plain text for a terminal of 80 columns."""
     lines = []
     for claim in made:
-        lines.append(words.wrapped(claim.text, "  - ", "    "))
+        tally = f" ({claim.tally})" if claim.tally else ""
+        lines.append(words.wrapped(f"{claim.text}{tally}", "  - ", "    "))
         lines += [
             words.wrapped(f"{one.where}: {one.verdict} ({one.because})", "      ", "        ")
             for one in claim.told
@@ -105,6 +124,11 @@ def _verdict(signs: Iterable[int]) -> str:
     if 1 in seen:
         return IN_PART
     return FAILS if -1 in seen else OPEN
+
+
+def _at(each: ConditionAnalysis, verdict: str, because: str) -> Told:
+    at = each.condition
+    return Told(at.model, at.way, at.label, verdict, because)
 
 
 def _sign(gap: Estimate, found: bool) -> int:
@@ -130,7 +154,7 @@ def _told(each: ConditionAnalysis, gaps: Sequence[Gap]) -> Told | None:
     if not each.joint.freedom:
         because.append("other draws left aside")
     verdict = _verdict(_sign(one.gap, one.found) for one in gaps)
-    return Told(each.condition.label, verdict, "; ".join(because))
+    return _at(each, verdict, "; ".join(because))
 
 
 def _made(each: ConditionAnalysis, how: str) -> set[str]:
@@ -184,7 +208,7 @@ def _cancelled(each: ConditionAnalysis) -> Told | None:
         "dimensions"
     )
     verdict = HOLDS if total.p_cancel <= ALPHA else NOT_FOUND
-    return Told(each.condition.label, verdict, because)
+    return _at(each, verdict, because)
 
 
 def _pulled(each: ConditionAnalysis, among: Among) -> Told | None:
@@ -199,20 +223,16 @@ def _pulled(each: ConditionAnalysis, among: Among) -> Told | None:
             f"{words.metric_name(best.metric)}: {best.rises} {words.rho(best.rho_rises)}, "
             f"{best.falls} {words.rho(best.rho_falls)}; {n}"
         )
-        return Told(each.condition.label, HOLDS, because)
+        return _at(each, HOLDS, because)
     verdict = OPEN if each.least_p.get(among, 1.0) > ALPHA else NOT_FOUND
-    return Told(each.condition.label, verdict, f"no two signs survive correction; {n}")
+    return _at(each, verdict, f"no two signs survive correction; {n}")
 
 
 def _grown(analysis: Analysis) -> list[Told | None]:
     told: list[Told | None] = []
     for series in dict.fromkeys(one.series for one in analysis.growths):
-        mixes = {
-            name
-            for each in analysis.conditions
-            if each.condition.series == series
-            for name in _made(each, "mix")
-        }
+        members = [each for each in analysis.conditions if each.condition.series == series]
+        mixes = {name for each in members for name in _made(each, "mix")}
         own = [
             one for one in analysis.growths
             if (one.series, one.quantity) == (series, TOTAL) and one.calibration in mixes
@@ -221,5 +241,8 @@ def _grown(analysis: Analysis) -> list[Told | None]:
             ends = [f"{100 * share:g} %" for share in own[0].sparsities]
             because = "; ".join(f"{one.calibration} {words.with_points(one.gap)}" for one in own)
             verdict = _verdict(_sign(one.gap, one.gap.clear) for one in own)
-            told.append(Told(series, verdict, f"{ends[0]} to {ends[-1]}: {because}"))
+            last = members[-1].condition  # lowest sparsity first
+            told.append(
+                Told(last.model, last.way, series, verdict, f"{ends[0]} to {ends[-1]}: {because}")
+            )
     return told

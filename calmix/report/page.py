@@ -8,7 +8,7 @@ from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.report import words
-from calmix.report.claims import HOLDS
+from calmix.report.claims import FAILS, HOLDS, IN_PART, NOT_FOUND, OPEN, Told
 from calmix.report.drawing import Drawing
 from calmix.report.figures import slug
 from calmix.report.parts import (
@@ -27,6 +27,7 @@ from calmix.report.summary import Findings, Summary, main_condition
 from calmix.study.results import StudyResults
 
 FIGURES = "figures"
+MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
 
 
 def page(
@@ -53,7 +54,7 @@ def page(
                 )
             ),
             _across(analysis, summary.across, across),
-            _claims(summary),
+            claims_section(summary),
             certainty(summary),
             _behind(results, analysis),
         ],
@@ -174,20 +175,63 @@ def certainty(summary: Summary) -> str:
     return f'<section><h2>How sure this is</h2><div class="panel"><ul>{items}</ul></div></section>'
 
 
-def _claims(summary: Summary) -> str:
-    if not summary.claims:
+def claims_section(summary: Summary) -> str:
+    """Return the claims: verdicts at a glance where there are several conditions, then figures.
+
+    A row of the first table is a claim, of the second a claim and a way to prune; models stand
+    side by side in both.
+    """
+    told = [one for claim in summary.claims for one in claim.told]
+    if not told:
         return ""
-    columns = [Column(name, number=False) for name in ("claim", "where", "verdict", "figures")]
-    rows = [
-        [plain(claim.text, "wrap"), plain(one.where),
-         plain(one.verdict, "strong" if one.verdict == HOLDS else ""),
-         Cell(escape(words.held(one.because)), one.because, "wrap")]
-        for claim in summary.claims
-        for one in claim.told
-    ]  # fmt: skip
-    told = fold("Claim by claim", "points of total retention, correlations", table(columns, rows),
-                open_=True)  # fmt: skip
-    return f"<section><h2>The claims</h2>{told}</section>"
+    models, ways = dict.fromkeys(one.model for one in told), dict.fromkeys(one.way for one in told)
+    several = len(models) > 1 or len(ways) > 1
+    glance, rows = [], []
+    for claim in summary.claims:
+        found = {(one.way, one.model): one for one in claim.told}
+        cells = []
+        for way in ways:
+            own = [found.get((way, model)) for model in models]
+            cells.append(Cell("".join(map(_mark, own)), sum(_rank(one) for one in own)))
+            if any(own):
+                rows.append([plain(claim.text, "wrap"), plain(way), *map(_figures, own)])
+        glance.append([plain(claim.text, "wrap"), *cells])
+    legend = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
+    if len(models) > 1:
+        legend += f"; in each cell {words.listed(list(models))}, in this order"
+    heads = ["claim", "where", *(models if len(models) > 1 else ["verdict"])]
+    columns = [Column(name, number=False) for name in heads]
+    ahead = [Column("claim", number=False), *(Column(way) for way in ways)]
+    at_a_glance = fold("At a glance", legend, table(ahead, glance), open_=True)
+    figures = fold("Claim by claim", "points of total retention, correlations",
+                   table(columns, rows), open_=not several)  # fmt: skip
+    return (
+        '<section class="claims"><h2>The claims</h2>'
+        f"{at_a_glance if several else ''}{figures}</section>"
+    )
+
+
+def _rank(one: Told | None) -> float:
+    return 0 if one is None else 1 + list(reversed(MARKS)).index(one.verdict)
+
+
+def _mark(one: Told | None) -> str:
+    if one is None:
+        return '<span class="mark"></span>'
+    kind = " strong" if one.verdict == HOLDS else " wrong" if one.verdict == FAILS else ""
+    told = escape(f"{one.where}: {one.verdict} ({one.because})")
+    return (
+        f'<span class="mark{kind}" role="img" aria-label="{told}" title="{told}">'
+        f"{MARKS[one.verdict]}</span>"
+    )
+
+
+def _figures(one: Told | None) -> Cell:
+    if one is None:
+        return Cell("", "")
+    kind = ' class="strong"' if one.verdict == HOLDS else ""
+    told = f"<b{kind}>{escape(one.verdict)}</b>: {escape(words.held(one.because))}"
+    return Cell(told, f"{one.verdict} {one.because}", "wrap")
 
 
 def _tabs(

@@ -69,7 +69,7 @@ def main_condition(analysis: Analysis) -> ConditionAnalysis:
     return max(
         analysis.conditions,
         key=lambda found: (
-            len(found.ranking) > 1,
+            len(found.ranking),
             found.condition.method == first,
             found.condition.sparsity,
         ),
@@ -371,8 +371,9 @@ def _certainty(analysis: Analysis) -> list[str]:
             f"over draws is pooled over all sets of a condition.{_parts(analysis)}"
         )
     if once:
+        where = f"{words.listed(once)}: e" if len(once) < len(analysis.conditions) else "E"
         lines.append(
-            f"{words.listed(once)}: every set was drawn once. Intervals there are about the "
+            f"{where}very set was drawn once. Intervals there are about the "
             "test items alone; how much a new draw would change cannot be told."
         )
     shared = dict.fromkeys(

@@ -24,7 +24,7 @@ from calmix.analysis.ranking import groups_of, shrink
 from calmix.capability.retention import item_weights
 
 AT = Condition("m", "wanda", "50%", 0.5, None, 64, 512, "offline", "Wanda 50%",
-               "Wanda")  # fmt: skip
+               "Wanda", "Wanda 50%")  # fmt: skip
 TASKS = tuple(
     Task(name, name[0], "probability", 60, 0.6, True) for name in ("a1", "a2", "b1", "b2")
 )

@@ -23,7 +23,7 @@ from calmix.study.design import design
 
 NAMES = ("prose", "code", "math")
 AT = Condition("m", "sparsegpt", "60%", 0.6, None, 60, 512, "offline", "SparseGPT 60%",
-               "SparseGPT")  # fmt: skip
+               "SparseGPT", "SparseGPT 60%")  # fmt: skip
 TASKS = tuple(Task(f"{name}1", name, "bits", 50, 0.5, True) for name in ("general", "code"))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from calmix.analysis import Settings, analyse
-from calmix.report import pages
+from calmix.report import pages, summarise
 from calmix.report.claims import Claim, Told, claims, claims_text
+from calmix.report.page import claims_section
 from calmix.study.results import StudyResults
 from tests.synthetic import SLOPES, Plan, study
 
@@ -43,7 +46,7 @@ def test_what_was_planted_is_told(planted: StudyResults) -> None:
         "The same among texts of one kind": "holds",
     }  # fmt: skip
     (one,) = found["A mix keeps more than IGSP"]
-    assert one.where == "SparseGPT 60%"
+    assert (one.where, one.way) == ("SparseGPT 60%", "SparseGPT 60%")
     assert one.because.startswith("mix-8 over igsp +")
     assert one.because.endswith("draws mix-8 3, igsp 3")
     (one,) = found["A mix keeps more than single sources do on the whole"]
@@ -83,12 +86,13 @@ def test_a_default_and_sparsities_have_their_claims(planted: StudyResults) -> No
     for lift, verdict in ((0.2, "holds"), (0.0, "cannot be told")):
         plan = Plan(conditions=pairs, others={"mix-8": ("mix", lift)}, noise=0.0, draw=0.005)
         (one,) = told(study(plan))["The lead of a mix grows with sparsity"]
-        assert (one.where, one.verdict) == ("SparseGPT", verdict)
+        assert (one.where, one.way, one.verdict) == ("SparseGPT", "SparseGPT 60%", verdict)
         assert one.because.startswith("30 % to 60 %: mix-8 ")
 
 
 def test_they_fit_a_terminal_and_stand_on_the_page(planted: StudyResults) -> None:
-    made = [*claims(analyse(planted, SETTINGS)), Claim("x" * 70, (Told("a" * 30, "b", "c " * 90),))]
+    wide = Claim("x" * 70, (Told("m", "w", "a" * 30, "b", "c " * 90),) * 2)
+    made = [*claims(analyse(planted, SETTINGS)), wide]
     lines = claims_text(made).splitlines()
     assert lines[0] == "The claims"
     assert max(map(len, lines)) <= 80
@@ -97,6 +101,42 @@ def test_they_fit_a_terminal_and_stand_on_the_page(planted: StudyResults) -> Non
     page = texts["report.html"]
     assert "<h2>The claims</h2>" in page
     assert page.count(">A mix keeps more than IGSP</td>") == 1
-    assert '<td class="strong" data-v="holds">' in page
-    assert '<td data-v="does not hold">' in page
+    assert '<b class="strong">holds</b>' in page
+    assert "<b>does not hold</b>" in page
+    assert "At a glance" not in page
     assert "The claims" in texts["summary.txt"]
+
+
+def test_models_stand_side_by_side() -> None:
+    pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
+    one = study(Plan(sources=("a", "b"), conditions=pairs, others=LIFTS, noise=0.0, draw=0.005))
+    more = [
+        trial.model_copy(update={"model": "other", "id": f"other-{trial.id}"})
+        for trial in one.trials if trial.pattern == "60%"
+    ]  # fmt: skip
+    both = study(Plan(), trials=(*one.trials, *more), planned=len(one.trials) + len(more))
+    found = analyse(both, SETTINGS)
+    made = {claim.text: claim for claim in claims(found)}
+    claim = made["IGSP keeps more than SGS"]
+    first = one.trials[0].model
+    ways = ["SparseGPT 30%", "SparseGPT 60%", "SparseGPT 60%"]
+    assert [(told.way, told.model) for told in claim.told] == list(
+        zip(ways, (first, first, "other"), strict=True)
+    )
+    assert claim.tally == "holds in 3 of 3"
+    (grown,) = made["The lead of a mix grows with sparsity"].told
+    assert (grown.way, grown.model, made["The lead of a mix grows with sparsity"].tally) == (
+        "SparseGPT 60%", first, ""
+    )  # fmt: skip
+    section = claims_section(summarise(found))
+    glance, figures = section.split("<table>")[1:3]
+    heads = re.findall(r'<button type="button">([^<]*)</button>', glance)
+    assert heads == ["claim", "SparseGPT 30%", "SparseGPT 60%"]
+    assert re.findall(r'<button type="button">([^<]*)</button>', figures) == [
+        "claim", "where", first, "other",
+    ]  # fmt: skip
+    row = glance[glance.index("IGSP keeps more than SGS</td>") :].split("</tr>")[0]
+    at_30, at_60 = row.split("<td")[1:]
+    assert (at_30.count("✓"), at_30.count('<span class="mark"></span>')) == (1, 1)
+    assert at_60.count("✓") == 2
+    assert f"{first} and other, in this order" in section
