@@ -1,7 +1,8 @@
 """The bench: where one process runs trials, with an open model and what the trials share.
 
-Between trials the dense weights are put back from a copy in memory: reading them again would
-cost more than the prune's own set-up.
+Before a prune the dense weights are put back from a copy in memory: reading them again would
+cost more than the prune's own set-up. What the trial before left pruned just so, and only the
+recovery differs, is not pruned again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from calmix.specs import recovery_of
 from calmix.study.results import Interval, TaskOutcome, Trial
 from calmix.study.spec import Study, as_pattern
 from calmix.study.store import RESULT, SCORES, Store, publish
-from calmix.study.trials import Planned, Resolved, halves_of, kind_of
+from calmix.study.trials import Key, Planned, Resolved, halves_of, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,8 @@ class Bench:
         self._label: str | None = None
         self._opened: OpenModel | None = None
         self._dense_weights: dict[str, Tensor] = {}
-        self._pruned = False
+        self._changed = False  # whether the open model's weights are no longer the dense ones
+        self._pruned: tuple[Key, PruneReport] | None = None  # what its weights are now
         self._scores: CapabilityScores | None = None
         self._texts: Texts = {}
         self._reference: Reference | None = None
@@ -140,9 +142,8 @@ class Bench:
         return outcome
 
     def open(self, label: str, stage: Stage | None = None) -> OpenModel:
-        """Return the model of a label with its dense weights."""
+        """Return the model of a label, with the weights that the trial before left."""
         if self._opened is not None and self._label == label:
-            self._restore()
             return self._opened
         if stage is not None:
             stage("opening the model", 0, 1)
@@ -155,14 +156,15 @@ class Bench:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
         )
-        self._opened, self._label, self._pruned = opened, label, False
+        self._opened, self._label = opened, label
+        self._changed, self._pruned = False, None
         return opened
 
     def _restore(self) -> None:
-        if self._opened is None or not self._pruned:
-            return
-        self._put(self._dense_weights)
-        self._pruned = False
+        """Put the dense weights back, if others are in their place."""
+        if self._changed:
+            self._put(self._dense_weights)
+        self._changed, self._pruned = False, None
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights into the open model."""
@@ -187,6 +189,7 @@ class Bench:
         assert trial.calibration_id is not None
         held = str(self.store.calibration(trial.calibration_id))
         self._keep(opened, report, made, folder / "pruned")
+        self._pruned = None
         recovered = recover(
             str(folder / "pruned"),
             self.study.models[planned.model].name,
@@ -222,6 +225,10 @@ class Bench:
         made: CalibrationSet | None,
         progress: Callable[[int, int], None],
     ) -> PruneReport:
+        """Prune the dense model, unless the trial before did just that and no more."""
+        if self._pruned is not None and self._pruned[0] == planned.pruned:
+            return self._pruned[1]
+        self._restore()
         if not self._dense_weights:
             named = dict(opened.model.named_parameters())
             self._dense_weights = {
@@ -237,8 +244,8 @@ class Bench:
             pattern = allocate(
                 opened.model, made.ids, planned.sparsity, planned.allocation, method=planned.method
             )
-        self._pruned = True
-        return prune(
+        self._changed = True
+        report = prune(
             opened.model,
             None if made is None else made.ids,
             method=planned.method,
@@ -246,6 +253,8 @@ class Bench:
             propagation="block" if planned.propagation == "block" else "sequential",
             progress=progress,
         )
+        self._pruned = planned.pruned, report
+        return report
 
     def dense(self, stage: Stage | None = None) -> CapabilityScores:
         """Return the scores of the open model before pruning, from the store if they are there."""
@@ -298,11 +307,13 @@ class Bench:
         lock.wait()
         try:
             if not folder.is_dir():
+                self._restore()
                 self._make_set(trial.planned, opened, folder, stage)
             made = CalibrationSet.open(folder, opened)
             information = json.loads((folder / INFORMATION).read_text(encoding="utf-8"))
             if self.study.file.perplexity and "perplexity" not in information["metrics"]:
                 stage("measuring the set", 0, 1)
+                self._restore()
                 found = distortion(opened, made)
                 found["perplexity"] = found.pop("distortion")
                 information["metrics"] |= found

@@ -25,7 +25,7 @@ from calmix.specs import recovery_of
 from calmix.study import cost
 from calmix.study.cost import Cost, Machine, Sizes, SuiteWork
 from calmix.study.spec import Model, Study
-from calmix.study.trials import Planned, plan
+from calmix.study.trials import Key, Planned, plan
 
 PROGRAM = 2**29  # bytes a process holds before it opens a model; 375 MiB with all it imports
 CHARACTERS = 3.6  # a token, in English text and code
@@ -93,26 +93,28 @@ def estimate(study: Study, sizes: Mapping[str, Sizes], machine: Machine) -> Esti
     work = suite_work(study.suite)
     held = ROWS * LENGTH * sum(name in builtin_readers() for name in study.suite.dimensions)
     groups: dict[tuple[Any, ...], list[Planned]] = {}
+    prunes: dict[Key, Planned] = {}  # those that are recovered in other ways too are pruned once
     sets: dict[tuple[Any, ...], Planned] = {}
     for trial in plan(study):
         size = (0, 0) if trial.draw is None else (trial.draw.rows, trial.draw.length)
         key = (trial.model, trial.way, trial.pattern, *size, trial.propagation)
         groups.setdefault(key, []).append(trial)
+        prunes.setdefault(trial.pruned, trial)
         if trial.draw is not None:
             sets.setdefault((trial.model, trial.calibration, *size, trial.seed), trial)
     found = []
     for (label, way, pattern, rows, length, propagation), members in groups.items():
         model, like = sizes[label], members[0]
         method = like.method
+        pruning = cost.prune_seconds(model, rows, length, method, propagation, machine)
+        pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
         seconds = {
-            "prune": sum(
-                cost.prune_seconds(model, rows, length, method, propagation, machine).values()
-            ),
+            "prune": pruned * sum(pruning.values()),
             "evaluate": cost.suite_seconds(model, work, machine)
             + cost.distance_seconds(model, held, machine),
         }
         if like.allocation in SPREAD:
-            seconds["allocation"] = cost.allocation_seconds(
+            seconds["allocation"] = pruned * cost.allocation_seconds(
                 model, rows, length, like.allocation, machine
             )
         if like.recovery is not None:

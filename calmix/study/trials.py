@@ -45,6 +45,7 @@ FORMAT = 1  # of the request; raised when the same request would give another ou
 
 
 Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
+Key = tuple[Any, ...]  # what tells the trials of one study apart
 Added = tuple[Condition, str, int]  # a trial beyond the study file: condition, set, seed
 
 
@@ -117,7 +118,12 @@ class Planned:
         return (self.model, self.way, self.pattern, *size, self.propagation, self.damping)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def pruned(self) -> Key:
+        """What trials share that start from one pruned model and differ in recovery alone."""
+        return replace(self, recovery=None).key
+
+    @property
+    def key(self) -> Key:
         """What tells the trials of one study apart."""
         model, way, pattern, rows, length, propagation, damping = self.condition
         return (
@@ -161,17 +167,19 @@ class Resolved:
 
 def plan(study: Study) -> list[Planned]:
     """Return a study's trials in the order they are run: the grids as written; within one, all
-    that use one calibration set stand together. What two grids share comes once.
+    that use one calibration set stand together. What two grids share comes once, and what differs
+    from a trial in recovery alone right after it.
 
     Raises:
         InputError: a saved calibration set cannot be read.
     """
-    found: dict[tuple[Any, ...], Planned] = {}
+    found: dict[Key, dict[Key, Planned]] = {}
     for grid in study.grids:
         for trial in _of_grid(study, grid):
-            found.setdefault(trial.key, trial)
-    names = condition_names(dict.fromkeys(trial.condition for trial in found.values()))
-    return [replace(trial, named=names[trial.condition]) for trial in found.values()]
+            found.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
+    trials = [trial for alike in found.values() for trial in alike.values()]
+    names = condition_names(dict.fromkeys(trial.condition for trial in trials))
+    return [replace(trial, named=names[trial.condition]) for trial in trials]
 
 
 def extended(planned: Sequence[Planned], added: Iterable[Added]) -> list[Planned]:

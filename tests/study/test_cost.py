@@ -215,6 +215,12 @@ def test_what_a_recovery_and_an_allocation_take_is_planned() -> None:
     assert {k: v for k, v in distill.items() if k != "recover"} == plain
     assert memory["recovery: distill"] > memory["recovery: blocks"] >= memory[""]
     assert memory["recovery: distill"] > (16 + 2) * LLAMA_8B.block_weights
+    # What is recovered in other ways too is pruned once.
+    study = parse_study(f"{head}recovery: [none, blocks]}}]\n", STUDIES / "s.yaml").study
+    assert study is not None
+    first, second = estimate(study, {"llama-3.1-8b": LLAMA_8B}, on_paper(989, 80, 3350)).groups
+    assert first.cost.seconds == plain
+    assert second.cost.seconds == blocks | {"prune": 0.0}
 
 
 def test_the_builtin_models_study_is_ordered_and_small_enough() -> None:

@@ -443,6 +443,12 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     ]  # fmt: skip
     trial = store.read_trial(last["id"])
     assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
+    # One prune, timings and all, for what differs in recovery alone.
+    told = [
+        (store.trial(entry["id"]) / "pruning.json").read_bytes()
+        for label in seen.ran[1:] for entry in store.entries if entry["label"] == label
+    ]  # fmt: skip
+    assert told[0] == told[1] != told[2] == told[3]
 
     study = load_study(path)
     text = study.calibrations["mix"].written

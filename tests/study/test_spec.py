@@ -241,6 +241,18 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path: Path) -> None:
         load_study(path)
 
 
+def test_what_differs_in_recovery_alone_comes_right_after_its_prune() -> None:
+    study = parsed(
+        HEAD + "calibrations: {a: news, b: stories}\nmethods: {sparsegpt: [0.5, 0.6]}\n"
+        "grids:\n  - {calibrations: [a, b]}\n"
+        "  - {calibrations: [b], methods: {sparsegpt: 0.6}, recovery: distill}\n"
+    )
+    assert [trial.label for trial in plan(study)] == [
+        "a sparsegpt 50% seed 0", "a sparsegpt 60% seed 0", "b sparsegpt 50% seed 0",
+        "b sparsegpt 60% seed 0", "b sparsegpt + distill 60% seed 0",
+    ]  # fmt: skip
+
+
 def test_allocations_and_recoveries_are_part_of_a_condition() -> None:
     study = parsed(
         HEAD + "calibrations: {a: news}\nmethods: {sparsegpt: 0.6, magnitude: 0.5}\n"
