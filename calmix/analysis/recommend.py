@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,18 +104,21 @@ def propose(
     seed: int = 0,
     method: str | None = None,
     sparsity: str | None = None,
+    together: Sequence[Sequence[str]] = (),
 ) -> list[Proposal]:
     """Return for each condition the mix of the studied sources expected to keep most, run or not.
 
     Args:
         weights, measure, method, sparsity: as for `recommend`.
         seed: of the search.
+        together: sources of which only the sum of their shares is looked at.
 
     Raises:
-        InputError: as `recommend`, or too few mixes to fit a surface to.
+        InputError: as `recommend`, a source that no set is made of, or too few mixes to fit a
+            surface to.
     """
     made, share = _weighted(results, weights, measure, method, sparsity)
-    return [best_of(cells, share, seed) for cells in made]
+    return [best_of(cells, share, seed, together) for cells in made]
 
 
 def _weighted(

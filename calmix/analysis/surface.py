@@ -2,7 +2,8 @@
 err on mixes they have not seen, and the mix they expect most of. Pure functions.
 
 A set is a point of the simplex, its sources' shares; sources whose shares are always in one
-proportion count as one component. Forms, for the lost part L = 1 - retention and the shares r:
+proportion count as one component, and so do those that are put together. Forms, for the lost part
+L = 1 - retention and the shares r:
 
 * `mean`: the same everywhere, for comparison;
 * `linear`: L = b . r, the linear regression of RegMix (arXiv 2407.01492);
@@ -28,7 +29,7 @@ from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import Cells
 from calmix.analysis.statistics import LEVEL, Array
 from calmix.calibration.mix import make_mix, rows_per_source
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 
 Form = Literal["mean", "linear", "exponential", "saturating"]
 
@@ -167,17 +168,26 @@ class Surfaces:
         }
 
 
-def surfaces(cells: Cells) -> Surfaces:
+def surfaces(cells: Cells, together: Sequence[Sequence[str]] = ()) -> Surfaces:
     """Fit every form to every dimension of a condition, over all sets made of sources.
 
+    Args:
+        together: sources that count as one component whatever their proportions, which are
+            then those of all sets at once.
+
     Raises:
+        InputError: a source that no set is made of.
         InputError: fewer than `LEAST` such sets, or fewer mixes of components than components
             (a surface over corners alone is a guess in between: ours).
     """
     known = [at for at, mix in enumerate(cells.mixes) if mix]
     names = list(dict.fromkeys(name for at in known for name in cells.mixes[at]))
     whole = np.array([[cells.mixes[at].get(name, 0.0) for name in names] for at in known])
-    components, shares = _components(names, whole) if known else ((), np.zeros((0, 0)))
+    for name in itertools.chain.from_iterable(together):
+        if name not in names:
+            raise InputError(f"no set is made of '{name}': {nearest(name, names)}")
+    groups = [[names.index(name) for name in group] for group in together]
+    components, shares = _components(names, whole, groups) if known else ((), np.zeros((0, 0)))
     inside = int(np.count_nonzero((shares > 0).sum(1) > 1))
     if len(known) < LEAST or inside < len(components):
         raise InputError(
@@ -195,11 +205,15 @@ def surfaces(cells: Cells) -> Surfaces:
     return Surfaces(cells.dimensions, components, sets, shares, values, tried)
 
 
-def _components(names: Sequence[str], whole: Array) -> tuple[tuple[dict[str, float], ...], Array]:
-    """Put sources together whose shares are everywhere in one proportion."""
-    groups: list[list[int]] = []
+def _components(
+    names: Sequence[str], whole: Array, given: Sequence[Sequence[int]] = ()
+) -> tuple[tuple[dict[str, float], ...], Array]:
+    """Put sources together that are given so, or whose shares are everywhere in one proportion."""
+    groups = [list(group) for group in given]
     for at in range(len(names)):
-        for group in groups:
+        if any(at in group for group in given):
+            continue
+        for group in groups[len(given) :]:
             first = whole[:, group[0]]
             if np.allclose(whole[:, at] * first.sum(), first * whole[:, at].sum(), atol=1e-9):
                 group.append(at)
@@ -251,18 +265,24 @@ class Proposal:
         return ",".join(f"{name}:{share:.4g}" for name, share in self.mix.items())
 
 
-def propose(cells: Cells, weights: dict[str, float], seed: int = 0) -> Proposal:
+def propose(
+    cells: Cells,
+    weights: dict[str, float],
+    seed: int = 0,
+    together: Sequence[Sequence[str]] = (),
+) -> Proposal:
     """Return the mix with the highest expected weighted retention, whether it was run or not.
 
     Searched for among `CANDIDATES` seeded points, then by shifting shares between components.
 
     Args:
         weights: of the dimensions, which sum to 1.
+        together: as for `surfaces`.
 
     Raises:
         InputError: as `surfaces`, or a dimension that has weight has no value for some set.
     """
-    found = surfaces(cells)
+    found = surfaces(cells, together)
     if lacking := [name for name, weight in weights.items() if weight and name not in found.tried]:
         raise InputError(
             f"{cells.condition.label}: {lacking[0]} has no retention, so no surface of it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -135,6 +136,10 @@ def recommend(
     unseen: Annotated[bool, typer.Option(
         "--unseen", help="Propose a mix that was not run, by surfaces fitted to those that were.",
     )] = False,
+    component: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=SOURCE+SOURCE", show_default=False,
+        help="--unseen: look at the sum of these sources' shares alone (repeat).",
+    )] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """The calibration set with the best expected weighted retention among those studied.
@@ -149,8 +154,10 @@ def recommend(
     if unseen:
         if top is not None:
             raise InputError("--top has no effect with --unseen, which proposes one mix")
-        _propose(study, asked, measure, method, sparsity, as_json)
+        _propose(study, asked, measure, method, sparsity, component or [], as_json)
         return
+    if component:
+        raise InputError("--component has no effect without --unseen")
     top = 5 if top is None else top
     if top < 1:
         raise InputError(f"at least 1 set must be listed, not {top}")
@@ -203,14 +210,18 @@ def _propose(
     measure: str,
     method: str | None,
     sparsity: str | None,
+    components: Sequence[str],
     as_json: bool,
 ) -> None:
     from calmix.analysis import propose
     from calmix.report import words
+    from calmix.study.design import parse_components
 
+    together = list(parse_components(components).values())
     found = propose(
-        _results(study), weights, measure=_measure(measure), method=method, sparsity=sparsity
-    )
+        _results(study), weights, measure=_measure(measure), method=method, sparsity=sparsity,
+        together=together,
+    )  # fmt: skip
     if as_json:
         print_json([asdict(one) for one in found])
         return

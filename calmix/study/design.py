@@ -18,8 +18,7 @@ def parse_components(given: Sequence[str]) -> dict[str, list[str]]:
     """Return components by name from `stories` (a source) and `code=python-stdlib+code-compiled`.
 
     Raises:
-        InputError: fewer than two, one named twice, a source that is in two.
-        SourceError: an unknown source.
+        InputError: not of that form, a component or a source named twice.
     """
     found: dict[str, list[str]] = {}
     for text in given:
@@ -34,10 +33,6 @@ def parse_components(given: Sequence[str]) -> dict[str, list[str]]:
     every = [source for sources in found.values() for source in sources]
     if doubles := [name for name in every if every.count(name) > 1]:
         raise InputError(f"source {doubles[0]} is named twice")
-    for name in every:
-        get_source(name)
-    if len(found) < 2:
-        raise InputError("a design takes two components or more")
     return found
 
 
@@ -60,9 +55,11 @@ def design(
         without: also the equal shares of all components but one, for each.
 
     Raises:
-        InputError: fewer rows than components, or no mixes.
+        InputError: fewer than two components, fewer rows than components, or no mixes.
     """
     count = len(components)
+    if count < 2:
+        raise InputError("a design takes two components or more")
     if rows < count:
         raise InputError(f"{rows} rows do not give each of {count} components one")
     if mixes < 1:
@@ -102,8 +99,15 @@ def study_file(
     sparsity: float | str,
     rows: int,
 ) -> str:
-    """Return the text of a study file that runs a design."""
+    """Return the text of a study file that runs a design.
+
+    Raises:
+        SourceError: an unknown source.
+    """
     import yaml
+
+    for source in dict.fromkeys(name for mix in sets.values() for name in mix):
+        get_source(source)
 
     head = (
         f"# {len(sets)} sets of {rows} rows: every component alone, all in equal shares, and mixes "

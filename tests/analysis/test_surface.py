@@ -119,6 +119,25 @@ def test_sources_in_one_proportion_are_one_component() -> None:
     np.testing.assert_allclose(shares, [[0.5, 0.5], [0.2, 0.8], [1, 0]])
 
 
+def test_sources_that_are_put_together_are_one_component_in_any_proportion() -> None:
+    x = points(14, 4)
+    names = ("prose", "python", "math", "rust")
+    both = np.stack([x[:, 0], x[:, 1] + x[:, 3], x[:, 2]], axis=1)
+    kept = np.stack([law(both, (-1, -2, -0.5)), law(both, (-2, -0.5, -1))], axis=1)
+    cells = study(x, kept, names)
+    found = surfaces(cells, [["rust", "python"]])
+    assert [sorted(one) for one in found.components] == [["python", "rust"], ["prose"], ["math"]]
+    np.testing.assert_allclose(found.shares, both[:, [1, 0, 2]])
+    total = x.sum(0)
+    assert found.components[0]["rust"] == pytest.approx(total[3] / (total[1] + total[3]))
+    for one in found.chosen.values():
+        assert one.error < 0.005
+    mix = propose(cells, {"general": 0.5, "code": 0.5}, together=[["python", "rust"]]).mix
+    assert min(mix["python"], mix["rust"]) > 0
+    with pytest.raises(InputError, match="no set is made of 'go': known: math, prose"):
+        surfaces(cells, [["go"]])
+
+
 def test_the_proposal_is_the_planted_best_and_its_interval_holds() -> None:
     x = points(14)
     rng = np.random.default_rng(3)

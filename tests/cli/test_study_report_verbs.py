@@ -97,6 +97,18 @@ def test_recommend_proposes_a_mix_that_was_not_run(calmix: Run, tmp_path: Path) 
     assert 0.45 < float(shares["python-stdlib"]) < 0.65
     told = json.loads(calmix("recommend", folder, "--unseen", "--weights", "code=1", "--json").out)
     assert told[0]["mix"]["python-stdlib"] > 0.9
+    again = json.loads(calmix("recommend", folder, "--unseen", "--weights", "code=1", "--json",
+                              "--component", "python=python-stdlib").out)  # fmt: skip
+    assert again[0]["mix"] == told[0]["mix"]
+    for given, words in [
+        (("--component", "stories"), "--component has no effect without --unseen"),
+        (("--unseen", "--component", "code=a+"), "a component is SOURCE or NAME=SOURCE+SOURCE"),
+        (("--unseen", "--component", "code=a+a"), "source a is named twice"),
+        (("--unseen", "--component", "code=a+b"), "no set is made of 'a'"),
+        (("--unseen", "--component", "all=stories+python-stdlib"), "0 of them mixes, are too few"),
+    ]:
+        ended = calmix("recommend", folder, *given)
+        assert (ended.code, words in ended.line) == (2, True), ended.line
 
 
 def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> None:
