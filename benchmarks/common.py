@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import calmix
-from calmix.models.opening import capabilities
+from calmix.precision import capabilities
 
 HERE = Path(__file__).parent
 

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,7 @@ from calmix.files import (
 )
 from calmix.machine import cores
 from calmix.models.shards import PACK, Shards, weight_files
+from calmix.precision import fast_half_precision
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
@@ -282,27 +283,6 @@ def _load(
         model = model.float()
     model.requires_grad_(False)
     return model.to(device).eval()
-
-
-def capabilities() -> Mapping[str, Any]:
-    """Return by name which instructions this CPU has, as far as torch tells."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu.get_capabilities()
-    older: Any = torch.cpu  # 2.9 tells of these alone
-    return {
-        "amx_bf16": older._is_amx_tile_supported(),
-        "avx512_bf16": older._is_avx512_bf16_supported(),
-    }
-
-
-def fast_half_precision(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU multiplies matrices of `dtype` natively (float32 always does)."""
-    if dtype == torch.float32:
-        return True
-    if dtype == torch.bfloat16:
-        able = capabilities()
-        return any(able.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
-    return False
 
 
 def device_of(name: str) -> torch.device:

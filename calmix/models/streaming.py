@@ -24,13 +24,13 @@ from calmix.models.converting import Conversions, Part
 from calmix.models.opening import (
     _dtype,
     device_of,
-    fast_half_precision,
     load_config,
     open_model,
     quiet_transformers,
     resolve_model,
 )
 from calmix.models.shards import Shards, ShardWriter
+from calmix.precision import fast_half_precision
 
 Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tensors, by file and name
 

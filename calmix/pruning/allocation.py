@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, find_blocks
+from calmix.precision import bfloat16_products
 from calmix.pruning.engine import Group, Run, check_names, run_through
 from calmix.pruning.experts import ExpertTokens
-from calmix.pruning.gram import bfloat16_products, relative_error
+from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from calmix.errors import InputError, ModelError, SolverError, nearest
 from calmix.machine import tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Dense, Prunable, find_blocks
+from calmix.precision import bfloat16_products
 from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
-from calmix.pruning.gram import Statistic, bfloat16_products
+from calmix.pruning.gram import Statistic
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import DTYPES, Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, SolverError
+from calmix.precision import bfloat16_products
 from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
@@ -28,22 +28,6 @@ WIDE = 2048  # elsewhere, where every product is a kernel to start, and large on
 ATTEMPTS = (
     (torch.float32, 1), (torch.float32, 10), (torch.float64, 10), (torch.float64, 100),
 )  # fmt: skip
-
-
-@contextmanager
-def bfloat16_products(allowed: bool = True) -> Iterator[None]:
-    """Let float32 products round their inputs to bfloat16 where the machine has units for it."""
-    # One setting a backend: torch refuses to read what is for all of them once one differs.
-    mkldnn: Any = torch.backends.mkldnn
-    backends: dict[Any, str] = {mkldnn.matmul: "bf16", torch.backends.cuda.matmul: "tf32"}
-    before = {backend: backend.fp32_precision for backend in backends}
-    for backend, fast in backends.items():
-        backend.fp32_precision = fast if allowed else "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in before.items():
-            backend.fp32_precision = precision
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from calmix.machine import free_memory
 from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import DecoderBlocks, experts_per_token
-from calmix.models.opening import check_ids, device_of, fast_half_precision, fingerprint
+from calmix.models.opening import check_ids, device_of, fingerprint
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.precision import fast_half_precision
 from calmix.pruning.budget import GIB
 from calmix.pruning.states import KeptStates
 from calmix.recovery.blocks import BlockReport, Stream, tune

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from calmix.machine import total_memory
-from calmix.models.opening import device_of, fast_half_precision
+from calmix.models.opening import device_of
+from calmix.precision import fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
 from calmix.pruning.methods.sparsegpt import BLOCK, STEP_VALUES, SparseGPT
 from calmix.pruning.patterns import Unstructured

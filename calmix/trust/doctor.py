@@ -30,7 +30,7 @@ from calmix import assets
 from calmix.errors import CalmixError
 from calmix.files import cache_dir
 from calmix.machine import cores, free_memory, total_memory
-from calmix.models.opening import capabilities
+from calmix.precision import capabilities
 
 State = Literal["ok", "missing", "offline", "failed"]
 SECONDS = 3.0  # to wait for a registry

@@ -14,6 +14,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import tokenizer_fingerprint
 from calmix.models.shards import Shards
+from calmix.precision import fast_half_precision
 from tests.tiny import save_tiny_model, tiny_model
 
 
@@ -234,4 +235,4 @@ def test_an_older_torch_tells_of_fewer_instructions(monkeypatch):
         monkeypatch.setattr(
             torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able, raising=False
         )
-        assert opening.fast_half_precision(torch.bfloat16) == able
+        assert fast_half_precision(torch.bfloat16) == able

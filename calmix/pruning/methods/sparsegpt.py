@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import Factor, Gram, Work, bfloat16_products, inverse_factor, triangle
+from calmix.precision import bfloat16_products
+from calmix.pruning.gram import Factor, Gram, Work, inverse_factor, triangle
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import (

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from calmix.errors import SolverError
-from calmix.pruning.gram import bfloat16_products, inverse_factor
+from calmix.precision import bfloat16_products
+from calmix.pruning.gram import inverse_factor
 from calmix.pruning.patterns import (
     Pattern,
     SemiStructured,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.pruning.gram import bfloat16_products
+from calmix.precision import bfloat16_products
 from calmix.pruning.reading import holds, quotient, widest
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
 
