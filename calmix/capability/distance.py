@@ -43,7 +43,7 @@ from calmix.errors import InputError, ModelError
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
 
-VERSION = 1  # raised when a reference would hold other numbers, so that cached ones are not reused
+VERSION = 2  # raised when a reference would hold other numbers, so that cached ones are not reused
 POSITIONS = 128  # of which both models' logits are held at a time
 
 Progress = Callable[[int, int], None]

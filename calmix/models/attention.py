@@ -1,24 +1,47 @@
-"""Faster decoding: attention of one new token a row, and keys and values that are not moved.
+"""Attention on a CPU, and keys and values that are not moved while a model writes.
 
-Where several query heads share a key head (grouped-query attention), PyTorch's own attention on
-a CPU computes every query head by itself. Seen as so many queries of one key head, they are
-computed together, several times faster. Registered with transformers under a name of its own.
+On a CPU PyTorch's own attention takes every query head by itself, though several may share a key
+head (grouped-query attention), and without matrix units its bfloat16 products are slow ones. Here
+the query heads of a key head are one product, a slice of the queries at a time, so that scores
+stay in cache and no key is looked at that the slice cannot see. Scores, sums and softmax are in
+float32; on the way back scores are made again. Registered with transformers under a name of its
+own; what it does not know goes to PyTorch's.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-NAME = "calmix_grouped"
+from calmix.machine import values_at_once
+from calmix.precision import bfloat16_products, capabilities
+
+NAME = "calmix"
+SLICE = 64  # queries whose scores are held at a time
+AT_ONCE = 2  # times `values_at_once`: scores that are held, of one row at least
+
+Part = tuple[slice, slice, int]  # rows, queries, and how many tokens these see
 
 
-def grouped_attention(
+def use_own_attention(model: Any) -> None:
+    """Let a model that attends by transformers' `sdpa` attend by `attention`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    own = getattr(model.config, "_attn_implementation", None)
+    if own == "sdpa" and getattr(model, "_supports_attention_backend", False):
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -26,7 +49,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' `sdpa`; a single query position sees its key heads once.
+    """Attend as transformers' `sdpa`: in slices where that is faster and known to be the same.
 
     Args:
         query: (rows, heads, positions, width).
@@ -38,33 +61,143 @@ def grouped_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     rows, heads, positions, width = query.shape
-    shared = key.shape[1]
-    plain = attention_mask is None and not kwargs.get("dropout")
-    plain &= kwargs.get("position_bias") is None and kwargs.get("softcap") is None
-    if positions > 1 or heads == shared or not plain:
+    shared, scale = key.shape[1], kwargs.get("scaling")
+    plain = not kwargs.get("dropout") and not any(
+        kwargs.get(name) is not None for name in ("position_bias", "softcap")
+    )
+    if plain and positions == 1 and attention_mask is None and heads > shared:
+        folded = query.reshape(rows, shared, heads // shared, width)
+        attended = F.scaled_dot_product_attention(folded, key, value, scale=scale)
+        return attended.reshape(rows, 1, heads, value.shape[-1]), None
+    causal = kwargs.get("is_causal")
+    plain &= bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if not plain or positions == 1 or not _faster(query) or not _fits(query, key, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    folded = query.reshape(rows, shared, heads // shared, width)
-    attended = F.scaled_dot_product_attention(folded, key, value, scale=kwargs.get("scaling"))
-    return attended.reshape(rows, 1, heads, value.shape[-1]), None
+    return sliced_attention(query, key, value, attention_mask, scale), None
 
 
-@contextmanager
-def grouped_decoding(model: Any) -> Iterator[None]:
-    """Let a model that attends by `sdpa` attend by `grouped_attention` for a while."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def _faster(query: Tensor) -> bool:
+    if query.dtype == torch.bfloat16:  # PyTorch's own uses matrix units where there are any
+        return query.device.type == "cpu" and not capabilities().get("amx_bf16")
+    return query.device.type == "cpu" and query.dtype == torch.float32
 
-    before = getattr(model.config, "_attn_implementation", None)
-    if before != "sdpa" or not getattr(model, "_supports_attention_backend", False):
-        yield
-        return
-    AttentionInterface.register(NAME, grouped_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+
+def _fits(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    (rows, _, positions, _), tokens = query.shape, key.shape[2]
+    if mask is None:
+        return positions == tokens
+    return mask.shape[0] in (1, rows) and mask.shape[1:] == (1, positions, tokens)
+
+
+def sliced_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """Return causal attention: the last token is the last query's, and none sees what follows it.
+
+    Args:
+        query: (rows, heads, positions, width), float32 or bfloat16.
+        key: (rows, key heads, tokens, width); the heads of a key head stand together.
+        value: (rows, key heads, tokens, value width).
+        mask: (rows or 1, 1, positions, tokens), boolean, False where a token is hidden, or what is
+            added to the scores; hides what follows a query too. None hides that alone.
+        scale: of the scores; 1 / sqrt(width) if not given.
+
+    Returns:
+        (rows, positions, heads, value width).
+    """
+    if mask is not None and not mask.stride(0):  # one mask, expanded to all rows
+        mask = mask[:1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    made: Tensor = _Sliced.apply(query, key, value, mask, scale)
+    return made
+
+
+class _Sliced(torch.autograd.Function):
+    """`sliced_attention`, in slices on the way back too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        rows, heads, positions, _ = query.shape
+        made = query.new_empty(rows, heads, positions, value.shape[-1])
+        bias = _bias(mask)
+        for part in _parts(query, key):
+            own, lines, seen = part
+            shares = _shares(query, key, bias, scale, part).to(value.dtype)
+            mixed = torch.bmm(shares, value[own, :, :seen].flatten(0, 1))
+            made[own, :, lines] = mixed.view_as(made[own, :, lines])
+        return made.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        grad, bias = grads[0].transpose(1, 2), _bias(mask)
+        to_query = torch.empty_like(query)
+        to_key, to_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
+        for part in _parts(query, key):
+            own, lines, seen = part
+            keys, values = (one[own, :, :seen].flatten(0, 1) for one in (key, value))
+            queries, here = (_together(one[own, :, lines], key) for one in (query, grad))
+            shares = _shares(query, key, bias, ctx.scale, part)
+            with _fast(query):
+                to_shares = torch.bmm(here.float(), values.float().transpose(1, 2))
+            to_scores = torch.ops.aten._softmax_backward_data(
+                to_shares, shares, -1, torch.float32
+            ).to(query.dtype)
+            more = torch.bmm(to_scores, keys).mul_(ctx.scale)
+            to_query[own, :, lines] = more.view_as(to_query[own, :, lines])
+            more = torch.bmm(to_scores.transpose(1, 2), queries)
+            to_key[own, :, :seen] += more.view_as(key[own, :, :seen])
+            more = torch.bmm(shares.to(query.dtype).transpose(1, 2), here)
+            to_value[own, :, :seen] += more.view_as(value[own, :, :seen])
+        return to_query, to_key.mul_(ctx.scale).to(key.dtype), to_value.to(value.dtype), None, None
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[Part]:
+    rows, heads, positions, _ = query.shape
+    tokens = key.shape[2]
+    step = max(1, AT_ONCE * values_at_once(query.device) // (heads * SLICE * tokens))
+    for first in range(0, rows, step):
+        for start in range(0, positions, SLICE):
+            stop = min(start + SLICE, positions)
+            yield slice(first, first + step), slice(start, stop), tokens - positions + stop
+
+
+def _together(some: Tensor, key: Tensor) -> Tensor:
+    """Put the heads of a key head below one another: (rows x key heads, heads x lines, width)."""
+    return some.reshape(len(some) * key.shape[1], -1, some.shape[-1])
+
+
+def _bias(mask: Tensor | None) -> Tensor | None:
+    """Return what a mask adds to the scores, in float32."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.float()
+    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+def _shares(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, part: Part) -> Tensor:
+    """Return how much of every token's value each query takes, float32, as `_together`."""
+    own, lines, seen = part
+    queries = _together(query[own, :, lines], key).float() * scale
+    keys = key[own, :, :seen].flatten(0, 1).float()
+    with _fast(query):
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+    count = lines.stop - lines.start
+    if bias is None:
+        later = torch.full((count, count), -torch.inf).triu_(1)
+        scores.view(len(scores), -1, count, seen)[..., seen - count :] += later
+    else:
+        hidden = (bias if len(bias) == 1 else bias[own])[:, :, lines, :seen]
+        scores.view(-1, query.shape[1], count, seen).add_(hidden)
+    return scores.softmax(-1)
+
+
+def _fast(query: Tensor) -> AbstractContextManager[None]:
+    """Let products of float32 round to bfloat16 where the inputs come from there."""
+    return bfloat16_products() if query.dtype == torch.bfloat16 else nullcontext()
 
 
 def cache_argument(module: Any) -> str:

@@ -37,6 +37,7 @@ from calmix.files import (
     write_text,
 )
 from calmix.machine import cores
+from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK, Shards, weight_files
 from calmix.precision import fast_half_precision
 
@@ -282,6 +283,7 @@ def _load(
     if dtype == "auto" and device.type == "cpu" and not fast_half_precision(model.dtype):
         model = model.float()
     model.requires_grad_(False)
+    use_own_attention(model)
     return model.to(device).eval()
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calmix.errors import ModelError
+from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.converting import Conversions, Part
 from calmix.models.opening import (
@@ -430,4 +431,5 @@ def _skeleton(
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"cannot open {shards.folder}: {line[:300]}") from error
     model.requires_grad_(False)
+    use_own_attention(model)
     return model.eval()

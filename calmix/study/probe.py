@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from calmix.machine import total_memory
+from calmix.models.attention import attention
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
 from calmix.pruning.gram import Gram, inverse_factor
@@ -82,8 +83,7 @@ def _attention(sizes: Sizes, numbers: Callable[..., torch.Tensor], device: torch
     """Return the FLOP a second of causal attention over one micro-batch."""
     rows, heads = TOKENS // LENGTH, max(1, min(sizes.query, 4096) // sizes.head)
     query = numbers(rows, heads, LENGTH, sizes.head)
-    attend = functional.scaled_dot_product_attention
-    once = seconds(lambda: attend(query, query, query, is_causal=True), device)
+    once = seconds(lambda: attention(torch.nn.Module(), query, query, query, None), device)
     return 2 * TOKENS * LENGTH * heads * sizes.head / once
 
 

@@ -1,16 +1,110 @@
-"""Grouped attention and the reserved cache against transformers' own."""
+"""Attention in slices and the reserved cache against transformers' own."""
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
+import calmix.models.attention as own
+from calmix.models import open_model
 from calmix.models.attention import (
     NAME,
+    attention,
     cache_argument,
-    grouped_attention,
-    grouped_decoding,
     reserved_cache,
+    sliced_attention,
+    use_own_attention,
 )
 from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
+
+SHAPES = [  # rows, heads, key heads, positions, tokens, width, value width
+    (3, 6, 2, 150, 150, 16, 16), (2, 4, 4, 64, 64, 8, 12), (5, 4, 1, 33, 90, 16, 16),
+]  # fmt: skip
+
+
+@pytest.fixture
+def slices(monkeypatch):
+    """What is attended to in slices, and slices of few lines and rows."""
+    seen = []
+
+    def watch(query, *rest):
+        seen.append(tuple(query.shape))
+        return sliced_attention(query, *rest)
+
+    monkeypatch.setattr(own, "sliced_attention", watch)
+    monkeypatch.setattr(own, "SLICE", 16)
+    monkeypatch.setattr(own, "values_at_once", lambda device: 16 * 6 * 150)
+    return seen
+
+
+def masks(rows, positions, tokens):
+    """A sliding window of 20, the same for all rows, and windows of each row's own."""
+    at, of = torch.arange(positions)[:, None] + tokens - positions, torch.arange(tokens)
+    widths = 20 + 7 * torch.arange(rows)[:, None, None]
+    same = ((of <= at) & (of > at - 20)).expand(rows, 1, positions, tokens)
+    each = ((of <= at) & (of > at - widths))[:, None]
+    low = torch.finfo(torch.float32).min
+    return [same, each, torch.zeros(each.shape).masked_fill(~each, low), same[:1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slices_attend_as_torch_does_there_and_back(shape, slices):
+    rows, heads, shared, positions, tokens, width, wide = shape
+    torch.manual_seed(0)
+    given = [torch.randn(rows, n, many, size) for n, many, size in (
+        (heads, positions, width), (shared, tokens, width), (shared, tokens, wide))]  # fmt: skip
+    back = torch.randn(rows, positions, heads, wide)
+    plain = [None] if positions == tokens else []
+    for mask in plain + masks(rows, positions, tokens):
+        found, expected = [], []
+        for results, attend in ((found, None), (expected, F.scaled_dot_product_attention)):
+            own_ = [one.clone().requires_grad_() for one in given]
+            if attend is None:
+                made = own.sliced_attention(*own_, mask, 0.3)
+            else:
+                query, key, value = own_
+                key, value = (x.repeat_interleave(heads // shared, 1) for x in (key, value))
+                made = attend(query, key, value, mask, is_causal=mask is None, scale=0.3)
+                made = made.transpose(1, 2)
+            made.backward(back)
+            results += [made.detach(), *(one.grad for one in own_)]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_is_no_further_off_than_torchs():
+    torch.manual_seed(1)
+    given = [torch.randn(2, n, 200, 32, dtype=torch.bfloat16) for n in (6, 2, 2)]
+    exact = [one.double() for one in given]
+    off = []
+    for some in (exact, given, None):
+        leaves = [one.clone().requires_grad_() for one in some or given]
+        if some is None:
+            made = sliced_attention(*leaves, None)
+        else:
+            wide = [x.repeat_interleave(3, 1) for x in leaves[1:]]
+            made = F.scaled_dot_product_attention(leaves[0], *wide, is_causal=True).transpose(1, 2)
+        made.backward(torch.ones_like(made))
+        off.append([made.detach().double(), *(one.grad.double() for one in leaves)])
+    for truth, theirs, ours in zip(*off, strict=True):
+        assert (ours - truth).norm() < 1.3 * (theirs - truth).norm() < 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_models_compute_what_they_did_there_and_back(kind, slices):
+    """Sliding windows of 16 and shared key heads are among the architectures."""
+    ids = tiny_ids(3, 24)
+    found = []
+    for use in (False, True):
+        model = tiny_model(kind).requires_grad_(True)
+        if use:
+            use_own_attention(model)
+        logits = model(ids).logits
+        logits.square().mean().backward()
+        grads = [one.grad for one in model.parameters() if one.grad is not None]
+        found.append([logits.detach(), *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    assert bool(slices) == (model.config._attn_implementation == NAME)
 
 
 def decoded(model, ids, cache):
@@ -27,13 +121,13 @@ def decoded(model, ids, cache):
 def test_decoding_equals_a_whole_pass(kind):
     """Sliding windows of 16 and shared key heads are among the architectures."""
     model, ids = tiny_model(kind), tiny_ids(3, 24)
-    with grouped_decoding(model):
-        stepwise = decoded(model, ids, reserved_cache(model, 24))
+    use_own_attention(model)
+    stepwise = decoded(model, ids, reserved_cache(model, 24))
     torch.testing.assert_close(stepwise, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_single_positions_are_folded_and_nothing_else(monkeypatch):
+def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch, slices):
     """Shapes that reach PyTorch: three key heads for nine query heads, one position."""
     seen = []
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -50,18 +144,38 @@ def test_single_positions_are_folded_and_nothing_else(monkeypatch):
     expected = attend(one, *wide, scale=0.5).transpose(1, 2)
     causal = attend(several, *wide, is_causal=True, scale=0.5).transpose(1, 2)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watch)
-    made, _ = grouped_attention(module, one, key, value, None, scaling=0.5)
+    made, _ = attention(module, one, key, value, None, scaling=0.5)
     torch.testing.assert_close(made, expected)
     assert seen == [((2, 3, 3, 8), (2, 3, 7, 8))]
-    made, _ = grouped_attention(module, several, key, value, None, scaling=0.5)
+    made, _ = attention(module, several, key, value, None, scaling=0.5)
     torch.testing.assert_close(made, causal)
+    assert (len(seen), slices) == (1, [(2, 9, 7, 8)])
+    module.is_causal = False  # an encoder's
+    attention(module, several, key, value, None, scaling=0.5)
+    del module.is_causal
+    fewer = several[:, :, :5]  # whose tokens these are is not told
+    attention(module, fewer, key, value, None)
+    attention(module, several, key, value, None, is_causal=False)
+    attention(module, several, key, value, torch.zeros(2, 9, 7, 7))  # a mask for every head
+    attention(module, several, key, value, None, position_bias=torch.zeros(1, 9, 7, 7))
+    monkeypatch.setattr(own, "capabilities", lambda: {"amx_bf16": True})
+    half = [x.bfloat16() for x in (several, key, value)]
+    attention(module, *half, None)
+    assert (len(seen), len(slices)) == (7, 1)
+    monkeypatch.setattr(own, "capabilities", lambda: {})
+    attention(module, *half, None)
+    assert (len(seen), len(slices)) == (7, 2)
 
 
-def test_the_models_own_attention_is_put_back():
-    model = tiny_model("llama")
-    with grouped_decoding(model):
-        assert model.config._attn_implementation == NAME
-    assert model.config._attn_implementation == "sdpa"
+def test_opened_models_have_it_and_saved_ones_do_not(tmp_path, tiny_folder):
+    opened = open_model(str(tiny_folder))
+    assert opened.model.config._attn_implementation == NAME
+    opened.model.save_pretrained(tmp_path / "saved")
+    assert NAME not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
+    use_own_attention(eager)
+    assert eager.config._attn_implementation == "eager"
 
 
 def test_a_reserved_cache_copies_nothing():

@@ -24,7 +24,7 @@ from calmix.files import cache_dir, hidden, sha256_json
 from calmix.machine import free_memory
 from calmix.manifest import versions
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, grouped_decoding, reserved_cache
+from calmix.models.attention import cache_argument, reserved_cache
 from calmix.models.opening import quiet_transformers
 
 BATCH = 128  # rows at a time: on two cores the throughput no longer grows beyond
@@ -270,7 +270,6 @@ def _batch(
     with (
         quiet_transformers(),
         _generating(opened.model, plain),
-        grouped_decoding(opened.model),
         torch.inference_mode(),
     ):
         made = opened.model.generate(
