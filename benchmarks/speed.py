@@ -3,8 +3,9 @@
     python benchmarks/speed.py [--rival PYTHON] [--repeats 3] [--pattern 2:4]
 
 Everything is timed in one run on the same ids, the engines in turn. The floor is one forward
-pass of the blocks plus one Gram matrix per distinct input, both as plain matrix products of this
-machine; Wanda's floor is the forward pass alone. Prints a Markdown table.
+pass of the blocks as transformers runs them, with PyTorch's attention, plus one Gram matrix per
+distinct input as plain products of this machine; Wanda's floor is the forward pass alone. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 def floor(ids: torch.Tensor) -> tuple[float, float]:
     """Seconds of one forward pass of the blocks, and of one Gram matrix per distinct input."""
     model = open_model(MODEL).model
+    model.set_attn_implementation("sdpa")
     device = next(model.parameters()).device
     found, ids = find_blocks(model), ids.to(device)
     with torch.inference_mode(False):
