@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
 from calmix.analysis.differences import SINGLES, mean_of
+from calmix.analysis.ranking import Ranked
 from calmix.report import words
 from calmix.report.drawing import INK, MUTED, STRATEGY_COLOURS, Drawing, new_figure
 from calmix.report.figures import WIDTH, Tips, heat_map, legend, put_title, whisker
@@ -47,13 +48,18 @@ class Bar:
     kept: Estimate
 
 
-def bars(found: ConditionAnalysis) -> list[Bar]:
+def bars(found: ConditionAnalysis, among: Collection[str] | None = None) -> list[Bar]:
     """Return what is left on each kind of text, the best set standing for its kind.
 
     The best single source is told by its shrunken total, since it was picked of many.
+
+    Args:
+        among: single sources to look at; all if not given.
     """
     known = [one for one in found.ranking if one.total.value is not None]
-    singles = [one for one in known if one.strategy == "single"]
+    singles = _singles(found)
+    if among is not None:
+        singles = [one for one in singles if one.calibration in among]
     made = []
     for kind, how in ((MIXED, ("mix",)), (WROTE, WRITTEN)):
         some = [one for one in known if one.strategy in how]
@@ -69,6 +75,12 @@ def bars(found: ConditionAnalysis) -> list[Bar]:
         made.append(Bar(MEAN, words.counted(len(singles), "source"), "single", kept))
         made.append(Bar(WORST, last.calibration, "single", last.total))
     return made
+
+
+def _singles(found: ConditionAnalysis) -> list[Ranked]:
+    return [
+        one for one in found.ranking if one.strategy == "single" and one.total.value is not None
+    ]
 
 
 def by_model(analysis: Analysis) -> dict[str, ConditionAnalysis]:
@@ -247,7 +259,7 @@ def _enough(sizes: Sequence[tuple[float, str, ConditionAnalysis]]) -> dict[str, 
     """Return the fewest rows, of each kind of text, that keep nearly the most of any."""
     found: dict[str, list[tuple[float, str]]] = {}
     for _, rows, each in sizes:
-        for bar in bars(each):
+        for bar in bars(each, _common(sizes)):
             if bar.kind in LINES:
                 found.setdefault(bar.kind, []).append((bar.kept.value or 0, rows))
     return {
@@ -261,10 +273,17 @@ def _alike(one: ConditionAnalysis, other: ConditionAnalysis, *names: str) -> boo
     return all(getattr(one.condition, of) == getattr(other.condition, of) for of in names)
 
 
+def _common(some: Sequence[tuple[float, str, ConditionAnalysis]]) -> set[str]:
+    """Return the single sources that every point has, of those that have any."""
+    names = [{one.calibration for one in _singles(each)} for _, _, each in some]
+    return set.intersection(*(each for each in names if each)) if any(names) else set()
+
+
 def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None:
     """Draw what is left on kinds of text along an axis, a panel a model."""
     told = {
-        model: [(x, label, {bar.kind: bar for bar in bars(each)}) for x, label, each in some]
+        model: [(x, label, {bar.kind: bar for bar in bars(each, _common(some))})
+                for x, label, each in some]
         for model, some in points.items() if len(some) > 1
     }  # fmt: skip
     if not told:
@@ -294,7 +313,9 @@ def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None
         return picture
 
     return Drawing(
-        name, title, "Mean over abilities, in percent of the whole model's.",
+        name, title,
+        "Mean over abilities, in percent of the whole model's; single sources are the same ones "
+        "along a line.",
         f"Lines of {words.listed(list(LINES))} for {words.listed(list(told))}.", draw, tips,
     )  # fmt: skip
 

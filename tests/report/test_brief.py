@@ -58,6 +58,21 @@ def test_what_stands_for_a_kind_is_its_best_and_its_worst_source(
     assert low < mean < high
 
 
+def test_a_line_is_about_the_same_single_sources_throughout() -> None:
+    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
+    whole = study(Plan(sources=SOURCES, conditions=pairs, others=LIFTS, seeds=(0,), noise=0.0))
+    left = [one for one in whole.trials if (one.pattern, one.calibration) != ("50%", "a")]
+    fewer = study(Plan(), trials=tuple(left), planned=len(left))
+    found, page = of(fewer)
+    line = page[page.index("brief-sparser-title") :]
+    (told,) = re.findall(rf"{MEAN}: ([^<]*) %<", line[: line.index("</figure>")])
+    at_60 = next(one for one in found.conditions if one.condition.pattern == "60%")
+    few = {bar.kind: bar for bar in bars(at_60, {"b", "c", "d"})}[MEAN].kept
+    every = {bar.kind: bar for bar in bars(at_60)}[MEAN].kept
+    assert f"60 {100 * (few.value or 0):.1f} [" in told
+    assert f"{few.value:.3f}" != f"{every.value:.3f}"
+
+
 def test_it_says_first_what_is_left_without_terms(made: tuple[Analysis, str]) -> None:
     found, page = made
     lead = page[page.index('<p class="lead">') : page.index("</header>")]
