@@ -70,7 +70,9 @@ def attention(
         attended = F.scaled_dot_product_attention(folded, key, value, scale=scale)
         return attended.reshape(rows, 1, heads, value.shape[-1]), None
     causal = kwargs.get("is_causal")
-    plain &= bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if causal is None:  # as transformers has it without a mask; one may show what follows
+        causal = getattr(module, "is_causal", attention_mask is None)
+    plain &= bool(causal)
     if not plain or positions == 1 or not _faster(query) or not _fits(query, key, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return sliced_attention(query, key, value, attention_mask, scale), None

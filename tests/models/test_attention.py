@@ -153,6 +153,9 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
     module.is_causal = False  # an encoder's
     attention(module, several, key, value, None, scaling=0.5)
     del module.is_causal
+    both = torch.ones(1, 1, 7, 7, dtype=torch.bool)  # nor does a mask alone make it a decoder's
+    made, _ = attention(module, several, key, value, both, scaling=0.5)
+    torch.testing.assert_close(made, attend(several, *wide, scale=0.5).transpose(1, 2))
     fewer = several[:, :, :5]  # whose tokens these are is not told
     attention(module, fewer, key, value, None)
     attention(module, several, key, value, None, is_causal=False)
@@ -161,10 +164,10 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
     monkeypatch.setattr(own, "capabilities", lambda: {"amx_bf16": True})
     half = [x.bfloat16() for x in (several, key, value)]
     attention(module, *half, None)
-    assert (len(seen), len(slices)) == (7, 1)
+    assert (len(seen), len(slices)) == (8, 1)
     monkeypatch.setattr(own, "capabilities", lambda: {})
     attention(module, *half, None)
-    assert (len(seen), len(slices)) == (7, 2)
+    assert (len(seen), len(slices)) == (8, 2)
 
 
 def test_opened_models_have_it_and_saved_ones_do_not(tmp_path, tiny_folder):
