@@ -12,6 +12,8 @@ table grows over runs and machines, and `--draws 0` prints what there is. Ways:
     mask, admm              ADMM's mask without and with its refit
     blocks, distill         the latter recovered, on the same rows
     both                    by blocks, then by distillation
+    many                    ADMM on the same rows, distilled on as many as take a quarter of an hour
+                            on two cores (--many)
 
 `--readout FILE` is a Python file with `readout(folder) -> {dimension: {text: bits per byte}}`; kept
 is the mean over dimensions of the mean of dense over pruned. Without it the quick slice of the
@@ -42,11 +44,12 @@ MIX = (
     "python-stdlib,code-compiled,math-solutions,word-problems"
 )
 METHODS = {"sparsegpt": "sparsegpt", "refit": "sparsegpt,refit=10", "mask": "admm,refit=0"}
-WAYS = ("sparsegpt", "refit", "mask", "admm", "blocks", "distill", "both")
+WAYS = ("sparsegpt", "refit", "mask", "admm", "blocks", "distill", "both", "many")
 AFTER = {
     "blocks": ("admm", "blocks"),
     "distill": ("admm", "distill"),
     "both": ("blocks", "distill"),
+    "many": ("admm", "distill"),
 }
 
 
@@ -79,7 +82,8 @@ def make(options: argparse.Namespace, cell: dict[str, Any], text: str) -> dict[s
         before, method = AFTER[way]
         note = make(options, cell | {"way": before}, text)
         began = spent()
-        how = recover_request(method=method, calibration=text, rows=cell["rows"], seed=cell["draw"])
+        rows = options.many if way == "many" else cell["rows"]
+        how = recover_request(method=method, calibration=text, rows=rows, seed=cell["draw"])
         recover(str(options.output / before), cell["model"], how, folder, overwrite=True)
         note["seconds"] += spent() - began
     file.write_text(json.dumps(note), encoding="utf-8")
@@ -127,9 +131,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["builtin:smollm2-135m"])
     parser.add_argument("--calibrations", nargs="+", default=["mix"])
     parser.add_argument("--targets", nargs="+", default=["0.6"])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS[:-1]), choices=WAYS)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--many", type=int, default=384, help="rows of the way of that name")
     parser.add_argument("--records", type=Path, default=HERE / "keep_more.jsonl")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,8 @@ def main() -> None:
                             continue
                         note = make(options, cell, text)
                         kept = readout.kept(resolve_model(model), options.output / way)
-                        one = cell | {
+                        many = {"many": options.many} if way == "many" else {}
+                        one = cell | many | {
                             "kept": {key: round(value, 3) for key, value in kept.items()},
                             "error": round(note["error"], 6),
                             "cpu_seconds": round(note["seconds"], 1),
