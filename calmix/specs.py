@@ -285,7 +285,7 @@ def _methods(text: str) -> list[str]:
     return _once("method", methods)
 
 
-RECOVERIES = {"distill": (2, 3e-4), "blocks": (2, 1e-3)}  # epochs and learning rate
+RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
 BATCH = 4
 RECOVERY_OPTIONS: dict[str, type] = {"epochs": int, "lr": float, "batch": int}
 
@@ -298,7 +298,7 @@ class RecoverRequest:
         method: `distill` or `blocks`.
         calibration, draw: as for a `PruneRequest`.
         epochs: passes over the training rows, for `blocks` in every block.
-        lr: the learning rate at its peak.
+        lr: the learning rate at its peak, times the size of each tensor's kept weights.
         batch: rows a step.
     """
 

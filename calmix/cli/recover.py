@@ -82,7 +82,10 @@ def recover_command(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(show_default="3e-4, blocks 1e-3", help="Learning rate at its peak."),
+        typer.Option(
+            show_default="1e-3, blocks 3e-3",
+            help="Learning rate at its peak, as a share of the weights' size.",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = BATCH,
     rows: Rows = None,

@@ -22,6 +22,7 @@ from calmix.machine import MICRO_TOKENS
 BETAS = (0.9, 0.95)
 WARM_UP = 0.05  # of all steps, one at least
 HELD_OUT = 16  # one row in so many, two at least
+SIZES = (1e-3, 1.0)  # least and most size of a tensor that the learning rate is times
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
 
 
@@ -86,11 +87,27 @@ def steps_of(items: int, at_once: int, epochs: int, seed: int) -> list[list[int]
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """Return the learning rate of a step: a short warm-up, then linearly towards zero."""
+    """Return the learning rate of a step: a short warm-up, then linearly towards zero.
+
+    Masters take it times the `size_of` a tensor.
+    """
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (steps - step) / (steps - warm + 1)
+
+
+def size_of(stored: Tensor) -> float:
+    """Return the root mean square of a tensor's kept weights, within `SIZES`.
+
+    A learning rate times that moves weights by the same share in every model and layer (Adafactor,
+    arXiv 1804.04235, section 8): those of one model may be ten times those of another. Vectors of
+    a norm may hold hundreds beside nearly nothing: none is moved faster than by the rate itself.
+    """
+    kept = int(torch.count_nonzero(stored))
+    whole = float(torch.linalg.vector_norm(stored, dtype=torch.float32))
+    least, most = SIZES
+    return min(most, max(least, whole / math.sqrt(max(1, kept))))
 
 
 def rows_at_once(batch: int, length: int) -> list[int]:
@@ -156,15 +173,16 @@ class Masters:
         masked: Callable[[str], bool],
     ) -> None:
         self.parameters = dict(parameters)
-        self.values = {
-            name: nn.Parameter(
-                _shared_out(stored(name), p).to(local(p).device, torch.float32).clone()
-            )
-            for name, p in self.parameters.items()
-        }
+        self.values: dict[str, nn.Parameter] = {}
+        groups: list[dict[str, Any]] = []
+        for name, parameter in self.parameters.items():
+            full = stored(name)
+            own = _shared_out(full, parameter).to(local(parameter).device, torch.float32)
+            self.values[name] = nn.Parameter(own.clone())
+            groups.append({"params": [self.values[name]], "size": size_of(full)})
         self._masked = [value for name, value in self.values.items() if masked(name)]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
-        self._adam = torch.optim.Adam(self.values.values(), lr=0.0, betas=BETAS, fused=fused)
+        self._adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, fused=fused)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -181,12 +199,16 @@ class Masters:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Take one step with the gradients collected; zeros stay exactly zero."""
+        """Take one step with the gradients collected; zeros stay exactly zero.
+
+        Args:
+            learning_rate: as a share of every tensor's size.
+        """
         for master in self._masked:
             if master.grad is not None:
                 master.grad.mul_(master != 0)
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["size"]
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self.round()

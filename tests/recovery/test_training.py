@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from calmix.errors import InputError
-from calmix.recovery.training import Masters, Stop, rate, rows_at_once, split_rows, steps_of
+from calmix.recovery.training import (
+    Masters,
+    Stop,
+    rate,
+    rows_at_once,
+    size_of,
+    split_rows,
+    steps_of,
+)
 from tests import forks
 from tests.recovery import sharded
 
@@ -95,7 +103,10 @@ def test_masters_train_as_adam_does_but_hold_the_zeros():
     module = layer(torch.float32)
     masters = masters_of(module)
     plain = layer(torch.float32)
-    adam = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    kept = [one[one != 0].square().mean().sqrt().item() for one in plain.parameters()]
+    groups = [{"params": [one], "lr": 1e-2 * size}
+              for one, size in zip(plain.parameters(), kept, strict=True)]  # fmt: skip
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     train(module, masters, range(5))
     for step in range(5):
         for half in (0, 1):
@@ -109,6 +120,28 @@ def test_masters_train_as_adam_does_but_hold_the_zeros():
     assert module.weight[:, ::2].abs().max() == 0
     assert not module.weight[:, ::2].signbit().any()
     assert module.bias.all()  # only zeros of linear maps are held
+
+
+def test_weights_of_any_size_move_by_the_same_share():
+    moved = []
+    for scale in (1.0, 0.01):
+        module = layer(torch.float32)
+        with torch.no_grad():
+            module.weight.mul_(scale)
+        before = module.weight.detach().clone()
+        masters = masters_of(module)
+        module(torch.randn(5, 16, generator=torch.Generator().manual_seed(1))).sum().backward()
+        masters.collect()
+        masters.step(1e-2)
+        moved.append((module.weight.detach() - before) / scale)
+    torch.testing.assert_close(*moved)
+    assert moved[0].abs().max() > 0
+
+
+def test_the_size_is_that_of_kept_weights_within_limits():
+    assert size_of(torch.tensor([0.0, 0.3, 0.0, -0.4])) == pytest.approx((0.25 / 2) ** 0.5)
+    assert size_of(torch.zeros(4)) == size_of(torch.full((4,), 1e-5)) == 1e-3
+    assert size_of(torch.tensor([300.0, 0.01], dtype=torch.bfloat16)) == 1.0
 
 
 def test_masters_keep_what_the_modules_type_would_lose():

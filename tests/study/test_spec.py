@@ -256,18 +256,18 @@ def test_what_differs_in_recovery_alone_comes_right_after_its_prune() -> None:
 def test_allocations_and_recoveries_are_part_of_a_condition() -> None:
     study = parsed(
         HEAD + "calibrations: {a: news}\nmethods: {sparsegpt: 0.6, magnitude: 0.5}\n"
-        "allocation: owl\nrecovery: [none, 'blocks,epochs=2', 'distill,lr=1e-3']\n"
+        "allocation: owl\nrecovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
     )
     ways = [
         "magnitude", "sparsegpt + owl", "sparsegpt + owl + blocks",
-        "sparsegpt + owl + distill,lr=0.001",
+        "sparsegpt + owl + distill,lr=0.002",
     ]  # fmt: skip
     assert [trial.way for trial in plan(study)] == ways
     assert len({trial.condition for trial in plan(study)}) == 4
     asked = [Resolver(study)._around(trial) for trial in plan(study)]
     assert asked[0] == {}
-    assert asked[2]["recovery"] == {"method": "blocks", "epochs": 2, "lr": 1e-3, "batch": 4}
-    assert asked[3]["recovery"]["lr"] == 1e-3
+    assert asked[2]["recovery"] == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
+    assert asked[3]["recovery"]["lr"] == 2e-3
     found = problems(
         HEAD + "calibrations: {a: news}\nmethods: {wanda: 0.5}\ngrids:\n"
         "  - {recovery: []}\n  - {methods: {magnitude: 0.5}, recovery: distill}\n"
