@@ -24,6 +24,7 @@ from common import commit, machine, run_rival
 from calmix.calibration import build, parse_mix
 from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
+from calmix.models.attention import use_torchs_attention
 from calmix.pruning import Unstructured, prune
 from calmix.pruning.layout import Calls, observe
 from calmix.pruning.patterns import Pattern, parse_pattern
@@ -37,7 +38,7 @@ MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 def floor(ids: torch.Tensor) -> tuple[float, float]:
     """Seconds of one forward pass of the blocks, and of one Gram matrix per distinct input."""
     model = open_model(MODEL).model
-    model.set_attn_implementation("sdpa")
+    use_torchs_attention(model)
     device = next(model.parameters()).device
     found, ids = find_blocks(model), ids.to(device)
     with torch.inference_mode(False):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from calmix import packed
 from calmix.errors import InputError, ModelError
 from calmix.models import open_model
+from calmix.models.attention import use_torchs_attention
 from calmix.models.shards import PACK
 from calmix.packed import load, pack, unpack
 from tests.tiny import save_tiny_model
@@ -62,6 +63,7 @@ def test_a_model_comes_back_byte_for_byte(pruned: Path, tmp_path: Path) -> None:
 def test_a_pack_is_loaded_without_its_dense_files(pruned: Path, tmp_path: Path) -> None:
     pack(pruned, tmp_path / "pack")
     dense = open_model(str(pruned)).model
+    use_torchs_attention(dense)
     model = load(tmp_path / "pack")
     ids = torch.arange(1, 9)[None]
     assert model.dtype == torch.bfloat16

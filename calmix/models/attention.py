@@ -41,6 +41,12 @@ def use_own_attention(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
+def use_torchs_attention(model: Any) -> None:
+    """Take `attention` from a model again, for what knows transformers' own alone."""
+    if getattr(model.config, "_attn_implementation", None) == NAME:
+        model.set_attn_implementation("sdpa")
+
+
 def attention(
     module: nn.Module,
     query: Tensor,

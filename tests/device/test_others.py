@@ -89,6 +89,7 @@ def test_distillation_reads_once_a_step(gradients):
         student = Student(model, find_blocks(model), None, recompute=False)
         masters = masters_of(model, trained_names(model, find_blocks(model)))
         gradients += masters.parameters.values()
+        traced.reads.clear()
         alone = SimpleNamespace(
             num_processes=1, process_index=0, backward=lambda loss: loss.backward(),
             reduce=lambda total, reduction: total,

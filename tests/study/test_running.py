@@ -421,7 +421,7 @@ def test_the_lock_of_a_process_that_died_with_its_work_done_is_removed(
 def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     tiny_study: Write, tmp_path: Path
 ) -> None:
-    ways = "allocation: [uniform, owl]\nrecovery: [none, 'distill,epochs=1,lr=0.0003']\n"
+    ways = "allocation: [uniform, owl]\nrecovery: [none, 'distill,epochs=1,lr=0.001']\n"
     path = tiny_study(
         ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{wanda: [0.6], magnitude: 0.5}"),
         ("rows: 6", "rows: 16"),
@@ -437,7 +437,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     last = next(e for e in store.entries if e["label"] == seen.ran[-1])
     request = json.loads((store.trial(last["id"]) / "request.json").read_text(encoding="utf-8"))
     assert request["allocation"] == "owl"
-    assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 3e-4, "batch": 4}
+    assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 1e-3, "batch": 4}
     assert sorted(p.name for p in store.trial(last["id"]).iterdir()) == [
         "pruning.json", "recovery.json", "request.json", "result.json", "scores.json",
     ]  # fmt: skip
