@@ -176,9 +176,9 @@ def surfaces(cells: Cells, together: Sequence[Sequence[str]] = ()) -> Surfaces:
             then those of all sets at once.
 
     Raises:
-        InputError: a source that no set is made of.
-        InputError: fewer than `LEAST` such sets, or fewer mixes of components than components
-            (a surface over corners alone is a guess in between: ours).
+        InputError: a source that no set is made of, fewer than `LEAST` such sets, or fewer mixes
+            of components than components (a surface over corners alone is a guess in between:
+            ours).
     """
     known = [at for at, mix in enumerate(cells.mixes) if mix]
     names = list(dict.fromkeys(name for at in known for name in cells.mixes[at]))

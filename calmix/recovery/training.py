@@ -105,7 +105,8 @@ def size_of(stored: Tensor) -> float:
     a norm may hold hundreds beside nearly nothing: none is moved faster than by the rate itself.
     """
     kept = int(torch.count_nonzero(stored))
-    whole = float(torch.linalg.vector_norm(stored, dtype=torch.float32))
+    exact = torch.promote_types(stored.dtype, torch.float32)
+    whole = float(torch.linalg.vector_norm(stored, dtype=exact))
     least, most = SIZES
     return min(most, max(least, whole / math.sqrt(max(1, kept))))
 

@@ -140,6 +140,7 @@ def test_weights_of_any_size_move_by_the_same_share():
 
 def test_the_size_is_that_of_kept_weights_within_limits():
     assert size_of(torch.tensor([0.0, 0.3, 0.0, -0.4])) == pytest.approx((0.25 / 2) ** 0.5)
+    assert size_of(torch.tensor([0.5, -0.5], dtype=torch.float64)) == 0.5
     assert size_of(torch.zeros(4)) == size_of(torch.full((4,), 1e-5)) == 1e-3
     assert size_of(torch.tensor([300.0, 0.01], dtype=torch.bfloat16)) == 1.0
 
