@@ -183,7 +183,8 @@ def _bias(mask: Tensor | None) -> Tensor | None:
     """Return what a mask adds to the scores, in float32."""
     if mask is None or mask.dtype != torch.bool:
         return None if mask is None else mask.float()
-    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    hidden = torch.finfo(torch.float32).min
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)
 
 
 def _shares(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, part: Part) -> Tensor:
@@ -195,7 +196,7 @@ def _shares(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, part:
         scores = torch.bmm(queries, keys.transpose(1, 2))
     count = lines.stop - lines.start
     if bias is None:
-        later = torch.full((count, count), -torch.inf).triu_(1)
+        later = torch.full((count, count), -torch.inf, device=query.device).triu_(1)
         scores.view(len(scores), -1, count, seen)[..., seen - count :] += later
     else:
         hidden = (bias if len(bias) == 1 else bias[own])[:, :, lines, :seen]
