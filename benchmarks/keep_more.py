@@ -12,8 +12,8 @@ table grows over runs and machines, and `--draws 0` prints what there is. Ways:
     mask, admm              ADMM's mask without and with its refit
     blocks, distill         the latter recovered, on the same rows
     both                    by blocks, then by distillation
-    many                    ADMM on the same rows, distilled on as many as take a quarter of an hour
-                            on two cores (--many)
+    many                    ADMM on the same rows, distilled on --many of the same set, once, two a
+                            step: a quarter of an hour on two cores
 
 `--readout FILE` is a Python file with `readout(folder) -> {dimension: {text: bits per byte}}`; kept
 is the mean over dimensions of the mean of dense over pruned. Without it the quick slice of the
@@ -82,8 +82,10 @@ def make(options: argparse.Namespace, cell: dict[str, Any], text: str) -> dict[s
         before, method = AFTER[way]
         note = make(options, cell | {"way": before}, text)
         began = spent()
-        rows = options.many if way == "many" else cell["rows"]
-        how = recover_request(method=method, calibration=text, rows=rows, seed=cell["draw"])
+        some = {"rows": cell["rows"]}
+        if way == "many":
+            some = {"rows": options.many, "epochs": 1, "batch": 2}
+        how = recover_request(method=method, calibration=text, seed=cell["draw"], **some)
         recover(str(options.output / before), cell["model"], how, folder, overwrite=True)
         note["seconds"] += spent() - began
     file.write_text(json.dumps(note), encoding="utf-8")
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS[:-1]), choices=WAYS)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--many", type=int, default=384, help="rows of the way of that name")
+    parser.add_argument("--many", type=int, default=656, help="rows of the way of that name")
     parser.add_argument("--records", type=Path, default=HERE / "keep_more.jsonl")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
