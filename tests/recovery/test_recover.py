@@ -30,7 +30,7 @@ from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("distill", "blocks")
-FAST = ("--lr", 0.003)
+FAST = ("--lr", 0.006)
 
 
 def hashes(folder):
@@ -101,7 +101,7 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
         else:  # norms are trained; the last one belongs to no block
             left = method == "blocks" and name == "model.norm.weight"
             assert torch.equal(value, before[name]) == left, name
-    assert trained > 0.8 * kept
+    assert trained > 0.9 * kept
     told = manifest(output)
     recovery = told["recovery"]
     assert recovery["after"] < 0.9 * recovery["before"]
