@@ -26,7 +26,7 @@ NAME = "calmix"
 SLICE = 64  # queries whose scores are held at a time
 AT_ONCE = 2  # times `values_at_once`: scores that are held, of one row at least
 
-Part = tuple[slice, slice, int]  # rows, queries, and how many tokens these see
+Part = tuple[slice, slice, Tensor, Tensor, Tensor]  # rows, lines; queries, keys, values of these
 
 
 def use_own_attention(model: Any) -> None:
@@ -132,10 +132,10 @@ class _Sliced(torch.autograd.Function):
         rows, heads, positions, _ = query.shape
         made = query.new_empty(rows, heads, positions, value.shape[-1])
         bias = _bias(mask)
-        for part in _parts(query, key):
-            own, lines, seen = part
-            shares = _shares(query, key, bias, scale, part).to(value.dtype)
-            mixed = torch.bmm(shares, value[own, :, :seen].flatten(0, 1))
+        for own, lines, queries, keys, values in _parts(query, key, value):
+            hidden = _hidden(bias, own, lines, keys)
+            shares = _shares(queries, keys, hidden, scale, heads)
+            mixed = torch.bmm(shares.to(value.dtype), values)
             made[own, :, lines] = mixed.view_as(made[own, :, lines])
         return made.transpose(1, 2).contiguous()
 
@@ -145,11 +145,10 @@ class _Sliced(torch.autograd.Function):
         grad, bias = grads[0].transpose(1, 2), _bias(mask)
         to_query = torch.empty_like(query)
         to_key, to_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
-        for part in _parts(query, key):
-            own, lines, seen = part
-            keys, values = (one[own, :, :seen].flatten(0, 1) for one in (key, value))
-            queries, here = (_together(one[own, :, lines], key) for one in (query, grad))
-            shares = _shares(query, key, bias, ctx.scale, part)
+        for own, lines, queries, keys, values in _parts(query, key, value):
+            seen, here = keys.shape[1], _together(grad[own, :, lines], key)
+            hidden = _hidden(bias, own, lines, keys)
+            shares = _shares(queries, keys, hidden, ctx.scale, query.shape[1])
             with _fast(query):
                 to_shares = torch.bmm(here.float(), values.float().transpose(1, 2))
             to_scores = torch.ops.aten._softmax_backward_data(
@@ -164,14 +163,18 @@ class _Sliced(torch.autograd.Function):
         return to_query, to_key.mul_(ctx.scale).to(key.dtype), to_value.to(value.dtype), None, None
 
 
-def _parts(query: Tensor, key: Tensor) -> Iterator[Part]:
+def _parts(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Part]:
+    """Yield some rows and lines, their queries, and keys and values of the tokens these may see."""
     rows, heads, positions, _ = query.shape
     tokens = key.shape[2]
     step = max(1, AT_ONCE * values_at_once(query.device) // (heads * SLICE * tokens))
     for first in range(0, rows, step):
+        own = slice(first, first + step)
         for start in range(0, positions, SLICE):
-            stop = min(start + SLICE, positions)
-            yield slice(first, first + step), slice(start, stop), tokens - positions + stop
+            lines = slice(start, min(start + SLICE, positions))
+            seen = tokens - positions + lines.stop
+            keys, values = (one[own, :, :seen].flatten(0, 1) for one in (key, value))
+            yield own, lines, _together(query[own, :, lines], key), keys, values
 
 
 def _together(some: Tensor, key: Tensor) -> Tensor:
@@ -187,20 +190,20 @@ def _bias(mask: Tensor | None) -> Tensor | None:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)
 
 
-def _shares(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, part: Part) -> Tensor:
-    """Return how much of every token's value each query takes, float32, as `_together`."""
-    own, lines, seen = part
-    queries = _together(query[own, :, lines], key).float() * scale
-    keys = key[own, :, :seen].flatten(0, 1).float()
-    with _fast(query):
-        scores = torch.bmm(queries, keys.transpose(1, 2))
+def _hidden(bias: Tensor | None, own: slice, lines: slice, keys: Tensor) -> Tensor:
+    """Return what is added to the scores of a part, of all tokens or as many of the last."""
+    if bias is not None:
+        return (bias if len(bias) == 1 else bias[own])[:, :, lines, : keys.shape[1]]
     count = lines.stop - lines.start
-    if bias is None:
-        later = torch.full((count, count), -torch.inf, device=query.device).triu_(1)
-        scores.view(len(scores), -1, count, seen)[..., seen - count :] += later
-    else:
-        hidden = (bias if len(bias) == 1 else bias[own])[:, :, lines, :seen]
-        scores.view(-1, query.shape[1], count, seen).add_(hidden)
+    return torch.full((1, 1, count, count), -torch.inf, device=keys.device).triu_(1)
+
+
+def _shares(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float, heads: int) -> Tensor:
+    """Return how much of every token's value each query takes, float32, as `_together`."""
+    with _fast(queries):
+        scores = torch.bmm(queries.float() * scale, keys.float().transpose(1, 2))
+    lines, last = hidden.shape[2:]
+    scores.view(-1, heads, lines, scores.shape[-1])[..., -last:] += hidden
     return scores.softmax(-1)
 
 
