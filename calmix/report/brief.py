@@ -258,8 +258,8 @@ def _more(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | 
 def _enough(sizes: Sequence[tuple[float, str, ConditionAnalysis]]) -> dict[str, str]:
     """Return the fewest rows, of each kind of text, that keep nearly the most of any."""
     found: dict[str, list[tuple[float, str]]] = {}
-    for _, rows, each in sizes:
-        for bar in bars(each, _common(sizes)):
+    for _, rows, made in _along(sizes):
+        for bar in made.values():
             if bar.kind in LINES:
                 found.setdefault(bar.kind, []).append((bar.kept.value or 0, rows))
     return {
@@ -273,19 +273,18 @@ def _alike(one: ConditionAnalysis, other: ConditionAnalysis, *names: str) -> boo
     return all(getattr(one.condition, of) == getattr(other.condition, of) for of in names)
 
 
-def _common(some: Sequence[tuple[float, str, ConditionAnalysis]]) -> set[str]:
-    """Return the single sources that every point has, of those that have any."""
+def _along(
+    some: Sequence[tuple[float, str, ConditionAnalysis]],
+) -> list[tuple[float, str, dict[str, Bar]]]:
+    """Return places, labels and bars by kind, single sources being those that every point has."""
     names = [{one.calibration for one in _singles(each)} for _, _, each in some]
-    return set.intersection(*(each for each in names if each)) if any(names) else set()
+    common = set.intersection(*(each for each in names if each)) if any(names) else set()
+    return [(x, label, {bar.kind: bar for bar in bars(each, common)}) for x, label, each in some]
 
 
 def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None:
     """Draw what is left on kinds of text along an axis, a panel a model."""
-    told = {
-        model: [(x, label, {bar.kind: bar for bar in bars(each, _common(some))})
-                for x, label, each in some]
-        for model, some in points.items() if len(some) > 1
-    }  # fmt: skip
+    told = {model: _along(some) for model, some in points.items() if len(some) > 1}
     if not told:
         return None
     tips = Tips()

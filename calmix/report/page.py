@@ -202,13 +202,11 @@ def claims_section(summary: Summary) -> str:
     heads = ["claim", "where", *(models if len(models) > 1 else ["verdict"])]
     columns = [Column(name, number=False) for name in heads]
     ahead = [Column("claim", number=False), *(Column(way) for way in ways)]
-    at_a_glance = fold("At a glance", legend, table(ahead, glance), open_=True)
+    folded = fold("At a glance", legend, table(ahead, glance), open_=True)
+    at_a_glance = f'<div class="glance">{folded}</div>' if several else ""
     figures = fold("Claim by claim", "points of total retention, correlations",
                    table(columns, rows), open_=not several)  # fmt: skip
-    return (
-        '<section class="claims"><h2>The claims</h2>'
-        f"{at_a_glance if several else ''}{figures}</section>"
-    )
+    return f'<section class="claims"><h2>The claims</h2>{at_a_glance}{figures}</section>'
 
 
 def _rank(one: Told | None) -> float:
