@@ -54,7 +54,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         gram_rate = Gram.work(width, TOKENS, cpu=target.type != "cuda").gram / once
         matrix = gram.matrix()
         once = seconds(lambda: inverse_factor(matrix), target)
-        factor = 4 / 3 * width**3 / once
+        factor = 2 / 3 * width**3 / once
         solve = _correction(width, min(inner, 4096), target)
         attention = _attention(sizes, numbers, target)
         cached = _element_wise(wide, target)

@@ -7,7 +7,7 @@ from benchmarks.traced import tracing
 from calmix.errors import InputError, SolverError
 from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
-from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error
+from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
 from calmix.pruning.methods import get_method
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.reading import trusting
@@ -190,6 +190,16 @@ def test_factor_is_that_of_the_damped_inverse(columns):
         scaled = inverse_factor(scale * gram)
         assert (scaled.damping, scaled.raised) == (0.01, 1)
         torch.testing.assert_close(scaled.upper * scale**0.5, factor.upper)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 311])
+def test_square_of_a_triangle(columns):
+    torch.manual_seed(0)
+    upper = torch.randn(columns, columns).triu()
+    expected = upper.double().T @ upper.double()
+    found = squared(upper)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.T)
 
 
 def test_damping_is_raised_and_recorded_never_skipped():

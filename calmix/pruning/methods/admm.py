@@ -75,7 +75,7 @@ class Admm(Method):
     def work(self, columns: int, outputs: int) -> Work:
         """Two factorisations; a product an iteration and step, and a few more for the errors."""
         found = admm.products(outputs, columns, iterations=self.iterations, steps=self.refit)
-        factor = 8 / 3 * columns**3
+        factor = 4 / 3 * columns**3
         return Work(gram=found.fast, factor=factor, products=found.exact - factor)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:

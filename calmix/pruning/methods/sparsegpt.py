@@ -95,10 +95,10 @@ class SparseGPT(Refitted):
         return [(number, size) for number, size in found if number * size]
 
     def own_work(self, columns: int, outputs: int) -> Work:
-        """Factorisation 4/3 d^3; d steps; corrections r d^2; output energy, 2 r d^2 halved."""
+        """Factorisation 2/3 d^3; d steps; corrections r d^2; output energy, 2 r d^2 halved."""
         return Work(
             gram=2 * outputs * columns**2 * triangle(columns, ENERGY_PANEL),
-            factor=4 / 3 * columns**3,
+            factor=2 / 3 * columns**3,
             products=outputs * columns**2,
             steps=columns,
             cached=columns * STEP_VALUES * outputs * 4,

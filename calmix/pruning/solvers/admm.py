@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from calmix.errors import SolverError
 from calmix.precision import bfloat16_products
-from calmix.pruning.gram import inverse_factor
+from calmix.pruning.gram import inverse_factor, squared, squared_flop
 from calmix.pruning.patterns import (
     Pattern,
     SemiStructured,
@@ -148,7 +148,7 @@ def _reflector(
     factor = inverse_factor(ordered, share.to(mean.dtype))
     del ordered
     with bfloat16_products():  # as the steps that use it do
-        reflector = torch.mm(factor.upper.T, factor.upper).mul_(-rho)
+        reflector = squared(factor.upper).mul_(-rho)
     reflector.diagonal().add_(1)
     # What a raised damping adds counts as damping; the penalty stays what it is.
     return reflector, damping + (factor.raised - 1) * (damping + rho)
@@ -228,7 +228,8 @@ def products(
     search = 2.0 * rows * columns**2 * iterations
     # Two factorisations, and the square of one.
     return Products(
-        fast=search + refitted.fast + 2 * columns**3, exact=refitted.exact + 8 / 3 * columns**3
+        fast=search + refitted.fast + squared_flop(columns),
+        exact=refitted.exact + 4 / 3 * columns**3,
     )
 
 
