@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, SolverError
-from calmix.precision import bfloat16_products
+from calmix.precision import bfloat16_products, large_products
 from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
-LEAF = 144  # columns LAPACK factorises, or a triangle's panel takes, on a CPU; elsewhere `WIDE`
-PANEL = 256  # columns of the upper triangle computed in one product, on a CPU
+LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
+PANEL = 256  # columns of a triangle computed in one product, on a CPU
 WIDE = 2048  # elsewhere, where every product is a kernel to start, and large ones are fast
 # Precision, and how often the damping that was asked for, until the factor exists.
 ATTEMPTS = (
@@ -291,7 +291,8 @@ def inverse_factor(gram: Tensor, damping: Number = 0.01) -> Factor:
         share = raised * damping
         upper = gram.to(_factor_device(gram.device), dtype, copy=True)
         upper.diagonal().add_((share * mean).to(upper.device))
-        failed = torch.stack(list(_invert_factor(upper))).any()
+        with large_products():
+            failed = torch.stack(list(_invert_factor(upper))).any()
         upper = upper.to(gram.device, torch.float32)
         # A sum is finite only if every entry is, and is had in one pass.
         usable = torch.isfinite(upper.sum()) & (upper.diagonal() > 0).all()
@@ -308,11 +309,6 @@ def _factor_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _leaf(device: torch.device) -> int:
-    """Return how many columns LAPACK factorises, and a panel of a triangle takes."""
-    return LEAF if device.type == "cpu" else WIDE
-
-
 def _invert_factor(h: Tensor) -> Iterator[Tensor]:
     """Overwrite a symmetric H by the upper U of H^-1 = U^T U; yield what LAPACK says of blocks.
 
@@ -321,8 +317,9 @@ def _invert_factor(h: Tensor) -> Iterator[Tensor]:
     several times faster than its factorisation of the whole. Only the upper triangle is read;
     products leave out what lies below a diagonal by panels: little more than 2/3 d^3 are left.
     """
-    size, panel = len(h), _leaf(h.device)
-    if size <= panel:
+    size = len(h)
+    leaf, panel = (LEAF, PANEL) if h.device.type == "cpu" else (WIDE, WIDE)
+    if size <= leaf:
         # LAPACK's factor is lower triangular: reversing the order of rows and columns turns it.
         lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
         identity = torch.eye(size, dtype=h.dtype, device=h.device)

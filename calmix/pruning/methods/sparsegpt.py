@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from calmix.precision import bfloat16_products
+from calmix.precision import bfloat16_products, large_products
 from calmix.pruning.gram import Factor, Gram, Work, inverse_factor, triangle
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
@@ -141,7 +141,8 @@ def _solve(
         local = upper[start:stop, start:stop]
         errors = _block(stacked[start:stop], mask, local, inverse, leverage, patterns[0])
         clear(stacked[start:stop], mask)
-        stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        with large_products():
+            stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(0)
         for number, (height, pattern) in enumerate(zip(heights, patterns, strict=True)):
             pruned[number] += pattern.count((stop - start) * height)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calmix.errors import SolverError
-from calmix.precision import bfloat16_products
+from calmix.precision import bfloat16_products, rounded, rounded_product
 from calmix.pruning.gram import inverse_factor, squared, squared_flop
 from calmix.pruning.patterns import (
     Pattern,
@@ -150,6 +150,7 @@ def _reflector(
     with bfloat16_products():  # as the steps that use it do
         reflector = squared(factor.upper).mul_(-rho)
     reflector.diagonal().add_(1)
+    reflector = rounded(reflector)
     # What a raised damping adds counts as damping; the penalty stays what it is.
     return reflector, damping + (factor.raised - 1) * (damping + rho)
 
@@ -177,8 +178,7 @@ def _search(
             else:
                 sparse = _shrunk(part, bound)
             step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
-            with bfloat16_products():
-                torch.addmm(sparse, step, reflector, out=part)
+            torch.add(sparse, rounded_product(step, reflector), out=part)
     del target
     if not holds(torch.isfinite(state.sum())):
         raise SolverError("the weights or inputs of this layer are not finite")

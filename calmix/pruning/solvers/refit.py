@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.precision import bfloat16_products
+from calmix.precision import large_product, rounded, rounded_product
 from calmix.pruning.reading import holds, quotient, widest
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
 
@@ -64,28 +64,29 @@ def refit_layer(
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
     lost = torch.zeros((), dtype=widest(weight.device), device=weight.device)
     energy = torch.zeros_like(lost)
+    coarse = rounded(scaled.gram)
     for rows in chunks(weight):
         dense, begin = weight[rows].float(), start[rows].to(weight.dtype)
         target = dense * scaled.norm
         end, mask = begin.to(torch.float32, copy=True), (begin != 0).float()
         delta = (dense - end).mul_(scaled.norm)
-        residual = delta @ scaled.gram
+        residual = large_product(delta, scaled.gram)
         before = (residual * delta).sum(1)
         for done in range(0, steps, ROUND):
             if done:
-                torch.mm(torch.mul(dense - end, scaled.norm, out=delta), scaled.gram, out=residual)
+                torch.mul(dense - end, scaled.norm, out=delta)
+                large_product(delta, scaled.gram, out=residual)
             at_once = min(ROUND, steps - done)
-            change = _conjugate_gradients(residual, delta, mask, scaled.gram, at_once, damping)
+            change = _conjugate_gradients(residual, delta, mask, coarse, at_once, damping)
             end.add_(change.mul_(scaled.inverse))
         made[rows] = end
         end = made[rows].float()
         torch.mul(dense - end, scaled.norm, out=delta)
-        after = torch.mm(delta, scaled.gram, out=residual).mul_(delta).sum(1)
+        after = large_product(delta, scaled.gram, out=residual).mul_(delta).sum(1)
         better = after < before
         made[rows] = torch.where(better[:, None], end, begin.float())
         lost += torch.where(better, after, before).sum()
-        with bfloat16_products():
-            energy += torch.mm(target, scaled.gram, out=residual).mul_(target).sum()
+        energy += (rounded_product(target, coarse) * target).sum()
     if not holds(torch.isfinite(lost + energy)):
         raise SolverError("the weights or inputs of this layer are not finite")
     return made, quotient(lost.clamp(min=0), energy.clamp(min=0))
@@ -96,24 +97,23 @@ def _conjugate_gradients(
 ) -> Tensor:
     """Return by how much the entries that a mask of 1.0 keeps change, in scaled coordinates.
 
-    Every row is a system of its own, with its own step lengths. What `gram` is scaled by is the
-    preconditioner.
+    Every row is a system of its own, with its own step lengths. What `gram`, of `rounded`, is
+    scaled by is the preconditioner.
     """
     left = residual.add(delta, alpha=damping).mul_(mask)
     change, towards = torch.zeros_like(left), left.clone()
     size = torch.linalg.vecdot(left, left)[:, None]
     product = torch.empty_like(left)
-    with bfloat16_products():
-        for _ in range(steps):
-            torch.addmm(towards, towards, gram, beta=damping, out=product).mul_(mask)
-            curvature = torch.linalg.vecdot(towards, product)[:, None]
-            # A row that is solved, or that rounding left no descent, stays where it is.
-            length = torch.where(curvature > 0, size / curvature, 0)
-            change.addcmul_(towards, length)
-            left.addcmul_(product, length, value=-1)
-            now = torch.linalg.vecdot(left, left)[:, None]
-            towards.mul_(torch.where(size > 0, now / size, 0)).add_(left)
-            size = now
+    for _ in range(steps):
+        torch.add(rounded_product(towards, gram), towards, alpha=damping, out=product).mul_(mask)
+        curvature = torch.linalg.vecdot(towards, product)[:, None]
+        # A row that is solved, or that rounding left no descent, stays where it is.
+        length = torch.where(curvature > 0, size / curvature, 0)
+        change.addcmul_(towards, length)
+        left.addcmul_(product, length, value=-1)
+        now = torch.linalg.vecdot(left, left)[:, None]
+        towards.mul_(torch.where(size > 0, now / size, 0)).add_(left)
+        size = now
     return change
 
 

@@ -1,0 +1,63 @@
+"""Which products may be rounded, and that settings are what they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calmix import precision
+from calmix.precision import bfloat16_products, large_product, large_products, rounded
+from calmix.precision import rounded_product as product
+
+
+def alone(monkeypatch, yes):
+    """Let products be chosen as on a CPU where only those of bfloat16 are fast, or is not."""
+    monkeypatch.setattr(precision, "_bfloat16_alone", lambda: yes)
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [({}, False), ({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False)],
+)
+def test_matrix_units_are_what_rounds_on_the_way(able, expected, monkeypatch):
+    precision._bfloat16_alone.cache_clear()
+    monkeypatch.setattr(precision, "capabilities", lambda: able)
+    assert precision._bfloat16_alone() is expected
+    precision._bfloat16_alone.cache_clear()
+
+
+def test_large_products_are_exact_on_this_machine():
+    torch.manual_seed(0)
+    left, right = torch.randn(256, 300), torch.randn(300, 200)
+    exact = left.double() @ right.double()
+    out = torch.empty(256, 200)
+    assert large_product(left, right, out=out) is out
+    for found in (out, large_product(left, right)):
+        assert (found - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("yes", [False, True])
+def test_factors_may_be_rounded(yes, monkeypatch):
+    torch.manual_seed(0)
+    alone(monkeypatch, yes)
+    left, right = torch.randn(70, 90), torch.randn(90, 90)
+    factor = rounded(right)
+    assert factor.dtype == (torch.bfloat16 if yes else torch.float32)
+    found, exact = product(left, factor), left.double() @ right.double()
+    assert (found - exact).norm() < 0.005 * exact.norm()
+
+
+def test_what_is_set_for_large_products_is_the_cpus_alone_and_does_not_last(monkeypatch):
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [cpu.fp32_precision, cuda.fp32_precision]
+    alone(monkeypatch, True)
+    with bfloat16_products(allowed=False):
+        with large_products():
+            assert (cpu.fp32_precision, cuda.fp32_precision) == ("bf16", "ieee")
+        assert (cpu.fp32_precision, cuda.fp32_precision) == ("ieee", "ieee")
+        alone(monkeypatch, False)
+        with large_products():
+            assert cpu.fp32_precision == "ieee"
+    with pytest.raises(ZeroDivisionError), bfloat16_products():
+        raise ZeroDivisionError
+    assert [cpu.fp32_precision, cuda.fp32_precision] == before
