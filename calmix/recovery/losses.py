@@ -10,7 +10,7 @@ from torch import Tensor
 from calmix.capability.likelihood import Head, divergences, in_cache
 
 CHUNK = 2**23  # logits of one model held at a time
-LEAST = 64  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
+LEAST = 128  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
 
 
 class _Divergence(torch.autograd.Function):
