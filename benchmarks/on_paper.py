@@ -133,7 +133,7 @@ def launches(works: Counter[Work]) -> int:
 
 def seconds(work: Work, device: Machine) -> float:
     """Return what an operation takes once started: its products or its bytes, whichever is more."""
-    rates = {"half": device.forward_flops, "tf32": device.forward_flops / 2,
+    rates = {"half": device.forward_flops, "tf32": device.rounded_flops,
              "float32": device.solve_flops, "none": float("inf")}  # fmt: skip
     return max(work.flop / rates[work.precision], work.moved / device.memory_bytes)
 

@@ -36,6 +36,7 @@ class Work:
 
     Attributes:
         gram: FLOP of products with float32 sums from the model's type, or as fast as those.
+        rounded: FLOP of float32 products whose factors may be rounded to bfloat16.
         factor: FLOP of factorisations in float32.
         products: FLOP of float32 products.
         steps: steps that wait for one another, each a few calls.
@@ -44,6 +45,7 @@ class Work:
     """
 
     gram: float = 0
+    rounded: float = 0
     factor: float = 0
     products: float = 0
     steps: float = 0

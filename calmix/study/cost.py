@@ -186,6 +186,7 @@ class Machine:
         forward_flops: matrix products in the model's dtype.
         attention_flops: causal attention, counted as half of the square.
         gram_flops: Gram matrices with float32 sums.
+        rounded_flops: float32 products whose factors may be rounded to bfloat16.
         factor_flops: factorisations in float32.
         solve_flops: float32 products that correct later columns.
         step_seconds: fixed time of one column step of SparseGPT.
@@ -199,6 +200,7 @@ class Machine:
     forward_flops: float
     attention_flops: float
     gram_flops: float
+    rounded_flops: float
     factor_flops: float
     solve_flops: float
     step_seconds: float
@@ -238,7 +240,8 @@ class Cost:
 def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
     """Return an accelerator known from its data sheet only.
 
-    Half of the stated products are reached, a twentieth in float32, two thirds of the bandwidth.
+    Half of the stated products are reached, a quarter of them rounded from float32 (TF32), a
+    twentieth in float32, two thirds of the bandwidth.
     Starting a kernel takes 5 microseconds, and a column of SparseGPT two thirds of one
     (`benchmarks/on_paper.py --traced` counts them). All shares and times are assumptions of ours;
     no accelerator was measured.
@@ -249,6 +252,7 @@ def on_paper(tflops: float, memory_gb: float, bandwidth_gbs: float) -> Machine:
         forward_flops=products,
         attention_flops=products,
         gram_flops=products,
+        rounded_flops=products / 2,
         factor_flops=0.05e12 * tflops,
         solve_flops=0.05e12 * tflops,
         step_seconds=5e-6 * 2 / 3,
@@ -364,6 +368,7 @@ def work_seconds(work: Work, machine: Machine) -> float:
     """Seconds of work on a machine."""
     return (
         work.gram / machine.gram_flops
+        + work.rounded / machine.rounded_flops
         + work.factor / machine.factor_flops
         + work.products / machine.solve_flops
         + work.steps * machine.step_seconds

@@ -15,10 +15,11 @@ from torch.nn import functional
 from calmix.machine import total_memory
 from calmix.models.attention import attention
 from calmix.models.opening import device_of
-from calmix.precision import fast_half_precision
+from calmix.precision import fast_half_precision, large_products, rounded, rounded_product
 from calmix.pruning.gram import Gram, inverse_factor
 from calmix.pruning.methods.sparsegpt import BLOCK, STEP_VALUES, SparseGPT
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.solvers.scaled import ROWS
 from calmix.study.cost import Machine, Sizes
 
 TOKENS = 2048  # the engine's micro-batch
@@ -52,9 +53,13 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         gram = Gram(width, target)
         once = seconds(lambda: gram.add(tokens), target)
         gram_rate = Gram.work(width, TOKENS, cpu=target.type != "cuda").gram / once
-        matrix = gram.matrix()
+        left, right = numbers(ROWS, width, kind=torch.float32), rounded(gram.matrix())
+        once = seconds(lambda: rounded_product(left, right), target)
+        products = 2 * ROWS * width**2 / once
+        widest = min(max(sizes.hidden, sizes.inner), 4096)  # takes longest by far
+        matrix = torch.eye(widest, device=target)
         once = seconds(lambda: inverse_factor(matrix), target)
-        factor = 2 / 3 * width**3 / once
+        factor = 2 / 3 * widest**3 / once
         solve = _correction(width, min(inner, 4096), target)
         attention = _attention(sizes, numbers, target)
         cached = _element_wise(wide, target)
@@ -69,6 +74,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         forward_flops=forward,
         attention_flops=attention,
         gram_flops=gram_rate,
+        rounded_flops=products,
         factor_flops=factor,
         solve_flops=solve,
         step_seconds=step,
@@ -98,7 +104,8 @@ def _correction(columns: int, outputs: int, device: torch.device) -> float:
     weights = torch.zeros(columns, outputs, device=device)
     upper = torch.ones(BLOCK, columns, device=device)
     errors = torch.zeros(BLOCK, outputs, device=device)
-    once = seconds(lambda: weights.addmm_(upper.T, errors, alpha=-1), device)
+    with large_products():
+        once = seconds(lambda: weights.addmm_(upper.T, errors, alpha=-1), device)
     return 2 * BLOCK * columns * outputs / once
 
 

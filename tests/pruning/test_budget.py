@@ -149,11 +149,12 @@ def test_what_follows_a_mask_is_added_by_hand():
     fitting = 4 * 1500**2 + refit.memory(40, 1500) + 6 * 1500 * 40
     wanda, sparsegpt = get_method("wanda,refit=7"), get_method("sparsegpt,refit=7")
     assert wanda.work(1500, 40) == Work(
-        cached=40 * 1500 * 40, gram=taken.fast, products=taken.exact
+        cached=40 * 1500 * 40 + taken.cached, rounded=taken.fast, products=taken.exact
     )
     assert sparsegpt.work(1500, 40) == dataclasses.replace(
         OF_SPARSEGPT,
-        gram=OF_SPARSEGPT.gram + taken.fast,
+        rounded=taken.fast,
+        cached=OF_SPARSEGPT.cached + taken.cached,
         products=OF_SPARSEGPT.products + taken.exact,
     )
     assert wanda.memory(1500, 40, 30) == fitting
@@ -163,8 +164,13 @@ def test_what_follows_a_mask_is_added_by_hand():
 def test_what_admm_takes_by_hand():
     found = admm.products(40, 1500, iterations=5, steps=3)
     assert get_method("admm,iterations=5,refit=3").work(1500, 40) == Work(
-        gram=found.fast, factor=4 / 3 * 1500**3, products=found.exact - 4 / 3 * 1500**3
+        rounded=found.fast,
+        factor=4 / 3 * 1500**3,
+        products=found.exact - 4 / 3 * 1500**3,
+        cached=found.cached,
     )
+    # 16 values of a weight in each of three steps and before them, 11 in each of five iterations.
+    assert found.cached == 4 * 40 * 1500 * (16 * 4 + 11 * 5)
     held = 4 * 100**2 + 2 * 100 * 5000
     assert get_method("admm").memory(100, 5000, 4000) == held + admm.memory(5000, 100, 4000)
     assert admm.memory(5000, 100, 4000) != admm.memory(5000, 100)  # the largest layer tells

@@ -24,7 +24,7 @@ from tests.tiny import tiny_config, tiny_model
 STUDIES = Path(__file__).parents[2] / "studies"
 LLAMA_8B = Sizes(32, 4096, 14336, 4096, 1024, 128256, head=128)
 # A machine of round figures: a second is a FLOP, a byte, or a step.
-UNIT = Machine("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e12)
+UNIT = Machine("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e12)
 
 
 def test_sizes_of_the_8b_model() -> None:
@@ -84,7 +84,7 @@ def test_a_configuration_without_sizes_is_refused() -> None:
 def test_the_published_figures_of_the_8b_model() -> None:
     """LLaMA-3.1-8B at 128 x 2048 tokens: the figures of the formulas, worked out elsewhere."""
     tokens = 128 * 2048
-    gpu = Machine("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, float("inf"), float("inf"), 1e12, "cuda")
+    gpu = Machine("unit", *[1.0] * 6, 0.0, float("inf"), float("inf"), 1e12, "cuda")
     seconds = cost.prune_seconds(LLAMA_8B, 128, 2048, "sparsegpt", "sequential", gpu)
     assert seconds["statistic"] == pytest.approx(0.61 * 4.3e15, rel=0.02)
     assert 2 * LLAMA_8B.block_weights * tokens == pytest.approx(3.7e15, rel=0.02)
@@ -163,6 +163,7 @@ def test_a_probe_gives_rates() -> None:
     for name in (
         "forward_flops",
         "gram_flops",
+        "rounded_flops",
         "factor_flops",
         "solve_flops",
         "cached_bytes",

@@ -76,7 +76,8 @@ class Admm(Method):
         """Two factorisations; a product an iteration and step, and a few more for the errors."""
         found = admm.products(outputs, columns, iterations=self.iterations, steps=self.refit)
         factor = 4 / 3 * columns**3
-        return Work(gram=found.fast, factor=factor, products=found.exact - factor)
+        products = found.exact - factor
+        return Work(rounded=found.fast, factor=factor, products=products, cached=found.cached)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """The Gram matrix, the pruned weights, and what the solver works on."""

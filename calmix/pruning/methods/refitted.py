@@ -69,8 +69,13 @@ class Refitted(Method):
         own = self.own_work(columns, outputs)
         if not self.refit:
             return own
-        products = refit.products(outputs, columns, steps=self.refit)
-        return replace(own, gram=own.gram + products.fast, products=own.products + products.exact)
+        more = refit.products(outputs, columns, steps=self.refit)
+        return replace(
+            own,
+            rounded=own.rounded + more.fast,
+            products=own.products + more.exact,
+            cached=own.cached + more.cached,
+        )
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """The mask's; or the Gram matrix, the pruned weights and what the refit works on."""

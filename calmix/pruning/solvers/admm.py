@@ -37,6 +37,7 @@ RIDGE = 0.6  # an input's share that others tell is found with so much added to 
 LEAST = 1e-3  # of an input's square sum that counts as its own
 DAMPING = 0.001
 POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
+VALUES = 11  # read and written a weight and iteration
 SAMPLE = 2**14  # weights of which a bound is taken
 
 
@@ -230,6 +231,7 @@ def products(
     return Products(
         fast=search + refitted.fast + squared_flop(columns),
         exact=refitted.exact + 4 / 3 * columns**3,
+        cached=refitted.cached + 4.0 * VALUES * rows * columns * iterations,
     )
 
 

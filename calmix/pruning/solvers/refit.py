@@ -19,6 +19,7 @@ from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks
 
 STEPS = 10
 DAMPING = 0.001
+VALUES = 16  # read and written a weight and step
 ROUND = 10  # steps before rounding shows in the residual
 
 
@@ -120,7 +121,11 @@ def _conjugate_gradients(
 def products(rows: int, columns: int, *, steps: int = STEPS) -> Products:
     """Return the products of a layer's refit: one a step, a residual a round, two energies."""
     one = 2.0 * rows * columns**2
-    return Products(fast=(steps + 1) * one, exact=(max(1, -(-steps // ROUND)) + 1) * one)
+    return Products(
+        fast=(steps + 1) * one,
+        exact=(max(1, -(-steps // ROUND)) + 1) * one,
+        cached=4.0 * VALUES * rows * columns * (steps + 1),
+    )
 
 
 def memory(rows: int, columns: int) -> int:

@@ -22,15 +22,17 @@ WIDE = 2**25  # entries worked on at a time on an accelerator, where every call 
 
 
 class Products(NamedTuple):
-    """Floating point operations of a solver's matrix products.
+    """Floating point operations of a solver's matrix products, and bytes of what is between.
 
     Attributes:
         fast: of those whose factors may be rounded to bfloat16.
         exact: of those in float32.
+        cached: bytes through element-wise work between them.
     """
 
     fast: float
     exact: float
+    cached: float
 
 
 @dataclass(frozen=True)
