@@ -98,3 +98,13 @@ def rounded_product(left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left.bfloat16(), right)
     with bfloat16_products():
         return torch.mm(left, right)
+
+
+def add_rounded_product(
+    add: Tensor, left: Tensor, right: Tensor, out: Tensor, scale: float = 1
+) -> Tensor:
+    """Write `scale * add` plus a `rounded_product` to `out`; all but `right` float32."""
+    if right.dtype == torch.bfloat16:
+        return torch.add(rounded_product(left, right), add, alpha=scale, out=out)
+    with bfloat16_products():
+        return torch.addmm(add, left, right, beta=scale, out=out)

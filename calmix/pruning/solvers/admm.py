@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calmix.errors import SolverError
-from calmix.precision import bfloat16_products, rounded, rounded_product
+from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import inverse_factor, squared, squared_flop
 from calmix.pruning.patterns import (
     Pattern,
@@ -179,7 +179,7 @@ def _search(
             else:
                 sparse = _shrunk(part, bound)
             step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
-            torch.add(sparse, rounded_product(step, reflector), out=part)
+            add_rounded_product(sparse, step, reflector, part)
     del target
     if not holds(torch.isfinite(state.sum())):
         raise SolverError("the weights or inputs of this layer are not finite")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.precision import large_product, rounded, rounded_product
+from calmix.precision import add_rounded_product, large_product, rounded, rounded_product
 from calmix.pruning.reading import holds, quotient, widest
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
 
@@ -106,7 +106,7 @@ def _conjugate_gradients(
     size = torch.linalg.vecdot(left, left)[:, None]
     product = torch.empty_like(left)
     for _ in range(steps):
-        torch.add(rounded_product(towards, gram), towards, alpha=damping, out=product).mul_(mask)
+        add_rounded_product(towards, towards, gram, product, damping).mul_(mask)
         curvature = torch.linalg.vecdot(towards, product)[:, None]
         # A row that is solved, or that rounding left no descent, stays where it is.
         length = torch.where(curvature > 0, size / curvature, 0)
