@@ -273,6 +273,12 @@ def _order(key: _Key) -> tuple[Any, ...]:
     return model, place, method, sparsity, pattern, propagation or "", rows, length, suite
 
 
+def method_name(method: str) -> str:
+    """Name a method as its papers do, with the options and the recovery that follow."""
+    first = re.split("[ ,]", method, maxsplit=1)[0]
+    return METHOD_NAMES.get(first, first) + method.removeprefix(first)
+
+
 def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
     """Name every condition by method and pattern, and by what else is not the same throughout."""
     calibrated = [key for key in keys if key[5]] or keys
@@ -283,7 +289,7 @@ def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
     found = {}
     for key in keys:
         model, method, pattern, _, propagation, rows, length, suite = key
-        name, rest = METHOD_NAMES.get(method, method), ""
+        name, rest = method_name(method), ""
         which = f", {model}" if len({key[0] for key in keys}) > 1 else ""
         if differs(4) and propagation is not None:
             rest += f", {propagation} propagation"

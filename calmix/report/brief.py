@@ -216,17 +216,26 @@ def _sparser(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing
 
 
 def _better(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing | None:
-    points: Points = {}
+    """Ways stand in one order for all models: by what sets that were run in all of them keep."""
+    ways: dict[str, dict[str, ConditionAnalysis]] = {}
+    kept: dict[str, list[float]] = {}
     for model, found in first.items():
-        ways = [
-            each for each in analysis.conditions
+        ways[model] = {
+            each.condition.series.replace(f", {model}", ""): each
+            for each in analysis.conditions
             if _alike(each, found, "model", "pattern", "rows", "length")
-        ]  # fmt: skip
-        ways.sort(key=lambda each: each.ranking[0].total.value or 0.0)
-        points[model] = [
-            (float(at), each.condition.series.replace(f", {model}", ""), each)
-            for at, each in enumerate(ways)
-        ]
+        }
+        names = [{one.calibration for one in each.ranking} for each in ways[model].values()]
+        for way, each in ways[model].items():
+            kept.setdefault(way, []).extend(
+                one.total.value or 0.0
+                for one in each.ranking if one.calibration in set.intersection(*names)
+            )  # fmt: skip
+    order = sorted(kept, key=lambda way: sum(kept[way]) / max(1, len(kept[way])))
+    points: Points = {
+        model: [(float(at), way, some[way]) for at, way in enumerate(order) if way in some]
+        for model, some in ways.items()
+    }
     return _curves("brief-better", "What is left by method", points, "")
 
 
@@ -307,7 +316,7 @@ def _curves(name: str, title: str, points: Points, below: str) -> Drawing | None
                     f"{label} {words.with_span(bar.kept)} %" for _, label, bar in known
                 ))  # fmt: skip
             axes.set_xticks([x for x, _, _ in some])
-            axes.set_xticklabels([label for _, label, _ in some])
+            axes.set_xticklabels([label.replace(" + ", " +\n") for _, label, _ in some])
         legend(picture, list(handles.values()))
         return picture
 

@@ -6,7 +6,7 @@ import re
 import textwrap
 
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import METHOD_NAMES, TOTAL, WORST
+from calmix.analysis.cells import TOTAL, WORST
 
 STRATEGIES = {
     "single": "single source",
@@ -16,7 +16,6 @@ STRATEGIES = {
     "igsp": "IGSP",
     "none": "no calibration",
 }
-METHODS = METHOD_NAMES
 MEASURES = {
     "primary": "retention by each task's primary score",
     "probability": "retention of the right choices' probability",

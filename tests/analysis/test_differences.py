@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
+from calmix.analysis.cells import method_name
 from calmix.analysis.differences import BEST, SINGLES
 from calmix.analysis.spread import cancellation
 from calmix.capability.retention import retention
@@ -204,6 +205,13 @@ def test_the_averaging_artefact_is_planted_and_found() -> None:
     total = spread["total"]
     assert total.if_independent is not None
     assert total.deviation < 0.5 * total.if_independent
+
+
+def test_a_method_is_named_as_its_paper_does_whatever_follows():
+    names = ["admm", "admm,refit=5 + distill", "ours + distill"]
+    assert [method_name(name) for name in names] == [
+        "ADMM", "ADMM,refit=5 + distill", "ours + distill",
+    ]  # fmt: skip
 
 
 def test_conditions_are_named_by_what_differs() -> None:

@@ -73,6 +73,30 @@ def test_a_line_is_about_the_same_single_sources_throughout() -> None:
     assert f"{few.value:.3f}" != f"{every.value:.3f}"
 
 
+def test_methods_stand_in_one_order_for_all_models() -> None:
+    """By what sets that were run with all of them keep, whatever else one was run with."""
+    whole = two_models()
+    for missing in ("admm", "sparsegpt"):
+        left = [
+            one for one in whole.trials
+            if (one.model, one.method) != ("other", missing) or one.calibration in SOURCES
+        ]  # fmt: skip
+        found, page = of(study(Plan(), trials=tuple(left), planned=len(left)))
+        kept: dict[str, list[float]] = {"SparseGPT": [], "ADMM": []}
+        for each in found.conditions:
+            common = SOURCES if each.condition.model == "other" else (*SOURCES, *LIFTS)
+            if each.condition.pattern == "60%":
+                kept[each.condition.label.split()[0]] += [
+                    one.total.value or 0 for one in each.ranking if one.calibration in common
+                ]
+        line = page[page.index("brief-better-title") :]
+        told = re.findall(rf", {MEAN}: ([^<]*) %<", line[: line.index("</figure>")])
+        assert len(told) == 2
+        for values in told:
+            order = [value.split()[0] for value in values.split(" %, ")]
+            assert order == sorted(kept, key=lambda way: sum(kept[way])), values
+
+
 def test_it_says_first_what_is_left_without_terms(made: tuple[Analysis, str]) -> None:
     found, page = made
     lead = page[page.index('<p class="lead">') : page.index("</header>")]
