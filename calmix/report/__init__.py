@@ -7,7 +7,7 @@ from pathlib import Path
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.analyse import series_of
 from calmix.files import atomic_folder, write_text
-from calmix.report.brief import brief
+from calmix.report.brief import brief, brief_figures
 from calmix.report.drawing import Drawing, files
 from calmix.report.figures import figures_of, sparsity_figures
 from calmix.report.page import FIGURES, page
@@ -28,7 +28,8 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
         for name, text in texts.items():
             write_text(beside / name, text)
         (beside / FIGURES).mkdir()
-        for drawing in [*(one for _, drawings in by_condition for one in drawings), *across]:
+        own = [one for _, drawings in by_condition for one in drawings]
+        for drawing in [*brief_figures(analysis), *own, *across]:
             for name, content in files(drawing).items():
                 (beside / FIGURES / name).write_bytes(content)
 

@@ -99,13 +99,18 @@ def by_model(analysis: Analysis) -> dict[str, ConditionAnalysis]:
     }
 
 
-def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
-    """Return the page as HTML; figures that the study has nothing for are left out."""
+def brief_figures(analysis: Analysis) -> list[Drawing]:
+    """Return the page's figures; those that the study has nothing for are left out."""
     first = by_model(analysis)
-    drawn = [one for one in (
+    return [one for one in (
         _left(first), _abilities(analysis, first), _sparser(analysis, first),
         _better(analysis, first), _more(analysis, first), _distance(first),
     ) if one is not None][:MOST]  # fmt: skip
+
+
+def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
+    """Return the page as HTML."""
+    first, drawn = by_model(analysis), brief_figures(analysis)
     lead = " ".join(_sentence(model, found) for model, found in first.items())
     waiting = analysis.planned - analysis.finished
     note = (

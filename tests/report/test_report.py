@@ -21,6 +21,7 @@ QUICK = Settings(permutations=199, resamples=50)
 KINDS = (
     "heat-map", "tasks", "ranking", "spread", "perplexity", "correlations", "correlations-within",
 )  # fmt: skip
+BRIEF = ("left", "abilities", "sparser", "distance")
 
 
 def page_of(results: StudyResults) -> str:
@@ -30,11 +31,13 @@ def page_of(results: StudyResults) -> str:
 def test_every_figure_is_there_as_png_and_svg_and_in_the_page(whole: Path) -> None:
     labels = ("sparsegpt-50pct", "sparsegpt-60pct", "wanda-50pct")
     names = {f"{kind}-{label}" for kind in KINDS for label in labels} | {"sparsity-sparsegpt"}
+    pages = dict.fromkeys(names, "report.html")
+    pages |= {f"brief-{kind}": "brief.html" for kind in BRIEF}
     kept = {path.name for path in (whole / "figures").iterdir()}
-    assert kept == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
-    page = (whole / "report.html").read_text(encoding="utf-8")
-    for name in names:
-        assert f'aria-labelledby="{name}-title {name}-desc"' in page
+    assert kept == {f"{name}.{kind}" for name in pages for kind in ("svg", "png")}
+    for name, page in pages.items():
+        text = (whole / page).read_text(encoding="utf-8")
+        assert f'aria-labelledby="{name}-title {name}-desc"' in text
         root = ElementTree.parse(whole / "figures" / f"{name}.svg").getroot()
         assert root.findall(".//{http://www.w3.org/2000/svg}text")
         assert (whole / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -106,7 +109,8 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
     one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(one) == 3 + 2 * len(KINDS)
+    brief = len(BRIEF) - 1  # one sparsity alone
+    assert len(one) == 3 + 2 * (len(KINDS) + brief)
     for path in one:
         twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == twin.read_bytes(), path.name
