@@ -364,14 +364,17 @@ def _certainty(analysis: Analysis) -> list[str]:
             f"Not every set has every seed ({words.counted(gaps, 'empty cell')}, {why}); means are "
             "over the draws that are there."
         )
-    once = [each.condition.label for each in analysis.conditions if not each.joint.freedom]
+    once = [each.condition for each in analysis.conditions if not each.joint.freedom]
     if len(once) < len(analysis.conditions):
         lines.append(
             "Intervals are for other test items and other calibration draws at once; the spread "
             f"over draws is pooled over all sets of a condition.{_parts(analysis)}"
         )
     if once:
-        where = f"{words.listed(once)}: e" if len(once) < len(analysis.conditions) else "E"
+        more = {each.condition.way for each in analysis.conditions if each.joint.freedom}
+        names = [each.label if each.way in more else each.way for each in once]
+        listed = words.listed(list(dict.fromkeys(names)))  # a way of all models alike once
+        where = f"{listed}: e" if len(once) < len(analysis.conditions) else "E"
         lines.append(
             f"{where}very set was drawn once. Intervals there are about the "
             "test items alone; how much a new draw would change cannot be told."

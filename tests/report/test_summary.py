@@ -92,6 +92,22 @@ def test_an_unfinished_study_is_told_to_be_one() -> None:
     assert "still to come" not in " ".join(of(whole).certainty)
 
 
+def test_what_was_drawn_once_is_named_without_its_model_where_all_were() -> None:
+    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
+    one = study(Plan(sources=("a", "b", "c", "d"), conditions=pairs, seeds=(0, 1)))
+    both = [
+        trial.model_copy(update={"model": model, "id": f"{model}-{trial.id}"})
+        for model in ("this", "that") for trial in one.trials
+    ]  # fmt: skip
+    for kept, name in ((("this", "that"), "SparseGPT 50%"), (("this",), "SparseGPT 50%, this")):
+        left = [
+            trial for trial in both
+            if (trial.seed, trial.pattern) != (1, "50%") or trial.model not in kept
+        ]  # fmt: skip
+        told = of(study(Plan(), trials=tuple(left), planned=len(left)))
+        assert [line.split(": ")[0] for line in told.certainty if "drawn once" in line] == [name]
+
+
 def test_little_is_told_of_little() -> None:
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing can be compared" in alone.headline
