@@ -231,11 +231,11 @@ def _better(analysis: Analysis, first: dict[str, ConditionAnalysis]) -> Drawing 
             if _alike(each, found, "model", "pattern", "rows", "length")
         }
         names = [{one.calibration for one in each.ranking} for each in ways[model].values()]
+        common = set.intersection(*names)
         for way, each in ways[model].items():
             kept.setdefault(way, []).extend(
-                one.total.value or 0.0
-                for one in each.ranking if one.calibration in set.intersection(*names)
-            )  # fmt: skip
+                one.total.value or 0.0 for one in each.ranking if one.calibration in common
+            )
     order = sorted(kept, key=lambda way: sum(kept[way]) / max(1, len(kept[way])))
     points: Points = {
         model: [(float(at), way, some[way]) for at, way in enumerate(order) if way in some]

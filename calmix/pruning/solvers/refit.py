@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.precision import add_rounded_product, large_product, rounded, rounded_product
+from calmix.precision import add_rounded_product, large_product, rounded_product
 from calmix.pruning.reading import holds, quotient, widest
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
 
@@ -65,7 +65,6 @@ def refit_layer(
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
     lost = torch.zeros((), dtype=widest(weight.device), device=weight.device)
     energy = torch.zeros_like(lost)
-    coarse = rounded(scaled.gram)
     for rows in chunks(weight):
         dense, begin = weight[rows].float(), start[rows].to(weight.dtype)
         target = dense * scaled.norm
@@ -78,7 +77,7 @@ def refit_layer(
                 torch.mul(dense - end, scaled.norm, out=delta)
                 large_product(delta, scaled.gram, out=residual)
             at_once = min(ROUND, steps - done)
-            change = _conjugate_gradients(residual, delta, mask, coarse, at_once, damping)
+            change = _conjugate_gradients(residual, delta, mask, scaled.coarse, at_once, damping)
             end.add_(change.mul_(scaled.inverse))
         made[rows] = end
         end = made[rows].float()
@@ -87,7 +86,7 @@ def refit_layer(
         better = after < before
         made[rows] = torch.where(better[:, None], end, begin.float())
         lost += torch.where(better, after, before).sum()
-        energy += (rounded_product(target, coarse) * target).sum()
+        energy += (rounded_product(target, scaled.coarse) * target).sum()
     if not holds(torch.isfinite(lost + energy)):
         raise SolverError("the weights or inputs of this layer are not finite")
     return made, quotient(lost.clamp(min=0), energy.clamp(min=0))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
+from calmix.precision import rounded
 from calmix.pruning.reading import Number, holds
 
 ROWS = 512  # rows worked on at a time: enough for a product, little beside the layer
@@ -68,6 +70,11 @@ class Scaled:
     norm: Tensor
     inverse: Tensor
     dead: Tensor
+
+    @cached_property
+    def coarse(self) -> Tensor:
+        """The Gram matrix as a factor that may be rounded, for all layers that share the input."""
+        return rounded(self.gram)
 
 
 def scale(gram: Tensor) -> Scaled:
