@@ -16,7 +16,7 @@ from calmix.machine import total_memory
 from calmix.models.attention import attention
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision, large_products, rounded, rounded_product
-from calmix.pruning.gram import Gram, inverse_factor
+from calmix.pruning.gram import Gram, factor_flop, inverse_factor
 from calmix.pruning.methods.sparsegpt import BLOCK, STEP_VALUES, SparseGPT
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.solvers.scaled import ROWS
@@ -59,7 +59,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         widest = min(max(sizes.hidden, sizes.inner), 4096)  # takes longest by far
         matrix = torch.eye(widest, device=target)
         once = seconds(lambda: inverse_factor(matrix), target)
-        factor = 2 / 3 * widest**3 / once
+        factor = factor_flop(widest) / once
         solve = _correction(width, min(inner, 4096), target)
         attention = _attention(sizes, numbers, target)
         cached = _element_wise(wide, target)

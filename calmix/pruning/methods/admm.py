@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import Gram, Work
+from calmix.pruning.gram import Gram, Work, factor_flop
 from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers import admm
@@ -75,7 +75,7 @@ class Admm(Method):
     def work(self, columns: int, outputs: int) -> Work:
         """Two factorisations; a product an iteration and step, and a few more for the errors."""
         found = admm.products(outputs, columns, iterations=self.iterations, steps=self.refit)
-        factor = 4 / 3 * columns**3
+        factor = 2 * factor_flop(columns)
         products = found.exact - factor
         return Work(rounded=found.fast, factor=factor, products=products, cached=found.cached)
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from calmix.precision import bfloat16_products, large_products
-from calmix.pruning.gram import Factor, Gram, Work, inverse_factor, triangle
+from calmix.pruning.gram import Factor, Gram, Work, factor_flop, inverse_factor, triangle
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import (
@@ -98,7 +98,7 @@ class SparseGPT(Refitted):
         """Factorisation 2/3 d^3; d steps; corrections r d^2; output energy, 2 r d^2 halved."""
         return Work(
             gram=2 * outputs * columns**2 * triangle(columns, ENERGY_PANEL),
-            factor=2 / 3 * columns**3,
+            factor=factor_flop(columns),
             products=outputs * columns**2,
             steps=columns,
             cached=columns * STEP_VALUES * outputs * 4,

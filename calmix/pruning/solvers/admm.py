@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
-from calmix.pruning.gram import inverse_factor, squared, squared_flop
+from calmix.pruning.gram import factor_flop, inverse_factor, squared, squared_flop
 from calmix.pruning.patterns import (
     Pattern,
     SemiStructured,
@@ -230,7 +230,7 @@ def products(
     # Two factorisations, and the square of one.
     return Products(
         fast=search + refitted.fast + squared_flop(columns),
-        exact=refitted.exact + 4 / 3 * columns**3,
+        exact=refitted.exact + 2 * factor_flop(columns),
         cached=refitted.cached + 4.0 * VALUES * rows * columns * iterations,
     )
 
