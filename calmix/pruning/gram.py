@@ -7,9 +7,10 @@ is not positive definite, so no half-precision product is ever accumulated.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,9 @@ class Work:
     steps: float = 0
     cached: float = 0
     memory: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*map(operator.add, astuple(self), astuple(other)))
 
 
 class Statistic(ABC):

@@ -145,32 +145,29 @@ def test_memory_of_narrow_and_of_tall_layers_by_hand():
 
 
 def test_what_follows_a_mask_is_added_by_hand():
-    taken = refit.products(40, 1500, steps=7)
-    fitting = 4 * 1500**2 + refit.memory(40, 1500) + 6 * 1500 * 40
+    one, fitting = 2 * 40 * 1500**2, 4 * 1500**2 + refit.memory(40, 1500) + 6 * 1500 * 40
+    taken = Work(rounded=8 * one, products=2 * one, cached=4 * 16 * 40 * 1500 * 8)
     wanda, sparsegpt = get_method("wanda,refit=7"), get_method("sparsegpt,refit=7")
-    assert wanda.work(1500, 40) == Work(
-        cached=40 * 1500 * 40 + taken.cached, rounded=taken.fast, products=taken.exact
-    )
+    assert wanda.work(1500, 40) == dataclasses.replace(taken, cached=40 * 1500 * 40 + taken.cached)
     assert sparsegpt.work(1500, 40) == dataclasses.replace(
         OF_SPARSEGPT,
-        rounded=taken.fast,
+        rounded=taken.rounded,
         cached=OF_SPARSEGPT.cached + taken.cached,
-        products=OF_SPARSEGPT.products + taken.exact,
+        products=OF_SPARSEGPT.products + taken.products,
     )
     assert wanda.memory(1500, 40, 30) == fitting
     assert sparsegpt.memory(100, 9000, 30) == get_method("sparsegpt").memory(100, 9000, 30)
 
 
 def test_what_admm_takes_by_hand():
-    found = admm.products(40, 1500, iterations=5, steps=3)
+    one = 2 * 40 * 1500**2
     assert get_method("admm,iterations=5,refit=3").work(1500, 40) == Work(
-        rounded=found.fast,
+        rounded=(5 + 4) * one + squared_flop(1500),
         factor=4 / 3 * 1500**3,
-        products=found.exact - 4 / 3 * 1500**3,
-        cached=found.cached,
+        products=2 * one,
+        # 16 values of a weight in each of three steps and before them, 11 in each iteration.
+        cached=4 * 40 * 1500 * (16 * 4 + 11 * 5),
     )
-    # 16 values of a weight in each of three steps and before them, 11 in each of five iterations.
-    assert found.cached == 4 * 40 * 1500 * (16 * 4 + 11 * 5)
     held = 4 * 100**2 + 2 * 100 * 5000
     assert get_method("admm").memory(100, 5000, 4000) == held + admm.memory(5000, 100, 4000)
     assert admm.memory(5000, 100, 4000) != admm.memory(5000, 100)  # the largest layer tells

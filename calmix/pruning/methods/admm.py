@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import Gram, Work, factor_flop
+from calmix.pruning.gram import Gram, Work
 from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers import admm
@@ -74,10 +74,7 @@ class Admm(Method):
 
     def work(self, columns: int, outputs: int) -> Work:
         """Two factorisations; a product an iteration and step, and a few more for the errors."""
-        found = admm.products(outputs, columns, iterations=self.iterations, steps=self.refit)
-        factor = 2 * factor_flop(columns)
-        products = found.exact - factor
-        return Work(rounded=found.fast, factor=factor, products=products, cached=found.cached)
+        return admm.work(outputs, columns, iterations=self.iterations, steps=self.refit)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """The Gram matrix, the pruned weights, and what the solver works on."""

@@ -69,13 +69,7 @@ class Refitted(Method):
         own = self.own_work(columns, outputs)
         if not self.refit:
             return own
-        more = refit.products(outputs, columns, steps=self.refit)
-        return replace(
-            own,
-            rounded=own.rounded + more.fast,
-            products=own.products + more.exact,
-            cached=own.cached + more.cached,
-        )
+        return own + refit.work(outputs, columns, steps=self.refit)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """The mask's; or the Gram matrix, the pruned weights and what the refit works on."""

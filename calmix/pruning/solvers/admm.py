@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
-from calmix.pruning.gram import factor_flop, inverse_factor, squared, squared_flop
+from calmix.pruning.gram import Work, factor_flop, inverse_factor, squared, squared_flop
 from calmix.pruning.patterns import (
     Pattern,
     SemiStructured,
@@ -28,7 +28,7 @@ from calmix.pruning.patterns import (
 )
 from calmix.pruning.reading import holds, widest
 from calmix.pruning.solvers import refit
-from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
+from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
 ITERATIONS = 24
 REFIT = 8
@@ -221,18 +221,15 @@ def _semi_structured(state: Tensor, pattern: SemiStructured) -> Tensor:
     return mask.transpose(0, 1).to(state.dtype).reshape(state.shape)
 
 
-def products(
-    rows: int, columns: int, *, iterations: int = ITERATIONS, steps: int = REFIT
-) -> Products:
-    """Return the products that pruning layers of `rows` in all, which share one input, takes."""
-    refitted = refit.products(rows, columns, steps=steps)
-    search = 2.0 * rows * columns**2 * iterations
-    # Two factorisations, and the square of one.
-    return Products(
-        fast=search + refitted.fast + squared_flop(columns),
-        exact=refitted.exact + 2 * factor_flop(columns),
-        cached=refitted.cached + 4.0 * VALUES * rows * columns * iterations,
+def work(rows: int, columns: int, *, iterations: int = ITERATIONS, steps: int = REFIT) -> Work:
+    """Return what pruning layers of `rows` in all, which share one input, takes: two
+    factorisations, the square of one, a product an iteration, and the refit."""
+    search = Work(
+        rounded=2.0 * rows * columns**2 * iterations + squared_flop(columns),
+        factor=2 * factor_flop(columns),
+        cached=4.0 * VALUES * rows * columns * iterations,
     )
+    return search + refit.work(rows, columns, steps=steps)
 
 
 def memory(rows: int, columns: int, most: int | None = None, *, value_bytes: int = 2) -> int:

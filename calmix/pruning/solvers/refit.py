@@ -14,8 +14,9 @@ from torch import Tensor
 
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, large_product, rounded_product
+from calmix.pruning.gram import Work
 from calmix.pruning.reading import holds, quotient, widest
-from calmix.pruning.solvers.scaled import ROWS, Fitted, Products, Scaled, chunks, scale
+from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
 STEPS = 10
 DAMPING = 0.001
@@ -117,12 +118,12 @@ def _conjugate_gradients(
     return change
 
 
-def products(rows: int, columns: int, *, steps: int = STEPS) -> Products:
-    """Return the products of a layer's refit: one a step, a residual a round, two energies."""
+def work(rows: int, columns: int, *, steps: int = STEPS) -> Work:
+    """Return what a layer's refit takes: a product a step, a residual a round, two energies."""
     one = 2.0 * rows * columns**2
-    return Products(
-        fast=(steps + 1) * one,
-        exact=(max(1, -(-steps // ROUND)) + 1) * one,
+    return Work(
+        rounded=(steps + 1) * one,
+        products=(max(1, -(-steps // ROUND)) + 1) * one,
         cached=4.0 * VALUES * rows * columns * (steps + 1),
     )
 

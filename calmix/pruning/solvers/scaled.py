@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +20,6 @@ from calmix.pruning.reading import Number, holds
 
 ROWS = 512  # rows worked on at a time: enough for a product, little beside the layer
 WIDE = 2**25  # entries worked on at a time on an accelerator, where every call is a kernel
-
-
-class Products(NamedTuple):
-    """Floating point operations of a solver's matrix products, and bytes of what is between.
-
-    Attributes:
-        fast: of those whose factors may be rounded to bfloat16.
-        exact: of those in float32.
-        cached: bytes through element-wise work between them.
-    """
-
-    fast: float
-    exact: float
-    cached: float
 
 
 @dataclass(frozen=True)
