@@ -7,7 +7,8 @@ dimensions. The steps, each a function here or in `calmix.calibration.diversity`
 1. openers, a list a dimension, no corpus;
 2. a pilot, which finds for each dimension the temperature that brings its perplexity towards the
    dimensions' common one;
-3. candidates: several times as many short pieces as the set holds;
+3. candidates: several times as many short pieces as the set holds, and more in place of what is
+   refused;
 4. a band: pieces of unusually low or high perplexity for their dimension are left out;
 5. selection of pieces by J = A4 + lambda * variance of log perplexity across dimensions;
 6. packing: the pieces of a row are of one dimension.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration.diversity import LAMBDA, Objective, select_rows
-from calmix.calibration.selfgen.made import Made, Write
+from calmix.calibration.selfgen.made import ANOTHER, ROUNDS, Made, Write
 from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, Written
 from calmix.errors import InputError
@@ -107,9 +108,27 @@ def igsp(
             )
             pilot[value] = dict(zip(names, _logs(written, len(names)), strict=True))
         temperatures = balanced(pilot, temperature)
-    written = write(request(pool, size, seed + 1, temperatures), "writing candidates")
-    groups = [names[i % len(names)] for i in range(pool * len(names))]
-    usable = np.ones(len(groups), bool) if accept is None else np.asarray(accept(written.ids))
+    parts: list[Written] = []
+    fits, missing = np.zeros((0, len(names)), bool), pool
+    for number in range(ROUNDS):
+        label = "writing more in place of what is refused" if number else "writing candidates"
+        more = write(request(missing, size, seed + 1 + number * ANOTHER, temperatures), label)
+        parts.append(more)
+        taken = np.ones(len(more.ids), bool) if accept is None else np.asarray(accept(more.ids))
+        taken &= more.sampled.any(1).numpy()
+        fits = np.concatenate([fits, taken.reshape(missing, -1)])
+        if (missing := int(quota - fits.sum(0).min())) <= 0:
+            break
+    else:
+        held = dict(zip(names, fits.sum(0).tolist(), strict=True))
+        least = min(names, key=held.__getitem__)
+        raise InputError(
+            f"{quota} pieces of {least} are needed, and of {len(fits)} written only "
+            f"{held[least]} can be used: the model recites the suite (--leakage off to use such "
+            "text) or writes nothing (other --openers)"
+        )
+    written, usable = Written.joined(parts), fits.reshape(-1)
+    groups = names * (len(usable) // len(names))
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     tokens = written.sampled.sum(1).numpy()
     logs = np.divide(nll, tokens, out=np.full(len(nll), np.inf), where=tokens > 0)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from calmix.calibration.selfgen.writing import Request, Written
 
+ROUNDS = 8  # of writing anew in place of text that cannot be used
+ANOTHER = 1_000_003  # between the seeds of two rounds
 Write = Callable[[Request, str], Written]  # a request, and what to call the work meanwhile
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from calmix.calibration.build import begin_token, check_request, model_record, own_record
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen import igsp, self_cal, sgs
-from calmix.calibration.selfgen.made import Made
+from calmix.calibration.selfgen.made import ANOTHER, ROUNDS, Made
 from calmix.calibration.selfgen.openers import STARTS, Start, load_openers, tokenised
 from calmix.calibration.selfgen.writing import Request, Written, write
 from calmix.calibration.set import CalibrationSet
@@ -53,7 +53,6 @@ class Options(BaseModel):
     band: float | None = None
 
 
-ROUNDS = 8  # of writing rows anew in place of those that leak
 Writing = Callable[[str, int, int], None]
 
 
@@ -194,7 +193,7 @@ def _without_leaks(
     for number in range(1, ROUNDS):
         if len(ids) == rows:
             return Made(ids, made.tags, record)
-        more = make(rows - len(ids), seed + number * 1_000_003)
+        more = make(rows - len(ids), seed + number * ANOTHER)
         ids = torch.cat([ids, more.ids[torch.tensor(_accepted(guard, name, more.ids))]])
     if len(ids) < rows:
         raise InputError(

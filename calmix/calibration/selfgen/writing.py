@@ -8,7 +8,7 @@ The random numbers of a row come from its own number, so rows may be batched in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,6 +86,11 @@ class Written:
         """Return some of the rows."""
         chosen = torch.as_tensor(indices, dtype=torch.long)
         return Written(*(tensor[chosen] for tensor in self.tensors()))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Written]) -> Written:
+        """Return the rows of several, in their order."""
+        return cls(*map(torch.cat, zip(*(part.tensors() for part in parts), strict=True)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ids, self.nll, self.text, self.sampled
@@ -241,10 +246,7 @@ def write(
         _keep(folder, at, part)
         done |= {at + i: part.rows([i]) for i in range(stop - at)}
         at = stop
-    rows = [done[i] for i in range(total)]
-    written = Written(
-        *(torch.cat(parts) for parts in zip(*(r.tensors() for r in rows), strict=True))
-    )
+    written = Written.joined(done[i] for i in range(total))
     _check_not_empty(written, opened.name)
     return written
 

@@ -343,8 +343,24 @@ def test_bad_igsp_requests(changed, message):
         run_igsp(**changed)
 
 
+def test_igsp_writes_more_in_place_of_what_is_refused():
+    requests, asked = [], []
+
+    def accept(ids):
+        asked.append(len(ids))
+        return [len(asked) > 2] * 3 + [True] * (len(ids) - 3)  # two of x, one of y
+
+    made = run_igsp(requests, accept=accept, candidates=1.0, band=0.0)
+    assert asked == [16, 4, 4]  # as many of every dimension as the worst one lacks
+    assert len({request.seed for request in requests[-3:]}) == 3
+    assert made.record["pieces"] == {
+        "tokens": 16, "a_row": 2, "written": 24, "refused": 6, "in_band": 18, "chosen": 16,
+    }  # fmt: skip
+    assert len({tuple(row) for row in made.ids.reshape(16, 16).tolist()}) == 16
+
+
 def test_all_candidates_refused():
-    with pytest.raises(InputError, match="8 rows of x are asked for, but there are only 0"):
+    with pytest.raises(InputError, match="8 pieces of x are needed, and of 72 written only 0 can"):
         run_igsp(accept=lambda ids: [False] * len(ids))
 
 
