@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from calmix.analysis.bootstrap import Joint, joint
 from calmix.analysis.cells import Cells, Condition, dimensions_of, select, tables
@@ -157,13 +157,13 @@ class Analysis:
         return {
             "ranking.csv": _table(ranking),
             "tasks.csv": _table(self._tasks()),
-            "correlations.csv": _table(every("correlations")),
-            "trade_offs.csv": _table(every("trade_offs")),
-            "differences.csv": _table(every("differences")),
+            "correlations.csv": _table(every("correlations"), Correlation),
+            "trade_offs.csv": _table(every("trade_offs"), TradeOff),
+            "differences.csv": _table(every("differences"), Difference),
             "spread.csv": _table(every("spreads")),
             "noise.csv": _table([_noise(one) for found in self.conditions for one in found.noise]),
-            "margins.csv": _table([asdict(one) for one in self.margins]),
-            "margin_growth.csv": _table([asdict(one) for one in self.growths]),
+            "margins.csv": _table([asdict(one) for one in self.margins], Margin),
+            "margin_growth.csv": _table([asdict(one) for one in self.growths], Growth),
         }
 
     def _tasks(self) -> list[dict[str, Any]]:
@@ -324,15 +324,23 @@ def _flat(row: dict[str, Any], name: str = "") -> dict[str, Any]:
     return found
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _table(rows: Sequence[dict[str, Any]], kind: type | None = None) -> str:
+    """Return rows as CSV; without any, the header that rows of a dataclass would have."""
     flat = [_flat(row) for row in rows]
-    header = list(dict.fromkeys(key for row in flat for key in row))
+    told = flat or ([] if kind is None else [_flat(_empty(kind))])
+    header = list(dict.fromkeys(key for row in told for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for row in flat:
         writer.writerow([_cell(row.get(name)) for name in header])
     return text.getvalue()
+
+
+def _empty(kind: type) -> dict[str, Any]:
+    """Return the fields of a dataclass, and of those that they are, without values."""
+    return {name: _empty(held) if isinstance(held, type) and is_dataclass(held) else None
+            for name, held in get_type_hints(kind).items()}  # fmt: skip
 
 
 def _cell(value: Any) -> str:

@@ -50,6 +50,18 @@ def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
     assert float(tasks[0]["value"]) == first["tasks"][tasks[0]["quantity"]]["value"]
 
 
+def test_a_table_without_rows_has_the_header_it_has_with_them() -> None:
+    found = analyse(study(full_plan()), QUICK)
+    bare = [
+        replace(one, correlations=(), trade_offs=(), differences=()) for one in found.conditions
+    ]
+    empty = replace(found, conditions=tuple(bare), margins=(), growths=()).tables()
+    for name in ("correlations", "trade_offs", "differences", "margins", "margin_growth"):
+        header, *rows = found.tables()[f"{name}.csv"].splitlines()
+        assert rows, name
+        assert empty[f"{name}.csv"] == header + "\n"
+
+
 def test_exported_results_give_the_same_analysis_and_need_their_items(tmp_path: Path) -> None:
     results = read_results(save(study(full_plan(seeds=(0, 1))), tmp_path / "once"))
     again = read_results(save(results, tmp_path / "twice"))
