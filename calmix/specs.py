@@ -286,6 +286,7 @@ def _methods(text: str) -> list[str]:
 
 
 RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
+EPOCHS = 1000  # at most
 BATCH = 4
 RECOVERY_OPTIONS: dict[str, type] = {"epochs": int, "lr": float, "batch": int}
 
@@ -338,6 +339,8 @@ def recover_request(
     for name, value in (("epochs", epochs), ("batch", batch)):
         if value < 1:
             raise InputError(f"--{name} {value} is not positive")
+    if epochs > EPOCHS:
+        raise InputError(f"--epochs {epochs} is more than {EPOCHS}")
     if not (math.isfinite(lr) and 0 < lr < 1):
         raise InputError(f"--lr {lr} is not between 0 and 1 (exclusive)")
     return RecoverRequest(method, calibration, _draw(draw), epochs, lr, batch)

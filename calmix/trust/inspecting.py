@@ -178,7 +178,7 @@ def _checkpoint(folder: Path, say: Callable[[str], None]) -> Health:
     _layers(folder, layers, asked, health, say)
     if told := starved((layer for layer, _ in layers), int(done.get("rows") or 0)):
         health.warnings.append(told)
-    if manifest["calibration"] is not None and tokens < widest:
+    if pruned["calibration"] is not None and tokens < widest:
         health.warnings.append(
             f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: more "
             "rows would tell the solver more"

@@ -46,10 +46,14 @@ class _Kept(BaseModel):
 
 class _Model(_Kept):
     name: str
-    sha256: str | None = None
     fingerprint: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+
+
+class _Weights(_Kept):
+    name: str
+    sha256: str
 
 
 class _Draw(_Kept):
@@ -95,7 +99,7 @@ class _Drawn(_Kept):
 
 
 class _Pruned(_Kept):
-    model: _Model
+    model: _Weights
     request: _Request
     calibration: _Drawn | None
     files: dict[str, str]
@@ -105,8 +109,8 @@ class _Pruned(_Kept):
 
 
 class _Recovered(_Kept):
-    model: _Model
-    against: _Model
+    model: _Weights
+    against: _Weights
     request: _Recovery
     calibration: _Drawn
     pruned: dict[str, Any] | None

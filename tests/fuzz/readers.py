@@ -115,7 +115,7 @@ def make(folder: Path) -> None:
     openers = resources.files("calmix.calibration.selfgen").joinpath("openers.yaml")
     (folder / "openers.yaml").write_text(openers.read_text(encoding="utf-8"))
     _set(folder)
-    _checkpoint(folder / "pruned", folder / "model")
+    _checkpoints(folder)
     results = synthetic.study(
         synthetic.Plan(sources=synthetic.SOURCES[:2], seeds=(0,), dimensions=("general", "code"))
     )
@@ -150,12 +150,18 @@ def _set(folder: Path) -> None:
     CalibrationSet(ids, ("mine",) * 3, manifest).save(folder / "set")
 
 
-def _checkpoint(folder: Path, model: Path) -> None:
+def _checkpoints(folder: Path) -> None:
     from calmix.pruning.checkpoint import prune_checkpoints
-    from calmix.specs import prune_request
+    from calmix.recovery import recover
+    from calmix.specs import prune_request, recover_request
 
+    model, text = str(folder / "model"), str(folder / "text.txt")
     request = prune_request(method="magnitude", pattern="2:4")
-    prune_checkpoints(str(model), {folder: request})
+    prune_checkpoints(model, {folder / "pruned": request})
+    asked = recover_request(
+        method="blocks", calibration=text, rows=8, length=16, epochs=1, leakage="off"
+    )
+    recover(str(folder / "pruned"), model, asked, folder / "recovered")
 
 
 def _store(folder: Path, results: Any, scores: CapabilityScores) -> None:
@@ -273,13 +279,15 @@ def _calibration(folder: Path) -> None:
     CalibrationSet.open(folder / "set", opened)
 
 
-def _rerun(folder: Path) -> None:
-    for name in ("set/manifest.json", "pruned/calmix.json"):
+def _rerun(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
         again = folder / "again"
         try:
             rerun(folder / name, again)
         finally:
             shutil.rmtree(again, ignore_errors=True)
+
+    return read
 
 
 def _scores(folder: Path) -> None:
@@ -335,8 +343,12 @@ KINDS = {
     "set-manifest": Kind("set/manifest.json", "sealed", _calibration),
     "manifest": Kind("pruned/calmix.json", "sealed", lambda f: inspect(f / "pruned")),
     "checkpoint": Kind("pruned/model.safetensors", "binary", lambda f: inspect(f / "pruned")),
-    "rerun-set": Kind("set/manifest.json", "sealed", _rerun, 0.2),
-    "rerun": Kind("pruned/calmix.json", "sealed", _rerun, 0.2),
+    "recovered": Kind("recovered/calmix.json", "sealed", lambda f: inspect(f / "recovered")),
+    "rerun-set": Kind("set/manifest.json", "sealed", _rerun("set/manifest.json"), 0.2),
+    "rerun": Kind("pruned/calmix.json", "sealed", _rerun("pruned/calmix.json"), 0.2),
+    "rerun-recovered": Kind(
+        "recovered/calmix.json", "sealed", _rerun("recovered/calmix.json"), 0.2
+    ),
     "scores": Kind("scores.json", "json", _scores),
     "store": Kind("store/store.json", "json", _read_results("store")),
     "result": Kind("store/trials/t0/result.json", "json", _read_results("store")),

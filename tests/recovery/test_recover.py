@@ -380,6 +380,7 @@ def mistakes(place, tmp_path):
         ((half, *against, *data, "--licence", "free"), "unknown licence 'free'"),
         ((half, *against, *data, "--method", "distil"), "did you mean distill"),
         ((half, *against, *data, "--epochs", 0), "--epochs 0 is not positive"),
+        ((half, *against, *data, "--epochs", 1001), "--epochs 1001 is more than 1000"),
         ((half, *against, *data, "--lr", "nan"), "--lr nan is not between 0 and 1"),
         ((half, *against, *data, "--batch", 0), "--batch 0 is not positive"),
         ((half, *against, *data, "--dtype", "float16"), "--dtype float16 cannot train"),

@@ -127,6 +127,21 @@ def test_a_magnitude_checkpoint_has_no_errors_to_show(calmix, tiny_folder, tmp_p
     assert "not measured" in (tmp_path / "m.svg").read_text()
 
 
+def test_what_a_recovery_read_is_not_what_a_prune_without_text_lacked(
+    calmix, tiny_folder, text_file, tmp_path
+):
+    pruned, folder = tmp_path / "pruned", tmp_path / "recovered"
+    calmix("prune", tiny_folder, "-o", pruned, "--sparsity", 0.5, "--method", "magnitude")
+    ended = calmix(
+        "recover", pruned, "--against", tiny_folder, "-o", folder, "--method", "blocks",
+        "--calibration", text_file, "--epochs", 1, "--rows", 8, *SMALL[2:],
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    _, told = health(calmix, folder)
+    assert not told["problems"]
+    assert not told["warnings"]
+
+
 def test_a_calibration_set_is_checked_and_told(calmix, tiny_folder, text_file, tmp_path):
     folder = tmp_path / "set"
     assert calmix("calibrate", text_file, "-m", tiny_folder, "-o", folder, *SMALL).code == 0
