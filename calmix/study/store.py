@@ -171,10 +171,16 @@ class Store:
     def result(self, trial_id: str) -> dict[str, Any]:
         """Return a finished trial's record: `trial`, `run` (versions, machine, date).
 
+        Its model and set have the names that the study has for them now.
+
         Raises:
             InputError: the record is damaged.
         """
-        return _read(self.trial(trial_id) / RESULT, REMEDY, _Result)
+        record = _read(self.trial(trial_id) / RESULT, REMEDY, _Result)
+        if (entry := self._entry(trial_id)) is not None:
+            named = dict(zip(("model", "calibration"), entry["key"], strict=False))
+            record["trial"] = record["trial"] | named
+        return record
 
     def scores(self, trial_id: str) -> CapabilityScores:
         """Return what a finished trial's model did on every item, and its distance.
@@ -199,7 +205,11 @@ class Store:
     def read_failure(self, trial_id: str) -> FailedTrial:
         """Return what a failed trial ended with."""
         kept = _read(self.trial(trial_id) / ERROR, "run the study with --retry-failed", _Failure)
-        return FailedTrial(id=trial_id, label=kept["label"], error=kept["error"])
+        label = (self._entry(trial_id) or kept)["label"]
+        return FailedTrial(id=trial_id, label=label, error=kept["error"])
+
+    def _entry(self, trial_id: str) -> dict[str, Any] | None:
+        return next((entry for entry in self.entries if entry["id"] == trial_id), None)
 
     @contextmanager
     def writing(self, trial: Resolved) -> Iterator[Path]:
@@ -217,14 +227,16 @@ class Store:
     def update(self, study: Study, resolved: Sequence[Resolved]) -> None:
         """Make the store one of this study.
 
-        Trials may be added, and trials that have not finished may change or go.
+        Trials may be added, models and sets named anew, and trials that have not finished may
+        change or go.
 
         Raises:
             InputError: a finished trial is no longer asked for, or is now defined otherwise.
         """
         new = {trial.planned.key: trial for trial in resolved}
+        asked = {trial.id for trial in resolved}
         for entry in self.entries:
-            if self.state(entry["id"]) != "finished":
+            if entry["id"] in asked or self.state(entry["id"]) != "finished":
                 continue
             trial = new.get(tuple(entry["key"]))
             if trial is None:
@@ -232,13 +244,12 @@ class Store:
                     f"the study no longer asks for '{entry['label']}', which has finished in "
                     f"{self.path}: put it back, or name another store"
                 )
-            if trial.id != entry["id"]:
-                before = _read(self.trial(entry["id"]) / REQUEST, "name another store")
-                what = next(differences(_request(before), trial.request), "its definition")
-                raise InputError(
-                    f"the study has changed since '{entry['label']}' finished in {self.path} "
-                    f"({what}): undo the change, give it another name, or name another store"
-                )
+            before = _read(self.trial(entry["id"]) / REQUEST, "name another store")
+            what = next(differences(_request(before), trial.request), "its definition")
+            raise InputError(
+                f"the study has changed since '{entry['label']}' finished in {self.path} "
+                f"({what}): undo the change, give it another name, or name another store"
+            )
         kept = {key: self.index[key] for key in ADDITIONS if key in self.index}
         self._write(_index(study, resolved) | kept)
 

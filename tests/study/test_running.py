@@ -234,6 +234,23 @@ def test_a_changed_study_is_refused_and_says_what_differs(
     assert len(run(more, store).ran) == 4
 
 
+def test_a_set_or_model_can_be_named_anew(tiny_study: Write, tmp_path: Path) -> None:
+    """Even if another set has its old name now."""
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["code"])
+    before = {trial.id: trial for trial in read_results(store).trials}
+    changes = (("  code: ", "  python: "), ("  letters: ", "  code: "), ("{tiny: ", "{small: "))
+    assert len(run(tiny_study(*changes), store).ran) == 4
+    results = read_results(store)
+    assert set(results.dense) == {trial.model for trial in results.trials} == {"small"}
+    assert sorted(trial.calibration for trial in results.trials) == sorted(
+        ["python", "code", "mix"] * 2
+    )
+    kept = [trial for trial in results.trials if trial.id in before]
+    assert [trial.calibration for trial in kept] == ["python"] * 2
+    assert [trial.total for trial in kept] == [before[trial.id].total for trial in kept]
+
+
 def test_a_changed_file_under_the_same_name_is_refused(tiny_study: Write, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
