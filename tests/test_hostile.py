@@ -160,7 +160,7 @@ def test_exported_scores_hold_no_pickles_and_do_not_unpack_without_end(tmp_path,
 
 
 def store(path, **changes):
-    entry = {"id": "t0", "label": "x", "key": [1], "set": None} | changes
+    entry = {"id": "t0", "label": "x", "key": ["m", "c", 1], "set": None} | changes
     index = {
         "kind": "study store", "format": 2, "name": "n", "text": "", "trials": [entry],
         "suite": {"name": "s", "version": 1, "hash": "h", "dimensions": []},
@@ -171,7 +171,15 @@ def store(path, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"id": "../../x"}, {"id": "/etc"}, {"id": ""}, {"set": "../x"}, {"id": 3}, {"key": [[]]}],
+    [
+        {"id": "../../x"},
+        {"id": "/etc"},
+        {"id": ""},
+        {"set": "../x"},
+        {"id": 3},
+        {"key": [[]]},
+        {"key": ["m"]},
+    ],
 )
 def test_names_in_a_store_lead_nowhere_else(tmp_path, changes):
     with pytest.raises(InputError, match="is damaged"):

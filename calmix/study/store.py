@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
@@ -43,6 +43,12 @@ _Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of
 _Scalar = str | int | float | None
 
 
+def _named(key: list[_Scalar]) -> list[_Scalar]:
+    if len(key) < 2 or not all(isinstance(name, str) for name in key[:2]):
+        raise ValueError("names no model and calibration set")
+    return key
+
+
 class _Kept(BaseModel):
     """What is read back from a file of the store, checked: another may have written it."""
 
@@ -52,7 +58,7 @@ class _Kept(BaseModel):
 class _Entry(_Kept):
     id: _Id
     label: str
-    key: list[_Scalar]
+    key: Annotated[list[_Scalar], AfterValidator(_named)]  # model, calibration set, and the rest
     set: _Id | None
 
 
@@ -178,8 +184,8 @@ class Store:
         """
         record = _read(self.trial(trial_id) / RESULT, REMEDY, _Result)
         if (entry := self._entry(trial_id)) is not None:
-            named = dict(zip(("model", "calibration"), entry["key"], strict=False))
-            record["trial"] = record["trial"] | named
+            model, calibration, *_ = entry["key"]
+            record["trial"] |= {"model": model, "calibration": calibration}
         return record
 
     def scores(self, trial_id: str) -> CapabilityScores:

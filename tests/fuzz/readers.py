@@ -168,7 +168,8 @@ def _store(folder: Path, results: Any, scores: CapabilityScores) -> None:
     entries = []
     for number, trial in enumerate(results.trials):
         place = folder / "trials" / f"t{number}"
-        entry = {"id": f"t{number}", "label": trial.calibration, "key": [number], "set": None}
+        key = [trial.model, trial.calibration, number]
+        entry = {"id": f"t{number}", "label": trial.calibration, "key": key, "set": None}
         entries.append(entry)
         run = {
             "finished": "2026-01-01", "machine": "x", "system": "y", "threads": 1, "device": "cpu",
