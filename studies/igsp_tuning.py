@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from calmix import open_model, prune, resolve
+from calmix.calibration.resolving import parse_spec
 from calmix.calibration.selfgen.making import METHODS, generate
 from calmix.calibration.selfgen.openers import load_openers
 from calmix.capability.distance import distance, reference
@@ -40,16 +41,13 @@ TEXT_ROWS = 16  # of held-out text, a dimension
 
 def variant(text: str, folder: Path) -> tuple[str, dict[str, Any]]:
     """Parse `igsp,temperature=0.8,...` into a method, or a mix, and its settings."""
-    name, *pairs = text.split(",")
-    settings: dict[str, Any] = {}
-    for key, value in (pair.split("=") for pair in pairs):
-        if key == "openers":
-            settings[key] = of_kind(value, folder) if value in ("text", "ask") else Path(value)
-        else:
-            settings["lambda_" if key == "lambda" else key] = (
-                value if key in ("seeds", "start") else json.loads(value)
-            )
-    return name, settings
+    if text in MIXES:
+        return text, {}
+    for kind in ("text", "ask"):
+        if f",openers={kind}" in text:
+            text = text.replace(f"openers={kind}", f"openers={of_kind(kind, folder)}")
+    spec = parse_spec(text)
+    return str(spec.generate), spec.options.model_dump(exclude_none=True)
 
 
 def of_kind(kind: str, folder: Path) -> Path:

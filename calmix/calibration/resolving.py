@@ -18,12 +18,12 @@ from calmix.calibration.packing import Packing
 from calmix.calibration.select import Selection
 from calmix.calibration.selfgen.making import METHODS, Options, Writing, generate
 from calmix.calibration.set import CalibrationSet, is_saved_set
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.sources import Source, get_source, offline_sources
 from calmix.sources.licences import Licence, allowed, check_licence, refuse
 from calmix.sources.registry import parse_sources
-from calmix.specs import LENGTH, ROWS, SEED
+from calmix.specs import LENGTH, ROWS, SEED, named_options
 from calmix.yaml_files import first_problem, read_yaml
 
 SUITE = "offline"
@@ -94,7 +94,8 @@ def needs_model(text: str, select: str | None = None) -> bool:
 def parse_spec(
     text: str, own: Mapping[str, Source] | None = None, licence: str | None = None
 ) -> Spec:
-    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `igsp` or the path of a YAML file.
+    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `igsp`, `igsp,temperature=0.8,...` or the path of
+    a YAML file.
 
     Among the names, `offline` stands for every builtin source that needs no hub.
 
@@ -152,8 +153,9 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
 
 
 def _parsed(text: str, own: Mapping[str, Source] | None) -> Spec:
-    if text in METHODS:
-        return Spec(Mix({}), dict(own or {}), generate=text)
+    method = text.partition(",")[0].strip()
+    if method in METHODS:
+        return Spec(Mix({}), dict(own or {}), generate=method, options=_options(text))
     path = user_path(text)
     if path.suffix.lower() not in (".yaml", ".yml"):
         return Spec(parse_mix(text), dict(own or {}))
@@ -184,6 +186,20 @@ def _parsed(text: str, own: Mapping[str, Source] | None) -> Spec:
     return Spec(mix, sources, fixed, file.generate, file.options)
 
 
+def _options(text: str) -> Options:
+    """Return the settings behind the name of a method that generates."""
+    _, given = named_options("calibration", text)
+    known = [field.alias or name for name, field in Options.model_fields.items()]
+    for key in given:
+        if key not in known:
+            hint = nearest(key, known)
+            raise InputError(f"calibration '{text}': unknown option '{key}': {hint}")
+    try:
+        return Options.model_validate(given)
+    except ValidationError as error:
+        raise InputError(f"calibration '{text}': {first_problem(error)}") from error
+
+
 def resolve(
     text: str,
     opened: HasTokenizer,
@@ -205,7 +221,7 @@ def resolve(
 
     Args:
         text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, the folder of
-            a saved set, or `igsp`, `self-cal` or `sgs`.
+            a saved set, or `igsp`, `self-cal` or `sgs`, with options behind commas.
         opened: the model; its tokenizer alone will do unless `needs_model` says otherwise.
         rows, length, seed, packing, select: as for `build`; None means not given (64 rows of
             512 tokens, seed 0, concat, random, or what the YAML file says).

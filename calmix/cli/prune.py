@@ -150,7 +150,8 @@ def prune_command(
             show_default=False,
             help="NAME, a:0.5,b:0.5, uniform:a,b,c, a .yaml file or a saved calibration set; a "
             "NAME is a source (calmix sources ls), a file, a folder or a hub id; igsp, self-cal "
-            "and sgs let the model write the text (calmix generate).",
+            "and sgs let the model write the text (igsp,temperature=0.8: calmix generate's "
+            "options).",
         ),
     ] = None,
     rows: Rows = None,

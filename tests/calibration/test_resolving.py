@@ -61,6 +61,32 @@ def test_a_saved_folder(sources, tiny, tmp_path, foreign_folder):
         resolve(str(folder), open_tokenizer(str(foreign_folder)))
 
 
+def test_options_of_a_method_that_writes_text_agree_with_a_file(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("generate: igsp\noptions: {lambda: 0, candidates: 2, openers: a.yaml}\n")
+    by_file, by_text = (
+        parse_spec(str(file)),
+        parse_spec("igsp,lambda=0, candidates=2,openers=a.yaml"),
+    )
+    assert by_text == by_file
+    assert parse_spec("self-cal,start=bos").options.start == "bos"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("igsp,temperatur=1", "unknown option 'temperatur': did you mean temperature"),
+        ("igsp,temperature=hot", "calibration 'igsp,temperature=hot': 'temperature': "),
+        ("self-cal,start=end", "'start': "),
+        ("igsp,stories", "'stories' is not of the form option=value"),
+        ("igsp,band=0,band=0.1", "gives band twice"),
+    ],
+)
+def test_a_wrong_option_of_a_method_that_writes_text(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_spec(text)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
