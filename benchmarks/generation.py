@@ -48,14 +48,14 @@ def main() -> None:
             os.environ["CALMIX_CACHE"] = cache  # nothing is read from earlier runs
             for name, sampling in {
                 "ancestral": Sampling(),
-                "IGSP's": Sampling(0.9, repetition_penalty=1.1),
-                "SGS's": Sampling(0.6, top_k=50, top_p=0.95, repetition_penalty=1.2),
+                "with a repetition penalty": Sampling(0.9, repetition_penalty=1.1),
+                "SGS's settings": Sampling(0.6, top_k=50, top_p=0.95, repetition_penalty=1.2),
             }.items():
                 request = Request([[[9906]]] * rows, length, sampling, seed=0)
                 start = time.perf_counter()
                 write(opened, request, batch=rows)
                 seconds = time.perf_counter() - start
-                print(f"{rows} rows of {length}, {name} settings: "
+                print(f"{rows} rows of {length}, {name}: "
                       f"{rows * length / seconds:.0f} tokens/s", flush=True)  # fmt: skip
         seconds = forward_alone(opened.model, rows, length)
         print(f"{rows} rows of {length}, forward alone: {rows * length / seconds:.0f} tokens/s")

@@ -79,7 +79,7 @@ def generate(
         typer.Option(show_default="sgs 0.95", help="Among the fewest tokens of this probability."),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(show_default="igsp 1.1, sgs 1.2", help="Above 1 discourages.")
+        float | None, typer.Option(show_default="sgs 1.2", help="Above 1 discourages.")
     ] = None,
     openers: Annotated[
         Path | None,
@@ -87,18 +87,23 @@ def generate(
     ] = None,
     candidates: Annotated[
         float | None,
-        typer.Option(show_default="2", help="igsp: write so many times the tokens of the set."),
+        typer.Option(
+            show_default="1",
+            help="igsp: write so many times the tokens of the set, and choose among them.",
+        ),
     ] = None,
     balance: Annotated[
         float | None,
-        typer.Option("--lambda", show_default="1", help="igsp: weight of balanced perplexity."),
+        typer.Option(
+            "--lambda", show_default="1", help="igsp: weight of balanced perplexity; 0 for none."
+        ),
     ] = None,
     piece: Annotated[
         int | None, typer.Option(show_default="170", help="igsp: tokens of a piece, about.")
     ] = None,
     band: Annotated[
         float | None,
-        typer.Option(show_default="0.1", help="igsp: share of pieces left out at each end."),
+        typer.Option(show_default="0", help="igsp: share of pieces left out at each end."),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(show_default="encyclopedia", help="sgs: source of seed texts.")
@@ -156,10 +161,11 @@ def generate(
     if "selected" in manifest:
         before, after = manifest["first_in_band"], manifest["selected"]
         perplexities = ", ".join(f"{k} {v:.1f}" for k, v in after["perplexity"].items())
-        out.print(
-            f"selection within the band: J {before['J']:.4f} to {after['J']:.4f}, 4-gram "
-            f"aggregation of the pieces {before['aggregation_4']:.2%} to "
-            f"{after['aggregation_4']:.2%}; perplexity {perplexities}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        told = ""
+        if manifest["pieces"]["in_band"] > manifest["pieces"]["chosen"]:
+            told = (
+                f"selection within the band: J {before['J']:.4f} to {after['J']:.4f}, 4-gram "
+                f"aggregation of the pieces {before['aggregation_4']:.2%} to "
+                f"{after['aggregation_4']:.2%}; "
+            )
+        out.print(f"{told}perplexity {perplexities}", soft_wrap=True, highlight=False)

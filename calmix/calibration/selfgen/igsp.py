@@ -42,11 +42,11 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 0.9,
     "top_k": None,
     "top_p": None,
-    "repetition_penalty": 1.1,
-    "candidates": 2.0,
+    "repetition_penalty": 1.0,
+    "candidates": 1.0,
     "lambda_": LAMBDA,
     "piece": PIECE,
-    "band": 0.1,
+    "band": 0.0,
 }
 
 

@@ -71,7 +71,14 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"--{shown} has no effect with {method}: leave it out")
     if given.get("start", "auto") not in STARTS:
         raise InputError(f"unknown start '{given['start']}': {nearest(given['start'], STARTS)}")
-    return METHODS[method] | given
+    chosen = METHODS[method] | given
+    for name in ("band", "lambda_"):
+        if chosen.get("candidates") == 1 and chosen[name] not in (0, METHODS[method][name]):
+            raise InputError(
+                f"--{name.rstrip('_')} has no effect with --candidates 1, which leaves no piece "
+                "out: write more"
+            )
+    return chosen
 
 
 def check_settings(

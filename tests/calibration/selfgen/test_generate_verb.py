@@ -9,12 +9,22 @@ from calmix.calibration import CalibrationSet
 SMALL = ("--rows", 4, "--length", 40, "--leakage", "off")
 
 
-@pytest.mark.parametrize("method", ["igsp", "self-cal"])
-def test_a_set_is_written_and_read_back(method, calmix, tiny_folder, tmp_path):
-    ended = calmix("generate", method, "--model", tiny_folder, "-o", tmp_path / "set", *SMALL)
+@pytest.mark.parametrize(
+    ("method", "more", "told"),
+    [
+        ("igsp", (), "perplexity general "),
+        ("igsp", ("--candidates", 2), "selection within the band: J 0"),
+        ("self-cal", (), "4-gram aggregation "),
+    ],
+)
+def test_a_set_is_written_and_read_back(method, more, told, calmix, tiny_folder, tmp_path):
+    ended = calmix(
+        "generate", method, "--model", tiny_folder, "-o", tmp_path / "set", *SMALL, *more
+    )
     assert ended.code == 0, ended.err
     assert "4 rows of 40 tokens" in ended.out
-    assert ("J 0" in ended.out) == (method == "igsp")
+    assert ended.out.splitlines()[-1].startswith(told)
+    assert ("J 0" in ended.out) == bool(more)
     made = CalibrationSet.open(tmp_path / "set")
     assert made.manifest["generated"] == method
     assert (made.rows, made.length) == (4, 40)
@@ -104,6 +114,7 @@ def test_igsp_selects_among_given_text(calmix, tiny_folder, tmp_path, text_file)
     [
         (("generate", "igsq"), "unknown method 'igsq': did you mean igsp or sgs?"),
         (("generate", "igsp", "--rows", 6), "6 rows do not divide over 4 dimensions: ask for 4 or"),
+        (("generate", "igsp", "--band", 0.1), "--band has no effect with --candidates 1"),
         (("generate", "igsp", "--candidates", 0.1), "--candidates 0.1 writes fewer pieces"),
         (("generate", "igsp", "--seeds", "x"), "--seeds has no effect with igsp"),
         (("generate", "self-cal", "--top-k", 5), "--top-k has no effect with self-cal"),

@@ -197,8 +197,11 @@ def test_sgs_without_seed_texts():
         sgs.sgs(noted([]), tiny_tokenizer(), documents=[""], **SIZE, **options)
 
 
+CHOOSING = {"piece": 16, "candidates": 2.0, "band": 0.1}
+
+
 def run_igsp(requests=None, fill=None, openers=None, accept=None, **changed):
-    options = defaults("igsp") | {"piece": 16, **changed}
+    options = defaults("igsp") | CHOOSING | changed
     del options["openers"]
     openers = openers or {"x": [[3], [4, 5]], "y": [[6]]}
     return igsp.igsp(
@@ -213,7 +216,7 @@ def test_igsp_writes_pilots_then_candidates_of_every_dimension():
     *pilots, candidates = requests
     assert [r.temperatures[0] for r in pilots] == [0.8, 0.9, 1.0]
     assert all(len(r.openers) == 2 * igsp.PILOT_PIECES for r in pilots)
-    assert candidates.sampling == Sampling(0.9, repetition_penalty=1.1)
+    assert candidates.sampling == Sampling(0.9)
     assert len(candidates.openers) == 2 * 2 * 8  # twice two pieces for each of eight rows
     assert candidates.length == 16
     assert {tuple(row[0]) for row in candidates.openers[0::2]} == {(3,), (4, 5)}
@@ -245,7 +248,7 @@ def test_igsp_tells_of_the_first_pieces_within_the_band():
         held.append(noted(held)(request, label))
         return held[-1]
 
-    options = defaults("igsp") | {"piece": 16, "band": 0.2, "lambda_": 0.0}
+    options = defaults("igsp") | CHOOSING | {"band": 0.2, "lambda_": 0.0}
     del options["openers"]
     made = igsp.igsp(write, {"x": [[3]], "y": [[6]]}, **SIZE, **options)
     (pieces,) = [written for written in held if isinstance(written, Written)]
@@ -343,6 +346,21 @@ def test_bad_igsp_requests(changed, message):
         run_igsp(**changed)
 
 
+def test_igsp_leaves_no_piece_out_by_itself():
+    written = []
+
+    def write(request: Request, label: str) -> Written:
+        written.append(noted(written)(request, label))
+        return written[-1]
+
+    options = defaults("igsp") | {"piece": 16}
+    del options["openers"]
+    made = igsp.igsp(write, {"x": [[3]], "y": [[6]]}, **SIZE, **options)
+    (pieces,) = [one for one in written if isinstance(one, Written) and len(one.ids) == 16]
+    assert sorted(made.ids.reshape(16, 16).tolist()) == sorted(pieces.ids.tolist())
+    assert len(set(made.record["temperature"].values())) == 2  # yet perplexity is balanced
+
+
 def test_igsp_writes_more_in_place_of_what_is_refused():
     requests, asked = [], []
 
@@ -369,6 +387,12 @@ def test_options_of_another_method_are_refused():
         settings("sgs", {"candidates": 2.0})
     with pytest.raises(InputError, match="--lambda has no effect with self-cal"):
         settings("self-cal", {"lambda_": 1.0})
+    for given in ({"band": 0.1}, {"lambda_": 2.0, "candidates": 1.0}):
+        name = next(iter(given)).rstrip("_")
+        with pytest.raises(InputError, match=f"--{name} has no effect with --candidates 1, which"):
+            settings("igsp", given)
+        settings("igsp", given | {"candidates": 1.5})
+    settings("igsp", {"band": 0.0, "lambda_": 0.0})  # no pilot
     with pytest.raises(InputError, match="unknown method 'igps': did you mean igsp"):
         settings("igps", {})
     with pytest.raises(InputError, match="--start has no effect with igsp"):
