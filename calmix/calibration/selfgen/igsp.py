@@ -7,14 +7,16 @@ dimensions. The steps, each a function here or in `calmix.calibration.diversity`
 1. openers, a list a dimension, no corpus;
 2. a pilot, which finds for each dimension the temperature that brings its perplexity towards the
    dimensions' common one;
-3. candidates: several times as many short pieces as the set holds, and more in place of what is
-   refused;
-4. a band: pieces of unusually low or high perplexity for their dimension are left out;
+3. candidates: short pieces, as many as the set holds or so many times as many, and more in place
+   of what is refused;
+4. of more candidates a band: those of unusually low or high perplexity for their dimension are
+   left out;
 5. selection of pieces by J = A4 + lambda * variance of log perplexity across dimensions;
 6. packing: the pieces of a row are of one dimension.
 
 Pieces, not rows, are written and chosen: a long text drifts away from its opener's dimension,
-and a choice among whole rows prefers oddities.
+and a choice among whole rows prefers oddities. By default no more are written than the set holds:
+band and selection have earned nothing (docs/generation.md).
 """
 
 from __future__ import annotations
