@@ -16,7 +16,7 @@ from calmix.calibration.leakage import TOKENS, Guard, Item, ItemIndex
 from calmix.calibration.mix import Mix, make_mix, parse_mix
 from calmix.calibration.packing import Packing
 from calmix.calibration.select import Selection
-from calmix.calibration.selfgen.making import METHODS, Options, Writing, generate
+from calmix.calibration.selfgen.making import METHODS, Options, Writing, generate, settings
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
@@ -105,8 +105,8 @@ def parse_spec(
         licence: `permissive` leaves other sources out of `offline`.
 
     Raises:
-        InputError: the text or the file cannot be used as it is, or it names a source that the
-            licence asked for leaves out.
+        InputError: the text or the file cannot be used as it is, an option has no effect, or it
+            names a source that the licence asked for leaves out.
         SourceError: a licence is asked for, and a source is unknown.
     """
     check_licence(licence)
@@ -114,6 +114,7 @@ def parse_spec(
     wanted = licence or spec.fixed.pop("licence", None)
     spec.fixed.pop("licence", None)
     if spec.generate is not None:
+        settings(spec.generate, spec.options.model_dump())
         check_seeds(spec.generate, spec.options.seeds, wanted, spec.own)
         return spec
     return replace(spec, mix=_grouped(spec.mix, spec.own, text, wanted))

@@ -80,6 +80,8 @@ def test_options_of_a_method_that_writes_text_agree_with_a_file(tmp_path):
         ("self-cal,start=end", "'start': "),
         ("igsp,stories", "'stories' is not of the form option=value"),
         ("igsp,band=0,band=0.1", "gives band twice"),
+        ("igsp,band=0.1", "--band has no effect with --candidates 1"),
+        ("sgs,candidates=2", "--candidates has no effect with sgs"),
     ],
 )
 def test_a_wrong_option_of_a_method_that_writes_text(text, message):
