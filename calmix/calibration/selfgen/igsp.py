@@ -22,7 +22,7 @@ band and selection have earned nothing (docs/generation.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,26 +110,12 @@ def igsp(
             )
             pilot[value] = dict(zip(names, _logs(written, len(names)), strict=True))
         temperatures = balanced(pilot, temperature)
-    parts: list[Written] = []
-    fits, missing = np.zeros((0, len(names)), bool), pool
-    for number in range(ROUNDS):
+
+    def candidates_of(count: int, number: int) -> Written:
         label = "writing more in place of what is refused" if number else "writing candidates"
-        more = write(request(missing, size, seed + 1 + number * ANOTHER, temperatures), label)
-        parts.append(more)
-        taken = np.ones(len(more.ids), bool) if accept is None else np.asarray(accept(more.ids))
-        taken &= more.sampled.any(1).numpy()
-        fits = np.concatenate([fits, taken.reshape(missing, -1)])
-        if (missing := int(quota - fits.sum(0).min())) <= 0:
-            break
-    else:
-        held = dict(zip(names, fits.sum(0).tolist(), strict=True))
-        least = min(names, key=held.__getitem__)
-        raise InputError(
-            f"{quota} pieces of {least} are needed, and of {len(fits)} written only "
-            f"{held[least]} can be used: the model recites the suite (--leakage off to use such "
-            "text) or writes nothing (other --openers)"
-        )
-    written, usable = Written.joined(parts), fits.reshape(-1)
+        return write(request(count, size, seed + 1 + number * ANOTHER, temperatures), label)
+
+    written, usable = _enough(candidates_of, names, pool, quota, accept)
     groups = names * (len(usable) // len(names))
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     tokens = written.sampled.sum(1).numpy()
@@ -267,6 +253,37 @@ def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Se
     order = np.random.default_rng([seed, number // count]).permutation(count)
     at = number % count
     return [openers[i] for i in [*order[at:], *order[:at]]]
+
+
+def _enough(
+    more: Callable[[int, int], Written], names: Sequence[str], pool: int, quota: int, accept: Any
+) -> tuple[Written, np.ndarray]:
+    """Write pieces, and others in place of what cannot be used, and tell which can.
+
+    Args:
+        more: writes so many pieces of every dimension, which come in turn, in a numbered round.
+        pool: pieces of each dimension to begin with.
+        quota: usable pieces that each needs.
+        accept: as for `igsp`.
+
+    Raises:
+        InputError: a dimension has too few after `ROUNDS`.
+    """
+    parts: list[Written] = []
+    fits, missing = np.zeros((0, len(names)), bool), pool
+    for number in range(ROUNDS):
+        parts.append(part := more(missing, number))
+        taken = np.ones(len(part.ids), bool) if accept is None else np.asarray(accept(part.ids))
+        taken = taken & part.sampled.any(1).numpy()
+        fits = np.concatenate([fits, taken.reshape(missing, -1)])
+        if (missing := int(quota - fits.sum(0).min())) <= 0:
+            return Written.joined(parts), fits.reshape(-1)
+    least = int(fits.sum(0).argmin())
+    raise InputError(
+        f"{quota} pieces of {names[least]} are needed, and of {len(fits)} written only "
+        f"{fits[:, least].sum()} can be used: the model recites the suite (--leakage off to use "
+        "such text) or writes nothing (other --openers)"
+    )
 
 
 def _logs(written: Written, dimensions: int) -> list[float]:

@@ -197,15 +197,25 @@ def test_sgs_without_seed_texts():
         sgs.sgs(noted([]), tiny_tokenizer(), documents=[""], **SIZE, **options)
 
 
+def keeping(held):
+    """A stand-in for writing that keeps every request and what it gave."""
+
+    def write(request: Request, label: str) -> Written:
+        held.append(noted(held)(request, label))
+        return held[-1]
+
+    return write
+
+
 CHOOSING = {"piece": 16, "candidates": 2.0, "band": 0.1}
 
 
-def run_igsp(requests=None, fill=None, openers=None, accept=None, **changed):
+def run_igsp(requests=None, fill=None, openers=None, accept=None, write=None, **changed):
     options = defaults("igsp") | CHOOSING | changed
     del options["openers"]
     openers = openers or {"x": [[3], [4, 5]], "y": [[6]]}
     return igsp.igsp(
-        noted([] if requests is None else requests, fill), openers, accept=accept,
+        write or noted([] if requests is None else requests, fill), openers, accept=accept,
         **SIZE | {key: options.pop(key) for key in list(options) if key in SIZE}, **options,
     )  # fmt: skip
 
@@ -242,15 +252,8 @@ def test_igsp_takes_the_openers_that_leave_half_of_a_piece():
 
 
 def test_igsp_tells_of_the_first_pieces_within_the_band():
-    held = []
-
-    def write(request: Request, label: str) -> Written:
-        held.append(noted(held)(request, label))
-        return held[-1]
-
-    options = defaults("igsp") | CHOOSING | {"band": 0.2, "lambda_": 0.0}
-    del options["openers"]
-    made = igsp.igsp(write, {"x": [[3]], "y": [[6]]}, **SIZE, **options)
+    held, alone = [], {"x": [[3]], "y": [[6]]}
+    made = run_igsp(write=keeping(held), openers=alone, band=0.2, lambda_=0.0)
     (pieces,) = [written for written in held if isinstance(written, Written)]
     groups, usable = ["x", "y"] * 16, np.ones(32, bool)
     inside = igsp.in_band(pieces.log_perplexity.numpy(), groups, usable, need=8, band=0.2)
@@ -347,16 +350,9 @@ def test_bad_igsp_requests(changed, message):
 
 
 def test_igsp_leaves_no_piece_out_by_itself():
-    written = []
-
-    def write(request: Request, label: str) -> Written:
-        written.append(noted(written)(request, label))
-        return written[-1]
-
-    options = defaults("igsp") | {"piece": 16}
-    del options["openers"]
-    made = igsp.igsp(write, {"x": [[3]], "y": [[6]]}, **SIZE, **options)
-    (pieces,) = [one for one in written if isinstance(one, Written) and len(one.ids) == 16]
+    held, own = [], defaults("igsp")
+    made = run_igsp(write=keeping(held), candidates=own["candidates"], band=own["band"])
+    (pieces,) = [one for one in held if isinstance(one, Written) and len(one.ids) == 16]
     assert sorted(made.ids.reshape(16, 16).tolist()) == sorted(pieces.ids.tolist())
     assert len(set(made.record["temperature"].values())) == 2  # yet perplexity is balanced
 
