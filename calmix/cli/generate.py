@@ -105,6 +105,13 @@ def generate(
         float | None,
         typer.Option(show_default="0", help="igsp: share of pieces left out at each end."),
     ] = None,
+    repeats: Annotated[
+        float | None,
+        typer.Option(
+            show_default="0.2",
+            help="igsp: share of a piece's 4-grams that may repeat; what loops is written anew.",
+        ),
+    ] = None,
     seeds: Annotated[
         str | None, typer.Option(show_default="encyclopedia", help="sgs: source of seed texts.")
     ] = None,
@@ -137,7 +144,7 @@ def generate(
         "start": start, "temperature": temperature, "start_temperature": start_temperature,
         "ramp": ramp, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
         "openers": openers, "candidates": candidates, "lambda_": balance, "piece": piece,
-        "band": band, "seeds": seeds, "drop": drop,
+        "band": band, "repeats": repeats, "seeds": seeds, "drop": drop,
     }  # fmt: skip
     settings(method, options)
     check_output_folder(output, overwrite=overwrite)
@@ -169,3 +176,10 @@ def generate(
                 f"{after['aggregation_4']:.2%}; "
             )
         out.print(f"{told}perplexity {perplexities}", soft_wrap=True, highlight=False)
+        if looping := manifest["pieces"]["looping"]:
+            out.print(
+                f"{looping} of {manifest['pieces']['chosen']} pieces loop, more than "
+                f"{manifest['settings']['repeats']:.0%} of their 4-grams: the model wrote none "
+                "better, try a higher --temperature",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip

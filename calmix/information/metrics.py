@@ -54,6 +54,13 @@ def aggregation(ids: Ids, n: int) -> float:
     return 1 - distinct / total if total else 0.0
 
 
+def row_aggregation(ids: Ids, n: int) -> NDArray[np.float64]:
+    """Return of each row the share of its n-grams that repeat within it: high where text loops."""
+    (keys,) = ngram_keys([ids], n)
+    rows = np.sort(keys.reshape(len(ids), -1), axis=1)
+    return (rows[:, 1:] == rows[:, :-1]).sum(1) / max(1, rows.shape[1])
+
+
 def coverage(sets: Sequence[Ids], n: int, reference: Sequence[Ids] | None = None) -> list[float]:
     """Return for each set the share of the reference's distinct n-grams that it holds.
 

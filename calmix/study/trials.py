@@ -364,6 +364,8 @@ class Resolver:
     def _generated(self, spec: Spec) -> dict[str, Any]:
         assert spec.generate is not None
         chosen = settings(spec.generate, spec.options.model_dump())
+        if chosen.get("repeats") == 1:
+            del chosen["repeats"]  # as trials of before there was a limit are known
         if "openers" in chosen:
             chosen["openers"] = load_openers(chosen["openers"]).sha256
         if "seeds" in chosen:

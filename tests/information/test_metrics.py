@@ -42,6 +42,8 @@ def test_variety_and_aggregation(table, n):
     if all_grams:
         assert metrics.aggregation(ids, n) == 1 - len(set(all_grams)) / len(all_grams)
         assert 0 <= metrics.aggregation(ids, n) < 1
+    alone = [metrics.aggregation(row[None], n) for row in ids]
+    assert metrics.row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
 
 
 @given(st.lists(tables, min_size=1, max_size=4), st.integers(1, 4))

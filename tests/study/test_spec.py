@@ -116,6 +116,18 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path
     assert auto.calibration_id != bos.calibration_id
 
 
+def test_a_set_without_a_limit_of_loops_is_known_as_before_there_was_one(tiny_study) -> None:
+    path = tiny_study(("letters: ", 'limited: igsp\n  any: "igsp,repeats=1"\n  letters: '))
+    study = load_study(path)
+    limited, free = (
+        Resolver(study).resolve(next(t for t in plan(study) if t.calibration == name))
+        for name in ("limited", "any")
+    )
+    assert list(differences(limited.request, free.request)) == [
+        "calibration.settings.repeats: 0.2, now None"
+    ]
+
+
 def test_every_mistake_of_form_is_told_with_its_line() -> None:
     found = problems(
         "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"

@@ -8,7 +8,7 @@ dimensions. The steps, each a function here or in `calmix.calibration.diversity`
 2. a pilot, which finds for each dimension the temperature that brings its perplexity towards the
    dimensions' common one;
 3. candidates: short pieces, as many as the set holds or so many times as many, and more in place
-   of what is refused;
+   of what is refused or repeats itself;
 4. of more candidates a band: those of unusually low or high perplexity for their dimension are
    left out;
 5. selection of pieces by J = A4 + lambda * variance of log perplexity across dimensions;
@@ -29,11 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.calibration.diversity import LAMBDA, Objective, select_rows
+from calmix.calibration.diversity import LAMBDA, ORDER, Objective, select_rows
 from calmix.calibration.selfgen.made import ANOTHER, ROUNDS, Made, Write
 from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, Written
 from calmix.errors import InputError
+from calmix.information.metrics import row_aggregation
 
 NAME = "igsp"
 PIECE = 170  # tokens of a piece, about: rows are cut into as many as come nearest
@@ -49,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "lambda_": LAMBDA,
     "piece": PIECE,
     "band": 0.0,
+    "repeats": 0.2,
 }
 
 
@@ -64,6 +66,7 @@ def igsp(
     lambda_: float,
     piece: int,
     band: float,
+    repeats: float,
     accept: Any = None,
     **sampling: Any,
 ) -> Made:
@@ -76,6 +79,7 @@ def igsp(
         lambda_: weight of the balance in J.
         piece: tokens of a piece, about.
         band: share of the pieces left out at each end of a dimension's perplexities.
+        repeats: share of a piece's 4-grams that may repeat within it: one that repeats more loops.
         accept: called with the ids of all pieces, returns which may be used; None for all.
         **sampling: the other fields of `Sampling`.
 
@@ -83,7 +87,7 @@ def igsp(
         InputError: rows do not divide over the dimensions, or a setting is out of range.
     """
     names = list(openers)
-    check(rows, len(names), candidates, band, piece, length)
+    check(rows, len(names), candidates, band, piece, length, repeats)
     per_row = max(1, round(length / piece))
     size = math.ceil(length / per_row)
     quota = rows // len(names) * per_row
@@ -112,10 +116,10 @@ def igsp(
         temperatures = balanced(pilot, temperature)
 
     def candidates_of(count: int, number: int) -> Written:
-        label = "writing more in place of what is refused" if number else "writing candidates"
+        label = "writing more in place of what cannot be used" if number else "writing candidates"
         return write(request(count, size, seed + 1 + number * ANOTHER, temperatures), label)
 
-    written, usable = _enough(candidates_of, names, pool, quota, accept)
+    written, usable = _enough(candidates_of, names, pool, quota, repeats, accept)
     groups = names * (len(usable) // len(names))
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     tokens = written.sampled.sum(1).numpy()
@@ -131,12 +135,14 @@ def igsp(
     )
     picked = [int(inside[i]) for i in chosen.rows]
     ids, tags = pack(written.ids, [groups[i] for i in picked], picked, per_row, length, seed)
+    looping = row_aggregation(written.ids.numpy(), ORDER) > repeats
     record = {
         "dimensions": names,
         "temperature": {name: round(value, 4) for name, value in temperatures.items()},
         "pilot": {f"{value:g}": _perplexities(held) for value, held in pilot.items()},
         "pieces": {"tokens": size, "a_row": per_row, "written": len(groups),
-                   "refused": int((~usable).sum()), "in_band": len(inside), "chosen": len(picked)},
+                   "refused": int((~usable).sum()), "in_band": len(inside), "chosen": len(picked),
+                   "looping": int(looping[picked].sum())},
         "first_in_band": _shown(chosen.before),
         "greedy": _shown(chosen.greedy),
         "selected": _shown(chosen.after),
@@ -146,7 +152,13 @@ def igsp(
 
 
 def check(
-    rows: int, dimensions: int, candidates: float, band: float, piece: int, length: int
+    rows: int,
+    dimensions: int,
+    candidates: float,
+    band: float,
+    piece: int,
+    length: int,
+    repeats: float,
 ) -> None:
     """Refuse what no set can be made of.
 
@@ -165,6 +177,8 @@ def check(
         raise InputError(f"--band {band:g} is not in [0, 0.5)")
     if piece < 8:
         raise InputError(f"--piece {piece} is too short to hold text: use 8 tokens or more")
+    if not 0 < repeats <= 1:
+        raise InputError(f"--repeats {repeats:g} is not in (0, 1]: 1 takes whatever loops")
 
 
 def fitting(openers: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
@@ -256,34 +270,46 @@ def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Se
 
 
 def _enough(
-    more: Callable[[int, int], Written], names: Sequence[str], pool: int, quota: int, accept: Any
+    more: Callable[[int, int], Written],
+    names: Sequence[str],
+    pool: int,
+    quota: int,
+    repeats: float,
+    accept: Any,
 ) -> tuple[Written, np.ndarray]:
     """Write pieces, and others in place of what cannot be used, and tell which can.
+
+    A piece that loops is passed over for another; where none better is written in `ROUNDS`, what
+    repeats least is taken.
 
     Args:
         more: writes so many pieces of every dimension, which come in turn, in a numbered round.
         pool: pieces of each dimension to begin with.
         quota: usable pieces that each needs.
-        accept: as for `igsp`.
+        repeats, accept: as for `igsp`.
 
     Raises:
-        InputError: a dimension has too few after `ROUNDS`.
+        InputError: a dimension has too few after `ROUNDS`, looping or not.
     """
     parts: list[Written] = []
-    fits, missing = np.zeros((0, len(names)), bool), pool
+    shares, missing = np.zeros((0, len(names))), pool  # of repeated 4-grams; infinite if refused
     for number in range(ROUNDS):
         parts.append(part := more(missing, number))
         taken = np.ones(len(part.ids), bool) if accept is None else np.asarray(accept(part.ids))
         taken = taken & part.sampled.any(1).numpy()
-        fits = np.concatenate([fits, taken.reshape(missing, -1)])
-        if (missing := int(quota - fits.sum(0).min())) <= 0:
-            return Written.joined(parts), fits.reshape(-1)
-    least = int(fits.sum(0).argmin())
-    raise InputError(
-        f"{quota} pieces of {names[least]} are needed, and of {len(fits)} written only "
-        f"{fits[:, least].sum()} can be used: the model recites the suite (--leakage off to use "
-        "such text) or writes nothing (other --openers)"
-    )
+        own = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
+        shares = np.concatenate([shares, own.reshape(missing, -1)])
+        if (missing := int(quota - (shares <= repeats).sum(0).min())) <= 0:
+            break
+    limits = np.sort(shares, axis=0)[quota - 1]
+    if not np.isfinite(limits).all():
+        least = int(np.isfinite(shares).sum(0).argmin())
+        raise InputError(
+            f"{quota} pieces of {names[least]} are needed, and of {len(shares)} written only "
+            f"{np.isfinite(shares[:, least]).sum()} can be used: the model recites the suite "
+            "(--leakage off to use such text) or writes nothing (other --openers)"
+        )
+    return Written.joined(parts), (shares <= np.maximum(limits, repeats)).reshape(-1)
 
 
 def _logs(written: Written, dimensions: int) -> list[float]:

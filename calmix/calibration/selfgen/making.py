@@ -51,6 +51,7 @@ class Options(BaseModel):
     lambda_: float | None = Field(default=None, alias="lambda")
     piece: int | None = None
     band: float | None = None
+    repeats: float | None = None
 
 
 Writing = Callable[[str, int, int], None]

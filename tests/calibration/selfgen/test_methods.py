@@ -341,6 +341,8 @@ def test_rows_hold_pieces_of_one_dimension():
         ({"candidates": 0.5}, "--candidates 0.5 writes fewer pieces than the set holds"),
         ({"band": 0.5}, r"--band 0.5 is not in \[0, 0.5\)"),
         ({"piece": 4}, "--piece 4 is too short"),
+        ({"repeats": 0.0}, r"--repeats 0 is not in \(0, 1\]"),
+        ({"repeats": float("nan")}, "--repeats nan is not in"),
         ({"lambda_": -1.0}, "--lambda -1.0 is not a number of 0 or more"),
     ],
 )
@@ -369,8 +371,48 @@ def test_igsp_writes_more_in_place_of_what_is_refused():
     assert len({request.seed for request in requests[-3:]}) == 3
     assert made.record["pieces"] == {
         "tokens": 16, "a_row": 2, "written": 24, "refused": 6, "in_band": 18, "chosen": 16,
+        "looping": 0,
     }  # fmt: skip
     assert len({tuple(row) for row in made.ids.reshape(16, 16).tolist()}) == 16
+
+
+def test_igsp_writes_what_loops_anew():
+    """Of the first pieces seven loop, of one dimension six; a limit of 1 takes them as they are."""
+    loops, seen = [], []
+
+    def fill(ids):
+        seen.append(len(ids))
+        if len(ids) == 16 and ids.shape[1] == 16:
+            ids[[0, 2, 4, 6, 8, 10, 11]] = torch.tensor([1, 2] * 8)
+            loops.append((1, 2) * 8)
+
+    def pieces(made):
+        return [tuple(piece) for piece in made.ids.reshape(16, 16).tolist()]
+
+    alone = {"candidates": 1.0, "band": 0.0, "lambda_": 0.0}
+    made = run_igsp(fill=fill, **alone)
+    assert seen == [16, 12]
+    assert loops[0] not in pieces(made)
+    assert len(set(pieces(made))) == 16
+    assert (made.record["pieces"]["refused"], made.record["pieces"]["looping"]) == (7, 0)
+    made = run_igsp(fill=fill, repeats=1.0, **alone)
+    assert seen == [16, 12, 16]
+    assert pieces(made).count(loops[0]) == 7
+    assert made.record["pieces"]["looping"] == 0
+
+
+def test_igsp_takes_what_loops_least_where_all_does():
+    rounds = []
+
+    def fill(ids):
+        rounds.append(len(ids))
+        ids[0::2, : 15 - len(rounds)] = 7  # every piece of x; less of it, round by round
+
+    made = run_igsp(fill=fill, candidates=1.0, band=0.0, lambda_=0.0)
+    assert rounds == [16] * 8
+    assert made.record["pieces"]["looping"] == 8
+    runs = [(piece == 7).sum().item() for piece in made.ids.reshape(16, 16)]
+    assert sorted(runs) == [0] * 8 + [7] * 8
 
 
 def test_all_candidates_refused():
