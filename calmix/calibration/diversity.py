@@ -232,6 +232,12 @@ class _Set:
         return spread + self.weight * (variance - float(np.mean((logs - logs.mean()) ** 2)))
 
 
+def check_weight(weight: float) -> None:
+    """Raise InputError for a weight of the balance that is negative or not finite."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise InputError(f"--lambda {weight} is not a number of 0 or more")
+
+
 def select_rows(
     ids: Ids,
     groups: Sequence[str],
@@ -254,8 +260,7 @@ def select_rows(
     Raises:
         InputError: a group has fewer candidates than its quota, or weight is negative.
     """
-    if not (math.isfinite(weight) and weight >= 0):
-        raise InputError(f"--lambda {weight} is not a number of 0 or more")
+    check_weight(weight)
     names = [name for name, count in quota.items() if count]
     numbers = {name: number for number, name in enumerate(names)}
     members = {name: [row for row, group in enumerate(groups) if group == name] for name in names}

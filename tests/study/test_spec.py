@@ -116,6 +116,15 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path
     assert auto.calibration_id != bos.calibration_id
 
 
+def test_a_setting_out_of_range_is_told_with_its_line() -> None:
+    found = problems(
+        HEAD + "calibrations:\n  a: igsp\n  b: 'igsp,repeats=5'\nmethods: {wanda: 0.5}\n"
+    )
+    assert found == [
+        "s.yaml line 5: calibrations.b: --repeats 5 is not in (0, 1]: 1 takes whatever loops"
+    ]
+
+
 def test_a_set_without_a_limit_of_loops_is_known_as_before_there_was_one(tiny_study) -> None:
     path = tiny_study(("letters: ", 'limited: igsp\n  any: "igsp,repeats=1"\n  letters: '))
     study = load_study(path)

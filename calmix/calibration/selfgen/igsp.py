@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.calibration.diversity import LAMBDA, ORDER, Objective, select_rows
+from calmix.calibration.diversity import LAMBDA, ORDER, Objective, check_weight, select_rows
 from calmix.calibration.selfgen.made import ANOTHER, ROUNDS, Made, Write
 from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, Written
@@ -87,7 +87,11 @@ def igsp(
         InputError: rows do not divide over the dimensions, or a setting is out of range.
     """
     names = list(openers)
-    check(rows, len(names), candidates, band, piece, length, repeats)
+    check(candidates=candidates, lambda_=lambda_, piece=piece, band=band, repeats=repeats)
+    if rows % len(names):
+        down = rows // len(names) * len(names)
+        near = f"{down} or {down + len(names)}" if down else str(len(names))
+        raise InputError(f"{rows} rows do not divide over {len(names)} dimensions: ask for {near}")
     per_row = max(1, round(length / piece))
     size = math.ceil(length / per_row)
     quota = rows // len(names) * per_row
@@ -152,27 +156,18 @@ def igsp(
 
 
 def check(
-    rows: int,
-    dimensions: int,
-    candidates: float,
-    band: float,
-    piece: int,
-    length: int,
-    repeats: float,
+    *, candidates: float, lambda_: float, piece: int, band: float, repeats: float, **_: Any
 ) -> None:
-    """Refuse what no set can be made of.
+    """Refuse settings that no set can be made with.
 
     Raises:
         InputError: which setting, and what would do.
     """
-    if rows % dimensions:
-        down = rows // dimensions * dimensions
-        near = f"{down} or {down + dimensions}" if down else str(dimensions)
-        raise InputError(f"{rows} rows do not divide over {dimensions} dimensions: ask for {near}")
     if not (math.isfinite(candidates) and candidates >= 1):
         raise InputError(
             f"--candidates {candidates:g} writes fewer pieces than the set holds: use 1 or more"
         )
+    check_weight(lambda_)
     if not 0 <= band < 0.5:
         raise InputError(f"--band {band:g} is not in [0, 0.5)")
     if piece < 8:

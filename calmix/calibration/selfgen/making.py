@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen import igsp, self_cal, sgs
 from calmix.calibration.selfgen.made import ANOTHER, ROUNDS, Made
 from calmix.calibration.selfgen.openers import STARTS, Start, load_openers, tokenised
+from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, Written, write
 from calmix.calibration.set import CalibrationSet
 from calmix.errors import InputError, nearest
@@ -30,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     self_cal.NAME: self_cal.DEFAULTS,
     sgs.NAME: sgs.DEFAULTS,
 }
+CHECKS: dict[str, Callable[..., None]] = {igsp.NAME: igsp.check, sgs.NAME: sgs.check}
+SAMPLED = [field.name for field in fields(Sampling)]
 
 
 class Options(BaseModel):
@@ -61,7 +65,8 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's settings: its defaults, and what is given.
 
     Raises:
-        InputError: unknown method or start, or an option the method has no use for.
+        InputError: unknown method or start, an option the method has no use for, or a value out of
+            range.
     """
     if method not in METHODS:
         raise InputError(f"unknown method '{method}': {nearest(method, METHODS)}")
@@ -73,6 +78,9 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("start", "auto") not in STARTS:
         raise InputError(f"unknown start '{given['start']}': {nearest(given['start'], STARTS)}")
     chosen = METHODS[method] | given
+    Sampling(**{name: chosen[name] for name in SAMPLED if name in chosen})
+    if method in CHECKS:
+        CHECKS[method](**chosen)
     for name in ("band", "lambda_"):
         if chosen.get("candidates") == 1 and chosen[name] not in (0, METHODS[method][name]):
             raise InputError(

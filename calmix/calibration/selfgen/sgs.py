@@ -36,6 +36,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def check(*, drop: float, **_: Any) -> None:
+    """Raise InputError for a share to drop that leaves nothing."""
+    if not 0 <= drop < 1:
+        raise InputError(f"--drop {drop} is not in [0, 1)")
+
+
 def sgs(
     write: Write,
     tokenizer: Any,
@@ -59,8 +65,7 @@ def sgs(
     Raises:
         InputError: a setting is out of range, or no document has a token.
     """
-    if not 0 <= drop < 1:
-        raise InputError(f"--drop {drop} is not in [0, 1)")
+    check(drop=drop)
     begin = begin_token(tokenizer)
     head = [] if begin is None else [begin]
     prefixes = [

@@ -420,6 +420,22 @@ def test_all_candidates_refused():
         run_igsp(accept=lambda ids: [False] * len(ids))
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("igsp", {"repeats": 5.0}, r"--repeats 5 is not in \(0, 1\]"),
+        ("igsp", {"candidates": 2.0, "band": 0.7}, "--band 0.7 is not in"),
+        ("igsp", {"temperature": -1.0}, "--temperature -1.0 is not a positive number"),
+        ("sgs", {"drop": 1.0}, "--drop 1.0 is not in"),
+        ("sgs", {"top_p": 0.0}, "--top-p 0.0 is not in"),
+        ("self-cal", {"ramp": 3}, "--start-temperature and --ramp only have an effect together"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_a_model_is_opened(method, given, message):
+    with pytest.raises(InputError, match=message):
+        settings(method, given)
+
+
 def test_options_of_another_method_are_refused():
     with pytest.raises(InputError, match="--candidates has no effect with sgs: leave it out"):
         settings("sgs", {"candidates": 2.0})
