@@ -39,7 +39,7 @@ from calmix.recovery.training import held_out, rows_at_once
 
 BATCH_ROWS = 64  # rows generated at a time
 DECODING = 0.25  # share of the bandwidth that generation reaches
-PASSES = {"self-cal": 1.0, "sgs": 1.25, "igsp": 1.7}  # tokens written for each that is kept
+PASSES = {"self-cal": 1.0, "sgs": 1.25, "igsp": 2.0}  # tokens written for each that is kept
 GENERATE = 256  # tokens an answer may have
 FILES = 0.3e9  # bytes of a checkpoint a second, from file to pruned file, its solves apart
 START = 8.0  # seconds until Python, torch and transformers are there
