@@ -99,9 +99,10 @@ def igsp(
     base = Sampling(temperature=temperature, **sampling)
     openers = {name: fitting(held, size) for name, held in openers.items()}
 
-    def request(count: int, length: int, seed: int, of: Mapping[str, float]) -> Request:
-        """Pieces of all dimensions in turn, so that a stop leaves some of each."""
-        place = [(d, j) for j in range(count) for d in names]
+    def request(
+        counts: Mapping[str, int], length: int, seed: int, of: Mapping[str, float]
+    ) -> Request:
+        place = _in_turn(counts)
         turns = [_turned(openers[d], j, seed) for d, j in place]
         return Request(turns, length, base, seed, [of[d] for d, _ in place])
 
@@ -113,18 +114,19 @@ def igsp(
         short = min(size, max(PILOT_TOKENS, longest + PILOT_TOKENS // 2))
         for value in tried:
             written = write(
-                request(PILOT_PIECES, short, seed, dict.fromkeys(names, value)),
+                request(
+                    dict.fromkeys(names, PILOT_PIECES), short, seed, dict.fromkeys(names, value)
+                ),
                 f"pilot at temperature {value:g}",
             )
             pilot[value] = dict(zip(names, _logs(written, len(names)), strict=True))
         temperatures = balanced(pilot, temperature)
 
-    def candidates_of(count: int, number: int) -> Written:
+    def candidates_of(counts: Mapping[str, int], number: int) -> Written:
         label = "writing more in place of what cannot be used" if number else "writing candidates"
-        return write(request(count, size, seed + 1 + number * ANOTHER, temperatures), label)
+        return write(request(counts, size, seed + 1 + number * ANOTHER, temperatures), label)
 
-    written, usable = _enough(candidates_of, names, pool, quota, repeats, accept)
-    groups = names * (len(usable) // len(names))
+    written, groups, usable = _enough(candidates_of, names, pool, quota, repeats, accept)
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     tokens = written.sampled.sum(1).numpy()
     logs = np.divide(nll, tokens, out=np.full(len(nll), np.inf), where=tokens > 0)
@@ -264,21 +266,26 @@ def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Se
     return [openers[i] for i in [*order[at:], *order[:at]]]
 
 
+def _in_turn(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return the numbers of so many pieces a dimension, in turn: a stop leaves some of each."""
+    return [(d, j) for j in range(max(counts.values())) for d in counts if j < counts[d]]
+
+
 def _enough(
-    more: Callable[[int, int], Written],
+    more: Callable[[Mapping[str, int], int], Written],
     names: Sequence[str],
     pool: int,
     quota: int,
     repeats: float,
     accept: Any,
-) -> tuple[Written, np.ndarray]:
-    """Write pieces, and others in place of what cannot be used, and tell which can.
+) -> tuple[Written, list[str], np.ndarray]:
+    """Write pieces, and others in place of what cannot be used; tell whose they are, and which can.
 
     A piece that loops is passed over for another; where none better is written in `ROUNDS`, what
     repeats least is taken.
 
     Args:
-        more: writes so many pieces of every dimension, which come in turn, in a numbered round.
+        more: writes so many pieces of some dimensions, in turn, in a numbered round.
         pool: pieces of each dimension to begin with.
         quota: usable pieces that each needs.
         repeats, accept: as for `igsp`.
@@ -287,24 +294,32 @@ def _enough(
         InputError: a dimension has too few after `ROUNDS`, looping or not.
     """
     parts: list[Written] = []
-    shares, missing = np.zeros((0, len(names))), pool  # of repeated 4-grams; infinite if refused
+    groups: list[str] = []
+    shares = np.zeros(0)  # of repeated 4-grams; infinite for what is refused
+    missing = dict.fromkeys(names, pool)
     for number in range(ROUNDS):
         parts.append(part := more(missing, number))
+        groups += [name for name, _ in _in_turn(missing)]
         taken = np.ones(len(part.ids), bool) if accept is None else np.asarray(accept(part.ids))
         taken = taken & part.sampled.any(1).numpy()
         own = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
-        shares = np.concatenate([shares, own.reshape(missing, -1)])
-        if (missing := int(quota - (shares <= repeats).sum(0).min())) <= 0:
+        shares = np.concatenate([shares, own])
+        held = {name: shares[np.array(groups) == name] for name in names}
+        lack = {name: quota - int((some <= repeats).sum()) for name, some in held.items()}
+        missing = {name: count for name, count in lack.items() if count > 0}
+        if not missing:
             break
-    limits = np.sort(shares, axis=0)[quota - 1]
-    if not np.isfinite(limits).all():
-        least = int(np.isfinite(shares).sum(0).argmin())
-        raise InputError(
-            f"{quota} pieces of {names[least]} are needed, and of {len(shares)} written only "
-            f"{np.isfinite(shares[:, least]).sum()} can be used: the model recites the suite "
-            "(--leakage off to use such text) or writes nothing (other --openers)"
-        )
-    return Written.joined(parts), (shares <= np.maximum(limits, repeats)).reshape(-1)
+    limits = dict.fromkeys(names, repeats)
+    for name in missing:
+        limits[name] = float(np.sort(held[name])[quota - 1])
+        if not math.isfinite(limits[name]):
+            raise InputError(
+                f"{quota} pieces of {name} are needed, and of {len(held[name])} written only "
+                f"{np.isfinite(held[name]).sum()} can be used: the model recites the suite "
+                "(--leakage off to use such text) or writes nothing (other --openers)"
+            )
+    usable = shares <= np.array([limits[name] for name in groups])
+    return Written.joined(parts), groups, usable
 
 
 def _logs(written: Written, dimensions: int) -> list[float]:

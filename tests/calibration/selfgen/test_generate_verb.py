@@ -25,7 +25,8 @@ def test_a_set_is_written_and_read_back(method, more, told, calmix, tiny_folder,
     assert ended.code == 0, ended.err
     assert "4 rows of 40 tokens" in ended.out
     assert told in ended.out.splitlines()[-1]
-    assert ("J 0" in ended.out) == bool(more)
+    if "--repeats" not in more:
+        assert ("J 0" in ended.out) == bool(more)
     made = CalibrationSet.open(tmp_path / "set")
     assert made.manifest["generated"] == method
     assert (made.rows, made.length) == (4, 40)
