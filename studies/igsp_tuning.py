@@ -1,6 +1,6 @@
 """What in IGSP does the work: variants against each other by their distance to the dense model.
 
-    python studies/igsp_tuning.py igsp igsp,candidates=1,band=0 --seeds 101,102 --log LOG
+    python studies/igsp_tuning.py igsp igsp,repeats=1 --seeds 101,102 --log LOG
 
 Every variant writes its text and prunes the builtin model with it by SparseGPT to 60 %; what is
 noted is KL(dense || pruned) of the held-out texts, by dimension, in nats a token: it needs no
