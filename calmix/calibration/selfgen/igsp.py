@@ -302,23 +302,24 @@ def _enough(
         groups += [name for name, _ in _in_turn(missing)]
         taken = np.ones(len(part.ids), bool) if accept is None else np.asarray(accept(part.ids))
         taken = taken & part.sampled.any(1).numpy()
-        own = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
-        shares = np.concatenate([shares, own])
-        held = {name: shares[np.array(groups) == name] for name in names}
-        lack = {name: quota - int((some <= repeats).sum()) for name, some in held.items()}
+        found = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
+        shares = np.concatenate([shares, found])
+        places = {name: np.flatnonzero(np.array(groups) == name) for name in names}
+        lack = {name: quota - int((shares[own] <= repeats).sum()) for name, own in places.items()}
         missing = {name: count for name, count in lack.items() if count > 0}
         if not missing:
             break
-    limits = dict.fromkeys(names, repeats)
+    usable = shares <= repeats
     for name in missing:
-        limits[name] = float(np.sort(held[name])[quota - 1])
-        if not math.isfinite(limits[name]):
+        own = shares[places[name]]
+        least = np.argsort(own, kind="stable")[:quota]
+        if not np.isfinite(own[least]).all():
             raise InputError(
-                f"{quota} pieces of {name} are needed, and of {len(held[name])} written only "
-                f"{np.isfinite(held[name]).sum()} can be used: the model recites the suite "
-                "(--leakage off to use such text) or writes nothing (other --openers)"
+                f"{quota} pieces of {name} are needed, and of {len(own)} written only "
+                f"{np.isfinite(own).sum()} can be used: the model recites the suite (--leakage off "
+                "to use such text) or writes nothing (other --openers)"
             )
-    usable = shares <= np.array([limits[name] for name in groups])
+        usable[places[name][least]] = True
     return Written.joined(parts), groups, usable
 
 
