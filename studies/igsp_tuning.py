@@ -43,10 +43,12 @@ def variant(text: str, folder: Path) -> tuple[str, dict[str, Any]]:
     """Parse `igsp,temperature=0.8,...` into a method, or a mix, and its settings."""
     if text in MIXES:
         return text, {}
-    for kind in ("text", "ask"):
-        if f",openers={kind}" in text:
-            text = text.replace(f"openers={kind}", f"openers={of_kind(kind, folder)}")
-    spec = parse_spec(text)
+    kinds = {f"openers={kind}": kind for kind in ("text", "ask")}
+    parts = (
+        f"openers={of_kind(kinds[part], folder)}" if part in kinds else part
+        for part in text.split(",")
+    )
+    spec = parse_spec(",".join(parts))
     return str(spec.generate), spec.options.model_dump(exclude_none=True)
 
 

@@ -24,7 +24,7 @@ from pydantic import (
 from calmix.calibration.packing import PACKINGS
 from calmix.calibration.resolving import parse_spec
 from calmix.calibration.select import Selection
-from calmix.calibration.selfgen.making import check_settings
+from calmix.calibration.selfgen.making import check_inputs
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
@@ -541,8 +541,7 @@ def _calibration_problem(
         for name in ("packing", "select"):
             if spec.generate is not None and name in calibration.given():
                 return f"'{name}' has no effect with {spec.generate}"
-        if spec.generate is not None:
-            check_settings(spec.generate, spec.options.model_dump(), spec.own)
+        check_inputs(spec.options, spec.own)
         for name in spec.mix.weights:
             get_source(name, spec.own)
         if calibration.leakage not in (None, "off"):

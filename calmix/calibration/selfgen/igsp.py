@@ -126,7 +126,8 @@ def igsp(
         label = "writing more in place of what cannot be used" if number else "writing candidates"
         return write(request(counts, size, seed + 1 + number * ANOTHER, temperatures), label)
 
-    written, groups, usable = _enough(candidates_of, names, pool, quota, repeats, accept)
+    written, groups, shares = _enough(candidates_of, names, pool, quota, repeats, accept)
+    usable = np.isfinite(shares)
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     tokens = written.sampled.sum(1).numpy()
     logs = np.divide(nll, tokens, out=np.full(len(nll), np.inf), where=tokens > 0)
@@ -141,14 +142,13 @@ def igsp(
     )
     picked = [int(inside[i]) for i in chosen.rows]
     ids, tags = pack(written.ids, [groups[i] for i in picked], picked, per_row, length, seed)
-    looping = row_aggregation(written.ids.numpy(), ORDER) > repeats
     record = {
         "dimensions": names,
         "temperature": {name: round(value, 4) for name, value in temperatures.items()},
         "pilot": {f"{value:g}": _perplexities(held) for value, held in pilot.items()},
         "pieces": {"tokens": size, "a_row": per_row, "written": len(groups),
                    "refused": int((~usable).sum()), "in_band": len(inside), "chosen": len(picked),
-                   "looping": int(looping[picked].sum())},
+                   "looping": int((shares[picked] > repeats).sum())},
         "first_in_band": _shown(chosen.before),
         "greedy": _shown(chosen.greedy),
         "selected": _shown(chosen.after),
@@ -160,7 +160,7 @@ def igsp(
 def check(
     *, candidates: float, lambda_: float, piece: int, band: float, repeats: float, **_: Any
 ) -> None:
-    """Refuse settings that no set can be made with.
+    """Refuse settings that no set can be made with, or that have no effect.
 
     Raises:
         InputError: which setting, and what would do.
@@ -176,6 +176,11 @@ def check(
         raise InputError(f"--piece {piece} is too short to hold text: use 8 tokens or more")
     if not 0 < repeats <= 1:
         raise InputError(f"--repeats {repeats:g} is not in (0, 1]: 1 takes whatever loops")
+    if candidates == 1 and (band or lambda_ not in (0, LAMBDA)):
+        raise InputError(
+            f"--{'band' if band else 'lambda'} has no effect with --candidates 1, which leaves no "
+            "piece out: write more"
+        )
 
 
 def fitting(openers: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
@@ -279,7 +284,7 @@ def _enough(
     repeats: float,
     accept: Any,
 ) -> tuple[Written, list[str], np.ndarray]:
-    """Write pieces, and others in place of what cannot be used; tell whose they are, and which can.
+    """Write pieces, and others in place of what cannot be used.
 
     A piece that loops is passed over for another; where none better is written in `ROUNDS`, what
     repeats least is taken.
@@ -290,12 +295,16 @@ def _enough(
         quota: usable pieces that each needs.
         repeats, accept: as for `igsp`.
 
+    Returns:
+        The pieces, the dimension of each, and the share of its 4-grams that repeat: infinite for
+        what is not to be used.
+
     Raises:
         InputError: a dimension has too few after `ROUNDS`, looping or not.
     """
     parts: list[Written] = []
     groups: list[str] = []
-    shares = np.zeros(0)  # of repeated 4-grams; infinite for what is refused
+    shares = np.zeros(0)
     missing = dict.fromkeys(names, pool)
     for number in range(ROUNDS):
         parts.append(part := more(missing, number))
@@ -320,7 +329,7 @@ def _enough(
                 "to use such text) or writes nothing (other --openers)"
             )
         usable[places[name][least]] = True
-    return Written.joined(parts), groups, usable
+    return Written.joined(parts), groups, np.where(usable, shares, np.inf)
 
 
 def _logs(written: Written, dimensions: int) -> list[float]:

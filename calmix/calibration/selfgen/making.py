@@ -81,29 +81,20 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Sampling(**{name: chosen[name] for name in SAMPLED if name in chosen})
     if method in CHECKS:
         CHECKS[method](**chosen)
-    for name in ("band", "lambda_"):
-        if chosen.get("candidates") == 1 and chosen[name] not in (0, METHODS[method][name]):
-            raise InputError(
-                f"--{name.rstrip('_')} has no effect with --candidates 1, which leaves no piece "
-                "out: write more"
-            )
     return chosen
 
 
-def check_settings(
-    method: str, options: Mapping[str, Any], own: Mapping[str, Source] | None = None
-) -> None:
-    """Refuse settings that no run of the method could use, before a model is opened.
+def check_inputs(options: Options, own: Mapping[str, Source] | None = None) -> None:
+    """Refuse given openers and seed texts that are not there, before a model is opened.
 
     Raises:
-        InputError: as `settings` and `load_openers`.
+        InputError: as `load_openers`.
         SourceError: the source of seed texts is unknown.
     """
-    chosen = settings(method, options)
-    if "openers" in chosen:
-        load_openers(chosen["openers"])
-    if "seeds" in chosen:
-        get_source(chosen["seeds"], own)
+    if options.openers is not None:
+        load_openers(options.openers)
+    if options.seeds is not None:
+        get_source(options.seeds, own)
 
 
 def generate(
