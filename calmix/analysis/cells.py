@@ -24,6 +24,7 @@ from calmix.study.results import StudyResults, Trial
 
 TOTAL = "total"
 WORST = "worst"
+APART = "apart"  # the total without the tasks whose benchmark either set holds a half of
 DISTANCES = ("kl", "top1", "flips")  # KL in nats a token; shares of tokens and of items
 METHOD_NAMES = {
     "sparsegpt": "SparseGPT",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from calmix.analysis.bootstrap import Estimate, Joint, Sample
-from calmix.analysis.cells import TOTAL, WORST, Cells
-from calmix.analysis.ranking import groups_of, lowest_of, shrink
+from calmix.analysis.cells import APART, TOTAL, WORST, Cells
+from calmix.analysis.ranking import groups_of, lowest_of, shrink, without
 from calmix.analysis.statistics import ALPHA, Array, benjamini_hochberg
 
 SINGLES = "mean of the single sources"
@@ -27,12 +27,14 @@ class Difference:
 
     Attributes:
         left, right: a calibration set, the best single source, or the mean of them.
-        quantity: `total`, `worst` (each side's own worst dimension) or a dimension.
+        quantity: `total`, `worst` (each side's own worst dimension), a dimension, or `apart`: the
+            total without the tasks whose benchmark a source of either side holds the other half
+            of, where there are such.
         removed: the sources that the left set has and the right set lacks, the others being in
             one proportion in both: the gap is what they contribute. Empty for other pairs.
         gap: left - right.
         p_corrected, draw_p_corrected: its two p after Benjamini-Hochberg, each over all
-            differences of the analysis.
+            differences of the analysis; those of `apart` are a family of their own.
     """
 
     condition: str
@@ -56,41 +58,54 @@ class Contender:
 
     Attributes:
         made: how.
-        values: total and dimensions, shape (quantities,).
-        coefficients: of the sets in each, shape (sets, quantities).
+        sets: their positions.
+        picked: whether the one set was chosen by its numbers, which lie too high for that: it
+            counts by its shrunken ones.
         worst: position of its worst dimension among the quantities; None without a value.
     """
 
     name: str
     made: str
-    values: Array
-    coefficients: Array
+    sets: tuple[int, ...]
+    picked: bool
     worst: int | None
 
-    def place(self, number: int, quantity: str) -> int | None:
-        """Return the position of a quantity, `worst` being the contender's own."""
-        return self.worst if quantity == WORST else number
+    def weigh(self, cells: Cells, found: Joint, weight: Array) -> tuple[float, Array]:
+        """Return a weighted quantity, nan where unknown, and each set's coefficient in it.
+
+        Args:
+            weight: of the quantities of `found`.
+        """
+        if self.picked:
+            shrunken = shrink(found, groups_of(cells), weight)
+            return float(shrunken.values[self.sets[0]]), shrunken.coefficients[self.sets[0]]
+        sets, used = list(self.sets), weight != 0
+        own = np.zeros(len(cells.sets))
+        own[sets] = 1 / len(sets)
+        return float((found.values[sets][:, used] @ weight[used]).mean()), own
 
 
-def mean_of(cells: Cells, found: Joint, name: str, made: str, sets: Sequence[int]) -> Contender:
-    """Return the mean of some sets as one contender."""
-    width = len(cells.quantities)
-    values = found.values[list(sets), :width].mean(0)
-    coefficients = np.zeros((len(cells.sets), width))
-    coefficients[list(sets)] = 1 / len(sets)
-    low = lowest_of(values[1:])
-    return Contender(name, made, values, coefficients, None if low is None else 1 + low)
+Weigh = Callable[[Contender, Array], tuple[float, Array]]
+
+
+def contender(
+    cells: Cells, found: Joint, name: str, made: str, sets: Sequence[int], *, picked: bool = False
+) -> Contender:
+    """Return the mean of some sets, or a picked one, as a contender."""
+    one = Contender(name, made, tuple(sets), picked, None)
+    units = np.eye(found.values.shape[1])
+    mean = np.array([
+        one.weigh(cells, found, units[number])[0] for number in range(1, len(cells.quantities))
+    ])  # fmt: skip
+    low = lowest_of(mean)
+    return replace(one, worst=None if low is None else 1 + low)
 
 
 def contenders(cells: Cells, found: Joint) -> list[Contender]:
     """Return what is compared: every set that is not a single source, the single source with the
-    highest total, and the mean of all single sources.
-
-    That best source was picked by its numbers, which lie too high for that; it is compared by its
-    shrunken ones.
-    """
+    highest total, and the mean of all single sources."""
     made = [
-        mean_of(cells, found, name, cells.strategies[at], [at])
+        contender(cells, found, name, cells.strategies[at], [at])
         for at, name in enumerate(cells.sets)
         if cells.strategies[at] != "single"
     ]
@@ -98,47 +113,49 @@ def contenders(cells: Cells, found: Joint) -> list[Contender]:
     totals = found.values[singles, 0]
     if len(singles) and not np.isnan(totals).all():
         best = singles[int(np.nanargmax(totals))]
-        raw = mean_of(cells, found, BEST + cells.sets[best], "single", [best])
-        values, coefficients = raw.values.copy(), raw.coefficients.copy()
-        for number in range(len(values)):
-            weight = np.zeros(found.values.shape[1])
-            weight[number] = 1.0
-            if not np.isnan(values[number]):
-                shrunken = shrink(found, groups_of(cells), weight)
-                values[number] = shrunken.values[best]
-                coefficients[:, number] = shrunken.coefficients[best]
-        made.append(replace(raw, values=values, coefficients=coefficients))
+        name = BEST + cells.sets[best]
+        made.append(contender(cells, found, name, "single", [best], picked=True))
     if len(singles) > 1:
-        made.append(mean_of(cells, found, SINGLES, "single", singles))
+        made.append(contender(cells, found, SINGLES, "single", singles))
     return made
 
 
 def between(
-    found: Joint, left: Contender, right: Contender, number: int, quantity: str
+    weigh: Weigh, left: Contender, right: Contender, weights: Mapping[str, Array], quantity: str
 ) -> tuple[float, Array] | None:
-    """Return left - right and its coefficients; None where either has no value."""
-    at, against = left.place(number, quantity), right.place(number, quantity)
-    if at is None or against is None:
-        return None
-    value = float(left.values[at] - right.values[against])
-    if np.isnan(value):
-        return None
-    coefficients = np.zeros(found.values.shape)
-    coefficients[:, at] += left.coefficients[:, at]
-    coefficients[:, against] -= right.coefficients[:, against]
-    return value, coefficients
+    """Return left - right and its coefficients; None where either has no value.
+
+    Args:
+        weights: of every quantity by name, in the order of `Joint`; `worst` is each side's own.
+    """
+    value, coefficients = 0.0, np.zeros(())
+    for one, sign in ((left, 1), (right, -1)):
+        if quantity == WORST:
+            if one.worst is None:
+                return None
+            weight = list(weights.values())[one.worst]
+        else:
+            weight = weights[quantity]
+        own, sets = weigh(one, weight)
+        value += sign * own
+        coefficients = coefficients + sign * np.outer(sets, weight)
+    return None if math.isnan(value) else (value, coefficients)
 
 
 def compare(cells: Cells, found: Joint) -> list[Difference]:
-    """Return every pair of contenders, for total, worst and each dimension."""
+    """Return every pair of contenders, for total, worst, each dimension and `apart`."""
     made = []
+    weigh, weights = _weigher(cells, found), _weights(cells, found)
     mixes = dict(zip(cells.sets, cells.mixes, strict=True))
     for left, right in itertools.combinations(contenders(cells, found), 2):
         if left.made == right.made == "single":
             continue  # the best of them against the mean of them says nothing
         removed = _removed(mixes.get(left.name, {}), mixes.get(right.name, {}))
-        for number, quantity in _asked(cells):
-            gap = between(found, left, right, number, quantity)
+        halves = {name for at in (*left.sets, *right.sets) for name in cells.halves[at]}
+        rest = without(cells, found, halves).get(TOTAL)
+        asked = weights if rest is None or not rest.any() else {**weights, APART: rest}
+        for quantity in _ordered(asked):
+            gap = between(weigh, left, right, asked, quantity)
             if gap is not None:
                 told = found.estimate(gap[1], gap[0], test=True)
                 made.append(
@@ -147,6 +164,25 @@ def compare(cells: Cells, found: Joint) -> list[Difference]:
                     )
                 )
     return made
+
+
+def _weigher(cells: Cells, found: Joint) -> Weigh:
+    """Return `Contender.weigh`, which does nothing twice."""
+    known: dict[tuple[str, bytes], tuple[float, Array]] = {}
+
+    def weigh(one: Contender, weight: Array) -> tuple[float, Array]:
+        key = one.name, weight.tobytes()
+        if key not in known:
+            known[key] = one.weigh(cells, found, weight)
+        return known[key]
+
+    return weigh
+
+
+def _weights(cells: Cells, found: Joint) -> dict[str, Array]:
+    """Return the weights of the total and of the dimensions, in the order of `found`."""
+    units = np.eye(found.values.shape[1])
+    return dict(zip((TOTAL, *cells.dimensions), units, strict=False))
 
 
 def _removed(more: Mapping[str, float], less: Mapping[str, float]) -> tuple[str, ...]:
@@ -158,24 +194,26 @@ def _removed(more: Mapping[str, float], less: Mapping[str, float]) -> tuple[str,
     return tuple(name for name in more if name not in less) if same else ()
 
 
-def _asked(cells: Cells) -> list[tuple[int, str]]:
-    return [(0, TOTAL), (0, WORST), *enumerate(cells.dimensions, start=1)]
+def _ordered(weights: Mapping[str, Array]) -> list[str]:
+    total, *rest = weights
+    return [total, WORST, *rest]
 
 
 def corrected_differences(differences: Sequence[Difference]) -> list[Difference]:
-    """Return the differences with each p corrected over all that have one."""
-    joint = iter(benjamini_hochberg([d.gap.p for d in differences if d.gap.p is not None]))
-    draws = iter(
-        benjamini_hochberg([d.gap.draw_p for d in differences if d.gap.draw_p is not None])
-    )
-    return [
-        replace(
-            one,
-            p_corrected=None if one.gap.p is None else next(joint),
-            draw_p_corrected=None if one.gap.draw_p is None else next(draws),
-        )
-        for one in differences
-    ]
+    """Return the differences with each p corrected over all of its family that have one."""
+    made = list(differences)
+    for apart in (False, True):
+        family = [at for at, one in enumerate(made) if (one.quantity == APART) == apart]
+        joint = _corrected([made[at].gap.p for at in family])
+        draws = _corrected([made[at].gap.draw_p for at in family])
+        for at, p, draw_p in zip(family, joint, draws, strict=True):
+            made[at] = replace(made[at], p_corrected=p, draw_p_corrected=draw_p)
+    return made
+
+
+def _corrected(values: Sequence[float | None]) -> list[float | None]:
+    known = iter(benjamini_hochberg([value for value in values if value is not None]))
+    return [None if value is None else next(known) for value in values]
 
 
 @dataclass(frozen=True)
@@ -227,13 +265,14 @@ def margins(
         against = [at for at, name in enumerate(cells.sets) if name in named]
         if not against:
             continue
-        right = mean_of(cells, found, default or SINGLES, "default", against)
+        weigh, weights = _weigher(cells, found), _weights(cells, found)
+        right = contender(cells, found, default or SINGLES, "default", against)
         for at, name in enumerate(cells.sets):
             if cells.strategies[at] == "single" or at in against:
                 continue
-            left = mean_of(cells, found, name, cells.strategies[at], [at])
-            for number, quantity in _asked(cells):
-                gap = between(found, left, right, number, quantity)
+            left = contender(cells, found, name, cells.strategies[at], [at])
+            for quantity in _ordered(weights):
+                gap = between(weigh, left, right, weights, quantity)
                 if gap is None:
                     continue
                 margin = Margin(

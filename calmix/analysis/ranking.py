@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,24 +175,33 @@ def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
 
 
 def _without_own(cells: Cells, found: Joint, at: int) -> dict[str, Estimate]:
+    own = np.eye(len(cells.sets))[at]
+    weights = without(cells, found, cells.halves[at])
+    return {name: found.estimate(np.outer(own, weight)) for name, weight in weights.items()}
+
+
+def without(cells: Cells, found: Joint, left_out: Collection[str]) -> dict[str, Array]:
+    """Return the total and the dimensions without some tasks, where that makes a difference.
+
+    Returns:
+        By name, weights of the quantities of `found`; all 0 where no task is left.
+    """
     width = len(cells.quantities)
-    total = np.zeros(found.values.shape)
-    made: dict[str, Estimate] = {}
-    left = 0
+    units = np.eye(found.values.shape[1])
+    made: dict[str, Array] = {}
+    kept: list[Array] = []
     for number, name in enumerate(cells.dimensions, start=1):
         known = [q for q, task in enumerate(cells.tasks) if task.dimension == name and task.signal]
-        kept = [q for q in known if cells.tasks[q].name not in cells.halves[at]]
-        own = found.unit(at, number)
-        if len(kept) < len(known):
-            own[:] = 0.0
-            own[at, [width + q for q in kept]] = 1 / max(1, len(kept))
-            made[name] = found.estimate(own)
-        if kept:
-            total += own
-            left += 1
+        left = [width + q for q in known if cells.tasks[q].name not in left_out]
+        own = units[number]
+        if len(left) < len(known):
+            own = made[name] = units[left].sum(0) / max(1, len(left))
+        if left:
+            kept.append(own)
     if not made:
         return {}
-    return {cells.quantities[0]: found.estimate(total / max(1, left)), **made}
+    total = np.sum(kept, axis=0) / len(kept) if kept else np.zeros(len(units))
+    return {cells.quantities[0]: total, **made}
 
 
 def lowest_of(dimensions: Array) -> int | None:

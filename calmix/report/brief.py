@@ -12,7 +12,7 @@ import numpy as np
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.differences import SINGLES, mean_of
+from calmix.analysis.differences import SINGLES, contender
 from calmix.analysis.ranking import Ranked
 from calmix.report import words
 from calmix.report.drawing import INK, MUTED, STRATEGY_COLOURS, Drawing, new_figure
@@ -67,10 +67,10 @@ def bars(found: ConditionAnalysis, among: Collection[str] | None = None) -> list
     made += [Bar(BEST, one.calibration, "single", one.shrunken) for one in singles[:1]]
     if len(singles) > 1:
         sets = [found.cells.sets.index(one.calibration) for one in singles]
-        mean = mean_of(found.cells, found.joint, SINGLES, "single", sets)
-        coefficients = np.zeros(found.joint.values.shape)
-        coefficients[:, 0] = mean.coefficients[:, 0]
-        kept = found.joint.estimate(coefficients, float(mean.values[0]))
+        total = np.eye(found.joint.values.shape[1])[0]
+        mean = contender(found.cells, found.joint, SINGLES, "single", sets)
+        value, own = mean.weigh(found.cells, found.joint, total)
+        kept = found.joint.estimate(np.outer(own, total), value)
         last = singles[-1]
         made.append(Bar(MEAN, words.counted(len(singles), "source"), "single", kept))
         made.append(Bar(WORST, last.calibration, "single", last.total))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import TOTAL, WORST
+from calmix.analysis.cells import APART, TOTAL, WORST
 from calmix.report import words
 from calmix.report.claims import FAILS, HOLDS, IN_PART, NOT_FOUND, OPEN, Told
 from calmix.report.drawing import Drawing
@@ -413,7 +413,7 @@ def _differences(found: ConditionAnalysis) -> str:
             Cell(words.span(one.gap.draw_low, one.gap.draw_high), one.gap.draw_low),
             _p(one.draw_p_corrected),
         ]
-        for one in found.differences if one.quantity in (TOTAL, WORST)
+        for one in found.differences if one.quantity in (TOTAL, APART, WORST)
     ]  # fmt: skip
     return table(columns, rows)
 

@@ -6,7 +6,7 @@ import re
 import textwrap
 
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import TOTAL, WORST
+from calmix.analysis.cells import APART, TOTAL, WORST
 
 STRATEGIES = {
     "single": "single source",
@@ -116,7 +116,8 @@ def short(name: str, width: int = 26) -> str:
 
 def quantity_name(name: str) -> str:
     """Return a quantity's name in words."""
-    return {TOTAL: "total", WORST: "worst dimension"}.get(name, name)
+    known = {TOTAL: "total", WORST: "worst dimension", APART: "total on other benchmarks"}
+    return known.get(name, name)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.cells import method_name
-from calmix.analysis.differences import BEST, SINGLES
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.cells import APART, method_name
+from calmix.analysis.differences import BEST, SINGLES, Difference, corrected_differences
 from calmix.analysis.spread import cancellation
 from calmix.capability.retention import retention
 from tests.synthetic import CONDITIONS, Plan, full_plan, interval, study, trial
@@ -177,6 +178,40 @@ def test_a_sets_own_benchmark_is_marked_and_left_out_beside() -> None:
     marked = [line for line in found.tables()["tasks.csv"].splitlines() if ",true,true," in line]
     assert len(marked) == 1
     assert marked[0].startswith("Wanda 50%,a,code_a,")
+
+
+def test_sets_are_also_compared_on_the_benchmarks_that_neither_holds_a_half_of() -> None:
+    """The mix leads by the task whose other half it read; without it the written text does."""
+    kept = {"general": 0.5, "code": 0.6}
+    ways = {"m": ("mix", {"code_a": 0.9, "code_b": 0.2}), "w": ("igsp", {"code_b": 0.5}),
+            "s": ("single", {}), "t": ("single", {"code_a": 0.4})}  # fmt: skip
+    trials = []
+    for name, (strategy, parts) in ways.items():
+        for seed in (0, 1):
+            one = trial(name, strategy, "wanda", "50%", seed, kept)
+            tasks = tuple(
+                task.model_copy(update={"retention": interval(parts.get(task.task, 0.5))})
+                for task in one.tasks
+            )
+            halves = ("code_a",) if name == "m" else ()
+            trials.append(one.model_copy(update={"tasks": tasks, "halves": halves}))
+    found = analyse(study(Plan(), trials=tuple(trials)), QUICK).conditions[0]
+    gaps = {(one.left, one.right, one.quantity): one for one in found.differences}
+    assert gaps["m", "w", APART].gap.value == pytest.approx((0.2 - 0.5) / 2, abs=1e-3)
+    assert gaps["m", SINGLES, APART].gap.value == pytest.approx((0.2 - 0.5) / 2, abs=1e-3)
+    assert gaps["m", "w", APART].p_corrected is not None
+    assert ("w", SINGLES, APART) not in gaps  # neither holds a half of any
+    alone = analyse(study(Plan(), trials=tuple(one for one in trials if one.calibration != "m")),
+                    QUICK).conditions[0].differences  # fmt: skip
+    assert APART not in {one.quantity for one in alone}
+
+
+def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart() -> None:
+    one = Difference("c", "a", "b", "total", Estimate(0.1, p=0.03, draw_p=0.2))
+    other = replace(one, quantity=APART, gap=Estimate(0.1, p=0.001, draw_p=0.3))
+    told = corrected_differences([one, other, replace(one, gap=Estimate(0.1))])
+    assert [each.p_corrected for each in told] == [0.03, 0.001, None]
+    assert [each.draw_p_corrected for each in told] == [0.2, 0.3, None]
 
 
 def test_bits_per_byte_resample_as_the_ratio_they_are() -> None:

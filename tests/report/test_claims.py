@@ -68,6 +68,26 @@ def test_the_opposite_and_a_part_of_it_are_told() -> None:
     assert one.because.startswith("mix-a over igsp +")
 
 
+def test_a_lead_from_the_benchmarks_themselves_is_told_apart(planted: StudyResults) -> None:
+    halves = tuple(
+        one.model_copy(update={"halves": ("code_a",)}) if one.strategy == "mix" else one
+        for one in planted.trials
+    )
+    results = planted.model_copy(update={"trials": halves})
+    found = told(results)
+    (one,) = found["The same on the benchmarks that the mix holds no text of"]
+    assert one.verdict == "holds"
+    assert one.because.startswith("mix-8 over igsp +")
+    assert found["The same on the benchmarks that neither holds text of"]
+    without = told(planted)
+    apart = {"The same on the benchmarks that the mix holds no text of",
+             "The same on the benchmarks that neither holds text of"}  # fmt: skip
+    assert not apart & set(without)
+    assert {text: one for text, one in found.items() if text not in apart} == without
+    page = pages(results, analyse(results, SETTINGS))["report.html"]
+    assert "total on other benchmarks" in page
+
+
 def test_one_draw_each_leaves_draws_aside_and_few_sources_leave_signs_open() -> None:
     one_draw = Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))
     found = told(study(one_draw))
