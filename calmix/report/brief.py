@@ -160,6 +160,8 @@ def _left(first: dict[str, ConditionAnalysis]) -> Drawing | None:
     rows = max(len(told) for told in made.values())
     if rows < 2:
         return None
+    own = {one.calibration for found in first.values() for one in found.ranking if one.halves}
+    starred = any(bar.name in own for told in made.values() for bar in told)
     tips = Tips()
 
     def draw(titled: bool) -> Any:
@@ -173,7 +175,12 @@ def _left(first: dict[str, ConditionAnalysis]) -> Drawing | None:
                 whisker(axes, bar.kept, y, INK, 1.4)
                 tips.add(box, f"{model}, {bar.kind} ({bar.name}): {words.with_span(bar.kept)} %")
             axes.set_yticks(range(len(told)))
-            axes.set_yticklabels([f"{bar.kind} ({words.short(bar.name)})" for bar in told])
+            axes.set_yticklabels(
+                [
+                    f"{bar.kind} ({words.short(bar.name)}{'*' if bar.name in own else ''})"
+                    for bar in told
+                ]
+            )
             axes.invert_yaxis()
             axes.grid(axis="x")
             axes.tick_params(length=0)
@@ -185,7 +192,8 @@ def _left(first: dict[str, ConditionAnalysis]) -> Drawing | None:
     return Drawing(
         "brief-left", "What is left, by kind of text",
         "Mean over abilities, with 95 % intervals. The best set stands for its kind; the best "
-        "single source is given as what to expect of it.",
+        "single source is given as what to expect of it."
+        + (" * holds other items of benchmarks that are scored here." if starred else ""),
         "Bars: " + "; ".join(
             f"{model}, {bar.kind} {words.percent(bar.kept.value)} %"
             for model, told in made.items() for bar in told

@@ -10,7 +10,7 @@ import pytest
 from calmix.analysis import Analysis, Settings, analyse
 from calmix.analysis.cells import TOTAL
 from calmix.report import summarise
-from calmix.report.brief import BEST, MEAN, MIXED, WORST, WROTE, bars, brief
+from calmix.report.brief import BEST, MEAN, MIXED, WORST, WROTE, bars, brief, brief_figures
 from calmix.study.results import StudyResults
 from tests.browser import WIDTHS, Page, needs_chromium, readable
 from tests.synthetic import Plan, study
@@ -56,6 +56,20 @@ def test_what_stands_for_a_kind_is_its_best_and_its_worst_source(
     assert low is not None
     assert high is not None
     assert low < mean < high
+
+
+def test_what_holds_items_of_a_benchmark_is_starred(made: tuple[Analysis, str]) -> None:
+    assert "other items of benchmarks" not in made[1]
+    whole = two_models()
+    some = tuple(
+        one.model_copy(update={"halves": ("code_a",)}) if one.calibration == "mix-8" else one
+        for one in whole.trials
+    )
+    found, page = of(whole.model_copy(update={"trials": some}))
+    assert "* holds other items of benchmarks that are scored here." in page
+    drawn = brief_figures(found)[0]
+    labels = [tick.get_text() for axes in drawn.draw(False).axes for tick in axes.get_yticklabels()]
+    assert [one for one in labels if "*" in one] == [f"{MIXED} (mix-8*)"] * 2
 
 
 def test_a_line_is_about_the_same_single_sources_throughout() -> None:
