@@ -87,20 +87,30 @@ class Readout:
             self._read = module.readout
 
     def kept(self, dense: Path, pruned: Path) -> dict[str, float]:
+        return means(self.texts(dense, pruned))
+
+    def texts(self, dense: Path, pruned: Path) -> dict[str, dict[str, float]]:
+        """Return what is kept of every text, or task of the suite, by dimension."""
         key = str(dense)
         if self._read is None:
             before = self._dense.get(key) or calmix.evaluate(key, "offline", quick=True)
             self._dense[key] = before
             found = calmix.evaluate(str(pruned), "offline", quick=True, floors=False)
-            kept = found.retention(before, measure="ratio", resamples=2)
-            made = {one.name: 100 * (one.kept.value or 0) for one in kept.dimensions}
-        else:
-            if key not in self._dense:
-                self._dense[key] = self._read(dense)
-            before = self._dense[key]
-            bits = self._read(pruned)
-            made = {
-                name: 100 * float(np.mean([texts[t] / bits[name][t] for t in texts]))
-                for name, texts in before.items()
-            }
-        return made | {"total": float(np.mean(list(made.values())))}
+            made: dict[str, dict[str, float]] = {}
+            for task in found.retention(before, measure="ratio", resamples=2).tasks:
+                if task.kept.value is not None:
+                    made.setdefault(task.dimension, {})[task.name] = 100 * task.kept.value
+            return made
+        if key not in self._dense:
+            self._dense[key] = self._read(dense)
+        bits = self._read(pruned)
+        return {
+            name: {text: 100 * whole / bits[name][text] for text, whole in texts.items()}
+            for name, texts in self._dense[key].items()
+        }
+
+
+def means(texts: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each dimension's texts, and `total`, the mean of those."""
+    made = {name: float(np.mean(list(kept.values()))) for name, kept in texts.items()}
+    return made | {"total": float(np.mean(list(made.values())))}

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import HERE, Readout, commit, data_file, machine
+from common import HERE, Readout, commit, data_file, machine, means
 
 from calmix.models import resolve_model
 from calmix.pruning.checkpoint import prune_checkpoints
@@ -158,10 +158,13 @@ def main() -> None:
                         if any(cell.items() <= one.items() for one in read(options.records)):
                             continue
                         note = make(options, cell, text)
-                        kept = readout.kept(resolve_model(model), options.output / way)
+                        texts = readout.texts(resolve_model(model), options.output / way)
+                        kept = means(texts)
                         many = {"many": options.many} if way == "many" else {}
                         one = cell | many | {
                             "kept": {key: round(value, 3) for key, value in kept.items()},
+                            "texts": {name: {text: round(value, 3) for text, value in own.items()}
+                                      for name, own in texts.items()},
                             "error": round(note["error"], 6),
                             "cpu_seconds": round(note["seconds"], 1),
                         }  # fmt: skip
