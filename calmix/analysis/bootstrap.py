@@ -223,9 +223,11 @@ class Joint:
 
     def unit(self, at: int, quantity: int) -> Array:
         """Return the coefficients that take one set's quantity alone."""
-        found = np.zeros(self.values.shape)
-        found[at, quantity] = 1.0
-        return found
+        return np.outer(np.eye(len(self.values))[at], self.alone(quantity))
+
+    def alone(self, quantity: int) -> Array:
+        """Return the weights that take one quantity alone, shape (quantities,)."""
+        return np.eye(self.values.shape[1])[quantity]
 
 
 def joint(

@@ -61,7 +61,8 @@ class Contender:
         sets: their positions.
         picked: whether the one set was chosen by its numbers, which lie too high for that: it
             counts by its shrunken ones.
-        worst: position of its worst dimension among the quantities; None without a value.
+        worst: position of its worst dimension among the quantities, by its own numbers; None
+            without a value.
     """
 
     name: str
@@ -92,13 +93,8 @@ def contender(
     cells: Cells, found: Joint, name: str, made: str, sets: Sequence[int], *, picked: bool = False
 ) -> Contender:
     """Return the mean of some sets, or a picked one, as a contender."""
-    one = Contender(name, made, tuple(sets), picked, None)
-    units = np.eye(found.values.shape[1])
-    mean = np.array([
-        one.weigh(cells, found, units[number])[0] for number in range(1, len(cells.quantities))
-    ])  # fmt: skip
-    low = lowest_of(mean)
-    return replace(one, worst=None if low is None else 1 + low)
+    low = lowest_of(found.values[list(sets), 1 : len(cells.quantities)].mean(0))
+    return Contender(name, made, tuple(sets), picked, None if low is None else 1 + low)
 
 
 def contenders(cells: Cells, found: Joint) -> list[Contender]:
@@ -181,8 +177,7 @@ def _weigher(cells: Cells, found: Joint) -> Weigh:
 
 def _weights(cells: Cells, found: Joint) -> dict[str, Array]:
     """Return the weights of the total and of the dimensions, in the order of `found`."""
-    units = np.eye(found.values.shape[1])
-    return dict(zip((TOTAL, *cells.dimensions), units, strict=False))
+    return {name: found.alone(at) for at, name in enumerate((TOTAL, *cells.dimensions))}
 
 
 def _removed(more: Mapping[str, float], less: Mapping[str, float]) -> tuple[str, ...]:

@@ -130,8 +130,7 @@ def rank(cells: Cells, found: Joint) -> list[Ranked]:
     """Return the calibration sets of a condition, best raw total first."""
     names = cells.quantities
     width = len(names)
-    total = np.zeros(found.values.shape[1])
-    total[0] = 1.0
+    total = found.alone(0)
     shrunken = shrink(found, groups_of(cells), total)
     best = chances(found, total, shrunken)
     places = _places(found.values[:, 0])
@@ -187,21 +186,20 @@ def without(cells: Cells, found: Joint, left_out: Collection[str]) -> dict[str, 
         By name, weights of the quantities of `found`; all 0 where no task is left.
     """
     width = len(cells.quantities)
-    units = np.eye(found.values.shape[1])
+    total = np.zeros(found.values.shape[1])
     made: dict[str, Array] = {}
-    kept: list[Array] = []
+    dimensions = 0
     for number, name in enumerate(cells.dimensions, start=1):
         known = [q for q, task in enumerate(cells.tasks) if task.dimension == name and task.signal]
         left = [width + q for q in known if cells.tasks[q].name not in left_out]
-        own = units[number]
+        own = found.alone(number)
         if len(left) < len(known):
-            own = made[name] = units[left].sum(0) / max(1, len(left))
+            own = made[name] = np.zeros(len(total))
+            own[left] = 1 / max(1, len(left))
         if left:
-            kept.append(own)
-    if not made:
-        return {}
-    total = np.sum(kept, axis=0) / len(kept) if kept else np.zeros(len(units))
-    return {cells.quantities[0]: total, **made}
+            total += own
+            dimensions += 1
+    return {cells.quantities[0]: total / max(1, dimensions), **made} if made else {}
 
 
 def lowest_of(dimensions: Array) -> int | None:

@@ -12,7 +12,6 @@ import numpy as np
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.differences import SINGLES, contender
 from calmix.analysis.ranking import Ranked
 from calmix.report import words
 from calmix.report.drawing import INK, MUTED, STRATEGY_COLOURS, Drawing, new_figure
@@ -67,10 +66,9 @@ def bars(found: ConditionAnalysis, among: Collection[str] | None = None) -> list
     made += [Bar(BEST, one.calibration, "single", one.shrunken) for one in singles[:1]]
     if len(singles) > 1:
         sets = [found.cells.sets.index(one.calibration) for one in singles]
-        total = np.eye(found.joint.values.shape[1])[0]
-        mean = contender(found.cells, found.joint, SINGLES, "single", sets)
-        value, own = mean.weigh(found.cells, found.joint, total)
-        kept = found.joint.estimate(np.outer(own, total), value)
+        mean = np.zeros(found.joint.values.shape)
+        mean[sets, 0] = 1 / len(sets)
+        kept = found.joint.estimate(mean)
         last = singles[-1]
         made.append(Bar(MEAN, words.counted(len(singles), "source"), "single", kept))
         made.append(Bar(WORST, last.calibration, "single", last.total))
@@ -175,11 +173,9 @@ def _left(first: dict[str, ConditionAnalysis]) -> Drawing | None:
                 whisker(axes, bar.kept, y, INK, 1.4)
                 tips.add(box, f"{model}, {bar.kind} ({bar.name}): {words.with_span(bar.kept)} %")
             axes.set_yticks(range(len(told)))
+            names = [words.short(bar.name) + "*" * (bar.name in own) for bar in told]
             axes.set_yticklabels(
-                [
-                    f"{bar.kind} ({words.short(bar.name)}{'*' if bar.name in own else ''})"
-                    for bar in told
-                ]
+                [f"{bar.kind} ({name})" for bar, name in zip(told, names, strict=True)]
             )
             axes.invert_yaxis()
             axes.grid(axis="x")

@@ -10,10 +10,12 @@ import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import APART, method_name
+from calmix.analysis.bootstrap import Estimate, Joint
+from calmix.analysis.cells import APART, WORST, method_name
 from calmix.analysis.differences import BEST, SINGLES, Difference, corrected_differences
+from calmix.analysis.ranking import Shrunken
 from calmix.analysis.spread import cancellation
+from calmix.analysis.statistics import Array
 from calmix.capability.retention import retention
 from tests.synthetic import CONDITIONS, Plan, full_plan, interval, study, trial
 
@@ -79,6 +81,29 @@ def test_worst_is_each_sides_own_lowest_mean() -> None:
     assert first.lowest.value == pytest.approx(0.55, abs=1e-3)
     one = next(d for d in found.differences if d.quantity == "worst")
     assert one.gap.value == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shrunken, its other dimension would be the worst; the gap is still in the first."""
+    own = {"a": {"general": 0.5, "code": 0.6}, "b": {"general": 0.3, "code": 0.3},
+           "m": {"general": 0.7, "code": 0.7}}  # fmt: skip
+    trials = tuple(
+        trial(name, "mix" if name == "m" else "single", "wanda", "50%", seed, kept)
+        for name, kept in own.items() for seed in (0, 1)
+    )  # fmt: skip
+
+    def pulled(found: Joint, groups: object, weight: Array) -> Shrunken:
+        value = float({0: 0.55, 1: 0.56, 2: 0.52}[int(np.flatnonzero(weight)[0])])
+        return Shrunken(np.full(len(found.values), value), np.eye(len(found.values)))
+
+    monkeypatch.setattr("calmix.analysis.differences.shrink", pulled)
+    found = analyse(study(Plan(), trials=trials), QUICK).conditions[0]
+    assert found.cells.dimensions == ("general", "code")
+    (gap,) = [one.gap for one in found.differences
+              if one.right == f"{BEST}a" and one.quantity == WORST]  # fmt: skip
+    assert gap.value == pytest.approx(0.7 - 0.56, abs=1e-3)
 
 
 def test_the_margin_grows_with_sparsity_as_planted() -> None:
