@@ -126,8 +126,7 @@ def igsp(
         label = "writing more in place of what cannot be used" if number else "writing candidates"
         return write(request(counts, size, seed + 1 + number * ANOTHER, temperatures), label)
 
-    written, groups, shares = _enough(candidates_of, names, pool, quota, repeats, accept)
-    usable = np.isfinite(shares)
+    written, groups, shares, usable = _enough(candidates_of, names, pool, quota, repeats, accept)
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     tokens = written.sampled.sum(1).numpy()
     logs = np.divide(nll, tokens, out=np.full(len(nll), np.inf), where=tokens > 0)
@@ -147,7 +146,9 @@ def igsp(
         "temperature": {name: round(value, 4) for name, value in temperatures.items()},
         "pilot": {f"{value:g}": _perplexities(held) for value, held in pilot.items()},
         "pieces": {"tokens": size, "a_row": per_row, "written": len(groups),
-                   "refused": int((~usable).sum()), "in_band": len(inside), "chosen": len(picked),
+                   "refused": int(np.isinf(shares).sum()),
+                   "passed_over": int((np.isfinite(shares) & ~usable).sum()),
+                   "in_band": len(inside), "chosen": len(picked),
                    "looping": int((shares[picked] > repeats).sum())},
         "first_in_band": _shown(chosen.before),
         "greedy": _shown(chosen.greedy),
@@ -283,7 +284,7 @@ def _enough(
     quota: int,
     repeats: float,
     accept: Any,
-) -> tuple[Written, list[str], np.ndarray]:
+) -> tuple[Written, list[str], np.ndarray, np.ndarray]:
     """Write pieces, and others in place of what cannot be used.
 
     A piece that loops is passed over for another; where none better is written in `ROUNDS`, what
@@ -296,8 +297,8 @@ def _enough(
         repeats, accept: as for `igsp`.
 
     Returns:
-        The pieces, the dimension of each, and the share of its 4-grams that repeat: infinite for
-        what is not to be used.
+        The pieces, the dimension of each, the share of its 4-grams that repeat (infinite for what
+        is refused or empty), and whether it is to be used.
 
     Raises:
         InputError: a dimension has too few after `ROUNDS`, looping or not.
@@ -329,7 +330,7 @@ def _enough(
                 "to use such text) or writes nothing (other --openers)"
             )
         usable[places[name][least]] = True
-    return Written.joined(parts), groups, np.where(usable, shares, np.inf)
+    return Written.joined(parts), groups, shares, usable
 
 
 def _logs(written: Written, dimensions: int) -> list[float]:
