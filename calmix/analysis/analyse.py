@@ -31,6 +31,7 @@ from calmix.analysis.differences import (
     margins,
 )
 from calmix.analysis.distances import Agreement, agreements
+from calmix.analysis.gains import Gain, Shift, gains
 from calmix.analysis.noise import Noise, noise_of
 from calmix.analysis.ranking import Ranked, rank
 from calmix.analysis.spread import Spread, spreads
@@ -106,6 +107,8 @@ class Analysis:
     conditions: tuple[ConditionAnalysis, ...]
     margins: tuple[Margin, ...]
     growths: tuple[Growth, ...]
+    gains: tuple[Gain, ...]
+    shifts: tuple[Shift, ...]
     families: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,6 +142,8 @@ class Analysis:
             ],
             "margins": [asdict(one) for one in self.margins],
             "growths": [asdict(one) for one in self.growths],
+            "gains": [asdict(one) for one in self.gains],
+            "shifts": [asdict(one) for one in self.shifts],
         }
 
     def tables(self) -> dict[str, str]:
@@ -164,6 +169,8 @@ class Analysis:
             "noise.csv": _table([_noise(one) for found in self.conditions for one in found.noise]),
             "margins.csv": _table([asdict(one) for one in self.margins], Margin),
             "margin_growth.csv": _table([asdict(one) for one in self.growths], Growth),
+            "gains.csv": _table([asdict(one) for one in self.gains], Gain),
+            "margin_shift.csv": _table([asdict(one) for one in self.shifts], Shift),
         }
 
     def _tasks(self) -> list[dict[str, Any]]:
@@ -264,13 +271,14 @@ def analyse(
         own_margins, own_growths = margins(series, asked.default)
         leads += own_margins
         grown += own_growths
+    kept, moved = gains(pairs, asked.default)
     families: dict[str, int] = {}
     for one in family:
         name = f"tasks of {one.among}" if one.task else one.among
         families[name] = families.get(name, 0) + (one.p is not None)
     return Analysis(
         results.name, results.planned, len(results.trials), len(results.failed), asked, dimensions,
-        tuple(conditions), tuple(leads), tuple(grown), families,
+        tuple(conditions), tuple(leads), tuple(grown), tuple(kept), tuple(moved), families,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -253,37 +253,60 @@ def margins(
     """
     made: list[Margin] = []
     samples: dict[tuple[str, str], list[tuple[Margin, Sample]]] = {}
-    singles = [{cells.sets[at] for at in cells.of("single")} for cells, _ in series]
-    there = [names for names in singles if names] if default is None else [{default}]
-    named = set.intersection(*there) if there else set()
+    named = defaults([cells for cells, _ in series], default)
     for cells, found in series:
-        against = [at for at, name in enumerate(cells.sets) if name in named]
-        if not against:
+        for margin, sample in leads(cells, found, default, named):
+            made.append(margin)
+            samples.setdefault((margin.calibration, margin.quantity), []).append((margin, sample))
+    grown = []
+    for (name, quantity), told in samples.items():
+        if len(told) > 1 and (gap := rise(told[0], told[-1])):
+            shares = tuple(margin.sparsity for margin, _ in told)
+            common = series[0][0].condition.series
+            grown.append(Growth(common, name, told[0][0].default, quantity, shares, gap))
+    return made, grown
+
+
+def rise(less: tuple[Margin, Sample], more: tuple[Margin, Sample]) -> Estimate | None:
+    """Return how much more one margin is than another; None where either is unknown."""
+    (first, low), (last, high) = less, more
+    if first.gap.value is None or last.gap.value is None:
+        return None
+    draws = min(first.gap.draws, last.gap.draws)
+    return (high - low).estimate(last.gap.value - first.gap.value, draws)
+
+
+def defaults(conditions: Sequence[Cells], default: str | None) -> set[str]:
+    """Return what the default is under several conditions: itself, or the single sources that
+    all of those have that have any."""
+    singles = [{cells.sets[at] for at in cells.of("single")} for cells in conditions]
+    there = [names for names in singles if names] if default is None else [{default}]
+    return set.intersection(*there) if there else set()
+
+
+def leads(
+    cells: Cells, found: Joint, default: str | None, named: set[str]
+) -> Iterator[tuple[Margin, Sample]]:
+    """Yield the margins of one condition over the mean of some sets, with their resamples.
+
+    Args:
+        default: the default's name; None for single sources.
+        named: what it is (`defaults`).
+    """
+    against = [at for at, name in enumerate(cells.sets) if name in named]
+    if not against:
+        return
+    weigh, weights = _weigher(cells, found), _weights(cells, found)
+    right = contender(cells, found, default or SINGLES, "default", against)
+    for at, name in enumerate(cells.sets):
+        if cells.strategies[at] == "single" or at in against:
             continue
-        weigh, weights = _weigher(cells, found), _weights(cells, found)
-        right = contender(cells, found, default or SINGLES, "default", against)
-        for at, name in enumerate(cells.sets):
-            if cells.strategies[at] == "single" or at in against:
-                continue
-            left = contender(cells, found, name, cells.strategies[at], [at])
-            for quantity in _ordered(weights):
-                gap = between(weigh, left, right, weights, quantity)
-                if gap is None:
-                    continue
+        left = contender(cells, found, name, cells.strategies[at], [at])
+        for quantity in _ordered(weights):
+            gap = between(weigh, left, right, weights, quantity)
+            if gap is not None:
                 margin = Margin(
                     cells.condition.label, cells.condition.method, cells.condition.sparsity,
                     name, right.name, quantity, found.estimate(gap[1], gap[0], test=True),
                 )  # fmt: skip
-                made.append(margin)
-                own = samples.setdefault((name, quantity), [])
-                own.append((margin, found.sample(gap[1])))
-    grown = []
-    for (name, quantity), told in samples.items():
-        (first, low), (last, high) = told[0], told[-1]
-        if len(told) > 1 and first.gap.value is not None and last.gap.value is not None:
-            draws = min(first.gap.draws, last.gap.draws)
-            rise = (high - low).estimate(last.gap.value - first.gap.value, draws)
-            shares = tuple(margin.sparsity for margin, _ in told)
-            common = series[0][0].condition.series
-            grown.append(Growth(common, name, first.default, quantity, shares, rise))
-    return made, grown
+                yield margin, found.sample(gap[1])

@@ -1,6 +1,7 @@
 """What is said of calibration text, and whether a study bears it out: one row a claim.
 
-All but the last are claims of the paper (arXiv 2606.03328) or what it implies; verdicts are ours.
+All but the last two are claims of the paper (arXiv 2606.03328) or what it implies; verdicts are
+ours.
 They are read off the analysis, where p is corrected; nothing is tested anew.
 """
 
@@ -96,6 +97,7 @@ def claims(analysis: Analysis) -> list[Claim]:
          [_pulled(each, "sources") for each in found]),
         ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
         ("The lead of a mix grows with sparsity", _grown(analysis)),
+        ("The lead of a mix shrinks with recovery", _evened(analysis)),
     ]  # fmt: skip
     ways = list(dict.fromkeys(each.condition.way for each in found))
 
@@ -248,4 +250,20 @@ def _grown(analysis: Analysis) -> list[Told | None]:
             told.append(
                 Told(last.model, last.way, series, verdict, f"{ends[0]} to {ends[-1]}: {because}")
             )
+    return told
+
+
+def _evened(analysis: Analysis) -> list[Told | None]:
+    """Whether a mix is less far ahead with a recovery than without."""
+    told: list[Told | None] = []
+    for each in analysis.conditions:
+        own = [
+            one for one in analysis.shifts
+            if one.recovered and (one.more, one.quantity) == (each.condition.label, TOTAL)
+            and one.calibration in _made(each, "mix")
+        ]  # fmt: skip
+        if own:
+            lead = "; ".join(f"{one.calibration} {words.with_points(one.gap)}" for one in own)
+            verdict = _verdict(_sign(-one.gap, one.gap.clear) for one in own)
+            told.append(_at(each, verdict, f"the lead over the {own[0].default}: {lead}"))
     return told

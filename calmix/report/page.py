@@ -54,6 +54,7 @@ def page(
                 )
             ),
             _across(analysis, summary.across, across),
+            _methods(analysis, summary.methods),
             claims_section(summary),
             certainty(summary),
             _behind(results, analysis),
@@ -455,28 +456,36 @@ def _spreads(found: ConditionAnalysis) -> str:
 def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing]) -> str:
     if not drawings and not analysis.margins:
         return ""
-    rows = [
-        [
-            plain(one.condition), plain(one.calibration), plain(one.default),
-            plain(words.quantity_name(one.quantity)), _points(one.gap),
-        ]
-        for one in analysis.margins
-    ]  # fmt: skip
-    columns = [
-        Column("condition", number=False), Column("this", number=False),
-        Column("over the default", number=False), Column("in", number=False), Column("points"),
-    ]  # fmt: skip
-    margins = (
-        fold("Margins over the default", "points", table(columns, rows))
-        if rows else ""
+    margins = _gaps(
+        "Margins over the default", ("condition", "this", "over the default", "in"),
+        [((one.condition, one.calibration, one.default, words.quantity_name(one.quantity)), one.gap)
+         for one in analysis.margins],
     )  # fmt: skip
-    return (
-        "<section><h2>Against sparsity</h2>"
-        + "".join(figure(drawing, FIGURES) for drawing in drawings)
-        + _panels(findings)
-        + margins
-        + "</section>"
-    )
+    figures = "".join(figure(drawing, FIGURES) for drawing in drawings)
+    return f"<section><h2>Against sparsity</h2>{figures}{_panels(findings)}{margins}</section>"
+
+
+def _methods(analysis: Analysis, findings: Findings) -> str:
+    if not analysis.gains:
+        return ""
+    gains = _gaps(
+        "What a method keeps more", ("method", "against", "calibration set", "in"),
+        [((one.more, one.less, one.calibration, words.quantity_name(one.quantity)), one.gap)
+         for one in analysis.gains],
+    )  # fmt: skip
+    shifts = _gaps(
+        "What becomes of leads", ("method", "against", "lead of", "over", "in"),
+        [((one.more, one.less, one.calibration, one.default, words.quantity_name(one.quantity)),
+          one.gap) for one in analysis.shifts],
+    )  # fmt: skip
+    return f"<section><h2>Method by method</h2>{_panels(findings)}{gains}{shifts}</section>"
+
+
+def _gaps(title: str, heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Estimate]]) -> str:
+    """Return a folded table of differences in points, empty without any."""
+    columns = [*(Column(head, number=False) for head in heads), Column("points")]
+    cells = [[*map(plain, names), _points(gap)] for names, gap in rows]
+    return fold(title, "points", table(columns, cells)) if rows else ""
 
 
 def _behind(results: StudyResults, analysis: Analysis) -> str:

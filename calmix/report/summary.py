@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.cells import TOTAL
 from calmix.analysis.correlations import TradeOff
-from calmix.analysis.differences import BEST, SINGLES
+from calmix.analysis.differences import BEST, SINGLES, Growth
+from calmix.analysis.gains import MEAN, Gain, Shift
 from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
@@ -35,19 +36,20 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """Sentences: one for the top, those about each condition, across them, and on certainty; and
-    the claims."""
+    """Sentences: one for the top, those about each condition, across sparsities and methods, and
+    on certainty; and the claims."""
 
     headline: str
     conditions: tuple[Findings, ...]
     across: Findings
+    methods: Findings
     claims: tuple[Claim, ...]
     certainty: tuple[str, ...]
 
     def text(self) -> str:
         """Return the summary as plain text for a terminal of 80 columns."""
         parts = [words.wrapped(self.headline)]
-        for each in (*self.conditions, self.across):
+        for each in (*self.conditions, self.across, self.methods):
             if each.table:
                 head = f"{each.about}: retention in % (acc.: of accuracy)"
                 parts.append("\n".join([head, *each.table]))
@@ -99,8 +101,8 @@ def summarise(analysis: Analysis) -> Summary:
     _growth(analysis, grown, level)
     across = Findings("Against sparsity", tuple(grown), tuple(level))
     return Summary(
-        _headline(analysis), tuple(conditions), across, tuple(claims(analysis)),
-        tuple(_certainty(analysis)),
+        _headline(analysis), tuple(conditions), across, _methods(analysis),
+        tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
 
 
@@ -326,22 +328,61 @@ def _told(found: Sequence[TradeOff]) -> str:
 
 def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
     for series in dict.fromkeys(one.series for one in analysis.growths):
-        certain: list[str] = []
-        open_: list[str] = []
         own = [one for one in analysis.growths if (one.series, one.quantity) == (series, TOTAL)]
-        for one in own:
-            told = f"{one.calibration} {words.with_points(one.gap)}"
-            (certain if one.gap.clear else open_).append(told)
-        if not own:
+        if own:
+            first, last = (f"{100 * own[0].sparsities[at]:g} %" for at in (0, -1))
+            _leads(series, own, f"from {first} to {last} sparsity ", found, missing)
+
+
+def _methods(analysis: Analysis) -> Findings:
+    """Each method against the one that keeps next less, and what becomes of leads between them."""
+    totals = [one for one in analysis.gains if one.quantity == TOTAL]
+    nearest: dict[str, Gain] = {}
+    for one in sorted((one for one in totals if one.calibration == MEAN), key=_value):
+        nearest.setdefault(one.more, one)
+    found: list[str] = []
+    missing: list[str] = []
+    for each in analysis.conditions:
+        if (mean := nearest.get(each.condition.label)) is None:
             continue
-        first, last = (
-            f"{100 * share:g} %" for share in (own[0].sparsities[0], own[0].sparsities[-1])
-        )
-        lead = f"the lead over the {_default(own[0].default)} from {first} to {last} sparsity"
-        if certain:
-            found.append(f"{series}: {lead} changes by {words.listed(certain)} points.")
-        if open_:
-            missing.append(f"{series}: {lead}: {words.listed(open_)} points; no clear change.")
+        pair = f"{mean.more} against {mean.less}"
+        sets = [
+            one for one in totals
+            if (one.more, one.less) == (mean.more, mean.less) and one is not mean
+        ]  # fmt: skip
+        ends = [pick(sets, key=_value) for pick in (min, max)]
+        text = f"{pair}: {words.with_points(mean.gap)} points in total, "
+        if mean.sets == 1:
+            text += f"of {sets[0].calibration}."
+        else:
+            told = [f"{words.points(one.gap.value)} ({one.calibration})" for one in ends]
+            text += f"mean of {mean.sets} sets, {' to '.join(told)}."
+        (found if mean.gap.clear else missing).append(text)
+        moved = [
+            one for one in analysis.shifts
+            if (one.more, one.less, one.quantity) == (mean.more, mean.less, TOTAL)
+        ]  # fmt: skip
+        _leads(pair, moved, "", found, missing)
+    return Findings("Method by method", tuple(found), tuple(missing))
+
+
+def _value(one: Gain) -> float:
+    return one.gap.value or 0.0
+
+
+def _leads(
+    about: str, moved: Sequence[Growth | Shift], where: str, found: list[str], missing: list[str]
+) -> None:
+    """Say how leads over the default change, those that clearly do apart."""
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for one in moved:
+        told[one.gap.clear].append(f"{one.calibration} {words.with_points(one.gap)}")
+    if moved:
+        lead = f"{about}: the lead over the {_default(moved[0].default)} {where}".rstrip()
+        if told[True]:
+            found.append(f"{lead} changes by {words.listed(told[True])} points.")
+        if told[False]:
+            missing.append(f"{lead}: {words.listed(told[False])} points; no clear change.")
 
 
 def _default(name: str) -> str:

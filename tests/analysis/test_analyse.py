@@ -24,8 +24,9 @@ def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
     analyse(results, QUICK).save(tmp_path / "two")
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == [
-        "analysis.json", "correlations.csv", "differences.csv", "margin_growth.csv",
-        "margins.csv", "noise.csv", "ranking.csv", "spread.csv", "tasks.csv", "trade_offs.csv",
+        "analysis.json", "correlations.csv", "differences.csv", "gains.csv", "margin_growth.csv",
+        "margin_shift.csv", "margins.csv", "noise.csv", "ranking.csv", "spread.csv", "tasks.csv",
+        "trade_offs.csv",
     ]  # fmt: skip
     for name in names:
         one = (tmp_path / "one" / name).read_bytes()
@@ -55,11 +56,12 @@ def test_a_table_without_rows_has_the_header_it_has_with_them() -> None:
     bare = [
         replace(one, correlations=(), trade_offs=(), differences=()) for one in found.conditions
     ]
-    empty = replace(found, conditions=tuple(bare), margins=(), growths=()).tables()
-    for name in ("correlations", "trade_offs", "differences", "margins", "margin_growth"):
+    empty = replace(found, conditions=tuple(bare), margins=(), growths=(), gains=(), shifts=())
+    for name in ("correlations", "trade_offs", "differences", "margins", "margin_growth", "gains",
+                 "margin_shift"):  # fmt: skip
         header, *rows = found.tables()[f"{name}.csv"].splitlines()
         assert rows, name
-        assert empty[f"{name}.csv"] == header + "\n"
+        assert empty.tables()[f"{name}.csv"] == header + "\n"
 
 
 def test_exported_results_give_the_same_analysis_and_need_their_items(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from calmix.report import pages, write_report
 from calmix.report.drawing import VARIABLES
 from calmix.report.page import flat
 from calmix.study.results import StudyResults
-from tests.synthetic import SOURCES, Plan, failed, full_plan, study, trial
+from tests.synthetic import DIMENSIONS, SOURCES, Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
 KINDS = (
@@ -51,6 +51,16 @@ def test_the_page_needs_nothing_from_outside_and_is_small(whole: Path) -> None:
     assert not local
     assert all((whole / link).is_file() for link in links if link.startswith("figures/"))
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttp", page)
+
+
+def test_methods_are_compared_where_there_are_several(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    section = page.partition("<h2>Method by method</h2>")[2].partition("<section")[0]
+    assert "SparseGPT 50% against Wanda 50%: +" in section
+    assert section.count(">mean of the sets of both</td>") == 1 + len(DIMENSIONS)
+    assert "the lead over the mean of the single sources" in section
+    one = study(full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")], seeds=(0,)))
+    assert "Method by method" not in page_of(one)
 
 
 class _Strict(HTMLParser):

@@ -146,7 +146,7 @@ def test_the_text_has_every_sentence() -> None:
     told = of(study(full_plan()))
     text = " ".join(told.text().split())
     assert max(map(len, told.text().splitlines())) <= 80
-    for each in (*told.conditions, told.across):
+    for each in (*told.conditions, told.across, told.methods):
         for line in (*each.found, *each.not_found):
             assert line in text
     assert all(line in text for line in told.certainty)
