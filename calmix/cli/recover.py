@@ -84,7 +84,8 @@ def recover_command(
         float | None,
         typer.Option(
             show_default="1e-3, blocks 3e-3",
-            help="Learning rate at its peak, as a share of the weights' size.",
+            help="Learning rate at its peak, as a share of the weights' size; of models less than "
+            "0.2 nats a token apart distill takes as much less.",
         ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = BATCH,

@@ -338,7 +338,7 @@ def _tell(found: Analysis, written: Path, as_json: bool) -> None:
     if as_json:
         print_json(found.to_dict())
         return
-    _line(summarise(found).text())
+    _line(summarise(found).short())
     _line(f"\nwritten to {written}")
 
 

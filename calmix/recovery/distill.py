@@ -31,6 +31,7 @@ from calmix.recovery.training import (
 )
 
 READINGS = 2  # of the held-out rows, an epoch
+WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
 
 
 class Student(nn.Module):
@@ -97,7 +98,7 @@ class Settings:
 
     Attributes:
         epochs: passes over the training rows.
-        lr: the learning rate at its peak.
+        lr: the learning rate at its peak, of models `WIDE` apart or more.
         batch: rows a step, of all processes together.
         at_once: rows that run at a time in a process.
         seed: of the rows held out and of the order of the others.
@@ -206,6 +207,7 @@ def distill(
 
     if not progress.held_out:
         progress.held_out.append((0, reading()))
+    peak = settings.lr * min(1.0, progress.held_out[0][1] / WIDE)
     stop = Stop(progress.held_out[0][1])
     for at, loss in progress.held_out[1:]:
         stop.better(loss, at)
@@ -214,7 +216,7 @@ def distill(
         share = settings.batch // world
         loss = mean(chosen[rank * share : (rank + 1) * share], learn=True)
         progress.losses.append(checked(loss, f"at step {progress.done + 1} of {len(steps)}"))
-        masters.step(rate(progress.done, len(steps), settings.lr))
+        masters.step(rate(progress.done, len(steps), peak))
         progress.done += 1
         tick(progress)
         if progress.done % every and progress.done < len(steps):

@@ -20,6 +20,7 @@ from calmix.report import words
 from calmix.report.claims import Claim, claims, claims_text
 
 ROWS = 8  # of the ranking in the text
+MANY = 4  # conditions, of more than which a terminal is told the best set and the tallies alone
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,34 @@ class Findings:
 @dataclass(frozen=True)
 class Summary:
     """Sentences: one for the top, those about each condition, across sparsities and methods, and
-    on certainty; and the claims."""
+    on certainty; the claims; and each condition's best set as rows of a table."""
 
     headline: str
+    best: tuple[str, ...]
     conditions: tuple[Findings, ...]
     across: Findings
     methods: Findings
     claims: tuple[Claim, ...]
     certainty: tuple[str, ...]
 
+    def short(self) -> str:
+        """Return what fits a terminal: all of a few conditions, of many what they say together."""
+        if len(self.conditions) <= MANY:
+            return self.text()
+        tallies = [f"{one.text}: {one.tally or one.told[0].verdict}" for one in self.claims]
+        parts = [words.wrapped(self.headline),
+                 "\n".join(["Most kept, condition by condition", *self.best])]  # fmt: skip
+        for head, lines in (("The claims", tallies), (self.across.about, self.across.found),
+                            ("How sure this is", self.certainty)):  # fmt: skip
+            if lines:
+                parts.append(_block(head, lines))
+        return "\n\n".join([*parts, words.wrapped(
+            "In full: summary.txt of calmix study report, or a few conditions by --method and "
+            "--sparsity."
+        )])  # fmt: skip
+
     def text(self) -> str:
-        """Return the summary as plain text for a terminal of 80 columns."""
+        """Return all of the summary as plain text of 80 columns."""
         parts = [words.wrapped(self.headline)]
         for each in (*self.conditions, self.across, self.methods):
             if each.table:
@@ -101,7 +119,7 @@ def summarise(analysis: Analysis) -> Summary:
     _growth(analysis, grown, level)
     across = Findings("Against sparsity", tuple(grown), tuple(level))
     return Summary(
-        _headline(analysis), tuple(conditions), across, _methods(analysis),
+        _headline(analysis), _most(analysis), tuple(conditions), across, _methods(analysis),
         tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
 
@@ -115,16 +133,32 @@ def _table(each: ConditionAnalysis) -> tuple[str, ...]:
             "–" if one.best is None else words.sure(one.best),
             f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip(),
         ))  # fmt: skip
-    wide = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    wide[0] = min(wide[0], max(8, words.WIDTH - sum(2 + width for width in wide[1:]) - 2))
-    rows = [(words.short(name, wide[0]), *rest) for name, *rest in rows]
-    lines = [
-        "  " + "  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = _columns(rows)
     if len(each.ranking) > ROWS:
         lines.append(f"  and {len(each.ranking) - ROWS} more")
     return tuple(lines)
+
+
+def _most(analysis: Analysis) -> tuple[str, ...]:
+    rows: list[tuple[str, ...]] = [("", "set", "total", "worst dimension")]
+    for each in analysis.conditions:
+        best = each.ranking[0]
+        rows.append((
+            each.condition.label, words.short(best.calibration, 18), words.with_span(best.total),
+            f"{words.percent(best.lowest.value)} {words.short(best.worst or '', 12)}".strip(),
+        ))  # fmt: skip
+    return tuple(_columns(rows))
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table, the first column as wide as the others leave room for."""
+    wide = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    wide[0] = min(wide[0], max(8, words.WIDTH - sum(2 + width for width in wide[1:]) - 2))
+    rows = [(words.short(name, wide[0]), *rest) for name, *rest in rows]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _headline(analysis: Analysis) -> str:

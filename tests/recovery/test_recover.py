@@ -21,6 +21,7 @@ import calmix as api
 from calmix.models import find_blocks
 from calmix.recovery import checkpoint
 from calmix.recovery.distill import Student
+from calmix.recovery.training import Masters
 from calmix.recovery.work import RecoveryFolder
 from calmix.specs import recover_request
 from tests import forks
@@ -281,6 +282,28 @@ def test_other_architectures(place, tmp_path, kind, method):
     request = recover_request(calibration=str(place / "set"), method=method, lr=3e-3)
     report = api.recover(str(tmp_path / "pruned"), str(dense), request, tmp_path / "out")
     assert report.after < report.before
+
+
+def test_the_nearer_two_models_are_the_smaller_the_steps(place, tmp_path, monkeypatch):
+    taken = []
+
+    def step(self, learning_rate, own=Masters.step):
+        taken.append(learning_rate)
+        own(self, learning_rate)
+
+    monkeypatch.setattr(Masters, "step", step)
+    request = recover_request(calibration=str(place / "set"), epochs=1, lr=1e-3)
+
+    def rates(wide):
+        taken.clear()
+        monkeypatch.setattr("calmix.recovery.distill.WIDE", wide)
+        pruned, dense = str(place / "half"), str(place / "dense")
+        report = api.recover(pruned, dense, request, tmp_path / f"{wide}")
+        return report.before, list(taken)
+
+    before, full = rates(1e-9)
+    assert max(full) == pytest.approx(1e-3)
+    assert rates(4 * before)[1] == pytest.approx([rate / 4 for rate in full])
 
 
 def launched(arguments, log):
