@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calmix.analysis import Settings, analyse
 from calmix.report import summarise
-from calmix.report.summary import Summary
+from calmix.report.summary import MANY, Summary
 from calmix.study.results import StudyResults
 from tests.synthetic import SLOPES, Plan, failed, full_plan, study, trial
 
@@ -150,3 +150,23 @@ def test_the_text_has_every_sentence() -> None:
         for line in (*each.found, *each.not_found):
             assert line in text
     assert all(line in text for line in told.certainty)
+
+
+def test_a_terminal_is_told_what_many_conditions_say_together() -> None:
+    few = of(study(full_plan()))
+    assert len(few.conditions) < MANY
+    assert few.short() == few.text()
+    pairs = [("sparsegpt", f"{share}%") for share in (30, 40, 50, 60)] + [("wanda", "60%")]
+    found = analyse(study(full_plan(conditions=pairs)), QUICK)
+    told = summarise(found)
+    assert len(told.conditions) == MANY + 1
+    lines = told.short().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 0.4 * len(told.text().splitlines())
+    text = " ".join(told.short().split())
+    for each in found.conditions:
+        (row,) = [line for line in lines if line.startswith(f"  {each.condition.label}  ")]
+        assert row.split()[2] == each.ranking[0].calibration
+    assert all(f"{claim.text}: {claim.tally}" in text for claim in told.claims if claim.tally)
+    assert all(line in text for line in (*told.across.found, *told.certainty))
+    assert not any(line in text for each in told.conditions for line in each.found)
