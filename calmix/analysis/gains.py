@@ -28,7 +28,8 @@ class Gain:
     """How much more of what a set keeps one method leaves than another, all else alike.
 
     Attributes:
-        more, less: their conditions; over the sets of both the first keeps more on the mean.
+        more, less: their conditions: one method with a recovery and without, else the one that
+            keeps more over the sets of both first.
         recovered: whether the first is the second with a recovery.
         calibration: a set, or the mean of all that were run with both.
         sets: how many the mean is of.
@@ -79,7 +80,8 @@ def gains(made: Sequence[Pair], default: str | None) -> tuple[list[Gain], list[S
         if not common or _rest(one[0]) != _rest(two[0]):
             continue
         first, second = (_kept(pair, common, 0)[0] for pair in (one, two))
-        more, less = (two, one) if second > first else (one, two)
+        turned = _recovered(two, one) or (second > first and not _recovered(one, two))
+        more, less = (two, one) if turned else (one, two)
         kept += _gains(more, less, common)
         moved += _shifts(more, less, default)
     return kept, moved

@@ -135,6 +135,15 @@ def test_only_conditions_alike_but_for_the_method_are_compared() -> None:
     assert analyse(both, QUICK).gains == ()
 
 
+def test_a_recovery_that_keeps_less_is_told_as_one() -> None:
+    found = analysed({BETTER: KEPT[BETTER], TUNED: KEPT[PLAIN]})
+    mean = gain(found, "ADMM + distill,epochs=4", "ADMM", MEAN)
+    assert mean.recovered
+    assert mean.gap.value == pytest.approx(-0.1, abs=1e-3)
+    (line, *_) = summarise(found).methods.found
+    assert line.startswith("ADMM + distill,epochs=4 60% against ADMM 60%: −10.0 [")
+
+
 def test_an_allocation_is_no_recovery() -> None:
     kept = {BETTER: KEPT[PLAIN], f"{BETTER} + owl": KEPT[BETTER]}
     assert not any(one.recovered for one in analysed(kept).gains)
