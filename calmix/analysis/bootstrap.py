@@ -219,11 +219,13 @@ class Joint:
 
     def one(self, at: int, quantity: int) -> Estimate:
         """Return the estimate of one set's quantity, by position."""
-        return self.estimate(self.unit(at, quantity))
+        return self.estimate(self.mean([at], quantity))
 
-    def unit(self, at: int, quantity: int) -> Array:
-        """Return the coefficients that take one set's quantity alone."""
-        return np.outer(np.eye(len(self.values))[at], self.alone(quantity))
+    def mean(self, sets: Sequence[int], quantity: int) -> Array:
+        """Return the coefficients of the mean over some sets of one quantity."""
+        found = np.zeros(self.values.shape)
+        found[list(sets), quantity] = 1 / len(sets)
+        return found
 
     def alone(self, quantity: int) -> Array:
         """Return the weights that take one quantity alone, shape (quantities,)."""

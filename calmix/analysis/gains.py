@@ -11,8 +11,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from calmix.analysis.bootstrap import Estimate, Joint, Sample
 from calmix.analysis.cells import Cells
 from calmix.analysis.differences import defaults, leads, rise
@@ -79,11 +77,11 @@ def gains(made: Sequence[Pair], default: str | None) -> tuple[list[Gain], list[S
         common = [name for name in one[0].sets if name in two[0].sets]
         if not common or _rest(one[0]) != _rest(two[0]):
             continue
-        first, second = (_kept(pair, common, 0)[0] for pair in (one, two))
-        turned = _recovered(two, one) or (second > first and not _recovered(one, two))
-        more, less = (two, one) if turned else (one, two)
-        kept += _gains(more, less, common)
-        moved += _shifts(more, less, default)
+        by_total = sorted((one, two), key=lambda pair: _kept(pair, common, 0)[0], reverse=True)
+        pairs = [pair for pair in ((one, two), (two, one)) if _recovered(*pair)]
+        more, less = pairs[0] if pairs else by_total
+        kept += _gains(more, less, bool(pairs), common)
+        moved += _shifts(more, less, bool(pairs), default)
     return kept, moved
 
 
@@ -103,13 +101,11 @@ def _kept(pair: Pair, names: Sequence[str], quantity: int) -> tuple[float, Sampl
     """Return the mean over some sets, its resamples, and the fewest draws of a set."""
     cells, found = pair
     sets = [cells.sets.index(name) for name in names]
-    weights = np.zeros(found.values.shape)
-    weights[sets, quantity] = 1 / len(sets)
     value = float(found.values[sets, quantity].mean())
-    return value, found.sample(weights), int(found.counts[sets].min())
+    return value, found.sample(found.mean(sets, quantity)), int(found.counts[sets].min())
 
 
-def _gains(more: Pair, less: Pair, common: Sequence[str]) -> Iterator[Gain]:
+def _gains(more: Pair, less: Pair, recovered: bool, common: Sequence[str]) -> Iterator[Gain]:
     asked = [*((name, [name]) for name in common), (MEAN, list(common))]
     for (name, names), (at, quantity) in itertools.product(asked, enumerate(more[0].quantities)):
         value, sample, draws = _kept(more, names, at)
@@ -117,20 +113,19 @@ def _gains(more: Pair, less: Pair, common: Sequence[str]) -> Iterator[Gain]:
         gap = (sample - under).estimate(value - other, min(draws, fewer))
         if gap.value is not None:
             yield Gain(
-                more[0].condition.label, less[0].condition.label, _recovered(more, less),
+                more[0].condition.label, less[0].condition.label, recovered,
                 name, len(names), quantity, gap,
             )  # fmt: skip
 
 
-def _shifts(more: Pair, less: Pair, default: str | None) -> Iterator[Shift]:
+def _shifts(more: Pair, less: Pair, recovered: bool, default: str | None) -> Iterator[Shift]:
     named = defaults([more[0], less[0]], default)
     before = {(lead.calibration, lead.quantity): (lead, sample)
               for lead, sample in leads(*less, default, named)}  # fmt: skip
     for lead, sample in leads(*more, default, named):
         other = before.get((lead.calibration, lead.quantity))
-        gap = rise(other, (lead, sample)) if other else None
-        if other and gap:
+        if other and (gap := rise(other, (lead, sample))):
             yield Shift(
-                lead.condition, other[0].condition, _recovered(more, less), lead.calibration,
-                lead.default, lead.quantity, gap,
+                lead.condition, other[0].condition, recovered, lead.calibration, lead.default,
+                lead.quantity, gap,
             )  # fmt: skip

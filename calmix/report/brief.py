@@ -7,8 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
@@ -66,9 +64,7 @@ def bars(found: ConditionAnalysis, among: Collection[str] | None = None) -> list
     made += [Bar(BEST, one.calibration, "single", one.shrunken) for one in singles[:1]]
     if len(singles) > 1:
         sets = [found.cells.sets.index(one.calibration) for one in singles]
-        mean = np.zeros(found.joint.values.shape)
-        mean[sets, 0] = 1 / len(sets)
-        kept = found.joint.estimate(mean)
+        kept = found.joint.estimate(found.joint.mean(sets, 0))
         last = singles[-1]
         made.append(Bar(MEAN, words.counted(len(singles), "source"), "single", kept))
         made.append(Bar(WORST, last.calibration, "single", last.total))

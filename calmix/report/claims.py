@@ -1,8 +1,7 @@
 """What is said of calibration text, and whether a study bears it out: one row a claim.
 
 All but the last two are claims of the paper (arXiv 2606.03328) or what it implies; verdicts are
-ours.
-They are read off the analysis, where p is corrected; nothing is tested anew.
+ours. They are read off the analysis, where p is corrected; nothing is tested anew.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import APART, TOTAL, WORST
+from calmix.analysis.differences import Margin
+from calmix.analysis.gains import Gain, Shift
 from calmix.report import words
 from calmix.report.claims import FAILS, HOLDS, IN_PART, NOT_FOUND, OPEN, Told
 from calmix.report.drawing import Drawing
@@ -457,9 +459,8 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
     if not drawings and not analysis.margins:
         return ""
     margins = _gaps(
-        "Margins over the default", ("condition", "this", "over the default", "in"),
-        [((one.condition, one.calibration, one.default, words.quantity_name(one.quantity)), one.gap)
-         for one in analysis.margins],
+        "Margins over the default", analysis.margins,
+        {"condition": "condition", "this": "calibration", "over the default": "default"},
     )  # fmt: skip
     figures = "".join(figure(drawing, FIGURES) for drawing in drawings)
     return f"<section><h2>Against sparsity</h2>{figures}{_panels(findings)}{margins}</section>"
@@ -468,24 +469,30 @@ def _across(analysis: Analysis, findings: Findings, drawings: Sequence[Drawing])
 def _methods(analysis: Analysis, findings: Findings) -> str:
     if not analysis.gains:
         return ""
+    sides = {"method": "more", "against": "less"}
     gains = _gaps(
-        "What a method keeps more", ("method", "against", "calibration set", "in"),
-        [((one.more, one.less, one.calibration, words.quantity_name(one.quantity)), one.gap)
-         for one in analysis.gains],
-    )  # fmt: skip
+        "What a method keeps more", analysis.gains, sides | {"calibration set": "calibration"}
+    )
     shifts = _gaps(
-        "What becomes of leads", ("method", "against", "lead of", "over", "in"),
-        [((one.more, one.less, one.calibration, one.default, words.quantity_name(one.quantity)),
-          one.gap) for one in analysis.shifts],
+        "What becomes of leads", analysis.shifts,
+        sides | {"lead of": "calibration", "over": "default"},
     )  # fmt: skip
     return f"<section><h2>Method by method</h2>{_panels(findings)}{gains}{shifts}</section>"
 
 
-def _gaps(title: str, heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Estimate]]) -> str:
-    """Return a folded table of differences in points, empty without any."""
-    columns = [*(Column(head, number=False) for head in heads), Column("points")]
-    cells = [[*map(plain, names), _points(gap)] for names, gap in rows]
-    return fold(title, "points", table(columns, cells)) if rows else ""
+def _gaps(title: str, found: Sequence[Margin | Gain | Shift], heads: Mapping[str, str]) -> str:
+    """Return a folded table of differences in points, empty without any.
+
+    Args:
+        heads: of the columns before quantity and points, and which attribute each shows.
+    """
+    columns = [*(Column(head, number=False) for head in (*heads, "in")), Column("points")]
+    rows = [
+        [*(plain(getattr(one, name)) for name in heads.values()),
+         plain(words.quantity_name(one.quantity)), _points(one.gap)]
+        for one in found
+    ]  # fmt: skip
+    return fold(title, "points", table(columns, rows)) if rows else ""
 
 
 def _behind(results: StudyResults, analysis: Analysis) -> str:

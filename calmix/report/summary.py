@@ -114,13 +114,9 @@ def summarise(analysis: Analysis) -> Summary:
         conditions.append(
             Findings(each.condition.label, tuple(found), tuple(missing), brief, _table(each))
         )
-    grown: list[str] = []
-    level: list[str] = []
-    _growth(analysis, grown, level)
-    across = Findings("Against sparsity", tuple(grown), tuple(level))
     return Summary(
-        _headline(analysis), _most(analysis), tuple(conditions), across, _methods(analysis),
-        tuple(claims(analysis)), tuple(_certainty(analysis)),
+        _headline(analysis), _most(analysis), tuple(conditions), _across(analysis),
+        _methods(analysis), tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
 
 
@@ -360,12 +356,15 @@ def _told(found: Sequence[TradeOff]) -> str:
     )
 
 
-def _growth(analysis: Analysis, found: list[str], missing: list[str]) -> None:
+def _across(analysis: Analysis) -> Findings:
+    found: list[str] = []
+    missing: list[str] = []
     for series in dict.fromkeys(one.series for one in analysis.growths):
         own = [one for one in analysis.growths if (one.series, one.quantity) == (series, TOTAL)]
         if own:
             first, last = (f"{100 * own[0].sparsities[at]:g} %" for at in (0, -1))
             _leads(series, own, f"from {first} to {last} sparsity ", found, missing)
+    return Findings("Against sparsity", tuple(found), tuple(missing))
 
 
 def _methods(analysis: Analysis) -> Findings:
@@ -384,11 +383,11 @@ def _methods(analysis: Analysis) -> Findings:
             one for one in totals
             if (one.more, one.less) == (mean.more, mean.less) and one is not mean
         ]  # fmt: skip
-        ends = [pick(sets, key=_value) for pick in (min, max)]
         text = f"{pair}: {words.with_points(mean.gap)} points in total, "
         if mean.sets == 1:
             text += f"of {sets[0].calibration}."
         else:
+            ends = [pick(sets, key=_value) for pick in (min, max)]
             told = [f"{words.points(one.gap.value)} ({one.calibration})" for one in ends]
             text += f"mean of {mean.sets} sets, {' to '.join(told)}."
         (found if mean.gap.clear else missing).append(text)
