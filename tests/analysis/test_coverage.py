@@ -111,7 +111,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
         for quantity in (0, 1, 3):
             one = found.one(2, quantity)
             real = expected[:, quantity]
-            gap = found.estimate(found.unit(0, quantity) - found.unit(2, quantity), test=True)
+            gap = found.estimate(found.mean([0], quantity) - found.mean([2], quantity), test=True)
             inside["one"].append(one.low <= 0.5 <= one.high)
             inside["one, draws"].append(one.draw_low <= real[2] <= one.draw_high)
             inside["gap"].append(gap.low <= 0 <= gap.high)
