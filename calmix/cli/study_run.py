@@ -201,6 +201,7 @@ def plan_command(
         print_json(told)
         return
     several = len(study.models) > 1
+    late = any("recover" in group.cost.seconds for group in found.groups)
     rows = [
         ({"model": group.model} if several else {})
         | {
@@ -208,12 +209,16 @@ def plan_command(
             "method": group.method,
             "pattern": group.pattern,
             "tokens": f"{group.rows}x{group.length}" if group.rows else "-",
-            "prune": duration(group.cost.seconds["prune"]),
-            "evaluate": duration(group.cost.seconds["evaluate"]),
+            "prune": duration(taken["prune"] + taken.get("allocation", 0)),
+        }
+        | ({"recover": duration(taken["recover"]) if "recover" in taken else "-"} if late else {})
+        | {
+            "evaluate": duration(taken["evaluate"]),
             "memory": size(group.cost.memory),
             "disk": size(group.cost.disk),
         }
         for group in found.groups
+        for taken in [group.cost.seconds]
     ]
     print_rows(
         rows,
@@ -225,7 +230,7 @@ def plan_command(
         f"{found.trials} trials, {found.sets} calibration sets "
         f"({duration(found.sets_seconds)} to make and measure), dense scores "
         f"({duration(found.dense)}): {duration(found.seconds)} in all, one trial at a time; "
-        f"{size(found.disk)} on disk",
+        f"at most {size(told['peak_memory_bytes'])} of memory, {size(found.disk)} on disk",
         soft_wrap=True,
         highlight=False,
     )
@@ -267,6 +272,14 @@ def run_command(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run trials that failed once more.")
     ] = False,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            show_default=False,
+            metavar="STORE",
+            help="Of another study: take what both ask for from it (repeat).",
+        ),
+    ] = None,
     until_apart: Annotated[
         float | None,
         typer.Option(
@@ -329,7 +342,7 @@ def run_command(
     study = load_study(path)
     options = Options(device, trust_remote_code, allow_code_execution)
     how: dict[str, Any] = {"options": options, "only": only or (), "skip": skip or ()}
-    how |= {"retry_failed": retry_failed, "execute": execute}
+    how |= {"retry_failed": retry_failed, "reuse": reuse or (), "execute": execute}
     standings: list[Standing] = []
     with Watch() as watch:
         if until_apart is None:

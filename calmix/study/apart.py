@@ -109,6 +109,7 @@ def run_until_apart(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     retry_failed: bool = False,
+    reuse: Sequence[Path] = (),
     execute: Execute | None = None,
 ) -> tuple[Store, Outcome, list[Standing]]:
     """Run a study as `run_study` does, and then further draws until its sets are told apart.
@@ -128,7 +129,7 @@ def run_until_apart(
     run = execute or _on_one_bench()
     store, outcome = run_study(
         study, path, observer, options=options, only=only, skip=skip, retry_failed=retry_failed,
-        execute=run,
+        reuse=reuse, execute=run,
     )  # fmt: skip
     while True:
         chosen = chosen_trials(asked_trials(study, path), only, skip)
@@ -136,7 +137,7 @@ def run_until_apart(
         if not added:
             return store, outcome, standings
         store, more = run_study(
-            study, path, observer, options=options, only=only, skip=skip, execute=run
+            study, path, observer, options=options, only=only, skip=skip, reuse=reuse, execute=run
         )
         outcome.finished += more.finished
         outcome.failed |= more.failed

@@ -90,6 +90,7 @@ def run_study(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     retry_failed: bool = False,
+    reuse: Sequence[Path] = (),
     execute: Execute | None = None,
 ) -> tuple[Store, Outcome]:
     """Run what is left of a study and keep it in the store at `path`.
@@ -105,6 +106,8 @@ def run_study(
         only, skip: run only, or leave out, trials whose calibration or label matches one of
             these patterns (`*` stands for anything).
         retry_failed: run failed trials again.
+        reuse: stores of other studies: their trials and sets that are asked for here too are
+            copied and not made again.
         execute: runs the trials; one at a time in this process if not given.
 
     Raises:
@@ -129,7 +132,11 @@ def run_study(
     wanted_trials = chosen_trials(planned, only, skip)
     check_allocations(study, wanted_trials, trust_remote_code=options.trust_remote_code)
     chosen = {trial.key for trial in wanted_trials}
+    others = [open_store(other) for other in reuse]
     store = claim_store(path, study, resolved)
+    for other in others:
+        if taken := store.take(other):
+            observer.note(f"{taken} trials were taken from {other.path}")
     wanted = ("pending", "running", "failed") if retry_failed else ("pending", "running")
     todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in wanted]
     observer.begin(len(todo), len(resolved))

@@ -269,6 +269,46 @@ class Store:
         seen = list((fresh.looks | {tuple(one["condition"]): one for one in looks}).values())
         self._write(fresh.index | {"added": everything, "looks": seen, "most": most})
 
+    def take(self, other: Store) -> int:
+        """Copy what another store has of this study, and return how many trials that were.
+
+        Copied are finished trials with the dense scores they are read beside, and calibration
+        sets. What is here, or what another runner is at work on, stays.
+
+        Raises:
+            InputError: it is this store, or has nothing of this study, or a record is damaged.
+        """
+        if other.path.resolve() == self.path.resolve():
+            raise InputError(f"--reuse {other.path} is the store itself: name another, or none")
+        sets = {entry["set"] for entry in self.entries if entry["set"] is not None}
+        sets = {one for one in sets if other.calibration(one).is_dir()}
+        trials = [e["id"] for e in self.entries if other.state(e["id"]) == "finished"]
+        if not sets and not trials:
+            raise InputError(
+                f"{other.path} has no finished trial and no calibration set of this study: "
+                "leave it out of --reuse"
+            )
+        for one in sets:
+            if not self.calibration(one).is_dir():
+                _copy(other.calibration(one), self.calibration(one))
+        return sum(self._take(other, trial_id) for trial_id in trials)
+
+    def _take(self, other: Store, trial_id: str) -> bool:
+        lock = self.lock(trial_id)
+        if not lock.acquire():
+            return False
+        try:
+            if self.state(trial_id) == "finished":
+                return False
+            other.scores(trial_id)  # damaged files stay where they are
+            dense = other.result(trial_id)["dense"]
+            if not self.dense(dense).exists():
+                load_scores(other.dense(dense)).save(self.dense(dense))
+            _copy(other.trial(trial_id), self.trial(trial_id))
+            return True
+        finally:
+            lock.release()
+
     def _write(self, index: dict[str, Any]) -> None:
         self.index = index
         write_json(self.path / INDEX, index)
@@ -337,6 +377,11 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
     store = open_store(path)
     store.update(study, resolved)
     return store
+
+
+def _copy(folder: Path, target: Path) -> None:
+    with atomic_folder(target) as beside:
+        shutil.copytree(folder, beside, dirs_exist_ok=True)
 
 
 def publish(folder: Path, target: Path) -> None:
