@@ -169,17 +169,6 @@ class Reach:
     on_these: float | None
     with_items: float | None
 
-    @property
-    def line(self) -> str:
-        """The same in words."""
-        head = f"{self.condition}, {self.draws} draw{'s' if self.draws > 1 else ''} a set"
-        if self.on_these is None or self.with_items is None:
-            return f"{head}: what it tells apart is not known"
-        return (
-            f"{head}: tells {100 * self.on_these:.1f} points of the total apart on these items, "
-            f"{100 * self.with_items:.1f} for other items too (in 80 % of studies)"
-        )
-
 
 def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
     """Return what planned trials will tell apart, by the noise that an earlier study found under
