@@ -90,6 +90,7 @@ $(RIVAL)/.ready:
 bench: setup $(RIVAL)/.ready
 	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python --pattern 2:4
 	$(BIN)/python benchmarks/scaling.py --methods sparsegpt wanda
+	$(BIN)/python benchmarks/recovery.py -o out/recovery
 	$(BIN)/python benchmarks/on_paper.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/selection.py

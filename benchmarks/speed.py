@@ -35,9 +35,9 @@ MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 
 
 @torch.inference_mode()
-def floor(ids: torch.Tensor) -> tuple[float, float]:
+def floor(ids: torch.Tensor, name: str = MODEL) -> tuple[float, float]:
     """Seconds of one forward pass of the blocks, and of one Gram matrix per distinct input."""
-    model = open_model(MODEL).model
+    model = open_model(name).model
     use_torchs_attention(model)
     device = next(model.parameters()).device
     found, ids = find_blocks(model), ids.to(device)

@@ -1,0 +1,143 @@
+"""Time and memory of ADMM and of recovery, beside floors of this machine and beside what was told.
+
+    python benchmarks/recovery.py -o DIR [--model builtin:smollm2-135m] [--ways ...]
+
+Each way is one `calmix prune` in a process of its own, on the same 64 x 512 tokens of a mix of
+four at 60 %: `sparsegpt`, `admm`, and ADMM with `--recover blocks` and `distill`. Its seconds and
+its peak resident memory (the operating system's) stand beside those that `--dry-run` told right
+before.
+Floors, by plain transformers and PyTorch in this process: one forward pass of the blocks and one
+Gram matrix per distinct input (as in speed.py), for ADMM its products at the rate of a product of
+this machine too, and for an epoch of recovery one pass there and back. Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from common import commit, machine
+from speed import MIX, floor
+
+from calmix.calibration import build, parse_mix
+from calmix.models import find_blocks, open_model
+from calmix.models.attention import use_torchs_attention
+from calmix.pruning.methods import get_method
+from calmix.study.cost import Sizes, sizes_of
+from calmix.study.probe import probe
+
+WAYS = {
+    "sparsegpt": ("sparsegpt", None),
+    "admm": ("admm", None),
+    "blocks": ("admm", "blocks"),
+    "distill": ("admm", "distill"),
+}
+EPOCHS = 2  # the default of both recoveries
+
+
+def there_and_back(model: str, ids: torch.Tensor) -> float:
+    """Seconds of one pass of the blocks there and back, with the gradients of their weights."""
+    base = open_model(model).model
+    use_torchs_attention(base)
+    for block in find_blocks(base).blocks:
+        block.requires_grad_(True)
+    base.train()
+    core = base.get_decoder()
+    batches = ids.split(2048 // ids.shape[1])
+    began = 0.0
+    for number, batch in enumerate((batches[0], *batches)):
+        if number == 1:  # the first products of a process are slow
+            began = time.perf_counter()
+        out = core(input_ids=batch, use_cache=False).last_hidden_state
+        out.backward(torch.ones_like(out))
+        base.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def products(sizes: Sizes) -> float:
+    """Seconds of the matrix products of ADMM and its refit at this machine's rate."""
+    work = [(one.copies, get_method("admm").work(one.width, one.outputs)) for one in sizes.maps]
+    rate = probe(sizes)
+    return sum(
+        copies * (each.rounded / rate.rounded_flops + each.products / rate.solve_flops)
+        for copies, each in work
+    )
+
+
+def measured(command: list[str], output: Path) -> dict[str, Any]:
+    """Run a prune; return what was told before, and what it took."""
+    shutil.rmtree(output, ignore_errors=True)
+    told = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True)
+    stages = json.loads(told.stdout)
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    took = time.perf_counter() - began
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+    run = json.loads((output / "calmix-run.json").read_text(encoding="utf-8"))
+    return {
+        "told": sum(stage["seconds"] for stage in stages), "took": took,
+        "last": stages[-1]["seconds"], "run": run["seconds"]["total"],
+        "memory": max(stage["memory"] for stage in stages) / 2**30,
+        "peak": usage.ru_maxrss / 2**20,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--rows", type=int, default=64)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    opened = open_model(options.model)
+    ids = build(parse_mix(MIX), opened, rows=options.rows, length=512).ids
+    config = opened.model.config.to_dict() | {"model_type": opened.model.config.model_type}
+    sizes = sizes_of(config, value_bytes=opened.model.dtype.itemsize)
+    del opened
+    print(f"commit {commit()}, {machine()}\n{options.model}, {options.rows} x 512 tokens, 60 %\n")
+    forward, gram = floor(ids, options.model)
+    extra, both = products(sizes), there_and_back(options.model, ids)
+    print("| floor | seconds |\n|---|---|")
+    for name, value in (
+        ("forward of the blocks", forward), ("Gram matrices", gram), ("ADMM's products", extra),
+        ("the blocks there and back", both),
+    ):  # fmt: skip
+        print(f"| {name} | {value:.1f} |", flush=True)
+    print("\n| way | seconds (told) | measured / told | recovery alone | peak, GiB (told) | "
+          "over its floor |\n|---|---|---|---|---|---|")  # fmt: skip
+    for way in options.ways:
+        method, recovery = WAYS[way]
+        output = options.output / way
+        command = [
+            sys.executable, "-m", "calmix", "prune", options.model, "-o", str(output), "--method",
+            method, "--sparsity", "0.6", "--calibration", MIX, "--rows", str(options.rows),
+            *(("--recover", recovery) if recovery else ()),
+        ]  # fmt: skip
+        one = measured(command, output)
+        if recovery:
+            part, over = f"{one['run']:.1f} ({one['last']:.1f})", one["run"] / EPOCHS / both
+        else:
+            part, over = "", one["run"] / (forward + gram + (extra if method == "admm" else 0))
+        print(
+            f"| {way} | {one['took']:.1f} ({one['told']:.1f}) | {one['took'] / one['told']:.2f} | "
+            f"{part} | {one['peak']:.2f} ({one['memory']:.2f}) | {over:.2f} |",
+            flush=True,
+        )
+        shutil.rmtree(output)
+
+
+if __name__ == "__main__":
+    main()
