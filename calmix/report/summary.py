@@ -84,13 +84,15 @@ def _block(head: str, lines: Sequence[str]) -> str:
 
 
 def main_condition(analysis: Analysis) -> ConditionAnalysis:
-    """Return the condition to look at first: most sets, then the first method's sparsest."""
+    """Return the condition to look at first: most sets, then of the first method the one with most
+    draws, then the sparsest."""
     first = analysis.conditions[0].condition.method
     return max(
         analysis.conditions,
         key=lambda found: (
             len(found.ranking),
             found.condition.method == first,
+            sum(one.total.draws for one in found.ranking),
             found.condition.sparsity,
         ),
     )
