@@ -74,8 +74,15 @@ def products(sizes: Sizes) -> float:
     )
 
 
-def measured(command: list[str], output: Path) -> dict[str, Any]:
-    """Run a prune; return what was told before, and what it took."""
+def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
+    """Run a way's prune; return what was told before, and what it took."""
+    method, recovery = WAYS[way]
+    output = options.output / way
+    command = [
+        sys.executable, "-m", "calmix", "prune", options.model, "-o", str(output), "--method",
+        method, "--sparsity", "0.6", "--calibration", MIX, "--rows", str(options.rows),
+        *(("--recover", recovery) if recovery else ()),
+    ]  # fmt: skip
     shutil.rmtree(output, ignore_errors=True)
     told = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True)
     stages = json.loads(told.stdout)
@@ -86,6 +93,7 @@ def measured(command: list[str], output: Path) -> dict[str, Any]:
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
     run = json.loads((output / "calmix-run.json").read_text(encoding="utf-8"))
+    shutil.rmtree(output)
     return {
         "told": sum(stage["seconds"] for stage in stages), "took": took,
         "last": stages[-1]["seconds"], "run": run["seconds"]["total"],
@@ -102,12 +110,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    print(f"commit {commit()}, {machine()}\n{options.model}, {options.rows} x 512 tokens, 60 %\n")
+    # First, while this process is small: a child begins with its parent's peak on its account.
+    found = {way: measured(options, way) for way in options.ways}
     opened = open_model(options.model)
     ids = build(parse_mix(MIX), opened, rows=options.rows, length=512).ids
     config = opened.model.config.to_dict() | {"model_type": opened.model.config.model_type}
     sizes = sizes_of(config, value_bytes=opened.model.dtype.itemsize)
     del opened
-    print(f"commit {commit()}, {machine()}\n{options.model}, {options.rows} x 512 tokens, 60 %\n")
     forward, gram = floor(ids, options.model)
     extra, both = products(sizes), there_and_back(options.model, ids)
     print("| floor | seconds |\n|---|---|")
@@ -118,15 +128,8 @@ def main() -> None:
         print(f"| {name} | {value:.1f} |", flush=True)
     print("\n| way | seconds (told) | measured / told | recovery alone | peak, GiB (told) | "
           "over its floor |\n|---|---|---|---|---|---|")  # fmt: skip
-    for way in options.ways:
+    for way, one in found.items():
         method, recovery = WAYS[way]
-        output = options.output / way
-        command = [
-            sys.executable, "-m", "calmix", "prune", options.model, "-o", str(output), "--method",
-            method, "--sparsity", "0.6", "--calibration", MIX, "--rows", str(options.rows),
-            *(("--recover", recovery) if recovery else ()),
-        ]  # fmt: skip
-        one = measured(command, output)
         if recovery:
             part, over = f"{one['run']:.1f} ({one['last']:.1f})", one["run"] / EPOCHS / both
         else:
@@ -134,9 +137,7 @@ def main() -> None:
         print(
             f"| {way} | {one['took']:.1f} ({one['told']:.1f}) | {one['took'] / one['told']:.2f} | "
             f"{part} | {one['peak']:.2f} ({one['memory']:.2f}) | {over:.2f} |",
-            flush=True,
         )
-        shutil.rmtree(output)
 
 
 if __name__ == "__main__":
