@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -170,7 +171,14 @@ def main() -> None:
     options = parser.parse_args()
     model = options.folder / f"{options.shape}-{options.blocks}"
     output = options.folder / "pruned"
-    write_model(model, options.blocks, SHAPES[options.shape])
+    # Elsewhere: a child of this process would begin with its peak on its own account.
+    writing = multiprocessing.get_context("spawn").Process(
+        target=write_model, args=(model, options.blocks, SHAPES[options.shape])
+    )
+    writing.start()
+    writing.join()
+    if writing.exitcode:
+        sys.exit("the model could not be written")
     text = options.folder / "text.txt"
     generator = torch.Generator().manual_seed(1)
     letters = torch.randint(97, 123, (4 * options.rows * options.length,), generator=generator)
