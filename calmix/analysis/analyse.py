@@ -296,12 +296,14 @@ def _check(settings: Settings) -> None:
 
 
 def series_of(made: Sequence[tuple[Cells, Joint]]) -> list[list[tuple[Cells, Joint]]]:
-    """Return the conditions that differ in sparsity alone together, lowest sparsity first."""
+    """Return the conditions that differ in sparsity alone together, lowest sparsity first; those of
+    an N:M pattern, which are no part of such a line, one by one."""
     groups: dict[tuple[Any, ...], list[tuple[Cells, Joint]]] = {}
     for cells, found in made:
         at = cells.condition
-        if at.unstructured and at.rows:
-            key = at.model, at.method, at.propagation, at.rows, at.length, at.suite
+        if at.rows:
+            pattern = "" if at.unstructured else at.pattern
+            key = at.model, at.method, at.propagation, at.rows, at.length, at.suite, pattern
             groups.setdefault(key, []).append((cells, found))
     return [sorted(group, key=lambda pair: pair[0].condition.sparsity) for group in groups.values()]
 

@@ -138,11 +138,19 @@ def test_margins_are_over_the_sources_of_every_sparsity() -> None:
     assert without({"50%"}) != pytest.approx(without(set()))
 
 
-def test_patterns_of_n_in_m_are_no_point_on_the_sparsity_axis() -> None:
+def test_patterns_of_n_in_m_have_margins_and_are_no_point_on_the_sparsity_axis() -> None:
     pairs = [("sparsegpt", "2:4"), ("sparsegpt", "50%"), ("sparsegpt", "60%")]
     found = analyse(study(full_plan(conditions=pairs)), QUICK)
     assert len(found.conditions) == 3
-    assert {margin.condition for margin in found.margins} == {"SparseGPT 50%", "SparseGPT 60%"}
+    named = [f"SparseGPT {pattern}" for _, pattern in pairs]
+    assert {margin.condition for margin in found.margins} == set(named)
+    assert {one.sparsities for one in found.growths} == {(0.5, 0.6)}
+    for each in found.conditions:  # over the single sources of that pattern alone
+        own = next(m for m in found.margins if (m.condition, m.calibration, m.quantity)
+                   == (each.condition.label, "mix-8", "total"))  # fmt: skip
+        gap = next(one for one in each.differences if (one.left, one.right, one.quantity)
+                   == ("mix-8", "mean of the single sources", "total"))  # fmt: skip
+        assert own.gap.value == pytest.approx(gap.gap.value)
 
 
 def test_ranking_by_total_and_by_worst_dimension() -> None:
