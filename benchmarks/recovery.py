@@ -80,8 +80,8 @@ def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
     output = options.output / way
     command = [
         sys.executable, "-m", "calmix", "prune", options.model, "-o", str(output), "--method",
-        method, "--sparsity", "0.6", "--calibration", MIX, "--rows", str(options.rows), "--overwrite",
-        *(("--recover", recovery) if recovery else ()),
+        method, "--sparsity", "0.6", "--calibration", MIX, "--rows", str(options.rows),
+        "--overwrite", *(("--recover", recovery) if recovery else ()),
     ]  # fmt: skip
     shutil.rmtree(output, ignore_errors=True)
     told = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True)
