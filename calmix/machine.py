@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -31,6 +34,13 @@ def free_memory() -> int:
 def total_memory() -> int:
     """Return the bytes of memory there are for this process and those it shares limits with."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory())])
+
+
+def give_memory_back() -> None:
+    """Give the system what this process has freed and keeps for later, where the C library can."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc
 
 
 def cores() -> int:

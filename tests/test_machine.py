@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import psutil
@@ -147,3 +148,12 @@ def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, 
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
     opening.device_of("cpu")
     assert now == [threads]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to")
+def test_what_was_freed_is_given_back() -> None:
+    held = [bytearray(100_000) for _ in range(2000)]
+    before = psutil.Process().memory_info().rss
+    del held[:-1]  # the last one keeps the heap as high as it is
+    machine.give_memory_back()
+    assert before - psutil.Process().memory_info().rss > 150e6

@@ -20,7 +20,7 @@ from calmix.pruning.allocation import SPREAD
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import planned
 from calmix.pruning.methods import get_method
-from calmix.recovery.memory import check_memory
+from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import (
     BATCH,
     LENGTH,
@@ -180,11 +180,13 @@ def _way(stage: Stage) -> str:
 
 
 def _recover_memory(sizes: Sizes, length: int, way: str, batch: int, most: int | None) -> int:
-    """Return the bytes a recovery takes beside the program; refuse more than `most` in all."""
-    room = None if most is None else most - PROGRAM
+    """Return the bytes a recovery takes beside the program, with what a prune before it leaves;
+    refuse more than `most` in all."""
+    held = int(PROGRAM + BEHIND)
+    room = None if most is None else most - held
     memory = cost.recover_memory(sizes, length, way, batch, room)
-    check_memory(memory, int(PROGRAM), most, 0)
-    return memory
+    check_memory(memory, held, most, 0)
+    return memory + BEHIND
 
 
 def size_of_set(text: str, draw: Mapping[str, Any]) -> tuple[int, int, str]:

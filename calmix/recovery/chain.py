@@ -33,7 +33,7 @@ from calmix.recovery.checkpoint import (
     sizes_of,
     streamed,
 )
-from calmix.recovery.memory import Sizes
+from calmix.recovery.memory import BEHIND, Sizes
 from calmix.recovery.training import split_rows
 from calmix.specs import PruneRequest, RecoverRequest, target_name
 
@@ -119,7 +119,7 @@ def prune_and_recover(
         if made is not None:
             split_rows(made.sources, recovery.batch, 0)  # whether there are enough
             for job, sizes in jobs:
-                job.check_memory(sizes, made.length)
+                job.check_memory(sizes, made.length, BEHIND)
             for output in left:
                 keep_set(_stages(output), made)
         if started is not None:

@@ -26,7 +26,7 @@ from calmix.calibration.resolving import needs_model
 from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, real_place, sha256_json, write_json
-from calmix.machine import free_memory
+from calmix.machine import free_memory, give_memory_back
 from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import DecoderBlocks, experts_per_token
@@ -314,7 +314,7 @@ class Job:
         self.seed = seed if isinstance(seed, int) else 0
         self.rows = split_rows(calibration.sources, self.request.batch, self.seed)
 
-    def check_memory(self, sizes: Sizes, length: int) -> None:
+    def check_memory(self, sizes: Sizes, length: int, more: int = 0) -> None:
         """Tell what memory is needed, and decide what to spare to stay within it.
 
         What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
@@ -323,15 +323,18 @@ class Job:
         Args:
             sizes: from `sizes_of`.
             length: of a row.
+            more: bytes the process will hold beside what it holds now.
 
         Raises:
             InputError: more is needed than the user allows.
         """
+        give_memory_back()
         if self.device.type == "cuda":
             held = torch.cuda.memory_allocated(self.device)
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
             held, free = psutil.Process().memory_info().rss, free_memory()
+        held += more
         rows = rows_at_once(self.request.batch // self.processes, length)
         room = int(ROOM * free) // self.processes
         if self.max_memory is None:

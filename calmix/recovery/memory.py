@@ -19,6 +19,7 @@ from calmix.pruning.budget import GIB
 from calmix.recovery.losses import CHUNK, LEAST
 
 PASSING = 2  # blocks' activations that come and go while one runs
+BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, and what they keep
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a recovery spares to stay within its memory: the plan, and runs that follow a small one."""
 
 import math
+from collections import namedtuple
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from tests.recovery.stopper import arm
 from tests.recovery.test_recover import METHODS, command, hashes, manifest, place
 
 __all__ = ["place"]  # a fixture
+Held = namedtuple("Held", "rss")
 SIZES = Sizes(
     weights=10_000, trained=1_000, outside=2_000, blocks=8, hidden=16, widths=200,
     vocabulary=500, tokens=0, value_bytes=2,
@@ -72,6 +74,22 @@ def test_it_goes_on_with_as_many_rows_at_a_time(
 def test_without_a_bound_rows_run_as_many_at_a_time_as_they_may(calmix, place, tmp_path, small):
     assert calmix(*command(place, tmp_path / "out", "blocks")).code == 0
     assert manifest(tmp_path / "out")["recovery"]["rows_at_once"] > 1
+
+
+def test_what_a_prune_leaves_is_counted_before_it(calmix, place, tmp_path, monkeypatch):
+    """Else a recovery that was promised its memory would be refused once the prune is done."""
+    held, given = [], []
+    check = checkpoint.check_memory
+    monkeypatch.setattr(checkpoint, "check_memory", lambda *of: held.append(of[1]) or check(*of))
+    monkeypatch.setattr(checkpoint, "give_memory_back", lambda: given.append(len(held)))
+    monkeypatch.setattr(checkpoint.psutil.Process, "memory_info", lambda self: Held(2**30))
+    ended = calmix(
+        "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",
+        "blocks", "--max-memory", "64GiB", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert held == [2**30 + 2**29, 2**30]  # with what it leaves, to a quarter; then as it is
+    assert given == [0, 1]
 
 
 def test_a_recovery_that_cannot_fit_is_refused_before_the_prune(
