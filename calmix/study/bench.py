@@ -302,7 +302,7 @@ class Bench:
         if self._set is not None and self._set[0] == trial.calibration_id:
             return self._set[1:]
         folder = self.store.calibration(trial.calibration_id)
-        lock = self.store.lock(f"set-{trial.calibration_id[:32]}")
+        lock = self.store.set_lock(trial.calibration_id)
         stage("calibration set", 0, 1)
         lock.wait()
         try:

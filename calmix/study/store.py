@@ -154,6 +154,10 @@ class Store:
         """Return the lock on a trial or a shared part."""
         return Lock(self.path / "locks" / f"{name}.lock")
 
+    def set_lock(self, calibration_id: str) -> Lock:
+        """Return the lock on a calibration set that is not there yet."""
+        return self.lock(f"set-{calibration_id[:32]}")
+
     def sweep(self) -> None:
         """Remove locks of processes that died once their work was done, or whose work is."""
         for path in (self.path / "locks").glob("*.lock"):
@@ -289,16 +293,26 @@ class Store:
                 "leave it out of --reuse"
             )
         for one in sets:
-            if not self.calibration(one).is_dir():
-                _copy(other.calibration(one), self.calibration(one))
-        return sum(self._take(other, trial_id) for trial_id in trials)
+            self._take_set(other, one)
+        return sum(self._take(other, one) for one in trials if self.state(one) != "finished")
+
+    def _take_set(self, other: Store, calibration_id: str) -> None:
+        target = self.calibration(calibration_id)
+        lock = self.set_lock(calibration_id)
+        if target.is_dir() or not lock.acquire():
+            return
+        try:
+            if not target.is_dir():
+                _copy(other.calibration(calibration_id), target)
+        finally:
+            lock.release()
 
     def _take(self, other: Store, trial_id: str) -> bool:
         lock = self.lock(trial_id)
         if not lock.acquire():
             return False
         try:
-            if self.state(trial_id) == "finished":
+            if self.state(trial_id) == "finished":  # by another runner, a moment ago
                 return False
             other.scores(trial_id)  # damaged files stay where they are
             dense = other.result(trial_id)["dense"]
