@@ -29,6 +29,10 @@ from calmix.cli import (
 from calmix.cli.common import fail
 from calmix.errors import CalmixError
 
+# How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
+# longer than a turn of the scheduler: where another program has a core, each would wait so long.
+SPINS = "2000"
+
 app = typer.Typer(
     name="calmix",
     no_args_is_help=True,
@@ -89,6 +93,8 @@ def _command() -> Any:
 def main() -> None:
     """Run the command line. Exit code 2 and one line for a mistake; 130 for an interrupt."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own, which may not be installed here
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, which no verb has yet
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         code = _command()(prog_name="calmix", standalone_mode=False)
     except UsageError as error:

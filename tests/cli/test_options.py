@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -84,3 +86,25 @@ def test_an_interrupt_is_said_and_has_its_own_code(
     monkeypatch.setattr("calmix.cli.listing.print_json", stopped)
     ended = calmix("assets", "verify", "--json")
     assert (ended.code, ended.err) == (130, "interrupted\n")
+
+
+def test_threads_do_not_wait_for_long_where_another_program_has_a_core() -> None:
+    """libgomp reads how long when torch is imported, so that has to come later."""
+    code = (
+        "import os, sys; from calmix import cli; assert 'torch' not in sys.modules; "
+        "sys.argv = ['calmix', '--version']; cli.main(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    for given, told in (
+        ({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None"),
+    ):  # fmt: skip
+        kept = {
+            k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        }
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            env=kept | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ended.stdout.splitlines()[-1] == told
