@@ -33,8 +33,11 @@ from calmix.calibration import build, parse_mix
 from calmix.models import find_blocks, open_model
 from calmix.models.attention import use_torchs_attention
 from calmix.pruning.methods import get_method
-from calmix.study.cost import Sizes, sizes_of
+from calmix.specs import RECOVERIES
+from calmix.study.cost import Sizes
+from calmix.study.planning import sizes_of_model
 from calmix.study.probe import probe
+from calmix.study.spec import Model
 
 WAYS = {
     "sparsegpt": ("sparsegpt", None),
@@ -42,7 +45,6 @@ WAYS = {
     "blocks": ("admm", "blocks"),
     "distill": ("admm", "distill"),
 }
-EPOCHS = 2  # the default of both recoveries
 
 
 def there_and_back(model: str, ids: torch.Tensor) -> float:
@@ -115,9 +117,8 @@ def main() -> None:
     found = {way: measured(options, way) for way in options.ways}
     opened = open_model(options.model)
     ids = build(parse_mix(MIX), opened, rows=options.rows, length=512).ids
-    config = opened.model.config.to_dict() | {"model_type": opened.model.config.model_type}
-    sizes = sizes_of(config, value_bytes=opened.model.dtype.itemsize)
     del opened
+    sizes = sizes_of_model(options.model, Model(name=options.model))
     forward, gram = floor(ids, options.model)
     extra, both = products(sizes), there_and_back(options.model, ids)
     print("| floor | seconds |\n|---|---|")
@@ -131,7 +132,10 @@ def main() -> None:
     for way, one in found.items():
         method, recovery = WAYS[way]
         if recovery:
-            part, over = f"{one['run']:.1f} ({one['last']:.1f})", one["run"] / EPOCHS / both
+            part, over = (
+                f"{one['run']:.1f} ({one['last']:.1f})",
+                one["run"] / RECOVERIES[recovery][0] / both,
+            )
         else:
             part, over = "", one["run"] / (forward + gram + (extra if method == "admm" else 0))
         print(
