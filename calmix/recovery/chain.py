@@ -23,17 +23,11 @@ from calmix.models.streaming import StreamedModel
 from calmix.pruning import PruneReport
 from calmix.pruning.checkpoint import asked_of, prune_checkpoints, told_report
 from calmix.pruning.work import SET, SET_MANIFEST, SUFFIX, keep_set, kept_set
-from calmix.recovery.checkpoint import (
-    MANIFEST,
-    RUN,
-    Job,
-    RecoveryReport,
-    finished_report,
-    recover,
-    sizes_of,
-    streamed,
-)
+from calmix.recovery.checkpoint import recover, streamed
+from calmix.recovery.job import MANIFEST, RUN, Job, RecoveryReport
 from calmix.recovery.memory import BEHIND, Sizes
+from calmix.recovery.output import finished_report
+from calmix.recovery.sizes import sizes_of
 from calmix.recovery.training import split_rows
 from calmix.specs import PruneRequest, RecoverRequest, target_name
 

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import Any
 
-from calmix.recovery import checkpoint
+from calmix.recovery import distilling
 from calmix.recovery.work import RecoveryFolder
 
 
@@ -20,7 +20,7 @@ def stop() -> None:
 
 def arm(moment: str, number: int) -> None:
     """Patch the place where the process is to end; a distillation keeps every state."""
-    checkpoint.SAVING = 0
+    distilling.SAVING = 0
     if moment == "renamed":
         RecoveryFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
         return

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from calmix.recovery import checkpoint
+from calmix.recovery import job
 from calmix.recovery.memory import Plan, Sizes, blocks_bytes, distill_bytes, make_plan
 from tests.forks import stopped
 from tests.recovery.stopper import arm
@@ -49,7 +49,7 @@ def test_the_formulas_are_those_of_the_documentation():
 @pytest.fixture
 def small(monkeypatch):
     """As if next to nothing were free."""
-    monkeypatch.setattr(checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0))
+    monkeypatch.setattr(job, "make_plan", lambda *of: make_plan(*of[:-1], 0))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,7 +59,7 @@ def test_it_goes_on_with_as_many_rows_at_a_time(
     within = ("--max-memory", "64GiB")
     assert calmix(*command(place, tmp_path / "whole", method, *within)).code == 0
     stopped(partial(arm, "counted", 1), *command(place, tmp_path / "cut", method, *within))
-    monkeypatch.setattr(checkpoint, "make_plan", make_plan)
+    monkeypatch.setattr(job, "make_plan", make_plan)
     ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
     assert ended.code == 0, ended.err
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
@@ -79,10 +79,10 @@ def test_without_a_bound_rows_run_as_many_at_a_time_as_they_may(calmix, place, t
 def test_what_a_prune_leaves_is_counted_before_it(calmix, place, tmp_path, monkeypatch):
     """Else a recovery that was promised its memory would be refused once the prune is done."""
     held, given = [], []
-    check = checkpoint.check_memory
-    monkeypatch.setattr(checkpoint, "check_memory", lambda *of: held.append(of[1]) or check(*of))
-    monkeypatch.setattr(checkpoint, "give_memory_back", lambda: given.append(len(held)))
-    monkeypatch.setattr(checkpoint.psutil.Process, "memory_info", lambda self: Held(2**30))
+    check = job.check_memory
+    monkeypatch.setattr(job, "check_memory", lambda *of: held.append(of[1]) or check(*of))
+    monkeypatch.setattr(job, "give_memory_back", lambda: given.append(len(held)))
+    monkeypatch.setattr(job.psutil.Process, "memory_info", lambda self: Held(2**30))
     ended = calmix(
         "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",
         "blocks", "--max-memory", "64GiB", "-o", tmp_path / "out",
@@ -95,7 +95,7 @@ def test_what_a_prune_leaves_is_counted_before_it(calmix, place, tmp_path, monke
 def test_a_recovery_that_cannot_fit_is_refused_before_the_prune(
     calmix, place, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(checkpoint, "make_plan", lambda *of: Plan(1, True, 1 << 50))
+    monkeypatch.setattr(job, "make_plan", lambda *of: Plan(1, True, 1 << 50))
     monkeypatch.setattr("calmix.pruning.checkpoint.prune_streamed", None)
     ended = calmix(
         "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import calmix as api
 from calmix.models import find_blocks
 from calmix.models.streaming import StreamedModel
-from calmix.recovery.checkpoint import widths_of
+from calmix.recovery.sizes import widths_of
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import hashes, manifest

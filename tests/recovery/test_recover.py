@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calmix as api
+from calmix.errors import disk_errors
 from calmix.models import find_blocks
-from calmix.recovery import checkpoint
+from calmix.recovery import distilling
 from calmix.recovery.distill import Student
 from calmix.recovery.training import Masters
 from calmix.recovery.work import RecoveryFolder
@@ -168,7 +169,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
 def test_an_interrupt_and_a_full_disk_leave_what_it_takes(
     calmix, place, tmp_path, monkeypatch, method
 ):
-    monkeypatch.setattr(checkpoint, "SAVING", 0)
+    monkeypatch.setattr(distilling, "SAVING", 0)
     count, seen = RecoveryFolder.count, []
 
     def full(self, progress):
@@ -178,7 +179,7 @@ def test_an_interrupt_and_a_full_disk_leave_what_it_takes(
         count(self, progress)
 
     def failing(path, value):
-        with checkpoint.disk_errors(path):
+        with disk_errors(path):
             full(*path, value)
 
     monkeypatch.setattr(RecoveryFolder, "count", lambda self, p: failing((self,), p))
@@ -192,7 +193,7 @@ def test_an_interrupt_and_a_full_disk_leave_what_it_takes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.RecoveryFolder, "complete", interrupted)
+        patched.setattr(RecoveryFolder, "complete", interrupted)
         ended = calmix(*command(place, tmp_path / "out", method, "--resume"))
     assert ended.code == 130
     assert f"are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
@@ -431,7 +432,7 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
 
 def test_a_disk_without_room_is_told_before(calmix, place, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("calmix.recovery.output.shutil.disk_usage", lambda path: usage)
     for method in METHODS:
         ended = calmix(*command(place, tmp_path / "out", method))
         assert ended.code == 2
