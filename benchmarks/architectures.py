@@ -38,8 +38,9 @@ from transformers.models.auto import modeling_auto
 from calmix.errors import CalmixError
 from calmix.models import find_blocks
 from calmix.pruning import Unstructured, get_method
-from calmix.pruning.engine import PruneReport, Run, run_through
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.experts import ExpertTokens
+from calmix.pruning.report import PruneReport
 
 SAME = 0.999  # of the masks
 SECONDS = 60  # of processor time for one architecture

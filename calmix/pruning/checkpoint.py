@@ -31,15 +31,10 @@ from calmix.pruning import sharing
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
 from calmix.pruning.dropping import ScorePass, chosen_experts, unscored, write_dropped
-from calmix.pruning.engine import (
-    Dropped,
-    Patterns,
-    PruneReport,
-    check_pattern,
-    expert_tokens,
-)
+from calmix.pruning.engine import Patterns, check_pattern, expert_tokens
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
+from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.states import FILES
 from calmix.pruning.streamed import (
     Target,

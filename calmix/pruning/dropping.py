@@ -25,11 +25,12 @@ from calmix.models.blocks import EXPERTS, ROUTERS, DecoderBlocks, Mixture, exper
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import Files, StreamedModel
 from calmix.pruning import sharing
-from calmix.pruning.engine import Dropped, Run
+from calmix.pruning.engine import Run
 from calmix.pruning.experts import Routed, is_index
 from calmix.pruning.layout import observe_block
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.report import Dropped
 
 COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError, SolverError, nearest
 from calmix.machine import tokens_at_once
-from calmix.models.blocks import DecoderBlocks, Dense, Prunable, find_blocks
+from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.precision import bfloat16_products
 from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
@@ -41,115 +41,13 @@ from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe
 from calmix.pruning.methods import DTYPES, Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, check_columns
 from calmix.pruning.reading import DoubtError, Laps, Number, holds, read, trusting
+from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 Group = tuple[list[Prunable], Tensor | None, int | None]  # one input's, its statistic, its tokens
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one layer.
-
-    `error` is the share of its output energy that was lost, `tokens` how many were routed to it
-    if it is an expert's.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    pruned: int
-    sparsity: float
-    error: float | None
-    damping: float | None
-    factor_dtype: str | None
-    dead_inputs: int
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class ExpertsReport:
-    """How many calibration tokens reach each expert of a mixture, and by source."""
-
-    name: str
-    tokens: list[int]
-    sources: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """What became of a mixture's experts: their scores, and the numbers of those that are left."""
-
-    name: str
-    scores: list[float]
-    kept: list[int]
-
-
-PARTS: dict[str, Any] = {
-    "layers": LayerReport, "dense": Dense, "experts": ExpertsReport, "dropped": Dropped,
-}  # fmt: skip
-
-
-@dataclass
-class PruneReport:
-    """What a prune did: a report per layer, totals, and seconds by activity.
-
-    `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
-    are the weights of blocks that stayed as they were, vectors apart.
-    """
-
-    method: str
-    pattern: str
-    propagation: str | None
-    tokens: int
-    options: dict[str, Any] = field(default_factory=dict)
-    allocation: str | None = None
-    rows: int = 0
-    layers: list[LayerReport] = field(default_factory=list)
-    dense: list[Dense] = field(default_factory=list)
-    experts: list[ExpertsReport] = field(default_factory=list)
-    dropped: list[Dropped] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in the pruned layers."""
-        return sum(layer.rows * layer.columns for layer in self.layers)
-
-    @property
-    def pruned(self) -> int:
-        """Number of weights set to zero."""
-        return sum(layer.pruned for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the weights in pruned layers that is zero."""
-        return self.pruned / self.weights if self.weights else 0.0
-
-    @property
-    def dense_weights(self) -> int:
-        """Number of weights in matrices of the blocks that stayed as they were."""
-        return sum(dense.weights for dense in self.dense)
-
-    def parts(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what grows block by block as JSON-serialisable values."""
-        return {name: [asdict(one) for one in getattr(self, name)] for name in PARTS}
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        """Take the parts from what `parts` or `to_json` has given."""
-        for name, kind in PARTS.items():
-            setattr(self, name, [kind(**one) for one in kept[name]])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values."""
-        return asdict(self) | {
-            "weights": self.weights,
-            "pruned": self.pruned,
-            "sparsity": self.sparsity,
-            "dense_weights": self.dense_weights,
-        }
 
 
 class States(Protocol):

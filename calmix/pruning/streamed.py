@@ -25,17 +25,11 @@ from calmix.models.streaming import WeightSource
 from calmix.pruning import sharing
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan, Sizes, make_plan
-from calmix.pruning.engine import (
-    Patterns,
-    Propagation,
-    PruneReport,
-    Run,
-    check_ids,
-    check_pattern,
-)
+from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_pattern
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
+from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates, Room
 from calmix.pruning.work import WorkFolder
 

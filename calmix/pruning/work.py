@@ -59,8 +59,8 @@ from calmix.files import (
 from calmix.manifest import SEAL, seal_holds, sealed
 from calmix.models.shards import ShardWriter
 from calmix.pruning import sharing
-from calmix.pruning.engine import Dropped, PruneReport
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.states import KeptStates, Room, damaged
 
 SUFFIX = ".unfinished"

@@ -19,10 +19,11 @@ from calmix.errors import InputError
 from calmix.models import find_blocks
 from calmix.pruning import Pattern, SemiStructured, Unstructured, prune
 from calmix.pruning.dropping import ScorePass
-from calmix.pruning.engine import PruneReport, Run, run_through
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.experts import ExpertTokens, Gathering
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
+from calmix.pruning.report import PruneReport
 from tests.pruning.toy import Toy
 from tests.tiny import tiny_ids, tiny_model
 

@@ -24,8 +24,9 @@ from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune, streamed
 from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import PruneReport, Run
+from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
+from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder

@@ -1,0 +1,112 @@
+"""What a prune did: layer by layer, and to a model's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from calmix.models.blocks import Dense
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer.
+
+    `error` is the share of its output energy that was lost, `tokens` how many were routed to it
+    if it is an expert's.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    pruned: int
+    sparsity: float
+    error: float | None
+    damping: float | None
+    factor_dtype: str | None
+    dead_inputs: int
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """How many calibration tokens reach each expert of a mixture, and by source."""
+
+    name: str
+    tokens: list[int]
+    sources: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What became of a mixture's experts: their scores, and the numbers of those that are left."""
+
+    name: str
+    scores: list[float]
+    kept: list[int]
+
+
+PARTS: dict[str, Any] = {
+    "layers": LayerReport, "dense": Dense, "experts": ExpertsReport, "dropped": Dropped,
+}  # fmt: skip
+
+
+@dataclass
+class PruneReport:
+    """What a prune did: a report per layer, totals, and seconds by activity.
+
+    `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
+    are the weights of blocks that stayed as they were, vectors apart.
+    """
+
+    method: str
+    pattern: str
+    propagation: str | None
+    tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+    allocation: str | None = None
+    rows: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
+    dense: list[Dense] = field(default_factory=list)
+    experts: list[ExpertsReport] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the pruned layers."""
+        return sum(layer.rows * layer.columns for layer in self.layers)
+
+    @property
+    def pruned(self) -> int:
+        """Number of weights set to zero."""
+        return sum(layer.pruned for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights in pruned layers that is zero."""
+        return self.pruned / self.weights if self.weights else 0.0
+
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights in matrices of the blocks that stayed as they were."""
+        return sum(dense.weights for dense in self.dense)
+
+    def parts(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what grows block by block as JSON-serialisable values."""
+        return {name: [asdict(one) for one in getattr(self, name)] for name in PARTS}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Take the parts from what `parts` or `to_json` has given."""
+        for name, kind in PARTS.items():
+            setattr(self, name, [kind(**one) for one in kept[name]])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable values."""
+        return asdict(self) | {
+            "weights": self.weights,
+            "pruned": self.pruned,
+            "sparsity": self.sparsity,
+            "dense_weights": self.dense_weights,
+        }
