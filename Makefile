@@ -11,14 +11,22 @@ MODEL := builtin:smollm2-135m
 setup: $(VENV)/.ready
 	$(BIN)/calmix assets install
 
-$(VENV)/.base: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e .
+
+# pip compiles modules on one core; files that no Python can compile are templates.
+define install
+	$(BIN)/python -m pip install -q --no-compile -e '$(1)'
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
+endef
+
+$(VENV)/.base: pyproject.toml | $(BIN)/python
+	$(call install,.)
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.base
-	$(BIN)/python -m pip install -q -e '.[dev]'
-	touch $@
+$(VENV)/.ready: pyproject.toml | $(BIN)/python
+	$(call install,.[dev])
+	touch $@ $(VENV)/.base
 
 # The real model at 60 %, compressed with all that helps beside a plain prune on one source.
 demo: $(VENV)/.base
