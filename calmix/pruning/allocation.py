@@ -75,8 +75,12 @@ def read_allocation(
             )
         asked, where = read_yaml(path), str(path)
     for name, share in asked.items():
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not number or not 0 < share < 1:
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise InputError(
+                f"{where}: the sparsity of {name} is no number; an allocation maps names of "
+                "layers, as calmix.json has them, to shares"
+            )
+        if not 0 < share < 1:
             raise InputError(f"{where}: the sparsity of {name} is {share}, not between 0 and 1")
     return {str(name): float(share) for name, share in asked.items()}
 
