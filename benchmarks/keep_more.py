@@ -19,7 +19,8 @@ table grows over runs and machines, and `--draws 0` prints what there is. Ways:
 is the mean over dimensions of the mean of dense over pruned. Without it the quick slice of the
 offline suite stands in, by `ratio`. `c4` is general/c4-train.jsonl of the data folder. Printed are
 means over draws with their half range; `error` is the mean output error of all layers, `cpu s`
-the processor's seconds of prune and recovery, which other work on the machine changes little.
+the processor's seconds of prune and recovery in the latest of these runs, which other work on the
+machine changes little.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def table(records: list[dict[str, Any]]) -> None:
             )
         error = np.mean([one["error"] for one in found])
         seconds = [one["cpu_seconds"] for one in found if "cpu_seconds" in one]
-        print(f"{row}  {error:6.4f} " + (f"{np.mean(seconds):6.0f}" if seconds else f"{'':>6}"))
+        print(f"{row}  {error:6.4f} " + (f"{seconds[-1]:6.0f}" if seconds else f"{'':>6}"))
 
 
 def main() -> None:
