@@ -106,14 +106,14 @@ def table(records: list[dict[str, Any]]) -> None:
         cells.setdefault(key, []).append(one)
     dimensions = [name for name in records[0]["kept"] if name != "total"]
     heads = [*dimensions, "total"]
+    top = f"{'':<10}" + "".join(f"{head[:11]:>12}" for head in heads) + "   error  cpu s  draws"
     last: tuple[str, ...] = ()
     for key, found in sorted(
         cells.items(), key=lambda cell: (*cell[0][:3], WAYS.index(cell[0][3]))
     ):
         if key[:3] != last:
             last = key[:3]
-            print(f"\n{key[0]}, {key[1]}, {key[2]}")
-            print(f"{'':<10}" + "".join(f"{head[:11]:>12}" for head in heads) + "   error  cpu s")
+            print(f"\n{key[0]}, {key[1]}, {key[2]}\n{top}")
         row = f"{key[3]:<10}"
         for head in heads:
             values = [one["kept"][head] for one in found]
@@ -123,7 +123,8 @@ def table(records: list[dict[str, Any]]) -> None:
             )
         error = np.mean([one["error"] for one in found])
         seconds = [one["cpu_seconds"] for one in found if "cpu_seconds" in one]
-        print(f"{row}  {error:6.4f} " + (f"{seconds[-1]:6.0f}" if seconds else f"{'':>6}"))
+        latest = f"{seconds[-1]:6.0f}" if seconds else f"{'':>6}"
+        print(f"{row}  {error:6.4f} {latest} {len(found):6d}")
 
 
 def main() -> None:
