@@ -21,10 +21,10 @@ from calmix.errors import InputError, disk_errors
 from calmix.files import check_output_folder, real_place, sha256_json
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import PruneReport
-from calmix.pruning.checkpoint import asked_of, prune_checkpoints, told_report
+from calmix.pruning.checkpoint import MANIFEST, RUN, asked_of, prune_checkpoints, told_report
 from calmix.pruning.work import SET, SET_MANIFEST, SUFFIX, keep_set, kept_set
 from calmix.recovery.checkpoint import recover, streamed
-from calmix.recovery.job import MANIFEST, RUN, Job, RecoveryReport
+from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.memory import BEHIND, Sizes
 from calmix.recovery.output import finished_report
 from calmix.recovery.sizes import sizes_of

@@ -16,9 +16,10 @@ from calmix.files import check_output_folder, real_place
 from calmix.models import open_model
 from calmix.models.opening import check_ids, fingerprint
 from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.pruning.checkpoint import MANIFEST
 from calmix.recovery.checks import check_tokenizers, compare
 from calmix.recovery.distilling import distill_model
-from calmix.recovery.job import MANIFEST, Job, RecoveryReport
+from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.output import finish, finished_report, prepare_files
 from calmix.recovery.sizes import sizes_of
 from calmix.recovery.training import reproducible
@@ -76,8 +77,7 @@ def recover(
     if job.main and not finished:
         check_output_folder(job.output, overwrite=overwrite)
     models = [
-        streamed(n, str(job.dtype).removeprefix("torch."), str(job.device), trust_remote_code)
-        for n in (pruned, against)
+        streamed(n, job.type_name, str(job.device), trust_remote_code) for n in (pruned, against)
     ]
     try:
         for one in models:

@@ -11,7 +11,7 @@ import torch
 
 from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import disk_errors
-from calmix.models import find_blocks, open_model
+from calmix.models import find_blocks
 from calmix.pruning.states import KeptStates
 from calmix.recovery.checks import same_head
 from calmix.recovery.distill import Progress, Settings, Student, distill
@@ -75,8 +75,7 @@ def distill_model(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     shared = same_head(pair)
     states, dense_head = _dense_states(job, shared, kept.get("dense", {}))
     job.dense_sums = states.sums[states.side]
-    type_name = str(job.dtype).removeprefix("torch.")
-    model = open_model(pair.pruned.name, dtype=type_name, device=str(job.device), **job.how).model
+    model = job.whole(pair.pruned.name)
     student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)
     if getattr(accelerator, "is_fsdp2", False):
         # Accelerate shards a model only together with an optimiser; ours comes after.
@@ -134,11 +133,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
     own_head = None
     if not (job.goes_on and shared):
         began = time.perf_counter()
-        type_name = str(job.dtype).removeprefix("torch.")
-        model = open_model(
-            pair.dense.name, dtype=type_name, device=str(job.device), **job.how
-        ).model
-        decoder, head = decoder_and_head(model)
+        decoder, head = decoder_and_head(job.whole(pair.dense.name))
         own_head = None if shared else head
         rank = job.accelerator.process_index
         own = list(range(rank, len(ids), job.processes)) if not job.goes_on else []

@@ -17,6 +17,7 @@ from calmix.calibration import CalibrationSet
 from calmix.errors import CalmixError, InputError
 from calmix.machine import free_memory, give_memory_back
 from calmix.manifest import asked_record, versions
+from calmix.models import open_model
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
 from calmix.pruning.budget import GIB
@@ -26,7 +27,6 @@ from calmix.recovery.training import Rows, rows_at_once, split_rows
 from calmix.recovery.work import RecoveryFolder
 from calmix.specs import RecoverRequest
 
-MANIFEST, RUN = "calmix.json", "calmix-run.json"
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
 
 Way = Callable[["Job", dict[str, Any]], tuple[float, float, Any]]  # loss before, after; the curve
@@ -120,6 +120,15 @@ class Job:
         self.seconds: dict[str, float] = {}
         self.dense_sums: dict[int, int] = {}
 
+    @property
+    def type_name(self) -> str:
+        """What it computes in, by the name a user gives it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def whole(self, name: str) -> Any:
+        """Open a model whole, in what this computes in."""
+        return open_model(name, dtype=self.type_name, device=str(self.device), **self.how).model
+
     def asked(self, pruned: str, against: str) -> dict[str, Any]:
         """Return what decides the bytes of the result, as far as it is known before the draw.
 
@@ -129,7 +138,7 @@ class Job:
         return {
             "pruned": pruned,
             "against": against,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.type_name,
             "device": self.device.type,
             "processes": self.processes,
             **asked_record(self.request),

@@ -14,9 +14,10 @@ from calmix.errors import DiskError, disk_errors
 from calmix.files import sha256_json, write_json
 from calmix.manifest import file_hashes, request_record, run_record, sealed
 from calmix.models.shards import ShardWriter
+from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.recovery.checks import check_zeros
 from calmix.recovery.distill import trained_names
-from calmix.recovery.job import MANIFEST, RUN, Job, RecoveryReport
+from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.training import Masters
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of weights a model
