@@ -1,0 +1,177 @@
+"""What must not change while the house is rebuilt: masks, retention, scores, drawn sets, figures.
+
+    python -m tests.golden --write     freeze what this checkout gives in tests/golden.json.gz
+    python -m tests.golden             compare; one line a difference, exit code 1 if there is any
+
+Parts by name (`masks`, `studies`, `drawn`, `scores`) narrow it. Masks and scores depend on the
+machine's products: they are compared exactly where the capabilities are those of the file, and
+left out, with a line, elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import math
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import calmix
+from calmix.precision import capabilities
+from tests.tiny import tiny_ids, tiny_model
+
+FILE = Path(__file__).with_name("golden.json.gz")
+RESULTS = Path(__file__).parents[1] / "studies/results"
+MODEL = "builtin:smollm2-135m"
+FAMILIES = (
+    "llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "mixtral", "deepseek_v3", "gpt_oss",
+)  # fmt: skip
+METHODS = (
+    "sparsegpt", "sparsegpt,damping=0.1", "admm", "wanda", "ria", "magnitude", "wanda,refit=2",
+)  # fmt: skip
+PATTERNS: dict[str, Any] = {
+    "50%": calmix.Unstructured(0.5),
+    "70%": calmix.Unstructured(0.7),
+    "2:4": calmix.SemiStructured(2, 4),
+}
+SETS = (
+    "uniform:python-stdlib,encyclopedia",
+    "encyclopedia",
+    "stories:0.7,math-solutions:0.3",
+    "uniform:encyclopedia,books,stories,activities,python-stdlib,code-compiled,math-solutions,"
+    "word-problems",
+)
+
+
+def masks() -> dict[str, str]:
+    """Hashes of the masks of every method and pattern on a tiny model of each family."""
+    found = {}
+    for family in FAMILIES:
+        for method in METHODS:
+            for name, pattern in PATTERNS.items():
+                for way in ("sequential", "block"):
+                    if way == "block" and method != "sparsegpt":
+                        continue
+                    model = tiny_model(family)
+                    calmix.prune(model, tiny_ids(), method=method, pattern=pattern, propagation=way)
+                    digest = hashlib.sha256()
+                    for key, weight in sorted(model.state_dict().items()):
+                        digest.update(key.encode())
+                        digest.update((weight == 0).numpy().tobytes())
+                    found[f"{family} {method} {name} {way}"] = digest.hexdigest()
+    return found
+
+
+def studies() -> dict[str, Any]:
+    """Retention with its intervals, and leads, of both committed studies."""
+    from calmix.analysis import analyse
+    from calmix.study.export import read_results
+
+    found: dict[str, Any] = {}
+    for study in ("smollm2-offline", "two-models"):
+        with tempfile.TemporaryDirectory() as folder:
+            with tarfile.open(RESULTS / study / "store.tar.xz") as packed:
+                packed.extractall(folder, filter="data")
+            results = read_results(Path(folder) / study)
+            made = analyse(results).to_dict()
+        for trial in results.trials:
+            parts = {"total": trial.total, **trial.dimensions}
+            found[f"{study} trial {trial.id}"] = {
+                name: [one.value, one.low, one.high] for name, one in parts.items()
+            }
+        for condition in made["conditions"]:
+            for row in condition["ranking"]:
+                where = f"{study} {row['condition']} {row['calibration']}"
+                found[where] = _numbers({key: row[key] for key in ("total", "dimensions")})
+            for row in condition["differences"]:
+                if row["quantity"] == "total":
+                    where = f"{study} {row['condition']} {row['left']} - {row['right']}"
+                    found[where] = _numbers(row["gap"])
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    return value if isinstance(value, (float, int)) else None
+
+
+def drawn() -> dict[str, str]:
+    """Hashes of the token ids of drawn calibration sets."""
+    opened = calmix.open_model(MODEL)
+    found = {}
+    for text in SETS:
+        drawn = calmix.resolve(text, opened, rows=32, length=256)
+        ids = drawn.ids.to(torch.int64).contiguous()
+        found[text] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return found
+
+
+def scores() -> dict[str, Any]:
+    """Scores of fifty items a task of the real model."""
+    made = calmix.evaluate(MODEL, "offline", limit=50)
+    return {
+        task.name: [[round(v, 4) for v in row] for row in task.loglikelihoods]
+        for task in made.tasks
+    }
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "masks": masks, "studies": studies, "drawn": drawn, "scores": scores,
+}  # fmt: skip
+OF_THE_MACHINE = ("masks", "scores")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare numbers to 1e-9 and everything else exactly."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=0, abs_tol=1e-9)
+    return bool(one == other)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    held = json.loads(gzip.decompress(FILE.read_bytes())) if FILE.is_file() else {}
+    machine = dict(sorted(capabilities().items())) | {"torch": torch.__version__}
+    different = 0
+    for name in options.parts or PARTS:
+        if not options.write and name in OF_THE_MACHINE and held["machine"] != machine:
+            print(f"{name}: left out: made on {held['machine']}, this is {machine}")
+            continue
+        made = json.loads(json.dumps(PARTS[name]()))
+        if options.write:
+            held |= {"machine": machine, name: made}
+            print(f"{name}: {len(made)} written")
+            continue
+        keys = [k for k in {**held[name], **made} if not same(held[name].get(k), made.get(k))]
+        different += len(keys)
+        for key in keys[:20]:
+            print(f"{name}: {key}: {str(held[name].get(key))[:200]} -> {str(made.get(key))[:200]}")
+        print(f"{name}: {len(made) - len(keys)} of {len(held[name])} the same")
+    if options.write:
+        text = json.dumps(held, separators=(",", ":"), sort_keys=True)
+        FILE.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
