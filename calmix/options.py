@@ -1,0 +1,129 @@
+"""The options of the verbs: one model each, read by the command line, YAML, Python and manifests.
+
+A field's description is its help text, its type and bounds are its check. `calmix.cli.verbs` makes
+flags of the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from calmix.errors import InputError, nearest
+
+
+class Options(BaseModel):
+    """What a verb can be asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def given(self) -> dict[str, Any]:
+        """Return what differs from the defaults, as JSON-serialisable values."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+Some = TypeVar("Some", bound=Options)
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    flag: str | None = None,
+    shown: str | None = None,
+    metavar: str | None = None,
+    argument: bool = False,
+    advanced: bool = False,
+    **bounds: Any,
+) -> Any:
+    """Return a field of an options model.
+
+    Args:
+        default: `...` where it must be given.
+        text: its help, a noun phrase of at most ten words.
+        flag: names on the command line, such as `--output -o`, if not the field's own.
+        shown: the default in words.
+        metavar: what stands for the value in help, if not its type.
+        argument: a word of its own on the command line, not a flag.
+        advanced: shown by `--help-all` alone.
+        **bounds: of pydantic, such as `ge=1`.
+    """
+    extra: dict[str, Any] = {
+        "flag": flag, "shown": shown, "metavar": metavar, "argument": argument,
+        "advanced": advanced,
+    }  # fmt: skip
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
+
+
+def parse_share(value: Any) -> Any:
+    """Return `0.6` or `60%` as a share.
+
+    Raises:
+        ValueError: it is a number above 1, which may be meant as per cent.
+    """
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return float(value.strip()[:-1]) / 100
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"'{value}' is not a share, such as 0.6 or 60%") from None
+    if 1 < number <= 100:
+        raise ValueError(f"{number:g} is above 1: did you mean {number / 100:g}?")
+    return number
+
+
+Share = Annotated[float, BeforeValidator(parse_share), Field(gt=0, lt=1)]
+
+
+class ModelOptions(Options):
+    """How a model is opened."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Number format to compute in.", advanced=True
+    )
+    device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
+    trust_remote_code: bool = option(
+        False, "Run modelling code shipped with the model.", advanced=True
+    )
+
+
+def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
+    """Return options checked; None counts as not given.
+
+    Raises:
+        InputError: the first mistake, by the flag's name.
+    """
+    try:
+        return model.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise InputError(mistake(error, model)) from None
+
+
+def mistake(error: ValidationError, model: type[Options]) -> str:
+    """Return the first problem of a failed validation as a line that names the flag."""
+    problem = error.errors()[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown option '{name}': {nearest(name, model.model_fields)}"
+    flag = flags(model, name)[0] if name in model.model_fields else name
+    if problem["type"] == "missing":
+        return f"{flag} is missing"
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{flag}: {said}" if name else said
+    return f"{flag} {problem['input']}: {said.partition(',')[0].replace('Input should', 'must')}"
+
+
+def flags(model: type[Options], name: str) -> list[str]:
+    """Return how the command line calls a field: its flags, or the word of an argument."""
+    extra: Any = model.model_fields[name].json_schema_extra or {}
+    if extra.get("argument"):
+        return [extra.get("metavar") or name.upper()]
+    return (extra.get("flag") or f"--{name.replace('_', '-')}").split()
+
+
+def path_option(text: str, **more: Any) -> Any:
+    """Return the field of an output path, `--output` or `-o`."""
+    return option(more.pop("default", ...), text, flag="--output -o", metavar="PATH", **more)
