@@ -77,9 +77,12 @@ def check_statistics(device: torch.device, width: int) -> list[tuple[str, bool, 
 
 def check_kernel(device: torch.device) -> list[tuple[str, bool, str]]:
     """Whether SparseGPT's column loop is one kernel: it is tried beside the plain way."""
-    used = columns.usable(device, sparsegpt._kernel_agrees)
-    told = "is used" if used else "is not used, the plain way is taken"
-    return [("SparseGPT's kernel", used or device.type != "cuda", told)]
+    found = []
+    for m, go in ((0, 0), (4, 2)):
+        used = columns.usable(device, sparsegpt.BLOCK, m, go, sparsegpt._kernel_agrees)
+        told = "is used" if used else "is not used, the plain way is taken"
+        found.append((f"SparseGPT's kernel, M = {m}", used or device.type != "cuda", told))
+    return found
 
 
 def check_solvers(device: torch.device, width: int) -> list[tuple[str, bool, str]]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from calmix.pruning import gram
 from calmix.pruning.solvers import columns
 
 aten = torch.ops.aten
@@ -287,7 +288,8 @@ def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Tr
     there: dict[tuple[Any, str], Any] = {
         (FakeTensor, "tolist"): lambda value: traced.listed(value),
         (torch.cuda, "get_device_capability"): lambda device=None: (9, 0),
-        (columns, "usable"): lambda device, check: kernel and device.type == "cuda",
+        (columns, "usable"): lambda device, *example: kernel and device.type == "cuda",
+        (gram, "_sums_agree"): lambda device, dtype: True,
     }
     with ExitStack() as stack:
         for (owner, name), instead in there.items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +64,22 @@ def values_at_once(device: torch.device) -> int:
     import torch
 
     return CACHED_VALUES * torch.get_num_threads() if device.type == "cpu" else 2**31
+
+
+@functools.cache
+def tried(what: str, device: torch.device, check: Callable[..., bool], *given: object) -> bool:
+    """Return whether `check(device, *given)` finds a fast way to work there; warn if it does not.
+
+    Asked once a device and example: a driver, a compiler or a library may not have that way.
+    """
+    try:
+        if check(device, *given):
+            return True
+        line = "its results are wrong"
+    except Exception as error:  # a compiler and a driver may raise anything
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+    warnings.warn(f"{what} is not used on {device}: {line}", stacklevel=2)
+    return False
 
 
 def _memory() -> Iterator[tuple[int, int]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, SolverError
+from calmix.machine import tried
 from calmix.precision import bfloat16_products, large_products
 from calmix.pruning.reading import Number, holds, quotient
 
@@ -130,11 +131,11 @@ class Gram(Statistic):
         columns, cpu = flat.shape[1], flat.device.type == "cpu"
         panel = _panel(columns, cpu=cpu)
         starts = range(0, columns, panel)
-        if flat.dtype != torch.float32 and float32_sums(flat.device):
+        if flat.dtype != torch.float32 and float32_sums(flat.device, flat.dtype):
             for at in starts:
-                own = self._sum[at : at + panel, at:]
-                left, right = flat[:, at : at + panel].T, flat[:, at:]
-                torch.addmm(own, left, right, out_dtype=torch.float32, out=own)
+                _add_product(
+                    self._sum[at : at + panel, at:], flat[:, at : at + panel], flat[:, at:]
+                )
             return
         # Inputs that are bfloat16 values anyway lose nothing; nor does float16 by TF32.
         exact = (torch.bfloat16,) if cpu else (torch.bfloat16, torch.float16)
@@ -194,9 +195,28 @@ def _panel(columns: int, *, cpu: bool) -> int:
     return PANEL if columns > PANEL else max(1, -(-columns // 2))
 
 
-def float32_sums(device: torch.device) -> bool:
-    """Tell whether products of half types can be summed, and kept, in float32 there."""
-    return device.type == "cuda" and torch.version.hip is None
+def float32_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether products of a half type can be summed, and kept, in float32 there.
+
+    Where they cannot, inputs are made float32 first.
+    """
+    what = f"a sum in float32 of products of {str(dtype).removeprefix('torch.')}"
+    return device.type == "cuda" and tried(what, device, _sums_agree, dtype)
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the product of two half-precision matrices, the first transposed, to a float32 one."""
+    torch.addmm(to, left.T, right, out_dtype=torch.float32, out=to)
+
+
+def _sums_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether `_add_product` does on a device what it should, on an example."""
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums, there = torch.ones(48, 48, device=device), x.to(device)
+    _add_product(sums[16:32, 16:], there[:, 16:32], there[:, 16:])
+    expected = torch.ones(48, 48, dtype=torch.float64)
+    expected[16:32, 16:] += x[:, 16:32].double().T @ x[:, 16:].double()
+    return torch.allclose(sums.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 class Squares(Statistic):

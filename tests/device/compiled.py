@@ -15,13 +15,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from calmix.pruning.solvers.columns import OUTPUTS, tile
+
 CAPABILITIES = (80, 90)  # A100, H100
-GROUPS = (0, 4)  # a mask that is given, and 2:4
-OUTPUTS, WARPS, SIZE = 32, 4, 128
+CASES = ((0, 128), (4, 128), (8, 128), (3, 129))  # M (0: a mask that is given), columns of a block
 KERNEL = Path(__file__).parents[2] / "calmix/pruning/solvers/kernel.py"
 
 
-def compiled(capability, m):
+def compiled(capability, m, size):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -29,17 +30,23 @@ def compiled(capability, m):
     spec = importlib.util.spec_from_file_location("kernel", KERNEL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    settings = {"SIZE": SIZE, "OUTPUTS": OUTPUTS, "M": m or 1, "GO": m // 2, "GIVEN": not m}
+    whole, warps = tile(size)
+    settings = {"SIZE": whole, "OUTPUTS": OUTPUTS, "M": m or 1, "GO": m // 2, "GIVEN": not m}
     names = [name for name in module.columns.arg_names if name not in settings]
     types = {name: "*fp32" if at < 6 else "i32" for at, name in enumerate(names)}
     source = ASTSource(module.columns, types | dict.fromkeys(settings, "constexpr"), settings)
     return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
     )
 
 
 def resources(code):
-    """Registers a thread and bytes spilt, as the tool that comes with Triton tells them."""
+    """Registers a thread and bytes spilt, as the tool that comes with Triton tells them.
+
+    What spills stands in the stack; LOCAL is what is declared as local memory.
+    """
     import triton
 
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
@@ -47,17 +54,21 @@ def resources(code):
         file.write(code)
         file.flush()
         told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return [int(re.search(rf"{key}:(\d+)", told.stdout)[1]) for key in ("REG", "LOCAL")]
+    registers, *spilt = (
+        int(re.search(rf"{key}:(\d+)", told.stdout)[1]) for key in ("REG", "STACK", "LOCAL")
+    )
+    return registers, sum(spilt)
 
 
 def main():
     for capability in CAPABILITIES:
-        for m in GROUPS:
-            made = compiled(capability, m)
+        for m, size in CASES:
+            made = compiled(capability, m, size)
             code = made.asm["cubin"]
             registers, spilt = resources(code)
-            told = {"capability": capability, "m": m, "bytes": len(code), "registers": registers}
-            print(json.dumps(told | {"spilt": spilt, "shared": made.metadata.shared}))
+            told = {"capability": capability, "m": m, "size": size, "bytes": len(code)}
+            told |= {"registers": registers, "spilt": spilt, "shared": made.metadata.shared}
+            print(json.dumps(told))
 
 
 if __name__ == "__main__":

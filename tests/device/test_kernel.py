@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
-import warnings
+from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks.traced import tracing
 from calmix.pruning import SemiStructured, Unstructured, get_method
 from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import clear
+from calmix.pruning.reading import trusting
 from calmix.pruning.solvers import columns as fused
 from tests.device import compiled
 
@@ -32,7 +34,7 @@ def block(size, outputs, seed=0):
 @pytest.mark.parametrize(
     ("pattern", "size", "outputs"),
     [(Unstructured(0.6), 128, 70), (Unstructured(0.5), 41, 8), (SemiStructured(2, 4), 128, 33),
-     (SemiStructured(1, 3), 48, 5)],
+     (SemiStructured(1, 3), 129, 5)],
     ids=str,
 )  # fmt: skip
 def test_the_kernel_does_what_the_plain_loop_does(pattern, size, outputs):
@@ -54,7 +56,7 @@ def test_the_kernel_does_what_the_plain_loop_does(pattern, size, outputs):
 
 def test_a_layer_is_solved_by_it(monkeypatch):
     """Layers of several heights, and a last block that is not whole; the kernel agrees at once."""
-    monkeypatch.setattr(fused, "usable", lambda device, check: check(device))
+    monkeypatch.setattr(fused, "usable", lambda device, *at: at[-1](device, *at[:-1]))
     monkeypatch.setattr(sparsegpt, "_block", as_on_a_device(sparsegpt._block))
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(400, 160, generator=generator)
@@ -63,7 +65,7 @@ def test_a_layer_is_solved_by_it(monkeypatch):
     for pattern in (Unstructured(0.5), SemiStructured(2, 4)):
         found = method.solve(weights, x.T @ x, [pattern] * 2)
         with monkeypatch.context() as patched:
-            patched.setattr(fused, "usable", lambda device, check: False)
+            patched.setattr(fused, "usable", lambda *at: False)
             plain = method.solve(weights, x.T @ x, [pattern] * 2)
         assert found.pruned == plain.pruned
         for a, b in zip(found.weights, plain.weights, strict=True):
@@ -73,8 +75,8 @@ def test_a_layer_is_solved_by_it(monkeypatch):
 
 def as_on_a_device(block):
     def there(weights, mask, upper, inverse, leverage, pattern):
-        if fused.usable(weights.device, sparsegpt._kernel_agrees):
-            m, go = (4, 2) if isinstance(pattern, SemiStructured) else (0, 0)
+        m, go = (4, 2) if isinstance(pattern, SemiStructured) else (0, 0)
+        if fused.usable(weights.device, len(weights), m, go, sparsegpt._kernel_agrees):
             return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
         return block(weights, mask, upper, inverse, leverage, pattern, at_once=True)
 
@@ -90,28 +92,47 @@ def test_it_compiles_for_devices_that_are_not_here():
     assert made.returncode == 0, made.stderr
     told = [json.loads(line) for line in made.stdout.splitlines()]
     assert [(one["capability"], one["m"]) for one in told] == [
-        (at, m) for at in compiled.CAPABILITIES for m in compiled.GROUPS
+        (at, m) for at in compiled.CAPABILITIES for m, _ in compiled.CASES
     ]
     assert all(one["bytes"] for one in told)
     assert not any(one["spilt"] for one in told)
 
 
-def test_where_it_does_not_run_the_plain_way_is_taken(monkeypatch):
+@pytest.mark.parametrize(
+    ("pattern", "examples"),
+    [(Unstructured(0.5), [(128, 0, 0), (64, 0, 0)]),
+     (SemiStructured(2, 3), [(129, 3, 1), (63, 3, 1)])],
+    ids=str,
+)  # fmt: skip
+def test_it_is_tried_on_blocks_as_large_as_those_it_is_used_on(monkeypatch, pattern, examples):
+    usable, asked = fused.usable, []
+    monkeypatch.setattr(fused, "tried", lambda what, at, check, *given: asked.append(given) or True)
+    with tracing(), trusting(), mock.patch.object(fused, "usable", usable):
+        get_method("sparsegpt").solve([torch.randn(24, 192)], torch.randn(192, 192), [pattern])
+    assert asked == examples
+
+
+def test_a_thread_holds_as_many_values_whatever_the_block():
+    assert [fused.tile(size) for size in (32, 41, 128, 129)] == [
+        (32, 1), (64, 2), (128, 4), (256, 8)
+    ]  # fmt: skip
+
+
+def test_where_it_does_not_run_the_plain_way_is_taken():
     answers = iter([False, True])
 
-    def check(at):
+    def check(at, size, m, go):
         return next(answers)
 
-    monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
     device = torch.device("cuda", 7)
-    with pytest.warns(UserWarning, match="not used on cuda:7: it differs from the plain loop"):
-        assert not fused.usable(device, check)
-    assert not fused.usable(device, check)  # it is tried once
+    with pytest.warns(UserWarning, match="is not used on cuda:7: its results are wrong"):
+        assert not fused.usable(device, 128, 0, 0, check)
+    assert not fused.usable(device, 128, 0, 0, check)  # it is tried once
+    assert fused.usable(device, 128, 4, 2, check)  # but another kernel on its own
 
-    def broken(at):
+    def broken(*at):
         raise RuntimeError("no ptxas\nin sight")
 
     with pytest.warns(UserWarning, match="not used on cuda:7: no ptxas$"):
-        assert not fused.usable(device, broken)
-    assert fused.usable(device, lambda at: True)
-    assert not fused.usable(CPU, lambda at: True)
+        assert not fused.usable(device, 128, 0, 0, broken)
+    assert not fused.usable(CPU, 128, 0, 0, lambda *at: True)

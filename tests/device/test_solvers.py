@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from benchmarks.traced import tracing
+from calmix.pruning import gram
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, grouped_mask, layer_mask, smallest
@@ -54,14 +57,36 @@ def test_a_gram_matrix_is_summed_in_place(monkeypatch):
         assert [place is sums.matrix() for place in places] == [True, True]
 
 
-def test_without_products_that_sum_in_float32_inputs_are_widened(monkeypatch):
-    """ROCm, and whatever is no CUDA."""
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    with tracing() as traced:
+@pytest.mark.parametrize("fails", [RuntimeError("no such kernel\nhere"), None], ids=str)
+def test_without_products_that_sum_in_float32_inputs_are_widened(fails):
+    def agree(device, dtype):
+        if fails is not None:
+            raise fails
+        return False
+
+    with tracing() as traced, mock.patch.object(gram, "_sums_agree", agree):
         sums = Gram(96, CUDA)
-        sums.add(torch.randn(2, 8, 96, dtype=torch.float16))
+        with pytest.warns(UserWarning, match="products of float16 is not used on cuda:0: ") as told:
+            sums.add(torch.randn(2, 8, 96, dtype=torch.float16))
+        assert str(told[0].message).endswith("wrong" if fails is None else "no such kernel")
         assert sums.matrix().dtype == torch.float32
     assert traced.operations["addmm_"] == 1
+
+
+def test_sums_in_place_are_tried_on_a_part_of_a_matrix(monkeypatch):
+    """A library may read what it has written already, or forget what was there."""
+
+    def right(to, left, right, *, out_dtype, out):
+        out.copy_(to + left.float() @ right.float())
+
+    def forgetful(to, left, right, *, out_dtype, out):
+        out.copy_(left.float() @ right.float())
+
+    for dtype in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr(torch, "addmm", right)
+        assert gram._sums_agree(torch.device("cpu"), dtype)
+        monkeypatch.setattr(torch, "addmm", forgetful)
+        assert not gram._sums_agree(torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -8,17 +8,25 @@ is not installed.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from calmix.machine import tried
+
 OUTPUTS = 32  # of one program
-WARPS = 4  # that share its registers: 32 values of a block of 128 columns a thread
 LARGEST = 8  # M of an N:M pattern: comparisons with each of a group are written out
+
+
+def tile(size: int) -> tuple[int, int]:
+    """Return the columns of a tile that holds so many, and the warps that share its registers.
+
+    A thread has 32 values: with twice as many they spill into memory.
+    """
+    columns = 1 << (size - 1).bit_length()
+    return columns, max(1, columns * OUTPUTS // (32 * 32))
 
 
 @torch.library.custom_op("calmix::prune_columns", mutates_args=("weights", "mask"))
@@ -40,14 +48,15 @@ def prune_columns(
     from calmix.pruning.solvers.kernel import columns
 
     size, outputs = weights.shape
+    whole, warps = tile(size)
     errors = torch.empty_like(weights)
     assert weights.stride(1) == mask.stride(1) == errors.stride(1) == 1
     with torch.cuda.device_of(weights):  # Triton starts on the current one
         columns[(-(-outputs // OUTPUTS),)](
             weights, mask, errors, upper, inverse.contiguous(), leverage.contiguous(),
             size, outputs, weights.stride(0), mask.stride(0), errors.stride(0), *upper.stride(),
-            SIZE=1 << (size - 1).bit_length(), OUTPUTS=OUTPUTS, M=m or 1, GO=go, GIVEN=m == 0,
-            num_warps=WARPS,
+            SIZE=whole, OUTPUTS=OUTPUTS, M=m or 1, GO=go, GIVEN=m == 0,
+            num_warps=warps, enable_fp_fusion=True,  # whatever a version of Triton does by itself
         )  # fmt: skip
     return errors
 
@@ -59,26 +68,14 @@ def _(
     return torch.empty_like(weights)
 
 
-def usable(device: torch.device, check: Callable[[torch.device], bool]) -> bool:
+def usable(device: torch.device, size: int, m: int, go: int, check: Callable[..., bool]) -> bool:
     """Tell whether the kernel runs on a device, and does there what the plain loop does.
 
     Args:
         device: where it is to run.
-        check: runs both on a little example; asked once.
+        size, m, go: columns of a block, and as for `prune_columns`: each is compiled on its own.
+        check: runs both on an example of them; asked once.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    return _tried(device, check)
-
-
-@functools.cache
-def _tried(device: torch.device, check: Callable[[torch.device], bool]) -> bool:
-    try:
-        with torch.cuda.device(device):
-            if check(device):
-                return True
-        line = "it differs from the plain loop"
-    except Exception as error:  # a compiler and a driver may raise anything
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-    warnings.warn(f"the kernel for SparseGPT is not used on {device}: {line}", stacklevel=2)
-    return False
+    return tried("the kernel for SparseGPT", device, check, size, m, go)
