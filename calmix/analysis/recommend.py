@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,6 @@ from calmix.analysis.bootstrap import Estimate, joint
 from calmix.analysis.cells import Cells, dimensions_of, select, tables
 from calmix.analysis.ranking import chances, groups_of, shrink
 from calmix.analysis.statistics import RESAMPLES
-from calmix.analysis.surface import Proposal
-from calmix.analysis.surface import propose as best_of
 from calmix.capability.measures import Measure
 from calmix.errors import InputError, nearest
 from calmix.study.results import StudyResults
@@ -94,31 +92,6 @@ def recommend(
     """
     made, share = _weighted(results, weights, measure, method, sparsity)
     return [_recommend(cells, share, resamples, seed) for cells in made]
-
-
-def propose(
-    results: StudyResults,
-    weights: Mapping[str, float] | None = None,
-    *,
-    measure: Measure = "primary",
-    seed: int = 0,
-    method: str | None = None,
-    sparsity: str | None = None,
-    together: Sequence[Sequence[str]] = (),
-) -> list[Proposal]:
-    """Return for each condition the mix of the studied sources expected to keep most, run or not.
-
-    Args:
-        weights, measure, method, sparsity: as for `recommend`.
-        seed: of the search.
-        together: sources of which only the sum of their shares is looked at.
-
-    Raises:
-        InputError: as `recommend`, a source that no set is made of, or too few mixes to fit a
-            surface to.
-    """
-    made, share = _weighted(results, weights, measure, method, sparsity)
-    return [best_of(cells, share, seed, together) for cells in made]
 
 
 def _weighted(

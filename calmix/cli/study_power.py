@@ -61,7 +61,7 @@ def power_command(
     if not found:
         raise InputError(
             f"power needs a set with two draws, and {study} has none: give the study file a second "
-            "seed, or run it with --until-apart"
+            "seed"
         )
     if as_json:
         print_json([asdict(one) | {"ratio": one.noise.ratio} for one in found])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,34 +130,14 @@ def recommend(
     method: Method = None,
     sparsity: Sparsity = None,
     measure: Measure = "primary",
-    top: Annotated[int | None, typer.Option(
-        show_default="5", help="Sets to list for each method and sparsity.")] = None,
-    unseen: Annotated[bool, typer.Option(
-        "--unseen", help="Propose a mix that was not run, by surfaces fitted to those that were.",
-    )] = False,
-    component: Annotated[list[str] | None, typer.Option(
-        metavar="NAME=SOURCE+SOURCE", show_default=False,
-        help="--unseen: look at the sum of these sources' shares alone (repeat).",
-    )] = None,
+    top: Annotated[int, typer.Option(help="Sets to list for each method and sparsity.")] = 5,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """The calibration set with the best expected weighted retention among those studied.
-
-    With --unseen, a mix of the same sources that was not studied; calmix study design writes
-    studies that it can be told from.
-    """
+    """The calibration set with the best expected weighted retention among those studied."""
     from calmix.analysis import recommend as best_of
     from calmix.report import words
 
     asked = parse_weights(weights)
-    if unseen:
-        if top is not None:
-            raise InputError("--top has no effect with --unseen, which proposes one mix")
-        _propose(study, asked, measure, method, sparsity, component or [], as_json)
-        return
-    if component:
-        raise InputError("--component has no effect without --unseen")
-    top = 5 if top is None else top
     if top < 1:
         raise InputError(f"at least 1 set must be listed, not {top}")
     found = best_of(
@@ -202,56 +181,6 @@ def recommend(
         f"brackets: 95 %, for other test items{' and calibration draws' if drawn else ''} "
         "(docs/analysis.md)"
     )
-
-
-def _propose(
-    study: Path,
-    weights: dict[str, float] | None,
-    measure: str,
-    method: str | None,
-    sparsity: str | None,
-    components: Sequence[str],
-    as_json: bool,
-) -> None:
-    from calmix.analysis import propose
-    from calmix.report import words
-    from calmix.study.design import parse_components
-
-    together = list(parse_components(components).values())
-    found = propose(
-        _results(study), weights, measure=_measure(measure), method=method, sparsity=sparsity,
-        together=together,
-    )  # fmt: skip
-    if as_json:
-        print_json([asdict(one) for one in found])
-        return
-    for one in found:
-        told = (
-            f"{one.condition}: predicted from all other sets, a set's retention is "
-            f"{words.percent(one.error)} points off; the mean of all is {words.percent(one.spread)}"
-        )
-        if one.flat:
-            _line(words.wrapped(f"{told}: how the mix matters is not seen, run more mixes"))
-            continue
-        _line(words.wrapped(told))
-        print_rows(
-            [
-                {"quantity": name, "surface": form, "expected %": words.with_span(kept)}
-                for name, kept, form in [
-                    ("weighted", one.retention, ""),
-                    *((name, kept, one.forms[name]) for name, kept in one.dimensions.items()),
-                ]
-            ],
-            as_json=False,
-            least=["surface"],
-        )
-        ahead = words.percent(one.gain.value)
-        _line(words.wrapped(
-            f"over {one.best}, the best that was run: {ahead} points "
-            f"{words.span(one.gain.low, one.gain.high)}. To confirm it, add this set to the study:"
-        ))  # fmt: skip
-        _line(f"  proposed: {one.text}")
-    _line("brackets: 95 %, for the next set of such a mix (docs/analysis.md)")
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:

@@ -23,11 +23,9 @@ from calmix.cli.common import (
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError, nearest
 from calmix.files import write_text
-from calmix.specs import ROWS
 
 if TYPE_CHECKING:
     from calmix.analysis.power import Reach
-    from calmix.study.apart import Standing
     from calmix.study.results import Trial
     from calmix.study.running import Execute
     from calmix.study.spec import Study
@@ -51,7 +49,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file i
 def register(study: typer.Typer) -> None:
     """Add the verbs to the sub-command."""
     study.command("init")(init_command)
-    study.command("design")(design_command)
     study.command("validate")(validate_command)
     study.command("plan")(plan_command)
     study.command("run")(run_command)
@@ -65,47 +62,6 @@ def init_command(path: NewPath, overwrite: Overwrite = False) -> None:
     template = resources.files("calmix.study").joinpath("template.yaml")
     write_text(path, template.read_text(encoding="utf-8"))
     err.print(f"wrote {path}: calmix study validate {path}", soft_wrap=True, highlight=False)
-
-
-def design_command(
-    path: NewPath,
-    components: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="COMPONENT...",
-            show_default=False,
-            help="Sources, or NAME=SOURCE+SOURCE for several in equal shares.",
-        ),
-    ],
-    mixes: Annotated[int, typer.Option(help="Mixes between the components.")] = 16,
-    without: Annotated[
-        bool, typer.Option("--without", help="Also the uniform mix of all components but one.")
-    ] = False,
-    rows: Annotated[int, typer.Option(help="Rows of a set.")] = ROWS,
-    model: Annotated[str, typer.Option(help="The model to prune.")] = "builtin:smollm2-135m",
-    method: Annotated[str, typer.Option(help="One of calmix methods ls.")] = "sparsegpt",
-    sparsity: Annotated[float, typer.Option(help="Share of weights to prune.")] = 0.6,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the mixes.")] = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a study of mixes over the simplex of some sources, to fit a surface to.
-
-    When it has run, calmix recommend --unseen proposes mixes that were not among them.
-    """
-    from calmix.study.design import design, parse_components, study_file
-    from calmix.study.spec import parse_study
-
-    _check_new(path, overwrite)
-    found = parse_components(components)
-    sets = design(found, mixes=mixes, rows=rows, without=without, seed=seed)
-    text = study_file(path.stem, sets, model=model, method=method, sparsity=sparsity, rows=rows)
-    if problems := parse_study(text, path).problems:
-        raise InputError(problems[0])
-    write_text(path, text)
-    err.print(
-        f"wrote {path} with {len(sets)} sets: calmix study plan {path}",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
 
 
 def _check_new(path: Path, overwrite: bool) -> None:
@@ -296,18 +252,6 @@ def run_command(
             help="Of another study: take what both ask for from it (repeat).",
         ),
     ] = None,
-    until_apart: Annotated[
-        float | None,
-        typer.Option(
-            show_default=False,
-            metavar="POINTS",
-            help="Then add draws until sets are told apart, or equal within so many points.",
-        ),
-    ] = None,
-    most_draws: Annotated[
-        int | None,
-        typer.Option(show_default="8", min=2, help="--until-apart: draws of a set at most."),
-    ] = None,
     executor: Annotated[
         str, typer.Option(help="local: in this process; ray: on a Ray cluster.")
     ] = "local",
@@ -349,8 +293,6 @@ def run_command(
     from calmix.study.running import Options, run_study
     from calmix.study.spec import load_study
 
-    if most_draws is not None and until_apart is None:
-        raise InputError("--most-draws has no effect without --until-apart")
     execute = _executor(
         executor,
         {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries},
@@ -359,16 +301,8 @@ def run_command(
     options = Options(device, trust_remote_code, allow_code_execution)
     how: dict[str, Any] = {"options": options, "only": only or (), "skip": skip or ()}
     how |= {"retry_failed": retry_failed, "reuse": reuse or (), "execute": execute}
-    standings: list[Standing] = []
     with Watch() as watch:
-        if until_apart is None:
-            kept, outcome = run_study(study, store, watch, **how)
-        else:
-            from calmix.study.apart import run_until_apart
-
-            kept, outcome, standings = run_until_apart(
-                study, store, watch, points=until_apart, most=most_draws, **how
-            )
+        kept, outcome = run_study(study, store, watch, **how)
     states = [kept.state(entry["id"]) for entry in kept.entries]
     told: dict[str, Any] = {
         "store": str(store),
@@ -377,8 +311,6 @@ def run_command(
         "failed": outcome.failed,
         "elsewhere": outcome.elsewhere,
     }
-    if until_apart is not None:
-        told["apart"] = [asdict(one) for one in standings]
     if as_json:
         print_json(told)
     else:
@@ -387,8 +319,6 @@ def run_command(
             soft_wrap=True,
             highlight=False,
         )
-        for one in standings:
-            out.print(one.line, soft_wrap=True, highlight=False, markup=False)
     for label, who in outcome.elsewhere.items():
         err.print(f"left to {who}: {label}", soft_wrap=True, highlight=False, markup=False)
     if outcome.failed:

@@ -18,8 +18,8 @@ from calmix.study.export import read_results, write_tables
 from calmix.study.planning import check_allocations, check_memory
 from calmix.study.results import Trial
 from calmix.study.spec import Study
-from calmix.study.store import Store, check_folder, claim_store, is_store, open_store
-from calmix.study.trials import Planned, Resolved, Resolver, extended, plan
+from calmix.study.store import Store, check_folder, claim_store, open_store
+from calmix.study.trials import Planned, Resolved, Resolver, plan
 
 
 class Observer(Protocol):
@@ -95,8 +95,7 @@ def run_study(
 ) -> tuple[Store, Outcome]:
     """Run what is left of a study and keep it in the store at `path`.
 
-    Finished trials are not run again, failed ones on request. Draws that were added to the study
-    in this store are asked for as those in its file are.
+    Finished trials are not run again, failed ones on request.
 
     Args:
         study: the study.
@@ -120,7 +119,7 @@ def run_study(
     check_folder(path)
     check_code(study.suite, options.allow_code_execution)
     resolver = Resolver(study)
-    planned = asked_trials(study, path)
+    planned = plan(study)
     resolved = [resolver.resolve(trial) for trial in planned]
     names: dict[str, str] = {}
     for trial in resolved:
@@ -146,12 +145,6 @@ def run_study(
         observer.note(note)
     write_tables(read_results(path), path)
     return store, outcome
-
-
-def asked_trials(study: Study, path: Path) -> list[Planned]:
-    """Return the trials of a study, with what was added to them in the store at `path`."""
-    added = open_store(path).added if is_store(path) else ()
-    return extended(plan(study), added)
 
 
 def chosen_trials(

@@ -1,7 +1,6 @@
 """The store: one folder a trial, named by the hash of its request, and what trials share.
 
-    STORE/store.json            the study as last run, and its trials in order; draws added to
-                                those of the study file, and the looks that led to them
+    STORE/store.json            the study as last run, and its trials in order
     STORE/trials/ID/            request.json with result.json, scores.json and pruning.json, or
                                 with error.json; checkpoint/ if the study keeps them
     STORE/calibration/ID/       a calibration set, and information.json
@@ -14,7 +13,7 @@ A trial's folder appears whole: it is written beside and renamed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,14 +26,13 @@ from calmix.files import atomic_folder, parse_json, sync, write_json
 from calmix.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
-from calmix.study.trials import Added, Condition, Resolved, differences
+from calmix.study.trials import Resolved, differences
 from calmix.yaml_files import first_problem
 
 KIND, FORMAT = "study store", 2  # 1 held no log-likelihoods
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 REMEDY = "run the study again after deleting it"  # of a record that is damaged
 SCORES = "scores.json"
-ADDITIONS = ("added", "looks", "most")  # in the index, of `Store.add`
 
 State = Literal["finished", "failed", "running", "pending"]
 
@@ -62,12 +60,6 @@ class _Entry(_Kept):
     set: _Id | None
 
 
-class _Look(_Kept):
-    condition: list[_Scalar]
-    of: int
-    seen: list[Any]
-
-
 class _SuiteRecord(_Kept):
     name: str
     version: int
@@ -79,8 +71,6 @@ class _Index(_Kept):
     text: str
     suite: _SuiteRecord
     trials: list[_Entry]
-    added: list[Annotated[tuple[list[_Scalar], str, int], Field(strict=False)]] = []
-    looks: list[_Look] = []
 
 
 class _Run(_Kept):
@@ -116,27 +106,6 @@ class Store:
     def entries(self) -> list[dict[str, Any]]:
         """The trials of the study as last run, in order: `id`, `label`, `calibration`, `set`."""
         return self.index["trials"]
-
-    @property
-    def ids(self) -> dict[tuple[Any, ...], str]:
-        """The trials' ids by key."""
-        return {tuple(entry["key"]): entry["id"] for entry in self.entries}
-
-    def unfinished(self, keys: Iterable[tuple[Any, ...]]) -> int:
-        """Return how many of these trials have neither finished nor failed."""
-        ids = self.ids
-        found = (ids.get(key) for key in keys)  # none where another runner has just added it
-        return sum(one is None or self.state(one) in ("pending", "running") for one in found)
-
-    @property
-    def added(self) -> list[Added]:
-        """The draws that were added to those of the study file, oldest first."""
-        return [(tuple(condition), *rest) for condition, *rest in self.index.get("added", ())]
-
-    @property
-    def looks(self) -> dict[Condition, dict[str, Any]]:
-        """The looks at each condition: `of`, the most there can be; `seen`, what each saw."""
-        return {tuple(one["condition"]): one for one in self.index.get("looks", ())}
 
     def trial(self, trial_id: str) -> Path:
         """Return a trial's folder."""
@@ -260,18 +229,8 @@ class Store:
                 f"the study has changed since '{entry['label']}' finished in {self.path} "
                 f"({what}): undo the change, give it another name, or name another store"
             )
-        kept = {key: self.index[key] for key in ADDITIONS if key in self.index}
-        self._write(_index(study, resolved) | kept)
-
-    def add(self, added: Sequence[Added], looks: Sequence[dict[str, Any]], most: int) -> None:
-        """Keep what a round of looks has found, and the draws it asks for; `most` of a set.
-
-        The study's trials have them once the store is claimed again.
-        """
-        fresh = open_store(self.path)  # another runner may have looked, and found the same
-        everything = list(dict.fromkeys([*fresh.added, *added]))
-        seen = list((fresh.looks | {tuple(one["condition"]): one for one in looks}).values())
-        self._write(fresh.index | {"added": everything, "looks": seen, "most": most})
+        self.index = _index(study, resolved)
+        write_json(self.path / INDEX, self.index)
 
     def take(self, other: Store) -> int:
         """Copy what another store has of this study, and return how many trials that were.
@@ -322,10 +281,6 @@ class Store:
             return True
         finally:
             lock.release()
-
-    def _write(self, index: dict[str, Any]) -> None:
-        self.index = index
-        write_json(self.path / INDEX, index)
 
 
 def is_store(path: Path) -> bool:

@@ -7,7 +7,7 @@ are no part of it; they are recorded with every result, and a mix of them is ann
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -46,7 +46,6 @@ FORMAT = 1  # of the request; raised when the same request would give another ou
 
 Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
 Key = tuple[Any, ...]  # what tells the trials of one study apart
-Added = tuple[Condition, str, int]  # a trial beyond the study file: condition, set, seed
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,6 @@ class Planned:
         )  # fmt: skip
 
     @property
-    def redrawable(self) -> bool:
-        """Whether another seed gives another draw; a saved set is what it is."""
-        return self.draw is not None and "seed" in self.draw.options
-
-    def redrawn(self, seed: int) -> Planned:
-        """Return the same trial with another draw of its set."""
-        assert self.draw is not None
-        options = self.draw.options | {"seed": seed}
-        return replace(self, draw=replace(self.draw, options=options, seed=seed))
-
-    @property
     def label(self) -> str:
         """The trial in a few words, which no other trial of its study has."""
         named = self.named or f"{self.way} {self.pattern}"
@@ -180,21 +168,6 @@ def plan(study: Study) -> list[Planned]:
     trials = [trial for alike in found.values() for trial in alike.values()]
     names = condition_names(dict.fromkeys(trial.condition for trial in trials))
     return [replace(trial, named=names[trial.condition]) for trial in trials]
-
-
-def extended(planned: Sequence[Planned], added: Iterable[Added]) -> list[Planned]:
-    """Return trials and, after them, those that were added to them: further draws of a set.
-
-    Draws of a set and condition that is no longer planned are left out.
-    """
-    found = {trial.key: trial for trial in planned}
-    likes = {(trial.condition, trial.calibration): trial for trial in planned}
-    for condition, calibration, seed in added:
-        like = likes.get((condition, calibration))
-        if like is not None and like.redrawable:
-            trial = like.redrawn(seed)
-            found.setdefault(trial.key, trial)
-    return list(found.values())
 
 
 def condition_names(conditions: Collection[Condition]) -> dict[Condition, str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from calmix.study.design import design
 from tests.conftest import Ended
 from tests.synthetic import failed, full_plan, save, study, trial
 
@@ -76,41 +74,6 @@ def test_recommend_names_the_best_and_its_doubt(calmix: Run, tmp_path: Path) -> 
     assert "no other set than coder: " in calmix("recommend", alone).out
 
 
-def test_recommend_proposes_a_mix_that_was_not_run(calmix: Run, tmp_path: Path) -> None:
-    sets = design({"stories": ["stories"], "code": ["python-stdlib"]}, mixes=6, rows=64)
-    trials = []
-    for name, rows in sets.items():
-        mix = {source: count / 64 for source, count in rows.items()}
-        code = mix.get("python-stdlib", 0.0)
-        kept = {"general": 0.8 - 0.5 * code**2, "code": 0.8 - 0.6 * (1 - code) ** 2}
-        trials.append(trial(name, "mix" if len(mix) > 1 else "single", "sparsegpt", "60%", 0,
-                            kept, mix=mix))  # fmt: skip
-    folder = save(study(full_plan(), trials=tuple(trials)), tmp_path / "design")
-    ended = calmix("recommend", folder, "--unseen")
-    assert ended.code == 0, ended.err
-    assert max(len(line) for line in ended.out.splitlines() if ":0." not in line) <= 80
-    text = " ".join(ended.out.split())
-    assert "SparseGPT 60%: predicted from all other sets, a set's retention is " in text
-    found = re.search(r"proposed: (\S+)", ended.out)
-    assert found is not None
-    shares = dict(part.split(":") for part in found.group(1).split(","))
-    assert 0.45 < float(shares["python-stdlib"]) < 0.65
-    told = json.loads(calmix("recommend", folder, "--unseen", "--weights", "code=1", "--json").out)
-    assert told[0]["mix"]["python-stdlib"] > 0.9
-    again = json.loads(calmix("recommend", folder, "--unseen", "--weights", "code=1", "--json",
-                              "--component", "python=python-stdlib").out)  # fmt: skip
-    assert again[0]["mix"] == told[0]["mix"]
-    for given, words in [
-        (("--component", "stories"), "--component has no effect without --unseen"),
-        (("--unseen", "--component", "code=a+"), "a component is SOURCE or NAME=SOURCE+SOURCE"),
-        (("--unseen", "--component", "code=a+a"), "source a is named twice"),
-        (("--unseen", "--component", "code=a+b"), "no set is made of 'a'"),
-        (("--unseen", "--component", "all=stories+python-stdlib"), "0 of them mixes, are too few"),
-    ]:
-        ended = calmix("recommend", folder, *given)
-        assert (ended.code, words in ended.line) == (2, True), ended.line
-
-
 def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> None:
     nothing = study(full_plan(seeds=(0,)), trials=(), failed=(failed("x"),))
     empty = save(nothing, tmp_path / "empty")
@@ -138,8 +101,6 @@ def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> Non
         (("recommend", folder, "--weights", "code"), "NAME=NUMBER"),
         (("recommend", folder, "--weights", "code=1,code=2"), "given twice"),
         (("recommend", folder, "--top", "0"), "at least 1 set"),
-        (("recommend", folder, "--unseen"), "are too few for a surface"),
-        (("recommend", folder, "--unseen", "--top", "3"), "--top has no effect with --unseen"),
         (("recommend", folder, "--measure", "raw"), "the measure is primary"),
         (("recommend", folder, "--method", "gptq"), "no finished trial has the method"),
     ]:

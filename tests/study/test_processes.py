@@ -11,17 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from calmix.errors import InputError
-from calmix.study import apart, load_study, run_study
+from calmix.study import load_study, run_study
 from calmix.study.bench import Bench
 from calmix.study.cluster import Cluster, _Run, on_ray, places, room
 from calmix.study.planning import PROGRAM, host_memory, sizes_of_model, trial_memory
 from calmix.study.running import Options
-from calmix.study.store import Store, open_store
-from calmix.study.trials import Planned, plan
+from calmix.study.store import open_store
+from calmix.study.trials import plan
 from tests.forks import command, run, start, stopped, wait
 from tests.study.test_running import Recorder
 from tests.study.worker import write_study
@@ -213,32 +212,3 @@ def test_an_address_nobody_answers_at(address: str, says: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(InputError, match=says):
         on_ray(Cluster(address))
-
-
-@pytest.mark.long
-@pytest.mark.real
-def test_draws_are_added_on_ray_as_here(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    study = load_study(write_study(tmp_path, tiny_folder))
-    real = apart.totals
-
-    def totals(store: Store, asked: dict[str, list[Planned]]) -> Any:
-        """The tiny model has nothing to keep: as if each draw were a point better."""
-        values = np.array([[0.01 * trial.seed for trial in own] for own in asked.values()])
-        return list(asked), values, real(store, asked)[2]
-
-    monkeypatch.setattr(apart, "totals", totals)
-    seen = {}
-    for name, execute in {"here": None, "ray": on_ray(Cluster(workers=2))}.items():
-        seen[name] = Recorder()
-        apart.run_until_apart(
-            study, tmp_path / name, seen[name], points=0.5, most=2, execute=execute
-        )
-    assert [note for note in seen["ray"].notes if note.startswith("one more draw")]
-    assert seen["ray"].notes == seen["here"].notes
-    for name in TABLES:
-        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

@@ -50,44 +50,6 @@ def test_the_file_to_start_from_is_a_study(calmix: Callable[..., Any], tmp_path:
     assert "name a .yaml file" in calmix("study", "init", tmp_path / "mine.txt").line
 
 
-def test_a_design_is_a_study_over_a_simplex(calmix: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "mixes.yaml"
-    write = ("study", "design", path, "prose=stories+encyclopedia", "python-stdlib", "algebra")
-    ended = calmix(*write, "--mixes", 4, "--rows", 60, "--without")
-    assert ended.code == 0, ended.err
-    assert "wrote " in ended.err
-    study = load_study(path)
-    assert list(study.calibrations) == [
-        "prose", "python-stdlib", "algebra", "uniform", "without-prose", "without-python-stdlib",
-        "without-algebra", "mix-01", "mix-02", "mix-03", "mix-04",
-    ]  # fmt: skip
-    rows = {name: one.mix for name, one in study.calibrations.items() if one.mix}
-    assert all(sum(mix.values()) == 60 for mix in rows.values())
-    assert rows["uniform"] == {
-        "stories": 10, "encyclopedia": 10, "python-stdlib": 20, "algebra": 20,
-    }  # fmt: skip
-    assert rows["without-prose"] == {"python-stdlib": 30, "algebra": 30}
-    text = path.read_text(encoding="utf-8")
-    assert calmix(*write, "--mixes", 4, "--rows", 60, "--without", "--overwrite").code == 0
-    assert path.read_text(encoding="utf-8") == text
-    other = (*write[:2], tmp_path / "a.yaml")
-    for arguments, words in [
-        (write, "exists"),
-        ((*other, "algebra"), "takes two components"),
-        ((*other, "algebra", "x=algebra"), "source algebra is named twice"),
-        ((*other, "algebra", "storeis"), "did you mean stories"),
-        ((*other, "algebra", "x="), "not 'x='"),
-        ((*other, *write[3:], "--rows", 2), "2 rows do not give each of 3"),
-        ((*other, *write[3:], "--mixes", 0), "at least 1 mix"),
-        ((*other, *write[3:], "--method", "wnada"), "did you mean wanda"),
-        ((*other, *write[3:], "--sparsity", 1.5), "sparsegpt"),
-    ]:  # fmt: skip
-        ended = calmix(*arguments)
-        assert ended.code == 2
-        assert words in ended.line
-    assert not (tmp_path / "a.yaml").exists()
-
-
 def test_a_plan_in_words_and_as_json(calmix: Callable[..., Any], tiny_study: Write) -> None:
     path = tiny_study()
     ended = calmix("study", "plan", path)
