@@ -54,6 +54,31 @@ def cores() -> int:
     return max(1, min([own, *(math.ceil(quota) for quota in _quotas())]))
 
 
+def device_memory(device: torch.device) -> tuple[int, int, int | None]:
+    """Return the bytes this process holds where it works, those it may take, and all there are.
+
+    The last is None where what does not fit is swapped. What an allocator keeps of freed memory
+    may be taken.
+    """
+    import torch
+
+    if device.type not in ("cuda", "xpu"):
+        return psutil.Process().memory_info().rss, free_memory(), None
+    backend = torch.get_device_module(device)
+    free, total = backend.mem_get_info(device)
+    held = backend.memory_allocated(device)
+    return held, free + backend.memory_reserved(device) - held, total
+
+
+def mark(device: torch.device, *, timed: bool = False) -> torch.Event:
+    """Return an event in a device's own queue of work, whichever device is the current one."""
+    import torch
+
+    event = torch.Event(device, enable_timing=timed)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
 def tokens_at_once(device: torch.device) -> int:
     """Return how many tokens run through a block at a time where nothing else is asked for."""
     return MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -98,6 +99,28 @@ def test_without_limits_the_host_counts(groups, own, files):
     assert machine.total_memory() == total
     assert 0 < machine.free_memory() <= total
     assert machine.cores() == affinity
+
+
+def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch):
+    told = {"mem_get_info": (50, 200), "memory_allocated": 30, "memory_reserved": 70}
+
+    def backend(device):
+        assert device == torch.device("cuda", 1)
+
+        def answer(key):
+            def asked(which):
+                assert which == device
+                return told[key]
+
+            return asked
+
+        return SimpleNamespace(**{key: answer(key) for key in told})
+
+    monkeypatch.setattr(torch, "get_device_module", backend)
+    assert machine.device_memory(torch.device("cuda", 1)) == (30, 90, 200)
+    held, free, total = machine.device_memory(torch.device("cpu"))
+    assert 0 < held < free + held
+    assert total is None
 
 
 def test_cores_are_those_the_process_may_run_on(groups, monkeypatch):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calmix.machine import mark
+
 Number = float | Tensor  # a tensor of no dimensions, which the host has not read yet
 
 _kept = threading.local()
@@ -109,9 +111,7 @@ class Laps:
     def _mark(self) -> Any:
         if self._device is None:
             return time.perf_counter()
-        mark = torch.Event(self._device, enable_timing=True)
-        mark.record()
-        return mark
+        return mark(self._device, timed=True)
 
     def read(self, seconds: MutableMapping[str, float]) -> None:
         """Add what was counted, and begin anew."""

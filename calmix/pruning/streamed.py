@@ -14,12 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import psutil
-import torch
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.machine import free_memory, tokens_at_once
+from calmix.machine import device_memory, free_memory, tokens_at_once
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import WeightSource
 from calmix.pruning import sharing
@@ -138,17 +136,6 @@ def room_for(source: WeightSource, plan: Plan, runs: int = 1) -> Room:
     if source.device.type in ("cuda", "xpu"):
         host = int(HOST_SHARE * free_memory()) // sharing.here()
     return Room(plan.states // runs, host // runs)
-
-
-def device_memory(device: torch.device) -> tuple[int, int, int | None]:
-    """Return bytes this process holds where it works, bytes free, and all there are.
-
-    Of the last a CPU's is None: what does not fit is swapped.
-    """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return torch.cuda.memory_allocated(device), free, total
-    return psutil.Process().memory_info().rss, free_memory(), None
 
 
 def prepare_files(source: WeightSource, work: WorkFolder) -> None:

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import CalmixError, InputError
-from calmix.machine import free_memory, give_memory_back
+from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import asked_record, versions
 from calmix.models import open_model
 from calmix.models.opening import device_of
@@ -189,11 +188,7 @@ class Job:
             InputError: more is needed than the user allows.
         """
         give_memory_back()
-        if self.device.type == "cuda":
-            held = torch.cuda.memory_allocated(self.device)
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            held, free = psutil.Process().memory_info().rss, free_memory()
+        held, free, _ = device_memory(self.device)
         held += more
         rows = rows_at_once(self.request.batch // self.processes, length)
         room = int(ROOM * free) // self.processes

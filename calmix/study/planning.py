@@ -16,11 +16,11 @@ from calmix.capability.tasks import load_items, preamble
 from calmix.capability.texts import LENGTH, ROWS, builtin_readers
 from calmix.errors import InputError
 from calmix.files import user_path
+from calmix.machine import device_memory
 from calmix.models import resolve_model
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning.allocation import SPREAD, from_shares
 from calmix.pruning.methods import get_method
-from calmix.pruning.streamed import device_memory
 from calmix.specs import recovery_of
 from calmix.study import cost
 from calmix.study.cost import Cost, Machine, Sizes, SuiteWork

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from calmix.machine import total_memory
+from calmix.machine import device_memory, total_memory
 from calmix.models.attention import attention
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision, large_products, rounded, rounded_product
@@ -66,11 +66,9 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         large = torch.zeros(64_000_000, dtype=torch.float32, device=target)
         memory = large.numel() * 4 / seconds(lambda: large.sum(), target)
         step = _step(cached, target, generator)
-    total = total_memory()
-    if target.type == "cuda":
-        total = torch.cuda.get_device_properties(target).total_memory
+    named = getattr(torch.get_device_module(target), "get_device_name", lambda _: "this machine")
     return Machine(
-        name="this machine" if target.type == "cpu" else torch.cuda.get_device_name(target),
+        name=named(target),
         forward_flops=forward,
         attention_flops=attention,
         gram_flops=gram_rate,
@@ -80,7 +78,7 @@ def probe(sizes: Sizes, device: str = "auto") -> Machine:
         step_seconds=step,
         cached_bytes=cached,
         memory_bytes=memory,
-        memory=total,
+        memory=device_memory(target)[2] or total_memory(),
         device="cuda" if target.type == "cuda" else "cpu",
     )
 
@@ -126,7 +124,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     while time.perf_counter() - began < SECONDS or len(taken) < 3:
         at = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         taken.append(time.perf_counter() - at)
     return statistics.median(taken)

@@ -89,8 +89,10 @@ class Mark:
 
     def __init__(self, device, enable_timing):
         assert enable_timing
+        self.device = device
 
-    def record(self):
+    def record(self, queue):
+        assert queue == ("queue of", self.device)
         Mark.made += 1
         self.at = Mark.made
 
@@ -98,10 +100,11 @@ class Mark:
         return 1000.0 * (other.at - self.at)
 
 
-def test_seconds_are_those_of_the_device(monkeypatch):
+def test_seconds_are_those_of_the_device_at_work(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: ("queue of", device))
     monkeypatch.setattr(torch, "Event", Mark)
-    laps, seconds = Laps(torch.device("cuda")), {"solve": 0.5, "statistics": 0.0}
+    laps, seconds = Laps(torch.device("cuda", 1)), {"solve": 0.5, "statistics": 0.0}
     with laps.lap("solve"), laps.lap("statistics"):
         pass
     laps.read(seconds)

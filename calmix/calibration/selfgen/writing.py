@@ -21,7 +21,7 @@ from torch import Tensor
 from calmix.calibration.selfgen.sampling import Sampling, draw, penalised
 from calmix.errors import InputError
 from calmix.files import cache_dir, hidden, sha256_json
-from calmix.machine import free_memory
+from calmix.machine import device_memory
 from calmix.manifest import versions
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
@@ -316,10 +316,7 @@ def _room(opened: OpenModel, length: int) -> int:
     cache = 2 * layers * shared * head * length * parameter.element_size()
     widest = 2 * heads * head * length * parameter.element_size()
     logits = 6 * 4 * int(config.vocab_size)
-    if parameter.device.type == "cuda":
-        free = torch.cuda.mem_get_info(parameter.device)[0]
-    else:
-        free = free_memory()
+    _, free, _ = device_memory(parameter.device)
     return int(MEMORY_SHARE * free / (1.5 * cache + widest + logits))
 
 
