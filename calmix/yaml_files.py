@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from calmix.errors import InputError, nearest
 
 LARGEST = 500_000  # characters of a file: PyYAML takes seconds for so many
 MOST_NODES = 200_000  # values, aliases written out
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 class _Strict(yaml.SafeLoader):
@@ -107,6 +109,35 @@ def parse_yaml(text: str, where: str) -> YamlText:
     if not isinstance(value, dict) or node is None:
         raise InputError(f"{where} holds no mapping of names to values")
     return YamlText(where, text, value, node)
+
+
+def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
+    """Return what YAML text describes, checked by a pydantic model.
+
+    Raises:
+        InputError: the first mistake, as `WHERE line N: key: what is wrong`.
+    """
+    yaml_text = parse_yaml(text, where)
+    try:
+        return model.model_validate(yaml_text.value)
+    except ValidationError as error:
+        # A misspelt key is also a missing one; the misspelling says more.
+        known = _names(model)
+        lines = yaml_text.problems(error, lambda path: known)
+        raise InputError(next((x for x in lines if ": unknown key" in x), lines[0])) from None
+
+
+def _names(model: Any) -> set[str]:
+    """Return the names of all fields of a model and of those its fields hold."""
+    found: set[str] = set()
+    for part in (model, *typing.get_args(model)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            found |= set(part.model_fields)
+            for field in part.model_fields.values():
+                found |= _names(field.annotation)
+        elif part is not model:
+            found |= _names(part)
+    return found
 
 
 def compose(text: str, where: str) -> yaml.Node | None:

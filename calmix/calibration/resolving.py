@@ -356,5 +356,6 @@ def suite_items(suite: str) -> list[Item]:
         AssetError: the suite's archive is missing and cannot be fetched.
     """
     from calmix.capability.suites import load_suite
+    from calmix.capability.tasks import suite_items as items_of
 
-    return [(item.task, item.id, item.text) for item in load_suite(suite).items()]
+    return list(items_of(load_suite(suite)))

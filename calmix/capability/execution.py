@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import secrets
 import signal
@@ -20,8 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from calmix.errors import InputError
 from calmix.machine import cores
@@ -103,8 +101,7 @@ write(report, token.encode())
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a program ended: `passed` if it ran to its end, else `reason` in a few words."""
 
     passed: bool
@@ -112,7 +109,7 @@ class Outcome:
 
 
 def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
-    """Run a Python program and tell whether it ran to its end without an error.
+    """Run a Python program and say whether it ran to its end without an error.
 
     Args:
         source: the program's text.
@@ -120,118 +117,75 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
         memory: bytes of address space.
     """
     token = secrets.token_hex(16)
-    # What the program prints is nobody's business: only the token counts.
-    reading, writing = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="calmix-run-", ignore_cleanup_errors=True) as folder:
+    reading, writing = os.pipe()  # what the program prints is lost: only the token counts
+    command = [sys.executable, "-I", "-c", CHILD, str(seconds), str(memory), str(writing)]
+    with (
+        os.fdopen(reading, "rb", buffering=0) as report,
+        tempfile.TemporaryDirectory(prefix="calmix-run-", ignore_cleanup_errors=True) as folder,
+    ):
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", CHILD, str(seconds), str(memory), str(writing)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                cwd=folder,
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                cwd=folder, pass_fds=[writing], start_new_session=True,
                 env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-                pass_fds=[writing],
-                start_new_session=True,
-            )
+            )  # fmt: skip
         finally:
             os.close(writing)
-        try:
-            with process:
+        with process:
+            try:
                 raw = f"{token}\n{source}".encode("utf-8", "surrogatepass")
-                try:
-                    _, errors = process.communicate(raw, timeout=seconds)
-                except subprocess.TimeoutExpired:
-                    return Outcome(False, f"still running after {seconds:g} s")
-                finally:
-                    _kill_group(process)
-            said = os.read(reading, 64).decode(errors="replace").strip()
-        finally:
-            os.close(reading)
-    if said == token:
-        return Outcome(True, "passed")
-    return Outcome(False, _reason(process.returncode, errors[-2000:].decode(errors="replace")))
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _reason(code: int, errors: str) -> str:
+                _, errors = process.communicate(raw, timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, f"still running after {seconds:g} s")
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        if report.read(64).decode(errors="replace").strip() == token:
+            return Outcome(True, "passed")
+    code, lines = process.returncode, errors[-2000:].decode(errors="replace").strip().splitlines()
     if code == 13:
-        return "tried to write a file, start a process or use the network"
+        return Outcome(False, "tried to write a file, start a process or use the network")
     if code < 0:
-        return f"ended by signal {signal.Signals(-code).name}"
-    lines = errors.strip().splitlines()
-    if code and lines:
-        return lines[-1][:200]
-    return f"left early with exit code {code}"
+        return Outcome(False, f"ended by signal {signal.Signals(-code).name}")
+    early = f"left early with exit code {code}"
+    return Outcome(False, lines[-1][:200] if code and lines else early)
 
 
 @functools.cache
 def check_sandbox() -> None:
-    """Make sure that a right program passes here and a wrong one fails.
-
-    Raises:
-        InputError: the limits do not work on this system, and why.
-    """
+    """Refuse, with an `InputError`, where a right program fails or a wrong one passes."""
     if os.name != "posix":
         raise InputError("generated code can be run on Linux and macOS only")
     right = run_program("import math, collections\nassert math.gcd(4, 6) == 2\n")
-    wrong = run_program("assert 1 == 2\n")
-    if not right.passed or wrong.passed:
+    if not right.passed or run_program("assert 1 == 2\n").passed:
         raise InputError(f"generated code cannot be run here: {right.reason}")
+
+
+def run_programs(sources: Sequence[str], *, seconds: float = SECONDS) -> list[Outcome]:
+    """Run several programs, as many at a time as there are cores (at most four)."""
+    check_sandbox()
+    with ThreadPoolExecutor(min(4, cores())) as pool:
+        return list(pool.map(lambda source: run_program(source, seconds=seconds), sources))
 
 
 class CodeEval:
     """Stands in for the `code_eval` metric of the `evaluate` package, in our own subprocess."""
 
     def compute(
-        self,
-        *,
-        references: Sequence[str],
-        predictions: Sequence[Sequence[str]],
-        k: Sequence[int] = (1, 10, 100),
-        timeout: float = SECONDS,
-        num_workers: int | None = None,
-    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """Return pass@k over problems and each candidate's outcome.
-
-        pass@k is the unbiased estimate of arXiv 2107.03374, section 2.1; it is left out for a
-        k larger than some problem's number of candidates.
-        """
-        check_sandbox()
+        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], **_: Any
+    ) -> tuple[dict[str, float], dict[int, Any]]:
+        """Return pass@1, the share of each problem's candidates that pass, over problems."""
         jobs = [
-            (problem, number, f"{candidate}\n{test}\n")
-            for problem, (test, candidates) in enumerate(zip(references, predictions, strict=True))
-            for number, candidate in enumerate(candidates)
+            (problem, f"{candidate}\n{test}\n")
+            for problem, (test, tried) in enumerate(zip(references, predictions, strict=True))
+            for candidate in tried
         ]
-        with ThreadPoolExecutor(num_workers or min(4, cores())) as pool:
-            outcomes = list(pool.map(lambda job: run_program(job[2], seconds=timeout), jobs))
-        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for (problem, number, _), outcome in zip(jobs, outcomes, strict=True):
-            detail = {
-                "task_id": problem,
-                "completion_id": number,
-                "passed": outcome.passed,
-                "result": outcome.reason,
-            }
-            results.setdefault(problem, []).append((number, detail))
-        tried = {problem: len(rows) for problem, rows in results.items()}
-        right = {p: sum(row["passed"] for _, row in rows) for p, rows in results.items()}
-        return {
-            f"pass@{n}": sum(pass_at_k(tried[p], right[p], n) for p in tried) / len(tried)
-            for n in k
-            if tried and min(tried.values()) >= n
-        }, results
-
-
-def pass_at_k(tried: int, right: int, k: int) -> float:
-    """Return the chance that one of k candidates is right (arXiv 2107.03374, equation 1)."""
-    if tried - right < k:
-        return 1.0
-    return 1.0 - math.comb(tried - right, k) / math.comb(tried, k)
+        results: dict[int, list[Any]] = {}
+        outcomes = run_programs([text for _, text in jobs])
+        for (problem, _), outcome in zip(jobs, outcomes, strict=True):
+            results.setdefault(problem, []).append(outcome)
+        shares = [sum(one.passed for one in rows) / len(rows) for rows in results.values()]
+        return {"pass@1": sum(shares) / len(shares)} if shares else {}, results
 
 
 @contextlib.contextmanager

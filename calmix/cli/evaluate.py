@@ -122,7 +122,7 @@ def evaluate_command(
     """Score a model on a suite, and with --against say what it has kept, with intervals."""
     from calmix.capability import evaluate as capability
     from calmix.capability.distance import distance, reference
-    from calmix.capability.scores import check_suite, load_scores
+    from calmix.capability.scores import check_same_suite, describe, load_scores
     from calmix.capability.texts import builtin_readers, parse_texts, texts
     from calmix.models import OpenModel, open_model
 
@@ -162,7 +162,7 @@ def evaluate_command(
     held: dict[str, Any] = {}
     if against is not None and saved:
         dense = load_scores(Path(against).expanduser())
-        check_suite(dense, chosen)
+        check_same_suite(describe(chosen), dense.suite)
         dense.retention(dense, measure=judged, resamples=1)
     elif against is not None:
         whole = opened(against)

@@ -17,7 +17,7 @@ from calmix.capability.evaluate import evaluate
 from calmix.capability.records import TaskScores
 from calmix.capability.scores import CapabilityScores, describe, load_scores
 from calmix.capability.suites import Suite, load_suite, parse_suite
-from calmix.capability.tasks import load_items
+from calmix.capability.tasks import load_items, suite_items
 from calmix.errors import InputError
 from calmix.models import OpenModel, open_model
 from tests.capability.archive import suite_text, use_archive
@@ -124,11 +124,11 @@ def test_scores_survive_the_disk(suite: Suite, tiny: OpenModel, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is no JSON file"),
-        ("[]", "holds no scores"),
+        ("{", "it is no JSON"),
+        ("[]", "holds no JSON object"),
         ('{"kind": "other"}', "holds no scores"),
         ('{"kind": "capability scores", "format": 99}', "in format 99, not 2"),
-        ('{"kind": "capability scores", "format": 1}', "is damaged"),
+        ('{"kind": "capability scores", "format": 1}', "in format 1, not 2"),
         ('{"kind": "capability scores", "format": 2, "tasks": [{"name": "a"}]}', "is damaged"),
     ],
 )
@@ -139,28 +139,6 @@ def test_files_that_are_no_scores(tmp_path: Path, content: str, says: str) -> No
         load_scores(path)
     with pytest.raises(InputError, match="there is no file"):
         load_scores(tmp_path / "none.json")
-
-
-OLD = {
-    "kind": "capability scores", "format": 1, "model": "m", "fingerprint": "f", "dtype": "float32",
-    "suite": {"name": "s", "version": 1, "hash": "h"},
-    "tasks": [
-        {"name": "a", "dimension": "d", "metric": "acc", "kind": "accuracy", "chance": 0.0,
-         "items": ["1", "2"], "values": [1.0, 1.0], "bytes": []},
-        {"name": "b", "dimension": "d", "metric": "bits_per_byte", "kind": "bits_per_byte",
-         "chance": 0.0, "items": ["1"], "values": [2.5], "bytes": [4]},
-    ],
-}  # fmt: skip
-
-
-def test_a_file_of_the_first_format_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text(json.dumps(OLD), encoding="utf-8")
-    old = load_scores(tmp_path / "old.json")
-    assert old.retention(old, measure="accuracy", resamples=10).total.value == 1.0
-    with pytest.raises(
-        InputError, match=r"task a hold no log-likelihoods, which its probability needs"
-    ):
-        old.retention(old, measure="primary")
 
 
 def test_dense_scores_are_kept_by_model_suite_and_dtype(
@@ -292,8 +270,8 @@ def test_a_task_of_the_harness_on_its_own_data(
     assert len(asked) == 1
     assert scores.tasks[0].items == ("piqa/0", "piqa/2", "piqa/6")
     assert scores.tasks[0].chance == 0.5
-    assert [item.id for item in mine.items()] == ["piqa/0", "piqa/2", "piqa/6"]
-    assert "goal 2" in next(item.text for item in mine.items() if item.id == "piqa/2")
+    assert [identifier for _, identifier, _ in suite_items(mine)] == ["piqa/0", "piqa/2", "piqa/6"]
+    assert "goal 2" in next(text for _, name, text in suite_items(mine) if name == "piqa/2")
     wrong = parse_suite(text.replace("acc_norm", "exact_match"), "mine")
     with pytest.raises(InputError, match=r"task physical has no metric 'exact_match' \(has: acc"):
         evaluate(tiny, wrong)

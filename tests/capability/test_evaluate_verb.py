@@ -122,7 +122,7 @@ def test_retention_against_saved_scores(
     ("arguments", "says"),
     [
         (("--suite", "offlin"), "unknown suite 'offlin': did you mean offline"),
-        (("--suite", "none.yaml"), "there is no suite file none.yaml"),
+        (("--suite", "none.yaml"), "there is no file none.yaml"),
         (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
         (("--task", "gsm"), "no task 'gsm': did you mean gsm8k"),
         (("--dimension", "code", "--task", "gsm8k"), "none of the tasks gsm8k belongs to code"),

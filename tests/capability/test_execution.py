@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from calmix.capability import execution
-from calmix.capability.execution import (
-    CodeEval,
-    check_sandbox,
-    code_eval_in_sandbox,
-    pass_at_k,
-    run_program,
-)
+from calmix.capability.execution import CodeEval, check_sandbox, code_eval_in_sandbox, run_program
 
 
 def test_programs_run_at_once_as_the_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +101,6 @@ def test_the_sandbox_checks_itself() -> None:
     check_sandbox()
 
 
-def test_pass_at_k_is_the_papers_estimate() -> None:
-    assert pass_at_k(1, 1, 1) == 1.0
-    assert pass_at_k(1, 0, 1) == 0.0
-    assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
-    assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
-
-
 def test_code_eval_has_the_metrics_interface() -> None:
     scores, results = CodeEval().compute(
         references=["assert add(2, 3) == 5", "assert twice(2) == 4"],
@@ -121,10 +108,10 @@ def test_code_eval_has_the_metrics_interface() -> None:
             ["def add(a, b): return a + b", "def add(a, b): return a * b"],
             ["def twice(x): return x + x", "import sys\nsys.exit(0)"],
         ],
-        k=[1, 2, 3],
+        k=[1],
     )
-    assert scores == {"pass@1": 0.5, "pass@2": 1.0}
-    assert [[row["passed"] for _, row in rows] for rows in results.values()] == [[True, False]] * 2
+    assert scores == {"pass@1": 0.5}
+    assert [[one.passed for one in rows] for rows in results.values()] == [[True, False]] * 2
 
 
 def test_the_harness_gets_our_metric_and_only_while_loading() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.capability.measures import Measure, Parts, mean_score, noise, parts
-from calmix.capability.records import TaskScores, from_mapping
+from calmix.capability.records import TaskScores
 from calmix.capability.retention import (
     TaskRetention,
     column_means,
@@ -169,14 +169,6 @@ def test_other_tasks_or_items_are_refused() -> None:
             retention(dense, pruned)
     with pytest.raises(InputError, match=r"different items of task quiz \(10 and 20\)"):
         retention([right(5, 10)], [right(5, 20)])
-
-
-def test_scores_survive_json() -> None:
-    import dataclasses
-    import json
-
-    for task in suite(0):
-        assert from_mapping(json.loads(json.dumps(dataclasses.asdict(task)))) == task
 
 
 @pytest.mark.parametrize(

