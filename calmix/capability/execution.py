@@ -172,7 +172,7 @@ class CodeEval:
     """Stands in for the `code_eval` metric of the `evaluate` package, in our own subprocess."""
 
     def compute(
-        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], **_: Any
+        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], **how: Any
     ) -> tuple[dict[str, float], dict[int, Any]]:
         """Return pass@1, the share of each problem's candidates that pass, over problems."""
         jobs = [
