@@ -100,6 +100,18 @@ def tiny_config(kind: str) -> Any:
         wanted |= {"n_layer": 2, "n_head": 4}
     if kind == "opt":
         wanted |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
+    if kind == "mamba2":  # whose blocks return float32
+        wanted |= {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
+    if kind == "gemma3n_text":  # four streams between its blocks
+        wanted |= {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [64] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+        }
     known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
     return AutoConfig.for_model(kind, **{k: v for k, v in wanted.items() if k in known})
 
@@ -114,6 +126,8 @@ def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            elif kind == "gemma3n_text" and not parameter.any():  # nothing would come through
+                parameter.fill_(0.5)
     return model.requires_grad_(False)
 
 

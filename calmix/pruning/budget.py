@@ -43,7 +43,7 @@ class Sizes:
         layers: (outputs, inputs) of the linear maps of one block, experts apart.
         experts: those of one expert, of one of each mixture; `expert_count` has how many are like
             it.
-        hidden: width of the residual stream.
+        hidden: values a token between two blocks, each of `value_bytes`.
         rows, length: calibration rows and their tokens; 0 without calibration.
         value_bytes: bytes of a weight and of an activation.
         methods: of all targets.

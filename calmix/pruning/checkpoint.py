@@ -32,6 +32,7 @@ from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
 from calmix.pruning.dropping import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.engine import Patterns, check_pattern, expert_tokens
+from calmix.pruning.layout import token_bytes
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
 from calmix.pruning.report import Dropped, PruneReport
@@ -570,8 +571,7 @@ def _check_space(
     weights = _checkpoint_bytes(source)
     states = 0
     if ids is not None:
-        config = source.model.config.get_text_config(decoder=True)
-        states = ids.numel() * getattr(config, "hidden_size", 0) * source.dtype.itemsize
+        states = ids.numel() * token_bytes(source.model, source.blocks)
         stay = plan.states * sharing.processes()[1] >= len(jobs) * states
         states *= FILES - stay  # one more is read where they do not stay in memory
     for job in jobs:

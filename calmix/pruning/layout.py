@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import ModelError
@@ -381,6 +382,45 @@ def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedIn
     """
     hidden, calls, written = Calls(model, found, ids).record(ids)
     return [observe_block(found, i, call, hidden, written).inputs for i, call in enumerate(calls)]
+
+
+class _Reached(Exception):  # noqa: N818
+    """The first block has returned: nothing behind it needs to run."""
+
+
+def token_bytes(model: Any, found: DecoderBlocks) -> int:
+    """Return the bytes that hidden states between blocks take, a token.
+
+    The first block runs on two tokens, without weights if they are not there: some blocks return
+    float32 whatever the weights are, and some several streams.
+    """
+    decoder, block = decoder_and_head(model)[0], found.blocks[0]
+    later = {id(p) for other in found.blocks[1:] for p in other.parameters()}
+    none = {
+        name: torch.zeros_like(p, device="cpu")
+        for name, p in decoder.named_parameters()
+        if p.is_meta and id(p) not in later
+    }
+    first = next(block.parameters())
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="cpu" if first.is_meta else first.device)
+    sizes: list[int] = []
+
+    def stop(module: nn.Module, args: Any, result: Any) -> None:
+        sizes.append(first_tensor(result).nbytes)
+        raise _Reached
+
+    handle = block.register_forward_hook(stop)
+    try:
+        with torch.no_grad():
+            functional_call(decoder, none, kwargs={"input_ids": ids, "use_cache": False})
+    except Exception:  # of whatever kind: the configuration is asked instead
+        pass
+    finally:
+        handle.remove()
+    if sizes:
+        return sizes[0] // ids.numel()
+    width = found.width or max(layer.shape[1] for layer in found.prunables(0, every=True))
+    return width * first.element_size()
 
 
 @contextmanager

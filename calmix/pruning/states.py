@@ -11,16 +11,19 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calmix.errors import InputError, disk_errors
 from calmix.files import sync
-from calmix.models.shards import read_bytes, tensor_bytes, write_bytes
+from calmix.models.shards import DTYPES, NAMES, read_bytes, tensor_bytes, write_bytes
 
 FILES = 3  # one that is read, one that is written, and one that an interrupted run would read
+DEVICE, HOST = range(2)
+
+Entry = list[Any]  # of a micro-batch in a file: CRC-32, type, shape
 
 
 @dataclass(frozen=True)
@@ -34,70 +37,79 @@ class Room:
 class KeptStates:
     """Hidden states of micro-batches: those that lead into a block, and then those it gives.
 
+    A block may return another type or shape than it takes: each micro-batch is kept as it comes.
+    All micro-batches of one block have the same number of bytes a row.
+
     Args:
         folder: where the files lie.
         rows: rows of each micro-batch.
-        like: hidden states of one micro-batch, for length, width, type and device.
+        device: where they are computed.
         room: for states in memory.
         before_write: called before anything is overwritten that may still be read beside.
 
     Attributes:
         side: number of the file that is read.
         counted: numbers of files that an interrupted run would read.
-        sums: CRC-32 of every micro-batch of each file.
+        entries: what each file holds, by number of the micro-batch.
     """
 
     def __init__(
         self,
         folder: Path,
         rows: Sequence[int],
-        like: Tensor,
+        device: torch.device,
         room: Room | None = None,
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.paths = [folder / f"states-{number}" for number in range(FILES)]
-        self.rows = list(rows)
-        self.shape, self.dtype, self.device = like.shape[1:], like.dtype, like.device
+        self.rows, self.device = list(rows), device
         self.side = 0
         self.counted: frozenset[int] = frozenset()
-        self.sums: tuple[dict[int, int], ...] = ({}, {}, {})
+        self.entries: tuple[dict[int, Entry], ...] = ({}, {}, {})
         self._before_write = before_write
-        self._held: dict[int, Tensor] = {}
-        self._unread: dict[int, int] = {}
+        self._held: dict[int, tuple[int, Tensor]] = {}
+        self._free = [room.device, room.host] if room is not None else [0, 0]
+        self._unread: set[int] = set()
         self._next: int | None = None
         self._moved = False
-        self._row_bytes = self.shape.numel() * self.dtype.itemsize
-        self._places = _places([count * self._row_bytes for count in rows], room or Room())
 
     def __getitem__(self, number: int) -> Tensor:
         """Return a copy of what a micro-batch brings into the block at hand."""
-        if (held := self._held.get(number)) is not None:
-            return held.to(self.device, copy=True, non_blocking=True)
-        hidden = self._empty(number)
+        if number in self._held:
+            return self._held[number][1].to(self.device, copy=True, non_blocking=True)
         path = self.paths[self.side]
-        whole = path.is_file() and read_bytes(path, self._start(number), hidden)
-        wanted = self._unread.pop(number, None)
-        if not whole or wanted not in (None, zlib.crc32(tensor_bytes(hidden))):
+        if (entry := self.entries[self.side].get(number)) is None or not path.is_file():
             raise damaged(path)
+        wanted, dtype, shape = entry
+        hidden = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
+        whole = read_bytes(path, self._start(number, hidden), hidden)
+        if not whole or (number in self._unread and wanted != zlib.crc32(tensor_bytes(hidden))):
+            raise damaged(path)
+        self._unread.discard(number)
         return hidden.to(self.device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
         """Keep what a micro-batch brings into the next block."""
         self._moved = True
-        place = self._places[number]
-        if place == "device":
-            self._held[number] = hidden
-            return
-        self._before_write()
-        if place == "file":
+        place, old = self._held.pop(number, (HOST, None))
+        if old is not None:
+            self._free[place] += old.nbytes
+        fits = [one for one in (DEVICE, HOST) if self._free[one] >= hidden.nbytes]
+        if not fits or fits[0] == HOST:
+            self._before_write()
+        if not fits:
             self._write(self._other(), number, hidden)
             return
-        if number not in self._held:
-            self._held[number] = self._empty(number, pinned=True)
-        self._held[number].copy_(hidden, non_blocking=True)
+        if fits[0] == HOST:
+            like = hidden.shape, hidden.dtype
+            if old is None or place != HOST or (old.shape, old.dtype) != like:
+                old = _pinned(hidden)
+            hidden = old.copy_(hidden, non_blocking=True)
+        self._free[fits[0]] -= hidden.nbytes
+        self._held[number] = fits[0], hidden
 
-    def restore(self, sums: Mapping[str, int], side: int) -> None:
+    def restore(self, entries: Mapping[str, Entry], side: int) -> None:
         """Go on with what an earlier run has written to a file.
 
         Raises:
@@ -106,8 +118,8 @@ class KeptStates:
         if side not in range(FILES):
             raise damaged(self.folder)
         self.side, self.counted = side, frozenset({side})
-        self._unread = {int(number): wanted for number, wanted in sums.items()}
-        self.sums[side].update(self._unread)
+        self.entries[side].update((int(number), entry) for number, entry in entries.items())
+        self._unread = set(self.entries[side])
 
     def turn(self) -> bool:
         """What was written is what is read from now on; tell whether anything was."""
@@ -124,17 +136,17 @@ class KeptStates:
         held, side = dict(self._held), self.side
         self.counted |= {side}
         made = None
-        if "host" in self._places and torch.accelerator.is_available():
+        if any(place == HOST for place, _ in held.values()) and torch.accelerator.is_available():
             made = torch.Event(self.device)
             made.record()
 
         def keep() -> dict[str, Any]:
             if made is not None:
                 made.synchronize()
-            for number, hidden in held.items():
+            for number, (_, hidden) in held.items():
                 self._write(side, number, hidden)
             self.sync(side)
-            return {"side": side, "sums": {str(n): found for n, found in self.sums[side].items()}}
+            return {"side": side, "entries": {str(n): e for n, e in self.entries[side].items()}}
 
         return keep
 
@@ -147,36 +159,21 @@ class KeptStates:
     def _other(self) -> int:
         """Return the number of the file that is written: none that is read, now or later."""
         if self._next is None:
-            read = {self.side} if "file" in self._places else set()
+            read = {self.side} if len(self._held) < len(self.rows) else set()
             self._next = min(set(range(FILES)) - self.counted - read)
         return self._next
 
     def _write(self, side: int, number: int, hidden: Tensor) -> None:
-        start = self._start(number)
-        self.sums[side][number] = write_bytes(self.paths[side], start, hidden.to("cpu"))
+        value = hidden.to("cpu")
+        found = write_bytes(self.paths[side], self._start(number, value), value)
+        self.entries[side][number] = [found, NAMES[value.dtype], list(value.shape)]
 
-    def _empty(self, number: int, *, pinned: bool = False) -> Tensor:
-        shape = self.rows[number], *self.shape
-        return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
-
-    def _start(self, number: int) -> int:
-        return sum(self.rows[:number]) * self._row_bytes
+    def _start(self, number: int, hidden: Tensor) -> int:
+        return sum(self.rows[:number]) * (hidden.nbytes // self.rows[number])
 
 
-def _places(sizes: Sequence[int], room: Room) -> list[Literal["device", "host", "file"]]:
-    """Return where each micro-batch of so many bytes lies."""
-    places: list[Literal["device", "host", "file"]] = []
-    device, host = room.device, room.host
-    for size in sizes:
-        if device >= size:
-            device -= size
-            places.append("device")
-        elif host >= size:
-            host -= size
-            places.append("host")
-        else:
-            places.append("file")
-    return places
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
 
 
 def damaged(path: Path) -> InputError:

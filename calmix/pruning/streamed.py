@@ -26,6 +26,7 @@ from calmix.pruning.budget import Plan, Sizes, make_plan
 from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_pattern
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
+from calmix.pruning.layout import token_bytes
 from calmix.pruning.methods import Method
 from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates, Room
@@ -81,7 +82,6 @@ def plan_for(
     accelerator = source.device.type != "cpu"
     rows, length = (0, 0) if ids is None else ids.shape
     rows = -(-rows // sharing.processes()[1])
-    config = source.model.config.get_text_config(decoder=True)
     largest = max(range(len(blocks)), key=source.block_bytes)
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
     layers = blocks.prunables(max(pruned, key=source.block_bytes))
@@ -94,7 +94,7 @@ def plan_for(
         layers=[layer.shape for layer in layers if layer.expert is None],
         experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
         expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
-        hidden=getattr(config, "hidden_size", None) or max(layer.shape[1] for layer in layers),
+        hidden=token_bytes(source.model, blocks) // source.dtype.itemsize if rows else 0,
         rows=rows,
         length=length,
         value_bytes=source.dtype.itemsize,
@@ -259,17 +259,14 @@ def pass_through(
     source: WeightSource, ids: Tensor, look: Pass, work: WorkFolder, plan: Plan
 ) -> Pass:
     """Take a run that changes nothing through all blocks, its hidden states in a work folder."""
-    blocks, states = source.blocks, None
-    batches = _batches(ids, plan)
+    blocks, batches = source.blocks, _batches(ids, plan)
     source.fetch_outside()
     source.fetch(0)
     with TemporaryDirectory(dir=work.path) as folder:
+        states = KeptStates(Path(folder), batches, source.device, room_for(source, plan))
+        look.states = states
         for number, hidden in look.record(ids, plan.micro_tokens):
-            if states is None:
-                states = KeptStates(Path(folder), batches, hidden, room_for(source, plan))
-                look.states = states
             states[number] = hidden
-        assert states is not None
         source.drop_outside()
         for index in range(len(blocks)):
             states.turn()
@@ -299,10 +296,10 @@ def _first_states(
     source.fetch(0)
     batches, room = _batches(ids, plan), room_for(source, plan, len(at))
     first, others = at[0][0], [run for run, _, _ in at[1:]]
+    for run, work, _ in at:
+        run.states = work.make_states(batches, source.device, room)
     for number, hidden in first.record(ids, plan.micro_tokens):
-        for run, work, done in at:
-            if not number:
-                run.states = work.make_states(batches, hidden, room)
+        for run, _, done in at:
             if not done:
                 run.states[number] = hidden
     for run in others:

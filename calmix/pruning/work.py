@@ -286,14 +286,14 @@ class WorkFolder:
         report.seconds = {key: float(value) for key, value in kept["seconds"].items()}
         return self.done
 
-    def make_states(self, rows: Sequence[int], like: Tensor, room: Room) -> KeptStates:
+    def make_states(self, rows: Sequence[int], device: torch.device, room: Room) -> KeptStates:
         """Return hidden states, those that lead into the first block that is not done."""
         folder = self.path if self.leads else self.path / f"process-{self.rank}"
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
-        self.states = KeptStates(folder, rows, like, room, self.wait)
+        self.states = KeptStates(folder, rows, device, room, self.wait)
         if kept := self._part().get("states"):
-            self.states.restore(kept["sums"], kept["side"])
+            self.states.restore(kept["entries"], kept["side"])
         return self.states
 
     def restore_written(self, written: list[list[Any]]) -> None:

@@ -12,7 +12,7 @@ import torch
 from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import disk_errors
 from calmix.models import find_blocks
-from calmix.pruning.states import KeptStates
+from calmix.pruning.states import Entry, KeptStates
 from calmix.recovery.checks import same_head
 from calmix.recovery.distill import Progress, Settings, Student, distill
 from calmix.recovery.job import Job
@@ -50,7 +50,7 @@ class _Keeper:
         job.wait()
         if job.main:
             told = {"done": progress.done, "run": asdict(progress)}
-            job.count(told | {"dense": {str(n): s for n, s in job.dense_sums.items()}})
+            job.count(told | {"dense": job.dense})
             work.keep_only(*self._counted)
         self._saved = time.monotonic()
         self._took = self._saved - began
@@ -74,7 +74,7 @@ def distill_model(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     steps = len(steps_of(len(job.rows.training), request.batch, request.epochs, job.seed))
     shared = same_head(pair)
     states, dense_head = _dense_states(job, shared, kept.get("dense", {}))
-    job.dense_sums = states.sums[states.side]
+    job.dense = {str(number): entry for number, entry in states.entries[states.side].items()}
     model = job.whole(pair.pruned.name)
     student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)
     if getattr(accelerator, "is_fsdp2", False):
@@ -114,22 +114,20 @@ def distill_model(job: Job, kept: dict[str, Any]) -> tuple[float, float, Any]:
     return losses[0], losses[progress.best], curve
 
 
-def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[KeptStates, Any]:
+def _dense_states(job: Job, shared: bool, entries: Mapping[str, Entry]) -> tuple[KeptStates, Any]:
     """Return what the dense model's head sees of every row, and that head if it is another one.
 
-    `sums` are an earlier run's, which left the states.
+    `entries` are an earlier run's, which left the states.
 
     It lies in a file, in the type computed in; each process makes its share.
     """
     pair, work, ids = job.pair, job.work, job.calibration.ids
     folder = work.path / "dense"
-    width = pair.dense.model.get_output_embeddings().weight.shape[1]
-    like = torch.empty(1, ids.shape[1], width, dtype=job.dtype, device=job.device)
     if job.main:
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
     job.wait()
-    states = KeptStates(folder, [1] * len(ids), like)
+    states = KeptStates(folder, [1] * len(ids), job.device)
     own_head = None
     if not (job.goes_on and shared):
         began = time.perf_counter()
@@ -143,7 +141,7 @@ def _dense_states(job: Job, shared: bool, sums: Mapping[str, int]) -> tuple[Kept
             for row, value in zip(part, hidden, strict=True):
                 states[row] = value[None]
         states.sync(1)
-        job.wait()
+        entries = entries or job.gathered({str(n): e for n, e in states.entries[1].items()})
         job.seconds["dense"] = time.perf_counter() - began
-    states.restore(sums, 1)
+    states.restore(entries, 1)
     return states, own_head

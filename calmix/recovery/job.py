@@ -20,6 +20,7 @@ from calmix.models import open_model
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
 from calmix.pruning.budget import GIB
+from calmix.pruning.states import Entry
 from calmix.recovery.checks import Pair
 from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
 from calmix.recovery.training import Rows, rows_at_once, split_rows
@@ -117,7 +118,7 @@ class Job:
         self.work = RecoveryFolder(output, "steps" if request.method == "distill" else "blocks")
         self.goes_on = False
         self.seconds: dict[str, float] = {}
-        self.dense_sums: dict[int, int] = {}
+        self.dense: dict[str, Entry] = {}
 
     @property
     def type_name(self) -> str:
@@ -160,6 +161,14 @@ class Job:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def gathered(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Return what all processes have under their keys."""
+        if self.processes == 1:
+            return own
+        from accelerate.utils import gather_object
+
+        return {key: value for part in gather_object([own]) for key, value in part.items()}
 
     def wait(self) -> None:
         """Wait for the other processes."""

@@ -6,6 +6,7 @@ import torch
 
 from calmix.models.blocks import DecoderBlocks, experts_per_token
 from calmix.models.streaming import StreamedModel
+from calmix.pruning.layout import token_bytes
 from calmix.recovery.distill import trained_names
 from calmix.recovery.memory import Sizes
 
@@ -23,7 +24,7 @@ def sizes_of(model: StreamedModel, method: str, dtype: torch.dtype) -> Sizes:
         trained=everything if method == "distill" else inside,
         outside=model.outside_bytes // model.dtype.itemsize,
         blocks=len(model.blocks),
-        hidden=getattr(config, "hidden_size", None) or head.shape[1],
+        hidden=token_bytes(model.model, model.blocks) // dtype.itemsize,
         widths=widths_of(model.blocks, largest, experts_per_token(config)),
         vocabulary=head.shape[0],
         tokens=0,

@@ -102,10 +102,8 @@ def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) 
     streamed.fetch_outside()
     streamed.fetch(0)
     stream = Stream(streamed.model, streamed.blocks)
+    stream.states = KeptStates(folder, [len(group) for group in groups], streamed.device)
     for number, hidden in enumerate(stream.record(job.calibration.ids, groups)):
-        if not number:
-            sizes = [len(group) for group in groups]
-            stream.states = KeptStates(folder, sizes, hidden)
         stream.states[number] = hidden
     stream.states.turn()
     streamed.drop_outside()

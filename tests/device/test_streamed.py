@@ -11,10 +11,9 @@ import torch
 from benchmarks.traced import tracing
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import Unstructured, get_method
+from calmix.pruning import Unstructured, get_method, states
 from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
-from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
 from tests.tiny import VOCABULARY
@@ -60,11 +59,8 @@ def numberless(monkeypatch, tiny_folder):
     monkeypatch.setattr(ShardWriter, "write", written)
     monkeypatch.setattr(work_module, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(
-        KeptStates, "_empty",
-        lambda self, number, pinned=False: torch.empty(
-            self.rows[number], *self.shape, dtype=self.dtype, device="cpu"
-        ),
-    )  # fmt: skip
+        states, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    )
     yield streamed, pinned
     streamed.close()
 

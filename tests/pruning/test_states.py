@@ -1,11 +1,14 @@
 """Hidden states in memory and in files: what is read, what is kept, what nobody overwrites."""
 
+import json
+
 import pytest
 import torch
 
 from calmix.errors import InputError
 from calmix.pruning.states import KeptStates, Room, damaged
 
+CPU = torch.device("cpu")
 ROWS = [2, 2, 1]
 BATCH = 2 * 3 * 4 * 4  # bytes of a micro-batch of two rows
 ROOMS = [Room(), Room(BATCH), Room(2 * BATCH), Room(2**20), Room(BATCH, BATCH)]
@@ -37,7 +40,7 @@ def unpinned(monkeypatch):
 @pytest.mark.usefixtures("unpinned")
 @pytest.mark.parametrize("room", ROOMS, ids=str)
 def test_what_was_kept_is_read_on(tmp_path, room):
-    states = KeptStates(tmp_path, ROWS, made(0)[0], room)
+    states = KeptStates(tmp_path, ROWS, CPU, room)
     put(states, made(0))
     assert same(states, made(0))
     for block in range(1, 6):
@@ -55,7 +58,7 @@ def test_what_was_kept_is_read_on(tmp_path, room):
 @pytest.mark.parametrize("late", [False, True])
 def test_an_interrupted_run_goes_on_from_the_last_that_count(tmp_path, room, late):
     """Whatever came after them, and if they were written while the next ones were made."""
-    states = KeptStates(tmp_path, ROWS, made(0)[0], room)
+    states = KeptStates(tmp_path, ROWS, CPU, room)
     put(states, made(0))
     kept = None
     for block in range(1, 7):
@@ -73,29 +76,49 @@ def test_an_interrupted_run_goes_on_from_the_last_that_count(tmp_path, room, lat
             put(states, values)
         assert same(states, values)
         if kept is not None:
-            again = KeptStates(tmp_path, ROWS, made(0)[0], room)
-            again.restore(kept["sums"], kept["side"])
+            again = KeptStates(tmp_path, ROWS, CPU, room)
+            again.restore(kept["entries"], kept["side"])
             assert same(again, made(1 if block < 5 else 4))
     assert len(list(tmp_path.iterdir())) == (3 if room.device + room.host < 3 * BATCH else 2)
+
+
+@pytest.mark.usefixtures("unpinned")
+@pytest.mark.parametrize("room", ROOMS, ids=str)
+def test_a_block_may_return_another_type_and_shape(tmp_path, room):
+    """Mamba's blocks return float32 whatever they read, Gemma 3n's hold four streams."""
+    states = KeptStates(tmp_path, ROWS, CPU, room)
+    put(states, [value.bfloat16() for value in made(0)])
+    wide = [value.expand(4, *value.shape).clone() for value in made(1)]
+    for values in (made(2), wide, [value.double() for value in made(3)], made(4)):
+        put(states, values)
+        assert same(states, values)
+        held = [value for _, value in states._held.values()]
+        assert sum(value.nbytes for value in held) <= room.device + room.host
+        kept = states.keeping()()
+        states.counted = frozenset({kept["side"]})
+        again = KeptStates(tmp_path, ROWS, CPU, room)
+        again.restore(json.loads(json.dumps(kept["entries"])), kept["side"])
+        assert same(again, values)
+        assert again[0].dtype == values[0].dtype
 
 
 def test_what_is_read_may_be_changed(tmp_path):
     """A block that works in place changes nothing of what is kept."""
     for room in (Room(), Room(2**20)):
-        states = KeptStates(tmp_path, ROWS, made(0)[0], room)
+        states = KeptStates(tmp_path, ROWS, CPU, room)
         put(states, made(0))
         states[1].zero_()
         assert same(states, made(0))
 
 
 def test_damage_is_told(tmp_path):
-    states = KeptStates(tmp_path, ROWS, made(0)[0])
+    states = KeptStates(tmp_path, ROWS, CPU)
     put(states, made(0))
     kept = states.keeping()()
-    again = KeptStates(tmp_path, ROWS, made(0)[0])
+    again = KeptStates(tmp_path, ROWS, CPU)
     with pytest.raises(InputError, match=str(damaged(tmp_path))):
-        again.restore(kept["sums"], 3)
-    again.restore(kept["sums"] | {"1": 5}, kept["side"])
+        again.restore(kept["entries"], 3)
+    again.restore(kept["entries"] | {"1": [5, *kept["entries"]["1"][1:]]}, kept["side"])
     assert torch.equal(again[0], made(0)[0])
     with pytest.raises(InputError, match=r"states-\d is damaged: start over with --overwrite"):
         again[1]

@@ -26,6 +26,7 @@ from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
+from calmix.pruning.layout import token_bytes
 from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
@@ -89,6 +90,28 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "gemma3n_text"])
+def test_states_of_another_type_or_shape_give_the_same_bytes(kind, tmp_path):
+    """In a bfloat16 model blocks may return float32, or several streams; memory tells of it."""
+    folder = save_tiny_model(tmp_path / "model", kind)
+    model = open_model(str(folder), dtype="bfloat16").model
+    prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32)
+    for states in (0, 3 * BATCH // 2):
+        streamed = StreamedModel(str(folder), dtype="bfloat16")
+        wide = 4 if kind == "gemma3n_text" else 2
+        assert token_bytes(streamed.model, streamed.blocks) == wide * 2 * 32
+        assert all(p.is_meta for p in streamed.model.parameters())
+        one = target(tmp_path / "out")
+        prepare_files(streamed, one.work)
+        prune_streamed(streamed, tiny_ids(), [one], Plan(5 * 32, None, True, 0, states=states))
+        found = load_file(one.work.checkpoint / "model.safetensors")
+        streamed.close()
+        one.work.abandon()
+        for name, value in model.state_dict().items():
+            if name in found:
+                assert torch.equal(found[name].bfloat16(), value), name
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
