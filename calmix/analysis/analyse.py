@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from calmix.analysis.bootstrap import Joint, joint
+from calmix.analysis.bootstrap import Joint, joints
 from calmix.analysis.cells import Cells, Condition, dimensions_of, select, tables
 from calmix.analysis.correlations import (
     Among,
@@ -33,7 +33,7 @@ from calmix.analysis.differences import (
 from calmix.analysis.distances import Agreement, agreements
 from calmix.analysis.gains import Gain, Shift, gains
 from calmix.analysis.noise import Noise, noise_of
-from calmix.analysis.ranking import Ranked, rank
+from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.analysis.spread import Spread, spreads
 from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, least_p
 from calmix.capability.measures import Measure, check_measure
@@ -129,6 +129,7 @@ class Analysis:
                     "points": found.points,
                     "least_p": found.least_p,
                     "missing": [list(cell) for cell in found.missing],
+                    "best": [one.calibration for one in leaders(found.ranking)],
                     "ranking": [asdict(one) for one in found.ranking],
                     "correlations": [asdict(one) for one in found.correlations],
                     "trade_offs": [asdict(one) for one in found.trade_offs],
@@ -226,17 +227,14 @@ def analyse(
                 f"{nearest(asked.default, known)}"
             )
     made = tables(results, trials, asked.measure)
-    layout = sorted({(trial.calibration, trial.seed) for trial in trials})
-    joints = [
-        joint(cells, resamples=asked.resamples, seed=asked.seed, layout=layout) for cells in made
-    ]
+    sampled = joints(results, made, asked.resamples, asked.seed)
     family = corrected([
         one
         for cells in made
         for one in correlate(cells, asked.over, permutations=asked.permutations,
                              resamples=asked.resamples, seed=asked.seed)
     ])  # fmt: skip
-    pairs = list(zip(made, joints, strict=True))
+    pairs = list(zip(made, sampled, strict=True))
     gaps = corrected_differences([one for pair in pairs for one in compare(*pair)])
     dimensions = dimensions_of(results)
     conditions = []

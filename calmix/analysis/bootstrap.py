@@ -28,6 +28,7 @@ import numpy as np
 from calmix.analysis.cells import Cells, rolled_up
 from calmix.analysis.statistics import LEVEL, Array, two_sided_p
 from calmix.capability.retention import item_weights
+from calmix.study.results import StudyResults
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,12 @@ def joint(
         values, counts, deviations, item.transpose(0, 2, 1), draw, cells.weights, by_items,
         residuals.T @ residuals / max(freedom, 1), both, freedom,
     )  # fmt: skip
+
+
+def joints(results: StudyResults, made: Sequence[Cells], resamples: int, seed: int) -> list[Joint]:
+    """Return the joint bootstrap of some conditions of a study, the same whichever are asked."""
+    layout = sorted({(trial.calibration, trial.seed) for trial in results.trials})
+    return [joint(cells, resamples=resamples, seed=seed, layout=layout) for cells in made]
 
 
 def _draws(

@@ -14,7 +14,7 @@ import numpy as np
 
 from calmix.analysis.bootstrap import Estimate, Joint, Sample
 from calmix.analysis.cells import APART, TOTAL, WORST, Cells
-from calmix.analysis.ranking import groups_of, lowest_of, shrink, without
+from calmix.analysis.ranking import groups_of, in_order, lowest_of, shrink, without
 from calmix.analysis.statistics import ALPHA, Array, benjamini_hochberg
 
 SINGLES = "mean of the single sources"
@@ -106,9 +106,7 @@ def contenders(cells: Cells, found: Joint) -> list[Contender]:
         if cells.strategies[at] != "single"
     ]
     singles = cells.of("single")
-    totals = found.values[singles, 0]
-    if len(singles) and not np.isnan(totals).all():
-        best = singles[int(np.nanargmax(totals))]
+    for best in [at for at in in_order(found.values[:, 0]) if at in singles][:1]:
         name = BEST + cells.sets[best]
         made.append(contender(cells, found, name, "single", [best], picked=True))
     if len(singles) > 1:

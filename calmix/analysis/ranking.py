@@ -1,10 +1,15 @@
-"""Calibration sets in order of what they keep, raw and shrunken for having been picked."""
+"""Which calibration set is best: sets in order of what they keep, and those tied for the first.
+
+The one answer for everything that names a best set: the order is that of the measured totals, and
+whether two sets are apart is decided by the shrunken ones, since the first was picked.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,17 +21,34 @@ SMALL = 4  # a group of fewer sets tells nothing of its own spread
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A calibration set by one weighted quantity.
+
+    Attributes:
+        total: as measured.
+        shrunken: drawn towards the mean of its group (`shrink`): what to expect of a set that was
+            picked for its rank.
+        best: probability of being the highest, from the shrunken resamples; None of one set.
+        behind: shrunken total of the first set less this one's; None for the first.
+    """
+
+    calibration: str
+    strategy: str
+    total: Estimate
+    shrunken: Estimate
+    best: float | None
+    behind: Estimate | None
+
+
+@dataclass(frozen=True)
 class Ranked:
     """One calibration set under one condition.
 
     Attributes:
         rank, rank_worst: by total and by worst dimension, from 1; None without a value.
-        total, dimensions, tasks: raw means over draws.
+        dimensions, tasks: raw means over draws.
         worst: the dimension with the lowest mean over draws; `lowest` is its estimate.
-        shrunken: the total drawn towards the mean of its group (`shrink`): what to expect of a
-            set that was picked for its rank.
-        best: probability of the highest total, from the shrunken resamples; None of one set.
-        behind: shrunken total of the first set less this one's; None for the first.
+        total, shrunken, best, behind: as of `Candidate`.
         accuracy: retention of accuracy (the paper's), total and dimensions.
         distance: to the dense model by `cells.DISTANCES`, mean over draws, total and dimensions.
         halves: tasks that are the other half of a benchmark this set was made of.
@@ -126,46 +148,74 @@ def chances(found: Joint, weight: Array, shrunken: Shrunken) -> list[float | Non
     return share
 
 
+def candidates(cells: Cells, found: Joint, weight: Array) -> list[Candidate]:
+    """Return the sets by a weighted quantity, the highest first; those without a value are last.
+
+    Args:
+        weight: of the quantities of `found`.
+    """
+    used = weight != 0
+    order = in_order(found.values[:, used] @ weight[used])
+    shrunken = shrink(found, groups_of(cells), weight)
+    best = chances(found, weight, shrunken)
+    unit = np.eye(len(cells.sets))
+    made = []
+    for at in [*order, *(at for at in range(len(cells.sets)) if at not in order)]:
+        own, behind = shrunken.coefficients[at], None
+        if order and at != order[0]:
+            gap = np.outer(shrunken.coefficients[order[0]] - own, weight)
+            value = float(shrunken.values[order[0]] - shrunken.values[at])
+            behind = found.estimate(gap, value, test=True)
+        made.append(
+            Candidate(
+                cells.sets[at], cells.strategies[at], found.estimate(np.outer(unit[at], weight)),
+                found.estimate(np.outer(own, weight), float(shrunken.values[at])), best[at], behind,
+            )
+        )  # fmt: skip
+    return made
+
+
+Placed = TypeVar("Placed", Candidate, Ranked)
+
+
+def leaders(placed: Sequence[Placed]) -> list[Placed]:
+    """Return the first set and those tied with it: not behind it beyond doubt."""
+    return [
+        one for one in placed
+        if one.total.value is not None
+        and (one.behind is None or one.behind.low is None or one.behind.low <= 0)
+    ]  # fmt: skip
+
+
 def rank(cells: Cells, found: Joint) -> list[Ranked]:
-    """Return the calibration sets of a condition, best raw total first."""
+    """Return the calibration sets of a condition by total, the highest first."""
     names = cells.quantities
     width = len(names)
-    total = found.alone(0)
-    shrunken = shrink(found, groups_of(cells), total)
-    best = chances(found, total, shrunken)
-    places = _places(found.values[:, 0])
     lows = [lowest_of(row[1:width]) for row in found.values]
-    by_worst = _places(
+    by_worst = in_order(
         np.array([np.nan if low is None else found.values[at, 1 + low]
                   for at, low in enumerate(lows)])
     )  # fmt: skip
-    first = places.index(1) if 1 in places else None
     accuracy = nan_mean(cells.accuracy, 1)
     far = {key: nan_mean(values, 1) for key, values in cells.distance.items()}
     made = []
-    for at, name in enumerate(cells.sets):
+    for place, one in enumerate(candidates(cells, found, found.alone(0)), start=1):
+        at = cells.sets.index(one.calibration)
         dimensions = {key: found.one(at, q) for q, key in enumerate(cells.dimensions, start=1)}
         worst = None if (low := lows[at]) is None else cells.dimensions[low]
-        own = shrunken.coefficients[at]
-        behind = None
-        if first is not None and at != first:
-            gap = np.outer(shrunken.coefficients[first] - own, total)
-            behind = found.estimate(
-                gap, float(shrunken.values[first] - shrunken.values[at]), test=True
-            )
         made.append(
             Ranked(
-                cells.condition.label, name, cells.strategies[at], cells.kinds[at],
-                places[at], by_worst[at], found.one(at, 0),
-                found.estimate(np.outer(own, total), float(shrunken.values[at])), best[at],
-                worst, Estimate(None) if worst is None else dimensions[worst], dimensions,
+                cells.condition.label, one.calibration, one.strategy, cells.kinds[at],
+                None if one.total.value is None else place,
+                by_worst.index(at) + 1 if at in by_worst else None, one.total, one.shrunken,
+                one.best, worst, Estimate(None) if worst is None else dimensions[worst], dimensions,
                 {task.name: found.one(at, width + q) for q, task in enumerate(cells.tasks)},
                 _named(names, accuracy[at]),
                 {key: _named(names, values[at]) for key, values in far.items()},
-                cells.halves[at], _without_own(cells, found, at), behind,
+                cells.halves[at], _without_own(cells, found, at), one.behind,
             )
         )  # fmt: skip
-    return sorted(made, key=lambda one: np.inf if one.rank is None else one.rank)
+    return made
 
 
 def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
@@ -207,7 +257,6 @@ def lowest_of(dimensions: Array) -> int | None:
     return None if np.isnan(dimensions).all() else int(np.nanargmin(dimensions))
 
 
-def _places(values: Array) -> list[int | None]:
-    """Return each value's place, the highest first; equal values in the order given."""
-    order = [at for at in np.argsort(-values, kind="stable") if not np.isnan(values[at])]
-    return [order.index(at) + 1 if at in order else None for at in range(len(values))]
+def in_order(values: Array) -> list[int]:
+    """Return the positions of what is known, the highest first; equal values as given."""
+    return [int(at) for at in np.argsort(-values, kind="stable") if not np.isnan(values[at])]

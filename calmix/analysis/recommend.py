@@ -8,29 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.bootstrap import Estimate, joint
-from calmix.analysis.cells import Cells, dimensions_of, select, tables
-from calmix.analysis.ranking import chances, groups_of, shrink
+from calmix.analysis.bootstrap import joints
+from calmix.analysis.cells import dimensions_of, select, tables
+from calmix.analysis.ranking import Candidate, candidates, leaders
 from calmix.analysis.statistics import RESAMPLES
 from calmix.capability.measures import Measure
 from calmix.errors import InputError, nearest
 from calmix.study.results import StudyResults
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A calibration set with its weighted retention, as measured and as expected of it.
-
-    Attributes:
-        shrunken: drawn towards the mean of its group (`ranking.shrink`).
-        best: probability of being the best.
-    """
-
-    calibration: str
-    strategy: str
-    retention: Estimate
-    shrunken: Estimate
-    best: float | None
 
 
 @dataclass(frozen=True)
@@ -39,15 +23,15 @@ class Recommendation:
 
     Attributes:
         weights: of the dimensions, scaled to sum to 1.
-        candidates: best shrunken retention first; empty where a dimension that has weight has
-            no task with signal.
-        lead: of the first over the second, shrunken both; None with one candidate.
+        candidates: the highest measured retention first (`ranking.candidates`); empty where a
+            dimension that has weight has no task with signal.
+        best: names of the first and of those tied with it.
     """
 
     condition: str
     weights: dict[str, float]
     candidates: tuple[Candidate, ...]
-    lead: Estimate | None
+    best: tuple[str, ...]
 
 
 def check_weights(
@@ -79,64 +63,30 @@ def recommend(
     method: str | None = None,
     sparsity: str | None = None,
 ) -> list[Recommendation]:
-    """Return for each condition the calibration set with the best expected weighted retention.
+    """Return for each condition the sets by weighted retention, and which are best.
 
     Args:
-        weights: by dimension; those not named count 0. None weighs all that have a retention
-            anywhere the same.
+        weights: by dimension; those not named count 0. None is the total.
         resamples, seed: of the joint bootstrap.
         method, sparsity: consider only these.
 
     Raises:
         InputError: bad weights, no finished trials, no such method or sparsity.
     """
-    made, share = _weighted(results, weights, measure, method, sparsity)
-    return [_recommend(cells, share, resamples, seed) for cells in made]
-
-
-def _weighted(
-    results: StudyResults,
-    weights: Mapping[str, float] | None,
-    measure: Measure,
-    method: str | None,
-    sparsity: str | None,
-) -> tuple[list[Cells], dict[str, float]]:
-    """Return the conditions asked for, and a weight for every dimension."""
-    trials = select(results, method=method, sparsity=sparsity)
+    made = tables(results, select(results, method=method, sparsity=sparsity), measure)
     dimensions = dimensions_of(results)
-    made = tables(results, trials, measure)
-    if not weights:
-        known = [any(not np.isnan(cells.means[:, at + 1]).all() for cells in made)
-                 for at in range(len(dimensions))]  # fmt: skip
-        weights = {
-            name: 1.0 for name, has in zip(dimensions, known, strict=True) if has or not any(known)
-        }
-    return made, check_weights(weights, dimensions)
-
-
-def _recommend(
-    cells: Cells, share: Mapping[str, float], resamples: int, seed: int
-) -> Recommendation:
-    found = joint(cells, resamples=resamples, seed=seed)
-    weight = np.zeros(found.values.shape[1])
-    weight[1 : len(cells.quantities)] = [share[name] for name in cells.dimensions]
-    expected = shrink(found, groups_of(cells), weight)
-    best = chances(found, weight, expected)
-    order = [at for at in np.argsort(-expected.values, kind="stable")
-             if not np.isnan(expected.values[at])]  # fmt: skip
-    unit = np.eye(len(cells.sets))
-    candidates = tuple(
-        Candidate(
-            cells.sets[at], cells.strategies[at], found.estimate(np.outer(unit[at], weight)),
-            found.estimate(np.outer(expected.coefficients[at], weight), float(expected.values[at])),
-            best[at],
-        )
-        for at in order
-    )  # fmt: skip
-    lead = None
-    if len(order) > 1:
-        first, second = order[:2]
-        gap = expected.coefficients[first] - expected.coefficients[second]
-        value = float(expected.values[first] - expected.values[second])
-        lead = found.estimate(np.outer(gap, weight), value, test=True)
-    return Recommendation(cells.condition.label, dict(share), candidates, lead)
+    asked = check_weights(weights, dimensions) if weights else None
+    told = []
+    for cells, found in zip(made, joints(results, made, resamples, seed), strict=True):
+        if asked is None:
+            columns = zip(dimensions, cells.means[:, 1 : len(cells.quantities)].T, strict=True)
+            equal = {name: 1.0 for name, column in columns if not np.isnan(column).all()}
+            share = check_weights(equal or dict.fromkeys(dimensions, 1.0), dimensions)
+            weight = found.alone(0)
+        else:
+            share, weight = asked, np.zeros(found.values.shape[1])
+            weight[1 : len(cells.quantities)] = [share[name] for name in cells.dimensions]
+        ranked = [one for one in candidates(cells, found, weight) if one.total.value is not None]
+        best = tuple(one.calibration for one in leaders(ranked))
+        told.append(Recommendation(cells.condition.label, dict(share), tuple(ranked), best))
+    return told

@@ -139,8 +139,7 @@ def retention(
     dimensions, totals = [], []
     for name in dict.fromkeys(task.dimension for task in tasks):
         members = [task for task in tasks if task.dimension == name]
-        point = mean([_number(task.kept) for task in members])
-        drawn = column_means([draws[task.name] for task in members])
+        point, drawn = _rolled([(_number(task.kept), draws[task.name]) for task in members])
         totals.append((point, drawn))
         silent = tuple(task.name for task in members if not task.signal)
         dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, drawn)))
@@ -149,11 +148,36 @@ def retention(
         measure,
         tuple(tasks),
         tuple(dimensions),
-        estimate(mean([point for point, _ in totals]), column_means([d for _, d in totals])),
+        estimate(*_rolled(totals)),
         min(known, key=lambda one: _number(one.kept)).name if known else None,
         resamples,
         seed,
     )
+
+
+def total_gap(
+    dense: Sequence[TaskScores], more: Sequence[TaskScores], less: Sequence[TaskScores]
+) -> Estimate:
+    """Return how much more of the total one pruned model keeps than another, items paired."""
+    sides = []
+    for pruned in (more, less):
+        check_paired(dense, pruned)
+        members: dict[str, list[tuple[float, Array]]] = {}
+        for before, after in zip(dense, pruned, strict=True):
+            if has_signal(before, "primary"):
+                made = parts(before, after, "primary")
+                drawn = resampled(before.name, made, resamples=RESAMPLES, seed=0)
+                members.setdefault(before.dimension, []).append((made.retention, drawn))
+        if not members:
+            return Estimate(None, None, None)
+        sides.append(_rolled([_rolled(own) for own in members.values()]))
+    (first, high), (second, low) = sides
+    return estimate(first - second, high - low)
+
+
+def _rolled(parts: Sequence[tuple[float, Array]]) -> tuple[float, Array]:
+    """Return the means of values and of their resamples."""
+    return mean([point for point, _ in parts]), column_means([drawn for _, drawn in parts])
 
 
 def _floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:

@@ -14,8 +14,7 @@ from calmix.errors import InputError
 from calmix.files import check_output_folder
 
 if TYPE_CHECKING:
-    from calmix.analysis import Analysis
-    from calmix.analysis.bootstrap import Estimate
+    from calmix.analysis import Analysis, Recommendation
     from calmix.capability.measures import Measure as Kind
     from calmix.study.results import StudyResults
 
@@ -133,7 +132,7 @@ def recommend(
     top: Annotated[int, typer.Option(help="Sets to list for each method and sparsity.")] = 5,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """The calibration set with the best expected weighted retention among those studied."""
+    """Which calibration set of those studied keeps the most, by your weights."""
     from calmix.analysis import recommend as best_of
     from calmix.report import words
 
@@ -150,7 +149,6 @@ def recommend(
         if not one.candidates:
             out.print(f"{one.condition}: no task with signal in a weighted dimension")
             continue
-        best = one.candidates[0]
         shares = ", ".join(f"{name} {share:.2g}" for name, share in one.weights.items() if share)
         if len(set(one.weights.values())) == 1:
             shares = "all equal"
@@ -159,10 +157,10 @@ def recommend(
                 {
                     "calibration": each.calibration,
                     "made": each.strategy,
-                    "retention %": words.with_span(each.retention),
+                    "retention %": words.with_span(each.total),
                     "shrunken": words.percent(each.shrunken.value),
                     "best": "–" if each.best is None else words.sure(each.best),
-                    "draws": each.retention.draws,
+                    "draws": each.total.draws,
                 }
                 for each in one.candidates[:top]
             ],
@@ -170,13 +168,8 @@ def recommend(
             least=["draws", "made", "best", "shrunken"],
             title=f"{one.condition}, weights {shares}",
         )
-        _line(words.wrapped(
-            f"{'take ' if one.lead is not None else 'no other set than '}{best.calibration}: "
-            f"{words.with_span(best.shrunken)} % is to be expected"
-        ))  # fmt: skip
-        if one.lead is not None:
-            _line(words.wrapped(_lead(one.lead, one.candidates[1].calibration)))
-    drawn = any(each.retention.draw_low is not None for one in found for each in one.candidates)
+        _line(words.wrapped(_advice(one)))
+    drawn = any(each.total.draw_low is not None for one in found for each in one.candidates)
     _line(
         f"brackets: 95 %, for other test items{' and calibration draws' if drawn else ''} "
         "(docs/analysis.md)"
@@ -206,15 +199,23 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
     return found
 
 
-def _lead(lead: Estimate, second: str) -> str:
+def _advice(found: Recommendation) -> str:
+    """Say which set to take, and how sure that is."""
     from calmix.report import words
 
-    if lead.value is None:
-        return f"not ahead of {second}, of which just as much is to be expected"
-    text = (
-        f"ahead of {second} by {words.percent(lead.value)} points {words.span(lead.low, lead.high)}"
-    )
-    if lead.sure is not None:
+    first, *rest = found.candidates
+    head = f"take {first.calibration}" if rest else f"no other set than {first.calibration}"
+    if len(found.best) > 1:
+        head += " or another that is tied"
+    text = f"{head}: expect {words.with_span(first.shrunken)} %"
+    if not rest:
+        return text
+    text += f". {words.which_is_best(found.candidates)}"
+    tied = len(found.best) > 1
+    lead = next(one.behind for one in rest if not tied or one.calibration in found.best)
+    if lead is None or lead.value is None:
+        return text
+    if not tied and lead.sure is not None:
         text += f", {words.sure(lead.sure)} sure"
     if lead.draw_low is None:
         return f"{text}, for other items; what other draws would do cannot be told from one each"

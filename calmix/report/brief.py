@@ -46,7 +46,7 @@ class Bar:
 
 
 def bars(found: ConditionAnalysis, among: Collection[str] | None = None) -> list[Bar]:
-    """Return what is left on each kind of text, the best set standing for its kind.
+    """Return what is left on each kind of text, the highest set standing for its kind.
 
     The best single source is told by its shrunken total, since it was picked of many.
 
@@ -146,6 +146,7 @@ def _sentence(model: str, found: ConditionAnalysis) -> str:
     return (
         f"With {_cut(found)} set to zero, {model} keeps this much of what it could: "
         f"{words.listed(told)}."
+        + (f" {words.which_is_best(found.ranking)}." if len(found.ranking) > 1 else "")
     )
 
 
@@ -183,7 +184,7 @@ def _left(first: dict[str, ConditionAnalysis]) -> Drawing | None:
 
     return Drawing(
         "brief-left", "What is left, by kind of text",
-        "Mean over abilities, with 95 % intervals. The best set stands for its kind; the best "
+        "Mean over abilities, with 95 % intervals. The highest set stands for its kind; the best "
         "single source is given as what to expect of it."
         + (" * holds other items of benchmarks that are scored here." if starred else ""),
         "Bars: " + "; ".join(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
-from calmix.capability.retention import Estimate
+from calmix.analysis.bootstrap import Estimate as Told
+from calmix.analysis.ranking import Candidate
+from calmix.capability.retention import Estimate, total_gap
 from calmix.capability.scores import check_same_suite
 from calmix.errors import InputError
 from calmix.report import card_figures, words
@@ -390,8 +392,8 @@ def several_page(cards: Sequence[Card]) -> str:
             )
     cards = [replace(card, name=name) for card, name in zip(cards, _names(cards), strict=True)]
     facts = [f"{len(cards)} models", f"against {first.model}", f"suite {_suite(first)}"]
-    best = max(cards, key=lambda card: card.kept.total.value or float("-inf"))
-    lead = f"{best.name} keeps most: {_spanned(best.kept.total)} %."
+    ordered = _ordered(cards)
+    lead = f"The dense model is 100 %; {words.which_is_best(ordered)}." if ordered else ""
     return shell(
         "Models side by side · calmix",
         '<header><p class="kicker">calmix report card</p><h1>Models side by side</h1>'
@@ -405,6 +407,20 @@ def several_page(cards: Sequence[Card]) -> str:
         ],
         escape(FOOTER),
     )
+
+
+def _ordered(cards: Sequence[Card]) -> list[Candidate]:
+    """Return the models by total, and how far each is behind the first."""
+    known = [card for card in cards if card.kept.total.value is not None]
+    known.sort(key=lambda card: -(card.kept.total.value or 0))
+    made = []
+    for card in known:
+        kept, behind = Told(*astuple(card.kept.total)), None
+        if card is not known[0]:
+            gap = total_gap(card.dense.tasks, known[0].scores.tasks, card.scores.tasks)
+            behind = Told(*astuple(gap))
+        made.append(Candidate(card.name, "", kept, kept, None, behind))
+    return made
 
 
 def _names(cards: Sequence[Card]) -> list[str]:

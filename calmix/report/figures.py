@@ -16,6 +16,7 @@ from calmix.analysis.bootstrap import Joint
 from calmix.analysis.cells import TOTAL, WORST, Cells
 from calmix.analysis.correlations import Among, Correlation, counted
 from calmix.analysis.differences import SINGLES
+from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import LEAST
 from calmix.report import words
 from calmix.report.drawing import (
@@ -140,10 +141,11 @@ def heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
     return Drawing(
         f"heat-map-{slug(found.condition.label)}",
         "Retention by calibration set and dimension",
-        "Share of the dense model's ability that is left, in percent, best total on top. The "
+        "Share of the dense model's ability that is left, in percent, highest total on top. The "
         "corner marks each set's worst dimension. One colour scale for the whole study.",
-        f"Heat map of {len(found.ranking)} calibration sets by {len(columns)} columns. Best total: "
-        f"{best.calibration}, {words.with_span(best.total)} %. The table below holds the numbers.",
+        f"Heat map of {len(found.ranking)} calibration sets by {len(columns)} columns. Highest "
+        f"total: {best.calibration}, {words.with_span(best.total)} %. The table below holds the "
+        "numbers.",
         draw,
         tips,
     )
@@ -603,7 +605,8 @@ def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -
     series = [cells for cells, _ in pairs]
     if len({cells.condition.sparsity for cells in series}) < 2:
         return []
-    lines = _lines(series)
+    ranking = next(one.ranking for one in analysis.conditions if one.cells is series[-1])
+    lines = _lines(series, ranking)
     tips = Tips()
     quantities = (TOTAL, *analysis.dimensions)
     method = series[0].condition.series
@@ -669,8 +672,8 @@ def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -
         Drawing(
             f"sparsity-{slug(method)}",
             f"{method}: retention against sparsity",
-            "Means over seeds. The line without a colour is the single source with the best total "
-            f"at the highest sparsity. Last panel: lead over the {against}.",
+            "Means over seeds. The line without a colour is the single source with the highest "
+            f"total at the highest sparsity. Last panel: lead over the {against}.",
             "Line charts of retention at "
             + words.listed([cells.condition.pattern for cells in series]) + " sparsity; "
             + "; ".join(f"{one.calibration} leads by {words.points(one.gap.value)} points at "
@@ -682,19 +685,16 @@ def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -
     ]  # fmt: skip
 
 
-def _lines(series: Sequence[Cells]) -> list[tuple[str, str]]:
-    """Return what gets a line of its own: the best single source, and all that is none."""
-    top = series[-1]
+def _lines(series: Sequence[Cells], ranking: Sequence[Ranked]) -> list[tuple[str, str]]:
+    """Return what gets a line: all that is no single source, and the first that is one."""
     found = [
         (name, made)
         for cells in series
         for name, made in zip(cells.sets, cells.strategies, strict=True)
         if made != "single"
     ]
-    singles = top.of("single")
-    totals = top.means[singles, 0]
-    if len(singles) and not np.isnan(totals).all():
-        found.append((top.sets[singles[int(np.nanargmax(totals))]], "single"))
+    singles = [one for one in ranking if one.strategy == "single" and one.total.value is not None]
+    found += [(one.calibration, "single") for one in singles[:1]]
     return list(dict.fromkeys(found))
 
 

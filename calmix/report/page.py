@@ -9,6 +9,7 @@ from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import APART, TOTAL, WORST
 from calmix.analysis.differences import Margin
 from calmix.analysis.gains import Gain, Shift
+from calmix.analysis.ranking import leaders
 from calmix.report import words
 from calmix.report.claims import FAILS, HOLDS, IN_PART, NOT_FOUND, OPEN, Told
 from calmix.report.drawing import Drawing
@@ -103,21 +104,23 @@ def _header(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
 
 def _cards(analysis: Analysis, main: ConditionAnalysis) -> str:
     cards = []
-    best, several = main.ranking[0], len(main.ranking) > 1
-    if best.total.value is not None:
+    best, several = leaders(main.ranking), len(main.ranking) > 1
+    if best:
+        kept = best[0].total
+        tied = f" ({best[0].calibration})" if len(best) > 1 else ""
         cards.append(
             (
-                "best total" if several else "total",
-                best.calibration,
-                f"{words.percent(best.total.value)} %",
-                f"{words.span(best.total.low, best.total.high)} after {main.condition.label}",
+                "tied for the best total" if tied else "best total" if several else "total",
+                words.some([one.calibration for one in best]),
+                f"{words.percent(kept.value)} %",
+                f"{words.span(kept.low, kept.high)} after {main.condition.label}{tied}",
             )
         )
     low = next((one for one in main.ranking if one.rank_worst == 1), None)
     if low is not None:
         cards.append(
             (
-                "best worst dimension" if several else "worst dimension",
+                "highest worst dimension" if several else "worst dimension",
                 low.calibration,
                 f"{words.percent(low.lowest.value)} %",
                 f"in {low.worst} {words.span(low.lowest.low, low.lowest.high)}",
@@ -321,7 +324,7 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> str:
     columns = [
         Column("calibration set", number=False), Column("made", number=False), Column("draws"),
         Column("total %"), Column("accuracy %"), Column("shrunken %"), Column("best"),
-        Column("behind the best"), Column("worst", number=False), Column("worst %"),
+        Column("behind the first"), Column("worst", number=False), Column("worst %"),
         *(Column(name) for dimension in analysis.dimensions
           for name in (f"{dimension} %", f"{dimension}, accuracy %")),
         *([Column("without its own benchmark", number=False)] if own else []),

@@ -14,7 +14,7 @@ from calmix.analysis.cells import TOTAL
 from calmix.analysis.correlations import TradeOff
 from calmix.analysis.differences import BEST, SINGLES, Growth
 from calmix.analysis.gains import MEAN, Gain, Shift
-from calmix.analysis.ranking import Ranked
+from calmix.analysis.ranking import leaders
 from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
 from calmix.report.claims import Claim, claims, claims_text
@@ -104,13 +104,12 @@ def summarise(analysis: Analysis) -> Summary:
     for each in analysis.conditions:
         found: list[str] = []
         missing: list[str] = []
-        _best(each, found, missing)
+        brief = _best(each, found, missing)
         _contest(each, found, missing)
         _trade_offs(analysis, each, found, missing)
         _averaging(each, found, missing)
         _distance(each, found, missing)
         _noise(each, missing)
-        brief = found[0] if found else ""
         if each.correlations:
             brief += f" {'An' if each.trade_offs else 'No'} opposite-sign trade-off was found."
         conditions.append(
@@ -138,11 +137,13 @@ def _table(each: ConditionAnalysis) -> tuple[str, ...]:
 
 
 def _most(analysis: Analysis) -> tuple[str, ...]:
-    rows: list[tuple[str, ...]] = [("", "set", "total", "worst dimension")]
+    rows: list[tuple[str, ...]] = [("", "set", "total", "tied with", "worst dimension")]
     for each in analysis.conditions:
-        best = each.ranking[0]
+        best, *ties = leaders(each.ranking) or each.ranking[:1]
+        tied = [words.short(one.calibration, 12) for one in ties]
         rows.append((
             each.condition.label, words.short(best.calibration, 18), words.with_span(best.total),
+            tied[0] if len(tied) == 1 else f"{len(tied)} sets" if tied else "",
             f"{words.percent(best.lowest.value)} {words.short(best.worst or '', 12)}".strip(),
         ))  # fmt: skip
     return tuple(_columns(rows))
@@ -170,51 +171,41 @@ def _headline(analysis: Analysis) -> str:
             f"{where}, {best.calibration} keeps {words.with_span(best.total)} % of the dense "
             "model's ability. It is the only calibration set, so nothing can be compared."
         )
-    text = (
-        f"{where}, {best.calibration} keeps the most of the dense model's ability: "
-        f"{words.with_span(best.total)} % in total"
-    )
-    if best.worst is not None:
-        text += f", {words.percent(best.lowest.value)} % in its worst dimension, {best.worst}"
+    best_sets = leaders(main.ranking)
+    text = f"{where} (the dense model is 100 %), {words.which_is_best(main.ranking)}."
+    worst = [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
+             for one in best_sets[:3] if one.worst is not None]  # fmt: skip
+    if worst:
+        text += f" In the worst dimension: {words.listed(worst)}."
     last = next(one for one in reversed(main.ranking) if one.total.value is not None)
-    return text + (
-        f". {last.calibration} keeps the least: {words.percent(last.total.value)} % in total"
-        + (f", {words.percent(last.lowest.value)} % in {last.worst}." if last.worst else ".")
-    )
+    if last not in best_sets:
+        text += f" The lowest total is that of {last.calibration}: "
+        text += f"{words.percent(last.total.value)} %."
+    return text
 
 
-def _best(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None:
-    """Who leads by total and by worst dimension, and who cannot be told apart from the leader."""
+def _best(each: ConditionAnalysis, found: list[str], missing: list[str]) -> str:
+    """Say who leads by total, or is tied for it, and by worst dimension."""
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) < 2:
-        return
-    best = ranked[0]
-    chance = "" if best.best is None else f", best of all with {words.sure(best.best)} probability"
+        return ""
+    first = ranked[0]
+    told = f"{words.which_is_best(ranked)}."
+    (found if len(leaders(ranked)) == 1 else missing).append(told)
+    chance = "" if first.best is None else f", best with {words.sure(first.best)} probability"
     if chance and not each.joint.freedom:
         chance += " on other items, other draws left aside"
     found.append(
-        f"Highest total: {best.calibration} with {words.with_span(best.total)} %; to expect of a "
-        f"set picked for that: {words.percent(best.shrunken.value)} %{chance}."
+        f"Expect {words.percent(first.shrunken.value)} % of {first.calibration}, which was picked "
+        f"for its total{chance}."
     )
     low = next((one for one in ranked if one.rank_worst == 1), None)
     if low is not None:
         found.append(
-            f"Highest worst dimension: {low.calibration} with {words.with_span(low.lowest)} % "
-            f"in {low.worst}."
+            f"Highest measured worst dimension: {low.calibration} with "
+            f"{words.with_span(low.lowest)} % in {low.worst}."
         )
-    near = [one for one in ranked[1:] if one.behind and (one.behind.low or 0) <= 0]
-    if near:
-        missing.append(
-            f"{best.calibration} is not set apart from {_some(near)} "
-            f"({len(near)} of {len(ranked) - 1})."
-        )
-
-
-def _some(ranked: Sequence[Ranked]) -> str:
-    names = [one.calibration for one in ranked]
-    if len(names) <= 3:
-        return words.listed(names)
-    return f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return told
 
 
 def _contest(each: ConditionAnalysis, found: list[str], missing: list[str]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import APART, TOTAL, WORST
+from calmix.analysis.ranking import Placed, leaders
 
 STRATEGIES = {
     "single": "single source",
@@ -130,6 +132,30 @@ def listed(names: list[str]) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def some(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return listed(names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"])
+
+
+def which_is_best(placed: Sequence[Placed]) -> str:
+    """Say which set keeps the most and by how much, or which are tied; one has a value at least."""
+    first, *ties = sets = leaders(placed)
+    if not ties:
+        text = f"{first.calibration} keeps the most: {with_span(first.total)} %"
+        for second in placed[1:2]:
+            if second.behind and second.behind.value is not None:
+                text += f", ahead of {second.calibration} by {with_span(second.behind)} points"
+        return text
+    gap = ties[0].behind
+    apart = "no difference is expected"
+    if gap and gap.value is not None:
+        apart = f"difference {with_span(gap)} points"
+    if len(ties) > 1:
+        apart = f"{first.calibration} and {ties[0].calibration}: {apart}"
+    kept = listed([with_span(one.total) for one in sets[:3]])
+    return f"{some([one.calibration for one in sets])} are tied ({apart}): {kept} %"
 
 
 def held(text: str) -> str:

@@ -179,24 +179,25 @@ def test_the_recommendation_follows_the_weights() -> None:
         "blend", "coder", "reader",
     ]  # fmt: skip
     code = best["code"]
-    assert code.retention.value == pytest.approx(0.75 * 0.8 + 0.25 * 0.3 + 0.01, abs=1e-4)
+    assert code.total.value == pytest.approx(0.75 * 0.8 + 0.25 * 0.3 + 0.01, abs=1e-4)
     # By three sets of unlike retention hardly anything is drawn to their mean.
-    assert code.shrunken.value == pytest.approx(code.retention.value, abs=0.01)
-    assert code.shrunken.value < code.retention.value
+    assert code.shrunken.value == pytest.approx(code.total.value, abs=0.01)
+    assert code.shrunken.value < code.total.value
 
 
 def test_the_lead_over_the_runner_up_is_told_with_its_doubt() -> None:
     only = recommend(weighted())[0]
     assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
     assert sum(c.best or 0 for c in only.candidates) == pytest.approx(1)
-    lead = only.lead
+    assert only.best == ("blend",)
+    lead = only.candidates[1].behind
     assert lead is not None
     assert 0 < lead.value < 0.05
     assert 0.5 < lead.sure < 1
     assert lead.p > lead.draw_p
     assert lead.low < lead.draw_low < lead.value < lead.draw_high < lead.high
     alone = study(Plan(sources=("a",), seeds=(0,)))
-    assert recommend(alone)[0].lead is None
+    assert recommend(alone)[0].candidates[0].behind is None
 
 
 def test_without_signal_in_a_wanted_dimension_nothing_is_recommended() -> None:

@@ -271,3 +271,19 @@ def test_what_recovery_wrote_is_checked_too(calmix: Run, compressed: Path, tmp_p
     config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     ended = calmix("inspect", changed)
     assert (ended.code, "config.json is damaged or changed" in ended.err) == (2, True), ended.err
+
+
+def test_models_side_by_side_are_tied_or_one_leads(
+    calmix: Run, compressed: Path, tmp_path: Path
+) -> None:
+    other, page = tmp_path / "other", tmp_path / "page.html"
+    shutil.copytree(compressed, other)
+    for worse, lead in ((0.0, "out and other are tied (difference 0.0 [0.0, 0.0] points)"),
+                        (0.5, "out keeps the most: ")):  # fmt: skip
+        scores = json.loads((compressed / "scores.json").read_text(encoding="utf-8"))
+        for task in scores["scores"]["tasks"]:
+            for row, gold in zip(task["loglikelihoods"], task["gold"], strict=True):
+                row[gold] -= worse
+        (other / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+        assert calmix("report", compressed, other, "-o", page).code == 0
+        assert lead in page.read_text(encoding="utf-8").replace("\u00a0", " ")

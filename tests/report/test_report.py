@@ -203,7 +203,7 @@ def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
     page = page_of(study(Plan(), trials=trials))
     assert re.findall(r">−20(?:\.0)?<", page)
     assert re.findall(r">-\d", page) == []
-    assert "After Wanda 2:4, s0 keeps the most" in page
+    assert "After Wanda 2:4 (the dense model is 100\N{NO-BREAK SPACE}%), s0 " in page
 
 
 def test_an_environment_is_laid_flat() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calmix.analysis import Settings, analyse
+from calmix.analysis.ranking import leaders
 from calmix.report import summarise
 from calmix.report.summary import MANY, Summary
 from calmix.study.results import StudyResults
@@ -68,7 +69,7 @@ def test_equal_sets_are_not_told_apart() -> None:
     lifts = {"mix-8": ("mix", 0.0)}
     told = of(study(Plan(others=lifts, noise=0.0, draw=0.02))).conditions[0]
     text = "\n".join(told.not_found)
-    assert "is not set apart from" in text
+    assert " are tied (" in text
     assert "that survives correction from the mean of the single sources" in text
     assert "One trial a source does not tell the sources apart" in text
 
@@ -120,7 +121,9 @@ def test_little_is_told_of_little() -> None:
     five = of(study(Plan(sources=("a", "b", "c", "d", "e"), seeds=(0,))))
     tests = "tests (sources) have it at once"
     assert any("no p below 0.017" in line and tests in line for line in five.certainty)
-    assert "on other items, other draws left aside" in five.conditions[0].found[0]
+    assert any(
+        "on other items, other draws left aside" in line for line in five.conditions[0].found
+    )
     assert not any("have it at once" in line for line in of(study(Plan())).certainty)
     four = of(study(Plan(sources=("a", "b", "c", "d"), seeds=(0, 1))))
     assert any("no correlation could have been found" in line for line in four.certainty)
@@ -166,7 +169,7 @@ def test_a_terminal_is_told_what_many_conditions_say_together() -> None:
     text = " ".join(told.short().split())
     for each in found.conditions:
         (row,) = [line for line in lines if line.startswith(f"  {each.condition.label}  ")]
-        assert row.split()[2] == each.ranking[0].calibration
+        assert row.split()[2] == leaders(each.ranking)[0].calibration
     assert all(f"{claim.text}: {claim.tally}" in text for claim in told.claims if claim.tally)
     assert all(line in text for line in (*told.across.found, *told.certainty))
     assert not any(line in text for each in told.conditions for line in each.found)
