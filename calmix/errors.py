@@ -43,6 +43,10 @@ class SolverError(CalmixError):
     """Numbers no solver can work with (not finite, no positive definite Gram matrix)."""
 
 
+class DeviceMemoryError(CalmixError):
+    """A device that has too little memory left, which another run may find otherwise."""
+
+
 class MissingExtraError(CalmixError):
     """A feature whose optional dependency is not installed."""
 

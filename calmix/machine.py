@@ -70,6 +70,14 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
     return held, free + backend.memory_reserved(device) - held, total
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an accelerator had no memory left: its backends have no class in common."""
+    import torch
+
+    told = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED"))
+    return told or isinstance(error, torch.OutOfMemoryError)
+
+
 def mark(device: torch.device, *, timed: bool = False) -> torch.Event:
     """Return an event in a device's own queue of work, whichever device is the current one."""
     import torch

@@ -246,6 +246,13 @@ class StreamedModel:
         """Forget a block's weights."""
         self._drop(self.block_names(index))
 
+    def reset(self) -> None:
+        """Forget all weights, changed ones too: they are read anew when they are asked for."""
+        self._ahead.clear()
+        self.drop_outside()
+        for index in range(len(self.blocks)):
+            self.drop(index)
+
     def files(self) -> Files:
         """Return what the files hold, floats in the model's type in memory.
 
@@ -349,7 +356,7 @@ class WholeModel:
     outside_bytes = 0  # already in memory, as all is
 
     def __init__(self, name: str, **how: Any) -> None:
-        self.name = name
+        self.name, self._how = name, how
         self.opened = opened = open_model(name, **how)
         self.trust_remote_code, self.folder = opened.trust_remote_code, opened.folder
         self.model = opened.model
@@ -371,6 +378,11 @@ class WholeModel:
 
     def drop(self, index: int) -> None:
         """All stays."""
+
+    def reset(self) -> None:
+        """Read all weights anew."""
+        fresh = open_model(self.name, **self._how | {"device": "cpu"}).model
+        self.model.load_state_dict(fresh.state_dict())
 
     def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
         """Return a block's weights by their names in the model, copied if they will change."""

@@ -21,7 +21,14 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.resolving import needs_model
 from calmix.calibration.tokenizer import OpenTokenizer
-from calmix.errors import CalmixError, DiskError, InputError, ModelError, disk_errors
+from calmix.errors import (
+    CalmixError,
+    DeviceMemoryError,
+    DiskError,
+    InputError,
+    ModelError,
+    disk_errors,
+)
 from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
 from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
 from calmix.models import OpenModel, open_model
@@ -31,7 +38,7 @@ from calmix.pruning import sharing
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
 from calmix.pruning.dropping import ScorePass, chosen_experts, unscored, write_dropped
-from calmix.pruning.engine import Patterns, check_pattern, expert_tokens
+from calmix.pruning.engine import Patterns, check_pattern, expert_tokens, with_room
 from calmix.pruning.layout import token_bytes
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
@@ -150,9 +157,18 @@ def prune_checkpoints(
             if drops_alone:
                 made = [_dropped_alone(job, ids, began) for job in left]
             else:
-                left = _allocated(source, ids, left, plan)
+                count, length = (1, 1) if ids is None else ids.shape
                 named = () if calibration is None else calibration.sources
-                made = prune_streamed(source, ids, left, plan, sources=named, progress=progress)
+
+                def pruned(rows: int) -> list[PruneReport]:
+                    own = replace(plan, micro_tokens=rows * length)
+                    jobs = _allocated(source, ids, left, own)
+                    return prune_streamed(source, ids, jobs, own, sources=named, progress=progress)
+
+                made = with_room(
+                    pruned, min(count, plan.micro_tokens // length), source.device,
+                    partial(_undone, source, works), say,
+                )  # fmt: skip
             for job, report in zip(left, made, strict=True):
                 report.dropped = dropped
                 if leads:
@@ -205,6 +221,17 @@ def planned(
         return plan.needed, _checkpoint_bytes(source)
     finally:
         source.close()
+
+
+def _undone(source: WeightSource, works: Sequence[WorkFolder]) -> bool:
+    """Make all as it was before any block; unless one counts as done, which is not thrown away."""
+    for work in works:
+        work.wait()
+        work.states = None
+    if any(work.done for work in works):
+        return False
+    source.reset()
+    return True
 
 
 def _agreed(plan: Plan) -> Plan:
@@ -261,12 +288,19 @@ def _dropped(
         raise ModelError("--drop-experts needs a model that can be read block by block")
     dropped = sharing.once(lambda: next((d for job in jobs if (d := job.work.dropped())), []))
     if not dropped:
-        look = ScorePass(source.model, blocks)
         chosen_experts(source.model, {m.name: [0.0] * m.count for i in range(len(blocks))
                                       for m in blocks.mixtures(i)}, share)  # fmt: skip
-        plan = _agreed(plan_for(source, ids, [], budget=max_memory, beside=[look.method]))
-        pass_through(source, ids, look, work, plan)
-        dropped = sharing.once(lambda: chosen_experts(source.model, look.scores, share))
+
+        def scored(rows: int) -> dict[str, list[float]]:
+            look = ScorePass(source.model, blocks)
+            own = replace(plan, micro_tokens=rows * ids.shape[1])
+            return pass_through(source, ids, look, work, own).scores
+
+        beside = [ScorePass(source.model, blocks).method]
+        plan = _agreed(plan_for(source, ids, [], budget=max_memory, beside=beside))
+        rows = min(len(ids), plan.micro_tokens // ids.shape[1])
+        scores = with_room(scored, rows, source.device, partial(_undone, source, []), say)
+        dropped = sharing.once(lambda: chosen_experts(source.model, scores, share))
     if lost := unscored(source):
         names = ", ".join(sorted(layer.strip(".") for layer in lost))
         say(f"{names}: left out, as it predicts further tokens with experts that nobody scored")
@@ -383,7 +417,8 @@ def told_report(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> PruneRep
     done = manifest["pruning"]
     report = PruneReport(
         done["method"], done["pattern"], done["propagation"], done["tokens"],
-        done["options"], done["allocation"], done["rows"], seconds=run["seconds"],
+        done["options"], done["allocation"], done["rows"], done["rows_at_once"],
+        seconds=run["seconds"],
     )  # fmt: skip
     report.restore(done)
     return report
@@ -452,7 +487,7 @@ def _leave(work: WorkFolder, error: BaseException) -> bool:
     process's end need not. What an earlier run has left is kept whatever happens.
     """
     work.settle()
-    again = isinstance(error, DiskError) or not _is_mistake(error)
+    again = isinstance(error, DiskError | DeviceMemoryError) or not _is_mistake(error)
     stays = work.goes_on or (work.begun and again)
     if stays:
         work.close()

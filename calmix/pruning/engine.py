@@ -24,14 +24,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from calmix.errors import InputError, ModelError, SolverError, nearest
-from calmix.machine import tokens_at_once
+from calmix.errors import DeviceMemoryError, InputError, ModelError, SolverError, nearest
+from calmix.machine import give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.precision import bfloat16_products
 from calmix.pruning import sharing
@@ -47,6 +47,7 @@ Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 Group = tuple[list[Prunable], Tensor | None, int | None]  # one input's, its statistic, its tokens
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
+T = TypeVar("T")
 ACTIVITIES = ("prepare", "statistics", "solve", "forward")
 
 
@@ -109,9 +110,64 @@ def prune(
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern)
     tokens = expert_tokens(experts, expert_smoothing, found)
-    run = Run(model, found, chosen, pattern, propagation, paused, experts=tokens, sources=sources)
-    run_through(run, ids, micro_tokens, progress)
-    return run.report
+    device, done = next(model.parameters()).device, 0
+    first = [] if device.type == "cpu" else [(p, p.view().cpu()) for p in found.prunables(0)]
+
+    def reached(number: int, of: int) -> None:
+        nonlocal done
+        done = number
+        if progress is not None:
+            progress(number, of)
+
+    def act(rows: int) -> PruneReport:
+        run = Run(
+            model, found, chosen, pattern, propagation, paused, experts=tokens, sources=sources
+        )
+        run_through(run, ids, rows * length, reached)
+        return run.report
+
+    def undone() -> bool:
+        if not done:
+            for layer, weight in first:
+                layer.assign(weight)
+        return not done
+
+    count, length = (1, 1) if chosen.needs is None else check_ids(ids, chosen.name).shape
+    rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
+    return with_room(act, min(rows, count), device, undone)
+
+
+def with_room(
+    act: Callable[[int], T],
+    rows: int,
+    device: torch.device,
+    undone: Callable[[], bool],
+    say: Callable[[str], None] = lambda line: None,
+) -> T:
+    """Return `act(rows)`; where the device has no room, that of half as many rows at a time.
+
+    Args:
+        rows: of a micro-batch.
+        undone: puts back what `act` has changed; tells whether it could.
+        say: is told that fewer rows run from now on.
+
+    Raises:
+        DeviceMemoryError: one row is too many, or something cannot be put back.
+    """
+    while True:
+        try:
+            return act(rows)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if sharing.processes()[1] > 1 or rows < 2 or not undone():
+                raise DeviceMemoryError(
+                    f"{device} has run out of memory, with {rows} calibration rows at a time: free "
+                    "some of it, or draw shorter rows"
+                ) from error
+        rows //= 2
+        give_memory_back()  # here, where nothing of what has failed is kept
+        say(f"{device} has run out of memory: starting over with {rows} rows at a time")
 
 
 def expert_tokens(mode: str | None, smoothing: float | None, found: DecoderBlocks) -> ExpertTokens:
@@ -319,7 +375,9 @@ class Run:
         self._calls, self.written, self._rows, self._length = [], [written], [], ids.shape[1]
         micro_tokens = micro_tokens or tokens_at_once(device)
         own = sharing.own_rows(ids)
-        for number, batch in enumerate(own.split(max(1, micro_tokens // ids.shape[1]))):
+        at_once = max(1, micro_tokens // ids.shape[1])
+        self.report.rows_at_once = min(at_once, len(own))
+        for number, batch in enumerate(own.split(at_once)):
             with torch.inference_mode():
                 hidden, recorded, written = calls.record(batch.to(device))
             self._calls.append(recorded)
@@ -334,6 +392,7 @@ class Run:
         self._rows, self._length = other._rows, other._length
         self.written = [list(values) for values in other.written]
         self.report.tokens, self.report.rows = other.report.tokens, other.report.rows
+        self.report.rows_at_once = other.report.rows_at_once
 
     def block(self, index: int) -> None:
         """Prune one block, whose weights are in memory, and move the states on to the next.

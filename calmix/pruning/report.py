@@ -57,7 +57,8 @@ class PruneReport:
     """What a prune did: a report per layer, totals, and seconds by activity.
 
     `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
-    are the weights of blocks that stayed as they were, vectors apart.
+    are the weights of blocks that stayed as they were, vectors apart. `rows_at_once` ran at a time,
+    in each process: another number of them may round otherwise.
     """
 
     method: str
@@ -67,6 +68,7 @@ class PruneReport:
     options: dict[str, Any] = field(default_factory=dict)
     allocation: str | None = None
     rows: int = 0
+    rows_at_once: int = 0
     layers: list[LayerReport] = field(default_factory=list)
     dense: list[Dense] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)

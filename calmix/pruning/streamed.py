@@ -6,7 +6,6 @@ from, where they and the hidden states go, and what is kept of both.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from calmix.models.shards import ShardWriter
 from calmix.models.streaming import WeightSource
 from calmix.pruning import sharing
 from calmix.pruning.allocation import DensePass
-from calmix.pruning.budget import Plan, Sizes, make_plan
+from calmix.pruning.budget import GIB, Plan, Sizes, make_plan
 from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_pattern
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
@@ -33,6 +32,7 @@ from calmix.pruning.states import KeptStates, Room
 from calmix.pruning.work import WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
+WORKSPACE = GIB // 2  # that libraries take on an accelerator beside tensors, and what they load
 HOST_SHARE = 0.5  # of the host's that is free, for hidden states an accelerator has no room for
 
 
@@ -70,8 +70,7 @@ def plan_for(
         source: the model.
         ids: calibration ids, None if no target needs them.
         targets: what is to be done.
-        budget: bytes of each process; None for what is free, which is only refused where it is an
-            accelerator's and could not hold one block if all of it were free.
+        budget: bytes of each process; None for what is free, of which a CPU may take more.
         beside: what else looks at the model.
 
     Raises:
@@ -102,8 +101,11 @@ def plan_for(
         accelerator=accelerator,
     )
     held, free, total = device_memory(source.device)
-    if not accelerator:  # which processes here share, as a device they do not
+    swaps = total is None
+    if swaps:  # memory that processes here share, as they do not a device
         free //= sharing.here()
+    room = held + int(FREE_SHARE * free) if budget is None else budget
+    held += 0 if swaps else WORKSPACE
     sequential = bool(beside) or any(
         t.propagation == "sequential" and t.method.needs for t in targets
     )
@@ -114,19 +116,17 @@ def plan_for(
             f"the interrupted runs had micro-batches of {counts} rows, because their "
             "--max-memory differed: resume them one by one"
         )
-    # Without a budget the micro-batch stays what it is, so that no number depends on the moment;
-    # earlier work goes on with what it had.
-    fixed = budget is None or bool(earlier)
-    at_once = earlier.pop() * length if earlier else tokens_at_once(source.device)
-    if budget is not None:
-        return make_plan(sizes, budget, held, at_once, sequential=sequential, fixed=fixed)
-    # What a device has is the same every time, and there is no swapping: it decides too.
-    most = 2**62 if total is None else total
-    whole = make_plan(sizes, most, held, at_once, sequential=sequential, fixed=bool(earlier))
-    at_once = whole.micro_tokens or at_once
-    with contextlib.suppress(InputError):
-        room = held + int(FREE_SHARE * free)
+    goes_on = bool(earlier)
+    at_once = earlier.pop() * length if goes_on else tokens_at_once(source.device)
+    # Earlier work goes on with the micro-batch it had. On a CPU it is the same whatever happens to
+    # be free, so that no number depends on the moment; what does not fit is swapped.
+    fixed = goes_on or (budget is None and swaps)
+    try:
         return make_plan(sizes, room, held, at_once, sequential=sequential, fixed=fixed)
+    except InputError:
+        if budget is not None or not swaps:
+            raise
+    whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential, fixed=True)
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
 
 

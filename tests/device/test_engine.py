@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
 from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, get_method
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.engine import Run, run_through
+from calmix.pruning.gram import Gram
 from tests.pruning.test_experts import OldMixture
 from tests.tiny import VOCABULARY, tiny_config
 
@@ -55,6 +56,28 @@ def test_a_block_is_read_once(method, pattern, propagation):
         assert first[1] == {("cpu", "cuda"): 4}
     assert len(run.report.layers) == 14
     assert all(type(layer.dead_inputs) is int for layer in run.report.layers)
+
+
+def test_out_of_memory_a_prune_starts_over_with_fewer_rows(monkeypatch):
+    """The first block is put back, as far as it was pruned."""
+    add, seen, copies = Gram.add, [], Counter()
+
+    def adding(self, inputs):
+        if inputs.shape[-1] == 64:  # the last input of a block
+            seen.append(len(inputs))
+            if len(inputs) > 2:
+                copies.update(traced.copies)
+                raise torch.OutOfMemoryError
+        add(self, inputs)
+
+    monkeypatch.setattr(Gram, "add", adding)
+    with tracing() as traced:
+        ids = torch.randint(VOCABULARY, (5, 32), device="cpu")
+        report = prune(empty_model(tiny_config("llama")), ids, pattern=HALF, micro_tokens=4 * 32)
+    assert seen == [4, 2, 2, 1, 2, 2, 1]
+    assert report.rows_at_once == 2
+    assert copies[("cuda", "cpu")] == 7  # the layers of one block
+    assert traced.copies[("cpu", "cuda")] == copies[("cpu", "cuda")] + 7 + 4  # and ids anew
 
 
 OTHERS = [("gemma3_text", None), ("gemma4_text", None), ("gpt2", 1)]

@@ -21,7 +21,7 @@ from calmix.errors import DiskError, InputError
 from calmix.models import open_model
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
-from calmix.pruning import SemiStructured, Unstructured, get_method, prune, streamed
+from calmix.pruning import SemiStructured, Unstructured, checkpoint, get_method, prune, streamed
 from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
@@ -625,8 +625,6 @@ def test_a_disk_that_fills_up_half_way(calmix, deep, text_file, tmp_path, monkey
                     pass
             os.close(handle)
 
-    from calmix.pruning import checkpoint
-
     run = checkpoint.prune_streamed
 
     def filling(*args, **kwargs):
@@ -655,28 +653,105 @@ def test_a_disk_that_fills_up_half_way(calmix, deep, text_file, tmp_path, monkey
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_device_that_cannot_hold_a_block_is_refused(tmp_path, tiny_folder, monkeypatch):
-    """Its own memory decides the size of a micro-batch too, what happens to be free does not."""
+def test_what_is_free_on_a_device_decides_its_micro_batch(tmp_path, tiny_folder, monkeypatch):
+    """Beside what libraries take there; what others hold of it does not count as room."""
     streamed_model = StreamedModel(str(tiny_folder))
     streamed_model.device = torch.device("cuda")
     one = target(tmp_path / "out")
     ids = tiny_ids(400, 32)
+    gib = 2**30
 
-    def plan(free, total):
-        monkeypatch.setattr(streamed, "device_memory", lambda device: (0, free, total))
-        return streamed.plan_for(streamed_model, ids, [one], budget=None)
+    def plan(free, **how):
+        monkeypatch.setattr(streamed, "device_memory", lambda device: (0, free, 80 * gib))
+        return streamed.plan_for(streamed_model, ids, [one], **{"budget": None} | how)
 
     try:
-        gib = 2**30
-        whole = plan(gib, gib)
+        whole = plan(2 * gib)
         states = ids.numel() * 32 * 4
         assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, states)
-        assert plan(gib // 256, gib).micro_tokens == 8192
-        small = plan(gib, 6 * 2**20)
-        assert small.micro_tokens < 8192
-        assert plan(0, 6 * 2**20).micro_tokens == small.micro_tokens
+        assert streamed.WORKSPACE < whole.needed < streamed.WORKSPACE + gib // 8
+        least = (streamed.WORKSPACE + 8 * 2**20) / streamed.FREE_SHARE / 0.95
+        assert 32 <= plan(int(least)).micro_tokens < 8192
         with pytest.raises(InputError, match="cannot hold one block at work"):
-            plan(gib, 2**18)
+            plan(streamed.WORKSPACE)
+        assert plan(0, budget=2 * gib).micro_tokens == 8192
     finally:
         one.work.abandon()
         streamed_model.close()
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """Let a device run out of memory in the middle of a block, of more than so many tokens."""
+    add = Gram.add
+
+    def short(most, block=0, error=None):
+        seen = []
+
+        def adding(self, inputs):
+            if inputs.shape[-1] == 64:  # the last of a block's inputs, when layers are pruned
+                seen.append(len(inputs))
+                if inputs.shape[:-1].numel() > most and len(seen) > block:
+                    raise error or torch.OutOfMemoryError
+            add(self, inputs)
+
+        monkeypatch.setattr(Gram, "add", adding)
+
+    return short
+
+
+@pytest.mark.parametrize(
+    "error",
+    [None, RuntimeError("MPS backend out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+    ids=str,
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_out_of_memory_a_prune_starts_over_with_fewer_rows(
+    calmix, deep, text_file, tmp_path, monkeypatch, short_of_memory, whole, error
+):
+    if whole:
+
+        def unstreamable(*_, **__):
+            raise NotStreamableError("a.b")
+
+        monkeypatch.setattr(checkpoint, "StreamedModel", unstreamable)
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed, "tokens_at_once", lambda device: 96)
+        assert calmix(*command, tmp_path / "three").code == 0
+    short_of_memory(100, error=error)
+    ended = calmix(*command, tmp_path / "halved")
+    assert ended.code == 0, ended.err
+    assert "cpu has run out of memory: starting over with 3 rows at a time" in ended.err
+    assert hashes(tmp_path / "halved") == hashes(tmp_path / "three")
+    manifest = json.loads((tmp_path / "halved" / "calmix.json").read_text())
+    assert manifest["pruning"]["rows_at_once"] == 3
+
+
+def test_out_of_memory_what_counts_as_done_is_kept(
+    calmix, deep, text_file, tmp_path, short_of_memory
+):
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    short_of_memory(0, block=1)
+    ended = calmix(*command, tmp_path / "out")
+    short_of_memory(2**62)
+    assert ended.code == 2
+    assert "1 blocks done: go on with --resume" in calmix(*command, tmp_path / "out").line
+    assert ended.err.splitlines()[-1].startswith(
+        "error: cpu has run out of memory, with 6 calibration rows at a time: "
+    )
+    assert calmix(*command, tmp_path / "out", "--resume").code == 0
+    assert calmix(*command, tmp_path / "whole").code == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_one_row_that_is_too_large_is_told(calmix, deep, text_file, tmp_path, short_of_memory):
+    short_of_memory(0)
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    ended = calmix(*command, "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1] == (
+        "error: cpu has run out of memory, with 1 calibration rows at a time: free some of it, "
+        "or draw shorter rows"
+    )
+    assert not (tmp_path / "out.unfinished").exists()
