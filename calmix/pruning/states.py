@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calmix.errors import InputError, disk_errors
 from calmix.files import sync
+from calmix.machine import mark
 from calmix.models.shards import DTYPES, NAMES, read_bytes, tensor_bytes, write_bytes
 
 FILES = 3  # one that is read, one that is written, and one that an interrupted run would read
@@ -94,8 +95,8 @@ class KeptStates:
         self._moved = True
         place, old = self._held.pop(number, (HOST, None))
         if old is not None:
-            self._free[place] += old.nbytes
-        fits = [one for one in (DEVICE, HOST) if self._free[one] >= hidden.nbytes]
+            self._free[place] += _taken(place, old)
+        fits = [one for one in (DEVICE, HOST) if self._free[one] >= _taken(one, hidden)]
         if not fits or fits[0] == HOST:
             self._before_write()
         if not fits:
@@ -106,7 +107,7 @@ class KeptStates:
             if old is None or place != HOST or (old.shape, old.dtype) != like:
                 old = _pinned(hidden)
             hidden = old.copy_(hidden, non_blocking=True)
-        self._free[fits[0]] -= hidden.nbytes
+        self._free[fits[0]] -= _taken(fits[0], hidden)
         self._held[number] = fits[0], hidden
 
     def restore(self, entries: Mapping[str, Entry], side: int) -> None:
@@ -137,8 +138,7 @@ class KeptStates:
         self.counted |= {side}
         made = None
         if any(place == HOST for place, _ in held.values()) and torch.accelerator.is_available():
-            made = torch.Event(self.device)
-            made.record()
+            made = mark(self.device)
 
         def keep() -> dict[str, Any]:
             if made is not None:
@@ -170,6 +170,11 @@ class KeptStates:
 
     def _start(self, number: int, hidden: Tensor) -> int:
         return sum(self.rows[:number]) * (hidden.nbytes // self.rows[number])
+
+
+def _taken(place: int, hidden: Tensor) -> int:
+    """Return the bytes something takes: PyTorch rounds pinned memory up to a power of two."""
+    return hidden.nbytes if place == DEVICE else 1 << (hidden.nbytes - 1).bit_length()
 
 
 def _pinned(like: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from calmix.pruning.states import KeptStates, Room, damaged
 CPU = torch.device("cpu")
 ROWS = [2, 2, 1]
 BATCH = 2 * 3 * 4 * 4  # bytes of a micro-batch of two rows
-ROOMS = [Room(), Room(BATCH), Room(2 * BATCH), Room(2**20), Room(BATCH, BATCH)]
+PINNED = 128  # what PyTorch takes for one
+ROOMS = [Room(), Room(BATCH), Room(2 * BATCH), Room(2**20), Room(BATCH, PINNED)]
 
 
 def made(seed):
@@ -100,6 +101,41 @@ def test_a_block_may_return_another_type_and_shape(tmp_path, room):
         again.restore(json.loads(json.dumps(kept["entries"])), kept["side"])
         assert same(again, values)
         assert again[0].dtype == values[0].dtype
+
+
+@pytest.mark.usefixtures("unpinned")
+@pytest.mark.parametrize(("host", "held"), [(63, []), (127, [2]), (PINNED, [0]), (320, [0, 1, 2])])
+def test_pinned_memory_counts_as_it_is_taken(tmp_path, host, held):
+    """By powers of two: 128 bytes for the 96 of two rows, 64 for the 48 of one."""
+    states = KeptStates(tmp_path, ROWS, CPU, Room(0, host))
+    for seed in range(2):
+        put(states, made(seed))
+        assert list(states._held) == held
+        assert same(states, made(seed))
+
+
+@pytest.mark.usefixtures("unpinned")
+def test_what_is_kept_waits_for_the_device_that_makes_it(tmp_path, monkeypatch):
+    """Which need not be the current one."""
+    waited = []
+
+    class Event:
+        def __init__(self, device, enable_timing):
+            self.device = device
+
+        def record(self, queue):
+            assert queue == ("queue of", self.device)
+
+        def synchronize(self):
+            waited.append(self.device)
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: ("queue of", device))
+    states = KeptStates(tmp_path, ROWS, torch.device("cuda", 1), Room(0, 2**20))
+    put(states, made(0))
+    states.keeping()()
+    assert waited == [torch.device("cuda", 1)]
 
 
 def test_what_is_read_may_be_changed(tmp_path):
