@@ -128,6 +128,10 @@ class StreamedModel:
         """Return the names in the files of what makes up a parameter."""
         return self._parts[name].stored
 
+    def stored_with(self, name: str) -> tuple[str, ...]:
+        """Return the names of the parameters that a parameter is stored together with, and its own."""
+        return self._parts[name].parameters
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the type a parameter is stored in."""
         return self.shards.places[self._parts[name].stored[0]].dtype

@@ -61,10 +61,10 @@ def as_stored(job: Job, masters: Masters, *, copy: bool = False) -> dict[str, Te
 def put(job: Job, tensors: Mapping[str, Tensor]) -> None:
     """Write trained weights to their places; every zero must still be one."""
     assert job.work.writer is not None
-    for name, value in tensors.items():
-        if name in job.pair.masked:
-            check_zeros(job.pair, name, value)
-        job.work.writer.write(job.pair.pruned.as_stored({name: value}))
+    for name in job.pair.masked & tensors.keys():
+        check_zeros(job.pair, name, tensors[name])
+    for names in dict.fromkeys(map(job.pair.pruned.stored_with, tensors)):
+        job.work.writer.write(job.pair.pruned.as_stored({name: tensors[name] for name in names}))
 
 
 def copy_others(job: Job, but: Collection[str]) -> None:

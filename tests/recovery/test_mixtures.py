@@ -16,7 +16,7 @@ from tests.recovery.stopper import arm
 from tests.recovery.test_recover import hashes, manifest
 from tests.tiny import save_tiny_model, tiny_ids
 
-KINDS = ("mixtral", "qwen3_moe", "gpt_oss")
+KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,9 @@ def command(place, kind, output, method, *more):
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("mixtral", "blocks"), ("qwen3_moe", "distill"), ("gpt_oss", "blocks")],
-)
+    [("mixtral", "blocks"), ("qwen3_moe", "distill"), ("gpt_oss", "blocks"),
+     ("sarvam_moe", "blocks"), ("sarvam_moe", "distill")],
+)  # fmt: skip
 def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_path, kind, method):
     output = tmp_path / "out"
     ended = calmix(*command(place, kind, output, method))
