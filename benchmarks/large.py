@@ -4,11 +4,13 @@
         [--max-memory 6GiB] [--kill-after 3] [--recover blocks,epochs=1]
 
 Shapes: llama-3.1-8b (16 GB, DIR needs about 40), mixtral-8x7b (2.9 GB a block), qwen3-30b-a3b
-(1.2 GB a block); the checkpoint is written shard by shard, once, experts one by one as on the
-hub. The prune runs in a process of its own, whose peak resident memory is what the operating
-system says of it; with `--kill-after N` it is ended by SIGKILL once N blocks are done, and
-resumed. Calibration is 8 rows of 512 random tokens unless told otherwise. Prints seconds a block
-and peaks, beside what `prune --dry-run` expects.
+(1.2 GB a block), small-mixture (27 MB a block of 32 experts, each with a number of tokens of its
+own); the checkpoint is written shard by shard, once, experts one by one as on the hub. The prune
+runs in a process of its own, whose peak resident memory is what the operating system says of it;
+with `--kill-after N` it is ended by SIGKILL once N blocks are done, and resumed. Calibration is 8
+rows of 512 random tokens unless told otherwise. Prints seconds a block, resident memory after the
+first block and the last, and peaks, beside what `prune --dry-run` expects; ends with an error if
+`--max-memory` was exceeded.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import psutil
 import torch
 from common import commit, machine
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from calmix.pruning.budget import parse_memory
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -48,6 +53,12 @@ SHAPES = {
         "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
         "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "small-mixture": {
+        "model_type": "qwen3_moe", "vocab_size": 8192, "hidden_size": 512,
+        "intermediate_size": 1024, "moe_intermediate_size": 256, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
         "norm_topk_prob": True, "tie_word_embeddings": False,
     },
 }  # fmt: skip
@@ -133,7 +144,7 @@ def write_model(folder: Path, blocks: int, shape: dict[str, Any]) -> None:
 def run(command: list[str], work: Path, kill_after: int | None) -> tuple[float, list[float], bool]:
     """Run a prune; return its peak resident GiB, when each block was done, and if it was killed."""
     process = subprocess.Popen(command)
-    began, times, done = time.perf_counter(), [], 0
+    began, times, done, held = time.perf_counter(), [], 0, list[float]()
     while True:
         # The status of a child tells its peak only when it has ended.
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -146,6 +157,7 @@ def run(command: list[str], work: Path, kill_after: int | None) -> tuple[float, 
         if now > done:
             done = now
             times.append(time.perf_counter() - began)
+            held.append(psutil.Process(process.pid).memory_info().rss / 2**30)
             print(f"block {done}: {times[-1]:.1f} s", file=sys.stderr, flush=True)
             if kill_after is not None and done >= kill_after:
                 process.send_signal(signal.SIGKILL)
@@ -154,6 +166,9 @@ def run(command: list[str], work: Path, kill_after: int | None) -> tuple[float, 
     killed = os.WIFSIGNALED(status)
     if not killed and os.waitstatus_to_exitcode(status):
         sys.exit(f"the prune ended with {os.waitstatus_to_exitcode(status)}")
+    if held:
+        print(f"resident memory {held[0]:.2f} GiB after the first block, {held[-1]:.2f} GiB after "
+              f"block {done}")  # fmt: skip
     return usage.ru_maxrss / 2**20, times, killed
 
 
@@ -209,10 +224,13 @@ def main() -> None:
     print(f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen), "
           f"{seconds:.0f} s in all")  # fmt: skip
     print(f"planned: {memory / 2**30:.2f} GiB, {expected:.0f} s in all")
+    most = peak
     if killed:
         print("killed, then resumed:")
         peak, times, _ = run([*command, "--resume"], work, None)
         print(f"peak resident memory {peak:.2f} GiB; finished {times[-1]:.0f} s after the resume")
+    if max(most, peak) > (bound := parse_memory(options.max_memory) / 2**30):
+        sys.exit(f"more than --max-memory, {bound:.2f} GiB, was taken")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from calmix.errors import CalmixError
 # How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
 # longer than a turn of the scheduler: where another program has a core, each would wait so long.
 SPINS = "2000"
+# Kernels that PyTorch and oneDNN keep. Each is for one shape and may take a megabyte; experts have
+# as many shapes as they have numbers of tokens. Both read it at their first product.
+CACHES, KERNELS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
 
 app = typer.Typer(
     name="calmix",
@@ -95,6 +98,8 @@ def main() -> None:
     os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own, which may not be installed here
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, which no verb has yet
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    for cache in CACHES:
+        os.environ.setdefault(cache, KERNELS)
     try:
         code = _command()(prog_name="calmix", standalone_mode=False)
     except UsageError as error:

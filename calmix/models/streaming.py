@@ -129,7 +129,7 @@ class StreamedModel:
         return self._parts[name].stored
 
     def stored_with(self, name: str) -> tuple[str, ...]:
-        """Return the names of the parameters that a parameter is stored together with, and its own."""
+        """Return the parameters that a parameter is stored together with, itself included."""
         return self._parts[name].parameters
 
     def stored_dtype(self, name: str) -> torch.dtype:

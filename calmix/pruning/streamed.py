@@ -33,6 +33,7 @@ from calmix.pruning.work import WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
 WORKSPACE = GIB // 2  # that libraries take on an accelerator beside tensors, and what they load
+KERNELS = GIB // 16  # that oneDNN's take on a CPU; the command line bounds their number
 HOST_SHARE = 0.5  # of the host's that is free, for hidden states an accelerator has no room for
 
 
@@ -105,7 +106,7 @@ def plan_for(
     if swaps:  # memory that processes here share, as they do not a device
         free //= sharing.here()
     room = held + int(FREE_SHARE * free) if budget is None else budget
-    held += 0 if swaps else WORKSPACE
+    held += KERNELS if swaps else WORKSPACE
     sequential = bool(beside) or any(
         t.propagation == "sequential" and t.method.needs for t in targets
     )

@@ -88,6 +88,24 @@ def test_an_interrupt_is_said_and_has_its_own_code(
     assert (ended.code, ended.err) == (130, "interrupted\n")
 
 
+def test_few_kernels_are_kept_where_every_number_of_tokens_has_its_own() -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    code = (
+        "import os, sys; from calmix import cli; sys.argv = ['calmix', '--version']; cli.main(); "
+        f"print(*(os.environ.get(name) for name in {names}))"
+    )
+    kept = {key: value for key, value in os.environ.items() if key not in names}
+    for given, told in ({}, "64 64"), ({names[0]: "9"}, "9 64"):
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            env=kept | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ended.stdout.splitlines()[-1] == told
+
+
 def test_threads_do_not_wait_for_long_where_another_program_has_a_core() -> None:
     """libgomp reads how long when torch is imported, so that has to come later."""
     code = (
