@@ -82,7 +82,7 @@ def test_what_a_prune_leaves_is_counted_before_it(calmix, place, tmp_path, monke
     check = job.check_memory
     monkeypatch.setattr(job, "check_memory", lambda *of: held.append(of[1]) or check(*of))
     monkeypatch.setattr(job, "give_memory_back", lambda: given.append(len(held)))
-    monkeypatch.setattr(job.psutil.Process, "memory_info", lambda self: Held(2**30))
+    monkeypatch.setattr("psutil.Process.memory_info", lambda self: Held(2**30))
     ended = calmix(
         "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",
         "blocks", "--max-memory", "64GiB", "-o", tmp_path / "out",
