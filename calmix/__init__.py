@@ -6,7 +6,11 @@ The public API. Names are looked up when first used, so that `import calmix` sta
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read when CUDA starts: without it the same product may be summed in another order.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from calmix import sources

@@ -1,4 +1,4 @@
-"""In which precision this machine multiplies matrices fast, and the switch that allows it."""
+"""In which precision this machine multiplies matrices fast, and the switches of its kernels."""
 
 from __future__ import annotations
 
@@ -108,3 +108,19 @@ def add_rounded_product(
         return torch.add(rounded_product(left, right), add, alpha=scale, out=out)
     with bfloat16_products():
         return torch.addmm(add, left, right, beta=scale, out=out)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Choose kernels that give the same bytes twice, where a device has others too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device.type != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,15 @@ def test_every_public_name_is_there():
 def test_importing_calmix_does_not_import_torch():
     code = "import sys, calmix; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("told", [None, ":16:8"])
+def test_cuda_is_told_to_sum_in_one_order_unless_it_was_told_already(told):
+    code = "import os, calmix; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    env = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    env |= {"CUBLAS_WORKSPACE_CONFIG": told} if told else {}
+    ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ended.stdout.strip() == (told or ":4096:8")
 
 
 def test_the_readme_example_in_small(tmp_path, text_file):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from calmix.errors import DeviceMemoryError, InputError, ModelError, SolverError, nearest
 from calmix.machine import give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
-from calmix.precision import bfloat16_products
+from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Statistic
@@ -378,7 +378,7 @@ class Run:
         at_once = max(1, micro_tokens // ids.shape[1])
         self.report.rows_at_once = min(at_once, len(own))
         for number, batch in enumerate(own.split(at_once)):
-            with torch.inference_mode():
+            with torch.inference_mode(), reproducible(device):
                 hidden, recorded, written = calls.record(batch.to(device))
             self._calls.append(recorded)
             self._rows.append(len(batch))
@@ -409,7 +409,7 @@ class Run:
         told = len(self.report.dense), len(self.report.experts)
         self._counts.clear()
         self._by_row.clear()
-        with torch.inference_mode():
+        with torch.inference_mode(), reproducible(device):
             if not self.trusts(device):
                 self._block(index)
             else:

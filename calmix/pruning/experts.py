@@ -369,8 +369,10 @@ class Routed:
         if self.kind == "indexed":
             index = next(v for v in (*args, *kwargs.values()) if is_index(v))
             each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
-            found = each.new_zeros(rows, count + 1)
-            return found.scatter_add_(1, each, torch.ones_like(each))[:, :count]
+            each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
+            found = each.new_zeros(rows * (count + 1))  # in one dimension, which has a sum in order
+            found.scatter_add_(0, each.flatten(), torch.ones_like(each).flatten())
+            return found.view(rows, -1)[:, :count]
         if self.kind == "stacked":
             used = (hidden.reshape(count, rows, -1, hidden.shape[-1]) != 0).any(-1)
             return used.sum(-1).T

@@ -16,13 +16,13 @@ from calmix.files import check_output_folder, real_place
 from calmix.models import open_model
 from calmix.models.opening import check_ids, fingerprint
 from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.precision import reproducible
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.recovery.checks import check_tokenizers, compare
 from calmix.recovery.distilling import distill_model
 from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.output import finish, finished_report, prepare_files
 from calmix.recovery.sizes import sizes_of
-from calmix.recovery.training import reproducible
 from calmix.recovery.tuning import tune_blocks
 from calmix.specs import RecoverRequest
 

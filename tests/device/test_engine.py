@@ -14,8 +14,10 @@ from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.gram import Gram
+from calmix.pruning.layout import BlockCall, Calls
+from calmix.pruning.methods.admm import Admm
 from tests.pruning.test_experts import OldMixture
-from tests.tiny import VOCABULARY, tiny_config
+from tests.tiny import VOCABULARY, tiny_config, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 ONCE = Counter({"tolist": 1})
@@ -56,6 +58,41 @@ def test_a_block_is_read_once(method, pattern, propagation):
         assert first[1] == {("cpu", "cuda"): 4}
     assert len(run.report.layers) == 14
     assert all(type(layer.dead_inputs) is int for layer in run.report.layers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_device_sums_in_one_order(monkeypatch, kind):
+    """ADMM carries the last bit of a sum into the mask."""
+    ordered = []
+
+    def told(owner, name):
+        act = getattr(owner, name)
+
+        def acting(*given, **options):
+            ordered.append(torch.are_deterministic_algorithms_enabled())
+            return act(*given, **options)
+
+        monkeypatch.setattr(owner, name, acting)
+
+    for owner, name in ((Calls, "record"), (Gram, "add"), (Admm, "solve"), (BlockCall, "run")):
+        told(owner, name)
+    add = torch.Tensor.scatter_add_
+
+    def adding(self, *given):
+        assert self.ndim == 1  # sums of more dimensions have no order on CUDA
+        return add(self, *given)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", adding)
+    with tracing(None) as traced:
+        model = empty_model(tiny_config(kind))
+        prune(model, torch.zeros(5, 32, dtype=torch.int64), method=QUICK, pattern=HALF)
+    assert ordered[1:]
+    assert all(ordered[1:])  # the first are the few tokens that blocks are observed on
+    assert "kthvalue" not in traced.operations
+    assert not torch.are_deterministic_algorithms_enabled()
+    ordered.clear()
+    prune(tiny_model(kind), tiny_ids(), method=QUICK, pattern=HALF)
+    assert not any(ordered)
 
 
 def test_out_of_memory_a_prune_starts_over_with_fewer_rows(monkeypatch):

@@ -18,9 +18,10 @@ from calmix.capability.likelihood import decoder_and_head, row_nll
 from calmix.capability.packing import Row, Target
 from calmix.capability.scorer import Scorer
 from calmix.models import find_blocks
+from calmix.precision import reproducible
 from calmix.recovery.blocks import Stream, tune
 from calmix.recovery.distill import Progress, Settings, Student, distill, trained_names
-from calmix.recovery.training import Masters, Rows, reproducible
+from calmix.recovery.training import Masters, Rows
 from tests.tiny import VOCABULARY, tiny_config
 
 CUDA = torch.device("cuda")

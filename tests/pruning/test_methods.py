@@ -158,21 +158,19 @@ def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, colum
 
 def test_sparsegpt_kernel_is_given_the_block_on_an_accelerator(monkeypatch):
     asked, most = [], sparsegpt.fused.LARGEST
-    monkeypatch.setattr(sparsegpt.fused, "usable", lambda _, check: asked.append(check) or True)
+    monkeypatch.setattr(sparsegpt.fused, "usable", lambda _, *at: asked.append(at) or True)
     monkeypatch.setattr(sparsegpt.fused, "prune_columns", lambda *given: given)
     monkeypatch.setattr(sparsegpt, "_block_at_once", lambda *given: "at once")
     upper = torch.eye(8)
     given = [torch.rand(8, 3), torch.zeros(8, 3), upper, torch.ones(8, 1), torch.ones(8, 1)]
     there = [given[0].as_subclass(Elsewhere), *given[1:]]
-    for pattern, numbers in (
-        (Unstructured(0.5), (0, 0)),
-        (SemiStructured(1, 4), (4, 3)),
-        (SemiStructured(1, most), (most, most - 1)),
-    ):
+    all_numbers = [(0, 0), (4, 3), (most, most - 1)]
+    patterns = [Unstructured(0.5), SemiStructured(1, 4), SemiStructured(1, most)]
+    for pattern, numbers in zip(patterns, all_numbers, strict=True):
         told = sparsegpt._block(*there, pattern)
         assert all(one is other for one, other in zip(told, there, strict=False))
         assert told[5:] == numbers
-    assert asked == [sparsegpt._kernel_agrees] * 3
+    assert asked == [(8, *numbers, sparsegpt._kernel_agrees) for numbers in all_numbers]
     assert sparsegpt._block(*there, SemiStructured(1, 2 * most)) == "at once"
     assert isinstance(sparsegpt._block(*given, Unstructured(0.5)), torch.Tensor)
 
