@@ -22,6 +22,7 @@ from torch import Tensor
 
 from calmix.capability.likelihood import (
     Head,
+    behind,
     decoder_and_head,
     divergences,
     hidden_states,
@@ -181,9 +182,10 @@ def reference(
 
 
 def head_hash(model: Any) -> str:
-    """Return a SHA-256 of an output head's weights and of what is done to its logits."""
+    """Return a SHA-256 of what is behind the decoder: weights, and what is done to logits."""
     digest = hashlib.sha256(repr(logit_settings(model)).encode())
-    for name, weight in sorted(model.get_output_embeddings().state_dict().items()):
+    weights = model.get_output_embeddings().state_dict() | behind(model)
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(memoryview(weight.cpu().contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -9,15 +9,23 @@ out of it softmax takes longer than the product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from calmix.errors import ModelError
 from calmix.machine import tokens_at_once, values_at_once
+from calmix.models.blocks import decoder_of, forwards
 
 HEAD_TOKENS = 512
+COMPARED = 8  # tokens on which a head is compared with its model's forward
+AHEAD = 0.05  # of the logits' norm: less than what tokens that follow change in any known model
+
+_compared: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,88 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Head]:
-    """Return a causal LM's decoder and its output head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    # Some call their output head a decoder.
-    if decoder is None or decoder is model or not hasattr(decoder, "get_input_embeddings"):
-        decoder = model.base_model
-    return decoder, Head(model.get_output_embeddings(), *logit_settings(model))
+    """Return a causal LM's decoder and its output head.
+
+    The head is the module and what `logit_settings` tells where one comparison a model shows
+    that this is all; else the model's own forward, its decoder left out.
+
+    Raises:
+        ModelError: the model does not run on ids alone, makes its logits of something else too,
+            or looks at tokens that follow.
+    """
+    decoder = decoder_of(model)
+    head = Head(model.get_output_embeddings(), *logit_settings(model))
+    if model not in _compared:
+        with torch.inference_mode(False), torch.no_grad():
+            _compared[model] = _compare(model, decoder, head)
+    plain, output = _compared[model]
+    return decoder, head if plain else Head(partial(_own_logits, model, decoder, output))
+
+
+def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
+    """Return whether a head gives the logits its model gives, and what the decoder returns."""
+    size, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
+    ids = (torch.arange(COMPARED, device=device) * 31 % size)[None]
+    name = type(model).__name__
+    try:
+        wanted = model(input_ids=ids, use_cache=False).logits
+        few = model(input_ids=ids[:, : COMPARED // 2], use_cache=False).logits
+        output = decoder(input_ids=ids, use_cache=False)
+        # Each token's states twice as large as the one's before: a bend far out shows too.
+        states = torch.randn(output[0].shape, generator=torch.Generator().manual_seed(0))
+        states = (states * 2 ** torch.arange(COMPARED)[:, None]).to(output[0])
+        found, own = (_own_logits(model, decoder, output, x) for x in (output[0], states))
+    except Exception as error:  # models fail in their own ways
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{name} gives no logits for token ids alone: {line}") from error
+    # Far beyond rounding: it may send a token to another expert.
+    if not close(few.nan_to_num(), wanted[:, : few.shape[1]].nan_to_num(), AHEAD):
+        raise ModelError(
+            f"{name} looks at tokens that follow: it gives texts no likelihood, so that it can be "
+            "neither scored nor distilled"
+        )
+    limit = max(1e-4, 2 * torch.finfo(model.dtype).eps)
+    if not close(found.nan_to_num(), wanted.nan_to_num(), limit):
+        raise ModelError(f"{name} makes its logits of more than its decoder returns")
+    try:
+        pairs = zip(head(states)[0], own[0], strict=True)
+        plain = all(close(ours, theirs, limit) for ours, theirs in pairs)
+    except (RuntimeError, TypeError):  # another type is wanted, or there is no such module
+        plain = False
+    return plain, None if plain else output
+
+
+def _own_logits(model: Any, decoder: Any, output: Any, hidden: Tensor) -> Tensor:
+    """Return what a model's own forward makes of hidden states in place of its decoder's.
+
+    Args:
+        model: the model.
+        decoder: its decoder.
+        output: what the decoder returns, of whatever states.
+        hidden: shape (..., width).
+    """
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    if isinstance(output, tuple):
+        output = flat, *output[1:]
+    else:
+        output = replace(output, **{next(iter(output)): flat})
+    ids = torch.zeros(flat.shape[:2], dtype=torch.int64, device=flat.device)
+    with forwards([(decoder, lambda *args, **kwargs: output)]):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def close(a: Tensor, b: Tensor, limit: float) -> bool:
+    """Tell whether two tensors differ by at most `limit`, relative to their norms."""
+    a, b = a.float(), b.float()
+    return bool((a - b).norm() <= limit * b.norm())
+
+
+def behind(model: Any) -> dict[str, Tensor]:
+    """Return the parameters behind a causal LM's decoder but its head's, by name in the model."""
+    others = decoder_of(model), model.get_output_embeddings()
+    known = {id(p) for module in others if module is not None for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in known}
 
 
 def logit_settings(model: Any) -> tuple[float | None, float | None, float | None]:

@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
 )
 from torch import Tensor
 
-from calmix.capability.likelihood import HEAD_TOKENS, Head, decoder_and_head, peaks_and_sums
+from calmix.capability.likelihood import HEAD_TOKENS, close, decoder_and_head, peaks_and_sums
 from calmix.capability.packing import Row, Run, Scored, Target, plan
 from calmix.errors import InputError, ModelError
 from calmix.models import OpenModel
@@ -77,7 +77,7 @@ class Scorer(TemplateLM):
         self.max_length = opened.context or MAX_LENGTH
         self._window = attention_window(self.model)
         self._cache_key = cache_argument(self._decoder)
-        self.packed, self._apart = self._probe()
+        self.packed = self._packs()
 
     @property
     def eot_token_id(self) -> int:
@@ -238,9 +238,7 @@ class Scorer(TemplateLM):
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row.ids)
         ids = ids.to(self._device)
-        if self._apart:
-            return self._decoder(input_ids=ids, use_cache=False)[0]
-        return self.model(input_ids=ids, use_cache=False).logits
+        return self._decoder(input_ids=ids, use_cache=False)[0]
 
     def _run_packed(self, run: Run) -> Iterator[tuple[list[Row], Tensor]]:
         cache = None
@@ -305,7 +303,7 @@ class Scorer(TemplateLM):
         states = hidden.flatten(0, 1)[distinct.to(device)]
         values = torch.empty(len(tokens), device=device)
         best = torch.empty(len(tokens), dtype=torch.bool, device=device)
-        head = self._head if self._apart else Head(lambda logits: logits)
+        head = self._head
         for at in range(0, len(states), HEAD_TOKENS):
             product = head.product(states[at : at + HEAD_TOKENS])
             here = ((which >= at) & (which < at + HEAD_TOKENS)).nonzero().flatten()
@@ -318,19 +316,14 @@ class Scorer(TemplateLM):
         return values.cpu(), best.cpu()
 
     @torch.inference_mode()
-    def _probe(self) -> tuple[bool, bool]:
-        """Find out whether the model runs packed rows, and whether its head can run apart."""
+    def _packs(self) -> bool:
+        """Find out whether the model runs packed rows."""
         size = self.model.get_input_embeddings().weight.shape[0]
         # Distinct, spread-out tokens; the same ones every time.
         ids = [(7 + 31 * i * i + 17 * i) % size for i in range(20)]
         lines = [ids[:12], ids[:8] + ids[12:16], ids[:4] + ids[14:20]]
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
         with quiet_transformers():
-            batch = torch.tensor([ids], device=self._device)
-            states = self._decoder(input_ids=batch, use_cache=False)[0]
-            wanted = self.model(input_ids=batch, use_cache=False).logits.float()
-            if not close(self._head(states), wanted, limit):
-                return False, False
             row, ends = Row(), []
             for number, line in enumerate(lines):  # one tree: 4 shared tokens are the prefix
                 nodes = [-1]
@@ -351,19 +344,19 @@ class Scorer(TemplateLM):
                 packed = self._forward_packed([row, other], cache, 4)
                 bare = self._forward_packed([chain(0, Scored(lines[0], 1))], None, 0)
             except Exception:  # a model without masks, caches or positions fails in its own way
-                return False, True
+                return False
             for line, end in zip(lines, ends, strict=True):
                 alone = self._decoder(
                     input_ids=torch.tensor([line], device=self._device), use_cache=False
                 )[0]
                 if not close(packed[0, end], alone[0, -1], limit):
-                    return False, True
+                    return False
                 if line is lines[0] and not (
                     close(bare[0], alone[0, :-1], limit)
                     and close(packed[1, :5], alone[0, 4:9], limit)
                 ):
-                    return False, True
-        return True, True
+                    return False
+        return True
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -497,9 +490,3 @@ def batches(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
         count = max(1, tokens // max(1, len(rows[at])))
         yield rows[at : at + count]
         at += count
-
-
-def close(a: Tensor, b: Tensor, limit: float) -> bool:
-    """Tell whether two tensors differ by at most `limit`, relative to their norms."""
-    a, b = a.float(), b.float()
-    return bool((a - b).norm() <= limit * b.norm())

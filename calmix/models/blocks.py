@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -415,3 +416,32 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield path, child
         else:
             yield from _outermost_lists(child, path)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a causal language model: all but what makes logits of its output."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    # Some call their output head a decoder.
+    if decoder is None or decoder is model or not hasattr(decoder, "get_input_embeddings"):
+        decoder = model.base_model
+    if decoder is model:  # its name for it is not where it is
+        embeddings = model.get_input_embeddings()
+        inside = (child for child in model.children() if embeddings in child.modules())
+        decoder = next(inside, model)
+    return decoder
+
+
+@contextmanager
+def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace the forward of modules for a while."""
+    before = [module.__dict__.get("forward") for module, _ in pairs]
+    try:
+        for module, forward in pairs:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for (module, _), old in zip(pairs, before, strict=True):
+            if old is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = old

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import ModelError
-from calmix.models.blocks import DecoderBlocks, Dense, Prunable
+from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of, forwards
 from calmix.pruning.experts import Routed
 
 TOKENS = 8  # that a block is observed on
@@ -125,7 +123,7 @@ class Calls:
     """
 
     def __init__(self, model: Any, found: DecoderBlocks, ids: Tensor) -> None:
-        self._decoder = decoder_and_head(model)[0]
+        self._decoder = decoder_of(model)
         self._found = found
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
@@ -163,7 +161,7 @@ class Calls:
             return forward
 
         reason = ""
-        with _forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
+        with forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
             try:
                 self._decoder(input_ids=ids, use_cache=False)
             except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
@@ -224,7 +222,7 @@ class Calls:
 
             return forward
 
-        with _forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
+        with forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
         return recorded[0][0], [call for _, call in recorded], written
 
@@ -311,7 +309,7 @@ def observe_block(
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen.append((mixture, ()))
-            with _forwards([(module, run)]):
+            with forwards([(module, run)]):
                 try:
                     return mixture.learn(args, kwargs)
                 except ModelError:
@@ -328,7 +326,7 @@ def observe_block(
         and type(layer.module).forward is not nn.Linear.forward
     ]
     try:
-        with _forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
+        with forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
             call.run(found.blocks[index], hidden, written)
     finally:
         for handle in handles:
@@ -394,7 +392,7 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
     The first block runs on two tokens, without weights if they are not there: some blocks return
     float32 whatever the weights are, and some several streams.
     """
-    decoder, block = decoder_and_head(model)[0], found.blocks[0]
+    decoder, block = decoder_of(model), found.blocks[0]
     later = {id(p) for other in found.blocks[1:] for p in other.parameters()}
     none = {
         name: torch.zeros_like(p, device="cpu")
@@ -421,22 +419,6 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
         return sizes[0] // ids.numel()
     width = found.width or max(layer.shape[1] for layer in found.prunables(0, every=True))
     return width * first.element_size()
-
-
-@contextmanager
-def _forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace the forward of modules for a while."""
-    before = [module.__dict__.get("forward") for module, _ in pairs]
-    try:
-        for module, forward in pairs:
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for (module, _), old in zip(pairs, before, strict=True):
-            if old is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = old
 
 
 def _hidden_of(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration.tokenizer import OpenTokenizer
+from calmix.capability.likelihood import behind
 from calmix.errors import InputError
 from calmix.models.blocks import EXPERTS
 from calmix.models.streaming import StreamedModel
@@ -113,6 +114,7 @@ def same_head(pair: Pair) -> bool:
         )  # fmt: skip
         # What the files do not hold is tied to the embedding.
         stored = [streamed.names.get(n) or streamed.names[embedding[0]] for n in head]
+        stored += [streamed.names[n] for n in behind(streamed.model) if n in streamed.names]
         values.append([streamed.shards.read([name])[name] for name in stored])
     types = [value.dtype for value in values[0]]
     return all(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calmix.capability.likelihood import Head, decoder_and_head
+from calmix.capability.likelihood import Head, behind, decoder_and_head
 from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
 from calmix.recovery.losses import divergence
@@ -80,10 +80,11 @@ class Student(nn.Module):
 def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
     """Return what is trained: all of the blocks, and the norm behind them.
 
-    Embeddings and output head stay as they are.
+    Embeddings, output head and what else is behind the decoder stay as they are.
     """
     embedded = {id(p) for p in model.get_input_embeddings().parameters()}
     embedded |= {id(p) for p in model.get_output_embeddings().parameters()}
+    embedded |= {id(p) for p in behind(model).values()}
     prefix = f"{found.name}."
     return [
         name

@@ -49,7 +49,7 @@ def whole(dense: OpenModel, pruned: OpenModel, ids: torch.Tensor) -> tuple[np.nd
     return (p.exp() * (p - q)).sum(-1).numpy(), float(same.double().mean())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox", "modernbert-decoder"])
 def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)

@@ -91,6 +91,7 @@ def test_distillation_reads_once_a_step(gradients):
         masters = masters_of(model, trained_names(model, find_blocks(model)))
         gradients += masters.parameters.values()
         traced.reads.clear()
+        traced.copies.clear()
         alone = SimpleNamespace(
             num_processes=1, process_index=0, backward=lambda loss: loss.backward(),
             reduce=lambda total, reduction: total,
@@ -112,6 +113,9 @@ def test_distillation_reads_once_a_step(gradients):
 def test_perplexity_and_distance_read_at_the_end():
     with tracing(None) as traced:
         model = empty_model(tiny_config("gemma2"))
+        decoder_and_head(model)  # compares once
+        traced.reads.clear()
+        traced.copies.clear()
         nll = row_nll(model, some_ids(3, 20))
         assert nll.shape == (3, 19)
         assert not traced.reads
@@ -128,9 +132,10 @@ def test_scores_are_read_once_a_batch():
     with tracing(None) as traced:
         model = empty_model(tiny_config("llama"))
         scorer = SimpleNamespace(
-            _apart=True, _head=decoder_and_head(model)[1], model=model, _device=CUDA,
+            _head=decoder_and_head(model)[1], model=model, _device=CUDA,
             _decoder=model.get_decoder(), _cache_key="past_key_values",
         )  # fmt: skip
+        traced.reads.clear()
         hidden = Scorer._run_plain(scorer, [row])
         packed = Scorer._forward_packed(scorer, [row, row], None, 0)
         assert (hidden.shape, packed.shape) == ((1, 4, 32), (2, 4, 32))
