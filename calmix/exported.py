@@ -26,18 +26,18 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors, nearest
-from calmix.files import atomic_folder, check_output_folder, write_json
+from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, open_model, resolve_model
 from calmix.models.attention import use_torchs_attention
-from calmix.models.opening import load_config, quiet_transformers
+from calmix.models.opening import check_models, load_config, quiet_transformers
 from calmix.models.shards import weight_files
 
 ENGINES = ("openvino",)
 # Weights, and the divergence from the model (nats a token) beyond which an export is refused. A
 # right one of the builtin model has 1e-10 with its own weights and 0.01 with those of 8 bits.
 WEIGHTS = {"int8": 0.2, "own": 1e-4}
-MANIFEST, RUN = "calmix-export.json", "calmix-run.json"
+MANIFEST, RUN = EXPORT, "calmix-run.json"
 GRAPH = "openvino_model.xml"
 ROWS, LENGTH = 2, 16  # token ids the graph is traced and checked with
 STEPS = ("convert", "check", "hash")
@@ -135,11 +135,14 @@ def export(
         )
     if weights not in WEIGHTS:
         raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
-    check_output_folder(output, overwrite=overwrite)
+    check_models(name, trust_remote_code=trust_remote_code)
+    check_output_folder(output, inputs=[name], overwrite=overwrite)
     for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23
         _library(library)
     tell, began = say or (lambda step: None), time.perf_counter()
     folder = resolve_model(name)
+    before = sum((folder / file).stat().st_size for file in weight_files(folder))
+    check_free(output, before // 2 if weights == "int8" else before, "the weights take")
     own = getattr(load_config(folder, name, trust_remote_code), "dtype", None)
     opened = open_model(
         name,
@@ -175,7 +178,6 @@ def export(
         seconds = {"convert": converted, "all": time.perf_counter() - began}
         write_json(beside / RUN, run_record(seconds) | {"kl": kl, "top1": top1})
         after = sum(path.stat().st_size for path in beside.glob("*.bin"))
-    before = sum((folder / file).stat().st_size for file in weight_files(folder))
     return Exported(before, after, kl, top1)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,15 @@ from typing import Any
 import psutil
 from filelock import BaseFileLock, FileLock
 
-from calmix.errors import InputError, disk_errors
+from calmix.errors import DiskError, InputError, disk_errors
 
 PARTIAL, OLD = "partial-", "old-"  # hidden beside a result: what is to become it, what it was
+EXPORT = "calmix-export.json"  # the manifest of what is made for another program
+# Files that stand together in a result, by kind of result, and in no folder of anybody else's.
+RESULTS = (
+    ("calmix.json", "config.json"), ("calmix-pack.json", "config.json"), (EXPORT,),
+    ("calibration.safetensors",), ("analysis.json", "ranking.csv"), ("report.html", "brief.html"),
+)  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -206,61 +212,153 @@ def real_place(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_output_folder(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder that exists, or that cannot be made, before any work is done.
+def check_output_folder(
+    path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
+) -> None:
+    """Refuse an output folder before any work is done; nothing is made on the way.
+
+    Args:
+        inputs: what the work reads, as for `check_apart`.
+        overwrite: replace a folder that holds a result of calmix. No other is ever replaced.
 
     Raises:
-        InputError: `path` is a file, or a non-empty folder and `overwrite` is off; nothing can be
-            written beside it, or no rename can replace it.
+        InputError: `path` is, holds or lies in an input; it is a file, or a folder that may not be
+            replaced; or no rename can replace it.
+        DiskError: nothing can be written there.
     """
     with disk_errors(path):
         place = real_place(path)
         _sweep(place)
         if place.is_symlink():
             raise InputError(f"{path} is a link in a circle: name another folder for the output")
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: name a folder for the output")
-        held = "the folder you are in" if Path.cwd().is_relative_to(place) else None
+        check_apart(path, inputs)
+        what = "the folder you are in" if Path.cwd().is_relative_to(place) else None
         if _holds_mount(place):
-            held = "a disk's mount point"
-        if held is not None:
+            what = "a disk's mount point"
+        if what is not None:
             raise InputError(
-                f"{path} is or holds {held}, so nothing can take its place: name a folder in it, "
+                f"{path} is or holds {what}, so nothing can take its place: name a folder in it, "
                 f"such as {path / 'out'}"
             )
-        if path.is_dir() and any(path.iterdir()) and not overwrite:
+        names = sorted(held.name for held in path.iterdir()) if path.is_dir() else []
+        if names and not overwrite:
             raise InputError(
                 f"{path} exists and is not empty: choose another folder or --overwrite"
             )
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with hidden(place):
-            pass
+        if names and not holds_result(path):
+            found = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            raise InputError(
+                f"--overwrite replaces only results of calmix, and {path} holds {found}: name "
+                "another folder, or delete this one first"
+            )
+        check_writable(path)
 
 
-def check_output_file(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output file that exists, or that cannot be written, before any work is done.
+def check_output_file(
+    path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
+) -> None:
+    """Refuse an output file before any work is done; nothing is made on the way.
+
+    Args:
+        inputs: as for `check_output_folder`.
+        overwrite: replace a file that is there.
 
     Raises:
-        InputError: `path` is a folder, or a file and `overwrite` is off; nothing can be written
-            beside it, or no rename can replace it.
+        InputError: `path` is or lies in an input; it is a folder, or a file that may not be
+            replaced; or no rename can replace it.
+        DiskError: nothing can be written there.
     """
     with disk_errors(path):
-        place = real_place(path)
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: name a file for the output")
-        if _holds_mount(place):
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise InputError(f"{path} is {what}: name a file for the output")
+        check_apart(path, inputs)
+        if _holds_mount(real_place(path)):
             raise InputError(
                 f"{path} is mounted from elsewhere, so nothing can take its place: mount the "
                 "folder it lies in, or name another file"
             )
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists: choose another file or --overwrite")
+        check_writable(path)
+
+
+def holds_result(folder: Path) -> bool:
+    """Tell whether a folder is a result of calmix, which may be replaced when that is asked for."""
+    return any(all((folder / name).is_file() for name in names) for names in RESULTS)
+
+
+def check_apart(path: Path, inputs: Iterable[object]) -> None:
+    """Refuse an output that is an input, lies in one or holds one, links followed.
+
+    Raises:
+        InputError: which of the inputs, as a user named them. What is no path is passed over.
+    """
+    trail, there = _trail(path)
+    for named in (one for one in inputs if one is not None):
+        other, given = _trail(user_path(str(named)))
+        if given and there and trail[-1] in other:
+            what = "is" if trail[-1] == other[-1] else "holds"
+        elif given and other[-1] in trail:
+            what = "lies in"
+        else:
+            continue
+        raise InputError(f"{path} {what} the input {named}: name another place for the output")
+
+
+def _trail(path: Path) -> tuple[list[tuple[int, int]], bool]:
+    """Return device and number of what leads to a path, links followed, and whether it is there."""
+    found: list[tuple[int, int]] = []
+    with suppress(OSError, ValueError):  # as a mix's text is longer than a name may be
+        place = real_place(path)
+        for part in (*reversed(place.parents), place):
+            stat = part.stat()
+            found.append((stat.st_dev, stat.st_ino))
+        return found, True
+    return found, False
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place where nothing can be made; folders on the way to it may be missing.
+
+    Raises:
+        DiskError: why.
+    """
+    with disk_errors(path):
+        place = real_place(path)
+        there = existing(place)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{path.parent} is no folder: choose another file") from None
-        with hidden(place, Path.touch):
-            pass
+            with hidden(there / place.name):
+                pass
+        except FileNotFoundError:  # as in /proc
+            raise DiskError(f"cannot write to {path}: {there} takes no new files") from None
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest of the folders a path lies in that is there."""
+    place = path.parent
+    while True:
+        try:
+            place.stat()
+            return place
+        except FileNotFoundError:
+            place = place.parent
+
+
+def check_free(path: Path, needed: int, what: str) -> None:
+    """Refuse work before it starts if its result will not fit on the disk.
+
+    Raises:
+        DiskError: less is free beside `path` than the bytes needed.
+    """
+    free = shutil.disk_usage(existing(real_place(path))).free
+    if free < needed:
+        raise DiskError(
+            f"no space left for {path}: {what} {needed / 1e6:.0f} MB and "
+            f"{free / 1e6:.0f} MB are free"
+        )
 
 
 def _holds_mount(place: Path) -> bool:

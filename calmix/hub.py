@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from calmix.errors import InputError, disk_errors
@@ -37,35 +38,39 @@ def push(
         InputError: `folder` is no model folder or a pack already, `repository` is no hub id, or
             the hub refuses or cannot be reached.
     """
-    tell = say or (lambda line: None)
-    is_pack = (folder / PACK).is_file()
-    if not is_pack:
+    from huggingface_hub import HfApi
+
+    hub, tell = HfApi(), say or (lambda line: None)
+    if not (folder / PACK).is_file():
         check_folder(folder)
     elif pack:
         raise InputError(f"{folder} is a pack already: leave --pack out")
-    if not pack:
-        return _upload(folder, repository, private, tell)
-    with disk_errors(folder), hidden(real_place(folder)) as place:
-        tell("pack")
-        packed = place / "pack"
-        write_pack(folder, packed)
-        return _upload(packed, repository, private, tell)
-
-
-def _upload(folder: Path, repository: str, private: bool, tell: Callable[[str], None]) -> str:
-    from huggingface_hub import HfApi, errors
-
-    hub = HfApi()
-    tell("upload")
-    try:
+    with _refusals(repository):  # before anything is packed
         made = hub.create_repo(repository, private=private or None, exist_ok=True)
-        hub.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=folder,
-            commit_message="Model and card by calmix",
-            delete_patterns=REPLACED,
-        )
-        return str(made)
+    with contextlib.ExitStack() as stack:
+        if pack:
+            tell("pack")
+            stack.enter_context(disk_errors(folder))
+            packed = stack.enter_context(hidden(real_place(folder))) / "pack"
+            write_pack(folder, packed)
+            folder = packed
+        tell("upload")
+        with _refusals(repository):
+            hub.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=folder,
+                commit_message="Model and card by calmix",
+                delete_patterns=REPLACED,
+            )
+    return str(made)
+
+
+@contextlib.contextmanager
+def _refusals(repository: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.HFValidationError as error:
         raise InputError(f"'{repository}' is no hub id: write owner/name") from error
     except errors.HfHubHTTPError as error:

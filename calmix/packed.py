@@ -7,8 +7,9 @@ and its sign last, and cut into planes of bytes, the first plane first. Mask and
 entropy-coded with zstandard where that helps: exponents shrink to a third, mantissas stay.
 
 A pack is a folder: `calmix-pack.json`, for each of the model's weight files a safetensors file of
-plain bytes, and all other files as they were. Nothing in it can run. Files are made a tensor and
-read a chunk at a time, and what is unpacked has the bytes that were packed, by SHA-256.
+plain bytes, and all other files as they were, those of subfolders too. Nothing in it can run.
+Files are made a tensor and read a chunk at a time, and what is unpacked has the bytes that were
+packed, by SHA-256.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import atomic_folder, check_output_folder, sha256_file, write_json
+from calmix.files import atomic_folder, check_free, check_output_folder, sha256_file, write_json
 from calmix.machine import cores
 from calmix.manifest import versions
 from calmix.models.opening import check_folder, load_config, quiet_transformers
@@ -73,11 +74,14 @@ def pack(
         progress: called with bytes done and in all.
 
     Raises:
-        InputError: `folder` is no model folder, is a pack itself, or `output` cannot be written.
+        InputError: `folder` is no model folder, is a pack itself, or holds what cannot come back
+            byte for byte; `output` cannot be written.
         ModelError: a weight file is damaged.
     """
     files = _model_files(folder)
-    check_output_folder(output, overwrite=overwrite)
+    beside_them = _other_files(folder, files)
+    orders = {name: _in_order(folder / name) for name in files}
+    check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total = sum((folder / name).stat().st_size for name in files)
     done = dense = packed = 0
     sparse = [0, 0]
@@ -87,9 +91,8 @@ def pack(
             made = _Writer(beside / name)
             tensors: dict[str, Any] = {}
             with (folder / name).open("rb") as source:
-                places = _in_order(folder / name)
-                first = min((place.start for _, place in places), default=0)
-                made.add("header", [source.read(first)])
+                header, places = orders[name]
+                made.add("header", [source.read(header)])
                 for tensor, place in places:
                     before = made.size
                     tensors[tensor] = _pack_tensor(made, source, tensor, place, pool)
@@ -108,10 +111,10 @@ def pack(
                 "tensors": tensors,
             }
         others = {}
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in entries and path.name != PACK:
-                shutil.copyfile(path, beside / path.name)
-                others[path.name] = sha256_file(path)
+        for name in beside_them:
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, beside / name)
+            others[name] = sha256_file(beside / name)
         write_json(
             beside / PACK,
             {"format": FORMAT, "versions": versions(), "weights": entries, "files": others},
@@ -129,11 +132,13 @@ def unpack(
             written; nothing is left there then.
     """
     manifest = _manifest(folder)
-    check_output_folder(output, overwrite=overwrite)
+    check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total = sum(_dense_size(folder, name, entry) for name, entry in manifest["weights"].items())
+    check_free(output, total, "the weights take")
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
         for name, expected in manifest["files"].items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, beside / name)
             _check(sha256_file(beside / name) == expected, folder / name)
         for name, entry in manifest["weights"].items():
@@ -207,6 +212,27 @@ def _model_files(folder: Path) -> list[str]:
     return weight_files(folder)
 
 
+def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
+    """Return the files of a model folder beside its weights, by their paths in it.
+
+    Raises:
+        InputError: something in it would not come back.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if not path.is_file() or not name.isprintable():
+            raise InputError(
+                f"cannot pack {folder}: {name!r} is no regular file with a printable name, and "
+                "would not come back: move it out of the folder"
+            )
+        if name not in weights:
+            found.append(name)
+    return found
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / PACK
     try:
@@ -217,7 +243,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
                 "unpack it with the version that made it"
             )
         for name in (*manifest["weights"], *manifest["files"]):
-            if Path(name).name != name or name in ("", ".", ".."):
+            parts = name.split("/")
+            if {"", ".", ".."} & {*parts} or (parts[1:] and name in manifest["weights"]):
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which it was made with")
@@ -266,9 +293,20 @@ class _Writer:
         Path(self._data.name).unlink()
 
 
-def _in_order(path: Path) -> list[tuple[str, Place]]:
-    """Return a file's tensors as their bytes lie."""
-    return sorted(read_header(path).items(), key=lambda item: item[1].start)
+def _in_order(path: Path) -> tuple[int, list[tuple[str, Place]]]:
+    """Return the bytes of a file's header, and its tensors as their bytes lie.
+
+    Raises:
+        ModelError: it holds other bytes too, which would not come back.
+    """
+    places = sorted(read_header(path).items(), key=lambda item: (item[1].start, item[1].size))
+    with path.open("rb") as file:
+        at = header = 8 + struct.unpack("<Q", file.read(8))[0]
+    for _, place in places:
+        at = at + place.size if place.start == at else -1
+    if at != path.stat().st_size:
+        raise ModelError(f"{path} holds bytes that are of no tensor, or of two: fetch it again")
+    return header, places
 
 
 def _pack_tensor(

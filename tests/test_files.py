@@ -15,8 +15,16 @@ import torch
 from safetensors.torch import save_file
 
 from calmix.errors import DiskError, InputError, disk_errors
-from calmix.files import atomic_folder, check_output_folder, hidden, write_text
+from calmix.files import (
+    RESULTS,
+    atomic_folder,
+    check_output_file,
+    check_output_folder,
+    hidden,
+    write_text,
+)
 from calmix.manifest import file_hashes
+from calmix.pruning import checkpoint
 from tests import forks
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
@@ -187,6 +195,92 @@ def test_a_link_is_followed_to_the_disk_it_names(calmix, tiny_folder, tmp_path, 
     assert (large / "place" / "calmix.json").is_file()
     assert names(small) == ["out"]
     assert names(large) == ["place"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_an_input_lies_in_one_or_holds_one_is_refused(tmp_path, overwrite):
+    model = tmp_path / "models" / "a"
+    model.mkdir(parents=True)
+    for name in ("calmix.json", "config.json"):  # such a folder --overwrite would replace
+        (model / name).touch()
+    text = tmp_path / "texts" / "mine.txt"
+    text.parent.mkdir()
+    text.touch()
+    (tmp_path / "link").symlink_to(model)
+    inputs = ["a:0.5,b:0.5", None, "x" * 5000, tmp_path / "none", str(tmp_path / "link"), text]
+    for output, what in {
+        model: "is the input",
+        tmp_path / "link": "is the input",
+        tmp_path / "models": "holds the input",
+        tmp_path: "holds the input",
+        tmp_path / "texts": "holds the input",
+        model / "out": "lies in the input",
+        tmp_path / "link" / "a" / "b": "lies in the input",
+    }.items():
+        with pytest.raises(InputError, match=what):
+            check_output_folder(output, inputs=inputs, overwrite=overwrite)
+    for output, what in {text: "is the input", model / "scores.json": "lies in the input"}.items():
+        with pytest.raises(InputError, match=what):
+            check_output_file(output, inputs=inputs, overwrite=overwrite)
+    check_output_folder(tmp_path / "models" / "b", inputs=inputs, overwrite=overwrite)
+    check_output_file(tmp_path / "texts" / "scores.json", inputs=inputs, overwrite=overwrite)
+
+
+def test_overwrite_replaces_results_of_calmix_alone(calmix, tiny_folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    check_output_folder(mine)
+    for name in ("calmix.json", "notes.txt", "thesis.tex", "z"):
+        (mine / name).touch()
+    ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", mine, "--overwrite")
+    assert ended.code == 2
+    assert ended.line.startswith(
+        f"error: --overwrite replaces only results of calmix, and {mine} holds calmix.json, "
+        "notes.txt, thesis.tex and 1 more"
+    )
+    assert len(names(mine)) == 4
+    for result in RESULTS:
+        folder = tmp_path / "-".join(result)
+        folder.mkdir()
+        for name in result:
+            (folder / name).touch()
+        check_output_folder(folder, overwrite=True)
+
+
+def test_a_prune_that_was_asked_to_overwrite_spares_what_was_put_there_meanwhile(
+    calmix, tiny_folder, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    finish = checkpoint._finish
+
+    def slow(*given):
+        output.mkdir()
+        (output / "thesis.tex").touch()
+        finish(*given)
+
+    monkeypatch.setattr(checkpoint, "_finish", slow)
+    ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output, "--overwrite")
+    assert (ended.code, names(output)) == (2, ["thesis.tex"])
+    assert "has been filled meanwhile" in ended.line
+
+
+def test_checking_an_output_makes_nothing(tmp_path):
+    check_output_folder(tmp_path / "a" / "b")
+    check_output_file(tmp_path / "c" / "d.json")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that takes no files is needed")
+def test_a_place_that_takes_no_files_is_one_line(calmix, tiny_folder):
+    for output in ("/proc/out", "/proc/deep/out"):
+        ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output)
+        assert (ended.code, ended.line) == (
+            2, f"error: cannot write to {output}: /proc takes no new files",
+        )  # fmt: skip
+    with pytest.raises(InputError, match="no regular file"):
+        check_output_file(Path("/dev/null"), overwrite=True)
+    with pytest.raises(InputError, match="is a file"):
+        check_output_folder(Path("/dev/null"), overwrite=True)
 
 
 def test_folders_and_files_written_through_a_link(tmp_path):

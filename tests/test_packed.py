@@ -44,9 +44,13 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
 def same(one: Path, two: Path) -> bool:
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
+    names = files(one)
+    assert names == files(two)
     return all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
 
 
@@ -58,6 +62,48 @@ def test_a_model_comes_back_byte_for_byte(pruned: Path, tmp_path: Path) -> None:
     assert seen[-1][0] == pytest.approx(seen[-1][1], rel=0.2)
     assert unpack(tmp_path / "pack", tmp_path / "back") == made.dense
     assert same(pruned, tmp_path / "back")
+
+
+def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
+    pruned: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pruned, model)
+    for name in ("1_Pooling/config.json", "code/a/b.py", "code/model.safetensors", ".hidden"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name, encoding="utf-8")
+    pack(model, tmp_path / "pack")
+    unpack(tmp_path / "pack", tmp_path / "back")
+    assert same(model, tmp_path / "back")
+    load(tmp_path / "pack")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    save_file({}, weights)
+    assert pack(model, tmp_path / "none").dense == weights.stat().st_size
+    unpack(tmp_path / "none", tmp_path / "empty")
+    assert same(model, tmp_path / "empty")
+    weights.write_bytes(whole + b"more")
+    with pytest.raises(ModelError, match="holds bytes that are of no tensor"):
+        pack(model, tmp_path / "out")
+    weights.write_bytes(whole)
+    for link, to in (("sub", tmp_path / "pack"), ("gone", tmp_path / "nowhere")):
+        (model / link).symlink_to(to)
+        with pytest.raises(InputError, match=f"cannot pack .*'{link}' is no regular file"):
+            pack(model, tmp_path / "out")
+        (model / link).unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_and_what_it_is_of_stay_where_they_are(pruned: Path, tmp_path: Path, calmix) -> None:
+    made = tmp_path / "pack"
+    pack(pruned, made)
+    before = {folder: files(folder) for folder in (pruned, made)}
+    for verb, folder in (("pack", pruned), ("unpack", made)):
+        for output, what in ((folder, "is"), (folder.parent, "holds"), (folder / "o", "lies in")):
+            ended = calmix(verb, folder, "-o", output, "--overwrite")
+            assert (ended.code, f"{output} {what} the input {folder}" in ended.line) == (2, True)
+    assert before == {folder: files(folder) for folder in (pruned, made)}
+    pack(pruned, made, overwrite=True)
 
 
 def test_a_pack_is_loaded_without_its_dense_files(pruned: Path, tmp_path: Path) -> None:
@@ -139,6 +185,9 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
     refused("lacks gone.txt, which it was made with", files={"gone.txt": "0"})
     refused("is not what it was packed as", files={"config.json": "0"})
     refused("is damaged", weights=3)
+    refused("names a file outside the pack", files={"a/../../evil": "0"})
+    refused("names a file outside the pack", files={"/evil": "0"})
+    refused("names a file outside the pack", weights={"sub/model.safetensors": {}})
     refused("is not what it was packed as", weights={"model.safetensors": {"packed": "0"}})
 
 

@@ -316,9 +316,9 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
 
 def test_overwrite_replaces_the_whole_folder(calmix, tiny_folder, tmp_path):
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "stale").write_text("x", encoding="utf-8")
     common = ("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
+    assert calmix(*common).code == 0
+    (output / "stale").write_text("x", encoding="utf-8")
     assert calmix(*common).code == 2
     assert calmix(*common, "--overwrite").code == 0
     assert not (output / "stale").exists()
@@ -331,7 +331,8 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
 ):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "old").write_text("x", encoding="utf-8")
+    for name in ("calmix.json", "config.json"):
+        (output / name).write_text("x", encoding="utf-8")
 
     command = (
         "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output,
@@ -342,7 +343,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
         ended = calmix(*command)
     assert ended.code == 2
     assert "no space left" in ended.line
-    assert [p.name for p in output.iterdir()] == ["old"]
+    assert {p.name for p in output.iterdir()} == {"calmix.json", "config.json"}
     # The work is kept, and goes on when there is room.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
     ended = calmix(*command, "--resume")
@@ -390,7 +391,7 @@ def test_perplexity_mistakes(calmix, tiny_folder, text_file, tmp_path):
     for arguments, words in [
         (("--text", tmp_path / "no.txt"), "there is no file"),
         (("--text", text_file, "--length", 9999), "beyond the model's context"),
-        (("--text", text_file, "--length", 1), "too short"),
+        (("--text", text_file, "--length", 1), "Invalid value for '--length'"),
     ]:
         ended = calmix("perplexity", tiny_folder, *arguments)
         assert ended.code == 2

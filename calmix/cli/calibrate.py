@@ -28,7 +28,7 @@ from calmix.cli.common import (
 )
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
-from calmix.files import check_output_folder, user_path
+from calmix.files import check_output_folder
 from calmix.sources import load_sources
 
 Spec = Annotated[
@@ -76,20 +76,27 @@ def calibrate(
 ) -> None:
     """Draw a calibration set from sources and save it."""
     from calmix.calibration import open_tokenizer, resolve
-    from calmix.calibration.resolving import needs_model
-    from calmix.calibration.set import is_saved_set
+    from calmix.calibration.resolving import ask
+    from calmix.models import check_models, open_model
 
-    if is_saved_set(user_path(spec)):
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    draw: dict[str, Any] = {
+        "rows": rows, "length": length, "seed": seed, "packing": packing, "select": select,
+        "leakage": leakage, "leakage_tokens": leakage_tokens, "licence": licence,
+        "own": load_sources(sources) if sources is not None else None,
+    }  # fmt: skip
+    asked = ask(spec, **draw)
+    if asked.saved is not None:
         raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
-    check_output_folder(output, overwrite=overwrite)
-    own = load_sources(sources) if sources is not None else None
-    opened: Any
-    if needs_model(spec, select):
-        from calmix.models import open_model
-
-        opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    elif (dtype, device) != ("auto", "auto"):
+    if not asked.runs_model and (dtype, device) != ("auto", "auto"):
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
+    check_models(model, **how)
+    check_output_folder(output, inputs=[model, sources, *asked.files], overwrite=overwrite)
+    opened: Any
+    if asked.runs_model:
+        opened = open_model(model, **how)
     else:
         opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
     with progress_bar() as bar:
@@ -97,18 +104,10 @@ def calibrate(
         made = resolve(
             spec,
             opened,
-            rows=rows,
-            length=length,
-            seed=seed,
-            packing=packing,  # type: ignore[arg-type]
-            select=select,  # type: ignore[arg-type]
-            leakage=leakage,
-            leakage_tokens=leakage_tokens,
-            licence=licence,
-            own=own,
             tick=lambda name: bar.update(task, description=f"drew {name}", advance=1),
             writing=writing_on(bar),
             note=note,
+            **draw,
         )
     made.save(output, overwrite=overwrite)
     dropped = _dropped(made.manifest)
@@ -178,18 +177,27 @@ def measure(
 ) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
-    from calmix.information.measuring import check_result_file, table
+    from calmix.information.measuring import check_request, check_result_file, table
     from calmix.information.measuring import measure as run
-    from calmix.models import open_model
+    from calmix.models import check_models, open_model
     from calmix.sources import offline_sources
 
-    if output is not None:
-        check_result_file(output)
-    own = load_sources(sources) if sources is not None else None
     names = [n for spec in specs for n in (offline_sources() if spec == "offline" else [spec])]
+    asked: dict[str, Any] = {
+        "rows": rows, "length": length, "draws": draws, "seed": seed,
+        "packing": packing or "concat", "reference": reference, "perplexity": perplexity,
+        "own": load_sources(sources) if sources is not None else None,
+    }  # fmt: skip
+    files = check_request(names, **asked)
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    check_models(model, **how)
+    if output is not None:
+        check_result_file(output, [model, sources, *files])
     opened: Any
     if perplexity:
-        opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        opened = open_model(model, **how)
     else:
         opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
     with progress_bar() as bar:
@@ -197,14 +205,7 @@ def measure(
         measurement = run(
             names,
             opened,
-            rows=rows,
-            length=length,
-            draws=draws,
-            seed=seed,
-            packing=packing or "concat",  # type: ignore[arg-type]
-            reference=reference,
-            perplexity=perplexity,
-            own=own,
+            **asked,
             tick=lambda name: bar.update(task, description=f"measured {name}", advance=1),
         )
     if output is not None:

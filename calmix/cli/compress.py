@@ -114,8 +114,12 @@ def compress_command(
 
     The other verbs in a row, each with its result in OUT; interrupted, the same command goes on.
     """
+    from calmix.capability.suites import suite_file
     from calmix.compress import plan, running
+    from calmix.models import check_models
 
+    check_models(model, device=device, trust_remote_code=trust_remote_code)
+    running.check_place(output, [model, calibration, prompts, suite_file(suite)])
     if sparsity is None and pattern is None:
         sparsity = 0.6
     asked = plan.request(
@@ -214,11 +218,14 @@ def answer_command(
 ) -> None:
     """What several models write after the same prompts, greedily, side by side."""
     from calmix.capability.answers import Answered, answer, read_prompts, suite_prompts
-    from calmix.capability.suites import load_suite
-    from calmix.models import open_model
+    from calmix.capability.suites import load_suite, suite_file
+    from calmix.models import check_models, open_model
 
-    check_output_file(output, overwrite=overwrite)
-    asked = read_prompts(prompts) if prompts is not None else suite_prompts(load_suite(suite))
+    chosen = load_suite(suite)
+    check_models(*models, device=device, trust_remote_code=trust_remote_code)
+    inputs = [*models, prompts, suite_file(suite)]
+    check_output_file(output, inputs=inputs, overwrite=overwrite)
+    asked = read_prompts(prompts) if prompts is not None else suite_prompts(chosen)
     if not asked:
         raise InputError(f"suite {suite} has no items in the archive to ask: give --prompts FILE")
     told, written = [], []
@@ -259,6 +266,10 @@ def report_command(
     from calmix.report.card import read_card
     from calmix.report.card_page import card_page, model_card, several_page
 
+    if output is not None:  # beside the default page another may stand
+        held = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        inputs = [path for path in held if path.suffix != ".html"]
+        check_output_file(output, inputs=inputs, overwrite=True)
     if len(folders) == 1:
         card = read_card(folders[0])
         page = output or folders[0] / "card.html"

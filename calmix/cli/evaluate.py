@@ -120,11 +120,13 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Score a model on a suite, and with --against say what it has kept, with intervals."""
+    from calmix.calibration import open_tokenizer
     from calmix.capability import evaluate as capability
     from calmix.capability.distance import distance, reference
     from calmix.capability.scores import check_same_suite, describe, load_scores
+    from calmix.capability.suites import suite_file
     from calmix.capability.texts import builtin_readers, parse_texts, texts
-    from calmix.models import OpenModel, open_model
+    from calmix.models import OpenModel, check_models, open_model
 
     chosen = capability.choose(
         suite, dimensions=dimension or (), tasks=task or (), quick=quick, limit=limit
@@ -133,16 +135,21 @@ def evaluate_command(
     judged = check_bootstrap(measure, resamples, seed)
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens must be positive, not {batch_tokens}")
-    if output is not None:
-        check_output_file(output, overwrite=overwrite)
-
     saved = against is not None and against.lower().endswith(".json")
     own = parse_texts(text or ())
     if own and (against is None or saved):
         raise InputError("--text measures the distance to a dense model: name it with --against")
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    named = [model] if against is None or saved else [model, against]
+    check_models(*named, **how)
+    if output is not None:
+        inputs = [model, against, suite_file(suite), *own.values()]
+        check_output_file(output, inputs=inputs, overwrite=overwrite)
 
     def opened(name: str) -> OpenModel:
-        return open_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return open_model(name, **how)
 
     def run(model: OpenModel, dense: bool) -> CapabilityScores:
         with progress_bar() as bar:
@@ -157,14 +164,16 @@ def evaluate_command(
                 progress=lambda done, total: bar.update(job, completed=done, total=total),
             )
 
-    # The file is read, and refused if it does not fit, before anything is scored.
+    # All is read, and refused if it does not fit, before anything is scored.
     dense, kept_of = None, None
     held: dict[str, Any] = {}
     if against is not None and saved:
         dense = load_scores(Path(against).expanduser())
         check_same_suite(describe(chosen), dense.suite)
         dense.retention(dense, measure=judged, resamples=1)
-    elif against is not None:
+    for name in named:
+        open_tokenizer(name, trust_remote_code=trust_remote_code)
+    if against is not None and not saved:
         whole = opened(against)
         known = [name for name in chosen.dimensions if name in builtin_readers()]
         if known or own:

@@ -104,10 +104,13 @@ def _export_set(
 ) -> None:
     from calmix.calibration import CalibrationSet, open_tokenizer
     from calmix.calibration.export import export_datasets, export_jsonl
+    from calmix.models import check_models
 
     text = output.suffix.lower() == ".jsonl"
-    (check_output_file if text else check_output_folder)(output, overwrite=overwrite)
     CalibrationSet.open(folder)
+    check_models(model, trust_remote_code=trust_remote_code)
+    check = check_output_file if text else check_output_folder
+    check(output, inputs=[folder, model], overwrite=overwrite)
     opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
     made = CalibrationSet.open(folder, opened)
     if text:

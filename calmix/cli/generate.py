@@ -135,27 +135,32 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let the model write its own calibration set, and save it. Interrupted work goes on."""
-    from calmix.calibration.resolving import check_seeds, guard_of
+    from calmix.calibration.resolving import check_guard, check_seeds, guard_of
+    from calmix.calibration.selfgen.making import check_generation
     from calmix.calibration.selfgen.making import generate as run
-    from calmix.calibration.selfgen.making import settings
-    from calmix.models import open_model
+    from calmix.models import check_models, open_model
 
     options: dict[str, Any] = {
         "start": start, "temperature": temperature, "start_temperature": start_temperature,
         "ramp": ramp, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
         "openers": openers, "candidates": candidates, "lambda_": balance, "piece": piece,
         "band": band, "repeats": repeats, "seeds": seeds, "drop": drop,
+        "rows": rows, "length": length, "seed": seed, "batch": batch,
+        "own": load_sources(sources) if sources is not None else None,
     }  # fmt: skip
-    settings(method, options)
-    check_output_folder(output, overwrite=overwrite)
-    own = load_sources(sources) if sources is not None else None
-    check_seeds(method, seeds, licence, own)
-    opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    files = check_generation(method, **options)
+    check_seeds(method, seeds, licence, options["own"])
+    check_guard(leakage, leakage_tokens)
+    check_models(model, **how)
+    check_output_folder(output, inputs=[model, sources, *files], overwrite=overwrite)
+    opened = open_model(model, **how)
     with progress_bar() as bar:
         made = run(
-            method, opened, rows=rows, length=length, seed=seed, own=own, batch=batch,
-            guard=guard_of(leakage, leakage_tokens, opened), writing=writing_on(bar), note=note,
-            **options,
+            method, opened, guard=guard_of(leakage, leakage_tokens, opened),
+            writing=writing_on(bar), note=note, **options,
         )  # fmt: skip
     made.save(output, overwrite=overwrite)
     manifest = made.manifest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -94,38 +94,48 @@ def predict_command(
     Each source runs through the dense model once; further mixes of it take seconds. The shares
     order sets and are no retention: docs/analysis.md says how well.
     """
-    from calmix.analysis.predict import EVERY, LENGTH, ROWS, predict
-    from calmix.capability.texts import parse_texts, texts
-    from calmix.models import open_model
+    from calmix.analysis.predict import EVERY, LENGTH, ROWS, check_request, predict
+    from calmix.analysis.recommend import check_weights
+    from calmix.capability.texts import builtin_readers, parse_texts, texts
+    from calmix.models import check_models, open_model
     from calmix.study.spec import as_pattern
 
     if sparsity is not None and pattern is not None:
         raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
     target = sparsity if pattern is None else pattern
-    asked, own_texts = parse_weights(weights), parse_texts(text or ())
-    own = load_sources(sources) if sources is not None else None
-    rows, length = ROWS if rows is None else rows, LENGTH if length is None else length
-    opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    shares, own_texts = parse_weights(weights), parse_texts(text or ())
+    if shares is not None:
+        check_weights(shares, (*builtin_readers(), *own_texts), "the held-out text")
+    asked: dict[str, Any] = {
+        "method": method,
+        "rows": ROWS if rows is None else rows,
+        "length": LENGTH if length is None else length,
+        "every": EVERY if every is None else every,
+        "own": load_sources(sources) if sources is not None else None,
+        "seed": seed,
+        "leakage": leakage,
+        "leakage_tokens": leakage_tokens,
+        "licence": licence,
+    }
+    pruned_to = None if target is None else as_pattern(target)
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    check_request(calibrations, **asked)
+    check_models(model, **how)
+    opened = open_model(model, **how)
     with progress_bar() as bar:
         task = bar.add_task("predicting", total=None)
         made = predict(
             opened,
             calibrations,
-            method=method,
-            pattern=None if target is None else as_pattern(target),
-            rows=rows,
-            length=length,
-            every=EVERY if every is None else every,
-            weights=asked,
+            pattern=pruned_to,
+            weights=shares,
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
-            own=own,
             tick=lambda what: bar.update(task, description=what, advance=1),
             note=note,
             writing=writing_on(bar),
-            seed=seed,
-            leakage=leakage,
-            leakage_tokens=leakage_tokens,
-            licence=licence,
+            **asked,
         )
     if as_json:
         print_json([asdict(one) for one in made])

@@ -39,6 +39,7 @@ from calmix.cli.common import (
 from calmix.cli.recover import recovering_on, tell_recovery
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
+from calmix.files import check_apart
 from calmix.sources import load_sources
 from calmix.specs import prune_and_recover_requests, prune_requests, target_name
 
@@ -290,6 +291,8 @@ def prune_command(
         raise InputError(f"{output} is a model folder: name another one for several checkpoints")
 
     bound = None if max_memory is None else parse_memory(max_memory)
+    for target in targets:
+        check_apart(target, [sources, allocation])
     if dry_run:
         from calmix.cli.compress import print_taken
         from calmix.compress.estimate import estimate_prune
@@ -413,7 +416,7 @@ def perplexity_command(
     text: Annotated[
         Path, typer.Option(show_default=False, help="A .txt, .jsonl or .parquet file.")
     ],
-    length: Annotated[int, typer.Option(help="Window length in tokens.")] = 2048,
+    length: Annotated[int, typer.Option(min=2, help="Window length in tokens.")] = 2048,
     separator: Annotated[str, typer.Option(help="Put between the documents of the file.")] = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -422,12 +425,16 @@ def perplexity_command(
 ) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
     from calmix.capability.perplexity import perplexity
-    from calmix.models import open_model
+    from calmix.models import check_models, open_model
     from calmix.sources.readers import LocalFile
 
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    check_models(model, **how)
     documents = LocalFile(type="file", path=text).read()
     whole = separator.join(document.text for document in documents)
-    opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    opened = open_model(model, **how)
     with progress_bar() as bar:
         task = bar.add_task("scoring windows", total=None)
         result = perplexity(

@@ -30,6 +30,7 @@ from calmix.cli.common import (
     progress_bar,
     writing_on,
 )
+from calmix.files import check_apart
 from calmix.sources import load_sources
 from calmix.specs import BATCH, recover_request
 
@@ -142,6 +143,9 @@ def recover_command(
     from calmix.pruning.budget import parse_memory
     from calmix.recovery import recover
 
+    bound = None if max_memory is None else parse_memory(max_memory)
+    check_apart(output, [sources])
+
     def started(drawn: CalibrationSet) -> None:
         if not leads:
             return
@@ -160,7 +164,7 @@ def recover_command(
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             resume=resume,
-            max_memory=None if max_memory is None else parse_memory(max_memory),
+            max_memory=bound,
             started=started,
             progress=recovering_on(bar, method),
             writing=writing_on(bar),

@@ -11,7 +11,7 @@ import typer
 from calmix.cli.common import MANY, AsJson, out, print_json
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
-from calmix.files import check_output_folder
+from calmix.files import check_output_folder, real_place
 
 if TYPE_CHECKING:
     from calmix.analysis import Analysis, Recommendation
@@ -258,7 +258,9 @@ def _folder(study: Path, output: Path | None, name: str, inside: str, overwrite:
     folder = output if output is not None else study / name
     if output is None and not study.is_dir():
         raise InputError(f"there is no folder {study}")
-    check_output_folder(folder, overwrite=overwrite or (folder / inside).is_file())
+    inputs = [] if real_place(folder) == real_place(study / name) else [study]
+    overwrite = overwrite or (folder / inside).is_file()
+    check_output_folder(folder, inputs=inputs, overwrite=overwrite)
     return folder
 
 

@@ -22,7 +22,7 @@ from calmix.cli.common import (
 )
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError, nearest
-from calmix.files import write_text
+from calmix.files import check_output_file, write_text
 
 if TYPE_CHECKING:
     from calmix.analysis.power import Reach
@@ -68,10 +68,7 @@ def _check_new(path: Path, overwrite: bool) -> None:
     """Refuse a path at which no study file can be written."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"name a .yaml file for the study, not {path}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a .yaml file")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: choose another file or --overwrite")
+    check_output_file(path, overwrite=overwrite)
 
 
 def validate_command(path: StudyPath, as_json: AsJson = False) -> None:

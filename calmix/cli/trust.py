@@ -94,7 +94,7 @@ def inspect_command(
     from calmix.trust.plotting import plot as draw
 
     if plot is not None:
-        check_plot(plot)
+        check_plot(plot, path)
     with progress_bar() as bar:
         task = bar.add_task("checking", total=None)
         health = inspect(path, tick=lambda name: bar.update(task, description=f"checked {name}"))

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from calmix.calibration.resolving import parse_spec
-from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.calibration.resolving import ask
 from calmix.capability.answers import EACH, TOKENS
 from calmix.capability.evaluate import choose
 from calmix.capability.texts import LENGTH as TEXT_LENGTH
 from calmix.capability.texts import ROWS as TEXT_ROWS
 from calmix.capability.texts import builtin_readers
 from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
-from calmix.files import user_path
+from calmix.models import check_models
 from calmix.pruning.allocation import SPREAD
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import planned
@@ -23,10 +21,8 @@ from calmix.pruning.methods import get_method
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import (
     BATCH,
-    LENGTH,
     NONE,
     RECOVERIES,
-    ROWS,
     PruneRequest,
     RecoverRequest,
     target_name,
@@ -114,15 +110,16 @@ def estimate_prune(
     Raises:
         CalmixError: as `prune_checkpoints`, as far as it can be known.
     """
-    sizes = sizes_of_model(name, Model(name=name, dtype=dtype))
-    machine = probe(sizes, device)
+    check_models(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     asked = recovery or next((r for r in targets.values() if r.calibration is not None), None)
     rows, length, seconds = 0, 0, 0.0
     found: list[Taken] = []
-    if asked is not None:
-        assert asked.calibration is not None
-        rows, length, strategy = size_of_set(asked.calibration, asked.draw)
-        seconds = cost.set_seconds(sizes, rows, length, strategy, machine).get("generate", 0.0)
+    drawn = None if asked is None else ask(str(asked.calibration), **asked.draw)
+    sizes = sizes_of_model(name, Model(name=name, dtype=dtype))
+    machine = probe(sizes, device)
+    if drawn is not None:
+        rows, length, writer = drawn.rows, drawn.length, drawn.spec.generate or ""
+        seconds = cost.set_seconds(sizes, rows, length, writer, machine).get("generate", 0.0)
     if seconds:
         memory = sizes.weights * sizes.value_bytes + PROGRAM
         found.append(Taken(Stage("write the calibration set", (), None), seconds, memory, 0.0))
@@ -167,10 +164,17 @@ def check_recoveries(asked: Request, listed: Sequence[Stage]) -> None:
             _recover_memory(sizes, _drawn(asked)[1], way, BATCH, most)
 
 
+def checkpoint_bytes(asked: Request, listed: Sequence[Stage]) -> int:
+    """Return the bytes of weights that stages leave on disk."""
+    sizes = sizes_of(asked)
+    made = sum(stage.arguments[0] in ("prune", "recover") for stage in listed)
+    return made * sizes.weights * sizes.value_bytes
+
+
 def _drawn(asked: Request) -> tuple[int, int]:
     """Return rows and length of the calibration set."""
     if asked.saved:
-        held = CalibrationSet.open(user_path(asked.calibration))
+        held = ask(asked.calibration)
         return held.rows, held.length
     return EFFORTS[asked.effort].rows, asked.length
 
@@ -187,19 +191,3 @@ def _recover_memory(sizes: Sizes, length: int, way: str, batch: int, most: int |
     memory = cost.recover_memory(sizes, length, way, batch, room)
     check_memory(memory, held, most, 0)
     return memory + BEHIND
-
-
-def size_of_set(text: str, draw: Mapping[str, Any]) -> tuple[int, int, str]:
-    """Return the rows of a calibration set, their length, and the method that writes it, if any.
-
-    Args:
-        text: as `calmix.calibration.resolve` takes it.
-        draw: the options that were given.
-    """
-    path = user_path(text)
-    if is_saved_set(path):
-        held = CalibrationSet.open(path)
-        return held.rows, held.length, ""
-    spec = parse_spec(text, draw.get("own"), draw.get("licence"))
-    given = {"rows": ROWS, "length": LENGTH} | spec.fixed | dict(draw)
-    return given["rows"], given["length"], spec.generate or ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from calmix.analysis.recommend import check_weights
 from calmix.calibration.mix import Mix
-from calmix.calibration.resolving import parse_spec
+from calmix.calibration.resolving import ask, parse_spec
 from calmix.calibration.set import is_saved_set
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.capability.evaluate import check_code, choose
@@ -21,6 +21,7 @@ from calmix.errors import InputError, nearest
 from calmix.files import sha256_file, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
+from calmix.pruning.budget import parse_memory
 from calmix.pruning.patterns import parse_pattern
 from calmix.sources import get_source
 from calmix.sources.licences import check_licence
@@ -181,11 +182,8 @@ def request(
     text = "igsp" if no_corpus else calibration or str(Mix(mix))
     if keep is not None:
         text = str(Mix(weighed(text, keep)))
-        parse_spec(text, licence=licence)
-    elif not saved:
-        spec = parse_spec(text, licence=licence)
-        for name in spec.mix.weights:
-            get_source(name, spec.own)
+    draw: dict[str, Any] = {"rows": EFFORTS[effort].rows, "leakage": suite, "seed": seed}
+    ask(text, licence=licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
     prune_request(method=METHOD, sparsity=sparsity, pattern=pattern, calibration=text)
     if pattern is not None:
@@ -197,6 +195,8 @@ def request(
 
         read_prompts(prompts)
         asked = sha256_file(prompts)
+    if max_memory is not None:
+        parse_memory(max_memory)
     context = open_tokenizer(model, trust_remote_code=trust_remote_code).context
     return Request(
         model, fingerprint(resolve_model(model)), effort, sparsity, pattern, text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from calmix.compress.estimate import check_recoveries
+from calmix.compress.estimate import check_recoveries, checkpoint_bytes
 from calmix.compress.plan import MANIFEST, Request, Stage, stages
 from calmix.errors import InputError, disk_errors
 from calmix.files import (
+    check_apart,
+    check_free,
     check_output_folder,
     give_back,
     parse_json,
@@ -68,7 +70,9 @@ def compress(
         CalmixError: `out` holds something else, another process works in it, or a stage refuses.
     """
     listed = stages(asked, out)
-    check_recoveries(asked, [stage for stage in listed if not _stands(stage, out)])
+    left = [stage for stage in listed if not _stands(stage, out)]
+    check_recoveries(asked, left)
+    check_free(out, checkpoint_bytes(asked, left), "the checkpoints take")
     with _claimed(asked, out, listed):
         seconds: dict[str, float] = {}
         for stage in listed:
@@ -122,18 +126,30 @@ def _claimed(asked: Request, out: Path, listed: Sequence[Stage]) -> Iterator[Non
         give_back(lock)
 
 
+def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
+    """Refuse an output folder that is or holds anything but the work of a compression.
+
+    Raises:
+        InputError: which.
+    """
+    check_apart(out, inputs)
+    if (out / MANIFEST).exists():
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(
+            f"{out} is not empty and was not made by calmix compress: name another folder"
+        )
+    check_output_folder(out)
+
+
 def check(asked: Request, out: Path) -> None:
     """Refuse an output folder that holds something else.
 
     Raises:
         InputError: another request's work, or files that are none of calmix's.
     """
+    check_place(out)
     if not (out / MANIFEST).exists():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out} is not empty and was not made by calmix compress: name another folder"
-            )
-        check_output_folder(out)
         return
     held, now = read_record(out).request, asked.to_json()
     differs = [key for key in now if held.get(key) != now[key]]

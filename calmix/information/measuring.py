@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from calmix.calibration.build import HasTokenizer, held_documents
 from calmix.calibration.packing import Packing
-from calmix.calibration.resolving import resolve
+from calmix.calibration.resolving import ask, resolve
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.errors import InputError
 from calmix.files import check_output_file, user_path, write_json, write_text
@@ -121,15 +121,16 @@ class Measurement:
             write_json(path, self.to_dict())
 
 
-def check_result_file(path: Path) -> None:
+def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:
     """Refuse a result file before any work is done.
 
     Raises:
-        InputError: the ending is neither .json nor .csv, or no file can be written there.
+        InputError: the ending is neither .json nor .csv, the path is or lies in one of the inputs,
+            or no file can be written there.
     """
     if path.suffix.lower() not in (".json", ".csv"):
         raise InputError(f"cannot write results to {path}: name a .json or .csv file")
-    check_output_file(path, overwrite=True)
+    check_output_file(path, inputs=inputs, overwrite=True)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -179,24 +180,17 @@ def measure(
         InputError: no or doubled specs, a non-positive number, a saved set of another length.
         SourceError: a source is unknown, unreadable or too small.
     """
-    if not specs:
-        raise InputError("name at least one source to measure")
-    doubles = sorted({spec for spec in specs if list(specs).count(spec) > 1})
-    if doubles:
-        raise InputError(f"'{doubles[0]}' is named twice")
-    if draws < 1 or rows < 1 or length < 1:
-        raise InputError(f"rows, length and draws must be positive, not {rows}, {length}, {draws}")
-    if perplexity and length < 2:
-        raise InputError(f"length {length} is too short to predict anything")
-    if seed < 0:
-        raise InputError(f"seed {seed} is negative")
+    check_request(
+        specs, rows=rows, length=length, draws=draws, seed=seed, packing=packing,
+        reference=reference, perplexity=perplexity, own=own,
+    )  # fmt: skip
     if perplexity and not hasattr(opened, "model"):
         raise InputError("perplexity needs the model, not its tokenizer alone")
 
     def drawn(spec: str, number: int) -> CalibrationSet:
         path = user_path(spec)
         if is_saved_set(path):
-            return _part(CalibrationSet.open(path, opened), path, rows, length, seed + number)
+            return _part(CalibrationSet.open(path, opened), rows, seed + number)
         return resolve(
             spec, opened, rows=rows, length=length, seed=seed + number, packing=packing,
             leakage="off", own=own,
@@ -235,6 +229,52 @@ def measure(
     )
 
 
+def check_request(
+    specs: Sequence[str],
+    *,
+    rows: int,
+    length: int,
+    draws: int,
+    seed: int,
+    packing: str,
+    reference: str | None,
+    perplexity: bool,
+    own: Mapping[str, Source] | None,
+) -> list[Path | None]:
+    """Check what `measure` is asked for, without the model; return the files that are read.
+
+    Raises:
+        InputError, SourceError: as `measure`.
+    """
+    if not specs:
+        raise InputError("name at least one source to measure")
+    doubles = sorted({spec for spec in specs if list(specs).count(spec) > 1})
+    if doubles:
+        raise InputError(f"'{doubles[0]}' is named twice")
+    if draws < 1 or rows < 1 or length < 1:
+        raise InputError(f"rows, length and draws must be positive, not {rows}, {length}, {draws}")
+    if perplexity and length < 2:
+        raise InputError(f"length {length} is too short to predict anything")
+    if seed < 0:
+        raise InputError(f"seed {seed} is negative")
+    files: list[Path | None] = []
+    for spec in (*specs, *([] if reference is None else [reference])):
+        path = user_path(spec)
+        if is_saved_set(path):
+            files.append(path)
+            held = CalibrationSet.open(path)
+            if held.length != length or held.rows < rows:
+                raise InputError(
+                    f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
+                    f"{rows} of {length}: measure everything with --rows {min(rows, held.rows)} "
+                    f"--length {held.length}"
+                )
+        else:
+            made = ask(spec, own=own, rows=rows, length=length, packing=packing, leakage="off")
+            files += made.files
+    return files
+
+
 def measure_set(
     made: CalibrationSet, opened: HasTokenizer, *, perplexity: bool = True
 ) -> dict[str, float]:
@@ -254,13 +294,7 @@ def _is_whole(path: Path, rows: int) -> bool:
     return is_saved_set(path) and CalibrationSet.open(path).rows == rows
 
 
-def _part(found: CalibrationSet, path: Path, rows: int, length: int, seed: int) -> CalibrationSet:
-    if found.length != length or found.rows < rows:
-        raise InputError(
-            f"calibration set {path} has {found.rows} rows of {found.length} tokens, not {rows} "
-            f"of {length}: measure everything with --rows {min(rows, found.rows)} "
-            f"--length {found.length}"
-        )
+def _part(found: CalibrationSet, rows: int, seed: int) -> CalibrationSet:
     if found.rows == rows:
         return found
     chosen = np.sort(np.random.default_rng(seed).permutation(found.rows)[:rows]).tolist()

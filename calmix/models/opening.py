@@ -34,6 +34,7 @@ from calmix.files import (
     made_once,
     sha256_file,
     sha256_json,
+    user_path,
     write_text,
 )
 from calmix.machine import cores
@@ -116,17 +117,57 @@ def resolve_model(name: str) -> Path:
     Raises:
         ModelError: unknown name, nothing to load there, or only pickled weights.
     """
+    found = known_model(name)
+    if found is None:
+        return _from_hub(name)
+    if isinstance(found, BuiltinModel):
+        return _dequantised_builtin(found)
+    if found.is_file():
+        return _dequantised(sha256_file(found), functools.partial(_dequantise, found))
+    return found
+
+
+def check_models(
+    *names: str | None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> None:
+    """Refuse models that cannot be opened so, as far as that is known before one is fetched.
+
+    Args:
+        *names: as `open_model` takes them, or None for none.
+        dtype, device, trust_remote_code: as for `open_model`.
+
+    Raises:
+        InputError: unknown dtype or device.
+        ModelError: there is no such model, or it is none that `open_model` opens.
+    """
+    device_of(device)
+    _dtype(dtype)
+    named = [name for name in names if name is not None]
+    found = [known_model(name) for name in named]
+    for name, place in zip(named, found, strict=True):
+        if place is None:
+            _ask_hub(name)
+        elif isinstance(place, Path) and place.is_dir():
+            load_config(place, name, trust_remote_code)
+
+
+def known_model(name: str) -> Path | BuiltinModel | None:
+    """Return the folder, GGUF file or builtin model of a name; None if it can only be the hub's.
+
+    Raises:
+        ModelError: it can be none of them, or the folder holds no model.
+    """
     if name.startswith("builtin:"):
         known = builtin_models()
         short = name.removeprefix("builtin:")
         if short not in known:
             raise ModelError(f"unknown builtin model '{short}': {nearest(short, known)}")
-        return _dequantised_builtin(known[short])
-    path = Path(name).expanduser()
+        return known[short]
+    path = user_path(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file but no .gguf: name its folder, or a GGUF file")
-        return _dequantised(sha256_file(path), functools.partial(_dequantise, path))
+        return path
     if path.is_dir():
         check_folder(path)
         return path
@@ -134,7 +175,7 @@ def resolve_model(name: str) -> Path:
         raise ModelError(f"there is no model folder or .gguf file at {path}")
     if name in builtin_models():
         raise ModelError(f"there is no folder '{name}': did you mean builtin:{name}?")
-    return _from_hub(name)
+    return None
 
 
 def open_model(
@@ -345,10 +386,29 @@ def check_folder(folder: Path) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(name):
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED))
+    check_folder(folder)
+    return folder
+
+
+def _ask_hub(name: str) -> None:
+    """Refuse a model that is neither in the hub's cache nor on the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    with _hub_errors(name):
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name)
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    from huggingface_hub import errors
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED))
+        yield
     except errors.HFValidationError as error:
         raise ModelError(
             f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
@@ -362,8 +422,6 @@ def _from_hub(name: str) -> Path:
             f"there is no folder '{name}' and the hub cannot be reached for it: give a local "
             "folder, a .gguf file or builtin:smollm2-135m, or go online once to fetch it"
         ) from error
-    check_folder(folder)
-    return folder
 
 
 def _dequantised_builtin(model: BuiltinModel) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
-from calmix.calibration.resolving import needs_model
+from calmix.calibration.resolving import Asked, ask
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import (
     CalmixError,
@@ -29,10 +29,10 @@ from calmix.errors import (
     ModelError,
     disk_errors,
 )
-from calmix.files import atomic_folder, check_output_folder, real_place, sha256_json, write_json
+from calmix.files import atomic_folder, check_free, check_output_folder, sha256_json, write_json
 from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import check_ids, fingerprint, quiet_transformers
+from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
 from calmix.pruning import sharing
 from calmix.pruning.allocation import SPREAD, from_shares, looker
@@ -53,7 +53,7 @@ from calmix.pruning.streamed import (
     prune_streamed,
 )
 from calmix.pruning.work import WorkFolder
-from calmix.specs import NONE, PruneRequest
+from calmix.specs import NONE, PruneRequest, RecoverRequest
 
 # Of models of images or sound, opened as models of text.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
@@ -105,13 +105,11 @@ def prune_checkpoints(
     leads = sharing.processes()[0] == 0
     say = note if note is not None and leads else (lambda line: None)
 
-    def check_outputs() -> None:
-        for output in targets:
-            if not (resume and (output / MANIFEST).is_file()):
-                check_output_folder(output, overwrite=overwrite)
-
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     sharing.host_group()
-    sharing.once(check_outputs)
+    sharing.once(lambda: check_request(name, targets, resume=resume, overwrite=overwrite, **how))
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
         names = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
@@ -134,6 +132,16 @@ def prune_checkpoints(
                     partial(job.work.claim, job.asked, resume=resume, overwrite=overwrite)
                 )
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
+            looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
+
+            def planned_for(ids: torch.Tensor | None) -> Plan:
+                plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
+                sharing.once(partial(_check_space, source, left, ids, plan))
+                return plan
+
+            drops = any(job.request.drop_experts is not None for job in left)  # it gets smaller
+            if left and not drops and not any(work.goes_on for work in works):
+                planned_for(_undrawn(left))
             calibration = sharing.once(
                 lambda: _calibration(left, source, tokenizer, dtype, device, writing, note)
             )
@@ -141,12 +149,10 @@ def prune_checkpoints(
             if ids is not None:
                 check_ids(name, source.model.get_input_embeddings(), ids)
             dropped: list[Dropped] = []
-            if left and left[0].request.drop_experts is not None:
+            if drops:
                 assert ids is not None
                 source, dropped = _dropped(source, ids, left, max_memory, say)
-            looked = [looker(job.allocation) for job in left if job.allocation in SPREAD]
-            plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
-            sharing.once(partial(_check_space, source, left, ids, plan))
+            plan = planned_for(ids)
             for work in works:
                 prepare_files(source, work)
             if left and leads and started is not None:
@@ -184,6 +190,55 @@ def prune_checkpoints(
     finally:
         source.close()
     return [reports[job.output] for job in jobs]
+
+
+def check_request(
+    name: str,
+    targets: Mapping[Path, PruneRequest],
+    recovery: RecoverRequest | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    **how: Any,
+) -> Asked | None:
+    """Refuse what can be known to go wrong before a model is fetched or text is drawn.
+
+    Args:
+        recovery: of each target.
+        **how: as `check_models` takes it.
+        name, targets, resume, overwrite: as for `prune_checkpoints`.
+
+    Returns:
+        the calibration set; None without one, or where an earlier run may have drawn it.
+
+    Raises:
+        CalmixError: as `prune_checkpoints`.
+    """
+    check_models(name, **how)
+    request, asked = _calibrated(targets.values()) or recovery, None
+    inputs: list[object] = [name]
+    if request is not None:
+        inputs.append(request.calibration)
+        if not resume:
+            asked = ask(str(request.calibration), **request.draw)
+            inputs += asked.files
+    for output in targets:
+        finished = resume and (output / MANIFEST).is_file()
+        check_output_folder(output, inputs=inputs, overwrite=overwrite or finished)
+    return asked
+
+
+def _calibrated(requests: Iterable[PruneRequest]) -> PruneRequest | None:
+    """Return the request whose calibration set all share."""
+    return next((request for request in requests if request.calibration is not None), None)
+
+
+def _undrawn(jobs: Sequence[Job]) -> torch.Tensor | None:
+    """Return ids without values, as many as the calibration set will have."""
+    if (request := _calibrated(job.request for job in jobs)) is None:
+        return None
+    asked = ask(str(request.calibration), **request.draw)
+    return torch.empty(asked.rows, asked.length, dtype=torch.int64, device="meta")
 
 
 def planned(
@@ -465,7 +520,7 @@ def _calibration(
         request = calibrated[0].request
         assert request.calibration is not None
         opened: OpenModel | OpenTokenizer = tokenizer
-        if needs_model(request.calibration, request.draw.get("select")):
+        if ask(request.calibration, **request.draw).runs_model:
             opened = source.opened or open_model(
                 source.name, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code
             )
@@ -596,7 +651,7 @@ def check_space(opened: OpenModel, output: Path) -> None:
         InputError: less is free than the weights take.
     """
     needed = sum(p.numel() * p.element_size() for p in opened.model.parameters())
-    _check_free(real_place(output), needed, "the checkpoint takes")
+    check_free(output, needed, "the checkpoint takes")
 
 
 def _check_space(
@@ -612,7 +667,7 @@ def _check_space(
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"
         held = sum(p.stat().st_blocks * 512 for p in job.work.path.rglob("*") if p.is_file())
-        _check_free(job.work.output, len(jobs) * (weights + states) - held, what)
+        check_free(job.work.output, len(jobs) * (weights + states) - held, what)
 
 
 def _checkpoint_bytes(source: WeightSource) -> int:
@@ -621,12 +676,3 @@ def _checkpoint_bytes(source: WeightSource) -> int:
         for tensors in source.files().values()
         for dtype, shape in tensors.values()
     )
-
-
-def _check_free(output: Path, needed: int, what: str) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise DiskError(
-            f"no space left for {output}: {what} {needed / 1e6:.0f} MB and "
-            f"{free / 1e6:.0f} MB are free"
-        )

@@ -50,6 +50,7 @@ from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import (
     check_output_folder,
     give_back,
+    holds_result,
     parse_json,
     real_place,
     sync,
@@ -171,6 +172,7 @@ class WorkFolder:
     def _alone(self) -> bool:
         """Take the lock on the output; return whether it was free. It ends with the process."""
         with disk_errors(self.output), contextlib.suppress(Timeout):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
         return self._lock.is_locked
 
@@ -415,7 +417,8 @@ class WorkFolder:
         self.wait()
         with disk_errors(self.output):
             if self.output.exists():
-                if any(self.output.iterdir()) and not self._overwrite:
+                replaceable = self._overwrite and holds_result(self.output)
+                if any(self.output.iterdir()) and not replaceable:
                     raise DiskError(f"{self.output} has been filled meanwhile: move it")
                 old = self.path / "replaced"
                 shutil.rmtree(old, ignore_errors=True)

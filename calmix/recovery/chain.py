@@ -21,7 +21,14 @@ from calmix.errors import InputError, disk_errors
 from calmix.files import check_output_folder, real_place, sha256_json
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import PruneReport
-from calmix.pruning.checkpoint import MANIFEST, RUN, asked_of, prune_checkpoints, told_report
+from calmix.pruning.checkpoint import (
+    MANIFEST,
+    RUN,
+    asked_of,
+    check_request,
+    prune_checkpoints,
+    told_report,
+)
 from calmix.pruning.work import SET, SET_MANIFEST, SUFFIX, keep_set, kept_set
 from calmix.recovery.checkpoint import recover, streamed
 from calmix.recovery.job import Job, RecoveryReport
@@ -83,6 +90,12 @@ def prune_and_recover(
         "resume": resume, "overwrite": overwrite, "writing": writing, "note": note,
     }  # fmt: skip
     trained_in = "auto" if dtype == "float16" else dtype
+    asked = check_request(
+        name, targets, recovery, resume=resume, overwrite=overwrite, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if asked is not None:
+        split_rows([""] * asked.rows, recovery.batch, 0)  # whether there are enough
     say = note or (lambda line: None)
     source = streamed(name, dtype, device, trust_remote_code)
     try:
@@ -97,8 +110,6 @@ def prune_and_recover(
             if found is not None:
                 done[output] = found
                 _remove(_stages(output))
-            elif real_place(source.folder) == real_place(output):
-                raise InputError(f"{output} is {name} itself: name another output")
             else:
                 _check(output, resume=resume, overwrite=overwrite)
                 if request.drop_experts is None:  # else it will be smaller

@@ -10,19 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from calmix.calibration import CalibrationSet, OpenTokenizer, open_tokenizer, resolve
-from calmix.calibration.resolving import needs_model
-from calmix.errors import CalmixError, DiskError, InputError, ModelError
-from calmix.files import check_output_folder, real_place
+from calmix.calibration.resolving import ask
+from calmix.errors import CalmixError, DiskError, ModelError
+from calmix.files import check_output_folder
 from calmix.models import open_model
-from calmix.models.opening import check_ids, fingerprint
+from calmix.models.opening import check_ids, check_models, fingerprint
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.precision import reproducible
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.recovery.checks import check_tokenizers, compare
 from calmix.recovery.distilling import distill_model
 from calmix.recovery.job import Job, RecoveryReport
-from calmix.recovery.output import finish, finished_report, prepare_files
+from calmix.recovery.output import check_room, finish, finished_report, prepare_files
 from calmix.recovery.sizes import sizes_of
+from calmix.recovery.training import split_rows
 from calmix.recovery.tuning import tune_blocks
 from calmix.specs import RecoverRequest
 
@@ -74,15 +75,21 @@ def recover(
         max_memory, progress or (lambda done, total, loss: None), note or (lambda line: None),
     )  # fmt: skip
     finished = resume and (job.output / MANIFEST).is_file()
-    if job.main and not finished:
-        check_output_folder(job.output, overwrite=overwrite)
+
+    def check() -> None:
+        check_models(pruned, against, trust_remote_code=trust_remote_code)
+        inputs: list[object] = [pruned, against, request.calibration]
+        if drawn is None and not resume:  # else what it was drawn from may be gone
+            made_of = ask(request.calibration, **request.draw)
+            split_rows([""] * made_of.rows, request.batch, 0)  # whether there are enough
+            inputs += made_of.files
+        check_output_folder(job.output, inputs=inputs, overwrite=overwrite or finished)
+
+    job.together(check)
     models = [
         streamed(n, job.type_name, str(job.device), trust_remote_code) for n in (pruned, against)
     ]
     try:
-        for one in models:
-            if real_place(one.folder) == real_place(job.output):
-                raise InputError(f"{job.output} is {one.name} itself: name another output")
         tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
         job.pair = pair = compare(*models)
         check_tokenizers(*tokenizers)
@@ -150,15 +157,16 @@ def _calibration(
     writing: Callable[[str, int, int], None] | None,
 ) -> CalibrationSet:
     """Return the set of the work that goes on, or draw it; what a model writes, the dense does."""
-    if job.goes_on:
-        return job.work.calibration()
-    if drawn is not None:
-        job.work.keep_calibration(drawn)
-        return drawn
-    request = job.request
-    whole = needs_model(request.calibration, request.draw.get("select"))
+    request, kept = job.request, job.work.calibration() if job.goes_on else drawn
+    if kept is not None:
+        check_room(job, kept.ids.numel())
+        if not job.goes_on:
+            job.work.keep_calibration(kept)
+        return kept
+    asked = ask(request.calibration, **request.draw)
+    check_room(job, asked.rows * asked.length)
     name = job.pair.dense.name
-    opened = open_model(name, device=str(job.device), **job.how) if whole else tokenizer
+    opened = open_model(name, device=str(job.device), **job.how) if asked.runs_model else tokenizer
     made = resolve(request.calibration, opened, writing=writing, note=job.say, **request.draw)
     job.work.keep_calibration(made)
     return made

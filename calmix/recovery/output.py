@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from calmix.errors import DiskError, disk_errors
-from calmix.files import sha256_json, write_json
+from calmix.errors import disk_errors
+from calmix.files import check_free, sha256_json, write_json
 from calmix.manifest import file_hashes, request_record, run_record, sealed
 from calmix.models.shards import ShardWriter
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -24,15 +24,20 @@ BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of wei
 
 
 def prepare_files(job: Job) -> None:
-    """Check the room on the disk, and make the files of the result at full size."""
-    work, places = job.work, job.pair.pruned.shards.places
+    """Make the files of the result at full size."""
     files: dict[str, dict[str, Any]] = {}
-    for name, place in places.items():
+    for name, place in job.pair.pruned.shards.places.items():
         files.setdefault(place.file, {})[name] = (place.dtype, place.shape)
+    job.work.writer = ShardWriter(job.work.checkpoint, files)
+
+
+def check_room(job: Job, tokens: int) -> None:
+    """Refuse a recovery on so many tokens for whose files the disk has no room."""
+    work, places = job.work, job.pair.pruned.shards.places
     needed = sum(place.size for place in places.values())
     model = job.pair.pruned.model
     width = model.get_output_embeddings().weight.shape[1]
-    states = job.calibration.ids.numel() * width * job.dtype.itemsize
+    states = tokens * width * job.dtype.itemsize
     if job.request.method == "distill":
         own = dict(model.named_parameters())
         trained = sum(own[n].numel() for n in trained_names(model, job.pair.pruned.blocks))
@@ -40,13 +45,7 @@ def prepare_files(job: Job) -> None:
     else:
         needed += 4 * states
     held = sum(p.stat().st_blocks * 512 for p in work.path.rglob("*") if p.is_file())
-    free = shutil.disk_usage(work.path).free
-    if free < needed - held:
-        raise DiskError(
-            f"no space left for {job.output}: checkpoint and states take up to "
-            f"{(needed - held) / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
-        )
-    work.writer = ShardWriter(work.checkpoint, files)
+    check_free(job.output, needed - held, "checkpoint and states take up to")
 
 
 def as_stored(job: Job, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:

@@ -57,6 +57,9 @@ class Reader(BaseModel):
         """Whether the text can be read here and now, in a few words."""
         return "offline"
 
+    def check(self) -> None:
+        """Refuse what cannot be read, as far as that is known before anything is fetched."""
+
     def read(self) -> Iterator[Document]:
         """Yield the documents in a fixed order."""
         raise NotImplementedError
@@ -126,15 +129,20 @@ class PackageFiles(Reader):
             return None
         return Path(spec.submodule_search_locations[0])
 
+    def check(self) -> None:
+        """Refuse a package that is not installed."""
+        if self._root() is None:
+            raise SourceError(f"the package {self.package} is not installed")
+
     def read(self) -> Iterator[Document]:
         """Yield one document a file, in order of path.
 
         Raises:
             SourceError: the package is not installed.
         """
+        self.check()
         root = self._root()
-        if root is None:
-            raise SourceError(f"the package {self.package} is not installed")
+        assert root is not None
         skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
         yield from _source_files(root, self.files, skip)
 
@@ -265,15 +273,18 @@ class ReasoningGym(Reader):
         installed = importlib.util.find_spec("reasoning_gym") is not None
         return "offline" if installed else "needs calmix[reasoning]"
 
+    def check(self) -> None:
+        """Refuse to do without reasoning-gym."""
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise MissingExtraError("reasoning-gym problems", "reasoning")
+
     def read(self) -> Iterator[Document]:
         """Yield `documents` problems, the generators taking turns; each text once."""
-        try:
-            with warnings.catch_warnings():
-                # Its cellpylib has an "is" with a literal, told of where no installer compiled it.
-                warnings.simplefilter("ignore", SyntaxWarning)
-                import reasoning_gym
-        except ImportError:
-            raise MissingExtraError("reasoning-gym problems", "reasoning") from None
+        self.check()
+        with warnings.catch_warnings():
+            # Its cellpylib has an "is" with a literal, told of where no installer compiled it.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym
         size = -(-self.documents // len(self.datasets))
         made = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
         noise = re.compile(self.strip) if self.strip else None
@@ -309,6 +320,10 @@ class LocalFile(Reader):
     def availability(self) -> str:
         """`offline` if the file is there."""
         return "offline" if self.path.exists() else "missing"
+
+    def check(self) -> None:
+        """Refuse a file that is missing, or of which the first document cannot be read."""
+        next(self.read(), None)
 
     def read(self) -> Iterator[Document]:
         """Yield the file's documents in order, those of a folder in order of path.

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,8 +76,22 @@ class Source(BaseModel):
         Raises:
             SourceError: the text is missing, unreadable or not as the source's entry says.
         """
-        try:
+        with self._named():
             yield from self.reader.read()
+
+    def check(self) -> None:
+        """Refuse a source that cannot be read, as far as that is known before text is fetched.
+
+        Raises:
+            SourceError, MissingExtraError: as `documents`.
+        """
+        with self._named():
+            self.reader.check()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except SourceError as error:
             if self.name in str(error):
                 raise

@@ -11,7 +11,14 @@ from typing import Any
 from calmix.calibration import CalibrationSet
 from calmix.capability.scores import load_scores
 from calmix.errors import InputError
-from calmix.files import parse_json, write_bytes, write_json, write_text
+from calmix.files import (
+    check_apart,
+    check_writable,
+    parse_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from calmix.information import metrics
 from calmix.study.items import read_items, write_items
 from calmix.study.results import Scores, StudyResults, Trial
@@ -59,10 +66,12 @@ def export_results(store: Path | str, folder: Path | str) -> list[Path]:
     Raises:
         InputError: the store cannot be read, or the folder cannot be written.
     """
-    results = read_results(store)
     folder = Path(folder)
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the results")
+    check_apart(folder, [store])
+    check_writable(folder / RECORD)
+    results = read_results(store)
     record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
     write_json(folder / RECORD, record)
     write_items(results, folder / ITEMS)

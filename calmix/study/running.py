@@ -12,7 +12,7 @@ from typing import Protocol
 
 from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, DiskError, InputError
-from calmix.models.opening import device_of
+from calmix.models.opening import check_models, device_of
 from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
 from calmix.study.planning import check_allocations, check_memory
@@ -116,22 +116,26 @@ def run_study(
         ModelError: a model cannot be opened.
     """
     options = options or Options()
-    check_folder(path)
+    check_folder(path, study.files)
     check_code(study.suite, options.allow_code_execution)
-    resolver = Resolver(study)
+    others = [open_store(other) for other in reuse]
     planned = plan(study)
+    wanted_trials = chosen_trials(planned, only, skip)
+    if execute is None:  # a cluster has devices of its own
+        device_of(options.device)
+    names = (model.name for model in study.models.values())
+    check_models(*names, trust_remote_code=options.trust_remote_code)
+    resolver = Resolver(study)
     resolved = [resolver.resolve(trial) for trial in planned]
-    names: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for trial in resolved:
-        first = names.setdefault(trial.id, trial.planned.label)
+        first = labels.setdefault(trial.id, trial.planned.label)
         if first != trial.planned.label:
             raise InputError(
                 f"'{first}' and '{trial.planned.label}' are the same trial: name it once"
             )
-    wanted_trials = chosen_trials(planned, only, skip)
     check_allocations(study, wanted_trials, trust_remote_code=options.trust_remote_code)
     chosen = {trial.key for trial in wanted_trials}
-    others = [open_store(other) for other in reuse]
     store = claim_store(path, study, resolved)
     for other in others:
         if taken := store.take(other):

@@ -22,19 +22,17 @@ from pydantic import (
 )
 
 from calmix.calibration.packing import PACKINGS
-from calmix.calibration.resolving import parse_spec
+from calmix.calibration.resolving import ask, parse_spec
 from calmix.calibration.select import Selection
-from calmix.calibration.selfgen.making import check_inputs
 from calmix.calibration.set import CalibrationSet, is_saved_set
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
-from calmix.models import resolve_model
-from calmix.models.opening import DTYPES, builtin_models
+from calmix.models.opening import DTYPES, known_model
 from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
-from calmix.sources import Source, get_source
+from calmix.sources import Source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
 from calmix.specs import SEED, Propagation, recovery_of, recovery_text
@@ -293,6 +291,15 @@ class Study:
         return self.file.calibrations
 
     @property
+    def files(self) -> list[object]:
+        """What is read: the study, its models and allocations, and what its sets are made of."""
+        found: list[object] = [self.path, *(model.name for model in self.models.values())]
+        found += [self.path.parent / user_path(name) for name in self.allocations]
+        for entry in self.calibrations.values():
+            found += ask(entry.written, own=self.own, **entry.given()).files
+        return found
+
+    @property
     def name(self) -> str:
         """The study's name."""
         return self.file.name
@@ -512,18 +519,8 @@ def _without_effect(file: StudyFile, yaml: YamlText) -> Iterator[str]:
 
 
 def _model_problem(model: Model) -> str | None:
-    if model.name.startswith("builtin:"):
-        short = model.name.removeprefix("builtin:")
-        known = builtin_models()
-        return (
-            None if short in known else f"unknown builtin model '{short}': {nearest(short, known)}"
-        )
-    path = user_path(model.name)
-    hub_like = model.name.count("/") == 1 and model.name[0] not in "./~" and not path.exists()
-    if hub_like:  # only the hub knows; opening it tells
-        return None
     try:
-        resolve_model(model.name)
+        known_model(model.name)  # of the hub's, opening it tells
     except CalmixError as error:
         return str(error)
     return None
@@ -532,20 +529,9 @@ def _model_problem(model: Model) -> str | None:
 def _calibration_problem(
     calibration: Calibration, own: Mapping[str, Source], licence: str | None
 ) -> str | None:
-    path = user_path(calibration.written)
+    options = {"licence": licence, **calibration.given()}
     try:
-        if is_saved_set(path):
-            CalibrationSet.open(path)
-            return None
-        spec = parse_spec(calibration.written, own, calibration.licence or licence)
-        for name in ("packing", "select"):
-            if spec.generate is not None and name in calibration.given():
-                return f"'{name}' has no effect with {spec.generate}"
-        check_inputs(spec.options, spec.own)
-        for name in spec.mix.weights:
-            get_source(name, spec.own)
-        if calibration.leakage not in (None, "off"):
-            load_suite(calibration.leakage)
+        ask(calibration.written, own=own, **options)
     except CalmixError as error:
         return str(error)
     return None

@@ -13,7 +13,7 @@ A trial's folder appears whole: it is written beside and renamed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
-from calmix.files import atomic_folder, parse_json, sync, write_json
+from calmix.files import (
+    atomic_folder,
+    check_apart,
+    check_writable,
+    parse_json,
+    sync,
+    write_json,
+)
 from calmix.locks import Lock, holder_of
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
@@ -317,17 +324,21 @@ def open_store(path: Path) -> Store:
     return Store(path, index)
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
     """Refuse a folder that can become no store, before any work is done.
 
     Raises:
-        InputError: it is a file, or holds something else, or is a store that cannot be read.
+        InputError: it is a file, or holds something else, or is a store that cannot be read; a new
+            one is, holds or lies in one of the inputs, or cannot be made.
     """
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
     if is_store(path):
         open_store(path)
-    elif path.is_dir() and any(not f.name.startswith(f".{INDEX}.") for f in path.iterdir()):
+        return
+    check_apart(path, inputs)
+    check_writable(path / INDEX)
+    if path.is_dir() and any(not f.name.startswith(f".{INDEX}.") for f in path.iterdir()):
         raise InputError(f"{path} is not empty and is no study store: name another folder")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.errors import InputError
-from calmix.files import write_bytes
+from calmix.files import check_output_file, write_bytes
 from calmix.report.drawing import (
     DIMENSION_COLOURS,
     DIMENSION_MARKERS,
@@ -21,14 +21,16 @@ from calmix.trust.inspecting import Health, LayerHealth
 FORMATS = (".png", ".svg")
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, inspected: Path) -> None:
     """Refuse a figure that cannot be written, before any work is done.
 
     Raises:
-        InputError: the ending is neither .png nor .svg, or the path is a folder.
+        InputError: the ending is neither .png nor .svg, the path is or lies in what is inspected,
+            or no file can be written there.
     """
     if path.suffix.lower() not in FORMATS or path.is_dir():
         raise InputError(f"{path} is no {' or '.join(FORMATS)} file: name one for the plot")
+    check_output_file(path, inputs=[inspected], overwrite=True)
 
 
 def plot(health: Health, path: Path) -> None:

@@ -22,7 +22,7 @@ from calmix.calibration.selfgen.making import Options, generate
 from calmix.calibration.set import MANIFEST as SET_MANIFEST
 from calmix.calibration.set import TENSORS
 from calmix.errors import InputError, disk_errors
-from calmix.files import check_output_folder, hidden, parse_json, real_place
+from calmix.files import check_output_folder, hidden, holds_result, parse_json, real_place
 from calmix.manifest import SEAL, seal_holds
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
@@ -219,7 +219,8 @@ def rerun(
     if kind in CHECKPOINTS and kept.get("request") is None:
         raise InputError(f"{manifest} {CHECKPOINTS[kind]}")
     _check_shape(manifest, kept, kind)
-    check_output_folder(output)
+    folder = manifest.parent
+    check_output_folder(output, inputs=[manifest, folder if holds_result(folder) else None])
     how = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
     if kind == "pruned checkpoint":
         _prune(manifest, kept, output, progress, **how)

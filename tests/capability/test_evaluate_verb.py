@@ -153,7 +153,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     for path, says in [
         (taken, "exists: choose another file or --overwrite"),
         (tmp_path, "is a folder"),
-        (taken / "below.json", "is no folder"),
+        (taken / "below.json", "Not a directory"),
     ]:
         ended = calmix("evaluate", tiny_folder, "-o", path)
         assert ended.code == 2

@@ -126,7 +126,7 @@ def test_rows_of_a_saved_set_count_their_own_documents(packing, files, opened, t
     folder = made.save(tmp_path / "saved")
     values = package.measure(["saved"], opened, draws=4, rows=4, length=24, perplexity=False)
     for seed, told in enumerate(values.results[0].draws):
-        part = measuring._part(CalibrationSet.open(folder), folder, 4, 24, seed)
+        part = measuring._part(CalibrationSet.open(folder), 4, seed)
         letters = set("".join(opened.tokenizer.batch_decode(part.ids, skip_special_tokens=True)))
         lengths = [20 + 3 * (ord(letter.lower()) - ord("a")) for letter in letters]
         assert told["scope_documents"] == len(letters)

@@ -97,7 +97,7 @@ def test_a_set_may_be_drawn_in_its_own_way() -> None:
     assert c.options == {"length": 40, "seed": 0}
     assert problems(
         HEAD + "calibrations: {a: {from: sgs, select: random}}\nmethods: {wanda: 0.5}\n"
-    ) == ["s.yaml line 3: calibrations.a: 'select' has no effect with sgs"]
+    ) == ["s.yaml line 3: calibrations.a: 'select' has no effect with sgs: leave it out"]
 
 
 def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path) -> None:

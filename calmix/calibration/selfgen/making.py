@@ -84,17 +84,35 @@ def settings(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def check_inputs(options: Options, own: Mapping[str, Source] | None = None) -> None:
-    """Refuse given openers and seed texts that are not there, before a model is opened.
+def check_generation(
+    method: str,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    batch: int | None = None,
+    own: Mapping[str, Source] | None = None,
+    **options: Any,
+) -> list[Path | None]:
+    """Check what `generate` is asked for, without the model; return the files that are read.
 
     Raises:
-        InputError: as `load_openers`.
-        SourceError: the source of seed texts is unknown.
+        InputError, SourceError: as `generate`.
     """
-    if options.openers is not None:
-        load_openers(options.openers)
-    if options.seeds is not None:
-        get_source(options.seeds, own)
+    settings(method, options)
+    check_request(rows, length, "concat", "random", None)
+    if seed < 0:
+        raise InputError(f"seed {seed} is negative")
+    if batch is not None and batch < 1:
+        raise InputError(f"--batch {batch} is not positive")
+    files = [options.get("openers")]
+    if files[0] is not None:
+        load_openers(files[0])
+    if (name := options.get("seeds")) is not None:
+        source = get_source(name, own)
+        source.check()
+        files.append(getattr(source.reader, "path", None))
+    return files
 
 
 def generate(
@@ -130,10 +148,11 @@ def generate(
             method needs, or a model that writes nothing.
         SourceError: SGS's source of seed texts is unknown or unreadable.
     """
+    check_generation(
+        method, rows=rows, length=length, seed=seed, batch=batch, own=own, **options
+    )  # fmt: skip
     chosen = settings(method, options)
     check_request(rows, length, "concat", "random", opened.context)
-    if seed < 0:
-        raise InputError(f"seed {seed} is negative")
 
     def writer(request: Request, label: str) -> Written:
         total, done = len(request.openers) * request.length, 0
