@@ -73,7 +73,7 @@ def inspect_command(
         typer.Argument(
             metavar="OUT",
             show_default=False,
-            help="A pruned checkpoint, calibration set, study or file of scores.",
+            help="Anything calmix wrote: a checkpoint, pack, set, study, scores, unfinished work.",
         ),
     ],
     layers: Annotated[
@@ -191,7 +191,8 @@ def _tell(health: Health, *, each: bool) -> None:
     for line in health.problems:
         _line(f"problem: {line}")
     if not health.problems:
-        _line("whole: every file is as its manifest says")
+        told = "whole: every file is as its manifest says"
+        _line(told if health.hashed else "nothing is missing or damaged")
 
 
 def _each(layers: list[LayerHealth]) -> list[dict[str, Any]]:

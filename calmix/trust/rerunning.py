@@ -201,8 +201,19 @@ def rerun(
     """
     if manifest.is_dir():
         found = [manifest / name for name in (MANIFEST, SET_MANIFEST)]
-        manifest = next((path for path in found if path.is_file()), found[0])
+        there = next((path for path in found if path.is_file()), None)
+        if there is None:
+            parts = sorted(path.parent for path in manifest.glob(f"[!.]*/{MANIFEST}"))
+            raise InputError(
+                f"{manifest} holds neither {MANIFEST} nor {SET_MANIFEST}: name a pruned or "
+                "recovered checkpoint or a calibration set"
+                + (f", such as {parts[0]}" if parts else "")
+            )
+        manifest = there
     kept = read_manifest(manifest)
+    kind = kept["kind"]
+    if kind not in SHAPES:
+        raise InputError(f"{manifest} is of kind '{kind}', which cannot be made again")
     if not seal_holds(kept):
         raise InputError(
             f"{manifest} is damaged, changed or of an earlier calmix: it holds no request to "
@@ -213,9 +224,6 @@ def rerun(
             f"{manifest} tells of a model that ran code of its own: --trust-remote-code to run "
             "it again"
         )
-    kind = kept["kind"]
-    if kind not in SHAPES:
-        raise InputError(f"{manifest} is of kind '{kind}', which cannot be made again")
     if kind in CHECKPOINTS and kept.get("request") is None:
         raise InputError(f"{manifest} {CHECKPOINTS[kind]}")
     _check_shape(manifest, kept, kind)

@@ -287,3 +287,27 @@ def test_models_side_by_side_are_tied_or_one_leads(
         (other / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
         assert calmix("report", compressed, other, "-o", page).code == 0
         assert lead in page.read_text(encoding="utf-8").replace("\u00a0", " ")
+
+
+def test_inspect_tells_of_every_stage(calmix: Run, compressed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compressed, out)
+    for name in ("", "scores.json", "answers.json"):
+        ended = calmix("inspect", out / name)
+        assert ended.code == 0, ended.err
+    told = json.loads(calmix("inspect", out, "--json").out)
+    assert told["kind"] == "compressed model"
+    assert told["facts"]["model"] == "recovered checkpoint"
+    assert told["facts"]["method"] == "admm 0.6"
+    assert len(told["layers"]) == 14
+    (out / "scores.json").unlink()
+    (out / "model" / "config.json").unlink()
+    ended = calmix("inspect", out, "--json")
+    told = json.loads(ended.out)
+    assert told["facts"]["left to do"].startswith("evaluate (the same calmix compress")
+    assert told["facts"]["model"] == "recovered checkpoint, damaged"
+    assert (ended.code, "config.json is missing" in ended.line) == (2, True)
+    assert f"such as {out / 'model'}" in calmix("rerun", out).line
+    record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
+    (out / "compress.json").write_text(json.dumps(record | {"versions": {}}), encoding="utf-8")
+    assert "compress.json" in calmix("inspect", out).line

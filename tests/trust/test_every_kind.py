@@ -1,0 +1,169 @@
+"""`inspect` of everything calmix writes: what it is, and what is wrong with it; `rerun` beside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from calmix.cli import app
+from calmix.files import sha256_file, write_json
+from calmix.manifest import sealed
+from tests import synthetic
+from tests.conftest import Ended, write_text_file
+from tests.pruning.test_streamed import interrupt_before
+from tests.tiny import save_tiny_model
+
+Run = Callable[..., Ended]
+SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
+# By name: what it is, and a file of it that is checked by its bytes; None where none is.
+KINDS = {
+    "pruned": ("pruned checkpoint", "model.safetensors"),
+    "several": ("folder of results", "sparsegpt-0.5/model.safetensors"),
+    "recovered": ("recovered checkpoint", "model.safetensors"),
+    "dropped": ("pruned checkpoint", "model.safetensors"),
+    "pack": ("pack of a pruned checkpoint", "model.safetensors"),
+    "dense-pack": ("pack", "config.json"),
+    "set": ("calibration set", "calibration.safetensors"),
+    "written": ("calibration set", "calibration.safetensors"),
+    "cut.unfinished": ("unfinished prune", "calibration/calibration.safetensors"),
+    "cut": ("unfinished prune", None),
+    "both.stages": ("unfinished prune and recovery", "calibration/calibration.safetensors"),
+    "measured.json": ("measurement", None),
+    "results": ("study results", "study.json"),
+    "analysis": ("study analysis", None),
+    "report": ("study report", None),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a result of every kind, named as in `KINDS`."""
+    base = tmp_path_factory.mktemp("made")
+    text = write_text_file(base / "text.txt")
+    mixture = save_tiny_model(base / "mixture", "qwen3_moe")
+
+    def calmix(*arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["calmix", *map(str, arguments)])
+            app([str(one) for one in arguments], standalone_mode=False)
+
+    prune = ("prune", tiny_folder, "--calibration", text, *SMALL)
+    calmix(*prune, "--sparsity", 0.5, "-o", base / "pruned")
+    calmix(*prune, "--sparsity", "0.4,0.5", "-o", base / "several")
+    calmix("recover", base / "pruned", "--against", tiny_folder, "--method", "blocks",
+           "--epochs", 1, "--calibration", text, "--rows", 16, *SMALL[2:],
+           "-o", base / "recovered")  # fmt: skip
+    calmix("prune", mixture, "--calibration", text, *SMALL, "--drop-experts", 0.25, "-o",
+           base / "dropped")  # fmt: skip
+    calmix("pack", base / "pruned", "-o", base / "pack")
+    calmix("pack", tiny_folder, "-o", base / "dense-pack")
+    calmix("calibrate", text, "--model", tiny_folder, *SMALL, "-o", base / "set")
+    calmix("generate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
+    calmix("measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32, "--draws", 1, "-o",
+           base / "measured.json")  # fmt: skip
+    for name, more in (("cut", ()), ("both", ("--recover", "blocks"))):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_before(patch, 1)
+            calmix(*prune, "--sparsity", 0.5, "--checkpoint-every", 0, *more, "-o", base / name)
+    results = synthetic.save(synthetic.study(synthetic.Plan(seeds=(0,))), base / "results")
+    quick = ("--permutations", 99, "--resamples", 20)
+    calmix("study", "analyse", results, "-o", base / "analysis", *quick)
+    calmix("study", "report", results, "-o", base / "report", *quick)
+    return base
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_told_what_it_is_and_that_it_is_whole(calmix: Run, made: Path, name: str) -> None:
+    ended = calmix("inspect", made / name)
+    assert ended.code == 0, ended.err
+    lines = ended.out.strip().splitlines()
+    assert lines[0].endswith(f": {KINDS[name][0]}")
+    assert lines[-1] in ("whole: every file is as its manifest says",
+                         "nothing is missing or damaged")  # fmt: skip
+    assert "warning" not in ended.out
+    assert "experts" not in ended.out or name == "dropped"
+
+
+@pytest.mark.parametrize("name", [name for name, (_, file) in KINDS.items() if file])
+def test_a_changed_byte_is_found(calmix: Run, made: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / name
+    shutil.copytree(made / name, copy)
+    file = copy / str(KINDS[name][1])
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    ended = calmix("inspect", copy)
+    assert ended.code == 2
+    assert str(file.parent) in ended.line
+
+
+def test_what_is_left_of_unfinished_work_is_told(calmix: Run, made: Path) -> None:
+    for name in ("cut", "both.stages"):
+        told = json.loads(calmix("inspect", made / name, "--json").out)
+        assert told["facts"]["blocks done"] == 1
+        assert "--resume" in told["facts"]["to finish it"]
+
+
+def test_a_packs_model_is_held_against_its_manifest(
+    calmix: Run, made: Path, tmp_path: Path
+) -> None:
+    """A pack that is whole by itself, beside the manifest of another model."""
+    copy = tmp_path / "pack"
+    shutil.copytree(made / "pack", copy)
+    shutil.copyfile(made / "several" / "sparsegpt-0.4" / "calmix.json", copy / "calmix.json")
+    path = copy / "calmix-pack.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"]["calmix.json"] = sha256_file(copy / "calmix.json")
+    write_json(path, manifest)
+    assert "model.safetensors is damaged or changed" in calmix("inspect", copy).line
+
+
+def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "lacking"
+    shutil.copytree(made / "pruned", copy)
+    file, path = copy / "model.safetensors", copy / "calmix.json"
+    tensors = load_file(file)
+    kept = {name: held for name, held in tensors.items() if ".layers.1." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"]["model.safetensors"] = sha256_file(file)
+    write_json(path, sealed(manifest))
+    told = json.loads(calmix("inspect", copy, "--json").out)
+    assert len(told["problems"]) == 7
+    assert all("lacks the weights of model.layers.1." in line for line in told["problems"])
+
+
+def test_a_report_that_lacks_a_page_and_what_is_no_result(
+    calmix: Run, made: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "report"
+    shutil.copytree(made / "report", copy)
+    (copy / "brief.html").unlink()
+    assert "brief.html is missing" in calmix("inspect", copy).line
+    assert "is no file that can be checked" in calmix("inspect", made / "text.txt").line
+    assert "holds nothing calmix has written" in calmix("inspect", copy / "figures").line
+
+
+@pytest.mark.parametrize("name", ["dropped", "pack", "written"])
+def test_what_has_a_request_is_made_again(calmix: Run, made: Path, name: str) -> None:
+    ended = calmix("rerun", made / name)
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("several", "sparsegpt-0.4"), ("dense-pack", "neither calmix.json nor manifest.json"),
+        ("results", "name a pruned or recovered checkpoint"), ("report", "holds neither"),
+        ("measured.json", "which cannot be made again"), ("nothing", "there is no manifest"),
+    ],
+)  # fmt: skip
+def test_what_has_none_is_one_line(calmix: Run, made: Path, name: str, line: str) -> None:
+    ended = calmix("rerun", made / name)
+    assert ended.code == 2
+    assert line in ended.line
