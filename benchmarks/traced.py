@@ -124,6 +124,8 @@ class Traced(TorchDispatchMode):
         else:
             found = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        if any(t.device.type == "mps" and t.dtype == torch.float64 for t in made):
+            raise TypeError(f"{name}: the MPS framework doesn't support float64")
         if name in COPIES:
             ends = args[1 if name == "copy_" else 0].device.type, made[0].device.type
             if ends[0] != ends[1]:

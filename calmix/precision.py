@@ -32,6 +32,14 @@ def fast_half_precision(dtype: torch.dtype) -> bool:
     return False
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float type a device has: Apple's GPUs lack float64, and some of Intel's."""
+    lacks = device.type == "mps" or (
+        device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
+    )
+    return torch.float32 if lacks else torch.float64
+
+
 @functools.cache
 def _bfloat16_alone() -> bool:
     """Tell whether this CPU has AVX-512's instructions for bfloat16 and no matrix units (AMX).

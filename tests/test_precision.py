@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from calmix import precision
-from calmix.precision import bfloat16_products, large_product, large_products, rounded
+from calmix.precision import bfloat16_products, large_product, large_products, rounded, widest
 from calmix.precision import rounded_product as product
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_float64_is_used_where_a_device_has_it(has, monkeypatch):
+    told = SimpleNamespace(has_fp64=has)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: told)
+    found = [widest(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "xpu")]
+    assert found == [torch.float64] * 2 + [torch.float32, torch.float64 if has else torch.float32]
 
 
 def alone(monkeypatch, yes):

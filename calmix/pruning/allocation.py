@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, find_blocks
-from calmix.precision import bfloat16_products
+from calmix.precision import bfloat16_products, widest
 from calmix.pruning.engine import Group, Run, check_names, run_through
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import relative_error
@@ -32,7 +32,7 @@ from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Unstructured
-from calmix.pruning.reading import read, widest
+from calmix.pruning.reading import read
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean

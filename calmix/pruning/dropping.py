@@ -24,6 +24,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models.blocks import EXPERTS, ROUTERS, DecoderBlocks, Mixture, experts_per_token
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import Files, StreamedModel
+from calmix.precision import widest
 from calmix.pruning import sharing
 from calmix.pruning.engine import Run
 from calmix.pruning.experts import Routed, is_index
@@ -61,7 +62,10 @@ class ScorePass(Run):
         for routed in (one for one in seen.inputs if isinstance(one, Routed)):
             if routed.kind == "shared":
                 raise _unseen(routed.name)
-            sums[routed.name] = torch.zeros(2, routed.mixture.count, dtype=torch.float64)
+            device = routed.device
+            sums[routed.name] = torch.zeros(
+                2, routed.mixture.count, dtype=widest(device), device=device
+            )
             handles.append(_scored(routed, sums[routed.name]))
         try:
             for number in range(len(self._calls)):
@@ -81,8 +85,8 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
         if routed.kind == "modules":
             made, gates = _marked(routed, args, kwargs)
             whole = gates.sum(-1, keepdim=True).where(gates.any(-1, keepdim=True), 1.0)
-            sums[0] += (made / whole).sum(0).cpu()
-            sums[1] += (gates != 0).sum(0).cpu()
+            sums[0] += (made / whole).sum(0)
+            sums[1] += (gates != 0).sum(0)
             return
         values = [*args, *kwargs.values()]
         hidden = next(value for value in values if isinstance(value, Tensor))
@@ -90,8 +94,8 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
         if routed.kind == "stacked":  # the gate is in the input
             used = (hidden.reshape(routed.mixture.count, -1, width) != 0).any(-1)
             made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
-            sums[0] += (made.double().norm(dim=-1) * used).sum(1).cpu()
-            sums[1] += used.sum(1).cpu()
+            sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
+            sums[1] += used.sum(1)
             return
         flat = hidden.reshape(-1, width)
         index = next(value for value in values if is_index(value))
@@ -99,7 +103,8 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
             value for value in values
             if isinstance(value, Tensor) and value.shape == index.shape and value is not index
         )  # fmt: skip
-        gates = gates.double() / gates.double().sum(-1, keepdim=True)
+        gates = gates.to(sums.dtype)
+        gates = gates / gates.sum(-1, keepdim=True)
         for expert in range(routed.mixture.count):
             token, place = torch.where(index == expert)
             if not len(token):
@@ -107,8 +112,8 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
             own = flat[token][None] if hidden.ndim == 3 else flat[token]
             alone = index.new_full((len(token), 1), expert)
             made = module.forward(own, alone, flat.new_ones(len(token), 1))
-            norms = made.reshape(len(token), -1).double().norm(dim=-1)
-            sums[0, expert] += float((gates[token, place] * norms).sum())
+            norms = made.reshape(len(token), -1).to(sums.dtype).norm(dim=-1)
+            sums[0, expert] += (gates[token, place] * norms).sum()
             sums[1, expert] += len(token)
 
     return routed.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -147,7 +152,7 @@ def _marked(routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
                     if given is None:
                         made: Tensor = real(*inputs)
                         like[:] = [made.new_empty(0, made.shape[-1])]
-                        norms[number].append(made.double().norm(dim=-1))
+                        norms[number].append(made.to(widest(made.device)).norm(dim=-1))
                         return made
                     (empty,) = like
                     marks = empty.new_zeros(*inputs[0].shape[:-1], empty.shape[-1])
@@ -165,7 +170,7 @@ def _marked(routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
                 stack.callback(undo)
             made = routed.module.forward(*args, **kwargs)
         found: Tensor = made if isinstance(made, Tensor) else made[0]
-        return found.reshape(-1, found.shape[-1]).double()
+        return found.reshape(-1, found.shape[-1]).to(widest(found.device))
 
     run(None)
     if not like or len(experts) > like[0].shape[-1]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calmix.errors import InputError, SolverError
 from calmix.machine import tried
-from calmix.precision import bfloat16_products, large_products
+from calmix.precision import bfloat16_products, large_products, widest
 from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
@@ -336,8 +336,8 @@ def factor_flop(columns: int) -> float:
 
 
 def _factor_device(device: torch.device) -> torch.device:
-    """Return where a factorisation runs: Apple's GPUs know neither float64 nor all of LAPACK."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Return where a factorisation runs, the last attempts of which are in float64."""
+    return device if widest(device) == torch.float64 else torch.device("cpu")
 
 
 def _invert_factor(h: Tensor) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from calmix.machine import mark
+from calmix.precision import widest
 
 Number = float | Tensor  # a tensor of no dimensions, which the host has not read yet
 
@@ -125,8 +126,3 @@ def quotient(part: Tensor, whole: Tensor) -> Tensor:
     """Return part / whole in the widest type, or 0 if the whole is 0."""
     part, whole = (value.to(widest(value.device)) for value in (part, whole))
     return torch.where(whole == 0, 0.0, part / whole)
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float type a device has."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -27,10 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calmix.errors import CalmixError, InputError, SolverError
+from calmix.precision import widest
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import DTYPES, Method, Solution
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.reading import agreed, widest
+from calmix.pruning.reading import agreed
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile

@@ -12,6 +12,7 @@ from benchmarks.traced import empty_model, tracing
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.allocation import DensePass
+from calmix.pruning.dropping import ScorePass
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.gram import Gram
 from calmix.pruning.layout import BlockCall, Calls
@@ -184,3 +185,23 @@ def test_experts_are_read_once_besides_what_routing_asks(method, propagation, ch
         assert reads == {"tolist": 1, "equal": 2 * 3} | learnt  # two more experts a micro-batch
         assert copies == {("cpu", "cuda"): 2 * 3} | counted  # which tokens stand for all
     assert len(run.report.layers) == 2 * (4 + 4 * 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "look"),
+    [("llama", lambda *given: DensePass(*given, "owl", [0.5])),
+     ("llama", lambda *given: DensePass(*given, "error", [0.5])),
+     ("llama", lambda *given: Run(*given, get_method(QUICK), HALF, "sequential")),
+     ("mixtral", lambda *given: Run(*given, get_method("sparsegpt"), HALF, "block")),
+     ("mixtral", ScorePass)],
+    ids=["owl", "error", "admm", "experts", "scores"],
+)  # fmt: skip
+def test_apples_gpus_are_given_no_float64(kind, look):
+    """Nor is it made there on the way: the tracer refuses it, as they do."""
+    change = as_slices if kind == "mixtral" else lambda model: None
+    with tracing(None) as traced:
+        model = empty_model(tiny_config(kind), device="mps", change=change)
+        run_through(look(model, find_blocks(model)), torch.zeros(5, 32, dtype=torch.int64))
+        assert traced.operations
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros((), device="mps").double()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calmix.errors import SolverError
-from calmix.precision import add_rounded_product, bfloat16_products, rounded
+from calmix.precision import add_rounded_product, bfloat16_products, rounded, widest
 from calmix.pruning.gram import Work, factor_flop, inverse_factor, squared, squared_flop
 from calmix.pruning.patterns import (
     Pattern,
@@ -27,7 +27,7 @@ from calmix.pruning.patterns import (
     smallest,
     smallest_of_m,
 )
-from calmix.pruning.reading import holds, widest
+from calmix.pruning.reading import holds
 from calmix.pruning.solvers import refit
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 

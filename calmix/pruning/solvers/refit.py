@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.precision import add_rounded_product, large_product, rounded_product
+from calmix.precision import add_rounded_product, large_product, rounded_product, widest
 from calmix.pruning.gram import Work
-from calmix.pruning.reading import holds, quotient, widest
+from calmix.pruning.reading import holds, quotient
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
 STEPS = 10
