@@ -26,12 +26,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import commit, machine
+from common import commit, machine, use_torchs_attention
 from speed import MIX, floor
 
 from calmix.calibration import build, parse_mix
 from calmix.models import find_blocks, open_model
-from calmix.models.attention import use_torchs_attention
 from calmix.pruning.methods import get_method
 from calmix.specs import RECOVERIES
 from calmix.study.cost import Sizes

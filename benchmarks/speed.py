@@ -19,12 +19,11 @@ import time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import commit, machine, run_rival
+from common import commit, machine, run_rival, use_torchs_attention
 
 from calmix.calibration import build, parse_mix
 from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
-from calmix.models.attention import use_torchs_attention
 from calmix.pruning import Unstructured, prune
 from calmix.pruning.layout import Calls, observe
 from calmix.pruning.patterns import Pattern, parse_pattern

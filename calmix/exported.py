@@ -29,7 +29,6 @@ from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, open_model, resolve_model
-from calmix.models.attention import use_torchs_attention
 from calmix.models.opening import check_models, load_config, quiet_transformers
 from calmix.models.shards import weight_files
 
@@ -150,7 +149,6 @@ def export(
         device="cpu",
         trust_remote_code=trust_remote_code,
     )
-    use_torchs_attention(opened.model)
     with atomic_folder(output) as beside, disk_errors(output):
         tell("convert")
         with _quiet():

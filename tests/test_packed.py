@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from calmix import packed
 from calmix.errors import InputError, ModelError
 from calmix.models import open_model
-from calmix.models.attention import use_torchs_attention
+from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK
 from calmix.packed import load, pack, unpack
 from tests.tiny import save_tiny_model
@@ -109,8 +109,8 @@ def test_a_pack_and_what_it_is_of_stay_where_they_are(pruned: Path, tmp_path: Pa
 def test_a_pack_is_loaded_without_its_dense_files(pruned: Path, tmp_path: Path) -> None:
     pack(pruned, tmp_path / "pack")
     dense = open_model(str(pruned)).model
-    use_torchs_attention(dense)
     model = load(tmp_path / "pack")
+    use_own_attention(model)
     ids = torch.arange(1, 9)[None]
     assert model.dtype == torch.bfloat16
     assert torch.equal(model(ids).logits, dense(ids).logits)

@@ -4,8 +4,7 @@ On a CPU PyTorch's own attention takes every query head by itself, though severa
 head (grouped-query attention), and without matrix units its bfloat16 products are slow ones. Here
 the query heads of a key head are one product, a slice of the queries at a time, so that scores
 stay in cache and no key is looked at that the slice cannot see. Scores, sums and softmax are in
-float32; on the way back scores are made again. Registered with transformers under a name of its
-own; what it does not know goes to PyTorch's.
+float32; on the way back scores are made again. What it does not know goes to PyTorch's.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from torch import Tensor, nn
 from calmix.machine import values_at_once
 from calmix.precision import bfloat16_products, capabilities
 
-NAME = "calmix"
+MARK = "_calmix_attention"  # of modules that attend so
 SLICE = 64  # queries whose scores are held at a time
 AT_ONCE = 2  # times `values_at_once`: scores that are held, of one row at least
 
 Part = tuple[slice, slice, Tensor, Tensor, Tensor]  # rows, lines; queries, keys, values of these
 
 
-def use_own_attention(model: Any) -> None:
-    """Let a model that attends by transformers' `sdpa` attend by `attention`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def use_own_attention(model: nn.Module) -> None:
+    """Let a model attend by `attention` where it attends by transformers' `sdpa`.
 
-    own = getattr(model.config, "_attn_implementation", None)
-    if own == "sdpa" and getattr(model, "_supports_attention_backend", False):
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    The name stays, because models look at it; other models keep transformers' own.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        chosen = attention if MARK in vars(module) else sdpa_attention_forward
+        return chosen(module, *args, **kwargs)
 
-def use_torchs_attention(model: Any) -> None:
-    """Take `attention` from a model again, for what knows transformers' own alone."""
-    if getattr(model.config, "_attn_implementation", None) == NAME:
-        model.set_attn_implementation("sdpa")
+    if AttentionInterface._global_mapping["sdpa"] is sdpa_attention_forward:
+        AttentionInterface.register("sdpa", attend)
+    for module in model.modules():
+        vars(module)[MARK] = True
 
 
 def attention(
@@ -85,6 +84,8 @@ def attention(
 
 
 def _faster(query: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     if query.dtype == torch.bfloat16:  # PyTorch's own uses matrix units where there are any
         return query.device.type == "cpu" and not capabilities().get("amx_bf16")
     return query.device.type == "cpu" and query.dtype == torch.float32

@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 import calmix.models.attention as own
 from calmix.models import open_model
 from calmix.models.attention import (
-    NAME,
+    MARK,
     attention,
     cache_argument,
     reserved_cache,
@@ -16,6 +16,7 @@ from calmix.models.attention import (
 )
 from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
 
+OTHERS = "bloom", "falcon", "gemma2"  # do not attend by transformers' interface, or not by sdpa
 SHAPES = [  # rows, heads, key heads, positions, tokens, width, value width
     (3, 6, 2, 150, 150, 16, 16), (2, 4, 4, 64, 64, 8, 12), (5, 4, 1, 33, 90, 16, 16),
 ]  # fmt: skip
@@ -86,7 +87,7 @@ def test_bfloat16_is_no_further_off_than_torchs():
         made.backward(torch.ones_like(made))
         off.append([made.detach().double(), *(one.grad.double() for one in leaves)])
     for truth, theirs, ours in zip(*off, strict=True):
-        assert (ours - truth).norm() < 1.3 * (theirs - truth).norm() < 0.02 * truth.norm()
+        assert (ours - truth).norm() < 1.4 * (theirs - truth).norm() < 0.02 * truth.norm()
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -104,7 +105,7 @@ def test_models_compute_what_they_did_there_and_back(kind, slices):
         found.append([logits.detach(), *grads])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
-    assert bool(slices) == (model.config._attn_implementation == NAME)
+    assert bool(slices) == (kind not in OTHERS)
 
 
 def decoded(model, ids, cache):
@@ -170,15 +171,30 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
     assert (len(seen), len(slices)) == (8, 2)
 
 
-def test_opened_models_have_it_and_saved_ones_do_not(tmp_path, tiny_folder):
+def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
+    """Their attention keeps its name; other models of the process, and copies saved, do not."""
     opened = open_model(str(tiny_folder))
-    assert opened.model.config._attn_implementation == NAME
-    opened.model.save_pretrained(tmp_path / "saved")
-    assert NAME not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    assert opened.model.config._attn_implementation == "sdpa"
+    ids = tiny_ids(2, 24)
+    tiny_model("llama")(ids)
     eager = tiny_model("llama")
-    eager.set_attn_implementation("eager")
     use_own_attention(eager)
-    assert eager.config._attn_implementation == "eager"
+    eager.set_attn_implementation("eager")
+    eager(ids)
+    assert not slices
+    opened.model(ids)
+    assert slices
+    opened.model.save_pretrained(tmp_path / "saved")
+    assert MARK not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_model_that_looks_at_the_name_attends_to_as_few_tokens(slices):
+    """DeepSeek V3.2 attends to `index_topk` tokens where its attention is one it knows."""
+    model, ids = tiny_model("deepseek_v32", index_topk=4), tiny_ids(2, 24)
+    wanted = model(ids).logits
+    use_own_attention(model)
+    torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-3)
+    assert slices
 
 
 def test_a_reserved_cache_copies_nothing():

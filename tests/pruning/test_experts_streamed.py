@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.models import open_model
-from calmix.models.attention import use_torchs_attention
+from calmix.models.attention import use_own_attention
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, prune
 from calmix.pruning.budget import Plan
@@ -40,7 +40,7 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
         assert torch.equal(found[name], tensor), name
     save_file(found, folder / "model.safetensors", {"format": "pt"})
     again = AutoModelForCausalLM.from_pretrained(folder)
-    use_torchs_attention(model)
+    use_own_attention(again)
     with torch.no_grad():
         assert torch.equal(again(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
 
