@@ -13,42 +13,18 @@ CHUNK = 2**23  # logits of one model held at a time
 LEAST = 128  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
 
 
-class _Divergence(torch.autograd.Function):
-    """The sum of KL(dense || pruned), its gradient made chunk by chunk on the way forward."""
+class _Given(torch.autograd.Function):
+    """A loss whose gradient is known when it is computed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, target: Tensor, head: Head, dense_head: Head, chunk: int
-    ) -> Tensor:
-        wanted = bool(ctx.needs_input_grad[0])
-        gradient = torch.empty_like(hidden) if wanted else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for at in range(0, len(hidden), chunk):
-            part = slice(at, at + chunk)
-            piece = hidden[part].detach().requires_grad_(wanted)
-            with torch.no_grad():
-                dense = dense_head.product(target[part])
-            with torch.set_grad_enabled(wanted):
-                product = head.product(piece)
-            slopes: list[Tensor] = []
-            for theirs, ours in zip(in_cache(dense), in_cache(product.detach()), strict=True):
-                ours.requires_grad_(wanted)
-                with torch.set_grad_enabled(wanted):
-                    logits = head.logits(ours)
-                p, q = dense_head.logits(theirs), logits.detach()
-                total += divergences(p, q).sum()
-                if wanted:
-                    # The derivative of KL by the pruned model's logits is q - p.
-                    slopes += torch.autograd.grad(logits, ours, q.sub_(p))
-            if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(product, piece, torch.cat(slopes))
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return total
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None, None, None
+        return gradient * grads[0], None, None
 
 
 def divergence(
@@ -57,7 +33,7 @@ def divergence(
     """Return the sum over tokens of KL(dense || pruned), in nats.
 
     Logits are made for a few tokens at a time, and never kept: the gradient by `hidden` is made
-    with them. Nothing behind the heads (their weights) gets a gradient.
+    with them. Nothing behind the heads (their weights) gets a gradient. A head may lie elsewhere.
 
     Args:
         hidden: what the pruned model's head sees, shape (tokens, width).
@@ -68,8 +44,29 @@ def divergence(
     Returns:
         float32 scalar.
     """
+    learns = torch.is_grad_enabled() and hidden.requires_grad
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     chunk = max(LEAST, CHUNK // vocabulary)
-    return _Divergence.apply(hidden, target, head, dense_head, chunk)
+    gradients: list[Tensor] = []
+    for own, other in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
+        own.requires_grad_(learns)
+        with torch.no_grad():
+            dense = dense_head.product(other)
+        product = head.product(own)
+        slopes: list[Tensor] = []
+        for theirs, ours in zip(in_cache(dense), in_cache(product.detach()), strict=True):
+            logits = head.logits(ours.requires_grad_(learns))
+            p, q = dense_head.logits(theirs).to(logits.device), logits.detach()
+            total += divergences(p, q).sum().to(total.device)
+            if learns:
+                # The derivative of KL by the pruned model's logits is q - p.
+                slopes += torch.autograd.grad(logits, ours, q.sub_(p))
+        if learns:
+            gradients += torch.autograd.grad(product, own, torch.cat(slopes))
+    if not learns:
+        return total
+    found: Tensor = _Given.apply(hidden, total, torch.cat(gradients))
+    return found
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:

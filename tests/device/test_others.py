@@ -9,18 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
 from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, _Sampler
 from calmix.capability.distance import _compare
-from calmix.capability.likelihood import decoder_and_head, row_nll
+from calmix.capability.likelihood import Head, decoder_and_head, row_nll
 from calmix.capability.packing import Row, Target
 from calmix.capability.scorer import Scorer
 from calmix.models import find_blocks
 from calmix.precision import reproducible
 from calmix.recovery.blocks import Stream, tune
 from calmix.recovery.distill import Progress, Settings, Student, distill, trained_names
+from calmix.recovery.losses import divergence
 from calmix.recovery.training import Masters, Rows
 from tests.tiny import VOCABULARY, tiny_config
 
@@ -108,6 +110,29 @@ def test_distillation_reads_once_a_step(gradients):
     assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings
     assert set(traced.copies) == {("cpu", "cuda")}  # ids and targets
     assert traced.copies.total() == 2 * (2 + 3)
+
+
+def test_a_head_may_lie_on_another_device(gradients, monkeypatch):
+    """As hooks of accelerate leave it: its logits are not where the hidden states are."""
+    monkeypatch.setattr(torch, "is_grad_enabled", lambda: True)
+    asked = []
+
+    def gradient(scores, by, slope):
+        assert scores.device == slope.device
+        asked.append((slope.device, by.device))
+        return (torch.empty_like(by),)
+
+    monkeypatch.setattr(torch.autograd, "grad", gradient)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    with tracing(None):
+        weight = torch.randn(VOCABULARY, 32, device=second)
+        apart = Head(lambda states: functional.linear(states.to(second), weight))
+        here = Head(lambda states: functional.linear(states, weight.to(first)))
+        hidden = torch.randn(7, 32, device=first, requires_grad=True)
+        for ours, theirs in ((apart, here), (here, apart)):
+            target = torch.randn(7, 32, device=first)
+            assert divergence(hidden, target, ours, theirs, VOCABULARY).device == first
+    assert asked == [(second, second), (second, first), (first, first), (first, first)]
 
 
 def test_perplexity_and_distance_read_at_the_end():

@@ -19,7 +19,7 @@ from tests.tiny import tiny_ids, tiny_model
 
 
 def halved():
-    model = tiny_model("llama")
+    model = tiny_model("llama", tie_word_embeddings=False)
     for index in (0, 1):
         for layer in find_blocks(model).prunables(index):
             layer.view()[:, ::2] = 0
@@ -47,7 +47,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     ids = tiny_ids(4, 16)
     with torch.no_grad():
-        target = tiny_model("llama").get_decoder()(input_ids=ids, use_cache=False)[0]
+        target = tiny_model("llama", tie_word_embeddings=False).get_decoder()(
+            input_ids=ids, use_cache=False
+        )[0]
     model = halved()
     _, expected = trained(
         Student(model, find_blocks(model), None, recompute=True), ids, target, slice(None)
@@ -55,8 +57,8 @@ def main() -> None:
     model = halved()
     student = Student(model, find_blocks(model), None, recompute=True)
     mesh = init_device_mesh("cpu", (2,))
-    for block in find_blocks(model).blocks:
-        fully_shard(block, mesh=mesh)
+    for part in (*find_blocks(model).blocks, model.get_output_embeddings()):
+        fully_shard(part, mesh=mesh)
     fully_shard(student, mesh=mesh)
     rank = dist.get_rank()
     losses, found = trained(student, ids, target, slice(2 * rank, 2 * rank + 2))
