@@ -95,7 +95,7 @@ def prune_request(
     if drop is not None and sparsity is None and pattern is None:
         return _drop_alone(method, given)
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
-    method = method or METHOD
+    method = METHOD if method is None else method
     bare = get_method(method)
     if idle := set(own) - set(bare.options):
         raise _no_effect(min(idle), bare.name)
@@ -220,7 +220,7 @@ def prune_requests(
 
     if (sparsity is None) == (pattern is None):  # only experts are dropped, or it tells what is
         return [prune_request(method=method and _methods(method)[0], **options)]  # wrong
-    methods = _methods(method or METHOD)
+    methods = _methods(METHOD if method is None else method)
     wanted: list[dict[str, Any]] = [
         {"sparsity": _share(text)} for text in _listed("sparsity", sparsity)
     ] + [{"pattern": text} for text in _listed("pattern", pattern)]
@@ -409,7 +409,7 @@ def prune_and_recover_requests(
         raise InputError("--recover needs --calibration: the text that a recovery trains on")
     chosen |= {name: options.get(name) for name in ("calibration", *DRAW)}
     recovery = recover_request(**chosen)
-    named = _methods(method or METHOD)
+    named = _methods(METHOD if method is None else method)
     unread = all(get_method(text, **_own(text, options)).needs is None for text in named)
     if unread and options.get("drop_experts") is None:
         options = {k: v for k, v in options.items() if k not in ("calibration", *DRAW)}

@@ -185,7 +185,8 @@ def measure(
     names = [n for spec in specs for n in (offline_sources() if spec == "offline" else [spec])]
     asked: dict[str, Any] = {
         "rows": rows, "length": length, "draws": draws, "seed": seed,
-        "packing": packing or "concat", "reference": reference, "perplexity": perplexity,
+        "packing": "concat" if packing is None else packing, "reference": reference,
+        "perplexity": perplexity,
         "own": load_sources(sources) if sources is not None else None,
     }  # fmt: skip
     files = check_request(names, **asked)

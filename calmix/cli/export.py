@@ -84,7 +84,8 @@ def export(
     with progress_bar() as bar:
         task = bar.add_task("export", total=len(STEPS))
         made = write(
-            what, output, to=to or "openvino", weights=weights or "int8", overwrite=overwrite,
+            what, output, to="openvino" if to is None else to,
+            weights="int8" if weights is None else weights, overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             say=lambda step: bar.update(task, description=step, completed=STEPS.index(step)),
         )  # fmt: skip

