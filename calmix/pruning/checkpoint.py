@@ -314,8 +314,7 @@ def _open(
     except NotStreamableError as error:
         if max_memory is not None:
             raise InputError(
-                f"{name} cannot be pruned block by block, because its files are not what its "
-                f"modules hold (first {error}): leave out --max-memory"
+                f"{name} cannot be pruned block by block, because {error}: leave out --max-memory"
             ) from error
         return WholeModel(name, **how)
 
@@ -374,9 +373,7 @@ def _dropped(
             device=str(source.device), trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
     except NotStreamableError as error:
-        raise ModelError(
-            f"--drop-experts does not work with this architecture: {error} is of another size"
-        ) from error
+        raise ModelError(f"--drop-experts does not work with this architecture: {error}") from error
     source.close()
     made.name, made.folder = source.name, source.folder
     made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)

@@ -144,10 +144,7 @@ def streamed(name: str, dtype: str, device: str, trust_remote_code: bool) -> Str
     try:
         return StreamedModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     except NotStreamableError as error:
-        raise ModelError(
-            f"{name} cannot be recovered: transformers converts its weights while it loads them "
-            f"(first {error}), so that they cannot be told from the files"
-        ) from error
+        raise ModelError(f"{name} cannot be recovered, because {error}") from error
 
 
 def _calibration(
