@@ -203,8 +203,10 @@ def open_model(
     folder = resolve_model(name)
     model = _load(folder, name, chosen, target, trust_remote_code)
     embeddings = model.get_input_embeddings()
-    embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
+    if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
+        # Of other tokenizers ids are not looked at, which makes the host wait for a device.
+        embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
     return OpenModel(name, folder, model, tokenizer, trust_remote_code)
 
 

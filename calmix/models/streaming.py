@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -335,11 +334,11 @@ class StreamedModel:
         Called in a thread beside the one at work.
         """
         read = self._read(names)
-        if self.device.type == "cpu":
+        if self._queue is None:
             return read, None
-        with nullcontext() if self._queue is None else torch.cuda.stream(self._queue):
+        with torch.cuda.stream(self._queue):
             there = {n: value.to(self.device, non_blocking=True) for n, value in read.items()}
-        return there, None if self._queue is None else self._queue.record_event()
+        return there, self._queue.record_event()
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -117,8 +117,11 @@ class Laps:
     def read(self, seconds: MutableMapping[str, float]) -> None:
         """Add what was counted, and begin anew."""
         for activity, began, ended in self._laps:
-            on_host = self._device is None
-            seconds[activity] += ended - began if on_host else began.elapsed_time(ended) / 1000
+            if self._device is None:
+                seconds[activity] += ended - began
+                continue
+            ended.synchronize()  # what only looks at a block may have read nothing yet
+            seconds[activity] += began.elapsed_time(ended) / 1000
         self._laps.clear()
 
 

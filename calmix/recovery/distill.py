@@ -58,7 +58,9 @@ class Student(nn.Module):
             model.get_parameter(name).requires_grad_(True)
         if recompute:
             for block in found.blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
 
     def forward(self, ids: Tensor, target: Tensor) -> Tensor:
         """Return the sum of KL(dense || pruned) over all positions, in nats.

@@ -214,4 +214,4 @@ def test_ids_beyond_the_vocabulary_are_one_line(
     ):
         ended = calmix(*verb)
         assert ended.code == 2
-        assert "it gives id 5000, and the model has embeddings for 320" in ended.line
+        assert "has no embedding for token id 5000, its last is 319" in ended.line

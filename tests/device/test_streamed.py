@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import Future
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +44,15 @@ def numberless(monkeypatch, tiny_folder):
     """Let files give and take tensors without numbers; return the model on its device."""
     streamed = StreamedModel(str(tiny_folder))
     streamed._pool.shutdown()
-    streamed._pool, streamed.device = Inline(), torch.device("cuda")
+    streamed._pool, streamed.device = Inline(), torch.device("cuda", 1)
+    waited = []
+    streamed._queue = SimpleNamespace(device=streamed.device, record_event=lambda: "copied")
+    now = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "stream", lambda queue: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: {streamed.device: now}[device])
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, queue: None if queue is now else 1 / 0
+    )
 
     def read(self, names):
         made = {name: self.places[name] for name in names}
@@ -61,15 +71,25 @@ def numberless(monkeypatch, tiny_folder):
     monkeypatch.setattr(
         states, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype, device="cpu")
     )
-    yield streamed, pinned
+    yield streamed, pinned, waited
     streamed.close()
+
+
+def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
+    streamed, *_ = numberless
+    streamed._queue = None
+    with tracing(None) as traced:
+        read, copied = streamed._read_ahead(streamed.block_names(0))
+    assert copied is None
+    assert not traced.copies
+    assert {value.device.type for value in read.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("room", [2**30, STATES // BATCHES])
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda,refit=2"])
 def test_a_block_comes_goes_and_is_read_once(numberless, tmp_path, monkeypatch, method, room):
     """Its weights come and go; hidden states stay, those there is no room for in pinned memory."""
-    streamed, pinned = numberless
+    streamed, pinned, waited = numberless
     monkeypatch.setattr(work_module, "SAVING", 1e9)
     work = WorkFolder(tmp_path / "out")
     work.claim({}, resume=False, overwrite=False)
@@ -105,6 +125,7 @@ def test_a_block_comes_goes_and_is_read_once(numberless, tmp_path, monkeypatch, 
     given = {("cuda", "cpu"): weights + outside, ("cpu", "cuda"): weights + outside}
     last = {("cuda", "cpu"): weights, ("cpu", "cuda"): outside}
     assert [+copies for _, copies in blocks] == [+Counter(given), +Counter(last)]
+    assert waited == ["copied"]  # for the second block
     assert len(pinned) == 2 * weights + len(streamed.outside_names)
     # Before the blocks, what is handed to them is compared with what other micro-batches brought.
     assert first[0] == {"equal": 3 * BATCHES}

@@ -191,6 +191,15 @@ def test_a_folder_without_tokenizer(tmp_path):
     rejected(tmp_path / "model", "no usable tokenizer")
 
 
+def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path, tiny_folder):
+    """Looking makes the host wait for a device in every pass."""
+    opened = open_model(str(tiny_folder))
+    assert not opened.model.get_input_embeddings()._forward_pre_hooks
+    small = open_model(str(save_tiny_model(tmp_path / "model", vocab_size=200))).model
+    with pytest.raises(ModelError, match="has no embedding for token id 258, its last is 199"):
+        small(torch.tensor([[3, 258]]))
+
+
 def test_unknown_dtype_and_device(tiny_folder):
     with pytest.raises(InputError, match=r"unknown dtype 'bfloat17'.*bfloat16"):
         open_model(str(tiny_folder), dtype="bfloat17")
