@@ -30,7 +30,7 @@ from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder,
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, open_model, resolve_model
 from calmix.models.opening import check_models, load_config, quiet_transformers
-from calmix.models.shards import weight_files
+from calmix.models.shards import weight_bytes
 
 ENGINES = ("openvino",)
 # Weights, and the divergence from the model (nats a token) beyond which an export is refused. A
@@ -140,7 +140,7 @@ def export(
         _library(library)
     tell, began = say or (lambda step: None), time.perf_counter()
     folder = resolve_model(name)
-    before = sum((folder / file).stat().st_size for file in weight_files(folder))
+    before = weight_bytes(folder)
     check_free(output, before // 2 if weights == "int8" else before, "the weights take")
     own = getattr(load_config(folder, name, trust_remote_code), "dtype", None)
     opened = open_model(

@@ -133,11 +133,13 @@ def ask(
     *,
     own: Mapping[str, Source] | None = None,
     licence: str | None = None,
+    context: int | None = None,
     **draw: Any,
 ) -> Asked:
     """Check what a user asks for as a calibration set, before a model is opened or text fetched.
 
     Args:
+        context: of the model, in tokens, where it is known.
         text, own, licence, **draw: as for `resolve`; None means not given.
 
     Raises:
@@ -161,14 +163,13 @@ def ask(
         for name in ("packing", "select"):
             if name in options:
                 raise InputError(f"'{name}' has no effect with {spec.generate}: leave it out")
-        files += check_generation(
-            spec.generate, own=spec.own, **options, **spec.options.model_dump(exclude_none=True)
-        )
+        written = options | spec.options.model_dump(exclude_none=True)
+        files += check_generation(spec.generate, own=spec.own, context=context, **written)
     else:
         options = {"packing": "concat", "select": "random"} | options
         if options["seed"] < 0:
             raise InputError(f"seed {options['seed']} is negative")
-        check_request(**{key: options[key] for key in REQUEST}, context=None)
+        check_request(**{key: options[key] for key in REQUEST}, context=context)
         for source in (get_source(name, spec.own) for name in spec.mix.weights):
             source.check()
             files.append(getattr(source.reader, "path", None))

@@ -67,7 +67,7 @@ def calibrate(
     licence: Licence = None,
     sources: Sources = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing folder.")
+        bool, typer.Option("--overwrite", help="Replace an earlier result.")
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -94,11 +94,10 @@ def calibrate(
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
     check_models(model, **how)
     check_output_folder(output, inputs=[model, sources, *asked.files], overwrite=overwrite)
-    opened: Any
+    opened: Any = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    ask(spec, context=opened.context, **draw)
     if asked.runs_model:
         opened = open_model(model, **how)
-    else:
-        opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
     with progress_bar() as bar:
         task = bar.add_task("drawing", total=None)
         made = resolve(

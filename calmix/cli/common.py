@@ -78,7 +78,7 @@ Resume = Annotated[
 ]
 OverwriteWork = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace the output folder, or an interrupted run's work."),
+    typer.Option("--overwrite", help="Replace an earlier result, or an interrupted run's work."),
 ]
 Packing = Annotated[
     str | None,

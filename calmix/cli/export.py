@@ -55,7 +55,9 @@ def export(
         str | None,
         typer.Option("--model", "-m", show_default=False, help="Of a set: the model it is for."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip

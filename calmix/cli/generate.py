@@ -127,7 +127,7 @@ def generate(
     licence: Licence = None,
     sources: Sources = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing folder.")
+        bool, typer.Option("--overwrite", help="Replace an earlier result.")
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -135,6 +135,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let the model write its own calibration set, and save it. Interrupted work goes on."""
+    from calmix.calibration import open_tokenizer
     from calmix.calibration.resolving import check_guard, check_seeds, guard_of
     from calmix.calibration.selfgen.making import check_generation
     from calmix.calibration.selfgen.making import generate as run
@@ -156,6 +157,8 @@ def generate(
     check_guard(leakage, leakage_tokens)
     check_models(model, **how)
     check_output_folder(output, inputs=[model, sources, *files], overwrite=overwrite)
+    context = open_tokenizer(model, trust_remote_code=trust_remote_code).context
+    check_generation(method, context=context, **options)
     opened = open_model(model, **how)
     with progress_bar() as bar:
         made = run(

@@ -10,7 +10,7 @@ import typer
 from calmix.cli.common import MAKE, AsJson, out, print_json, progress_bar
 
 Output = Annotated[Path, typer.Option("--output", "-o", show_default=False, help="The new folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 
 
 def register(app: typer.Typer) -> None:

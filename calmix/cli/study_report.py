@@ -52,7 +52,7 @@ Permutations = Annotated[int, typer.Option(help="Draws for p-values beyond 8 set
 Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]
 Seed = Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output folder that holds something else.")
+    bool, typer.Option("--overwrite", help="Replace an earlier result of another kind.")
 ]
 
 

@@ -13,7 +13,8 @@ from calmix.capability.texts import LENGTH as TEXT_LENGTH
 from calmix.capability.texts import ROWS as TEXT_ROWS
 from calmix.capability.texts import builtin_readers
 from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
-from calmix.models import check_models
+from calmix.models import check_models, resolve_model
+from calmix.models.shards import weight_bytes
 from calmix.pruning.allocation import SPREAD
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import planned
@@ -166,9 +167,8 @@ def check_recoveries(asked: Request, listed: Sequence[Stage]) -> None:
 
 def checkpoint_bytes(asked: Request, listed: Sequence[Stage]) -> int:
     """Return the bytes of weights that stages leave on disk."""
-    sizes = sizes_of(asked)
     made = sum(stage.arguments[0] in ("prune", "recover") for stage in listed)
-    return made * sizes.weights * sizes.value_bytes
+    return made * weight_bytes(resolve_model(asked.model))
 
 
 def _drawn(asked: Request) -> tuple[int, int]:

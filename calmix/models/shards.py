@@ -101,6 +101,11 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the files a model is read from."""
+    return sum((folder / name).stat().st_size for name in weight_files(folder))
+
+
 def read_header(path: Path) -> dict[str, Place]:
     """Return the tensors of a safetensors file.
 

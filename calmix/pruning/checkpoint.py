@@ -517,7 +517,8 @@ def _calibration(
         request = calibrated[0].request
         assert request.calibration is not None
         opened: OpenModel | OpenTokenizer = tokenizer
-        if ask(request.calibration, **request.draw).runs_model:
+        asked = ask(request.calibration, context=tokenizer.context, **request.draw)
+        if asked.runs_model:
             opened = source.opened or open_model(
                 source.name, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code
             )

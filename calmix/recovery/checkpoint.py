@@ -160,7 +160,7 @@ def _calibration(
         if not job.goes_on:
             job.work.keep_calibration(kept)
         return kept
-    asked = ask(request.calibration, **request.draw)
+    asked = ask(request.calibration, context=tokenizer.context, **request.draw)
     check_room(job, asked.rows * asked.length)
     name = job.pair.dense.name
     opened = open_model(name, device=str(job.device), **job.how) if asked.runs_model else tokenizer

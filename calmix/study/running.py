@@ -12,13 +12,14 @@ from typing import Protocol
 
 from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, DiskError, InputError
+from calmix.files import check_free
 from calmix.models.opening import check_models, device_of
 from calmix.study.bench import Bench
 from calmix.study.export import read_results, write_tables
 from calmix.study.planning import check_allocations, check_memory
 from calmix.study.results import Trial
 from calmix.study.spec import Study
-from calmix.study.store import Store, check_folder, claim_store, open_store
+from calmix.study.store import Store, check_folder, claim_store, is_store, open_store
 from calmix.study.trials import Planned, Resolved, Resolver, plan
 
 
@@ -136,6 +137,10 @@ def run_study(
             )
     check_allocations(study, wanted_trials, trust_remote_code=options.trust_remote_code)
     chosen = {trial.key for trial in wanted_trials}
+    done = open_store(path) if is_store(path) else None
+    left = [t.planned for t in resolved if t.planned.key in chosen
+            and (done is None or done.state(t.id) != "finished")]  # fmt: skip
+    check_free(path, resolver.checkpoint_bytes(left), "checkpoints take")
     store = claim_store(path, study, resolved)
     for other in others:
         if taken := store.take(other):

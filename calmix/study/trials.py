@@ -7,7 +7,7 @@ are no part of it; they are recorded with every result, and a mix of them is ann
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from calmix.errors import InputError
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
+from calmix.models.shards import weight_bytes
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
@@ -267,6 +268,7 @@ class Resolver:
     def __init__(self, study: Study) -> None:
         self.study = study
         self._fingerprints: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
         self._files: dict[Path, str] = {}
 
     def resolve(self, trial: Planned) -> Resolved:
@@ -298,6 +300,12 @@ class Resolver:
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         return Resolved(trial, sha256_json(request), request, shared)
 
+    def checkpoint_bytes(self, trials: Iterable[Planned]) -> int:
+        """Return the bytes of weights that trials leave on disk, and hold there on the way."""
+        sizes = [(self._sizes[trial.model], trial.recovery is not None) for trial in trials]
+        kept = sum(size for size, _ in sizes) if self.study.file.keep_checkpoints else 0
+        return kept + max((2 * size for size, recovered in sizes if recovered), default=0)
+
     def _around(self, trial: Planned) -> dict[str, Any]:
         """Return what is asked for beside the prune, if anything."""
         asked: dict[str, Any] = {}
@@ -312,7 +320,9 @@ class Resolver:
     def _model(self, label: str) -> dict[str, Any]:
         entry = self.study.models[label]
         if label not in self._fingerprints:
-            self._fingerprints[label] = fingerprint(resolve_model(entry.name))
+            folder = resolve_model(entry.name)
+            self._fingerprints[label] = fingerprint(folder)
+            self._sizes[label] = weight_bytes(folder)
         return {"sha256": self._fingerprints[label], "dtype": entry.dtype}
 
     def _calibration(self, draw: Draw) -> dict[str, Any]:

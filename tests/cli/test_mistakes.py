@@ -29,16 +29,16 @@ WRONG = "no-such-thing"
 # A right call of each verb, short of its output; names in braces are of the files below.
 VERBS = {
     "compress": "{model}",
-    "prune": "{model} --calibration {text} --sparsity 0.5",
-    "recover": "{model} --against {other} --calibration {text}",
+    "prune": "{model} --calibration {text} --sparsity 0.5 --length 64",
+    "recover": "{model} --against {other} --calibration {text} --length 64",
     "pack": "{model}",
     "unpack": "{pack}",
     "export": "{model}",
     "hub push": "{model} me/small",
-    "calibrate": "{text} --model {model}",
+    "calibrate": "{text} --model {model} --length 64",
     "measure": "{text} {set} --model {model} --rows 4 --length 32",
-    "generate": "igsp --model {model}",
-    "predict": "{model} {text}",
+    "generate": "igsp --model {model} --length 64",
+    "predict": "{model} {text} --length 64",
     "sources ls": "",
     "sources show": "{text}",
     "evaluate": "{model} --against {other} --suite {suite}",
@@ -127,6 +127,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     asked = {
         "name": "s", "models": {"m": str(found["model"])}, "suite": str(found["suite"]),
         "calibrations": {"a": str(found["text"])}, "methods": {"wanda": [0.5]},
+        "keep_checkpoints": True,
     }  # fmt: skip
     found["study"].write_text(yaml.safe_dump(asked))
     results = study(Plan(sources=("news", "books"), seeds=(0, 1)))
@@ -285,14 +286,23 @@ def test_what_is_not_installed_is_told_before_the_work(
     assert not list(idle.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["compress", "prune", "recover", "export", "unpack"])
+@pytest.mark.parametrize("verb", ["prune", "recover", "calibrate", "generate"])
+def test_rows_too_long_for_the_model_are_told_before_its_weights_are_read(
+    calmix: Run, files: dict[str, Path], idle: Path, verb: str
+) -> None:
+    runs_it = [] if verb == "generate" else ["--select", "igsp"]
+    ended = calmix(verb, *right(verb, files), "--length", 9999, *runs_it)
+    assert ended.line == "error: length 9999 is beyond the model's context of 256 tokens"
+
+
+@pytest.mark.parametrize("verb", ["compress", "prune", "recover", "export", "unpack", "study run"])
 def test_a_full_disk_is_told_before_the_work(
     calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     before = tree(files["text"].parent)
-    ended = calmix(verb, *right(verb, files))
+    ended = calmix(*verb.split(), *right(verb, files))
     assert (ended.code, ended.out) == (2, "")
     assert "error: no space left for" in ended.line
     assert tree(files["text"].parent).keys() == before.keys()

@@ -92,6 +92,7 @@ def check_generation(
     seed: int,
     batch: int | None = None,
     own: Mapping[str, Source] | None = None,
+    context: int | None = None,
     **options: Any,
 ) -> list[Path | None]:
     """Check what `generate` is asked for, without the model; return the files that are read.
@@ -100,7 +101,7 @@ def check_generation(
         InputError, SourceError: as `generate`.
     """
     settings(method, options)
-    check_request(rows, length, "concat", "random", None)
+    check_request(rows, length, "concat", "random", context)
     if seed < 0:
         raise InputError(f"seed {seed} is negative")
     if batch is not None and batch < 1:
@@ -149,10 +150,10 @@ def generate(
         SourceError: SGS's source of seed texts is unknown or unreadable.
     """
     check_generation(
-        method, rows=rows, length=length, seed=seed, batch=batch, own=own, **options
+        method, rows=rows, length=length, seed=seed, batch=batch, own=own,
+        context=opened.context, **options,
     )  # fmt: skip
     chosen = settings(method, options)
-    check_request(rows, length, "concat", "random", opened.context)
 
     def writer(request: Request, label: str) -> Written:
         total, done = len(request.openers) * request.length, 0

@@ -129,8 +129,8 @@ def test_igsp_selects_among_given_text(calmix, tiny_folder, tmp_path, text_file)
         (("generate", "self-cal", "--seed", -1), "seed -1 is negative"),
         (("generate", "sgs", "--seeds", "no-such"), "no-such"),
         (("generate", "igsp", "--openers", "no-such.yaml"), "there is no file no-such.yaml"),
-        (("calibrate", "igsp", "--packing", "window"), "--packing has no effect with igsp"),
-        (("calibrate", "self-cal", "--select", "zipcal"), "--select has no effect with self-cal"),
+        (("calibrate", "igsp", "--packing", "window"), "'packing' has no effect with igsp"),
+        (("calibrate", "self-cal", "--select", "zipcal"), "'select' has no effect with self-cal"),
     ],
 )
 def test_mistakes(arguments, message, calmix, tiny_folder, tmp_path):
