@@ -16,7 +16,6 @@ import time
 import torch
 
 from calmix import open_model
-from calmix.calibration.selfgen.sampling import Sampling
 from calmix.calibration.selfgen.writing import Request, write
 from calmix.models.attention import cache_argument
 
@@ -46,12 +45,12 @@ def main() -> None:
         length = args.length if rows > 1 else min(args.length, 64)
         with tempfile.TemporaryDirectory() as cache:
             os.environ["CALMIX_CACHE"] = cache  # nothing is read from earlier runs
-            for name, sampling in {
-                "ancestral": Sampling(),
-                "with a repetition penalty": Sampling(0.9, repetition_penalty=1.1),
-                "SGS's settings": Sampling(0.6, top_k=50, top_p=0.95, repetition_penalty=1.2),
-            }.items():
-                request = Request([[[9906]]] * rows, length, sampling, seed=0)
+            for name, warmth, how in (
+                ("ancestral", 1.0, {}),
+                ("with a repetition penalty", 0.9, {"repetition_penalty": 1.1}),
+                ("SGS's settings", 0.6, {"top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}),
+            ):
+                request = Request([[[9906]]] * rows, length, [warmth] * rows, seed=0, **how)
                 start = time.perf_counter()
                 write(opened, request, batch=rows)
                 seconds = time.perf_counter() - start

@@ -16,8 +16,8 @@ import numpy as np
 
 from calmix import assets
 from calmix.calibration import leakage, open_tokenizer
-from calmix.calibration.build import tokenizer_function
-from calmix.calibration.resolving import suite_items
+from calmix.calibration.leakage import suite_items
+from calmix.calibration.tokenizer import tokenizer_function
 from calmix.sources import offline_sources
 from calmix.sources.readers import word_runs
 

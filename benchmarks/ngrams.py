@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from calmix.information.ngrams import count_ngrams
+from calmix.calibration.text_metrics import count_ngrams
 
 
 def main() -> None:

@@ -23,9 +23,8 @@ from common import commit, machine
 from torch.profiler import ProfilerActivity, profile
 
 import calmix
-from calmix.calibration.selfgen.sampling import Sampling
+from calmix.calibration.measuring import measure_set
 from calmix.calibration.selfgen.writing import Request, write
-from calmix.information.measuring import measure_set
 
 MODEL = "builtin:smollm2-135m"
 MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
@@ -81,7 +80,7 @@ def main() -> None:
         # Nothing is read from earlier runs.
         with tempfile.TemporaryDirectory() as empty, patch.dict(os.environ, CALMIX_CACHE=empty):
             rows, length = WRITTEN
-            request = Request([[[9906]]] * rows, length, Sampling(), seed=0)
+            request = Request([[[9906]]] * rows, length, [1.0] * rows, seed=0)
             return write(opened, request, batch=rows)
 
     opened = stage("open the model", lambda: calmix.open_model(MODEL))

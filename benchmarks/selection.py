@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from calmix.calibration.diversity import select_rows
+from calmix.calibration.selfgen.selection import objective, select_rows
 
 
 def main() -> None:
@@ -31,21 +31,19 @@ def main() -> None:
         source, target = rng.integers(0, args.candidates, 2)
         at, to = rng.integers(0, max(1, args.length - 64), 2)
         ids[target, to : to + 64] = ids[source, at : at + 64]
-    groups = [f"dimension {i % 4}" for i in range(args.candidates)]
-    quota = dict.fromkeys(dict.fromkeys(groups), int(args.share * args.candidates / 4))
+    groups = np.array([f"dimension {i % 4}" for i in range(args.candidates)])
+    quota = {f"dimension {i}": int(args.share * args.candidates / 4) for i in range(4)}
     logs = rng.normal(2.5, 0.4, args.candidates) + np.arange(args.candidates) % 4 * 0.1
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start = time.perf_counter()
-    found = select_rows(
-        ids, groups, quota, logs * args.length, np.full(args.candidates, args.length)
-    )
+    tokens = np.full(args.candidates, args.length)
+    found = select_rows(ids, groups, logs * args.length, tokens, quota)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"{len(found.rows)} of {args.candidates} candidates of {args.length} tokens in "
+        f"{len(found)} of {args.candidates} candidates of {args.length} tokens in "
         f"{seconds:.1f} s, peak memory {peak:.2f} GiB ({before:.2f} before); J "
-        f"{found.before.J:.5f} unselected, {found.greedy.J:.5f} greedy, {found.after.J:.5f} "
-        f"after {len(found.trace) - 1} swaps"
+        f"{objective(ids[found], groups[found], logs[found] * args.length, tokens[found]):.5f}"
     )
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from calmix.calibration import open_tokenizer
-from calmix.information.measuring import Interval, measure
+from calmix.calibration.measuring import Interval, measure
 from calmix.models import open_model
 from calmix.sources import offline_sources
 

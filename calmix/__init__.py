@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from calmix import sources
     from calmix.analysis.predict import predict
     from calmix.calibration import CalibrationSet, resolve
+    from calmix.calibration.measuring import measure
     from calmix.capability.evaluate import evaluate
     from calmix.capability.scores import CapabilityScores
     from calmix.errors import CalmixError
     from calmix.exported import export
-    from calmix.information.measuring import measure
     from calmix.models import open_model
     from calmix.packed import load, pack, unpack
     from calmix.pruning import SemiStructured, Unstructured, prune
@@ -57,7 +57,7 @@ _HOMES = {
     "evaluate": "calmix.capability.evaluate",
     "export": "calmix.exported",
     "load": "calmix.packed",
-    "measure": "calmix.information.measuring",
+    "measure": "calmix.calibration.measuring",
     "open_model": "calmix.models",
     "pack": "calmix.packed",
     "predict": "calmix.analysis.predict",

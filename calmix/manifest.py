@@ -84,14 +84,14 @@ def request_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
     """Return a request as JSON-serialisable values, the user's own sources included."""
     record = {field.name: getattr(request, field.name) for field in fields(request)}
     draw = dict(request.draw)
-    if own := draw.pop("own", None):
-        draw["own"] = {name: source.model_dump(mode="json") for name, source in own.items()}
+    if own := draw.pop("sources", None):
+        draw["sources"] = {name: source.model_dump(mode="json") for name, source in own.items()}
     return record | {"draw": draw}
 
 
 def asked_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
     """Return what of a request decides the bytes of a result, the user's own sources by hash."""
     record = asdict(request)
-    if (own := record["draw"].pop("own", None)) is not None:
+    if (own := record["draw"].pop("sources", None)) is not None:
         record["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
     return record

@@ -7,9 +7,17 @@ flags of the fields.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from calmix.errors import InputError, nearest
 
@@ -89,6 +97,37 @@ class ModelOptions(Options):
     )
 
 
+class DrawOptions(Options):
+    """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
+
+    rows: int = option(64, "Rows of the set, e.g. 128.", ge=1)
+    length: int = option(512, "Tokens per row, e.g. 2048.", ge=1)
+    seed: int = option(0, "Seed of the draw, e.g. 1.", ge=0)
+    packing: Literal["concat", "window"] = option(
+        "concat", "Documents joined (concat) or one window of each.", advanced=True
+    )
+    leakage: str = option("offline", "Suite to share no text with; off: no check.", advanced=True)
+    leakage_tokens: int = option(
+        13, "Tokens in a row that count as shared text.", ge=2, advanced=True
+    )
+    licence: Literal["permissive"] | None = option(
+        None, "Only sources with such a licence, e.g. permissive.", flag="--licence --license"
+    )
+    sources: Path | dict[str, Any] | None = option(
+        None, "YAML file of your own sources, e.g. mine.yaml.", metavar="FILE", advanced=True
+    )
+
+    @field_validator("leakage", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    def drawn(self) -> dict[str, Any]:
+        """Return the options of the draw that were set, by name."""
+        names = [name for name in DrawOptions.model_fields if name in self.model_fields_set]
+        return {name: getattr(self, name) for name in names}
+
+
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
     """Return options checked; None counts as not given.
 
@@ -113,7 +152,8 @@ def mistake(error: ValidationError, model: type[Options]) -> str:
     said = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{flag}: {said}" if name else said
-    return f"{flag} {problem['input']}: {said.partition(',')[0].replace('Input should', 'must')}"
+    said = said.partition(", unable")[0].replace("Input should", "must")
+    return f"{flag} {problem['input']}: {said}"
 
 
 def flags(model: type[Options], name: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
+from calmix.options import DrawOptions, checked
 
 Propagation = Literal["sequential", "block"]
 
@@ -16,9 +17,7 @@ METHOD = "sparsegpt"
 NONE = "none"  # the method of a request that drops experts and prunes nothing
 
 # What draws a calibration set beside its specification; calmix.calibration.resolve has defaults.
-DRAW = (
-    "rows", "length", "seed", "packing", "select", "leakage", "leakage_tokens", "licence", "own",
-)  # fmt: skip
+DRAW = tuple(DrawOptions.model_fields)
 EXPERTS = ("experts", "expert_smoothing", "drop_experts")
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes
 UNSCORED = "--drop-experts needs --calibration: text to score the experts on"
@@ -191,7 +190,7 @@ def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
 
 
 def _no_effect(name: str, method: str) -> InputError:
-    option = {"own": "sources"}.get(name, name).replace("_", "-")
+    option = name.replace("_", "-")
     return InputError(
         f"--{option} has no effect with method {method}: leave it out, or choose another method"
     )
@@ -418,13 +417,7 @@ def prune_and_recover_requests(
 
 def _draw(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a draw that were given, checked."""
-    draw = {name: options[name] for name in DRAW if options.get(name) is not None}
-    for name in ("rows", "length"):
-        if draw.get(name, 1) < 1:
-            raise InputError(f"--{name} {draw[name]} is not positive")
-    if draw.get("seed", 0) < 0:
-        raise InputError(f"--seed {draw['seed']} is negative")
-    return draw
+    return checked(DrawOptions, {name: options.get(name) for name in DRAW}).drawn()
 
 
 def _listed(option: str, text: str | None) -> list[str]:

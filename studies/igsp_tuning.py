@@ -1,14 +1,13 @@
-"""What in IGSP does the work: variants against each other by their distance to the dense model.
+"""What in self-written text does the work: variants by their distance to the dense model.
 
-    python studies/igsp_tuning.py igsp igsp,repeats=1 --seeds 101,102 --log LOG
+    python studies/igsp_tuning.py self-written self-written,repeats=1 --seeds 101,102 --log LOG
 
 Every variant writes its text and prunes the builtin model with it by SparseGPT to 60 %; what is
 noted is KL(dense || pruned) of the held-out texts, by dimension, in nats a token: it needs no
 labels, orders calibration sets as the benchmarks do (docs/results.md), and takes a fifth of their
-time. `mix-4`, `mix-8`, `self-cal` and `sgs` stand beside them. `openers=text` and `openers=ask`
-are the builtin ones of one kind; any other name is a file. What the log holds is not run again.
-Seeds are none of those the comparison reports (100 and up). Printed are means over the seeds, and
-the mean difference to the first variant with its half range.
+time. A variant is anything `calmix.resolve` takes, or `mix-4` or `mix-8`. What the log holds is
+not run again. Seeds are none of those the comparison reports (100 and up). Printed are means over
+the seeds, and the mean difference to the first variant with its half range.
 """
 
 from __future__ import annotations
@@ -21,12 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from calmix import open_model, prune, resolve
-from calmix.calibration.resolving import parse_spec
-from calmix.calibration.selfgen.making import METHODS, generate
-from calmix.calibration.selfgen.openers import load_openers
 from calmix.capability.distance import distance, reference
 from calmix.capability.texts import texts
 from calmix.pruning.patterns import Unstructured
@@ -37,30 +32,6 @@ MIXES = {
     "python-stdlib,code-compiled,math-solutions,word-problems",
 }
 TEXT_ROWS = 16  # of held-out text, a dimension
-
-
-def variant(text: str, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Parse `igsp,temperature=0.8,...` into a method, or a mix, and its settings."""
-    if text in MIXES:
-        return text, {}
-    kinds = {f"openers={kind}": kind for kind in ("text", "ask")}
-    parts = (
-        f"openers={of_kind(kinds[part], folder)}" if part in kinds else part
-        for part in text.split(",")
-    )
-    spec = parse_spec(",".join(parts))
-    return str(spec.generate), spec.options.model_dump(exclude_none=True)
-
-
-def of_kind(kind: str, folder: Path) -> Path:
-    """Return a file of the builtin openers of one kind."""
-    found = {
-        name: [{kind: one} for opener in held if (one := getattr(opener, kind)) is not None]
-        for name, held in load_openers().dimensions.items()
-    }
-    path = folder / f"openers-{kind}.yaml"
-    path.write_text(yaml.safe_dump(found), encoding="utf-8")
-    return path
 
 
 def table(rows: list[dict[str, Any]], variants: list[str], seeds: list[int]) -> None:
@@ -78,8 +49,9 @@ def table(rows: list[dict[str, Any]], variants: list[str], seeds: list[int]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variants", nargs="*", default=["igsp", "mix-8", "self-cal", "sgs"])
+    parser.add_argument("variants", nargs="*", default=["self-written", "mix-8", "igsp", "sgs"])
     parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", default="101")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -87,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     args.log.parent.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    opened = open_model(args.model)
+    opened = open_model(args.model, device=args.device)
     weights = {name: value.clone() for name, value in opened.model.state_dict().items()}
     held_out = texts(opened, rows=TEXT_ROWS)
     dense = reference(opened, held_out, cache=True)
@@ -99,13 +71,9 @@ def main() -> None:
         for text in args.variants:
             if (text, seed) in done:
                 continue
-            name, settings = variant(text, args.log.parent)
             began = time.perf_counter()
             size = {"rows": args.rows, "length": args.length, "seed": seed}
-            if name in METHODS:
-                made = generate(name, opened, **size, **settings)
-            else:
-                made = resolve(MIXES.get(name, name), opened, **size)
+            made = resolve(MIXES.get(text, text), opened, **size)
             drawn = time.perf_counter()
             prune(opened.model, made.ids, method="sparsegpt", pattern=Unstructured(0.6))
             found = distance(opened, dense, held_out)
@@ -121,7 +89,7 @@ def main() -> None:
                 "seconds": [round(drawn - began), round(time.perf_counter() - drawn)],
                 "manifest": {
                     key: made.manifest.get(key)
-                    for key in ("aggregation_4", "temperature", "first_in_band", "selected")
+                    for key in ("aggregation_4", "temperature", "perplexity", "pieces", "J")
                 },
             }
             rows.append(row)

@@ -28,9 +28,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from calmix.analysis.recommend import check_weights
-from calmix.calibration import resolve
-from calmix.calibration.resolving import ask, parse_spec
-from calmix.calibration.set import is_saved_set
+from calmix.calibration import ask, is_saved_set, parse_spec, resolve
 from calmix.capability.texts import Texts, texts
 from calmix.errors import DiskError, InputError, ModelError
 from calmix.files import cache_dir, real_place, sha256_json, user_path, write_bytes
@@ -42,7 +40,7 @@ from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.patterns import Pattern, Unstructured
 from calmix.pruning.reading import quotient
-from calmix.sources import Source
+from calmix.sources import Source, own_sources
 
 ROWS, LENGTH, EVERY = 16, 512, 7
 LEAST = 1e-12  # a share of output energy below this is rounding
@@ -187,10 +185,11 @@ def predict(
     every: int = EVERY,
     weights: Mapping[str, float] | None = None,
     held_out: Texts | None = None,
-    own: Mapping[str, Source] | None = None,
+    sources: Mapping[str, Source] | Path | None = None,
     folder: Path | None = None,
     tick: Callable[[str], None] | None = None,
     note: Callable[[str], None] | None = None,
+    writing: Callable[[str, int, int], None] | None = None,
     **draw: Any,
 ) -> list[Prediction]:
     """Predict which calibration set keeps most, without pruning the model.
@@ -205,10 +204,11 @@ def predict(
         weights: of the dimensions in the total; the same for all if not given.
         held_out: texts by dimension (`calmix.capability.texts`); 16 x 512 of the builtin ones if
             not given.
-        own: the user's own sources by name.
+        sources: the user's own, by name or as a YAML file.
         folder: where Gram matrices are kept; in the cache if not given.
         tick: called with what has been done.
         note: told how much room the Gram matrices take.
+        writing: as for `calmix.resolve`.
         **draw: more of what `calmix.resolve` takes.
 
     Returns:
@@ -217,7 +217,9 @@ def predict(
     Raises:
         CalmixError: anything a user can mend.
     """
-    check_request(calibrations, method, rows=rows, length=length, every=every, own=own, **draw)
+    own = own_sources(sources)
+    draw = {"rows": rows, "length": length, "sources": own, **draw}
+    check_request(calibrations, method, every=every, **draw)
     chosen, tick = get_method(method), tick or (lambda what: None)
     pattern = pattern or Unstructured(0.6)
     only = every_block(opened, every)
@@ -228,8 +230,8 @@ def predict(
     share = check_weights(weights or equal, tuple(held_out), "the held-out text")
     parts = {text: _parts(text, own, draw.get("licence")) for text in calibrations}
     folder = folder or cache_dir() / "grams"
-    sources = {part for found in parts.values() for part in found}
-    room = _room(blocks) * (len(sources) + len(held_out))
+    drawn = {part for found in parts.values() for part in found}
+    room = _room(blocks) * (len(drawn) + len(held_out))
     if shutil.disk_usage(_there(folder)).free < room:
         raise DiskError(f"no space left for Gram matrices in {folder}: they take {room / 1e9:.1f} "
                         "GB at most; --every with a larger number takes less")  # fmt: skip
@@ -239,7 +241,7 @@ def predict(
     for found in parts.values():
         for part in found:
             if part not in files:
-                ids = part.draw(opened, {"rows": rows, "length": length, **draw})[:rows]
+                ids = part.draw(opened, draw, writing)[:rows]
                 files[part] = keep_grams(opened, ids, only, folder)
                 tick(f"ran {part.text}")
     kept = {}
@@ -257,10 +259,7 @@ def check_request(
     calibrations: Sequence[str],
     method: str | Method,
     *,
-    rows: int = ROWS,
-    length: int = LENGTH,
     every: int = EVERY,
-    own: Mapping[str, Source] | None = None,
     **draw: Any,
 ) -> None:
     """Check what `predict` is asked for, without the model.
@@ -272,8 +271,7 @@ def check_request(
         raise InputError(f"--every {every} is not positive")
     _check_method(get_method(method))
     for text in calibrations:
-        saved = is_saved_set(user_path(text))
-        ask(text, **({} if saved else {"rows": rows, "length": length, "own": own, **draw}))
+        ask(text, **({} if is_saved_set(user_path(text)) else draw))
 
 
 def _check_method(method: Method) -> None:
@@ -303,11 +301,12 @@ class _Part:
     fixed: tuple[tuple[str, Any], ...] = ()  # what a mix's own file says of the draw
     own: Any = field(default=None, hash=False)
 
-    def draw(self, opened: OpenModel, asked: Mapping[str, Any]) -> Tensor:
+    def draw(self, opened: OpenModel, asked: Mapping[str, Any], writing: Any) -> Tensor:
         if is_saved_set(user_path(self.text)):
             return resolve(self.text, opened).ids
         given = {name: value for name, value in asked.items() if value is not None}
-        return resolve(self.text, opened, own=self.own, **{**dict(self.fixed), **given}).ids
+        how = {**dict(self.fixed), **given, "sources": self.own}
+        return resolve(self.text, opened, writing=writing, **how).ids
 
 
 def _parts(text: str, own: Mapping[str, Source] | None, licence: str | None) -> dict[_Part, float]:

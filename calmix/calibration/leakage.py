@@ -4,7 +4,7 @@ Windows of n ids of all items are hashed into one sorted array; a document's win
 up in it, and every match is confirmed id by id, so that the answer is exact.
 
 A run counts only if at least three in four of its ids are distinct: `([1, 2, 3, 4])` is twelve
-tokens under a tokenizer that takes digits one by one, and stands in much code, but it is no item.
+tokens under a tokenizer that takes digits one by one, and stands in much code, but is not an item.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.calibration.packing import Tokenized
+from calmix.calibration.tokenizer import HasTokenizer, tokenizer_function
 from calmix.errors import SourceError
+from calmix.sources import Document
 
 TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
 ENOUGH = 4_000  # documents, of which the share that leaks is told
-Item = tuple[str, str, str]  # task, item id, text
 DISTINCT = 0.75  # the share of a run's ids that must be distinct for it to count
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
+
+_INDICES: dict[tuple[int, str, int], ItemIndex] = {}
+
+Item = tuple[str, str, str]  # task, item id, text
+Tokenized = tuple[Document, list[int]]
 
 
 def window_hashes(ids: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
@@ -43,19 +48,10 @@ def window_hashes(ids: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
     return total
 
 
-def _distinct(ids: NDArray[np.int64], starts: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """Return the number of distinct ids in the windows of `n` that begin at `starts`."""
-    if not len(starts):
-        return np.empty(0, np.int64)
-    windows = np.sort(np.lib.stride_tricks.sliding_window_view(ids, n)[starts], axis=1)
-    return 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
-
-
 class ItemIndex:
     """The windows of `n` token ids of a suite's items, for look-up.
 
-    Items shorter than `n` tokens have no window and cannot be found; nor can windows of which
-    less than three in four ids are distinct.
+    Items shorter than `n` tokens have no window and cannot be found.
     """
 
     def __init__(
@@ -67,20 +63,21 @@ class ItemIndex:
         self.n = n
         entries = list(items)
         self.names = [(task, item) for task, item, _ in entries]
-        texts = [text for _, _, text in entries]
-        ids = tokenize(texts) if texts else []
+        ids = tokenize([text for _, _, text in entries]) if entries else []
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self._ids = np.fromiter((i for row in ids for i in row), np.int64, int(lengths.sum()))
         hashes = window_hashes(self._ids, n)
-        owner = np.repeat(np.arange(len(ids)), lengths)
+        self._owner = owner = np.repeat(np.arange(len(ids)), lengths)
         # A window that runs from one item into the next belongs to neither.
-        inside = owner[: len(hashes)] == owner[n - 1 : n - 1 + len(hashes)]
-        starts = np.flatnonzero(inside)
-        starts = starts[_distinct(self._ids, starts, n) >= DISTINCT * n]
+        starts = np.flatnonzero(owner[: len(hashes)] == owner[n - 1 : n - 1 + len(hashes)])
+        if len(starts):
+            windows = np.lib.stride_tricks.sliding_window_view(self._ids, n)[starts]
+            windows = np.sort(windows, axis=1)
+            distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
+            starts = starts[distinct >= DISTINCT * n]
         order = np.argsort(hashes[starts], kind="stable")
         self._starts = starts[order]
         self._hashes = hashes[starts][order]
-        self._owner = owner
 
     def find(self, ids: list[int]) -> tuple[str, str] | None:
         """Return task and id of the first item that shares a run of `n` tokens, or None."""
@@ -102,12 +99,7 @@ class ItemIndex:
 
 @dataclass
 class Guard:
-    """A filter over a source's documents that drops and counts those that leak.
-
-    Attributes:
-        suite: the name of the suite the items are from.
-        index: its items' windows.
-    """
+    """A filter over a source's documents that drops and counts those that leak."""
 
     suite: str
     index: ItemIndex
@@ -130,34 +122,27 @@ class Guard:
         return found is None
 
     def verdict(self, source: str, rest: Iterable[Tokenized]) -> None:
-        """Refuse a source of which too large a share leaks.
+        """Raise SourceError for a source of which more than 5 % of the documents leak.
 
-        A draw may be small, so `rest` (what the draw left of the filtered documents) is read
-        until enough documents have been looked at, but only if the draw gives reason to.
-
-        Raises:
-            SourceError: more than 5 % of the documents looked at leak.
+        A draw may be small: if more of it leaks, `rest`, the documents it left, is read until
+        `ENOUGH` were checked.
         """
-
-        def share() -> float:
-            return len(self.dropped.get(source, ())) / max(1, self.checked[source])
-
-        before = self.checked[source], len(self.dropped.get(source, ()))
-        if share() <= LIMIT:
+        dropped = self.dropped.get(source, [])
+        checked, leaks = self.checked[source], len(dropped)
+        if leaks <= LIMIT * checked:
             return
         for _ in rest:
             if self.checked[source] >= ENOUGH:
                 break
-        if share() > LIMIT:
-            task, hits = Counter(entry["task"] for entry in self.dropped[source]).most_common(1)[0]
+        if len(dropped) > LIMIT * self.checked[source]:
+            task, hits = Counter(entry["task"] for entry in dropped).most_common(1)[0]
             raise SourceError(
-                f"source {source} leaks: {len(self.dropped[source])} of {self.checked[source]} "
-                f"documents share {self.index.n} tokens in a row with items of suite "
-                f"{self.suite}, {hits} with task {task}: calibrate on other text, or "
-                "--leakage off"
+                f"source {source} leaks: {len(dropped)} of {self.checked[source]} documents share "
+                f"{self.index.n} tokens in a row with items of suite {self.suite}, {hits} with "
+                f"task {task}: calibrate on other text, or --leakage off"
             )
-        self.checked[source] = before[0]
-        del self.dropped[source][before[1] :]
+        self.checked[source] = checked
+        del dropped[leaks:]
 
     def report(self) -> dict[str, Any]:
         """Return what was checked and dropped, for the manifest."""
@@ -168,3 +153,28 @@ class Guard:
             "checked": dict(self.checked),
             "dropped": self.dropped,
         }
+
+
+def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
+    """Return the guard against the items of a suite; None for `off`.
+
+    Raises:
+        InputError: the suite is unknown.
+        AssetError: the suite's archive is missing and cannot be fetched.
+    """
+    if suite == "off":
+        return None
+    items = tuple(suite_items(suite))
+    key = hash(items), opened.tokenizer_fingerprint, tokens
+    if key not in _INDICES:  # a study draws many sets beside the same items
+        _INDICES.clear()
+        _INDICES[key] = ItemIndex(items, tokenizer_function(opened.tokenizer), tokens)
+    return Guard(suite, _INDICES[key])
+
+
+def suite_items(suite: str) -> list[Item]:
+    """Return task, item id and text of every item a suite scores."""
+    from calmix.capability.suites import load_suite
+    from calmix.capability.tasks import suite_items as items_of
+
+    return list(items_of(load_suite(suite)))

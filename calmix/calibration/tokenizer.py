@@ -1,19 +1,22 @@
-"""Open a model's tokenizer alone: building a calibration set needs no weights in memory."""
+"""A model's tokenizer alone: drawing a calibration set needs no weights in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.errors import ModelError
-from calmix.models import resolve_model
+from calmix.errors import InputError, ModelError
+from calmix.models import OpenModel, resolve_model
 from calmix.models.opening import (
     context_of,
     load_tokenizer,
     quiet_transformers,
     tokenizer_fingerprint,
 )
+
+Tokenize = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class OpenTokenizer:
     tokenizer: Any
     context: int | None
     tokenizer_fingerprint: str
+
+
+HasTokenizer = OpenModel | OpenTokenizer
 
 
 def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokenizer:
@@ -47,3 +53,24 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
             raise ModelError(f"{name} has no usable tokenizer: {reason[:300]}") from error
     fingerprint = tokenizer_fingerprint(tokenizer)
     return OpenTokenizer(name, folder, tokenizer, context_of(config), fingerprint)
+
+
+def tokenizer_function(tokenizer: Any) -> Tokenize:
+    """Return a function from texts to ids without special tokens and without warnings."""
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    return tokenize
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """Return the token the tokenizer itself puts before every text, or None."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def check_length(length: int, context: int | None) -> None:
+    """Raise InputError for rows that are longer than the model's context, if that is known."""
+    if context is not None and length > context:
+        raise InputError(f"length {length} is beyond the model's context of {context} tokens")

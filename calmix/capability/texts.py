@@ -13,8 +13,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from calmix.calibration.build import HasTokenizer, begin_token, tokenizer_function
-from calmix.calibration.packing import Tokenized, pack_concat
+from calmix.calibration.build import pack_concat
+from calmix.calibration.leakage import Tokenized
+from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.capability.suites import ARCHIVE
 from calmix.errors import InputError
 from calmix.files import user_path

@@ -16,7 +16,6 @@ from calmix.cli import (
     compress,
     evaluate,
     export,
-    generate,
     hub,
     listing,
     pack,
@@ -64,7 +63,6 @@ compress.register(app)
 prune.register(app)
 recover.register(app)
 calibrate.register(app)
-generate.register(app)
 predict.register(app)
 evaluate.register(app)
 compare.register(app)

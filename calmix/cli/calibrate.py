@@ -17,7 +17,6 @@ from calmix.cli.common import (
     Length,
     Licence,
     Packing,
-    Select,
     Sources,
     TrustRemoteCode,
     note,
@@ -29,7 +28,6 @@ from calmix.cli.common import (
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
 from calmix.files import check_output_folder
-from calmix.sources import load_sources
 
 Spec = Annotated[
     str,
@@ -37,7 +35,7 @@ Spec = Annotated[
         metavar="SPEC",
         show_default=False,
         help="NAME, a:0.5,b:0.5, uniform:a,b,c or a .yaml file; a NAME is a source (calmix "
-        "sources ls), a file, a folder or a hub id. Or igsp, self-cal or sgs (calmix generate).",
+        "sources ls), a file, a folder or a hub id. Or self-written, igsp, self-cal or sgs.",
     ),
 ]
 ForModel = Annotated[
@@ -45,10 +43,23 @@ ForModel = Annotated[
 ]
 
 
+WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("calibrate", rich_help_panel=TEXT)(calibrate)
     app.command("measure", rich_help_panel=TEXT)(measure)
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("generate", hidden=True, context_settings=anything)(generate)
+
+
+def generate() -> None:
+    """Say the verb's new name."""
+    raise InputError(
+        "calmix generate is now calmix calibrate, with settings behind the generator's name: "
+        "calmix calibrate self-written,temperature=0.8 --model MODEL -o FOLDER"
+    )
 
 
 def calibrate(
@@ -61,7 +72,6 @@ def calibrate(
     length: Length = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="Seed of the draw.")] = None,
     packing: Packing = None,
-    select: Select = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
     licence: Licence = None,
@@ -75,17 +85,16 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Draw a calibration set from sources and save it."""
-    from calmix.calibration import open_tokenizer, resolve
-    from calmix.calibration.resolving import ask
+    from calmix.calibration import ask, open_tokenizer, resolve
     from calmix.models import check_models, open_model
 
     how: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     draw: dict[str, Any] = {
-        "rows": rows, "length": length, "seed": seed, "packing": packing, "select": select,
+        "rows": rows, "length": length, "seed": seed, "packing": packing,
         "leakage": leakage, "leakage_tokens": leakage_tokens, "licence": licence,
-        "own": load_sources(sources) if sources is not None else None,
+        "sources": sources,
     }  # fmt: skip
     asked = ask(spec, **draw)
     if asked.saved is not None:
@@ -120,10 +129,13 @@ def calibrate(
                 "sha256": made.sha256,
                 "leakage": "off" if dropped is None else {"dropped": dropped},
             }
+            | {key: made.manifest[key] for key in WRITTEN if key in made.manifest}
         )
         return
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     out.print(f"{output}: {made.rows} rows of {made.length} tokens ({shares})", soft_wrap=True)
+    if "generated" in made.manifest:
+        _print_written(made.manifest)
     if dropped is None:
         out.print("not checked for leakage")
     else:
@@ -133,6 +145,18 @@ def calibrate(
             f"share {guard['tokens']} tokens in a row with an item of suite {guard['suite']}",
             soft_wrap=True,
         )
+
+
+def _print_written(manifest: dict[str, Any]) -> None:
+    perplexities = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
+    out.print(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {perplexities}",
+              soft_wrap=True, highlight=False)  # fmt: skip
+    if looping := manifest["pieces"]["looping"]:
+        out.print(
+            f"{looping} texts repeat more than {manifest['settings']['repeats']:.0%} of their "
+            "4-grams: the model wrote none better, try a higher temperature",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def _dropped(manifest: dict[str, Any]) -> dict[str, int] | None:
@@ -176,8 +200,8 @@ def measure(
 ) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
-    from calmix.information.measuring import check_request, check_result_file, table
-    from calmix.information.measuring import measure as run
+    from calmix.calibration.measuring import check_request, check_result_file, table
+    from calmix.calibration.measuring import measure as run
     from calmix.models import check_models, open_model
     from calmix.sources import offline_sources
 
@@ -186,7 +210,7 @@ def measure(
         "rows": rows, "length": length, "draws": draws, "seed": seed,
         "packing": "concat" if packing is None else packing, "reference": reference,
         "perplexity": perplexity,
-        "own": load_sources(sources) if sources is not None else None,
+        "sources": sources,
     }  # fmt: skip
     files = check_request(names, **asked)
     how: dict[str, Any] = {
@@ -217,10 +241,9 @@ def measure(
     print_rows(
         table(measurement),
         as_json=False,
-        least=[] if len(measurement.results) <= 4 else None,
+        least=[] if len(names) <= 4 else None,
         title=f"{budget['tokens']} tokens a draw ({rows} x {length}), {draws} draws from seed "
         f"{seed}; mean ± half of the 95 % interval",
     )
-    for result in measurement.results:
-        if result.note:
-            out.print(f"{result.name}: {result.note}", soft_wrap=True)
+    for name, told in measurement.notes.items():
+        out.print(f"{name}: {told}", soft_wrap=True)

@@ -84,13 +84,6 @@ Packing = Annotated[
     str | None,
     typer.Option(show_default="concat", help="concat (documents joined) or window (as C4)."),
 ]
-Select = Annotated[
-    str | None,
-    typer.Option(
-        show_default="random",
-        help="random, zipcal (most distinct tokens) or igsp (runs the model).",
-    ),
-]
 Leakage = Annotated[
     str | None,
     typer.Option(

@@ -65,7 +65,7 @@ def export(
 
     A set becomes a .jsonl file (text), or a folder for datasets.load_from_disk (ids and text).
     """
-    from calmix.calibration.set import is_saved_set
+    from calmix.calibration import is_saved_set
 
     of_a_set = is_saved_set(user_path(what))
     idle = {"--to": to, "--weights": weights} if of_a_set else {"--model": model}
@@ -106,7 +106,7 @@ def _export_set(
     folder: Path, model: str, output: Path, overwrite: bool, trust_remote_code: bool, as_json: bool
 ) -> None:
     from calmix.calibration import CalibrationSet, open_tokenizer
-    from calmix.calibration.export import export_datasets, export_jsonl
+    from calmix.calibration.dataset import export_datasets, export_jsonl
     from calmix.models import check_models
 
     text = output.suffix.lower() == ".jsonl"

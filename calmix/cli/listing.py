@@ -127,7 +127,7 @@ def sources_ls(
             "dimension": source.dimension,
             "use": source.use,
             "licence": source.licence if as_json else short(source.licence),
-            "available": source.availability,
+            "available": source.reader.availability,
         }
         | (_more(source) if as_json else {})
         for source in known.values()
@@ -140,8 +140,8 @@ def _more(source: Source) -> dict[str, str]:
     return {
         "kind": source.kind,
         "size": source.size,
-        "from": source.origin,
-        "version": source.version,
+        "from": source.reader.origin,
+        "version": source.reader.version,
         "description": source.description,
     }
 
@@ -164,13 +164,13 @@ def sources_show(
         {"id": document.id, "characters": len(document.text), "text": document.text[:characters]}
         for document in itertools.islice(source.documents(), documents)
     ]
-    entry = source.model_dump(mode="json") | {"use": source.use}
+    version, entry = source.reader.version, source.model_dump(mode="json") | {"use": source.use}
     if as_json:
-        print_json({"source": entry, "version": source.version, "documents": shown})
+        print_json({"source": entry, "version": version, "documents": shown})
         return
     out.print(f"{source.name}: {source.description}", soft_wrap=True, highlight=False)
     out.print(
-        f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {source.version}",
+        f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}",
         soft_wrap=True,
         highlight=False,
     )

@@ -28,7 +28,6 @@ from calmix.cli.common import (
 from calmix.cli.study_report import parse_weights
 from calmix.cli.tables import print_rows
 from calmix.errors import InputError
-from calmix.sources import load_sources
 from calmix.specs import METHOD
 
 
@@ -44,7 +43,7 @@ def predict_command(
         typer.Argument(
             metavar="SPEC...",
             show_default=False,
-            help="Calibration sets, as for calmix prune: sources, mixes, files, saved sets, igsp.",
+            help="Calibration sets, as for calmix prune: sources, mixes, files, self-written.",
         ),
     ],
     method: Annotated[
@@ -111,7 +110,7 @@ def predict_command(
         "rows": ROWS if rows is None else rows,
         "length": LENGTH if length is None else length,
         "every": EVERY if every is None else every,
-        "own": load_sources(sources) if sources is not None else None,
+        "sources": sources,
         "seed": seed,
         "leakage": leakage,
         "leakage_tokens": leakage_tokens,

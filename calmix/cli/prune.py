@@ -26,7 +26,6 @@ from calmix.cli.common import (
     Packing,
     Resume,
     Rows,
-    Select,
     Sources,
     TrustRemoteCode,
     err,
@@ -150,9 +149,8 @@ def prune_command(
         typer.Option(
             show_default=False,
             help="NAME, a:0.5,b:0.5, uniform:a,b,c, a .yaml file or a saved calibration set; a "
-            "NAME is a source (calmix sources ls), a file, a folder or a hub id; igsp, self-cal "
-            "and sgs let the model write the text (igsp,temperature=0.8: calmix generate's "
-            "options).",
+            "NAME is a source (calmix sources ls), a file, a folder or a hub id; self-written "
+            "(or self-written,temperature=0.8) is text the model writes.",
         ),
     ] = None,
     rows: Rows = None,
@@ -161,7 +159,6 @@ def prune_command(
         int | None, typer.Option(show_default="0", help="Seed of the calibration draw.")
     ] = None,
     packing: Packing = None,
-    select: Select = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
     licence: Licence = None,
@@ -260,11 +257,10 @@ def prune_command(
         "length": length,
         "seed": seed,
         "packing": packing,
-        "select": select,
         "leakage": leakage,
         "leakage_tokens": leakage_tokens,
         "licence": licence,
-        "own": load_sources(sources) if sources is not None else None,
+        "sources": None if sources is None else load_sources(sources),
         "propagation": propagation,
         "allocation": allocation,
         "experts": experts,

@@ -21,7 +21,6 @@ from calmix.cli.common import (
     Packing,
     Resume,
     Rows,
-    Select,
     Sources,
     TrustRemoteCode,
     note,
@@ -65,7 +64,7 @@ def recover_command(
         str,
         typer.Option(
             show_default=False,
-            help="What to train on, as for calmix prune: a saved set, a source, a mix, igsp.",
+            help="What to train on: a saved set, a source, a mix, self-written.",
         ),
     ],
     output: Annotated[
@@ -100,7 +99,6 @@ def recover_command(
         ),
     ] = None,
     packing: Packing = None,
-    select: Select = None,
     leakage: Leakage = None,
     leakage_tokens: LeakageTokens = None,
     licence: Licence = None,
@@ -134,11 +132,10 @@ def recover_command(
         length=length,
         seed=seed,
         packing=packing,
-        select=select,
         leakage=leakage,
         leakage_tokens=leakage_tokens,
         licence=licence,
-        own=load_sources(sources) if sources is not None else None,
+        sources=None if sources is None else load_sources(sources),
     )
     from calmix.pruning.budget import parse_memory
     from calmix.recovery import recover

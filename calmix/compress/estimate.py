@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calmix.calibration.resolving import ask
+from calmix.calibration import ask
 from calmix.capability.answers import EACH, TOKENS
 from calmix.capability.evaluate import choose
 from calmix.capability.texts import LENGTH as TEXT_LENGTH
@@ -63,12 +63,12 @@ def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine
     found = []
     for stage in listed:
         verb, seconds, memory, disk = stage.arguments[0], 0.0, weights, 0.0
-        if verb in ("calibrate", "generate"):
+        if verb == "calibrate":
             disk = 8.0 * rows * length
-            if verb == "calibrate":
+            if not asked.generated:
                 memory = 0.0
             else:
-                made = cost.set_seconds(sizes, rows, length, "igsp", machine)
+                made = cost.set_seconds(sizes, rows, length, "self-written", machine)
                 seconds = made["generate"]
         elif verb == "prune":
             seconds = sum(cost.prune_seconds(sizes, rows, length, METHOD, None, machine).values())
@@ -119,7 +119,8 @@ def estimate_prune(
     sizes = sizes_of_model(name, Model(name=name, dtype=dtype))
     machine = probe(sizes, device)
     if drawn is not None:
-        rows, length, writer = drawn.rows, drawn.length, drawn.spec.generate or ""
+        rows, length = drawn.draw.rows, drawn.draw.length
+        writer = drawn.spec.generate or ""
         seconds = cost.set_seconds(sizes, rows, length, writer, machine).get("generate", 0.0)
     if seconds:
         memory = sizes.weights * sizes.value_bytes + PROGRAM
@@ -175,7 +176,7 @@ def _drawn(asked: Request) -> tuple[int, int]:
     """Return rows and length of the calibration set."""
     if asked.saved:
         held = ask(asked.calibration)
-        return held.rows, held.length
+        return held.draw.rows, held.draw.length
     return EFFORTS[asked.effort].rows, asked.length
 
 

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis.recommend import check_weights
-from calmix.calibration.mix import Mix
-from calmix.calibration.resolving import ask, parse_spec
-from calmix.calibration.set import is_saved_set
-from calmix.calibration.tokenizer import open_tokenizer
+from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_spec
 from calmix.capability.evaluate import check_code, choose
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_file, user_path
@@ -72,7 +69,7 @@ class Request:
     Attributes:
         model: as the user named it; `sha256` of its files.
         sparsity, pattern: one of them.
-        calibration: as `calmix calibrate` takes it, `igsp`, or the folder of a saved set.
+        calibration: as `calmix calibrate` takes it, `self-written`, or the folder of a saved set.
         length: tokens of a row.
         suite: what is scored, and what the calibration set must not hold.
         prompts: a file of the user's, or None for the suite's; `prompts_sha256` of its bytes.
@@ -98,7 +95,7 @@ class Request:
     @property
     def generated(self) -> bool:
         """Whether the model writes the calibration text."""
-        return self.calibration == "igsp"
+        return self.calibration == "self-written"
 
     @property
     def saved(self) -> bool:
@@ -179,7 +176,7 @@ def request(
     if saved and keep is not None:
         raise InputError(f"--keep has no effect: {calibration} is drawn already")
     mix = MIX if licence is None else PERMISSIVE
-    text = "igsp" if no_corpus else str(Mix(mix)) if calibration is None else calibration
+    text = "self-written" if no_corpus else str(Mix(mix)) if calibration is None else calibration
     if keep is not None:
         text = str(Mix(weighed(text, keep)))
     draw: dict[str, Any] = {"rows": EFFORTS[effort].rows, "leakage": suite, "seed": seed}
@@ -240,13 +237,13 @@ def stages(asked: Request, out: Path) -> list[Stage]:
     licence = () if asked.licence is None else ("--licence", asked.licence)
     found: list[Stage] = []
     if not asked.saved:
-        verb = ("generate",) if asked.generated else ("calibrate",)
         found.append(
             Stage(
                 "write the calibration set" if asked.generated else "draw the calibration set",
                 (
-                    *verb, asked.calibration, "--model", asked.model, "--rows", str(effort.rows),
-                    "--length", str(asked.length), "--seed", str(asked.seed),
+                    "calibrate", asked.calibration, "--model", asked.model,
+                    "--rows", str(effort.rows), "--length", str(asked.length),
+                    "--seed", str(asked.seed),
                     *_unless("--leakage", asked.suite, "offline"),
                     *licence, *(device if asked.generated else ()), *trust, "-o", held,
                 ),

@@ -36,17 +36,7 @@ Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tenso
 
 
 class NotStreamableError(Exception):
-    """The checkpoint's tensors are not the model's own: it must be opened as a whole.
-
-    Args:
-        name: of the first such tensor.
-        why: it is so.
-    """
-
-    def __init__(
-        self, name: str, why: str = "transformers converts its weights while it loads them"
-    ) -> None:
-        super().__init__(f"{why} (first {name})")
+    """The checkpoint's tensors are not the model's own: it must be opened as a whole."""
 
 
 class StreamedModel:
@@ -60,7 +50,6 @@ class StreamedModel:
         model: the modules. Weights are there for what is outside the blocks (until
             `drop_outside`), the output head excepted, and for blocks between `fetch` and `drop`.
         blocks: its decoder blocks.
-        config: what the folder says of the model, of which `model.config` may be the text's part.
         shards: the folder's files.
         names: name in the files of every parameter, by its name in the model, but for those that
             are merged from several or split.
@@ -89,8 +78,8 @@ class StreamedModel:
         chosen = _dtype(dtype)
         self.folder = resolve_model(name)
         self.shards = Shards(self.folder)
-        self.config = load_config(self.folder, name, trust_remote_code)
-        self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
+        config = load_config(self.folder, name, trust_remote_code)
+        self.model = _skeleton(config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         places = self.shards.places
@@ -102,8 +91,6 @@ class StreamedModel:
         self.names = {name: part.stored[0] for name, part in self._parts.items() if part.whole}
         for name in own:
             if name not in self._parts and name not in tied:
-                if name in self.model.all_tied_weights_keys:
-                    raise NotStreamableError(name, "its blocks share weights")
                 raise NotStreamableError(name)
         kept = self.model.state_dict().keys()
         buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
@@ -298,13 +285,11 @@ class StreamedModel:
 
     def save(self, writer: ShardWriter, folder: Path) -> None:
         """Make the folder of the written files one that loads: index and configuration."""
-        model, config = self.model, self.config
+        model = self.model
         writer.write_index()
-        if type(config) is type(model.config):
-            config.architectures = [type(model).__name__]
-        for part in (config, config.get_text_config(decoder=True)):
-            part.dtype = str(self.dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(self.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
 

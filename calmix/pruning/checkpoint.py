@@ -18,9 +18,14 @@ from typing import Any
 
 import torch
 
-from calmix.calibration import CalibrationSet, open_tokenizer, resolve
-from calmix.calibration.resolving import Asked, ask
-from calmix.calibration.tokenizer import OpenTokenizer
+from calmix.calibration import (
+    Asked,
+    CalibrationSet,
+    OpenTokenizer,
+    ask,
+    open_tokenizer,
+    resolve,
+)
 from calmix.errors import (
     CalmixError,
     DeviceMemoryError,
@@ -238,7 +243,7 @@ def _undrawn(jobs: Sequence[Job]) -> torch.Tensor | None:
     if (request := _calibrated(job.request for job in jobs)) is None:
         return None
     asked = ask(str(request.calibration), **request.draw)
-    return torch.empty(asked.rows, asked.length, dtype=torch.int64, device="meta")
+    return torch.empty(asked.draw.rows, asked.draw.length, dtype=torch.int64, device="meta")
 
 
 def planned(
@@ -314,7 +319,8 @@ def _open(
     except NotStreamableError as error:
         if max_memory is not None:
             raise InputError(
-                f"{name} cannot be pruned block by block, because {error}: leave out --max-memory"
+                f"{name} cannot be pruned block by block, because its files are not what its "
+                f"modules hold (first {error}): leave out --max-memory"
             ) from error
         return WholeModel(name, **how)
 
@@ -373,7 +379,9 @@ def _dropped(
             device=str(source.device), trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
     except NotStreamableError as error:
-        raise ModelError(f"--drop-experts does not work with this architecture: {error}") from error
+        raise ModelError(
+            f"--drop-experts does not work with this architecture: {error} is of another size"
+        ) from error
     source.close()
     made.name, made.folder = source.name, source.folder
     made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)

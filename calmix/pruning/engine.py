@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from calmix.errors import DeviceMemoryError, InputError, ModelError, SolverError, nearest
 from calmix.machine import give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
-from calmix.models.opening import check_ids as check_vocabulary
 from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
@@ -133,11 +132,7 @@ def prune(
                 layer.assign(weight)
         return not done
 
-    count = length = 1
-    if chosen.needs is not None:
-        count, length = (ids := check_ids(ids, chosen.name)).shape
-        embeddings: Any = model.get_input_embeddings  # a method of transformers' models
-        check_vocabulary(type(model).__name__, embeddings(), ids)
+    count, length = (1, 1) if chosen.needs is None else check_ids(ids, chosen.name).shape
     rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
     return with_room(act, min(rows, count), device, undone)
 

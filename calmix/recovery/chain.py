@@ -95,7 +95,7 @@ def prune_and_recover(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if asked is not None:
-        split_rows([""] * asked.rows, recovery.batch, 0)  # whether there are enough
+        split_rows([""] * asked.draw.rows, recovery.batch, 0)  # whether there are enough
     say = note or (lambda line: None)
     source = streamed(name, dtype, device, trust_remote_code)
     try:

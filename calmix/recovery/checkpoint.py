@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from calmix.calibration import CalibrationSet, OpenTokenizer, open_tokenizer, resolve
-from calmix.calibration.resolving import ask
+from calmix.calibration import CalibrationSet, OpenTokenizer, ask, open_tokenizer, resolve
 from calmix.errors import CalmixError, DiskError, ModelError
 from calmix.files import check_output_folder
 from calmix.models import open_model
@@ -81,7 +80,7 @@ def recover(
         inputs: list[object] = [pruned, against, request.calibration]
         if drawn is None and not resume:  # else what it was drawn from may be gone
             made_of = ask(request.calibration, **request.draw)
-            split_rows([""] * made_of.rows, request.batch, 0)  # whether there are enough
+            split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
             inputs += made_of.files
         check_output_folder(job.output, inputs=inputs, overwrite=overwrite or finished)
 
@@ -161,7 +160,7 @@ def _calibration(
             job.work.keep_calibration(kept)
         return kept
     asked = ask(request.calibration, context=tokenizer.context, **request.draw)
-    check_room(job, asked.rows * asked.length)
+    check_room(job, asked.draw.rows * asked.draw.length)
     name = job.pair.dense.name
     opened = open_model(name, device=str(job.device), **job.how) if asked.runs_model else tokenizer
     made = resolve(request.calibration, opened, writing=writing, note=job.say, **request.draw)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calmix.calibration.tokenizer import OpenTokenizer
+from calmix.calibration import OpenTokenizer
 from calmix.capability.likelihood import behind
 from calmix.errors import InputError
 from calmix.models.blocks import EXPERTS

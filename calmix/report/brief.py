@@ -21,7 +21,7 @@ from calmix.study.results import StudyResults
 
 MOST = 5  # figures
 NEAR = 0.005  # of the most that is left, which text of any size keeps: half a point
-WRITTEN = ("igsp", "self-cal", "sgs")
+WRITTEN = ("self-written", "igsp", "self-cal", "sgs")
 MIXED, WROTE, BEST, MEAN, WORST = (
     "a mix of sources", "text the model wrote", "the best single source",
     "an average source", "the worst source",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.calibration import CalibrationSet, is_saved_set
 from calmix.capability.answers import Answered, load_answers
 from calmix.capability.distance import Flips, flips
 from calmix.capability.retention import Retention

@@ -26,6 +26,7 @@ STRATEGY_COLOURS = {
     "self-cal": "#5b8def",
     "sgs": "#3aa6a0",
     "igsp": "#7e57c2",
+    "self-written": "#9c4f96",
     "none": "#9c9080",
 }
 VARIABLES = {

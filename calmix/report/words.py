@@ -16,6 +16,7 @@ STRATEGIES = {
     "self-cal": "Self-Cal",
     "sgs": "SGS",
     "igsp": "IGSP",
+    "self-written": "self-written",
     "none": "no calibration",
 }
 MEASURES = {

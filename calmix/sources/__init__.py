@@ -7,6 +7,7 @@ from calmix.sources.registry import (
     get_source,
     load_sources,
     offline_sources,
+    own_sources,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "get_source",
     "load_sources",
     "offline_sources",
+    "own_sources",
 ]

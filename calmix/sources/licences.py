@@ -4,7 +4,7 @@ permissive       any use, with attribution at most
 share-alike      any use; what is derived may have to carry the same licence
 non-commercial   research or other non-commercial use only
 unstated         the publisher states none, or one that is not known here
-own              the user's own text: whether it may be used is the user's to know
+own              the user's own text
 """
 
 from __future__ import annotations
@@ -25,37 +25,29 @@ _FREE = re.compile(
     r"|CC BY(-?\s?[1-4]\.[05])?|public domain|permissive)(?![\w-])",
     re.IGNORECASE,
 )
-_BRACKETS = re.compile(r"\s*\([^()]*\)")
 
 
 def use_of(licence: str) -> Use:
-    """Return what the licence line of a source, model or task lets one do.
-
-    Of several licences the strictest counts; what stands in brackets is whose they are.
-    """
+    """Return what the licence line of a source, model or task lets one do: the strictest counts."""
     if licence == OWN:
         return "own"
     named = short(licence)
     if _RESTRICTED.search(named):
         return "non-commercial"
-    parts = [part.strip() for part in re.split(r"[,;]|\band\b", named) if part.strip()]
     if _ALIKE.search(named):
         return "share-alike"
-    parts = [part for part in parts if not part.startswith("through ")]  # who handed it on
+    parts = [part.strip() for part in re.split(r"[,;]|\band\b", named)]
+    parts = [part for part in parts if part and not part.startswith("through ")]
     return "permissive" if parts and all(map(_FREE.search, parts)) else "unstated"
 
 
 def short(licence: str) -> str:
     """Return a licence line without what stands in brackets: whose it is."""
-    return _BRACKETS.sub("", licence)
+    return re.sub(r"\s*\([^()]*\)", "", licence)
 
 
 def check_licence(wanted: str | None) -> None:
-    """Refuse an unknown wish for licences.
-
-    Raises:
-        InputError: it is not `permissive`.
-    """
+    """Raise InputError for another wish than `permissive`."""
     if wanted is not None and wanted not in get_args(Licence):
         raise InputError(f"unknown licence '{wanted}': {nearest(wanted, get_args(Licence))}")
 
@@ -66,11 +58,7 @@ def allowed(licence: str, wanted: str | None) -> bool:
 
 
 def refuse(name: str, licence: str, wanted: str | None) -> None:
-    """Refuse a source that was named outright and is not allowed.
-
-    Raises:
-        InputError: its licence is not what is asked for.
-    """
+    """Raise InputError for a source that was named outright and is not allowed."""
     if not allowed(licence, wanted):
         raise InputError(
             f"source {name} is {use_of(licence)} ({licence}), not {wanted}: name another, or leave "

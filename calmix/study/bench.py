@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calmix.calibration import CalibrationSet, resolve
+from calmix.calibration.measuring import distortion, measure_set
 from calmix.capability.distance import Reference, distance, reference
 from calmix.capability.evaluate import SCORER, evaluate
 from calmix.capability.retention import Estimate, Retention
@@ -23,7 +24,6 @@ from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.capability.texts import Texts, builtin_readers, texts
 from calmix.errors import InputError
 from calmix.files import hidden, sha256_json, write_json
-from calmix.information.measuring import distortion, measure_set
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning import PruneReport, allocate, prune
@@ -326,7 +326,7 @@ class Bench:
     def _make_set(self, planned: Planned, opened: OpenModel, folder: Path, stage: Stage) -> None:
         assert planned.draw is not None
         made = resolve(
-            planned.draw.text, opened, own=self.study.own, writing=stage, **planned.draw.options
+            planned.draw.text, opened, sources=self.study.own, writing=stage, **planned.draw.options
         )
         values = measure_set(made, opened, perplexity=False)
         folder.parent.mkdir(parents=True, exist_ok=True)

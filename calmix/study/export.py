@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration import CalibrationSet, text_metrics
 from calmix.capability.scores import load_scores
 from calmix.errors import InputError
 from calmix.files import (
@@ -19,7 +19,6 @@ from calmix.files import (
     write_json,
     write_text,
 )
-from calmix.information import metrics
 from calmix.study.items import read_items, write_items
 from calmix.study.results import Scores, StudyResults, Trial
 from calmix.study.store import Store, is_store, open_store
@@ -237,11 +236,11 @@ def _compared(store: Store, sets: dict[str | None, Trial]) -> dict[str, dict[str
             continue
         ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
         pool = [ids[name] for name in singles.values()]
-        for n in metrics.ORDERS:
-            shares = metrics.coverage(list(ids.values()), n, pool)
+        for n in text_metrics.ORDERS:
+            shares = text_metrics.coverage(list(ids.values()), n, pool)
             for name, share in zip(ids, shares, strict=True):
                 found.setdefault(name, {})[f"coverage_{n}"] = share
         for name, trial in members.items():
             others = [ids[o] for label, o in singles.items() if label != trial.calibration]
-            found[name]["mismatch"] = metrics.mismatch(ids[name], others)
+            found[name]["mismatch"] = text_metrics.mismatch(ids[name], others)
     return found

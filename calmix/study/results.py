@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from calmix.capability.records import TaskScores
 
 Scores = tuple[TaskScores, ...]
-Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "none"]
+Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 
 
 class _Record(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,10 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.calibration.packing import PACKINGS
-from calmix.calibration.resolving import ask, parse_spec
-from calmix.calibration.select import Selection
-from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.calibration import CalibrationSet, ask, is_saved_set, parse_spec
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
@@ -91,8 +88,7 @@ class _Draw(_Strict):
 
     rows: Count | None = None
     length: Count | None = None
-    packing: str | None = None
-    select: str | None = None
+    packing: Literal["concat", "window"] | None = None
     leakage: str | None = None
     leakage_tokens: Annotated[int, Field(ge=2, strict=True)] | None = None
     licence: Licence | None = None
@@ -101,16 +97,6 @@ class _Draw(_Strict):
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false
-
-    @field_validator("packing")
-    @classmethod
-    def _packing(cls, value: str | None) -> str | None:
-        return _one_of("packing", value, PACKINGS)
-
-    @field_validator("select")
-    @classmethod
-    def _select(cls, value: str | None) -> str | None:
-        return _one_of("selection", value, get_args(Selection))
 
     def given(self, *keys: str) -> dict[str, Any]:
         """Return the options that were given, of `keys` or of all of a draw's."""
@@ -296,7 +282,7 @@ class Study:
         found: list[object] = [self.path, *(model.name for model in self.models.values())]
         found += [self.path.parent / user_path(name) for name in self.allocations]
         for entry in self.calibrations.values():
-            found += ask(entry.written, own=self.own, **entry.given()).files
+            found += ask(entry.written, sources=self.own, **entry.given()).files
         return found
 
     @property
@@ -421,7 +407,7 @@ def strategy_of(calibration: Calibration, own: Mapping[str, Source]) -> Strategy
         spec = parse_spec(calibration.written, own)
         method, names = spec.generate, list(spec.mix.weights)
     if method is not None:
-        return method
+        return cast(Strategy, method)
     return "mix" if len(names) > 1 else "single"
 
 
@@ -531,7 +517,7 @@ def _calibration_problem(
 ) -> str | None:
     options = {"licence": licence, **calibration.given()}
     try:
-        ask(calibration.written, own=own, **options)
+        ask(calibration.written, sources=own, **options)
     except CalmixError as error:
         return str(error)
     return None

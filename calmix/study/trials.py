@@ -13,12 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration.leakage import TOKENS
-from calmix.calibration.resolving import SUITE, Spec, parse_spec
-from calmix.calibration.selfgen.making import settings
-from calmix.calibration.selfgen.openers import load_openers
+from calmix.calibration import CalibrationSet, is_saved_set, parse_spec
 from calmix.calibration.selfgen.writing import VERSION
-from calmix.calibration.set import CalibrationSet, is_saved_set
+from calmix.calibration.spec import Spec
 from calmix.capability.evaluate import SCORER
 from calmix.capability.suites import benchmark_of, load_suite
 from calmix.errors import InputError
@@ -26,6 +23,7 @@ from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
+from calmix.options import DrawOptions
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
@@ -256,7 +254,7 @@ def draw_of(study: Study, entry: Calibration, grid: Grid, seed: int) -> Draw:
     spec = parse_spec(text, study.own, entry.licence or study.file.licence)
     options = {**study.file.given(), **sizes, **entry.given(), "seed": seed}
     if spec.generate is not None:
-        options = {key: options[key] for key in options if key not in ("packing", "select")}
+        options = {key: options[key] for key in options if key != "packing"}
     rows = options.get("rows", spec.fixed.get("rows", ROWS))
     length = options.get("length", spec.fixed.get("length", LENGTH))
     return Draw(text, options, rows, length, seed)
@@ -331,9 +329,13 @@ class Resolver:
             return {"saved": CalibrationSet.open(path).manifest["sha256"], **draw.options}
         size = {"rows": draw.rows, "length": draw.length, "seed": draw.seed}
         spec = parse_spec(draw.text, self.study.own, draw.options.get("licence"))
-        options: dict[str, Any] = {"leakage": SUITE, "leakage_tokens": TOKENS}
-        if spec.generate is None:
-            options |= {"packing": "concat", "select": "random"}
+        asked = DrawOptions()
+        options: dict[str, Any] = {
+            "leakage": asked.leakage,
+            "leakage_tokens": asked.leakage_tokens,
+        }
+        if spec.generate is None:  # trials of before are known by "select"
+            options |= {"packing": asked.packing, "select": "random"}
         options |= {**spec.fixed, **draw.options, **size}
         if options["leakage"] == "off":
             del options["leakage_tokens"]
@@ -345,12 +347,10 @@ class Resolver:
         return {"mix": spec.mix.weights, "sources": sources, **options}
 
     def _generated(self, spec: Spec) -> dict[str, Any]:
-        assert spec.generate is not None
-        chosen = settings(spec.generate, spec.options.model_dump())
-        if chosen.get("repeats") == 1:
-            del chosen["repeats"]  # as trials of before there was a limit are known
-        if "openers" in chosen:
-            chosen["openers"] = load_openers(chosen["openers"]).sha256
+        assert spec.generator is not None
+        chosen = spec.generator.record()
+        if "prompts" in chosen:
+            del chosen["prompts"]  # known by its content, wherever it lies
         if "seeds" in chosen:
             chosen["seeds"] = {chosen["seeds"]: self._source(chosen["seeds"], spec.own)}
         return {"generated": spec.generate, "version": VERSION, "settings": chosen}
@@ -360,7 +360,7 @@ class Resolver:
         described = source.reader.model_dump(mode="json", exclude_defaults=True)
         if isinstance(source.reader, LocalFile):  # known by its content, wherever it lies
             described["path"] = self._content(source.reader.path.expanduser())
-        return {"reader": described, "version": source.version}
+        return {"reader": described, "version": source.reader.version}
 
     def _content(self, path: Path) -> str:
         if path not in self._files:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from calmix.calibration import CalibrationSet
-from calmix.calibration.set import MANIFEST as SET_MANIFEST
-from calmix.calibration.set import TENSORS, is_saved_set
+from calmix.calibration import CalibrationSet, is_saved_set
+from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
+from calmix.calibration.dataset import TENSORS
 from calmix.capability.answers import KIND as ANSWERS
 from calmix.capability.answers import load_answers
 from calmix.capability.scores import KIND as SCORES

@@ -14,13 +14,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from calmix.calibration import CalibrationSet, open_tokenizer
-from calmix.calibration.build import build
-from calmix.calibration.mix import Mix, make_mix
-from calmix.calibration.resolving import guard_of
-from calmix.calibration.selfgen.making import Options, generate
-from calmix.calibration.set import MANIFEST as SET_MANIFEST
-from calmix.calibration.set import TENSORS
+from calmix.calibration import CalibrationSet, Mix, build, make_mix, open_tokenizer
+from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
+from calmix.calibration.dataset import TENSORS
+from calmix.calibration.leakage import guard_of
+from calmix.calibration.selfgen.generators import generate
+from calmix.calibration.spec import read_generator
 from calmix.errors import InputError, disk_errors
 from calmix.files import check_output_folder, hidden, holds_result, parse_json, real_place
 from calmix.manifest import SEAL, seal_holds
@@ -61,11 +60,10 @@ class _Draw(_Kept):
     length: int | None = None
     seed: int | None = None
     packing: str | None = None
-    select: str | None = None
     leakage: str | None = None
     leakage_tokens: int | None = None
     licence: str | None = None
-    own: dict[str, dict[str, Any]] = {}
+    sources: dict[str, dict[str, Any]] = {}
 
 
 class _Request(_Kept):
@@ -136,11 +134,9 @@ class _Set(_Kept):
     tokenizer: str
     sha256: str
     generated: str | None = None
-    batch: int | None = None
     settings: dict[str, Any] = {}
     mix: dict[str, float] = {}
     packing: str = ""
-    select: str = ""
 
 
 SHAPES: dict[str, type[_Kept]] = {
@@ -352,7 +348,7 @@ def _calibrate(
     model, own = kept["model"], _own(kept["own"], path)
     asked = {key: kept[key] for key in ("rows", "length", "seed")}
     leakage = kept["leakage"]
-    suite, run = ("off", None) if leakage == "off" else (leakage["suite"], leakage["tokens"])
+    suite, run = ("off", 0) if leakage == "off" else (leakage["suite"], leakage["tokens"])
     if model.get("fingerprint") is not None:
         _check_model(model["name"], model["fingerprint"])
         opened: Any = open_model(
@@ -367,13 +363,13 @@ def _calibrate(
     if generated is None:
         make_mix(kept["mix"], str(path))  # refuses what is no mix, and would round the weights
         made = build(
-            Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"],
-            select=kept["select"], **asked,
+            Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"], **asked,
         )  # fmt: skip
     else:
+        told = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
         made = generate(
-            generated, opened, guard=guard, own=own, batch=kept.get("batch"),
-            writing=writing, note=note, **asked, **_settings(kept["settings"], path),
+            read_generator(generated, told, str(path)), opened, guard=guard, own=own,
+            writing=writing, note=note, **asked,
         )  # fmt: skip
     made.save(output)
     new = read_manifest(output / SET_MANIFEST)
@@ -393,8 +389,8 @@ def _asked(make: Callable[..., Request], record: Mapping[str, Any], path: Path) 
     """Return a request from its record, the draw's options among the others."""
     record = dict(record)
     draw = dict(record.pop("draw"))
-    if "own" in draw:
-        draw["own"] = _own(draw["own"], path)
+    if "sources" in draw:
+        draw["sources"] = _own(draw["sources"], path)
     try:
         return make(**record, **draw)
     except TypeError as error:  # an option there is none of
@@ -405,17 +401,6 @@ def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     """Return the user's own sources; relative paths are meant from where calmix is run."""
     entries = {n: {k: v for k, v in e.items() if k != "name"} for n, e in record.items()}
     return parse_sources(entries, Path.cwd() / path.name)
-
-
-def _settings(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return a method's settings as `generate` takes them, from those of a manifest."""
-    told = {key: value for key, value in record.items() if not key.endswith("_sha256")}
-    if told.get("openers") == "builtin":
-        del told["openers"]
-    try:
-        return Options.model_validate(told).model_dump(exclude_none=True)
-    except ValidationError as error:
-        raise InputError(f"{path}: settings: {first_problem(error)}") from error
 
 
 def _check_model(name: str, sha256: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from calmix import CalibrationSet
 from calmix.calibration import open_tokenizer
-from calmix.calibration.resolving import suite_items
-from calmix.calibration.selfgen.openers import start_token
+from calmix.calibration.leakage import suite_items
+from calmix.calibration.selfgen.prompts import start_token
 
 pytestmark = pytest.mark.real
 

@@ -198,7 +198,7 @@ def test_the_builtin_mixes_are_what_they_are_said_to_be() -> None:
         weights = Counter[str]()
         for name, weight in mix.items():
             weights[known[name].dimension] += weight
-            assert known[name].origin != "hub"
+            assert known[name].reader.origin != "hub"
             assert known[name].reader.type != "reasoning-gym"  # an extra
         assert set(weights.values()) == {2.0}
         assert list(weights) == ["general", "commonsense", "code", "math"]
@@ -219,7 +219,7 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
     written = stages(
         request(str(tiny_folder), pattern="2:4", no_corpus=True, trust_remote_code=True), Path("o")
     )
-    assert written[0].arguments[:2] == ("generate", "igsp")
+    assert written[0].arguments[:2] == ("calibrate", "self-written")
     assert all("--trust-remote-code" in stage.arguments for stage in written[:-1])
     assert {"--pattern", "2:4"} <= set(written[1].arguments)
 

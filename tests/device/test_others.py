@@ -12,8 +12,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
-from calmix.calibration.selfgen.sampling import Sampling
-from calmix.calibration.selfgen.writing import Request, _Sampler
+from calmix.calibration.selfgen.writing import Request, Sampler
 from calmix.capability.distance import _compare
 from calmix.capability.likelihood import Head, decoder_and_head, row_nll
 from calmix.capability.packing import Row, Target
@@ -171,14 +170,11 @@ def test_scores_are_read_once_a_batch():
     assert traced.copies == {("cpu", "cuda"): 2, ("cuda", "cpu"): 2}
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2, start_temperature=2, ramp=3)],
-)
-def test_a_step_of_writing_reads_once(sampling):
-    request = Request([[[3, 4]], [[5]]], 6, sampling, seed=0)
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_a_step_of_writing_reads_once(cut):
+    request = Request([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
     with tracing(None) as traced:
-        sampler = _Sampler(request, 0, [2], CUDA, None)
+        sampler = Sampler(request, 0, [2], CUDA, None)
         ids = torch.ones(2, 1, dtype=torch.int64, device=CUDA)
         for _ in range(3):
             traced.reads.clear()
@@ -191,9 +187,9 @@ def test_a_step_of_writing_reads_once(sampling):
 
 
 def test_where_float64_is_not_known_tokens_are_drawn_on_the_cpu():
-    request = Request([[[3]]], 4, Sampling(), seed=0)
+    request = Request([[[3]]], 4, [1.0], seed=0)
     with tracing(None):
-        sampler = _Sampler(request, 0, [2], torch.device("mps"), None)
+        sampler = Sampler(request, 0, [2], torch.device("mps"), None)
         ids = torch.ones(1, 1, dtype=torch.int64, device="mps")
         left = sampler(ids, torch.randn(1, VOCABULARY, device="mps"))
     assert left.device.type == "mps"

@@ -112,7 +112,7 @@ def verbs(files: Path) -> dict[str, Verb]:
         "recover distill": kept("recover", *recovered, "--epochs", 1),
         "recover blocks": kept("recover", *recovered, "--method", "blocks", "--epochs", 1),
         "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=False),
-        "generate": kept("generate", "self-cal", "-m", model, *SMALL, resume=False),
+        "generate": kept("calibrate", "self-cal", "-m", model, *SMALL, resume=False),
         "evaluate": Verb(
             lambda at: ("evaluate", files / "model", "--suite", files / "suite.yaml", "-o",
                         at / "out.json"), _scores,

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from calmix.calibration import CalibrationSet, open_tokenizer, parse_spec
-from calmix.calibration.build import tokenizer_function
-from calmix.calibration.selfgen.openers import load_openers, tokenised
-from calmix.calibration.tokenizer import OpenTokenizer
+from calmix.calibration.selfgen.prompts import beginnings, load_prompts
+from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.capability.scores import CapabilityScores, load_dense, load_scores
 from calmix.capability.suites import load_suite
 from calmix.errors import InputError
@@ -74,7 +73,7 @@ rows: 16
 length: 128
 seed: 3
 packing: window
-select: zipcal
+packing: window
 leakage: off
 licence: permissive
 sources:
@@ -112,8 +111,8 @@ def make(folder: Path) -> None:
     (folder / "mix.yaml").write_text(MIX)
     suite = resources.files("calmix.capability").joinpath("suites/smoke.yaml")
     (folder / "suite.yaml").write_text(suite.read_text(encoding="utf-8"))
-    openers = resources.files("calmix.calibration.selfgen").joinpath("openers.yaml")
-    (folder / "openers.yaml").write_text(openers.read_text(encoding="utf-8"))
+    prompts = resources.files("calmix.calibration.selfgen").joinpath("prompts.yaml")
+    (folder / "prompts.yaml").write_text(prompts.read_text(encoding="utf-8"))
     _set(folder)
     _checkpoints(folder)
     results = synthetic.study(
@@ -144,7 +143,7 @@ def _set(folder: Path) -> None:
     source = {"licence": "MIT", "sha256": "0" * 64, "spans": [[0, 0]], "lengths": [24]}
     manifest = {
         "kind": "calibration set", "model": {"name": str(folder / "model")}, "seed": 0,
-        "mix": {str(folder / "text.txt"): 1.0}, "packing": "concat", "select": "random",
+        "mix": {str(folder / "text.txt"): 1.0}, "packing": "concat",
         "leakage": "off", "own": {}, "tokenizer": tokenizer, "sources": {"mine": source},
     }  # fmt: skip
     CalibrationSet(ids, ("mine",) * 3, manifest).save(folder / "set")
@@ -247,7 +246,7 @@ def _suite(folder: Path) -> None:
 def _sources(folder: Path) -> None:
     for name, source in load_sources(folder / "sources.yaml").items():
         assert get_source(name, {name: source}) is source
-        assert isinstance(source.availability, str)
+        assert isinstance(source.reader.availability, str)
         if isinstance(source.reader, LocalFile):
             list(source.documents())
 
@@ -334,8 +333,8 @@ KINDS = {
     "suite": Kind("suite.yaml", "yaml", _suite),
     "sources": Kind("sources.yaml", "yaml", _sources),
     "mix": Kind("mix.yaml", "yaml", _mix),
-    "openers": Kind(
-        "openers.yaml", "yaml", lambda f: tokenised(load_openers(f / "openers.yaml"), _TINY)
+    "prompts": Kind(
+        "prompts.yaml", "yaml", lambda f: beginnings(load_prompts(f / "prompts.yaml"), _TINY, "")
     ),
     "text": Kind("text.txt", "binary", _text("text.txt")),
     "jsonl": Kind("rows.jsonl", "jsonl", _text("rows.jsonl")),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from calmix import assets
 from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
-from calmix.models.opening import context_of, tokenizer_fingerprint
+from calmix.models.opening import tokenizer_fingerprint
 from calmix.models.shards import Shards
 from calmix.precision import fast_half_precision
 from tests.tiny import save_tiny_model, tiny_model
@@ -180,10 +180,6 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path, monkeypatc
     killed_halfway(tmp_path / "cache" / "models" / f"gguf-{key[:16]}")
     rejected(fake, "cannot open")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
-
-
-def test_a_context_without_end_is_none():
-    assert context_of(AutoConfig.for_model("xlnet")) is None  # its configuration says -1
 
 
 def test_a_folder_without_tokenizer(tmp_path):

@@ -402,7 +402,7 @@ def mistakes(place, tmp_path):
         ((half, *against, "--calibration", place / "small"), "5 rows is too small"),
         ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
         ((half, *against, "--calibration", "encyclopedia", "--licence", "permissive"), "licence"),
-        ((half, *against, *data, "--licence", "free"), "unknown licence 'free'"),
+        ((half, *against, *data, "--licence", "free"), "--licence free: must be 'permissive'"),
         ((half, *against, *data, "--method", "distil"), "did you mean distill"),
         ((half, *against, *data, "--epochs", 0), "--epochs 0 is not positive"),
         ((half, *against, *data, "--epochs", 1001), "--epochs 1001 is more than 1000"),

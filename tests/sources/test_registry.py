@@ -56,7 +56,7 @@ def test_an_own_file_of_sources(tmp_path):
     own = load_sources(file)
     assert [d.text for d in own["notes"].documents()] == ["hello"]
     assert get_source("notes", own) is own["notes"]
-    assert own["web"].origin == "hub"
+    assert own["web"].reader.origin == "hub"
 
 
 @pytest.mark.parametrize(

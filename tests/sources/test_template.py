@@ -3,7 +3,7 @@
 import pytest
 
 from calmix.errors import SourceError
-from calmix.sources.template import fields, fill, lookup
+from calmix.sources.readers import fields, fill, lookup
 
 
 def test_nested_fields_and_lists():

@@ -125,11 +125,11 @@ def test_costs_follow_the_request() -> None:
     far = [cost.distance_seconds(small, tokens, UNIT) for tokens in (0, 100, 200)]
     assert far[0] == 0
     assert far[2] == pytest.approx(2 * far[1])
-    sets = {s: cost.set_seconds(small, 4, 32, s, UNIT) for s in ("mix", "self-cal", "igsp")}
+    sets = {s: cost.set_seconds(small, 4, 32, s, UNIT) for s in ("mix", "self-cal", "self-written")}
     assert "generate" not in sets["mix"]
     assert cost.set_seconds(small, 4, 32, "mix", UNIT, measured=False) == {}
-    alone = sets["self-cal"]["generate"]  # 128 tokens; igsp has a pilot, whatever the size
-    assert sets["igsp"]["generate"] == pytest.approx(alone * (1.2 + 20_000 / 128))
+    alone = sets["self-cal"]["generate"]  # 128 tokens
+    assert sets["self-written"]["generate"] == pytest.approx(alone * 1.2)
 
 
 def test_what_an_accelerator_cannot_hold_is_refused_before_the_start(

@@ -64,7 +64,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     calmix("pack", base / "pruned", "-o", base / "pack")
     calmix("pack", tiny_folder, "-o", base / "dense-pack")
     calmix("calibrate", text, "--model", tiny_folder, *SMALL, "-o", base / "set")
-    calmix("generate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
+    calmix("calibrate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
     calmix("measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32, "--draws", 1, "-o",
            base / "measured.json")  # fmt: skip
     for name, more in (("cut", ()), ("both", ("--recover", "blocks"))):

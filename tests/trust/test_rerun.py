@@ -105,10 +105,10 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
     assert str(tmp_path / "pruned") in changed().line
 
 
-@pytest.mark.parametrize("method", ["self-cal", "igsp", "sgs"])
+@pytest.mark.parametrize("method", ["self-written", "igsp", "sgs,seeds=mine"])
 def test_a_generated_set_is_made_again(calmix, model, sources, tmp_path, method):
-    own = ("--sources", sources, "--seeds", "mine") if method == "sgs" else ()
-    ended = calmix("generate", method, "-m", model, "-o", tmp_path / "set", *SMALL, *own)
+    own = ("--sources", sources) if method == "sgs,seeds=mine" else ()
+    ended = calmix("calibrate", method, "-m", model, "-o", tmp_path / "set", *SMALL, *own)
     assert ended.code == 0, ended.err
     ended = calmix("rerun", tmp_path / "set" / "manifest.json", "-o", tmp_path / "again")
     assert ended.code == 0, ended.err
@@ -117,10 +117,9 @@ def test_a_generated_set_is_made_again(calmix, model, sources, tmp_path, method)
     assert first == second
 
 
-@pytest.mark.parametrize("select", ["random", "zipcal", "igsp"])
-def test_a_drawn_set_is_made_again(calmix, model, sources, text_file, tmp_path, select):
+def test_a_drawn_set_is_made_again(calmix, model, sources, text_file, tmp_path):
     mix = f"mine:0.3,{text_file}:0.7"
-    drawn = ("-m", model, "--sources", sources, "--packing", "concat", "--select", select)
+    drawn = ("-m", model, "--sources", sources, "--packing", "concat")
     ended = calmix("calibrate", mix, *drawn, *SMALL, "-o", tmp_path / "set")
     assert ended.code == 0, ended.err
     assert calmix("rerun", tmp_path / "set").code == 0

@@ -1,1 +1,1 @@
-"""Calibration text the model writes itself: Self-Cal, SGS and IGSP over one way of writing."""
+"""Calibration text the model writes itself: the generators over one way of writing."""

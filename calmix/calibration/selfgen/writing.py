@@ -8,7 +8,7 @@ The random numbers of a row come from its own number, so rows may be batched in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from calmix.calibration.selfgen.sampling import Sampling, draw, penalised
 from calmix.errors import InputError
 from calmix.files import cache_dir, hidden, sha256_json
 from calmix.machine import device_memory
@@ -30,9 +30,8 @@ from calmix.models.opening import quiet_transformers
 BATCH = 128  # rows at a time: on two cores the throughput no longer grows beyond
 MEMORY_SHARE = 0.7  # of the memory that is free, for what a batch needs
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
-VERSION = 3  # raised when the same request writes other tokens, so that the cache is not used
-
-Openers = Sequence[Sequence[int]]
+STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
+VERSION = 4  # raised when the same request writes other tokens, so that the cache is not used
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,19 @@ class Request:
     Attributes:
         openers: for each row the openers it takes in turn, each of at least one token id.
         length: tokens a row, openers included.
-        sampling: how to draw.
-        temperatures: one a row; None for `sampling.temperature` throughout.
+        temperatures: one a row.
         seed: row i draws from the stream of (seed, i).
+        top_k, top_p: draw among the k likeliest tokens, then the fewest of probability p.
+        repetition_penalty: of tokens the text already holds (CTRL, arXiv 1909.05858).
     """
 
-    openers: Sequence[Openers]
+    openers: Sequence[Sequence[Sequence[int]]]
     length: int
-    sampling: Sampling
+    temperatures: Sequence[float]
     seed: int
-    temperatures: Sequence[float] | None = None
-
-    def part(self, start: int, stop: int) -> Request:
-        """Return the same request for some of its rows; their seeds are kept by the caller."""
-        temperatures = None if self.temperatures is None else self.temperatures[start:stop]
-        return replace(self, openers=self.openers[start:stop], temperatures=temperatures)
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,36 +64,21 @@ class Written:
         ids: int64 (rows, length).
         nll: float32 (rows, length), -log p of each token under the model at temperature 1,
             given what stands before it in its row; nan for the first.
-        text: int32 (rows, length), the number of the text in its row each token belongs to.
         sampled: bool (rows, length), false for the tokens of openers.
     """
 
     ids: Tensor
     nll: Tensor
-    text: Tensor
     sampled: Tensor
 
-    @property
-    def log_perplexity(self) -> Tensor:
-        """Mean of -log p over each row's sampled tokens, float64 (rows,); nan without any."""
-        sums = torch.where(self.sampled, self.nll.double(), 0.0).sum(1)
-        return sums / self.sampled.sum(1)
-
-    def rows(self, indices: Sequence[int]) -> Written:
-        """Return some of the rows."""
-        chosen = torch.as_tensor(indices, dtype=torch.long)
-        return Written(*(tensor[chosen] for tensor in self.tensors()))
-
     @classmethod
-    def joined(cls, parts: Iterable[Written]) -> Written:
+    def joined(cls, parts: Sequence[Written]) -> Written:
         """Return the rows of several, in their order."""
-        return cls(*map(torch.cat, zip(*(part.tensors() for part in parts), strict=True)))
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.ids, self.nll, self.text, self.sampled
+        tensors = [(part.ids, part.nll, part.sampled) for part in parts]
+        return cls(*map(torch.cat, zip(*tensors, strict=True)))
 
 
-class _Sampler:
+class Sampler:
     """A logits processor that leaves each row one token: the opener's next, or one drawn."""
 
     def __init__(
@@ -105,27 +87,20 @@ class _Sampler:
         first: int,
         ends: Sequence[int],
         device: Any,
-        tick: Callable[[int], None] | None,
+        tick: Callable[[int], None] | None = None,
     ) -> None:
-        self.tick = tick
-        self.sampling = request.sampling
-        self.openers = request.openers
+        self.request, self.ends, self.tick = request, set(ends), tick
         count, length = len(request.openers), request.length
-        base = request.temperatures or [request.sampling.temperature] * count
         # Apple's GPUs have no float64, in which the running sums are.
         self.device = device = torch.device("cpu") if device.type == "mps" else device
-        self.base = torch.tensor(base, dtype=torch.float32, device=device)
-        draws = np.stack(
-            [np.random.default_rng([request.seed, first + i]).random(length) for i in range(count)]
-        )
-        self.uniform = torch.from_numpy(draws).to(device)
-        self.ends = set(ends)
-        self.turn = [0] * count  # which text of its row is being written
-        self.start = [0] * count  # where in the row it starts
-        self.drawn = [0] * count  # tokens of it that were sampled
+        self.temperatures = torch.tensor(request.temperatures, dtype=torch.float32, device=device)
+        draws = [
+            np.random.default_rng([request.seed, first + i]).random(length) for i in range(count)
+        ]
+        self.uniform = torch.from_numpy(np.stack(draws)).to(device)
+        self.turn, self.start = [0] * count, [0] * count  # which text of its row, from where
         self.pending = [list(opener[0])[1:] for opener in request.openers]
         self.nll = torch.full((count, length), math.nan, device=device)
-        self.text = torch.zeros((count, length), dtype=torch.int32)
         self.sampled = torch.zeros((count, length), dtype=torch.bool)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -133,50 +108,98 @@ class _Sampler:
         logits = scores.to(self.device, torch.float32)
         forced = [row.pop(0) if row else -1 for row in self.pending]
         # What the host knows goes to the device at once; the tokens come back at once.
-        given, start, drawn = torch.tensor([forced, self.start, self.drawn]).to(self.device)
-        chosen = self._drawn(ids.to(self.device), logits, at, start, drawn)
-        tokens = torch.where(given >= 0, given, chosen)
+        given, start = torch.tensor([forced, self.start]).to(self.device)
+        tokens = torch.where(given >= 0, given, self._drawn(ids.to(self.device), logits, at, start))
         self.nll[:, at] = logits.logsumexp(-1) - logits.gather(1, tokens[:, None])[:, 0]
-        self.text[:, at] = torch.tensor(self.turn, dtype=torch.int32)
         self.sampled[:, at] = torch.tensor([token < 0 for token in forced])
         for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):
-            if opener >= 0:
-                continue
-            self.drawn[row] += 1
-            if token in self.ends:
+            if opener < 0 and token in self.ends:
+                turns = self.request.openers[row]
                 self.turn[row] += 1
-                turns = self.openers[row]
                 self.pending[row] = list(turns[self.turn[row] % len(turns)])
-                self.start[row], self.drawn[row] = at + 1, 0
+                self.start[row] = at + 1
         if self.tick is not None:
             self.tick(len(tokens))
         left = torch.full_like(logits, -torch.inf)
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
-    def _drawn(self, ids: Tensor, logits: Tensor, at: int, start: Tensor, drawn: Tensor) -> Tensor:
-        sampling = self.sampling
-        if sampling.repetition_penalty != 1:
+    def _drawn(self, ids: Tensor, logits: Tensor, at: int, start: Tensor) -> Tensor:
+        asked = self.request
+        if asked.repetition_penalty != 1:
             start = start[:, None].clamp(max=at - 1)
             place = torch.arange(at, device=logits.device)[None]
             held = torch.where(place >= start, ids, ids.gather(1, start))
-            logits = penalised(logits, held, sampling.repetition_penalty)
-        return draw(
-            logits,
-            sampling.temperatures(drawn, self.base),
-            self.uniform[:, at],
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+            logits = penalised(logits, held, asked.repetition_penalty)
+        uniform = self.uniform[:, at]
+        return draw(logits, self.temperatures, uniform, top_k=asked.top_k, top_p=asked.top_p)
+
+
+def penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Return logits (rows, vocabulary) with each row's `ids` (rows, any) made less likely."""
+    held = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(held > 0, held / penalty, held * penalty))
+
+
+def draw(
+    logits: Tensor,
+    temperatures: Tensor,
+    uniform: Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: float32 (rows, vocabulary).
+        temperatures: float32 (rows,), positive.
+        uniform: float64 (rows,), in [0, 1).
+        top_k, top_p: as in `Request`, applied in this order after the temperature.
+
+    Returns:
+        int64 (rows,). A token of no probability is never drawn.
+    """
+    if (top_k is None or top_k >= logits.shape[1]) and (top_p is None or top_p >= 1):
+        weights = (logits - logits.amax(-1, keepdim=True)).div_(temperatures[:, None]).exp_()
+        return _inverted(weights, uniform)
+    scaled = logits / temperatures[:, None]
+    scaled, order = scaled.topk(min(top_k or scaled.shape[1], scaled.shape[1]))
+    if top_p is not None and top_p < 1:
+        share = scaled.softmax(-1)
+        # A token stays if what comes before it does not hold top_p yet.
+        scaled = scaled.masked_fill(share.cumsum(-1) - share >= top_p, -torch.inf)
+    return order.gather(1, _inverted(scaled.softmax(-1), uniform)[:, None])[:, 0]
+
+
+def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return for each row the entry where the cumulative weights pass `uniform` of their total.
+
+    Running sums over a whole vocabulary are slow, so stretches of it are summed first and the
+    running sum is taken over those, then within one.
+    """
+    weights = F.pad(weights, (0, -weights.shape[1] % STRETCH))
+    parts = weights.view(len(weights), -1, STRETCH)
+    ends = parts.sum(-1).double().cumsum(-1)
+    target = (uniform.to(ends.dtype) * ends[:, -1])[:, None]
+    which = _passed(ends, target)
+    inner = parts.gather(1, which[:, :, None].expand(-1, -1, STRETCH))[:, 0].double().cumsum(-1)
+    before = torch.where(which > 0, ends.gather(1, (which - 1).clamp(min=0)), 0.0)
+    return (which * STRETCH + _passed(inner, target - before))[:, 0]
+
+
+def _passed(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Return the first entry of each row above `target`, of positive weight in any case."""
+    place = torch.searchsorted(cumulative, target, right=True)
+    # Rounding may bring the target up to the total: take the last entry with any weight.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(place, last)
 
 
 def end_tokens(opened: OpenModel) -> list[int]:
     """Return the token ids that end a text: the tokenizer's, and those the model generates to."""
-    found: list[int] = []
     configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
-    for value in (opened.tokenizer.eos_token_id, configured):
-        if value is not None:
-            found += value if isinstance(value, list) else [value]
-    return sorted(set(found))
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({one for one in [opened.tokenizer.eos_token_id, *listed] if one is not None})
 
 
 def write(
@@ -189,14 +212,11 @@ def write(
 ) -> Written:
     """Sample rows from a model.
 
-    Finished batches are kept in the cache, under a name that tells everything the tokens depend
-    on: interrupted work goes on there, and the same request is not written twice. A row's
-    tokens do not depend on the batch it is in, but for the rounding of matrix products: in half
-    types another batch size may let a row take another turn.
+    Finished batches are kept in the cache by everything the tokens depend on: interrupted work
+    resumes there, and the same request is not written twice. A row's tokens do not depend on the
+    batch it is in, but for the rounding of matrix products in half types.
 
     Args:
-        opened: the model, with its own weights.
-        request: what to write.
         batch: rows at a time; None for 128. Fewer are taken where memory does not allow them.
         tick: called with the number of tokens after each step (and for those from the cache).
         note: called with a line when the batch had to be made smaller.
@@ -204,50 +224,50 @@ def write(
     Raises:
         InputError: the model ends nearly every text at once, or memory does not hold one row.
     """
-    if batch is not None and batch < 1:
-        raise InputError(f"--batch {batch} is not positive")
     if request.length < 2:
         raise InputError(f"rows of {request.length} token hold nothing the model could write")
     say = note or (lambda line: None)
-    ends = end_tokens(opened)
-    folder = _folder(opened, request, ends)
-    done = dict(_kept(folder, request))
-    total = len(request.openers)
-    size = batch or BATCH
-    if len(done) < total:
-        room = _room(opened, request.length)
-        if room < 1:
-            raise InputError(
-                f"memory does not hold one row of {request.length} tokens beside the model: ask "
-                "for shorter rows"
-            )
-        if room < min(size, total):
-            say(f"memory holds {room} rows at a time, not {min(size, total)}: writing in smaller "
-                "batches")  # fmt: skip
-            size = room
-    if tick is not None and done:
-        tick(len(done) * request.length)
+    ends, total = end_tokens(opened), len(request.openers)
+    folder, size, room = _folder(opened, request, ends), batch or BATCH, 0
+    parts: list[Written] = []
     at = 0
     while at < total:
-        if at in done:
-            at += 1
-            continue
-        stop = at + 1
-        while stop < min(total, at + size) and stop not in done:
-            stop += 1
-        try:
-            part = _batch(opened, request.part(at, stop), at, ends, tick)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; so is the CPU allocator's
-            if stop - at == 1 or "memory" not in str(error).lower():
-                raise
-            size = (stop - at) // 2
-            say(f"out of memory with {stop - at} rows at a time: going on with {size}")
-            continue
-        _keep(folder, at, part)
-        done |= {at + i: part.rows([i]) for i in range(stop - at)}
-        at = stop
-    written = Written.joined(done[i] for i in range(total))
-    _check_not_empty(written, opened.name)
+        path = folder / f"{at:08d}.safetensors"
+        part = _kept(path, request.length)
+        if part is not None and tick is not None:
+            tick(part.ids.numel())
+        if part is None:
+            wanted = min(size, total - at)
+            room = room or _room(opened, request.length)
+            if room < wanted:
+                say(f"memory holds {room} rows at a time, not {wanted}: writing in smaller batches")
+                size = wanted = room
+            stop = at + wanted
+            some = replace(
+                request,
+                openers=request.openers[at:stop],
+                temperatures=request.temperatures[at:stop],
+            )
+            try:
+                part = _batch(opened, some, at, ends, tick)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; so is the CPU's
+                if wanted == 1 or "memory" not in str(error).lower():
+                    raise
+                size = wanted // 2
+                say(f"out of memory with {wanted} rows at a time: resuming with {size}")
+                continue
+            _keep(path, part)
+        parts.append(part)
+        at += len(part.ids)
+    written = Written.joined(parts)
+    first = written.sampled[:, 1:] & ~written.sampled[:, :-1]
+    empty = first & torch.isin(written.ids[:, 1:], torch.tensor(ends))
+    texts, none = int(first.sum()), int(empty.sum())
+    if none > MOSTLY_EMPTY * texts:
+        raise InputError(
+            f"{opened.name} ends {none} of {texts} texts ({none / texts:.0%}) before their first "
+            "word: it writes nothing to calibrate on; choose other prompts or a higher temperature"
+        )
     return written
 
 
@@ -262,18 +282,14 @@ def _batch(
 
     device = next(opened.model.parameters()).device
     ids = torch.tensor([[opener[0][0]] for opener in request.openers], device=device)
-    sampler = _Sampler(request, first, ends, device, tick)
+    sampler = Sampler(request, first, ends, device, tick)
     plain = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=request.length - 1, use_cache=True,
         pad_token_id=opened.tokenizer.pad_token_id or ids[0, 0].item(),
     )  # fmt: skip
     if tick is not None:
         tick(len(ids))
-    with (
-        quiet_transformers(),
-        _generating(opened.model, plain),
-        torch.inference_mode(),
-    ):
+    with quiet_transformers(), _generating(opened.model, plain), torch.inference_mode():
         made = opened.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -281,7 +297,7 @@ def _batch(
             logits_processor=LogitsProcessorList([sampler]),
             **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
-    return Written(made.cpu(), sampler.nll.cpu(), sampler.text, sampler.sampled)
+    return Written(made.cpu(), sampler.nll.cpu(), sampler.sampled)
 
 
 @contextmanager
@@ -299,9 +315,7 @@ def _generating(model: Any, plain: Any) -> Iterator[None]:
 
 def _room(opened: OpenModel, length: int) -> int:
     """Return how many rows memory holds at a time: keys, values, logits and the sampler's work."""
-    model = opened.model
-    config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "hidden_size", None) or 4096
+    config = opened.model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", None) or 1
     each = getattr(config, "per_layer_config", None)  # layers may differ: the widest counts
     own = [config] if each is None else [each[index] for index in range(layers)]
@@ -310,14 +324,19 @@ def _room(opened: OpenModel, length: int) -> int:
         return max(getattr(layer, key, None) or otherwise for layer in own)
 
     heads = most("num_attention_heads", 1)
-    shared, head = most("num_key_value_heads", heads), most("head_dim", width // heads)
-    parameter = next(model.parameters())
+    shared = most("num_key_value_heads", heads)
+    head = most("head_dim", (getattr(config, "hidden_size", None) or 4096) // heads)
+    parameter = next(opened.model.parameters())
     # Half a cache more than is kept: sliding windows are joined anew, and attention widens a layer.
-    cache = 2 * layers * shared * head * length * parameter.element_size()
-    widest = 2 * heads * head * length * parameter.element_size()
-    logits = 6 * 4 * int(config.vocab_size)
-    _, free, _ = device_memory(parameter.device)
-    return int(MEMORY_SHARE * free / (1.5 * cache + widest + logits))
+    values = (3 * layers * shared + 2 * heads) * head * length
+    needed = values * parameter.element_size() + 6 * 4 * int(config.vocab_size)
+    room = int(MEMORY_SHARE * device_memory(parameter.device)[1] / needed)
+    if room < 1:
+        raise InputError(
+            f"memory does not hold one row of {length} tokens beside the model: ask for shorter "
+            "rows"
+        )
+    return room
 
 
 def _folder(opened: OpenModel, request: Request, ends: Sequence[int]) -> Path:
@@ -330,50 +349,28 @@ def _folder(opened: OpenModel, request: Request, ends: Sequence[int]) -> Path:
         "device": parameter.device.type,
         "versions": versions(),
         "ends": list(ends),
-        "openers": [[list(map(int, opener)) for opener in row] for row in request.openers],
-        "length": request.length,
-        "sampling": asdict(request.sampling),
-        "temperatures": None if request.temperatures is None else list(request.temperatures),
-        "seed": request.seed,
+        "request": asdict(request),
     }
     return cache_dir() / "written" / sha256_json(key)[:32]
 
 
-def _keep(folder: Path, first: int, part: Written) -> None:
+def _keep(path: Path, part: Written) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{first:08d}.safetensors"
-    names = ("ids", "nll", "text", "sampled")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with hidden(path, Path.touch) as beside:
-        save_file(dict(zip(names, part.tensors(), strict=True)), beside)
+        save_file({"ids": part.ids, "nll": part.nll, "sampled": part.sampled}, beside)
         beside.replace(path)
 
 
-def _kept(folder: Path, request: Request) -> Iterator[tuple[int, Written]]:
-    """Yield the rows that earlier runs of the same request have finished."""
+def _kept(path: Path, length: int) -> Written | None:
+    """Return the rows that an earlier run of the same request has finished, if there are any."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            held = load_file(path)
-            part = Written(*(held[name] for name in ("ids", "nll", "text", "sampled")))
-            first = int(path.stem)
-        except (SafetensorError, OSError, KeyError, ValueError):  # damaged: write it again
-            continue
-        if part.ids.shape[1:] == (request.length,):
-            yield from ((first + i, part.rows([i])) for i in range(len(part.ids)))
-
-
-def _check_not_empty(written: Written, name: str) -> None:
-    """Refuse rows of texts that hold nothing but the token that ends them."""
-    before, text, sampled = written.text[:, :-1], written.text[:, 1:], written.sampled
-    first = sampled[:, 1:] & ~(sampled[:, :-1] & (before == text))
-    texts = int(first[:, :-1].sum())
-    empty = int((first[:, :-1] & (text[:, :-1] != text[:, 1:])).sum())
-    if texts and empty / texts > MOSTLY_EMPTY:
-        raise InputError(
-            f"{name} ends {empty} of {texts} texts ({empty / texts:.0%}) before their first word: "
-            "it writes nothing to calibrate on; choose other openers or a higher temperature"
-        )
+    try:
+        held = load_file(path)
+        part = Written(held["ids"], held["nll"], held["sampled"])
+    except (SafetensorError, OSError, KeyError):  # none there, or damaged: write it again
+        return None
+    return part if part.ids.shape[1:] == (length,) else None

@@ -1,23 +1,73 @@
-"""Writing rows: exact openers, restarts, seeds a row, the cache, and what memory allows."""
+"""Sampling and writing rows: openers, restarts, seeds a row, the cache, what memory allows."""
 
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from calmix.calibration.selfgen import writing
-from calmix.calibration.selfgen.sampling import Sampling
-from calmix.calibration.selfgen.writing import Request, end_tokens, write
+from calmix.calibration.selfgen.writing import Request, draw, end_tokens, penalised, write
 from calmix.errors import InputError
 from tests.tiny import ARCHITECTURES, tiny_model
 
 END = 2  # of the tiny tokenizer
 
 
-def request(rows=6, length=24, seed=0, sampling=None, openers=None):
+def request(rows=6, length=24, seed=0, openers=None, temperature=1.0, **how):
     openers = openers or [[[10 + i, 20 + i, 30 + i], [40 + i]] for i in range(rows)]
-    return Request(openers, length, sampling or Sampling(), seed)
+    return Request(openers, length, [temperature] * len(openers), seed, **how)
+
+
+def forget(opened, asked):
+    for file in writing._folder(opened, asked, end_tokens(opened)).glob("*"):
+        file.unlink()
+
+
+LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0, 1.5]])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "cut"),
+    [
+        (1.0, {}), (0.6, {}), (1.7, {}), (1.0, {"top_k": 3}), (1.0, {"top_k": 1}),
+        (1.0, {"top_p": 0.7}), (1.0, {"top_p": 0.35}), (0.6, {"top_k": 4, "top_p": 0.8}),
+    ],
+)  # fmt: skip
+def test_draws_follow_the_distribution_transformers_would_sample_from(temperature, cut):
+    count = 20_000  # over an even grid of uniform numbers
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens = draw(LOGITS.expand(count, -1), torch.full((count,), temperature), uniform, **cut)
+    found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
+    scores = LOGITS / temperature  # and what transformers' warpers leave, in their order
+    if "top_k" in cut:
+        scores = TopKLogitsWarper(cut["top_k"])(None, scores)
+    if "top_p" in cut:
+        scores = TopPLogitsWarper(cut["top_p"])(None, scores)
+    torch.testing.assert_close(found, scores.softmax(-1)[0], atol=3e-4, rtol=0)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_rows_have_temperatures_of_their_own():
+    uniform = torch.full((2,), 0.999, dtype=torch.float64)
+    tokens = draw(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform)
+    assert tokens.tolist() == [0, 5]
+
+
+def test_penalty_equals_transformers():
+    ids = torch.tensor([[0, 3, 3, 5]])
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, LOGITS.clone())
+    torch.testing.assert_close(penalised(LOGITS, ids, 1.3), theirs)
 
 
 def ending(opened, bias):
@@ -41,13 +91,21 @@ def test_rows_begin_with_their_openers_and_are_full(opened):
 
 
 def test_nll_is_the_models_own(opened):
-    made = write(opened, request(sampling=Sampling(temperature=0.7, repetition_penalty=1.5)))
+    made = write(opened, request(temperature=0.7, repetition_penalty=1.5))
     logits = opened.model(made.ids).logits[:, :-1].flatten(0, 1)
     nll = F.cross_entropy(logits, made.ids[:, 1:].flatten(), reduction="none").view(6, -1)
     torch.testing.assert_close(made.nll[:, 1:], nll, atol=1e-4, rtol=1e-4)
     assert made.nll[:, 0].isnan().all()
-    own = torch.stack([nll[i][made.sampled[i, 1:]].mean() for i in range(6)])
-    torch.testing.assert_close(made.log_perplexity, own.double(), atol=1e-4, rtol=1e-4)
+
+
+def texts_of(made, row):
+    """The texts of a row: a new one begins where an opener's token follows a sampled one."""
+    texts, sampled = [[]], made.sampled[row].tolist()
+    for at, token in enumerate(made.ids[row].tolist()):
+        if at and sampled[at - 1] and not sampled[at]:
+            texts.append([])
+        texts[-1].append(token)
+    return texts
 
 
 def test_after_the_end_token_the_next_opener_follows(opened):
@@ -58,14 +116,11 @@ def test_after_the_end_token_the_next_opener_follows(opened):
         handle.remove()
     restarts = 0
     for i in range(8):
-        turns = [[10 + i, 20 + i, 30 + i], [40 + i]]
-        text = made.text[i].tolist()
-        assert text == sorted(text)
-        for number in range(text[-1] + 1):
-            held = made.ids[i][made.text[i] == number].tolist()
+        turns, texts = [[10 + i, 20 + i, 30 + i], [40 + i]], texts_of(made, i)
+        for number, held in enumerate(texts):
             opener = turns[number % 2]
             assert held[: len(opener)] == opener[: len(held)]
-            if number < text[-1]:
+            if number < len(texts) - 1:
                 assert held[-1] == END
                 assert END not in held[len(opener) : -1]
                 restarts += 1
@@ -75,11 +130,10 @@ def test_after_the_end_token_the_next_opener_follows(opened):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "opt"])
 def test_batches_do_not_change_the_rows(opened, kind):
     other = dataclasses.replace(opened, model=tiny_model(kind))
-    asked = request(rows=7, sampling=Sampling(temperature=0.9, repetition_penalty=1.1))
+    asked = request(rows=7, temperature=0.9, repetition_penalty=1.1)
     parts = []
     for batch in (1, 3, 7):
-        for file in writing._folder(other, asked, end_tokens(other)).glob("*"):
-            file.unlink()
+        forget(other, asked)
         parts.append(write(other, asked, batch=batch).ids)
     assert torch.equal(parts[0], parts[1])
     assert torch.equal(parts[0], parts[2])
@@ -102,22 +156,18 @@ def test_seeds(opened):
 
 
 def test_repetition_penalty_forgets_earlier_texts(opened):
-    """With a crushing penalty no token comes twice in a text, but one may in a row."""
+    """With a crushing penalty hardly a token comes twice in a text, but one may in a row."""
     handle = ending(opened, 3.0)
     try:
-        made = write(opened, request(length=60, sampling=Sampling(repetition_penalty=1e6)))
+        made = write(opened, request(length=60, repetition_penalty=1e6))
     finally:
         handle.remove()
     again = 0
     for i in range(len(made.ids)):
         seen = set()
-        for number in range(int(made.text[i, -1]) + 1):
-            own = (made.text[i] == number) & made.sampled[i]
-            # Negative logits are pushed down, positive ones to zero, which may still be drawn;
-            # so only tokens of clearly negative logits are sure not to return.
-            tokens = set(made.ids[i][own].tolist())
-            again += len(tokens & seen)
-            seen |= tokens
+        for text in texts_of(made, i):
+            again += len(set(text) & seen)
+            seen |= set(text)
     assert again > 0
 
 
@@ -127,8 +177,7 @@ def test_the_models_own_generation_settings_have_no_say(opened):
     changed = type(config)(repetition_penalty=9.0, temperature=0.1, top_k=1, eos_token_id=[2])
     opened.model.generation_config = changed
     try:
-        for file in writing._folder(opened, request(seed=8), [2]).glob("*"):
-            file.unlink()
+        forget(opened, request(seed=8))
         assert torch.equal(write(opened, request(seed=8)).ids, plain)
         assert opened.model.generation_config is changed
     finally:
@@ -137,8 +186,7 @@ def test_the_models_own_generation_settings_have_no_say(opened):
 
 def test_interrupted_work_goes_on(opened, monkeypatch):
     whole = write(opened, request(seed=5), batch=2)
-    for file in writing._folder(opened, request(seed=5), [2]).glob("*"):
-        file.unlink()
+    forget(opened, request(seed=5))
     real, calls = writing._batch, []
 
     def fails_at_third(*arguments):
@@ -153,7 +201,7 @@ def test_interrupted_work_goes_on(opened, monkeypatch):
     ticks = []
     again = write(opened, request(seed=5), batch=4, tick=ticks.append)
     assert calls == [0, 2, 4, 4]
-    assert ticks[0] == 4 * 24  # from the cache
+    assert ticks[:2] == [2 * 24, 2 * 24]  # from the cache
     assert sum(ticks) == 6 * 24
     assert torch.equal(again.ids, whole.ids)
     assert torch.equal(again.nll.nan_to_num(), whole.nll.nan_to_num())
@@ -171,13 +219,14 @@ def test_a_damaged_part_is_written_again(opened):
 
 def test_little_memory_means_smaller_batches(opened, monkeypatch):
     plain = write(opened, request(seed=7)).ids
-    for file in writing._folder(opened, request(seed=7), [2]).glob("*"):
-        file.unlink()
+    forget(opened, request(seed=7))
+    room = writing._room
     monkeypatch.setattr(writing, "_room", lambda opened, length: 2)
     notes = []
     assert torch.equal(write(opened, request(seed=7), note=notes.append).ids, plain)
     assert notes == ["memory holds 2 rows at a time, not 6: writing in smaller batches"]
-    monkeypatch.setattr(writing, "_room", lambda opened, length: 0)
+    monkeypatch.setattr(writing, "_room", room)
+    monkeypatch.setattr(writing, "device_memory", lambda device: (0, 0, None))
     with pytest.raises(InputError, match="memory does not hold one row of 24 tokens"):
         write(opened, request(seed=70))
 
@@ -194,21 +243,20 @@ def test_running_out_of_memory_halves_the_batch(opened, monkeypatch):
     notes = []
     assert write(opened, request(), note=notes.append).ids.shape == (6, 24)
     assert notes == [
-        "out of memory with 6 rows at a time: going on with 3",
-        "out of memory with 3 rows at a time: going on with 1",
+        "out of memory with 6 rows at a time: resuming with 3",
+        "out of memory with 3 rows at a time: resuming with 1",
     ]
 
 
 def test_a_model_that_only_ends_its_texts_is_refused(opened):
     handle = ending(opened, 50.0)
     try:
-        with pytest.raises(InputError, match=r"ends 54 of 54 texts \(100%\) before their first"):
+        with pytest.raises(InputError, match=r"ends 57 of 57 texts \(100%\) before their first"):
             write(opened, request(rows=3, length=38, openers=[[[9]]] * 3))
     finally:
         handle.remove()
 
 
-@pytest.mark.parametrize(("batch", "length"), [(0, 8), (4, 1)])
-def test_bad_sizes(opened, batch, length):
-    with pytest.raises(InputError, match=r"not positive|nothing the model could write"):
-        write(opened, request(length=length), batch=batch)
+def test_rows_of_one_token_are_refused(opened):
+    with pytest.raises(InputError, match="nothing the model could write"):
+        write(opened, request(length=1))

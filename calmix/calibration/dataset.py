@@ -7,28 +7,31 @@ On disk it is a folder of two files: `calibration.safetensors` (`ids`, shape (ro
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
 from calmix.files import (
+    EXPORT,
     atomic_folder,
     check_output_folder,
     parse_json,
     sha256_json,
     write_json,
+    write_text,
 )
-from calmix.manifest import SEAL, seal_holds, sealed
-
-if TYPE_CHECKING:
-    from calmix.calibration.build import HasTokenizer
+from calmix.manifest import SEAL, file_hashes, seal_holds, sealed, versions
+from calmix.sources import Source
 
 TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "calibration set", 1
 
@@ -37,11 +40,8 @@ TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "c
 class CalibrationSet:
     """Rows of token ids without padding.
 
-    Attributes:
-        ids: int64 token ids, shape (rows, length).
-        sources: name of the source each row was drawn from, one a row.
-        manifest: how the set was made: specification, seed, packing, tokenizer and documents
-            by hash. JSON-serialisable.
+    `ids` is int64, (rows, length); `sources` names the source of each row; `manifest` says how the
+    set was made.
     """
 
     ids: Tensor
@@ -70,9 +70,7 @@ class CalibrationSet:
         return hashlib.sha256(raw).hexdigest()
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
-        """Write the set to a folder, all of it or nothing.
-
-        The same set gives the same bytes.
+        """Write the set to a folder, all of it or nothing; the same set gives the same bytes.
 
         Raises:
             InputError: the folder exists and is not empty, or cannot be written.
@@ -103,11 +101,7 @@ class CalibrationSet:
 
     @classmethod
     def open(cls, folder: Path | str, opened: HasTokenizer | None = None) -> CalibrationSet:
-        """Read a saved set and check it against its hashes.
-
-        Args:
-            folder: what `save` wrote.
-            opened: the model (or tokenizer) the set is meant for, if it is to be checked.
+        """Read a saved set, check it against its hashes and, if given, the model's tokenizer.
 
         Raises:
             InputError: the folder holds no set, is damaged, or is for another tokenizer.
@@ -117,22 +111,20 @@ class CalibrationSet:
 
         folder = Path(folder)
         manifest = _manifest(folder)
-        damaged = InputError(f"calibration set {folder} is damaged: make it again")
         try:
             tensors = load_file(folder / TENSORS)
-            ids, source = tensors["ids"], tensors["source"]
-            sources = tuple(manifest["names"][i] for i in source.tolist())
-            found = cls(ids, sources, manifest)
-            whole = (
-                ids.dtype == torch.int64
-                and tuple(ids.shape) == (manifest["rows"], manifest["length"])
-                and found.sha256 == manifest["sha256"]
-                and sha256_json(list(sources)) == manifest["sources_sha256"]
-            )
+            sources = tuple(manifest["names"][i] for i in tensors["source"].tolist())
+            found = cls(tensors["ids"], sources, manifest)
+            kept = {
+                "rows": found.rows,
+                "length": found.length,
+                "sha256": found.sha256,
+                "sources_sha256": sha256_json(list(sources)),
+            }
+            if found.ids.dtype != torch.int64 or kept != {key: manifest[key] for key in kept}:
+                raise ValueError
         except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
-            raise damaged from error
-        if not whole:
-            raise damaged
+            raise InputError(f"calibration set {folder} is damaged: make it again") from error
         if opened is not None and manifest.get("tokenizer") != opened.tokenizer_fingerprint:
             raise InputError(
                 f"calibration set {folder} was made with another tokenizer than the model's: "
@@ -149,6 +141,12 @@ def is_saved_set(path: Path) -> bool:
         return False
 
 
+def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[str, Any]:
+    """Return the user's own sources among those used, as JSON-serialisable values."""
+    known = own or {}
+    return {name: known[name].model_dump(mode="json") for name in used if name in known}
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -156,18 +154,77 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder} holds no {MANIFEST}: it is no calibration set") from None
+        raise InputError(f"{folder} holds no {MANIFEST}: not a calibration set") from None
     except (OSError, ValueError) as error:
         raise InputError(f"calibration set {folder} is damaged: make it again") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise InputError(f"{folder} is no calibration set (its {MANIFEST} is of another kind)")
+        raise InputError(f"{folder} is not a calibration set: its {MANIFEST} is of another kind")
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"calibration set {folder} has format {manifest.get('format')}, but this calmix "
             f"reads format {FORMAT}: make it again"
         )
-    whole = seal_holds(manifest)
-    manifest.pop(SEAL, None)
-    if not whole:
+    if not seal_holds(manifest):
         raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
-    return manifest
+    return {key: value for key, value in manifest.items() if key != SEAL}
+
+
+def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
+    """Write one JSON object a row, `text` (without special tokens) and `source`.
+
+    Tokenising the text again may give other ids at the edges of a row.
+
+    Raises:
+        InputError: the path is a folder or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a .jsonl file")
+    texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
+    rows = [{"text": t, "source": s} for t, s in zip(texts, made.sources, strict=True)]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def export_datasets(
+    made: CalibrationSet, tokenizer: Any, folder: Path | str, *, overwrite: bool = False
+) -> None:
+    """Write a folder that `datasets.load_from_disk` opens: `input_ids` (the very ids),
+    `attention_mask` (all ones), `text` and `source`; with a manifest beside them.
+
+    Raises:
+        InputError: the folder exists and is not empty, or cannot be written.
+    """
+    import datasets
+
+    folder = Path(folder)
+    check_output_folder(folder, overwrite=overwrite)
+    kinds = {"input_ids": "int32", "attention_mask": "int8"}
+    features = {name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()}
+    features |= {name: datasets.Value("string") for name in ("text", "source")}
+    ids = made.ids.numpy().astype(np.int32)
+    columns = {
+        "input_ids": ids.tolist(),
+        "attention_mask": np.ones_like(ids, dtype=np.int8).tolist(),
+        "text": tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True),
+        "source": list(made.sources),
+    }
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        rows._fingerprint = made.sha256[:16]  # else random, and the folder never the same twice
+        with atomic_folder(folder) as beside:
+            rows.save_to_disk(beside)
+            manifest = {
+                "kind": "export",
+                "engine": "datasets",
+                "weights": "no",
+                "model": made.manifest["model"],
+                "calibration": made.sha256,
+                "versions": versions() | {"datasets": datasets.__version__},
+                "files": file_hashes(beside),
+            }
+            write_json(beside / EXPORT, sealed(manifest))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

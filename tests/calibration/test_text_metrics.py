@@ -1,12 +1,11 @@
-"""N-gram counting against sets of tuples."""
+"""N-gram keys against sets of tuples; the metrics are in `tests/test_properties.py`."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix.information import ngrams
-from calmix.information.ngrams import count_ngrams, ngram_keys
+from calmix.calibration.text_metrics import aggregation, count_ngrams, ngram_keys, row_aggregation
 
 tables = st.integers(1, 7).flatmap(
     lambda length: st.lists(
@@ -21,26 +20,23 @@ def grams(table, n):
     return [tuple(row[i : i + n]) for row in table for i in range(len(row) - n + 1)]
 
 
-@given(tables, st.integers(1, 6))
-def test_counts_equal_brute_force_and_never_cross_rows(table, n):
-    expected = grams(table, n)
-    assert count_ngrams(np.array(table), n) == (len(set(expected)), len(expected))
-
-
-@given(tables, tables, st.integers(1, 6), st.sampled_from([4, 6, 64]))
-def test_keys_are_equal_exactly_where_ngrams_are(first, second, n, bits):
-    """Few bits force the pairing of shorter n-grams that large vocabularies need."""
-    saved, ngrams.BITS = ngrams.BITS, bits
-    try:
-        keys = ngram_keys([np.array(first), np.array(second)], n)
-    finally:
-        ngrams.BITS = saved
+@given(tables, tables, st.integers(1, 6))
+def test_keys_are_equal_exactly_where_ngrams_are(first, second, n):
+    keys = ngram_keys([np.array(first), np.array(second)], n)
     expected = [grams(first, n), grams(second, n)]
     pairs = set()
     for got, wanted in zip(keys, expected, strict=True):
         assert len(got) == len(wanted)
         pairs |= set(zip(got.tolist(), wanted, strict=True))
     assert len(pairs) == len({key for key, _ in pairs}) == len({gram for _, gram in pairs})
+    assert count_ngrams(np.array(first), n) == (len(set(expected[0])), len(expected[0]))
+
+
+@given(tables, st.integers(1, 4))
+def test_a_row_is_known_by_what_repeats_within_it(table, n):
+    ids = np.array(table)
+    alone = [aggregation(row[None], n) for row in ids]
+    assert row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
 
 
 def test_a_vocabulary_too_large_for_packing():
@@ -53,5 +49,4 @@ def test_a_vocabulary_too_large_for_packing():
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_rows_shorter_than_n_hold_none(n):
-    ids = np.zeros((3, n - 1), dtype=np.int64)
-    assert count_ngrams(ids, n) == (0, 0)
+    assert count_ngrams(np.zeros((3, n - 1), dtype=np.int64), n) == (0, 0)

@@ -1,4 +1,4 @@
-"""What a self-generated text begins with: a start token, or the openers of a dimension."""
+"""What a text the model writes begins with: a start token, or the prompts of a dimension."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from calmix.calibration.build import begin_token
+from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
-from calmix.files import sha256_json
 from calmix.yaml_files import first_problem, read_yaml
 
 Start = Literal["auto", "bos", "separator"]
-STARTS: tuple[Start, ...] = get_args(Start)
 # What tokenizers call the token that stands after every document in pretraining.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 
-class Opener(BaseModel):
-    """One opener: the beginning of a text, a request, or the start token alone."""
+class Prompt(BaseModel):
+    """One prompt: the beginning of a text, a request, or the start token alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,88 +36,88 @@ class Opener(BaseModel):
     begin: bool | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Opener:
+    def _one(self) -> Prompt:
         if sum(value is not None for value in (self.text, self.ask, self.begin)) != 1:
             raise ValueError("give exactly one of 'text', 'ask' and 'begin: true'")
         return self
 
 
+class Dimension(BaseModel):
+    """The prompts of a dimension, and the temperature of what follows them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.9
+    prompts: Annotated[list[Prompt], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return {"prompts": value} if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
-class Openers:
-    """Openers by dimension, from the file `name`."""
+class Beginnings:
+    """Token ids that texts of one kind begin with, and the temperature of what follows."""
 
-    name: str
-    dimensions: Mapping[str, tuple[Opener, ...]]
-
-    @property
-    def sha256(self) -> str:
-        """Hash of what the file says."""
-        return sha256_json(
-            {name: [o.model_dump(exclude_none=True) for o in held]
-             for name, held in self.dimensions.items()}
-        )  # fmt: skip
+    openers: Sequence[Sequence[int]]
+    temperature: float
 
 
-def load_openers(path: Path | None = None) -> Openers:
-    """Read a file of openers; without a path, calmix's own.
+def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
+    """Read a file of prompts by dimension; without a path, calmix's own.
 
     Raises:
-        InputError: the file cannot be used: which line, and why.
+        InputError: the file cannot be used: where, and why.
     """
-    own = resources.files("calmix.calibration.selfgen") / "openers.yaml"
+    own = resources.files("calmix.calibration.selfgen") / "prompts.yaml"
     with resources.as_file(own) as builtin:
         read = read_yaml(path or builtin)
-    kind = TypeAdapter(dict[str, list[Opener]])
-    where = str(path or "openers.yaml")
+    where = str(path or "prompts.yaml")
     try:
-        found = kind.validate_python(read)
+        found = TypeAdapter(dict[str, Dimension]).validate_python(read)
     except ValidationError as error:
         raise InputError(f"{where}: {first_problem(error)}") from error
     if not found:
-        raise InputError(f"{where} names no dimension: give each a list of openers")
-    for dimension, openers in found.items():
-        if not openers:
-            raise InputError(f"{where}: dimension {dimension} has no openers")
-    return Openers(
-        "builtin" if path is None else str(path), {name: tuple(o) for name, o in found.items()}
-    )
+        raise InputError(f"{where} names no dimension: give each a list of prompts")
+    return found
 
 
-def tokenised(openers: Openers, tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Return the token ids of every opener, by dimension.
+def beginnings(
+    dimensions: Mapping[str, Dimension], tokenizer: Any, where: str
+) -> dict[str, Beginnings]:
+    """Return the token ids of every prompt, by dimension.
 
     A text follows the begin token where the tokenizer puts one before every text. Of the chat
     template only what follows the user's words is used: the system prompt would take a large
     share of every short text.
 
     Raises:
-        InputError: an opener, or all of a dimension, becomes no token.
+        InputError: a prompt, or all of a dimension, becomes no token; `where` names the file.
     """
-    begin = begin_token(tokenizer)
+    begin, start = begin_token(tokenizer), start_token(tokenizer)
     head = [] if begin is None else [begin]
-    start = start_token(tokenizer)
-    found: dict[str, list[list[int]]] = {}
-    for dimension, held in openers.dimensions.items():
+    found: dict[str, Beginnings] = {}
+    for name, dimension in dimensions.items():
         rows = []
-        for number, opener in enumerate(held, start=1):
-            if opener.begin is not None:
-                if opener.begin and start is not None:
-                    rows.append([start])
+        for number, prompt in enumerate(dimension.prompts, start=1):
+            if prompt.begin is not None:
+                rows += [[start]] if prompt.begin and start is not None else []
                 continue
-            text = opener.text if opener.text is not None else _asked(tokenizer, opener.ask or "")
+            text = prompt.text if prompt.text is not None else _asked(tokenizer, prompt.ask or "")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise InputError(
-                    f"opener {number} of dimension {dimension} in {openers.name} becomes no token: "
-                    "write some text, or 'begin: true'"
+                    f"prompt {number} of dimension {name} in {where} becomes no token: write some "
+                    "text, or 'begin: true'"
                 )
             rows.append(head + list(ids))
         if not rows:
             raise InputError(
-                f"dimension {dimension} in {openers.name} has no opener for a tokenizer without "
-                "begin token and document separator: add one with text"
+                f"dimension {name} in {where} has no prompt for a tokenizer without begin token "
+                "and document separator: add one with text"
             )
-        found[dimension] = rows
+        found[name] = Beginnings(rows, dimension.temperature)
     return found
 
 
@@ -123,7 +128,6 @@ def start_token(tokenizer: Any, start: Start = "auto") -> int | None:
     but at its very beginning.
 
     Args:
-        tokenizer: a tokenizer of transformers.
         start: `bos`, the begin token; `separator`, what stands between documents in pretraining:
             the end token or, if that is one of chats, the special token named as the end of a
             text (`END_OF_TEXT`); `auto`, the begin token unless it is one of chats and not put
@@ -160,5 +164,5 @@ def _in_chat(tokenizer: Any, request: str) -> str:
     """Return a request in the model's chat template, up to the answer; empty without one."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    chat: Sequence[dict[str, str]] = [{"role": "user", "content": request}]
+    chat = [{"role": "user", "content": request}]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

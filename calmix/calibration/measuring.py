@@ -1,0 +1,310 @@
+"""Measure sources, mixes and saved sets at one token budget, over several seeded draws."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calmix.calibration.build import held_documents
+from calmix.calibration.dataset import CalibrationSet, is_saved_set
+from calmix.calibration.resolving import ask, resolve
+from calmix.calibration.text_metrics import ORDERS, Ids, coverage, mismatch, of_ids
+from calmix.calibration.tokenizer import HasTokenizer
+from calmix.errors import InputError
+from calmix.files import check_output_file, user_path, write_json, write_text
+from calmix.models import OpenModel
+from calmix.options import DrawOptions, checked
+from calmix.sources import Source
+
+
+def measure_set(
+    made: CalibrationSet, opened: HasTokenizer, *, perplexity: bool = True
+) -> dict[str, float]:
+    """Return every metric of one calibration set alone, by name.
+
+    Args:
+        opened: the model; its tokenizer alone will do without perplexity.
+        perplexity: whether to compute distortion, which needs the model.
+    """
+    values = of_ids(made.ids.numpy(), len(opened.tokenizer))
+    sources = made.manifest.get("sources", {}).values()
+    if described := [source for source in sources if "drawn" in source]:
+        documents = sum(len(source["drawn"]) for source in described)
+        tokens = sum(source["drawn_tokens"] for source in described)
+        values |= {"scope_documents": documents, "granularity": tokens / max(1, documents)}
+    values["bytes"] = _bytes(opened, made.ids.numpy())
+    return values | distortion(opened, made) if perplexity else values
+
+
+def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
+    """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
+    from calmix.capability.likelihood import row_nll
+
+    nll = float(row_nll(opened.model, made.ids).double().sum())
+    size = _bytes(opened, made.ids[:, 1:].numpy())
+    return {
+        "distortion": math.exp(nll / (made.rows * (made.length - 1))),
+        "bits_per_byte": nll / (math.log(2) * size),
+    }
+
+
+def _bytes(opened: HasTokenizer, ids: Ids) -> int:
+    """Return the UTF-8 bytes of the text of rows of ids, special tokens included."""
+    texts = opened.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=False)
+    return sum(len(text.encode()) for text in texts)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of a metric over draws, with a 95 % interval of that mean (Student's t)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        half = 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2
+        return f"{self.mean:.4g}" + (f"±{half:.2g}" if half > 0 else "")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured and how.
+
+    Attributes:
+        budget: rows, length, tokens, draws, seed, packing, model and tokenizer.
+        draws: of each source, mix or saved set every metric of every draw.
+        notes: of a saved set why there are fewer draws than asked for.
+    """
+
+    budget: dict[str, Any]
+    draws: dict[str, list[dict[str, float]]]
+    notes: dict[str, str]
+
+    def __getitem__(self, name: str) -> dict[str, Interval]:
+        """Return the mean and interval of every metric of one source by name."""
+        draws = self.draws[name]
+        return {key: interval([draw[key] for draw in draws]) for key in draws[0]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as a JSON-serialisable value."""
+        return {
+            "kind": "measurement",
+            "definitions": "calmix's own, after Objective Information Theory (method section 3)",
+            "budget": self.budget,
+            "results": [
+                {
+                    "name": name,
+                    "note": self.notes.get(name, ""),
+                    "metrics": {key: asdict(value) for key, value in self[name].items()},
+                    "draws": draws,
+                }
+                for name, draws in self.draws.items()
+            ],
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Write to a `.json` file, or to a `.csv` file with a line a source and metric.
+
+        Raises:
+            InputError: another ending, or the file cannot be written.
+        """
+        path = Path(path)
+        check_result_file(path)
+        if path.suffix.lower() == ".json":
+            write_json(path, self.to_dict())
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["name", "metric", "mean", "low", "high", "budget_tokens", "draws"])
+        for name, draws in self.draws.items():
+            for key, value in self[name].items():
+                ends = value.mean, value.low, value.high
+                writer.writerow([name, key, *ends, self.budget["tokens"], len(draws)])
+        write_text(path, text.getvalue())
+
+
+def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:
+    """Raise InputError where the ending is neither .json nor .csv, or no file can be written."""
+    if path.suffix.lower() not in (".json", ".csv"):
+        raise InputError(f"cannot write results to {path}: name a .json or .csv file")
+    check_output_file(path, inputs=inputs, overwrite=True)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values and its 95 % interval; none for a single value."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count < 2:
+        return Interval(mean, None, None)
+    from scipy.stats import t
+
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def measure(
+    specs: Sequence[str],
+    opened: HasTokenizer,
+    *,
+    rows: int = 32,
+    length: int = 512,
+    draws: int = 3,
+    seed: int = 0,
+    packing: str = "concat",
+    reference: str | None = None,
+    perplexity: bool = True,
+    sources: Mapping[str, Source] | Path | None = None,
+    tick: Callable[[str], None] | None = None,
+) -> Measurement:
+    """Measure sources, mixes and saved sets, all at the budget of `rows` x `length` tokens.
+
+    Draw i uses seed + i. A saved set is one draw; if it has more rows than asked, each draw is
+    a seeded choice among them. Coverage and mismatch compare with the other specs pooled (the
+    same draw of each), or with `reference`; with neither they are absent.
+
+    Args:
+        specs: sources, mixes, YAML files or saved folders, as for `resolve`.
+        opened: the model; its tokenizer alone will do without perplexity.
+        reference: a spec to compare with, drawn at the same budget.
+        sources: the user's own, by name or as a YAML file.
+        tick: called with the name of a spec after each of its draws.
+
+    Raises:
+        InputError: no or doubled specs, a number out of range, a saved set of another length.
+        SourceError: a source is unknown, unreadable or too small.
+    """
+    draw: dict[str, Any] = {"rows": rows, "length": length, "packing": packing, "sources": sources}
+    check_request(specs, draws=draws, perplexity=perplexity, reference=reference, seed=seed, **draw)
+    if perplexity and not isinstance(opened, OpenModel):
+        raise InputError("perplexity needs the model, not its tokenizer alone")
+
+    def drawn(spec: str, number: int) -> CalibrationSet:
+        path = user_path(spec)
+        if is_saved_set(path):
+            return _part(CalibrationSet.open(path, opened), rows, seed + number)
+        return resolve(spec, opened, seed=seed + number, leakage="off", **draw)
+
+    saved = [spec for spec in specs if is_saved_set(user_path(spec))]
+    whole = {spec for spec in saved if CalibrationSet.open(user_path(spec)).rows == rows}
+    found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
+    for number in range(draws):
+        sets = [drawn(spec, number) for spec in specs]
+        target = None if reference is None else drawn(reference, number).ids.numpy()
+        compared = _compared([made.ids.numpy() for made in sets], target)
+        for spec, made, extra in zip(specs, sets, compared, strict=True):
+            if number and spec in whole:
+                continue
+            found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
+            if tick is not None:
+                tick(spec)
+    budget = {
+        "rows": rows,
+        "length": length,
+        "tokens": rows * length,
+        "draws": draws,
+        "seed": seed,
+        "packing": packing,
+        "reference": reference or ("all others pooled" if len(specs) > 1 else None),
+        "vocabulary": len(opened.tokenizer),
+        "model": opened.name,
+        "tokenizer": opened.tokenizer_fingerprint,
+    }
+    note = "a saved set of just this size: one draw"
+    return Measurement(budget, found, dict.fromkeys(whole if draws > 1 else (), note))
+
+
+def check_request(
+    specs: Sequence[str], *, draws: int, perplexity: bool, reference: str | None, **draw: Any
+) -> list[Path]:
+    """Check what `measure` is asked for, without the model; return the files that are read.
+
+    Raises:
+        InputError, SourceError: as `measure`.
+    """
+    if not specs:
+        raise InputError("name at least one source to measure")
+    if doubles := sorted({spec for spec in specs if list(specs).count(spec) > 1}):
+        raise InputError(f"'{doubles[0]}' is named twice")
+    asked = checked(DrawOptions, draw | {"leakage": "off"})
+    if draws < 1:
+        raise InputError(f"--draws {draws}: must be 1 or more")
+    if perplexity and asked.length < 2:
+        raise InputError(f"length {asked.length} is too short to predict anything")
+    files: list[Path] = []
+    for spec in specs if reference is None else [*specs, reference]:
+        path = user_path(spec)
+        if not is_saved_set(path):
+            files += ask(spec, **asked.drawn()).files
+            continue
+        files.append(path)
+        held = CalibrationSet.open(path)
+        if held.length != asked.length or held.rows < asked.rows:
+            raise InputError(
+                f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
+                f"{asked.rows} of {asked.length}: measure everything with --rows "
+                f"{min(asked.rows, held.rows)} --length {held.length}"
+            )
+    return files
+
+
+def _part(found: CalibrationSet, rows: int, seed: int) -> CalibrationSet:
+    """Return a seeded choice among a saved set's rows, with the documents of those rows."""
+    if found.rows == rows:
+        return found
+    chosen = np.sort(np.random.default_rng(seed).permutation(found.rows)[:rows]).tolist()
+    documents = {}
+    for name, described in found.manifest.get("sources", {}).items():
+        own = [row for row, source in enumerate(found.sources) if source == name]
+        spans = dict(zip(own, described["spans"], strict=True))
+        held = held_documents(spans[row] for row in chosen if row in spans)
+        documents[name] = {
+            "drawn": [described["drawn"][document] for document in held],
+            "drawn_tokens": sum(described["lengths"][document] for document in held),
+        }
+    manifest = {**found.manifest, "sources": documents}
+    return CalibrationSet(found.ids[chosen], tuple(found.sources[i] for i in chosen), manifest)
+
+
+def _compared(sets: list[Ids], target: Ids | None) -> list[dict[str, float]]:
+    """Return coverage and mismatch of every set: against the target, or against the others."""
+    if target is None and len(sets) < 2:
+        return [{}]
+    reference = None if target is None else [target]
+    shares = {f"coverage_{n}": coverage(sets, n, reference) for n in ORDERS}
+    found = []
+    for number, ids in enumerate(sets):
+        others = reference or [other for at, other in enumerate(sets) if at != number]
+        values = {key: share[number] for key, share in shares.items()}
+        found.append(values | {"mismatch": mismatch(ids, others)})
+    return found
+
+
+COMPACT = {
+    "docs": "scope_documents", "entropy": "entropy", "aggr.4": "aggregation_4",
+    "cover.1": "coverage_1", "ppl": "distortion", "mismatch": "mismatch",
+}  # fmt: skip
+
+
+def table(measurement: Measurement) -> list[dict[str, str]]:
+    """Return the metrics as records of text: up to four sources side by side with every metric;
+    of more, each is one record with the metrics that tell sources apart best.
+    """
+    found = {name: measurement[name] for name in measurement.draws}
+    if len(found) <= 4:
+        keys = dict.fromkeys(key for metrics in found.values() for key in metrics)
+        return [
+            {"metric": key} | {name: str(one.get(key, "-")) for name, one in found.items()}
+            for key in keys
+        ]
+    return [
+        {"name": name} | {title: str(one.get(key, "-")) for title, key in COMPACT.items()}
+        for name, one in found.items()
+    ]

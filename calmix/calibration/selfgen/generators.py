@@ -1,0 +1,390 @@
+"""Calibration text the model writes itself: the generators, over one way of writing.
+
+A generator says what texts begin with, how they are sampled, and which of them are used. To add
+one, add a class to `GENERATORS`: texts of several turns are rows whose openers come in turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from calmix.calibration.dataset import CalibrationSet, own_record
+from calmix.calibration.leakage import Guard
+from calmix.calibration.selfgen.prompts import (
+    Beginnings,
+    Start,
+    beginnings,
+    load_prompts,
+    start_token,
+)
+from calmix.calibration.selfgen.selection import ORDER, objective, select_rows
+from calmix.calibration.selfgen.writing import Request, Written, write
+from calmix.calibration.text_metrics import aggregation, row_aggregation
+from calmix.calibration.tokenizer import begin_token, check_length, tokenizer_function
+from calmix.errors import InputError
+from calmix.files import sha256_json
+from calmix.models import OpenModel
+from calmix.options import Options, option
+from calmix.sources import Source, get_source
+
+ROUNDS = 8  # of writing, the later ones in place of text that cannot be used
+ANOTHER = 1_000_003  # between the seeds of two rounds
+TURNS = 64  # openers a row has at hand
+PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
+
+Own = Mapping[str, Source] | None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Texts a generator may choose among.
+
+    Attributes:
+        ids: token ids, (pieces, length).
+        groups: the dimension of each.
+        usable: places of those that may be used, in the order they were written.
+        nll, tokens: negative log-likelihood of each one's sampled tokens, and their number.
+    """
+
+    ids: NDArray[np.int64]
+    groups: NDArray[np.str_]
+    usable: list[int]
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+
+class Generator(Options):
+    """How a model writes its own calibration text; `defaults` differ from those of the fields."""
+
+    name: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    temperature: float | None = option(
+        None, "Sampling temperature, e.g. 0.9.", gt=0, allow_inf_nan=False
+    )
+    top_k: int | None = option(None, "Draw among the k likeliest tokens, e.g. 50.", ge=1)
+    top_p: float | None = option(
+        None, "Draw among the likeliest tokens of this probability.", gt=0, le=1
+    )
+    repetition_penalty: float = option(
+        1.0, "Penalty on repeated tokens, e.g. 1.2.", gt=0, allow_inf_nan=False
+    )
+    piece: int | None = option(None, "Tokens per text, about, e.g. 170.", ge=8)
+    repeats: float = option(1.0, "Largest share of repeated 4-grams in a text.", gt=0, le=1)
+    batch: int | None = option(None, "Rows written at a time, at most, e.g. 64.", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        return cls.defaults | values
+
+    @property
+    def source(self) -> str | None:
+        """The source of text that the generator reads, if any."""
+        return None
+
+    def check(self, own: Own) -> list[Path]:
+        """Return the user's own files that are read; raise CalmixError where one cannot be."""
+        return []
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+        """Return what texts begin with, by dimension."""
+        raise NotImplementedError
+
+    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> tuple[list[int], dict[str, Any]]:
+        """Return the places of `quota[d]` usable pieces of each dimension d, and a record."""
+        places = {name: [i for i in pieces.usable if pieces.groups[i] == name] for name in quota}
+        return [i for name, count in quota.items() for i in places[name][:count]], {}
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings for a manifest, prompts by their hash."""
+        return self.model_dump(mode="json")
+
+
+class SelfWritten(Generator):
+    """Pieces of about 170 tokens after prompts of several dimensions; those that loop are not used.
+
+    Pieces, not rows, are written: a long text drifts away from its prompt's dimension.
+    """
+
+    name = "self-written"
+    defaults: ClassVar[dict[str, Any]] = {"piece": 170, "repeats": 0.2}
+
+    prompts: Path | None = option(None, "YAML file of prompts by dimension.", metavar="FILE")
+
+    def check(self, own: Own) -> list[Path]:
+        load_prompts(self.prompts)
+        return [] if self.prompts is None else [self.prompts]
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+        where = str(self.prompts or "prompts.yaml")
+        return beginnings(load_prompts(self.prompts), tokenizer, where)
+
+    def record(self) -> dict[str, Any]:
+        held = load_prompts(self.prompts)
+        dumped = {name: one.model_dump(exclude_none=True) for name, one in held.items()}
+        return super().record() | {"prompts_sha256": sha256_json(dumped)}
+
+
+class Igsp(SelfWritten):
+    """IGSP, our reconstruction (arXiv 2606.03328): of more pieces than the set holds, those of few
+    repeated 4-grams and of perplexity in balance across dimensions."""
+
+    name = "igsp"
+
+    candidates: float = option(
+        3.0, "Texts written per text used, e.g. 3.", ge=1, allow_inf_nan=False
+    )
+
+    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> tuple[list[int], dict[str, Any]]:
+        first, _ = super().choose(pieces, quota)
+        chosen = select_rows(*_some(pieces, pieces.usable), quota)
+        selected = [pieces.usable[i] for i in chosen]
+        values = {
+            key: objective(*_some(pieces, rows))
+            for key, rows in (("first", first), ("selected", selected))
+        }
+        return selected, {"J": values}
+
+
+def _some(
+    pieces: Pieces, rows: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.str_], NDArray[np.float64], NDArray[np.int64]]:
+    return pieces.ids[rows], pieces.groups[rows], pieces.nll[rows], pieces.tokens[rows]
+
+
+class SelfCal(Generator):
+    """Self-Cal (arXiv 2410.17170): rows sampled from the begin token alone, or from the document
+    separator where that is a token of chats. Its temperatures were not available to us."""
+
+    name = "self-cal"
+
+    start: Start = option("auto", "Token that begins a text: bos or separator.")
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+        begin = start_token(tokenizer, self.start)
+        if begin is None:
+            what = "begin token or document separator" if self.start == "auto" else self.start
+            raise InputError(
+                f"self-cal has nothing to start from: this model's tokenizer has no {what}"
+            )
+        return {self.name: Beginnings([[begin]], 1.0)}
+
+
+class Sgs(Generator):
+    """SGS (arXiv 2410.17711, after its public code): the first two tokens of documents continued,
+    without the fifth of the rows that has the highest perplexity. Dropping rows in place of texts
+    that are joined and cut again is ours."""
+
+    name = "sgs"
+    defaults: ClassVar[dict[str, Any]] = {
+        "temperature": 0.6, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2,
+    }  # fmt: skip
+
+    seeds: str = option("encyclopedia", "Source of seed texts, e.g. c4.")
+    candidates: float = option(
+        1.25, "Texts written per text used, e.g. 1.25.", ge=1, allow_inf_nan=False
+    )
+
+    @property
+    def source(self) -> str:
+        return self.seeds
+
+    def check(self, own: Own) -> list[Path]:
+        return get_source(self.seeds, own).check()
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+        documents = list(get_source(self.seeds, own).documents())
+        order = np.random.default_rng(seed).permutation(len(documents))[:PREFIXES]
+        texts = tokenizer_function(tokenizer)([documents[i].text for i in order])
+        begin = begin_token(tokenizer)
+        head = [] if begin is None else [begin]
+        prefixes = [(head + ids)[:PREFIX] for ids in texts if ids]
+        if not prefixes:
+            raise InputError("sgs has no seed text: every document of its source becomes no token")
+        return {self.name: Beginnings(prefixes, 1.0)}
+
+    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> tuple[list[int], dict[str, Any]]:
+        likely = sorted(pieces.usable, key=lambda i: pieces.nll[i] / pieces.tokens[i])
+        return sorted(likely[: quota[self.name]]), {}
+
+
+GENERATORS: dict[str, type[Generator]] = {
+    one.name: one for one in (SelfWritten, Igsp, SelfCal, Sgs)
+}
+
+
+def generate(
+    generator: Generator,
+    opened: OpenModel,
+    *,
+    rows: int,
+    length: int,
+    seed: int = 0,
+    guard: Guard | None = None,
+    own: Own = None,
+    writing: Callable[[str, int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> CalibrationSet:
+    """Make a calibration set of text the model writes itself; every row is full.
+
+    Args:
+        opened: the model, with its own (dense) weights.
+        seed: decides every token, for one batch size in half types (see `write`).
+        guard: refuses text that shares a run of tokens with an item of a suite.
+        own: the user's own sources by name, for seed texts.
+        writing: called with what is being written, tokens done and tokens in all.
+        note: called with a line the user should see.
+
+    Raises:
+        InputError: a tokenizer without what the generator needs, or a model that writes nothing,
+            or little that can be used.
+        SourceError: the source of seed texts is unreadable.
+    """
+    check_length(length, opened.context)
+    held = generator.beginnings(opened.tokenizer, seed, own)
+    per_row = max(1, round(length / generator.piece)) if generator.piece else 1
+    size = math.ceil(length / per_row)
+    share, rest = divmod(rows, len(held))
+    quota = {name: per_row * (share + (at < rest)) for at, name in enumerate(held)}
+    quota = {name: count for name, count in quota.items() if count}
+    warmth = {name: generator.temperature or one.temperature for name, one in held.items()}
+    openers = {  # those that leave the model half of a piece; else the shortest
+        name: [opener for opener in one.openers if len(opener) <= size // 2]
+        or [min(one.openers, key=len)]
+        for name, one in held.items()
+    }
+
+    def more(counts: Mapping[str, int], number: int) -> tuple[Written, list[str]]:
+        """Write so many pieces of each dimension, in turn: a stop leaves some of each."""
+        place = [(d, j) for j in range(max(counts.values())) for d in counts if j < counts[d]]
+        own_seed = seed + 1 + number * ANOTHER
+        request = Request(
+            [_turned(openers[d], j, own_seed) for d, j in place], size,
+            [warmth[d] for d, _ in place], own_seed, generator.top_k, generator.top_p,
+            generator.repetition_penalty,
+        )  # fmt: skip
+        label = "writing more in place of what cannot be used" if number else "writing"
+        done = 0
+
+        def tick(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            if writing is not None:
+                writing(label, done, len(place) * size)
+
+        return write(opened, request, batch=generator.batch, tick=tick, note=note), [
+            d for d, _ in place
+        ]
+
+    pieces, counted = _enough(generator, more, quota, guard)
+    picked, told = generator.choose(pieces, quota)
+    groups = pieces.groups[picked]
+    rng = np.random.default_rng(seed)
+    joined: list[tuple[NDArray[np.int64], str]] = []
+    perplexity: dict[str, float] = {}
+    for name in quota:  # pieces of one dimension are joined to rows
+        chosen = rng.permutation(np.array(picked)[groups == name])
+        perplexity[name] = math.exp(pieces.nll[chosen].sum() / pieces.tokens[chosen].sum())
+        full = pieces.ids[chosen].reshape(-1, per_row * size)[:, :length]
+        joined += [(row, name) for row in full]
+    order = rng.permutation(len(joined))
+    ids = torch.from_numpy(np.stack([joined[i][0] for i in order]))
+    weight = next(opened.model.parameters())
+    manifest = {
+        "kind": "calibration set",
+        "generated": generator.name,
+        "settings": generator.record(),
+        "model": {
+            "name": opened.name,
+            "fingerprint": opened.fingerprint,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": weight.device.type,
+        },
+        "own": own_record(own, filter(None, [generator.source])),
+        "rows": rows,
+        "length": length,
+        "seed": seed,
+        "begin_token": begin_token(opened.tokenizer),
+        "tokenizer": opened.tokenizer_fingerprint,
+        "leakage": "off" if guard is None else guard.report(),
+        "aggregation_4": aggregation(ids.numpy(), ORDER),
+        "temperature": {name: warmth[name] for name in quota},
+        "perplexity": perplexity,
+        "pieces": {"tokens": size, "a_row": per_row} | counted,
+        **told,
+    }
+    made = CalibrationSet(ids, tuple(joined[i][1] for i in order), manifest)
+    manifest["sha256"] = made.sha256
+    return made
+
+
+def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Sequence[int]]:
+    """Return a dimension's openers in the order piece `number` takes them.
+
+    Pieces go through seeded permutations, so that every opener begins as many as any other.
+    """
+    count = len(openers)
+    order = np.random.default_rng([seed, number // count]).permutation(count)
+    return [openers[order[(number + turn) % count]] for turn in range(min(count, TURNS))]
+
+
+def _enough(
+    generator: Generator,
+    more: Callable[[Mapping[str, int], int], tuple[Written, list[str]]],
+    quota: Mapping[str, int],
+    guard: Guard | None,
+) -> tuple[Pieces, dict[str, int]]:
+    """Write pieces, and others in place of what the guard refuses and of what loops.
+
+    Where none better is written in `ROUNDS`, what repeats least is taken.
+    """
+    parts: list[Written] = []
+    names: list[str] = []
+    shares = np.zeros(0)  # of repeated 4-grams; infinite for what is refused or empty
+    factor = getattr(generator, "candidates", 1.0)
+    missing = {name: math.ceil(factor * count) for name, count in quota.items()}
+    for number in range(ROUNDS):
+        part, added = more(missing, number)
+        taken = part.sampled.any(1).numpy()
+        if guard is not None:
+            rows = enumerate(part.ids.tolist())
+            taken &= [guard.passes(generator.name, str(i), row) for i, row in rows]
+        parts.append(part)
+        names += added
+        repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
+        shares = np.concatenate([shares, repeated])
+        groups, usable = np.array(names), shares <= generator.repeats
+        lack = {name: quota[name] - int(usable[groups == name].sum()) for name in quota}
+        missing = {name: count for name, count in lack.items() if count > 0}
+        if not missing:
+            break
+    for name in missing:
+        own = np.flatnonzero(groups == name)
+        least = own[np.argsort(shares[own], kind="stable")[: quota[name]]]
+        if not np.isfinite(shares[least]).all():
+            raise InputError(
+                f"{quota[name]} pieces of {name} are needed, and of {len(own)} written only "
+                f"{np.isfinite(shares[own]).sum()} can be used: the model recites the suite "
+                "(--leakage off to use such text) or writes nothing (other prompts)"
+            )
+        usable[least] = True
+    written = Written.joined(parts)
+    nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
+    counted = {
+        "written": len(names),
+        "refused": int(np.isinf(shares).sum()),
+        "passed_over": int((np.isfinite(shares) & ~usable).sum()),
+        "looping": sum(missing.values()),
+    }
+    tokens, listed = written.sampled.sum(1).numpy(), np.flatnonzero(usable).tolist()
+    return Pieces(written.ids.numpy(), groups, listed, nll, tokens), counted

@@ -1,0 +1,119 @@
+"""What calibration text is like: information metrics, as pure functions of token ids.
+
+Ours, after Objective Information Theory (Xu et al.), which describes information by eleven
+properties; the three of time (delay, duration, sampling rate) have no meaning for text without
+time stamps and are left out. These are our definitions, not those of arXiv 2606.03328, whose own
+are not public to us. Method section 3.
+
+N-grams never cross a row. A begin token, where the tokenizer puts one before each row, counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORDERS = (1, 2, 3, 4)
+Ids = NDArray[np.integer]
+Keys = NDArray[np.uint64]
+
+
+def ngram_keys(sets: Sequence[Ids], n: int) -> list[Keys]:
+    """Return the key of every n-gram of every set; equal keys are equal n-grams, across sets too.
+
+    Args:
+        sets: token ids, each of shape (rows, length); lengths may differ between sets.
+
+    Returns:
+        One flat array a set, of rows * max(0, length - n + 1) keys, row by row.
+    """
+    tables, size = _numbered([np.asarray(ids) for ids in sets])
+    keys, count = tables, size
+    shift = max(1, (size - 1).bit_length())
+    used = shift
+    for k in range(1, n):
+        if used + shift > 64:
+            keys, count = _numbered(keys)
+            used = max(1, (count - 1).bit_length())
+        used += shift
+        keys = [
+            (key[:, :-1] << np.uint64(shift)) | table[:, k:]
+            for key, table in zip(keys, tables, strict=True)
+        ]
+    return [key.ravel() for key in keys]
+
+
+def _numbered(tables: Sequence[NDArray[Any]]) -> tuple[list[Keys], int]:
+    """Replace the values of tables by dense numbers from 0, the same in all; say how many."""
+    distinct = np.unique(np.concatenate([table.ravel() for table in tables]))
+    return [np.searchsorted(distinct, table).astype(np.uint64) for table in tables], len(distinct)
+
+
+def count_ngrams(ids: Ids, n: int) -> tuple[int, int]:
+    """Return how many distinct and how many n-grams rows of token ids hold."""
+    (keys,) = ngram_keys([ids], n)
+    return len(np.unique(keys)), len(keys)
+
+
+def aggregation(ids: Ids, n: int) -> float:
+    """Return 1 - distinct n-grams / total n-grams: the share that repeats; 0 without any.
+
+    It grows with the size of the set, so compare at one token budget only.
+    """
+    distinct, total = count_ngrams(ids, n)
+    return 1 - distinct / total if total else 0.0
+
+
+def row_aggregation(ids: Ids, n: int) -> NDArray[np.float64]:
+    """Return of each row the share of its n-grams that repeat within it: high where text loops."""
+    (keys,) = ngram_keys([ids], n)
+    rows = np.sort(keys.reshape(len(ids), -1), axis=1)
+    return (rows[:, 1:] == rows[:, :-1]).sum(1) / max(1, rows.shape[1])
+
+
+def coverage(sets: Sequence[Ids], n: int, reference: Sequence[Ids] | None = None) -> list[float]:
+    """Return for each set the share of the distinct n-grams of the reference that it holds.
+
+    Without a reference it is all sets pooled.
+    """
+    keys = ngram_keys([*sets, *(reference or ())], n)
+    own, other = keys[: len(sets)], keys[len(sets) :]
+    pooled = np.unique(np.concatenate(own if reference is None else other))
+    held = [np.intersect1d(np.unique(part), pooled, assume_unique=True) for part in own]
+    return [len(part) / max(1, len(pooled)) for part in held]
+
+
+def entropy(weights: NDArray[Any]) -> float:
+    """Return the Shannon entropy of a distribution in bits; weights need not sum to 1."""
+    share = weights[weights > 0] / weights.sum()
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def mismatch(ids: Ids, others: Sequence[Ids]) -> float:
+    """Return the Jensen-Shannon divergence, in bits, of the unigrams of `ids` and of `others`
+    pooled. Larger sets weigh more in the pool.
+    """
+    pooled = np.concatenate([other.ravel() for other in others])
+    size = int(max(ids.max(), pooled.max())) + 1
+    p, q = (np.bincount(part, minlength=size) / part.size for part in (ids.ravel(), pooled))
+    return min(1.0, max(0.0, entropy(p + q) - (entropy(p) + entropy(q)) / 2))
+
+
+def of_ids(ids: Ids, vocabulary: int) -> dict[str, float]:
+    """Return every metric that needs the ids of one set and nothing else, by name."""
+    counts = {n: count_ngrams(ids, n) for n in ORDERS}
+    bits = entropy(np.unique(ids, return_counts=True)[1])
+    return {
+        "tokens": int(ids.size),
+        "entropy": bits,
+        "volume": ids.size * bits,
+        "scope_tokens": counts[1][0] / vocabulary,
+        **{f"variety_{n}": distinct / ids.size for n, (distinct, _) in counts.items()},
+        **{
+            f"aggregation_{n}": 1 - distinct / total if total else 0.0
+            for n, (distinct, total) in counts.items()
+        },
+    }

@@ -1,0 +1,398 @@
+"""The generators: their settings reach the sampler, and each step does what it says."""
+
+import json
+import re
+
+import pytest
+import torch
+from tokenizers import processors
+
+from calmix.calibration import CalibrationSet
+from calmix.calibration.leakage import Guard, ItemIndex
+from calmix.calibration.selfgen import generators, prompts
+from calmix.calibration.selfgen.generators import GENERATORS, generate
+from calmix.calibration.selfgen.prompts import beginnings, load_prompts, start_token
+from calmix.calibration.selfgen.writing import Written
+from calmix.errors import InputError
+from tests.tiny import tiny_tokenizer
+
+SMALL = ("--rows", 4, "--length", 40, "--leakage", "off")
+LOOP = (1, 2) * 8
+
+
+@pytest.fixture
+def made(opened, monkeypatch, tmp_path):
+    """Make a set of 8 rows of 32 tokens from a stand-in for writing: random tokens, and what
+    `fill` does to them. Requests are noted in `made.requests`."""
+    path = tmp_path / "prompts.yaml"
+    path.write_text("x: [{text: a}, {text: bc}]\ny: [{text: d}]\n", encoding="utf-8")
+
+    def run(name="self-written", fill=None, rows=8, length=32, guard=None, own=None, **settings):
+        run.requests = []
+
+        def write(opened, request, **how):
+            run.requests.append(request)
+            shape = (len(request.openers), request.length)
+            generator = torch.Generator().manual_seed(len(run.requests))
+            ids = torch.randint(10, 200, shape, generator=generator)
+            nll = torch.rand(shape, generator=generator) + 1
+            sampled = torch.ones(shape, dtype=torch.bool)
+            sampled[:, 0] = False
+            if fill is not None:
+                fill(ids, nll)
+            run.ids = ids
+            return Written(ids, nll, sampled)
+
+        monkeypatch.setattr(generators, "write", write)
+        if name in ("self-written", "igsp"):
+            settings = {"prompts": path, "piece": 16} | settings
+        return generate(
+            GENERATORS[name](**settings), opened, rows=rows, length=length, guard=guard, own=own
+        )
+
+    return run
+
+
+def pieces(found, size=16):
+    return [tuple(piece) for piece in found.ids.reshape(-1, size).tolist()]
+
+
+def test_pieces_of_one_dimension_share_a_row(made, opened):
+    found = made(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1)
+    (request,) = made.requests
+    assert (request.length, len(request.openers)) == (16, 16)
+    assert (request.top_k, request.top_p, request.repetition_penalty) == (5, 0.9, 1.1)
+    assert set(request.temperatures) == {0.7}
+    tokenise = opened.tokenizer
+    firsts = {tuple(row[0]) for row in request.openers[0::2]}
+    assert firsts == {tuple(tokenise(text)["input_ids"]) for text in ("a", "bc")}
+    assert found.ids.shape == (8, 32)
+    assert found.counts == {"x": 4, "y": 4}
+    kinds = {tuple(piece): "xy"[at % 2] for at, piece in enumerate(made.ids.tolist())}
+    held = [kinds[piece] for piece in pieces(found)]
+    assert held[0::2] == held[1::2] == list(found.sources)
+    assert len(set(pieces(found))) == 16
+    assert set(found.manifest["perplexity"]) == {"x", "y"}
+
+
+def test_rows_are_shared_out_where_they_do_not_divide(made):
+    assert sorted(made(rows=7).counts.values()) == [3, 4]
+    assert made(rows=1).counts == {"x": 1}
+
+
+def test_dimensions_have_temperatures_of_their_own(made, tmp_path):
+    path = tmp_path / "warm.yaml"
+    path.write_text("x: {temperature: 0.5, prompts: [{text: a}]}\ny: [{text: d}]\n", "utf-8")
+    found = made(prompts=path)
+    assert found.manifest["temperature"] == {"x": 0.5, "y": 0.9}
+    assert made.requests[0].temperatures[:2] == [0.5, 0.9]
+
+
+def test_prompts_that_leave_half_of_a_piece_are_used(made, tmp_path):
+    path = tmp_path / "long.yaml"
+    path.write_text("x: [{text: abc}, {text: 'abcdefghi'}]\ny: [{text: 'abcdefghijkl'}, "
+                    "{text: 'abcdefghijklm'}]\n", "utf-8")  # fmt: skip
+    made(prompts=path)
+    lengths = [{len(row[0]) for row in made.requests[0].openers[at::2]} for at in (0, 1)]
+    assert lengths == [{3}, {12}]  # of y none does: the shortest
+
+
+def test_what_loops_is_written_anew_unless_it_is_allowed(made):
+    def fill(ids, nll):
+        if len(ids) == 16:
+            ids[[0, 2, 4, 6, 8, 10, 11]] = torch.tensor(LOOP)
+
+    found = made(fill=fill)
+    assert [len(request.openers) for request in made.requests] == [16, 7]
+    assert made.requests[1].seed != made.requests[0].seed
+    assert LOOP not in pieces(found)
+    counts = found.manifest["pieces"]
+    assert (counts["refused"], counts["passed_over"], counts["looping"]) == (0, 7, 0)
+    found = made(fill=fill, repeats=1.0)
+    assert pieces(found).count(LOOP) == 7
+    assert len(made.requests) == 1
+
+
+def test_what_loops_least_is_taken_where_all_does(made):
+    def fill(ids, nll):
+        step = 2 if len(ids) == 16 else 1
+        ids[::step, : 15 - len(made.requests)] = 7  # x; less of it, round by round
+
+    found = made(fill=fill)
+    assert [len(request.openers) for request in made.requests] == [16] + [8] * 7  # x alone
+    assert found.manifest["pieces"]["looping"] == 8
+    runs = [sum(token == 7 for token in piece) for piece in pieces(found)]
+    assert sorted(runs) == [0] * 8 + [7] * 8
+
+
+def test_text_of_the_suite_is_refused_and_replaced(made):
+    held = []
+
+    def fill(ids, nll):
+        if len(ids) == 16:
+            held.extend(ids[:3].tolist())
+
+    class Reads(Guard):
+        def passes(self, source, document, ids):
+            return ids not in held
+
+    def guard():
+        return Reads("mine", ItemIndex([], lambda texts: []))
+
+    found = made(fill=fill, guard=guard())
+    assert not {tuple(row) for row in held} & set(pieces(found))
+    assert found.manifest["pieces"]["refused"] == 3
+    held.clear()
+    all_refused = guard()
+    all_refused.passes = lambda *arguments: False
+    with pytest.raises(InputError, match="8 pieces of x are needed, and of 64 written only 0 can"):
+        made(guard=all_refused)
+
+
+def test_igsp_writes_more_and_chooses_by_j(made):
+    def plant(ids, nll):  # some loop, end in punctuation or copy another
+        ids[0:4], ids[4:8], ids[8:12] = torch.tensor(LOOP), 7, ids[12:16].clone()
+
+    found = made("igsp", fill=plant, candidates=2.5)
+    assert len(made.requests[0].openers) == 40
+    assert not {LOOP, (7,) * 16} & set(pieces(found))
+    assert len(set(pieces(found))) == 16
+    assert found.manifest["J"]["selected"] < found.manifest["J"]["first"]
+    made("igsp")
+    assert len(made.requests[0].openers) == 48  # three times as many by default
+
+
+def test_self_cal_samples_rows_from_the_start_token(made):
+    found = made("self-cal")
+    (request,) = made.requests
+    assert request.openers == [[[1]]] * 8
+    assert (request.length, set(request.temperatures), request.top_k) == (32, {1.0}, None)
+    assert found.counts == {"self-cal": 8}
+    made("self-cal", start="separator")
+    assert made.requests[0].openers == [[[2]]] * 8
+
+
+def test_sgs_continues_documents_and_drops_the_least_likely_fifth(made, text_file, opened):
+    def fill(ids, nll):
+        nll[[1, 4]] += 5
+        ids[[1, 4]] = 9
+
+    found = made("sgs", fill=fill, seeds=str(text_file))
+    (request,) = made.requests
+    assert len(request.openers) == 10  # 8 rows, and the fifth that is dropped
+    prefix = opened.tokenizer(text_file.read_text())["input_ids"][:2]
+    assert request.openers[0][0] == prefix
+    settings = (request.top_k, request.top_p, request.repetition_penalty, request.temperatures[0])
+    assert settings == (50, 0.95, 1.2, 0.6)
+    assert 9 not in found.ids
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_sets_of_a_tiny_model(name, opened, text_file):
+    options = {"seeds": str(text_file)} if name == "sgs" else {}
+    sets = [
+        generate(GENERATORS[name](**options), opened, rows=4, length=40, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert sets[0].ids.shape == (4, 40)
+    assert sets[0].sha256 == sets[1].sha256 != sets[2].sha256
+    manifest = sets[0].manifest
+    assert manifest["generated"] == name
+    assert manifest["model"]["fingerprint"] == opened.fingerprint
+    assert 0 <= manifest["aggregation_4"] < 1
+    several = name in ("self-written", "igsp")
+    assert sets[0].counts == (dict.fromkeys(sets[0].counts, 1) if several else {name: 4})
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADED = (
+    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat_tokenizer(template, bos, eos, *others):
+    """The tiny tokenizer made one of chats."""
+    tokenizer = tiny_tokenizer()
+    given = [token for token in (bos, eos) if token is not None]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *given]})
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "auto", "separator"),
+    [
+        ((CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
+        ((CHATML, "<|im_start|>", "</s>"), "</s>", "</s>"),
+        ((CHATML, "<s>", "<|im_end|>", "<|endoftext|>"), "<s>", "<|endoftext|>"),
+        ((CHATML, None, "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
+        ((HEADED, "<s>", "<|im_end|>", "<|end_of_text|>"), "<s>", "<|end_of_text|>"),
+        ((None, "<s>", "</s>"), "<s>", "</s>"),
+        ((None, None, None), "</s>", "</s>"),
+    ],
+)
+def test_text_starts_at_no_token_of_chats(tokens, auto, separator):
+    tokenizer = chat_tokenizer(*tokens)
+    assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
+    assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
+    assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
+
+
+def test_a_begin_token_before_every_text_is_never_one_of_chats(tmp_path):
+    tokenizer = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    assert start_token(tokenizer) == begin
+    path = tmp_path / "prompts.yaml"
+    path.write_text("only: [{begin: true}, {text: a}]", encoding="utf-8")
+    held = beginnings(load_prompts(path), tokenizer, "")["only"].openers
+    assert held == [[begin], [begin, tokenizer("a")["input_ids"][1]]]
+
+
+def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
+    monkeypatch.setattr(prompts, "END_OF_TEXT", ())
+    chat = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
+    assert start_token(chat) == chat.bos_token_id
+    assert start_token(chat, "separator") is None
+    bare = chat_tokenizer(None, None, None)
+    with pytest.raises(InputError, match="nothing to start from: this model's tokenizer has no"):
+        GENERATORS["self-cal"]().beginnings(bare, 0, None)
+    path = tmp_path / "prompts.yaml"
+    path.write_text("general: [{begin: true}]", encoding="utf-8")
+    with pytest.raises(InputError, match="without begin token and document separator"):
+        beginnings(load_prompts(path), bare, "")
+
+
+def test_builtin_prompts(opened):
+    held = beginnings(load_prompts(), opened.tokenizer, "")
+    assert set(held) == {"general", "commonsense", "code", "math"}
+    assert [1] in held["general"].openers  # the begin token alone
+    for one in held.values():
+        assert len({tuple(row) for row in one.openers}) == len(one.openers) >= 10
+        assert 0.8 <= one.temperature <= 1
+
+
+def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
+    path = tmp_path / "prompts.yaml"
+    path.write_text("only: [{ask: Tell me.}, {text: 'Once'}]", encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    plain = beginnings(load_prompts(path), tokenizer, "")["only"].openers
+    assert tokenizer.decode(plain[0]) == "Tell me.\n\n"
+    tokenizer.chat_template = (
+        "system: be good\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = beginnings(load_prompts(path), tokenizer, "")["only"].openers
+    assert [tokenizer.decode(ids) for ids in chat] == ["Tell me.\nassistant: ", "Once"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("general: []", "'general.prompts': List should have at least 1 item"),
+        ("{}", "names no dimension"),
+        ("general: [{text: a, ask: b}]", "give exactly one of 'text', 'ask' and 'begin: true'"),
+        ("general: [{tekst: a}]", "unknown key"),
+        ("general: word", "'general': "),
+        ("general: {temperature: 0, prompts: [{text: a}]}", "'general.temperature': "),
+        ("general: [{text: ''}]", "prompt 1 of dimension general in here becomes no token"),
+        ("general: [{ask: ' '}]", "prompt 1 of dimension general in here becomes no token"),
+    ],
+)
+def test_bad_prompts(text, message, tmp_path):
+    path = tmp_path / "prompts.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        beginnings(load_prompts(path), tiny_tokenizer(), "here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("calibrate", "self-written"), "4-gram aggregation .*, perplexity general "),
+        (("calibrate", "self-written,top_k=1,repeats=0.01"), "[1-4] texts repeat more"),
+        (("calibrate", "igsp,candidates=2,temperature=1"), "4-gram aggregation "),
+        (("calibrate", "self-cal,start=separator"), "4-gram aggregation "),
+    ],
+)
+def test_a_set_is_written_and_read_back(arguments, told, calmix, tiny_folder, tmp_path):
+    ended = calmix(*arguments, "--model", tiny_folder, "-o", tmp_path / "set", *SMALL)
+    assert ended.code == 0, ended.err
+    assert "4 rows of 40 tokens" in ended.out
+    assert re.match(told, ended.out.splitlines()[-2])
+    made = CalibrationSet.open(tmp_path / "set")
+    assert made.manifest["generated"] == arguments[1].partition(",")[0]
+    assert (made.rows, made.length) == (4, 40)
+
+
+def test_the_users_own_dimensions_from_a_yaml_file(calmix, tiny_folder, tmp_path):
+    held, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
+    held.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
+    spec.write_text(
+        f"generate: self-written\noptions: {{prompts: '{held}', repeats: 0.3}}\n"
+        "rows: 4\nlength: 40\nleakage: off\n",
+        encoding="utf-8",
+    )
+    ended = calmix("calibrate", spec, "-m", tiny_folder, "-o", tmp_path / "set", "--json")
+    assert ended.code == 0, ended.err
+    assert sorted(json.loads(ended.out)["counts"].items()) == [("cooking", 2), ("law", 2)]
+    assert CalibrationSet.open(tmp_path / "set").manifest["settings"]["repeats"] == 0.3
+
+
+def test_seed_texts_may_be_the_users_own(calmix, tiny_folder, text_file, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"mine: {{reader: {{type: file, path: '{text_file}'}}}}\n", encoding="utf-8")
+    ended = calmix("calibrate", "sgs,seeds=mine", "-m", tiny_folder, "-o", tmp_path / "set", *SMALL,
+                   "--sources", own)  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert list(CalibrationSet.open(tmp_path / "set").manifest["own"]) == ["mine"]
+
+
+def test_prune_writes_its_text_in_one_go(calmix, tiny_folder, tmp_path):
+    ended = calmix(
+        "prune", tiny_folder, "-o", tmp_path / "pruned", "--sparsity", 0.5, "--calibration",
+        "self-written", *SMALL,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    manifest = json.loads((tmp_path / "pruned" / "calmix.json").read_text(encoding="utf-8"))
+    assert manifest["calibration"]["generated"] == "self-written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "igsp"), "calmix generate is now calmix calibrate"),
+        (("calibrate", "igsq"), "unknown source 'igsq'"),
+        (("calibrate", "igsp,candidates=0.1"), "--candidates 0.1: must be greater than or"),
+        (("calibrate", "igsp,seeds=x"), "unknown option 'seeds'"),
+        (("calibrate", "self-cal,start=bso"), "--start bso: must be 'auto', 'bos' or"),
+        (("calibrate", "self-cal,batch=0"), "--batch 0: must be greater than or equal to 1"),
+        (("calibrate", "self-cal", "--length", 9999), "length 9999 is beyond the model's context"),
+        (("calibrate", "self-cal", "--rows", 0), "--rows 0: must be greater than"),
+        (("calibrate", "sgs,seeds=no-such"), "unknown source 'no-such'"),
+        (("calibrate", "igsp,prompts=no-such.yaml"), "there is no file no-such.yaml"),
+        (("calibrate", "igsp", "--packing", "window"), "'packing' has no effect with igsp"),
+    ],
+)
+def test_mistakes(arguments, message, calmix, tiny_folder, tmp_path):
+    output = tmp_path / "set"
+    small = () if "--length" in arguments else ("--length", 40)
+    ended = calmix(*arguments, "-m", tiny_folder, "-o", output, "--leakage", "off", *small)
+    assert ended.code == 2
+    assert message in ended.line
+    assert not output.exists()
+
+
+def test_device_without_a_model_to_run_is_refused(calmix, tiny_folder, tmp_path, text_file):
+    ended = calmix(
+        "calibrate", text_file, "-m", tiny_folder, "-o", tmp_path / "set", *SMALL, "--device", "cpu"
+    )
+    assert ended.code == 2
+    assert "--dtype and --device have no effect" in ended.line

@@ -1,0 +1,74 @@
+"""IGSP's selection against exhaustive search and the definition of J."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from calmix.calibration.selfgen.selection import objective, select_rows
+from calmix.calibration.text_metrics import aggregation
+
+
+def defined(ids, rows, groups, nll, tokens, weight):
+    """J as it is defined."""
+    logs = []
+    for name in dict.fromkeys(groups[row] for row in rows):
+        own = [row for row in rows if groups[row] == name]
+        logs.append(sum(nll[r] for r in own) / sum(tokens[r] for r in own))
+    return aggregation(ids[list(rows)], 4) + weight * float(np.var(logs))
+
+
+def pool(seed, symbols=4, size=(12, 30)):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, symbols, size)
+    tokens = rng.integers(8, 13, size[0])
+    return ids, np.array(["a"] * 6 + ["b"] * 6), rng.uniform(1.8, 2.6, size[0]) * tokens, tokens
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_against_exhaustive_search(weight):
+    quota = {"a": 3, "b": 2}
+    equal, gaps = 0, []
+    for seed in range(20):
+        ids, groups, nll, tokens = pool(seed)
+        found = select_rows(ids, groups, nll, tokens, quota, weight)
+        assert found == select_rows(ids, groups, nll, tokens, quota, weight)
+        assert sorted(groups[row] for row in found) == ["a"] * 3 + ["b"] * 2
+        assert len(set(found)) == 5
+        exact = defined(ids, found, groups, nll, tokens, weight)
+        assert objective(*(part[found] for part in (ids, groups, nll, tokens)), weight) == (
+            pytest.approx(exact)
+        )
+        pairs = itertools.product(
+            itertools.combinations(range(6), 3), itertools.combinations(range(6, 12), 2)
+        )
+        best = min(defined(ids, [*a, *b], groups, nll, tokens, weight) for a, b in pairs)
+        gaps.append(exact - best)
+        equal += gaps[-1] < 1e-9
+    assert equal >= 8
+    assert max(gaps) < 0.04
+    assert np.mean(gaps) < 0.01
+
+
+def test_balance_pulls_perplexities_together():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 5000, (40, 20))  # no repeats to speak of: only balance is left
+    groups = np.array(["a", "b"] * 20)
+    logs = np.where(groups == "a", 2.0, 3.0) + rng.uniform(-1, 1, 40)
+    spread = {}
+    for weight in (0.0, 1.0):
+        found = select_rows(ids, groups, logs * 20, np.full(40, 20), {"a": 5, "b": 5}, weight)
+        spread[weight] = abs(np.subtract(*[logs[[r for r in found if groups[r] == g]].mean()
+                                           for g in "ab"]))  # fmt: skip
+    assert spread[0.0] > 0.5
+    assert spread[1.0] < 0.02
+
+
+def test_degenerate_rows_are_left():
+    """Repeating n-grams, endless punctuation and copies lose to any plain row."""
+    rng = np.random.default_rng(1)
+    plain = rng.integers(10, 4000, (20, 64))
+    ids = np.concatenate([np.tile([1, 2, 3, 4], (4, 16)), np.full((4, 64), 5), plain, plain[:4]])
+    found = select_rows(ids, np.full(32, "a"), np.full(32, 100.0), np.full(32, 64), {"a": 18})
+    assert not set(found) & set(range(8))
+    assert len({tuple(ids[row]) for row in found}) == 18

@@ -1,0 +1,200 @@
+"""What a user may write for a calibration set, and what comes of it."""
+
+import pytest
+import torch
+
+from calmix.calibration import (
+    ask,
+    open_tokenizer,
+    parse_mix,
+    parse_spec,
+    resolve,
+    rows_per_source,
+)
+from calmix.errors import InputError, SourceError
+from calmix.options import DrawOptions
+from calmix.sources import load_sources
+
+
+def drawn(spec, opened, **options):
+    return resolve(str(spec), opened, leakage="off", **options)
+
+
+def test_decimal_weights_are_exact():
+    assert rows_per_source(parse_mix("a:0.1,b:0.2,c:0.7"), 10) == {"a": 1, "b": 2, "c": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", {"a": 1.0}),
+        ("a:1,b:3", {"a": 0.25, "b": 0.75}),
+        ("uniform:a,b", {"a": 0.5, "b": 0.5}),
+        ("a:1,b:0", {"a": 1.0}),
+        ("owner/name@part:1,./x.txt:1", {"owner/name@part": 0.5, "./x.txt": 0.5}),
+    ],
+)
+def test_mixes(text, expected):
+    assert parse_mix(text).weights == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a:1,a:2", "names 'a' twice"),
+        ("uniform:a,b,a", "names 'a' twice"),
+        ("a:1,b", "'b' has no weight"),
+        ("a:-1,b:2", "weight of 'a' is -1.0"),
+        ("a:nan,b:2", "weight of 'a' is nan"),
+        ("a:inf,b:2", "weight of 'a' is inf"),
+        ("a:0,b:0", "all weights are zero"),
+        ("", "names no source"),
+        ("a:1,,b:1", "names no source"),
+        ("uniform:", "names no source"),
+        ("igsp,temperatur=1", "unknown option 'temperatur': did you mean temperature"),
+        ("igsp,temperature=hot", "calibration 'igsp,temperature=hot': --temperature hot: must"),
+        ("self-cal,start=end", "--start end: must be 'auto', 'bos' or 'separator'"),
+        ("igsp,stories", "'stories' is not of the form option=value"),
+        ("igsp,piece=90,piece=80", "gives piece twice"),
+        ("igsp,candidates=0.5", "--candidates 0.5: must be greater than or equal to 1"),
+        ("self-written,temperature=inf", "--temperature inf: must be a finite number"),
+        ("self-written,candidates=2", "unknown option 'candidates'"),
+        ("self-written,piece=4", "--piece 4: must be greater than or equal to 8"),
+        ("self-written,repeats=0", "--repeats 0: must be greater than 0"),
+        ("self-written,repetition_penalty=-1", "--repetition-penalty -1: must be greater than 0"),
+        ("sgs,top_p=0", "--top-p 0: must be greater than 0"),
+        ("sgs,top_k=0", "--top-k 0: must be greater than or equal to 1"),
+        ("sgs,start=bos", "unknown option 'start'"),
+    ],
+)
+def test_wrong_texts(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_spec(text)
+
+
+def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
+    file = tmp_path / "mix.yaml"
+    lower, upper = sources["lower"], sources["upper"]
+    file.write_text(
+        f"mix: {{'{lower}': 3, '{upper}': 1}}\nrows: 8\nlength: 16\nseed: 5\nleakage: off\n",
+        encoding="utf-8",
+    )
+    by_file = resolve(str(file), tiny)
+    by_text = drawn(f"{lower}:3,{upper}:1", tiny, rows=8, length=16, seed=5)
+    assert torch.equal(by_file.ids, by_text.ids)
+    assert by_file.counts == by_text.counts
+    assert by_file.counts[lower] == 6
+    assert resolve(str(file), tiny, rows=4).rows == 4  # the command line comes first
+
+
+def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, tiny, tmp_path):
+    entries = (
+        "  mine: {reader: {type: file, path: lower.jsonl}}\n"
+        "  other: {reader: {type: file, path: upper.jsonl}}\n"
+    )
+    file, own = tmp_path / "mix.yaml", tmp_path / "own.yaml"
+    file.write_text(f"uniform: [mine, other]\nsources:\n{entries}", encoding="utf-8")
+    own.write_text(entries.replace("  mine", "mine").replace("  other", "other"), encoding="utf-8")
+    size = {"rows": 4, "length": 16}
+    made = drawn(file, tiny, **size)
+    assert made.manifest["mix"] == {"mine": 0.5, "other": 0.5}
+    assert drawn("uniform:mine,other", tiny, sources=own, **size).sha256 == made.sha256
+    given = load_sources(own)
+    assert drawn("uniform:mine,other", tiny, sources=given, **size).sha256 == made.sha256
+
+
+def test_defaults(tiny, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 4000, encoding="utf-8")
+    made = drawn(path, tiny, length=200)
+    assert (made.rows, made.manifest["seed"], made.manifest["packing"]) == (64, 0, "concat")
+
+
+def test_a_saved_folder(sources, tiny, tmp_path, foreign_folder):
+    made = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
+    folder = made.save(tmp_path / "set")
+    assert torch.equal(resolve(str(folder), tiny).ids, made.ids)
+    assert resolve(str(folder), tiny, rows=4, length=16, seed=3, packing="concat").rows == 4
+    for option, value in {
+        "rows": 5, "length": 8, "seed": 0, "packing": "window", "leakage": "offline",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
+            resolve(str(folder), tiny, **{option: value})
+    with pytest.raises(InputError, match="another tokenizer"):
+        resolve(str(folder), open_tokenizer(str(foreign_folder)))
+
+
+def test_settings_of_a_generator_agree_with_a_file(tmp_path):
+    prompts, file = tmp_path / "a.yaml", tmp_path / "own.yaml"
+    prompts.write_text("law: [{text: The court}]\n", encoding="utf-8")
+    file.write_text(f"generate: igsp\noptions: {{candidates: 2, prompts: '{prompts}'}}\n")
+    assert parse_spec(str(file)) == parse_spec(f"igsp, candidates=2,prompts={prompts}")
+    assert parse_spec("self-cal,start=bos").generator.start == "bos"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows: 3", "give exactly one of 'mix'"),
+        ("mix: {a: 1}\nuniform: [a]", "give exactly one of 'mix'"),
+        ("mix: {a: 1, a: 2}", "line 1: 'a' is given twice"),
+        ("mix: {a: -1}", "the weight of 'a' is -1.0"),
+        ("mix: {a: 0}", "all weights are zero"),
+        ("mix: {a: much}", "'mix"),
+        ("uniform: [a, a]", "names 'a' twice"),
+        ("uniform: []", "names no source"),
+        ("uniform: [a]\nrow: 3", "unknown key 'row'"),
+        ("uniform: [a]\nrows: many", "'rows': "),
+        ("uniform: [a]\npacking: tight", "'packing': "),
+        ("uniform: [a]\noptions: {piece: 9}", "'options' are those of 'generate'"),
+        ("generate: igps", "unknown generator 'igps': did you mean igsp"),
+        ("generate: sgs\noptions: {seeds: no-such}", "unknown source 'no-such'"),
+        ("generate: igsp\noptions: {prompts: no.yaml}", "there is no file no.yaml"),
+    ],
+)
+def test_a_wrong_yaml_file(text, message, tmp_path):
+    file = tmp_path / "mix.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises((InputError, SourceError), match=message):
+        ask(str(file))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": -1}, "--seed -1: must be greater than or equal to 0"),
+        ({"rows": 0}, "--rows 0: must be greater than or equal to 1"),
+        ({"length": -1}, "--length -1: must be greater than or equal to 1"),
+        ({"leakage_tokens": 1}, "--leakage-tokens 1: must be greater than or equal to 2"),
+        ({"packing": "windows"}, "--packing windows: must be 'concat' or 'window'"),
+        ({"length": 257}, "length 257 is beyond the model's context of 256 tokens"),
+        ({"licence": "free"}, "--licence free: must be 'permissive'"),
+        ({"select": "igsp"}, "unknown option 'select'"),
+    ],
+)
+def test_options_out_of_range(sources, tiny, given, message):
+    with pytest.raises(InputError, match=message):
+        drawn(sources["lower"], tiny, **given)
+
+
+def test_every_option_of_a_draw_has_a_help_text_of_at_most_ten_words():
+    for name, field in DrawOptions.model_fields.items():
+        assert 2 < len(field.description.split()) <= 10, name
+
+
+def test_a_generator_needs_the_model_and_has_no_packing(tiny):
+    with pytest.raises(InputError, match="self-cal runs the model: open it"):
+        drawn("self-cal", tiny, length=32)
+    with pytest.raises(InputError, match="'packing' has no effect with igsp"):
+        drawn("igsp", tiny, length=32, packing="window")
+
+
+def test_long_mixes_and_odd_names_are_not_paths(tiny):
+    names = ",".join(f"no-such-source-{i}" for i in range(40))
+    for spec, name in (
+        (f"uniform:{names}", "no-such-source-0"), ("x" * 300, "xxx"), ("~nobody-here", "~nobody"),
+    ):  # fmt: skip
+        with pytest.raises(SourceError, match=f"unknown source '{name}"):
+            drawn(spec, tiny, rows=80, length=8)
+    with pytest.raises(InputError, match="there is no file"):
+        drawn("missing.yaml", tiny)
