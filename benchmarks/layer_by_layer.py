@@ -6,9 +6,9 @@
 The model is pruned by `--method`; at every input the other solves the same layers on the same
 Gram matrix, and both are measured alike: the share of output energy lost, in float32, without
 damping, of the weights rounded to the model's type. Errors in two manifests cannot be held against
-each other so: each prune has inputs of its own from the second layer on, and SparseGPT's are on
-the damped Gram matrix. Every pair goes to the error stream as it is found; printed are means by
-kind of layer, and every layer where `--method` is behind.
+each other so: each prune has inputs of its own from the second layer on. Every pair goes to the
+error stream as it is found; printed are means by kind of layer, and every layer where `--method` is
+behind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FOUND: list[tuple[float, float]] = []  # of every layer in the order of the engi
 
 def lost(weight: Tensor, made: Tensor, gram: Tensor) -> float:
     """Return the share of a layer's output energy that is lost, in the model's type."""
-    return float(relative_error(weight.float(), made.to(weight.dtype).float(), gram))
+    return float(relative_error(weight, made, gram))
 
 
 def beside(method: Method, other: Method) -> Method:

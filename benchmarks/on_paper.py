@@ -26,7 +26,7 @@ from calmix.pruning import Unstructured
 from calmix.pruning.budget import GIB, make_plan, solver_bytes
 from calmix.pruning.budget import Sizes as Held
 from calmix.pruning.engine import Run
-from calmix.pruning.gram import Gram
+from calmix.pruning.gram import Gram, error_work
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, parse_pattern
 from calmix.pruning.reading import trusting
@@ -48,7 +48,7 @@ KERNELS = {"sort": 10, "argsort": 10, "linalg_cholesky_ex": 100, "linalg_solve_t
 
 def unsolved(self: Method, weights: Any, statistic: Any, patterns: Any) -> Solution:
     """Take a statistic, and leave weights as they are."""
-    return Solution(list(weights), [0] * len(weights), [None] * len(weights))
+    return Solution(list(weights), [0] * len(weights))
 
 
 def print_traced(
@@ -162,7 +162,7 @@ def main() -> None:
     for name, sizes in MODELS.items():
         inputs, blocks = sizes.inputs, sizes.blocks
         method = get_method("sparsegpt")
-        solves = [method.work(d, r) for d, r in inputs]
+        solves = [method.work(d, r) + error_work(d, r) for d, r in inputs]
         flop = {
             "forward": 2 * sizes.block_weights * tokens
             + 2 * tokens * LENGTH * sizes.query * blocks,

@@ -22,6 +22,7 @@ from common import commit, machine
 from torch import Tensor
 
 from calmix import precision
+from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 
@@ -87,7 +88,8 @@ def main() -> None:
                         lambda: method.solve([weight], gram.clone(), [Unstructured(0.6)]),  # noqa: B023
                         repeats,
                     )
-                cells += [f"{seconds:.2f}", f"{100 * float(solved.errors[0]):.2f}"]
+                lost = float(relative_error(weight, solved.weights[0], gram))
+                cells += [f"{seconds:.2f}", f"{100 * lost:.2f}"]
             print(f"| {order} | {name} | {' | '.join(cells)} |")
 
 

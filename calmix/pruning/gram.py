@@ -23,6 +23,7 @@ from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
+ENERGY = 512  # outputs whose energy is computed at a time, so that little memory is needed
 LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
 PANEL = 256  # columns of a triangle computed in one product, on a CPU
 WIDE = 2048  # elsewhere, where every product is a kernel to start, and large ones are fast
@@ -251,11 +252,23 @@ class Squares(Statistic):
 def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """Return tr(W H W^T), the energy of a layer's output, as a tensor of no dimensions.
 
+    Half of a symmetric H is enough. Products round as the caller lets them; sums do not.
+
     Args:
-        weight: W, float32 (rows, columns).
+        weight: W, (rows, columns) of any float type.
         gram: H, float32 (columns, columns), sum or mean of x x^T.
     """
-    return torch.mm(weight, gram).mul_(weight).sum()
+    columns = len(gram)
+    energy = torch.zeros((), dtype=widest(weight.device), device=weight.device)
+    for part in weight.split(ENERGY):
+        rows = part.float()
+        for at, to in panels(columns, _panel(columns, cpu=weight.device.type == "cpu")):
+            with large_products():
+                share = torch.mm(rows[:, at:to], gram[at:to, at:to])
+                if to < columns:
+                    share.addmm_(rows[:, to:], gram[to:, at:to], alpha=2)
+            energy += share.mul_(rows[:, at:to]).sum(1).sum(dtype=energy.dtype)
+    return energy
 
 
 def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
@@ -266,11 +279,21 @@ def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     device, as a tensor of no dimensions.
 
     Args:
-        weight: W, float32 (rows, columns).
-        kept: what W is replaced by; D is the difference.
-        gram: H, float32 (columns, columns), sum or mean of x x^T.
+        weight: W, (rows, columns) of any float type.
+        kept: what W is replaced by, rounded to its type; D is the difference.
+        gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
-    return quotient(output_energy(weight - kept, gram), output_energy(weight, gram))
+    lost, whole = torch.zeros(2, dtype=widest(weight.device), device=weight.device)
+    for dense, made in zip(weight.split(ENERGY), kept.split(ENERGY), strict=True):
+        lost += output_energy(dense.float() - made.to(weight.dtype).float(), gram)
+        whole += output_energy(dense, gram)
+    return quotient(lost.clamp(min=0), whole)
+
+
+def error_work(columns: int, outputs: int) -> Work:
+    """Return what `relative_error` takes on a CPU: two energies, each from half a product."""
+    half = triangle(columns, _panel(columns, cpu=True))
+    return Work(products=2 * 2.0 * outputs * columns**2 * half)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,21 @@ class SemiStructured:
 Pattern = Unstructured | SemiStructured
 
 
+def as_pattern(value: Pattern | str | float) -> Pattern:
+    """Return a pattern: one itself, a sparsity such as `0.5`, or `N:M`.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if isinstance(value, Unstructured | SemiStructured):
+        return value
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        return parse_pattern(str(value))
+    return Unstructured(share)
+
+
 def parse_pattern(text: str) -> SemiStructured:
     """Parse `N:M`.
 

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from calmix.errors import CalmixError, InputError, SolverError
 from calmix.precision import widest
-from calmix.pruning.gram import Statistic
+from calmix.pruning.gram import Gram, Statistic, relative_error
 from calmix.pruning.methods import DTYPES, Method, Solution
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.reading import agreed
+from calmix.pruning.reading import Number, agreed
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
@@ -272,7 +272,7 @@ class Task:
 
 
 def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
-    """Yield what the method's `solve` makes of each task; all processes get the whole.
+    """Yield what the method's `solve` makes of each task, with errors; all processes get the whole.
 
     Of several each solves tasks of its own, or layers where tasks are fewer, before any is sent.
     Numbers that a method does not give come as NaN.
@@ -323,6 +323,12 @@ def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
 def _solved(method: Method, task: Task, places: Sequence[int]) -> Solution:
     weights = [task.weights[at] for at in places]
     try:
-        return method.solve(weights, task.statistic, [task.patterns[at] for at in places])
+        made = method.solve(weights, task.statistic, [task.patterns[at] for at in places])
     except SolverError as error:
         raise SolverError(f"{task.name}: {error}") from error
+    errors: list[Number | None] = [None] * len(weights)
+    if method.needs is not None and issubclass(method.needs, Gram):
+        assert task.statistic is not None
+        pairs = zip(weights, made.weights, strict=True)
+        errors = [relative_error(weight, kept, task.statistic) for weight, kept in pairs]
+    return replace(made, errors=errors)

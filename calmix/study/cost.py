@@ -31,7 +31,7 @@ from calmix.pruning.allocation import looker
 from calmix.pruning.budget import AT_ONCE
 from calmix.pruning.dropping import COUNTS
 from calmix.pruning.experts import EXPERT_BYTES
-from calmix.pruning.gram import Work
+from calmix.pruning.gram import Gram, Work, error_work
 from calmix.pruning.methods import get_method
 from calmix.pruning.solvers.scaled import WIDE
 from calmix.recovery import memory as recovery
@@ -344,6 +344,8 @@ def prune_seconds(
             work = kind.work(maps.width, seen, cpu=machine.device == "cpu")
             seconds["statistic"] += maps.copies * work_seconds(work, machine)
         work = chosen.work(maps.width, maps.outputs)
+        if kind is not None and issubclass(kind, Gram):
+            work += error_work(maps.width, maps.outputs)
         factor = work.factor / machine.factor_flops
         seconds["factor"] += maps.copies * factor
         seconds["solve"] += maps.copies * (work_seconds(work, machine) - factor)

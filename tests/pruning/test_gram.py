@@ -54,6 +54,9 @@ def test_grams_of_sources_give_a_mix_and_the_error_on_another_text():
         assert relative_error(weight, kept, gram).item() == pytest.approx(
             (lost / whole).item(), rel=1e-3
         )
+    for half in (torch.bfloat16, torch.float16):  # what is stored is what counts
+        small, rounded = weight.to(half), kept.to(half)
+        assert relative_error(small, kept, mix) == relative_error(small, rounded, mix) > 0
     assert relative_error(weight, weight, mix) == 0
     assert relative_error(torch.zeros_like(weight), weight, mix) == 0
 

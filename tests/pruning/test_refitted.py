@@ -39,8 +39,6 @@ def test_a_refit_keeps_the_mask_and_lowers_the_error(name, pattern):
     assert after.pruned == before.pruned == [int((after.weights[0] == 0).sum())]
     least = error(weight, before.weights[0], gram)
     assert error(weight, after.weights[0], gram) < least * (1 if name == "sparsegpt" else 0.7)
-    energy = float((weight.double() @ gram.double() * weight.double()).sum())
-    assert after.errors == [pytest.approx(error(weight, after.weights[0], gram) / energy, rel=1e-3)]
 
 
 OWN = ["sparsegpt", "admm", "wanda", "ria", "magnitude"]
@@ -55,9 +53,7 @@ def test_inputs_that_never_fired_are_counted(text):
     statistic = {None: None, Gram: gram}.get(method.needs, gram.diagonal())
     made = method.solve([weight] * 2, statistic, [Unstructured(0.5)] * 2)
     assert int(made.dead) == (0 if text == "magnitude" else 2)
-    assert len(made.weights) == len(made.pruned) == len(made.errors) == 2
-    known = "refit" in text or text in ("sparsegpt", "admm")
-    assert [error is not None for error in made.errors] == [known] * 2
+    assert len(made.weights) == len(made.pruned) == 2
     with pytest.raises(ValueError, match="shorter"):  # every layer has a pattern
         method.counts([weight] * 2, [Unstructured(0.5)])
 
@@ -68,8 +64,7 @@ def test_options_reach_the_solver():
     made = get_method("admm,iterations=3,rho=2,damping=0.1,refit=1").solve([weight], gram, half)
     plain = admm.admm([weight], gram, half, iterations=3, rho=2.0, damping=0.1, steps=1)
     assert torch.equal(made.weights[0], plain.weights[0])
-    assert (made.errors, made.damping) == (list(plain.errors), plain.damping)
-    assert made.dtype == torch.float32
+    assert (made.damping, made.dtype) == (plain.damping, torch.float32)
     linear = get_method("ria,power=1").solve([weight], gram.diagonal(), half)
     assert torch.equal(linear.weights[0], ria.ria([weight], gram.diagonal(), half, power=1.0)[0])
     assert not torch.equal(
@@ -87,7 +82,8 @@ def test_admm_loses_less_than_sparsegpt_with_a_refit():
     for pattern in (Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4)):
         made = get_method("admm").solve([weight], gram, [pattern])
         other = get_method("sparsegpt,refit=10").solve([weight], gram, [pattern])
-        assert made.errors[0] < other.errors[0], pattern
+        lost = [error(weight, one.weights[0], gram) for one in (made, other)]
+        assert lost[0] < lost[1], pattern
         assert made.pruned == [pattern.count(weight.numel())]
         assert int((made.weights[0] == 0).sum()) == made.pruned[0]
 

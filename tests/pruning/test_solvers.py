@@ -1,5 +1,6 @@
 """The pure solvers against naive implementations in float64 and their own promises."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from calmix.errors import InputError, SolverError
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured
+from calmix.pruning.solvers import refit as solvers_refit
 from calmix.pruning.solvers.admm import admm, work
 from calmix.pruning.solvers.refit import refit
 from calmix.pruning.solvers.ria import ria, saliency
@@ -61,7 +63,6 @@ def test_refit_reaches_the_least_squares_optimum():
     floor, before = output_error(weight, best, gram), output_error(weight, start.numpy(), gram)
     assert floor < 0.5 * before
     assert output_error(weight, refitted.weights[0].numpy(), gram) == pytest.approx(floor, rel=1e-3)
-    assert refitted.errors[0] == pytest.approx(share(w, refitted.weights[0], gram), rel=5e-3)
 
 
 def test_refit_takes_the_textbook_steps():
@@ -98,10 +99,52 @@ def test_refit_never_raises_a_rows_error_and_keeps_zeros(seed, dtype):
         result = refitted.weights[0]
         assert result.dtype == dtype
         assert (result[start == 0] == 0).all()
-        assert refitted.errors[0] <= 1.001 * share(w, start, gram)
         for row in range(len(w)):
             before, after = share(w[row], start[row], gram), share(w[row], result[row], gram)
             assert after <= before * (1 + 1e-4) + 1e-9
+
+
+@pytest.mark.parametrize("coarse", [False, True])  # as on a CPU where bfloat16 alone is fast
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("kind", ["even", "mean", "outliers", "spectrum"])
+def test_refit_is_no_worse_with_more_steps(kind, rounded, coarse, monkeypatch):
+    """Whether its products round the Gram matrix, or it came rounded: no Gram matrix, but near."""
+    monkeypatch.setattr(precision, "_bfloat16_alone", lambda: coarse)
+    monkeypatch.setattr(precision, "_set", nullcontext)  # oneDNN rounds nothing there
+    generator = torch.Generator().manual_seed(2)
+    x = shaped(kind, 600, 96, generator)
+    gram, w = x.T @ x, torch.randn(48, 96, generator=generator)
+    start = Wanda().solve([w], gram.diagonal(), [Unstructured(0.6)]).weights[0]
+    given = gram.bfloat16().float() if rounded else gram
+    exact = gram.double().numpy()
+    errors = [share(w, start, exact)]
+    for steps in (1, 4, 8, 12, 20, 40, 80):
+        made = refit([w], [start], given, steps=steps).weights[0]
+        assert torch.equal(made == 0, start == 0)
+        errors.append(share(w, made, exact))
+    # What is lost is measured on the exact one, of which a rounded one does not tell all.
+    assert all(b <= a * (1.01 if rounded else 1 + 1e-4) for a, b in pairwise(errors)), errors
+    assert errors[-1] < 0.6 * errors[0] or kind == "even"
+
+
+def test_refit_stops_a_row_that_got_worse_and_leaves_the_others(monkeypatch):
+    weight, gram = problem(rows=6, tokens=4000)
+    w, h = tensors(weight, gram)
+    start = w * torch.tensor(half_mask(weight.shape))
+    alone = {steps: refit([w], [start], h, steps=steps).weights[0] for steps in (4, 40)}
+    product, calls = solvers_refit.add_rounded_product, []
+
+    def astray(add, left, right, out, scale=1.0):
+        calls.append(product(add, left, right, out, scale))
+        if len(calls) > 5:  # after the check at four steps: so short a product, so long a step
+            out[2].mul_(0.01)
+        return out
+
+    monkeypatch.setattr(solvers_refit, "add_rounded_product", astray)
+    made = refit([w], [start], h, steps=40).weights[0]
+    assert torch.equal(made[2], alone[4][2])
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(made[others], alone[40][others])
 
 
 def test_refit_of_a_row_that_cannot_be_better_returns_it_as_it_was():
@@ -133,7 +176,7 @@ def test_refit_serves_masks_of_any_method():
             SparseGPT().solve([w], h, [pattern]).weights[0],
         ):
             refitted = refit([w], [start], h)
-            assert refitted.errors[0] < 0.95 * share(w, start, gram)
+            assert share(w, refitted.weights[0], gram) < 0.95 * share(w, start, gram)
             assert torch.equal(refitted.weights[0] == 0, start == 0)
 
 
@@ -188,9 +231,8 @@ def test_admm_is_exact_and_better_than_sparsegpt(pattern, seed):
     w, h = tensors(weight, gram)
     solved = admm([w], h, [pattern])
     assert_pattern(solved.weights[0], pattern)
-    assert solved.errors[0] == pytest.approx(share(w, solved.weights[0], gram), rel=0.01)
     other = SparseGPT().solve([w], h, [pattern]).weights[0]
-    assert solved.errors[0] < share(w, other, gram)
+    assert share(w, solved.weights[0], gram) < share(w, other, gram)
 
 
 def shaped(kind, tokens, columns, generator):
@@ -216,6 +258,7 @@ def shaped(kind, tokens, columns, generator):
 @pytest.mark.parametrize("kind", ["even", "mean", "outliers", "units", "spectrum", "gated"])
 def test_admm_is_never_behind_sparsegpt_whatever_the_inputs(kind, rounded, monkeypatch):
     monkeypatch.setattr(precision, "_bfloat16_alone", lambda: rounded)
+    monkeypatch.setattr(precision, "_set", nullcontext)  # oneDNN rounds nothing there
     patterns = [Unstructured(0.2), Unstructured(0.6), Unstructured(0.9), *PATTERNS[1:]]
     for rows, columns in ((96, 64), (16, 160)):
         generator = torch.Generator().manual_seed(rows)
@@ -248,13 +291,9 @@ def test_admm_takes_a_pattern_a_layer():
     weights = [torch.tensor(w, dtype=torch.float32) for w in (first, second, first)]
     patterns = [Unstructured(0.3), SemiStructured(2, 4), Unstructured(0.7)]
     together = admm(weights, h, patterns)
-    for weight, pattern, made, error in zip(
-        weights, patterns, together.weights, together.errors, strict=True
-    ):
+    for weight, pattern, made in zip(weights, patterns, together.weights, strict=True):
         assert_pattern(made, pattern)
-        alone = admm([weight], h, [pattern])
-        assert torch.equal(alone.weights[0], made)
-        assert alone.errors[0] == error
+        assert torch.equal(admm([weight], h, [pattern]).weights[0], made)
 
 
 def test_transposed_views_are_solved_as_matrices():
@@ -312,9 +351,9 @@ def test_degenerate_layers_are_solved(pattern):
         solved = admm([w], h, [pattern])
         assert_pattern(solved.weights[0], pattern)
         assert torch.isfinite(solved.weights[0]).all()
-        assert solved.errors[0] <= 1
+        assert share(w, solved.weights[0], gram) <= 1
     zero = admm([torch.zeros(4, columns)], torch.eye(columns), [pattern])
-    assert zero.errors == [0.0]
+    assert not zero.weights[0].any()
 
 
 def test_what_is_not_finite_is_refused():

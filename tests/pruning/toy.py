@@ -45,4 +45,4 @@ class Toy(Method):
         pairs = list(zip(full, patterns, strict=True))
         masks = [layer_mask(w.abs() * statistic**self.strength, pattern) for w, pattern in pairs]
         pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
-        return Solution(pruned, [int(m.sum()) for m in masks], [None] * len(masks))
+        return Solution(pruned, [int(m.sum()) for m in masks])

@@ -66,10 +66,9 @@ class Admm(Method):
         return Solution(
             made.weights,
             self.counts(weights, patterns),
-            list(made.errors),
-            made.damping,
-            torch.float32,
-            made.dead,
+            damping=made.damping,
+            dtype=torch.float32,
+            dead=made.dead,
         )
 
     def work(self, columns: int, outputs: int) -> Work:

@@ -7,9 +7,10 @@ or command lines.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from calmix.pruning.gram import Statistic, Work
-from calmix.pruning.patterns import Pattern
+from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.reading import Number
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of factorisations
@@ -33,8 +34,8 @@ class Solution:
         weights: matrices (rows, columns) in float32, or in their own type where kept weights are
             what they were; may be transposed views. Pruned entries are exactly zero.
         pruned: number of entries each layer's mask removes.
-        errors: share of each layer's output energy that is lost on the calibration tokens,
-            ||(W - W') X||^2 / ||W X||^2; None where the method has no Gram matrix.
+        errors: not a method's to give: the engine takes `relative_error` of each layer, or None
+            where the method asks for no Gram matrix.
         damping: damping that was used, None if the method has none.
         dtype: precision of the factorisation, None if there is none; where another process has
             done it its place in `DTYPES`.
@@ -43,7 +44,7 @@ class Solution:
 
     weights: list[Tensor]
     pruned: list[int]
-    errors: list[Number | None]
+    errors: list[Number | None] = field(default_factory=list)
     damping: Number | None = None
     dtype: torch.dtype | Number | None = None
     dead: Number = 0
@@ -67,6 +68,12 @@ class Method(BaseModel, ABC):
     statistic: ClassVar[type[Statistic] | None]
     paper: ClassVar[str] = ""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let `solve` take parameters that require gradients, and patterns as users write them."""
+        super().__init_subclass__(**options)
+        if "solve" in vars(cls):
+            cls.solve = _solving(cls.solve)  # type: ignore[method-assign]
+
     @abstractmethod
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
@@ -75,8 +82,8 @@ class Method(BaseModel, ABC):
 
         Args:
             weights: matrices (rows, columns) of any float type; not to be changed.
-            statistic: what `needs` gave of their input, None if it is None.
-            patterns: what share or pattern to prune, one a layer.
+            statistic: what `needs` gave of their input, not to be changed; None if it is None.
+            patterns: what share or pattern to prune, one a layer, as `as_pattern` takes them.
         """
 
     @property
@@ -134,3 +141,14 @@ class Method(BaseModel, ABC):
 
     def __str__(self) -> str:
         return self.text
+
+
+def _solving(solve: Callable[..., Solution]) -> Callable[..., Solution]:
+    @functools.wraps(solve)
+    def solving(
+        self: Method, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Any]
+    ) -> Solution:
+        with torch.no_grad():
+            return solve(self, weights, statistic, [as_pattern(one) for one in patterns])
+
+    return solving

@@ -25,4 +25,4 @@ class Magnitude(Refitted):
         full = [weight.float() for weight in weights]
         masks = [layer_mask(w.abs(), pattern) for w, pattern in zip(full, patterns, strict=True)]
         pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
-        return Solution(pruned, self.counts(weights, patterns), [None] * len(masks))
+        return Solution(pruned, self.counts(weights, patterns))

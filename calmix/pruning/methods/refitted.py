@@ -9,7 +9,7 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import Gram, Statistic, Work
+from calmix.pruning.gram import Gram, Statistic, Work, factor_flop
 from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers import refit
@@ -49,7 +49,7 @@ class Refitted(Method):
         own = statistic if self.statistic is Gram else statistic.diagonal()
         chosen = self.choose(weights, own, patterns)
         made = refit.refit(weights, chosen.weights, statistic, steps=self.refit)
-        return replace(chosen, weights=made.weights, errors=list(made.errors), dead=made.dead)
+        return replace(chosen, weights=made.weights, dead=made.dead)
 
     @property
     def needs(self) -> type[Statistic] | None:
@@ -65,10 +65,11 @@ class Refitted(Method):
         return super().memory(columns, outputs, widest)
 
     def work(self, columns: int, outputs: int) -> Work:
-        """The mask; then a product a step, and a few more for the errors."""
+        """The mask; then a factorisation, a product a step, and a few more to hold rows by."""
         own = self.own_work(columns, outputs)
         if not self.refit:
             return own
+        own += Work(factor=factor_flop(columns))
         return own + refit.work(outputs, columns, steps=self.refit)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:

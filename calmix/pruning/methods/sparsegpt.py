@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from calmix.precision import bfloat16_products, large_products
-from calmix.pruning.gram import Factor, Gram, Work, factor_flop, inverse_factor, triangle
+from calmix.precision import large_products
+from calmix.pruning.gram import ENERGY, Factor, Gram, Work, factor_flop, inverse_factor
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import (
@@ -24,12 +24,9 @@ from calmix.pruning.patterns import (
     smallest,
     smallest_of_m,
 )
-from calmix.pruning.reading import quotient
 from calmix.pruning.solvers import columns as fused
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
-ENERGY = 4096  # outputs whose energy is computed at a time, so that little memory is needed
-ENERGY_PANEL = 1024  # inputs whose share of it comes from one product
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
 AT_ONCE = 32  # on an accelerator: columns whose errors one call solves for, half as many calls
 STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
@@ -72,18 +69,15 @@ class SparseGPT(Refitted):
         factor = inverse_factor(statistic, self.damping)
         # Layers with shares are solved at once; those with N:M only with their like.
         kinds = [p if isinstance(p, SemiStructured) else None for p in patterns]
-        made: dict[int, tuple[Tensor, int, Tensor]] = {}
+        made: dict[int, tuple[Tensor, int]] = {}
         for kind in dict.fromkeys(kinds):
             places = [i for i, own in enumerate(kinds) if own == kind]
-            solved = _solve(
-                [weights[i] for i in places], statistic, factor, [patterns[i] for i in places]
-            )
+            solved = _solve([weights[i] for i in places], factor, [patterns[i] for i in places])
             made |= dict(zip(places, solved, strict=True))
-        weight, pruned, errors = zip(*(made[i] for i in range(len(weights))), strict=True)
+        weight, pruned = zip(*(made[i] for i in range(len(weights))), strict=True)
         return Solution(
             weights=list(weight),
             pruned=list(pruned),
-            errors=list(errors),
             damping=factor.damping,
             dtype=factor.dtype,
             dead=factor.dead.sum(),
@@ -95,9 +89,8 @@ class SparseGPT(Refitted):
         return [(number, size) for number, size in found if number * size]
 
     def own_work(self, columns: int, outputs: int) -> Work:
-        """Factorisation 2/3 d^3; d steps; corrections r d^2; output energy, 2 r d^2 halved."""
+        """Factorisation 2/3 d^3; d steps; corrections r d^2."""
         return Work(
-            gram=2 * outputs * columns**2 * triangle(columns, ENERGY_PANEL),
             factor=factor_flop(columns),
             products=outputs * columns**2,
             steps=columns,
@@ -107,14 +100,14 @@ class SparseGPT(Refitted):
     def own_memory(self, columns: int, outputs: int, widest: int) -> int:
         """The sum, its factor and what the factorisation holds beside it; the weights transposed;
         mask, errors and scores of one group of columns, or some outputs' energy."""
-        energy = 2 * 4 * columns * min(outputs, ENERGY)
+        energy = 3 * 4 * columns * min(outputs, ENERGY)
         return 11 * columns**2 + 4 * columns * outputs + max(MASK_BYTES * outputs, energy)
 
 
 def _solve(
-    weights: Sequence[Tensor], gram: Tensor, factor: Factor, patterns: Sequence[Pattern]
-) -> list[tuple[Tensor, int, Tensor]]:
-    """Return pruned weights, entries pruned and output error of layers: shares, or one N:M."""
+    weights: Sequence[Tensor], factor: Factor, patterns: Sequence[Pattern]
+) -> list[tuple[Tensor, int]]:
+    """Return pruned weights and entries pruned of layers: shares, or one N:M."""
     upper = factor.upper
     columns = upper.shape[0]
     heights = [len(weight) for weight in weights]
@@ -122,8 +115,6 @@ def _solve(
     layers = stacked.split(heights, dim=1)
     for layer, weight in zip(layers, weights, strict=True):
         layer.copy_(weight.T)
-    energy = torch.cat([_energy(part, gram) for part in stacked.split(ENERGY, dim=1)])
-    loss = torch.zeros_like(energy)
     pruned = [0] * len(heights)
     block = _multiple(BLOCK, patterns[0])
     for start in range(0, columns, block):
@@ -143,30 +134,9 @@ def _solve(
         clear(stacked[start:stop], mask)
         with large_products():
             stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        loss += errors.square_().sum(0)
         for number, (height, pattern) in enumerate(zip(heights, patterns, strict=True)):
             pruned[number] += pattern.count((stop - start) * height)
-    pairs = zip(loss.split(heights), energy.split(heights), strict=True)
-    shares = [quotient(part.sum(), total.sum()) for part, total in pairs]
-    return list(zip([layer.T for layer in layers], pruned, shares, strict=True))
-
-
-def _energy(weights: Tensor, gram: Tensor) -> Tensor:
-    """Return ||w X||^2 of every output, the diagonal of W H W^T. It only scales the report.
-
-    `weights` is (columns, outputs). Half of a symmetric H is enough.
-    """
-    columns = len(weights)
-    energy = torch.zeros(weights.shape[1], device=weights.device)
-    with bfloat16_products():
-        for start in range(0, columns, ENERGY_PANEL):
-            stop = min(start + ENERGY_PANEL, columns)
-            panel = weights[start:stop]
-            share = torch.mm(gram[start:stop, start:stop], panel)
-            if stop < columns:
-                share.addmm_(gram[start:stop, stop:], weights[stop:], alpha=2)
-            energy += share.mul_(panel).sum(0)
-    return energy
+    return list(zip([layer.T for layer in layers], pruned, strict=True))
 
 
 def _block(

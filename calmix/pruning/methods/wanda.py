@@ -36,7 +36,7 @@ class Wanda(Refitted):
         norm = statistic.sqrt()
         pruned = [_prune(w, norm, pattern) for w, pattern in zip(weights, patterns, strict=True)]
         counts = self.counts(weights, patterns)
-        return Solution(pruned, counts, [None] * len(pruned), dead=(statistic == 0).sum())
+        return Solution(pruned, counts, dead=(statistic == 0).sum())
 
     def own_work(self, columns: int, outputs: int) -> Work:
         """Ten times its float32 size through a cache: most of it selects within rows."""

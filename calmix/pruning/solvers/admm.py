@@ -96,13 +96,11 @@ def admm(
             if _group(pattern) == m:
                 starts[number] = _search(weight, order, scaled, reflector, pattern, iterations)
         del reflector
-    made, errors = [], []
-    for number, weight in enumerate(weights):
-        begin = starts.pop(number)
-        result, error = refit.refit_layer(weight, begin, scaled, steps=steps, damping=used)
-        made.append(result)
-        errors.append(error)
-    return Fitted(made, errors, used, scaled.dead)
+    made = [
+        refit.refit_layer(weight, starts.pop(number), scaled, steps=steps, damping=used)
+        for number, weight in enumerate(weights)
+    ]
+    return Fitted(made, used, scaled.dead)
 
 
 def by_own_part(scaled: Scaled) -> Scaled:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.precision import add_rounded_product, large_product, rounded_product, widest
-from calmix.pruning.gram import Work
-from calmix.pruning.reading import holds, quotient
+from calmix.precision import add_rounded_product, large_product, rounded_product
+from calmix.pruning.gram import Work, inverse_factor
+from calmix.pruning.reading import holds
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
 STEPS = 10
 DAMPING = 0.001
 VALUES = 16  # read and written a weight and step
-ROUND = 10  # steps before rounding shows in the residual
+CHECK = 4  # steps between two looks at what the error has become
 
 
 def refit(
@@ -34,100 +34,104 @@ def refit(
 ) -> Fitted:
     """Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero.
 
-    Zeros stay exactly zero. A row keeps the weights it came with unless its own output error,
-    after rounding to their type, is less: no layer ends with a larger error than it began with.
-
-    The steps' products may round their factors to bfloat16, so the residual is computed anew in
-    float32 every `ROUND` steps, and the errors that are compared are float32.
+    Zeros stay exactly zero. The steps' products may round their factors to bfloat16; where inputs
+    have much in common, what tells them apart is less than that. So after the first step, every
+    `CHECK` and the last the output error of every row, as it would be stored, is computed in
+    float32. A row that got worse stops, and all end as the best they have been, at first what they
+    came as.
 
     Args:
         weights: dense matrices (rows, columns) of any float type that share one input.
         pruned: the same pruned, of the same type or float32: where to begin.
         gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
-        steps: steps of conjugate gradients; 0 only measures.
-        damping: share of every input's own square sum added to it.
+        steps: steps of conjugate gradients.
+        damping: share of every input's own square sum added to it; raised, to a hundredfold at
+            most, until what rounding has made of the Gram matrix is positive definite.
 
     Raises:
         SolverError: the Gram matrix or the weights are not finite, or every input is zero.
     """
     scaled = scale(gram)
-    made, errors = [], []
-    for weight, start in zip(weights, pruned, strict=True):
-        result, error = refit_layer(weight, start, scaled, steps=steps, damping=damping)
-        made.append(result)
-        errors.append(error)
-    return Fitted(made, errors, damping, scaled.dead)
+    damping *= inverse_factor(scaled.gram, damping).raised if damping else 1
+    made = [
+        refit_layer(weight, start, scaled, steps=steps, damping=damping)
+        for weight, start in zip(weights, pruned, strict=True)
+    ]
+    return Fitted(made, damping, scaled.dead)
 
 
 def refit_layer(
     weight: Tensor, start: Tensor, scaled: Scaled, *, steps: int, damping: float
-) -> tuple[Tensor, Tensor]:
-    """Refit one layer; return its weights, in their type, and the error that is left."""
-    made = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    lost = torch.zeros((), dtype=widest(weight.device), device=weight.device)
-    energy = torch.zeros_like(lost)
-    for rows in chunks(weight):
-        dense, begin = weight[rows].float(), start[rows].to(weight.dtype)
-        target = dense * scaled.norm
-        end, mask = begin.to(torch.float32, copy=True), (begin != 0).float()
-        delta = (dense - end).mul_(scaled.norm)
-        residual = large_product(delta, scaled.gram)
-        before = (residual * delta).sum(1)
-        for done in range(0, steps, ROUND):
-            if done:
-                torch.mul(dense - end, scaled.norm, out=delta)
-                large_product(delta, scaled.gram, out=residual)
-            at_once = min(ROUND, steps - done)
-            change = _conjugate_gradients(residual, delta, mask, scaled.coarse, at_once, damping)
-            end.add_(change.mul_(scaled.inverse))
-        made[rows] = end
-        end = made[rows].float()
-        torch.mul(dense - end, scaled.norm, out=delta)
-        after = large_product(delta, scaled.gram, out=residual).mul_(delta).sum(1)
-        better = after < before
-        made[rows] = torch.where(better[:, None], end, begin.float())
-        lost += torch.where(better, after, before).sum()
-        energy += (rounded_product(target, scaled.coarse) * target).sum()
-    if not holds(torch.isfinite(lost + energy)):
-        raise SolverError("the weights or inputs of this layer are not finite")
-    return made, quotient(lost.clamp(min=0), energy.clamp(min=0))
-
-
-def _conjugate_gradients(
-    residual: Tensor, delta: Tensor, mask: Tensor, gram: Tensor, steps: int, damping: float
 ) -> Tensor:
-    """Return by how much the entries that a mask of 1.0 keeps change, in scaled coordinates.
+    """Refit one layer; return its weights, in their type.
 
-    Every row is a system of its own, with its own step lengths. What `gram`, of `rounded`, is
-    scaled by is the preconditioner.
+    Every row is a system of its own, with its own step lengths; the diagonal that the Gram matrix
+    was scaled by is the preconditioner.
     """
-    left = residual.add(delta, alpha=damping).mul_(mask)
-    change, towards = torch.zeros_like(left), left.clone()
-    size = torch.linalg.vecdot(left, left)[:, None]
-    product = torch.empty_like(left)
-    for _ in range(steps):
-        add_rounded_product(towards, towards, gram, product, damping).mul_(mask)
-        curvature = torch.linalg.vecdot(towards, product)[:, None]
-        # A row that is solved, or that rounding left no descent, stays where it is.
-        length = torch.where(curvature > 0, size / curvature, 0)
-        change.addcmul_(towards, length)
-        left.addcmul_(product, length, value=-1)
-        now = torch.linalg.vecdot(left, left)[:, None]
-        towards.mul_(torch.where(size > 0, now / size, 0)).add_(left)
-        size = now
-    return change
+    checked = _checked(steps)
+    made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    lost = torch.zeros((), device=weight.device)
+    for rows in chunks(weight):
+        dense, begin = weight[rows].float(), start[rows].to(weight.dtype).float()
+        best, mask = begin, (begin != 0).float()
+        delta = (dense - begin).mul_(scaled.norm)
+        left = large_product(delta, scaled.gram)
+        least = _dot(left, delta)
+        lost += least.sum()
+        left.add_(delta, alpha=damping).mul_(mask)
+        moved, towards, product = (torch.zeros_like(left) for _ in range(3))
+        size = torch.ones_like(least)
+        for number in range(1, steps + 1):
+            now = _dot(left, left)
+            torch.addcmul(left, towards, torch.where(size > 0, now / size, 0), out=towards)
+            size = now
+            add_rounded_product(towards, towards, scaled.coarse, product, damping).mul_(mask)
+            curvature = _dot(towards, product)
+            # A row that is solved, or that rounding left no descent, stays where it is.
+            length = torch.where(curvature > 0, size / curvature, 0)
+            moved.addcmul_(towards, length)
+            left.addcmul_(product, length, value=-1)
+            if number not in checked:
+                continue
+            stored = torch.addcmul(begin, moved, scaled.inverse).to(weight.dtype).float()
+            torch.mul(dense - stored, scaled.norm, out=delta)
+            large_product(delta, scaled.gram, out=product)
+            # Below zero is as wrong as above: rounding, or a Gram matrix that is none.
+            error = _dot(product, delta).abs_()
+            better = error < least
+            best, least = torch.where(better, stored, best), torch.where(better, error, least)
+            if number % CHECK == 0 and number < steps:  # anew, from weights that are not rounded
+                back = (dense - begin).mul_(scaled.norm).sub_(moved).sub_(delta)
+                torch.add(product, rounded_product(back, scaled.coarse), out=left)
+                left.add_(delta.add_(back), alpha=damping).mul_(mask)
+            left.mul_(better)
+        made[rows] = best
+    if not holds(torch.isfinite(lost)):
+        raise SolverError("the weights or inputs of this layer are not finite")
+    return made
+
+
+def _checked(steps: int) -> set[int]:
+    """Return after which steps rows are held against the best they have been."""
+    return {1, *range(CHECK, steps, CHECK), steps} if steps else set()
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.linalg.vecdot(left, right)[:, None]
 
 
 def work(rows: int, columns: int, *, steps: int = STEPS) -> Work:
-    """Return what a layer's refit takes: a product a step, a residual a round, two energies."""
+    """Return what a layer's refit takes: a product a step, an error at first and at every check,
+    and every `CHECK` steps one more to go on from weights that are not rounded."""
     one = 2.0 * rows * columns**2
     return Work(
-        rounded=(steps + 1) * one,
-        products=(max(1, -(-steps // ROUND)) + 1) * one,
+        rounded=(steps + max(0, steps - 1) // CHECK) * one,
+        products=(1 + len(_checked(steps))) * one,
         cached=4.0 * VALUES * rows * columns * (steps + 1),
     )
 
 
 def memory(rows: int, columns: int) -> int:
-    """Return the bytes a refit needs beside weights and Gram: its scaled copies and some rows."""
-    return 6 * columns**2 + 16 * 4 * columns * min(rows, ROWS)
+    """Return the bytes a refit needs beside weights and Gram: its scaled copies and some rows, or
+    a factor at work."""
+    return max(11 * columns**2, 6 * columns**2 + 16 * 4 * columns * min(rows, ROWS))

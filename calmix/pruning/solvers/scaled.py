@@ -28,14 +28,11 @@ class Fitted:
 
     Attributes:
         weights: matrices (rows, columns) in the type of those given, pruned entries exactly zero.
-        errors: share of each layer's output energy that is lost on the calibration tokens,
-            ||(W - W') X||^2 / ||W X||^2, of the weights as returned.
         damping: damping that was used.
         dead: how many inputs were zero on every token.
     """
 
     weights: list[Tensor]
-    errors: list[Tensor]
     damping: float
     dead: Number
 
