@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
 from calmix.options import DrawOptions, checked
+
+if TYPE_CHECKING:
+    from calmix.pruning.patterns import Pattern
 
 Propagation = Literal["sequential", "block"]
 
@@ -68,7 +71,7 @@ def prune_request(
     *,
     method: str | None = None,
     sparsity: float | None = None,
-    pattern: str | None = None,
+    pattern: Pattern | str | float | None = None,
     **options: Any,
 ) -> PruneRequest:
     """Check the options of a prune and fill in the method's defaults.
@@ -76,7 +79,8 @@ def prune_request(
     Args:
         method: as `calmix.pruning.methods.get_method` takes it; None for sparsegpt.
         sparsity: share to prune, in (0, 1); or
-        pattern: `N:M`. Exactly one of the two; or neither, and `drop_experts` alone.
+        pattern: `N:M`, or what else `as_pattern` takes. Exactly one of the two; or neither, and
+            `drop_experts` alone.
         **options: calibration, propagation, allocation, experts, expert_smoothing, drop_experts,
             only, skip, those in `DRAW` and the method's own; None means not given.
 
@@ -86,6 +90,7 @@ def prune_request(
     """
     from calmix.pruning.allocation import read_allocation
     from calmix.pruning.methods import get_method
+    from calmix.pruning.patterns import Unstructured, as_pattern
 
     given = {name: value for name, value in options.items() if value is not None}
     drop = given.get("drop_experts")
@@ -101,8 +106,13 @@ def prune_request(
     chosen = get_method(method, **own)
     if (sparsity is None) == (pattern is None):
         raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise InputError(f"sparsity {sparsity} is not between 0 and 1 (exclusive)")
+    wanted = pattern if sparsity is None else sparsity
+    assert wanted is not None
+    asked = as_pattern(wanted)
+    if isinstance(asked, Unstructured):
+        sparsity, pattern = asked.sparsity, None
+    else:
+        pattern = str(asked)
     allocation = read_allocation(given.pop("allocation", None), sparsity)
     only, skip = (tuple(given.pop(key, ())) for key in ("only", "skip"))
     if chosen.needs is None:

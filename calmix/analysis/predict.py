@@ -38,7 +38,7 @@ from calmix.pruning.engine import check_pattern, prune
 from calmix.pruning.gram import Gram, Squares, output_energy
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
-from calmix.pruning.patterns import Pattern, Unstructured
+from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.reading import quotient
 from calmix.sources import Source, own_sources
 
@@ -73,7 +73,7 @@ class _Look(SparseGPT):
         assert statistic is not None
         self._seen.append((len(weights), statistic.clone()))
         same = [weight.float() for weight in weights]
-        return Solution(same, [0] * len(same), [None] * len(same))
+        return Solution(same, [0] * len(same))
 
 
 def every_block(opened: OpenModel, every: int) -> list[str]:
@@ -113,7 +113,7 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
     from safetensors.torch import save
 
     look = _Look()
-    report = prune(opened.model, ids, method=look, pattern=Unstructured(0.5), only=only)
+    report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
     names = iter(layer.name for layer in report.layers)
     found = {",".join(islice(names, count)): gram / ids.numel() for count, gram in look._seen}
     write_bytes(path, save({name: gram.cpu() for name, gram in found.items()},
@@ -179,7 +179,7 @@ def predict(
     calibrations: Sequence[str],
     *,
     method: str | Method = "sparsegpt",
-    pattern: Pattern | None = None,
+    pattern: Pattern | str | float | None = None,
     rows: int = ROWS,
     length: int = LENGTH,
     every: int = EVERY,
@@ -221,7 +221,7 @@ def predict(
     draw = {"rows": rows, "length": length, "sources": own, **draw}
     check_request(calibrations, method, every=every, **draw)
     chosen, tick = get_method(method), tick or (lambda what: None)
-    pattern = pattern or Unstructured(0.6)
+    pattern = as_pattern(0.6 if pattern is None else pattern)
     only = every_block(opened, every)
     blocks = _chosen(opened, only, chosen, pattern)
     if held_out is None:

@@ -3,7 +3,13 @@
 from calmix.pruning.allocation import allocate
 from calmix.pruning.engine import prune
 from calmix.pruning.methods import Method, get_method, register
-from calmix.pruning.patterns import Pattern, SemiStructured, Unstructured, parse_pattern
+from calmix.pruning.patterns import (
+    Pattern,
+    SemiStructured,
+    Unstructured,
+    as_pattern,
+    parse_pattern,
+)
 from calmix.pruning.report import PruneReport
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "SemiStructured",
     "Unstructured",
     "allocate",
+    "as_pattern",
     "get_method",
     "parse_pattern",
     "prune",

@@ -30,7 +30,14 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from calmix.errors import DeviceMemoryError, InputError, ModelError, SolverError, nearest
+from calmix.errors import (
+    CalmixError,
+    DeviceMemoryError,
+    InputError,
+    ModelError,
+    SolverError,
+    nearest,
+)
 from calmix.machine import give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.precision import bfloat16_products, reproducible
@@ -39,7 +46,7 @@ from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed
 from calmix.pruning.gram import Statistic
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import DTYPES, Method, Solution, get_method
-from calmix.pruning.patterns import Pattern, check_columns
+from calmix.pruning.patterns import Pattern, as_pattern, check_columns
 from calmix.pruning.reading import DoubtError, Laps, Number, holds, read, trusting
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 
@@ -66,7 +73,7 @@ def prune(
     ids: Tensor | None = None,
     *,
     method: str | Method = "sparsegpt",
-    pattern: Patterns,
+    pattern: Patterns | str | float,
     propagation: Propagation = "sequential",
     micro_tokens: int | None = None,
     paused: int | None = None,
@@ -88,7 +95,8 @@ def prune(
             method that needs none.
         method: as `calmix.pruning.methods.get_method` takes it: a name, `NAME,option=value` or a
             `Method`.
-        pattern: `Unstructured` or `SemiStructured`; or one for every layer, by its name.
+        pattern: a sparsity such as 0.5, or `"2:4"`, as `as_pattern` takes them; or one for every
+            layer, by its name.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         micro_tokens: tokens that run through a block at a time; None for what suits the device.
         paused: micro-batches that may hold a block's activations at a time; None for all.
@@ -105,12 +113,26 @@ def prune(
         InputError: ids are missing or of the wrong shape, the pattern does not fit, or there is
             no such method or option.
         SolverError: a layer's weights or inputs are unusable.
+
+    What goes wrong later than in the first block leaves the model partly pruned; the error then
+    names the blocks.
     """
+    if not isinstance(model, nn.Module):
+        name = model if isinstance(model, str) else "NAME"
+        raise InputError(
+            f"prune needs an open model, not {type(model).__name__}: open it first, with "
+            f"calmix.open_model('{name}').model"
+        )
+    if isinstance(pattern, Mapping):
+        pattern = {name: as_pattern(one) for name, one in pattern.items()}
+    else:
+        pattern = as_pattern(pattern)
     chosen = get_method(method, **options)
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern)
     tokens = expert_tokens(experts, expert_smoothing, found)
     device, done = next(model.parameters()).device, 0
+    runs: list[Run] = []  # the one at work
     first = [] if device.type == "cpu" else [(p, p.view().cpu()) for p in found.prunables(0)]
 
     def reached(number: int, of: int) -> None:
@@ -123,6 +145,7 @@ def prune(
         run = Run(
             model, found, chosen, pattern, propagation, paused, experts=tokens, sources=sources
         )
+        runs[:] = [run]
         run_through(run, ids, rows * length, reached)
         return run.report
 
@@ -134,7 +157,8 @@ def prune(
 
     count, length = (1, 1) if chosen.needs is None else check_ids(ids, chosen.name).shape
     rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
-    return with_room(act, min(rows, count), device, undone)
+    with _naming_blocks(runs):
+        return with_room(act, min(rows, count), device, undone)
 
 
 def with_room(
@@ -168,6 +192,24 @@ def with_room(
         rows //= 2
         give_memory_back()  # here, where nothing of what has failed is kept
         say(f"{device} has run out of memory: starting over with {rows} rows at a time")
+
+
+@contextmanager
+def _naming_blocks(runs: Sequence[Run]) -> Iterator[None]:
+    """Say in what goes wrong which blocks of the model have been pruned by then."""
+    try:
+        yield
+    except BaseException as error:
+        done, part = (runs[0].done, bool(runs[0].unreported)) if runs else (0, False)
+        what = ["block 0" if done == 1 else f"blocks 0 to {done - 1}"] * (done > 0)
+        what += [f"part of block {done}"] * part
+        if what:
+            told = f"the model is left with {' and '.join(what)} pruned, so open it again"
+            if isinstance(error, CalmixError):
+                error.args = (f"{told}: {error}",)
+            else:
+                error.add_note(told)
+        raise
 
 
 def expert_tokens(mode: str | None, smoothing: float | None, found: DecoderBlocks) -> ExpertTokens:
@@ -310,6 +352,8 @@ class Run:
         states: hidden states; the caller's to set once `record` has given the first.
         written: what blocks have written into their arguments (keys and values that later ones
             share), of the few tokens that are observed and then of every micro-batch.
+        done: blocks that this run has pruned.
+        unreported: what has been pruned of the block at hand.
         report: what has been done so far.
     """
 
@@ -338,6 +382,7 @@ class Run:
         self.sources = sources
         self._shared = shared
         self.states: States | dict[int, Tensor] = {}
+        self.done = 0
         named = propagation if self.needs_ids else None
         shown = "by layer" if isinstance(pattern, Mapping) else str(pattern)
         self.report = PruneReport(method.name, shown, named, 0, method.options)
@@ -350,7 +395,7 @@ class Run:
         self._by_row: dict[str, Tensor] = {}
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self.written: list[list[Any]] = []
-        self._solved: list[tuple[list[Prunable], Solution, int | None]] = []  # not reported yet
+        self.unreported: list[tuple[list[Prunable], Solution, int | None]] = []
         self._laps = Laps(torch.device("cpu"))
 
     @property
@@ -420,7 +465,7 @@ class Run:
                 except DoubtError:
                     for layer, weight in zip(layers, dense, strict=True):
                         layer.assign(weight)
-                    self._solved.clear()
+                    self.unreported.clear()
                     del self.report.dense[told[0] :], self.report.experts[told[1] :]
                     self._block(index)
         self._laps.read(self.report.seconds)
@@ -683,8 +728,8 @@ class Run:
             for (layers, _, tokens), solved in zip(groups, solutions, strict=True):
                 for layer, weight in zip(layers, solved.weights, strict=True):
                     layer.assign(weight)
+                self.unreported.append((layers, replace(solved, weights=[]), tokens))
                 _check_finite(layers, "its pruned weights are not finite")
-                self._solved.append((layers, replace(solved, weights=[]), tokens))
 
     def _settle(self) -> None:
         """Report on a block's layers; before its states move on, so that it can be done over.
@@ -694,12 +739,12 @@ class Run:
         """
         sharing.agree()
         numbers: list[Number | None] = []
-        for _, solved, _ in self._solved:
+        for _, solved, _ in self.unreported:
             kind = solved.dtype
             place = DTYPES.index(kind) if isinstance(kind, torch.dtype) else kind
             numbers += [solved.damping, solved.dead, place, *solved.errors]
         told = iter(read(numbers))
-        for layers, solved, tokens in self._solved:
+        for layers, solved, tokens in self.unreported:
             damping, dead, dtype = next(told), next(told), _given(next(told))
             for layer, pruned in zip(layers, solved.pruned, strict=True):
                 rows, columns = layer.shape
@@ -717,7 +762,8 @@ class Run:
                         tokens=tokens,
                     )
                 )
-        self._solved.clear()
+        self.unreported.clear()
+        self.done += 1
 
 
 def _given(number: float | None) -> float | None:

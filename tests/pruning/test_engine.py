@@ -5,8 +5,9 @@ import torch
 
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, get_method, prune
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune, sharing
 from calmix.pruning.engine import Run, run_through
+from calmix.pruning.gram import Gram
 from calmix.pruning.layout import observe
 from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
@@ -274,6 +275,82 @@ def test_inputs_that_overflow_are_named(method):
         layer.weight.mul_(1000)
     with pytest.raises(SolverError, match=r"0\.mlp\.down_proj: its inputs .* use --dtype bfloat16"):
         prune(model, tiny_ids(), method=method, pattern=Unstructured(0.5))
+
+
+@pytest.mark.parametrize("massive", [1.0, 1e3])
+@pytest.mark.parametrize("name", [*METHODS, "wanda,refit=4", "sparsegpt,refit=4"])
+def test_errors_are_exact_whatever_the_method(name, massive):
+    """The undamped share of output energy that the weights lose as they are stored."""
+    x = torch.randn(500, 96, generator=torch.Generator().manual_seed(0)) + 0.3
+    x[:, 5] *= massive
+    gram, method = x.T @ x, get_method(name)
+    weights = [torch.randn(rows, 96).bfloat16() for rows in (40, 700)]
+    statistic = {None: None, Gram: gram}.get(method.needs, gram.diagonal())
+    task = sharing.Task("layer", weights, statistic, [HALF, SemiStructured(2, 4)])
+    [solved] = sharing.solve(method, [task])
+    for weight, made, error in zip(weights, solved.weights, solved.errors, strict=True):
+        if method.needs is not Gram:  # of the diagonal alone it cannot be told
+            assert error is None
+            continue
+        dense, lost = weight.double(), weight.double() - made.bfloat16().double()
+        exact = ((lost @ gram.double()) * lost).sum() / ((dense @ gram.double()) * dense).sum()
+        assert float(error) == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_what_goes_wrong_half_way_names_the_blocks_that_are_pruned(kind, monkeypatch):
+    model, ids = tiny_model(kind), tiny_ids()
+    before = weights_of(model)
+    last = find_blocks(model).prunables(1)[-1]
+    with torch.no_grad():
+        last.view().view(-1)[0] = torch.nan
+    with pytest.raises(SolverError, match=r"^the model is left with block 0 and part of block 1 "):
+        prune(model, ids, pattern=0.5)
+    changed = {n.split(".layers.")[1][0] for n, w in weights_of(model).items()
+               if not torch.equal(w, before[n])}  # fmt: skip
+    assert changed == {"0", "1"}
+
+    def interrupted(done, blocks):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        prune(tiny_model(kind), ids, pattern=0.5, progress=interrupted)
+    assert caught.value.__notes__ == ["the model is left with block 0 pruned, so open it again"]
+    with pytest.raises(InputError, match=r"^sparsegpt needs calibration ids"):  # nothing is pruned
+        prune(model, None, pattern=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"), [(0.5, HALF), ("0.5", HALF), ("2:4", SemiStructured(2, 4))]
+)
+def test_patterns_are_taken_as_users_write_them(given, pattern):
+    models = [tiny_model("llama") for _ in range(3)]
+    names = list(weights_of(models[0]))
+    reports = [
+        prune(model, method="magnitude", pattern=one)
+        for model, one in zip(models, [pattern, given, dict.fromkeys(names, given)], strict=True)
+    ]
+    assert reports[0].pattern == reports[1].pattern == str(pattern)
+    for model in models[1:]:
+        made = weights_of(model)
+        assert all(torch.equal(w, made[n]) for n, w in weights_of(models[0]).items())
+    with pytest.raises(InputError, match="is not of the form N:M"):
+        prune(models[0], method="magnitude", pattern="half")
+
+
+def test_a_name_in_place_of_a_model_says_to_open_it():
+    with pytest.raises(InputError, match=r"open it first, with calmix\.open_model\('a/b'\)\.model"):
+        prune("a/b", method="magnitude", pattern=0.5)
+
+
+def test_reports_count_what_the_mask_removes_and_not_zeros():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in find_blocks(model).prunables(0):
+            layer.view()[:, ::3] = 0
+    report = prune(model, tiny_ids(), pattern=0.2)
+    assert report.sparsity == pytest.approx(0.2, abs=1e-3)
+    assert sum(int((w == 0).sum()) for w in weights_of(model).values()) > report.pruned
 
 
 def test_pruned_weights_that_do_not_fit_are_named(monkeypatch):
