@@ -56,7 +56,7 @@ class Card:
         record: request, commands and versions.
         seconds: by stage.
         licence, origin: of the dense model.
-        weights, zeros: in the pruned layers.
+        weights, pruned: in the pruned layers, and how many of them the masks remove.
         size: bytes of the weight files.
         layers: with what the prune itself lost, before recovery.
         sources: of the calibration set, `calibration` its manifest.
@@ -75,7 +75,7 @@ class Card:
     licence: str
     origin: str
     weights: int
-    zeros: int
+    pruned: int
     size: int
     layers: tuple[Layer, ...]
     sources: tuple[Source, ...]
@@ -130,8 +130,8 @@ def read_card(out: Path) -> Card:
         layers = tuple(_layer(layer) for layer in manifest["pruning"]["layers"])
         calibration = manifest["calibration"]
         sources = _sources(out, record, calibration)
-        done = recoveries[-1]
-        weights, zeros = int(done["weights"]), int(done["zeros"])
+        done = manifest["pruning"]
+        weights, pruned = int(done["weights"]), int(done["pruned"])
         hashes = {
             f"dense model {record.request['model']}": str(manifest["model"]["sha256"]),
             "calibration set": str(calibration["sha256"]),
@@ -153,7 +153,7 @@ def read_card(out: Path) -> Card:
         licence=licence,
         origin=origin,
         weights=weights,
-        zeros=zeros,
+        pruned=pruned,
         size=sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix in WEIGHTS),
         layers=layers,
         sources=sources,

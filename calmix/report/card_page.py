@@ -297,17 +297,17 @@ def _made(card: Card) -> str:
     hashes = [[plain(name, "wrap"), plain(value, "wrap")] for name, value in card.hashes.items()]
     return (
         f'<div class="panel scroll" tabindex="0"><pre>{escape(commands)}</pre></div>'
-        f"<p>{escape(_zeros(card))} {escape(SMALLER)}</p>"
+        f"<p>{escape(_pruned(card))} {escape(SMALLER)}</p>"
         + fold("Hashes", "SHA-256 of what went in and came out", table(columns, hashes))
         + fold("Request", "versions and seconds",
                table(columns, [[plain(name), plain(value, "wrap")] for name, value in facts]))
     )  # fmt: skip
 
 
-def _zeros(card: Card) -> str:
+def _pruned(card: Card) -> str:
     return (
-        f"{card.zeros:,} of {card.weights:,} weights of its linear maps are zero "
-        f"({card.zeros / card.weights:.2%})."
+        f"{card.pruned:,} of {card.weights:,} weights of its linear maps are pruned "
+        f"({card.pruned / card.weights:.2%})."
     )
 
 
@@ -340,7 +340,7 @@ def model_card(card: Card) -> str:
 
 # {card.model} at {card.target}
 
-{sentence(card)} {_zeros(card)}
+{sentence(card)} {_pruned(card)}
 
 {heads}
 {kept}

@@ -48,10 +48,10 @@ ERROR, DEAD = 0.3, 0.1
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """One pruned layer: zeros as they lie in the file, the rest as the manifest has it.
+    """One pruned layer, as the manifest has it; that the file has its zeros has been checked.
 
     Attributes:
-        sparsity: share of zeros.
+        sparsity: share that was pruned; a dense weight may be zero too.
         error: share of the output's energy that was lost; None where none was measured.
         damping: what the solver used; None for a method without.
         dead: inputs that were always zero.
@@ -313,7 +313,7 @@ def _layers(
                 f"{layer.name} has {zeros} zeros, and the manifest tells of {pruned}"
             )
         _unusual(layer, damping, health)
-        health.layers.append(replace(layer, sparsity=zeros / max(1, weight.numel())))
+        health.layers.append(layer)
         say(layer.name)
     for where, inside in fused.items():
         _fused(folder, where, inside, left, health)
