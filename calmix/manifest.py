@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
@@ -25,10 +26,27 @@ from calmix.specs import PruneRequest, RecoverRequest
 SEAL = "manifest_sha256"
 
 
+# Of all that calmix depends on these may change the bytes of a result: they compute it. The others
+# read, draw, show or move files; what a run has drawn is kept for its resumption.
+DECIDING = ("calmix", "torch", "transformers", "tokenizers")
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what computes: Python, calmix and the libraries under it."""
-    names = ("calmix", "torch", "transformers", "tokenizers", "safetensors")
-    found = {name: importlib.metadata.version(name) for name in names}
+    found = {name: importlib.metadata.version(name) for name in (*DECIDING, "safetensors")}
+    return {"python": platform.python_version()} | found
+
+
+def deciding_versions(*more: str) -> dict[str, str]:
+    """Return the versions that may change the bytes of a result: `DECIDING`, and others by name."""
+    return {name: importlib.metadata.version(name) for name in (*DECIDING, *more)}
+
+
+def other_versions(deciding: Collection[str]) -> dict[str, str]:
+    """Return the versions of Python and of all that calmix depends on, but for the deciding."""
+    told = importlib.metadata.requires("calmix") or []
+    names = {re.split(r"[^\w.-]", line)[0] for line in told if "extra ==" not in line}
+    found = {name: importlib.metadata.version(name) for name in sorted(names - set(deciding))}
     return {"python": platform.python_version()} | found
 
 

@@ -35,7 +35,15 @@ from calmix.errors import (
     disk_errors,
 )
 from calmix.files import atomic_folder, check_free, check_output_folder, sha256_json, write_json
-from calmix.manifest import asked_record, file_hashes, request_record, run_record, sealed, versions
+from calmix.manifest import (
+    asked_record,
+    deciding_versions,
+    file_hashes,
+    request_record,
+    run_record,
+    sealed,
+    versions,
+)
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
@@ -163,6 +171,8 @@ def prune_checkpoints(
             if left and leads and started is not None:
                 started(calibration)
             for work in works:
+                if work.upgraded:
+                    say(work.upgraded)
                 if work.goes_on and not drops_alone:
                     say(f"going on after {work.done} of {len(source.blocks)} blocks")
             if drops_alone:
@@ -454,7 +464,7 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
         **asked_record(request),
         "only": list(request.only),
         "skip": list(request.skip),
-        "versions": versions(),
+        "versions": deciding_versions(),
     }
 
 

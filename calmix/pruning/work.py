@@ -57,7 +57,7 @@ from calmix.files import (
     sync_all,
     write_json,
 )
-from calmix.manifest import SEAL, seal_holds, sealed
+from calmix.manifest import SEAL, other_versions, seal_holds, sealed
 from calmix.models.shards import ShardWriter
 from calmix.pruning import sharing
 from calmix.pruning.patterns import Unstructured
@@ -70,6 +70,7 @@ REQUEST, PROGRESS, SET, SET_MANIFEST, ALLOCATION, DROPPED = (
     "request.json", "progress.json", "calibration", "calibration.json", "allocation.json",
     "dropped.json",
 )  # fmt: skip
+OTHERS = "other_versions"  # in request.json: of what cannot change the bytes
 
 
 class WorkFolder:
@@ -84,6 +85,7 @@ class WorkFolder:
     Attributes:
         claimed: whether this process is at work in it.
         goes_on: whether it held work to go on with when it was claimed.
+        upgraded: what has been upgraded since that work began and cannot change its bytes; or "".
         unit: what is counted as done.
     """
 
@@ -106,6 +108,7 @@ class WorkFolder:
         self._leaves: list[Any] = []
         self._written: tuple[int, int] | None = None  # the block whose file it is, and its sum
         self.claimed = self.goes_on = False
+        self.upgraded = ""
         self._kept_at = time.monotonic()
 
     @property
@@ -186,12 +189,16 @@ class WorkFolder:
             begun = False
         if held is not None and begun and self.checkpoint.is_dir():
             if resume:
-                differs = [key for key in request if held.get(key) != request[key]]
-                if differs:
+                if differs := _differing(held, request):
                     raise InputError(
-                        f"{self.path} is the work of another request ({differs[0]}: "
-                        f"{_short(held.get(differs[0]))}, now {_short(request[differs[0]])}): "
+                        f"{self.path} is the work of another request ({differs[0]}): "
                         "ask for the same, name another output, or delete it"
+                    )
+                others = self._others(request)
+                if changed := _differing(held.get(OTHERS, others), others):
+                    self.upgraded = (
+                        f"other versions than at the start ({'; '.join(changed)}): the result "
+                        "is the same"
                     )
                 return True
             if not overwrite:
@@ -204,10 +211,13 @@ class WorkFolder:
         with disk_errors(self.path):
             self._clear()
             self.path.mkdir(exist_ok=True)
-            write_json(self.path / REQUEST, dict(request))
+            write_json(self.path / REQUEST, {**request, OTHERS: self._others(request)})
             self.checkpoint.mkdir()
             sync(self.path.parent)
         return False
+
+    def _others(self, request: Mapping[str, Any]) -> dict[str, str]:
+        return other_versions(request.get("versions", ()))
 
     def _only_begun(self) -> bool:
         """Tell whether a process was killed between making the folder and the request in it."""
@@ -522,6 +532,18 @@ def _save(path: Path, value: Any) -> int:
         file.flush()
         os.fsync(file.fileno())
     return zlib.crc32(content.getbuffer())
+
+
+def _differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Return what differs, those within by their own names, as `torch: 2.12, now 2.13`."""
+    found: list[str] = []
+    for key, value in asked.items():
+        before = held.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            found += _differing(before, dict.fromkeys(before) | value)
+        elif before != value:
+            found.append(f"{key}: {_short(before)}, now {_short(value)}")
+    return found
 
 
 def _short(value: Any) -> str:

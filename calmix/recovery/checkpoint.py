@@ -117,6 +117,8 @@ def recover(
                 prepare_files(job)
             if started is not None:
                 started(calibration)
+            if job.work.upgraded:
+                job.say(job.work.upgraded)
             if job.goes_on:
                 job.say(f"going on after {job.work.done} {job.work.unit}")
             with reproducible(job.device):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import torch
 from calmix.calibration import CalibrationSet
 from calmix.errors import CalmixError, InputError
 from calmix.machine import device_memory, give_memory_back
-from calmix.manifest import asked_record, versions
+from calmix.manifest import asked_record, deciding_versions
 from calmix.models import open_model
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
@@ -142,7 +141,7 @@ class Job:
             "device": self.device.type,
             "processes": self.processes,
             **asked_record(self.request),
-            "versions": _versions(),
+            "versions": deciding_versions("accelerate"),
         }
 
     def together(self, act: Callable[[], Any]) -> Any:
@@ -246,7 +245,3 @@ def _compute_type(name: str, device: torch.device) -> torch.dtype:
     if name not in types:
         raise InputError(f"--dtype {name} cannot train: use bfloat16 or float32")
     return types[name]
-
-
-def _versions() -> dict[str, str]:
-    return versions() | {"accelerate": importlib.metadata.version("accelerate")}

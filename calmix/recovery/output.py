@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calmix.errors import disk_errors
 from calmix.files import check_free, sha256_json, write_json
-from calmix.manifest import file_hashes, request_record, run_record, sealed
+from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models.shards import ShardWriter
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.recovery.checks import check_zeros
@@ -92,7 +92,7 @@ def finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str)
         "calibration": job.calibration.manifest,
         "recovery": told,
         "pruned": _told(pruned.folder / MANIFEST),
-        "versions": asked["versions"],
+        "versions": versions() | asked["versions"],
         "request_sha256": sha256_json(asked),
     }
     assert work.writer is not None

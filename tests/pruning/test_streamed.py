@@ -456,7 +456,7 @@ def test_a_claim_while_another_is_made_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(WorkFolder, "_request", between)
     first.claim({"by": 1}, resume=False, overwrite=True)
-    assert first._request() == {"by": 1}
+    assert first._request()["by"] == 1
     assert first.checkpoint.is_dir()
     first.abandon()
     assert list(tmp_path.iterdir()) == []
