@@ -244,7 +244,7 @@ def test_a_saved_set_and_the_users_prompts(
     assert not (out / "calibration").exists()
     card = read_card(out)
     assert card.target == "2:4"
-    assert card.zeros * 2 == card.weights
+    assert card.pruned * 2 == card.weights
     assert card.answers is not None
     assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
     assert sum(one.tokens for one in card.sources) == 16 * 64

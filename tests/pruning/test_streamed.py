@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -300,6 +301,29 @@ def test_what_stands_in_the_way_of_going_on(calmix, deep, text_file, tmp_path):
     assert ended.code == 0, ended.err
     assert json.loads((output / "calmix.json").read_text())["pruning"]["pattern"] == "0.6"
     assert not output.with_name("out.unfinished").exists()
+
+
+def test_only_versions_that_may_change_the_bytes_are_another_request(
+    calmix, deep, text_file, tmp_path, monkeypatch
+):
+    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    stopped(partial(arm, "counted", 1), *command, tmp_path / "out")
+    real, others = importlib.metadata.version, {}
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: others.get(n) or real(n))
+    others["torch"] = "1.0"
+    ended = calmix(*command, tmp_path / "out", "--resume")
+    assert ended.code == 2
+    assert f"is the work of another request (torch: {real('torch')}, now 1.0)" in ended.line
+    others.clear()
+    others |= {"rich": "1.0", "psutil": "2.0"}
+    ended = calmix(*command, tmp_path / "out", "--resume")
+    assert ended.code == 0, ended.err
+    changed = f"psutil: {real('psutil')}, now 2.0; rich: {real('rich')}, now 1.0"
+    assert f"other versions than at the start ({changed}): the result is the same" in ended.err
+    others.clear()
+    assert "finished by an earlier run" in calmix(*command, tmp_path / "out", "--resume").err
+    assert calmix(*command, tmp_path / "whole").code == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def interrupt_before(patched, number):

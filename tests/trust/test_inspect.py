@@ -49,6 +49,21 @@ def test_a_whole_checkpoint_is_told_so_with_a_plot(calmix, pruned, tmp_path, mon
     assert all(0 < layer["error"] < 1 and layer["damping"] == 0.01 for layer in told["layers"])
 
 
+def test_weights_that_were_zero_before_are_not_counted_as_pruned(
+    calmix, tiny_folder, text_file, tmp_path
+):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][:, ::2] = 0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    options = ("--sparsity", 0.2, "--calibration", text_file, *SMALL, "-o", tmp_path / "out")
+    assert calmix("prune", model, *options).code == 0
+    weight = load_file(tmp_path / "out" / "model.safetensors")
+    assert (weight["model.layers.0.self_attn.q_proj.weight"] == 0).float().mean() > 0.4
+    _, told = health(calmix, tmp_path / "out")
+    assert all(abs(layer["sparsity"] - 0.2) < 1e-3 for layer in told["layers"])
+
+
 def test_a_checkpoint_moved_elsewhere_is_still_whole(calmix, pruned, tmp_path):
     shutil.move(pruned, tmp_path / "elsewhere")
     assert calmix("inspect", tmp_path / "elsewhere" / "calmix.json").code == 0
