@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.traced import tracing
-from calmix.pruning import gram
+from calmix.pruning import gram, sharing
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, grouped_mask, layer_mask, smallest
@@ -107,11 +107,13 @@ def test_a_solve_reads_nothing(name, pattern, dtype):
         weights.append(made(192, 8, dtype=dtype).T)
         needs = method.needs
         statistic = None if needs is None else made(*(192,) * (2 if needs is Gram else 1))
-        solved = method.solve(weights, statistic, [pattern] * 3)
+        task = sharing.Task("layer", weights, statistic, [pattern] * 3)
+        [solved] = sharing.solve(method, [task])
         assert on_device(*solved.weights)
         assert [w.shape for w in solved.weights] == [w.shape for w in weights]
         assert not traced.reads, traced.reads
         assert not traced.copies, traced.copies
+        assert [isinstance(error, torch.Tensor) for error in solved.errors] == [needs is Gram] * 3
         told = read([solved.dead, *solved.errors])
     assert len(told) == 4
     assert sum(traced.reads.values()) <= 1
@@ -122,7 +124,7 @@ def test_a_block_of_columns_is_one_kernel(pattern):
     with tracing(kernel=True) as traced, trusting():
         weights = [torch.randn(rows, 192, dtype=torch.bfloat16) for rows in (24, 40)]
         solved = get_method("sparsegpt").solve(weights, torch.randn(192, 192), [pattern] * 2)
-        assert on_device(*solved.weights, *solved.errors)
+        assert on_device(*solved.weights)
     assert traced.operations["prune_columns"] == 2
     assert traced.operations["linalg_solve_triangular"] == 1  # of the factor
     assert not traced.reads

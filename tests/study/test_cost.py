@@ -89,8 +89,8 @@ def test_the_published_figures_of_the_8b_model() -> None:
     assert seconds["statistic"] == pytest.approx(0.61 * 4.3e15, rel=0.02)
     assert 2 * LLAMA_8B.block_weights * tokens == pytest.approx(3.7e15, rel=0.02)
     assert seconds["factor"] == pytest.approx(1.4e14 / 2, rel=0.05)  # triangles, as the Gram matrix
-    # Corrections, and the output energy from half of a symmetric matrix.
-    assert 2 * 4.8e13 < seconds["solve"] < 2.3 * 4.8e13
+    # Corrections, and two output energies, each from half of a symmetric matrix.
+    assert 3 * 4.8e13 < seconds["solve"] < 3.3 * 4.8e13
     steps = sum(width for width, _ in LLAMA_8B.inputs) * LLAMA_8B.blocks
     assert steps == pytest.approx(0.85e6, rel=0.02)
 
