@@ -192,12 +192,14 @@ def _best(each: ConditionAnalysis, found: list[str], missing: list[str]) -> str:
     first = ranked[0]
     told = f"{words.which_is_best(ranked)}."
     (found if len(leaders(ranked)) == 1 else missing).append(told)
-    chance = "" if first.best is None else f", best with {words.sure(first.best)} probability"
+    chance = (
+        "" if first.best is None else f"; best of all with {words.sure(first.best)} probability"
+    )
     if chance and not each.joint.freedom:
         chance += " on other items, other draws left aside"
     found.append(
-        f"Expect {words.percent(first.shrunken.value)} % of {first.calibration}, which was picked "
-        f"for its total{chance}."
+        f"Expected total of {first.calibration}, shrunk because it was picked: "
+        f"{words.percent(first.shrunken.value)} %{chance}."
     )
     low = next((one for one in ranked if one.rank_worst == 1), None)
     if low is not None:
