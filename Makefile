@@ -99,7 +99,6 @@ bench: setup $(RIVAL)/.ready
 	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python --pattern 2:4
 	$(BIN)/python benchmarks/scaling.py --methods sparsegpt wanda
 	$(BIN)/python benchmarks/recovery.py -o out/recovery
-	$(BIN)/python benchmarks/on_paper.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/architectures.py

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--device cuda] [--tiny] [--rows 128] [--length 2048] [--only-own]
 
 Layers of random weights are pruned on both by every method, and blocks in the shapes of known
-models on the device alone: seconds by activity beside the cost model's, and peak memory beside the
+models on the device alone: seconds by activity, and peak memory beside the
 budget's. Then the benchmarks whose tables stand in docs/performance.md run on the device
 (`--only-own` leaves them out). Ends with one line to paste into an issue, and with status 1 if
 something differs. `--tiny` is for trying the script itself, on a CPU too.
@@ -15,7 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,7 +23,7 @@ import torch
 from common import HERE, commit, machine
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calmix.machine import tokens_at_once
+from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models.opening import device_of
 from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, micro_bytes, solver_bytes
@@ -32,8 +32,32 @@ from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import Pattern, SemiStructured
 from calmix.pruning.solvers import columns
-from calmix.study.cost import Sizes, prune_seconds
-from calmix.study.probe import probe
+
+
+class Sizes(NamedTuple):
+    """A shape of a decoder: widths of its parts."""
+
+    blocks: int
+    hidden: int
+    inner: int
+    query: int
+    key: int
+    vocabulary: int
+    head: int = 64
+
+    @property
+    def inputs(self) -> list[tuple[int, int]]:
+        """Width of a block's distinct inputs, and outputs of the maps that read each."""
+        return [
+            (self.hidden, self.query + 2 * self.key), (self.query, self.hidden),
+            (self.hidden, 2 * self.inner), (self.inner, self.hidden),
+        ]  # fmt: skip
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of all blocks."""
+        return self.blocks * sum(width * outputs for width, outputs in self.inputs)
+
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "admm", "wanda,refit=10")
 PATTERNS: tuple[Pattern, ...] = (Unstructured(0.6), SemiStructured(2, 4))
@@ -147,25 +171,22 @@ def measured(
 
 def print_blocks(device: torch.device, rows: int, length: int, shapes: list[str]) -> list[str]:
     """Print a table of blocks; return it in short."""
-    print(f"\nTwo blocks, {rows} x {length} tokens, 60 %: seconds measured / predicted, GiB at the "
+    print(f"\nTwo blocks, {rows} x {length} tokens, 60 %: seconds, GiB at the "
           "peak / by formula\n")  # fmt: skip
     print("| shape | method | forward | statistic | solve | all | memory |\n|" + "---|" * 7)
     short = []
     for name in shapes:
         sizes = SHAPES[name]
-        rates = probe(sizes, str(device))
+        total = device_memory(device)[2] or total_memory()
         for method in ("sparsegpt", "wanda"):
-            said = prune_seconds(sizes, rows, length, method, "sequential", rates)
             held = formula(sizes, method, rows, length, device)
-            if held > rates.memory:
+            if held > total:
                 print(f"| {name} | {method} | does not fit: {held / GIB:.1f} GiB ||||||")
                 continue
             took, peak = measured(sizes, method, rows, length, device)
             # The last block is run no further than its last input.
-            forward = f"{took['forward']:.2f} / {said['forward']:.2f}"
-            statistic = f"{took['statistics']:.2f} / {said['statistic']:.2f}"
-            solve = f"{took['solve']:.2f} / {said['solve'] + said['factor']:.2f}"
-            whole = f"{took['total']:.2f} / {sum(said.values()):.2f}"
+            forward, statistic = f"{took['forward']:.2f}", f"{took['statistics']:.2f}"
+            solve, whole = f"{took['solve']:.2f}", f"{took['total']:.2f}"
             memory = f"{peak / GIB:.1f} / {held / GIB:.1f}"
             print(f"| {name} | {method} | {forward} | {statistic} | {solve} | {whole} | {memory} |")
             short.append(f"{name} {method} {took['total']:.2f} s")
@@ -182,7 +203,8 @@ def formula(sizes: Sizes, method: str, rows: int, length: int, device: torch.dev
     )  # fmt: skip
     paused = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * 2
     running = micro_bytes(held, tokens_at_once(device))
-    return 2.0 * sizes.weights + held.block_bytes + paused + max(solver_bytes(held), running)
+    weights = sizes.block_weights + 2 * sizes.vocabulary * sizes.hidden
+    return 2.0 * weights + held.block_bytes + paused + max(solver_bytes(held), running)
 
 
 def others(tiny: bool) -> list[str]:

@@ -7,8 +7,8 @@ four at 60 %: `sparsegpt`, `admm`, and ADMM with `--recover blocks` and `distill
 its peak resident memory (the operating system's) stand beside those that `--dry-run` told right
 before.
 Floors, by plain transformers and PyTorch in this process: one forward pass of the blocks and one
-Gram matrix per distinct input (as in speed.py), for ADMM its products at the rate of a product of
-this machine too, and for an epoch of recovery one pass there and back. Prints Markdown tables.
+Gram matrix per distinct input (as in speed.py), and for an epoch of recovery one pass there and
+back. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -31,12 +31,7 @@ from speed import MIX, floor
 
 from calmix.calibration import build, parse_mix
 from calmix.models import find_blocks, open_model
-from calmix.pruning.methods import get_method
 from calmix.specs import RECOVERIES
-from calmix.study.cost import Sizes
-from calmix.study.planning import sizes_of_model
-from calmix.study.probe import probe
-from calmix.study.spec import Model
 
 WAYS = {
     "sparsegpt": ("sparsegpt", None),
@@ -63,16 +58,6 @@ def there_and_back(model: str, ids: torch.Tensor) -> float:
         out.backward(torch.ones_like(out))
         base.zero_grad(set_to_none=True)
     return time.perf_counter() - began
-
-
-def products(sizes: Sizes) -> float:
-    """Seconds of the matrix products of ADMM and its refit at this machine's rate."""
-    work = [(one.copies, get_method("admm").work(one.width, one.outputs)) for one in sizes.maps]
-    rate = probe(sizes)
-    return sum(
-        copies * (each.rounded / rate.rounded_flops + each.products / rate.solve_flops)
-        for copies, each in work
-    )
 
 
 def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
@@ -117,26 +102,25 @@ def main() -> None:
     opened = open_model(options.model)
     ids = build(parse_mix(MIX), opened, rows=options.rows, length=512).ids
     del opened
-    sizes = sizes_of_model(options.model, Model(name=options.model))
     forward, gram = floor(ids, options.model)
-    extra, both = products(sizes), there_and_back(options.model, ids)
+    both = there_and_back(options.model, ids)
     print("| floor | seconds |\n|---|---|")
     for name, value in (
-        ("forward of the blocks", forward), ("Gram matrices", gram), ("ADMM's products", extra),
+        ("forward of the blocks", forward), ("Gram matrices", gram),
         ("the blocks there and back", both),
     ):  # fmt: skip
         print(f"| {name} | {value:.1f} |", flush=True)
     print("\n| way | seconds (told) | measured / told | recovery alone | peak, GiB (told) | "
           "over its floor |\n|---|---|---|---|---|---|")  # fmt: skip
     for way, one in found.items():
-        method, recovery = WAYS[way]
+        recovery = WAYS[way][1]
         if recovery:
             part, over = (
                 f"{one['run']:.1f} ({one['last']:.1f})",
                 one["run"] / RECOVERIES[recovery][0] / both,
             )
         else:
-            part, over = "", one["run"] / (forward + gram + (extra if method == "admm" else 0))
+            part, over = "", one["run"] / (forward + gram)
         print(
             f"| {way} | {one['took']:.1f} ({one['told']:.1f}) | {one['took'] / one['told']:.2f} | "
             f"{part} | {one['peak']:.2f} ({one['memory']:.2f}) | {over:.2f} |",

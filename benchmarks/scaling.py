@@ -1,12 +1,11 @@
-"""How the time of a prune grows with tokens, width and blocks, beside what the cost model says.
+"""How the time of a prune grows with tokens, width and blocks, beside what the estimator says.
 
     python benchmarks/scaling.py [--parts tokens width blocks] [--out FILE]
 
-The cost model is calibrated by its usual probe of this machine, before and after every line (what
-a shared machine does changes by the minute: the mean of both is taken). Tokens: the builtin model
-at 16 k to 256 k calibration tokens. Width: one block of LLaMA-3.2-1B's, 3.1-8B's and 3.1-70B's
-shape with random weights. Blocks: the builtin model's shape with 10 to 60 blocks. Prints a
-Markdown table.
+Tokens: the builtin model at 16 k to 256 k calibration tokens, estimated before and after every line
+(what a shared machine does changes by the minute: the mean of both is taken). Width: one block of
+LLaMA-3.2-1B's, 3.1-8B's and 3.1-70B's shape with random weights. Blocks: the builtin model's shape
+with 10 to 60 blocks. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ import torch
 from common import commit, machine
 
 from calmix.models import open_model
-from calmix.pruning import Unstructured, prune
-from calmix.study.cost import Sizes, prune_seconds, sizes_of
-from calmix.study.probe import probe
+from calmix.pruning import Unstructured, get_method, prune
+from calmix.study.estimate import Timed
 
 MODEL = "builtin:smollm2-135m"
 LENGTH = 512
@@ -76,28 +74,22 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for label, model, tokens in cases(options.parts, options.width_tokens):
-        config = model.config.to_dict() | {"model_type": model.config.model_type}
-        sizes: Sizes = sizes_of(config, value_bytes=model.dtype.itemsize)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 500, (tokens // LENGTH, LENGTH), generator=generator)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         for method in options.methods:
             model.load_state_dict(before)
-            rates = [probe(sizes)]
+
+            def told(method: str = method, rows: int = len(ids)) -> float:
+                return Timed(MODEL).pruning(get_method(method), "sequential", rows, LENGTH)
+
+            known = label.endswith("tokens")
+            said = told() if known else 0.0
             began = time.perf_counter()
             report = prune(model, ids, method=method, pattern=Unstructured(0.6))
             took = time.perf_counter() - began
-            rates.append(probe(sizes))
-            both = [
-                prune_seconds(sizes, len(ids), LENGTH, method, "sequential", one) for one in rates
-            ]
-            told = {key: (both[0][key] + both[1][key]) / 2 for key in both[0]}
-            said = sum(told.values())
-            parts = [
-                f"{report.seconds['forward']:.1f} ({told['forward']:.1f})",
-                f"{report.seconds['statistics']:.1f} ({told['gram']:.1f})",
-                f"{report.seconds['solve']:.1f} ({told.get('factor', 0) + told['solve']:.1f})",
-            ]
+            said = (said + told()) / 2 if known else took
+            parts = [f"{report.seconds[key]:.1f}" for key in ("forward", "statistics", "solve")]
             print(
                 f"| {label} | {method} | {said:.1f} s | {took:.1f} s | {took / said:.2f} | "
                 + " | ".join(parts) + " |",

@@ -2,7 +2,7 @@
 
 PyTorch's FakeTensorMode follows types, shapes and devices through every operation, so a CPU build
 can run what a GPU would. What needs numbers on the host is answered here and counted: every such
-read makes a real host wait. Used by the tests and by on_paper.py.
+read makes a real host wait. Used by the tests.
 """
 
 from __future__ import annotations

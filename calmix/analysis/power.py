@@ -176,7 +176,7 @@ def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
     found = []
     groups: dict[Condition, Counter[str]] = {}
     for trial in planned:
-        if trial.draw is not None:
+        if trial.rows:
             groups.setdefault(trial.condition, Counter())[trial.calibration] += 1
     names = condition_names(groups)
     for condition, counts in groups.items():

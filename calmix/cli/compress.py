@@ -164,12 +164,10 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _print_plan(asked: Any, output: Path, as_json: bool) -> None:
-    from calmix.compress.estimate import estimate, sizes_of
+    from calmix.compress.estimate import estimate
     from calmix.compress.plan import stages
-    from calmix.study.probe import probe
 
-    sizes = sizes_of(asked)
-    taken: list[Taken] = estimate(asked, stages(asked, output), sizes, probe(sizes, asked.device))
+    taken = estimate(asked, stages(asked, output))
     if as_json:
         print_json([asdict(one) | {"command": one.stage.command} for one in taken])
         return

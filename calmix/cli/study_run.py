@@ -1,208 +1,193 @@
-"""`study init, validate, plan, run, status`: write a study file, check it, run it."""
+"""`study init, validate, plan, run, status, export`: write a study file, check it, run it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calmix.cli.common import (
-    AsJson,
-    Device,
-    TrustRemoteCode,
-    duration,
-    err,
-    out,
-    print_json,
-    size,
-)
+from calmix.cli.common import duration, err, out, print_json, size
 from calmix.cli.tables import print_rows
-from calmix.errors import InputError, nearest
+from calmix.cli.verbs import verb
+from calmix.errors import InputError
 from calmix.files import check_output_file, write_text
+from calmix.options import Options, option, path_option
 
 if TYPE_CHECKING:
     from calmix.analysis.power import Reach
     from calmix.study.results import Trial
-    from calmix.study.running import Execute
+    from calmix.study.running import Execute, Observer
     from calmix.study.spec import Study
     from calmix.study.trials import Resolved
-
-StudyPath = Annotated[
-    Path, typer.Argument(metavar="STUDY", show_default=False, help="A study's .yaml file.")
-]
-StorePath = Annotated[
-    Path,
-    typer.Option("--store", "-o", show_default=False, help="Folder that keeps the results."),
-]
+else:  # torch is imported once a verb needs it
+    Observer = object
 
 
-NewPath = Annotated[
-    Path, typer.Argument(metavar="STUDY", show_default=False, help="The .yaml file to write.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
+class OfFile(Options):
+    """Options of what reads a study file."""
+
+    study: Path = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
+    as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
+
+
+class OfStore(Options):
+    """Options of what reads a store."""
+
+    store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE")
+    as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
+
+
+class InitOptions(Options):
+    """Options of `study init`."""
+
+    study: Path = option(..., "The .yaml file to write.", argument=True, metavar="STUDY")
+    overwrite: bool = option(False, "Replace the file if it exists.")
+
+
+class PlanOptions(OfFile):
+    """Options of `study plan`."""
+
+    device: str = option("auto", "Torch device to plan for, e.g. cuda:1.")
+    power: Path | None = option(
+        None, "An earlier study, whose noise says what seeds resolve.", metavar="STUDY"
+    )
+
+
+class RunOptions(OfFile):
+    """Options of `study run`."""
+
+    store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE")
+    only: list[str] = option(
+        [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"
+    )
+    skip: list[str] = option([], "Not these trials (repeat).", metavar="PATTERN")
+    retry_failed: bool = option(False, "Run failed trials again.")
+    reuse: list[Path] = option(
+        [], "Another study's store to copy shared results from (repeat).", metavar="STORE"
+    )
+    executor: Literal["local", "ray"] = option("local", "In this process, or on a Ray cluster.")
+    address: str | None = option(
+        None, "Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", shown="one on this machine",
+        advanced=True,
+    )  # fmt: skip
+    workers: int | None = option(
+        None, "Ray: trials at a time.", shown="as many as fit", ge=1, advanced=True
+    )
+    cpus: float | None = option(None, "Ray: CPUs per trial.", shown="1", gt=0, advanced=True)
+    gpus: float | None = option(
+        None, "Ray: GPUs per trial.", shown="1 if there are any", ge=0, advanced=True
+    )
+    retries: int | None = option(
+        None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
+    )
+    device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
+    trust_remote_code: bool = option(False, "Run modelling code shipped with the model.")
+    allow_code_execution: bool = option(
+        False, "Run code the models write, in a limited subprocess."
+    )
+
+
+class ExportOptions(Options):
+    """Options of `study export`."""
+
+    store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE")
+    output: Path = path_option("Folder to write to.")
 
 
 def register(study: typer.Typer) -> None:
     """Add the verbs to the sub-command."""
-    study.command("init")(init_command)
-    study.command("validate")(validate_command)
-    study.command("plan")(plan_command)
-    study.command("run")(run_command)
-    study.command("status")(status_command)
-    study.command("export")(export_command)
+    for act in (init, validate, plan, run, status, export):
+        verb(study, act.__name__)(act)
 
 
-def init_command(path: NewPath, overwrite: Overwrite = False) -> None:
+def init(options: InitOptions) -> None:
     """Write a commented study file to start from."""
-    _check_new(path, overwrite)
-    template = resources.files("calmix.study").joinpath("template.yaml")
-    write_text(path, template.read_text(encoding="utf-8"))
-    err.print(f"wrote {path}: calmix study validate {path}", soft_wrap=True, highlight=False)
-
-
-def _check_new(path: Path, overwrite: bool) -> None:
-    """Refuse a path at which no study file can be written."""
+    path = options.study
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"name a .yaml file for the study, not {path}")
-    check_output_file(path, overwrite=overwrite)
+    check_output_file(path, overwrite=options.overwrite)
+    template = resources.files("calmix.study").joinpath("template.yaml")
+    write_text(path, template.read_text(encoding="utf-8"))
+    _note(f"wrote {path}: calmix study validate {path}")
 
 
-def validate_command(path: StudyPath, as_json: AsJson = False) -> None:
+def validate(options: OfFile) -> None:
     """Check a study file and list every mistake with its line."""
     from calmix.study.spec import check_study
     from calmix.study.trials import plan
 
+    path = options.study
     checked = check_study(path)
     trials = plan(checked.study) if checked.study is not None else []
-    if as_json:
+    if options.as_json:
         print_json({"problems": checked.problems, "trials": [trial.label for trial in trials]})
     for problem in checked.problems:
-        if not as_json:
-            out.print(problem, soft_wrap=True, highlight=False, markup=False)
+        if not options.as_json:
+            _say(problem)
     if checked.study is None:
         count = len(checked.problems)
         raise InputError(f"{path} has {count} mistake{'s' if count > 1 else ''}")
-    if not as_json:
-        sets = len({trial.calibration for trial in trials if trial.draw is not None})
-        out.print(
-            f"{path}: {len(trials)} trials over {sets} calibration sets",
-            soft_wrap=True,
-            highlight=False,
-        )
+    if not options.as_json:
+        sets = len({trial.calibration for trial in trials if trial.rows})
+        _say(f"{path}: {len(trials)} trials over {sets} calibration sets")
 
 
-def plan_command(
-    path: StudyPath,
-    device_tflops: Annotated[
-        float | None,
-        typer.Option(
-            show_default=False,
-            min=0.001,
-            help="Plan on paper for an accelerator of so many half-precision TFLOP/s.",
-        ),
-    ] = None,
-    memory_gb: Annotated[
-        float, typer.Option(min=0.001, help="Its memory, with --device-tflops.")
-    ] = 80,
-    bandwidth_gbs: Annotated[
-        float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")
-    ] = 3350,
-    power: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="STUDY",
-            show_default=False,
-            help="By the noise of this earlier study's results, what the draws will tell apart.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+def plan(options: PlanOptions) -> None:
     """Estimate trials, time, memory and disk before anything runs."""
-    from calmix.study.cost import on_paper
-    from calmix.study.planning import estimate, sizes_of_model
-    from calmix.study.probe import probe
+    from calmix.study.estimate import estimate
     from calmix.study.spec import load_study
 
-    study = load_study(path)
-    told_apart = [] if power is None else _reach(study, power)
-    sizes = {label: sizes_of_model(label, model) for label, model in study.models.items()}
-    if device_tflops is not None:
-        machine = on_paper(device_tflops, memory_gb, bandwidth_gbs)
-    else:
-        machine = probe(max(sizes.values(), key=lambda model: model.weights))
-    found = estimate(study, sizes, machine)
-    told: dict[str, Any] = {
-        "study": study.name,
-        "machine": asdict(machine),
-        "trials": found.trials,
-        "calibration_sets": found.sets,
-        "seconds": round(found.seconds, 1),
-        "seconds_calibration": round(found.sets_seconds, 1),
-        "seconds_dense": round(found.dense, 1),
-        "disk_bytes": round(found.disk),
-        "peak_memory_bytes": round(max(group.cost.memory for group in found.groups)),
-        "groups": [asdict(group) for group in found.groups],
-        "notes": found.notes,
-    }
-    if power is not None:
-        told["power"] = [asdict(one) for one in told_apart]
-    if as_json:
-        print_json(told)
+    study = load_study(options.study)
+    reached = [] if options.power is None else _reach(study, options.power)
+    found = estimate(study, options.device)
+    if options.as_json:
+        power = {} if options.power is None else {"power": [asdict(one) for one in reached]}
+        print_json({"study": study.name, **found.to_json(), **power})
         return
-    several = len(study.models) > 1
-    late = any("recover" in group.cost.seconds for group in found.groups)
+    late = any("recover" in group.seconds for group in found.groups)
     rows = [
-        ({"model": group.model} if several else {})
+        ({"model": group.model} if len(study.models) > 1 else {})
         | {
             "trials": group.trials,
             "method": group.method,
             "pattern": group.pattern,
             "tokens": f"{group.rows}x{group.length}" if group.rows else "-",
-            "prune": duration(taken["prune"] + taken.get("allocation", 0)),
+            "prune": duration(group.seconds["prune"]),
         }
-        | ({"recover": duration(taken["recover"]) if "recover" in taken else "-"} if late else {})
+        | ({"recover": duration(r) if (r := group.seconds.get("recover")) else "-"} if late else {})
         | {
-            "evaluate": duration(taken["evaluate"]),
-            "memory": size(group.cost.memory),
-            "disk": size(group.cost.disk),
+            "evaluate": duration(group.seconds["evaluate"]),
+            "memory": size(group.memory),
+            "disk": size(group.disk),
         }
         for group in found.groups
-        for taken in [group.cost.seconds]
     ]
     print_rows(
-        rows,
-        as_json=False,
-        title=f"study {study.name}, each trial on {machine.name}",
+        rows, as_json=False, title=f"study {study.name}, each trial",
         least=["disk", "memory", "tokens", "model"],
-    )
-    out.print(
+    )  # fmt: skip
+    _say(
         f"{found.trials} trials, {found.sets} calibration sets "
         f"({duration(found.sets_seconds)} to make and measure), dense scores "
-        f"({duration(found.dense)}): {duration(found.seconds)} in all, one trial at a time; "
-        f"at most {size(told['peak_memory_bytes'])} of memory, {size(found.disk)} on disk",
-        soft_wrap=True,
-        highlight=False,
+        f"({duration(found.dense_seconds)}): {duration(found.seconds)} in all, one trial at a "
+        f"time; at most {size(found.memory)} of memory, {size(found.disk)} on disk"
     )
     for note in found.notes:
-        out.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
-    if told_apart:
-        print_rows(
-            [
-                {
-                    "condition": one.condition,
-                    "draws": one.draws,
-                    "these items": _points(one.on_these),
-                    "other items too": _points(one.with_items),
-                }
-                for one in told_apart
-            ],
-            as_json=False,
-            title="points of the total told apart, in 80 % of studies (-: not known)",
-        )
+        _say(f"note: {note}")
+    if reached:
+        points = [
+            {
+                "condition": one.condition, "draws": one.draws,
+                "these items": _points(one.on_these), "other items too": _points(one.with_items),
+            }
+            for one in reached
+        ]  # fmt: skip
+        title = "points of the total told apart, in 80 % of studies (-: not known)"
+        print_rows(points, as_json=False, title=title)
 
 
 def _points(share: float | None) -> str:
@@ -223,179 +208,88 @@ def _reach(study: Study, earlier: Path) -> list[Reach]:
     return reach(plan(study), results)
 
 
-def run_command(
-    path: StudyPath,
-    store: StorePath,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            show_default=False,
-            metavar="PATTERN",
-            help="Only trials whose calibration, model or label matches, such as 'mix*' (repeat).",
-        ),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(show_default=False, metavar="PATTERN", help="Not these (repeat)."),
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run trials that failed once more.")
-    ] = False,
-    reuse: Annotated[
-        list[Path] | None,
-        typer.Option(
-            show_default=False,
-            metavar="STORE",
-            help="Of another study: take what both ask for from it (repeat).",
-        ),
-    ] = None,
-    executor: Annotated[
-        str, typer.Option(help="local: in this process; ray: on a Ray cluster.")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            show_default="a Ray of this machine's own",
-            help="Of the Ray cluster: auto, HOST:PORT or ray://HOST:PORT.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(show_default="as many as fit", min=1, help="ray: trials at a time."),
-    ] = None,
-    cpus: Annotated[
-        float | None, typer.Option(show_default="1", min=0.01, help="ray: CPUs of each trial.")
-    ] = None,
-    gpus: Annotated[
-        float | None,
-        typer.Option(show_default="1 if there are any", min=0, help="ray: GPUs of each trial."),
-    ] = None,
-    retries: Annotated[
-        int | None,
-        typer.Option(
-            show_default="2", min=0, help="ray: how often a trial whose worker died is begun again."
-        ),
-    ] = None,
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    allow_code_execution: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution", help="Run code the models write, in a limited subprocess."
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run what is left of a study; stop it whenever you like and run it again."""
-    from calmix.study.running import Options, run_study
+def run(options: RunOptions) -> None:
+    """Run what is left of a study; if interrupted, run the same command again to resume."""
+    from calmix.study.bench import Options as How
+    from calmix.study.running import run_study
     from calmix.study.spec import load_study
 
-    execute = _executor(
-        executor,
-        {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries},
-    )
-    study = load_study(path)
-    options = Options(device, trust_remote_code, allow_code_execution)
-    how: dict[str, Any] = {"options": options, "only": only or (), "skip": skip or ()}
-    how |= {"retry_failed": retry_failed, "reuse": reuse or (), "execute": execute}
+    execute = _executor(options)
+    study = load_study(options.study)
+    how = How(options.device, options.trust_remote_code, options.allow_code_execution)
     with Watch() as watch:
-        kept, outcome = run_study(study, store, watch, **how)
-    states = [kept.state(entry["id"]) for entry in kept.entries]
-    told: dict[str, Any] = {
-        "store": str(store),
-        "planned": len(states),
-        "finished": states.count("finished"),
-        "failed": outcome.failed,
-        "elsewhere": outcome.elsewhere,
-    }
-    if as_json:
-        print_json(told)
+        store, outcome = run_study(
+            study, options.store, watch, options=how, only=options.only, skip=options.skip,
+            retry_failed=options.retry_failed, reuse=options.reuse, execute=execute,
+        )  # fmt: skip
+    states = [store.state(entry.id) for entry in store.entries]
+    done = states.count("finished")
+    if options.as_json:
+        print_json(
+            {"store": str(options.store), "planned": len(states), "finished": done,
+             "failed": outcome.failed, "elsewhere": outcome.elsewhere}
+        )  # fmt: skip
     else:
-        out.print(
-            f"{told['finished']} of {told['planned']} trials finished: {store}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        _say(f"{done} of {len(states)} trials finished: {options.store}")
     for label, who in outcome.elsewhere.items():
-        err.print(f"left to {who}: {label}", soft_wrap=True, highlight=False, markup=False)
+        _note(f"left to {who}: {label}")
     if outcome.failed:
         label, error = next(iter(outcome.failed.items()))
         raise InputError(
-            f"{len(outcome.failed)} trials failed, first '{label}' ({error}): mend the cause and "
-            "run again with --retry-failed"
+            f"{len(outcome.failed)} trials failed, first '{label}' ({error}): correct the cause "
+            "and run again with --retry-failed"
         )
 
 
-def _executor(name: str, asked: dict[str, Any]) -> Execute | None:
+def _executor(options: RunOptions) -> Execute | None:
     """Return what runs the trials; None for this process."""
-    given = {key: value for key, value in asked.items() if value is not None}
-    if name == "ray":
+    names = ("address", "workers", "cpus", "gpus", "retries")
+    given = {key: value for key in names if (value := getattr(options, key)) is not None}
+    if options.executor == "ray":
         from calmix.study.cluster import Cluster, on_ray
 
         return on_ray(Cluster(**given))
-    if name != "local":
-        raise InputError(f"unknown executor '{name}': {nearest(name, ('local', 'ray'))}")
     if given:
         raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
     return None
 
 
-def status_command(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE", show_default=False, help="A study's results folder.")
-    ],
-    as_json: AsJson = False,
-) -> None:
+def status(options: OfStore) -> None:
     """Show how far a study is: finished, running, failed and still to run."""
     from calmix.study.store import open_store
 
-    kept = open_store(store)
-    rows = []
-    for entry in kept.entries:
-        state = kept.state(entry["id"])
-        note = ""
+    store = open_store(options.store)
+    rows, seconds = [], []
+    for entry in store.entries:
+        state, note = store.state(entry.id), ""
         if state == "failed":
-            note = kept.read_failure(entry["id"]).error
+            note = store.read_failure(entry.id).error
         elif state == "running":
-            note = kept.runner(entry["id"]) or ""
+            note = store.runner(entry.id) or ""
         elif state == "finished":
-            found = kept.read_trial(entry["id"])
-            note = f"{outcome_line(found)}, {found.seconds.get('total', 0):.0f} s"
-        rows.append({"trial": entry["label"], "state": state, "": note})
+            found = store.result(entry.id).trial
+            seconds.append(found.seconds.get("total", 0.0))
+            note = f"{outcome_line(found)}, {seconds[-1]:.0f} s"
+        rows.append({"trial": entry.label, "state": state, "note": note})
     states = [row["state"] for row in rows]
     counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
-    seconds = [
-        kept.read_trial(entry["id"]).seconds.get("total", 0.0)
-        for entry, state in zip(kept.entries, states, strict=True)
-        if state == "finished"
-    ]
     left = counts["running"] + counts["pending"]
     ahead = sum(seconds) / len(seconds) * left if seconds else None
-    if as_json:
-        trials = [{"trial": r["trial"], "state": r["state"], "note": r[""]} for r in rows]
-        print_json({"study": kept.index["name"], **counts, "seconds_left": ahead, "trials": trials})
+    name = store.index.name
+    if options.as_json:
+        print_json({"study": name, **counts, "seconds_left": ahead, "trials": rows})
         return
-    title = f"study {kept.index['name']}"
-    print_rows(rows, as_json=False, title=title, text=["trial", ""], least=[])
+    print_rows(rows, as_json=False, title=f"study {name}", text=["trial", "note"], least=[])
     line = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    if left and ahead is not None:
-        line += f"; {duration(ahead)} of work left"
-    out.print(line, highlight=False)
+    _say(line + (f"; {duration(ahead)} of work left" if left and ahead is not None else ""))
 
 
-def export_command(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE", show_default=False, help="A study's results folder.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", show_default=False, help="Folder to write to.")
-    ],
-) -> None:
+def export(options: ExportOptions) -> None:
     """Write the results to a folder that needs no store: study.json and the table."""
     from calmix.study.export import export_results
 
-    for path in export_results(store, output):
-        err.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    for path in export_results(options.store, options.output):
+        _note(f"wrote {path}")
 
 
 def outcome_line(trial: Trial) -> str:
@@ -408,8 +302,8 @@ def outcome_line(trial: Trial) -> str:
     return f"{found}, worst {trial.worst} {100 * (trial.dimensions[trial.worst].value or 0):.1f} %"
 
 
-class Watch:
-    """Shows how a run goes on: a bar on a terminal, and a line for every trial that ends."""
+class Watch(Observer):
+    """The observer of a run: a bar on a terminal, and a line for every trial that ends."""
 
     def __init__(self) -> None:
         self._bar = Progress(
@@ -421,9 +315,8 @@ class Watch:
             transient=True,
             disable=not err.is_terminal,
         )
-        self._total = self._planned = self._ended = 0
+        self._total = self._ended = 0
         self._seconds: list[float] = []
-        self._running: set[str] = set()
         self._job = self._bar.add_task("reading the study", total=None, left="")
 
     def __enter__(self) -> Watch:
@@ -435,52 +328,44 @@ class Watch:
 
     def begin(self, todo: int, planned: int) -> None:
         """Show how much there is to do."""
-        self._total, self._planned, self._ended = todo, planned, 0
+        self._total = todo
         if todo < planned:
-            self._line(f"{todo} of {planned} trials to run")
+            self.note(f"{todo} of {planned} trials to run")
 
     def started(self, trial: Resolved) -> None:
         """Show which trial runs."""
-        self._running.add(trial.id)
         self.stage(trial, "", 0, 1)
 
     def stage(self, trial: Resolved, what: str, done: int, total: int) -> None:
         """Show what a trial does."""
-        number = self._ended + 1
+        named = f"trial {self._ended + 1} of {self._total}: {trial.planned.label} {what}"
+        mean = sum(self._seconds) / max(1, len(self._seconds))
+        left = f"{duration(mean * (self._total - self._ended))} left" if self._seconds else ""
         self._bar.update(
-            self._job,
-            description=f"trial {number} of {self._total}: {trial.planned.label} {what}".rstrip(),
-            completed=done,
-            total=total,
-            left=self._left(),
+            self._job, description=named.rstrip(), completed=done, total=total, left=left
         )
 
     def finished(self, trial: Resolved, outcome: Trial) -> None:
         """Show what a trial has found."""
-        self._ended += 1
-        self._running.discard(trial.id)
         self._seconds.append(outcome.seconds.get("total", 0.0))
-        found = outcome_line(outcome)
-        self._line(f"{self._count()} {trial.planned.label}: {found}, {self._seconds[-1]:.0f} s")
+        self._end(trial, f"{outcome_line(outcome)}, {self._seconds[-1]:.0f} s")
 
     def failed(self, trial: Resolved, error: str) -> None:
         """Show why a trial has failed."""
+        self._end(trial, f"failed: {error}")
+
+    def _end(self, trial: Resolved, line: str) -> None:
         self._ended += 1
-        self._running.discard(trial.id)
-        self._line(f"{self._count()} {trial.planned.label}: failed: {error}")
+        self.note(f"{self._ended}/{self._total} {trial.planned.label}: {line}")
 
     def note(self, text: str) -> None:
         """Show a line."""
-        self._line(text)
-
-    def _count(self) -> str:
-        return f"{self._ended}/{self._total}"
-
-    def _left(self) -> str:
-        if not self._seconds:
-            return ""
-        mean = sum(self._seconds) / len(self._seconds)
-        return f"{duration(mean * (self._total - self._ended))} left"
-
-    def _line(self, text: str) -> None:
         self._bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _say(text: str) -> None:
+    out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _note(text: str) -> None:
+    err.print(text, soft_wrap=True, highlight=False, markup=False)

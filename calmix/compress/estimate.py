@@ -1,17 +1,15 @@
-"""What a compression will take before it runs: time, memory and disk of every stage."""
+"""What a compression or a prune will take before it runs: time, memory and disk by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calmix.calibration import ask
 from calmix.capability.answers import EACH, TOKENS
 from calmix.capability.evaluate import choose
-from calmix.capability.texts import LENGTH as TEXT_LENGTH
-from calmix.capability.texts import ROWS as TEXT_ROWS
-from calmix.capability.texts import builtin_readers
 from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
@@ -21,20 +19,21 @@ from calmix.pruning.checkpoint import planned
 from calmix.pruning.methods import get_method
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import (
-    BATCH,
     NONE,
-    RECOVERIES,
     PruneRequest,
     RecoverRequest,
+    prune_request,
+    recover_request,
     target_name,
 )
-from calmix.study import cost
-from calmix.study.cost import Machine, Sizes
-from calmix.study.planning import sizes_of_model, suite_work
-from calmix.study.probe import probe
-from calmix.study.spec import Model
-
-PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
+from calmix.study.estimate import (
+    PROGRAM,
+    START,
+    SuiteWork,
+    Timed,
+    suite_work,
+    text_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -47,48 +46,40 @@ class Taken:
     disk: float
 
 
-def sizes_of(asked: Request) -> Sizes:
-    """Return the model's sizes, from its configuration."""
-    return sizes_of_model(asked.model, Model(name=asked.model))
+def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
+    """Return what every stage of a compression will take here, in order.
 
-
-def estimate(asked: Request, listed: list[Stage], sizes: Sizes, machine: Machine) -> list[Taken]:
-    """Return what every stage will take on a machine, in order."""
-    effort = EFFORTS[asked.effort]
+    Raises:
+        CalmixError: the model cannot be opened, or more memory is needed than the user allows.
+    """
+    model = _model(asked)
     rows, length = _drawn(asked)
-    suite = choose(asked.suite, quick=effort.quick)
-    work = suite_work(suite)
-    texts = TEXT_ROWS * TEXT_LENGTH * sum(name in builtin_readers() for name in suite.dimensions)
-    weights = float(sizes.weights * sizes.value_bytes)
+    suite = choose(asked.suite, quick=EFFORTS[asked.effort].quick)
+    work, texts = suite_work(suite), text_tokens(suite)
+    target = {Path("pruned"): _prune_request(asked)}
     found = []
     for stage in listed:
-        verb, seconds, memory, disk = stage.arguments[0], 0.0, weights, 0.0
+        verb, seconds, memory, disk = stage.arguments[0], 0.0, PROGRAM + model.bytes, 0.0
         if verb == "calibrate":
             disk = 8.0 * rows * length
-            if not asked.generated:
-                memory = 0.0
-            else:
-                made = cost.set_seconds(sizes, rows, length, "self-written", machine)
-                seconds = made["generate"]
+            memory = memory if asked.generated else PROGRAM
+            seconds = model.calibration(rows, length, asked.calibration, measured=False)
         elif verb == "prune":
-            seconds = sum(cost.prune_seconds(sizes, rows, length, METHOD, None, machine).values())
-            seconds += cost.files_seconds(sizes)
-            memory, disk = cost.peak_memory(sizes, rows, length, METHOD, machine.device), weights
+            seconds = model.files() + model.pruning(get_method(METHOD), None, rows, length)
+            memory, disk = planned(
+                asked.model, target, rows, length, device=asked.device,
+                trust_remote_code=asked.trust_remote_code, max_memory=_most(asked),
+            )  # fmt: skip
         elif verb == "recover":
-            way = _way(stage)
-            epochs = effort.epochs if stage.leaves == "model" else RECOVERIES[way][0]
-            seconds = cost.recover_seconds(sizes, rows, length, way, epochs, BATCH, machine)
-            seconds += cost.files_seconds(sizes)
-            most = None if asked.max_memory is None else parse_memory(asked.max_memory)
-            memory, disk = _recover_memory(sizes, length, way, BATCH, most), weights
+            recovery = _recovery(asked, stage)
+            seconds = model.files() + model.recovery(recovery, rows, length)
+            memory, disk = _recovery_memory(model, recovery, length, _most(asked)), model.bytes
         elif verb == "evaluate":
-            seconds = 2 * cost.suite_seconds(sizes, work, machine)
-            seconds += cost.distance_seconds(sizes, texts, machine)
+            seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
             disk = 160.0 * work.items
         elif verb == "answer":
-            written = 2 * TOKENS * EACH * len(suite.dimensions)
-            seconds = cost.generation_seconds(sizes, cost.BATCH_ROWS / 8 * written, machine)
-        found.append(Taken(stage, seconds, memory + PROGRAM, disk))
+            seconds = model.write(8 * 2 * TOKENS * EACH * len(suite.dimensions))
+        found.append(Taken(stage, seconds, memory, disk))
     return found
 
 
@@ -97,60 +88,49 @@ def estimate_prune(
     targets: Mapping[Path, PruneRequest],
     recovery: RecoverRequest | None,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     max_memory: int | None = None,
+    **how: Any,
 ) -> list[Taken]:
     """Return what a prune to one or several targets will take here, and recovery behind each.
 
     Args:
-        name, targets, dtype, device, trust_remote_code, max_memory: as for `prune_checkpoints`.
         recovery: of each target.
+        name, targets, max_memory, **how: as for `prune_checkpoints`.
 
     Raises:
         CalmixError: as `prune_checkpoints`, as far as it can be known.
     """
-    check_models(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    check_models(name, **how)
     asked = recovery or next((r for r in targets.values() if r.calibration is not None), None)
-    rows, length, seconds = 0, 0, 0.0
+    rows, length, strategy, start = 0, 0, "", START
     found: list[Taken] = []
-    drawn = None if asked is None else ask(str(asked.calibration), **asked.draw)
-    sizes = sizes_of_model(name, Model(name=name, dtype=dtype))
-    machine = probe(sizes, device)
-    if drawn is not None:
+    if asked is not None:
+        drawn = ask(asked.calibration or "", **asked.draw)
         rows, length = drawn.draw.rows, drawn.draw.length
-        writer = drawn.spec.generate or ""
-        seconds = cost.set_seconds(sizes, rows, length, writer, machine).get("generate", 0.0)
-    if seconds:
-        memory = sizes.weights * sizes.value_bytes + PROGRAM
-        found.append(Taken(Stage("write the calibration set", (), None), seconds, memory, 0.0))
+        strategy = drawn.spec.generate or ""
+    model = Timed(name, **how)
+    if seconds := model.calibration(rows, length, strategy, measured=False):
+        stage = Stage("write the calibration set", (), None)
+        found.append(Taken(stage, start + seconds, model.bytes + PROGRAM, 0.0))
+        start = 0.0
     used = rows if any(r.calibration is not None for r in targets.values()) else 0
-    needed, checkpoint = planned(
-        name, targets, used, length, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code, max_memory=max_memory,
-    )  # fmt: skip
+    needed, checkpoint = planned(name, targets, used, length, max_memory=max_memory, **how)
     for request in targets.values():
-        seconds, way = cost.files_seconds(sizes), target_name(request)
+        seconds, named = start + model.files(), target_name(request)
+        start = 0.0
         if request.method != NONE:
-            text = get_method(request.method, **request.options).text
-            size = rows, length
-            seconds += sum(
-                cost.prune_seconds(sizes, *size, text, request.propagation, machine).values()
-            )
-            if request.allocation in SPREAD:
-                seconds += cost.allocation_seconds(sizes, *size, request.allocation, machine)
+            method = get_method(request.method, **request.options)
+            spread = request.allocation if request.allocation in SPREAD else None
+            seconds += model.pruning(method, request.propagation, rows, length, spread)
         if request.drop_experts is not None:  # a pass, and every expert's outputs once more
-            seconds += 2 * cost.forward_seconds(sizes, rows * length, length, machine)
-        found.append(Taken(Stage(f"prune, {way}", (), None), seconds, needed, checkpoint))
+            seconds += model.forward(2 * rows * length, length)
+        found.append(Taken(Stage(f"prune, {named}", (), None), seconds, needed, checkpoint))
         if recovery is not None:
-            how = recovery.method, recovery.epochs, recovery.batch
-            seconds = cost.recover_seconds(sizes, rows, length, *how, machine)
-            seconds += cost.files_seconds(sizes)
-            memory = _recover_memory(sizes, length, recovery.method, recovery.batch, max_memory)
-            stage = Stage(f"recover by {recovery.method}, {way}", (), None)
-            found.append(Taken(stage, seconds, memory + PROGRAM, checkpoint))
-    return [replace(found[0], seconds=found[0].seconds + cost.START), *found[1:]]
+            seconds = model.files() + model.recovery(recovery, rows, length)
+            memory = _recovery_memory(model, recovery, length, max_memory)
+            stage = Stage(f"recover by {recovery.method}, {named}", (), None)
+            found.append(Taken(stage, seconds, memory, checkpoint))
+    return found
 
 
 def check_recoveries(asked: Request, listed: Sequence[Stage]) -> None:
@@ -159,17 +139,38 @@ def check_recoveries(asked: Request, listed: Sequence[Stage]) -> None:
     Raises:
         InputError: it needs more.
     """
-    ways = [_way(stage) for stage in listed if stage.arguments[0] == "recover"]
-    if ways and asked.max_memory is not None:
-        sizes, most = sizes_of(asked), parse_memory(asked.max_memory)
-        for way in ways:
-            _recover_memory(sizes, _drawn(asked)[1], way, BATCH, most)
+    stages = [stage for stage in listed if stage.arguments[0] == "recover"]
+    if stages and asked.max_memory is not None:
+        model = _model(asked)
+        for stage in stages:
+            _recovery_memory(model, _recovery(asked, stage), _drawn(asked)[1], _most(asked))
 
 
 def checkpoint_bytes(asked: Request, listed: Sequence[Stage]) -> int:
     """Return the bytes of weights that stages leave on disk."""
     made = sum(stage.arguments[0] in ("prune", "recover") for stage in listed)
     return made * weight_bytes(resolve_model(asked.model))
+
+
+def _model(asked: Request) -> Timed:
+    return Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
+
+
+def _most(asked: Request) -> int | None:
+    return None if asked.max_memory is None else parse_memory(asked.max_memory)
+
+
+def _prune_request(asked: Request) -> PruneRequest:
+    return prune_request(
+        method=METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
+        calibration=asked.calibration,
+    )  # fmt: skip
+
+
+def _recovery(asked: Request, stage: Stage) -> RecoverRequest:
+    method = stage.arguments[stage.arguments.index("--method") + 1]
+    epochs = EFFORTS[asked.effort].epochs if stage.leaves == "model" else None
+    return recover_request(calibration=asked.calibration, method=method, epochs=epochs)
 
 
 def _drawn(asked: Request) -> tuple[int, int]:
@@ -180,15 +181,10 @@ def _drawn(asked: Request) -> tuple[int, int]:
     return EFFORTS[asked.effort].rows, asked.length
 
 
-def _way(stage: Stage) -> str:
-    return stage.arguments[stage.arguments.index("--method") + 1]
-
-
-def _recover_memory(sizes: Sizes, length: int, way: str, batch: int, most: int | None) -> int:
-    """Return the bytes a recovery takes beside the program, with what a prune before it leaves;
-    refuse more than `most` in all."""
+def _recovery_memory(model: Timed, request: RecoverRequest, length: int, most: int | None) -> float:
+    """Return the bytes a recovery takes, with what a prune before it leaves; refuse more than
+    `most` in all."""
     held = int(PROGRAM + BEHIND)
-    room = None if most is None else most - held
-    memory = cost.recover_memory(sizes, length, way, batch, room)
+    memory = model.recovery_memory(request, length, None if most is None else most - held)
     check_memory(memory, held, most, 0)
-    return memory + BEHIND
+    return memory + held

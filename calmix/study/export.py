@@ -1,10 +1,9 @@
-"""Read what a study found, from its store or from an exported folder, and write it as one table."""
+"""Read what a study found, from its store or an exported folder, and write it as one table."""
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,20 @@ from calmix.files import (
     write_text,
 )
 from calmix.study.items import read_items, write_items
-from calmix.study.results import Scores, StudyResults, Trial
-from calmix.study.store import Store, is_store, open_store
+from calmix.study.results import Interval, StudyResults, Trial
+from calmix.study.store import Run, Store, is_store, open_store
 
 KIND, FORMAT = "study results", 2
 RECORD, CSV, PARQUET = "study.json", "results.csv", "results.parquet"
 ITEMS = "items.npz"
+OF_TRIAL = (
+    "id", "model", "calibration", "strategy", "method", "pattern", "sparsity", "propagation",
+    "rows", "length", "seed", "suite",
+)  # fmt: skip
+OF_TASK = (
+    "dimension", "task", "score", "items", "floor", "dense", "pruned", "dense_accuracy",
+    "pruned_accuracy", "signal",
+)  # fmt: skip
 
 
 def read_results(path: Path | str) -> StudyResults:
@@ -41,26 +48,24 @@ def read_results(path: Path | str) -> StudyResults:
         kept = parse_json((path / RECORD).read_text(encoding="utf-8"))
         if kept.pop("kind") != KIND:
             raise ValueError("it is of another kind")
-        found = kept.pop("format")
-        if found == FORMAT:
+        if (found := kept.pop("format")) == FORMAT:
             results = StudyResults.model_validate(kept)
             scores, dense = read_items(path / ITEMS)
             return results.model_copy(update={"scores": scores, "dense": dense})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise InputError(f"{path / RECORD} holds no results of a study: {reason}") from error
+        raise InputError(f"{path / RECORD} does not hold a study's results: {reason}") from error
     raise InputError(
         f"{path / RECORD} has format {found}, but this calmix reads format {FORMAT}: export again"
     )
 
 
 def export_results(store: Path | str, folder: Path | str) -> list[Path]:
-    """Write a study's results to a folder, which need not be empty, and return the files.
+    """Write a study's results to a folder, and return the files.
 
     `study.json` and `items.npz` (log-likelihoods of every choice) are all of `StudyResults`, from
-    which `read_results` reads without the store;
-    `results.csv` and `results.parquet` (where pyarrow is installed) have a row a trial and task.
-    The same results give the same bytes.
+    which `read_results` reads without the store; `results.csv` and `results.parquet` have a row
+    per trial and task. The same results give the same bytes.
 
     Raises:
         InputError: the store cannot be read, or the folder cannot be written.
@@ -78,155 +83,110 @@ def export_results(store: Path | str, folder: Path | str) -> list[Path]:
 
 
 def write_tables(results: StudyResults, folder: Path) -> list[Path]:
-    """Write `results.csv` and, where pyarrow is installed, `results.parquet`."""
-    rows = list(tidy(results))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(column)) for column in columns])
-    write_text(folder / CSV, text.getvalue())
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        return [folder / CSV]
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
-    content = io.BytesIO()
-    pyarrow.parquet.write_table(table, content)
+    """Write the table of `tidy` as `results.csv` and `results.parquet`."""
+    import pandas as pd
+
+    table, content = pd.DataFrame(list(tidy(results))), io.BytesIO()
+    write_text(folder / CSV, table.to_csv(index=False))
+    table.to_parquet(content, index=False)
     write_bytes(folder / PARQUET, content.getvalue())
     return [folder / CSV, folder / PARQUET]
 
 
 def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
-    """Yield a row a trial and task, trials in the order of the plan.
+    """Yield a row per trial and task, trials in the order of the plan.
 
     Retentions are shares (1.0 is all of it), `kl` is in nats a token. Times are left out: the
     same study gives the same table wherever and however often it is run.
     """
+
+    def interval(name: str, one: Interval) -> dict[str, float | None]:
+        return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+
+    def distance(head: str, one: dict[str, Any] | None) -> dict[str, float | None]:
+        far = one or {}
+        return {f"{head}kl": far.get("kl_mean"), f"{head}top1": far.get("top1")}
+
     for trial in results.trials:
-        head: dict[str, Any] = {"study": results.name}
-        head |= {name: getattr(trial, name) for name in _TRIAL}
-        head |= _columns("total", trial.total.model_dump()) | {"worst": trial.worst}
         far = trial.distance or {"total": None, "dimensions": {}}
-        head |= _distance("", far["total"])
+        head = {
+            "study": results.name,
+            **{name: getattr(trial, name) for name in OF_TRIAL},
+            **interval("total", trial.total),
+            "worst": trial.worst,
+            **distance("", far["total"]),
+        }
         information = {f"info_{name}": value for name, value in trial.information.items()}
         for task in trial.tasks:
-            dimension = trial.dimensions[task.dimension]
-            yield (
-                head
-                | {name: getattr(task, name) for name in _TASK}
-                | _columns("retention", task.retention.model_dump())
-                | _columns("dimension_retention", dimension.model_dump())
-                | _distance("dimension_", far["dimensions"].get(task.dimension))
-                | information
-            )
-
-
-_TRIAL = (
-    "id", "model", "calibration", "strategy", "method", "pattern", "sparsity", "propagation",
-    "rows", "length", "seed", "suite",
-)  # fmt: skip
-_TASK = (
-    "dimension", "task", "score", "items", "floor", "dense", "pruned", "dense_accuracy",
-    "pruned_accuracy", "signal",
-)  # fmt: skip
-
-
-def _columns(name: str, interval: dict[str, float | None]) -> dict[str, float | None]:
-    return {
-        name: interval["value"],
-        f"{name}_low": interval["low"],
-        f"{name}_high": interval["high"],
-    }
-
-
-def _distance(head: str, one: dict[str, Any] | None) -> dict[str, float | None]:
-    found = one or {"kl_mean": None, "top1": None}
-    return {f"{head}kl": found["kl_mean"], f"{head}top1": found["top1"]}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+            yield {
+                **head,
+                **{name: getattr(task, name) for name in OF_TASK},
+                **interval("retention", task.retention),
+                **interval("dimension_retention", trial.dimensions[task.dimension]),
+                **distance("dimension_", far["dimensions"].get(task.dimension)),
+                **information,
+            }
 
 
 def _of_store(store: Store) -> StudyResults:
-    entries = store.entries
-    states = {entry["id"]: store.state(entry["id"]) for entry in entries}
-    done = [entry for entry in entries if states[entry["id"]] == "finished"]
-    kept = {entry["id"]: store.result(entry["id"]) for entry in done}
-    trials = [store.read_trial(entry["id"]) for entry in done]
-    extra = _compared(store, {entry["set"]: t for entry, t in zip(done, trials, strict=True)})
-    scored = {entry["id"]: store.scores(entry["id"]) for entry in done}
-    trials = [
-        trial.model_copy(
-            update={
-                "information": trial.information | extra.get(entry["set"] or "", {}),
-                "distance": scored[entry["id"]].distance,
-            }
-        )
-        for entry, trial in zip(done, trials, strict=True)
-    ]
-    failed = [store.read_failure(e["id"]) for e in entries if states[e["id"]] == "failed"]
+    states = {entry.id: store.state(entry.id) for entry in store.entries}
+    done = [entry for entry in store.entries if states[entry.id] == "finished"]
+    kept = {entry.id: store.result(entry.id) for entry in done}
+    scored = {entry.id: store.scores(entry.id) for entry in done}
+    extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
+    trials = []
+    for entry in done:
+        trial, distance = kept[entry.id].trial, scored[entry.id].distance
+        information = trial.information | extra.get(entry.set or "", {})
+        trials.append(trial.model_copy(update={"information": information, "distance": distance}))
+    failed = [store.read_failure(name) for name, state in states.items() if state == "failed"]
+    dense = {record.trial.model: record.dense for record in kept.values()}
     return StudyResults(
-        name=store.index["name"],
-        text=store.index["text"],
-        planned=len(entries),
+        name=store.index.name,
+        text=store.index.text,
+        planned=len(store.entries),
         trials=tuple(trials),
         failed=tuple(failed),
-        environment=environment([record["run"] for record in kept.values()]),
-        suite=store.index["suite"],
+        environment=environment([record.run for record in kept.values()]),
+        suite=store.index.suite.model_dump(),
         scores={name: one.tasks for name, one in scored.items()},
-        dense=_dense(store, kept.values()),
+        dense={label: load_scores(store.dense(key)).tasks for label, key in dense.items()},
     )
 
 
-def _dense(store: Store, records: Iterable[dict[str, Any]]) -> dict[str, Scores]:
-    """Return the dense models' scores, by label."""
-    keys = {record["trial"]["model"]: record["dense"] for record in records}
-    return {label: load_scores(store.dense(key)).tasks for label, key in keys.items()}
-
-
-def environment(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def environment(runs: list[Run]) -> dict[str, Any]:
     """Return machine, versions and dates of the trials' runs; what differed is listed."""
     if not runs:
         return {}
-    found: dict[str, Any] = {
-        "first": min(run["finished"] for run in runs),
-        "last": max(run["finished"] for run in runs),
-        "hours": round(sum(run["seconds"]["total"] for run in runs) / 3600, 3),
+
+    def all_of(values: list[Any]) -> Any:
+        distinct = list(dict.fromkeys(values))
+        return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
+
+    names = dict.fromkeys(name for run in runs for name in run.versions)
+    return {
+        "first": min(run.finished for run in runs),
+        "last": max(run.finished for run in runs),
+        "hours": round(sum(run.seconds["total"] for run in runs) / 3600, 3),
+        **{
+            key: all_of([getattr(run, key) for run in runs])
+            for key in ("machine", "system", "threads", "device", "dtype")
+        },
+        "versions": {name: all_of([run.versions.get(name) for run in runs]) for name in names},
     }
-    for key in ("machine", "system", "threads", "device", "dtype"):
-        found[key] = _all_of([run[key] for run in runs])
-    names = dict.fromkeys(name for run in runs for name in run["versions"])
-    found["versions"] = {
-        name: _all_of([run["versions"].get(name) for run in runs]) for name in names
-    }
-    return found
 
 
-def _all_of(values: list[Any]) -> Any:
-    distinct = list(dict.fromkeys(values))
-    return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
-
-
-def _compared(store: Store, sets: dict[str | None, Trial]) -> dict[str, dict[str, float]]:
+def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float]]:
     """Return coverage and mismatch of calibration sets, by set.
 
-    They compare with the study's single sources, pooled (of each its draw of lowest seed, at
-    the same model, rows and length); mismatch leaves out the set's own source. Absent where
-    there are fewer than two single sources.
+    They compare with the study's single sources, pooled (of each its draw of lowest seed, at the
+    same model, rows and length); mismatch leaves out the set's own source. Absent where there are
+    fewer than two single sources.
     """
     found: dict[str, dict[str, float]] = {}
     groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
     for name, trial in sets.items():
-        if name is not None:
-            groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
+        groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
     for members in groups.values():
         singles: dict[str, str] = {}
         for name, trial in sorted(members.items(), key=lambda member: member[1].seed):

@@ -23,43 +23,56 @@ from calmix.files import parse_json, write_bytes
 from calmix.study.results import Scores, StudyResults
 
 LARGEST = 1 << 30  # bytes unpacked
+UNIT = 10.0**-DIGITS  # nats
+SHARED = "shared.json"
+OF_TASK = (
+    "name", "dimension", "metric", "primary", "chance", "floor", "items", "gold", "bytes",
+    "unigram",
+)  # fmt: skip
 _DAMAGED = (
     OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError, EOFError,
     OverflowError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-UNIT = 10.0**-DIGITS  # nats
-SHARED = "shared.json"
 
 
 def write_items(results: StudyResults, path: Path) -> None:
     """Write the scores of all trials and dense models; the same scores give the same bytes."""
     arrays: dict[str, np.ndarray] = {}
-    shared: dict[str, Any] = {"models": {}, "trials": {}}
-    for model, tasks in results.dense.items():
-        shared["models"][model] = [
-            {
-                "name": task.name, "dimension": task.dimension, "metric": task.metric,
-                "primary": task.primary, "chance": task.chance, "floor": task.floor,
-                "items": task.items, "gold": task.gold, "bytes": task.bytes,
-                "unigram": task.unigram,
-            }
-            for task in tasks
-        ]  # fmt: skip
-        _put(arrays, f"dense/{model}", tasks)
+
+    def put(head: str, tasks: Scores) -> None:
         for task in tasks:
-            if task.floors:
-                arrays[f"dense/{model}/{task.name}/floors"] = _packed(task.floors)
+            for name in ("loglikelihoods", "floors"):
+                if flat := [value for row in getattr(task, name) for value in row]:
+                    arrays[f"{head}/{task.name}/{name}"] = np.rint(np.array(flat) / UNIT).astype(
+                        np.int32
+                    )
+            if task.values:
+                arrays[f"{head}/{task.name}/values"] = np.array(task.values)
+
+    models = {
+        model: [{key: getattr(task, key) for key in OF_TASK} for task in tasks]
+        for model, tasks in results.dense.items()
+    }
+    for model, tasks in results.dense.items():
+        put(f"dense/{model}", tasks)
     for trial in results.trials:
-        shared["trials"][trial.id] = trial.model
-        _put(arrays, f"trial/{trial.id}", results.scores.get(trial.id, ()))
+        own = results.scores.get(trial.id, ())
+        put(f"trial/{trial.id}", tuple(replace(task, floors=()) for task in own))
+    shared = {"models": models, "trials": {trial.id: trial.model for trial in results.trials}}
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        archive.writestr(_entry(SHARED), json.dumps(shared))
-        for name, values in arrays.items():
-            content = io.BytesIO()
-            np.save(content, values, allow_pickle=False)
-            archive.writestr(_entry(f"{name}.npy"), content.getvalue())
+        files = {SHARED: json.dumps(shared).encode(), **dict(map(_array, arrays.items()))}
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(name)  # dated 1980: the same scores, the same bytes
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, content)
     write_bytes(path, made.getvalue())
+
+
+def _array(named: tuple[str, np.ndarray]) -> tuple[str, bytes]:
+    content = io.BytesIO()
+    np.save(content, named[1], allow_pickle=False)
+    return f"{named[0]}.npy", content.getvalue()
 
 
 def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
@@ -70,28 +83,19 @@ def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
             size = sum(info.file_size for info in archive.infolist())
             if size > LARGEST:
                 raise ValueError(f"it unpacks to {size:,} bytes")
             shared = parse_json(archive.read(SHARED))
-
-            def load(name: str) -> np.ndarray | None:
-                if f"{name}.npy" not in names:
-                    return None
-                content = io.BytesIO(archive.read(f"{name}.npy"))
-                return np.load(content, allow_pickle=False)
-
+            models = shared["models"]
             dense = {
-                model: tuple(_task(task, f"dense/{model}/{task['name']}", load) for task in tasks)
-                for model, tasks in shared["models"].items()
+                model: tuple(_task(task, f"dense/{model}", archive) for task in tasks)
+                for model, tasks in models.items()
             }
             trials = {
                 trial: tuple(
-                    replace(
-                        _task(task, f"trial/{trial}/{task['name']}", load), floors=(), unigram=()
-                    )
-                    for task in shared["models"][model]
+                    _task(task | {"unigram": ()}, f"trial/{trial}", archive)
+                    for task in models[model]
                 )
                 for trial, model in shared["trials"].items()
             }
@@ -99,49 +103,30 @@ def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
         raise InputError(f"there is no {path}: export the study again") from None
     except _DAMAGED as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise InputError(f"{path} holds no scores of a study: {reason}") from error
+        raise InputError(f"{path} does not hold the scores of a study: {reason}") from error
     return trials, dense
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name)  # dated 1980: the same scores, the same bytes
-    entry.compress_type = zipfile.ZIP_DEFLATED
-    return entry
-
-
-def _packed(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
-    flat = [value for row in rows for value in row]
-    return np.rint(np.array(flat) / UNIT).astype(np.int32)
-
-
-def _put(arrays: dict[str, np.ndarray], head: str, tasks: Scores) -> None:
-    for task in tasks:
-        if task.loglikelihoods:
-            arrays[f"{head}/{task.name}/loglikelihoods"] = _packed(task.loglikelihoods)
-        if task.values:
-            arrays[f"{head}/{task.name}/values"] = np.array(task.values)
-
-
-def _task(shared: Mapping[str, Any], head: str, load: Any) -> TaskScores:
+def _task(shared: Mapping[str, Any], head: str, archive: zipfile.ZipFile) -> TaskScores:
     sizes = tuple(map(tuple, shared["bytes"]))
+    ends = np.cumsum([len(row) for row in sizes])
+
+    def load(name: str) -> list[float]:
+        file = f"{head}/{shared['name']}/{name}.npy"
+        if file not in archive.NameToInfo:
+            return []
+        return np.load(io.BytesIO(archive.read(file)), allow_pickle=False).tolist()
 
     def rows(name: str) -> tuple[tuple[float, ...], ...]:
-        flat = load(f"{head}/{name}")
-        if flat is None:
-            return ()
-        values = [round(value * UNIT, DIGITS) for value in flat.tolist()]
-        ends = np.cumsum([len(row) for row in sizes])
-        if not len(ends) or ends[-1] != len(values):
-            raise ValueError(f"{head} has {len(values)} log-likelihoods")
-        return tuple(
-            tuple(values[end - len(row) : end]) for end, row in zip(ends, sizes, strict=True)
-        )
+        values = [round(value * UNIT, DIGITS) for value in load(name)]
+        if values and (not len(ends) or ends[-1] != len(values)):
+            raise ValueError(f"{head}/{shared['name']} has {len(values)} {name}")
+        cut = zip(ends, sizes, strict=True) if values else ()
+        return tuple(tuple(values[end - len(row) : end]) for end, row in cut)
 
-    accuracies = load(f"{head}/values")
+    known = {key: shared[key] for key in OF_TASK}
+    known |= {key: tuple(shared[key]) for key in ("items", "gold", "unigram")} | {"bytes": sizes}
     return TaskScores(
-        shared["name"], shared["dimension"], shared["metric"], shared["primary"],
-        shared["chance"], tuple(shared["items"]),
-        () if accuracies is None else tuple(accuracies.tolist()),
-        tuple(shared["gold"]), rows("loglikelihoods"), sizes, shared["floor"], rows("floors"),
-        tuple(shared["unigram"]),
+        **known, values=tuple(load("values")), loglikelihoods=rows("loglikelihoods"),
+        floors=rows("floors"),
     )  # fmt: skip

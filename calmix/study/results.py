@@ -1,6 +1,4 @@
-"""What a study found: every finished trial with its retention, the same from a live store and
-from a folder of exported results. Analysis and report start here and know nothing of the store.
-"""
+"""The records of a study, the same from a live store and from an exported folder."""
 
 from __future__ import annotations
 
@@ -28,10 +26,7 @@ class Interval(_Record):
 
 
 class TaskOutcome(_Record):
-    """One task of one trial, by its primary score (`capability.retention.TaskRetention`).
-
-    `retention` has no value without signal.
-    """
+    """A task of a trial, by its primary score; `retention` has no value without signal."""
 
     task: str
     dimension: str
@@ -47,24 +42,21 @@ class TaskOutcome(_Record):
 
 
 class Trial(_Record):
-    """One finished trial: what was asked, and what of the dense model was left.
+    """A finished trial: what was asked for, and what the pruned model retains.
 
     Attributes:
         id: hash of the resolved request, the trial's folder in the store.
-        calibration: the calibration set's name in the study file.
-        strategy: how that set was made.
-        mix: its sources with their shares; empty where it was saved, or the model wrote it.
-        method: its text, with the options that differ from their defaults.
-        pattern: as printed: `60%` or `2:4`.
-        sparsity: share of weights pruned.
+        calibration: the calibration set's name in the study file; `strategy`, how it was made.
+        kind: what a single source leans to: `prose`, `code`, `math` or as its entry says.
+        halves: tasks that are the other half of a benchmark which this set's sources read.
+        mix: sources with their shares; empty for a saved set, and text the model wrote.
+        method: with the options that differ from their defaults, allocation and recovery.
+        pattern: as printed: `60%` or `2:4`; `sparsity`, the share of weights pruned.
         seed: of the calibration draw.
-        information: metrics of the calibration set under the dense model (`aggregation_4`,
-            `perplexity`, ...), token budget included.
-        kind: of a single source, what it leans to: `prose`, `code`, `math` or as its entry says.
-        halves: tasks that are the other half of a benchmark this set's sources read.
-        total, dimensions: retention by the tasks' primary scores; `worst` names the lowest.
-        distance: to the dense model (`capability.distance.Distances`), where it was measured.
+        information: metrics of the calibration set under the dense model.
+        worst: the dimension with the lowest retention.
         seconds: wall time by stage.
+        distance: to the dense model (`capability.distance.Distances`), where it was measured.
     """
 
     id: str
@@ -92,7 +84,7 @@ class Trial(_Record):
 
 
 class FailedTrial(_Record):
-    """A trial that ended in an error, with its line."""
+    """A trial that ended in an error."""
 
     id: str
     label: str
@@ -100,16 +92,14 @@ class FailedTrial(_Record):
 
 
 class StudyResults(_Record):
-    """All a report needs.
+    """All that analysis and report need.
 
     Attributes:
-        name: of the study.
         text: the study file as written.
         planned: number of trials the study asks for.
         environment: machine, versions and dates of the run.
         suite: name, version, hash, and the dimensions' names in order.
-        scores, dense: what every trial's model, and the dense models, did on every item: by the
-            trial's id, and by the model's label.
+        scores, dense: items of every trial by its id, and of the dense models by label.
     """
 
     name: str

@@ -1,19 +1,20 @@
-"""The study file: what a user writes to describe an experiment, checked with every mistake's line.
+"""The study file: a grid of trials in YAML, checked with the line of every mistake.
 
-Paths in it are meant from where calmix is run, as on the command line; only those in `sources`
-and of files of sparsities by layer are meant from the file's own folder.
+Paths in it are relative to where calmix runs, as on the command line; only those in `sources` and
+of files of sparsities by layer are relative to the file's own folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -21,11 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.calibration import CalibrationSet, ask, is_saved_set, parse_spec
+from calmix.calibration import ask
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
 from calmix.models.opening import DTYPES, known_model
+from calmix.options import parse_share
 from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
@@ -34,53 +36,81 @@ from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
 from calmix.specs import SEED, Propagation, recovery_of, recovery_text
 from calmix.study.results import Strategy
-from calmix.yaml_files import YamlText, parse_yaml, read_text
+from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # the calibration of a method that needs none, and no recovery
-UNIFORM = "uniform"  # the allocation that needs no look at the model
+UNIFORM = "uniform"  # the allocation that does not look at the model
+Target = float | str  # a share of weights, or N:M
+
+
+def _by(act: Callable[[Any], Any]) -> AfterValidator:
+    """Return a validator that checks and replaces a value, with our own errors as its message."""
+
+    def check(value: Any) -> Any:
+        try:
+            return act(value)
+        except CalmixError as error:
+            raise ValueError(str(error)) from None
+
+    return AfterValidator(check)
+
+
+def _one_of(what: str, known: Iterable[str]) -> AfterValidator:
+    listed = tuple(known)
+
+    def check(value: str) -> str:
+        if value not in listed:
+            raise InputError(f"unknown {what} '{value}': {nearest(value, listed)}")
+        return value
+
+    return _by(check)
+
+
+def as_pattern(target: Target) -> Pattern:
+    """Return what a target of a method means.
+
+    Raises:
+        InputError: text that is not N:M, or a share outside (0, 1).
+    """
+    return parse_pattern(target) if isinstance(target, str) else Unstructured(target)
+
+
+def _target(value: Any) -> Target:
+    if isinstance(value, str) and ":" in value:
+        return str(parse_pattern(value))
+    return Unstructured(parse_share(value)).sparsity
+
+
+def _allocation(value: str) -> str:
+    """Return an allocation's name, or the path of a file: it has a suffix."""
+    known = (UNIFORM, *SPREAD)
+    if value not in known and not Path(value).suffix:
+        raise InputError(f"unknown allocation '{value}': {nearest(value, known)}")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | dict) or value is None else [value]
+
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-Seed = Annotated[int, Field(ge=0, strict=True)]
-Target = Annotated[float, Field(gt=0, lt=1, strict=True)] | str
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+Listed = BeforeValidator(_listed)
+Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,damping=0.1`
+Recovery = Annotated[
+    str, _by(lambda text: NONE if text == NONE else recovery_text(recovery_of(text)))
+]
+Targets = Annotated[list[Annotated[Any, _by(_target)]], Listed]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Shape(_Strict):
-    """The sizes of a model that is not at hand, by the names config.json uses; for `plan`."""
-
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    vocab_size: Count
-    tie_word_embeddings: bool = False
-    num_experts: Count | None = None
-    num_experts_per_tok: Count | None = None
-    moe_intermediate_size: Count | None = None
-    shared_expert_intermediate_size: Count | None = None
-    first_k_dense_replace: Count | None = None
-
-
 class Model(_Strict):
-    """One model: its name as `open_model` takes it, or a shape to plan with as well."""
+    """A model by its name, as `open_model` takes it."""
 
     name: str
-    dtype: str = "auto"
-    shape: Shape | None = None
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        known = [*DTYPES, "auto"]
-        if value not in known:
-            raise ValueError(f"unknown dtype '{value}': {nearest(value, known)}")
-        return value
+    dtype: Annotated[str, _one_of("dtype", (*DTYPES, "auto"))] = "auto"
 
 
 class _Draw(_Strict):
@@ -98,10 +128,9 @@ class _Draw(_Strict):
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
-    def given(self, *keys: str) -> dict[str, Any]:
-        """Return the options that were given, of `keys` or of all of a draw's."""
-        wanted = keys or tuple(_Draw.model_fields)
-        return {key: getattr(self, key) for key in wanted if getattr(self, key) is not None}
+    def given(self) -> dict[str, Any]:
+        """Return the options of a draw that were given."""
+        return {key: getattr(self, key) for key in _Draw.model_fields if getattr(self, key)}
 
 
 class Calibration(_Draw):
@@ -129,80 +158,23 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-def _method(text: str) -> str:
-    try:
-        return get_method(text).text
-    except InputError as error:
-        raise ValueError(str(error)) from None
+class _Pruning(_Strict):
+    """What is done with each calibration set, and with which seeds of it.
 
-
-def _recovery(text: str) -> str:
-    if text == NONE:
-        return NONE
-    try:
-        # What it trains on is the trial's set.
-        return recovery_text(recovery_of(text))
-    except InputError as error:
-        raise ValueError(str(error)) from None
-
-
-# A method may have options of its own: `sparsegpt,damping=0.1`.
-Methods = dict[Annotated[str, AfterValidator(_method)], list[Target]]
-
-
-class _Targets(_Strict):
-    """What is done with each calibration set, and with which draws of it.
-
-    `damping` is an option of every method that has it and does not name it itself. Of `allocation`
-    (`uniform`, `owl`, `error`, or a file of sparsities by layer) and `recovery` (`none`, or as
-    behind `prune --recover`) there may be several; methods without a calibration set know neither.
+    `damping` is an option of every method that has it and does not set it. `allocation` (`uniform`,
+    `owl`, `error`, or a file of sparsities by layer) and `recovery` (`none`, or as for `prune
+    --recover`) may list several; methods without a calibration set have neither.
     """
 
-    methods: Methods | None = None
-    seeds: list[Seed] | None = None
-    propagation: str | None = None
+    methods: dict[Method, Targets] | None = None
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
+    propagation: Annotated[str, _one_of("propagation", get_args(Propagation))] | None = None
     damping: Annotated[float, Field(gt=0)] | None = None
-    allocation: list[str] | None = None
-    recovery: list[Annotated[str, AfterValidator(_recovery)]] | None = None
-
-    @field_validator("allocation", "recovery", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("allocation")
-    @classmethod
-    def _allocation(cls, value: list[str] | None) -> list[str] | None:
-        for one in value or ():
-            if not Path(one).suffix:
-                _one_of("allocation", one, (UNIFORM, *SPREAD))
-        return value
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _lists(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: [t] if isinstance(t, int | float | str) else t for name, t in value.items()}
-
-    @field_validator("methods")
-    @classmethod
-    def _targets(cls, value: Methods | None) -> Methods | None:
-        for method, targets in (value or {}).items():
-            for target in targets:
-                try:
-                    as_pattern(target)
-                except InputError as error:
-                    raise ValueError(f"{method}: {error}") from None
-        return value
-
-    @field_validator("propagation")
-    @classmethod
-    def _propagation(cls, value: str | None) -> str | None:
-        return _one_of("propagation", value, get_args(Propagation))
+    allocation: Annotated[list[Annotated[str, _by(_allocation)]], Listed] | None = None
+    recovery: Annotated[list[Recovery], Listed] | None = None
 
 
-class Grid(_Targets):
+class Grid(_Pruning):
     """Part of a study: what it names replaces what the top of the file says. Models and
     calibrations are named by their labels."""
 
@@ -212,40 +184,41 @@ class Grid(_Targets):
     length: Count | None = None
 
 
-class StudyFile(_Draw, _Targets):
+def _named(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if doubles := [name for name in value if value.count(name) > 1]:
+        raise ValueError(f"'{doubles[0]}' is named twice")
+    return {str(name): name for name in value}
+
+
+def _under(key: str) -> BeforeValidator:
+    """Return a validator of a mapping whose values may be written short, as text under `key`."""
+
+    def wrap(value: Any) -> Any:
+        value = _named(value)
+        if not isinstance(value, dict):
+            return value
+        return {k: {key: v} if isinstance(v, str) else v for k, v in value.items()}
+
+    return BeforeValidator(wrap)
+
+
+class StudyFile(_Draw, _Pruning):
     """A study. Without `grids` its own lists are the one grid. Without `perplexity` sets are
     measured by what needs no model."""
 
-    name: Name
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     description: str = ""
-    models: Annotated[dict[str, Model], Field(min_length=1)]
+    models: Annotated[dict[str, Model], Field(min_length=1), _under("name")]
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
-    calibrations: dict[str, Calibration]
+    calibrations: Annotated[dict[str, Calibration], _under("from")]
     sources: dict[str, Any] = {}
     grids: list[Grid] = []
     perplexity: bool = True
     keep_checkpoints: bool = False
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            doubles = [name for name in value if value.count(name) > 1]
-            if doubles:
-                raise ValueError(f"'{doubles[0]}' is named twice")
-            value = {name if isinstance(name, str) else str(name): name for name in value}
-        if not isinstance(value, dict):
-            return value
-        return {k: {"name": v} if isinstance(v, str) else v for k, v in value.items()}
-
-    @field_validator("calibrations", mode="before")
-    @classmethod
-    def _written(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {k: {"from": v} if isinstance(v, str) else v for k, v in value.items()}
 
 
 @dataclass(frozen=True)
@@ -277,6 +250,11 @@ class Study:
         return self.file.calibrations
 
     @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.file.name
+
+    @property
     def files(self) -> list[object]:
         """What is read: the study, its models and allocations, and what its sets are made of."""
         found: list[object] = [self.path, *(model.name for model in self.models.values())]
@@ -286,28 +264,19 @@ class Study:
         return found
 
     @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.file.name
-
-    @property
     def grids(self) -> list[Grid]:
         """The grids, with what each leaves open filled in from the top of the file."""
+        own = self.file
         top = {
-            "models": list(self.models),
-            "calibrations": list(self.calibrations),
-            "methods": self.file.methods or {},
-            "rows": self.file.rows,
-            "length": self.file.length,
-            "seeds": [SEED] if self.file.seeds is None else self.file.seeds,
-            "propagation": self.file.propagation,
-            "damping": self.file.damping,
-            "allocation": self.file.allocation or [UNIFORM],
-            "recovery": self.file.recovery or [NONE],
-        }
+            "models": list(own.models), "calibrations": list(own.calibrations),
+            "methods": own.methods or {}, "rows": own.rows, "length": own.length,
+            "seeds": [SEED] if own.seeds is None else own.seeds,
+            "propagation": own.propagation, "damping": own.damping,
+            "allocation": own.allocation or [UNIFORM], "recovery": own.recovery or [NONE],
+        }  # fmt: skip
         return [
             Grid.model_validate(top | grid.model_dump(exclude_none=True))
-            for grid in self.file.grids or [Grid()]
+            for grid in own.grids or [Grid()]
         ]
 
 
@@ -337,193 +306,118 @@ def check_study(path: Path) -> Checked:
     """Read a study file and collect its mistakes.
 
     Raises:
-        InputError: the file cannot be read or is no YAML at all.
+        InputError: the file cannot be read or is not YAML at all.
     """
     return parse_study(read_text(path), path)
 
 
 def parse_study(text: str, path: Path) -> Checked:
-    """Parse a study's text; `path` names it in complaints and is where its sources are rooted.
+    """Parse a study's text; `path` names it in messages and is where its sources are rooted.
 
     Raises:
-        InputError: it is no YAML, or no mapping.
+        InputError: it is not YAML, or not a mapping.
     """
     yaml = parse_yaml(text, str(path))
     try:
         file = StudyFile.model_validate(yaml.value)
     except ValidationError as error:
         return Checked(None, sorted(yaml.problems(error, _keys), key=_line))
-    problems = list(_names(file, yaml))
-    own: dict[str, Source] = {}
-    try:
-        own = parse_sources(file.sources, path)
-    except InputError as error:
-        problems.append(f"{yaml.at(['sources'])}: {error}")
-    suite: Suite | None = None
-    try:
-        suite = load_suite(file.suite)
-        suite = suite.quick() if file.quick else suite
-        suite = suite if file.limit is None else suite.limited(file.limit)
-    except CalmixError as error:
-        problems.append(f"{yaml.at(['suite'])}: suite: {error}")
-    allocations: dict[str, dict[str, float]] = {}
-    for at, name in _allocation_files(file):
+    problems: list[str] = []
+
+    def check(at: Sequence[Any], act: Callable[..., Any], *given: Any) -> Any:
         try:
-            shares = read_allocation(path.parent / user_path(name), sparsity=0.5)
-            assert isinstance(shares, dict)
-            allocations[name] = shares
-        except InputError as error:
+            return act(*given)
+        except CalmixError as error:
             problems.append(f"{yaml.at(at)}: {'.'.join(map(str, at))}: {error}")
+
+    own = check(["sources"], parse_sources, file.sources, path) or {}
+    suite = check(["suite"], _suite, file)
+    allocations: dict[str, dict[str, float]] = {}
+    for at, part in _parts(file):
+        for name in set(part.allocation or ()) - {UNIFORM, *SPREAD}:
+            allocations[name] = check(
+                [*at, "allocation"], read_allocation, path.parent / user_path(name), 0.5
+            )
     for label, model in file.models.items():
-        if problem := _model_problem(model):
-            problems.append(f"{yaml.at(['models', label])}: models.{label}: {problem}")
+        check(["models", label], known_model, model.name)  # of the hub's, opening it says
     for label, entry in file.calibrations.items():
-        if problem := _calibration_problem(entry, own, file.licence):
-            where = yaml.at(["calibrations", label])
-            problems.append(f"{where}: calibrations.{label}: {problem}")
-    if problems or suite is None:
+        check(["calibrations", label], _check_calibration, label, entry, own, file.licence)
+    problems += [f"{yaml.at(at)}: {line}" for at, line in _faults(file)]
+    if problems:
         return Checked(None, sorted(problems, key=_line))
     return Checked(Study(file, text, path, own, suite, allocations))
 
 
-def as_pattern(target: float | str) -> Pattern:
-    """Return what a target of a method means: a share such as 0.6, or `2:4`.
-
-    Raises:
-        InputError: text that is no N:M, or a share outside (0, 1).
-    """
-    return parse_pattern(target) if isinstance(target, str) else Unstructured(target)
-
-
-def strategy_of(calibration: Calibration, own: Mapping[str, Source]) -> Strategy:
-    """Return how a calibration set is made, read off its text unless the file says."""
-    if calibration.strategy is not None:
-        return calibration.strategy
-    path = user_path(calibration.written)
-    if is_saved_set(path):
-        manifest = CalibrationSet.open(path).manifest
-        method, names = manifest.get("generated"), manifest["names"]
-    else:
-        spec = parse_spec(calibration.written, own)
-        method, names = spec.generate, list(spec.mix.weights)
-    if method is not None:
-        return cast(Strategy, method)
-    return "mix" if len(names) > 1 else "single"
-
-
-def _one_of(what: str, value: str | None, known: Sequence[str]) -> str | None:
-    if value is not None and value not in known:
-        raise ValueError(f"unknown {what} '{value}': {nearest(value, known)}")
-    return value
-
-
 def _keys(path: Sequence[Any]) -> list[str]:
     """Return the keys a study file knows at a path."""
-    kinds: dict[str, type[BaseModel]] = {"grids": Grid, "calibrations": Calibration}
-    if "shape" in path:
-        found: type[BaseModel] = Shape
-    elif path and path[0] == "models":
-        found = Model
-    else:
-        found = kinds.get(str(path[0]), StudyFile) if path else StudyFile
+    kinds: dict[str, type[BaseModel]] = {
+        "grids": Grid, "calibrations": Calibration, "models": Model,
+    }  # fmt: skip
+    found = kinds.get(str(path[0]), StudyFile) if path else StudyFile
     return [field.alias or name for name, field in found.model_fields.items()]
 
 
-def _names(file: StudyFile, yaml: YamlText) -> Iterator[str]:
-    """Yield what a grid names that the top of the file does not know, and what is empty."""
-    known = {"models": list(file.models), "calibrations": list(file.calibrations)}
-    for key, names in known.items():
-        if not names:
-            yield f"{yaml.at([key])}: {key} is empty: the grid has no trials"
-        if len(set(names)) < len(names):
-            yield f"{yaml.at([key])}: {key} names one twice"
-    if NONE in file.calibrations:
-        at = yaml.at(["calibrations", NONE])
-        yield f"{at}: calibrations.{NONE}: '{NONE}' stands for a method without calibration"
-    for number, grid in enumerate(file.grids):
-        for key, names in known.items():
-            for place, name in enumerate(getattr(grid, key) or ()):
-                if name not in names:
-                    at = yaml.at(["grids", number, key, place])
-                    yield f"{at}: grids.{number}.{key}: unknown '{name}': {nearest(name, names)}"
-        for key in ("models", "calibrations", "methods", "seeds", "allocation", "recovery"):
-            value = getattr(grid, key)
-            if value is not None and not value:
-                yield f"{yaml.at(['grids', number, key])}: grids.{number}.{key} is empty"
-        for method, targets in (grid.methods or {}).items():
-            if not targets:
-                at = yaml.at(["grids", number, "methods", method])
-                yield f"{at}: grids.{number}.methods.{method} names no sparsity"
-    for method, targets in (file.methods or {}).items():
-        if not targets:
-            yield f"{yaml.at(['methods', method])}: methods.{method} names no sparsity"
-    if file.seeds is not None and not file.seeds:
-        yield f"{yaml.at(['seeds'])}: seeds is empty: the grid has no trials"
-    for path, part in _parts(file):
-        named = [*(part.methods or file.methods or ())]
-        if part is file:
-            named += [method for grid in file.grids for method in grid.methods or ()]
-        useful = not named or any("damping" in get_method(name).options for name in named)
-        if part.damping is not None and not useful:
-            where = ".".join(map(str, [*path, "damping"]))
-            yield f"{yaml.at([*path, 'damping'])}: {where} has no effect with {', '.join(named)}"
-    yield from _without_effect(file, yaml)
-    if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
-        yield f"{yaml.at(['methods'])}: methods is empty or missing: the grid has no trials"
-
-
-def _parts(file: StudyFile) -> list[tuple[list[Any], _Targets]]:
-    """Return the file itself and its grids, each behind where it stands."""
+def _parts(file: StudyFile) -> list[tuple[list[Any], StudyFile | Grid]]:
+    """Return the file itself and its grids, each with its place."""
     return [([], file), *((["grids", n], grid) for n, grid in enumerate(file.grids))]
 
 
-def _allocation_files(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
-    """Yield where an allocation is the path of a file, and the path."""
+def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
+    """Yield the place and a line for what is empty, unknown, or without effect."""
+    known = {"models": list(file.models), "calibrations": list(file.calibrations)}
+    if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
+        yield ["methods"], "methods is empty or missing: the grid has no trials"
     for at, part in _parts(file):
-        for name in part.allocation or ():
-            if name not in (UNIFORM, *SPREAD):
-                yield [*at, "allocation"], name
-
-
-def _without_effect(file: StudyFile, yaml: YamlText) -> Iterator[str]:
-    """Yield allocations and recoveries that nothing in their grid has a use for."""
-    whole, *grids = _parts(file)
-    for path, part in grids or [whole]:
+        where = "".join(f"{key}." for key in at)
+        for key in ("models", "calibrations", "methods", "seeds", "allocation", "recovery"):
+            value = getattr(part, key)
+            if value is not None and not value and not (key == "methods" and not at):
+                yield [*at, key], f"{where}{key} is empty: the grid has no trials"
+            for name in (value or ()) if at and key in known else ():
+                if name not in known[key]:
+                    hint = nearest(name, known[key])
+                    yield [*at, key, value.index(name)], f"{where}{key}: unknown '{name}': {hint}"
         methods = part.methods or file.methods or {}
-        useful = {name: t for name, t in methods.items() if get_method(name).needs is not None}
-        patterns = [t for listed in useful.values() for t in listed if isinstance(t, str)]
+        for method, targets in (part.methods or {}).items():
+            if not targets:
+                yield [*at, "methods", method], f"{where}methods.{method} names no sparsity"
+        named = [*methods]
+        if part is file:
+            named += [method for grid in file.grids for method in grid.methods or ()]
+        damped = any("damping" in get_method(name).options for name in named)
+        if part.damping is not None and named and not damped:
+            yield [*at, "damping"], f"{where}damping has no effect with {', '.join(named)}"
+        calibrated = [name for name in methods if get_method(name).needs is not None]
+        fixed = [t for name in calibrated for t in methods[name] if isinstance(t, str)]
         for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
             given = getattr(part, key)
-            at = [*path, key] if given is not None else [key]
-            if not methods or not set(given or getattr(file, key) or ()) - {idle}:
+            used = given if given is not None else getattr(file, key)
+            if not methods or not set(used or ()) - {idle} or (part is file and file.grids):
                 continue
-            where = f"{yaml.at(at)}: {'.'.join(map(str, at))} has no effect with"
-            if not useful:
-                yield f"{where} {', '.join(methods)}"
-            elif key == "allocation" and patterns:
-                yield f"{where} {patterns[0]}, the same in every layer: give it a grid of its own"
+            place = [*at, key] if given is not None else [key]
+            line = f"{'.'.join(map(str, place))} has no effect with"
+            if not calibrated:
+                yield place, f"{line} {', '.join(methods)}"
+            elif key == "allocation" and fixed:
+                line += f" {fixed[0]}, the same in every layer: give it a grid of its own"
+                yield place, line
 
 
-def _model_problem(model: Model) -> str | None:
-    try:
-        known_model(model.name)  # of the hub's, opening it tells
-    except CalmixError as error:
-        return str(error)
-    return None
+def _suite(file: StudyFile) -> Suite:
+    suite = load_suite(file.suite)
+    suite = suite.quick() if file.quick else suite
+    return suite if file.limit is None else suite.limited(file.limit)
 
 
-def _calibration_problem(
-    calibration: Calibration, own: Mapping[str, Source], licence: str | None
-) -> str | None:
-    options = {"licence": licence, **calibration.given()}
-    try:
-        ask(calibration.written, sources=own, **options)
-    except CalmixError as error:
-        return str(error)
-    return None
+def _check_calibration(
+    label: str, entry: Calibration, own: Mapping[str, Source], licence: str | None
+) -> None:
+    if label == NONE:
+        raise InputError(f"'{NONE}' stands for a method without calibration: name it otherwise")
+    ask(entry.written, sources=own, **{"licence": licence, **entry.given()})
 
 
 def _line(problem: str) -> int:
-    """Return the line a complaint names; complaints are told in the order of the file."""
+    """Return the line a message names, to sort them in the order of the file."""
     number = problem.partition(" line ")[2].partition(":")[0]
     return int(number) if number.isdigit() else 0

@@ -1,86 +1,89 @@
-"""The store: one folder a trial, named by the hash of its request, and what trials share.
+"""The store of a study: a folder for each trial, named by the hash of its request.
 
     STORE/store.json            the study as last run, and its trials in order
     STORE/trials/ID/            request.json with result.json, scores.json and pruning.json, or
                                 with error.json; checkpoint/ if the study keeps them
     STORE/calibration/ID/       a calibration set, and information.json
     STORE/dense/ID.json         scores of a dense model
-    STORE/locks/                who is at work on what
+    STORE/locks/                which process works on what
 
-A trial's folder appears whole: it is written beside and renamed.
+A trial's folder appears whole: it is written beside its place and renamed.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
+from filelock import SoftFileLease, Timeout
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
-from calmix.files import (
-    atomic_folder,
-    check_apart,
-    check_writable,
-    parse_json,
-    sync,
-    write_json,
-)
-from calmix.locks import Lock, holder_of
+from calmix.files import atomic_folder, check_apart, check_writable, write_json
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Resolved, differences
 from calmix.yaml_files import first_problem
 
-KIND, FORMAT = "study store", 2  # 1 held no log-likelihoods
+KIND, FORMAT = "study store", 2
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
-REMEDY = "run the study again after deleting it"  # of a record that is damaged
 SCORES = "scores.json"
+BEAT, SILENCE = 10.0, 120.0  # seconds: a lock's holder renews it; one silent so long is gone
 
 State = Literal["finished", "failed", "running", "pending"]
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of the store
+Scalar = str | int | float | None
 
 
-_Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of the store
-_Scalar = str | int | float | None
+class _Kept(BaseModel):
+    """What a file of the store holds, checked when it is read: anyone may have written it."""
+
+    model_config = ConfigDict(extra="allow")
 
 
-def _named(key: list[_Scalar]) -> list[_Scalar]:
+def _named(key: list[Scalar]) -> list[Scalar]:
     if len(key) < 2 or not all(isinstance(name, str) for name in key[:2]):
         raise ValueError("names no model and calibration set")
     return key
 
 
-class _Kept(BaseModel):
-    """What is read back from a file of the store, checked: another may have written it."""
+class Entry(_Kept):
+    """A trial of the study: its hash, its label, `Planned.key`, and the hash of its set."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Entry(_Kept):
-    id: _Id
+    id: Id
     label: str
-    key: Annotated[list[_Scalar], AfterValidator(_named)]  # model, calibration set, and the rest
-    set: _Id | None
+    key: Annotated[list[Scalar], AfterValidator(_named)]
+    set: Id | None
 
 
-class _SuiteRecord(_Kept):
+class SuiteRecord(_Kept):
+    """The suite that scores were made with."""
+
     name: str
     version: int
+    hash: str = ""
     dimensions: list[str]
 
 
-class _Index(_Kept):
+class Index(_Kept):
+    """The study as last run: its name, the text of its file, and its trials in order."""
+
+    kind: str = KIND
+    format: int = FORMAT
     name: str
     text: str
-    suite: _SuiteRecord
-    trials: list[_Entry]
+    suite: SuiteRecord
+    trials: list[Entry]
 
 
-class _Run(_Kept):
+class Run(_Kept):
+    """When and where a trial ran, and for how many seconds by stage."""
+
     finished: str
     machine: str
     system: str
@@ -91,10 +94,12 @@ class _Run(_Kept):
     versions: dict[str, str]
 
 
-class _Result(_Kept):
-    trial: dict[str, Any]
-    run: _Run
-    dense: _Id
+class Result(_Kept):
+    """A finished trial; `dense` names the scores of its dense model."""
+
+    trial: Trial
+    run: Run
+    dense: Id
 
 
 class _Failure(_Kept):
@@ -102,17 +107,29 @@ class _Failure(_Kept):
     error: str
 
 
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[Record], remedy: str) -> Record:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged ({first_problem(error)}): {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path} is damaged: {remedy}") from error
+
+
 class Store:
     """A study's folder on disk. Open one with `open_store` or `claim_store`."""
 
-    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+    def __init__(self, path: Path, index: Index) -> None:
         self.path = path
         self.index = index
 
     @property
-    def entries(self) -> list[dict[str, Any]]:
-        """The trials of the study as last run, in order: `id`, `label`, `calibration`, `set`."""
-        return self.index["trials"]
+    def entries(self) -> list[Entry]:
+        """The trials of the study as last run, in order."""
+        return self.index.trials
 
     def trial(self, trial_id: str) -> Path:
         """Return a trial's folder."""
@@ -126,20 +143,33 @@ class Store:
         """Return the file of a dense model's scores."""
         return self.path / "dense" / f"{key}.json"
 
-    def lock(self, name: str) -> Lock:
-        """Return the lock on a trial or a shared part."""
-        return Lock(self.path / "locks" / f"{name}.lock")
+    def lock(self, name: str) -> SoftFileLease:
+        """Return the lock on a trial or a shared part, which any machine may hold."""
+        path = self.path / "locks" / f"{name}.lock"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > SILENCE:  # its machine is gone
+                    path.unlink()
+        return SoftFileLease(
+            path, lease_duration=SILENCE, heartbeat_interval=BEAT, poll_interval=0.5
+        )
 
-    def set_lock(self, calibration_id: str) -> Lock:
-        """Return the lock on a calibration set that is not there yet."""
+    def set_lock(self, calibration_id: str) -> SoftFileLease:
+        """Return the lock on a calibration set."""
         return self.lock(f"set-{calibration_id[:32]}")
 
-    def sweep(self) -> None:
-        """Remove locks of processes that died once their work was done, or whose work is."""
-        for path in (self.path / "locks").glob("*.lock"):
-            lock = Lock(path)
-            if holder_of(path) is None and lock.acquire():
-                lock.release()
+    def runner(self, trial_id: str) -> str | None:
+        """Return which process runs a trial, if any."""
+        if not (self.path / "locks" / f"{trial_id}.lock").exists():
+            return None
+        lock = self.lock(trial_id)
+        try:
+            with lock.acquire(timeout=0):  # of a process that died
+                return None
+        except (Timeout, OSError):
+            owner = lock.owner
+            return f"pid {owner.pid} on {owner.hostname}" if owner else "another process"
 
     def state(self, trial_id: str) -> State:
         """Return how far a trial is."""
@@ -150,22 +180,17 @@ class Store:
             return "running"
         return "failed" if (folder / ERROR).is_file() else "pending"
 
-    def runner(self, trial_id: str) -> str | None:
-        """Return who is at work on a trial, if anyone."""
-        return holder_of(self.path / "locks" / f"{trial_id}.lock")
-
-    def result(self, trial_id: str) -> dict[str, Any]:
-        """Return a finished trial's record: `trial`, `run` (versions, machine, date).
-
-        Its model and set have the names that the study has for them now.
+    def result(self, trial_id: str) -> Result:
+        """Return a finished trial; its model and set have the names the study has for them now.
 
         Raises:
             InputError: the record is damaged.
         """
-        record = _read(self.trial(trial_id) / RESULT, REMEDY, _Result)
+        path = self.trial(trial_id) / RESULT
+        record = _read(path, Result, "delete the trial's folder and run the study again")
         if (entry := self._entry(trial_id)) is not None:
-            model, calibration, *_ = entry["key"]
-            record["trial"] |= {"model": model, "calibration": calibration}
+            named = dict(zip(("model", "calibration"), entry.key, strict=False))
+            record.trial = record.trial.model_copy(update=named)
         return record
 
     def scores(self, trial_id: str) -> CapabilityScores:
@@ -176,26 +201,15 @@ class Store:
         """
         return load_scores(self.trial(trial_id) / SCORES)
 
-    def read_trial(self, trial_id: str) -> Trial:
-        """Return a finished trial."""
-        record = self.result(trial_id)["trial"]
-        if "mix" not in record:  # finished before records had it
-            asked = _read(self.trial(trial_id) / REQUEST, REMEDY).get("calibration")
-            record = record | {"mix": asked.get("mix", {}) if isinstance(asked, dict) else {}}
-        try:
-            return Trial.model_validate(record)
-        except ValidationError as error:
-            path = self.trial(trial_id) / RESULT
-            raise InputError(f"{path} is damaged: {first_problem(error)}") from error
-
     def read_failure(self, trial_id: str) -> FailedTrial:
-        """Return what a failed trial ended with."""
-        kept = _read(self.trial(trial_id) / ERROR, "run the study with --retry-failed", _Failure)
-        label = (self._entry(trial_id) or kept)["label"]
-        return FailedTrial(id=trial_id, label=label, error=kept["error"])
+        """Return the error a trial ended with."""
+        path = self.trial(trial_id) / ERROR
+        kept = _read(path, _Failure, "run the study with --retry-failed")
+        label = (self._entry(trial_id) or kept).label
+        return FailedTrial(id=trial_id, label=label, error=kept.error)
 
-    def _entry(self, trial_id: str) -> dict[str, Any] | None:
-        return next((entry for entry in self.entries if entry["id"] == trial_id), None)
+    def _entry(self, trial_id: str) -> Entry | None:
+        return next((entry for entry in self.entries if entry.id == trial_id), None)
 
     @contextmanager
     def writing(self, trial: Resolved) -> Iterator[Path]:
@@ -210,11 +224,8 @@ class Store:
         with self.writing(trial) as folder:
             write_json(folder / ERROR, content)
 
-    def update(self, study: Study, resolved: Sequence[Resolved]) -> None:
-        """Make the store one of this study.
-
-        Trials may be added, models and sets named anew, and trials that have not finished may
-        change or go.
+    def update(self, index: Index, resolved: Sequence[Resolved]) -> None:
+        """Make the store one of a study that may have more trials, and other names.
 
         Raises:
             InputError: a finished trial is no longer asked for, or is now defined otherwise.
@@ -222,76 +233,64 @@ class Store:
         new = {trial.planned.key: trial for trial in resolved}
         asked = {trial.id for trial in resolved}
         for entry in self.entries:
-            if entry["id"] in asked or self.state(entry["id"]) != "finished":
+            if entry.id in asked or self.state(entry.id) != "finished":
                 continue
-            trial = new.get(tuple(entry["key"]))
+            trial = new.get(tuple(entry.key))
             if trial is None:
                 raise InputError(
-                    f"the study no longer asks for '{entry['label']}', which has finished in "
+                    f"the study no longer asks for '{entry.label}', which has finished in "
                     f"{self.path}: put it back, or name another store"
                 )
-            before = _read(self.trial(entry["id"]) / REQUEST, "name another store")
-            what = next(differences(_request(before), trial.request), "its definition")
+            path = self.trial(entry.id) / REQUEST
+            before = dict(_read(path, _Kept, "name another store").model_extra or {})
+            before.pop("label", None)
+            what = next(differences(before, trial.request), "its definition")
             raise InputError(
-                f"the study has changed since '{entry['label']}' finished in {self.path} "
+                f"the study has changed since '{entry.label}' finished in {self.path} "
                 f"({what}): undo the change, give it another name, or name another store"
             )
-        self.index = _index(study, resolved)
-        write_json(self.path / INDEX, self.index)
+        self.index = index
+        write_json(self.path / INDEX, index.model_dump())
 
     def take(self, other: Store) -> int:
         """Copy what another store has of this study, and return how many trials that were.
 
-        Copied are finished trials with the dense scores they are read beside, and calibration
-        sets. What is here, or what another runner is at work on, stays.
+        Copied are finished trials with the dense scores they are compared with, and calibration
+        sets. What is here stays.
 
         Raises:
             InputError: it is this store, or has nothing of this study, or a record is damaged.
         """
         if other.path.resolve() == self.path.resolve():
             raise InputError(f"--reuse {other.path} is the store itself: name another, or none")
-        sets = {entry["set"] for entry in self.entries if entry["set"] is not None}
-        sets = {one for one in sets if other.calibration(one).is_dir()}
-        trials = [e["id"] for e in self.entries if other.state(e["id"]) == "finished"]
+        named = {entry.set for entry in self.entries if entry.set is not None}
+        sets = [one for one in named if other.calibration(one).is_dir()]
+        trials = [e.id for e in self.entries if other.state(e.id) == "finished"]
         if not sets and not trials:
             raise InputError(
                 f"{other.path} has no finished trial and no calibration set of this study: "
                 "leave it out of --reuse"
             )
         for one in sets:
-            self._take_set(other, one)
-        return sum(self._take(other, one) for one in trials if self.state(one) != "finished")
-
-    def _take_set(self, other: Store, calibration_id: str) -> None:
-        target = self.calibration(calibration_id)
-        lock = self.set_lock(calibration_id)
-        if target.is_dir() or not lock.acquire():
-            return
-        try:
-            if not target.is_dir():
-                _copy(other.calibration(calibration_id), target)
-        finally:
-            lock.release()
+            with self.set_lock(one):
+                if not self.calibration(one).is_dir():
+                    _copy(other.calibration(one), self.calibration(one))
+        return sum(self._take(other, one) for one in trials)
 
     def _take(self, other: Store, trial_id: str) -> bool:
-        lock = self.lock(trial_id)
-        if not lock.acquire():
-            return False
-        try:
-            if self.state(trial_id) == "finished":  # by another runner, a moment ago
+        with self.lock(trial_id):
+            if (self.trial(trial_id) / RESULT).is_file():
                 return False
             other.scores(trial_id)  # damaged files stay where they are
-            dense = other.result(trial_id)["dense"]
+            dense = other.result(trial_id).dense
             if not self.dense(dense).exists():
                 load_scores(other.dense(dense)).save(self.dense(dense))
             _copy(other.trial(trial_id), self.trial(trial_id))
             return True
-        finally:
-            lock.release()
 
 
 def is_store(path: Path) -> bool:
-    """Tell whether a folder looks like a store."""
+    """Return whether a folder looks like a store."""
     return (path / INDEX).is_file()
 
 
@@ -304,28 +303,25 @@ def open_store(path: Path) -> Store:
     if not path.exists():
         raise InputError(f"there is no study store at {path}: calmix study run makes one")
     if not is_store(path):
-        raise InputError(f"{path} is no study store (it holds no {INDEX})")
-    index = _read(path / INDEX, "run the study into another folder")
-    if index.get("kind") != KIND:
-        raise InputError(f"{path} is no study store (its {INDEX} is of another kind)")
-    if index.get("format") != FORMAT:
+        raise InputError(f"{path} is not a study store: it has no {INDEX}")
+    remedy = "run the study into another folder"
+    found = (_read(path / INDEX, _Kept, remedy).model_extra) or {}
+    if found.get("kind") != KIND:
+        raise InputError(f"{path} is not a study store: its {INDEX} is of another kind")
+    if found.get("format") != FORMAT:
         raise InputError(
-            f"store {path} has format {index.get('format')}, but this calmix reads format "
+            f"store {path} has format {found.get('format')}, but this calmix reads format "
             f"{FORMAT}: name another folder, or use the calmix that made it"
         )
-    try:
-        _Index.model_validate(index)
-    except ValidationError as error:
-        raise InputError(f"{path / INDEX} is damaged: {first_problem(error)}") from error
     for part in ("trials", "calibration", "dense", "locks"):
         for place in (path / part, *(path / part).glob("*")):
             if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
                 raise InputError(f"{place} is a link out of the store: put there what it leads to")
-    return Store(path, index)
+    return Store(path, _read(path / INDEX, Index, remedy))
 
 
 def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
-    """Refuse a folder that can become no store, before any work is done.
+    """Refuse a folder that cannot become a store, before any work is done.
 
     Raises:
         InputError: it is a file, or holds something else, or is a store that cannot be read; a new
@@ -339,7 +335,7 @@ def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
     check_apart(path, inputs)
     check_writable(path / INDEX)
     if path.is_dir() and any(not f.name.startswith(f".{INDEX}.") for f in path.iterdir()):
-        raise InputError(f"{path} is not empty and is no study store: name another folder")
+        raise InputError(f"{path} is not empty and is not a study store: name another folder")
 
 
 def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
@@ -349,71 +345,24 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
         InputError: the folder holds something else, or finished trials of a changed study.
     """
     check_folder(path)
-    if not is_store(path):
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        write_json(path / INDEX, _index(study, resolved))
-        return open_store(path)
-    store = open_store(path)
-    store.update(study, resolved)
+    suite = study.suite
+    index = Index(
+        name=study.name,
+        text=study.text,
+        suite=SuiteRecord(
+            name=suite.name, version=suite.version, hash=suite.hash,
+            dimensions=list(suite.dimensions),
+        ),
+        trials=[
+            Entry(id=t.id, label=t.planned.label, key=list(t.planned.key), set=t.calibration_id)
+            for t in resolved
+        ],
+    )  # fmt: skip
+    store = open_store(path) if is_store(path) else Store(path, index)
+    store.update(index, resolved)
     return store
 
 
 def _copy(folder: Path, target: Path) -> None:
     with atomic_folder(target) as beside:
         shutil.copytree(folder, beside, dirs_exist_ok=True)
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Rename a finished folder onto its place; if another runner was faster, its work stays."""
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-            shutil.rmtree(folder)
-        sync(target.parent)
-
-
-def _index(study: Study, resolved: Sequence[Resolved]) -> dict[str, Any]:
-    return {
-        "kind": KIND,
-        "format": FORMAT,
-        "name": study.name,
-        "text": study.text,
-        "suite": {
-            "name": study.suite.name,
-            "version": study.suite.version,
-            "hash": study.suite.hash,
-            "dimensions": list(study.suite.dimensions),
-        },
-        "trials": [
-            {
-                "id": trial.id,
-                "label": trial.planned.label,
-                "key": list(trial.planned.key),
-                "set": trial.calibration_id,
-            }
-            for trial in resolved
-        ],
-    }
-
-
-def _request(kept: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kept.items() if key != "label"}
-
-
-def _read(path: Path, remedy: str, kind: type[_Kept] = _Kept) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {remedy}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: {remedy}")
-    try:
-        kind.model_validate(value)
-    except ValidationError as error:
-        raise InputError(f"{path} is damaged ({first_problem(error)}): {remedy}") from error
-    return value

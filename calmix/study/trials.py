@@ -1,8 +1,8 @@
 """From a study to its trials: the grid, and what decides the outcome of each.
 
-A trial is known by the hash of its resolved request: the model's files, the calibration set's
+A trial's id is the hash of its resolved request: the model's files, the calibration set's
 definition with the content of the user's own files, method, pattern and suite. Package versions
-are no part of it; they are recorded with every result, and a mix of them is announced.
+are not part of it; they are recorded with every result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, is_saved_set, parse_spec
+from calmix.calibration import ask, is_saved_set, parse_spec
+from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.calibration.spec import Spec
 from calmix.capability.evaluate import SCORER
@@ -23,45 +24,23 @@ from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
-from calmix.options import DrawOptions
 from calmix.pruning.methods import Method, get_method
-from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
-from calmix.specs import LENGTH, ROWS, recovery_of
-from calmix.study.results import Strategy
-from calmix.study.spec import (
-    NONE,
-    UNIFORM,
-    Calibration,
-    Grid,
-    Study,
-    as_pattern,
-    strategy_of,
+from calmix.specs import (
+    PruneRequest,
+    RecoverRequest,
+    prune_request,
+    recovery_of,
+    recovery_text,
 )
+from calmix.study.results import Strategy
+from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study, Target
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 
-
 Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
-Key = tuple[Any, ...]  # what tells the trials of one study apart
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How a calibration set is made.
-
-    Attributes:
-        text: the set as `calmix.calibration.resolve` takes it.
-        options: what is passed to `resolve` beside it.
-        rows, length, seed: what comes of it, defaults and the set's own file considered.
-    """
-
-    text: str
-    options: dict[str, Any]
-    rows: int
-    length: int
-    seed: int
+Key = tuple[Any, ...]  # identifies a trial within its study
 
 
 @dataclass(frozen=True)
@@ -69,51 +48,51 @@ class Planned:
     """One trial of a study's grid, by the names of the study file.
 
     Attributes:
-        method: its text, with the options that differ from their defaults.
+        request: as the command line's; `request.draw` is passed to `calmix.calibration.resolve`.
         pattern: as printed: `60%` or `2:4`.
-        target: the same as the study file has it.
-        draw: None for a method that needs no calibration.
+        rows, length, seed: of the calibration set, defaults considered; 0 without one.
         allocation: `owl`, `error` or a file of the study's; None for the same everywhere.
-        recovery: as `recovery_options` takes it; None without one.
         named: the name of its condition among those of its study, of `condition_names`.
     """
 
     model: str
     calibration: str
     strategy: Strategy
-    method: str
+    request: PruneRequest
     pattern: str
-    target: float | str
-    sparsity: float
-    draw: Draw | None
-    propagation: str | None
+    rows: int = 0
+    length: int = 0
+    seed: int = 0
     allocation: str | None = None
-    recovery: str | None = None
+    recovery: RecoverRequest | None = None
     named: str = field(default="", compare=False)
 
     @property
+    def method(self) -> Method:
+        """The pruning method."""
+        return get_method(self.request.method, **self.request.options)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights to prune."""
+        if self.request.pattern is None:
+            return self.request.sparsity or 0.0
+        n, m = map(int, self.request.pattern.split(":"))
+        return 1 - n / m
+
+    @property
     def way(self) -> str:
-        """How the model is pruned: its method, and where there are such allocation and recovery.
-
-        `sparsegpt + owl + distill,epochs=1`; what was found knows trials by it.
-        """
-        return " + ".join(filter(None, (self.method, self.allocation, self.recovery)))
-
-    @property
-    def seed(self) -> int:
-        """The seed of the draw; 0 without one."""
-        return 0 if self.draw is None else self.draw.seed
-
-    @property
-    def damping(self) -> float | None:
-        """The method's damping, if it has one: stores know trials by it beside the method."""
-        return get_method(self.method).options.get("damping")
+        """Method, allocation and recovery: `sparsegpt + owl + distill,epochs=1`."""
+        recovery = "" if self.recovery is None else recovery_text(self.recovery)
+        return " + ".join(filter(None, (self.method.text, self.allocation, recovery)))
 
     @property
     def condition(self) -> Condition:
         """All that is asked for but the calibration set and the seed."""
-        size = (0, 0) if self.draw is None else (self.draw.rows, self.draw.length)
-        return (self.model, self.way, self.pattern, *size, self.propagation, self.damping)
+        return (
+            self.model, self.way, self.pattern, self.rows, self.length, self.request.propagation,
+            self.request.options.get("damping"),
+        )  # fmt: skip
 
     @property
     def pruned(self) -> Key:
@@ -122,7 +101,7 @@ class Planned:
 
     @property
     def key(self) -> Key:
-        """What tells the trials of one study apart."""
+        """Identifies the trial within its study."""
         model, way, pattern, rows, length, propagation, damping = self.condition
         return (
             model, self.calibration, way, pattern, rows, length, self.seed, propagation, damping,
@@ -132,18 +111,14 @@ class Planned:
     def label(self) -> str:
         """The trial in a few words, which no other trial of its study has."""
         named = self.named or f"{self.way} {self.pattern}"
-        return named if self.draw is None else f"{self.calibration} {named} seed {self.seed}"
+        return f"{self.calibration} {named} seed {self.seed}" if self.rows else named
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A trial with the request that decides its outcome.
+    """A trial with the JSON-serialisable request that decides its outcome, and the request's hash.
 
-    Attributes:
-        id: the request's hash.
-        request: JSON-serialisable; `model`, `calibration` (None without one), `method`,
-            `pattern`, `propagation`, `damping`, `options`, `suite`.
-        calibration_id: hash of model and calibration, under which the set is shared.
+    `calibration_id` is the hash of model and calibration, under which the set is shared.
     """
 
     planned: Planned
@@ -153,9 +128,9 @@ class Resolved:
 
 
 def plan(study: Study) -> list[Planned]:
-    """Return a study's trials in the order they are run: the grids as written; within one, all
-    that use one calibration set stand together. What two grids share comes once, and what differs
-    from a trial in recovery alone right after it.
+    """Return a study's trials in the order they run: the grids as written; within one, all that
+    use one calibration set stand together. What two grids share comes once, and what differs from
+    a trial in recovery alone right after it.
 
     Raises:
         InputError: a saved calibration set cannot be read.
@@ -186,78 +161,65 @@ def condition_names(conditions: Collection[Condition]) -> dict[Condition, str]:
 
 
 def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
-    methods = {name: _with(name, damping=grid.damping) for name in grid.methods or ()}
-    targets = [(methods[m], t) for m, listed in (grid.methods or {}).items() for t in listed]
+    listed: list[tuple[Method, Target]] = []
+    for name, targets in (grid.methods or {}).items():
+        damped = "damping" in get_method(name).options and "damping=" not in name
+        own = {"damping": grid.damping} if damped and grid.damping is not None else {}
+        listed += [(get_method(name, **own), target) for target in targets]
+    calibrated = [one for one in listed if one[0].needs is not None]
     for model in grid.models or ():
-        for method, target in targets:
+        for method, target in listed:
             if method.needs is None:
-                yield _planned(model, NONE, "none", method, target, None, None)
-        for seed in grid.seeds or ():
-            for label in grid.calibrations or ():
-                entry = study.calibrations[label]
-                strategy = strategy_of(entry, study.own)
-                draw = draw_of(study, entry, grid, seed)
-                propagation = grid.propagation or "sequential"
-                for allocation, recovery in product(grid.allocation or (), grid.recovery or ()):
-                    for method, target in targets:
-                        if method.needs is not None:
-                            trial = _planned(
-                                model, label, strategy, method, target, draw, propagation
-                            )
-                            yield replace(
-                                trial,
-                                allocation=None if allocation == UNIFORM else allocation,
-                                recovery=None if recovery == NONE else recovery,
-                            )
+                yield Planned(model, NONE, "none", *_request(method, target))
+        for seed, label in product(grid.seeds or (), grid.calibrations or ()):
+            entry = study.calibrations[label]
+            asked, draw = _asked(study, entry, grid, seed)
+            saved, size = asked.saved, asked.draw
+            drawn = size.seed if saved is None else saved.manifest.get("seed") or 0
+            sizes = size.rows, size.length, drawn
+            how = {"calibration": entry.written, "propagation": grid.propagation, **draw}
+            ways = product(grid.allocation or (), grid.recovery or (), calibrated)
+            for allocation, recovery, (method, target) in ways:
+                spread = None if allocation == UNIFORM else allocation
+                how["allocation"] = study.allocations.get(allocation, spread)
+                yield Planned(
+                    model, label, entry.strategy or _strategy(asked),
+                    *_request(method, target, **how), *sizes, spread,
+                    None if recovery == NONE else recovery_of(recovery),
+                )  # fmt: skip
 
 
-def _with(name: str, **options: Any) -> Method:
-    """Return a method with those of the options that it has and its text does not name."""
-    method = get_method(name)
-    given = {k: v for k, v in options.items() if v is not None and k in method.options}
-    return get_method(name, **{k: v for k, v in given.items() if f",{k}=" not in name})
+def _request(method: Method, target: Target, **how: Any) -> tuple[PruneRequest, str]:
+    """Return the request for a target of a method, and its pattern as printed."""
+    if isinstance(target, str):
+        return prune_request(method=method.text, pattern=target, **how), target
+    return prune_request(method=method.text, sparsity=target, **how), f"{100 * target:g}%"
 
 
-def _planned(
-    model: str,
-    calibration: str,
-    strategy: Strategy,
-    method: Method,
-    target: float | str,
-    draw: Draw | None,
-    propagation: str | None,
-) -> Planned:
-    pattern = as_pattern(target)
-    share = pattern.sparsity
-    shown = f"{100 * share:g}%" if isinstance(pattern, Unstructured) else str(pattern)
-    return Planned(
-        model, calibration, strategy, method.text, shown, target, share, draw, propagation
-    )
+def _asked(study: Study, entry: Calibration, grid: Grid, seed: int) -> tuple[Asked, dict[str, Any]]:
+    """Return how a calibration set is made, and the options of its draw.
 
-
-def draw_of(study: Study, entry: Calibration, grid: Grid, seed: int) -> Draw:
-    """Return how one calibration set of a grid is drawn.
-
-    What the calibration's entry says comes first, then the grid, then the top of the study
-    file, then the set's own file; a saved set is what it is.
+    What the calibration's entry says comes first, then the grid, then the top of the study file,
+    then the set's own file; a saved set is what it is.
     """
-    text = entry.written
-    sizes = {"rows": grid.rows, "length": grid.length}
-    sizes = {key: value for key, value in sizes.items() if value is not None}
-    sizes |= entry.given("rows", "length")
-    path = user_path(text)
-    if is_saved_set(path):
-        saved = CalibrationSet.open(path)
-        own_seed = saved.manifest.get("seed")
-        options = {**study.file.given("licence"), **entry.given()}
-        return Draw(text, options, saved.rows, saved.length, own_seed or 0)
-    spec = parse_spec(text, study.own, entry.licence or study.file.licence)
-    options = {**study.file.given(), **sizes, **entry.given(), "seed": seed}
-    if spec.generate is not None:
-        options = {key: options[key] for key in options if key != "packing"}
-    rows = options.get("rows", spec.fixed.get("rows", ROWS))
-    length = options.get("length", spec.fixed.get("length", LENGTH))
-    return Draw(text, options, rows, length, seed)
+    text, top = entry.written, study.file.given()
+    if is_saved_set(user_path(text)):
+        draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
+    else:
+        sizes = {k: v for k in ("rows", "length") if (v := getattr(grid, k)) is not None}
+        if parse_spec(text, study.own).generate is not None:  # how text is drawn has no effect
+            top.pop("packing", None)
+        draw = {**top, **sizes, **entry.given(), "seed": seed}
+    return ask(text, sources=study.own, **draw), draw
+
+
+def _strategy(asked: Asked) -> Strategy:
+    """Return how a calibration set is made."""
+    if asked.saved is not None:
+        method, names = asked.saved.manifest.get("generated"), asked.saved.manifest["names"]
+    else:
+        method, names = asked.spec.generate, asked.spec.mix.weights
+    return method or ("mix" if len(names) > 1 else "single")
 
 
 class Resolver:
@@ -265,8 +227,7 @@ class Resolver:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._fingerprints: dict[str, str] = {}
-        self._sizes: dict[str, int] = {}
+        self._models: dict[str, tuple[str, int]] = {}
         self._files: dict[Path, str] = {}
 
     def resolve(self, trial: Planned) -> Resolved:
@@ -276,10 +237,13 @@ class Resolver:
             ModelError: the model is not here.
             CalmixError: a file the calibration set is made from is gone or unreadable.
         """
-        model = self._model(trial.model)
-        calibration = None if trial.draw is None else self._calibration(trial.draw)
-        suite = self.study.suite
-        method = get_method(trial.method)
+        entry, suite = self.study.models[trial.model], self.study.suite
+        if trial.model not in self._models:
+            folder = resolve_model(entry.name)
+            self._models[trial.model] = fingerprint(folder), weight_bytes(folder)
+        model = {"sha256": self._models[trial.model][0], "dtype": entry.dtype}
+        calibration = self._calibration(trial) if trial.rows else None
+        method = trial.method
         # Options at their defaults are left out, but for damping, which has always been there.
         more = {k: v for k, v in method.changed.items() if k != "damping"}
         request = {
@@ -289,68 +253,47 @@ class Resolver:
             "method": method.name,
             "pattern": trial.pattern,
             "sparsity": trial.sparsity,
-            "propagation": trial.propagation,
+            "propagation": trial.request.propagation,
             "damping": method.options.get("damping"),
             **({"options": more} if more else {}),
-            **self._around(trial),
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
+        if trial.allocation is not None:
+            shares = self.study.allocations.get(trial.allocation)
+            request["allocation"] = trial.allocation if shares is None else sha256_json(shares)
+        if trial.recovery is not None:
+            chosen = asdict(trial.recovery)
+            request["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         return Resolved(trial, sha256_json(request), request, shared)
 
     def checkpoint_bytes(self, trials: Iterable[Planned]) -> int:
-        """Return the bytes of weights that trials leave on disk, and hold there on the way."""
-        sizes = [(self._sizes[trial.model], trial.recovery is not None) for trial in trials]
+        """Return the bytes of weights that resolved trials leave on disk, or hold there a while."""
+        sizes = [(self._models[trial.model][1], trial.recovery is not None) for trial in trials]
         kept = sum(size for size, _ in sizes) if self.study.file.keep_checkpoints else 0
         return kept + max((2 * size for size, recovered in sizes if recovered), default=0)
 
-    def _around(self, trial: Planned) -> dict[str, Any]:
-        """Return what is asked for beside the prune, if anything."""
-        asked: dict[str, Any] = {}
-        if trial.allocation is not None:
-            shares = self.study.allocations.get(trial.allocation)
-            asked["allocation"] = trial.allocation if shares is None else sha256_json(shares)
-        if trial.recovery is not None:
-            chosen = asdict(recovery_of(trial.recovery))
-            asked["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}
-        return asked
-
-    def _model(self, label: str) -> dict[str, Any]:
-        entry = self.study.models[label]
-        if label not in self._fingerprints:
-            folder = resolve_model(entry.name)
-            self._fingerprints[label] = fingerprint(folder)
-            self._sizes[label] = weight_bytes(folder)
-        return {"sha256": self._fingerprints[label], "dtype": entry.dtype}
-
-    def _calibration(self, draw: Draw) -> dict[str, Any]:
-        path = user_path(draw.text)
-        if is_saved_set(path):
-            return {"saved": CalibrationSet.open(path).manifest["sha256"], **draw.options}
-        size = {"rows": draw.rows, "length": draw.length, "seed": draw.seed}
-        spec = parse_spec(draw.text, self.study.own, draw.options.get("licence"))
-        asked = DrawOptions()
-        options: dict[str, Any] = {
-            "leakage": asked.leakage,
-            "leakage_tokens": asked.leakage_tokens,
-        }
-        if spec.generate is None:  # trials of before are known by "select"
-            options |= {"packing": asked.packing, "select": "random"}
-        options |= {**spec.fixed, **draw.options, **size}
-        if options["leakage"] == "off":
-            del options["leakage_tokens"]
-        else:
-            options["leakage"] = load_suite(options["leakage"]).hash
+    def _calibration(self, trial: Planned) -> dict[str, Any]:
+        draw = trial.request.draw
+        asked = ask(trial.request.calibration or "", sources=self.study.own, **draw)
+        if asked.saved is not None:
+            return {"saved": asked.saved.manifest["sha256"], **draw}
+        spec, made = asked.spec, asked.draw
+        options: dict[str, Any] = {k: v for k, v in draw.items() if k == "licence"}
+        options |= {"rows": made.rows, "length": made.length, "seed": made.seed, "leakage": "off"}
+        if made.leakage != "off":
+            options["leakage"] = load_suite(made.leakage).hash
+            options["leakage_tokens"] = made.leakage_tokens
         if spec.generate is not None:
             return self._generated(spec) | options
+        options |= {"packing": made.packing, "select": "random"}  # there was a choice once
         sources = {name: self._source(name, spec.own) for name in spec.mix.weights}
         return {"mix": spec.mix.weights, "sources": sources, **options}
 
     def _generated(self, spec: Spec) -> dict[str, Any]:
         assert spec.generator is not None
         chosen = spec.generator.record()
-        if "prompts" in chosen:
-            del chosen["prompts"]  # known by its content, wherever it lies
+        chosen.pop("prompts", None)  # known by its content, wherever it lies
         if "seeds" in chosen:
             chosen["seeds"] = {chosen["seeds"]: self._source(chosen["seeds"], spec.own)}
         return {"generated": spec.generate, "version": VERSION, "settings": chosen}
@@ -358,7 +301,7 @@ class Resolver:
     def _source(self, name: str, own: Mapping[str, Source]) -> dict[str, Any]:
         source = get_source(name, own)
         described = source.reader.model_dump(mode="json", exclude_defaults=True)
-        if isinstance(source.reader, LocalFile):  # known by its content, wherever it lies
+        if isinstance(source.reader, LocalFile):  # by its content, wherever it lies
             described["path"] = self._content(source.reader.path.expanduser())
         return {"reader": described, "version": source.reader.version}
 
@@ -398,9 +341,10 @@ def halves_of(trial: Planned, study: Study) -> tuple[str, ...]:
 
 def _sources_of(trial: Planned, study: Study) -> list[Source]:
     """Return the sources of a set; none where it was saved, or the model writes it."""
-    if trial.draw is None or is_saved_set(user_path(trial.draw.text)):
+    text = trial.request.calibration
+    if text is None or is_saved_set(user_path(text)):
         return []
-    spec = parse_spec(trial.draw.text, study.own, trial.draw.options.get("licence"))
+    spec = parse_spec(text, study.own, trial.request.draw.get("licence"))
     return [get_source(name, spec.own) for name in spec.mix.weights]
 
 
@@ -411,9 +355,6 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
             where = f"{path}.{key}" if path else str(key)
             yield from differences(before.get(key), after.get(key), where)
     elif before != after:
-        yield f"{path}: {_short(before)}, now {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
+        was, now = (text if len(text) <= 40 else text[:12] + "..."
+                    for text in (str(before), str(after)))  # fmt: skip
+        yield f"{path}: {was}, now {now}"

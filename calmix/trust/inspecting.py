@@ -379,17 +379,17 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
 
 def _store(folder: Path, health: Health, say: Say) -> None:
     store = open_store(folder)
-    trials = [entry["id"] for entry in store.entries]
+    trials = [entry.id for entry in store.entries]
     states = {trial: store.state(trial) for trial in trials}
     counts = dict(Counter(states.values()))
-    health.facts = {"study": store.index["name"], "trials": len(trials)} | counts
+    health.facts = {"study": store.index.name, "trials": len(trials)} | counts
     for trial, state in states.items():
         if state == "failed":
             health.warnings.append(f"{store.read_failure(trial).label} failed")
         if state == "finished":
             place = store.trial(trial)
             health.problems += _checked(place, place, "", partial(_trial, store), say).problems
-        say(str(trial))
+        say(trial)
     for place in (
         *sorted(folder.glob("trials/*/checkpoint")), *sorted(folder.glob("calibration/[!.]*")),
         *sorted(folder.glob("dense/[!.]*.json")),
@@ -398,7 +398,7 @@ def _store(folder: Path, health: Health, say: Say) -> None:
 
 
 def _trial(store: Store, folder: Path, health: Health, say: Say) -> None:
-    store.read_trial(folder.name)
+    store.result(folder.name)
     store.scores(folder.name)
 
 

@@ -444,8 +444,8 @@ def _on_ray(place: Place, study: object, store: Path, waits: Sequence[float], me
         while left:
             for lock in store.glob("locks/*.lock"):
                 try:
-                    found = int(json.loads(lock.read_text())["pid"])
-                except (OSError, ValueError, KeyError):
+                    found = int(lock.read_text().partition("pid=")[2].partition("\n")[0])
+                except (OSError, ValueError):
                     continue
                 if len(lock.stem) == 64 and found not in known:
                     time.sleep(left.pop())

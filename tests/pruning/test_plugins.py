@@ -15,8 +15,7 @@ from calmix.models import find_blocks, open_model
 from calmix.pruning import Method, Unstructured, get_method, prune, register
 from calmix.pruning.methods import METHODS, methods
 from calmix.study import load_study, read_results, run_study
-from calmix.study.cost import on_paper
-from calmix.study.planning import estimate, sizes_of_model
+from calmix.study.estimate import estimate
 from calmix.study.trials import Resolver, plan
 from tests.pruning.toy import Toy
 from tests.study.conftest import tiny_study  # noqa: F401
@@ -146,10 +145,9 @@ def test_a_shipped_method_is_studied(shipped, tiny_study, tmp_path):  # noqa: F8
     plain, strong, _ = (resolver.resolve(trial) for trial in trials)
     assert plain.id != strong.id
     assert strong.request["options"] == {"strength": 2}
-    sizes = {label: sizes_of_model(label, model) for label, model in study.models.items()}
-    groups = estimate(study, sizes, on_paper(100, 24, 1000)).groups
+    groups = estimate(study).groups
     assert {group.method for group in groups} == {"toy", "toy,strength=2", "sparsegpt"}
-    assert all(group.cost.seconds["prune"] > 0 for group in groups)
+    assert all(group.seconds["prune"] > 0 for group in groups)
     seen = Recorder()
     run_study(study, tmp_path / "store", seen, only=["code*toy*"])
     assert not seen.errors
@@ -161,7 +159,7 @@ def test_a_shipped_method_is_studied(shipped, tiny_study, tmp_path):  # noqa: F8
 def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
     """The request has the members it had when damping was the only option there was."""
     study = load_study(tiny_study())
-    (trial,) = (t for t in plan(study) if (t.calibration, t.method) == ("code", "sparsegpt"))
+    (trial,) = (t for t in plan(study) if (t.calibration, t.way) == ("code", "sparsegpt"))
     request = Resolver(study).resolve(trial).request
     assert set(request) == {
         "format", "model", "calibration", "method", "pattern", "sparsity", "propagation",

@@ -5,11 +5,9 @@ from functools import partial
 
 import pytest
 
-from calmix.compress import estimate
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import chain
 from calmix.recovery.work import RecoveryFolder
-from calmix.study.cost import on_paper
 from tests.conftest import write_text_file
 from tests.forks import stopped
 from tests.recovery.stopper import arm, stop
@@ -140,8 +138,7 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
     assert "is the input" in ended.line
 
 
-def test_a_dry_run_tells_what_it_takes_and_writes_nothing(calmix, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "probe", lambda *of: on_paper(100, 80, 1000))
+def test_a_dry_run_tells_what_it_takes_and_writes_nothing(calmix, place, tmp_path):
     recover = ("--recover", "blocks", "--dry-run", "--allocation", "owl")
     asked = prune(place, tmp_path / "out", *recover, sparsity="0.4,0.6")
     ended = calmix(*asked)
@@ -163,8 +160,7 @@ def test_a_dry_run_tells_what_it_takes_and_writes_nothing(calmix, place, tmp_pat
 
 
 @pytest.mark.parametrize("more", [(), ("--sparsity", 0.5)])
-def test_a_dry_run_knows_experts(calmix, place, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(estimate, "probe", lambda *of: on_paper(100, 80, 1000))
+def test_a_dry_run_knows_experts(calmix, place, tmp_path, more):
     save_tiny_model(tmp_path / "mixture", "mixtral")
     ended = calmix(
         "prune", tmp_path / "mixture", "--calibration", place / "text.txt", *ROWS, "--drop-experts",

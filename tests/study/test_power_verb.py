@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(
         assert "points above 0" in calmix("study", "power", store, "--difference", text).line
     assert "given twice" in calmix("study", "power", store, "--difference", "1,1.0").line
     assert "the measure is primary, " in calmix("study", "power", store, "--measure", "x").line
-    assert "no study store" in calmix("study", "power", tmp_path / "none").line
+    assert "no study store at" in calmix("study", "power", tmp_path / "none").line
     made_up[:] = [replace(one, draw=None, freedom=0, signal=None) for one in made_up]
     assert "power needs a set with two draws" in calmix("study", "power", store).line
 
@@ -99,7 +99,7 @@ def test_a_plan_says_what_its_draws_will_tell_apart(
     path = tiny_study(
         more="grids: [{seeds: [0]}, {seeds: [1, 2], calibrations: [mix, code]}]\n", name="new.yaml"
     )
-    ended = calmix("study", "plan", path, "--device-tflops", 100, "--power", store)
+    ended = calmix("study", "plan", path, "--power", store)
     assert ended.code == 0, ended.err
     lines = [line.split() for line in ended.out.rstrip().splitlines()[-4:]]
     # Four degrees of freedom: two sets of three draws, one of one.
@@ -108,9 +108,7 @@ def test_a_plan_says_what_its_draws_will_tell_apart(
     assert lines[1] == ["sparsegpt", "60%", "3", f"{on_these:.1f}", f"{other:.1f}"]
     # Wanda was not run: nothing is made up.
     assert lines[3] == ["wanda", "2:4", "3", "-", "-"]
-    told = json.loads(
-        calmix("study", "plan", path, "--device-tflops", 100, "--power", store, "--json").out
-    )
+    told = json.loads(calmix("study", "plan", path, "--power", store, "--json").out)
     assert told["power"][1]["on_these"] == pytest.approx(on_these / 100)
     other_suite = tiny_study(("name: tiny", "name: tiny\nlimit: 2"), name="other.yaml")
     ended = calmix("study", "plan", other_suite, "--power", store)

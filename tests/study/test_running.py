@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,16 @@ from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import export_results, load_study, read_results, run_study
-from calmix.study.running import Options, chosen_trials
-from calmix.study.store import open_store
+from calmix.study.bench import Options
+from calmix.study.running import Observer, chosen_trials
+from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
 
 Write = Callable[..., Path]
 
 
-class Recorder:
-    """Remembers what an observer is told."""
+class Recorder(Observer):
+    """Remembers what an observer receives."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -47,8 +51,6 @@ class Recorder:
     def stage(self, trial: Any, what: str, done: int, total: int) -> None:
         if what not in self.stages[-1:]:
             self.stages.append(what)
-
-    def finished(self, trial: Any, outcome: Any) -> None: ...
 
     def failed(self, trial: Any, error: str) -> None:
         self.errors[trial.planned.label] = error
@@ -119,20 +121,40 @@ def test_shared_parts_are_made_once(
     assert not list((store / "locks").iterdir())
 
 
-def test_finished_trials_are_not_run_again(tiny_study: Write, tmp_path: Path) -> None:
+def test_finished_trials_are_not_run_again_and_more_may_be_added(
+    tiny_study: Write, tmp_path: Path
+) -> None:
     path, store = tiny_study(), tmp_path / "store"
     assert len(run(path, store, skip=["mix"]).ran) == 4
     assert run(path, store).ran == ["mix sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
     assert run(path, store).ran == []
-
-
-def test_trials_may_be_added(tiny_study: Write, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    run(tiny_study(), store)
     before = read_results(store).trials
-    seen = run(tiny_study(more="seeds: [0, 1]\n"), store)
-    assert len(seen.ran) == 6
-    assert read_results(store).trials[:6] == before
+    assert len(run(tiny_study(more="seeds: [0, 1]\n"), store, only=["mix*"]).ran) == 2
+    after = read_results(store).trials
+    assert after[:6] == before
+    assert [trial.seed for trial in after[6:]] == [1, 1]
+    assert before[4].information["perplexity"] != after[6].information["perplexity"]
+
+
+def test_a_lock_is_a_processs_and_goes_with_it(tiny_study: Write, tmp_path: Path) -> None:
+    path, store = tiny_study(), tmp_path / "store"
+    run(path, store, only=["mix wanda*"])
+    kept = open_store(store)
+    pending = next(e.id for e in kept.entries if e.label == "mix sparsegpt 60% seed 0")
+    with kept.lock(pending):
+        assert kept.runner(pending) == f"pid {os.getpid()} on {socket.gethostname()}"
+        assert kept.state(pending) == "running"
+        assert run(path, store, only=["mix*"]).ran == []
+    file = store / "locks" / f"{pending}.lock"
+    for pid, host, age in ((2**22 + 1, socket.gethostname(), 0), (1, "elsewhere", SILENCE + 1)):
+        file.write_text(
+            f"filelock/2\npid={pid}\nhost={host}\nmode=lease\ntoken=t\nduration={SILENCE}\n"
+        )
+        os.utime(file, (time.time() - age,) * 2)
+        assert kept.state(pending) == "pending"
+        assert not file.exists()
+    file.write_text(f"filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=t\nduration={SILENCE}\n")
+    assert kept.runner(pending) == "pid 1 on elsewhere"
 
 
 def test_failed_trials_keep_their_error_and_are_retried_on_demand(
@@ -172,7 +194,7 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(
     store = tmp_path / "store"
     seen = run(tiny_study(), store)
     assert set(seen.errors.values()) == {"RuntimeError: out of"}
-    failed = open_store(store).entries[1]["id"]
+    failed = open_store(store).entries[1].id
     error = json.loads((store / "trials" / failed / "error.json").read_text())
     assert "Traceback" in error["traceback"]
     # The model was left pruned by the failure, and the next trial began with the dense one.
@@ -199,7 +221,7 @@ def test_an_interrupt_leaves_a_consistent_store(
     monkeypatch.setattr(bench_module, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         run(path, store)
-    states = [open_store(store).state(e["id"]) for e in open_store(store).entries]
+    states = [open_store(store).state(e.id) for e in open_store(store).entries]
     assert states == ["finished"] * 2 + ["pending"] * 4
     assert len(list((store / "trials").iterdir())) == 2
     run(path, store)
@@ -303,11 +325,11 @@ def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "file").write_text("x")
-    with pytest.raises(InputError, match="not empty and is no study store"):
+    with pytest.raises(InputError, match="not empty and is not a study store"):
         run(path, other)
     with pytest.raises(InputError, match="is a file"):
         run(path, other / "file")
-    with pytest.raises(InputError, match="no study store"):
+    with pytest.raises(InputError, match="not a study store"):
         open_store(other)
     with pytest.raises(InputError, match="there is no study store"):
         open_store(tmp_path / "none")
@@ -366,13 +388,13 @@ def test_results_read_the_same_from_an_exported_folder(tiny_study: Write, tmp_pa
     lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
     assert len(lines) == 19
     assert lines[0].split(",")[:4] == ["study", "id", "model", "calibration"]
-    with pytest.raises(InputError, match="no study store"):
+    with pytest.raises(InputError, match="not a study store"):
         read_results(tmp_path)
     (tmp_path / "out" / "study.json").write_text('{"kind": "study results", "format": 7}')
     with pytest.raises(InputError, match="has format 7"):
         read_results(tmp_path / "out")
     (tmp_path / "out" / "study.json").write_text("{}")
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match="does not hold a study"):
         read_results(tmp_path / "out")
 
 
@@ -422,8 +444,8 @@ def test_two_names_for_one_trial_are_refused(tiny_study: Write, tmp_path: Path) 
 def test_other_versions_are_announced(tiny_study: Write, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
-    entry = next(e for e in open_store(store).entries if e["label"].startswith("code"))
-    file = store / "trials" / entry["id"] / "result.json"
+    entry = next(e for e in open_store(store).entries if e.label.startswith("code"))
+    file = store / "trials" / entry.id / "result.json"
     record = json.loads(file.read_text())
     record["run"]["versions"]["torch"] = "1.0"
     file.write_text(json.dumps(record))
@@ -435,8 +457,8 @@ def test_other_versions_are_announced(tiny_study: Write, tmp_path: Path) -> None
 def test_checkpoints_are_kept_if_asked(tiny_study: Write, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(tiny_study(more="keep_checkpoints: true\n"), store, only=["code"])
-    entry = next(e for e in open_store(store).entries if e["label"] == "code wanda 2:4 seed 0")
-    folder = store / "trials" / entry["id"]
+    entry = next(e for e in open_store(store).entries if e.label == "code wanda 2:4 seed 0")
+    folder = store / "trials" / entry.id
     suite = load_study(tmp_path / "study.yaml").suite
     again = evaluate(str(folder / "checkpoint"), suite, floors=False)
     assert again.tasks == load_scores(folder / "scores.json").tasks
@@ -447,31 +469,6 @@ def test_a_suite_that_runs_code_needs_leave(tiny_study: Write, tmp_path: Path) -
     with pytest.raises(InputError, match="--allow-code-execution"):
         run(path, tmp_path / "store", options=Options())
     assert not (tmp_path / "store").exists()
-
-
-def test_retention_of_a_seed_differs_from_another(tiny_study: Write, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    run(tiny_study(more="seeds: [0, 1]\n"), store, only=["mix sparse*"])
-    first, second = read_results(store).trials
-    assert (first.seed, second.seed) == (0, 1)
-    assert first.information["perplexity"] != second.information["perplexity"]
-    assert not math.isnan(first.total.value or 0)
-
-
-def test_the_lock_of_a_process_that_died_with_its_work_done_is_removed(
-    tiny_study: Write, tmp_path: Path
-) -> None:
-    store = tmp_path / "store"
-    run(tiny_study(), store, only=["mix wanda*"])
-    done = next(e["id"] for e in open_store(store).entries if e["label"] == "mix wanda 2:4 seed 0")
-    locks = store / "locks"
-    held = open_store(store).lock("held")
-    assert held.acquire()
-    dead = json.loads((locks / "held.lock").read_text(encoding="utf-8")) | {"pid": 2**22 + 1}
-    (locks / f"{done}.lock").write_text(json.dumps(dead), encoding="utf-8")
-    run(tiny_study(), store, only=["mix wanda*"])
-    assert [file.name for file in locks.iterdir()] == ["held.lock"]  # one who lives keeps it
-    held.release()
 
 
 def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
@@ -490,19 +487,19 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
         "mix wanda + owl 60% seed 0", "mix wanda + owl + distill,epochs=1 60% seed 0",
     ]  # fmt: skip
     store = open_store(tmp_path / "store")
-    last = next(e for e in store.entries if e["label"] == seen.ran[-1])
-    request = json.loads((store.trial(last["id"]) / "request.json").read_text(encoding="utf-8"))
+    last = next(e for e in store.entries if e.label == seen.ran[-1])
+    request = json.loads((store.trial(last.id) / "request.json").read_text(encoding="utf-8"))
     assert request["allocation"] == "owl"
     assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 1e-3, "batch": 4}
-    assert sorted(p.name for p in store.trial(last["id"]).iterdir()) == [
+    assert sorted(p.name for p in store.trial(last.id).iterdir()) == [
         "pruning.json", "recovery.json", "request.json", "result.json", "scores.json",
     ]  # fmt: skip
-    trial = store.read_trial(last["id"])
+    trial = store.result(last.id).trial
     assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
     # One prune, timings and all, for what differs in recovery alone.
     told = [
-        (store.trial(entry["id"]) / "pruning.json").read_bytes()
-        for label in seen.ran[1:] for entry in store.entries if entry["label"] == label
+        (store.trial(entry.id) / "pruning.json").read_bytes()
+        for label in seen.ran[1:] for entry in store.entries if entry.label == label
     ]  # fmt: skip
     assert told[0] == told[1] != told[2] == told[3]
 
@@ -519,7 +516,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     asked = recover_request(calibration=str(tmp_path / "set"), epochs=1)
     name = study.models["tiny"].name
     report = recover(str(tmp_path / "pruned"), name, asked, tmp_path / "recovered")
-    told = json.loads((store.trial(last["id"]) / "recovery.json").read_text(encoding="utf-8"))
+    told = json.loads((store.trial(last.id) / "recovery.json").read_text(encoding="utf-8"))
     assert (told["before"], told["after"]) == (report.before, report.after)
     assert report.after < report.before
     kept = evaluate(open_model(str(tmp_path / "recovered")), study.suite).retention(dense)
@@ -546,8 +543,8 @@ def test_a_file_of_sparsities_is_pruned_by_or_refused_before_any_trial(
     seen = run(path, tmp_path / "store", only=["mix*"])
     assert (seen.ran, seen.errors) == (["mix wanda + by-layer.json 60% seed 0"], {})
     store = open_store(tmp_path / "store")
-    (entry,) = [e for e in store.entries if e["label"] == seen.ran[0]]
-    told = json.loads((store.trial(entry["id"]) / "pruning.json").read_text(encoding="utf-8"))
+    (entry,) = [e for e in store.entries if e.label == seen.ran[0]]
+    told = json.loads((store.trial(entry.id) / "pruning.json").read_text(encoding="utf-8"))
     for layer in told["layers"]:
         step = 1 / layer["columns"]  # of Wanda's rows; a layer is moved by two at most
         assert layer["sparsity"] == pytest.approx(shares[layer["name"]], abs=2.5 * step)

@@ -1,0 +1,536 @@
+"""What work will take before it runs: one real block is timed, everything else extrapolated.
+
+A model is built from its configuration alone. Of each kind of block one gets random weights and is
+pruned by the real method, run and trained on a micro-batch. Time per token times tokens, and time
+per block times blocks, is the estimate. Memory is that of `pruning.streamed.plan_for` and
+`recovery.memory`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calmix import assets
+from calmix.capability.suites import ARCHIVE, WRITTEN, Suite
+from calmix.capability.tasks import load_items, preamble
+from calmix.capability.texts import LENGTH as TEXT_LENGTH
+from calmix.capability.texts import ROWS as TEXT_ROWS
+from calmix.capability.texts import builtin_readers
+from calmix.errors import CalmixError, InputError, ModelError
+from calmix.machine import device_memory, tokens_at_once, total_memory
+from calmix.models import find_blocks, resolve_model
+from calmix.models.attention import cache_argument, use_own_attention
+from calmix.models.opening import DTYPES, device_of, quiet_transformers
+from calmix.precision import fast_half_precision
+from calmix.pruning import prune
+from calmix.pruning.allocation import SPREAD, looker
+from calmix.pruning.methods import Method
+from calmix.pruning.patterns import Unstructured
+from calmix.pruning.streamed import plan_for
+from calmix.recovery import memory as recovery
+from calmix.recovery.sizes import sizes_of
+from calmix.recovery.training import held_out, rows_at_once
+from calmix.specs import RecoverRequest
+from calmix.study.spec import Model, Study
+from calmix.study.trials import Planned, plan
+
+PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
+START = 8.0  # seconds until they are imported
+FILES = 0.3e9  # bytes of a checkpoint a second, read, hashed, written and hashed again
+MOMENT = 0.15  # seconds that each timing takes, at least
+BATCH = 64  # rows written at a time
+ANSWER = 256  # tokens an answer may have
+VOCABULARY = 16_384  # rows of the output head that are timed
+CHARACTERS = 3.6  # a token, in English text and code
+# Tokens written for each that is kept.
+PASSES = {"self-written": 1.2, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
+# Items and tokens an item of public test sets, for suites whose data is not at hand.
+KNOWN_TASKS = {
+    "mmlu": (14042, 150), "boolq": (3270, 180), "piqa": (1838, 90), "hellaswag": (10042, 160),
+    "winogrande": (1267, 50), "arc_easy": (2376, 60), "arc_challenge": (1172, 60),
+    "openbookqa": (500, 40), "humaneval": (164, 160), "mbpp": (500, 500), "gsm8k": (1319, 900),
+    "minerva_math": (5000, 700),
+}  # fmt: skip
+
+
+class Timed:
+    """A model from its configuration alone, and how long work on it takes on this machine.
+
+    Args:
+        name, dtype, device, trust_remote_code: as for `open_model`; of a hub model only
+            config.json is fetched.
+
+    Raises:
+        ModelError: the configuration cannot be read, or is not that of a causal model.
+    """
+
+    merges = False  # these are what `plan_for` and `sizes_of` read of a model
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.device = device_of(device)
+        hub = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+        place = name if hub else resolve_model(name)
+        with quiet_transformers():
+            try:
+                trust = {"trust_remote_code": trust_remote_code}
+                config = AutoConfig.from_pretrained(place, **trust)
+                chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+                slow = self.device.type == "cpu" and not fast_half_precision(chosen)
+                self.dtype: torch.dtype = torch.float32 if dtype == "auto" and slow else chosen
+                with init_empty_weights(include_buffers=False):
+                    model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
+                model.tie_weights()
+            except Exception as error:  # transformers raises anything
+                line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise ModelError(f"cannot read the configuration of {name}: {line}") from error
+        self.model: Any = model.requires_grad_(False).eval()
+        use_own_attention(self.model)
+        self.blocks = find_blocks(self.model)
+        self.weights = sum(p.numel() for p in self.model.parameters())
+        inside = [sum(p.numel() for p in block.parameters()) for block in self.blocks.blocks]
+        self.block_weights = sum(inside)
+        self.largest = max(inside)
+        self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
+        self.bytes = self.weights * self.dtype.itemsize
+        self.prune = cache(self._prune)
+        self._rates = cache(self._measure)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All parameters, without data."""
+        return dict(self.model.named_parameters())
+
+    @property
+    def outside_bytes(self) -> int:
+        """Bytes of what is outside the blocks, the output head excepted where it is apart."""
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        head = 0 if tied else self.vocabulary * self.hidden
+        return (self.weights - self.block_weights - head) * self.dtype.itemsize
+
+    def block_bytes(self, index: int) -> int:
+        """Return the bytes of a block's weights."""
+        return sum(p.numel() * p.element_size() for p in self.blocks.blocks[index].parameters())
+
+    @cached_property
+    def _kinds(self) -> list[tuple[Any, float]]:
+        """The kinds of blocks, each as a model of one such block, and how many there are."""
+        from copy import deepcopy
+
+        kinds: dict[Any, list[int]] = {}
+        for index, block in enumerate(self.blocks.blocks):
+            shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+            kinds.setdefault(shapes, []).append(index)
+        made: list[tuple[Any, float]] = []
+        for first, *rest in kinds.values():
+            model = deepcopy(self.model)
+            config = model.config.get_text_config(decoder=True)
+            if types := getattr(config, "layer_types", None):  # the block is the first now
+                config.layer_types = types[first:] + types[:first]
+            owner, _, last = self.blocks.name.rpartition(".")
+            setattr(
+                model.get_submodule(owner), last, nn.ModuleList([find_blocks(model).blocks[first]])
+            )
+            for name, p in list(model.named_parameters(remove_duplicate=False)):
+                value = torch.empty(p.shape, dtype=p.dtype, device=self.device)
+                if p.ndim == 1:
+                    value.fill_("bias" not in name)
+                else:  # outside the blocks only what few ids and positions read
+                    (value if name.startswith(self.blocks.name) else value[:4096]).normal_(0, 0.02)
+                owner, _, last = name.rpartition(".")
+                parameter = nn.Parameter(value, requires_grad=False)
+                model.get_submodule(owner)._parameters[last] = parameter
+            count: float = 1 + len(rest)
+            try:
+                model.to(self.device).base_model(self._ids(1, 8), use_cache=False)
+            except Exception:  # it reads what another block has written: as the first, by size
+                if not made:
+                    raise
+                count *= self.block_bytes(first) / self.block_bytes(next(iter(kinds.values()))[0])
+                model = made[0][0]
+            made.append((model, count))
+        return made
+
+    def _ids(self, rows: int, length: int) -> Tensor:
+        return torch.randint(0, min(self.vocabulary, 256), (rows, length), device=self.device)
+
+    def _prune(self, method: Method, propagation: str | None, length: int) -> tuple[float, float]:
+        """Return the seconds that pruning all blocks takes, and those of each token."""
+        rows = max(1, tokens_at_once(self.device) // max(1, length))
+        ids = None if method.needs is None else self._ids(rows, length)
+        fixed = each = 0.0
+        for model, count in self._kinds:
+            before = {n: p.clone() for n, p in find_blocks(model).blocks.named_parameters()}
+            reports: list[dict[str, float]] = []
+
+            def act(model: Any = model, before: Any = before, reports: Any = reports) -> None:
+                for name, value in before.items():
+                    find_blocks(model).blocks.get_parameter(name).data.copy_(value)
+                found = prune(
+                    model, ids, method=method, pattern=Unstructured(0.5),
+                    propagation="block" if propagation == "block" else "sequential",
+                )  # fmt: skip
+                reports.append(found.seconds)
+
+            seconds(act, self.device)
+            used = reports[1:] or reports  # the first one warms up
+            mean = {k: statistics.median(one[k] for one in used) for k in used[0]}
+            fixed += count * mean["solve"]
+            if ids is not None:
+                each += count * (mean["statistics"] + mean["forward"]) / ids.numel()
+        return fixed, each
+
+    def _measure(self, what: str, length: int) -> float:
+        """Return seconds a token of a pass through the blocks (`forward`), of one with gradients
+        and the way back (`train`), of the output head (`head`), of a token written (`write`), or
+        those of a weight in an optimiser's step (`step`)."""
+        device = self.device
+        with torch.set_grad_enabled(what == "train"):
+            if what == "head":
+                rows = min(self.vocabulary, VOCABULARY)
+                weight = torch.randn(rows, self.hidden, device=device).to(self.dtype)
+                states = torch.randn(512, self.hidden, device=device).to(self.dtype)
+                once = seconds(lambda: (states @ weight.T).float().log_softmax(-1), device)
+                return once / 512 * self.vocabulary / rows
+            if what == "step":
+                values = nn.Parameter(torch.zeros(2**24, device=device))
+                values.grad = torch.ones_like(values)
+                return seconds(torch.optim.AdamW([values]).step, device) / 2**24
+            return sum(count * self._pass(model, what, length) for model, count in self._kinds)
+
+    def _pass(self, model: Any, what: str, length: int) -> float:
+        rows = BATCH if what == "write" else max(1, tokens_at_once(self.device) // length)
+        ids, decoder = self._ids(rows, length), model.base_model
+        if what == "train":
+            within = list(find_blocks(model).blocks.parameters())
+
+            def act() -> None:
+                for p in within:
+                    p.requires_grad_(p.is_floating_point())
+                decoder(ids, use_cache=False)[0].float().square().mean().backward()
+                for p in within:
+                    p.requires_grad_(False)
+                    p.grad = None
+
+            return seconds(act, self.device) / ids.numel()
+        if what == "forward":
+            return seconds(lambda: decoder(ids, use_cache=False), self.device) / ids.numel()
+        found = decoder(ids[:, :32], use_cache=True)
+        kept = {cache_argument(decoder): found.get("cache", found.get("past_key_values"))}
+        return seconds(lambda: decoder(ids[:, :1], use_cache=True, **kept), self.device) / rows
+
+    def forward(self, tokens: float, length: int) -> float:
+        """Return the seconds of one pass of tokens in rows of `length` through the blocks."""
+        return tokens * self._rates("forward", length) if tokens else 0.0
+
+    def head(self, positions: float) -> float:
+        """Return the seconds of the output head and its softmax."""
+        return positions * self._rates("head", 0)
+
+    def write(self, tokens: float) -> float:
+        """Return the seconds of writing tokens, `BATCH` rows at a time."""
+        return tokens * (self._rates("write", 64) + self._rates("head", 0)) if tokens else 0.0
+
+    def pruning(
+        self,
+        method: Method,
+        propagation: str | None,
+        rows: int,
+        length: int,
+        allocation: str | None = None,
+    ) -> float:
+        """Return the seconds of a prune with its allocation, without reading and writing files."""
+        fixed, each = self.prune(method, propagation, length)
+        if allocation is not None:
+            fixed += self.prune(looker("owl"), None, length)[0]
+            each += self.prune(looker(allocation), None, length)[1]
+        return fixed + rows * length * each
+
+    def files(self) -> float:
+        """Return the seconds of reading a checkpoint and writing another of it."""
+        return self.bytes / FILES
+
+    def calibration(self, rows: int, length: int, strategy: str, measured: bool = True) -> float:
+        """Return the seconds of writing a calibration set's text and measuring its perplexity."""
+        tokens = rows * length
+        found = self.forward(tokens, length) + self.head(tokens) if measured else 0.0
+        return found + self.write(PASSES.get(strategy, 0.0) * tokens)
+
+    def evaluation(self, work: SuiteWork, texts: float = 0.0) -> float:
+        """Return the seconds of scoring a suite, and the distance to the dense model on texts."""
+        found = self.forward(work.tokens, 512) + self.head(work.tokens / 2)
+        found += self.forward(texts, 512) + self.head(2 * texts)
+        return found + self.write(work.answers * ANSWER)
+
+    def recovery(self, request: RecoverRequest, rows: int, length: int) -> float:
+        """Return the seconds of a recovery, without reading and writing files."""
+        held = held_out(rows)
+        trained = max(0, rows - held) * length * request.epochs
+        read = held * length * request.epochs
+        steps = max(0, rows - held) // request.batch * request.epochs
+        found = trained * self._rates("train", length)
+        found += steps * self.block_weights * self._rates("step", 0)
+        if request.method == "blocks":
+            return found + self.forward(2 * rows * length + read, length)
+        found += self.forward(rows * length + trained + 2 * read, length)
+        return found + self.head(4 * trained + 4 * read)
+
+    def prune_memory(self, methods: Sequence[Method], rows: int, length: int) -> float:
+        """Return the bytes a prune of the whole model in memory takes, program and copy of the
+        dense weights included."""
+        kept = self.block_weights * self.dtype.itemsize if self.device.type == "cpu" else 0
+        source: Any = self
+        used = any(method.needs is not None for method in methods)
+        ids = torch.empty(rows, length, device="meta") if used else None
+        needed = plan_for(source, ids, [], budget=2**62, beside=methods).needed
+        blocks = 3 * max(map(self.block_bytes, range(len(self.blocks))))
+        logits = 3 * 512 * self.vocabulary * 4
+        return self.bytes + kept + max(needed - blocks, PROGRAM + logits)
+
+    def recovery_memory(
+        self, request: RecoverRequest, length: int, room: float | None = None
+    ) -> int:
+        """Return the bytes a recovery takes beside the program; some is spared within `room`."""
+        source: Any = self
+        rows = rows_at_once(request.batch, length)
+        rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
+        sizes = sizes_of(source, request.method, self.dtype)
+        return recovery.make_plan(request.method, sizes, length, rows, most).needed
+
+
+def seconds(act: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call, the median of as many as fit into a moment."""
+    taken: list[float] = []
+    while len(taken) < 2 or (len(taken) < 50 and sum(taken) < 2 * MOMENT):
+        began = time.perf_counter()
+        act()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        taken.append(time.perf_counter() - began)
+        if taken[0] > 60 * MOMENT:  # too long to be off by its start
+            break
+    return statistics.median(taken[1:] or taken)
+
+
+@dataclass(frozen=True)
+class SuiteWork:
+    """What scoring a suite takes; `exact` is False where its data is not at hand."""
+
+    items: int = 0
+    tokens: int = 0
+    answers: int = 0
+    exact: bool = True
+
+
+def suite_work(suite: Suite) -> SuiteWork:
+    """Return what scoring a suite takes, counted where its data is at hand, else assumed."""
+    items = tokens = answers = 0
+    exact = True
+    for spec in suite.tasks.values():
+        if spec.archive is not None and assets.get_asset(ARCHIVE).state == "ok":
+            found = load_items(spec)
+            contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
+            shared = preamble(contexts)
+            characters = shared + sum(len(text) - shared for text in contexts)
+            characters += sum(len(choice) for item in found for choice in item.choices)
+            count, held = len(found), round(characters / CHARACTERS)
+        else:
+            exact = False
+            count, each = KNOWN_TASKS.get(spec.harness or "", (1000, 300))
+            count = min(count, spec.limit or count)
+            held = count * each
+        items, tokens = items + count, tokens + held
+        answers += count if spec.metric in WRITTEN else 0
+    return SuiteWork(items, tokens, answers, exact)
+
+
+def text_tokens(suite: Suite) -> int:
+    """Return the tokens of the texts that distance is measured on."""
+    return TEXT_ROWS * TEXT_LENGTH * sum(name in builtin_readers() for name in suite.dimensions)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that take the same, and what each of them takes: seconds by stage, bytes."""
+
+    model: str
+    method: str
+    pattern: str
+    rows: int
+    length: int
+    trials: int
+    seconds: dict[str, float]
+    memory: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study will take, one trial at a time.
+
+    Attributes:
+        groups: in the order of the plan.
+        sets: number of calibration sets; `sets_seconds`, to make and measure all of them.
+        dense_seconds: to score the dense models.
+        notes: what was assumed, and what does not fit.
+    """
+
+    groups: list[Group]
+    sets: int
+    sets_seconds: float
+    dense_seconds: float
+    disk: float
+    notes: list[str]
+
+    @property
+    def trials(self) -> int:
+        """Number of trials."""
+        return sum(group.trials for group in self.groups)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole study."""
+        trials = sum(group.trials * sum(group.seconds.values()) for group in self.groups)
+        return trials + self.sets_seconds + self.dense_seconds
+
+    @property
+    def memory(self) -> float:
+        """Bytes at the peak."""
+        return max(group.memory for group in self.groups)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable values."""
+        return asdict(self) | {k: getattr(self, k) for k in ("trials", "seconds", "memory")}
+
+
+def estimate(study: Study, device: str = "auto") -> Estimate:
+    """Return what a study will take on this machine.
+
+    Raises:
+        CalmixError: a model's configuration cannot be read.
+    """
+    models = timed_models(study.models, device)
+    work, texts = suite_work(study.suite), text_tokens(study.suite)
+    groups: dict[tuple[Any, ...], list[Planned]] = {}
+    prunes: dict[Any, Planned] = {}  # what differs in recovery alone is pruned once
+    sets: dict[Any, Planned] = {}
+    for trial in plan(study):
+        groups.setdefault(trial.condition, []).append(trial)
+        prunes.setdefault(trial.pruned, trial)
+        if trial.rows:
+            size = trial.model, trial.calibration, trial.rows, trial.length, trial.seed
+            sets.setdefault(size, trial)
+    found = []
+    for members in groups.values():
+        like, model = members[0], models[members[0].model]
+        allocation = like.request.allocation if like.request.allocation in SPREAD else None
+        pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
+        taken = {
+            "prune": pruned
+            * model.pruning(
+                like.method, like.request.propagation, like.rows, like.length, allocation
+            ),
+            "evaluate": model.evaluation(work, texts),
+        }
+        if like.recovery is not None:
+            taken["recover"] = model.recovery(like.recovery, like.rows, like.length)
+        disk = 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000
+        sizes = like.rows, like.length, len(members)
+        found.append(Group(like.model, like.way, like.pattern, *sizes, taken,
+                           trial_memory(model, like), disk))  # fmt: skip
+    made = sum(
+        models[one.model].calibration(one.rows, one.length, one.strategy, study.file.perplexity)
+        for one in sets.values()
+    )
+    notes = []
+    if not work.exact:
+        notes.append(
+            f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
+            "sizes of its tasks"
+        )
+    for group in found:
+        there = device_memory(models[group.model].device)[2] or total_memory()
+        if group.memory > there:
+            named = f"{group.model} {group.method} {group.pattern}"
+            notes.append(too_large(named, group.memory, there))
+    disk = sum(8.0 * one.rows * one.length for one in sets.values())
+    return Estimate(
+        found, len(sets), made, sum(model.evaluation(work) for model in models.values()),
+        disk + sum(group.trials * group.disk for group in found), list(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+def timed_models(models: Mapping[str, Model], device: str = "auto") -> dict[str, Timed]:
+    """Return models by label, from their configurations."""
+    return {label: Timed(model.name, model.dtype, device) for label, model in models.items()}
+
+
+def trial_memory(model: Timed, trial: Planned) -> float:
+    """Return the bytes a trial takes at its peak on the device that prunes."""
+    peak = model.prune_memory([trial.method], trial.rows, trial.length)
+    if trial.recovery is None:
+        return peak
+    kept = model.block_weights * model.dtype.itemsize if model.device.type == "cpu" else 0
+    needed = model.recovery_memory(trial.recovery, trial.length)
+    return max(peak, PROGRAM + model.bytes + kept + needed)
+
+
+def too_large(named: str, needed: float, there: float) -> str:
+    """Say that a trial needs more memory than there is."""
+    return f"{named} needs {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB: use fewer or shorter rows"
+
+
+def largest(
+    study: Study, trials: Sequence[Planned], device: str
+) -> tuple[str, float, Timed | None]:
+    """Return the label of the trial that takes most memory, its bytes, and its model; of models
+    whose configuration cannot be read nothing is known."""
+    found: tuple[str, float, Timed | None] = "", 0.0, None
+    for label in dict.fromkeys(trial.model for trial in trials):
+        try:
+            model = timed_models({label: study.models[label]}, device)[label]
+        except CalmixError:
+            continue
+        for trial in trials:
+            if trial.model == label and (needed := trial_memory(model, trial)) > found[1]:
+                found = trial.label, needed, model
+    return found
+
+
+def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) -> None:
+    """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped.
+
+    Raises:
+        InputError: there is one.
+    """
+    there = device_memory(device)[2]
+    if there is not None:
+        label, needed, _ = largest(study, trials, str(device))
+        if needed > there:
+            raise InputError(too_large(label, needed, there))
+
+
+def host_memory(study: Study, trials: Sequence[Planned], accelerated: bool) -> tuple[str, float]:
+    """Return which trial takes the most of a machine's own memory, and how many bytes.
+
+    Where an accelerator prunes, weights pass through it on their way.
+    """
+    label, needed, model = largest(study, trials, "cpu")
+    return label, PROGRAM + model.bytes if accelerated and model else needed

@@ -1,0 +1,165 @@
+"""The estimator: what it reads off a configuration, and what it makes of one timed block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from calmix.capability.suites import load_suite
+from calmix.capability.tasks import load_items, preamble
+from calmix.errors import InputError, ModelError
+from calmix.models import find_blocks
+from calmix.pruning.methods import get_method
+from calmix.specs import recover_request
+from calmix.study import estimate, load_study
+from calmix.study.estimate import SuiteWork, Timed, suite_work, trial_memory
+from calmix.study.trials import plan
+from tests.tiny import ARCHITECTURES, MIXTURES, save_tiny_model, tiny_model
+
+Write = Callable[..., Path]
+SPARSEGPT = get_method("sparsegpt")
+PLAIN = ("llama", "gpt2", "gemma4_text", "deepseek_v3", "gpt_oss")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "MOMENT", 0.0)
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block, token, position and weight takes a time that is easy to add up."""
+    rates = {"forward": 1.0, "train": 10.0, "head": 100.0, "write": 1e3, "step": 1e6}
+    monkeypatch.setattr(Timed, "_measure", lambda self, what, length: rates[what])
+    monkeypatch.setattr(Timed, "_prune", lambda *of: (7.0, 0.5))
+
+
+def timed(folder: Path, kind: str = "llama") -> Timed:
+    return Timed(str(save_tiny_model(folder / kind, kind)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k in PLAIN else pytest.param(k, marks=pytest.mark.long)
+        for k in ARCHITECTURES + MIXTURES
+    ],
+)
+def test_a_model_is_timed_from_its_configuration(tmp_path: Path, kind: str) -> None:
+    found, model = timed(tmp_path, kind), tiny_model(kind)
+    blocks = find_blocks(model)
+    assert found.weights == sum(p.numel() for p in model.parameters())
+    assert found.block_weights == sum(p.numel() for b in blocks.blocks for p in b.parameters())
+    assert sum(count for _, count in found._kinds) >= len(blocks)
+    recovery = recover_request(calibration="x", method="distill")
+    seconds = [
+        found.pruning(SPARSEGPT, "sequential", 8, 32), found.pruning(SPARSEGPT, "block", 8, 32),
+        found.pruning(get_method("magnitude"), None, 0, 0), found.write(100),
+        found.pruning(SPARSEGPT, None, 8, 32, "owl"), found.recovery(recovery, 16, 32),
+    ]  # fmt: skip
+    assert all(0 < one < 60 for one in seconds)
+    memory = [found.prune_memory([SPARSEGPT], rows, 32) for rows in (8, 50_000)]
+    assert found.bytes < memory[0] < memory[1]
+
+
+def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(
+    tmp_path: Path, known: None
+) -> None:
+    model = timed(tmp_path)
+    assert model.pruning(SPARSEGPT, "sequential", 4, 32) == 7 + 0.5 * 4 * 32
+    assert model.pruning(SPARSEGPT, None, 4, 32, "error") == 2 * (7 + 0.5 * 4 * 32)
+    assert model.calibration(4, 32, "mix") == 4 * 32 * 101
+    assert model.calibration(4, 32, "mix", measured=False) == 0
+    assert model.calibration(4, 32, "self-cal", measured=False) == 4 * 32 * 1100
+    work = SuiteWork(tokens=100, answers=2)
+    assert model.evaluation(work) == 100 + 50 * 100 + 2 * 256 * 1100
+    assert model.evaluation(SuiteWork(), 10) == 10 + 20 * 100
+    weights = model.block_weights
+    blocks, distill = (
+        recover_request(calibration="x", method=name, epochs=3) for name in ("blocks", "distill")
+    )
+    trained, read = 30 * 32 * 3, 2 * 32 * 3  # 2 of 32 rows are held out
+    common = 10 * trained + 7 * 3 * weights * 1e6
+    assert model.recovery(blocks, 32, 32) == common + 2 * 32 * 32 + read
+    assert model.recovery(distill, 32, 32) == (
+        common + 32 * 32 + trained + 2 * read + 100 * 4 * (trained + read)
+    )
+
+
+def test_a_plan_counts_what_is_shared_once(tiny_study: Write, known: None) -> None:
+    study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
+    found = estimate.estimate(study, "cpu")
+    assert (found.trials, found.sets, len(found.groups)) == (36, 6, 6)
+    assert [group.seconds["prune"] > 0 for group in found.groups] == [True, False, False] * 2
+    assert [group.seconds.get("recover", 0) > 0 for group in found.groups] == [
+        False,
+        True,
+        True,
+    ] * 2
+    assert found.sets_seconds == 6 * (6 * 32) * 101
+    assert [note[:24] for note in found.notes] == ["the data of suite made i"]
+    told = json.loads(json.dumps(found.to_json()))
+    parts = sum(group["trials"] * sum(group["seconds"].values()) for group in told["groups"])
+    assert told["seconds"] == parts + found.sets_seconds + found.dense_seconds
+    assert told["disk"] > 36 * 50_000
+
+
+def test_trials_an_accelerator_cannot_hold_are_refused(
+    tiny_study: Write, known: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(tiny_study(more="recovery: [none, distill]\n"))
+    trials, cpu = plan(study), torch.device("cpu")
+    model = estimate.timed_models(study.models)["tiny"]
+    needed = [trial_memory(model, trial) for trial in trials]
+    label, most = estimate.host_memory(study, trials, False)
+    assert most == pytest.approx(max(needed), rel=0.05)  # what this process holds is in it
+    assert label in [trial.label for trial in trials]
+    passing = estimate.host_memory(study, trials, True)[1]
+    assert passing == estimate.PROGRAM + model.bytes
+    assert estimate.host_memory(study, [], False) == ("", 0.0)
+    estimate.check_memory(study, trials, cpu)  # what does not fit is swapped
+    monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
+    with pytest.raises(InputError, match=r"seed 0 needs .* GB of 0\.0 GB: use fewer or shorter"):
+        estimate.check_memory(study, trials, cpu)
+    (_, note, *_) = estimate.estimate(study, "cpu").notes
+    assert note.startswith("tiny sparsegpt 60% needs ")
+    assert estimate.host_memory(replace(study, file=study.file.model_copy(update={
+        "models": {"tiny": study.models["tiny"].model_copy(update={"name": "no/model"})}
+    })), trials, False) == ("", 0.0)  # fmt: skip
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in (str(tmp_path), "owner/name"):
+        with pytest.raises(ModelError, match=f"cannot read the configuration of {name}: "):
+            Timed(name)
+
+
+def test_a_suite_whose_data_is_not_here_is_assumed() -> None:
+    work = suite_work(load_suite("paper"))
+    assert (work.exact, work.items > 10_000, work.answers > 0) == (False, True, True)
+
+
+@pytest.mark.real
+def test_the_tokens_of_a_suite_are_counted_about_right() -> None:
+    from calmix.calibration import open_tokenizer
+
+    suite = load_suite("offline").only(tasks=["logic", "gsm8k"])
+    tokenizer = open_tokenizer("builtin:smollm2-135m").tokenizer
+    exact = 0
+    for spec in suite.tasks.values():
+        items = load_items(spec)
+        texts = list(dict.fromkeys(c for item in items for c in item.contexts))
+        shared = preamble(texts)
+        parts = [texts[0][:shared], *(t[shared:] for t in texts)]
+        parts += [choice for item in items for choice in item.choices]
+        exact += sum(len(ids) for ids in tokenizer(parts)["input_ids"])
+    work = suite_work(suite)
+    assert work.exact
+    assert work.tokens == pytest.approx(exact, rel=0.25)
