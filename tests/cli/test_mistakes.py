@@ -236,7 +236,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         raise AssertionError("work was done before the mistake was found")
 
     for name in (
-        "calmix.assets._fetch", "calmix.models.opening._load", "calmix.study.probe.probe",
+        "calmix.assets._fetch", "calmix.models.opening._load", "calmix.study.estimate.seconds",
         "calmix.models.streaming.StreamedModel.fetch", "calmix.sources.registry.Source.documents",
         "huggingface_hub.snapshot_download", "calmix.packed._pack_tensor",
     ):  # fmt: skip
