@@ -7,10 +7,9 @@ is not positive definite, so no half-precision product is ever accumulated.
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -31,32 +30,6 @@ WIDE = 2048  # elsewhere, where every product is a kernel to start, and large on
 ATTEMPTS = (
     (torch.float32, 1), (torch.float32, 10), (torch.float64, 10), (torch.float64, 100),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """What something takes, in the units a machine's rates are measured in.
-
-    Attributes:
-        gram: FLOP of products with float32 sums from the model's type, or as fast as those.
-        rounded: FLOP of float32 products whose factors may be rounded to bfloat16.
-        factor: FLOP of factorisations in float32.
-        products: FLOP of float32 products.
-        steps: steps that wait for one another, each a few calls.
-        cached: bytes through element-wise work on what stays in cache.
-        memory: bytes read from and written to main (or the device's) memory.
-    """
-
-    gram: float = 0
-    rounded: float = 0
-    factor: float = 0
-    products: float = 0
-    steps: float = 0
-    cached: float = 0
-    memory: float = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*map(operator.add, astuple(self), astuple(other)))
 
 
 class Statistic(ABC):
@@ -100,20 +73,10 @@ class Statistic(ABC):
         """Return the bytes it takes; by default a few vectors."""
         return 16 * columns
 
-    @classmethod
-    def work(cls, columns: int, tokens: int, *, cpu: bool) -> Work:
-        """Return what gathering it takes; by default every value is read once in float32."""
-        return Work(cached=4 * columns * tokens)
-
 
 def panels(width: int, panel: int) -> list[tuple[int, int]]:
     """Return where panels of a matrix begin and end."""
     return [(at, min(at + panel, width)) for at in range(0, width, panel)]
-
-
-def triangle(width: int, panel: int) -> float:
-    """Share of a square matrix that is left when panels of rows leave out what lies below them."""
-    return sum((to - at) * (width - at) for at, to in panels(width, panel)) / width**2
 
 
 class Gram(Statistic):
@@ -159,11 +122,6 @@ class Gram(Statistic):
         """Return the bytes of the sum."""
         return 4 * columns**2
 
-    @classmethod
-    def work(cls, columns: int, tokens: int, *, cpu: bool) -> Work:
-        """2 N d^2, of which the upper triangle is computed."""
-        return Work(gram=2 * tokens * columns**2 * triangle(columns, _panel(columns, cpu=cpu)))
-
 
 def mirrored(matrix: Tensor) -> Tensor:
     """Fill the lower triangle of a square matrix by its upper one, in place."""
@@ -181,12 +139,6 @@ def squared(upper: Tensor) -> Tensor:
     for at, to in panels(len(upper), _panel(len(upper), cpu=upper.device.type == "cpu")):
         torch.mm(upper[:to, at:to].T, upper[:to, at:], out=full[at:to, at:])
     return mirrored(full)
-
-
-def squared_flop(columns: int) -> float:
-    """Return what `squared` takes on a CPU: 2/3 d^3, and what panels take in excess."""
-    found = panels(columns, _panel(columns, cpu=True))
-    return sum(2.0 * to * (to - at) * (columns - at) for at, to in found)
 
 
 def _panel(columns: int, *, cpu: bool) -> int:
@@ -290,12 +242,6 @@ def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     return quotient(lost.clamp(min=0), whole)
 
 
-def error_work(columns: int, outputs: int) -> Work:
-    """Return what `relative_error` takes on a CPU: two energies, each from half a product."""
-    half = triangle(columns, _panel(columns, cpu=True))
-    return Work(products=2 * 2.0 * outputs * columns**2 * half)
-
-
 @dataclass(frozen=True)
 class Factor:
     """Upper Cholesky factor U of the inverse damped Gram matrix, H^-1 = U^T U.
@@ -351,11 +297,6 @@ def inverse_factor(gram: Tensor, damping: Number = 0.01) -> Factor:
         f"the Gram matrix is not positive definite even with damping {100 * float(damping):g}: "
         "use more calibration tokens or a larger --damping"
     )
-
-
-def factor_flop(columns: int) -> float:
-    """Return what `inverse_factor` takes, as textbooks count: panels take a little in excess."""
-    return 2 / 3 * columns**3
 
 
 def _factor_device(device: torch.device) -> torch.device:

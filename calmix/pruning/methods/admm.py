@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import Gram, Work
+from calmix.pruning.gram import Gram
 from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers import admm
@@ -70,10 +70,6 @@ class Admm(Method):
             dtype=torch.float32,
             dead=made.dead,
         )
-
-    def work(self, columns: int, outputs: int) -> Work:
-        """Two factorisations; a product an iteration and step, and a few more for the errors."""
-        return admm.work(outputs, columns, iterations=self.iterations, steps=self.refit)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """The Gram matrix, the pruned weights, and what the solver works on."""

@@ -1,7 +1,7 @@
 """What a pruning method is: one class that says what it needs, what it takes, and how it prunes.
 
 Everything else reads that: the engine, the command line's options, study files, the request's
-hash, the manifest, the memory budget and the cost model. A method knows nothing of models, files
+hash, the manifest and the memory budget. A method knows nothing of models, files
 or command lines.
 """
 
@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from calmix.pruning.gram import Statistic, Work
+from calmix.pruning.gram import Statistic
 from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.reading import Number
 
@@ -105,13 +105,6 @@ class Method(BaseModel, ABC):
         the one group.
         """
         return [(1, rows * columns)]
-
-    def work(self, columns: int, outputs: int) -> Work:
-        """Return what solving one input takes, its statistic apart.
-
-        By default weights are read, compared and written once.
-        """
-        return Work(memory=12 * columns * outputs)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """Return the bytes held while one input is solved, its statistic among them.

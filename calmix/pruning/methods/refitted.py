@@ -9,7 +9,7 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
-from calmix.pruning.gram import Gram, Statistic, Work, factor_flop
+from calmix.pruning.gram import Gram, Statistic
 from calmix.pruning.methods.base import Method, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers import refit
@@ -56,21 +56,9 @@ class Refitted(Method):
         """The Gram matrix for a refit, else the method's own statistic."""
         return Gram if self.refit else self.statistic
 
-    def own_work(self, columns: int, outputs: int) -> Work:
-        """Return what the mask takes."""
-        return super().work(columns, outputs)
-
     def own_memory(self, columns: int, outputs: int, widest: int) -> int:
         """Return the bytes held while the mask is chosen, the statistic among them."""
         return super().memory(columns, outputs, widest)
-
-    def work(self, columns: int, outputs: int) -> Work:
-        """The mask; then a factorisation, a product a step, and a few more to hold rows by."""
-        own = self.own_work(columns, outputs)
-        if not self.refit:
-            return own
-        own += Work(factor=factor_flop(columns))
-        return own + refit.work(outputs, columns, steps=self.refit)
 
     def memory(self, columns: int, outputs: int, widest: int) -> int:
         """The mask's; or the Gram matrix, the pruned weights and what the refit works on."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from calmix.precision import large_products
-from calmix.pruning.gram import ENERGY, Factor, Gram, Work, factor_flop, inverse_factor
+from calmix.pruning.gram import ENERGY, Factor, Gram, inverse_factor
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import (
@@ -29,7 +29,7 @@ from calmix.pruning.solvers import columns as fused
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
 AT_ONCE = 32  # on an accelerator: columns whose errors one call solves for, half as many calls
-STEP_VALUES = 24  # values read and written a column step and output (panel of 16, halved, thrice)
+
 MASK_BYTES = BLOCK * 5 * 4  # an output of mask, errors and scores of one block in float32
 
 
@@ -87,15 +87,6 @@ class SparseGPT(Refitted):
         """Every 128 columns are a group, and what is left of them."""
         found = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
         return [(number, size) for number, size in found if number * size]
-
-    def own_work(self, columns: int, outputs: int) -> Work:
-        """Factorisation 2/3 d^3; d steps; corrections r d^2."""
-        return Work(
-            factor=factor_flop(columns),
-            products=outputs * columns**2,
-            steps=columns,
-            cached=columns * STEP_VALUES * outputs * 4,
-        )
 
     def own_memory(self, columns: int, outputs: int, widest: int) -> int:
         """The sum, its factor and what the factorisation holds beside it; the weights transposed;

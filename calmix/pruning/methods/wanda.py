@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calmix.pruning.gram import Squares, Work
+from calmix.pruning.gram import Squares
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import Pattern, SemiStructured, clear, grouped_mask, smallest
@@ -37,10 +37,6 @@ class Wanda(Refitted):
         pruned = [_prune(w, norm, pattern) for w, pattern in zip(weights, patterns, strict=True)]
         counts = self.counts(weights, patterns)
         return Solution(pruned, counts, dead=(statistic == 0).sum())
-
-    def own_work(self, columns: int, outputs: int) -> Work:
-        """Ten times its float32 size through a cache: most of it selects within rows."""
-        return Work(cached=40 * columns * outputs)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Every row is a group."""

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded, widest
-from calmix.pruning.gram import Work, factor_flop, inverse_factor, squared, squared_flop
+from calmix.pruning.gram import inverse_factor, squared
 from calmix.pruning.patterns import (
     Pattern,
     SemiStructured,
@@ -38,7 +38,6 @@ RIDGE = 0.6  # an input's share that others tell is found with so much added to 
 LEAST = 1e-3  # of an input's square sum that counts as its own
 DAMPING = 0.001
 POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
-VALUES = 11  # read and written a weight and iteration
 SAMPLE = 2**14  # weights of which a bound is taken
 
 
@@ -223,17 +222,6 @@ def _semi_structured(state: Tensor, pattern: SemiStructured) -> Tensor:
     panels = state.abs().view(len(state), pattern.m, -1).transpose(0, 1)
     mask = smallest_of_m(panels, pattern.m - pattern.n)
     return mask.transpose(0, 1).to(state.dtype).reshape(state.shape)
-
-
-def work(rows: int, columns: int, *, iterations: int = ITERATIONS, steps: int = REFIT) -> Work:
-    """Return what pruning layers of `rows` in all, which share one input, takes: two
-    factorisations, the square of one, a product an iteration, and the refit."""
-    search = Work(
-        rounded=2.0 * rows * columns**2 * iterations + squared_flop(columns),
-        factor=2 * factor_flop(columns),
-        cached=4.0 * VALUES * rows * columns * iterations,
-    )
-    return search + refit.work(rows, columns, steps=steps)
 
 
 def memory(rows: int, columns: int, most: int | None = None, *, value_bytes: int = 2) -> int:

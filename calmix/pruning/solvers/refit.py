@@ -14,13 +14,12 @@ from torch import Tensor
 
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, large_product, rounded_product
-from calmix.pruning.gram import Work, inverse_factor
+from calmix.pruning.gram import inverse_factor
 from calmix.pruning.reading import holds
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
 STEPS = 10
 DAMPING = 0.001
-VALUES = 16  # read and written a weight and step
 CHECK = 4  # steps between two looks at what the error has become
 
 
@@ -118,17 +117,6 @@ def _checked(steps: int) -> set[int]:
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.vecdot(left, right)[:, None]
-
-
-def work(rows: int, columns: int, *, steps: int = STEPS) -> Work:
-    """Return what a layer's refit takes: a product a step, an error at first and at every check,
-    and every `CHECK` steps one more to go on from weights that are not rounded."""
-    one = 2.0 * rows * columns**2
-    return Work(
-        rounded=(steps + max(0, steps - 1) // CHECK) * one,
-        products=(1 + len(_checked(steps))) * one,
-        cached=4.0 * VALUES * rows * columns * (steps + 1),
-    )
 
 
 def memory(rows: int, columns: int) -> int:
