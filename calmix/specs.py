@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
-from calmix.options import DrawOptions, checked
+from calmix.options import DrawOptions, checked, parse_share
 
 if TYPE_CHECKING:
     from calmix.pruning.patterns import Pattern
@@ -140,8 +140,8 @@ def prune_request(
     if "calibration" not in given:
         raise InputError(
             f"method {chosen.name} needs --calibration, such as "
-            "uniform:python-stdlib,encyclopedia (calmix sources ls) or a .txt, .jsonl or .parquet "
-            "file"
+            "uniform:python-stdlib,encyclopedia (calmix calibrate sources), or a .txt, "
+            ".jsonl or .parquet file"
         )
     draw = _draw(given)
     if drop is not None and isinstance(allocation, dict):
@@ -450,6 +450,6 @@ def _once(option: str, parts: list[str]) -> list[str]:
 
 def _share(text: str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--sparsity {text} is no number, such as 0.6") from None
+        return float(parse_share(text))
+    except ValueError as error:
+        raise InputError(f"--sparsity: {error}") from None

@@ -55,8 +55,8 @@ def test_mistakes_are_one_line(calmix, files, tmp_path):
         ((other, "--against", dense), "cannot be compared"),
         ((half, twin, "--against", dense), "two files are called half:"),
         ((half,), "was scored without a dense model"),
-        ((half, "--against", dense, "--resamples", 0), "at least 1 resample"),
-        ((half, "--against", dense, "--seed", -1), "negative"),
+        ((half, "--against", dense, "--resamples", 0), "must be greater"),
+        ((half, "--against", dense, "--seed", -1), "must be greater"),
     ]:
         ended = calmix("compare", *arguments)
         assert ended.code == 2

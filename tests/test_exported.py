@@ -101,13 +101,13 @@ def test_an_export_is_small_keeps_zeros_and_tells_what_it_is_of(pruned: Path, ma
 
 @needs_openvino
 def test_what_is_changed_in_an_export_is_told(made: Path, tmp_path: Path, calmix: Run) -> None:
-    ended = calmix("inspect", made)
+    ended = calmix("doctor", "inspect", made)
     assert ended.code == 0, ended.err
     assert "openvino, int8 weights" in ended.out
     shutil.copytree(made, tmp_path / "changed")
     with (tmp_path / "changed" / "openvino_model.bin").open("ab") as file:
         file.write(b"\0")
-    ended = calmix("inspect", tmp_path / "changed")
+    ended = calmix("doctor", "inspect", tmp_path / "changed")
     assert (ended.code, "openvino_model.bin is damaged or changed" in ended.err) == (2, True)
 
 

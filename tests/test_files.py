@@ -108,7 +108,7 @@ def test_a_file_mounted_from_elsewhere_is_refused_before_the_work(
     try:
         for verb in (
             ("evaluate", tiny_folder, "--overwrite"),
-            ("measure", text_file, "-m", tiny_folder),
+            ("calibrate", "measure", text_file, "-m", tiny_folder),
         ):
             ended = calmix(*verb, "-o", target)
             assert ended.code == 2

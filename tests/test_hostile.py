@@ -46,8 +46,8 @@ def test_yaml_that_grows_nests_or_runs_is_one_line(
     (tmp_path / "file.yaml").write_text(text)
     command = {
         "study": ("study", "run", "file.yaml", "-o", "store"),
-        "suite": ("suites", "show", "./file.yaml"),
-        "sources": ("sources", "ls", "--sources", "file.yaml"),
+        "suite": ("evaluate", "suite", "./file.yaml"),
+        "sources": ("calibrate", "sources", "--sources", "file.yaml"),
         "mix": ("calibrate", "file.yaml", "-m", model, "-o", "set"),
     }[verb]
     began = time.process_time()
@@ -209,17 +209,17 @@ def test_names_are_printed_as_they_are(calmix, tmp_path):
     path.write_text(
         '"[/bold][red]x":\n  licence: "\\e[2J:smile:"\n  reader: {type: file, path: x}\n'
     )
-    ended = calmix("sources", "ls", "--sources", path)
+    ended = calmix("calibrate", "sources", "--sources", path)
     assert ended.code == 0, ended.err
     assert "[/bold][red]x" in ended.out
     assert "\x1b[2J" not in ended.out
     assert ":smile:" in ended.out
-    ended = calmix("sources", "show", "[/bold]\x1b[2J")
+    ended = calmix("calibrate", "show", "[/bold]\x1b[2J")
     assert ended.code == 2
     assert "\x1b" not in ended.line
     folder = tmp_path / "[bold]"
     folder.mkdir()
     (folder / "t.txt").write_text("alpha " * 400)
-    ended = calmix("sources", "show", folder / "t.txt")
+    ended = calmix("calibrate", "show", folder / "t.txt")
     assert ended.code == 0, ended.err
     assert "[bold]" in ended.out

@@ -57,7 +57,7 @@ def model(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_model_goes_up_with_its_card(calmix: Run, hub: SimpleNamespace, model: Path) -> None:
-    ended = calmix("hub", "push", model, "me/small", "--private")
+    ended = calmix("export", model, "--to", "hub", "--repository", "me/small", "--private")
     assert (ended.code, ended.out.strip(), ended.err) == (0, ADDRESS, "")
     assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
     assert hub.files["README.md"] == b"# card\n"
@@ -65,7 +65,7 @@ def test_a_model_goes_up_with_its_card(calmix: Run, hub: SimpleNamespace, model:
     assert hub.options["repo_id"] == "me/small"
     assert PACK in hub.options["delete_patterns"]  # an earlier pack is not left beside it
     (model / "README.md").unlink()
-    ended = calmix("hub", "push", model, "me/small")
+    ended = calmix("export", model, "--to", "hub", "--repository", "me/small")
     assert ended.code == 0
     assert "pushed without a card" in ended.err
     assert hub.private is None  # of a repository that is there, nothing is changed
@@ -74,7 +74,7 @@ def test_a_model_goes_up_with_its_card(calmix: Run, hub: SimpleNamespace, model:
 def test_a_pack_goes_up_and_comes_back_as_the_model(
     calmix: Run, hub: SimpleNamespace, model: Path, tmp_path: Path
 ) -> None:
-    assert calmix("hub", "push", model, "me/small", "--pack").code == 0
+    assert calmix("export", model, "--to", "hub", "--repository", "me/small", "--pack").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     assert hub.files["README.md"] == b"# card\n"
     fetched = tmp_path / "fetched"
@@ -85,9 +85,11 @@ def test_a_pack_goes_up_and_comes_back_as_the_model(
     for path in model.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     pack(model, tmp_path / "made")
-    assert calmix("hub", "push", tmp_path / "made", "me/small").code == 0
+    assert calmix("export", tmp_path / "made", "--to", "hub", "--repository", "me/small").code == 0
     assert PACK in hub.files
-    line = calmix("hub", "push", tmp_path / "made", "me/small", "--pack").line
+    line = calmix(
+        "export", tmp_path / "made", "--to", "hub", "--repository", "me/small", "--pack"
+    ).line
     assert "is a pack already: leave --pack out" in line
 
 
@@ -106,9 +108,9 @@ def test_what_the_hub_refuses_is_one_line(
         (ConnectionError("down"), "(ConnectionError): nothing was pushed"),
     ):
         hub.error = error
-        ended = calmix("hub", "push", model, "me/small")
+        ended = calmix("export", model, "--to", "hub", "--repository", "me/small")
         assert (ended.code, words in ended.line) == (2, True), ended.err
     (tmp_path / "empty").mkdir()
-    line = calmix("hub", "push", tmp_path / "empty", "me/small").line
+    line = calmix("export", tmp_path / "empty", "--to", "hub", "--repository", "me/small").line
     assert line.endswith("has no config.json: it is not a model folder")
     assert not hub.files

@@ -63,10 +63,10 @@ import calmix
 from calmix.cli import app
 assert calmix.__file__.startswith(sys.argv[2]), calmix.__file__
 for arguments in (
-    ["suites", "show", "smoke"], ["sources", "ls"], ["models", "ls"],
+    ["evaluate", "suite", "smoke"], ["calibrate", "sources"], ["doctor", "models"],
     ["compress", sys.argv[1], "-o", "all", "--effort", "quick", "--calibration", sys.argv[3],
      "--suite", sys.argv[4]],  # prune, recover, evaluate, answer and report
-    ["inspect", "all/model"],
+    ["doctor", "inspect", "all/model"],
 ):
     assert not app(arguments, standalone_mode=False), arguments
 assert "<style>" in Path("all/card.html").read_text(encoding="utf-8")

@@ -98,7 +98,7 @@ def test_a_pack_and_what_it_is_of_stay_where_they_are(pruned: Path, tmp_path: Pa
     made = tmp_path / "pack"
     pack(pruned, made)
     before = {folder: files(folder) for folder in (pruned, made)}
-    for verb, folder in (("pack", pruned), ("unpack", made)):
+    for verb, folder in (("export", "--to", "pack", pruned), ("export", "--to", "model", made)):
         for output, what in ((folder, "is"), (folder.parent, "holds"), (folder / "o", "lies in")):
             ended = calmix(verb, folder, "-o", output, "--overwrite")
             assert (ended.code, f"{output} {what} the input {folder}" in ended.line) == (2, True)
@@ -115,7 +115,7 @@ def test_a_pack_is_loaded_without_its_dense_files(pruned: Path, tmp_path: Path) 
     assert model.dtype == torch.bfloat16
     assert torch.equal(model(ids).logits, dense(ids).logits)
     assert load(tmp_path / "pack", dtype=torch.float32).dtype == torch.float32
-    with pytest.raises(ModelError, match="is a pack: 'calmix unpack"):
+    with pytest.raises(ModelError, match="is a pack: 'calmix export --to model"):
         open_model(str(tmp_path / "pack"))
 
 
@@ -193,14 +193,19 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
 
 def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
     (tmp_path / "empty").mkdir()
-    assert calmix("pack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(
+    assert calmix("export", "--to", "pack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(
         "not a model folder"
     )
-    assert calmix("unpack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(PACK)
-    made = calmix("pack", pruned, "-o", tmp_path / "p")
+    assert calmix(
+        "export", "--to", "model", tmp_path / "empty", "-o", tmp_path / "p"
+    ).line.endswith(PACK)
+    made = calmix("export", "--to", "pack", pruned, "-o", tmp_path / "p")
     assert made.code == 0
     assert "where weights are pruned" in made.out
-    assert "is a pack already" in calmix("pack", tmp_path / "p", "-o", tmp_path / "q").line
-    assert "not empty" in calmix("pack", pruned, "-o", tmp_path / "p").line
-    assert calmix("unpack", tmp_path / "p", "-o", tmp_path / "back").code == 0
+    assert (
+        "is a pack already"
+        in calmix("export", "--to", "pack", tmp_path / "p", "-o", tmp_path / "q").line
+    )
+    assert "not empty" in calmix("export", "--to", "pack", pruned, "-o", tmp_path / "p").line
+    assert calmix("export", "--to", "model", tmp_path / "p", "-o", tmp_path / "back").code == 0
     assert same(pruned, tmp_path / "back")

@@ -30,17 +30,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calmix.capability.records import TaskScores
-from calmix.capability.suites import Score
+from calmix.capability.suites import Measure, Score
 from calmix.errors import InputError
 
 Array = NDArray[np.float64]
-Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)

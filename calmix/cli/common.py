@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -22,11 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-# What the verbs are for, as --help groups them.
-MAKE, TEXT, LEFT, MANY, HERE = (
-    "From a model to a smaller one", "Calibration text", "What is left", "Studies",
-    "This installation and what it makes",
-)  # fmt: skip
+from calmix.errors import InputError
 
 LONGEST = 2000  # characters of the line a mistake is told in
 
@@ -54,53 +49,11 @@ class Terminal(Console):
 out = Terminal()
 err = Terminal(stderr=True)
 
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="Hub id, local folder, .gguf file, or builtin:smollm2-135m.",
-    ),
-]
-Dtype = Annotated[
-    str, typer.Option(help="Compute in float32, bfloat16 or float16; auto: the checkpoint's own.")
-]
 Device = Annotated[str, typer.Option(help="Torch device; auto: an accelerator if there is one.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code shipped with the model.")
-]
-
-Rows = Annotated[int | None, typer.Option(show_default="64", help="Calibration rows.")]
-Length = Annotated[int | None, typer.Option(show_default="512", help="Tokens a row.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run of the same request.")
-]
-OverwriteWork = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace an earlier result, or an interrupted run's work."),
-]
-Packing = Annotated[
-    str | None,
-    typer.Option(show_default="concat", help="concat (documents joined) or window (as C4)."),
-]
-Leakage = Annotated[
-    str | None,
-    typer.Option(
-        show_default="offline",
-        help="Suite whose items the text must not share runs of tokens with; off: no check.",
-    ),
-]
-Licence = Annotated[
-    str | None,
-    typer.Option(
-        show_default="any",
-        help="permissive: no source whose licence is another (calmix sources ls).",
-    ),
-]
-LeakageTokens = Annotated[int | None, typer.Option(show_default="13", help="Tokens in such a run.")]
-Sources = Annotated[
-    Path | None, typer.Option(show_default=False, help="A .yaml file with sources of your own.")
 ]
 
 
@@ -150,9 +103,33 @@ def writing_on(bar: Progress) -> Callable[[str, int, int], None]:
     return show
 
 
+def line(text: str) -> None:
+    """Print a line of the result, as long as it is."""
+    out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
 def note(line: str) -> None:
     """Print a line the user should see beside the result."""
     err.print(line, soft_wrap=True, highlight=False)
+
+
+def parse_weights(text: str | None) -> dict[str, float] | None:
+    """Return weights by name from `general=1,code=2`; a name given twice is refused."""
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            equals = ""
+        if not name or not equals:
+            raise InputError(f"weights are written NAME=NUMBER,..., not '{part.strip()}'")
+        if name in found:
+            raise InputError(f"the weight of {name} is given twice")
+        found[name] = weight
+    return found
 
 
 def size(count: float) -> str:

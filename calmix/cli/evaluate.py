@@ -1,125 +1,126 @@
-"""`evaluate`, `rescore` and `suites`: what a model can do, and what it has kept of another."""
+"""`evaluate` and `compare`: what a model can do, and what it has kept of another."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from calmix.cli.common import (
-    LEFT,
-    AsJson,
-    Device,
-    Dtype,
-    ModelName,
-    TrustRemoteCode,
-    err,
-    out,
-    print_json,
-    progress_bar,
-)
+from calmix.capability.suites import Measure
+from calmix.cli.common import err, line, print_json, progress_bar
 from calmix.cli.tables import print_rows, show, table_of
+from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
-from calmix.files import check_output_file, write_text
+from calmix.files import check_output_file, user_path, write_text
+from calmix.options import Json, ModelOptions, Options, option, path_option
 
 if TYPE_CHECKING:
     from calmix.capability.distance import Flipped
-    from calmix.capability.measures import Measure
-    from calmix.capability.retention import Estimate
+    from calmix.capability.retention import Estimate, Retention
     from calmix.capability.scores import CapabilityScores
-    from calmix.capability.suites import TaskSpec
+    from calmix.capability.suites import Suite, TaskSpec
+
+BESIDE = 3  # models whose intervals fit next to each other into 80 columns
+DENSE = "Dense model, or a .json file of its scores."
 
 
-MeasureName = Annotated[
-    str,
-    typer.Option(
-        "--measure",
-        help="primary (each task's own), probability, bits, smoothed, margin, accuracy or ratio.",
-    ),
-]
-SuiteName = Annotated[
-    str,
-    typer.Option("--suite", help="Suite by name (calmix suites ls), or the path of a YAML file."),
-]
-Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]
-Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
+class RetentionOptions(Options):
+    """How retention is computed from scores."""
+
+    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
+    resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
+    seed: int = option(0, "Seed of the bootstrap.", ge=0, advanced=True)
+
+    def judged(self) -> dict[str, Any]:
+        """Return measure, resamples and seed by name."""
+        return {"measure": self.measure, "resamples": self.resamples, "seed": self.seed}
 
 
-def register(app: typer.Typer) -> None:
+class EvaluateOptions(RetentionOptions, ModelOptions, Json):
+    """What `evaluate` can be asked for."""
+
+    model: str = option(..., "Hub id, folder, .gguf file, or builtin:smollm2-135m.", argument=True)
+    suite: str = option("offline", "Suite by name, or a YAML file.")
+    against: str | None = option(None, DENSE, metavar="DENSE")
+    output: Path | None = path_option("JSON file to write, with every item.", default=None)
+    quick: bool = option(False, "The suite's quick slice.")
+    limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1)
+    dimension: tuple[str, ...] = option((), "Only this dimension (repeat).")
+    task: tuple[str, ...] = option((), "Only this task (repeat).")
+    allow_code_execution: bool = option(
+        False, "Run code the model writes, in a limited subprocess."
+    )
+    text: tuple[str, ...] = option(
+        (), "Text to measure distance on, e.g. code=mine.jsonl (repeat).", metavar="NAME=PATH",
+        advanced=True,
+    )  # fmt: skip
+    batch_tokens: int | None = option(
+        None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
+    )
+    no_cache: bool = option(False, "Score the dense model again.", advanced=True)
+    overwrite: bool = option(False, "Replace the output file.")
+
+
+class RescoreOptions(RetentionOptions, Json):
+    """What `evaluate rescore` can be asked for."""
+
+    file: Path = option(..., "A file of calmix evaluate -o.", argument=True)
+    against: Path | None = option(None, "The dense model's file.", shown="the one in FILE")
+
+
+class CompareOptions(RetentionOptions, Json):
+    """What `compare` can be asked for."""
+
+    scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True)
+    against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES")
+
+
+class AnswerOptions(ModelOptions):
+    """What `evaluate answers` can be asked for."""
+
+    models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True)
+    output: Path = path_option("JSON file to write.")
+    suite: str = option("offline", "Suite whose items are asked.")
+    prompts: Path | None = option(None, "Prompts of your own: .txt, .jsonl or .parquet.")
+    overwrite: bool = option(False, "Replace the output file.")
+
+
+class PerplexityOptions(ModelOptions, Json):
+    """What `evaluate perplexity` can be asked for."""
+
+    model: str = option(..., "Hub id, folder, .gguf file, or builtin:smollm2-135m.", argument=True)
+    text: Path = option(..., "A .txt, .jsonl or .parquet file.")
+    length: int = option(2048, "Tokens per window.", ge=2)
+    separator: str = option("", "Text between the documents of the file.", advanced=True)
+
+
+class SuiteOptions(Json):
+    """What `evaluate suite` can be asked for."""
+
+    name: str = option(..., "Suite by name, or a YAML file.", argument=True)
+
+
+def register(app: typer.Typer, panel: str) -> None:
     """Add the verbs to the command line."""
-    app.command("evaluate", rich_help_panel=LEFT)(evaluate_command)
-    app.command("rescore", rich_help_panel=LEFT)(rescore)
-    suites = typer.Typer(no_args_is_help=True, help="Suites of tasks by capability dimension.")
-    suites.command("ls")(suites_ls)
-    suites.command("show")(suites_show)
-    app.add_typer(suites, name="suites", rich_help_panel=LEFT)
+    evaluate = group(app, "evaluate", "Score a model, and what it kept of a dense one.", "run",
+                     panel)  # fmt: skip
+    verb(evaluate, "run")(run)
+    verb(evaluate, "rescore")(rescore)
+    verb(evaluate, "answers")(answers)
+    verb(evaluate, "perplexity")(perplexity)
+    verb(evaluate, "suites")(suites)
+    verb(evaluate, "suite")(suite)
+    verb(app, "compare", panel)(compare)
 
 
-def evaluate_command(
-    model: ModelName,
-    suite: SuiteName = "offline",
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DENSE",
-            show_default=False,
-            help="Dense model, or a .json file of its scores, to measure retention against.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", show_default=False, help="JSON file to write, with every item."
-        ),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The suite's quick slice.")] = False,
-    limit: Annotated[
-        int | None, typer.Option(show_default=False, help="At most so many items a task.")
-    ] = None,
-    dimension: Annotated[
-        list[str] | None, typer.Option(show_default=False, help="Only this dimension (repeat).")
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(show_default=False, help="Only this task (repeat).")
-    ] = None,
-    allow_code_execution: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution", help="Run code the model writes, in a limited subprocess."
-        ),
-    ] = False,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH",
-            show_default="held-out text of each dimension",
-            help="Measure the distance to DENSE on this .txt, .jsonl or .parquet file (repeat).",
-        ),
-    ] = None,
-    measure: MeasureName = "primary",
-    resamples: Resamples = 2000,
-    seed: Seed = 0,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(show_default="2048", help="Tokens in one forward pass: speed and memory."),
-    ] = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Score the dense model even if its scores are known.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
-    ] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Score a model on a suite, and with --against say what it has kept, with intervals."""
+def run(options: EvaluateOptions) -> None:
+    """Score a model on a suite; with --against, report what it kept, with intervals."""
     from calmix.calibration import open_tokenizer
     from calmix.capability import evaluate as capability
     from calmix.capability.distance import distance, reference
@@ -128,161 +129,153 @@ def evaluate_command(
     from calmix.capability.texts import builtin_readers, parse_texts, texts
     from calmix.models import OpenModel, check_models, open_model
 
+    model, against, output = options.model, options.against, options.output
     chosen = capability.choose(
-        suite, dimensions=dimension or (), tasks=task or (), quick=quick, limit=limit
-    )
-    capability.check_code(chosen, allow_code_execution)
-    judged = check_bootstrap(measure, resamples, seed)
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"--batch-tokens must be positive, not {batch_tokens}")
+        options.suite, dimensions=options.dimension, tasks=options.task, quick=options.quick,
+        limit=options.limit,
+    )  # fmt: skip
+    capability.check_code(chosen, options.allow_code_execution)
     saved = against is not None and against.lower().endswith(".json")
-    own = parse_texts(text or ())
+    own = parse_texts(options.text)
     if own and (against is None or saved):
         raise InputError("--text measures the distance to a dense model: name it with --against")
-    how: dict[str, Any] = {
-        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
+    how = options.opening()
     named = [model] if against is None or saved else [model, against]
     check_models(*named, **how)
     if output is not None:
-        inputs = [model, against, suite_file(suite), *own.values()]
-        check_output_file(output, inputs=inputs, overwrite=overwrite)
+        inputs = [model, against, suite_file(options.suite), *own.values()]
+        check_output_file(output, inputs=inputs, overwrite=options.overwrite)
 
-    def opened(name: str) -> OpenModel:
-        return open_model(name, **how)
-
-    def run(model: OpenModel, dense: bool) -> CapabilityScores:
+    def score(opened: OpenModel, dense: bool) -> CapabilityScores:
         with progress_bar() as bar:
-            job = bar.add_task(f"scoring {model.name}", total=None)
             return capability.evaluate(
-                model,
-                chosen,
-                batch_tokens=batch_tokens,
-                allow_code_execution=allow_code_execution,
-                floors=dense or against is None,
-                cache=dense and not no_cache,
-                progress=lambda done, total: bar.update(job, completed=done, total=total),
-            )
+                opened, chosen, batch_tokens=options.batch_tokens,
+                allow_code_execution=options.allow_code_execution,
+                floors=dense or against is None, cache=dense and not options.no_cache,
+                progress=_shown(bar, f"scoring {opened.name}"),
+            )  # fmt: skip
 
     # All is read, and refused if it does not fit, before anything is scored.
-    dense, kept_of = None, None
-    held: dict[str, Any] = {}
+    dense, kept_of, held = None, None, {}
     if against is not None and saved:
-        dense = load_scores(Path(against).expanduser())
+        dense = load_scores(user_path(against))
         check_same_suite(describe(chosen), dense.suite)
-        dense.retention(dense, measure=judged, resamples=1)
+        dense.retention(dense, measure=options.measure, resamples=1)
     for name in named:
-        open_tokenizer(name, trust_remote_code=trust_remote_code)
+        open_tokenizer(name, trust_remote_code=options.trust_remote_code)
     if against is not None and not saved:
-        whole = opened(against)
+        whole = open_model(against, **how)
         known = [name for name in chosen.dimensions if name in builtin_readers()]
         if known or own:
             held = texts(whole, own, dimensions=known)
-            kept_of = reference(whole, held, cache=not no_cache)
-        dense = run(whole, True)
+            kept_of = reference(whole, held, cache=not options.no_cache)
+        dense = score(whole, True)
         del whole
-    pruned = opened(model)
+    pruned = open_model(model, **how)
+    found = None
     if kept_of is not None:
         with progress_bar() as bar:
-            job = bar.add_task("distance to the dense model", total=None)
             found = distance(
-                pruned,
-                kept_of,
-                held,
-                dense=lambda: opened(str(against)),
-                resamples=resamples,
-                seed=seed,
-                progress=lambda done, total: bar.update(job, completed=done, total=total),
-            )
-    scores = run(pruned, False)
-    if kept_of is not None:
-        scores = replace(scores, distance=found.to_dict())
+                pruned, kept_of, held, dense=lambda: open_model(str(against), **how),
+                resamples=options.resamples, seed=options.seed,
+                progress=_shown(bar, "distance to the dense model"),
+            ).to_dict()  # fmt: skip
+    scores = replace(score(pruned, False), distance=found)
     result: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
-        kept = scores.retention(dense, measure=judged, resamples=resamples, seed=seed)
+        kept = scores.retention(dense, **options.judged())
         result |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
-    if as_json:
+    if options.as_json:
         print_json(result)
         return
-    if dense is None:
-        _print_scores(scores, judged)
-    else:
-        _print_retention(scores, dense, judged, resamples, seed)
+    _print(scores, dense, options)
     for name, count in scores.truncated.items():
         err.print(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
         err.print(f"wrote {output}", soft_wrap=True)
 
 
-def check_bootstrap(measure: str, resamples: int, seed: int) -> Measure:
-    """Return the measure, the options of the intervals checked beside it.
-
-    Raises:
-        InputError: an unknown measure, no resample, a negative seed.
-    """
-    from calmix.capability.measures import check_measure
-
-    if resamples < 1:
-        raise InputError(f"the bootstrap needs at least 1 resample, not {resamples}")
-    if seed < 0:
-        raise InputError(f"the seed must not be negative, but is {seed}")
-    return check_measure(measure)
+def _shown(bar: Any, what: str) -> Callable[[int, int], None]:
+    task = bar.add_task(what, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def rescore(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", show_default=False, help="A file of calmix evaluate -o."),
-    ],
-    measure: MeasureName = "primary",
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DENSE",
-            show_default="the one in FILE, if any",
-            help="The dense model's file.",
-        ),
-    ] = None,
-    resamples: Resamples = 2000,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Compute scores and retention anew from a file, by another measure, without the model."""
+def rescore(options: RescoreOptions) -> None:
+    """Compute scores and retention again from a file, by another measure, without the model."""
     from calmix.capability.scores import load_dense, load_scores
 
-    judged = check_bootstrap(measure, resamples, seed)
-    scores = load_scores(file)
-    dense = load_dense(file) if against is None else load_scores(against)
-    if dense is None:
-        if as_json:
-            print_json(score_rows(scores, judged))
-        else:
-            _print_scores(scores, judged)
-        return
-    if as_json:
-        print_json(
-            scores.retention(dense, measure=judged, resamples=resamples, seed=seed).to_dict()
-        )
+    scores, against = load_scores(options.file), options.against
+    dense = load_dense(options.file) if against is None else load_scores(against)
+    if not options.as_json:
+        _print(scores, dense, options)
+    elif dense is None:
+        print_json(score_rows(scores, options.measure))
     else:
-        _print_retention(scores, dense, judged, resamples, seed)
+        print_json(scores.retention(dense, **options.judged()).to_dict())
 
 
-def _head(table: Table, dimension: str, seen: set[str]) -> None:
-    """Begin a dimension's part of a table with its name."""
-    if dimension not in seen:
-        seen.add(dimension)
-        table.add_row(Text(dimension, style="bold"))
+def compare(options: CompareOptions) -> None:
+    """Put the retention of several models next to each other, dimension by dimension."""
+    from calmix.capability.distance import flips
+    from calmix.capability.scores import load_dense, load_scores
 
-
-def _suite_title(scores: CapabilityScores) -> str:
-    suite = scores.suite
-    return f"suite {suite['name']} version {suite['version']}, {scores.dtype}"
+    scores, how = options.scores, options.judged()
+    # A folder of calmix compress is known by its own name.
+    names = [path.resolve().parent.name if path.stem == "scores" else path.stem for path in scores]
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
+    dense = load_dense(scores[0]) if options.against is None else load_scores(options.against)
+    if dense is None:
+        raise InputError(
+            f"{scores[0]} was scored without a dense model: name its file with --against"
+        )
+    models = {name: load_scores(path) for name, path in zip(names, scores, strict=True)}
+    kept = {name: one.retention(dense, **how) for name, one in models.items()}
+    if options.as_json:
+        print_json({name: retention.to_dict() for name, retention in kept.items()})
+        return
+    how_flips = {"resamples": options.resamples, "seed": options.seed}
+    changed = [flips(dense.tasks, one.tasks, **how_flips).total for one in models.values()]
+    far = [(model.distance or {}).get("total") for model in models.values()]
+    whole: list[Retention] = list(kept.values())
+    rows: dict[str, list[str]] = {
+        one.name: [interval(each.of(one.name)) for each in whole] for one in whole[0].dimensions
+    }
+    rows["total"] = [interval(each.total) for each in whole]
+    rows["worst"] = [each.worst or "-" for each in whole]
+    if options.measure != "accuracy":
+        by = how | {"measure": "accuracy"}
+        rows["by accuracy"] = [interval(m.retention(dense, **by).total) for m in models.values()]
+    if any(far):
+        rows["KL to dense"] = [_kl_cells(one, far)[0] for one in far]
+        rows["top-1 %"] = [_kl_cells(one, far)[-1] for one in far]
+    rows["flips %"] = ["-" if one is None else interval(one.share) for one in changed]
+    suite = dense.suite
+    title = f"retention %, suite {suite['name']} version {suite['version']}, by {options.measure}"
+    least = ["by accuracy", "top-1 %", "flips %", "worst", "KL to dense"]
+    if len(models) <= BESIDE:
+        least = []
+        table = table_of(title, ["", *names])
+        for label, cells in rows.items():
+            if label in ("total", "by accuracy", "KL to dense"):
+                table.add_section()
+            table.add_row(label, *cells)
+    else:  # a row a model, the intervals but the total's left out
+        table = table_of(title, ["", *rows])
+        for number, name in enumerate(names):
+            cells = [
+                row[number] if label == "total" else row[number].split(" ")[0]
+                for label, row in rows.items()
+            ]
+            table.add_row(name, *cells)
+    show(table, least=least)
+    _legend(options)
 
 
 def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any]]:
-    """Return a record a task: its score, what knowing nothing scores, noise, signal, accuracy."""
+    """Return a record a task: its score, its baseline, noise, signal, accuracy."""
     kept = scores.retention(scores, measure=measure, resamples=1)
     return [
         {
@@ -294,108 +287,103 @@ def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any
     ]  # fmt: skip
 
 
-def _print_scores(scores: CapabilityScores, measure: Measure) -> None:
+def _print(
+    scores: CapabilityScores, dense: CapabilityScores | None, options: RetentionOptions
+) -> None:
+    """Print scores, or what they are of a dense model's."""
+    suite = scores.suite
+    title = f"suite {suite['name']} version {suite['version']}, {scores.dtype}"
+    if dense is not None:
+        _print_retention(scores, dense, options, title)
+        return
     table = table_of(
-        f"{scores.model}: {_suite_title(scores)}, {scores.seconds:.0f} s",
-        ["task", "scored by", "n", "floor", "score", "signal", "accuracy"],
-        left=2,
-    )
+        f"{scores.model}: {title}, {scores.seconds:.0f} s",
+        ["task", "scored by", "n", "baseline", "score", "signal", "accuracy"], left=2,
+    )  # fmt: skip
     seen: set[str] = set()
-    for row in score_rows(scores, measure):
+    for row in score_rows(scores, options.measure):
         _head(table, row["dimension"], seen)
         table.add_row(
-            f"  {row['task']}",
-            row["score"],
-            str(row["n"]),
-            _number(row["floor"]),
-            _number(row["value"]),
-            "yes" if row["signal"] else "no",
-            _number(row["accuracy"]),
-        )
-    show(table, least=["scored by", "floor", "accuracy", "n"])
+            f"  {row['task']}", row["score"], str(row["n"]), _number(row["floor"]),
+            _number(row["value"]), "yes" if row["signal"] else "no", _number(row["accuracy"]),
+        )  # fmt: skip
+    show(table, least=["scored by", "baseline", "accuracy", "n"])
+
+
+def _head(table: Table, dimension: str, seen: set[str]) -> None:
+    """Begin a dimension's part of a table with its name."""
+    if dimension not in seen:
+        seen.add(dimension)
+        table.add_row(Text(dimension, style="bold"))
 
 
 def _print_retention(
-    scores: CapabilityScores,
-    dense: CapabilityScores,
-    measure: Measure,
-    resamples: int,
-    seed: int,
+    scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions, title: str
 ) -> None:
-    kept = scores.retention(dense, measure=measure, resamples=resamples, seed=seed)
-    title = f"{scores.model} against {dense.model}: {_suite_title(scores)}"
+    kept = scores.retention(dense, **options.judged())
     columns = ["task", "n", "scored by", "dense", "pruned", "accuracy", "retention %"]
-    table = table_of(title, columns)
+    table = table_of(f"{scores.model} against {dense.model}: {title}", columns)
     seen: set[str] = set()
     for task in kept.tasks:
         _head(table, task.dimension, seen)
         pair = f"{_number(task.dense_accuracy)} {_number(task.pruned_accuracy)}"
         table.add_row(
-            f"  {task.name}",
-            str(task.items),
-            task.score,
-            _number(task.dense),
-            _number(task.pruned),
-            pair if task.dense_accuracy is not None else "-",
+            f"  {task.name}", str(task.items), task.score, _number(task.dense),
+            _number(task.pruned), pair if task.dense_accuracy is not None else "-",
             interval(task.kept) if task.signal else "no signal",
-        )
+        )  # fmt: skip
     show(table, least=["scored by", "n", "accuracy", "dense", "pruned"])
-    other = scores.retention(dense, measure="accuracy", resamples=resamples, seed=seed)
+    other = scores.retention(dense, **options.judged() | {"measure": "accuracy"})
     summary = table_of(
         "retention %, mean over tasks with signal",
-        ["dimension", "tasks", f"by {measure}", "by accuracy"],
+        ["dimension", "tasks", f"by {options.measure}", "by accuracy"],
     )
     for dimension in kept.dimensions:
         counted = dimension.tasks - len(dimension.without_signal)
         summary.add_row(
-            dimension.name,
-            f"{counted} of {dimension.tasks}",
-            interval(dimension.kept),
+            dimension.name, f"{counted} of {dimension.tasks}", interval(dimension.kept),
             interval(other.of(dimension.name)),
-        )
+        )  # fmt: skip
     summary.add_section()
     summary.add_row("total", "", interval(kept.total), interval(other.total))
-    if kept.worst is not None:
-        summary.add_row(
-            f"worst: {kept.worst}", "", interval(kept.of(kept.worst)),
-            interval(other.of(kept.worst)),
-        )  # fmt: skip
+    if (worst := kept.worst) is not None:
+        both = interval(kept.of(worst)), interval(other.of(worst))
+        summary.add_row(f"worst: {worst}", "", *both)
     show(summary)
-    silent = [task.name for task in kept.tasks if not task.signal]
-    if silent:
-        out.print(
-            "no signal (dense score within its noise of knowing nothing, left out): "
+    if silent := [task.name for task in kept.tasks if not task.signal]:
+        line(
+            "no signal (dense score within its noise of the baseline, left out): "
             + ", ".join(silent)
         )
-    out.print(legend(resamples, seed), highlight=False)
-    _print_distance(scores, dense, resamples, seed)
+    _legend(options)
+    _print_distance(scores, dense, options)
 
 
 def _print_distance(
-    scores: CapabilityScores, dense: CapabilityScores, resamples: int, seed: int
+    scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions
 ) -> None:
-    """Print how far a model is from the dense one: KL on texts if measured, flips on items."""
+    """Print KL to the dense model on texts, if measured, and flips on items."""
     from calmix.capability.distance import flips
 
-    changed = flips(dense.tasks, scores.tasks, resamples=resamples, seed=seed)
+    changed = flips(dense.tasks, scores.tasks, resamples=options.resamples, seed=options.seed)
     measured = scores.distance
     columns = ["text", "KL", "median", "99 %", "top-1 %"] if measured else ["items"]
     table = table_of("distance to the dense model", [*columns, "flips %"])
     parts = dict(measured["dimensions"]) if measured else {}
     for name in dict.fromkeys([*parts, *changed.dimensions]):
         share = changed.dimensions.get(name)
-        table.add_row(name, *kl_cells(parts.get(name), measured), _share(share))
+        table.add_row(name, *_kl_cells(parts.get(name), measured), _share(share))
     table.add_section()
     total = measured["total"] if measured else None
-    table.add_row("total", *kl_cells(total, measured), _share(changed.total))
+    table.add_row("total", *_kl_cells(total, measured), _share(changed.total))
     show(table, least=["median", "99 %", "top-1 %"])
     if measured is None:
-        out.print("KL to the dense model needs the model itself: --against MODEL, not its scores")
+        line("KL to the dense model needs the model itself: --against MODEL, not its scores")
     else:
-        out.print("KL(dense || pruned) in nats a token; flips: items right under one alone")
+        line("KL(dense || pruned) in nats a token; flips: items right under one alone")
 
 
-def kl_cells(found: dict[str, Any] | None, measured: Any) -> list[str]:
+def _kl_cells(found: dict[str, Any] | None, measured: Any) -> list[str]:
     """Return a distance's cells; none where no distance was measured at all."""
     if not measured:
         return []
@@ -412,11 +400,10 @@ def _share(found: Flipped | None) -> str:
     return "-" if found is None else interval(found.share)
 
 
-def legend(resamples: int, seed: int) -> str:
-    """Return what the figures of a table of retention mean."""
-    return (
-        "100 is the dense model, 0 one without the knowledge; by accuracy: corrected for\n"
-        f"chance. Brackets: 95 %, over items, {resamples} resamples, seed {seed}."
+def _legend(options: RetentionOptions) -> None:
+    line(
+        "100 = dense model, 0 = baseline without task knowledge (by accuracy: chance).\n"
+        f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}."
     )
 
 
@@ -435,37 +422,79 @@ def interval(value: Estimate) -> str:
     return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]"
 
 
-def suites_ls(as_json: AsJson = False) -> None:
-    """List the builtin suites. The path of a YAML file is a suite too."""
-    from calmix.capability.suites import builtin_suites, provenance
-    from calmix.sources.licences import use_of
+def answers(options: AnswerOptions) -> None:
+    """Write what several models answer to the same prompts, greedily."""
+    from calmix.capability.answers import Answered, answer, read_prompts, suite_prompts
+    from calmix.capability.suites import load_suite, suite_file
+    from calmix.models import check_models, open_model
 
-    rows = [
-        {
-            "name": suite.name,
-            "version": suite.version,
-            "dimensions": ", ".join(suite.dimensions),
-            "tasks": len(suite.tasks),
+    models, prompts, output = options.models, options.prompts, options.output
+    chosen, how = load_suite(options.suite), options.opening()
+    check_models(*models, **how)
+    inputs = [*models, prompts, suite_file(options.suite)]
+    check_output_file(output, inputs=inputs, overwrite=options.overwrite)
+    asked = read_prompts(prompts) if prompts is not None else suite_prompts(chosen)
+    if not asked:
+        raise InputError(
+            f"suite {options.suite} has no items in the archive to ask: give --prompts FILE"
+        )
+    named, written = [], []
+    for name in models:
+        opened = open_model(name, **how)
+        with progress_bar() as bar:
+            written.append(answer(opened, asked, progress=_shown(bar, f"{name} answers")))
+        named.append((name, opened.fingerprint))
+    Answered(tuple(asked), tuple(named), tuple(written)).save(output)
+    same = sum(len(set(texts)) == 1 for texts in zip(*written, strict=True))
+    line(f"{output}: {len(asked)} prompts, {same} with the same answer of all models")
+
+
+def perplexity(options: PerplexityOptions) -> None:
+    """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
+    from calmix.capability.perplexity import perplexity as measure
+    from calmix.models import check_models, open_model
+    from calmix.sources.readers import LocalFile
+
+    check_models(options.model, **options.opening())
+    documents = LocalFile(type="file", path=options.text).read()
+    whole = options.separator.join(document.text for document in documents)
+    opened = open_model(options.model, **options.opening())
+    with progress_bar() as bar:
+        tick = _shown(bar, "scoring windows")
+        result = measure(opened, whole, length=options.length, tick=tick)
+    if options.as_json:
+        print_json({"model": options.model, "text": str(options.text)} | asdict(result))
+    else:
+        line(f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
+             f"(context {result.length}, {result.windows} windows)")  # fmt: skip
+
+
+def suites(options: Json) -> None:
+    """List the builtin suites; the path of a YAML file is a suite too."""
+    from calmix.capability.suites import builtin_suites
+
+    rows = []
+    for each in builtin_suites().values():
+        whose = {name: _whose(spec) for name, spec in each.tasks.items()}
+        row: dict[str, Any] = {
+            "name": each.name,
+            "version": each.version,
+            "dimensions": ", ".join(each.dimensions),
+            "tasks": len(each.tasks),
             "not for commercial use": ", ".join(
-                name
-                for name, spec in suite.tasks.items()
-                if use_of(provenance(spec)["licence"]) == "non-commercial"
+                name for name, told in whose.items() if told["use"] == "non-commercial"
             ),
-            "description": suite.description,
+            "description": each.description,
         }
-        | ({"task": {n: _whose(spec) for n, spec in suite.tasks.items()}} if as_json else {})
-        for suite in builtin_suites().values()
-    ]
+        rows.append(row | ({"task": whose} if options.as_json else {}))
     print_rows(
-        rows,
-        as_json=as_json,
-        text=["dimensions", "not for commercial use", "description"],
+        rows, as_json=options.as_json, text=["dimensions", "not for commercial use", "description"],
         least=["not for commercial use", "tasks"],
-    )
+    )  # fmt: skip
 
 
 def _whose(spec: TaskSpec) -> dict[str, str]:
-    """Return licence, what it lets one do, and origin of a task's items."""
+    """Return licence, permitted use and origin of a task's items."""
     from calmix.capability.suites import provenance
     from calmix.sources.licences import use_of
 
@@ -473,38 +502,32 @@ def _whose(spec: TaskSpec) -> dict[str, str]:
     return {**found, "use": use_of(found["licence"])}
 
 
-def suites_show(
-    name: Annotated[str, typer.Argument(help="Suite by name, or the path of a YAML file.")],
-    as_json: AsJson = False,
-) -> None:
-    """Show a suite's tasks; a user's own file is checked by that."""
+def suite(options: SuiteOptions) -> None:
+    """Show a suite's tasks, which also checks a file of your own."""
     from calmix.capability.suites import load_suite
 
-    suite = load_suite(name)
-    if as_json:
-        whose = {name: _whose(spec) for name, spec in suite.tasks.items()}
-        told = suite.model_dump(mode="json", exclude_none=True)
-        print_json({**told, "hash": suite.hash, "provenance": whose})
+    shown: Suite = load_suite(options.name)
+    if options.as_json:
+        whose = {name: _whose(spec) for name, spec in shown.tasks.items()}
+        told = shown.model_dump(mode="json", exclude_none=True)
+        print_json({**told, "hash": shown.hash, "provenance": whose})
         return
     table = table_of(
-        f"{suite.name} version {suite.version}: {suite.description}",
-        ["task", "metric", "shots", "items", "quick", "chance", "data"],
-        left=2,
-    )
+        f"{shown.name} version {shown.version}: {shown.description}",
+        ["task", "metric", "shots", "items", "quick", "chance", "data"], left=2,
+    )  # fmt: skip
     table.columns[-1].justify = "left"
     seen: set[str] = set()
-    for task, spec in suite.tasks.items():
-        _head(table, suite.dimension_of(task), seen)
+    for task, spec in shown.tasks.items():
+        _head(table, shown.dimension_of(task), seen)
         which = "even" if spec.items == "even" else "all"
         table.add_row(
-            f"  {task}",
-            spec.metric,
-            "own" if spec.shots is None else str(spec.shots),
+            f"  {task}", spec.metric, "own" if spec.shots is None else str(spec.shots),
             which if spec.limit is None else f"{which}, {spec.limit}",
             str(spec.quick or spec.limit or "all"),
             "-" if spec.chance is None else str(spec.chance),
             " ".join(part for part in (spec.harness, spec.archive) if part),
-        )
+        )  # fmt: skip
     show(table, text=["data"], least=["chance", "shots", "metric", "data"])
-    rows = [{"task": name, **_whose(spec)} for name, spec in suite.tasks.items()]
+    rows = [{"task": name, **_whose(spec)} for name, spec in shown.tasks.items()]
     print_rows(rows, as_json=False, text=["licence"], least=["origin", "licence"])

@@ -1,202 +1,171 @@
-"""`study analyse`, `study report` and `recommend`: what a finished or running study shows."""
+"""`study analyse`, `report`, `recommend` and `power`: what a finished or running study shows."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from calmix.cli.common import MANY, AsJson, out, print_json
+from calmix.capability.suites import Measure
+from calmix.cli.common import line, parse_weights, print_json
 from calmix.cli.tables import print_rows
+from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_output_folder, real_place
+from calmix.options import Json, option, path_option
 
 if TYPE_CHECKING:
-    from calmix.analysis import Analysis, Recommendation
-    from calmix.capability.measures import Measure as Kind
+    from calmix.analysis import Analysis
+    from calmix.analysis.power import Needed
+    from calmix.analysis.recommend import Recommendation
     from calmix.study.results import StudyResults
 
-Study = Annotated[
-    Path,
-    typer.Argument(
-        metavar="STUDY", show_default=False, help="A study's folder, running, finished or exported."
-    ),
-]
-Folder = Annotated[Path | None, typer.Option("-o", "--output", show_default=False)]
-Method = Annotated[
-    str | None, typer.Option(show_default="all", help="Only trials of this pruning method.")
-]
-Sparsity = Annotated[
-    str | None, typer.Option(show_default="all", help="Only this sparsity or pattern: 0.6 or 2:4.")
-]
-Measure = Annotated[
-    str,
-    typer.Option(
-        help="What retention is of: primary (each task's own score), probability, bits, smoothed, "
-        "margin, accuracy (the paper's, corrected for chance) or ratio (not corrected)."
-    ),
-]
-Over = Annotated[
-    str,
-    typer.Option(help="Sets that count in correlations: single sources, or all (mixes too)."),
-]
-Default = Annotated[
-    str | None,
-    typer.Option(
-        show_default="mean of the single sources", help="The set that margins are measured over."
-    ),
-]
-Permutations = Annotated[int, typer.Option(help="Draws for p-values beyond 8 sets.")]
-Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")]
-Seed = Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result of another kind.")
-]
+MANY = 999  # seeds, or times the items: more are not counted out
 
 
-def register(app: typer.Typer, study: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    study.command("analyse")(analyse)
-    study.command("report")(report)
-    app.command("recommend", rich_help_panel=MANY)(recommend)
+class StudyOptions(Json):
+    """Which trials of a study are looked at, and by what."""
+
+    study: Path = option(..., "A study's folder, running or exported.", argument=True)
+    method: str | None = option(None, "Only trials of this pruning method.")
+    sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")
+    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
 
 
-def analyse(
-    study: Study,
-    output: Folder = None,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    measure: Measure = "primary",
-    over: Over = "single",
-    default: Default = None,
-    permutations: Permutations = 19_999,
-    resamples: Resamples = 2_000,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Correlations, trade-offs, ranking and differences as JSON and CSV, and what they say.
+class AnalyseOptions(StudyOptions):
+    """What `study analyse` and `study report` can be asked for."""
 
-    Writes to STUDY/analysis unless -o names another folder.
-    """
-    folder = _folder(study, output, "analysis", "analysis.json", overwrite)
-    _, found = _analysis(
-        study, method, sparsity, measure, over, default, permutations, resamples, seed
+    output: Path | None = path_option("Folder to write.", default=None, shown="in STUDY")
+    overwrite: bool = option(False, "Replace what calmix wrote there.")
+    over: Literal["single", "all"] = option(
+        "single", "Sets that count in correlations.", advanced=True
     )
+    default: str | None = option(
+        None, "The set that margins are over.", shown="mean of the single sources", advanced=True
+    )
+    permutations: int = option(19_999, "Permutations beyond 8 sets.", ge=1, advanced=True)
+    resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
+    seed: int = option(0, "Seed of permutations and bootstrap.", ge=0, advanced=True)
+
+
+class RecommendOptions(StudyOptions):
+    """What `study recommend` can be asked for."""
+
+    weights: str | None = option(
+        None, "Weight of each dimension, e.g. general=1,code=2.", shown="all equal"
+    )
+    top: int = option(5, "Sets to list for each condition.", ge=1)
+
+
+class PowerOptions(StudyOptions):
+    """What `study power` can be asked for."""
+
+    difference: str = option("1,2,3", "Points of retention to detect.", metavar="POINTS,...")
+
+
+def register(study: typer.Typer) -> None:
+    """Add the verbs to the group."""
+    for act in (analyse, report, recommend, power):
+        verb(study, act.__name__)(act)
+
+
+def analyse(options: AnalyseOptions) -> None:
+    """Ranking, differences and correlations as JSON and CSV, with a summary."""
+    folder = _folder(options, "analysis", "analysis.json")
+    _, found = _analysis(options)
     found.save(folder)
-    _tell(found, folder / "analysis.json", as_json)
+    _print(found, folder / "analysis.json", options.as_json)
 
 
-def report(
-    study: Study,
-    output: Folder = None,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    measure: Measure = "primary",
-    over: Over = "single",
-    default: Default = None,
-    permutations: Permutations = 19_999,
-    resamples: Resamples = 2_000,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """One HTML page with figures, tables and a summary, and a brief one to pass on.
-
-    Writes to STUDY/report unless -o names another folder, the figures as PNG and SVG too.
-    """
+def report(options: AnalyseOptions) -> None:
+    """One HTML page with figures, tables and a summary, and a brief one to pass on."""
     from calmix.report import write_report
 
-    folder = _folder(study, output, "report", "report.html", overwrite)
-    results, found = _analysis(
-        study, method, sparsity, measure, over, default, permutations, resamples, seed
-    )
+    folder = _folder(options, "report", "report.html")
+    results, found = _analysis(options)
     write_report(results, found, folder)
-    _tell(found, folder / "report.html", as_json)
+    _print(found, folder / "report.html", options.as_json)
 
 
-def recommend(
-    study: Study,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME=WEIGHT,...", show_default="all equal",
-            help="How much each dimension matters, for example general=1,code=2.",
-        ),
-    ] = None,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    measure: Measure = "primary",
-    top: Annotated[int, typer.Option(help="Sets to list for each method and sparsity.")] = 5,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
+def _analysis(options: AnalyseOptions) -> tuple[StudyResults, Analysis]:
+    from calmix.analysis import Settings
+    from calmix.analysis import analyse as analysis_of
+
+    settings = Settings(
+        options.measure, options.over, options.default, options.permutations, options.resamples,
+        options.seed,
+    )  # fmt: skip
+    results = _results(options)
+    return results, analysis_of(results, settings, method=options.method, sparsity=options.sparsity)
+
+
+def _results(options: StudyOptions) -> StudyResults:
+    from calmix.study import read_results
+
+    return read_results(options.study)
+
+
+def _folder(options: AnalyseOptions, name: str, inside: str) -> Path:
+    """Return the folder to write to; one that an earlier run made may be replaced."""
+    study, output = options.study, options.output
+    folder = output if output is not None else study / name
+    if output is None and not study.is_dir():
+        raise InputError(f"there is no folder {study}")
+    inputs = [] if real_place(folder) == real_place(study / name) else [study]
+    overwrite = options.overwrite or (folder / inside).is_file()
+    check_output_folder(folder, inputs=inputs, overwrite=overwrite)
+    return folder
+
+
+def _print(found: Analysis, written: Path, as_json: bool) -> None:
+    from calmix.report import summarise
+
+    if as_json:
+        print_json(found.to_dict())
+        return
+    line(summarise(found).short())
+    line(f"\nwritten to {written}")
+
+
+def recommend(options: RecommendOptions) -> None:
     """Which calibration set of those studied keeps the most, by your weights."""
     from calmix.analysis import recommend as best_of
     from calmix.report import words
 
-    asked = parse_weights(weights)
-    if top < 1:
-        raise InputError(f"at least 1 set must be listed, not {top}")
     found = best_of(
-        _results(study), asked, measure=_measure(measure), method=method, sparsity=sparsity
-    )
-    if as_json:
+        _results(options), parse_weights(options.weights), measure=options.measure,
+        method=options.method, sparsity=options.sparsity,
+    )  # fmt: skip
+    if options.as_json:
         print_json([asdict(one) for one in found])
         return
     for one in found:
         if not one.candidates:
-            out.print(f"{one.condition}: no task with signal in a weighted dimension")
+            line(f"{one.condition}: no task with signal in a weighted dimension")
             continue
         shares = ", ".join(f"{name} {share:.2g}" for name, share in one.weights.items() if share)
         if len(set(one.weights.values())) == 1:
             shares = "all equal"
-        print_rows(
-            [
-                {
-                    "calibration": each.calibration,
-                    "made": each.strategy,
-                    "retention %": words.with_span(each.total),
-                    "shrunken": words.percent(each.shrunken.value),
-                    "best": "–" if each.best is None else words.sure(each.best),
-                    "draws": each.total.draws,
-                }
-                for each in one.candidates[:top]
-            ],
-            as_json=False,
-            least=["draws", "made", "best", "shrunken"],
-            title=f"{one.condition}, weights {shares}",
-        )
-        _line(words.wrapped(_advice(one)))
+        rows = [
+            {
+                "calibration": each.calibration,
+                "made": each.strategy,
+                "retention %": words.with_span(each.total),
+                "shrunken": words.percent(each.shrunken.value),
+                "best": "–" if each.best is None else words.sure(each.best),
+                "seeds": each.total.draws,
+            }
+            for each in one.candidates[: options.top]
+        ]
+        print_rows(rows, as_json=False, least=["seeds", "made", "best", "shrunken"],
+                   title=f"{one.condition}, weights {shares}")  # fmt: skip
+        line(words.wrapped(_advice(one)))
     drawn = any(each.total.draw_low is not None for one in found for each in one.candidates)
-    _line(
-        f"brackets: 95 %, for other test items{' and calibration draws' if drawn else ''} "
-        "(docs/analysis.md)"
-    )
-
-
-def parse_weights(text: str | None) -> dict[str, float] | None:
-    """Return weights by name from `general=1,code=2`.
-
-    Raises:
-        InputError: not of that form, or a name given twice.
-    """
-    if text is None:
-        return None
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
-        try:
-            weight = float(number)
-        except ValueError:
-            equals = ""
-        if not name or not equals:
-            raise InputError(f"weights are written NAME=NUMBER,..., not '{part.strip()}'")
-        if name in found:
-            raise InputError(f"the weight of {name} is given twice")
-        found[name] = weight
-    return found
+    line(f"brackets: 95 %, over test items{' and seeds' if drawn else ''} (docs/studies.md)")
 
 
 def _advice(found: Recommendation) -> str:
@@ -218,61 +187,78 @@ def _advice(found: Recommendation) -> str:
     if not tied and lead.sure is not None:
         text += f", {words.sure(lead.sure)} sure"
     if lead.draw_low is None:
-        return f"{text}, for other items; what other draws would do cannot be told from one each"
-    return f"{text}; for other draws on these items {words.span(lead.draw_low, lead.draw_high)}"
+        return f"{text}, over items; one seed each says nothing of other seeds"
+    return f"{text}; over seeds, on these items {words.span(lead.draw_low, lead.draw_high)}"
 
 
-def _results(study: Path) -> StudyResults:
-    from calmix.study import read_results
+def power(options: PowerOptions) -> None:
+    """How noisy retention is, and how many seeds and items detect a difference."""
+    from calmix.analysis.power import noises
+    from calmix.analysis.power import power as needed_for
+    from calmix.report import words
 
-    return read_results(study)
-
-
-def _measure(measure: str) -> Kind:
-    from calmix.capability.measures import check_measure
-
-    return check_measure(measure)
-
-
-def _analysis(
-    study: Path,
-    method: str | None,
-    sparsity: str | None,
-    measure: str,
-    over: str,
-    default: str | None,
-    permutations: int,
-    resamples: int,
-    seed: int,
-) -> tuple[StudyResults, Analysis]:
-    from calmix.analysis import Settings
-    from calmix.analysis import analyse as analysis_of
-
-    settings = Settings(_measure(measure), over, default, permutations, resamples, seed)  # type: ignore[arg-type]
-    results = _results(study)
-    return results, analysis_of(results, settings, method=method, sparsity=sparsity)
-
-
-def _folder(study: Path, output: Path | None, name: str, inside: str, overwrite: bool) -> Path:
-    """Return the folder to write to; one that an earlier run made may be replaced."""
-    folder = output if output is not None else study / name
-    if output is None and not study.is_dir():
-        raise InputError(f"there is no folder {study}")
-    inputs = [] if real_place(folder) == real_place(study / name) else [study]
-    overwrite = overwrite or (folder / inside).is_file()
-    check_output_folder(folder, inputs=inputs, overwrite=overwrite)
-    return folder
-
-
-def _tell(found: Analysis, written: Path, as_json: bool) -> None:
-    from calmix.report import summarise
-
-    if as_json:
-        print_json(found.to_dict())
+    points = parse_points(options.difference)
+    noisy = noises(
+        _results(options), method=options.method, sparsity=options.sparsity,
+        measure=options.measure,
+    )  # fmt: skip
+    found = [one for one in needed_for(noisy, [p / 100 for p in points]) if one.needed]
+    if not found:
+        raise InputError(
+            f"power needs a set with two seeds, and {options.study} has none: give the study file "
+            "a second seed"
+        )
+    if options.as_json:
+        print_json([asdict(one) | {"ratio": one.noise.ratio} for one in found])
         return
-    _line(summarise(found).short())
-    _line(f"\nwritten to {written}")
+    for condition, members in groupby(found, key=lambda one: one.noise.condition):
+        own = list(members)
+        noise = own[0].noise
+        rows = [
+            {
+                "quantity": one.noise.quantity,
+                "signal": _percent(one.noise.signal),
+                "seed": _percent(one.noise.draw),
+                "items": _percent(one.noise.item),
+                "s/n": "-" if one.noise.ratio is None else f"{one.noise.ratio:.1f}",
+            }
+            | {f"{p:g} pt": _seeds(n) for p, n in zip(points, one.needed, strict=True)}
+            for one in own
+        ]
+        print_rows(rows, as_json=False, title=f"{condition}: {noise.sets} sets, "
+                   f"{noise.freedom} degrees of freedom")  # fmt: skip
+    line(words.wrapped(
+        "In points of retention. signal: between single sources; seed, items: noise of one seed, "
+        "and of two sets' difference by their items; s/n: signal over both. N\N{NO-BREAK SPACE}pt: "
+        "seeds of each set that detect N points in 80 % of studies, on these items/for other items "
+        "too; 3x: no number of seeds does, without some 3 times the items."
+    ))  # fmt: skip
 
 
-def _line(text: str) -> None:
-    out.print(text, soft_wrap=True, highlight=False, markup=False)
+def parse_points(text: str) -> list[float]:
+    """Return differences in points from `1,2,3`; numbers above 0, none twice."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < point < math.inf for point in found):
+        raise InputError(f"differences are points above 0, as 1,2,3, not '{text}'")
+    if len(set(found)) < len(found):
+        raise InputError(f"a difference is given twice: {text}")
+    return found
+
+
+def _seeds(found: Needed) -> str:
+    if found.draws > MANY:
+        return _count(found.draws)
+    if found.draws_items is None:
+        return f"{found.draws}/{_count(math.ceil(found.items))}x"
+    return f"{found.draws}/{_count(found.draws_items)}"
+
+
+def _count(number: int) -> str:
+    return f">{MANY}" if number > MANY else str(number)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -11,10 +11,51 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 
+from calmix.errors import InputError
 from calmix.options import Options, checked, flags
 
 Handler = Callable[[Any], None]
+# Where a verb of version 0.2 is now; each is refused with this line for one release.
+MOVED = {
+    "generate": "calibrate SPEC, such as calmix calibrate self-written",
+    "measure": "calibrate measure", "predict": "calibrate predict",
+    "sources": "calibrate sources, and calibrate show NAME",
+    "rescore": "evaluate rescore", "answer": "evaluate answers",
+    "perplexity": "evaluate perplexity", "suites": "evaluate suites, and evaluate suite NAME",
+    "pack": "export --to pack", "unpack": "export --to model", "hub": "export --to hub",
+    "recommend": "study recommend", "inspect": "doctor inspect", "rerun": "doctor rerun",
+    "models": "doctor models", "methods": "doctor methods", "assets": "doctor assets",
+}  # fmt: skip
+
+
+class Verbs(TyperGroup):
+    """A group that takes anything but the name of one of its commands as its `default`'s words."""
+
+    default = ""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first word names, or the default one."""
+        if self.default and (not args or args[0] not in self.commands):
+            return self.default, self.commands[self.default], args
+        if not self.default and args and args[0] in MOVED:
+            raise InputError(f"calmix {args[0]} is now calmix {MOVED[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Leave flags to the default command, unless they ask for the group's own help."""
+        if self.default and not (args and (args[0] in self.commands or args[0] == "--help")):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+def group(app: typer.Typer, name: str, text: str, default: str, panel: str) -> typer.Typer:
+    """Add a group whose `default` command needs no name, and return it."""
+    kind = type("Group", (Verbs,), {"default": default})
+    made = typer.Typer(cls=kind, help=text, add_completion=False)
+    app.add_typer(made, name=name, rich_help_panel=panel)
+    return made
 
 
 def verb(
@@ -28,13 +69,16 @@ def verb(
     def register(handler: Handler) -> Handler:
         model = typing.get_type_hints(handler)["options"]
         fields: dict[str, Any] = model.model_fields
+        own = model.__annotations__  # before what is inherited
 
         def command(**values: Any) -> None:
             values.pop("help_all", None)
-            handler(checked(model, {k: None if v == [] else v for k, v in values.items()}))
+            handler(checked(model, {k: v for k, v in values.items() if v not in ([], False)}))
 
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
-        parameters.sort(key=lambda one: one.default is not inspect.Parameter.empty)
+        parameters.sort(
+            key=lambda one: (one.default is not inspect.Parameter.empty, one.name not in own)
+        )
         if any((field.json_schema_extra or {}).get("advanced") for field in fields.values()):
             parameters.append(HELP_ALL)
         command.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -88,7 +132,7 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
 
 
 def _bare(kind: Any) -> Any:
-    """Return a field's type without `| None`."""
+    """Return a field's type without `| None` and without bounds."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         members = [one for one in typing.get_args(kind) if one is not type(None)]
         kind = members[0] if len(members) == 1 else str

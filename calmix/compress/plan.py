@@ -292,7 +292,7 @@ def stages(asked: Request, out: Path) -> list[Stage]:
         Stage(
             "answer prompts",
             (
-                "answer", asked.model, place["model"], *suite,
+                "evaluate", "answers", asked.model, place["model"], *suite,
                 *(() if asked.prompts is None else ("--prompts", asked.prompts)),
                 *device, *trust, "-o", str(out / "answers.json"),
             ),

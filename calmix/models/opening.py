@@ -366,7 +366,8 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / PACK).is_file():
         raise ModelError(
-            f"{folder} is a pack: 'calmix unpack {folder} -o OUT' first, or calmix.load in Python"
+            f"{folder} is a pack: 'calmix export {folder} --to model -o OUT' first, or load it "
+            "with calmix.load in Python"
         )
     if not (folder / "config.json").is_file():
         inside = folder / "model"

@@ -35,7 +35,7 @@ FOOTER = (
 )
 SMALLER = (
     "The weights are plain dense safetensors: zeros alone make a model neither smaller nor faster "
-    "in most engines. calmix pack stores it in fewer bytes, without loss; docs/deploy.md says "
+    "in most engines. calmix export --to pack makes it smaller, without loss; docs/deploy.md says "
     "what else there is."
 )
 DIFFER = "Only those that differ"

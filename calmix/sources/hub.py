@@ -177,7 +177,7 @@ def _unreachable(reader: HubText, subset: str | None, local: bool, error: Except
     return SourceError(
         f"the hub cannot be reached for {which}: go online once to fetch it, put a copy at "
         f"{reader.id} in a folder and name that folder in {MIRROR}, or take an offline source "
-        "(calmix sources ls)"
+        "(calmix calibrate sources)"
     )
 
 

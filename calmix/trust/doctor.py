@@ -151,7 +151,7 @@ def archives() -> Iterator[Check]:
         if state == "ok":
             yield Check(f"asset {asset.name}", "ok", "hash is right")
         else:
-            advice = f"calmix assets install {asset.name} ({asset.size / 1e6:.0f} MB)"
+            advice = f"calmix doctor assets {asset.name} --install ({asset.size / 1e6:.0f} MB)"
             yield Check(f"asset {asset.name}", "missing", state, advice)
 
 

@@ -168,23 +168,24 @@ def test_perplexity_needs_the_model(files, tiny_folder):
 
 def test_the_verb(calmix, files, tiny_folder, tmp_path):
     arguments = ["-m", tiny_folder, "--rows", 4, "--length", 32, "--draws", 2]
-    ended = calmix("measure", *files, *arguments, "-o", "out.json", "--json")
+    ended = calmix("calibrate", "measure", *files, *arguments, "-o", "out.json", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out) == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    shown = calmix("measure", *files, *arguments, "--no-perplexity").out
+    shown = calmix("calibrate", "measure", *files, *arguments, "--no-perplexity").out
     assert "128 tokens a draw" in shown
     assert "aggregation_4" in shown
     assert (
         "cannot write results to out.txt"
-        in calmix("measure", *files, *arguments, "-o", "out.txt").line
+        in calmix("calibrate", "measure", *files, *arguments, "-o", "out.txt").line
     )
-    assert "unknown source 'nothin'" in calmix("measure", "nothin", *arguments).line
+    assert "unknown source 'nothin'" in calmix("calibrate", "measure", "nothin", *arguments).line
     assert not (tmp_path / "out.txt").exists()
 
 
 def test_many_sources_get_a_compact_table(calmix, files, tiny_folder):
     mixes = [f"few.jsonl:{i},many.jsonl:1" for i in range(1, 5)]
-    ended = calmix("measure", *files, *mixes, "-m", tiny_folder, "--rows", 4, "--length", 32,
+    ended = calmix("calibrate", "measure", *files, *mixes, "-m", tiny_folder,
+                   "--rows", 4, "--length", 32,
                    "--draws", 1, "--no-perplexity")  # fmt: skip
     assert ended.code == 0
     assert "cover.1" in ended.out

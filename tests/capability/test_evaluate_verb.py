@@ -88,21 +88,25 @@ def test_a_file_is_scored_anew_by_another_measure(
     assert calmix(*arguments, "--against", tiny_folder, "-o", path).code == 0
     assert calmix(*arguments, "-o", alone).code == 0
     for measure in ("primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"):
-        ended = calmix("rescore", path, "--measure", measure)
+        ended = calmix("evaluate", "rescore", path, "--measure", measure)
         assert ended.code == 0, ended.err
         assert f"by {measure}" in ended.out
-        told = json.loads(calmix("rescore", path, "--measure", measure, "--json").out)
+        told = json.loads(calmix("evaluate", "rescore", path, "--measure", measure, "--json").out)
         assert told["measure"] == measure
-        rows = json.loads(calmix("rescore", alone, "--measure", measure, "--json").out)
+        rows = json.loads(calmix("evaluate", "rescore", alone, "--measure", measure, "--json").out)
         assert [row["task"] for row in rows] == ["quiz", "which", "text"]
-    assert "scored by" in calmix("rescore", alone).out
-    assert calmix("rescore", path, "--against", alone).code == 0
-    ended = calmix("rescore", alone, "--against", path)  # what was scored as a pruned model
+    assert "scored by" in calmix("evaluate", "rescore", alone).out
+    assert calmix("evaluate", "rescore", path, "--against", alone).code == 0
+    ended = calmix(
+        "evaluate", "rescore", alone, "--against", path
+    )  # what was scored as a pruned model
     assert "hold no score without the knowledge" in ended.line
-    ended = calmix("rescore", path, "--measure", "f1")
+    ended = calmix("evaluate", "rescore", path, "--measure", "f1")
     assert (ended.code, ended.out) == (2, "")
-    assert "the measure is primary" in ended.line
-    assert calmix("rescore", tmp_path / "none.json").line.startswith("error: there is no file")
+    assert "--measure f1: must be 'primary'" in ended.line
+    assert calmix("evaluate", "rescore", tmp_path / "none.json").line.startswith(
+        "error: there is no file"
+    )
 
 
 def test_retention_against_saved_scores(
@@ -126,14 +130,14 @@ def test_retention_against_saved_scores(
         (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
         (("--task", "gsm"), "no task 'gsm': did you mean gsm8k"),
         (("--dimension", "code", "--task", "gsm8k"), "none of the tasks gsm8k belongs to code"),
-        (("--limit", "0"), "at least 1 item a task, not 0"),
-        (("--limit", "-3"), "at least 1 item a task, not -3"),
+        (("--limit", "0"), "--limit 0: must be greater"),
+        (("--limit", "-3"), "--limit -3: must be greater"),
         (("--suite", "paper"), "--allow-code-execution"),
-        (("--resamples", "0"), "at least 1 resample"),
-        (("--seed", "-1"), "must not be negative"),
-        (("--batch-tokens", "0"), "must be positive"),
+        (("--resamples", "0"), "--resamples 0: must be greater"),
+        (("--seed", "-1"), "--seed -1: must be greater"),
+        (("--batch-tokens", "0"), "--batch-tokens 0: must be greater"),
         (("--against", "none.json"), "there is no file none.json"),
-        (("--dtype", "int8", "--task", "mbpp"), "unknown dtype 'int8'"),
+        (("--dtype", "int8", "--task", "mbpp"), "--dtype int8: must be 'auto'"),
     ],
 )
 def test_each_mistake_is_one_line(
@@ -169,22 +173,22 @@ def test_a_model_that_is_not_there(calmix: Run, tmp_path: Path) -> None:
 
 def test_a_mistake_in_a_suite_file_names_line_and_key(calmix: Run, suite_file: Path) -> None:
     suite_file.write_text(suite_text().replace("metric: acc,", "metric: ac,"), encoding="utf-8")
-    ended = calmix("suites", "show", suite_file)
+    ended = calmix("evaluate", "suite", suite_file)
     assert ended.code == 2
     assert "made.yaml line 7: dimensions.general.which.metric" in ended.line
 
 
 def test_suites_are_listed_and_shown(calmix: Run) -> None:
-    listed = calmix("suites", "ls", "--json")
+    listed = calmix("evaluate", "suites", "--json")
     assert {row["name"] for row in json.loads(listed.out)} >= {"offline", "paper", "smoke"}
-    assert "offline" in calmix("suites", "ls").out
-    shown = calmix("suites", "show", "paper")
+    assert "offline" in calmix("evaluate", "suites").out
+    shown = calmix("evaluate", "suite", "paper")
     assert shown.code == 0
     assert "humaneval" in shown.out
-    data = json.loads(calmix("suites", "show", "offline", "--json").out)
+    data = json.loads(calmix("evaluate", "suite", "offline", "--json").out)
     assert data["dimensions"]["math"]["gsm8k"]["shots"] == 5
     assert len(data["hash"]) == 64
-    assert calmix("suites", "show", "papier").code == 2
+    assert calmix("evaluate", "suite", "papier").code == 2
 
 
 def test_a_context_too_short_for_a_task_is_one_line(
@@ -210,7 +214,7 @@ def test_ids_beyond_the_vocabulary_are_one_line(
     file.write_text(re.sub(r'("a": )\d+', r"\g<1>5000", file.read_text(encoding="utf-8")))
     for verb in (
         ("evaluate", model, "--suite", suite_file),
-        ("measure", text_file, "-m", model, "--rows", 4, "--length", 32),
+        ("calibrate", "measure", text_file, "-m", model, "--rows", 4, "--length", 32),
     ):
         ended = calmix(*verb)
         assert ended.code == 2

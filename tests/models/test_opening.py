@@ -227,7 +227,9 @@ def test_the_builtin_model_is_real_text_and_saves_again(tmp_path):
 def test_the_second_builtin_model_is_put_together_from_its_parts():
     known = builtin_models()["gemma3-270m"]
     if any(assets.get_asset(name).state != "ok" for name in known.parts):
-        pytest.skip("fetched only on request: calmix assets install gemma3-270m-part1 ... -part4")
+        pytest.skip(
+            "fetched only on request: calmix doctor assets gemma3-270m-part1 --install ... -part4"
+        )
     opened = open_model("builtin:gemma3-270m")
     assert opened.model.config.model_type == "gemma3_text"
     assert sum(p.numel() for p in opened.model.parameters()) == 268_098_176

@@ -188,14 +188,14 @@ def test_experts_of_a_list_go_whole(calmix, listed, text_file, tmp_path, more):
         assert told["pruning"]["weights"] == 0
         assert told["request"]["method"] == "none"
         torch.testing.assert_close(logits(output), logits(listed, dropped))
-        assert calmix("inspect", output).code == 0
+        assert calmix("doctor", "inspect", output).code == 0
 
 
 def test_a_drop_alone_is_made_again_from_its_manifest(calmix, tmp_path, text_file):
     folder = save_tiny_model(tmp_path / "model", "qwen3_moe")
     ended = calmix(*drop(folder, text_file, tmp_path / "out"))
     assert ended.code == 0, ended.err
-    ended = calmix("rerun", tmp_path / "out" / "calmix.json")
+    ended = calmix("doctor", "rerun", tmp_path / "out" / "calmix.json")
     assert ended.code == 0, ended.err
 
 
@@ -353,7 +353,7 @@ def test_what_cannot_be_dropped_is_one_line(calmix, tmp_path, text_file, kind, s
 def test_what_has_no_effect_on_a_drop_alone_is_one_line(calmix, tmp_path, text_file):
     folder = save_tiny_model(tmp_path / "model", "mixtral")
     for more in (
-        ("--method", "wanda"), ("--damping", 0.1), ("--experts", "all-tokens"),
+        ("--method", "wanda"), ("--experts", "all-tokens"),
         ("--only", "*.mlp.*"), ("--allocation", "owl"), ("--propagation", "block"),
     ):  # fmt: skip
         ended = calmix(*drop(folder, text_file, tmp_path / "out", *more))

@@ -128,7 +128,7 @@ def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_p
         assert sum(mixture["tokens"]) == 6 * 32 * 2
         assert mixture["tokens"] == next(iter(mixture["sources"].values()))
     assert {dense["reason"] for dense in told["dense"]} == {"router"}
-    checked = calmix("inspect", whole)
+    checked = calmix("doctor", "inspect", whole)
     assert checked.code == 0, checked.err
 
 
@@ -142,7 +142,9 @@ def test_starved_experts_are_told(calmix, tmp_path, text_file):
     assert ended.code == 0, ended.err
     assert "of 8 experts see fewer tokens than they have inputs" in ended.out
     assert "rows would do" in ended.out
-    assert "experts see fewer tokens than they have inputs" in calmix("inspect", output).out
+    assert (
+        "experts see fewer tokens than they have inputs" in calmix("doctor", "inspect", output).out
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_dimension_without_signal_is_left_out_of_both_answers() -> None:
 @pytest.mark.parametrize("weights", [(), ("--weights", "general=1,code=1")])
 def test_recommend_says_a_tie(calmix: Any, tmp_path: Any, weights: tuple[str, ...]) -> None:
     folder = save(made({"lower": 0.600, "higher": 0.604}), tmp_path / "tied")
-    text = " ".join(calmix("recommend", folder, *weights).out.split())
+    text = " ".join(calmix("study", "recommend", folder, *weights).out.split())
     assert "take higher or another that is tied: expect " in text
     assert "higher and lower are tied (" in text
     assert "keeps the most" not in text

@@ -49,14 +49,14 @@ def test_everything_builtin_has_licence_and_origin(calmix):
     for suite in builtin_suites().values():
         for name, spec in suite.tasks.items():
             assert "/" in provenance(spec)["origin"], (suite.name, name)
-    rows = json.loads(calmix("sources", "ls", "--json").out)
+    rows = json.loads(calmix("calibrate", "sources", "--json").out)
     assert {"licence", "use", "from", "version"} <= set(rows[0])
-    assert json.loads(calmix("models", "ls", "--json").out)[0]["use"] == "permissive"
-    suites = {row["name"]: row for row in json.loads(calmix("suites", "ls", "--json").out)}
+    assert json.loads(calmix("doctor", "models", "--json").out)[0]["use"] == "permissive"
+    suites = {row["name"]: row for row in json.loads(calmix("evaluate", "suites", "--json").out)}
     assert suites["offline"]["not for commercial use"] == ""
     assert suites["smoke"]["not for commercial use"] == "sciq"
     assert suites["smoke"]["task"]["sciq"]["licence"] == "CC BY-NC 3.0"
-    assert "non-commercial" in calmix("suites", "show", "smoke").out
+    assert "non-commercial" in calmix("evaluate", "suite", "smoke").out
 
 
 def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():

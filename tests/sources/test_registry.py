@@ -109,15 +109,15 @@ def test_what_a_name_may_mean(tmp_path):
 def test_listing(calmix, tmp_path):
     import json
 
-    listed = json.loads(calmix("sources", "ls", "--json").out)
+    listed = json.loads(calmix("calibrate", "sources", "--json").out)
     assert {"name", "dimension", "kind", "licence", "size", "from", "available"} <= set(listed[0])
-    assert "python-stdlib" in calmix("sources", "ls").out
+    assert "python-stdlib" in calmix("calibrate", "sources").out
     file = tmp_path / "own.yaml"
     file.write_text("mine: {reader: {type: file, path: a.txt}}", encoding="utf-8")
-    mine = json.loads(calmix("sources", "ls", "--sources", file, "--json").out)[-1]
+    mine = json.loads(calmix("calibrate", "sources", "--sources", file, "--json").out)[-1]
     assert (mine["name"], mine["available"]) == ("mine", "missing")
 
 
 def test_show(calmix, text_file):
-    assert calmix("sources", "show", text_file, "--documents", 1).code == 0
-    assert "did you mean" in calmix("sources", "show", "pyton-docs").line
+    assert calmix("calibrate", "show", text_file, "--documents", 1).code == 0
+    assert "did you mean" in calmix("calibrate", "show", "pyton-docs").line

@@ -24,8 +24,8 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(
     assert [each["label"] for each in told["conditions"]] == ["SparseGPT 60%", "Wanda 2:4"]
     strategies = {one["strategy"] for one in told["conditions"][0]["ranking"]}
     assert strategies == {"single", "mix"}
-    assert calmix("recommend", store).out.count("take ") == 2
-    assert "finished: 12" in calmix("inspect", store).out
+    assert calmix("study", "recommend", store).out.count("take ") == 2
+    assert "finished: 12" in calmix("doctor", "inspect", store).out
     # A distance to the dense model beside the scores goes with the trial, here into the export.
     one = sorted((store / "trials").iterdir())[0]
     scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))

@@ -62,7 +62,8 @@ def test_what_is_missing_comes_with_what_to_do(monkeypatch, tmp_path):
     assert "CALMIX_CACHE" in (found.advice or "")
     states = {check.name: check for check in doctor.archives()}
     assert states["asset smollm2-135m"].state == "missing"
-    assert "calmix assets install smollm2-135m" in (states["asset smollm2-135m"].advice or "")
+    advice = states["asset smollm2-135m"].advice or ""
+    assert "calmix doctor assets smollm2-135m --install" in advice
 
 
 def test_a_version_outside_its_range_and_a_missing_extra_are_named(monkeypatch):

@@ -25,21 +25,23 @@ def pruned(calmix, tiny_folder, text_file, tmp_path):
 
 
 def health(calmix, path):
-    ended = calmix("inspect", path, "--json")
+    ended = calmix("doctor", "inspect", path, "--json")
     return ended, json.loads(ended.out)
 
 
 def test_a_whole_checkpoint_is_told_so_with_a_plot(calmix, pruned, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("a.png", "b.png", "c.svg"):
-        ended = calmix("inspect", pruned, "--plot", tmp_path / name)
+        ended = calmix("doctor", "inspect", pruned, "--plot", tmp_path / name)
         assert ended.code == 0, ended.err
-    assert "whole: every file is as its manifest says" in ended.out
+    assert "intact: every file matches its manifest" in ended.out
     assert "50.00%" in ended.out
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert "<svg" in (tmp_path / "c.svg").read_text()
     rows = [
-        line for line in calmix("inspect", pruned, "--layers").out.splitlines() if "_proj" in line
+        line
+        for line in calmix("doctor", "inspect", pruned, "--layers").out.splitlines()
+        if "_proj" in line
     ]
     assert len([row for row in rows if row.startswith(" model.layers")]) == 14
     _, told = health(calmix, pruned)
@@ -66,7 +68,7 @@ def test_weights_that_were_zero_before_are_not_counted_as_pruned(
 
 def test_a_checkpoint_moved_elsewhere_is_still_whole(calmix, pruned, tmp_path):
     shutil.move(pruned, tmp_path / "elsewhere")
-    assert calmix("inspect", tmp_path / "elsewhere" / "calmix.json").code == 0
+    assert calmix("doctor", "inspect", tmp_path / "elsewhere" / "calmix.json").code == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -80,11 +82,11 @@ def test_every_damaged_changed_or_missing_file_is_named(calmix, pruned, name):
         b"",
     ):
         path.write_bytes(damaged)
-        ended = calmix("inspect", pruned)
+        ended = calmix("doctor", "inspect", pruned)
         assert ended.code == 2
         assert str(path) in ended.line
     path.unlink()
-    ended = calmix("inspect", pruned)
+    ended = calmix("doctor", "inspect", pruned)
     assert ended.code == 2
     assert name in ended.line
     assert "missing" in ended.line
@@ -99,10 +101,10 @@ def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
     manifest = json.loads(path.read_text())
     for change in ({"dtype": "float16"}, {"files": []}, {"pruning": None}, {"kind": 3}):
         path.write_text(json.dumps(manifest | change))
-        ended = calmix("inspect", pruned)
+        ended = calmix("doctor", "inspect", pruned)
         assert (ended.code, "calmix.json" in ended.line) == (2, True)
     path.write_text("{")
-    assert "no JSON" in calmix("inspect", pruned).line
+    assert "no JSON" in calmix("doctor", "inspect", pruned).line
 
 
 def test_weights_that_contradict_a_manifest_with_right_hashes_are_found(calmix, pruned):
@@ -137,7 +139,7 @@ def test_warnings_name_raised_damping_dead_inputs_and_lost_output(calmix, pruned
 def test_a_magnitude_checkpoint_has_no_errors_to_show(calmix, tiny_folder, tmp_path):
     options = ("--method", "magnitude", "--pattern", "2:4", "-o", tmp_path / "m")
     assert calmix("prune", tiny_folder, *options).code == 0
-    ended = calmix("inspect", tmp_path / "m", "--plot", tmp_path / "m.svg")
+    ended = calmix("doctor", "inspect", tmp_path / "m", "--plot", tmp_path / "m.svg")
     assert ended.code == 0
     assert "not measured" in (tmp_path / "m.svg").read_text()
 
@@ -175,10 +177,10 @@ def test_a_calibration_set_is_checked_and_told(calmix, tiny_folder, text_file, t
 
 def test_exported_results_of_a_study_are_checked(calmix, tmp_path):
     folder = synthetic.save(synthetic.study(synthetic.Plan(seeds=(0,))), tmp_path / "results")
-    assert calmix("inspect", folder).code == 0
+    assert calmix("doctor", "inspect", folder).code == 0
     raw = (folder / "study.json").read_bytes()
     (folder / "study.json").write_bytes(raw[: len(raw) // 2])
-    assert calmix("inspect", folder).code == 2
+    assert calmix("doctor", "inspect", folder).code == 2
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,6 @@ def test_exported_results_of_a_study_are_checked(calmix, tmp_path):
 )
 def test_mistakes_give_one_line(calmix, tmp_path, monkeypatch, arguments, line):
     monkeypatch.chdir(tmp_path)
-    ended = calmix("inspect", *arguments)
+    ended = calmix("doctor", "inspect", *arguments)
     assert ended.code == 2
     assert line in ended.line

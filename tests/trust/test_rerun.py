@@ -37,11 +37,11 @@ def test_a_checkpoint_is_made_again_with_the_same_hashes(calmix, model, sources,
         drawn = ()
     manifest = prune(calmix, model, tmp_path / "first", "--method", method, *drawn)
     before = sorted(tmp_path.iterdir())
-    ended = calmix("rerun", manifest)
+    ended = calmix("doctor", "rerun", manifest)
     assert ended.code == 0, ended.err
     assert "the same: every file" in ended.out
     assert sorted(tmp_path.iterdir()) == before, "nothing is left behind"
-    ended = calmix("rerun", manifest.parent, "-o", tmp_path / "second", "--json")
+    ended = calmix("doctor", "rerun", manifest.parent, "-o", tmp_path / "second", "--json")
     told = json.loads(ended.out)
     assert (told["same"], told["differing"], told["inputs"]) == (True, [], [])
     first, second = (json.loads((p / "calmix.json").read_text())
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_made_again_with_the_same_hashes(calmix, model, sources,
 def test_one_of_several_targets_on_a_generated_set_is_made_again(calmix, model, tmp_path):
     options = ("--sparsity", "0.4,0.5", "--calibration", "self-cal", *SMALL)
     assert calmix("prune", model, "-o", tmp_path / "both", *options).code == 0
-    ended = calmix("rerun", tmp_path / "both" / "sparsegpt-0.5")
+    ended = calmix("doctor", "rerun", tmp_path / "both" / "sparsegpt-0.5")
     assert ended.code == 0, ended.err
 
 
@@ -72,7 +72,7 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
         how = ("--against", model, *drawn, "--epochs", 1, "-o", first)
         assert calmix("recover", tmp_path / "pruned", *how).code == 0
     before = sorted(tmp_path.iterdir())
-    ended = calmix("rerun", first, "-o", tmp_path / "new" / "second", "--json")
+    ended = calmix("doctor", "rerun", first, "-o", tmp_path / "new" / "second", "--json")
     assert ended.code == 0, ended.err
     told = json.loads(ended.out)
     assert (told["same"], told["differing"], told["inputs"]) == (True, [], [])
@@ -84,7 +84,7 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
 
     def changed(**parts):
         write_json(first / "calmix.json", sealed(kept | parts))
-        return calmix("rerun", first)
+        return calmix("doctor", "rerun", first)
 
     other = {"sha256": "0" * 64}
     if one_run:
@@ -110,7 +110,7 @@ def test_a_generated_set_is_made_again(calmix, model, sources, tmp_path, method)
     own = ("--sources", sources) if method == "sgs,seeds=mine" else ()
     ended = calmix("calibrate", method, "-m", model, "-o", tmp_path / "set", *SMALL, *own)
     assert ended.code == 0, ended.err
-    ended = calmix("rerun", tmp_path / "set" / "manifest.json", "-o", tmp_path / "again")
+    ended = calmix("doctor", "rerun", tmp_path / "set" / "manifest.json", "-o", tmp_path / "again")
     assert ended.code == 0, ended.err
     first, second = ((tmp_path / name / "calibration.safetensors").read_bytes()
                      for name in ("set", "again"))  # fmt: skip
@@ -122,7 +122,7 @@ def test_a_drawn_set_is_made_again(calmix, model, sources, text_file, tmp_path):
     drawn = ("-m", model, "--sources", sources, "--packing", "concat")
     ended = calmix("calibrate", mix, *drawn, *SMALL, "-o", tmp_path / "set")
     assert ended.code == 0, ended.err
-    assert calmix("rerun", tmp_path / "set").code == 0
+    assert calmix("doctor", "rerun", tmp_path / "set").code == 0
 
 
 def test_another_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
@@ -130,7 +130,7 @@ def test_another_model_is_told_before_any_work(calmix, model, text_file, tmp_pat
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    ended = calmix("rerun", manifest, "-o", tmp_path / "second")
+    ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
     assert ended.code == 2
     assert "model" in ended.line
     assert "is another now" in ended.line
@@ -140,7 +140,7 @@ def test_another_model_is_told_before_any_work(calmix, model, text_file, tmp_pat
 def test_another_text_is_told_before_the_prune(calmix, model, text_file, tmp_path):
     manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
     text_file.write_text("other words " * 5000)
-    ended = calmix("rerun", manifest, "-o", tmp_path / "second")
+    ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
     assert ended.code == 2
     assert f"source {text_file} has another text" in ended.err
     assert not (tmp_path / "second").exists()
@@ -157,7 +157,7 @@ def test_versions_and_machine_that_differ_are_named_where_hashes_do(
     write_json(manifest, sealed(kept))
     run = json.loads((tmp_path / "first" / "calmix-run.json").read_text())
     write_json(tmp_path / "first" / "calmix-run.json", run | {"machine": "riscv"})
-    ended = calmix("rerun", manifest)
+    ended = calmix("doctor", "rerun", manifest)
     assert ended.code == 2
     assert "not the same: model.safetensors" in ended.err
     assert 'versions.torch: "1.0", now' in ended.out
@@ -167,8 +167,8 @@ def test_versions_and_machine_that_differ_are_named_where_hashes_do(
 def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, tmp_path):
     options = ("--calibration", text_file, *SMALL, "--trust-remote-code")
     manifest = prune(calmix, model, tmp_path / "first", *options)
-    assert "--trust-remote-code" in calmix("rerun", manifest).line
-    assert calmix("rerun", manifest, "--trust-remote-code").code == 0
+    assert "--trust-remote-code" in calmix("doctor", "rerun", manifest).line
+    assert calmix("doctor", "rerun", manifest, "--trust-remote-code").code == 0
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, 
 )
 def test_manifests_that_cannot_be_used_give_one_line(calmix, tmp_path, content, line):
     (tmp_path / "calmix.json").write_text(content)
-    ended = calmix("rerun", tmp_path / "calmix.json")
+    ended = calmix("doctor", "rerun", tmp_path / "calmix.json")
     assert ended.code == 2
     assert line in ended.line
-    assert calmix("rerun", tmp_path / "nowhere" / "calmix.json").code == 2
+    assert calmix("doctor", "rerun", tmp_path / "nowhere" / "calmix.json").code == 2
