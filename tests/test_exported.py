@@ -53,7 +53,9 @@ def made(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its export, by the command line, which says one line whatever the libraries have to say."""
     output = tmp_path_factory.mktemp("made") / "export"
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        assert not app(["export", str(pruned), "-o", str(output)], standalone_mode=False)
+        assert not app(
+            ["export", str(pruned), "--to", "openvino", "-o", str(output)], standalone_mode=False
+        )
     assert err.getvalue() == ""
     assert out.getvalue().count("\n") == 1
     assert "same first choice" in out.getvalue()
@@ -148,12 +150,13 @@ def test_mistakes_are_one_line(
     out = tmp_path / "out"
 
     def refused(words: str, *arguments: object) -> None:
-        ended = calmix("export", *arguments)
+        to = () if "--to" in arguments else ("--to", "openvino")
+        ended = calmix("export", *to, *arguments)
         assert (ended.code, words in ended.line) == (2, True), ended.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
-    refused("cannot export to 'gguf': known: openvino", pruned, "-o", out, "--to", "gguf")
-    refused("unknown weights 'int4': did you mean int8?", pruned, "-o", out, "--weights", "int4")
+    refused("--to gguf: must be 'pack'", pruned, "-o", out, "--to", "gguf")
+    refused("--weights int4: must be 'int8'", pruned, "-o", out, "--weights", "int4")
     refused("exists and is not empty", pruned, "-o", full)
     monkeypatch.setitem(sys.modules, "openvino", None)
     refused("needs an optional dependency: pip install 'calmix[export]'", pruned, "-o", out)

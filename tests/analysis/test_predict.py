@@ -95,8 +95,9 @@ def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder
 def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_folder):
     def run(*more, model=tiny_folder):
         return calmix(
-            "predict", model, place / "letters.txt", place / "sums.txt", "--text",
-            f"sums={place / 'sums.txt'}", "--rows", 12, "--length", 32, "--leakage", "off", *more,
+            "calibrate", "predict", place / "letters.txt", place / "sums.txt", "--model", model,
+            "--text", f"sums={place / 'sums.txt'}", "--rows", 12, "--length", 32, "--leakage",
+            "off", *more,
         )  # fmt: skip
 
     told = json.loads(run("--json").out)
@@ -105,10 +106,10 @@ def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_f
     ]  # fmt: skip
     assert told[0]["total"] < told[1]["total"]
     ended = run("--method", "wanda", "--pattern", "2:4")
-    assert "it orders sets and is no retention" in ended.out
+    assert "this orders sets, it is not retention" in ended.out
     assert "Gram matrices take" in ended.err
     for more, line in (
-        (("--every", 0), "--every 0 is not positive"),
+        (("--every", 0), "--every 0: must be greater"),
         (("--method", "magnitude"), "every set keeps as much"),
         (("--weights", "cod=1"), "has no dimension 'cod'"),
         (("--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),

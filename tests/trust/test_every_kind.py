@@ -61,12 +61,12 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
            "-o", base / "recovered")  # fmt: skip
     calmix("prune", mixture, "--calibration", text, *SMALL, "--drop-experts", 0.25, "-o",
            base / "dropped")  # fmt: skip
-    calmix("pack", base / "pruned", "-o", base / "pack")
-    calmix("pack", tiny_folder, "-o", base / "dense-pack")
+    calmix("export", "--to", "pack", base / "pruned", "-o", base / "pack")
+    calmix("export", "--to", "pack", tiny_folder, "-o", base / "dense-pack")
     calmix("calibrate", text, "--model", tiny_folder, *SMALL, "-o", base / "set")
     calmix("calibrate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
-    calmix("measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32, "--draws", 1, "-o",
-           base / "measured.json")  # fmt: skip
+    calmix("calibrate", "measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32,
+           "--draws", 1, "-o", base / "measured.json")  # fmt: skip
     for name, more in (("cut", ()), ("both", ("--recover", "blocks"))):
         with pytest.MonkeyPatch.context() as patch:
             interrupt_before(patch, 1)
@@ -80,12 +80,12 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_is_told_what_it_is_and_that_it_is_whole(calmix: Run, made: Path, name: str) -> None:
-    ended = calmix("inspect", made / name)
+    ended = calmix("doctor", "inspect", made / name)
     assert ended.code == 0, ended.err
     lines = ended.out.strip().splitlines()
     assert lines[0].endswith(f": {KINDS[name][0]}")
-    assert lines[-1] in ("whole: every file is as its manifest says",
-                         "nothing is missing or damaged")  # fmt: skip
+    fine = ("every file matches its manifest", "nothing missing or damaged")
+    assert lines[-1] in [f"intact: {words}" for words in fine]
     assert "warning" not in ended.out
     assert "experts" not in ended.out or name == "dropped"
 
@@ -97,14 +97,14 @@ def test_a_changed_byte_is_found(calmix: Run, made: Path, tmp_path: Path, name: 
     file = copy / str(KINDS[name][1])
     raw = file.read_bytes()
     file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
-    ended = calmix("inspect", copy)
+    ended = calmix("doctor", "inspect", copy)
     assert ended.code == 2
     assert str(file.parent) in ended.line
 
 
 def test_what_is_left_of_unfinished_work_is_told(calmix: Run, made: Path) -> None:
     for name in ("cut", "both.stages"):
-        told = json.loads(calmix("inspect", made / name, "--json").out)
+        told = json.loads(calmix("doctor", "inspect", made / name, "--json").out)
         assert told["facts"]["blocks done"] == 1
         assert "--resume" in told["facts"]["to finish it"]
 
@@ -120,7 +120,7 @@ def test_a_packs_model_is_held_against_its_manifest(
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["files"]["calmix.json"] = sha256_file(copy / "calmix.json")
     write_json(path, manifest)
-    assert "model.safetensors is damaged or changed" in calmix("inspect", copy).line
+    assert "model.safetensors is damaged or changed" in calmix("doctor", "inspect", copy).line
 
 
 def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["files"]["model.safetensors"] = sha256_file(file)
     write_json(path, sealed(manifest))
-    told = json.loads(calmix("inspect", copy, "--json").out)
+    told = json.loads(calmix("doctor", "inspect", copy, "--json").out)
     assert len(told["problems"]) == 7
     assert all("lacks the weights of model.layers.1." in line for line in told["problems"])
 
@@ -144,14 +144,14 @@ def test_a_report_that_lacks_a_page_and_what_is_no_result(
     copy = tmp_path / "report"
     shutil.copytree(made / "report", copy)
     (copy / "brief.html").unlink()
-    assert "brief.html is missing" in calmix("inspect", copy).line
-    assert "is no file that can be checked" in calmix("inspect", made / "text.txt").line
-    assert "holds nothing calmix has written" in calmix("inspect", copy / "figures").line
+    assert "brief.html is missing" in calmix("doctor", "inspect", copy).line
+    assert "is no file that can be checked" in calmix("doctor", "inspect", made / "text.txt").line
+    assert "holds nothing calmix has written" in calmix("doctor", "inspect", copy / "figures").line
 
 
 @pytest.mark.parametrize("name", ["dropped", "pack", "written"])
 def test_what_has_a_request_is_made_again(calmix: Run, made: Path, name: str) -> None:
-    ended = calmix("rerun", made / name)
+    ended = calmix("doctor", "rerun", made / name)
     assert ended.code == 0, ended.err
 
 
@@ -164,6 +164,6 @@ def test_what_has_a_request_is_made_again(calmix: Run, made: Path, name: str) ->
     ],
 )  # fmt: skip
 def test_what_has_none_is_one_line(calmix: Run, made: Path, name: str, line: str) -> None:
-    ended = calmix("rerun", made / name)
+    ended = calmix("doctor", "rerun", made / name)
     assert ended.code == 2
     assert line in ended.line
