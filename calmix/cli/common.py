@@ -6,9 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -48,13 +47,6 @@ class Terminal(Console):
 
 out = Terminal()
 err = Terminal(stderr=True)
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Device = Annotated[str, typer.Option(help="Torch device; auto: an accelerator if there is one.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code shipped with the model.")
-]
 
 
 def fail(message: str) -> NoReturn:
