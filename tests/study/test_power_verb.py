@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(
     for text in ("x", "1,,2", "0", "-1", "nan", "inf", ""):
         assert "points above 0" in calmix("study", "power", store, "--difference", text).line
     assert "given twice" in calmix("study", "power", store, "--difference", "1,1.0").line
-    assert "the measure is primary, " in calmix("study", "power", store, "--measure", "x").line
+    assert "must be 'primary'" in calmix("study", "power", store, "--measure", "x").line
     assert "no study store at" in calmix("study", "power", tmp_path / "none").line
     made_up[:] = [replace(one, draw=None, freedom=0, signal=None) for one in made_up]
     assert "power needs a set with two draws" in calmix("study", "power", store).line
