@@ -102,6 +102,14 @@ def tiny_config(kind: str) -> Any:
         wanted |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
     if kind == "mamba2":  # whose blocks return float32
         wanted |= {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
+    if kind == "zamba":  # two of its blocks share a transformer
+        wanted |= {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+            "mamba_dt_rank": 4,
+        }
     if kind == "gemma3n_text":  # four streams between its blocks
         wanted |= {
             "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -133,7 +133,8 @@ def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
         found, own = (_own_logits(model, decoder, output, x) for x in (output[0], states))
     except Exception as error:  # models fail in their own ways
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(f"{name} gives no logits for token ids alone: {line}") from error
+        kind = str(model.dtype)[6:]
+        raise ModelError(f"{name} gives no logits for token ids in {kind}: {line}") from error
     # Far beyond rounding: it may send a token to another expert.
     if not close(few.nan_to_num(), wanted[:, : few.shape[1]].nan_to_num(), AHEAD):
         raise ModelError(

@@ -253,7 +253,7 @@ def context_of(config: Any) -> int | None:
     """Return the longest sequence a model's configuration names, in tokens; None if it does not."""
     text = config.get_text_config(decoder=True)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        if isinstance(value := getattr(text, key, None), int):
+        if isinstance(value := getattr(text, key, None), int) and value > 0:
             return value
     return None
 

@@ -36,7 +36,7 @@ Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tenso
 
 
 class NotStreamableError(Exception):
-    """The checkpoint's tensors are not the model's own: it must be opened as a whole."""
+    """Why a model must be opened as a whole, as a clause."""
 
 
 class StreamedModel:
@@ -57,8 +57,8 @@ class StreamedModel:
 
     Raises:
         ModelError: as `open_model`, or a file is cut short.
-        NotStreamableError: a parameter is not in the files, or what is merged while it is read
-            cannot be taken apart again.
+        NotStreamableError: blocks share weights, a parameter is not in the files, or what is
+            merged while it is read cannot be taken apart again.
     """
 
     in_place = True  # the files that are written are the checkpoint's own
@@ -86,19 +86,23 @@ class StreamedModel:
         self._conversions = Conversions(
             self.model, {n: (p.dtype, p.shape) for n, p in places.items()}
         )
+        prefix = f"{self.blocks.name}."
+        for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
+            if any(name.startswith(prefix) for name in pair):
+                raise NotStreamableError(f"its blocks share weights ({pair[0]} is {pair[1]})")
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self._parts = self._held(own)
         self.names = {name: part.stored[0] for name, part in self._parts.items() if part.whole}
         for name in own:
             if name not in self._parts and name not in tied:
-                raise NotStreamableError(name)
+                raise _unlike(name)
         kept = self.model.state_dict().keys()
         buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
         held = self._held(buffers)
         self.buffers = {name: part.stored[0] for name, part in held.items() if part.whole}
         for name in buffers:
             if name not in self.buffers:
-                raise NotStreamableError(name)
+                raise _unlike(name)
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # A device copies in a queue of its own what the next block needs.
@@ -115,7 +119,7 @@ class StreamedModel:
             if name in own and part.shapes[name] == tuple(own[name].shape)
         }
         if (name := self._conversions.faulty(held.values(), shapes)) is not None:
-            raise NotStreamableError(name)
+            raise _unlike(name)
         return held
 
     @property
@@ -415,6 +419,10 @@ class WholeModel:
 WeightSource = StreamedModel | WholeModel
 
 
+def _unlike(name: str) -> NotStreamableError:
+    return NotStreamableError(f"its files are not what its modules hold (first {name})")
+
+
 def _skeleton(
     config: Any, dtype: torch.dtype | str, shards: Shards, device: torch.device, trust: bool
 ) -> Any:
@@ -445,6 +453,11 @@ def _skeleton(
         except Exception as error:  # transformers raises anything on a damaged checkpoint
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"cannot open {shards.folder}: {line[:300]}") from error
+    # Tables of positions were made in the model's type: made anew they are as loading makes them.
+    for module in model.modules():
+        module._is_hf_initialized = not any(True for _ in module.buffers(recurse=False))
+    with torch.no_grad():
+        model.initialize_weights()
     model.requires_grad_(False)
     use_own_attention(model)
     return model.eval()

@@ -329,8 +329,7 @@ def _open(
     except NotStreamableError as error:
         if max_memory is not None:
             raise InputError(
-                f"{name} cannot be pruned block by block, because its files are not what its "
-                f"modules hold (first {error}): leave out --max-memory"
+                f"{name} cannot be pruned block by block, because {error}: leave out --max-memory"
             ) from error
         return WholeModel(name, **how)
 

@@ -155,7 +155,9 @@ def prune(
                 layer.assign(weight)
         return not done
 
-    count, length = (1, 1) if chosen.needs is None else check_ids(ids, chosen.name).shape
+    count, length = 1, 1
+    if chosen.needs is not None:
+        count, length = check_ids(ids, chosen.name, model).shape
     rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
     with _naming_blocks(runs):
         return with_room(act, min(rows, count), device, undone)
@@ -298,14 +300,23 @@ def _of_layer(pattern: Patterns, name: str) -> Pattern:
     return pattern[name] if isinstance(pattern, Mapping) else pattern
 
 
-def check_ids(ids: Tensor | None, method: str) -> Tensor:
+def check_ids(ids: Tensor | None, method: str, model: Any = None) -> Tensor:
     """Return calibration ids, or refuse them.
 
     Raises:
-        InputError: there are none, or their shape is not (rows, length).
+        InputError: there are none, their shape is not (rows, length), or there is no embedding
+            for one.
     """
     if ids is None or ids.ndim != 2 or not ids.numel():
         raise InputError(f"{method} needs calibration ids of shape (rows, length)")
+    if model is not None:
+        lowest, highest = map(int, ids.aminmax())
+        known = model.get_input_embeddings().weight.shape[0]
+        if lowest < 0 or highest >= known:
+            raise InputError(
+                f"the calibration ids lie between {lowest} and {highest}, but the model knows 0 "
+                f"to {known - 1}: use ids of its own tokenizer"
+            )
     return ids
 
 

@@ -165,7 +165,13 @@ class Calls:
             try:
                 self._decoder(input_ids=ids, use_cache=False)
             except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-                reason = f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if reason and not given:  # before anything here was put in its way
+            first = next(self._found.blocks[0].parameters())
+            raise ModelError(
+                f"{type(self._decoder).__name__} does not run on token ids in "
+                f"{str(first.dtype)[6:]}: {reason}"
+            )
         straight = (
             not reason
             and len(handed) == len(self._found)
@@ -174,7 +180,8 @@ class Calls:
         if not straight:
             raise ModelError(
                 f"the blocks in {self._found.name} do not pass hidden states straight from one "
-                f"to the next{reason}: the engine cannot prune this architecture yet"
+                f"to the next{reason and f' ({reason})'}: the engine cannot prune this "
+                "architecture yet"
             )
 
     def _handed(self, value: Any) -> Handed | None:

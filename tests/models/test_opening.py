@@ -196,6 +196,14 @@ def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path
         small(torch.tensor([[3, 258]]))
 
 
+def test_a_context_without_end_is_none():
+    """XLNet's configuration says -1."""
+    config = tiny_model("llama").config
+    assert opening.context_of(config) == 256
+    config.max_position_embeddings = -1
+    assert opening.context_of(config) is None
+
+
 def test_unknown_dtype_and_device(tiny_folder):
     with pytest.raises(InputError, match=r"unknown dtype 'bfloat17'.*bfloat16"):
         open_model(str(tiny_folder), dtype="bfloat17")

@@ -407,6 +407,21 @@ def test_calibration_ids_are_needed(ids):
         prune(tiny_model("llama"), ids, method="wanda", pattern=Unstructured(0.5))
 
 
+def test_ids_the_model_does_not_know_are_refused_before_any_work():
+    ids = tiny_ids()
+    ids[3, 5] = 320
+    with pytest.raises(InputError, match="lie between 3 and 320, but the model knows 0 to 319"):
+        prune(tiny_model("llama"), ids, pattern=Unstructured(0.5))
+
+
+def test_a_model_that_does_not_run_says_why():
+    """XLNet does not run in bfloat16, and was said to be of an architecture that is not known."""
+    model = tiny_model("llama").bfloat16()
+    model.model.embed_tokens.float()
+    with pytest.raises(ModelError, match="LlamaModel does not run on token ids in bfloat16: exp"):
+        prune(model, tiny_ids(), pattern=Unstructured(0.5))
+
+
 def test_progress_counts_blocks():
     seen = []
     prune(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import DiskError, InputError
+from calmix.errors import DiskError, InputError, ModelError
 from calmix.models import open_model
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
@@ -32,6 +32,7 @@ from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.work import WorkFolder
+from calmix.recovery.checkpoint import streamed as streamed_for_recovery
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_config, tiny_ids, tiny_tokenizer
@@ -136,6 +137,16 @@ def test_buffers_come_from_the_files(tmp_path, prefix):
             assert torch.equal(found[name.replace("model.", prefix, 1)], tensor), name
 
 
+def test_buffers_the_files_lack_are_those_of_a_model_opened_whole(tmp_path):
+    """GPT-J's positions, which the type the model is made in would round."""
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+    folder = save_tiny_model(tmp_path / "model", "gptj", **small)
+    whole = dict(open_model(str(folder), dtype="bfloat16").model.named_buffers())
+    made = dict(StreamedModel(str(folder), dtype="bfloat16").model.named_buffers())
+    assert made.keys() == whole.keys()
+    assert all(torch.equal(made[name], value) for name, value in whole.items())
+
+
 def test_a_buffer_the_files_lack_makes_the_model_be_opened_whole(tmp_path):
     folder = save_tiny_model(tmp_path / "model", "gemma4_text")
     stored = load_file(folder / "model.safetensors")
@@ -143,6 +154,18 @@ def test_a_buffer_the_files_lack_makes_the_model_be_opened_whole(tmp_path):
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotStreamableError, match=r"layers\.0\.layer_scalar"):
         StreamedModel(str(folder))
+
+
+def test_blocks_that_share_weights_make_the_model_be_opened_whole(tmp_path):
+    """Zamba's second transformer is its first, though files may hold a copy for each."""
+    folder = save_tiny_model(tmp_path / "model", "zamba")
+    whole = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    stored = {name: value.clone() for name, value in whole.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotStreamableError, match=r"share weights \(model\.layers\.3\.shared"):
+        StreamedModel(str(folder))
+    with pytest.raises(ModelError, match="cannot be recovered, because its blocks share weights"):
+        streamed_for_recovery(str(folder), "float32", "cpu", trust_remote_code=False)
 
 
 @pytest.mark.parametrize(
