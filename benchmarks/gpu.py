@@ -4,7 +4,7 @@
 
 Layers of random weights are pruned on both by every method, and blocks in the shapes of known
 models on the device alone: seconds by activity, and peak memory beside the
-budget's. Then the benchmarks whose tables stand in docs/performance.md run on the device
+budget's. Then the benchmarks whose tables stand in docs/lab/performance.md run on the device
 (`--only-own` leaves them out). Ends with one line to paste into an issue, and with status 1 if
 something differs. `--tiny` is for trying the script itself, on a CPU too.
 """

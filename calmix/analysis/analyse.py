@@ -208,7 +208,7 @@ def analyse(
     method: str | None = None,
     sparsity: str | None = None,
 ) -> Analysis:
-    """Analyse the finished trials of a study (definitions: docs/analysis.md).
+    """Analyse the finished trials of a study (definitions: docs/studies.md).
 
     Args:
         method, sparsity: consider only these; p-values are corrected over what is considered.

@@ -125,7 +125,7 @@ def brief(results: StudyResults, analysis: Analysis, summary: Summary) -> str:
             certainty(summary),
         ],
         'All figures and tables: <a href="report.html">report.html</a>. Written by calmix from the '
-        "study's results; what each number means: docs/analysis.md.",
+        "study's results; what each number means: docs/studies.md.",
     )
 
 

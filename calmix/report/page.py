@@ -63,7 +63,7 @@ def page(
             _behind(results, analysis),
         ],
         "Written by calmix from the study's results. What each number means, and which "
-        "definitions are calmix's own: docs/analysis.md.",
+        "definitions are calmix's own: docs/studies.md.",
     )
 
 
