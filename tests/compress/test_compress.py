@@ -246,6 +246,11 @@ def test_a_saved_set_and_the_users_prompts(
     assert not (out / "calibration").exists()
     card = read_card(out)
     assert card.target == "2:4"
+    manifest = out / "model" / "calmix.json"
+    told = json.loads(manifest.read_text(encoding="utf-8"))
+    told["recovery"]["zeros"] += 9  # which the dense model had before
+    manifest.write_text(json.dumps(told), encoding="utf-8")
+    card = read_card(out)
     assert card.pruned * 2 == card.weights
     assert card.answers is not None
     assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]

@@ -11,6 +11,7 @@ from calmix.pruning.gram import Gram
 from calmix.pruning.layout import observe
 from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
+from calmix.specs import prune_request
 from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -336,6 +337,10 @@ def test_patterns_are_taken_as_users_write_them(given, pattern):
         assert all(torch.equal(w, made[n]) for n, w in weights_of(models[0]).items())
     with pytest.raises(InputError, match="is not of the form N:M"):
         prune(models[0], method="magnitude", pattern="half")
+    asked = {"pattern": "2:4"} if ":" in str(given) else {"sparsity": 0.5}
+    assert prune_request(method="magnitude", pattern=given) == prune_request(
+        method="magnitude", **asked
+    )
 
 
 def test_a_name_in_place_of_a_model_says_to_open_it():

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -149,7 +150,7 @@ def test_the_same_command_twice_gives_the_same_bytes(calmix, place, tmp_path, me
     ],
 )
 def test_a_killed_recovery_goes_on_to_the_same_bytes(
-    calmix, place, tmp_path, method, moment, number
+    calmix, place, tmp_path, monkeypatch, method, moment, number
 ):
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
     if moment != "renamed":
@@ -157,8 +158,17 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
         assert "go on with --resume" in ended.line
         ended = calmix(*command(place, tmp_path / "cut", method, "--epochs", 3, "--resume"))
         assert "another request (epochs: 2, now 3)" in ended.line
-    ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
+    others, real = {"accelerate": "0.1"}, importlib.metadata.version
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.metadata, "version", lambda n: others.get(n) or real(n))
+        if moment != "renamed":
+            ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
+            assert "another request (accelerate: " in ended.line
+        others = {"rich": "0.1"}  # which trains nothing
+        ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
     assert ended.code == 0, ended.err
+    warned = f"(rich: {real('rich')}, now 0.1): the result is the same" in ended.err
+    assert warned == (moment != "renamed")
     assert ("finished by an earlier run" if moment == "renamed" else "going on after") in ended.err
     assert calmix(*command(place, tmp_path / "whole", method)).code == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
