@@ -33,6 +33,7 @@ class Options(BaseModel):
 
 
 Some = TypeVar("Some", bound=Options)
+MODEL = "Hub id, folder, .gguf file, or builtin:smollm2-135m."
 
 
 def option(
@@ -136,6 +137,35 @@ class DrawOptions(Options):
         """Return the options of the draw that were set, by name."""
         names = [name for name in DrawOptions.model_fields if name in self.model_fields_set]
         return {name: getattr(self, name) for name in names}
+
+
+# What draws a calibration set beside its specification; what a method that looks at data takes;
+# what a user can say of any prune: no method's option has such a name.
+DRAW = tuple(DrawOptions.model_fields)
+CALIBRATED = ("calibration", "propagation", "experts", "expert_smoothing", "drop_experts", *DRAW)
+PRUNE = (
+    *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
+    "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
+    "resume", "overwrite", "json", "as_json", "help", "recover", "against", "only", "skip",
+)  # fmt: skip
+
+
+def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
+    """Return the name and the options, as written, of `NAME` or `NAME,option=value,...`.
+
+    Raises:
+        InputError: the text is of another form, or gives an option twice; `what` it is of.
+    """
+    name, *parts = (part.strip() for part in text.split(","))
+    values: dict[str, str] = {}
+    for part in parts:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise InputError(f"{what} '{text}': '{part}' is not of the form option=value")
+        if key in values:
+            raise InputError(f"{what} '{text}' gives {key} twice")
+        values[key] = value
+    return name, values
 
 
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:

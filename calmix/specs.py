@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
-from calmix.options import DrawOptions, checked, parse_share
+from calmix.options import CALIBRATED, DRAW, PRUNE, DrawOptions, checked, named_options, parse_share
 
 if TYPE_CHECKING:
     from calmix.pruning.patterns import Pattern
@@ -19,23 +19,8 @@ ROWS, LENGTH, SEED = 64, 512, 0
 METHOD = "sparsegpt"
 NONE = "none"  # the method of a request that drops experts and prunes nothing
 
-# What draws a calibration set beside its specification; calmix.calibration.resolve has defaults.
-DRAW = tuple(DrawOptions.model_fields)
-EXPERTS = ("experts", "expert_smoothing", "drop_experts")
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes
 UNSCORED = "--drop-experts needs --calibration: text to score the experts on"
-CALIBRATED = (
-    "calibration",
-    "propagation",
-    *EXPERTS,
-    *DRAW,
-)  # what only a method that looks at data takes
-# What a user can say of any prune, whatever the method: no method's option has such a name.
-PRUNE = (
-    *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
-    "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
-    "resume", "overwrite", "json", "as_json", "help", "recover", "against", "only", "skip",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,27 +161,6 @@ def _drop_alone(method: str | None, given: Mapping[str, Any]) -> PruneRequest:
     return PruneRequest(
         NONE, None, None, calibration=given["calibration"], draw=draw, drop_experts=drop
     )
-
-
-def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
-    """Return the name and the options, as written, of `NAME` or `NAME,option=value,...`.
-
-    Args:
-        what: what the name is of, for complaints.
-
-    Raises:
-        InputError: the text is of another form, or gives an option twice.
-    """
-    name, *parts = (part.strip() for part in text.split(","))
-    values: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise InputError(f"{what} '{text}': '{part}' is not of the form option=value")
-        if key in values:
-            raise InputError(f"{what} '{text}' gives {key} twice")
-        values[key] = value
-    return name, values
 
 
 def _no_effect(name: str, method: str) -> InputError:

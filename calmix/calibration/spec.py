@@ -12,11 +12,10 @@ from pydantic import Field, ValidationError
 from calmix.calibration.selfgen.generators import GENERATORS, Generator
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
-from calmix.options import DrawOptions, checked
+from calmix.options import DrawOptions, checked, named_options
 from calmix.sources import Source, get_source, offline_sources
 from calmix.sources.licences import allowed, check_licence, refuse
 from calmix.sources.registry import parse_sources
-from calmix.specs import named_options
 from calmix.yaml_files import first_problem, read_yaml
 
 YAML = (".yaml", ".yml")

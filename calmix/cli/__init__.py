@@ -12,7 +12,7 @@ import typer
 
 from calmix.cli import calibrate, compress, doctor, evaluate, export, prune, study
 from calmix.cli.common import fail
-from calmix.cli.verbs import Verbs
+from calmix.cli.verbs import app
 from calmix.errors import CalmixError
 
 # How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
@@ -21,15 +21,6 @@ SPINS = "2000"
 # Kernels that PyTorch and oneDNN keep. Each is for one shape and may take a megabyte; experts have
 # as many shapes as they have numbers of tokens. Both read it at their first product.
 CACHES, KERNELS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
-
-app = typer.Typer(
-    name="calmix",
-    cls=Verbs,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Prune language models on calibration text you choose, and measure what survives.",
-)
 
 
 def _version(asked: bool) -> None:
@@ -48,7 +39,7 @@ def _options(
 
 
 MAKE, LEFT, MANY = "From a model to a smaller one", "What is left", "Studies and checks"
-compress.register(app, MAKE, LEFT)
+compress.register(MAKE, LEFT)
 prune.register(app, MAKE)
 calibrate.register(app, MAKE)
 export.register(app, MAKE)

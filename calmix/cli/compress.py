@@ -9,15 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from calmix.cli.common import duration, line, note, parse_weights, print_json, size
-from calmix.cli.prune import MODEL
-from calmix.cli.tables import print_rows
-from calmix.cli.verbs import verb
+from calmix.cli.common import duration, line, note, parse_weights, print_json
+from calmix.cli.tables import print_taken
+from calmix.cli.verbs import app, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file
-from calmix.options import Json, Options, Share, option, path_option
+from calmix.options import MODEL, Json, Options, Share, option, path_option
 
 if TYPE_CHECKING:
     from calmix.compress.plan import Stage
@@ -65,7 +62,7 @@ class ReportOptions(Options):
                                       shown="OUT/card.html")  # fmt: skip
 
 
-def register(app: typer.Typer, panel: str, left: str) -> None:
+def register(panel: str, left: str) -> None:
     """Add the verbs to the command line."""
     verb(app, "compress", panel)(compress)
     verb(app, "report", left)(report)
@@ -110,8 +107,6 @@ def compress(options: CompressOptions) -> None:
 
 def _run(arguments: Sequence[str]) -> None:
     """Run a command line in this process; what it refuses, it raises."""
-    from calmix.cli import app
-
     code = app(list(arguments), prog_name="calmix", standalone_mode=False)
     if code == 130:
         raise KeyboardInterrupt
@@ -129,22 +124,6 @@ def _print_plan(asked: Any, output: Path, as_json: bool) -> None:
     else:
         title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
         print_taken(taken, title)
-
-
-def print_taken(taken: Sequence[Any], title: str) -> None:
-    """Print what stages will take, the commands of those that have one, and the whole."""
-    rows = [
-        {"stage": one.stage.name, "time": duration(one.seconds), "memory": size(one.memory),
-         "disk": size(one.disk) if one.disk else "-"}
-        for one in taken
-    ]  # fmt: skip
-    print_rows(rows, as_json=False, title=title)
-    for one in taken:
-        if one.stage.arguments:
-            line(one.stage.command)
-    line(f"\nabout {duration(sum(one.seconds for one in taken))}, "
-         f"{size(max(one.memory for one in taken))} of memory at the peak, "
-         f"{size(sum(one.disk for one in taken))} on disk; nothing was written")  # fmt: skip
 
 
 def report(options: ReportOptions) -> None:

@@ -18,7 +18,7 @@ from calmix.cli.tables import print_rows, show, table_of
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import Json, ModelOptions, Options, option, path_option
+from calmix.options import MODEL, Json, ModelOptions, Options, option, path_option
 
 if TYPE_CHECKING:
     from calmix.capability.distance import Flipped
@@ -45,7 +45,7 @@ class RetentionOptions(Options):
 class EvaluateOptions(RetentionOptions, ModelOptions, Json):
     """What `evaluate` can be asked for."""
 
-    model: str = option(..., "Hub id, folder, .gguf file, or builtin:smollm2-135m.", argument=True)
+    model: str = option(..., MODEL, argument=True)
     suite: str = option("offline", "Suite by name, or a YAML file.")
     against: str | None = option(None, DENSE, metavar="DENSE")
     output: Path | None = path_option("JSON file to write, with every item.", default=None)
@@ -94,7 +94,7 @@ class AnswerOptions(ModelOptions):
 class PerplexityOptions(ModelOptions, Json):
     """What `evaluate perplexity` can be asked for."""
 
-    model: str = option(..., "Hub id, folder, .gguf file, or builtin:smollm2-135m.", argument=True)
+    model: str = option(..., MODEL, argument=True)
     text: Path = option(..., "A .txt, .jsonl or .parquet file.")
     length: int = option(2048, "Tokens per window.", ge=2)
     separator: str = option("", "Text between the documents of the file.", advanced=True)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from calmix.cli.common import line, note, print_json, progress_bar, writing_on
-from calmix.cli.tables import print_rows
+from calmix.cli.tables import print_rows, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart
-from calmix.options import DrawOptions, Json, ModelOptions, Options, option, path_option
+from calmix.options import MODEL, DrawOptions, Json, ModelOptions, Options, option, path_option
 from calmix.sources import own_sources
 from calmix.specs import prune_and_recover_requests, prune_requests, recover_request, target_name
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from calmix.recovery import RecoveryReport
     from calmix.specs import RecoverRequest
 
-MODEL = "Hub id, folder, .gguf file, or builtin:smollm2-135m."
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
 
@@ -139,7 +138,6 @@ def prune(options: PruneOptions) -> None:
         check_apart(target, [options.sources, options.allocation])
     how: dict[str, Any] = options.opening() | {"max_memory": bound}
     if options.dry_run:
-        from calmix.cli.compress import print_taken
         from calmix.compress.estimate import estimate_prune
 
         taken = estimate_prune(model, targets, recovery, **how)

@@ -18,7 +18,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from calmix.cli.common import Terminal, out, print_json
+from calmix.cli.common import Terminal, duration, line, out, print_json, size
 
 ENDLESS = 10_000
 
@@ -130,3 +130,19 @@ def _set_widths(table: Table, text: Collection[str], limit: int) -> None:
     _width(table, widths)
     for column in table.columns:
         column.overflow = "fold"
+
+
+def print_taken(taken: Sequence[Any], title: str) -> None:
+    """Print what stages will take, the commands of those that have one, and the whole."""
+    rows = [
+        {"stage": one.stage.name, "time": duration(one.seconds), "memory": size(one.memory),
+         "disk": size(one.disk) if one.disk else "-"}
+        for one in taken
+    ]  # fmt: skip
+    print_rows(rows, as_json=False, title=title)
+    for one in taken:
+        if one.stage.arguments:
+            line(one.stage.command)
+    line(f"\nabout {duration(sum(one.seconds for one in taken))}, "
+         f"{size(max(one.memory for one in taken))} of memory at the peak, "
+         f"{size(sum(one.disk for one in taken))} on disk; nothing was written")  # fmt: skip

@@ -50,6 +50,16 @@ class Verbs(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+app = typer.Typer(
+    name="calmix",
+    cls=Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Prune language models on calibration text you choose, and measure what survives.",
+)
+
+
 def group(app: typer.Typer, name: str, text: str, default: str, panel: str) -> typer.Typer:
     """Add a group whose `default` command needs no name, and return it."""
     kind = type("Group", (Verbs,), {"default": default})

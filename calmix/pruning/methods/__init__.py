@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from calmix.errors import InputError, nearest
+from calmix.options import PRUNE, named_options
 from calmix.pruning.methods.admm import Admm
 from calmix.pruning.methods.base import DTYPES, Method, Solution
 from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.methods.ria import Ria
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
-from calmix.specs import PRUNE, named_options
 
 __all__ = ["DTYPES", "METHODS", "Method", "Solution", "get_method", "methods", "register"]
 
