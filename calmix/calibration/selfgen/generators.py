@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,24 +41,9 @@ TURNS = 64  # openers a row has at hand
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
 
 Own = Mapping[str, Source] | None
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Texts a generator may choose among.
-
-    Attributes:
-        ids: token ids, (pieces, length).
-        groups: the dimension of each.
-        usable: places of those that may be used, in the order they were written.
-        nll, tokens: negative log-likelihood of each one's sampled tokens, and their number.
-    """
-
-    ids: NDArray[np.int64]
-    groups: NDArray[np.str_]
-    usable: list[int]
-    nll: NDArray[np.float64]
-    tokens: NDArray[np.int64]
+# Token ids (pieces, length), the dimension of each piece, and over its sampled tokens the negative
+# log-likelihood in nats and their number.
+Pieces = tuple[NDArray[np.int64], NDArray[np.str_], NDArray[np.float64], NDArray[np.int64]]
 
 
 class Generator(Options):
@@ -100,10 +84,9 @@ class Generator(Options):
         """Return what texts begin with, by dimension."""
         raise NotImplementedError
 
-    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> tuple[list[int], dict[str, Any]]:
-        """Return the places of `quota[d]` usable pieces of each dimension d, and a record."""
-        places = {name: [i for i in pieces.usable if pieces.groups[i] == name] for name in quota}
-        return [i for name, count in quota.items() for i in places[name][:count]], {}
+    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
+        """Return the places of `quota[d]` pieces of each dimension d."""
+        return [i for d, count in quota.items() for i in np.flatnonzero(pieces[1] == d)[:count]]
 
     def record(self) -> dict[str, Any]:
         """Return the settings for a manifest, prompts by their hash."""
@@ -145,21 +128,8 @@ class Igsp(SelfWritten):
         3.0, "Texts written per text used, e.g. 3.", ge=1, allow_inf_nan=False
     )
 
-    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> tuple[list[int], dict[str, Any]]:
-        first, _ = super().choose(pieces, quota)
-        chosen = select_rows(*_some(pieces, pieces.usable), quota)
-        selected = [pieces.usable[i] for i in chosen]
-        values = {
-            key: objective(*_some(pieces, rows))
-            for key, rows in (("first", first), ("selected", selected))
-        }
-        return selected, {"J": values}
-
-
-def _some(
-    pieces: Pieces, rows: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.str_], NDArray[np.float64], NDArray[np.int64]]:
-    return pieces.ids[rows], pieces.groups[rows], pieces.nll[rows], pieces.tokens[rows]
+    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
+        return select_rows(*pieces, quota)
 
 
 class SelfCal(Generator):
@@ -213,9 +183,9 @@ class Sgs(Generator):
             raise InputError("sgs has no seed text: every document of its source becomes no token")
         return {self.name: Beginnings(prefixes, 1.0)}
 
-    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> tuple[list[int], dict[str, Any]]:
-        likely = sorted(pieces.usable, key=lambda i: pieces.nll[i] / pieces.tokens[i])
-        return sorted(likely[: quota[self.name]]), {}
+    def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
+        _, _, nll, tokens = pieces
+        return np.argsort(nll / tokens, kind="stable")[: quota[self.name]].tolist()
 
 
 GENERATORS: dict[str, type[Generator]] = {
@@ -287,18 +257,15 @@ def generate(
         ]
 
     pieces, counted = _enough(generator, more, quota, guard)
-    picked, told = generator.choose(pieces, quota)
-    groups = pieces.groups[picked]
+    picked = generator.choose(pieces, quota)
+    written, groups, nll, tokens = chosen = _some(pieces, picked)
     rng = np.random.default_rng(seed)
     joined: list[tuple[NDArray[np.int64], str]] = []
-    perplexity: dict[str, float] = {}
     for name in quota:  # pieces of one dimension are joined to rows
-        chosen = rng.permutation(np.array(picked)[groups == name])
-        perplexity[name] = math.exp(pieces.nll[chosen].sum() / pieces.tokens[chosen].sum())
-        full = pieces.ids[chosen].reshape(-1, per_row * size)[:, :length]
-        joined += [(row, name) for row in full]
+        ids = written[rng.permutation(np.flatnonzero(groups == name))]
+        joined += [(row, name) for row in ids.reshape(-1, per_row * size)[:, :length]]
     order = rng.permutation(len(joined))
-    ids = torch.from_numpy(np.stack([joined[i][0] for i in order]))
+    rows_made = torch.from_numpy(np.stack([joined[i][0] for i in order]))
     weight = next(opened.model.parameters())
     manifest = {
         "kind": "calibration set",
@@ -317,15 +284,23 @@ def generate(
         "begin_token": begin_token(opened.tokenizer),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
-        "aggregation_4": aggregation(ids.numpy(), ORDER),
+        "aggregation_4": aggregation(rows_made.numpy(), ORDER),
         "temperature": {name: warmth[name] for name in quota},
-        "perplexity": perplexity,
+        "perplexity": {
+            name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
+            for name in quota
+        },
+        "J": objective(*chosen),
         "pieces": {"tokens": size, "a_row": per_row} | counted,
-        **told,
     }
-    made = CalibrationSet(ids, tuple(joined[i][1] for i in order), manifest)
+    made = CalibrationSet(rows_made, tuple(joined[i][1] for i in order), manifest)
     manifest["sha256"] = made.sha256
     return made
+
+
+def _some(pieces: Pieces, places: Any) -> Pieces:
+    ids, groups, nll, tokens = pieces
+    return ids[places], groups[places], nll[places], tokens[places]
 
 
 def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Sequence[int]]:
@@ -386,5 +361,5 @@ def _enough(
         "passed_over": int((np.isfinite(shares) & ~usable).sum()),
         "looping": sum(missing.values()),
     }
-    tokens, listed = written.sampled.sum(1).numpy(), np.flatnonzero(usable).tolist()
-    return Pieces(written.ids.numpy(), groups, listed, nll, tokens), counted
+    pieces = written.ids.numpy(), groups, nll, written.sampled.sum(1).numpy()
+    return _some(pieces, np.flatnonzero(usable)), counted

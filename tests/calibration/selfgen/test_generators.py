@@ -157,7 +157,7 @@ def test_igsp_writes_more_and_chooses_by_j(made):
     assert len(made.requests[0].openers) == 40
     assert not {LOOP, (7,) * 16} & set(pieces(found))
     assert len(set(pieces(found))) == 16
-    assert found.manifest["J"]["selected"] < found.manifest["J"]["first"]
+    assert found.manifest["J"] < made("self-written", fill=plant, repeats=1.0).manifest["J"]
     made("igsp")
     assert len(made.requests[0].openers) == 48  # three times as many by default
 
