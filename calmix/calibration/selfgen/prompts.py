@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
@@ -70,9 +62,7 @@ def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
     Raises:
         InputError: the file cannot be used: where, and why.
     """
-    own = resources.files("calmix.calibration.selfgen") / "prompts.yaml"
-    with resources.as_file(own) as builtin:
-        read = read_yaml(path or builtin)
+    read = read_yaml(path or Path(__file__).with_name("prompts.yaml"))
     where = str(path or "prompts.yaml")
     try:
         found = TypeAdapter(dict[str, Dimension]).validate_python(read)
@@ -162,7 +152,7 @@ def _asked(tokenizer: Any, request: str) -> str:
 
 def _in_chat(tokenizer: Any, request: str) -> str:
     """Return a request in the model's chat template, up to the answer; empty without one."""
+    chat = [{"role": "user", "content": request}]
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    chat = [{"role": "user", "content": request}]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
