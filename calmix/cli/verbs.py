@@ -63,7 +63,8 @@ app = typer.Typer(
 def group(app: typer.Typer, name: str, text: str, default: str, panel: str) -> typer.Typer:
     """Add a group whose `default` command needs no name, and return it."""
     kind = type("Group", (Verbs,), {"default": default})
-    made = typer.Typer(cls=kind, help=text, add_completion=False)
+    told = f"{text}\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
+    made = typer.Typer(cls=kind, help=told, short_help=text, add_completion=False)
     app.add_typer(made, name=name, rich_help_panel=panel)
     return made
 
