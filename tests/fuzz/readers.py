@@ -73,7 +73,6 @@ rows: 16
 length: 128
 seed: 3
 packing: window
-packing: window
 leakage: off
 licence: permissive
 sources:
