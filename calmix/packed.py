@@ -197,8 +197,10 @@ def load(
 
         try:
             with torch.device("meta"):
-                kind = type(AutoModelForCausalLM.from_config(config))
-            model = kind.from_pretrained(None, config=config, state_dict=state, **options)
+                empty = AutoModelForCausalLM.from_config(config)
+            model = type(empty).from_pretrained(
+                None, config=empty.config, state_dict=state, **options
+            )
         except Exception as error:  # transformers raises anything on what it does not know
             told = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"cannot open {folder}: {told[:300]}") from error

@@ -222,8 +222,8 @@ def check_ids(name: str, embeddings: Any, ids: Tensor) -> None:
     for found in map(int, ids.aminmax()) if ids.numel() else ():
         if not 0 <= found < known:
             raise ModelError(
-                f"{name} has no usable tokenizer: it gives id {found}, and the model has "
-                f"embeddings for {known}"
+                f"{name} has no embedding for token id {found}, its last is {known - 1}: its "
+                "tokenizer is damaged, or the ids are from another model's"
             )
 
 
@@ -253,7 +253,7 @@ def context_of(config: Any) -> int | None:
     """Return the longest sequence a model's configuration names, in tokens; None if it does not."""
     text = config.get_text_config(decoder=True)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        if isinstance(value := getattr(text, key, None), int) and value > 0:
+        if isinstance(value := getattr(text, key, None), int) and value > 0:  # XLNet's is -1
             return value
     return None
 

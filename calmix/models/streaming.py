@@ -36,7 +36,17 @@ Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tenso
 
 
 class NotStreamableError(Exception):
-    """Why a model must be opened as a whole, as a clause."""
+    """The checkpoint's tensors are not the model's own: it must be opened as a whole.
+
+    Args:
+        name: of the first such tensor.
+        why: it is so.
+    """
+
+    def __init__(
+        self, name: str, why: str = "transformers converts its weights while it loads them"
+    ) -> None:
+        super().__init__(f"{why} (first {name})")
 
 
 class StreamedModel:
@@ -50,6 +60,7 @@ class StreamedModel:
         model: the modules. Weights are there for what is outside the blocks (until
             `drop_outside`), the output head excepted, and for blocks between `fetch` and `drop`.
         blocks: its decoder blocks.
+        config: what the folder says of the model, of which `model.config` may be the text's part.
         shards: the folder's files.
         names: name in the files of every parameter, by its name in the model, but for those that
             are merged from several or split.
@@ -78,8 +89,8 @@ class StreamedModel:
         chosen = _dtype(dtype)
         self.folder = resolve_model(name)
         self.shards = Shards(self.folder)
-        config = load_config(self.folder, name, trust_remote_code)
-        self.model = _skeleton(config, chosen, self.shards, self.device, trust_remote_code)
+        self.config = load_config(self.folder, name, trust_remote_code)
+        self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         places = self.shards.places
@@ -89,20 +100,20 @@ class StreamedModel:
         prefix = f"{self.blocks.name}."
         for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
             if any(name.startswith(prefix) for name in pair):
-                raise NotStreamableError(f"its blocks share weights ({pair[0]} is {pair[1]})")
+                raise NotStreamableError(pair[0], "its blocks share weights")
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self._parts = self._held(own)
         self.names = {name: part.stored[0] for name, part in self._parts.items() if part.whole}
         for name in own:
             if name not in self._parts and name not in tied:
-                raise _unlike(name)
+                raise NotStreamableError(name)
         kept = self.model.state_dict().keys()
         buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
         held = self._held(buffers)
         self.buffers = {name: part.stored[0] for name, part in held.items() if part.whole}
         for name in buffers:
             if name not in self.buffers:
-                raise _unlike(name)
+                raise NotStreamableError(name)
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # A device copies in a queue of its own what the next block needs.
@@ -119,7 +130,7 @@ class StreamedModel:
             if name in own and part.shapes[name] == tuple(own[name].shape)
         }
         if (name := self._conversions.faulty(held.values(), shapes)) is not None:
-            raise _unlike(name)
+            raise NotStreamableError(name)
         return held
 
     @property
@@ -289,11 +300,13 @@ class StreamedModel:
 
     def save(self, writer: ShardWriter, folder: Path) -> None:
         """Make the folder of the written files one that loads: index and configuration."""
-        model = self.model
+        model, config = self.model, self.config
         writer.write_index()
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = str(self.dtype).removeprefix("torch.")
-        model.config.save_pretrained(folder)
+        if type(config) is type(model.config):
+            config.architectures = [type(model).__name__]
+        for part in (config, config.get_text_config(decoder=True)):
+            part.dtype = str(self.dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
 
@@ -417,10 +430,6 @@ class WholeModel:
 
 
 WeightSource = StreamedModel | WholeModel
-
-
-def _unlike(name: str) -> NotStreamableError:
-    return NotStreamableError(f"its files are not what its modules hold (first {name})")
 
 
 def _skeleton(

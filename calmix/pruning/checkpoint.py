@@ -388,9 +388,7 @@ def _dropped(
             device=str(source.device), trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
     except NotStreamableError as error:
-        raise ModelError(
-            f"--drop-experts does not work with this architecture: {error} is of another size"
-        ) from error
+        raise ModelError(f"--drop-experts does not work with this architecture: {error}") from error
     source.close()
     made.name, made.folder = source.name, source.folder
     made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)

@@ -329,8 +329,8 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
         source.fetch(index)
         writer.write(source.as_stored(cut(blocks.mixtures(index), by_name, source.tensors(index))))
         source.drop(index)
-    before_config = source.model.config
-    source.model.config = config = copy.deepcopy(before_config)
+    before_config = source.config
+    source.config = config = copy.deepcopy(before_config)
     told, count = text_config(config), len(dropped[0].scores)
     for key in COUNTS:
         if getattr(told, key, None) == count:
@@ -340,7 +340,7 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
     try:
         source.save(writer, folder)
     finally:
-        source.model.config = before_config
+        source.config = before_config
     for path in source.folder.iterdir():
         if path.suffix in (".py", ".jinja") or path.name.endswith("processor_config.json"):
             shutil.copy(path, folder / path.name)

@@ -40,6 +40,7 @@ from calmix.errors import (
 )
 from calmix.machine import give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
+from calmix.models.opening import check_ids as check_vocabulary
 from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
@@ -155,9 +156,11 @@ def prune(
                 layer.assign(weight)
         return not done
 
-    count, length = 1, 1
+    count = length = 1
     if chosen.needs is not None:
-        count, length = check_ids(ids, chosen.name, model).shape
+        count, length = (ids := check_ids(ids, chosen.name)).shape
+        embeddings: Any = model.get_input_embeddings  # a method of transformers' models
+        check_vocabulary(type(model).__name__, embeddings(), ids)
     rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
     with _naming_blocks(runs):
         return with_room(act, min(rows, count), device, undone)
@@ -300,23 +303,14 @@ def _of_layer(pattern: Patterns, name: str) -> Pattern:
     return pattern[name] if isinstance(pattern, Mapping) else pattern
 
 
-def check_ids(ids: Tensor | None, method: str, model: Any = None) -> Tensor:
+def check_ids(ids: Tensor | None, method: str) -> Tensor:
     """Return calibration ids, or refuse them.
 
     Raises:
-        InputError: there are none, their shape is not (rows, length), or there is no embedding
-            for one.
+        InputError: there are none, or their shape is not (rows, length).
     """
     if ids is None or ids.ndim != 2 or not ids.numel():
         raise InputError(f"{method} needs calibration ids of shape (rows, length)")
-    if model is not None:
-        lowest, highest = map(int, ids.aminmax())
-        known = model.get_input_embeddings().weight.shape[0]
-        if lowest < 0 or highest >= known:
-            raise InputError(
-                f"the calibration ids lie between {lowest} and {highest}, but the model knows 0 "
-                f"to {known - 1}: use ids of its own tokenizer"
-            )
     return ids
 
 

@@ -231,6 +231,11 @@ class Calls:
 
         with forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
+        if len(recorded) != len(self._found):
+            raise ModelError(
+                f"the decoder takes rows of {ids.shape[1]} tokens through the blocks in "
+                f"{self._found.name} piece by piece: use a shorter --length"
+            )
         return recorded[0][0], [call for _, call in recorded], written
 
     def _shared(self, key: tuple[int, str], value: Any) -> Any:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix import assets
 from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
-from calmix.models.opening import tokenizer_fingerprint
+from calmix.models.opening import context_of, tokenizer_fingerprint
 from calmix.models.shards import Shards
 from calmix.precision import fast_half_precision
 from tests.tiny import save_tiny_model, tiny_model
@@ -182,6 +182,10 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path, monkeypatc
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
+def test_a_context_without_end_is_none():
+    assert context_of(AutoConfig.for_model("xlnet")) is None  # its configuration says -1
+
+
 def test_a_folder_without_tokenizer(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     rejected(tmp_path / "model", "no usable tokenizer")
@@ -194,14 +198,6 @@ def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path
     small = open_model(str(save_tiny_model(tmp_path / "model", vocab_size=200))).model
     with pytest.raises(ModelError, match="has no embedding for token id 258, its last is 199"):
         small(torch.tensor([[3, 258]]))
-
-
-def test_a_context_without_end_is_none():
-    """XLNet's configuration says -1."""
-    config = tiny_model("llama").config
-    assert opening.context_of(config) == 256
-    config.max_position_embeddings = -1
-    assert opening.context_of(config) is None
 
 
 def test_unknown_dtype_and_device(tiny_folder):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
@@ -412,19 +413,31 @@ def test_calibration_ids_are_needed(ids):
         prune(tiny_model("llama"), ids, method="wanda", pattern=Unstructured(0.5))
 
 
-def test_ids_the_model_does_not_know_are_refused_before_any_work():
-    ids = tiny_ids()
-    ids[3, 5] = 320
-    with pytest.raises(InputError, match="lie between 3 and 320, but the model knows 0 to 319"):
-        prune(tiny_model("llama"), ids, pattern=Unstructured(0.5))
-
-
 def test_a_model_that_does_not_run_says_why():
     """XLNet does not run in bfloat16, and was said to be of an architecture that is not known."""
     model = tiny_model("llama").bfloat16()
     model.model.embed_tokens.float()
     with pytest.raises(ModelError, match="LlamaModel does not run on token ids in bfloat16: exp"):
         prune(model, tiny_ids(), pattern=Unstructured(0.5))
+
+
+@pytest.mark.parametrize("stray", [-1, 320])
+def test_an_id_outside_the_vocabulary_is_named(stray):
+    ids, model = tiny_ids(), tiny_model("llama")
+    ids[7, 20] = stray
+    with pytest.raises(ModelError, match=f"no embedding for token id {stray}, its last is 319"):
+        prune(model, ids, pattern=HALF)
+
+
+def test_a_decoder_that_takes_long_rows_piece_by_piece_is_refused():
+    """Its blocks run several times a row, with states of their own in between."""
+    config = AutoConfig.for_model(
+        "xlstm", vocab_size=320, hidden_size=64, embedding_dim=64, num_heads=2, num_blocks=2,
+        num_hidden_layers=2, qk_dim_factor=1.0, chunk_size=16, max_inference_chunksize=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(ModelError, match=r"rows of 32 tokens .* use a shorter --length"):
+        prune(model, tiny_ids(), pattern=HALF)
 
 
 def test_progress_counts_blocks():
