@@ -146,7 +146,7 @@ def plan(options: PlanOptions) -> None:
     found = estimate(study, options.device)
     if options.as_json:
         power = {} if options.power is None else {"power": [asdict(one) for one in reached]}
-        print_json({"study": study.name, **found.to_json(), **power})
+        print_json({"study": study.name, **asdict(found), **power})
         return
     late = any("recover" in group.seconds for group in found.groups)
     rows = [
@@ -246,9 +246,9 @@ def _executor(options: RunOptions) -> Execute | None:
     names = ("address", "workers", "cpus", "gpus", "retries")
     given = {key: value for key in names if (value := getattr(options, key)) is not None}
     if options.executor == "ray":
-        from calmix.study.cluster import Cluster, on_ray
+        from calmix.study.cluster import on_ray
 
-        return on_ray(Cluster(**given))
+        return on_ray(**given)
     if given:
         raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
     return None

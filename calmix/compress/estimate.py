@@ -65,14 +65,14 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             memory = memory if asked.generated else PROGRAM
             seconds = model.calibration(rows, length, asked.calibration, measured=False)
         elif verb == "prune":
-            seconds = model.files() + model.pruning(get_method(METHOD), None, rows, length)
+            seconds = model.files + model.pruning(get_method(METHOD), None, rows, length)
             memory, disk = planned(
                 asked.model, target, rows, length, device=asked.device,
                 trust_remote_code=asked.trust_remote_code, max_memory=_most(asked),
             )  # fmt: skip
         elif verb == "recover":
             recovery = _recovery(asked, stage)
-            seconds = model.files() + model.recovery(recovery, rows, length)
+            seconds = model.files + model.recovery(recovery, rows, length)
             memory, disk = _recovery_memory(model, recovery, length, _most(asked)), model.bytes
         elif verb == "evaluate":
             seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
@@ -116,7 +116,7 @@ def estimate_prune(
     used = rows if any(r.calibration is not None for r in targets.values()) else 0
     needed, checkpoint = planned(name, targets, used, length, max_memory=max_memory, **how)
     for request in targets.values():
-        seconds, named = start + model.files(), target_name(request)
+        seconds, named = start + model.files, target_name(request)
         start = 0.0
         if request.method != NONE:
             method = get_method(request.method, **request.options)
@@ -126,7 +126,7 @@ def estimate_prune(
             seconds += model.forward(2 * rows * length, length)
         found.append(Taken(Stage(f"prune, {named}", (), None), seconds, needed, checkpoint))
         if recovery is not None:
-            seconds = model.files() + model.recovery(recovery, rows, length)
+            seconds = model.files + model.recovery(recovery, rows, length)
             memory = _recovery_memory(model, recovery, length, max_memory)
             stage = Stage(f"recover by {recovery.method}, {named}", (), None)
             found.append(Taken(stage, seconds, memory, checkpoint))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import distortion, measure_set
-from calmix.capability.distance import distance, reference
+from calmix.capability.distance import Reference, distance, reference
 from calmix.capability.evaluate import SCORER, evaluate
 from calmix.capability.retention import Estimate, Retention
 from calmix.capability.scores import load_scores
@@ -72,6 +72,7 @@ class Bench:
         self._weights: dict[str, Tensor] = {}  # the dense ones
         self._changed = False  # whether the open model has other weights
         self._pruned: tuple[Key, PruneReport] | None = None  # what its weights are now
+        self._reference: Reference | None = None
         self._set: tuple[str, CalibrationSet, dict[str, float]] | None = None
 
     def ready(self, label: str, stage: Stage) -> None:
@@ -83,7 +84,8 @@ class Bench:
         if self._label == label:
             return
         stage("opening the model", 0, 1)
-        self._label = self.opened = self._set = self._pruned = None
+        self._label = self.opened = self._set = self._pruned = self._reference = None
+        self._weights = {}  # before the next model takes their place in memory
         entry, suite = self.study.models[label], self.study.suite
         self.opened = opened = open_model(entry.name, dtype=entry.dtype, **self.how)
         self._changed = False
@@ -239,7 +241,7 @@ class Bench:
             return self._set[1:]
         folder, planned = self.store.calibration(trial.calibration_id), trial.planned
         stage("calibration set", 0, 1)
-        with self.store.set_lock(trial.calibration_id):
+        with self.store.lock(f"set-{trial.calibration_id}"):
             if not folder.is_dir():
                 self._restore()
                 drawn = resolve(

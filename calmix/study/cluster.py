@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from calmix import machine
 from calmix.errors import CalmixError, InputError, MissingExtraError
 from calmix.models.opening import device_of
 from calmix.study.bench import Bench, Options
-from calmix.study.estimate import check_memory, host_memory
+from calmix.study.estimate import check_memory, largest, passing_memory, trial_memory
 from calmix.study.results import Trial
 from calmix.study.running import Execute, Observer, Outcome, run_one
 from calmix.study.spec import Study
@@ -29,27 +28,21 @@ REACH_SECONDS = 5.0
 PASSED = 2**27  # bytes: what is too large for a call is in files
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where trials run, and what each gets.
+def on_ray(
+    address: str | None = None,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float | None = None,
+    retries: int = 2,
+) -> Execute:
+    """Return what runs trials on a cluster, for `run_study`.
 
-    Attributes:
+    Args:
         address: `auto` for the cluster this machine belongs to, `HOST:PORT` or `ray://HOST:PORT`;
             None for a Ray of this machine's own.
         workers: trials that run at a time; None for as many as there is room for.
         cpus, gpus: of each trial; None means one GPU where the cluster has any.
         retries: how often a trial begins again after its worker died.
-    """
-
-    address: str | None = None
-    workers: int | None = None
-    cpus: float = 1
-    gpus: float | None = None
-    retries: int = 2
-
-
-def on_ray(cluster: Cluster) -> Execute:
-    """Return what runs trials on a cluster, for `run_study`.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -61,9 +54,9 @@ def on_ray(cluster: Cluster) -> Execute:
         import ray
     except ImportError:
         raise MissingExtraError("running on Ray", "ray") from None
-    address, how = cluster.address, {"logging_level": logging.ERROR, "log_to_driver": False}
+    how: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
-        cores = max(machine.cores(), round((cluster.workers or 0) * cluster.cpus))
+        cores = max(machine.cores(), round((workers or 0) * cpus))
         how |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
     elif address != "auto":  # at once: Ray itself tries for a minute
         host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -86,9 +79,29 @@ def on_ray(cluster: Cluster) -> Execute:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
             raise InputError(f"Ray does not start ({reason}): check --address") from error
         try:
-            return _run(cluster, study, store, todo, options, observer)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            given = gpus
+            if given is None:
+                given = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
+            held = passing_memory if given and options.device != "cpu" else trial_memory
+            label, memory = largest(study, [trial.planned for trial in todo], "cpu", held)
+            most = room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
+            count = min(most, workers or most, len(todo))
+            observer.note(f"{count} at a time, each with {memory / 1e9:.1f} GB of memory")
+            actor: Any = ray.remote(
+                num_cpus=cpus, num_gpus=given, memory=memory or None,
+                max_restarts=-1, max_task_retries=retries,
+            )(Worker)  # fmt: skip
+            shared = Path.cwd(), study, Store(store.path.absolute(), store.index), options
+            outcome, died = _run([actor.remote(*shared) for _ in range(count)], todo, observer)
         finally:
             ray.shutdown()
+        for trial in todo if died else ():
+            if store.state(trial.id) in ("pending", "running"):
+                line = f"its worker died {retries + 1} times, last: {died}"
+                outcome.failed[trial.planned.label] = line
+                observer.failed(trial, line)
+        return outcome
 
     return execute
 
@@ -129,32 +142,12 @@ class Worker:
         return trial, run_one(self.bench, trial, Observer(), outcome), outcome
 
 
-def _run(
-    cluster: Cluster,
-    study: Study,
-    store: Store,
-    todo: Sequence[Resolved],
-    options: Options,
-    observer: Observer,
-) -> Outcome:
+def _run(workers: list[Any], todo: Sequence[Resolved], observer: Observer) -> tuple[Outcome, str]:
+    """Give trials to workers; return what came of them, and how the last worker died, if any."""
     import ray
     from ray.util import ActorPool
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = cluster.gpus
-    if gpus is None:
-        gpus = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
-    accelerated = bool(gpus) and options.device != "cpu"
-    label, memory = host_memory(study, [trial.planned for trial in todo], accelerated)
-    most = room(nodes, {"CPU": cluster.cpus, "GPU": gpus, "memory": memory}, label)
-    count = min(most, cluster.workers or most, len(todo))
-    observer.note(f"{count} at a time, each with {memory / 1e9:.1f} GB of memory")
-    actor: Any = ray.remote(
-        num_cpus=cluster.cpus, num_gpus=gpus, memory=memory or None,
-        max_restarts=-1, max_task_retries=cluster.retries,
-    )(Worker)  # fmt: skip
-    shared = Path.cwd(), study, Store(store.path.absolute(), store.index), options
-    pool, outcome, died = ActorPool([actor.remote(*shared) for _ in range(count)]), Outcome(), ""
+    pool, outcome, died = ActorPool(workers), Outcome(), ""
     for trial in todo:
         pool.submit(lambda worker, one: worker.run.remote(one), trial)
     while pool.has_next():
@@ -167,14 +160,11 @@ def _run(
         except ray.exceptions.RayActorError as error:
             died = next(iter(str(error).strip().splitlines()), type(error).__name__)
             continue
-        outcome.add(made)
+        outcome.finished += made.finished
+        outcome.failed |= made.failed
+        outcome.elsewhere |= made.elsewhere
         if found is not None:
             observer.finished(trial, found)
         for line in made.failed.values():
             observer.failed(trial, line)
-    for trial in todo if died else ():
-        if store.state(trial.id) in ("pending", "running"):
-            line = f"its worker died {cluster.retries + 1} times, last: {died}"
-            outcome.failed[trial.planned.label] = line
-            observer.failed(trial, line)
-    return outcome
+    return outcome, died

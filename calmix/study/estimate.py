@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from calmix.errors import CalmixError, InputError, ModelError
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import cache_argument, use_own_attention
-from calmix.models.opening import DTYPES, device_of, quiet_transformers
+from calmix.models.opening import DTYPES, device_of, known_model, quiet_transformers
 from calmix.precision import fast_half_precision
 from calmix.pruning import prune
 from calmix.pruning.allocation import SPREAD, looker
@@ -40,7 +39,7 @@ from calmix.recovery import memory as recovery
 from calmix.recovery.sizes import sizes_of
 from calmix.recovery.training import held_out, rows_at_once
 from calmix.specs import RecoverRequest
-from calmix.study.spec import Model, Study
+from calmix.study.spec import Study
 from calmix.study.trials import Planned, plan
 
 PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
@@ -65,29 +64,22 @@ KNOWN_TASKS = {
 class Timed:
     """A model from its configuration alone, and how long work on it takes on this machine.
 
-    Args:
-        name, dtype, device, trust_remote_code: as for `open_model`; of a hub model only
-            config.json is fetched.
+    Arguments are those of `open_model`; of a hub model only config.json is fetched.
 
     Raises:
         ModelError: the configuration cannot be read, or is not that of a causal model.
     """
 
-    merges = False  # these are what `plan_for` and `sizes_of` read of a model
+    merges = False  # `plan_for` and `sizes_of` read this and what is public here
 
     def __init__(
-        self,
-        name: str,
-        dtype: str = "auto",
-        device: str = "auto",
-        trust_remote_code: bool = False,
+        self, name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
     ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.device = device_of(device)
-        hub = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
-        place = name if hub else resolve_model(name)
+        place = name if known_model(name) is None else resolve_model(name)
         with quiet_transformers():
             try:
                 trust = {"trust_remote_code": trust_remote_code}
@@ -105,11 +97,10 @@ class Timed:
         use_own_attention(self.model)
         self.blocks = find_blocks(self.model)
         self.weights = sum(p.numel() for p in self.model.parameters())
-        inside = [sum(p.numel() for p in block.parameters()) for block in self.blocks.blocks]
-        self.block_weights = sum(inside)
-        self.largest = max(inside)
+        self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
         self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
         self.bytes = self.weights * self.dtype.itemsize
+        self.files = self.bytes / FILES  # seconds to read a checkpoint and write another
         self.prune = cache(self._prune)
         self._rates = cache(self._measure)
 
@@ -219,17 +210,15 @@ class Timed:
         rows = BATCH if what == "write" else max(1, tokens_at_once(self.device) // length)
         ids, decoder = self._ids(rows, length), model.base_model
         if what == "train":
-            within = list(find_blocks(model).blocks.parameters())
+            within = list(find_blocks(model).blocks.requires_grad_(True).parameters())
 
             def act() -> None:
-                for p in within:
-                    p.requires_grad_(p.is_floating_point())
-                decoder(ids, use_cache=False)[0].float().square().mean().backward()
-                for p in within:
-                    p.requires_grad_(False)
-                    p.grad = None
+                loss = decoder(ids, use_cache=False)[0].float().square().mean()
+                torch.autograd.grad(loss, within, allow_unused=True)
 
-            return seconds(act, self.device) / ids.numel()
+            found = seconds(act, self.device) / ids.numel()
+            find_blocks(model).blocks.requires_grad_(False)
+            return found
         if what == "forward":
             return seconds(lambda: decoder(ids, use_cache=False), self.device) / ids.numel()
         found = decoder(ids[:, :32], use_cache=True)
@@ -262,10 +251,6 @@ class Timed:
             fixed += self.prune(looker("owl"), None, length)[0]
             each += self.prune(looker(allocation), None, length)[1]
         return fixed + rows * length * each
-
-    def files(self) -> float:
-        """Return the seconds of reading a checkpoint and writing another of it."""
-        return self.bytes / FILES
 
     def calibration(self, rows: int, length: int, strategy: str, measured: bool = True) -> float:
         """Return the seconds of writing a calibration set's text and measuring its perplexity."""
@@ -329,8 +314,7 @@ def seconds(act: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(taken[1:] or taken)
 
 
-@dataclass(frozen=True)
-class SuiteWork:
+class SuiteWork(NamedTuple):
     """What scoring a suite takes; `exact` is False where its data is not at hand."""
 
     items: int = 0
@@ -383,41 +367,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study will take, one trial at a time.
+    """What a study will take, one trial at a time: seconds, and bytes of memory and on disk.
 
-    Attributes:
-        groups: in the order of the plan.
-        sets: number of calibration sets; `sets_seconds`, to make and measure all of them.
-        dense_seconds: to score the dense models.
-        notes: what was assumed, and what does not fit.
+    `sets_seconds` make and measure the calibration sets, `dense_seconds` score the dense models,
+    and `notes` say what was assumed and what does not fit.
     """
 
-    groups: list[Group]
+    trials: int
+    seconds: float
+    memory: float
+    disk: float
     sets: int
     sets_seconds: float
     dense_seconds: float
-    disk: float
+    groups: list[Group]
     notes: list[str]
-
-    @property
-    def trials(self) -> int:
-        """Number of trials."""
-        return sum(group.trials for group in self.groups)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the whole study."""
-        trials = sum(group.trials * sum(group.seconds.values()) for group in self.groups)
-        return trials + self.sets_seconds + self.dense_seconds
-
-    @property
-    def memory(self) -> float:
-        """Bytes at the peak."""
-        return max(group.memory for group in self.groups)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values."""
-        return asdict(self) | {k: getattr(self, k) for k in ("trials", "seconds", "memory")}
 
 
 def estimate(study: Study, device: str = "auto") -> Estimate:
@@ -426,7 +390,7 @@ def estimate(study: Study, device: str = "auto") -> Estimate:
     Raises:
         CalmixError: a model's configuration cannot be read.
     """
-    models = timed_models(study.models, device)
+    models = {label: Timed(m.name, m.dtype, device) for label, m in study.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
     groups: dict[tuple[Any, ...], list[Planned]] = {}
     prunes: dict[Any, Planned] = {}  # what differs in recovery alone is pruned once
@@ -437,7 +401,12 @@ def estimate(study: Study, device: str = "auto") -> Estimate:
         if trial.rows:
             size = trial.model, trial.calibration, trial.rows, trial.length, trial.seed
             sets.setdefault(size, trial)
-    found = []
+    found, notes = [], []
+    if not work.exact:
+        notes.append(
+            f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
+            "sizes of its tasks"
+        )
     for members in groups.values():
         like, model = members[0], models[members[0].model]
         allocation = like.request.allocation if like.request.allocation in SPREAD else None
@@ -453,33 +422,25 @@ def estimate(study: Study, device: str = "auto") -> Estimate:
             taken["recover"] = model.recovery(like.recovery, like.rows, like.length)
         disk = 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000
         sizes = like.rows, like.length, len(members)
-        found.append(Group(like.model, like.way, like.pattern, *sizes, taken,
-                           trial_memory(model, like), disk))  # fmt: skip
+        memory = trial_memory(model, like)
+        found.append(Group(like.model, like.way, like.pattern, *sizes, taken, memory, disk))
+        there = device_memory(model.device)[2] or total_memory()
+        if memory > there:
+            notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
     made = sum(
         models[one.model].calibration(one.rows, one.length, one.strategy, study.file.perplexity)
         for one in sets.values()
     )
-    notes = []
-    if not work.exact:
-        notes.append(
-            f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
-            "sizes of its tasks"
-        )
-    for group in found:
-        there = device_memory(models[group.model].device)[2] or total_memory()
-        if group.memory > there:
-            named = f"{group.model} {group.method} {group.pattern}"
-            notes.append(too_large(named, group.memory, there))
-    disk = sum(8.0 * one.rows * one.length for one in sets.values())
+    dense = sum(model.evaluation(work) for model in models.values())
     return Estimate(
-        found, len(sets), made, sum(model.evaluation(work) for model in models.values()),
-        disk + sum(group.trials * group.disk for group in found), list(dict.fromkeys(notes)),
+        trials=sum(group.trials for group in found),
+        seconds=made + dense + sum(g.trials * sum(g.seconds.values()) for g in found),
+        memory=max(group.memory for group in found),
+        disk=sum(8.0 * one.rows * one.length for one in sets.values())
+        + sum(group.trials * group.disk for group in found),
+        sets=len(sets), sets_seconds=made, dense_seconds=dense, groups=found,
+        notes=list(dict.fromkeys(notes)),
     )  # fmt: skip
-
-
-def timed_models(models: Mapping[str, Model], device: str = "auto") -> dict[str, Timed]:
-    """Return models by label, from their configurations."""
-    return {label: Timed(model.name, model.dtype, device) for label, model in models.items()}
 
 
 def trial_memory(model: Timed, trial: Planned) -> float:
@@ -492,25 +453,33 @@ def trial_memory(model: Timed, trial: Planned) -> float:
     return max(peak, PROGRAM + model.bytes + kept + needed)
 
 
+def passing_memory(model: Timed, trial: Planned) -> float:
+    """Return the bytes of a machine's own memory where an accelerator prunes."""
+    return PROGRAM + model.bytes
+
+
 def too_large(named: str, needed: float, there: float) -> str:
     """Say that a trial needs more memory than there is."""
     return f"{named} needs {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB: use fewer or shorter rows"
 
 
 def largest(
-    study: Study, trials: Sequence[Planned], device: str
-) -> tuple[str, float, Timed | None]:
-    """Return the label of the trial that takes most memory, its bytes, and its model; of models
-    whose configuration cannot be read nothing is known."""
-    found: tuple[str, float, Timed | None] = "", 0.0, None
+    study: Study,
+    trials: Sequence[Planned],
+    device: str,
+    memory: Callable[[Timed, Planned], float] = trial_memory,
+) -> tuple[str, float]:
+    """Return the label of the trial that takes most memory, and its bytes; of models whose
+    configuration cannot be read nothing is known."""
+    found = "", 0.0
     for label in dict.fromkeys(trial.model for trial in trials):
         try:
-            model = timed_models({label: study.models[label]}, device)[label]
+            model = Timed(study.models[label].name, study.models[label].dtype, device)
         except CalmixError:
             continue
-        for trial in trials:
-            if trial.model == label and (needed := trial_memory(model, trial)) > found[1]:
-                found = trial.label, needed, model
+        kinds = {trial.condition: trial for trial in trials if trial.model == label}
+        for trial in kinds.values():
+            found = max(found, (trial.label, memory(model, trial)), key=lambda one: one[1])
     return found
 
 
@@ -522,15 +491,6 @@ def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) 
     """
     there = device_memory(device)[2]
     if there is not None:
-        label, needed, _ = largest(study, trials, str(device))
+        label, needed = largest(study, trials, str(device))
         if needed > there:
             raise InputError(too_large(label, needed, there))
-
-
-def host_memory(study: Study, trials: Sequence[Planned], accelerated: bool) -> tuple[str, float]:
-    """Return which trial takes the most of a machine's own memory, and how many bytes.
-
-    Where an accelerator prunes, weights pass through it on their way.
-    """
-    label, needed, model = largest(study, trials, "cpu")
-    return label, PROGRAM + model.bytes if accelerated and model else needed

@@ -25,6 +25,8 @@ from calmix.study.store import Run, Store, is_store, open_store
 KIND, FORMAT = "study results", 2
 RECORD, CSV, PARQUET = "study.json", "results.csv", "results.parquet"
 ITEMS = "items.npz"
+KEYS = ("machine", "system", "threads", "device", "dtype")  # of a run
+MIXED = ", "  # between values of what differed
 OF_TRIAL = (
     "id", "model", "calibration", "strategy", "method", "pattern", "sparsity", "propagation",
     "rows", "length", "seed", "suite",
@@ -161,17 +163,14 @@ def environment(runs: list[Run]) -> dict[str, Any]:
 
     def all_of(values: list[Any]) -> Any:
         distinct = list(dict.fromkeys(values))
-        return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
+        return distinct[0] if len(distinct) == 1 else MIXED.join(map(str, distinct))
 
     names = dict.fromkeys(name for run in runs for name in run.versions)
     return {
         "first": min(run.finished for run in runs),
         "last": max(run.finished for run in runs),
         "hours": round(sum(run.seconds["total"] for run in runs) / 3600, 3),
-        **{
-            key: all_of([getattr(run, key) for run in runs])
-            for key in ("machine", "system", "threads", "device", "dtype")
-        },
+        **{key: all_of([getattr(run, key) for run in runs]) for key in KEYS},
         "versions": {name: all_of([run.versions.get(name) for run in runs]) for name in names},
     }
 

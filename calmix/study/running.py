@@ -6,7 +6,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
 
@@ -14,15 +16,14 @@ from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, DiskError, InputError
 from calmix.files import check_free
 from calmix.models.opening import check_models, device_of
-from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning.allocation import from_shares
 from calmix.study.bench import Bench, Options
-from calmix.study.estimate import check_memory
-from calmix.study.export import read_results, write_tables
+from calmix.study.estimate import Timed, check_memory
+from calmix.study.export import KEYS, MIXED, read_results, write_tables
 from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, Store, check_folder, claim_store, is_store, open_store
-from calmix.study.trials import Planned, Resolved, Resolver, plan
+from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resolve_all
 
 
 class Observer:
@@ -54,12 +55,6 @@ class Outcome:
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
-
-    def add(self, more: Outcome) -> None:
-        """Take in what another process did."""
-        self.finished += more.finished
-        self.failed |= more.failed
-        self.elsewhere |= more.elsewhere
 
 
 Execute = Callable[[Study, Store, Sequence[Resolved], Options, Observer], Outcome]
@@ -100,13 +95,13 @@ def run_study(
     check_folder(path, study.files)
     check_code(study.suite, options.allow_code_execution)
     others = [open_store(other) for other in reuse]
-    planned, resolver = plan(study), Resolver(study)
+    planned = plan(study)
     wanted = chosen_trials(planned, only, skip)
     if execute is None:  # a cluster has devices of its own
         device_of(options.device)
     models = (model.name for model in study.models.values())
     check_models(*models, trust_remote_code=options.trust_remote_code)
-    resolved = [resolver.resolve(trial) for trial in planned]
+    resolved = resolve_all(study, planned)
     names: dict[str, str] = {}
     for trial in resolved:
         first, own = names.setdefault(trial.id, trial.planned.label), trial.planned.label
@@ -117,7 +112,7 @@ def run_study(
     done = open_store(path) if is_store(path) else None
     left = [t.planned for t in resolved if t.planned.key in chosen
             and (done is None or done.state(t.id) != "finished")]  # fmt: skip
-    check_free(path, resolver.checkpoint_bytes(left), "checkpoints take")
+    check_free(path, checkpoint_bytes(study, left), "checkpoints take")
     store = claim_store(path, study, resolved)
     for other in others:
         if taken := store.take(other):
@@ -126,9 +121,16 @@ def run_study(
     todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in states]
     observer.begin(len(todo), len(resolved))
     outcome = (execute or run_locally)(study, store, todo, options, observer)
-    for note in mixed_notes(store):
-        observer.note(note)
-    write_tables(read_results(path), path)
+    results = read_results(path)
+    found = dict(results.environment)
+    facts = found.pop("versions", {}) | {key: found.get(key) for key in KEYS[2:]}
+    for key, value in facts.items():
+        if MIXED in str(value):
+            observer.note(
+                f"finished trials were computed with different {key} ({value}): their figures may "
+                "differ by rounding or more"
+            )
+    write_tables(results, path)
     return store, outcome
 
 
@@ -165,23 +167,20 @@ def check_allocations(
 
     Raises:
         InputError: it misses a layer, names an unknown one, or adds up to another sparsity.
-        ModelError: a model cannot be opened.
+        ModelError: a model's configuration cannot be read.
     """
-    asked = [trial for trial in trials if trial.allocation in study.allocations]
-    for label in dict.fromkeys(trial.model for trial in asked):
-        name = study.models[label].name
-        try:
-            model = StreamedModel(name, device="cpu", trust_remote_code=trust_remote_code)
-        except NotStreamableError:  # read whole, once its trials run
-            continue
-        model.close()
-        for trial in asked:
-            if trial.model == label and isinstance(shares := trial.request.allocation, dict):
-                try:
-                    from_shares(shares, model.blocks, trial.sparsity, trial.method)
-                except InputError as error:
-                    line = f"{trial.allocation} does not fit {label}: {error}"
-                    raise InputError(line) from error
+
+    @cache
+    def blocks(label: str) -> Any:
+        return Timed(study.models[label].name, trust_remote_code=trust_remote_code).blocks
+
+    for trial in trials:
+        if isinstance(shares := trial.request.allocation, dict):
+            try:
+                from_shares(shares, blocks(trial.model), trial.sparsity, trial.method)
+            except InputError as error:
+                line = f"{trial.allocation} does not fit {trial.model}: {error}"
+                raise InputError(line) from error
 
 
 def run_locally(
@@ -236,21 +235,3 @@ def run_one(bench: Bench, trial: Resolved, observer: Observer, outcome: Outcome)
     except Timeout:
         outcome.elsewhere[label] = store.runner(trial.id) or "another process"
         return None
-
-
-def mixed_notes(store: Store) -> list[str]:
-    """Return a line for each thing that differs between runs of finished trials and can change
-    their figures: package versions, dtype, device, threads."""
-    seen: dict[str, set[str]] = {}
-    for entry in store.entries:
-        if store.state(entry.id) == "finished":
-            run = store.result(entry.id).run
-            facts = run.versions | {k: str(getattr(run, k)) for k in ("dtype", "device", "threads")}
-            for key, value in facts.items():
-                seen.setdefault(key, set()).add(value)
-    return [
-        f"finished trials were computed with different {key} ({', '.join(sorted(values))}): "
-        "their figures may differ by rounding or more"
-        for key, values in seen.items()
-        if len(values) > 1
-    ]

@@ -155,10 +155,6 @@ class Store:
             path, lease_duration=SILENCE, heartbeat_interval=BEAT, poll_interval=0.5
         )
 
-    def set_lock(self, calibration_id: str) -> SoftFileLease:
-        """Return the lock on a calibration set."""
-        return self.lock(f"set-{calibration_id[:32]}")
-
     def runner(self, trial_id: str) -> str | None:
         """Return which process runs a trial, if any."""
         if not (self.path / "locks" / f"{trial_id}.lock").exists():
@@ -224,34 +220,6 @@ class Store:
         with self.writing(trial) as folder:
             write_json(folder / ERROR, content)
 
-    def update(self, index: Index, resolved: Sequence[Resolved]) -> None:
-        """Make the store one of a study that may have more trials, and other names.
-
-        Raises:
-            InputError: a finished trial is no longer asked for, or is now defined otherwise.
-        """
-        new = {trial.planned.key: trial for trial in resolved}
-        asked = {trial.id for trial in resolved}
-        for entry in self.entries:
-            if entry.id in asked or self.state(entry.id) != "finished":
-                continue
-            trial = new.get(tuple(entry.key))
-            if trial is None:
-                raise InputError(
-                    f"the study no longer asks for '{entry.label}', which has finished in "
-                    f"{self.path}: put it back, or name another store"
-                )
-            path = self.trial(entry.id) / REQUEST
-            before = dict(_read(path, _Kept, "name another store").model_extra or {})
-            before.pop("label", None)
-            what = next(differences(before, trial.request), "its definition")
-            raise InputError(
-                f"the study has changed since '{entry.label}' finished in {self.path} "
-                f"({what}): undo the change, give it another name, or name another store"
-            )
-        self.index = index
-        write_json(self.path / INDEX, index.model_dump())
-
     def take(self, other: Store) -> int:
         """Copy what another store has of this study, and return how many trials that were.
 
@@ -263,30 +231,29 @@ class Store:
         """
         if other.path.resolve() == self.path.resolve():
             raise InputError(f"--reuse {other.path} is the store itself: name another, or none")
-        named = {entry.set for entry in self.entries if entry.set is not None}
-        sets = [one for one in named if other.calibration(one).is_dir()]
+        sets = {entry.set for entry in self.entries if entry.set is not None}
+        sets = {one for one in sets if other.calibration(one).is_dir()}
         trials = [e.id for e in self.entries if other.state(e.id) == "finished"]
         if not sets and not trials:
             raise InputError(
                 f"{other.path} has no finished trial and no calibration set of this study: "
                 "leave it out of --reuse"
             )
-        for one in sets:
-            with self.set_lock(one):
-                if not self.calibration(one).is_dir():
-                    _copy(other.calibration(one), self.calibration(one))
-        return sum(self._take(other, one) for one in trials)
-
-    def _take(self, other: Store, trial_id: str) -> bool:
-        with self.lock(trial_id):
-            if (self.trial(trial_id) / RESULT).is_file():
-                return False
-            other.scores(trial_id)  # damaged files stay where they are
-            dense = other.result(trial_id).dense
+        missing = [one for one in trials if self.state(one) != "finished"]
+        for one in missing:  # damaged files stay where they are
+            other.scores(one)
+            dense = other.result(one).dense
             if not self.dense(dense).exists():
                 load_scores(other.dense(dense)).save(self.dense(dense))
-            _copy(other.trial(trial_id), self.trial(trial_id))
-            return True
+        for name, folder, place in (
+            *((f"set-{one}", other.calibration(one), self.calibration(one)) for one in sets),
+            *((one, other.trial(one), self.trial(one)) for one in missing),
+        ):
+            with self.lock(name):
+                if not place.exists() or (place / ERROR).exists():
+                    with atomic_folder(place) as beside:
+                        shutil.copytree(folder, beside, dirs_exist_ok=True)
+        return len(missing)
 
 
 def is_store(path: Path) -> bool:
@@ -341,28 +308,36 @@ def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
 def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
     """Open the store at `path` for a study, or make one there.
 
+    The study may have more trials than the store, and other names for them.
+
     Raises:
         InputError: the folder holds something else, or finished trials of a changed study.
     """
     check_folder(path)
-    suite = study.suite
-    index = Index(
-        name=study.name,
-        text=study.text,
-        suite=SuiteRecord(
-            name=suite.name, version=suite.version, hash=suite.hash,
-            dimensions=list(suite.dimensions),
-        ),
-        trials=[
-            Entry(id=t.id, label=t.planned.label, key=list(t.planned.key), set=t.calibration_id)
-            for t in resolved
-        ],
-    )  # fmt: skip
-    store = open_store(path) if is_store(path) else Store(path, index)
-    store.update(index, resolved)
+    suite, new = study.suite, {trial.planned.key: trial for trial in resolved}
+    store = Store(path, Index(
+        name=study.name, text=study.text,
+        suite=SuiteRecord(name=suite.name, version=suite.version, hash=suite.hash,
+                          dimensions=list(suite.dimensions)),
+        trials=[Entry(id=t.id, label=t.planned.label, key=list(key), set=t.calibration_id)
+                for key, t in new.items()],
+    ))  # fmt: skip
+    asked = {entry.id for entry in store.entries}
+    for entry in open_store(path).entries if is_store(path) else ():
+        if entry.id in asked or store.state(entry.id) != "finished":
+            continue
+        trial = new.get(tuple(entry.key))
+        if trial is None:
+            raise InputError(
+                f"the study no longer asks for '{entry.label}', which has finished in {path}: put "
+                "it back, or name another store"
+            )
+        request = _read(store.trial(entry.id) / REQUEST, _Kept, "name another store")
+        before = {k: v for k, v in (request.model_extra or {}).items() if k != "label"}
+        what = next(differences(before, trial.request), "its definition")
+        raise InputError(
+            f"the study has changed since '{entry.label}' finished in {path} ({what}): undo the "
+            "change, give it another name, or name another store"
+        )
+    write_json(path / INDEX, store.index.model_dump())
     return store
-
-
-def _copy(folder: Path, target: Path) -> None:
-    with atomic_folder(target) as beside:
-        shutil.copytree(folder, beside, dirs_exist_ok=True)

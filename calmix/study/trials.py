@@ -7,8 +7,9 @@ are not part of it; they are recorded with every result.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 from calmix.calibration import ask, is_saved_set, parse_spec
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.writing import VERSION
-from calmix.calibration.spec import Spec
 from calmix.capability.evaluate import SCORER
 from calmix.capability.suites import benchmark_of, load_suite
 from calmix.errors import InputError
@@ -222,28 +222,23 @@ def _strategy(asked: Asked) -> Strategy:
     return method or ("mix" if len(names) > 1 else "single")
 
 
-class Resolver:
-    """Resolves the trials of one study; what they share is looked up once."""
+def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
+    """Return trials with their requests and hashes.
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        self._models: dict[str, tuple[str, int]] = {}
-        self._files: dict[Path, str] = {}
+    Raises:
+        ModelError: a model is not here.
+        CalmixError: a file a calibration set is made from is gone or unreadable.
+    """
+    content, suite = cache(_content), study.suite
 
-    def resolve(self, trial: Planned) -> Resolved:
-        """Return a trial with its request and hash.
+    @cache
+    def model_of(label: str) -> dict[str, Any]:
+        entry = study.models[label]
+        return {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
 
-        Raises:
-            ModelError: the model is not here.
-            CalmixError: a file the calibration set is made from is gone or unreadable.
-        """
-        entry, suite = self.study.models[trial.model], self.study.suite
-        if trial.model not in self._models:
-            folder = resolve_model(entry.name)
-            self._models[trial.model] = fingerprint(folder), weight_bytes(folder)
-        model = {"sha256": self._models[trial.model][0], "dtype": entry.dtype}
-        calibration = self._calibration(trial) if trial.rows else None
-        method = trial.method
+    def one(trial: Planned) -> Resolved:
+        model, method = model_of(trial.model), trial.method
+        calibration = _calibration(study, trial, content) if trial.rows else None
         # Options at their defaults are left out, but for damping, which has always been there.
         more = {k: v for k, v in method.changed.items() if k != "damping"}
         request = {
@@ -259,7 +254,7 @@ class Resolver:
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
         if trial.allocation is not None:
-            shares = self.study.allocations.get(trial.allocation)
+            shares = study.allocations.get(trial.allocation)
             request["allocation"] = trial.allocation if shares is None else sha256_json(shares)
         if trial.recovery is not None:
             chosen = asdict(trial.recovery)
@@ -267,53 +262,53 @@ class Resolver:
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         return Resolved(trial, sha256_json(request), request, shared)
 
-    def checkpoint_bytes(self, trials: Iterable[Planned]) -> int:
-        """Return the bytes of weights that resolved trials leave on disk, or hold there a while."""
-        sizes = [(self._models[trial.model][1], trial.recovery is not None) for trial in trials]
-        kept = sum(size for size, _ in sizes) if self.study.file.keep_checkpoints else 0
-        return kept + max((2 * size for size, recovered in sizes if recovered), default=0)
+    return [one(trial) for trial in trials]
 
-    def _calibration(self, trial: Planned) -> dict[str, Any]:
-        draw = trial.request.draw
-        asked = ask(trial.request.calibration or "", sources=self.study.own, **draw)
-        if asked.saved is not None:
-            return {"saved": asked.saved.manifest["sha256"], **draw}
-        spec, made = asked.spec, asked.draw
-        options: dict[str, Any] = {k: v for k, v in draw.items() if k == "licence"}
-        options |= {"rows": made.rows, "length": made.length, "seed": made.seed, "leakage": "off"}
-        if made.leakage != "off":
-            options["leakage"] = load_suite(made.leakage).hash
-            options["leakage_tokens"] = made.leakage_tokens
-        if spec.generate is not None:
-            return self._generated(spec) | options
-        options |= {"packing": made.packing, "select": "random"}  # there was a choice once
-        sources = {name: self._source(name, spec.own) for name in spec.mix.weights}
-        return {"mix": spec.mix.weights, "sources": sources, **options}
 
-    def _generated(self, spec: Spec) -> dict[str, Any]:
-        assert spec.generator is not None
+def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
+    """Return the bytes of weights that trials leave on disk, or hold there for a while."""
+    size = cache(lambda label: weight_bytes(resolve_model(study.models[label].name)))
+    kept = sum(size(t.model) for t in trials) if study.file.keep_checkpoints else 0
+    return kept + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
+
+
+def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -> dict[str, Any]:
+    draw = trial.request.draw
+    asked = ask(trial.request.calibration or "", sources=study.own, **draw)
+    if asked.saved is not None:
+        return {"saved": asked.saved.manifest["sha256"], **draw}
+    spec, made = asked.spec, asked.draw
+
+    def described(name: str) -> dict[str, Any]:
+        reader = get_source(name, spec.own).reader
+        known = reader.model_dump(mode="json", exclude_defaults=True)
+        if isinstance(reader, LocalFile):  # by its content, wherever it lies
+            known["path"] = content(reader.path.expanduser())
+        return {"reader": known, "version": reader.version}
+
+    options: dict[str, Any] = {k: v for k, v in draw.items() if k == "licence"}
+    options |= {"rows": made.rows, "length": made.length, "seed": made.seed, "leakage": "off"}
+    if made.leakage != "off":
+        options["leakage"] = load_suite(made.leakage).hash
+        options["leakage_tokens"] = made.leakage_tokens
+    if spec.generator is not None:
         chosen = spec.generator.record()
         chosen.pop("prompts", None)  # known by its content, wherever it lies
         if "seeds" in chosen:
-            chosen["seeds"] = {chosen["seeds"]: self._source(chosen["seeds"], spec.own)}
-        return {"generated": spec.generate, "version": VERSION, "settings": chosen}
+            chosen["seeds"] = {chosen["seeds"]: described(chosen["seeds"])}
+        return {"generated": spec.generate, "version": VERSION, "settings": chosen} | options
+    options |= {"packing": made.packing, "select": "random"}  # there was a choice once
+    sources = {name: described(name) for name in spec.mix.weights}
+    return {"mix": spec.mix.weights, "sources": sources, **options}
 
-    def _source(self, name: str, own: Mapping[str, Source]) -> dict[str, Any]:
-        source = get_source(name, own)
-        described = source.reader.model_dump(mode="json", exclude_defaults=True)
-        if isinstance(source.reader, LocalFile):  # by its content, wherever it lies
-            described["path"] = self._content(source.reader.path.expanduser())
-        return {"reader": described, "version": source.reader.version}
 
-    def _content(self, path: Path) -> str:
-        if path not in self._files:
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            try:
-                hashes = [[p.relative_to(path).as_posix(), sha256_file(p)] for p in files]
-            except OSError as error:
-                raise InputError(f"cannot read {path}: {error.strerror}") from error
-            self._files[path] = sha256_json(hashes)
-        return self._files[path]
+def _content(path: Path) -> str:
+    """Return the hash of a file, or of all that a folder holds."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    try:
+        return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def kind_of(trial: Planned, study: Study) -> str:

@@ -16,7 +16,7 @@ from calmix.pruning import Method, Unstructured, get_method, prune, register
 from calmix.pruning.methods import METHODS, methods
 from calmix.study import load_study, read_results, run_study
 from calmix.study.estimate import estimate
-from calmix.study.trials import Resolver, plan
+from calmix.study.trials import plan, resolve_all
 from tests.pruning.toy import Toy
 from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import Recorder
@@ -134,8 +134,7 @@ def test_a_shipped_method_is_studied(shipped, tiny_study, tmp_path):  # noqa: F8
     assert [trial.label for trial in trials] == [
         "code toy 60% seed 0", "code toy,strength=2 60% seed 0", "code sparsegpt 60% seed 0",
     ]  # fmt: skip
-    resolver = Resolver(study)
-    plain, strong, _ = (resolver.resolve(trial) for trial in trials)
+    plain, strong, _ = resolve_all(study, trials)
     assert plain.id != strong.id
     assert strong.request["options"] == {"strength": 2}
     groups = estimate(study).groups
@@ -153,7 +152,8 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
     """The request has the members it had when damping was the only option there was."""
     study = load_study(tiny_study())
     (trial,) = (t for t in plan(study) if (t.calibration, t.way) == ("code", "sparsegpt"))
-    request = Resolver(study).resolve(trial).request
+    (found,) = resolve_all(study, [trial])
+    request = found.request
     assert set(request) == {
         "format", "model", "calibration", "method", "pattern", "sparsity", "propagation",
         "damping", "suite",

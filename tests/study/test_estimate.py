@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,10 +101,9 @@ def test_a_plan_counts_what_is_shared_once(tiny_study: Write, known: None) -> No
     ] * 2
     assert found.sets_seconds == 6 * (6 * 32) * 101
     assert [note[:24] for note in found.notes] == ["the data of suite made i"]
-    told = json.loads(json.dumps(found.to_json()))
-    parts = sum(group["trials"] * sum(group["seconds"].values()) for group in told["groups"])
-    assert told["seconds"] == parts + found.sets_seconds + found.dense_seconds
-    assert told["disk"] > 36 * 50_000
+    parts = sum(group.trials * sum(group.seconds.values()) for group in found.groups)
+    assert found.seconds == parts + found.sets_seconds + found.dense_seconds
+    assert found.disk > 36 * 50_000
 
 
 def test_trials_an_accelerator_cannot_hold_are_refused(
@@ -114,23 +111,20 @@ def test_trials_an_accelerator_cannot_hold_are_refused(
 ) -> None:
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials, cpu = plan(study), torch.device("cpu")
-    model = estimate.timed_models(study.models)["tiny"]
+    model = Timed(study.models["tiny"].name)
     needed = [trial_memory(model, trial) for trial in trials]
-    label, most = estimate.host_memory(study, trials, False)
+    label, most = estimate.largest(study, trials, "cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # what this process holds is in it
     assert label in [trial.label for trial in trials]
-    passing = estimate.host_memory(study, trials, True)[1]
+    passing = estimate.largest(study, trials, "cpu", estimate.passing_memory)[1]
     assert passing == estimate.PROGRAM + model.bytes
-    assert estimate.host_memory(study, [], False) == ("", 0.0)
+    assert estimate.largest(study, [], "cpu") == ("", 0.0)
     estimate.check_memory(study, trials, cpu)  # what does not fit is swapped
     monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
     with pytest.raises(InputError, match=r"seed 0 needs .* GB of 0\.0 GB: use fewer or shorter"):
         estimate.check_memory(study, trials, cpu)
     (_, note, *_) = estimate.estimate(study, "cpu").notes
     assert note.startswith("tiny sparsegpt 60% needs ")
-    assert estimate.host_memory(replace(study, file=study.file.model_copy(update={
-        "models": {"tiny": study.models["tiny"].model_copy(update={"name": "no/model"})}
-    })), trials, False) == ("", 0.0)  # fmt: skip
 
 
 def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from calmix.errors import InputError
 from calmix.study import load_study, run_study
 from calmix.study.bench import Bench
-from calmix.study.cluster import Cluster, on_ray, room
+from calmix.study.cluster import on_ray, room
 from calmix.study.store import open_store
 from tests.forks import command, run, start, stopped, wait
 from tests.study.test_running import Recorder
@@ -120,7 +120,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
 
     def act() -> None:
         seen = Killer(store)
-        _, outcome = run_study(load_study(path), store, seen, execute=on_ray(Cluster(workers=2)))
+        _, outcome = run_study(load_study(path), store, seen, execute=on_ray(workers=2))
         assert seen.killed is not None
         assert outcome.failed == outcome.elsewhere == {}
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
@@ -152,4 +152,4 @@ def test_no_machine_gets_more_workers_than_it_can_hold() -> None:
 def test_an_address_nobody_answers_at(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}'"):
-        on_ray(Cluster(address))
+        on_ray(address)

@@ -8,7 +8,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.study.spec import check_study, load_study, parse_study
-from calmix.study.trials import Resolver, differences, plan
+from calmix.study.trials import differences, plan, resolve_all
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
@@ -89,10 +89,9 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path
     spec = tmp_path / "bos.yaml"
     spec.write_text("generate: self-cal\noptions: {start: bos}\n", encoding="utf-8")
     study = load_study(tiny_study(("letters: ", f"auto: self-cal\n  bos: {spec}\n  letters: ")))
-    auto, bos = (
-        Resolver(study).resolve(next(t for t in plan(study) if t.calibration == name))
-        for name in ("auto", "bos")
-    )
+    auto, bos = resolve_all(study, [t for t in plan(study) if t.calibration in ("auto", "bos")])[
+        ::2
+    ]
     assert (auto.planned.strategy, bos.planned.strategy) == ("self-cal", "self-cal")
     assert list(differences(auto.request, bos.request)) == [
         "calibration.settings.start: auto, now bos"
@@ -238,9 +237,9 @@ def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path: Path) -> N
     def asked(shares: str) -> dict[str, tuple]:
         file.write_text(shares, encoding="utf-8")
         study = parsed(text, tmp_path / "s.yaml")
-        resolver, trials = Resolver(study), plan(study)
+        trials = plan(study)
         assert len({trial.condition for trial in trials}) == len(trials) == 7
-        found = {trial.way: resolver.resolve(trial).request for trial in trials}
+        found = {one.planned.way: one.request for one in resolve_all(study, trials)}
         return {way: (r.get("allocation"), r.get("recovery")) for way, r in found.items()}
 
     first = asked("{a.q: 0.4, a.k: 0.6}")
