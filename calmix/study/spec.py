@@ -6,10 +6,10 @@ of files of sparsities by layer are relative to the file's own folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,7 @@ from calmix.calibration import ask
 from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.files import user_path
-from calmix.models.opening import DTYPES, known_model
+from calmix.models.opening import known_model
 from calmix.options import parse_share
 from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
@@ -53,17 +53,6 @@ def _by(act: Callable[[Any], Any]) -> AfterValidator:
             raise ValueError(str(error)) from None
 
     return AfterValidator(check)
-
-
-def _one_of(what: str, known: Iterable[str]) -> AfterValidator:
-    listed = tuple(known)
-
-    def check(value: str) -> str:
-        if value not in listed:
-            raise InputError(f"unknown {what} '{value}': {nearest(value, listed)}")
-        return value
-
-    return _by(check)
 
 
 def as_pattern(target: Target) -> Pattern:
@@ -110,7 +99,7 @@ class Model(_Strict):
     """A model by its name, as `open_model` takes it."""
 
     name: str
-    dtype: Annotated[str, _one_of("dtype", (*DTYPES, "auto"))] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 class _Draw(_Strict):
@@ -168,7 +157,7 @@ class _Pruning(_Strict):
 
     methods: dict[Method, Targets] | None = None
     seeds: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
-    propagation: Annotated[str, _one_of("propagation", get_args(Propagation))] | None = None
+    propagation: Propagation | None = None
     damping: Annotated[float, Field(gt=0)] | None = None
     allocation: Annotated[list[Annotated[str, _by(_allocation)]], Listed] | None = None
     recovery: Annotated[list[Recovery], Listed] | None = None
@@ -184,19 +173,14 @@ class Grid(_Pruning):
     length: Count | None = None
 
 
-def _named(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if doubles := [name for name in value if value.count(name) > 1]:
-        raise ValueError(f"'{doubles[0]}' is named twice")
-    return {str(name): name for name in value}
-
-
 def _under(key: str) -> BeforeValidator:
-    """Return a validator of a mapping whose values may be written short, as text under `key`."""
+    """Return a validator of a mapping by label, of which a list of names or texts is short."""
 
     def wrap(value: Any) -> Any:
-        value = _named(value)
+        if isinstance(value, list):
+            if doubles := [name for name in value if value.count(name) > 1]:
+                raise ValueError(f"'{doubles[0]}' is named twice")
+            value = {str(name): name for name in value}
         if not isinstance(value, dict):
             return value
         return {k: {key: v} if isinstance(v, str) else v for k, v in value.items()}
@@ -303,11 +287,7 @@ def load_study(path: Path) -> Study:
 
 
 def check_study(path: Path) -> Checked:
-    """Read a study file and collect its mistakes.
-
-    Raises:
-        InputError: the file cannot be read or is not YAML at all.
-    """
+    """Read a study file and collect its mistakes, as `parse_study`."""
     return parse_study(read_text(path), path)
 
 

@@ -128,7 +128,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
             (12, "methods.wanda: '4-2' is not a share"),
             (13, "seeds.0: Input should be greater than or equal to 0"),
             (15, "grids.0.sedes: unknown key: did you mean seeds"),
-            (16, "grids.1.propagation: unknown propagation 'two'"),
+            (16, "grids.1.propagation: Input should be 'sequential' or 'block'"),
             (17, "allocation.0: unknown allocation 'olw': did you mean owl"),
             (18, "recovery: --epochs 0 is not positive"),
         ]),
