@@ -7,6 +7,7 @@ checked first. What may change the last bits (versions, processor, threads) is t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from calmix.files import check_output_folder, hidden, holds_result, parse_json, 
 from calmix.manifest import SEAL, seal_holds
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
+from calmix.options import DrawOptions, checked
 from calmix.pruning.checkpoint import MANIFEST, RUN, prune_checkpoints
 from calmix.recovery import recover
 from calmix.recovery.chain import stage_name
@@ -348,6 +350,7 @@ def _calibrate(
     model, own = kept["model"], _own(kept["own"], path)
     asked = {key: kept[key] for key in ("rows", "length", "seed")}
     leakage = kept["leakage"]
+    checked(DrawOptions, asked | {"packing": kept.get("packing")})
     suite, run = ("off", 0) if leakage == "off" else (leakage["suite"], leakage["tokens"])
     if model.get("fingerprint") is not None:
         _check_model(model["name"], model["fingerprint"])
@@ -361,7 +364,9 @@ def _calibrate(
         raise InputError(f"the tokenizer of {model['name']} is another now than {path} tells")
     guard = guard_of(suite, run, opened)
     if generated is None:
-        make_mix(kept["mix"], str(path))  # refuses what is no mix, and would round the weights
+        make_mix(kept["mix"], str(path))  # it would round the weights
+        if not math.isclose(sum(kept["mix"].values()), 1):
+            raise InputError(f"{path} has weights that do not sum to 1")
         made = build(
             Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"], **asked,
         )  # fmt: skip
