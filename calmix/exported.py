@@ -134,8 +134,8 @@ def export(
         )
     if weights not in WEIGHTS:
         raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
-    check_models(name, trust_remote_code=trust_remote_code)
     check_output_folder(output, inputs=[name], overwrite=overwrite)
+    check_models(name, trust_remote_code=trust_remote_code)
     for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23
         _library(library)
     tell, began = say or (lambda step: None), time.perf_counter()

@@ -118,9 +118,9 @@ def draw(options: CalibrateOptions) -> None:
     written = asked.runs_model
     if not written and (options.dtype, options.device) != ("auto", "auto"):
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
-    check_models(model, **options.opening())
     inputs = [model, options.sources, *asked.files]
     check_output_folder(output, inputs=inputs, overwrite=options.overwrite)
+    check_models(model, **options.opening())
     opened: Any = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     ask(spec, context=opened.context, **options.drawn())
     if written:
@@ -174,9 +174,9 @@ def measure(options: MeasureOptions) -> None:
     asked: dict[str, Any] = {name: getattr(options, name) for name in fields}
     asked["perplexity"] = not options.no_perplexity
     files = check_request(names, **asked)
-    check_models(model, **options.opening())
     if output is not None:
         check_result_file(output, [model, options.sources, *files])
+    check_models(model, **options.opening())
     opened: Any
     if options.no_perplexity:
         opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)

@@ -75,10 +75,8 @@ def compress(options: CompressOptions) -> None:
     """
     from calmix.capability.suites import suite_file
     from calmix.compress import plan, running
-    from calmix.models import check_models
 
     model, output = options.model, options.output
-    check_models(model, device=options.device, trust_remote_code=options.trust_remote_code)
     inputs = [model, options.calibration, options.prompts, suite_file(options.suite)]
     running.check_place(output, inputs)
     names = ("effort", "pattern", "calibration", "no_corpus", "seed", "suite", "prompts", "licence",

@@ -141,10 +141,10 @@ def run(options: EvaluateOptions) -> None:
         raise InputError("--text measures the distance to a dense model: name it with --against")
     how = options.opening()
     named = [model] if against is None or saved else [model, against]
-    check_models(*named, **how)
     if output is not None:
         inputs = [model, against, suite_file(options.suite), *own.values()]
         check_output_file(output, inputs=inputs, overwrite=options.overwrite)
+    check_models(*named, **how)
 
     def score(opened: OpenModel, dense: bool) -> CapabilityScores:
         with progress_bar() as bar:
@@ -430,9 +430,9 @@ def answers(options: AnswerOptions) -> None:
 
     models, prompts, output = options.models, options.prompts, options.output
     chosen, how = load_suite(options.suite), options.opening()
-    check_models(*models, **how)
     inputs = [*models, prompts, suite_file(options.suite)]
     check_output_file(output, inputs=inputs, overwrite=options.overwrite)
+    check_models(*models, **how)
     asked = read_prompts(prompts) if prompts is not None else suite_prompts(chosen)
     if not asked:
         raise InputError(
@@ -455,9 +455,9 @@ def perplexity(options: PerplexityOptions) -> None:
     from calmix.models import check_models, open_model
     from calmix.sources.readers import LocalFile
 
-    check_models(options.model, **options.opening())
     documents = LocalFile(type="file", path=options.text).read()
     whole = options.separator.join(document.text for document in documents)
+    check_models(options.model, **options.opening())
     opened = open_model(options.model, **options.opening())
     with progress_bar() as bar:
         tick = _shown(bar, "scoring windows")

@@ -148,9 +148,9 @@ def _set(options: ExportOptions) -> None:
     assert output is not None
     text = output.suffix.lower() == ".jsonl"
     CalibrationSet.open(folder)
-    check_models(model, trust_remote_code=options.trust_remote_code)
     check = check_output_file if text else check_output_folder
     check(output, inputs=[folder, model], overwrite=options.overwrite)
+    check_models(model, trust_remote_code=options.trust_remote_code)
     opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     made = CalibrationSet.open(folder, opened)
     if text:

@@ -16,7 +16,7 @@ from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_spe
 from calmix.capability.evaluate import check_code, choose
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_file, user_path
-from calmix.models import resolve_model
+from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.patterns import parse_pattern
@@ -194,6 +194,7 @@ def request(
         asked = sha256_file(prompts)
     if max_memory is not None:
         parse_memory(max_memory)
+    check_models(model, device=device, trust_remote_code=trust_remote_code)
     context = open_tokenizer(model, trust_remote_code=trust_remote_code).context
     return Request(
         model, fingerprint(resolve_model(model)), effort, sparsity, pattern, text,

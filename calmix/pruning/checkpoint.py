@@ -229,7 +229,6 @@ def check_request(
     Raises:
         CalmixError: as `prune_checkpoints`.
     """
-    check_models(name, **how)
     request, asked = _calibrated(targets.values()) or recovery, None
     inputs: list[object] = [name]
     if request is not None:
@@ -240,6 +239,7 @@ def check_request(
     for output in targets:
         finished = resume and (output / MANIFEST).is_file()
         check_output_folder(output, inputs=inputs, overwrite=overwrite or finished)
+    check_models(name, **how)
     return asked
 
 

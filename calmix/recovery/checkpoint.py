@@ -76,13 +76,13 @@ def recover(
     finished = resume and (job.output / MANIFEST).is_file()
 
     def check() -> None:
-        check_models(pruned, against, trust_remote_code=trust_remote_code)
         inputs: list[object] = [pruned, against, request.calibration]
         if drawn is None and not resume:  # else what it was drawn from may be gone
             made_of = ask(request.calibration, **request.draw)
             split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
             inputs += made_of.files
         check_output_folder(job.output, inputs=inputs, overwrite=overwrite or finished)
+        check_models(pruned, against, trust_remote_code=trust_remote_code)
 
     job.together(check)
     models = [
