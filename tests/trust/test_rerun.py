@@ -141,7 +141,7 @@ def test_a_set_whose_request_makes_no_sense_is_refused(
     path = tmp_path / "set" / "manifest.json"
     kept = json.loads(path.read_text(encoding="utf-8")) | changed
     path.write_text(json.dumps(sealed(kept)), encoding="utf-8")
-    assert message in calmix("rerun", path, "-o", tmp_path / "again").line
+    assert message in calmix("doctor", "rerun", path, "-o", tmp_path / "again").line
 
 
 def test_another_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
