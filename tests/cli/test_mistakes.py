@@ -26,12 +26,19 @@ from tests.tiny import save_tiny_model
 
 Run = Callable[..., Ended]
 WRONG = "no-such-thing"
-# A right call of each verb, short of its output; names in braces are of the files below.
+# A right call of each verb, short of its output, or of each of its forms; names in braces are of
+# the files below.
 VERBS = {
     "compress": "{model}",
     "prune": "{model} --calibration {text} --sparsity 0.5 --length 64",
     "recover": "{model} --against {other} --calibration {text} --length 64",
-    "export": "{model} --to pack",
+    "prune --recover distill": "{model} --calibration {text} --sparsity 0.5 --length 64",
+    "export --to pack": "{model}",
+    "export --to model": "{pack}",
+    "export --to openvino": "{model}",
+    "export --to hub": "{model} --repository me/small",
+    "export --to datasets": "{set} --model {model}",
+    "export --to jsonl": "{set} --model {model}",
     "calibrate draw": "{text} --model {model} --length 64",
     "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32",
     "calibrate predict": "{text} --model {model} --length 64",
@@ -64,13 +71,21 @@ VERBS = {
 }
 # Where a verb writes: the option (or the argument), and the ending of a file; folders have none.
 OUTPUTS = {
-    "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""), "export": ("-o", ""),
+    "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""),
+    "prune --recover distill": ("-o", ""), "export --to pack": ("-o", ""),
+    "export --to model": ("-o", ""), "export --to openvino": ("-o", ""),
+    "export --to datasets": ("-o", ""), "export --to jsonl": ("-o", ".jsonl"),
     "calibrate draw": ("-o", ""), "calibrate measure": ("-o", ".json"),
     "evaluate run": ("-o", ".json"), "evaluate answers": ("-o", ".json"),
     "report": ("-o", ".html"), "study init": ("", ".yaml"), "study run": ("-o", ""),
     "study export": ("-o", ""), "study analyse": ("-o", ""), "study report": ("-o", ""),
     "doctor inspect": ("--plot", ".png"), "doctor rerun": ("-o", ""),
 }  # fmt: skip
+# What takes room on the disk that is known before.
+DISK = (
+    "compress", "prune", "prune --recover distill", "recover", "export --to openvino",
+    "export --to model", "study run",
+)  # fmt: skip
 # Options that take any text there is.
 FREE = {("evaluate perplexity", "--separator")}
 
@@ -133,7 +148,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def parameters(verb: str) -> list[Any]:
-    command = COMMANDS[verb]
+    command = COMMANDS[verb.partition(" --")[0]]
     return list(command.get_params(command.make_context(verb, [], resilient_parsing=True)))
 
 
@@ -245,7 +260,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_there_are_hundreds_of_mistakes_over_all_verbs(files: dict[str, Path]) -> None:
-    assert set(VERBS) == set(COMMANDS)
+    assert {verb.partition(" --")[0] for verb in VERBS} == set(COMMANDS)
     assert sum(len(list(mistakes(verb, files))) for verb in VERBS) > 800
 
 
@@ -270,7 +285,7 @@ def test_what_is_not_installed_is_told_before_the_work(
     for name in ("openvino", "ray", "reasoning_gym"):
         monkeypatch.setitem(sys.modules, name, None)
     for extra, verb, more in (
-        ("export", "export", ("--to", "openvino")),
+        ("export", "export --to openvino", ()),
         ("ray", "study run", ("--executor", "ray")),
         ("reasoning", "prune", ("--calibration", "algebra")),
     ):
@@ -288,15 +303,14 @@ def test_rows_too_long_for_the_model_are_told_before_its_weights_are_read(
     assert ended.line == "error: length 9999 is beyond the model's context of 256 tokens"
 
 
-@pytest.mark.parametrize("verb", ["compress", "prune", "recover", "export", "study run"])
+@pytest.mark.parametrize("verb", DISK)
 def test_a_full_disk_is_told_before_the_work(
     calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     before = tree(files["text"].parent)
-    more = ("--to", "openvino") if verb == "export" else ()
-    ended = calmix(*verb.split(), *right(verb, files), *more)
+    ended = calmix(*verb.split(), *right(verb, files))
     assert (ended.code, ended.out) == (2, "")
     assert "error: no space left for" in ended.line
     assert tree(files["text"].parent).keys() == before.keys()
