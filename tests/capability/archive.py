@@ -53,14 +53,14 @@ def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the made-up archive in place of the real one."""
     folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
     names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
-    module._archive_items.cache_clear()
+    items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # once is enough
     monkeypatch.setattr("calmix.capability.texts.builtin_readers", dict)
     monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
     monkeypatch.setattr(module, "_members", lambda: names)
     monkeypatch.setattr(
         assets, "read_jsonl", lambda _, member: requests("/".join(member.split("/")[2:4]))
     )
-    monkeypatch.setattr(module, "_archive_items", module._archive_items.__wrapped__)
+    monkeypatch.setattr(module, "_archive_items", items)
 
 
 def suite_text() -> str:

@@ -41,24 +41,29 @@ def write_texts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-@pytest.fixture
-def tiny_study(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
-    """Write a study file, the text after `methods` replaced or extended, and return its path."""
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+def writer(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return what writes a study file to a folder, text replaced or added, and returns its path."""
+    monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
     use_archive(monkeypatch)
-    write_texts(tmp_path / "texts")
-    suite = tmp_path / "suite.yaml"
+    write_texts(folder / "texts")
+    suite = folder / "suite.yaml"
     suite.write_text(suite_text(), encoding="utf-8")
 
     def write(*changes: tuple[str, str], more: str = "", name: str = "study.yaml") -> Path:
-        text = STUDY.format(model=tiny_folder, suite=suite, texts=tmp_path / "texts")
+        text = STUDY.format(model=model, suite=suite, texts=folder / "texts")
         for old, new in changes:
             assert old in text
             text = text.replace(old, new)
-        path = tmp_path / name
+        path = folder / name
         path.write_text(text + more, encoding="utf-8")
         return path
 
     return write
+
+
+@pytest.fixture
+def tiny_study(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """What writes a study file, its text replaced or extended."""
+    return writer(tmp_path, tiny_folder, monkeypatch)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from calmix.study.bench import Options
 from calmix.study.running import Observer, chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
+from tests.study.conftest import writer
 
 Write = Callable[..., Path]
 
@@ -65,24 +67,49 @@ def run(path: Path, store: Path, **options: Any) -> Recorder:
     return seen
 
 
-def test_a_trial_finds_what_its_steps_find_by_hand(tiny_study: Write, tmp_path: Path) -> None:
-    path = tiny_study()
-    seen = run(path, tmp_path / "store")
-    assert len(seen.ran) == seen.todo == seen.planned == 6
-    results = read_results(tmp_path / "store")
+@pytest.fixture(scope="module")
+def ran(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
+) -> Iterator[tuple[Path, Path, Recorder, list[Any]]]:
+    """A study, its store after a run, what was observed, and which sets and models were made."""
+    folder, made = tmp_path_factory.mktemp("ran"), []
+    with pytest.MonkeyPatch.context() as patch:
+        path = writer(folder, tiny_folder, patch)()
+
+        def resolved(text: str, *rest: Any, **options: Any) -> Any:
+            made.append(text)
+            return resolve(text, *rest, **options)
+
+        def scored(*rest: Any, **options: Any) -> Any:
+            made.append("dense" if options.get("cache") else "pruned")
+            return evaluate(*rest, **options)
+
+        patch.setattr(bench_module, "resolve", resolved)
+        patch.setattr(bench_module, "evaluate", scored)
+        first = run(path, folder / "store", only=["mix wanda*"])
+        seen = run(path, folder / "store")
+        seen.ran += first.ran
+        yield path, folder / "store", seen, made
+
+
+Ran = tuple[Path, Path, Recorder, list[Any]]
+
+
+def test_a_trial_finds_what_its_steps_find_by_hand(ran: Ran) -> None:
+    path, store, seen, made = ran
+    assert (len(seen.ran), seen.todo, seen.planned) == (6, 5, 6)
+    results, study = read_results(store), load_study(path)
     assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
-    study = load_study(path)
     # The fifth of six: what came before must leave no trace in the model.
     trial = results.trials[4]
     assert (trial.calibration, trial.method, trial.pattern) == ("mix", "sparsegpt", "60%")
     opened = open_model(study.models["tiny"].name)
     dense = evaluate(opened, study.suite)
     text = study.calibrations["mix"].written
-    made = resolve(text, opened, rows=6, length=32, leakage="off")
-    prune(opened.model, made.ids, method="sparsegpt", pattern=Unstructured(0.6))
+    drawn = resolve(text, opened, rows=6, length=32, leakage="off")
+    prune(opened.model, drawn.ids, method="sparsegpt", pattern=Unstructured(0.6))
     kept = evaluate(opened, study.suite).retention(dense)
-    assert trial.total.value == kept.total.value
-    assert trial.total.low == kept.total.low
+    assert (trial.total.value, trial.total.low) == (kept.total.value, kept.total.low)
     assert [task.pruned for task in trial.tasks] == [task.pruned for task in kept.tasks]
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
     found = measure([text], open_model(study.models["tiny"].name), rows=6, length=32, draws=1)
@@ -91,31 +118,8 @@ def test_a_trial_finds_what_its_steps_find_by_hand(tiny_study: Write, tmp_path: 
         assert trial.information[name] == pytest.approx(value.mean), name
     assert {"coverage_4", "mismatch"} <= set(trial.information)
     assert trial.seconds["total"] > 0
-
-
-def test_shared_parts_are_made_once(
-    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[str] = []
-    scored: list[bool] = []
-    real_resolve, real_evaluate = bench_module.resolve, bench_module.evaluate
-
-    def resolve(text: str, *rest: Any, **options: Any) -> Any:
-        drawn.append(text)
-        return real_resolve(text, *rest, **options)
-
-    def evaluate(*rest: Any, **options: Any) -> Any:
-        scored.append(options.get("cache", False))
-        return real_evaluate(*rest, **options)
-
-    monkeypatch.setattr(bench_module, "resolve", resolve)
-    monkeypatch.setattr(bench_module, "evaluate", evaluate)
-    store = tmp_path / "store"
-    run(tiny_study(), store, only=["mix wanda*"])
-    run(tiny_study(), store)
-    assert len(drawn) == len(set(drawn)) == 3
-    assert sorted(scored) == [False] * 6 + [True]
-    assert len(list((store / "calibration").iterdir())) == 3
+    # What trials share is made once.
+    assert (made.count("dense"), made.count("pruned"), len(made)) == (1, 6, 7 + 3)
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
     assert not list((store / "locks").iterdir())
@@ -204,11 +208,9 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(
 
 
 def test_an_interrupt_leaves_a_consistent_store(
-    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, store = tiny_study(), tmp_path / "store"
-    whole = tmp_path / "whole"
-    run(path, whole)
+    path, whole, store = ran[0], ran[1], tmp_path / "store"
     calls: list[int] = []
     real = bench_module.evaluate
 
@@ -235,14 +237,8 @@ def test_a_changed_study_is_refused_and_says_what_differs(
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
     changes = [
-        (
-            ("sparsegpt: [0.6]", "sparsegpt: [0.5]"),
-            "no longer asks for 'code sparsegpt 60% seed 0'",
-        ),
-        (
-            ("/code.jsonl\n", "/sums.jsonl\n"),
-            r"'code sparsegpt 60% seed 0' finished in .*\(calibration",
-        ),
+        (("sparsegpt: [0.6]", "sparsegpt: [0.5]"), "no longer asks for 'code sparsegpt 60% seed"),
+        (("/code.jsonl\n", "/sums.jsonl\n"), r"'code sparsegpt 60%.* finished in .*\(calibration"),
         (("leakage: off", "leakage: off\npacking: window"), r"packing: concat, now window"),
         (("rows: 6", "rows: 7"), "no longer asks for"),
         (("name: tiny", "name: tiny\nlimit: 2"), r"\(suite.hash: "),
@@ -253,7 +249,10 @@ def test_a_changed_study_is_refused_and_says_what_differs(
             run(tiny_study(change, name=f"{number}.yaml"), store)
     # What has not finished may change.
     more = tiny_study(("  letters: ", "  sums: "), name="free.yaml")
-    assert len(run(more, store).ran) == 4
+    assert len(run(more, store, only=["sums"]).ran) == 2
+    (tmp_path / "texts" / "code.jsonl").write_text('{"text": "x"}\n' * 2000)
+    with pytest.raises(InputError, match=r"calibration.sources.*reader.path"):
+        run(tiny_study(), store)
 
 
 def test_a_set_or_model_can_be_named_anew(tiny_study: Write, tmp_path: Path) -> None:
@@ -312,14 +311,6 @@ def test_a_store_to_take_from_that_has_nothing_of_it_or_is_damaged(
     assert not list((tmp_path / "third" / "trials").glob("*"))
 
 
-def test_a_changed_file_under_the_same_name_is_refused(tiny_study: Write, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    run(tiny_study(), store, only=["code"])
-    (tmp_path / "texts" / "code.jsonl").write_text('{"text": "x"}\n' * 2000)
-    with pytest.raises(InputError, match=r"calibration.sources.*reader.path"):
-        run(tiny_study(), store)
-
-
 def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
     path = tiny_study()
     other = tmp_path / "other"
@@ -346,33 +337,28 @@ def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
         run(path, index.parent)
 
 
-def test_patterns_choose_trials(tiny_study: Write, tmp_path: Path) -> None:
-    path = tiny_study()
-    assert run(path, tmp_path / "a", only=["l*", "mix wanda*"], skip=["letters w*"]).ran == [
-        "letters sparsegpt 60% seed 0",
-        "mix wanda 2:4 seed 0",
-    ]
+def test_patterns_choose_trials(ran: Ran) -> None:
+    trials = plan(load_study(ran[0]))
+    chosen = chosen_trials(trials, ["l*", "mix wanda*"], ["letters w*"])
+    assert [trial.label for trial in chosen] == [
+        "letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0",
+    ]  # fmt: skip
     with pytest.raises(InputError, match=r"no trial matches 'igsp' \(calibrations: letters, code"):
-        run(path, tmp_path / "a", only=["igsp"])
+        chosen_trials(trials, ["igsp"], [])
     with pytest.raises(InputError, match="leave no trial"):
-        run(path, tmp_path / "a", only=["mix"], skip=["m*"])
-    trials = plan(load_study(path))
+        chosen_trials(trials, ["mix"], ["m*"])
     (model,) = {trial.model for trial in trials}
     assert chosen_trials(trials, [model], []) == trials
     with pytest.raises(InputError, match=rf"matches 'x' \(calibrations: .*; models: {model}\)$"):
         chosen_trials(trials, ["x"], [])
 
 
-def test_results_read_the_same_from_an_exported_folder(tiny_study: Write, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    run(tiny_study(), store)
+def test_results_read_the_same_from_an_exported_folder(ran: Ran, tmp_path: Path) -> None:
+    store = ran[1]
     files = export_results(store, tmp_path / "out")
     assert [file.name for file in files] == [
-        "study.json",
-        "items.npz",
-        "results.csv",
-        "results.parquet",
-    ]
+        "study.json", "items.npz", "results.csv", "results.parquet",
+    ]  # fmt: skip
     assert read_results(tmp_path / "out") == read_results(store)
     export_results(store, tmp_path / "again")
     for file in files:
@@ -441,17 +427,14 @@ def test_two_names_for_one_trial_are_refused(tiny_study: Write, tmp_path: Path) 
         run(path, tmp_path / "store")
 
 
-def test_other_versions_are_announced(tiny_study: Write, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    run(tiny_study(), store, only=["code"])
-    entry = next(e for e in open_store(store).entries if e.label.startswith("code"))
-    file = store / "trials" / entry.id / "result.json"
+def test_other_versions_are_announced(ran: Ran, tmp_path: Path) -> None:
+    store = shutil.copytree(ran[1], tmp_path / "store")
+    file = store / "trials" / open_store(store).entries[0].id / "result.json"
     record = json.loads(file.read_text())
     record["run"]["versions"]["torch"] = "1.0"
     file.write_text(json.dumps(record))
-    (note,) = run(tiny_study(), store).notes
-    assert note.startswith("finished trials were computed with different torch (")
-    assert ", 1.0" in note
+    (note,) = run(ran[0], store).notes
+    assert note.startswith("finished trials were computed with different torch (1.0, ")
     assert "1.0" in read_results(store).environment["versions"]["torch"]
 
 
