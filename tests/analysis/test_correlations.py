@@ -28,7 +28,7 @@ def test_a_planted_trade_off_is_found_with_its_signs() -> None:
         (one.metric, one.quantity): one for one in found.correlations if one.among == "sources"
     }
     for dimension, sign in {"general": 1, "code": -1, "math": -1}.items():
-        one = by_name["evaluate", "perplexity", dimension]
+        one = by_name["perplexity", dimension]
         assert one.rho is not None
         assert one.low is not None
         assert one.high is not None
@@ -55,15 +55,13 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone() -> None:
          for at in singles]  # fmt: skip
     from scipy import stats
 
-    one = found_in(study(full_plan(conditions=[("wanda", "50%")])))[
-        "evaluate", "perplexity", "code"
-    ]
+    one = found_in(study(full_plan(conditions=[("wanda", "50%")])))["perplexity", "code"]
     assert one.n == 16  # type: ignore[attr-defined]
     whole = correlate(cells, "single", permutations=99, resamples=10, seed=0)
     rho = next(
         c.rho
         for c in whole
-        if c.among == "sources" and (c.metric, c.quantity) == ("evaluate", "perplexity", "code")
+        if c.among == "sources" and (c.metric, c.quantity) == ("perplexity", "code")
     )
     assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
     every = correlate(cells, "all", permutations=99, resamples=10, seed=0)
@@ -144,7 +142,7 @@ def test_what_only_tells_kinds_apart_is_no_correlation_within_them() -> None:
         )  # fmt: skip
     found = analyse(study(Plan(), trials=tuple(trials)), QUICK).conditions[0].correlations
     told = {one.among: one for one in found
-            if (one.metric, one.quantity) == ("evaluate", "perplexity", "code")}  # fmt: skip
+            if (one.metric, one.quantity) == ("perplexity", "code")}  # fmt: skip
     assert told["sources"].rho < -0.5
     assert told["sources"].p < 0.05
     assert abs(told["kinds"].rho) < 0.45
@@ -170,6 +168,6 @@ def test_metrics_that_order_the_sets_alike_are_one_test() -> None:
 def test_a_metric_is_correlated_with_single_tasks_too() -> None:
     found = found_in(study(Plan(slopes=SLOPES, noise=0.02)))
     for task in ("code_a", "code_b"):
-        one = found["evaluate", "perplexity", task]
+        one = found["perplexity", task]
         assert one.task  # type: ignore[attr-defined]
         assert one.rho < -0.8  # type: ignore[attr-defined]
