@@ -197,14 +197,14 @@ def formula(sizes: Sizes, method: str, rows: int, length: int, device: torch.dev
     """Bytes by the budget's formulas, all of a small model in memory."""
     layers = [(outputs, width) for width, outputs in sizes.inputs]
     held = Held(
-        block_bytes=2 * sizes.block_weights // sizes.blocks, copies=1, outside_bytes=0,
+        block_bytes=2 * sizes.block_weights // sizes.blocks, copies=0, outside_bytes=0,
         layers=layers, hidden=sizes.hidden, rows=rows, length=length, value_bytes=2,
         methods=[get_method(method)], accelerator=device.type != "cpu",
     )  # fmt: skip
     paused = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * 2
     running = micro_bytes(held, tokens_at_once(device))
     weights = sizes.block_weights + 2 * sizes.vocabulary * sizes.hidden
-    return 2.0 * weights + held.block_bytes + paused + max(solver_bytes(held), running)
+    return 2.0 * weights + paused + max(solver_bytes(held), running)
 
 
 def others(tiny: bool) -> list[str]:

@@ -8,11 +8,12 @@ import functools
 import gc
 import math
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -85,6 +86,42 @@ def mark(device: torch.device, *, timed: bool = False) -> torch.Event:
     event = torch.Event(device, enable_timing=timed)
     event.record(torch.accelerator.current_stream(device))
     return event
+
+
+class Laps:
+    """Seconds by activity: of the host's clock, or between marks in a device's queue.
+
+    A host that only hands work over cannot tell how long it takes; marks are read once a block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        there = device.type in ("cuda", "xpu") and torch.accelerator.is_available()
+        self._device = device if there else None
+        self._laps: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def lap(self, activity: str) -> Iterator[None]:
+        """Count what is done within as an activity's."""
+        began = self._mark()
+        yield
+        self._laps.append((activity, began, self._mark()))
+
+    def _mark(self) -> Any:
+        if self._device is None:
+            return time.perf_counter()
+        return mark(self._device, timed=True)
+
+    def read(self, seconds: MutableMapping[str, float]) -> None:
+        """Add what was counted, and begin anew."""
+        for activity, began, ended in self._laps:
+            if self._device is None:
+                seconds[activity] += ended - began
+                continue
+            ended.synchronize()
+            seconds[activity] += began.elapsed_time(ended) / 1000
+        self._laps.clear()
 
 
 def tokens_at_once(device: torch.device) -> int:

@@ -180,3 +180,43 @@ def test_what_was_freed_is_given_back() -> None:
     del held[:-1]  # the last one keeps the heap as high as it is
     machine.give_memory_back()
     assert before - psutil.Process().memory_info().rss > 150e6
+
+
+class Mark:
+    """An event of a device that is not there: marks are a second apart."""
+
+    made = 0
+
+    def __init__(self, device, enable_timing):
+        assert enable_timing
+        self.device = device
+
+    def record(self, queue):
+        assert queue == ("queue of", self.device)
+        Mark.made += 1
+        self.at = Mark.made
+
+    def synchronize(self):
+        self.passed = True
+
+    def elapsed_time(self, other):
+        assert other.passed
+        return 1000.0 * (other.at - self.at)
+
+
+def test_seconds_are_those_of_the_device_at_work(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: ("queue of", device))
+    monkeypatch.setattr(torch, "Event", Mark)
+    laps, seconds = machine.Laps(torch.device("cuda", 1)), {"solve": 0.5, "statistics": 0.0}
+    with laps.lap("solve"), laps.lap("statistics"):
+        pass
+    laps.read(seconds)
+    assert seconds == {"solve": 3.5, "statistics": 1.0}
+    laps.read(seconds)
+    assert seconds["solve"] == 3.5
+    laps = machine.Laps(torch.device("cpu"))
+    with laps.lap("solve"):
+        pass
+    laps.read(seconds)
+    assert 3.5 <= seconds["solve"] < 4.5

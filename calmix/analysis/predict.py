@@ -39,7 +39,6 @@ from calmix.pruning.gram import Gram, Squares, output_energy
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.patterns import Pattern, as_pattern
-from calmix.pruning.reading import quotient
 from calmix.sources import Source, own_sources
 
 ROWS, LENGTH, EVERY = 16, 512, 7
@@ -154,7 +153,7 @@ def lost_output(
         files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
         read = {file: _read(file, inputs).to(weights[0].device) for file in files}
         dense = {
-            text: [output_energy(weight, read[file]) for weight in weights]
+            text: [float(output_energy(weight, read[file])) for weight in weights]
             for text, file in held_out.items()
         }
         for name, parts in sets.items():
@@ -167,8 +166,8 @@ def lost_output(
                 for layer, weight, kept, whole in zip(
                     inputs.split(","), weights, made, dense[text], strict=True
                 ):
-                    left = output_energy(weight - kept, read[file])
-                    lost[name][text][layer] = float(quotient(left, whole))
+                    left = float(output_energy(weight - kept, read[file]))
+                    lost[name][text][layer] = left / whole if whole else 0.0
         if tick is not None:
             tick(inputs)
     return lost

@@ -32,7 +32,6 @@ from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Unstructured
-from calmix.pruning.reading import read
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
@@ -85,10 +84,8 @@ def read_allocation(
     return {str(name): float(share) for name, share in asked.items()}
 
 
-def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
+def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float:
     """Return the share of a block's |W_ij| ||x_j|| above `OUTLIER` times their mean (OWL).
-
-    It stays on the device, as a tensor of no dimensions.
 
     Args:
         weights: its matrices (rows, columns).
@@ -100,13 +97,11 @@ def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> Tenso
     wide = widest(squares[0].device)
     bound = OUTLIER * torch.stack([m.sum(dtype=wide) for m in metrics]).sum() / size
     metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
-    return torch.stack([(metric > bound).sum() for metric in metrics]).sum().to(wide) / size
+    return int(torch.stack([(metric > bound).sum() for metric in metrics]).sum()) / size
 
 
-def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
+def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
     """Return the share of output energy that Wanda's mask loses, tr(D G D^T) / tr(W G W^T).
-
-    It stays on the device, as a tensor of no dimensions.
 
     Args:
         weight: (rows, columns).
@@ -256,7 +251,6 @@ class DensePass(Run):
         )
         self._by, self._sparsities = by, sparsities
         self._squares: dict[str, Tensor] = {}
-        self._errors: list[tuple[float, str, Tensor]] = []
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
     def _prune(self, *groups: Group) -> None:
@@ -268,7 +262,7 @@ class DensePass(Run):
                     continue
                 for share in self._sparsities:
                     error = output_error(layer.view(), statistic, share / 2)
-                    self._errors.append((share, layer.name, error))
+                    self.importance[share][layer.name] = error
 
     def block(self, index: int) -> None:
         """Look at one block."""
@@ -277,13 +271,8 @@ class DensePass(Run):
             layers = [one for one in self.found.prunables(index) if one.name in self._squares]
             squares = [self._squares.pop(layer.name) for layer in layers]
             share = outlier_share([layer.view() for layer in layers], squares)
-            named = [(whole, layer.name) for whole in self.importance for layer in layers]
-            self._errors = [(whole, name, share) for whole, name in named]
-        told = read([error for _, _, error in self._errors])
-        for (whole, name, _), error in zip(self._errors, told, strict=True):
-            assert error is not None
-            self.importance[whole][name] = error
-        self._errors.clear()
+            for importance in self.importance.values():
+                importance.update((layer.name, share) for layer in layers)
 
     def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
         """Return exact patterns by layer, after all blocks."""

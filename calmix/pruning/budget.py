@@ -37,8 +37,7 @@ class Sizes:
 
     Attributes:
         block_bytes: weights of the largest block.
-        copies: how often the dense weights are kept beside: for another target, and on an
-            accelerator to do a block over.
+        copies: how often a block's weights are kept beside: for another target, or to be merged.
         outside_bytes: weights outside the blocks, the output head excepted.
         layers: (outputs, inputs) of the linear maps of one block, experts apart.
         experts: those of one expert, of one of each mixture; `expert_count` has how many are like

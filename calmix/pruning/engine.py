@@ -17,11 +17,9 @@ Knows nothing about architectures (see layout.py), files (see streamed.py) or co
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeVar
@@ -38,7 +36,7 @@ from calmix.errors import (
     SolverError,
     nearest,
 )
-from calmix.machine import give_memory_back, out_of_memory, tokens_at_once
+from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.precision import bfloat16_products, reproducible
@@ -46,9 +44,8 @@ from calmix.pruning import sharing
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Statistic
 from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
-from calmix.pruning.methods import DTYPES, Method, Solution, get_method
+from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, as_pattern, check_columns
-from calmix.pruning.reading import DoubtError, Laps, Number, holds, read, trusting
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 
 Propagation = Literal["sequential", "block"]
@@ -205,7 +202,7 @@ def _naming_blocks(runs: Sequence[Run]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        done, part = (runs[0].done, bool(runs[0].unreported)) if runs else (0, False)
+        done, part = (runs[0].done, runs[0].begun) if runs else (0, False)
         what = ["block 0" if done == 1 else f"blocks 0 to {done - 1}"] * (done > 0)
         what += [f"part of block {done}"] * part
         if what:
@@ -358,7 +355,7 @@ class Run:
         written: what blocks have written into their arguments (keys and values that later ones
             share), of the few tokens that are observed and then of every micro-batch.
         done: blocks that this run has pruned.
-        unreported: what has been pruned of the block at hand.
+        begun: whether layers of the block at hand have been pruned.
         report: what has been done so far.
     """
 
@@ -387,7 +384,7 @@ class Run:
         self.sources = sources
         self._shared = shared
         self.states: States | dict[int, Tensor] = {}
-        self.done = 0
+        self.done, self.begun = 0, False
         named = propagation if self.needs_ids else None
         shown = "by layer" if isinstance(pattern, Mapping) else str(pattern)
         self.report = PruneReport(method.name, shown, named, 0, method.options)
@@ -400,7 +397,6 @@ class Run:
         self._by_row: dict[str, Tensor] = {}
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self.written: list[list[Any]] = []
-        self.unreported: list[tuple[list[Prunable], Solution, int | None]] = []
         self._laps = Laps(torch.device("cpu"))
 
     @property
@@ -445,34 +441,17 @@ class Run:
         self.report.rows_at_once = other.report.rows_at_once
 
     def block(self, index: int) -> None:
-        """Prune one block, whose weights are in memory, and move the states on to the next.
-
-        On an accelerator the host reads once: if something is wrong then, the block is done over
-        from its dense weights, and read at every step.
-        """
+        """Prune one block, whose weights are in memory, and move the states on to the next."""
         began = time.perf_counter()
         before = sum(self.report.seconds.values())
-        layers = self.found.prunables(index)
         device = self._device(index)
         self._laps = Laps(device)
         self.report.dense += self.found.dense(index)
-        told = len(self.report.dense), len(self.report.experts)
         self._counts.clear()
         self._by_row.clear()
         with torch.inference_mode(), reproducible(device):
-            if not self.trusts(device):
-                self._block(index)
-            else:
-                dense = [layer.view().clone() for layer in layers]
-                try:
-                    with trusting():
-                        self._block(index)
-                except DoubtError:
-                    for layer, weight in zip(layers, dense, strict=True):
-                        layer.assign(weight)
-                    self.unreported.clear()
-                    del self.report.dense[told[0] :], self.report.experts[told[1] :]
-                    self._block(index)
+            self._block(index)
+        self.done, self.begun = self.done + 1, False
         self._laps.read(self.report.seconds)
         if self.needs_ids:
             spent = sum(self.report.seconds.values()) - before
@@ -480,17 +459,12 @@ class Run:
         else:
             self.report.seconds["solve"] += time.perf_counter() - began
 
-    def trusts(self, device: torch.device) -> bool:
-        """Tell whether blocks there are read once, for which dense weights are kept beside."""
-        return device.type != "cpu"
-
     def _block(self, index: int) -> None:
         if self.needs_ids:
             self._with_states(index)
             return
         for layer in self.found.prunables(index):
             self._prune(([layer], None, None))
-        self._settle()
 
     def _with_states(self, index: int) -> None:
         assert self._tiny is not None
@@ -577,7 +551,6 @@ class Run:
                 gather(add)
                 self._solve(shared, statistic)
                 del statistic, add
-            self._settle()
             current = len(inputs)
             if index + 1 < len(self.found):
                 for number in batches:
@@ -632,7 +605,6 @@ class Run:
             gather(lambda number, args, kwargs: None, None)
         while plain:
             self._solve(*plain.pop(0))
-        self._settle()
         if index + 1 < len(self.found):
             for number in range(len(self._calls)):
                 self.states[number] = self._run(index, number)
@@ -731,49 +703,30 @@ class Run:
         with bfloat16_products(allowed=False):
             solutions = sharing.solve(self.method, tasks)
             for (layers, _, tokens), solved in zip(groups, solutions, strict=True):
+                self.begun = True
                 for layer, weight in zip(layers, solved.weights, strict=True):
                     layer.assign(weight)
-                self.unreported.append((layers, replace(solved, weights=[]), tokens))
                 _check_finite(layers, "its pruned weights are not finite")
+                self._tell(layers, solved, tokens)
 
-    def _settle(self) -> None:
-        """Report on a block's layers; before its states move on, so that it can be done over.
-
-        Raises:
-            DoubtError: what was taken to hold does not.
-        """
-        sharing.agree()
-        numbers: list[Number | None] = []
-        for _, solved, _ in self.unreported:
-            kind = solved.dtype
-            place = DTYPES.index(kind) if isinstance(kind, torch.dtype) else kind
-            numbers += [solved.damping, solved.dead, place, *solved.errors]
-        told = iter(read(numbers))
-        for layers, solved, tokens in self.unreported:
-            damping, dead, dtype = next(told), next(told), _given(next(told))
-            for layer, pruned in zip(layers, solved.pruned, strict=True):
-                rows, columns = layer.shape
-                self.report.layers.append(
-                    LayerReport(
-                        name=layer.name,
-                        rows=rows,
-                        columns=columns,
-                        pruned=pruned,
-                        sparsity=pruned / (rows * columns),
-                        error=_given(next(told)),
-                        damping=_given(damping),
-                        factor_dtype=None if dtype is None else str(DTYPES[int(dtype)])[6:],
-                        dead_inputs=int(dead or 0),
-                        tokens=tokens,
-                    )
+    def _tell(self, layers: list[Prunable], solved: Solution, tokens: int | None) -> None:
+        """Report on layers that have been solved."""
+        for layer, pruned, error in zip(layers, solved.pruned, solved.errors, strict=True):
+            rows, columns = layer.shape
+            self.report.layers.append(
+                LayerReport(
+                    name=layer.name,
+                    rows=rows,
+                    columns=columns,
+                    pruned=pruned,
+                    sparsity=pruned / (rows * columns),
+                    error=error,
+                    damping=solved.damping,
+                    factor_dtype=None if solved.dtype is None else str(solved.dtype)[6:],
+                    dead_inputs=solved.dead,
+                    tokens=tokens,
                 )
-        self.unreported.clear()
-        self.done += 1
-
-
-def _given(number: float | None) -> float | None:
-    """Return a number, or None for NaN, as what is not known comes from another process."""
-    return None if number is None or math.isnan(number) else number
+            )
 
 
 def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]:
@@ -808,10 +761,10 @@ def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tenso
     """
     weights = [layer.view() for layer in layers]
     ends = [torch.stack(torch.aminmax(value)).float() for value in (*weights, *inputs)]
-    finite = torch.stack(ends).isfinite().all(1)
-    if holds(finite.all()):
+    finite = torch.stack(ends).isfinite().all(1).tolist()
+    if all(finite):
         return
-    number = finite.tolist().index(False)
+    number = finite.index(False)
     what = otherwise if number < len(layers) else "its inputs are not finite"
     half = weights[0].dtype == torch.float16
     hint = ": float16 may be too narrow, use --dtype bfloat16 or float32" if half else ""

@@ -18,7 +18,6 @@ from torch import Tensor
 from calmix.errors import InputError, SolverError
 from calmix.machine import tried
 from calmix.precision import bfloat16_products, large_products, widest
-from calmix.pruning.reading import Number, holds, quotient
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
@@ -223,23 +222,23 @@ def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     return energy
 
 
-def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
     """Return the share of a layer's output energy that is lost, tr(D H D^T) / tr(W H W^T).
 
     Gram matrices add, so that of a mix is the sum of its sources', each times its share; and the
-    same weights may be held against the Gram matrix of any other text. The share stays on the
-    device, as a tensor of no dimensions.
+    same weights may be held against the Gram matrix of any other text.
 
     Args:
         weight: W, (rows, columns) of any float type.
         kept: what W is replaced by, rounded to its type; D is the difference.
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
-    lost, whole = torch.zeros(2, dtype=widest(weight.device), device=weight.device)
+    sums = torch.zeros(2, dtype=widest(weight.device), device=weight.device)
     for dense, made in zip(weight.split(ENERGY), kept.split(ENERGY), strict=True):
-        lost += output_energy(dense.float() - made.to(weight.dtype).float(), gram)
-        whole += output_energy(dense, gram)
-    return quotient(lost.clamp(min=0), whole)
+        sums[0] += output_energy(dense.float() - made.to(weight.dtype).float(), gram)
+        sums[1] += output_energy(dense, gram)
+    lost, whole = sums.tolist()
+    return max(lost, 0.0) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)
@@ -255,13 +254,13 @@ class Factor:
     """
 
     upper: Tensor
-    damping: Number
+    damping: float
     dtype: torch.dtype
     dead: Tensor
     raised: int = 1
 
 
-def inverse_factor(gram: Tensor, damping: Number = 0.01) -> Factor:
+def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     """Factorise the inverse of a damped Gram matrix (SparseGPT, arXiv 2301.00774, section 3.3).
 
     H = R R^T with R upper triangular gives H^-1 = U^T U with U = R^-1; neither R nor H^-1 is
@@ -277,10 +276,10 @@ def inverse_factor(gram: Tensor, damping: Number = 0.01) -> Factor:
         SolverError: the matrix is not finite, is zero, or no attempt succeeded.
     """
     diagonal = gram.diagonal()
-    if not holds(torch.isfinite(diagonal).all()):
+    if not torch.isfinite(diagonal).all():
         raise SolverError("the inputs of this layer are not finite")
     mean = diagonal.mean()
-    if not holds(mean > 0):
+    if not mean > 0:
         raise SolverError("the inputs of this layer are zero on every calibration token")
     for dtype, raised in ATTEMPTS:
         share = raised * damping
@@ -291,10 +290,10 @@ def inverse_factor(gram: Tensor, damping: Number = 0.01) -> Factor:
         upper = upper.to(gram.device, torch.float32)
         # A sum is finite only if every entry is, and is had in one pass.
         usable = torch.isfinite(upper.sum()) & (upper.diagonal() > 0).all()
-        if holds(usable.logical_and_(~failed.to(usable.device))):
+        if usable.logical_and_(~failed.to(usable.device)):
             return Factor(upper, share, dtype, diagonal == 0, raised)
     raise SolverError(
-        f"the Gram matrix is not positive definite even with damping {100 * float(damping):g}: "
+        f"the Gram matrix is not positive definite even with damping {100 * damping:g}: "
         "use more calibration tokens or a larger --damping"
     )
 

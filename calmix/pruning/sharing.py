@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,6 @@ from calmix.precision import widest
 from calmix.pruning.gram import Gram, Statistic, relative_error
 from calmix.pruning.methods import DTYPES, Method, Solution
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.reading import Number, agreed
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
@@ -249,13 +249,6 @@ def gather(statistic: Statistic) -> None:
         statistic.reduce(lambda part: _together(lambda: dist.all_reduce(part)))
 
 
-def agree() -> None:
-    """Let all processes doubt what one doubts."""
-    if processes()[1] > 1:
-        least = dist.ReduceOp.MIN
-        agreed(lambda condition: _together(lambda: dist.all_reduce(condition, least)))
-
-
 @dataclass(frozen=True)
 class Task:
     """Layers that share an input, to be solved together.
@@ -275,7 +268,6 @@ def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
     """Yield what the method's `solve` makes of each task, with errors; all processes get the whole.
 
     Of several each solves tasks of its own, or layers where tasks are fewer, before any is sent.
-    Numbers that a method does not give come as NaN.
 
     Raises:
         SolverError: as the method's `solve`.
@@ -297,7 +289,7 @@ def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
     for number, task in enumerate(tasks):
         solved, own[number] = own[number], None
         made: list[Tensor] = []
-        told: list[Tensor] = []
+        told: list[list[float | None]] = []
         for at, weight in enumerate(task.weights):
             source = owners[number][at]
             full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
@@ -305,7 +297,6 @@ def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
             if solved is not None and source == rank:
                 place = places[number].index(at)
                 full.copy_(solved.weights[place])
-                assert solved.dtype is None or isinstance(solved.dtype, torch.dtype)
                 kind = None if solved.dtype is None else DTYPES.index(solved.dtype)
                 numbers = solved.errors[place], solved.damping, solved.dead, kind
                 for slot, value in enumerate(numbers):
@@ -314,10 +305,11 @@ def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
             for part in (full, about):
                 _together(functools.partial(dist.broadcast, part, source))
             made.append(full)
-            told.append(about)
+            told.append([None if math.isnan(value) else value for value in about.tolist()])
         counts = method.counts(task.weights, task.patterns)
-        _, damping, dead, dtype = told[0]
-        yield Solution(made, counts, [one[0] for one in told], damping, dtype, dead)
+        _, damping, dead, precision = told[0]
+        dtype = None if precision is None else DTYPES[int(precision)]
+        yield Solution(made, counts, [one[0] for one in told], damping, dtype, int(dead or 0))
 
 
 def _solved(method: Method, task: Task, places: Sequence[int]) -> Solution:
@@ -326,7 +318,7 @@ def _solved(method: Method, task: Task, places: Sequence[int]) -> Solution:
         made = method.solve(weights, task.statistic, [task.patterns[at] for at in places])
     except SolverError as error:
         raise SolverError(f"{task.name}: {error}") from error
-    errors: list[Number | None] = [None] * len(weights)
+    errors: list[float | None] = [None] * len(weights)
     if method.needs is not None and issubclass(method.needs, Gram):
         assert task.statistic is not None
         pairs = zip(weights, made.weights, strict=True)

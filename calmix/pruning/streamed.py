@@ -89,7 +89,7 @@ def plan_for(
     one = {layer.mixture: layer.expert for layer in inside}
     sizes = Sizes(
         block_bytes=source.block_bytes(largest),
-        copies=(len(targets) > 1) + accelerator + source.merges,
+        copies=(len(targets) > 1) + source.merges,
         outside_bytes=source.outside_bytes if rows else 0,
         layers=[layer.shape for layer in layers if layer.expert is None],
         experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],

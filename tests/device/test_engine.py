@@ -1,4 +1,4 @@
-"""The engine on a device that is not there: one read a block, and no copy between devices."""
+"""The engine on a device that is not there: a few reads a layer, and no copy between devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.pruning.test_experts import OldMixture
 from tests.tiny import VOCABULARY, tiny_config, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
-ONCE = Counter({"tolist": 1})
+FEW = 20  # times at most that the host reads numbers of an input and its layers
 
 
 def by_block(traced, run, micro_tokens=64):
@@ -40,6 +40,11 @@ def by_block(traced, run, micro_tokens=64):
     return marks
 
 
+def numbers(reads):
+    """How often numbers are read; take that out of the reads."""
+    return reads.pop("tolist", 0) + reads.pop("_local_scalar_dense", 0)
+
+
 QUICK = "admm,iterations=2,refit=1"
 CASES = [
     ("sparsegpt", HALF, "sequential"), ("sparsegpt", SemiStructured(2, 4), "block"),
@@ -49,16 +54,21 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "pattern", "propagation"), CASES, ids=str)
-def test_a_block_is_read_once(method, pattern, propagation):
-    with tracing() as traced:
-        model = empty_model(tiny_config("llama"))
-        run = Run(model, find_blocks(model), get_method(method), pattern, propagation)
-        first, *blocks = by_block(traced, run)
-    assert blocks == [(ONCE, Counter())] * 2
-    if run.needs_ids:  # the ids of the few tokens that are observed, and of three micro-batches
-        assert first[1] == {("cpu", "cuda"): 4}
-    assert len(run.report.layers) == 14
-    assert all(type(layer.dead_inputs) is int for layer in run.report.layers)
+def test_a_block_is_read_a_few_times_however_many_its_rows(method, pattern, propagation):
+    found = []
+    for micro_tokens in (64, 160):
+        with tracing() as traced:
+            model = empty_model(tiny_config("llama"))
+            run = Run(model, find_blocks(model), get_method(method), pattern, propagation)
+            first, *blocks = by_block(traced, run, micro_tokens)
+        assert not any(copies for _, copies in blocks)
+        if run.needs_ids:  # the ids of the few tokens that are observed, and of the micro-batches
+            assert first[1] == {("cpu", "cuda"): 1 + (3 if micro_tokens == 64 else 1)}
+        assert len(run.report.layers) == 14
+        found += [(numbers(reads), reads) for reads, _ in blocks]
+    assert found == [found[0]] * 4
+    assert found[0][0] <= FEW * 4  # inputs
+    assert not found[0][1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -122,21 +132,25 @@ OTHERS = [("gemma3_text", None), ("gemma4_text", None), ("gpt2", 1)]
 
 
 @pytest.mark.parametrize(("kind", "paused"), OTHERS)
-def test_other_blocks_are_read_once(kind, paused):
+def test_other_blocks_are_read_a_few_times(kind, paused):
     with tracing() as traced:
         model = empty_model(tiny_config(kind))
         run = Run(model, find_blocks(model), get_method("wanda"), HALF, "sequential", paused)
         _, *blocks = by_block(traced, run)
-    assert blocks == [(ONCE, Counter())] * len(run.found)
+    assert len(blocks) == len(run.found)
+    for reads, copies in blocks:
+        assert numbers(reads) <= FEW * 4
+        assert not reads
+        assert not copies
 
 
-@pytest.mark.parametrize("by", ["owl", "error"])
-def test_a_look_reads_once(by):
+@pytest.mark.parametrize(("by", "times"), [("owl", 1), ("error", 2 * 7)])
+def test_a_look_reads_a_few_times(by, times):
     with tracing() as traced:
         model = empty_model(tiny_config("llama"))
         look = DensePass(model, find_blocks(model), by, [0.5])
         _, *blocks = by_block(traced, look)
-    assert blocks == [(ONCE, Counter())] * 2
+    assert [(numbers(reads), reads, copies) for reads, copies in blocks] == [(times, {}, {})] * 2
     assert len(look.importance[0.5]) == 14
 
 
@@ -169,7 +183,7 @@ def as_slices(model):
     [("wanda", "sequential", as_lists), ("wanda", "sequential", as_slices),
      (QUICK, "block", as_slices)],
 )  # fmt: skip
-def test_experts_are_read_once_besides_what_routing_asks(method, propagation, change):
+def test_experts_are_read_a_few_times_besides_what_routing_asks(method, propagation, change):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
     with tracing(None) as traced:
         model = empty_model(tiny_config("mixtral"), change=change)
@@ -178,11 +192,10 @@ def test_experts_are_read_once_besides_what_routing_asks(method, propagation, ch
     for reads, copies in blocks:
         assert reads.pop("where") > 0
         assert reads.pop("nonzero") > 0
-        # How many tokens reach each expert: of the few that are observed, and of all.
-        learnt, counted = ({}, {}) if change is as_lists else (
-            {"_local_scalar_dense": 1}, {("cuda", "cpu"): 1}
-        )  # fmt: skip
-        assert reads == {"tolist": 1, "equal": 2 * 3} | learnt  # two more experts a micro-batch
+        assert numbers(reads) <= FEW * (2 + 2 * 4)  # inputs of attention, and of each expert
+        assert reads == {"equal": 2 * 3}  # two more experts a micro-batch
+        # How many tokens reach each expert of all.
+        counted = {} if change is as_lists else {("cuda", "cpu"): 1}
         assert copies == {("cpu", "cuda"): 2 * 3} | counted  # which tokens stand for all
     assert len(run.report.layers) == 2 * (4 + 4 * 3)
 

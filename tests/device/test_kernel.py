@@ -15,7 +15,6 @@ from benchmarks.traced import tracing
 from calmix.pruning import SemiStructured, Unstructured, get_method
 from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import clear
-from calmix.pruning.reading import trusting
 from calmix.pruning.solvers import columns as fused
 from tests.device import compiled
 
@@ -107,7 +106,7 @@ def test_it_compiles_for_devices_that_are_not_here():
 def test_it_is_tried_on_blocks_as_large_as_those_it_is_used_on(monkeypatch, pattern, examples):
     usable, asked = fused.usable, []
     monkeypatch.setattr(fused, "tried", lambda what, at, check, *given: asked.append(given) or True)
-    with tracing(), trusting(), mock.patch.object(fused, "usable", usable):
+    with tracing(), mock.patch.object(fused, "usable", usable):
         get_method("sparsegpt").solve([torch.randn(24, 192)], torch.randn(192, 192), [pattern])
     assert asked == examples
 

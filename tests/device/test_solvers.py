@@ -12,7 +12,6 @@ from calmix.pruning import gram, sharing
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, grouped_mask, layer_mask, smallest
-from calmix.pruning.reading import read, trusting
 from tests.pruning.toy import Means
 
 CUDA = torch.device("cuda")
@@ -92,13 +91,13 @@ def test_sums_in_place_are_tried_on_a_part_of_a_matrix(monkeypatch):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("name", [*METHODS, "sparsegpt,refit=11", "wanda,refit=1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_solve_reads_nothing(name, pattern, dtype):
-    """Layers of several sizes; what the reports need is told in one read.
+def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, pattern, dtype):
+    """Layers of several sizes.
 
     Nothing that is made on the way lies elsewhere: where nobody says, it would be on the CPU.
     """
     method = get_method(name)
-    with tracing(None) as traced, trusting(), torch.inference_mode():
+    with tracing(None) as traced, torch.inference_mode():
 
         def made(*shape, dtype=torch.float32):
             return torch.randn(*shape, dtype=dtype, device=CUDA)
@@ -111,23 +110,21 @@ def test_a_solve_reads_nothing(name, pattern, dtype):
         [solved] = sharing.solve(method, [task])
         assert on_device(*solved.weights)
         assert [w.shape for w in solved.weights] == [w.shape for w in weights]
-        assert not traced.reads, traced.reads
+        assert set(traced.reads) <= {"tolist", "_local_scalar_dense"}
+        assert traced.reads.total() <= 25
         assert not traced.copies, traced.copies
-        assert [isinstance(error, torch.Tensor) for error in solved.errors] == [needs is Gram] * 3
-        told = read([solved.dead, *solved.errors])
-    assert len(told) == 4
-    assert sum(traced.reads.values()) <= 1
+        assert [isinstance(error, float) for error in solved.errors] == [needs is Gram] * 3
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
 def test_a_block_of_columns_is_one_kernel(pattern):
-    with tracing(kernel=True) as traced, trusting():
+    with tracing(kernel=True) as traced:
         weights = [torch.randn(rows, 192, dtype=torch.bfloat16) for rows in (24, 40)]
         solved = get_method("sparsegpt").solve(weights, torch.randn(192, 192), [pattern] * 2)
         assert on_device(*solved.weights)
     assert traced.operations["prune_columns"] == 2
     assert traced.operations["linalg_solve_triangular"] == 1  # of the factor
-    assert not traced.reads
+    assert traced.reads == {"_local_scalar_dense": 4}  # of the factor
     assert not traced.copies
 
 

@@ -189,7 +189,6 @@ class Replay(Run):
                     self._run(index, number, keep=False)
             handle.remove()
             self._solve(shared, statistic)
-        self._settle()
         for number in batches:
             self.states[number] = self._run(index, number)
 

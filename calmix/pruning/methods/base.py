@@ -19,7 +19,6 @@ from torch import Tensor
 
 from calmix.pruning.gram import Statistic
 from calmix.pruning.patterns import Pattern, as_pattern
-from calmix.pruning.reading import Number
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of factorisations
 
@@ -28,8 +27,6 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of fac
 class Solution:
     """Pruned weights of layers that share one input.
 
-    Numbers may be tensors of no dimensions: the host reads them with those of other layers.
-
     Attributes:
         weights: matrices (rows, columns) in float32, or in their own type where kept weights are
             what they were; may be transposed views. Pruned entries are exactly zero.
@@ -37,17 +34,16 @@ class Solution:
         errors: not a method's to give: the engine takes `relative_error` of each layer, or None
             where the method asks for no Gram matrix.
         damping: damping that was used, None if the method has none.
-        dtype: precision of the factorisation, None if there is none; where another process has
-            done it its place in `DTYPES`.
+        dtype: precision of the factorisation, None if there is none.
         dead: inputs that were zero on every token.
     """
 
     weights: list[Tensor]
     pruned: list[int]
-    errors: list[Number | None] = field(default_factory=list)
-    damping: Number | None = None
-    dtype: torch.dtype | Number | None = None
-    dead: Number = 0
+    errors: list[float | None] = field(default_factory=list)
+    damping: float | None = None
+    dtype: torch.dtype | None = None
+    dead: int = 0
 
 
 class Method(BaseModel, ABC):

@@ -38,4 +38,4 @@ class Ria(Refitted):
         assert statistic is not None
         pruned = ria.ria(weights, statistic, patterns, power=self.power)
         counts = self.counts(weights, patterns)
-        return Solution(pruned, counts, dead=(statistic == 0).sum())
+        return Solution(pruned, counts, dead=int((statistic == 0).sum()))

@@ -80,7 +80,7 @@ class SparseGPT(Refitted):
             pruned=list(pruned),
             damping=factor.damping,
             dtype=factor.dtype,
-            dead=factor.dead.sum(),
+            dead=int(factor.dead.sum()),
         )
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:

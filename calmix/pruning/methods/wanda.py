@@ -36,7 +36,7 @@ class Wanda(Refitted):
         norm = statistic.sqrt()
         pruned = [_prune(w, norm, pattern) for w, pattern in zip(weights, patterns, strict=True)]
         counts = self.counts(weights, patterns)
-        return Solution(pruned, counts, dead=(statistic == 0).sum())
+        return Solution(pruned, counts, dead=int((statistic == 0).sum()))
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Every row is a group."""

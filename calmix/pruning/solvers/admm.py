@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calmix.errors import SolverError
-from calmix.precision import add_rounded_product, bfloat16_products, rounded, widest
+from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import inverse_factor, squared
 from calmix.pruning.patterns import (
     Pattern,
@@ -27,7 +27,6 @@ from calmix.pruning.patterns import (
     smallest,
     smallest_of_m,
 )
-from calmix.pruning.reading import holds
 from calmix.pruning.solvers import refit
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
@@ -118,8 +117,8 @@ def by_own_part(scaled: Scaled) -> Scaled:
         SolverError: as `inverse_factor`.
     """
     gram = scaled.gram
-    mean = gram.diagonal().mean()
-    factor = inverse_factor(gram, (RIDGE / mean.to(widest(mean.device))).to(mean.dtype))
+    mean = float(gram.diagonal().mean())
+    factor = inverse_factor(gram, RIDGE / mean)
     ridge = RIDGE * factor.raised
     own = factor.upper.square_().sum(0).reciprocal_().sub_(ridge).clamp_(LEAST, 1).sqrt_()
     del factor
@@ -141,10 +140,9 @@ def _reflector(
     gram: Tensor, order: Tensor, m: int, rho: float, damping: float
 ) -> tuple[Tensor, float]:
     """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping that was needed."""
-    mean = gram.diagonal().mean()
+    mean = float(gram.diagonal().mean())
     ordered = gram if m == 1 else gram[order][:, order]
-    share = (damping + rho) / mean.to(widest(mean.device))
-    factor = inverse_factor(ordered, share.to(mean.dtype))
+    factor = inverse_factor(ordered, (damping + rho) / mean)
     del ordered
     with bfloat16_products():  # as the steps that use it do
         reflector = squared(factor.upper).mul_(-rho)
@@ -179,7 +177,7 @@ def _search(
             step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
             add_rounded_product(sparse, step, reflector, part)
     del target
-    if not holds(torch.isfinite(state.sum())):
+    if not torch.isfinite(state.sum()):
         raise SolverError("the weights or inputs of this layer are not finite")
     if isinstance(pattern, SemiStructured):
         mask = _semi_structured(state, pattern)

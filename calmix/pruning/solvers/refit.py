@@ -15,7 +15,6 @@ from torch import Tensor
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, large_product, rounded_product
 from calmix.pruning.gram import inverse_factor
-from calmix.pruning.reading import holds
 from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
 
 STEPS = 10
@@ -105,7 +104,7 @@ def refit_layer(
                 left.add_(delta.add_(back), alpha=damping).mul_(mask)
             left.mul_(better)
         made[rows] = best
-    if not holds(torch.isfinite(lost)):
+    if not torch.isfinite(lost):
         raise SolverError("the weights or inputs of this layer are not finite")
     return made
 

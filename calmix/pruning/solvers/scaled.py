@@ -16,7 +16,6 @@ from torch import Tensor
 
 from calmix.errors import SolverError
 from calmix.precision import rounded
-from calmix.pruning.reading import Number, holds
 
 ROWS = 512  # rows worked on at a time: enough for a product, little beside the layer
 WIDE = 2**25  # entries worked on at a time on an accelerator, where every call is a kernel
@@ -34,7 +33,7 @@ class Fitted:
 
     weights: list[Tensor]
     damping: float
-    dead: Number
+    dead: int
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Scaled:
         gram: float32 (columns, columns), diagonal one; rows and columns of dead inputs zero.
         norm: float32 (columns,), norms of the inputs, zero where dead.
         inverse: float32 (columns,), their reciprocals, zero where dead.
-        dead: how many inputs were zero on every token, int64 of no dimensions.
+        dead: how many inputs were zero on every token.
     """
 
     gram: Tensor
     norm: Tensor
     inverse: Tensor
-    dead: Tensor
+    dead: int
 
     @cached_property
     def coarse(self) -> Tensor:
@@ -66,14 +65,14 @@ def scale(gram: Tensor) -> Scaled:
         SolverError: its diagonal is not finite, or zero on every token.
     """
     squares = gram.diagonal()
-    if not holds(torch.isfinite(squares).all()):
+    if not torch.isfinite(squares).all():
         raise SolverError("the inputs of this layer are not finite")
     dead = squares <= torch.finfo(squares.dtype).tiny
-    if not holds(~dead.all()):
+    if not (~dead).any():
         raise SolverError("the inputs of this layer are zero on every calibration token")
     norm = squares.sqrt().masked_fill(dead, 0)
     inverse = norm.reciprocal().masked_fill(dead, 0)
-    return Scaled((gram * inverse).mul_(inverse[:, None]), norm, inverse, dead.sum())
+    return Scaled((gram * inverse).mul_(inverse[:, None]), norm, inverse, int(dead.sum()))
 
 
 def chunks(matrix: Tensor) -> Iterator[slice]:
