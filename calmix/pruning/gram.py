@@ -18,10 +18,10 @@ from torch import Tensor
 from calmix.errors import InputError, SolverError
 from calmix.machine import tried
 from calmix.precision import bfloat16_products, large_products, widest
+from calmix.pruning.solvers.scaled import chunks
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
-ENERGY = 512  # outputs whose energy is computed at a time, so that little memory is needed
 LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
 PANEL = 256  # columns of a triangle computed in one product, on a CPU
 WIDE = 2048  # elsewhere, where every product is a kernel to start, and large ones are fast
@@ -211,8 +211,8 @@ def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """
     columns = len(gram)
     energy = torch.zeros((), dtype=widest(weight.device), device=weight.device)
-    for part in weight.split(ENERGY):
-        rows = part.float()
+    for some in chunks(weight):
+        rows = weight[some].float()
         for at, to in panels(columns, _panel(columns, cpu=weight.device.type == "cpu")):
             with large_products():
                 share = torch.mm(rows[:, at:to], gram[at:to, at:to])
@@ -234,8 +234,9 @@ def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
     sums = torch.zeros(2, dtype=widest(weight.device), device=weight.device)
-    for dense, made in zip(weight.split(ENERGY), kept.split(ENERGY), strict=True):
-        sums[0] += output_energy(dense.float() - made.to(weight.dtype).float(), gram)
+    for some in chunks(weight):
+        dense = weight[some].float()
+        sums[0] += output_energy(dense - kept[some].to(weight.dtype).float(), gram)
         sums[1] += output_energy(dense, gram)
     lost, whole = sums.tolist()
     return max(lost, 0.0) / whole if whole else 0.0

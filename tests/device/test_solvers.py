@@ -128,6 +128,15 @@ def test_a_block_of_columns_is_one_kernel(pattern):
     assert not traced.copies
 
 
+def test_the_error_of_a_large_layer_starts_few_kernels():
+    with tracing() as traced:
+        weight = torch.randn(14336, 4096, dtype=torch.bfloat16)
+        traced.operations.clear()
+        assert gram.relative_error(weight, weight.clone(), torch.randn(4096, 4096)) >= 0
+    assert traced.operations.total() < 100
+    assert traced.reads == {"tolist": 1}
+
+
 @pytest.mark.parametrize("score", [(5, 64), (1, 5000), (3, 2)])
 def test_masks_are_made_without_the_host(score):
     with tracing() as traced:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from calmix.precision import large_products
-from calmix.pruning.gram import ENERGY, Factor, Gram, inverse_factor
+from calmix.pruning.gram import Factor, Gram, inverse_factor
 from calmix.pruning.methods.base import Solution
 from calmix.pruning.methods.refitted import Refitted
 from calmix.pruning.patterns import (
@@ -25,6 +25,7 @@ from calmix.pruning.patterns import (
     smallest_of_m,
 )
 from calmix.pruning.solvers import columns as fused
+from calmix.pruning.solvers.scaled import ROWS
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
@@ -91,7 +92,7 @@ class SparseGPT(Refitted):
     def own_memory(self, columns: int, outputs: int, widest: int) -> int:
         """The sum, its factor and what the factorisation holds beside it; the weights transposed;
         mask, errors and scores of one group of columns, or some outputs' energy."""
-        energy = 3 * 4 * columns * min(outputs, ENERGY)
+        energy = 3 * 4 * columns * min(outputs, ROWS)
         return 11 * columns**2 + 4 * columns * outputs + max(MASK_BYTES * outputs, energy)
 
 
