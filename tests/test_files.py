@@ -25,6 +25,7 @@ from calmix.files import (
 )
 from calmix.manifest import file_hashes
 from calmix.pruning import checkpoint
+from calmix.specs import prune_request
 from tests import forks
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
@@ -224,6 +225,22 @@ def test_an_output_that_is_an_input_lies_in_one_or_holds_one_is_refused(tmp_path
             check_output_file(output, inputs=inputs, overwrite=overwrite)
     check_output_folder(tmp_path / "models" / "b", inputs=inputs, overwrite=overwrite)
     check_output_file(tmp_path / "texts" / "scores.json", inputs=inputs, overwrite=overwrite)
+
+
+def test_an_output_may_be_called_like_a_source_or_an_option(
+    calmix, tiny_folder, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("owl", "encyclopedia"):
+        (tmp_path / name).mkdir()
+    common = ("prune", tiny_folder, "--sparsity", 0.5, "--rows", 4, "--length", 16, "--leakage")
+    text = ("off", "--calibration", text_file.name)
+    assert calmix(*common, *text, "--allocation", "owl", "-o", "owl").code == 0
+    request = prune_request(sparsity=0.5, calibration="encyclopedia")
+    checkpoint.check_request(str(tiny_folder), {Path("encyclopedia"): request})
+    write_text(tmp_path / "encyclopedia" / "compress.json", "{}")
+    ended = calmix("compress", tiny_folder, "--calibration", "encyclopedia", "-o", "encyclopedia")
+    assert "compress.json is damaged" in ended.line
 
 
 def test_overwrite_replaces_results_of_calmix_alone(calmix, tiny_folder, tmp_path):

@@ -1,7 +1,7 @@
 """Calibration sets: full rows of token ids drawn from one source or a weighted mix."""
 
 from calmix.calibration.build import build
-from calmix.calibration.dataset import CalibrationSet, is_saved_set
+from calmix.calibration.dataset import CalibrationSet, is_saved_set, saved_set
 from calmix.calibration.resolving import Asked, ask, resolve
 from calmix.calibration.spec import (
     Mix,
@@ -26,4 +26,5 @@ __all__ = [
     "parse_spec",
     "resolve",
     "rows_per_source",
+    "saved_set",
 ]

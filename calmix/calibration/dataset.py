@@ -27,6 +27,7 @@ from calmix.files import (
     check_output_folder,
     parse_json,
     sha256_json,
+    user_path,
     write_json,
     write_text,
 )
@@ -139,6 +140,12 @@ def is_saved_set(path: Path) -> bool:
         return path.is_dir() and ((path / TENSORS).exists() or (path / MANIFEST).exists())
     except OSError:  # a mix of many sources is longer than a file's name may be
         return False
+
+
+def saved_set(text: str | None) -> Path | None:
+    """Return the folder of the saved set that a text names, if it names one."""
+    path = user_path(text or "")
+    return path if text and is_saved_set(path) else None
 
 
 def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[str, Any]:

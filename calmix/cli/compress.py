@@ -73,11 +73,13 @@ def compress(options: CompressOptions) -> None:
 
     Every stage keeps its result in OUT; if interrupted, run the same command again to resume.
     """
+    from calmix.calibration import saved_set
     from calmix.capability.suites import suite_file
     from calmix.compress import plan, running
 
     model, output = options.model, options.output
-    inputs = [model, options.calibration, options.prompts, suite_file(options.suite)]
+    drawn = saved_set(options.calibration)
+    inputs = [model, drawn, options.prompts, suite_file(options.suite)]
     running.check_place(output, inputs)
     names = ("effort", "pattern", "calibration", "no_corpus", "seed", "suite", "prompts", "licence",
              "device", "trust_remote_code", "max_memory")  # fmt: skip

@@ -14,7 +14,7 @@ from calmix.cli.common import line, note, print_json, progress_bar, writing_on
 from calmix.cli.tables import print_rows, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
-from calmix.files import check_apart
+from calmix.files import check_apart, user_path
 from calmix.options import MODEL, DrawOptions, Json, ModelOptions, Options, option, path_option
 from calmix.sources import own_sources
 from calmix.specs import prune_and_recover_requests, prune_requests, recover_request, target_name
@@ -134,8 +134,9 @@ def prune(options: PruneOptions) -> None:
     if len(requests) > 1 and (output / "config.json").is_file():
         raise InputError(f"{output} is a model folder: name another one for several checkpoints")
     bound = None if options.max_memory is None else parse_memory(options.max_memory)
+    shares = user_path(options.allocation or "")
     for target in targets:
-        check_apart(target, [options.sources, options.allocation])
+        check_apart(target, [options.sources, shares if shares.is_file() else None])
     how: dict[str, Any] = options.opening() | {"max_memory": bound}
     if options.dry_run:
         from calmix.compress.estimate import estimate_prune

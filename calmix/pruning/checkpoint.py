@@ -25,6 +25,7 @@ from calmix.calibration import (
     ask,
     open_tokenizer,
     resolve,
+    saved_set,
 )
 from calmix.errors import (
     CalmixError,
@@ -232,7 +233,7 @@ def check_request(
     request, asked = _calibrated(targets.values()) or recovery, None
     inputs: list[object] = [name]
     if request is not None:
-        inputs.append(request.calibration)
+        inputs.append(saved_set(request.calibration))
         if not resume:
             asked = ask(str(request.calibration), **request.draw)
             inputs += asked.files

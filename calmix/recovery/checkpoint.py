@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from calmix.calibration import CalibrationSet, OpenTokenizer, ask, open_tokenizer, resolve
+from calmix.calibration import (
+    CalibrationSet,
+    OpenTokenizer,
+    ask,
+    open_tokenizer,
+    resolve,
+    saved_set,
+)
 from calmix.errors import CalmixError, DiskError, ModelError
 from calmix.files import check_output_folder
 from calmix.models import open_model
@@ -76,7 +83,7 @@ def recover(
     finished = resume and (job.output / MANIFEST).is_file()
 
     def check() -> None:
-        inputs: list[object] = [pruned, against, request.calibration]
+        inputs: list[object] = [pruned, against, saved_set(request.calibration)]
         if drawn is None and not resume:  # else what it was drawn from may be gone
             made_of = ask(request.calibration, **request.draw)
             split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
