@@ -630,7 +630,8 @@ class Run:
         """Gather the statistics of some experts at one step, and prune them."""
         kind = self.method.needs
         assert kind is not None
-        gathering = Gathering(routed, step, experts, kind, self.experts)
+        lap = partial(self._laps.lap, "statistics")
+        gathering = Gathering(routed, step, experts, kind, self.experts, lap)
         every = 1 if gathering.all_tokens else sampled(routed, self._length)
         counts = self._counts.setdefault(routed.name, {})
 
@@ -644,7 +645,6 @@ class Run:
             gathering.collect(sample.to(routed.device), args, kwargs)
 
         gather(collect)
-        self.report.seconds["statistics"] += gathering.seconds
         if routed.name not in self._by_row:  # read once a mixture
             own = torch.cat([counts[number] for number in range(len(self._rows))])
             whole = sharing.of_all_rows(own, self.report.rows, routed.device)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
@@ -419,6 +418,7 @@ class Gathering:
         experts: whose; `[None]` at a step that all tokens take.
         kind: the statistic.
         tokens: which tokens count.
+        lap: counts the seconds of what is done within.
     """
 
     def __init__(
@@ -428,7 +428,9 @@ class Gathering:
         experts: Sequence[int | None],
         kind: type[Statistic],
         tokens: ExpertTokens,
+        lap: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._lap = lap
         self._routed, self._step, self._experts = routed, step, experts
         self._kind, self._tokens = kind, tokens
         self._own: dict[int | None, Statistic] = {}
@@ -439,7 +441,6 @@ class Gathering:
         self.routes = list(experts) != [None]
         self.all_tokens = tokens.mode == "all-tokens" or routed.kind == "shared"
         self._samples = self.routes and (self.all_tokens or tokens.mode == "routed")
-        self.seconds = 0.0
 
     def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add a micro-batch, the arguments of the mixture's module.
@@ -471,11 +472,10 @@ class Gathering:
         self._add(self._own, expert, inputs)
 
     def _add(self, sums: dict[int | None, Statistic], expert: int | None, inputs: Tensor) -> None:
-        began = time.perf_counter()
-        if expert not in sums:
-            sums[expert] = self._kind(self._step.columns, inputs.device)
-        sums[expert].add(inputs)
-        self.seconds += time.perf_counter() - began
+        with self._lap():
+            if expert not in sums:
+                sums[expert] = self._kind(self._step.columns, inputs.device)
+            sums[expert].add(inputs)
 
     def statistics(
         self, counts: Sequence[int]
