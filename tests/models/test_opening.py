@@ -2,9 +2,11 @@ import hashlib
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,6 +135,32 @@ def test_weights_that_are_there_twice_are_fetched_once(tiny_folder, tmp_path, mo
     assert {p.name for p in resolve_model("some/one").iterdir()} == {
         p.name for p in tiny_folder.iterdir()
     }
+
+
+def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatch):
+    asked = []
+
+    class Api:
+        def model_info(self, name):
+            asked.append(name)
+            if name == "some/none":
+                answer = SimpleNamespace(status_code=404, headers={}, request=None)
+                raise errors.RepositoryNotFoundError("no", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *of, **more: pytest.fail("fetched")
+    )
+    monkeypatch.setattr(opening.assets, "install", lambda *of: pytest.fail("fetched"))
+    opening.check_models("builtin:smollm2-135m", "some/one", str(tiny_folder), None)
+    assert asked == ["some/one"]
+    for name, words in (
+        ("some/none", "the hub has no open model 'some/none'"),
+        ("builtin:smol", "unknown builtin model 'smol'"),
+        ("./nowhere", "there is no model folder or .gguf file at nowhere"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            opening.check_models("some/one", name)
 
 
 def killed_halfway(folder):
