@@ -161,10 +161,11 @@ def mistakes(tiny_folder, text_file, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("x", encoding="utf-8")
+    (bare := tmp_path / "bare").mkdir()
     return [
         ((tmp_path / "none", *data, *half), "no model folder"),
         (("builtin:smollm", *data, *half), "did you mean smollm2-135m"),
-        ((tmp_path, *data, *half), "no config.json"),
+        ((bare, *data, *half), "no config.json"),
         ((odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"),
         ((tiny_folder, *data, *half, "--method", "sparsegtp"), "did you mean sparsegpt"),
         ((tiny_folder, *data), "either --sparsity"),

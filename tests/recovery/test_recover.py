@@ -245,7 +245,7 @@ def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path)
     base = command(place, tmp_path / "out", "distill")
     ended = calmix(*base, "--lr", 0.9)
     assert ended.code == 0, ended.err
-    assert "the weights are as they came" in ended.err
+    assert "the weights are unchanged" in ended.err
     before, after = (load_file(f / "model.safetensors") for f in (place / "half", tmp_path / "out"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
@@ -413,12 +413,12 @@ def mistakes(place, tmp_path):
         ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
         ((half, *against, "--calibration", "encyclopedia", "--licence", "permissive"), "licence"),
         ((half, *against, *data, "--licence", "free"), "--licence free: must be 'permissive'"),
-        ((half, *against, *data, "--method", "distil"), "did you mean distill"),
+        ((half, *against, *data, "--method", "distil"), "must be 'distill'"),
         ((half, *against, *data, "--epochs", 0), "--epochs 0 is not positive"),
         ((half, *against, *data, "--epochs", 1001), "--epochs 1001 is more than 1000"),
         ((half, *against, *data, "--lr", "nan"), "--lr nan is not between 0 and 1"),
         ((half, *against, *data, "--batch", 0), "--batch 0 is not positive"),
-        ((half, *against, *data, "--dtype", "float16"), "--dtype float16 cannot train"),
+        ((half, *against, *data, "--dtype", "float16"), "--dtype float16: must be"),
         ((half, *against, *data, "--max-memory", "1MiB"), "GiB of memory are not enough"),
         ((half, *against, *data, "--max-memory", "1MiB", "--method", "blocks"), "not enough"),
         ((half, *against, *data, "--device", "tpu9"), "device 'tpu9' cannot be used"),
