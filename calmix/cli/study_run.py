@@ -186,7 +186,7 @@ def plan(options: PlanOptions) -> None:
             }
             for one in reached
         ]  # fmt: skip
-        title = "points of the total told apart, in 80 % of studies (-: not known)"
+        title = "differences of totals that 80 % of studies detect, in points (-: unknown)"
         print_rows(points, as_json=False, title=title)
 
 
