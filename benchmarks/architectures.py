@@ -62,6 +62,7 @@ from calmix.specs import prune_request, recover_request
 
 SAME = 0.995  # of the masks: of two weights that tie either may go, and what follows differs
 SECONDS = 120  # of processor time for one architecture
+STILL = 600  # seconds without a check that ends, after which it is ended
 HALF = Unstructured(0.5)
 VOCABULARY = 320
 ROWS, LENGTH, LONG = 8, 32, 80  # rows and tokens of a calibration set, tokens of a long row
@@ -704,10 +705,12 @@ def apart(kind: str) -> Row:
     theirs.close()
     row = Row(kind, "not built", "ended before any check")
     try:
-        while True:
+        while ours.poll(STILL):
             row = ours.recv()
+        process.kill()
     except EOFError:
-        process.join()
+        pass
+    process.join()
     if process.exitcode and row.state == "swept":
         lost = next(name for name in CHECKS if name not in row.checks)
         row.checks[lost] = f"crashed: ended by signal {-process.exitcode}"
