@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(
     assert "must be 'primary'" in calmix("study", "power", store, "--measure", "x").line
     assert "no study store at" in calmix("study", "power", tmp_path / "none").line
     made_up[:] = [replace(one, draw=None, freedom=0, signal=None) for one in made_up]
-    assert "power needs a set with two draws" in calmix("study", "power", store).line
+    assert "power needs a set with two seeds" in calmix("study", "power", store).line
 
 
 def test_nothing_finished_is_one_line(
