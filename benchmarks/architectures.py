@@ -45,17 +45,17 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from calmix import packed
-from calmix.capability.likelihood import row_nll
-from calmix.capability.scorer import Scorer
+from calmix.deploy import pack as packed
 from calmix.errors import CalmixError
+from calmix.evaluation.likelihood import row_nll
+from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
 from calmix.pruning import Unstructured, get_method, streamed
 from calmix.pruning.checkpoint import prune_checkpoints
-from calmix.pruning.layout import first_tensor
 from calmix.pruning.report import PruneReport
 from calmix.pruning.states import Room
+from calmix.pruning.trace import first_tensor
 from calmix.recovery import recover
 from calmix.recovery.losses import relative_error
 from calmix.specs import prune_request, recover_request

@@ -23,10 +23,10 @@ from common import commit, machine
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from calmix.capability.evaluate import choose
-from calmix.capability.scorer import Scorer
-from calmix.capability.suites import Suite
-from calmix.capability.tasks import build_tasks, quiet_harness
+from calmix.evaluation.evaluate import choose
+from calmix.evaluation.scorer import Scorer
+from calmix.evaluation.suites import Suite
+from calmix.evaluation.tasks import build_tasks, quiet_harness
 from calmix.models import open_model
 
 TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap by rounding

@@ -25,7 +25,7 @@ from common import commit, machine
 from torch import Tensor
 
 import calmix
-from calmix.exported import Session, export
+from calmix.deploy.openvino import Session, export
 
 PROMPT, WRITTEN = 256, 32
 

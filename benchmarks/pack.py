@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import zstandard
 
+from calmix.deploy.pack import load, pack, unpack
 from calmix.machine import cores
 from calmix.models.shards import weight_files
-from calmix.packed import load, pack, unpack
 
 
 def best(repeats: int, work: Callable[[], object]) -> float:

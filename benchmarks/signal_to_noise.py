@@ -22,8 +22,8 @@ from calmix.analysis.cells import select, tables
 from calmix.analysis.noise import Noise
 from calmix.analysis.power import needed, noises
 from calmix.analysis.statistics import spearman
-from calmix.capability.measures import Measure, check_measure
-from calmix.capability.suites import Score
+from calmix.evaluation.measures import Measure, check_measure
+from calmix.evaluation.suites import Score
 from calmix.study import StudyResults, read_results
 
 SCORES: tuple[Score, ...] = ("bits", "smoothed", "probability", "margin", "accuracy")

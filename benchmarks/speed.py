@@ -25,8 +25,8 @@ from calmix.calibration import build, parse_mix
 from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, prune
-from calmix.pruning.layout import Calls, observe
 from calmix.pruning.patterns import Pattern, parse_pattern
+from calmix.pruning.trace import Calls, observe
 
 MODEL = "builtin:smollm2-135m"
 SIXTY = Unstructured(0.6)

@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from calmix.capability.evaluate import choose, evaluate
+from calmix.evaluation.evaluate import choose, evaluate
 from calmix.models import open_model
 
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from calmix.analysis.predict import predict
     from calmix.calibration import CalibrationSet, resolve
     from calmix.calibration.measuring import measure
-    from calmix.capability.evaluate import evaluate
-    from calmix.capability.scores import CapabilityScores
+    from calmix.deploy.openvino import export
+    from calmix.deploy.pack import load, pack, unpack
     from calmix.errors import CalmixError
-    from calmix.exported import export
+    from calmix.evaluation.evaluate import evaluate
+    from calmix.evaluation.scores import CapabilityScores
     from calmix.models import open_model
-    from calmix.packed import load, pack, unpack
     from calmix.pruning import SemiStructured, Unstructured, prune
     from calmix.recovery import recover
     from calmix.specs import recover_request
@@ -51,21 +51,21 @@ __all__ = [
 _HOMES = {
     "CalibrationSet": "calmix.calibration",
     "CalmixError": "calmix.errors",
-    "CapabilityScores": "calmix.capability.scores",
+    "CapabilityScores": "calmix.evaluation.scores",
     "SemiStructured": "calmix.pruning",
     "Unstructured": "calmix.pruning",
-    "evaluate": "calmix.capability.evaluate",
-    "export": "calmix.exported",
-    "load": "calmix.packed",
+    "evaluate": "calmix.evaluation.evaluate",
+    "export": "calmix.deploy.openvino",
+    "load": "calmix.deploy.pack",
     "measure": "calmix.calibration.measuring",
     "open_model": "calmix.models",
-    "pack": "calmix.packed",
+    "pack": "calmix.deploy.pack",
     "predict": "calmix.analysis.predict",
     "prune": "calmix.pruning",
     "recover": "calmix.recovery",
     "recover_request": "calmix.specs",
     "resolve": "calmix.calibration",
-    "unpack": "calmix.packed",
+    "unpack": "calmix.deploy.pack",
 }
 
 

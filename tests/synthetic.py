@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calmix.capability.records import TaskScores, rounded
+from calmix.evaluation.records import TaskScores, rounded
 from calmix.files import write_json
 from calmix.study.export import FORMAT, ITEMS, KIND, RECORD
 from calmix.study.items import write_items

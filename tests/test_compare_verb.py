@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from calmix.capability.records import TaskScores
-from calmix.capability.scores import CapabilityScores
-from tests.capability.helpers import bits
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.scores import CapabilityScores
+from tests.evaluation.helpers import bits
 
 
 def saved(path, values, suite="s"):

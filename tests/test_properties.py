@@ -27,9 +27,9 @@ from calmix.analysis.statistics import (
 from calmix.calibration import Mix, make_mix, parse_mix, rows_per_source
 from calmix.calibration import text_metrics as metrics
 from calmix.calibration.build import pack_concat, pack_window
-from calmix.capability.measures import Parts
-from calmix.capability.retention import column_means, estimate, item_weights, mean, resampled
-from calmix.pruning import sharing
+from calmix.evaluation.measures import Parts
+from calmix.evaluation.retention import column_means, estimate, item_weights, mean, resampled
+from calmix.pruning import distributed
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, check_columns, layer_mask
 from calmix.pruning.solvers.refit import refit
@@ -201,7 +201,7 @@ def test_every_method_prunes_just_what_is_asked(
         kept.add(x)
         statistic = kept.matrix()
     before = weight.clone()
-    [made] = sharing.solve(method, [sharing.Task("layer", [weight], statistic, [pattern])])
+    [made] = distributed.solve(method, [distributed.Task("layer", [weight], statistic, [pattern])])
     assert torch.equal(weight, before)
     pruned = made.weights[0]
     count = sum(

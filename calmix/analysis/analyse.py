@@ -36,8 +36,8 @@ from calmix.analysis.noise import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.analysis.spread import Spread, spreads
 from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, least_p
-from calmix.capability.measures import Measure, check_measure
 from calmix.errors import InputError, nearest
+from calmix.evaluation.measures import Measure, check_measure
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.study.results import StudyResults
 

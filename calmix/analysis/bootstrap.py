@@ -27,7 +27,7 @@ import numpy as np
 
 from calmix.analysis.cells import Cells, rolled_up
 from calmix.analysis.statistics import LEVEL, Array, two_sided_p
-from calmix.capability.retention import item_weights
+from calmix.evaluation.retention import item_weights
 from calmix.study.results import StudyResults
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from calmix.analysis.statistics import Array
-from calmix.capability.measures import Measure, Parts, has_signal, mean_score, parts
-from calmix.capability.records import TaskScores
-from calmix.capability.retention import check_paired
 from calmix.errors import InputError, nearest
+from calmix.evaluation.measures import Measure, Parts, has_signal, mean_score, parts
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.retention import check_paired
 from calmix.study.results import StudyResults, Trial
 
 TOTAL = "total"

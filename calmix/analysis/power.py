@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.cells import select, tables
 from calmix.analysis.statistics import LEVEL, scipy_stats
-from calmix.capability.measures import Z
+from calmix.evaluation.measures import Z
 from calmix.study.results import StudyResults, Trial
 from calmix.study.trials import Condition, Planned, condition_names
 

@@ -12,8 +12,8 @@ from calmix.analysis.bootstrap import joints
 from calmix.analysis.cells import dimensions_of, select, tables
 from calmix.analysis.ranking import Candidate, candidates, leaders
 from calmix.analysis.statistics import RESAMPLES
-from calmix.capability.measures import Measure
 from calmix.errors import InputError, nearest
+from calmix.evaluation.measures import Measure
 from calmix.study.results import StudyResults
 
 

@@ -45,7 +45,7 @@ def measure_set(
 
 def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
-    from calmix.capability.likelihood import row_nll
+    from calmix.evaluation.likelihood import row_nll
 
     nll = float(row_nll(opened.model, made.ids).double().sum())
     size = _bytes(opened, made.ids[:, 1:].numpy())

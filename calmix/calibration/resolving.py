@@ -65,7 +65,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     draw = DrawOptions(**(spec.fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
-        from calmix.capability.suites import load_suite
+        from calmix.evaluation.suites import load_suite
 
         load_suite(draw.leakage)
     files = [path] if path.suffix.lower() in YAML else []

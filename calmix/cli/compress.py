@@ -74,8 +74,8 @@ def compress(options: CompressOptions) -> None:
     Every stage keeps its result in OUT; if interrupted, run the same command again to resume.
     """
     from calmix.calibration import saved_set
-    from calmix.capability.suites import suite_file
     from calmix.compress import plan, running
+    from calmix.evaluation.suites import suite_file
 
     model, output = options.model, options.output
     drawn = saved_set(options.calibration)

@@ -21,7 +21,7 @@ from calmix.files import cache_dir
 from calmix.options import Json, option, path_option
 
 if TYPE_CHECKING:
-    from calmix.trust.inspecting import Health, LayerHealth
+    from calmix.diagnostics.inspecting import Health, LayerHealth
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
@@ -68,7 +68,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
 def check(options: Json) -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
-    from calmix.trust.doctor import examine, works
+    from calmix.diagnostics.doctor import examine, works
 
     with progress_bar() as bar:
         task = bar.add_task("looking", total=None)
@@ -92,8 +92,8 @@ def inspect(options: InspectOptions) -> None:
 
     Exit code 2 if a file is missing, damaged or changed.
     """
-    from calmix.trust.inspecting import inspect as look
-    from calmix.trust.plotting import check_plot, plot
+    from calmix.diagnostics.inspecting import inspect as look
+    from calmix.diagnostics.plotting import check_plot, plot
 
     if options.plot is not None:
         check_plot(options.plot, options.path)
@@ -120,7 +120,7 @@ def rerun(options: RerunOptions) -> None:
 
     Relative paths in the manifest are relative to the current folder.
     """
-    from calmix.trust.rerunning import rerun as again
+    from calmix.diagnostics.rerunning import rerun as again
 
     manifest, output = options.manifest, options.output
     beside = (manifest if manifest.is_dir() else manifest.parent).resolve().parent

@@ -12,19 +12,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from calmix.capability.suites import Measure
 from calmix.cli.common import err, line, print_json, progress_bar
 from calmix.cli.tables import print_rows, show, table_of
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
+from calmix.evaluation.suites import Measure
 from calmix.files import check_output_file, user_path, write_text
 from calmix.options import MODEL, Json, ModelOptions, Options, option, path_option
 
 if TYPE_CHECKING:
-    from calmix.capability.distance import Flipped
-    from calmix.capability.retention import Estimate, Retention
-    from calmix.capability.scores import CapabilityScores
-    from calmix.capability.suites import Suite, TaskSpec
+    from calmix.evaluation.distance import Flipped
+    from calmix.evaluation.retention import Estimate, Retention
+    from calmix.evaluation.scores import CapabilityScores
+    from calmix.evaluation.suites import Suite, TaskSpec
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
 DENSE = "Dense model, or a .json file of its scores."
@@ -122,11 +122,11 @@ def register(app: typer.Typer, panel: str) -> None:
 def run(options: EvaluateOptions) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
     from calmix.calibration import open_tokenizer
-    from calmix.capability import evaluate as capability
-    from calmix.capability.distance import distance, reference
-    from calmix.capability.scores import check_same_suite, describe, load_scores
-    from calmix.capability.suites import suite_file
-    from calmix.capability.texts import builtin_readers, parse_texts, texts
+    from calmix.evaluation import evaluate as capability
+    from calmix.evaluation.distance import distance, reference
+    from calmix.evaluation.scores import check_same_suite, describe, load_scores
+    from calmix.evaluation.suites import suite_file
+    from calmix.evaluation.texts import builtin_readers, parse_texts, texts
     from calmix.models import OpenModel, check_models, open_model
 
     model, against, output = options.model, options.against, options.output
@@ -204,7 +204,7 @@ def _shown(bar: Any, what: str) -> Callable[[int, int], None]:
 
 def rescore(options: RescoreOptions) -> None:
     """Compute scores and retention again from a file, by another measure, without the model."""
-    from calmix.capability.scores import load_dense, load_scores
+    from calmix.evaluation.scores import load_dense, load_scores
 
     scores, against = load_scores(options.file), options.against
     dense = load_dense(options.file) if against is None else load_scores(against)
@@ -218,8 +218,8 @@ def rescore(options: RescoreOptions) -> None:
 
 def compare(options: CompareOptions) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
-    from calmix.capability.distance import flips
-    from calmix.capability.scores import load_dense, load_scores
+    from calmix.evaluation.distance import flips
+    from calmix.evaluation.scores import load_dense, load_scores
 
     scores, how = options.scores, options.judged()
     # A folder of calmix compress is known by its own name.
@@ -363,7 +363,7 @@ def _print_distance(
     scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions
 ) -> None:
     """Print KL to the dense model on texts, if measured, and flips on items."""
-    from calmix.capability.distance import flips
+    from calmix.evaluation.distance import flips
 
     changed = flips(dense.tasks, scores.tasks, resamples=options.resamples, seed=options.seed)
     measured = scores.distance
@@ -424,8 +424,8 @@ def interval(value: Estimate) -> str:
 
 def answers(options: AnswerOptions) -> None:
     """Write what several models answer to the same prompts, greedily."""
-    from calmix.capability.answers import Answered, answer, read_prompts, suite_prompts
-    from calmix.capability.suites import load_suite, suite_file
+    from calmix.evaluation.generations import Answered, answer, read_prompts, suite_prompts
+    from calmix.evaluation.suites import load_suite, suite_file
     from calmix.models import check_models, open_model
 
     models, prompts, output = options.models, options.prompts, options.output
@@ -451,7 +451,7 @@ def answers(options: AnswerOptions) -> None:
 
 def perplexity(options: PerplexityOptions) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
-    from calmix.capability.perplexity import perplexity as measure
+    from calmix.evaluation.perplexity import perplexity as measure
     from calmix.models import check_models, open_model
     from calmix.sources.readers import LocalFile
 
@@ -471,7 +471,7 @@ def perplexity(options: PerplexityOptions) -> None:
 
 def suites(options: Json) -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
-    from calmix.capability.suites import builtin_suites
+    from calmix.evaluation.suites import builtin_suites
 
     rows = []
     for each in builtin_suites().values():
@@ -495,7 +495,7 @@ def suites(options: Json) -> None:
 
 def _whose(spec: TaskSpec) -> dict[str, str]:
     """Return licence, permitted use and origin of a task's items."""
-    from calmix.capability.suites import provenance
+    from calmix.evaluation.suites import provenance
     from calmix.sources.licences import use_of
 
     found = provenance(spec)
@@ -504,7 +504,7 @@ def _whose(spec: TaskSpec) -> dict[str, str]:
 
 def suite(options: SuiteOptions) -> None:
     """Show a suite's tasks, which also checks a file of your own."""
-    from calmix.capability.suites import load_suite
+    from calmix.evaluation.suites import load_suite
 
     shown: Suite = load_suite(options.name)
     if options.as_json:

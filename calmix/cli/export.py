@@ -71,7 +71,7 @@ def export(options: ExportOptions) -> None:
 
 
 def _pack(options: ExportOptions) -> None:
-    from calmix.packed import pack
+    from calmix.deploy.pack import pack
 
     assert options.output is not None
     with progress_bar() as bar:
@@ -90,7 +90,7 @@ def _pack(options: ExportOptions) -> None:
 
 
 def _unpack(options: ExportOptions) -> None:
-    from calmix.packed import unpack
+    from calmix.deploy.pack import unpack
 
     assert options.output is not None
     with progress_bar() as bar:
@@ -106,7 +106,7 @@ def _unpack(options: ExportOptions) -> None:
 
 
 def _openvino(options: ExportOptions) -> None:
-    from calmix.exported import STEPS, export
+    from calmix.deploy.openvino import STEPS, export
 
     assert options.output is not None
     with progress_bar() as bar:
@@ -125,7 +125,7 @@ def _openvino(options: ExportOptions) -> None:
 
 
 def _push(options: ExportOptions) -> None:
-    from calmix.hub import CARD, push
+    from calmix.deploy.hub import CARD, push
 
     folder = Path(options.what)
     with progress_bar() as bar:

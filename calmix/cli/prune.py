@@ -122,7 +122,7 @@ def prune(options: PruneOptions) -> None:
         requests = prune_requests(**asked)
     else:
         requests, recovery = prune_and_recover_requests(options.recover, **asked)
-    from calmix.pruning import sharing
+    from calmix.pruning import distributed
     from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoints
 
@@ -148,8 +148,8 @@ def prune(options: PruneOptions) -> None:
             print_taken(taken, f"{model}, on this machine")
         return
     recovered: list[RecoveryReport] = []
-    with sharing.launched(options.device) as own:
-        leads = sharing.processes()[0] == 0  # of several processes one prints
+    with distributed.launched(options.device) as own:
+        leads = distributed.processes()[0] == 0  # of several processes one prints
         with progress_bar(shown=leads) as bar:
             task = bar.add_task("pruning blocks", total=None)
 

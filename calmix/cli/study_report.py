@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from calmix.capability.suites import Measure
 from calmix.cli.common import line, parse_weights, print_json
 from calmix.cli.tables import print_rows
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
+from calmix.evaluation.suites import Measure
 from calmix.files import check_output_folder, real_place
 from calmix.options import Json, option, path_option
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask
-from calmix.capability.answers import EACH, TOKENS
-from calmix.capability.evaluate import choose
 from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
+from calmix.evaluation.evaluate import choose
+from calmix.evaluation.generations import EACH, TOKENS
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.pruning.allocation import SPREAD

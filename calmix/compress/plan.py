@@ -13,8 +13,8 @@ from typing import Any
 
 from calmix.analysis.recommend import check_weights
 from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_spec
-from calmix.capability.evaluate import check_code, choose
 from calmix.errors import InputError, nearest
+from calmix.evaluation.evaluate import check_code, choose
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
@@ -188,7 +188,7 @@ def request(
     check_code(choose(suite), False)
     asked = None
     if prompts is not None:
-        from calmix.capability.answers import read_prompts
+        from calmix.evaluation.generations import read_prompts
 
         read_prompts(prompts)
         asked = sha256_file(prompts)

@@ -36,7 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PACK = "calmix-pack.json"  # what makes a folder a pack (calmix/packed.py)
+PACK = "calmix-pack.json"  # what makes a folder a pack (calmix/deploy/pack.py)
 HEADER_LIMIT = 100_000_000  # the format's own
 ALIGNMENT = 8  # of the header
 

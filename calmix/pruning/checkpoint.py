@@ -48,12 +48,11 @@ from calmix.manifest import (
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
-from calmix.pruning import sharing
+from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
-from calmix.pruning.dropping import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.engine import Patterns, check_pattern, expert_tokens, with_room
-from calmix.pruning.layout import token_bytes
+from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured, parse_pattern
 from calmix.pruning.report import Dropped, PruneReport
@@ -66,6 +65,7 @@ from calmix.pruning.streamed import (
     prepare_files,
     prune_streamed,
 )
+from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 from calmix.specs import NONE, PruneRequest, RecoverRequest
 
@@ -94,7 +94,7 @@ def prune_checkpoints(
 
     Weights come from disk and go back one block at a time. What is done is kept beside each
     output, so that an interrupted prune goes on with `resume`. Of several processes
-    (`calmix.pruning.sharing`) the first one draws, writes and tells.
+    (`calmix.pruning.distributed`) the first one draws, writes and tells.
 
     Args:
         name: the model, as `open_model` takes it.
@@ -116,14 +116,16 @@ def prune_checkpoints(
         CalmixError: anything a user can mend, before an output is touched.
     """
     began = time.perf_counter()
-    leads = sharing.processes()[0] == 0
+    leads = distributed.processes()[0] == 0
     say = note if note is not None and leads else (lambda line: None)
 
     how: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    sharing.host_group()
-    sharing.once(lambda: check_request(name, targets, resume=resume, overwrite=overwrite, **how))
+    distributed.host_group()
+    distributed.once(
+        lambda: check_request(name, targets, resume=resume, overwrite=overwrite, **how)
+    )
     source = _open(name, max_memory, dtype, device, trust_remote_code)
     try:
         names = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
@@ -134,7 +136,7 @@ def prune_checkpoints(
         jobs = [
             _job(output, request, source, checkpoint_every) for output, request in targets.items()
         ]
-        done = sharing.once(lambda: {j.output: _finished(j) for j in jobs} if resume else {})
+        done = distributed.once(lambda: {j.output: _finished(j) for j in jobs} if resume else {})
         reports = {output: report for output, report in done.items() if report is not None}
         for output in reports:
             say(f"{output} was finished by an earlier run")
@@ -142,7 +144,7 @@ def prune_checkpoints(
         works = [job.work for job in left]
         try:
             for job in left:
-                job.work.goes_on = sharing.once(
+                job.work.goes_on = distributed.once(
                     partial(job.work.claim, job.asked, resume=resume, overwrite=overwrite)
                 )
             tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -150,13 +152,13 @@ def prune_checkpoints(
 
             def planned_for(ids: torch.Tensor | None) -> Plan:
                 plan = _agreed(plan_for(source, ids, left, budget=max_memory, beside=looked))
-                sharing.once(partial(_check_space, source, left, ids, plan))
+                distributed.once(partial(_check_space, source, left, ids, plan))
                 return plan
 
             drops = any(job.request.drop_experts is not None for job in left)  # it gets smaller
             if left and not drops and not any(work.goes_on for work in works):
                 planned_for(_undrawn(left))
-            calibration = sharing.once(
+            calibration = distributed.once(
                 lambda: _calibration(left, source, tokenizer, dtype, device, writing, note)
             )
             ids = None if calibration is None else calibration.ids
@@ -307,7 +309,7 @@ def _undone(source: WeightSource, works: Sequence[WorkFolder]) -> bool:
 
 def _agreed(plan: Plan) -> Plan:
     """Return what every process has the memory for: all gather for the same experts at a time."""
-    plans = sharing.everyone(plan)
+    plans = distributed.everyone(plan)
     return Plan(
         micro_tokens=min(one.micro_tokens for one in plans),
         paused=min((one.paused for one in plans if one.paused is not None), default=None),
@@ -356,7 +358,7 @@ def _dropped(
         raise InputError("--drop-experts has no effect: this model has no experts")
     if not isinstance(source, StreamedModel):
         raise ModelError("--drop-experts needs a model that can be read block by block")
-    dropped = sharing.once(lambda: next((d for job in jobs if (d := job.work.dropped())), []))
+    dropped = distributed.once(lambda: next((d for job in jobs if (d := job.work.dropped())), []))
     if not dropped:
         chosen_experts(source.model, {m.name: [0.0] * m.count for i in range(len(blocks))
                                       for m in blocks.mixtures(i)}, share)  # fmt: skip
@@ -370,7 +372,7 @@ def _dropped(
         plan = _agreed(plan_for(source, ids, [], budget=max_memory, beside=beside))
         rows = min(len(ids), plan.micro_tokens // ids.shape[1])
         scores = with_room(scored, rows, source.device, partial(_undone, source, []), say)
-        dropped = sharing.once(lambda: chosen_experts(source.model, scores, share))
+        dropped = distributed.once(lambda: chosen_experts(source.model, scores, share))
     if lost := unscored(source):
         names = ", ".join(sorted(layer.strip(".") for layer in lost))
         say(f"{names}: left out, as it predicts further tokens with experts that nobody scored")
@@ -382,7 +384,7 @@ def _dropped(
             job.work.keep_dropped(dropped)
         write_dropped(source, dropped, folder)
 
-    sharing.once(write)
+    distributed.once(write)
     try:
         made = StreamedModel(
             str(folder), dtype=str(source.dtype).removeprefix("torch."),
@@ -444,7 +446,7 @@ def _job(
         allocation = "given"
     check_pattern(source.blocks, pattern)
     return Job(
-        work=WorkFolder(output, checkpoint_every, *sharing.processes()),
+        work=WorkFolder(output, checkpoint_every, *distributed.processes()),
         method=method, pattern=pattern, allocation=allocation,
         propagation=request.propagation or "sequential", output=output, request=request,
         experts=expert_tokens(request.experts, request.expert_smoothing, source.blocks),
@@ -455,10 +457,12 @@ def _job(
 def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
     """Return what decides the bytes of a result, as far as it is known before the draw."""
     return {
-        "model": sharing.once(partial(fingerprint, source.folder)),
+        "model": distributed.once(partial(fingerprint, source.folder)),
         "dtype": str(source.dtype).removeprefix("torch."),
         "device": source.device.type,
-        "processes": sharing.processes()[1],  # their shares decide in which order sums are taken
+        "processes": distributed.processes()[
+            1
+        ],  # their shares decide in which order sums are taken
         **asked_record(request),
         "only": list(request.only),
         "skip": list(request.skip),
@@ -546,7 +550,7 @@ def _calibration(
 
 
 def _is_mistake(error: BaseException) -> bool:
-    return isinstance(error, CalmixError) and not isinstance(error, sharing.PeerError)
+    return isinstance(error, CalmixError) and not isinstance(error, distributed.PeerError)
 
 
 def _leave(work: WorkFolder, error: BaseException) -> bool:
@@ -676,7 +680,7 @@ def _check_space(
     states = 0
     if ids is not None:
         states = ids.numel() * token_bytes(source.model, source.blocks)
-        stay = plan.states * sharing.processes()[1] >= len(jobs) * states
+        stay = plan.states * distributed.processes()[1] >= len(jobs) * states
         states *= FILES - stay  # one more is read where they do not stay in memory
     for job in jobs:
         what = "the checkpoint takes" if ids is None else "checkpoint and hidden states take"

@@ -12,7 +12,7 @@ inputs the block's dense weights give, then the block runs again to make the nex
 A paused micro-batch holds a block's activations. Where memory is short only some stay paused, and
 the others begin the block anew for every input: the same numbers, for more time.
 
-Knows nothing about architectures (see layout.py), files (see streamed.py) or command lines.
+Knows nothing about architectures (see trace.py), files (see streamed.py) or command lines.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.precision import bfloat16_products, reproducible
-from calmix.pruning import sharing
+from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Statistic
-from calmix.pruning.layout import TOKENS, BlockCall, Calls, SharedInput, observe_block
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, as_pattern, check_columns
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
+from calmix.pruning.trace import TOKENS, BlockCall, Calls, SharedInput, observe_block
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
@@ -186,7 +186,7 @@ def with_room(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            if sharing.processes()[1] > 1 or rows < 2 or not undone():
+            if distributed.processes()[1] > 1 or rows < 2 or not undone():
                 raise DeviceMemoryError(
                     f"{device} has run out of memory, with {rows} calibration rows at a time: free "
                     "some of it, or draw shorter rows"
@@ -329,7 +329,7 @@ class _Sum:
     def matrix(self) -> Tensor:
         if self._known is None:
             assert self._sums is not None
-            sharing.gather(self._sums)
+            distributed.gather(self._sums)
             self._known = self._sums.matrix()
             self._keep(self._known)
         return self._known
@@ -420,7 +420,7 @@ class Run:
         self._tiny = hidden, recorded
         self._calls, self.written, self._rows, self._length = [], [written], [], ids.shape[1]
         micro_tokens = micro_tokens or tokens_at_once(device)
-        own = sharing.own_rows(ids)
+        own = distributed.own_rows(ids)
         at_once = max(1, micro_tokens // ids.shape[1])
         self.report.rows_at_once = min(at_once, len(own))
         for number, batch in enumerate(own.split(at_once)):
@@ -639,7 +639,7 @@ class Run:
             rows = self._rows[number]
             if number not in counts:
                 counts[number] = routed.counts(rows, args, kwargs)
-            before = sharing.share(self.report.rows).start + sum(self._rows[:number])
+            before = distributed.share(self.report.rows).start + sum(self._rows[:number])
             first = before * self._length
             sample = torch.arange(-first % every, rows * self._length, every)
             gathering.collect(sample.to(routed.device), args, kwargs)
@@ -647,12 +647,12 @@ class Run:
         gather(collect)
         if routed.name not in self._by_row:  # read once a mixture
             own = torch.cat([counts[number] for number in range(len(self._rows))])
-            whole = sharing.of_all_rows(own, self.report.rows, routed.device)
+            whole = distributed.of_all_rows(own, self.report.rows, routed.device)
             self._by_row[routed.name] = whole.cpu()
         by_row = self._by_row[routed.name]
         with self._laps.lap("solve"):
             groups = gathering.statistics(by_row.sum(0).tolist())
-            while together := list(islice(groups, sharing.processes()[1])):
+            while together := list(islice(groups, distributed.processes()[1])):
                 self._prune(*together)
                 del together
         if not any(report.name == routed.name for report in self.report.experts):
@@ -698,10 +698,10 @@ class Run:
             _check_finite(layers, "its weights are not finite", inputs)
             weights = [layer.view() for layer in layers]
             patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
-            tasks.append(sharing.Task(layers[0].name, weights, statistic, patterns))
+            tasks.append(distributed.Task(layers[0].name, weights, statistic, patterns))
         # What a solver may round it says itself; the rest is float32, whatever is set.
         with bfloat16_products(allowed=False):
-            solutions = sharing.solve(self.method, tasks)
+            solutions = distributed.solve(self.method, tasks)
             for (layers, _, tokens), solved in zip(groups, solutions, strict=True):
                 self.begun = True
                 for layer, weight in zip(layers, solved.weights, strict=True):

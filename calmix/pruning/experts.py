@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from calmix.errors import InputError, ModelError, nearest
 from calmix.models.blocks import Mixture, Prunable
-from calmix.pruning import sharing
+from calmix.pruning import distributed
 from calmix.pruning.gram import Statistic
 
 Tokens = Literal["routed", "all-tokens", "routed-only"]
@@ -488,7 +488,7 @@ class Gathering:
         Raises:
             InputError: an expert sees no token and is to be pruned on its own alone.
         """
-        if self._samples and sharing.processes()[1] > 1:
+        if self._samples and distributed.processes()[1] > 1:
             self._agree()
         for expert in self._experts:
             layers = self._step.layers.get(expert, [])
@@ -526,9 +526,9 @@ class Gathering:
         """Return the statistic of all processes' tokens, of which this one may have seen none."""
         found = sums.pop(expert, None)
         if found is None:
-            assert sharing.processes()[1] > 1
+            assert distributed.processes()[1] > 1
             found = self._kind(self._step.columns, self._routed.device)
-        sharing.gather(found)
+        distributed.gather(found)
         return found.matrix()
 
     def _agree(self) -> None:
@@ -536,7 +536,7 @@ class Gathering:
         same = set(self._same.values())
         flags = [flag for e in self._experts for flag in (e in self._every, e in same)]
         counted = torch.tensor([*flags, self._all])
-        *told, self._all = sharing.total(counted, self._routed.device).tolist()
+        *told, self._all = distributed.total(counted, self._routed.device).tolist()
         held, others = told[::2], told[1::2]
         first = next((e for e, by in zip(self._experts, others, strict=True) if by), None)
         for expert, by in zip(self._experts, held, strict=True):

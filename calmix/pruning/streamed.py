@@ -19,16 +19,16 @@ from calmix.errors import InputError
 from calmix.machine import device_memory, free_memory, tokens_at_once
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import WeightSource
-from calmix.pruning import sharing
+from calmix.pruning import distributed
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import GIB, Plan, Sizes, make_plan
 from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_pattern
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
-from calmix.pruning.layout import token_bytes
 from calmix.pruning.methods import Method
 from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates, Room
+from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
@@ -81,7 +81,7 @@ def plan_for(
     blocks = source.blocks
     accelerator = source.device.type != "cpu"
     rows, length = (0, 0) if ids is None else ids.shape
-    rows = -(-rows // sharing.processes()[1])
+    rows = -(-rows // distributed.processes()[1])
     largest = max(range(len(blocks)), key=source.block_bytes)
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
     layers = blocks.prunables(max(pruned, key=source.block_bytes))
@@ -104,7 +104,7 @@ def plan_for(
     held, free, total = device_memory(source.device)
     swaps = total is None
     if swaps:  # memory that processes here share, as they do not a device
-        free //= sharing.here()
+        free //= distributed.here()
     room = held + int(FREE_SHARE * free) if budget is None else budget
     held += KERNELS if swaps else WORKSPACE
     sequential = bool(beside) or any(
@@ -135,7 +135,7 @@ def room_for(source: WeightSource, plan: Plan, runs: int = 1) -> Room:
     """Return what the hidden states of one of several runs may take."""
     host = 0
     if source.device.type in ("cuda", "xpu"):
-        host = int(HOST_SHARE * free_memory()) // sharing.here()
+        host = int(HOST_SHARE * free_memory()) // distributed.here()
     return Room(plan.states // runs, host // runs)
 
 
@@ -279,7 +279,7 @@ def pass_through(
 
 def _batches(ids: Tensor, plan: Plan) -> list[int]:
     """Return the rows of this process's micro-batches."""
-    own = sharing.own_rows(ids)
+    own = distributed.own_rows(ids)
     return [len(batch) for batch in own.split(max(1, plan.micro_tokens // ids.shape[1]))]
 
 

@@ -59,7 +59,7 @@ from calmix.files import (
 )
 from calmix.manifest import SEAL, other_versions, seal_holds, sealed
 from calmix.models.shards import ShardWriter
-from calmix.pruning import sharing
+from calmix.pruning import distributed
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.states import KeptStates, Room, damaged
@@ -96,7 +96,7 @@ class WorkFolder:
     ) -> None:
         self.output = output = real_place(output)
         self.every, self.rank, self.processes = every, rank, processes
-        self._peers = sharing.host_group() if processes > 1 else None
+        self._peers = distributed.host_group() if processes > 1 else None
         self.path = output.with_name(output.name + SUFFIX)
         self.checkpoint = self.path / "checkpoint"
         self.writer: ShardWriter | None = None
@@ -359,7 +359,7 @@ class WorkFolder:
         every = SAVING if self.every is None else self.every
         due = last or time.monotonic() - self._kept_at >= every
         if self.processes > 1:
-            due = sharing.once(lambda: due)
+            due = distributed.once(lambda: due)
         count = self._counting(index, report, written, moved=moved) if due else None
 
         def finish() -> None:
@@ -399,12 +399,12 @@ class WorkFolder:
             if contents is not None:
                 self._written = index, _save(self._written_file(index), contents)
             part = {"states": states, "written": self._written}
-            parts = [part] if self.processes == 1 else sharing.everyone(part, self._peers)
+            parts = [part] if self.processes == 1 else distributed.everyone(part, self._peers)
             if self.writer is not None:
                 self.writer.sync()
                 self.count(progress | {"weights": self.writer.sums, "parts": parts})
             if self.processes > 1:
-                sharing.everyone(None, self._peers)
+                distributed.everyone(None, self._peers)
             if self.states is not None and states is not None:
                 self.states.counted = frozenset({states["side"]})
             if before not in (None, self._written):

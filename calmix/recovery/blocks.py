@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
 from calmix.precision import widest
-from calmix.pruning.layout import TOKENS, BlockCall, Calls
+from calmix.pruning.trace import TOKENS, BlockCall, Calls
 from calmix.recovery.losses import relative_error
 from calmix.recovery.training import Masters, Stop, finite, rate, steps_of
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import OpenTokenizer
-from calmix.capability.likelihood import behind
 from calmix.errors import InputError
+from calmix.evaluation.likelihood import behind
 from calmix.models.blocks import EXPERTS
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.dropping import experts_of
+from calmix.pruning.expert_pruning import experts_of
 
 LEAST = 0.01  # share of zeros below which a model is not sparse
 APART = 0.5  # relative distance of embeddings beyond which a model is another one

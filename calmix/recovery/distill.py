@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calmix.capability.likelihood import Head, behind, decoder_and_head
 from calmix.errors import SolverError
+from calmix.evaluation.likelihood import Head, behind, decoder_and_head
 from calmix.models.blocks import DecoderBlocks
 from calmix.recovery.losses import divergence
 from calmix.recovery.training import (

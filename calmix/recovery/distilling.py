@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from calmix.capability.likelihood import decoder_and_head
 from calmix.errors import disk_errors
+from calmix.evaluation.likelihood import decoder_and_head
 from calmix.models import find_blocks
 from calmix.pruning.states import Entry, KeptStates
 from calmix.recovery.checks import same_head

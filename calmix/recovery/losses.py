@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.capability.likelihood import Head, divergences, in_cache
+from calmix.evaluation.likelihood import Head, divergences, in_cache
 
 CHUNK = 2**23  # logits of one model held at a time
 LEAST = 128  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product

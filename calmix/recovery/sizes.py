@@ -6,7 +6,7 @@ import torch
 
 from calmix.models.blocks import DecoderBlocks, experts_per_token
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.layout import token_bytes
+from calmix.pruning.trace import token_bytes
 from calmix.recovery.distill import trained_names
 from calmix.recovery.memory import Sizes
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.capability.answers import Answered, load_answers
-from calmix.capability.distance import Flips, flips
-from calmix.capability.retention import Retention
-from calmix.capability.scores import CapabilityScores, load_dense, load_scores
-from calmix.capability.suites import load_suite, provenance
 from calmix.compress.plan import MANIFEST as RECORD
 from calmix.compress.running import Record, read_record, stage_seconds
 from calmix.errors import InputError
+from calmix.evaluation.distance import Flips, flips
+from calmix.evaluation.generations import Answered, load_answers
+from calmix.evaluation.retention import Retention
+from calmix.evaluation.scores import CapabilityScores, load_dense, load_scores
+from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import parse_json, user_path
 from calmix.manifest import file_hashes
 from calmix.models import builtin_models

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from calmix.analysis.bootstrap import Estimate as Told
 from calmix.analysis.ranking import Candidate
-from calmix.capability.retention import Estimate, total_gap
-from calmix.capability.scores import check_same_suite
 from calmix.errors import InputError
+from calmix.evaluation.retention import Estimate, total_gap
+from calmix.evaluation.scores import check_same_suite
 from calmix.report import card_figures, words
 from calmix.report.card import Card
 from calmix.report.parts import (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, text_metrics
-from calmix.capability.scores import load_scores
 from calmix.errors import InputError
+from calmix.evaluation.scores import load_scores
 from calmix.files import (
     check_apart,
     check_writable,

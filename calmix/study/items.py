@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from calmix.capability.records import DIGITS, TaskScores
 from calmix.errors import InputError
+from calmix.evaluation.records import DIGITS, TaskScores
 from calmix.files import parse_json, write_bytes
 from calmix.study.results import Scores, StudyResults
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
-from calmix.capability.records import TaskScores
+from calmix.evaluation.records import TaskScores
 
 Scores = tuple[TaskScores, ...]
 Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]

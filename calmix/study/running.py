@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import Timeout
 
-from calmix.capability.evaluate import check_code
 from calmix.errors import CalmixError, DiskError, InputError
+from calmix.evaluation.evaluate import check_code
 from calmix.files import check_free
 from calmix.models.opening import check_models, device_of
 from calmix.pruning.allocation import from_shares

@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from calmix.calibration import ask
-from calmix.capability.suites import Suite, load_suite
 from calmix.errors import CalmixError, InputError, nearest
+from calmix.evaluation.suites import Suite, load_suite
 from calmix.files import user_path
 from calmix.models.opening import known_model
 from calmix.options import parse_share

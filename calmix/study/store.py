@@ -22,8 +22,8 @@ from typing import Annotated, Literal, TypeVar
 from filelock import SoftFileLease, Timeout
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from calmix.capability.scores import CapabilityScores, load_scores
 from calmix.errors import InputError, disk_errors
+from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, write_json
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study

@@ -17,9 +17,9 @@ from typing import Any
 from calmix.calibration import ask, is_saved_set, parse_spec
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.writing import VERSION
-from calmix.capability.evaluate import SCORER
-from calmix.capability.suites import benchmark_of, load_suite
 from calmix.errors import InputError
+from calmix.evaluation.evaluate import SCORER
+from calmix.evaluation.suites import benchmark_of, load_suite
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint

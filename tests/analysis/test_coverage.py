@@ -21,7 +21,7 @@ from calmix.analysis.cells import Cells, Condition, Items, Task, rolled_up
 from calmix.analysis.differences import compare, corrected_differences
 from calmix.analysis.noise import noise_of
 from calmix.analysis.ranking import groups_of, shrink
-from calmix.capability.retention import item_weights
+from calmix.evaluation.retention import item_weights
 
 AT = Condition("m", "wanda", "50%", 0.5, None, 64, 512, "offline", "Wanda 50%",
                "Wanda", "Wanda 50%")  # fmt: skip

@@ -16,7 +16,7 @@ from calmix.analysis.differences import BEST, SINGLES, Difference, corrected_dif
 from calmix.analysis.ranking import Shrunken
 from calmix.analysis.spread import cancellation
 from calmix.analysis.statistics import Array
-from calmix.capability.retention import retention
+from calmix.evaluation.retention import retention
 from tests.synthetic import CONDITIONS, Plan, full_plan, interval, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)

@@ -10,7 +10,7 @@ import pytest
 
 from calmix.analysis import Settings, analyse
 from calmix.analysis.analyse import ConditionAnalysis
-from calmix.capability.distance import flips
+from calmix.evaluation.distance import flips
 from calmix.study.results import StudyResults
 from tests.synthetic import Plan, study
 

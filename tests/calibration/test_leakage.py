@@ -117,7 +117,7 @@ def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
         return [("gsm8k", "7", ITEM)]
 
     monkeypatch.setattr(leakage, "suite_items", items)
-    monkeypatch.setattr("calmix.capability.suites.load_suite", lambda name: None)
+    monkeypatch.setattr("calmix.evaluation.suites.load_suite", lambda name: None)
     path = planted(tmp_path, 100, 2)
     made = resolve(path, tiny, rows=95, length=50, packing="window")
     assert asked == ["offline"]

@@ -17,9 +17,9 @@ import typer
 import yaml
 
 import calmix
-from calmix.capability.scores import CapabilityScores
 from calmix.cli import app
-from calmix.packed import pack
+from calmix.deploy.pack import pack
+from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import Ended, write_text_file
 from tests.synthetic import Plan, save, study
 from tests.tiny import save_tiny_model
@@ -247,7 +247,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in (
         "calmix.assets._fetch", "calmix.models.opening._load", "calmix.study.estimate.seconds",
         "calmix.models.streaming.StreamedModel.fetch", "calmix.sources.registry.Source.documents",
-        "huggingface_hub.snapshot_download", "calmix.packed._pack_tensor",
+        "huggingface_hub.snapshot_download", "calmix.deploy.pack._pack_tensor",
     ):  # fmt: skip
         monkeypatch.setattr(name, worked)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))

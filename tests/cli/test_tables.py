@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from calmix.capability.scores import CapabilityScores
 from calmix.cli import tables
 from calmix.cli.tables import print_rows, show, table_of
-from calmix.trust import doctor
-from tests.capability.helpers import bits, choices
+from calmix.diagnostics import doctor
+from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import Ended
+from tests.evaluation.helpers import bits, choices
 
 Run = Callable[..., Ended]
 ROOT = Path(__file__).parents[2]

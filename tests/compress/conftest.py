@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from calmix.cli import app
-from tests.capability.archive import suite_text, use_archive
 from tests.conftest import write_text_file
+from tests.evaluation.archive import suite_text, use_archive
 
 Command = Callable[..., tuple[str, ...]]
 

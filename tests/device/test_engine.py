@@ -13,11 +13,11 @@ from calmix.machine import Laps
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.allocation import DensePass
-from calmix.pruning.dropping import ScorePass
 from calmix.pruning.engine import Run, run_through
+from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
-from calmix.pruning.layout import BlockCall, Calls
 from calmix.pruning.methods.admm import Admm
+from calmix.pruning.trace import BlockCall, Calls
 from tests.pruning.test_experts import OldMixture
 from tests.tiny import VOCABULARY, tiny_config, tiny_ids, tiny_model
 

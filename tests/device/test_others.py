@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
 from calmix.calibration.selfgen.writing import Request, Sampler
-from calmix.capability.distance import _compare
-from calmix.capability.likelihood import Head, decoder_and_head, row_nll
-from calmix.capability.packing import Row, Target
-from calmix.capability.scorer import Scorer
+from calmix.evaluation.distance import _compare
+from calmix.evaluation.likelihood import Head, decoder_and_head, row_nll
+from calmix.evaluation.packing import Row, Target
+from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks
 from calmix.precision import reproducible
 from calmix.recovery.blocks import Stream, tune

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.traced import tracing
-from calmix.pruning import gram, sharing
+from calmix.pruning import distributed, gram
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, grouped_mask, layer_mask, smallest
@@ -106,8 +106,8 @@ def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, pattern, dtype):
         weights.append(made(192, 8, dtype=dtype).T)
         needs = method.needs
         statistic = None if needs is None else made(*(192,) * (2 if needs is Gram else 1))
-        task = sharing.Task("layer", weights, statistic, [pattern] * 3)
-        [solved] = sharing.solve(method, [task])
+        task = distributed.Task("layer", weights, statistic, [pattern] * 3)
+        [solved] = distributed.solve(method, [task])
         assert on_device(*solved.weights)
         assert [w.shape for w in solved.weights] == [w.shape for w in weights]
         assert set(traced.reads) <= {"tolist", "_local_scalar_dense"}

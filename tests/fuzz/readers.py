@@ -17,9 +17,11 @@ import torch
 from calmix.calibration import CalibrationSet, open_tokenizer, parse_spec
 from calmix.calibration.selfgen.prompts import beginnings, load_prompts
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
-from calmix.capability.scores import CapabilityScores, load_dense, load_scores
-from calmix.capability.suites import load_suite
+from calmix.diagnostics.inspecting import inspect
+from calmix.diagnostics.rerunning import rerun
 from calmix.errors import InputError
+from calmix.evaluation.scores import CapabilityScores, load_dense, load_scores
+from calmix.evaluation.suites import load_suite
 from calmix.files import write_json
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint, tokenizer_fingerprint
@@ -30,8 +32,6 @@ from calmix.sources.registry import documents_hash
 from calmix.study.export import read_results
 from calmix.study.spec import check_study
 from calmix.study.trials import plan
-from calmix.trust.inspecting import inspect
-from calmix.trust.rerunning import rerun
 from tests import synthetic
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
@@ -108,7 +108,7 @@ def make(folder: Path) -> None:
     (folder / "study.yaml").write_text(STUDY.replace("MODEL", str(folder / "model")))
     (folder / "sources.yaml").write_text(SOURCES)
     (folder / "mix.yaml").write_text(MIX)
-    suite = resources.files("calmix.capability").joinpath("suites/smoke.yaml")
+    suite = resources.files("calmix.evaluation").joinpath("suites/smoke.yaml")
     (folder / "suite.yaml").write_text(suite.read_text(encoding="utf-8"))
     prompts = resources.files("calmix.calibration.selfgen").joinpath("prompts.yaml")
     (folder / "prompts.yaml").write_text(prompts.read_text(encoding="utf-8"))

@@ -20,8 +20,8 @@ from calmix import precision
 from calmix.errors import InputError
 from calmix.models import find_blocks
 from calmix.pruning import Pattern, SemiStructured, Unstructured, prune
-from calmix.pruning.dropping import ScorePass
 from calmix.pruning.engine import Run, run_through
+from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.experts import ExpertTokens, Gathering
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method

@@ -6,12 +6,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, get_method, prune, sharing
+from calmix.pruning import SemiStructured, Unstructured, distributed, get_method, prune
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.gram import Gram
-from calmix.pruning.layout import observe
 from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
+from calmix.pruning.trace import observe
 from calmix.specs import prune_request
 from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
 
@@ -287,8 +287,8 @@ def test_errors_are_exact_whatever_the_method(name, massive):
     gram, method = x.T @ x, get_method(name)
     weights = [torch.randn(rows, 96).bfloat16() for rows in (40, 700)]
     statistic = {None: None, Gram: gram}.get(method.needs, gram.diagonal())
-    task = sharing.Task("layer", weights, statistic, [HALF, SemiStructured(2, 4)])
-    [solved] = sharing.solve(method, [task])
+    task = distributed.Task("layer", weights, statistic, [HALF, SemiStructured(2, 4)])
+    [solved] = distributed.solve(method, [task])
     for weight, made, error in zip(weights, solved.weights, solved.errors, strict=True):
         if method.needs is not Gram:  # of the diagonal alone it cannot be told
             assert error is None

@@ -11,8 +11,8 @@ from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.experts import ExpertTokens, Routed
 from calmix.pruning.gram import Gram, relative_error
-from calmix.pruning.layout import observe
 from calmix.pruning.methods import METHODS
+from calmix.pruning.trace import observe
 from tests.pruning.test_engine import input_gram, weights_of
 from tests.tiny import MIXTURES, tiny_ids, tiny_model
 

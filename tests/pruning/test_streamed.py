@@ -27,10 +27,10 @@ from calmix.pruning import work as work_module
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
-from calmix.pruning.layout import token_bytes
 from calmix.pruning.report import PruneReport
 from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
+from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 from calmix.recovery.checkpoint import streamed as streamed_for_recovery
 from tests.forks import stopped

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from calmix.capability.likelihood import Head
+from calmix.evaluation.likelihood import Head
 from calmix.recovery import losses
 from calmix.recovery.losses import divergence, relative_error
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from calmix.calibration import parse_spec
-from calmix.capability.suites import builtin_suites, provenance
 from calmix.errors import InputError
+from calmix.evaluation.suites import builtin_suites, provenance
 from calmix.models import builtin_models
 from calmix.sources import builtin_sources, offline_sources
 from calmix.sources.licences import use_of

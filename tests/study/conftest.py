@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.capability.archive import suite_text, use_archive
+from tests.evaluation.archive import suite_text, use_archive
 
 WORDS = {
     "letters": "alpha beta gamma delta prime",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from calmix.capability.suites import load_suite
-from calmix.capability.tasks import load_items, preamble
 from calmix.errors import InputError, ModelError
+from calmix.evaluation.suites import load_suite
+from calmix.evaluation.tasks import load_items, preamble
 from calmix.models import find_blocks
 from calmix.pruning.methods import get_method
 from calmix.specs import recover_request

@@ -17,8 +17,8 @@ import pytest
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration import text_metrics as metrics
 from calmix.calibration.measuring import measure
-from calmix.capability.evaluate import evaluate, load_scores
 from calmix.errors import InputError
+from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, allocate, prune
 from calmix.pruning.allocation import spread

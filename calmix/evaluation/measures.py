@@ -1,0 +1,205 @@
+"""Measures: the score of an item, and what share of it a pruned model has kept. Pure functions.
+
+Every measure of retention is a ratio of two sums over items, `sum(kept) / sum(whole)`, so that
+one bootstrap serves them all. Scores of an item, from the log-likelihoods l of its choices, g the
+right one, n of them:
+
+    probability   exp(l_g) / sum_i exp(l_i)
+    margin        (l_g - max over the others) / (bytes of the right one), in bits
+    bits          -l_g, in bits per byte of all the answers together
+    smoothed      the same of (exp(l_g) + exp(u_g)) / 2, u_g by a code of single tokens
+    accuracy      what lm-evaluation-harness says: 0 or 1
+
+Ours is anchored: 100 % is the dense model, and 0 % what a model without the knowledge scores on
+the same items, f. For a probability or a margin f is the dense model's own score of the choices
+without the question; for bits, those of a code of single tokens; for an accuracy, chance. So for
+every score s (bits counted negatively)
+
+    kept = s1 - f,   whole = s0 - f
+
+and nothing is clipped: a model that does worse than one without the knowledge has kept less than
+nothing. Smoothed bits (interpolation after Jelinek and Mercer, of whole answers, with the even
+weights of two codes of which one is not told which is better; ours) cost at most one bit more than
+not knowing: otherwise the few short answers that a model has unlearnt, at ten or twenty bits each,
+decide a task and change with every draw of the text. Of long answers they are the same as bits.
+`accuracy` and `ratio` are the paper's figures as they read: (s1 - c) / (s0 - c) and s1 / s0 of
+accuracies, b0 / b1 of bits per byte.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calmix.errors import InputError
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.suites import Measure, Score
+
+Array = NDArray[np.float64]
+
+Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
+LN2 = math.log(2)
+BITS: tuple[Score, ...] = ("bits", "smoothed")  # the less the better; per byte as they are printed
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One task of two models, item by item: retention is `kept.sum() / whole.sum()`.
+
+    Attributes:
+        score: what the items were scored by.
+        kept, whole: shape (items,).
+    """
+
+    score: Score
+    kept: Array
+    whole: Array
+
+    @property
+    def retention(self) -> float:
+        """The task's retention; nan where the dense model has nothing to keep."""
+        whole = float(self.whole.sum())
+        return float(self.kept.sum()) / whole if whole > 0 else math.nan
+
+
+def check_measure(measure: str) -> Measure:
+    """Return a measure by its name.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if measure not in get_args(Measure):
+        raise InputError(f"the measure is {', '.join(get_args(Measure))}, not '{measure}'")
+    return measure  # type: ignore[return-value]
+
+
+def score_of(task: TaskScores, measure: Measure) -> Score:
+    """Return by which score a task is judged under a measure.
+
+    A task that has no such score (a single answer has no probability among choices, a written
+    answer no log-likelihood) is judged by its primary one.
+    """
+    if measure in ("accuracy", "ratio"):
+        return "accuracy" if task.values else "bits"
+    if measure == "primary" or not task.loglikelihoods:
+        return task.primary
+    if measure not in BITS and all(len(row) < 2 for row in task.loglikelihoods):
+        return task.primary
+    return measure  # type: ignore[return-value]
+
+
+def item_scores(task: TaskScores, score: Score) -> Array:
+    """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte.
+
+    Smoothed bits are made of bits and the floor (`smoothed`): what is returned for them is bits.
+
+    Raises:
+        InputError: the scores hold no log-likelihoods to compute it from.
+    """
+    if score == "accuracy":
+        return np.asarray(task.values, dtype=float)
+    if not task.loglikelihoods:
+        raise InputError(
+            f"the scores of task {task.name} hold no log-likelihoods, which its {score} needs: "
+            "evaluate again, or ask for --measure accuracy"
+        )
+    return _scores(task.loglikelihoods, task, score)
+
+
+def _scores(values: tuple[tuple[float, ...], ...], task: TaskScores, score: Score) -> Array:
+    right = np.array([row[gold] for row, gold in zip(values, task.gold, strict=True)])
+    if score in BITS:
+        return -right / LN2
+    width = max(len(row) for row in values)
+    table = np.full((len(values), width), -np.inf)
+    for number, row in enumerate(values):
+        table[number, : len(row)] = row
+    if score == "probability":
+        top = table.max(1)
+        return np.exp(right - top) / np.exp(table - top[:, None]).sum(1)
+    table[np.arange(len(values)), list(task.gold)] = -np.inf
+    sizes = [row[gold] for row, gold in zip(task.bytes, task.gold, strict=True)]
+    return (right - table.max(1)) / LN2 / np.asarray(sizes, dtype=float)
+
+
+def floor_scores(dense: TaskScores, score: Score) -> Array:
+    """Return what each item scores without the knowledge, shape (items,).
+
+    Raises:
+        InputError: the scores hold no floors.
+    """
+    count = len(dense.items)
+    if score == "accuracy":
+        return np.full(count, dense.chance)
+    if score in BITS and dense.unigram:
+        return -np.asarray(dense.unigram) / LN2
+    if score not in BITS and dense.floors:
+        return _scores(dense.floors, dense, score)
+    if score not in BITS and dense.floor == "uniform":
+        share = [1 / len(row) for row in dense.loglikelihoods]
+        return np.array(share) if score == "probability" else np.zeros(count)
+    if not dense.loglikelihoods:
+        return item_scores(dense, score)  # says what is missing
+    raise InputError(
+        f"the scores of task {dense.name} hold no score without the knowledge, which a dense "
+        "model's need: evaluate it without --against, or ask for --measure accuracy"
+    )
+
+
+def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
+    """Return what of each item is kept, and the whole of it.
+
+    Raises:
+        InputError: the scores hold no log-likelihoods or floors, and the measure needs them.
+    """
+    score = score_of(dense, measure)
+    before, after = item_scores(dense, score), item_scores(pruned, score)
+    if not is_anchored(score, measure):
+        kept, whole = (before, after) if score in BITS else (after, before)
+        return Parts(score, kept, whole)
+    floor = floor_scores(dense, score)
+    if score == "smoothed":
+        before, after = smoothed(before, floor), smoothed(after, floor)
+    sign = -1.0 if score in BITS else 1.0
+    return Parts(score, sign * (after - floor), sign * (before - floor))
+
+
+def is_anchored(score: Score, measure: Measure) -> bool:
+    """Tell whether a score counts from its floor under a measure, or from 0."""
+    return measure != "ratio" and (measure != "accuracy" or score not in BITS)
+
+
+def smoothed(bits: Array, floor: Array) -> Array:
+    """Return the bits of each answer under the even mixture of the model and the floor's code.
+
+    Args:
+        bits, floor: bits of each answer under the model and the code of single tokens, (items,).
+    """
+    return 1.0 - np.logaddexp2(-bits, -floor)
+
+
+def mean_score(task: TaskScores, score: Score) -> float:
+    """Return a task's score as it is printed: a mean, or bits per byte of all answers."""
+    values = item_scores(task, score)
+    if score in BITS:
+        sizes = [row[gold] for row, gold in zip(task.bytes, task.gold, strict=True)]
+        return float(values.sum()) / sum(sizes)
+    return float(values.mean())
+
+
+def noise(whole: Array) -> float:
+    """Return the noise floor of a mean over items (ours): half its 95 % interval."""
+    return float(Z * whole.std(ddof=1) / math.sqrt(len(whole))) if len(whole) > 1 else math.inf
+
+
+def has_signal(dense: TaskScores, measure: Measure = "primary") -> bool:
+    """Tell whether the dense model is beyond its own noise of knowing nothing (ours)."""
+    judged = "accuracy" if measure == "ratio" else measure
+    if judged == "accuracy" and not dense.values:
+        return True  # bits per byte of a text, without a floor
+    whole = parts(dense, dense, judged).whole
+    return float(whole.mean()) > noise(whole)

@@ -1,0 +1,79 @@
+"""Perplexity of a text under a model, in windows of one stated length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from calmix.errors import InputError
+from calmix.evaluation.likelihood import row_nll
+from calmix.models import OpenModel
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity with what it must always be quoted with.
+
+    Attributes:
+        perplexity: exp(total negative log-likelihood / predicted tokens).
+        bits_per_byte: the same likelihood over the UTF-8 bytes of the scored text.
+        length: window length in tokens.
+        windows: number of windows scored; a last partial window is left out.
+        tokens: predicted tokens.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    length: int
+    windows: int
+    tokens: int
+
+
+def perplexity(
+    opened: OpenModel,
+    text: str,
+    *,
+    length: int = 2048,
+    tick: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
+
+    The whole text is tokenised once (with the tokenizer's own begin token, if any, at its very
+    start) and cut into windows; the first token of each window is context only.
+
+    Raises:
+        InputError: the length is below 2 or beyond the context, or the text is shorter.
+    """
+    if length < 2:
+        raise InputError(f"length {length} is too short to predict anything")
+    if opened.context is not None and length > opened.context:
+        raise InputError(
+            f"length {length} is beyond the model's context of {opened.context} tokens"
+        )
+    ids = torch.tensor(opened.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    windows = len(ids) // length
+    if not windows:
+        raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
+    rows = ids[: windows * length].view(windows, length)
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        if tick is not None:
+            tick(done, windows)
+
+    nll = float(row_nll(opened.model, rows, tick=count).double().sum())
+    scored = windows * (length - 1)
+    predicted = opened.tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=False)
+    size = sum(len(part.encode()) for part in predicted)
+    return Perplexity(
+        perplexity=math.exp(nll / scored),
+        bits_per_byte=nll / math.log(2) / size,
+        length=length,
+        windows=windows,
+        tokens=scored,
+    )

@@ -1,0 +1,80 @@
+"""What was measured of a model on a task: every choice's log-likelihood, item by item.
+
+Scores, retention and intervals are computed from these records, so that a file answers later
+questions without the model. Log-likelihoods are in nats, kept to 1e-3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from calmix.evaluation.suites import Score
+
+DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
+Floor = Literal["context-free", "uniform", "none"]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one model did on one task, item by item.
+
+    Attributes:
+        metric: lm-evaluation-harness's metric, which `values` are.
+        primary: the score that retention of this task is about, unless another is asked for.
+        chance: expected accuracy of a guess; 0 where there is no accuracy.
+        items: identifiers of the items.
+        values: accuracy of each item (0 to 1); empty for a task of single answers.
+        gold: index of each item's right choice.
+        loglikelihoods: of every choice of every item, in nats; empty where the model wrote its
+            answers.
+        bytes: UTF-8 bytes of every choice.
+        floor: what the choices score without the knowledge: what this model gives them without
+            the question (`context-free`, in `floors`), all the same (`uniform`), or `none`.
+        floors: log-likelihoods in nats of the same choices without the question, or empty.
+        unigram: log-likelihood in nats of each right answer under a code of single tokens, or
+            empty.
+    """
+
+    name: str
+    dimension: str
+    metric: str
+    primary: Score
+    chance: float
+    items: tuple[str, ...]
+    values: tuple[float, ...] = ()
+    gold: tuple[int, ...] = ()
+    loglikelihoods: tuple[tuple[float, ...], ...] = ()
+    bytes: tuple[tuple[int, ...], ...] = ()
+    floor: Floor = "none"
+    floors: tuple[tuple[float, ...], ...] = ()
+    unigram: tuple[float, ...] = ()
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean accuracy; None for a task of single answers."""
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def consistent(self) -> bool:
+        """Whether all parts are of one length, and the right choice is one of the choices."""
+        parts = (self.values, self.gold, self.loglikelihoods, self.bytes, self.floors, self.unigram)
+        choices = self.loglikelihoods or self.bytes
+        needed: list[Sequence[Any]] = [self.gold] if self.loglikelihoods else []
+        needed += [self.bytes] if self.loglikelihoods and self.primary == "bits" else []
+        return (
+            all(len(part) == len(self.items) for part in needed)
+            and all(len(part) in (0, len(self.items)) for part in parts)
+            and all(0 <= at < len(row) for at, row in zip(self.gold, choices, strict=False))
+            and all(
+                list(map(len, other)) == list(map(len, choices))
+                for other in (self.bytes, self.floors) if other and choices
+            )
+        )  # fmt: skip
+
+
+def rounded(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Return log-likelihoods as they are kept."""
+    return tuple(tuple(round(float(value), DIGITS) for value in row) for row in rows)

@@ -1,0 +1,260 @@
+"""Retention: what share of each capability a pruned model has kept, and how sure that is.
+
+Pure functions over the records of the same items by two models. Per task by `measures`; a
+dimension is the mean over its tasks, the total the mean over dimensions, and the *worst* the
+dimension with the lowest retention. Which tasks carry no signal, the noise floor and the
+bootstrap are ours (docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from calmix.errors import InputError
+from calmix.evaluation.measures import (
+    BITS,
+    Array,
+    Measure,
+    Parts,
+    floor_scores,
+    has_signal,
+    is_anchored,
+    mean_score,
+    noise,
+    parts,
+)
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.suites import Score
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A retention with its 95 % interval; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class TaskRetention:
+    """What of one task is kept.
+
+    Attributes:
+        score: what the items were scored by.
+        floor: score of a model without the knowledge; None where the measure has none.
+        dense, pruned: scores; the accuracies beside them where the task has any.
+        noise: of the dense score above its floor; `signal` tells whether it is beyond that.
+        kept: the retention; no value without signal.
+    """
+
+    name: str
+    dimension: str
+    score: Score
+    items: int
+    floor: float | None
+    dense: float
+    pruned: float
+    dense_accuracy: float | None
+    pruned_accuracy: float | None
+    noise: float
+    signal: bool
+    kept: Estimate
+
+
+@dataclass(frozen=True)
+class DimensionRetention:
+    """Mean retention over a dimension's tasks with signal; `without_signal` names the others."""
+
+    name: str
+    tasks: int
+    without_signal: tuple[str, ...]
+    kept: Estimate
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Retention per task, per dimension, in total (mean over dimensions) and at its worst."""
+
+    measure: Measure
+    tasks: tuple[TaskRetention, ...]
+    dimensions: tuple[DimensionRetention, ...]
+    total: Estimate
+    worst: str | None
+    resamples: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable data."""
+        return asdict(self)
+
+    def of(self, dimension: str) -> Estimate:
+        """Return the retention of a dimension."""
+        return next(one.kept for one in self.dimensions if one.name == dimension)
+
+
+def retention(
+    dense: Sequence[TaskScores],
+    pruned: Sequence[TaskScores],
+    *,
+    measure: Measure = "primary",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Retention:
+    """Compare two models' scores on the same items (definitions: docs/evaluation.md).
+
+    Intervals are from a paired bootstrap over items: each resample draws items with
+    replacement, the same ones for both models, task by task, and recomputes every mean.
+
+    Raises:
+        InputError: the models were not scored on the same tasks and items, or the scores lack
+            what the measure needs.
+    """
+    check_paired(dense, pruned)
+    draws: dict[str, Array] = {}
+    tasks = []
+    for before, after in zip(dense, pruned, strict=True):
+        made = parts(before, after, measure)
+        signal = has_signal(before, measure)
+        drawn = resampled(before.name, made, resamples=resamples, seed=seed)
+        draws[before.name] = drawn if signal else np.full(resamples, np.nan)
+        tasks.append(
+            TaskRetention(
+                before.name, before.dimension, made.score, len(before.items),
+                _floor(before, made.score, measure),
+                mean_score(before, made.score), mean_score(after, made.score),
+                before.accuracy, after.accuracy, noise(made.whole), signal,
+                estimate(made.retention if signal else math.nan, draws[before.name]),
+            )
+        )  # fmt: skip
+    dimensions, totals = [], []
+    for name in dict.fromkeys(task.dimension for task in tasks):
+        members = [task for task in tasks if task.dimension == name]
+        point, drawn = _rolled([(_number(task.kept), draws[task.name]) for task in members])
+        totals.append((point, drawn))
+        silent = tuple(task.name for task in members if not task.signal)
+        dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, drawn)))
+    known = [one for one in dimensions if one.kept.value is not None]
+    return Retention(
+        measure,
+        tuple(tasks),
+        tuple(dimensions),
+        estimate(*_rolled(totals)),
+        min(known, key=lambda one: _number(one.kept)).name if known else None,
+        resamples,
+        seed,
+    )
+
+
+def total_gap(
+    dense: Sequence[TaskScores], more: Sequence[TaskScores], less: Sequence[TaskScores]
+) -> Estimate:
+    """Return how much more of the total one pruned model keeps than another, items paired."""
+    sides = []
+    for pruned in (more, less):
+        check_paired(dense, pruned)
+        members: dict[str, list[tuple[float, Array]]] = {}
+        for before, after in zip(dense, pruned, strict=True):
+            if has_signal(before, "primary"):
+                made = parts(before, after, "primary")
+                drawn = resampled(before.name, made, resamples=RESAMPLES, seed=0)
+                members.setdefault(before.dimension, []).append((made.retention, drawn))
+        if not members:
+            return Estimate(None, None, None)
+        sides.append(_rolled([_rolled(own) for own in members.values()]))
+    (first, high), (second, low) = sides
+    return estimate(first - second, high - low)
+
+
+def _rolled(parts: Sequence[tuple[float, Array]]) -> tuple[float, Array]:
+    """Return the means of values and of their resamples."""
+    return mean([point for point, _ in parts]), column_means([drawn for _, drawn in parts])
+
+
+def _floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:
+    if not is_anchored(score, measure):
+        return None
+    floor = floor_scores(dense, score)
+    if score not in BITS:
+        return float(floor.mean())
+    sizes = sum(row[gold] for row, gold in zip(dense.bytes, dense.gold, strict=True))
+    return float(floor.sum()) / sizes
+
+
+def _number(value: Estimate) -> float:
+    return math.nan if value.value is None else value.value
+
+
+def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
+    """Refuse scores of different tasks or items.
+
+    Raises:
+        InputError: what differs, first.
+    """
+    names = [task.name for task in dense], [task.name for task in pruned]
+    if names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1])) or names[1]
+        raise InputError(f"the two models were scored on different tasks (first: {odd[0]})")
+    for before, after in zip(dense, pruned, strict=True):
+        if (before.items, before.bytes, before.metric) != (after.items, after.bytes, after.metric):
+            raise InputError(
+                f"the two models were scored on different items of task {before.name} "
+                f"({len(before.items)} and {len(after.items)})"
+            )
+
+
+def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
+    """Return how often each resample draws each item, shape (resamples, count).
+
+    The draws depend on the seed, the task's name and the number of items alone, so that all
+    models are resampled alike, whatever else is in the suite.
+    """
+    digest = hashlib.sha256(task.encode()).digest()
+    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+
+
+def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
+    """Return one task's retention in each resample, shape (resamples,).
+
+    nan where the dense model has nothing to keep among the items drawn.
+    """
+    times = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
+    kept, whole = times @ made.kept, times @ made.whole
+    return np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are defined; nan if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def column_means(rows: Sequence[Array]) -> Array:
+    """Return for each resample the mean of the rows that are defined there."""
+    stack = np.stack(rows)
+    known = ~np.isnan(stack)
+    count = known.sum(0)
+    total = np.where(known, stack, 0.0).sum(0)
+    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def estimate(value: float, draws: Array) -> Estimate:
+    """Return a value with the central 95 % of its resamples."""
+    if math.isnan(value):
+        return Estimate(None, None, None)
+    known = draws[~np.isnan(draws)]
+    if not len(known):
+        return Estimate(value, None, None)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))

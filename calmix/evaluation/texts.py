@@ -1,0 +1,135 @@
+"""Texts to measure distance on: one a dimension, which no source hands out, or the user's own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from calmix.calibration.build import pack_concat
+from calmix.calibration.leakage import Tokenized
+from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
+from calmix.errors import InputError
+from calmix.evaluation.suites import ARCHIVE
+from calmix.files import user_path
+from calmix.sources.readers import AssetText, LocalFile, Reader
+
+ROWS, LENGTH, SEED = 8, 256, 0
+LONGEST = 16  # characters of a token, on average, of a text worth reading
+
+Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
+
+
+@functools.cache
+def builtin_readers() -> dict[str, list[AssetText]]:
+    """Return what the builtin texts of each dimension are read from (texts.yaml)."""
+    text = resources.files("calmix.evaluation").joinpath("texts.yaml").read_text(encoding="utf-8")
+    return {
+        dimension: [AssetText(type="asset", asset=ARCHIVE, **entry) for entry in entries]
+        for dimension, entries in yaml.safe_load(text).items()
+    }
+
+
+def parse_texts(given: Sequence[str]) -> dict[str, Path]:
+    """Return the user's own texts by dimension, from `NAME=PATH` each.
+
+    Raises:
+        InputError: not of that form, a name given twice, or no such file.
+    """
+    found: dict[str, Path] = {}
+    for entry in given:
+        name, equals, path = (part.strip() for part in entry.partition("="))
+        if not (name and equals and path):
+            raise InputError(f"--text {entry} is not NAME=PATH, such as code=mine.jsonl")
+        if name in found:
+            raise InputError(f"--text names {name} twice")
+        found[name] = user_path(path)
+        if not found[name].exists():
+            raise InputError(f"--text {name}: there is no file {found[name]}")
+    return found
+
+
+def texts(
+    opened: HasTokenizer,
+    own: Mapping[str, Path] | None = None,
+    *,
+    dimensions: Sequence[str] | None = None,
+    rows: int = ROWS,
+    length: int = LENGTH,
+) -> dict[str, Tensor]:
+    """Return rows of token ids a dimension: the builtin texts and the user's own.
+
+    Documents come in an order of their own, fixed once and for all, and are joined by the end
+    token; a dimension's readers give equally many rows. Rows begin with the tokenizer's begin
+    token, if it puts one before text, and are no longer than the model's context.
+
+    Args:
+        opened: the model, or its tokenizer alone.
+        own: `.txt`, `.jsonl` or `.parquet` files by dimension, in place of a builtin text of that
+            name or beside them.
+        dimensions: take the builtin texts of these only; None takes all.
+        rows, length: rows a dimension (own texts may give fewer) and tokens in each.
+
+    Returns:
+        int64, shape (rows, length) by dimension.
+
+    Raises:
+        InputError: a text is too short for one row, there is none, or a size is not positive.
+        SourceError: a file cannot be read.
+        AssetError: the archive of the builtin texts cannot be fetched.
+    """
+    if rows < 1 or length < 2:
+        raise InputError(f"a text needs a row of two tokens at least, not {rows} of {length}")
+    readers: dict[str, Sequence[Reader]] = {
+        name: found
+        for name, found in builtin_readers().items()
+        if dimensions is None or name in dimensions
+    }
+    readers |= {name: [LocalFile(type="file", path=path)] for name, path in (own or {}).items()}
+    if not readers:
+        raise InputError(f"no builtin text is of {', '.join(dimensions or ())}: give --text")
+    length = min(length, opened.context or length)
+    return {name: _rows(name, found, opened, rows, length) for name, found in readers.items()}
+
+
+def texts_hash(texts: Texts) -> str:
+    """Return a SHA-256 of names and ids."""
+    digest = hashlib.sha256()
+    for name in sorted(texts):
+        digest.update(f"{name} {tuple(texts[name].shape)}\n".encode())
+        digest.update(texts[name].contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _rows(
+    name: str, readers: Sequence[Reader], opened: HasTokenizer, rows: int, length: int
+) -> Tensor:
+    tokenizer = opened.tokenizer
+    begin = begin_token(tokenizer)
+    head = [] if begin is None else [begin]
+    made: list[list[int]] = []
+    tokens = 0
+    for number, reader in enumerate(readers):
+        share = rows // len(readers) + (number < rows % len(readers))
+        stream = _tokenized(reader, opened, LONGEST * share * length)
+        packed = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
+        made += [head + row for row in packed.rows]
+        tokens += sum(len(ids) for _, ids in packed.used)
+    if not made:
+        raise InputError(f"the text {name} has {tokens} tokens, less than one row of {length}")
+    return torch.tensor(made, dtype=torch.int64)
+
+
+def _tokenized(reader: Reader, opened: HasTokenizer, most: int) -> Iterator[Tokenized]:
+    """Yield documents in seeded order with their ids, of each its first `most` characters."""
+    tokenize = tokenizer_function(opened.tokenizer)
+    documents = list(reader.read())
+    for index in np.random.default_rng(SEED).permutation(len(documents)):
+        yield documents[index], tokenize([documents[index].text[:most]])[0]

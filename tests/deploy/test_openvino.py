@@ -1,0 +1,167 @@
+"""Exports: what another engine computes is what the model does, and nothing else is written."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+import calmix
+from calmix.cli import app
+from calmix.deploy import openvino as exported
+from calmix.deploy.openvino import MANIFEST, Session, export
+from calmix.errors import ModelError
+from calmix.files import sha256_file
+from calmix.manifest import seal_holds
+from calmix.models.opening import fingerprint
+from tests.conftest import Ended
+from tests.tiny import VOCABULARY, save_tiny_model, tiny_ids, tiny_model
+
+Run = Callable[..., Ended]
+
+needs_openvino = pytest.mark.skipif(
+    not (find_spec("openvino") and find_spec("nncf"))
+    or Version(transformers.__version__) < Version("5.23"),
+    reason="openvino, nncf or transformers 5.23 is not installed: pip install 'calmix[export]'",
+)
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of one block, six tenths of its weights zero."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("model") / "pruned", num_hidden_layers=1)
+    opened = calmix.open_model(str(folder))
+    pattern = calmix.Unstructured(0.6)
+    calmix.prune(opened.model, tiny_ids(4), method="magnitude", pattern=pattern)
+    opened.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export, by the command line, which says one line whatever the libraries have to say."""
+    output = tmp_path_factory.mktemp("made") / "export"
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        assert not app(
+            ["export", str(pruned), "--to", "openvino", "-o", str(output)], standalone_mode=False
+        )
+    assert err.getvalue() == ""
+    assert out.getvalue().count("\n") == 1
+    assert "same first choice" in out.getvalue()
+    return output
+
+
+@needs_openvino
+def test_an_export_computes_what_the_model_does(pruned: Path, made: Path) -> None:
+    """Rows it was not traced with, at once and token by token."""
+    ids = tiny_ids(3, 24, seed=7)
+    wanted = calmix.open_model(str(pruned)).model(ids).logits
+    session = Session(made, **EXACT)
+    whole = session(ids)
+    scale = float(wanted.abs().max())
+    assert float((whole - wanted).abs().max()) < 0.05 * scale  # 8 bits: 1/254 of a row's largest
+    session.reset()
+    parts = [session(ids[:, :20]), *(session(ids[:, at : at + 1]) for at in range(20, 24))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4 * scale, rtol=0)
+    other = tiny_model("llama", seed=1)(ids).logits
+    assert float((whole - other).abs().max()) > 0.5 * scale
+
+
+@needs_openvino
+def test_an_export_is_small_keeps_zeros_and_tells_what_it_is_of(pruned: Path, made: Path) -> None:
+    import openvino
+
+    weights = [
+        node.data
+        for node in openvino.Core().read_model(made / exported.GRAPH).get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.i8
+    ]
+    zeros = [float((data == 0).mean()) for data in weights if data.shape != (VOCABULARY, 32)]
+    assert len(zeros) == 7
+    assert min(zeros) > 0.599
+    size = (made / "openvino_model.bin").stat().st_size
+    assert size < 0.3 * (pruned / "model.safetensors").stat().st_size
+    manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
+    assert seal_holds(manifest)
+    assert manifest["model"]["sha256"] == fingerprint(pruned)
+    assert {"openvino", "nncf", "calmix"} <= set(manifest["versions"])
+    for name, value in manifest["files"].items():
+        assert sha256_file(made / name) == value
+    assert {"openvino_model.xml", "tokenizer.json", "config.json"} <= set(manifest["files"])
+
+
+@needs_openvino
+def test_what_is_changed_in_an_export_is_told(made: Path, tmp_path: Path, calmix: Run) -> None:
+    ended = calmix("doctor", "inspect", made)
+    assert ended.code == 0, ended.err
+    assert "openvino, int8 weights" in ended.out
+    shutil.copytree(made, tmp_path / "changed")
+    with (tmp_path / "changed" / "openvino_model.bin").open("ab") as file:
+        file.write(b"\0")
+    ended = calmix("doctor", "inspect", tmp_path / "changed")
+    assert (ended.code, "openvino_model.bin is damaged or changed" in ended.err) == (2, True)
+
+
+@needs_openvino
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "olmo2", "phi3", "mixtral"])
+def test_with_its_own_weights_an_export_is_the_model(kind: str, tmp_path: Path) -> None:
+    """Beyond the window of those with one, and in more steps than the export was checked with."""
+    folder = save_tiny_model(tmp_path / "model", kind)
+    found = export(str(folder), tmp_path / "out", weights="own")
+    assert found.kl < 1e-5
+    assert found.top1 == 1
+    ids = tiny_ids(2, 40, seed=5)
+    session = Session(tmp_path / "out", **EXACT)
+    parts = torch.cat([session(ids[:, at : at + 8]) for at in range(0, 40, 8)], 1)
+    wanted = calmix.open_model(str(folder)).model(ids).logits
+    torch.testing.assert_close(parts, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
+
+
+def test_what_is_another_model_is_not_written(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported, "_library", lambda name: None)
+    monkeypatch.setattr(exported, "_convert", lambda opened, weights, folder: None)
+    for kl in (0.5, float("nan")):
+        monkeypatch.setattr(exported, "_difference", lambda *_, kl=kl: (kl, 0.0))
+        with pytest.raises(ModelError, match=f"is another model \\(KL {kl:.3g} nats"):
+            export(str(pruned), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line(
+    pruned: Path, tmp_path: Path, calmix: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    out = tmp_path / "out"
+
+    def refused(words: str, *arguments: object) -> None:
+        to = () if "--to" in arguments else ("--to", "openvino")
+        ended = calmix("export", *to, *arguments)
+        assert (ended.code, words in ended.line) == (2, True), ended.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+    refused("--to gguf: must be 'pack'", pruned, "-o", out, "--to", "gguf")
+    refused("--weights int4: must be 'int8'", pruned, "-o", out, "--weights", "int4")
+    refused("exists and is not empty", pruned, "-o", full)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    refused("needs an optional dependency: pip install 'calmix[export]'", pruned, "-o", out)
+    monkeypatch.setattr(exported, "_library", lambda name: None)
+    refused("has no config.json: it is not a model folder", full, "-o", out)
+    inside = pruned.parent / "model"
+    inside.symlink_to(pruned)
+    refused(f"it is not a model folder, but {inside} is", pruned.parent, "-o", out)

@@ -1,0 +1,211 @@
+"""Packs: the same bytes again whatever the types, fewer of them, and nothing altered passes."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from calmix.deploy import pack as packed
+from calmix.deploy.pack import load, pack, unpack
+from calmix.errors import InputError, ModelError
+from calmix.models import open_model
+from calmix.models.attention import use_own_attention
+from calmix.models.shards import PACK
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in bfloat16 of which most weights are zero."""
+    folder = tmp_path_factory.mktemp("model") / "pruned"
+    save_tiny_model(folder, "llama")
+    file = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: (
+            value * (torch.rand(value.shape, generator=generator) > 0.6)
+            if value.ndim > 1
+            else value
+        ).bfloat16()
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def same(one: Path, two: Path) -> bool:
+    names = files(one)
+    assert names == files(two)
+    return all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
+
+
+def test_a_model_comes_back_byte_for_byte(pruned: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    made = pack(pruned, tmp_path / "pack", progress=lambda *of: seen.append(of))
+    before, after = made.sparse
+    assert after < 0.5 * before  # tiny tensors: the masks and planes of a real one are in docs
+    assert seen[-1][0] == pytest.approx(seen[-1][1], rel=0.2)
+    assert unpack(tmp_path / "pack", tmp_path / "back") == made.dense
+    assert same(pruned, tmp_path / "back")
+
+
+def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
+    pruned: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pruned, model)
+    for name in ("1_Pooling/config.json", "code/a/b.py", "code/model.safetensors", ".hidden"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name, encoding="utf-8")
+    pack(model, tmp_path / "pack")
+    unpack(tmp_path / "pack", tmp_path / "back")
+    assert same(model, tmp_path / "back")
+    load(tmp_path / "pack")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    save_file({}, weights)
+    assert pack(model, tmp_path / "none").dense == weights.stat().st_size
+    unpack(tmp_path / "none", tmp_path / "empty")
+    assert same(model, tmp_path / "empty")
+    weights.write_bytes(whole + b"more")
+    with pytest.raises(ModelError, match="holds bytes that are of no tensor"):
+        pack(model, tmp_path / "out")
+    weights.write_bytes(whole)
+    for link, to in (("sub", tmp_path / "pack"), ("gone", tmp_path / "nowhere")):
+        (model / link).symlink_to(to)
+        with pytest.raises(InputError, match=f"cannot pack .*'{link}' is no regular file"):
+            pack(model, tmp_path / "out")
+        (model / link).unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_and_what_it_is_of_stay_where_they_are(pruned: Path, tmp_path: Path, calmix) -> None:
+    made = tmp_path / "pack"
+    pack(pruned, made)
+    before = {folder: files(folder) for folder in (pruned, made)}
+    for form, folder in (("pack", pruned), ("model", made)):
+        for output, what in ((folder, "is"), (folder.parent, "holds"), (folder / "o", "lies in")):
+            ended = calmix("export", folder, "--to", form, "-o", output, "--overwrite")
+            assert (ended.code, f"{output} {what} the input {folder}" in ended.line) == (2, True)
+    assert before == {folder: files(folder) for folder in (pruned, made)}
+    pack(pruned, made, overwrite=True)
+
+
+def test_a_pack_is_loaded_without_its_dense_files(pruned: Path, tmp_path: Path) -> None:
+    pack(pruned, tmp_path / "pack")
+    dense = open_model(str(pruned)).model
+    model = load(tmp_path / "pack")
+    use_own_attention(model)
+    ids = torch.arange(1, 9)[None]
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+    assert load(tmp_path / "pack", dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(ModelError, match=r"is a pack: 'calmix export .* --to model"):
+        open_model(str(tmp_path / "pack"))
+
+
+@given(data=st.data())
+def test_every_type_and_value_survives(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8]
+    tensors = {}
+    for number in range(data.draw(st.integers(1, 3))):
+        dtype = data.draw(st.sampled_from([*kinds, torch.bool]))
+        count = data.draw(st.integers(0, 40))
+        raw = data.draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))
+        if dtype == torch.bool:
+            raw = bytes(byte & 1 for byte in raw)
+        if data.draw(st.booleans()):
+            raw = bytes(len(raw) // dtype.itemsize // 2 * dtype.itemsize).ljust(len(raw), b"\1")
+        value = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0)
+        tensors[f"t{number}"] = value.to(torch.uint8).view(dtype) if raw else value.to(dtype)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
+    save_file(tensors, folder / "model" / "model.safetensors")
+    size = packed.CHUNK
+    packed.CHUNK = 16  # several chunks a tensor
+    try:
+        pack(folder / "model", folder / "pack")
+        unpack(folder / "pack", folder / "back")
+    finally:
+        packed.CHUNK = size
+    assert same(folder / "model", folder / "back")
+
+
+def test_a_plane_that_looks_like_a_frame_is_told_from_one() -> None:
+    raw = b"\x28\xb5\x2f\xfd" + bytes(range(200))
+    assert packed._expanded(packed._squeezed(raw), len(raw)).tobytes() == raw
+
+
+def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
+    pruned: Path, tmp_path: Path
+) -> None:
+    pack(pruned, tmp_path / "pack")
+    whole = (tmp_path / "pack" / "model.safetensors").read_bytes()
+
+    def refused(match: str, content: bytes | None = None, **manifest: object) -> None:
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "pack", folder)
+        if content is not None:
+            (folder / "model.safetensors").write_bytes(content)
+        kept = json.loads((folder / PACK).read_text(encoding="utf-8"))
+        (folder / PACK).write_text(json.dumps(kept | manifest), encoding="utf-8")
+        with pytest.raises(InputError, match=match):
+            unpack(folder, tmp_path / "out")
+        with pytest.raises(InputError, match=match):
+            load(folder)
+        assert not list(tmp_path.glob("*out*")), "nothing is left"
+
+    for at in range(0, len(whole), len(whole) // 40):
+        refused(
+            "is not what it was packed as", whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :]
+        )
+    for at in (0, 7, len(whole) // 2, len(whole) - 1):
+        refused("is not what it was packed as", whole[:at])
+    refused("is a pack of format 2, this calmix reads 1", format=2)
+    refused("names a file outside the pack", files={"../evil": "0"})
+    refused("lacks gone.txt, which it was made with", files={"gone.txt": "0"})
+    refused("is not what it was packed as", files={"config.json": "0"})
+    refused("is damaged", weights=3)
+    refused("names a file outside the pack", files={"a/../../evil": "0"})
+    refused("names a file outside the pack", files={"/evil": "0"})
+    refused("names a file outside the pack", weights={"sub/model.safetensors": {}})
+    refused("is not what it was packed as", weights={"model.safetensors": {"packed": "0"}})
+
+
+def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
+    (tmp_path / "empty").mkdir()
+    assert calmix("export", "--to", "pack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(
+        "not a model folder"
+    )
+    assert calmix(
+        "export", "--to", "model", tmp_path / "empty", "-o", tmp_path / "p"
+    ).line.endswith(PACK)
+    made = calmix("export", "--to", "pack", pruned, "-o", tmp_path / "p")
+    assert made.code == 0
+    assert "where weights are pruned" in made.out
+    assert (
+        "is a pack already"
+        in calmix("export", "--to", "pack", tmp_path / "p", "-o", tmp_path / "q").line
+    )
+    assert "not empty" in calmix("export", "--to", "pack", pruned, "-o", tmp_path / "p").line
+    assert calmix("export", "--to", "model", tmp_path / "p", "-o", tmp_path / "back").code == 0
+    assert same(pruned, tmp_path / "back")

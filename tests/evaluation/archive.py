@@ -1,0 +1,78 @@
+"""A made-up archive of rendered requests, in the shape of the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from calmix import assets
+from calmix.evaluation import tasks as module
+
+HEAD = "Question: what is one?\nAnswer: 1\n\nQuestion: what is nine?\nAnswer: 9\n\n"
+
+
+def requests(folder: str) -> Iterator[dict[str, Any]]:
+    """The requests of one folder of the archive."""
+    if folder == "quiz/rc_2shot":
+        for n in range(10):
+            context = f"{HEAD}Question: what is {n}?\nAnswer:"
+            gold = n % 3
+            for i in range(3):
+                answer = (
+                    f" two {n}"
+                    if i == gold
+                    else f" {['not', 'none', 'no'][(i - gold) % 3 - 1]} {n}"
+                )
+                yield _request(n, i, context, answer, gold)
+                yield _request(1_000_000 + n, i, "Answer:", answer, gold)
+    elif folder == "which/rc_0shot":
+        for n in range(6):
+            for i, word in enumerate(["moon", "sun"]):
+                yield _request(n, i, f"The {word} {n}", " is hot.", 1)
+    elif folder == "mbpp/gold_0shot":
+        for n in range(4):
+            request = _request(n, 0, f"Write {n + 11}.\n", f"return {n + 11}", None)
+            yield {**request, "doc": {"task_id": n + 11}}
+
+
+def _request(
+    doc_id: int, idx: int, context: str, continuation: str, label: int | None
+) -> dict[str, Any]:
+    return {
+        "doc_id": doc_id,
+        "idx": idx,
+        "label": label,
+        "doc": {},
+        "request": {"context": context, "continuation": continuation},
+    }
+
+
+def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the made-up archive in place of the real one."""
+    folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
+    names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
+    items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # once is enough
+    monkeypatch.setattr("calmix.evaluation.texts.builtin_readers", dict)
+    monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
+    monkeypatch.setattr(module, "_members", lambda: names)
+    monkeypatch.setattr(
+        assets, "read_jsonl", lambda _, member: requests("/".join(member.split("/")[2:4]))
+    )
+    monkeypatch.setattr(module, "_archive_items", items)
+
+
+def suite_text() -> str:
+    """A suite over the made-up archive."""
+    return """\
+name: made
+version: 1
+description: made up
+dimensions:
+  general:
+    quiz: {archive: quiz/rc, form: question, metric: acc_norm, shots: 2, quick: 3, chance: choices}
+    which: {archive: which/rc, form: contexts, metric: acc, shots: 0, items: even, chance: choices}
+  code:
+    text: {archive: mbpp/gold, form: answer, metric: bits_per_byte, shots: 0}
+"""

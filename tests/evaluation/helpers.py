@@ -1,0 +1,101 @@
+"""What the capability tests share: requests, a reference scorer, made-up task scores."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from calmix.evaluation.records import TaskScores
+from calmix.models import OpenModel
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def opened(kind: str = "llama", seed: int = 0) -> OpenModel:
+    """A tiny model in memory, as `open_model` would give it."""
+    return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
+
+
+def request(context: str, continuation: str, task: str = "task") -> Any:
+    """What the harness hands to a model class, as far as it is looked at."""
+    return SimpleNamespace(args=(context, continuation), task_name=task)
+
+
+def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Any]:
+    """Questions with choices behind a shared preamble, some of them alike, and odd ones out."""
+    rng = random.Random(seed)
+    words = ["red", "blue", "green", "seven", "plus", "cat", "dog", "of"]
+    preamble = "".join(f"Q: {' '.join(rng.choices(words, k=4))}\nA: x\n\n" for _ in range(shots))
+    requests = []
+    for _ in range(questions):
+        question = f"{preamble}Q: {' '.join(rng.choices(words, k=rng.randint(2, 6)))}\nA:"
+        requests += [request(question, f" {word}") for word in rng.sample(words, 3)]
+    requests += [request("Q: short", " a"), request("", "no context"), request("x ", "y")]
+    requests.append(request("Q: short", " a"))  # the same twice
+    rng.shuffle(requests)
+    return requests
+
+
+def reference(model: OpenModel, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    """Score one request at a time with the whole model and no tricks."""
+    answers = []
+    tokenizer = model.tokenizer
+    for context, continuation in (request.args for request in requests):
+        stripped = context.rstrip()
+        rest = context[len(stripped) :] + continuation
+        head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]
+        ids = head + tokenizer(rest)["input_ids"]
+        with torch.inference_mode():
+            logits = model.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        value = sum(float(logits[at - 1, ids[at]]) for at in range(len(head), len(ids)))
+        best = all(int(logits[at - 1].argmax()) == ids[at] for at in range(len(head), len(ids)))
+        answers.append((value, best))
+    return answers
+
+
+def accuracy(
+    values: Sequence[float], name: str = "quiz", dimension: str = "general", chance: float = 0.25
+) -> TaskScores:
+    """Made-up accuracies of answers a model wrote."""
+    items = tuple(map(str, range(len(values))))
+    return TaskScores(name, dimension, "acc", "accuracy", chance, items, tuple(values))
+
+
+def bits(
+    nats: Sequence[float],
+    sizes: Sequence[int],
+    name: str = "text",
+    dimension: str = "code",
+    floor: float = 3.0,
+) -> TaskScores:
+    """Made-up likelihoods of single answers; `floor` is in nats a byte."""
+    items = tuple(map(str, range(len(nats))))
+    return TaskScores(
+        name, dimension, "bits_per_byte", "bits", 0.0, items,
+        gold=(0,) * len(items),
+        loglikelihoods=tuple((-float(value),) for value in nats),
+        bytes=tuple((int(size),) for size in sizes),
+        unigram=tuple(-floor * size for size in sizes),
+    )  # fmt: skip
+
+
+def choices(
+    values: Sequence[Sequence[float]],
+    gold: Sequence[int],
+    floors: Sequence[Sequence[float]] = (),
+    name: str = "choice",
+    dimension: str = "general",
+) -> TaskScores:
+    """Made-up log-likelihoods of choices, four bytes each."""
+    right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
+    return TaskScores(
+        name, dimension, "acc", "probability", 1 / len(values[0]),
+        tuple(map(str, range(len(values)))), tuple(right), tuple(gold),
+        tuple(map(tuple, values)), tuple((4,) * len(row) for row in values),
+        "context-free" if floors else "uniform", tuple(map(tuple, floors)),
+        tuple(-8.0 for _ in gold),
+    )  # fmt: skip

@@ -1,0 +1,235 @@
+"""Distance to the dense model: against whole logits of both in float64, and through the disk."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calmix.errors import InputError, ModelError
+from calmix.evaluation import distance as module
+from calmix.evaluation.distance import Reference, distance, flips, head_hash, reference
+from calmix.models import OpenModel
+from tests.evaluation.helpers import accuracy, bits, opened
+from tests.tiny import save_tiny_model, tiny_ids
+
+TEXTS = {"code": tiny_ids(6, 24), "math": tiny_ids(5, 40, seed=2)}
+
+
+def pair(kind: str = "llama") -> tuple[OpenModel, OpenModel]:
+    """A dense model, and one with half the weights of its blocks gone."""
+    dense = opened(kind)
+    settings = {"gemma2": "final_logit_softcapping", "granite": "logits_scaling"}
+    if kind in settings:  # so strong that it cannot be overlooked
+        setattr(dense.model.config, settings[kind], 1.5)
+        if kind == "granite":
+            dense.model.logits_scaling = 1.5
+    pruned = copy.copy(dense)
+    pruned.model = copy.deepcopy(dense.model)
+    pruned.name, pruned._hashes = "pruned", {}
+    dense._hashes["model"] = "dense"
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in pruned.model.named_parameters():
+        if weight.ndim == 2 and "layers" in name:
+            weight.mul_(torch.rand(weight.shape, generator=generator) > 0.5)
+    return dense, pruned
+
+
+def whole(dense: OpenModel, pruned: OpenModel, ids: torch.Tensor) -> tuple[np.ndarray, float]:
+    """KL by row and position, and agreement, of whole logits in float64."""
+    with torch.inference_mode():
+        logits = [m.model(input_ids=ids).logits[:, :-1].double() for m in (dense, pruned)]
+    p, q = (value.log_softmax(-1) for value in logits)
+    same = logits[0].argmax(-1) == logits[1].argmax(-1)
+    return (p.exp() * (p - q)).sum(-1).numpy(), float(same.double().mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox", "modernbert-decoder"])
+def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POSITIONS", 7)
+    monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
+    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # of a few positions
+    dense, pruned = pair(kind)
+    found = distance(pruned, reference(dense, TEXTS), TEXTS)
+    for name, ids in TEXTS.items():
+        kl, same = whole(dense, pruned, ids)
+        one = found.dimensions[name]
+        assert one.kl_mean > 1e-3
+        assert one.tokens == kl.size
+        assert one.kl_mean == pytest.approx(kl.mean(), rel=1e-3)
+        assert one.kl_median == pytest.approx(np.median(kl), rel=1e-3)
+        assert one.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-3)
+        assert one.top1 == pytest.approx(same)
+        assert 0 < one.top1 < 1
+        assert one.kl_low < one.kl_mean < one.kl_high
+        half = 1.96 * kl.mean(1).std() / math.sqrt(len(ids))
+        assert (one.kl_high - one.kl_low) / 2 == pytest.approx(half, rel=0.25)
+    total, (code, math_) = found.total, found.dimensions.values()
+    assert total.tokens == code.tokens + math_.tokens
+    assert total.kl_mean == pytest.approx((code.kl_mean + math_.kl_mean) / 2)
+    assert total.top1 == pytest.approx((code.top1 + math_.top1) / 2)
+    assert total.kl_low < total.kl_mean < total.kl_high
+    assert distance(pruned, reference(dense, TEXTS), TEXTS) == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_at_no_distance_from_itself(dtype: torch.dtype) -> None:
+    dense = opened()
+    dense._hashes["model"] = "dense"
+    dense.model.to(dtype)
+    found = distance(dense, reference(dense, TEXTS), TEXTS)
+    for one in (*found.dimensions.values(), found.total):
+        assert (one.kl_mean, one.kl_median, one.kl_p99, one.top1) == (0, 0, 0, 1)
+        assert (one.kl_low, one.kl_high) == (0, 0)
+
+
+def test_one_row_has_no_interval() -> None:
+    dense, pruned = pair()
+    texts = {"code": TEXTS["code"][:1], "math": TEXTS["math"]}
+    found = distance(pruned, reference(dense, texts), texts)
+    assert found.dimensions["code"].kl_low is None
+    assert found.dimensions["math"].kl_low is not None
+    assert (found.total.kl_low, found.total.kl_high) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_goes_through_the_disk(dtype: torch.dtype, tmp_path: Path) -> None:
+    dense, pruned = pair()
+    for one in (dense, pruned):
+        one.model.to(dtype)
+    made = reference(dense, TEXTS)
+    path = tmp_path / "deep" / "r.safetensors"
+    made.save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["r.safetensors"]
+    read = Reference.load(path)
+    assert replace(read, hidden={}) == replace(made, hidden={})
+    assert {h.dtype for h in read.hidden.values()} == {dtype}
+    assert distance(pruned, read, TEXTS) == distance(pruned, made, TEXTS)
+    with pytest.raises(InputError, match="there is no file"):
+        Reference.load(tmp_path / "none")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match="is damaged"):
+        Reference.load(path)
+
+
+def test_a_reference_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.safetensors"
+    reference(pair()[0], TEXTS).save(path)
+    monkeypatch.setattr(module, "VERSION", 0)
+    with pytest.raises(InputError, match="holds no reference of this version"):
+        Reference.load(path)
+
+
+def test_the_cache_gives_the_same_reference_without_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calmix.models import open_model
+
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    dense = open_model(str(save_tiny_model(tmp_path / "m")))
+    seen: list[tuple[int, int]] = []
+    made = reference(dense, TEXTS, cache=True, progress=lambda *n: seen.append(n))
+    assert seen[-1] == (11, 11)
+    (kept,) = (tmp_path / "cache" / "reference").iterdir()
+    monkeypatch.setattr(dense.model.model, "forward", None)  # it cannot run
+    again = reference(dense, TEXTS, cache=True)
+    assert all(torch.equal(again.hidden[name], made.hidden[name]) for name in TEXTS)
+    with pytest.raises(TypeError):
+        reference(dense, {"code": TEXTS["code"]}, cache=True)  # other texts
+    kept.write_bytes(b"damaged")
+    with pytest.raises(TypeError):
+        reference(dense, TEXTS, cache=True)
+
+
+def test_another_head_needs_the_dense_one() -> None:
+    dense, pruned = pair("gpt_neox")  # its head is no embedding
+    made = reference(dense, TEXTS)
+    pruned.model.get_output_embeddings().weight.mul_(1.5)
+    assert head_hash(pruned.model) != head_hash(dense.model)
+    with pytest.raises(InputError, match="pruned has another output head"):
+        distance(pruned, made, TEXTS)
+    found = distance(pruned, made, TEXTS, dense=lambda: dense)
+    for name, ids in TEXTS.items():
+        kl, _ = whole(dense, pruned, ids)
+        assert found.dimensions[name].kl_mean == pytest.approx(kl.mean(), rel=1e-3)
+    with pytest.raises(InputError, match="of another dense model"):
+        distance(pruned, made, TEXTS, dense=lambda: pruned)
+
+
+def test_what_is_done_to_the_logits_is_a_part_of_the_head() -> None:
+    dense, pruned = pair("gemma2")
+    made = reference(dense, TEXTS)
+    pruned.model.config = copy.deepcopy(pruned.model.config)
+    pruned.model.config.final_logit_softcapping = 3.0
+    with pytest.raises(InputError, match="another output head"):
+        distance(pruned, made, TEXTS)
+
+
+def test_what_does_not_compare_is_refused() -> None:
+    dense, pruned = pair()
+    made = reference(dense, TEXTS)
+    with pytest.raises(InputError, match="of other texts"):
+        distance(pruned, made, {"code": TEXTS["code"]})
+    with pytest.raises(InputError, match="pruned has another tokenizer"):
+        distance(pruned, replace(made, tokenizer="other"), TEXTS)
+    broken = copy.deepcopy(pruned.model)
+    pruned.model.to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"open in bfloat16 and the dense model was in float32"):
+        distance(pruned, made, TEXTS)
+    broken.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
+    pruned.model = broken
+    with pytest.raises(ModelError, match="pruned gives no finite distance on the text code"):
+        distance(pruned, made, TEXTS)
+
+
+def test_flips_are_counted_both_ways() -> None:
+    dense = [
+        accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a", "general"),
+        accuracy([1, 0], "b", "general"),
+        bits([3.0], [2], "text", "code"),
+        accuracy([1, 1, 0, 0], "c", "math"),
+    ]
+    pruned = [
+        accuracy([0, 0, 1, 1, 1, 0, 0, 0], "a", "general"),
+        accuracy([1, 0], "b", "general"),
+        bits([9.0], [2], "text", "code"),
+        accuracy([0, 1, 0, 0], "c", "math"),
+    ]
+    found = flips(dense, pruned)
+    a = found.tasks["a"]
+    assert (a.items, a.share.value, a.lost, a.gained) == (8, 3 / 8, 2 / 8, 1 / 8)
+    assert a.share.low < 3 / 8 < a.share.high
+    assert found.tasks["b"].share == type(a.share)(0, 0, 0)
+    assert list(found.dimensions) == ["general", "math"]  # code has no accuracy
+    general = found.dimensions["general"]
+    assert (general.items, general.share.value, general.lost) == (10, 3 / 16, 1 / 8)
+    assert found.total.share.value == pytest.approx((3 / 16 + 1 / 4) / 2)
+    assert (found.total.items, found.total.gained) == (14, 1 / 32)
+    assert flips(dense, pruned) == found
+    assert flips(dense, pruned, seed=1).tasks["a"].share != a.share
+
+
+def test_the_interval_of_flips_is_that_of_a_share() -> None:
+    rng = np.random.default_rng(0)
+    before = (rng.random(400) < 0.6).astype(float)
+    after = np.where(rng.random(400) < 0.2, 1 - before, before)
+    one = flips([accuracy(before.tolist())], [accuracy(after.tolist())]).tasks["quiz"]
+    p = one.share.value
+    assert (one.share.high - one.share.low) / 2 == pytest.approx(
+        1.96 * math.sqrt(p * (1 - p) / 400), rel=0.1
+    )
+    assert one.lost + one.gained == pytest.approx(p)
+
+
+def test_flips_of_texts_alone_or_of_other_items() -> None:
+    texts = [bits([3.0], [2])]
+    assert flips(texts, texts).total is None
+    with pytest.raises(InputError, match="different items of task quiz"):
+        flips([accuracy([1, 0])], [accuracy([1, 0, 1])])

@@ -1,0 +1,221 @@
+"""The verbs `evaluate` and `suites`: tables and JSON, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Ended
+from tests.evaluation.archive import suite_text, use_archive
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")  # into a pipe, tables are as wide as they come
+    use_archive(monkeypatch)
+    path = tmp_path / "made.yaml"
+    path.write_text(suite_text(), encoding="utf-8")
+    return path
+
+
+def test_scores_as_a_table_and_as_a_file(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "out" / "scores.json"
+    ended = calmix("evaluate", tiny_folder, "--suite", suite_file, "-o", path)
+    assert ended.code == 0, ended.err
+    assert "quiz" in ended.out
+    assert "which" in ended.out
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert len(value["scores"]["tasks"][0]["values"]) == 10
+    assert "retention" not in value
+
+
+def test_retention_against_a_dense_model(calmix: Run, tiny_folder: Path, suite_file: Path) -> None:
+    arguments = ("evaluate", tiny_folder, "--suite", suite_file, "--against", tiny_folder)
+    ended = calmix(*arguments)
+    assert ended.code == 0, ended.err
+    assert "total" in ended.out
+    assert "100.0 [100.0, 100.0]" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    again = calmix(*arguments, "--json")  # the dense scores come from the cache now
+    assert again.code == 0
+    value = json.loads(again.out)
+    whole = {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert [d["kept"] for d in value["retention"]["dimensions"] if d["kept"]["value"]] == [whole]
+    assert value["scores"]["suite"] == value["dense"]["suite"]
+
+
+def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
+    calmix: Run, tiny_folder: Path, suite_file: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from tests.tiny import save_tiny_model
+
+    other, out = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "scores.json"
+    arguments = ("evaluate", other, "--suite", suite_file, "--text", f"mine={text_file}")
+    ended = calmix(*arguments, "--against", tiny_folder, "-o", out)
+    assert ended.code == 0, ended.err
+    assert "KL(dense || pruned)" in ended.out
+    assert "flips %" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    compared = calmix("compare", out)  # the dense scores are in the file
+    assert "KL to dense" in compared.out
+    kept = json.loads(out.read_text(encoding="utf-8"))["scores"]["distance"]
+    assert kept["dimensions"]["mine"]["kl_mean"] > 0
+    same = ("evaluate", tiny_folder, *arguments[2:], "--against", tiny_folder, "--json")
+    assert json.loads(calmix(*same).out)["scores"]["distance"]["total"]["kl_mean"] == 0
+    dense = tmp_path / "dense.json"
+    assert calmix("evaluate", tiny_folder, "--suite", suite_file, "-o", dense).code == 0
+    for against in ((), ("--against", dense)):
+        assert "name it with --against" in calmix(*arguments, *against).line
+    wrong = calmix("evaluate", other, "--against", tiny_folder, "--text", "mine")
+    assert (wrong.code, wrong.out) == (2, "")
+
+
+def test_a_file_is_scored_anew_by_another_measure(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    path, alone = tmp_path / "both.json", tmp_path / "alone.json"
+    arguments = ("evaluate", tiny_folder, "--suite", suite_file)
+    assert calmix(*arguments, "--against", tiny_folder, "-o", path).code == 0
+    assert calmix(*arguments, "-o", alone).code == 0
+    for measure in ("primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"):
+        ended = calmix("evaluate", "rescore", path, "--measure", measure)
+        assert ended.code == 0, ended.err
+        assert f"by {measure}" in ended.out
+        told = json.loads(calmix("evaluate", "rescore", path, "--measure", measure, "--json").out)
+        assert told["measure"] == measure
+        rows = json.loads(calmix("evaluate", "rescore", alone, "--measure", measure, "--json").out)
+        assert [row["task"] for row in rows] == ["quiz", "which", "text"]
+    assert "scored by" in calmix("evaluate", "rescore", alone).out
+    assert calmix("evaluate", "rescore", path, "--against", alone).code == 0
+    ended = calmix(
+        "evaluate", "rescore", alone, "--against", path
+    )  # what was scored as a pruned model
+    assert "hold no score without the knowledge" in ended.line
+    ended = calmix("evaluate", "rescore", path, "--measure", "f1")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--measure f1: must be 'primary'" in ended.line
+    assert calmix("evaluate", "rescore", tmp_path / "none.json").line.startswith(
+        "error: there is no file"
+    )
+
+
+def test_retention_against_saved_scores(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense.json"
+    assert calmix("evaluate", tiny_folder, "--suite", suite_file, "-o", dense).code == 0
+    ended = calmix("evaluate", tiny_folder, "--suite", suite_file, "--against", dense)
+    assert ended.code == 0, ended.err
+    other = calmix("evaluate", tiny_folder, "--suite", suite_file, "--against", dense, "--quick")
+    assert other.code == 2
+    assert "different selections" in other.line
+    assert calmix("evaluate", tiny_folder, "--against", dense).code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--suite", "offlin"), "unknown suite 'offlin': did you mean offline"),
+        (("--suite", "none.yaml"), "there is no file none.yaml"),
+        (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
+        (("--task", "gsm"), "no task 'gsm': did you mean gsm8k"),
+        (("--dimension", "code", "--task", "gsm8k"), "none of the tasks gsm8k belongs to code"),
+        (("--limit", "0"), "--limit 0: must be greater"),
+        (("--limit", "-3"), "--limit -3: must be greater"),
+        (("--suite", "paper"), "--allow-code-execution"),
+        (("--resamples", "0"), "--resamples 0: must be greater"),
+        (("--seed", "-1"), "--seed -1: must be greater"),
+        (("--batch-tokens", "0"), "--batch-tokens 0: must be greater"),
+        (("--against", "none.json"), "there is no file none.json"),
+        (("--dtype", "int8", "--task", "mbpp"), "--dtype int8: must be 'auto'"),
+    ],
+)
+def test_each_mistake_is_one_line(
+    calmix: Run, tiny_folder: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    ended = calmix("evaluate", tiny_folder, *arguments)
+    assert ended.code == 2
+    assert says in ended.line
+    assert ended.out == ""
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    calmix: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken.json"
+    taken.write_text("kept", encoding="utf-8")
+    for path, says in [
+        (taken, "exists: choose another file or --overwrite"),
+        (tmp_path, "is a folder"),
+        (taken / "below.json", "Not a directory"),
+    ]:
+        ended = calmix("evaluate", tiny_folder, "-o", path)
+        assert ended.code == 2
+        assert says in ended.line
+    assert taken.read_text(encoding="utf-8") == "kept"
+
+
+def test_a_model_that_is_not_there(calmix: Run, tmp_path: Path) -> None:
+    ended = calmix("evaluate", tmp_path / "none", "--suite", "smoke")
+    assert ended.code == 2
+    assert "there is no model folder" in ended.line
+
+
+def test_a_mistake_in_a_suite_file_names_line_and_key(calmix: Run, suite_file: Path) -> None:
+    suite_file.write_text(suite_text().replace("metric: acc,", "metric: ac,"), encoding="utf-8")
+    ended = calmix("evaluate", "suite", suite_file)
+    assert ended.code == 2
+    assert "made.yaml line 7: dimensions.general.which.metric" in ended.line
+
+
+def test_suites_are_listed_and_shown(calmix: Run) -> None:
+    listed = calmix("evaluate", "suites", "--json")
+    assert {row["name"] for row in json.loads(listed.out)} >= {"offline", "paper", "smoke"}
+    assert "offline" in calmix("evaluate", "suites").out
+    shown = calmix("evaluate", "suite", "paper")
+    assert shown.code == 0
+    assert "humaneval" in shown.out
+    data = json.loads(calmix("evaluate", "suite", "offline", "--json").out)
+    assert data["dimensions"]["math"]["gsm8k"]["shots"] == 5
+    assert len(data["hash"]) == 64
+    assert calmix("evaluate", "suite", "papier").code == 2
+
+
+def test_a_context_too_short_for_a_task_is_one_line(
+    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 4
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ended = calmix("evaluate", folder, "--suite", suite_file)
+    assert ended.code == 2
+    assert "task quiz has an answer of 6 tokens" in ended.line
+
+
+def test_ids_beyond_the_vocabulary_are_one_line(
+    calmix: Run, tiny_folder: Path, suite_file: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    file = model / "tokenizer.json"
+    file.write_text(re.sub(r'("a": )\d+', r"\g<1>5000", file.read_text(encoding="utf-8")))
+    for verb in (
+        ("evaluate", model, "--suite", suite_file),
+        ("calibrate", "measure", text_file, "-m", model, "--rows", 4, "--length", 32),
+    ):
+        ended = calmix(*verb)
+        assert ended.code == 2
+        assert "has no embedding for token id 5000, its last is 319" in ended.line

@@ -1,0 +1,85 @@
+"""Logits in two steps: those of the model's own forward, whatever it does behind its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from calmix.errors import ModelError
+from calmix.evaluation import likelihood
+from calmix.evaluation.likelihood import behind, decoder_and_head, row_nll
+from calmix.models import find_blocks
+from calmix.recovery.distill import Student, trained_names
+from tests.tiny import tiny_ids, tiny_model
+
+# What is told by the configuration alone, and what only the model's own forward tells.
+PLAIN = {
+    "llama": {}, "gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25}, "llama4_text": {},
+}  # fmt: skip
+OWN = {
+    "hyperclovax": {"logits_scaling": 4.0}, "modernbert-decoder": {},
+    "recurrent_gemma": {"logits_soft_cap": 2.0}, "mamba2": {},
+}  # fmt: skip
+
+
+def divergence(before: Any, after: Any) -> float:
+    p, q = (logits.double().log_softmax(-1) for logits in (before, after))
+    return float((p.exp() * (p - q)).sum())
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *OWN])
+def test_logits_are_those_of_the_models_own_forward(kind: str) -> None:
+    model = tiny_model(kind, **(PLAIN | OWN)[kind])
+    if kind == "mamba2":  # whose decoder returns float32 whatever its weights are
+        model.bfloat16()
+    ids = tiny_ids(3, 16)
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits.float()
+        target = decoder_and_head(model)[0](input_ids=ids, use_cache=False)[0]
+    wanted = F.cross_entropy(before[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(row_nll(model, ids).flatten(), wanted, rtol=1e-4, atol=1e-5)
+    assert likelihood._compared[model][0] is (kind in PLAIN)
+    student = Student(model, find_blocks(model), None, recompute=False)
+    for name in trained_names(model, find_blocks(model)):
+        model.get_parameter(name).data.mul_(1.1)
+    loss = student(ids, target)
+    loss.backward()
+    with torch.no_grad():
+        after = model(input_ids=ids, use_cache=False).logits
+    assert loss.item() == pytest.approx(divergence(before, after), rel=0.01)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_behind_the_decoder_is_named() -> None:
+    names = behind(tiny_model("modernbert-decoder"))
+    assert set(names) == {"lm_head.dense.weight", "lm_head.norm.weight"}
+    assert not behind(tiny_model("llama"))
+
+
+def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line() -> None:
+    model = tiny_model("llama")
+    run = model.forward
+    model.forward = lambda **kwargs: run(**kwargs, attention_mask=object())
+    with pytest.raises(ModelError, match="gives no logits for token ids in float32"):
+        row_nll(model, tiny_ids())
+
+    def adding(look: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+            result = run(input_ids=input_ids, **kwargs)
+            result.logits = result.logits + look(input_ids)[..., None]
+            return result
+
+        return forward
+
+    model.forward = adding(lambda ids: ids)
+    with pytest.raises(ModelError, match="makes its logits of more than its decoder returns"):
+        row_nll(model, tiny_ids())
+    model.forward = adding(lambda ids: ids.flip(1))
+    with pytest.raises(ModelError, match="LlamaForCausalLM looks at tokens that follow"):
+        row_nll(model, tiny_ids())

@@ -1,0 +1,244 @@
+"""Retention: the definitions, self-comparison, signal, and what the bootstrap must satisfy."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calmix.errors import InputError
+from calmix.evaluation.measures import Measure, Parts, mean_score, noise, parts
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.retention import (
+    TaskRetention,
+    column_means,
+    estimate,
+    item_weights,
+    resampled,
+    retention,
+)
+from tests.evaluation.helpers import accuracy, bits, choices
+
+
+def right(count: int, of: int, **fields: object) -> TaskScores:
+    return accuracy([1.0] * count + [0.0] * (of - count), **fields)  # type: ignore[arg-type]
+
+
+def suite(seed: int) -> list[TaskScores]:
+    rng = np.random.default_rng(seed)
+    a = (rng.random(80) < 0.7).astype(float).tolist()
+    b = (rng.random(50) < 0.3).astype(float).tolist()
+    sizes = rng.integers(5, 50, 40)
+    nats = (sizes * rng.uniform(0.3, 1.0, 40)).tolist()
+    return [
+        accuracy(a, "a", "general"),
+        accuracy(b, "b", "general", chance=0.25),
+        bits(nats, sizes.tolist(), "c", "code"),
+    ]
+
+
+@given(st.integers(0, 1000))
+def test_retention_against_itself_is_exactly_one(seed: int) -> None:
+    scores = suite(seed)
+    found = retention(scores, scores, resamples=200)
+    for one in (*(t.kept for t in found.tasks if t.signal), *(d.kept for d in found.dimensions)):
+        assert (one.value, one.low, one.high) == (1.0, 1.0, 1.0)
+    assert (found.total.value, found.total.low, found.total.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_task_at_chance_is_flagged_and_left_out_of_the_corrected_mean() -> None:
+    dense = [right(80, 100, name="good"), right(27, 100, name="weak")]
+    pruned = [right(60, 100, name="good"), right(27, 100, name="weak")]
+    found = retention(dense, pruned, resamples=100)
+    good, weak = found.tasks
+    assert good.signal
+    assert not weak.signal
+    assert weak.kept.value is None
+    dimension = found.dimensions[0]
+    assert dimension.without_signal == ("weak",)
+    assert dimension.kept == good.kept  # its resamples count no more than its value
+    assert dimension.tasks == 2
+
+
+def test_a_dimension_without_any_signal_has_no_value_and_does_not_count() -> None:
+    dense = [right(80, 100, name="a"), right(25, 100, name="b", dimension="code")]
+    found = retention(dense, dense, resamples=50)
+    assert found.dimensions[1].kept.value is None
+    assert found.total.value == 1.0
+    assert found.worst == "general"
+    silent = retention(dense[1:], dense[1:], resamples=50)
+    assert silent.total.value is None
+    assert silent.worst is None
+
+
+def test_a_generation_task_the_dense_model_fails_throughout_has_no_signal() -> None:
+    dense = right(0, 40, chance=0.0)
+    found = retention([dense], [dense], resamples=50)
+    assert not found.tasks[0].signal
+    assert found.total.value is None
+
+
+def test_dimension_total_and_worst() -> None:
+    dense = [right(80, 100, name="a"), right(80, 100, name="b", dimension="math")]
+    pruned = [right(69, 100, name="a"), right(36, 100, name="b", dimension="math")]
+    found = retention(dense, pruned, resamples=100)
+    assert [d.kept.value for d in found.dimensions] == pytest.approx([0.8, 0.2])
+    assert found.total.value == pytest.approx(0.5)
+    assert found.worst == "math"
+
+
+def test_noise_is_half_a_confidence_interval() -> None:
+    task = right(50, 100)
+    found = retention([task], [task], resamples=10).tasks[0]
+    assert found.noise == pytest.approx(1.96 * math.sqrt(0.25 / 99), rel=1e-3)
+    text = bits([10.0] * 50, [20] * 50)
+    assert retention([text], [text], resamples=10).tasks[0].noise == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_bootstrap_is_seeded_and_paired() -> None:
+    dense, pruned = suite(1)[0], accuracy([0.0, 1.0] * 40, "a")
+    made = parts(dense, pruned)
+    one, two, other = (resampled("a", made, resamples=300, seed=seed) for seed in (5, 5, 6))
+    assert np.array_equal(one, two, equal_nan=True)
+    assert not np.array_equal(one, other)
+    # Paired: where both models fail and succeed together, no resample can differ from 1.
+    same = resampled("a", parts(dense, dense), resamples=300, seed=5)
+    assert np.nanmin(same) == np.nanmax(same) == 1.0
+
+
+def test_the_accuracy_of_every_task_stands_beside_its_score() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(-3, 1, (80, 4))
+    rows[:, 0] += 2
+    dense = choices(rows.tolist(), [0] * 80, np.full((80, 4), -3.0).tolist())
+    pruned = choices((rows / 2).tolist(), [0] * 80)
+    found = retention([dense], [pruned], resamples=100).tasks[0]
+    assert found.score == "probability"
+    assert found.floor == pytest.approx(0.25)
+    assert found.dense_accuracy == found.pruned_accuracy == dense.accuracy  # the same order
+    assert found.kept.value is not None
+    assert 0 < found.kept.value < 1
+
+
+def test_intervals_hold_the_value_and_shrink_with_items() -> None:
+    widths = []
+    for count in (40, 160, 640):
+        rng = np.random.default_rng(0)
+        dense = accuracy((rng.random(count) < 0.8).astype(float).tolist())
+        pruned = accuracy((rng.random(count) < 0.6).astype(float).tolist())
+        found = retention([dense], [pruned], resamples=1000).tasks[0].kept
+        assert found.value is not None
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= found.value <= found.high
+        widths.append(found.high - found.low)
+    assert widths[0] > 1.5 * widths[1] > 1.5 * widths[2]
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    covered, trials = 0, 200
+    rng = np.random.default_rng(3)
+    for _ in range(trials):
+        dense = rng.random(200) < 0.8
+        pruned = dense & (rng.random(200) < 0.7)
+        scores = [accuracy(x.astype(float).tolist(), chance=0.0) for x in (dense, pruned)]
+        found = retention(scores[:1], scores[1:], resamples=300).tasks[0].kept
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.7 <= found.high
+    assert 0.90 <= covered / trials <= 0.99
+
+
+def test_a_tasks_interval_does_not_depend_on_its_neighbours() -> None:
+    dense, pruned = suite(1), suite(2)
+    sizes = [row[0] for row in dense[2].bytes]
+    pruned[2] = bits([-row[0] for row in pruned[2].loglikelihoods], sizes, "c", "code")
+    whole = retention(dense, pruned, resamples=100)
+    alone = retention(dense[:1], pruned[:1], resamples=100)
+    assert whole.tasks[0] == alone.tasks[0]
+
+
+def test_other_tasks_or_items_are_refused() -> None:
+    a, b, c = (right(5, 10, name=name) for name in "abc")
+    for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
+        with pytest.raises(InputError, match=rf"different tasks \(first: {first}\)$"):
+            retention(dense, pruned)
+    with pytest.raises(InputError, match=r"different items of task quiz \(10 and 20\)"):
+        retention([right(5, 10)], [right(5, 20)])
+
+
+@pytest.mark.parametrize(
+    ("measure", "floors"),
+    [
+        ("primary", (0.25, 0.25, 3 / math.log(2))),
+        ("accuracy", (0.25, 0.25, None)),
+        ("ratio", (None, None, None)),
+    ],
+)
+def test_all_that_is_told_of_tasks_and_dimensions(
+    measure: Measure, floors: tuple[float | None, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    nats, sizes = rng.uniform(2, 6, 40).tolist(), rng.integers(9, 20, 40).tolist()
+    dense, pruned = (
+        [
+            right(count, 80, name="a"),
+            right(count, 50, name="b"),
+            bits([worse * value for value in nats], sizes, "c", "code"),
+        ]
+        for count, worse in ((40, 1.0), (30, 1.3))
+    )
+    found = retention(dense, pruned, measure=measure, resamples=50)
+    draws, points = [], []
+    for one, two, floor, told in zip(dense, pruned, floors, found.tasks, strict=True):
+        made = parts(one, two, measure)
+        draws.append(resampled(one.name, made, resamples=50, seed=0))
+        points.append(made.retention)
+        assert told == TaskRetention(
+            one.name, one.dimension, made.score, len(one.items),
+            None if floor is None else pytest.approx(floor),
+            mean_score(one, made.score), mean_score(two, made.score),
+            one.accuracy, two.accuracy, noise(made.whole), True, estimate(points[-1], draws[-1]),
+        )  # fmt: skip
+    general = estimate((points[0] + points[1]) / 2, column_means(draws[:2]))
+    code = estimate(points[2], draws[2])
+    assert [one.kept for one in found.dimensions] == [general, code]
+    assert [found.of(name) for name in ("general", "code")] == [general, code]
+    both = column_means([column_means(draws[:2]), draws[2]])
+    assert found.total == estimate((points[0] + points[1] + 2 * points[2]) / 4, both)
+    assert (found.measure, found.resamples, found.seed) == (measure, 50, 0)
+    assert retention(dense, pruned, resamples=50).measure == "primary"
+    told = found.to_dict()
+    assert told["total"]["value"] == found.total.value
+    assert told["tasks"][1]["name"] == "b"
+
+
+def test_signal_is_that_of_the_measure() -> None:
+    """The right choice is likely, but seldom the likeliest: no more often than by chance."""
+    rows = [[0.0, -4.0, -4.0, -4.0]] * 25 + [[0.0, 0.1, -4.0, -4.0]] * 75
+    dense = choices(rows, [0] * 100)
+    signal = {m: retention([dense], [dense], measure=m, resamples=5).tasks[0].signal
+              for m in ("primary", "accuracy", "ratio")}  # fmt: skip
+    assert signal == {"primary": True, "accuracy": False, "ratio": False}
+
+
+def test_draws_are_those_of_seed_name_and_count() -> None:
+    """On every machine and in every version: what is published can be told again."""
+    digest = hashlib.sha256(b"quiz").digest()
+    rng = np.random.default_rng([3, int.from_bytes(digest[:8], "little")])
+    expected = rng.multinomial(7, [1 / 7] * 7, size=20)
+    found = item_weights("quiz", 7, resamples=20, seed=3)
+    assert np.array_equal(found, expected)
+    assert found.dtype == float
+
+
+def test_a_resample_with_nothing_to_keep_has_no_value() -> None:
+    made = Parts("accuracy", np.array([0.5, 0.0]), np.array([1.0, 0.0]))
+    times = item_weights("quiz", 2, resamples=20, seed=0)[:, 0]
+    assert {0.0, 1.0, 2.0} == set(times)
+    found = resampled("quiz", made, resamples=20, seed=0)
+    assert np.array_equal(found, np.where(times > 0, 0.5, np.nan), equal_nan=True)

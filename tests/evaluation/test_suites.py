@@ -1,0 +1,166 @@
+"""Suites: the builtin ones, selections, and one clear line for every mistake in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from calmix.analysis.cells import APART, TOTAL, WORST
+from calmix.errors import InputError
+from calmix.evaluation.suites import benchmark_of, builtin_suites, load_suite, parse_suite
+from calmix.sources.registry import offline_sources
+
+GOOD = """\
+name: mine
+version: 3
+description: my own
+dimensions:
+  general:
+    sciq:
+      archive: sciq/rc
+      form: question
+      metric: acc_norm
+      shots: 5
+      limit: 10
+      quick: 2
+      chance: choices
+  code:
+    mbpp: {archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0}
+"""
+
+
+def test_builtin_suites_have_the_four_dimensions() -> None:
+    suites = builtin_suites()
+    assert {"offline", "paper", "smoke"} <= set(suites)
+    for name in ("offline", "paper", "smoke"):
+        assert list(suites[name].dimensions) == ["general", "commonsense", "code", "math"]
+
+
+def test_offline_has_three_tasks_a_dimension_and_a_quick_slice() -> None:
+    suite = load_suite("offline")
+    assert all(len(tasks) >= 3 for tasks in suite.dimensions.values())
+    for task in suite.tasks.values():
+        assert task.harness is None
+        assert task.quick is not None
+        assert task.limit is not None
+        assert task.quick < task.limit
+
+
+def test_offline_leaves_the_odd_items_to_the_sources() -> None:
+    whole = {name for name, task in load_suite("offline").tasks.items() if task.items == "all"}
+    assert whole == {
+        "mmlu", "common_knowledge", "passages", "arc_challenge", "logic", "coding", "humaneval",
+        "pattern", "gsm8k", "math500",
+    }  # fmt: skip
+    read = {
+        benchmark_of(member.split("/")[2])
+        for source in offline_sources().values()
+        for member in getattr(source.reader, "members", ())
+    }
+    parts = {name for name in whole if load_suite("offline").tasks[name].benchmark in read}
+    assert parts == {"math500"}  # of which its source leaves out all that is close
+
+
+def test_the_papers_benchmarks_are_all_there() -> None:
+    wanted = "mmlu boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa humaneval mbpp"
+    assert set(load_suite("paper").tasks) == {*wanted.split(), "gsm8k", "math"}
+
+
+def test_a_users_own_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD, encoding="utf-8")
+    suite = load_suite(path)
+    assert (suite.name, suite.version, list(suite.tasks)) == ("mine", 3, ["sciq", "mbpp"])
+    assert suite.dimension_of("mbpp") == "code"
+
+
+def test_selections_have_hashes_of_their_own() -> None:
+    suite = parse_suite(GOOD, "mine")
+    variants = [suite, suite.quick(), suite.limited(3), suite.only(dimensions=["code"])]
+    assert len({variant.hash for variant in variants}) == 4
+    assert suite.hash == parse_suite(GOOD.replace("my own", "other words"), "mine").hash
+    assert suite.hash != parse_suite(GOOD.replace("version: 3", "version: 4"), "mine").hash
+    assert suite.quick().tasks["sciq"].limit == 2
+    assert suite.limited(3).tasks["mbpp"].limit == 3
+    assert suite.limited(99).tasks["sciq"].limit == 10
+    assert list(suite.only(tasks=["mbpp"]).tasks) == ["mbpp"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("limit: 10", "limt: 10", 11, "dimensions.general.sciq.limt: unknown key: did you mean"),
+        ("limit: 10", "limit: 0", 11, "sciq.limit: Input should be greater than or equal to 1"),
+        ("limit: 10", "limit: many", 11, "dimensions.general.sciq.limit: Input should be a valid"),
+        ("metric: acc_norm", "metric: f1", 9, "dimensions.general.sciq.metric: Input should be"),
+        ("version: 3", "version: new", 2, "version: Input should be a valid integer"),
+        ("version: 3\n", "", 1, "lacks 'version'"),
+        ("version: 3", "versoin: 3", 2, "versoin: unknown key: did you mean version"),
+        ("      metric: acc_norm\n", "", 6, "dimensions.general.sciq: lacks 'metric'"),
+        ("chance: choices", "chance: 1.5", 13, "dimensions.general.sciq.chance"),
+        ("      chance: choices\n", "", 6, "needs 'chance'"),
+        ("form: question", "form: essay", 8, "dimensions.general.sciq.form: Input should be"),
+        ("      form: question\n", "", 6, "needs 'form'"),
+        ("      shots: 5\n", "", 6, "needs 'shots'"),
+        ("      archive: sciq/rc\n", "", 6, "needs 'archive' or 'harness'"),
+        ("metric: acc_norm", "metric: pass@1", 6, "needs a 'harness' task"),
+        ("metric: acc_norm", "metric: bits_per_byte", 6, "'answer' or 'passage' go together"),
+        ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
+        ("shots: 5", "shots: 5\n      shots: 4", 11, "'shots' is given twice"),
+        ("name: mine", "name: [a", 2, "not YAML"),
+        ("name: mine", "name: a b", 1, "name: String should match"),
+    ],
+)  # fmt: skip
+def test_each_mistake_gives_one_line_with_line_and_key(
+    old: str, new: str, line: int, says: str
+) -> None:
+    assert old in GOOD
+    with pytest.raises(InputError) as caught:
+        parse_suite(GOOD.replace(old, new, 1), "mine.yaml")
+    message = str(caught.value)
+    assert f"mine.yaml line {line}: " in message
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words"])
+def test_what_is_no_mapping_is_no_suite(text: str) -> None:
+    with pytest.raises(InputError, match="holds no mapping"):
+        parse_suite(text, "mine.yaml")
+
+
+def test_a_dimension_without_tasks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"line 5: dimensions.empty"):
+        parse_suite("name: a\nversion: 1\ndescription: b\ndimensions:\n  empty: {}\n", "a.yaml")
+
+
+@pytest.mark.parametrize("name", [TOTAL, WORST, APART])
+def test_a_dimension_with_the_name_of_another_quantity_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"mine.yaml line 1: '{name}' is told beside"):
+        parse_suite(GOOD.replace("general", name), "mine.yaml")
+
+
+def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown suite 'offlin': did you mean offline"):
+        load_suite("offlin")
+    with pytest.raises(InputError, match="there is no file"):
+        load_suite(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="Is a directory"):
+        load_suite(tmp_path)
+    suite = load_suite("offline")
+    with pytest.raises(InputError, match="no dimension 'maths': did you mean math"):
+        suite.only(dimensions=["maths"])
+    with pytest.raises(InputError, match="no task 'gsm': did you mean gsm8k"):
+        suite.only(tasks=["gsm"])
+    with pytest.raises(InputError, match="none of the tasks gsm8k belongs to code"):
+        suite.only(dimensions=["code"], tasks=["gsm8k"])
+    with pytest.raises(InputError, match="at least 1 item"):
+        suite.limited(0)
+
+
+def test_a_file_of_bytes_is_no_suite(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_suite(path)

@@ -1,0 +1,202 @@
+"""Several processes for one model: the masks of one process, and mistakes told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calmix.errors import SolverError
+from calmix.models import open_model
+from calmix.pruning import distributed, work
+from calmix.pruning.engine import Run
+from calmix.pruning.expert_pruning import ScorePass
+from tests.forks import command, ranks
+from tests.pruning import shared
+from tests.pruning.stopper import arm, stop
+from tests.tiny import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--rows", 7, "--length", 32, "--leakage", "off", "--sparsity", 0.5)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """Its last two blocks read what the first two have written."""
+    return save_tiny_model(tmp_path_factory.mktemp("gemma") / "model", "gemma4_text")
+
+
+def launched(arguments, log):
+    """Run the command line in two processes of the real launcher; return what they print."""
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "calmix", *map(str, arguments),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def forked(arguments, log):
+    """Run it in two forks that see what the launcher tells; return what they print."""
+    ended = ranks(command(*arguments), 2, log)
+    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
+    return "".join(one.errors for one in ended)
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_two_processes_prune_as_one(tmp_path):
+    ended = ranks(shared.main, 2, tmp_path / "log")
+    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
+
+
+@pytest.mark.parametrize("launch", [forked, pytest.param(launched, marks=pytest.mark.long)])
+def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_path, launch):
+    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--allocation", "owl", "-o")
+    assert launch((*asked, tmp_path / "two"), tmp_path / "log").count("weights pruned") == 1
+    assert calmix(*asked, tmp_path / "one").code == 0
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
+    run = json.loads((tmp_path / "two" / "calmix-run.json").read_text())
+    assert run["processes"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir() if "log" not in p.name) == [
+        "one", "text.txt", "two",
+    ]  # fmt: skip
+
+
+def test_several_targets_count_apart(calmix, tiny_folder, text_file, tmp_path, monkeypatch):
+    """Each tells its own peers what it has kept."""
+    monkeypatch.setattr(work, "SAVING", 0)
+    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL[:-1], "0.4,0.6", "-o")
+    told = forked((*asked, tmp_path / "two"), tmp_path / "log")
+    assert told.count("weights pruned") == 2
+    assert calmix(*asked, tmp_path / "one").code == 0
+    for name in ("sparsegpt-0.4", "sparsegpt-0.6"):
+        one, two = tensors(tmp_path / "one" / name), tensors(tmp_path / "two" / name)
+        same = [((one[key] == 0) == (two[key] == 0)).float().mean() for key in one]
+        assert min(same) > 0.99
+
+
+def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "SAVING", 0)
+    monkeypatch.setattr(distributed, "TIDYING", timedelta(seconds=0.1))  # the first one is killed
+    asked = ("prune", gemma, "--calibration", text_file, *SMALL, "-o")
+    cut, log = tmp_path / "cut", tmp_path / "log"
+
+    def ends():
+        if os.environ["RANK"] == "0":
+            arm("counted", 1)
+        command(*asked, cut)()
+
+    first, second = ranks(ends, 2, log)
+    assert first.code == -9
+    assert second.line
+    assert "another process has ended" in second.errors
+    ended = calmix(*asked, cut, "--resume")
+    assert ended.code == 2
+    assert "is the work of another request (processes: 2, now 1)" in ended.line
+    assert "going on after 2 of 4 blocks" in forked((*asked, cut, "--resume"), log)
+    forked((*asked, tmp_path / "whole"), log)
+    assert all(torch.equal(a, tensors(cut)[n]) for n, a in tensors(tmp_path / "whole").items())
+
+
+def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):
+    """And go on with them when the one that does not count was killed."""
+    mixture = save_tiny_model(tmp_path / "model", "mixtral")
+    asked = ("prune", mixture, "--calibration", text_file, *SMALL, "--drop-experts", 0.25, "-o")
+
+    def ends():
+        if os.environ["RANK"] == "1":
+            work.WorkFolder.finish_block = lambda *given, **more: stop()
+        command(*asked, tmp_path / "two")()
+
+    first, second = ranks(ends, 2, tmp_path / "log")
+    assert (first.code, second.code) == (2, -9)
+    assert "the experts' scores are kept in" in first.errors
+    monkeypatch.setattr(ScorePass, "block", None)  # nothing is scored again
+    told = forked((*asked, tmp_path / "two", "--resume"), tmp_path / "log")
+    monkeypatch.undo()
+    assert "going on after 0 of 2 blocks" in told
+    assert calmix(*asked, tmp_path / "one").code == 0
+    one, two = (
+        json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
+        for name in ("one", "two")
+    )
+    for ours, theirs in zip(one["dropped"], two["dropped"], strict=True):
+        assert ours["kept"] == theirs["kept"]
+        assert ours["scores"] == pytest.approx(theirs["scores"])
+    assert one["experts"] == two["experts"]
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
+
+
+def damaged(folder):
+    opened = open_model(str(save_tiny_model(folder)))
+    opened.model.model.layers[1].self_attn.k_proj.weight[3, 5] = float("nan")
+    opened.model.save_pretrained(folder)
+    return folder
+
+
+def told_once(act, log):
+    """The one line of two processes that both end with exit code 2."""
+    ended = ranks(act, 2, log)
+    assert [one.code for one in ended] == [2, 2], [one.errors for one in ended]
+    lines = [text for one in ended for text in one.errors.splitlines()]
+    (told,) = [text for text in lines if not text.startswith(("calibrating", "[Gloo]"))]
+    assert told.startswith("error: ")
+    return told
+
+
+def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
+    mixture = save_tiny_model(tmp_path / "mixtral", "mixtral")
+    drawn, output = ("--calibration", text_file), ("-o", tmp_path / "out")
+    asked = {
+        "1 calibration rows are too few for 2": (tiny_folder, *drawn, *SMALL, "--rows", 1),
+        "k_proj: its weights are not finite": (damaged(tmp_path / "nan"), *drawn, *SMALL),
+        "every token is sent to 2: drop fewer": (mixture, *drawn, *SMALL, "--drop-experts", 0.75),
+        "no model folder": (tmp_path / "nowhere", *drawn, *SMALL),
+        "is one device": (tiny_folder, *drawn, *SMALL, "--device", "cuda:1"),
+        "there is none": (tiny_folder, *drawn, *SMALL, "--device", "cuda"),
+    }
+    for line, arguments in asked.items():
+        assert line in told_once(command("prune", *arguments, *output), tmp_path / "log")
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_without_a_launcher_there_is_one_process(calmix, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    asked = ("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "x")
+    assert "WORLD_SIZE is set, but no launcher is there: " in calmix(*asked).line
+    monkeypatch.delenv("WORLD_SIZE")
+    for seconds in ("nan", -1, "soon"):
+        assert "--checkpoint-every" in calmix(*asked, "--checkpoint-every", seconds).line
+
+
+def test_what_one_process_meets_ends_the_other(tiny_folder, text_file, tmp_path):
+    def act():
+        if os.environ["RANK"] == "1":
+            Run.block = lambda self, index: fail()
+        asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "-o", tmp_path / "out")
+        command(*asked)()
+
+    def fail():
+        raise SolverError("met alone")
+
+    assert told_once(act, tmp_path / "log") == "error: met alone"
+    assert not list(tmp_path.glob("out*"))

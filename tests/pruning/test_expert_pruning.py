@@ -1,0 +1,378 @@
+"""Whole experts dropped: scores by definition, smaller checkpoints that load, what is refused."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calmix.errors import InputError, ModelError
+from calmix.models import find_blocks
+from calmix.pruning.engine import run_through
+from calmix.pruning.expert_pruning import ScorePass, choose
+from calmix.pruning.work import WorkFolder
+from calmix.specs import prune_requests
+from tests.forks import stopped
+from tests.pruning.stopper import arm, stop
+from tests.pruning.test_experts import old_mixtral, routed_inputs
+from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+
+SMALL = ("--rows", 6, "--length", 32)
+KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
+
+
+def scores_of(model, ids):
+    look = ScorePass(model, find_blocks(model))
+    run_through(look, ids, 5 * 32)
+    return look.scores
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_scores_are_those_of_the_definition(kind):
+    model, ids = tiny_model(kind), tiny_ids(6)
+    found = scores_of(model, ids)
+    assert len(found) == 2
+    for name, scores in found.items():
+        module = model.get_submodule(name)
+        hidden, index, gates = routed_inputs(model, module, ids)
+        for expert, score in enumerate(scores):
+            parts = []
+            for token, place in (index == expert).nonzero().tolist():
+                own = torch.tensor([[expert]])
+                with torch.no_grad():
+                    made = module(hidden[token : token + 1], own, torch.ones(1, 1))
+                parts.append(float(gates[token, place] / gates[token].sum() * made.norm()))
+            assert score == pytest.approx(sum(parts) / len(parts), rel=1e-4)
+
+
+def test_experts_that_are_modules_have_the_scores_of_those_in_one_parameter():
+    ids = tiny_ids(6)
+    fused, listed = (scores_of(m, ids) for m in (tiny_model("mixtral"), old_mixtral()))
+    assert [name.removesuffix(".experts") for name in fused] == list(listed)
+    for one, other in zip(fused.values(), listed.values(), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    half = scores_of(old_mixtral().bfloat16(), ids)
+    for one, other in zip(fused.values(), half.values(), strict=True):
+        assert other == pytest.approx(one, rel=0.05)
+
+
+def test_gates_that_cannot_be_seen_are_refused():
+    model = old_mixtral()
+    mixture = model.model.layers[1].mlp
+    added = type(mixture).forward
+    mixture.forward = lambda hidden: torch.tanh(added(mixture, hidden)).flip(-1)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp cannot be seen"):
+        scores_of(model, tiny_ids(6))
+
+
+LISTED = """
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+
+class ListedConfig(MixtralConfig):
+    model_type = "listed"
+
+
+class Expert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.w1, self.w3 = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Mixture(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.chosen, count = config.num_experts_per_tok, config.num_local_experts
+        self.gate = nn.Linear(config.hidden_size, count, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(count))
+        self.shared = Expert(config)
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        weights, chosen = self.gate(flat).softmax(-1).topk(self.chosen, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        result = self.shared(flat)
+        for number, expert in enumerate(self.experts):
+            place, token = torch.where(chosen.T == number)  # in another order than the tokens'
+            result = result.index_add(0, token, expert(flat[token]) * weights[token, place, None])
+        return result.view_as(hidden)
+
+
+class ListedForCausalLM(MixtralForCausalLM):
+    config_class = ListedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = Mixture(config)
+"""
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """A model that comes with code of its own, its experts a list of twelve modules."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.syspath_prepend(str(tmp_path / "m"))
+    folder = save_tiny_model(tmp_path / "listed", "mixtral")
+    (folder / "modeling_listed.py").write_text(LISTED, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "model_type": "listed", "architectures": ["ListedForCausalLM"], "num_local_experts": 12,
+        "auto_map": {
+            "AutoConfig": "modeling_listed.ListedConfig",
+            "AutoModelForCausalLM": "modeling_listed.ListedForCausalLM",
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    kept = {n: v for n, v in made.state_dict().items() if n != "lm_head.weight"}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def logits(folder, silenced=None):
+    """Logits of a model, with the router outputs of experts that have gone at minus infinity."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    for one in silenced or ():
+        gone = torch.tensor([e not in one["kept"] for e in range(len(one["scores"]))])
+        gate = model.get_submodule(one["name"]).gate
+        gate.register_forward_hook(
+            lambda module, args, out, gone=gone: out.masked_fill(gone, float("-inf"))
+        )
+    with torch.no_grad():
+        return model(tiny_ids(2)).logits
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--sparsity", 0.5, "--method", "wanda")], ids=["alone", "and weights"]
+)
+def test_experts_of_a_list_go_whole(calmix, listed, text_file, tmp_path, more):
+    output = tmp_path / "out"
+    ended = calmix(
+        "prune", listed, "--calibration", text_file, *SMALL, "--drop-experts", 0.25, *more,
+        "--trust-remote-code", "-o", output,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "6 of 24 experts dropped" in ended.out
+    told = json.loads((output / "calmix.json").read_text(encoding="utf-8"))
+    dropped = told["pruning"]["dropped"]
+    assert json.loads((output / "config.json").read_text())["num_local_experts"] == 9
+    before, after = (load_file(f / "model.safetensors") for f in (listed, output))
+    for one in dropped:
+        assert one["kept"] == sorted(sorted(range(12), key=lambda e: -one["scores"][e])[:9])
+        for new, old in enumerate(one["kept"]):
+            for part in ("w1", "w2", "w3"):
+                name = f"{one['name']}.experts.{{}}.{part}.weight"
+                own, was = after[name.format(new)], before[name.format(old)]
+                assert torch.equal(own[own != 0], was[own != 0])
+        assert f"{one['name']}.experts.9.w1.weight" not in after
+    if more:
+        assert told["pruning"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    else:
+        assert told["pruning"]["weights"] == 0
+        assert told["request"]["method"] == "none"
+        torch.testing.assert_close(logits(output), logits(listed, dropped))
+        assert calmix("doctor", "inspect", output).code == 0
+
+
+def test_a_drop_alone_is_made_again_from_its_manifest(calmix, tmp_path, text_file):
+    folder = save_tiny_model(tmp_path / "model", "qwen3_moe")
+    ended = calmix(*drop(folder, text_file, tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    ended = calmix("doctor", "rerun", tmp_path / "out" / "calmix.json")
+    assert ended.code == 0, ended.err
+
+
+def drop(folder, text, output, *more, share=0.25):
+    return (
+        "prune", folder, "--calibration", text, *SMALL, "--drop-experts", share, *more, "-o",
+        output,
+    )  # fmt: skip
+
+
+def scored():
+    """End when the scores are kept and nothing is written."""
+    keep = WorkFolder.keep_dropped
+
+    def kept(self, dropped):
+        keep(self, dropped)
+        stop()
+
+    WorkFolder.keep_dropped = kept
+
+
+@pytest.mark.parametrize(
+    ("moment", "more"),
+    [
+        (scored, ()),
+        (partial(arm, "counted", 0), ("--sparsity", 0.5, "--checkpoint-every", 0)),
+        pytest.param(partial(arm, "renamed", 0), (), marks=pytest.mark.long),
+        pytest.param(scored, ("--sparsity", 0.5), marks=pytest.mark.long),
+    ],
+    ids=["scored, alone", "a block", "renamed, alone", "scored"],
+)
+def test_a_killed_drop_goes_on_to_the_same_bytes(
+    calmix, tmp_path, text_file, monkeypatch, moment, more
+):
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    stopped(moment, *drop(folder, text_file, tmp_path / "cut", *more))
+    if not (tmp_path / "cut").exists():
+        ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more))
+        assert "go on with --resume" in ended.line
+        monkeypatch.setattr(ScorePass, "block", None)  # nothing is scored again
+    ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more, "--resume"))
+    assert ended.code == 0, ended.err
+    monkeypatch.undo()
+    assert calmix(*drop(folder, text_file, tmp_path / "whole", *more)).code == 0
+    first, second = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.name != "calmix-run.json"}
+        for name in ("cut", "whole")
+    )
+    assert first == second
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_smaller_checkpoint_computes_what_the_router_left_gives(
+    calmix, tmp_path, text_file, kind
+):
+    """With the dropped experts' router outputs at minus infinity the dense model does the same."""
+    folder = save_tiny_model(tmp_path / "model", kind)
+    output = tmp_path / "out"
+    ended = calmix(
+        "prune", folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", output,
+        "--drop-experts", 0.25 if kind != "deepseek_v3" else 0.4, "--only", "*.o_proj",
+    )  # fmt: skip
+    if kind == "deepseek_v3":  # two groups of two, and a group needs two for its score
+        assert ended.code == 2
+        assert "drop fewer" in ended.line or "leaves" in ended.line
+        return
+    assert ended.code == 0, ended.err
+    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    assert [len(one["kept"]) for one in told["dropped"]] == [3] * len(told["dropped"])
+    small = AutoModelForCausalLM.from_pretrained(output)
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
+    before, after = dense.state_dict(), small.state_dict()
+    for one in told["dropped"]:
+        kept = torch.tensor(one["kept"])
+        gone = next(e for e in range(4) if e not in one["kept"])
+        assert one["scores"][gone] == min(one["scores"])
+        for name, value in before.items():
+            if name.startswith(one["name"]):
+                assert torch.equal(after[name], value[kept]), name
+    size = sum(p.stat().st_size for p in output.glob("*.safetensors"))
+    assert size < sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    assert load_file(output / "model.safetensors").keys() < load_file(
+        folder / "model.safetensors"
+    ).keys() or kind in ("gpt_oss", "granitemoe", "llama4_text")
+    with torch.no_grad():
+        assert torch.isfinite(small(tiny_ids(2)).logits).all()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_file):
+    """Groups of the same size, a bias an expert, the settings of the router as they were; and no
+    layer that predicts further tokens, with a mixture of another size than the configuration says.
+    """
+    folder = save_tiny_model(tmp_path / "model", "deepseek_v3", n_routed_experts=8)
+    asked = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 1}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | asked
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    held = load_file(folder / "model.safetensors")
+    second = {n: v.clone() for n, v in held.items() if ".layers.1." in n}
+    more = {name.replace(".layers.1.", ".layers.2."): value for name, value in second.items()}
+    more["model.layers.2.enorm.weight"] = torch.ones(32)
+    save_file(held | more, folder / "model.safetensors", {"format": "pt"})
+    ended = calmix(*drop(folder, text_file, tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    assert "model.layers.2: left out" in ended.err
+    told = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    asked |= {"num_nextn_predict_layers": 0, "n_routed_experts": 6, "n_group": 2, "topk_group": 2}
+    assert {key: told[key] for key in asked} == asked
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    gate = "model.layers.1.mlp.gate."
+    assert found[f"{gate}weight"].shape == (6, 32)
+    assert found[f"{gate}e_score_correction_bias"].shape == (6,)
+    gone = {n for n in second if ".experts.6." in n or ".experts.7." in n}
+    assert found.keys() == held.keys() - gone
+    pruned = (*drop(folder, text_file, tmp_path / "both"), "--sparsity", 0.5, "--method", "wanda")
+    assert calmix(*pruned).code == 0
+    assert load_file(tmp_path / "both" / "model.safetensors").keys() == found.keys()
+
+
+def test_the_choice_is_of_the_least_scores_in_every_group():
+    assert choose([3.0, 1.0, 2.0, 4.0], 0.25, chosen=2) == [0, 2, 3]
+    assert choose([3, 1, 2, 9, 0, 8, 7, 6], 0.25, 2, chosen=2) == [0, 2, 3, 5, 6, 7]
+    assert choose([1.0, 1.0, 1.0, 1.0], 0.5, chosen=2) == [0, 1]
+    with pytest.raises(InputError, match=r"leaves 1 of the 4 experts .* sent to 2: drop fewer"):
+        choose([1, 2, 3, 4], 0.75, chosen=2)
+    assert choose([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
+    with pytest.raises(InputError, match=r"sent to 4 in 1 of 2 groups: drop fewer"):
+        choose([1.0] * 8, 0.5, 2, chosen=4, reach=1)
+    with pytest.raises(InputError, match="drops none of the 4 experts"):
+        choose([1, 2, 3, 4], 0.1, chosen=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "said"),
+    [
+        ("llama", 0.25, "--drop-experts has no effect: this model has no experts"),
+        ("mixtral", 0.75, "every token is sent to 2: drop fewer"),
+        ("mixtral", 1.5, "is not between 0 and 1"),
+        ("mixtral", 0.1, "drops none of the 4 experts"),
+    ],
+)
+def test_what_cannot_be_dropped_is_one_line(calmix, tmp_path, text_file, kind, share, said):
+    folder = save_tiny_model(tmp_path / "model", kind)
+    ended = calmix(
+        "prune", folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
+        "--drop-experts", share, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert said in ended.line
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_what_has_no_effect_on_a_drop_alone_is_one_line(calmix, tmp_path, text_file):
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    for more in (
+        ("--method", "wanda"), ("--experts", "all-tokens"),
+        ("--only", "*.mlp.*"), ("--allocation", "owl"), ("--propagation", "block"),
+    ):  # fmt: skip
+        ended = calmix(*drop(folder, text_file, tmp_path / "out", *more))
+        assert f"{more[0]} has no effect where only experts are dropped" in ended.line
+    ended = calmix("prune", folder, "--drop-experts", 0.25, "-o", tmp_path / "out")
+    assert "--drop-experts needs --calibration" in ended.line
+    ended = calmix("prune", folder, "--calibration", text_file, "-o", tmp_path / "out")
+    assert "give either --sparsity" in ended.line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_data_prunes_what_a_drop_leaves(calmix, text_file):
+    given = {"sparsity": "0.5", "calibration": str(text_file), "drop_experts": 0.25}
+    one, other = prune_requests(method="magnitude,wanda", **given)
+    assert one.drop_experts == other.drop_experts == 0.25
+    assert one.calibration == other.calibration == str(text_file)
+    assert prune_requests(method="magnitude", **given) == [one]
+    with pytest.raises(InputError, match="propagation has no effect with method magnitude"):
+        prune_requests(method="magnitude", propagation="block", **given)
+    del given["calibration"]
+    with pytest.raises(InputError, match="--drop-experts needs --calibration"):
+        prune_requests(method="magnitude", **given)
