@@ -108,10 +108,6 @@ def build(
         guard: drops documents that share a run of tokens with an item of a suite.
         own: the user's own sources by name.
         tick: called with the name of each source once it is drawn.
-
-    Raises:
-        InputError: a length beyond the model's context.
-        SourceError: a source is unknown, unreadable, too small for its rows, or leaks.
     """
     check_length(length, opened.context)
     tokenize = tokenizer_function(opened.tokenizer)

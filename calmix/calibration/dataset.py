@@ -180,9 +180,6 @@ def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None
     """Write one JSON object a row, `text` (without special tokens) and `source`.
 
     Tokenising the text again may give other ids at the edges of a row.
-
-    Raises:
-        InputError: the path is a folder or cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -197,9 +194,6 @@ def export_datasets(
 ) -> None:
     """Write a folder that `datasets.load_from_disk` opens: `input_ids` (the very ids),
     `attention_mask` (all ones), `text` and `source`; with a manifest beside them.
-
-    Raises:
-        InputError: the folder exists and is not empty, or cannot be written.
     """
     import datasets
 

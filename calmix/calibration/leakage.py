@@ -156,12 +156,7 @@ class Guard:
 
 
 def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
-    """Return the guard against the items of a suite; None for `off`.
-
-    Raises:
-        InputError: the suite is unknown.
-        AssetError: the suite's archive is missing and cannot be fetched.
-    """
+    """Return the guard against the items of a suite; None for `off`."""
     if suite == "off":
         return None
     items = tuple(suite_items(suite))

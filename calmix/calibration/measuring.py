@@ -27,12 +27,7 @@ from calmix.sources import Source
 def measure_set(
     made: CalibrationSet, opened: HasTokenizer, *, perplexity: bool = True
 ) -> dict[str, float]:
-    """Return every metric of one calibration set alone, by name.
-
-    Args:
-        opened: the model; its tokenizer alone will do without perplexity.
-        perplexity: whether to compute distortion, which needs the model.
-    """
+    """Return every metric of one calibration set alone, by name."""
     values = of_ids(made.ids.numpy(), len(opened.tokenizer))
     sources = made.manifest.get("sources", {}).values()
     if described := [source for source in sources if "drawn" in source]:
@@ -111,11 +106,7 @@ class Measurement:
         }
 
     def save(self, path: Path | str) -> None:
-        """Write to a `.json` file, or to a `.csv` file with a line a source and metric.
-
-        Raises:
-            InputError: another ending, or the file cannot be written.
-        """
+        """Write to a `.json` file, or to a `.csv` file with a line a source and metric."""
         path = Path(path)
         check_result_file(path)
         if path.suffix.lower() == ".json":
@@ -224,11 +215,7 @@ def measure(
 def check_request(
     specs: Sequence[str], *, draws: int, perplexity: bool, reference: str | None, **draw: Any
 ) -> list[Path]:
-    """Check what `measure` is asked for, without the model; return the files that are read.
-
-    Raises:
-        InputError, SourceError: as `measure`.
-    """
+    """Check what `measure` is asked for, without the model; return the files that are read."""
     if not specs:
         raise InputError("name at least one source to measure")
     if doubles := sorted({spec for spec in specs if list(specs).count(spec) > 1}):

@@ -49,9 +49,6 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     Args:
         context: of the model, in tokens, where it is known.
         text, **options: as for `resolve`.
-
-    Raises:
-        InputError, SourceError: as `resolve`, as far as it can be known.
     """
     given = checked(DrawOptions, options).drawn()
     own, licence = own_sources(given.pop("sources", None)), given.pop("licence", None)

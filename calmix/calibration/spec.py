@@ -36,10 +36,6 @@ def parse_mix(text: str) -> Mix:
     """Parse `name`, `a:0.5,b:0.3,c:0.2` or `uniform:a,b,c` into a mix.
 
     Names may be paths. Weights are relative; those of 0 drop their source.
-
-    Raises:
-        InputError: nothing named, a name given twice, a weight missing, negative or not a
-            number, or all weights zero.
     """
     text = text.strip()
     names = [part.strip() for part in text.removeprefix("uniform:").split(",")]
@@ -66,11 +62,7 @@ def parse_mix(text: str) -> Mix:
 
 
 def make_mix(weights: Mapping[str, float], text: str) -> Mix:
-    """Return a mix with its weights normalised to sum to 1.
-
-    Raises:
-        InputError: a weight is negative or not finite, or all are zero.
-    """
+    """Return a mix with its weights normalised to sum to 1."""
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
             raise InputError(f"calibration '{text}': the weight of '{name}' is {weight}, not >= 0")
@@ -137,15 +129,6 @@ def parse_spec(
     """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `self-written,temperature=0.8` or a YAML path.
 
     Among the names, `offline` stands for every builtin source that needs no hub.
-
-    Args:
-        own: the user's own sources by name.
-        licence: `permissive` leaves other sources out of `offline`.
-
-    Raises:
-        InputError: the text or the file cannot be used as it is, or it names a source that the
-            licence asked for leaves out.
-        SourceError: a licence is asked for, and a source is unknown.
     """
     check_licence(licence)
     spec = _parsed(text, dict(own or {}))
@@ -187,11 +170,7 @@ def _parsed(text: str, known: dict[str, Source]) -> Spec:
 
 
 def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
-    """Return a generator with its settings.
-
-    Raises:
-        InputError: an unknown generator or setting, or a value out of range.
-    """
+    """Return a generator with its settings."""
     if name not in GENERATORS:
         raise InputError(f"unknown generator '{name}': {nearest(name, GENERATORS)}")
     try:

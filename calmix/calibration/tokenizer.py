@@ -34,11 +34,7 @@ HasTokenizer = OpenModel | OpenTokenizer
 
 
 def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokenizer:
-    """Open the tokenizer of a model by hub id, local folder, `.gguf` file or `builtin:NAME`.
-
-    Raises:
-        ModelError: the model cannot be found or has no usable tokenizer.
-    """
+    """Open the tokenizer of a model by hub id, local folder, `.gguf` file or `builtin:NAME`."""
     folder = resolve_model(name)
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     with quiet_transformers():

@@ -76,11 +76,7 @@ class Bench:
         self._set: tuple[str, CalibrationSet, dict[str, float]] | None = None
 
     def ready(self, label: str, stage: Stage) -> None:
-        """Open the model of a label and score it before pruning, unless that is done.
-
-        Raises:
-            CalmixError: it cannot be opened or scored.
-        """
+        """Open the model of a label and score it before pruning, unless that is done."""
         if self._label == label:
             return
         stage("opening the model", 0, 1)
@@ -113,11 +109,7 @@ class Bench:
         self._label = label
 
     def run(self, trial: Resolved, stage: Stage) -> Trial:
-        """Run one trial of the model that is ready, write it to the store and return it.
-
-        Raises:
-            CalmixError: anything a user can mend; nothing is written then.
-        """
+        """Run one trial of the model that is ready, write it to the store and return it."""
         planned, seconds = trial.planned, {}
         began = at = time.perf_counter()
 

@@ -35,19 +35,7 @@ def on_ray(
     gpus: float | None = None,
     retries: int = 2,
 ) -> Execute:
-    """Return what runs trials on a cluster, for `run_study`.
-
-    Args:
-        address: `auto` for the cluster this machine belongs to, `HOST:PORT` or `ray://HOST:PORT`;
-            None for a Ray of this machine's own.
-        workers: trials that run at a time; None for as many as there is room for.
-        cpus, gpus: of each trial; None means one GPU where the cluster has any.
-        retries: how often a trial begins again after its worker died.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        InputError: nothing answers at the address.
-    """
+    """Return what runs trials on a cluster, for `run_study`."""
     try:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported, which reads it once
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -107,15 +95,7 @@ def on_ray(
 
 
 def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], label: str) -> int:
-    """Return how many workers there is room for, machine by machine.
-
-    Args:
-        nodes: what each machine has, and `needs` what each worker gets, by Ray's names.
-        label: of the trial that takes the most memory.
-
-    Raises:
-        InputError: no machine can hold one.
-    """
+    """Return how many workers there is room for, machine by machine."""
     asked = {key: need for key, need in needs.items() if need}
     found = sum(int(min(n.get(key, 0) // need for key, need in asked.items())) for n in nodes)
     if not found:

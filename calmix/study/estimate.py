@@ -65,9 +65,6 @@ class Timed:
     """A model from its configuration alone, and how long work on it takes on this machine.
 
     Arguments are those of `open_model`; of a hub model only config.json is fetched.
-
-    Raises:
-        ModelError: the configuration cannot be read, or is not that of a causal model.
     """
 
     merges = False  # `plan_for` and `sizes_of` read this and what is public here
@@ -385,11 +382,7 @@ class Estimate:
 
 
 def estimate(study: Study, device: str = "auto") -> Estimate:
-    """Return what a study will take on this machine.
-
-    Raises:
-        CalmixError: a model's configuration cannot be read.
-    """
+    """Return what a study will take on this machine."""
     models = {label: Timed(m.name, m.dtype, device) for label, m in study.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
     groups: dict[tuple[Any, ...], list[Planned]] = {}
@@ -484,11 +477,7 @@ def largest(
 
 
 def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) -> None:
-    """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped."""
     there = device_memory(device)[2]
     if there is not None:
         label, needed = largest(study, trials, str(device))

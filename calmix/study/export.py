@@ -38,11 +38,7 @@ OF_TASK = (
 
 
 def read_results(path: Path | str) -> StudyResults:
-    """Return what a study has found so far, from its store or from an exported folder.
-
-    Raises:
-        InputError: the folder is neither, is damaged, or is of another version.
-    """
+    """Return what a study has found so far, from its store or from an exported folder."""
     path = Path(path)
     if is_store(path) or not (path / RECORD).is_file():
         return _of_store(open_store(path))
@@ -68,9 +64,6 @@ def export_results(store: Path | str, folder: Path | str) -> list[Path]:
     `study.json` and `items.npz` (log-likelihoods of every choice) are all of `StudyResults`, from
     which `read_results` reads without the store; `results.csv` and `results.parquet` have a row
     per trial and task. The same results give the same bytes.
-
-    Raises:
-        InputError: the store cannot be read, or the folder cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -76,11 +76,7 @@ def _array(named: tuple[str, np.ndarray]) -> tuple[str, bytes]:
 
 
 def read_items(path: Path) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """Return scores by trial and by dense model, as `write_items` wrote them.
-
-    Raises:
-        InputError: there is no such file, or it is damaged.
-    """
+    """Return scores by trial and by dense model, as `write_items` wrote them."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(info.file_size for info in archive.infolist())

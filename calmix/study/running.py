@@ -72,25 +72,7 @@ def run_study(
     reuse: Sequence[Path] = (),
     execute: Execute | None = None,
 ) -> tuple[Store, Outcome]:
-    """Run what is left of a study and keep it in the store at `path`.
-
-    Args:
-        study: the study.
-        path: the store's folder, made if it does not exist.
-        observer: receives progress.
-        options: how trials run.
-        only, skip: run only, or leave out, trials whose calibration, model or label matches one
-            of these patterns (`*` stands for anything).
-        retry_failed: run failed trials again.
-        reuse: stores of other studies, whose trials and sets that this study asks for are copied.
-        execute: runs the trials; `run_locally` if not given.
-
-    Raises:
-        InputError: nothing matches, code execution is needed and not allowed, sparsities by
-            layer do not fit a model, or the folder is not a store or holds finished trials of a
-            changed study.
-        ModelError: a model cannot be opened.
-    """
+    """Run what is left of a study and keep it in the store at `path`."""
     options = options or Options()
     check_folder(path, study.files)
     check_code(study.suite, options.allow_code_execution)
@@ -137,11 +119,7 @@ def run_study(
 def chosen_trials(
     trials: Sequence[Planned], only: Sequence[str], skip: Sequence[str]
 ) -> list[Planned]:
-    """Return the trials that patterns choose.
-
-    Raises:
-        InputError: a pattern matches none, or nothing is left.
-    """
+    """Return the trials that patterns choose."""
 
     def matches(trial: Planned, patterns: Sequence[str]) -> bool:
         names = (trial.model, trial.calibration, trial.label)
@@ -163,12 +141,7 @@ def chosen_trials(
 def check_allocations(
     study: Study, trials: Sequence[Planned], *, trust_remote_code: bool = False
 ) -> None:
-    """Refuse a file of sparsities by layer that does not fit a model, before any trial runs.
-
-    Raises:
-        InputError: it misses a layer, names an unknown one, or adds up to another sparsity.
-        ModelError: a model's configuration cannot be read.
-    """
+    """Refuse a file of sparsities by layer that does not fit a model, before any trial runs."""
 
     @cache
     def blocks(label: str) -> Any:
@@ -186,11 +159,7 @@ def check_allocations(
 def run_locally(
     study: Study, store: Store, todo: Sequence[Resolved], options: Options, observer: Observer
 ) -> Outcome:
-    """Run trials one after another in this process; what another one runs is left to it.
-
-    Raises:
-        InputError: the device cannot hold one of them.
-    """
+    """Run trials one after another in this process; what another one runs is left to it."""
     check_memory(study, [trial.planned for trial in todo], device_of(options.device))
     bench, outcome = Bench(study, store, options), Outcome()
     for trial in todo:

@@ -56,11 +56,7 @@ def _by(act: Callable[[Any], Any]) -> AfterValidator:
 
 
 def as_pattern(target: Target) -> Pattern:
-    """Return what a target of a method means.
-
-    Raises:
-        InputError: text that is not N:M, or a share outside (0, 1).
-    """
+    """Return what a target of a method means."""
     return parse_pattern(target) if isinstance(target, str) else Unstructured(target)
 
 
@@ -273,11 +269,7 @@ class Checked:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study file.
-
-    Raises:
-        InputError: the first mistake, with its line, and how many more there are.
-    """
+    """Read a study file."""
     checked = check_study(path)
     if checked.study is None:
         more = len(checked.problems) - 1
@@ -292,11 +284,7 @@ def check_study(path: Path) -> Checked:
 
 
 def parse_study(text: str, path: Path) -> Checked:
-    """Parse a study's text; `path` names it in messages and is where its sources are rooted.
-
-    Raises:
-        InputError: it is not YAML, or not a mapping.
-    """
+    """Parse a study's text; `path` names it in messages and is where its sources are rooted."""
     yaml = parse_yaml(text, str(path))
     try:
         file = StudyFile.model_validate(yaml.value)

@@ -177,11 +177,7 @@ class Store:
         return "failed" if (folder / ERROR).is_file() else "pending"
 
     def result(self, trial_id: str) -> Result:
-        """Return a finished trial; its model and set have the names the study has for them now.
-
-        Raises:
-            InputError: the record is damaged.
-        """
+        """Return a finished trial; its model and set have the names the study has for them now."""
         path = self.trial(trial_id) / RESULT
         record = _read(path, Result, "delete the trial's folder and run the study again")
         if (entry := self._entry(trial_id)) is not None:
@@ -190,11 +186,7 @@ class Store:
         return record
 
     def scores(self, trial_id: str) -> CapabilityScores:
-        """Return what a finished trial's model did on every item, and its distance.
-
-        Raises:
-            InputError: the file is damaged, or of a version without log-likelihoods.
-        """
+        """Return what a finished trial's model did on every item, and its distance."""
         return load_scores(self.trial(trial_id) / SCORES)
 
     def read_failure(self, trial_id: str) -> FailedTrial:
@@ -225,9 +217,6 @@ class Store:
 
         Copied are finished trials with the dense scores they are compared with, and calibration
         sets. What is here stays.
-
-        Raises:
-            InputError: it is this store, or has nothing of this study, or a record is damaged.
         """
         if other.path.resolve() == self.path.resolve():
             raise InputError(f"--reuse {other.path} is the store itself: name another, or none")
@@ -262,11 +251,7 @@ def is_store(path: Path) -> bool:
 
 
 def open_store(path: Path) -> Store:
-    """Open an existing store.
-
-    Raises:
-        InputError: there is none, or it is of another version or damaged.
-    """
+    """Open an existing store."""
     if not path.exists():
         raise InputError(f"there is no study store at {path}: calmix study run makes one")
     if not is_store(path):
@@ -288,12 +273,7 @@ def open_store(path: Path) -> Store:
 
 
 def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
-    """Refuse a folder that cannot become a store, before any work is done.
-
-    Raises:
-        InputError: it is a file, or holds something else, or is a store that cannot be read; a new
-            one is, holds or lies in one of the inputs, or cannot be made.
-    """
+    """Refuse a folder that cannot become a store, before any work is done."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
     if is_store(path):
@@ -309,9 +289,6 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
     """Open the store at `path` for a study, or make one there.
 
     The study may have more trials than the store, and other names for them.
-
-    Raises:
-        InputError: the folder holds something else, or finished trials of a changed study.
     """
     check_folder(path)
     suite, new = study.suite, {trial.planned.key: trial for trial in resolved}

@@ -131,9 +131,6 @@ def plan(study: Study) -> list[Planned]:
     """Return a study's trials in the order they run: the grids as written; within one, all that
     use one calibration set stand together. What two grids share comes once, and what differs from
     a trial in recovery alone right after it.
-
-    Raises:
-        InputError: a saved calibration set cannot be read.
     """
     found: dict[Key, dict[Key, Planned]] = {}
     for grid in study.grids:
@@ -223,12 +220,7 @@ def _strategy(asked: Asked) -> Strategy:
 
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
-    """Return trials with their requests and hashes.
-
-    Raises:
-        ModelError: a model is not here.
-        CalmixError: a file a calibration set is made from is gone or unreadable.
-    """
+    """Return trials with their requests and hashes."""
     content, suite = cache(_content), study.suite
 
     @cache

@@ -214,11 +214,6 @@ def generate(
         own: the user's own sources by name, for seed texts.
         writing: called with what is being written, tokens done and tokens in all.
         note: called with a line the user should see.
-
-    Raises:
-        InputError: a tokenizer without what the generator needs, or a model that writes nothing,
-            or little that can be used.
-        SourceError: the source of seed texts is unreadable.
     """
     check_length(length, opened.context)
     held = generator.beginnings(opened.tokenizer, seed, own)

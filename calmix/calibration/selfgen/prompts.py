@@ -57,11 +57,7 @@ class Beginnings:
 
 
 def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
-    """Read a file of prompts by dimension; without a path, calmix's own.
-
-    Raises:
-        InputError: the file cannot be used: where, and why.
-    """
+    """Read a file of prompts by dimension; without a path, calmix's own."""
     read = read_yaml(path or Path(__file__).with_name("prompts.yaml"))
     where = str(path or "prompts.yaml")
     try:
@@ -81,9 +77,6 @@ def beginnings(
     A text follows the begin token where the tokenizer puts one before every text. Of the chat
     template only what follows the user's words is used: the system prompt would take a large
     share of every short text.
-
-    Raises:
-        InputError: a prompt, or all of a dimension, becomes no token; `where` names the file.
     """
     begin, start = begin_token(tokenizer), start_token(tokenizer)
     head = [] if begin is None else [begin]
@@ -116,12 +109,6 @@ def start_token(tokenizer: Any, start: Start = "auto") -> int | None:
 
     The rule is ours. A token is one of chats if the chat template puts it anywhere in a request
     but at its very beginning.
-
-    Args:
-        start: `bos`, the begin token; `separator`, what stands between documents in pretraining:
-            the end token or, if that is one of chats, the special token named as the end of a
-            text (`END_OF_TEXT`); `auto`, the begin token unless it is one of chats and not put
-            before every text by the tokenizer itself, else the separator if there is one.
     """
     begin = tokenizer.bos_token_id
     own = begin_token(tokenizer) is not None

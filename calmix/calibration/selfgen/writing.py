@@ -220,9 +220,6 @@ def write(
         batch: rows at a time; None for 128. Fewer are taken where memory does not allow them.
         tick: called with the number of tokens after each step (and for those from the cache).
         note: called with a line when the batch had to be made smaller.
-
-    Raises:
-        InputError: the model ends nearly every text at once, or memory does not hold one row.
     """
     if request.length < 2:
         raise InputError(f"rows of {request.length} token hold nothing the model could write")
