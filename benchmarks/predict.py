@@ -34,7 +34,7 @@ from calmix.analysis.predict import EVERY, ROWS, every_block, keep_grams, lost_o
 from calmix.analysis.statistics import Array
 from calmix.analysis.validation import Predicted, predicted
 from calmix.calibration import CalibrationSet, resolve
-from calmix.evaluation.texts import texts
+from calmix.calibration.texts import texts
 from calmix.models import open_model
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured

@@ -21,7 +21,6 @@ import torch
 
 from calmix.files import is_hidden, sha256_file, sha256_json
 from calmix.machine import cores
-from calmix.specs import PruneRequest, RecoverRequest
 
 SEAL = "manifest_sha256"
 
@@ -98,7 +97,7 @@ def file_hashes(
         return dict(zip(names, pool.map(hashed, names), strict=True))
 
 
-def request_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
+def request_record(request: Any) -> dict[str, Any]:
     """Return a request as JSON-serialisable values, the user's own sources included."""
     record = {field.name: getattr(request, field.name) for field in fields(request)}
     draw = dict(request.draw)
@@ -107,7 +106,7 @@ def request_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
     return record | {"draw": draw}
 
 
-def asked_record(request: PruneRequest | RecoverRequest) -> dict[str, Any]:
+def asked_record(request: Any) -> dict[str, Any]:
     """Return what of a request decides the bytes of a result, the user's own sources by hash."""
     record = asdict(request)
     if (own := record["draw"].pop("sources", None)) is not None:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from calmix import open_model, prune, resolve
+from calmix.calibration.texts import texts
 from calmix.evaluation.distance import distance, reference
-from calmix.evaluation.texts import texts
 from calmix.pruning.patterns import Unstructured
 
 MIXES = {

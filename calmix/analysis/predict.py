@@ -29,8 +29,8 @@ from torch import Tensor
 
 from calmix.analysis.recommend import check_weights
 from calmix.calibration import ask, is_saved_set, parse_spec, resolve
+from calmix.calibration.texts import texts
 from calmix.errors import DiskError, InputError, ModelError
-from calmix.evaluation.texts import Texts, texts
 from calmix.files import cache_dir, real_place, sha256_json, user_path, write_bytes
 from calmix.models import OpenModel, find_blocks
 from calmix.models.blocks import DecoderBlocks
@@ -183,7 +183,7 @@ def predict(
     length: int = LENGTH,
     every: int = EVERY,
     weights: Mapping[str, float] | None = None,
-    held_out: Texts | None = None,
+    held_out: Mapping[str, Tensor] | None = None,
     sources: Mapping[str, Source] | Path | None = None,
     folder: Path | None = None,
     tick: Callable[[str], None] | None = None,
@@ -201,7 +201,7 @@ def predict(
         rows, length: of each source.
         every: look at every k-th block.
         weights: of the dimensions in the total; the same for all if not given.
-        held_out: texts by dimension (`calmix.evaluation.texts`); 16 x 512 of the builtin ones if
+        held_out: texts by dimension (`calmix.calibration.texts`); 16 x 512 of the builtin ones if
             not given.
         sources: the user's own, by name or as a YAML file.
         folder: where Gram matrices are kept; in the cache if not given.

@@ -210,7 +210,7 @@ def predict(options: PredictOptions) -> None:
     from calmix.analysis.predict import EVERY, LENGTH, ROWS, check_request
     from calmix.analysis.predict import predict as run
     from calmix.analysis.recommend import check_weights
-    from calmix.evaluation.texts import builtin_readers, parse_texts, texts
+    from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.models import check_models, open_model
     from calmix.study.spec import as_pattern
 

@@ -122,11 +122,11 @@ def register(app: typer.Typer, panel: str) -> None:
 def run(options: EvaluateOptions) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
     from calmix.calibration import open_tokenizer
+    from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.evaluation import evaluate as capability
     from calmix.evaluation.distance import distance, reference
     from calmix.evaluation.scores import check_same_suite, describe, load_scores
     from calmix.evaluation.suites import suite_file
-    from calmix.evaluation.texts import builtin_readers, parse_texts, texts
     from calmix.models import OpenModel, check_models, open_model
 
     model, against, output = options.model, options.against, options.output

@@ -11,7 +11,7 @@ logits again beside the pruned model's, a few positions at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from calmix.evaluation.retention import (
     estimate,
     item_weights,
 )
-from calmix.evaluation.texts import Texts, texts_hash
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
 
@@ -48,6 +47,7 @@ VERSION = 2  # raised when a reference would hold other numbers, so that cached 
 POSITIONS = 128  # of which both models' logits are held at a time
 
 Progress = Callable[[int, int], None]
+Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
 
 
 @dataclass(frozen=True)
@@ -431,3 +431,12 @@ def _mean_flips(parts: Sequence[Flipped], draws: Array) -> Flipped:
         float(np.mean([part.lost for part in parts])),
         float(np.mean([part.gained for part in parts])),
     )
+
+
+def texts_hash(texts: Texts) -> str:
+    """Return a SHA-256 of names and ids."""
+    digest = hashlib.sha256()
+    for name in sorted(texts):
+        digest.update(f"{name} {tuple(texts[name].shape)}\n".encode())
+        digest.update(texts[name].contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

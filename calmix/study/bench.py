@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import distortion, measure_set
+from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import Reference, distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate
 from calmix.evaluation.retention import Estimate, Retention
 from calmix.evaluation.scores import load_scores
-from calmix.evaluation.texts import builtin_readers, texts
 from calmix.files import atomic_folder, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from calmix import assets
+from calmix.calibration.texts import LENGTH as TEXT_LENGTH
+from calmix.calibration.texts import ROWS as TEXT_ROWS
+from calmix.calibration.texts import builtin_readers
 from calmix.errors import CalmixError, InputError, ModelError
 from calmix.evaluation.suites import ARCHIVE, WRITTEN, Suite
 from calmix.evaluation.tasks import load_items, preamble
-from calmix.evaluation.texts import LENGTH as TEXT_LENGTH
-from calmix.evaluation.texts import ROWS as TEXT_ROWS
-from calmix.evaluation.texts import builtin_readers
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import cache_argument, use_own_attention

@@ -8,7 +8,7 @@ import torch
 
 from calmix import open_model, predict, resolve
 from calmix.analysis import predict as module
-from calmix.evaluation.texts import texts
+from calmix.calibration.texts import texts
 from calmix.models import find_blocks
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
@@ -21,7 +21,7 @@ WORDS = {"letters": "alpha beta gamma delta", "sums": "1 2 3 + - =", "code": "re
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("calmix.evaluation.texts.builtin_readers", dict)
+    monkeypatch.setattr("calmix.calibration.texts.builtin_readers", dict)
     for name, words in WORDS.items():
         chosen = np.random.default_rng(len(words)).choice(words.split(), 1500)
         (tmp_path / f"{name}.txt").write_text(" ".join(chosen), encoding="utf-8")

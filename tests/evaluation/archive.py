@@ -54,7 +54,7 @@ def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
     names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
     items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # once is enough
-    monkeypatch.setattr("calmix.evaluation.texts.builtin_readers", dict)
+    monkeypatch.setattr("calmix.calibration.texts.builtin_readers", dict)
     monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
     monkeypatch.setattr(module, "_members", lambda: names)
     monkeypatch.setattr(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,13 +23,11 @@ from calmix.sources.readers import AssetText, LocalFile, Reader
 ROWS, LENGTH, SEED = 8, 256, 0
 LONGEST = 16  # characters of a token, on average, of a text worth reading
 
-Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
-
 
 @functools.cache
 def builtin_readers() -> dict[str, list[AssetText]]:
     """Return what the builtin texts of each dimension are read from (texts.yaml)."""
-    text = resources.files("calmix.evaluation").joinpath("texts.yaml").read_text(encoding="utf-8")
+    text = resources.files("calmix.calibration").joinpath("texts.yaml").read_text(encoding="utf-8")
     return {
         dimension: [AssetText(type="asset", asset=ARCHIVE, **entry) for entry in entries]
         for dimension, entries in yaml.safe_load(text).items()
@@ -97,15 +94,6 @@ def texts(
         raise InputError(f"no builtin text is of {', '.join(dimensions or ())}: give --text")
     length = min(length, opened.context or length)
     return {name: _rows(name, found, opened, rows, length) for name, found in readers.items()}
-
-
-def texts_hash(texts: Texts) -> str:
-    """Return a SHA-256 of names and ids."""
-    digest = hashlib.sha256()
-    for name in sorted(texts):
-        digest.update(f"{name} {tuple(texts[name].shape)}\n".encode())
-        digest.update(texts[name].contiguous().numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _rows(

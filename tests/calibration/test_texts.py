@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from calmix.calibration import open_tokenizer
+from calmix.calibration import texts as module
 from calmix.calibration.leakage import DISTINCT, TOKENS, window_hashes
+from calmix.calibration.texts import builtin_readers, parse_texts, texts
 from calmix.errors import InputError, SourceError
-from calmix.evaluation import texts as module
-from calmix.evaluation.texts import builtin_readers, parse_texts, texts, texts_hash
+from calmix.evaluation.distance import texts_hash
 from calmix.sources import offline_sources
 from calmix.sources.readers import Document, LocalFile
 from tests.evaluation.helpers import opened
