@@ -53,8 +53,8 @@ from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
 from calmix.pruning import Unstructured, get_method, streamed
 from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.old_states import Room
 from calmix.pruning.report import PruneReport
-from calmix.pruning.states import Room
 from calmix.pruning.trace import first_tensor
 from calmix.recovery import recover
 from calmix.recovery.losses import relative_error

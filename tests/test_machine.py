@@ -136,7 +136,7 @@ def test_a_prune_is_planned_within_the_containers_memory(
 ):
     from calmix.models.streaming import StreamedModel
     from calmix.pruning import Unstructured, get_method
-    from calmix.pruning.work import WorkFolder
+    from calmix.pruning.old_work import WorkFolder
 
     groups("0::/\n", **{"memory.max": 96 * MIB, "memory.current": 48 * MIB})
     target = Target(

@@ -33,7 +33,7 @@ from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import PACK, Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
-from calmix.pruning.work import PROGRESS, REQUEST, SET, SUFFIX, read_sealed
+from calmix.pruning.old_work import PROGRESS, REQUEST, SET, SUFFIX, read_sealed
 from calmix.recovery.chain import PRUNED, STAGES
 from calmix.study.export import RECORD, read_results
 from calmix.study.store import INDEX, Store, open_store

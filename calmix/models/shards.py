@@ -7,6 +7,7 @@ JSON header), the header (name, type, shape and place of every tensor), and the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import parse_json, sync
+from calmix.files import parse_json, replacing, sync
 
 DTYPES = {
     "F64": torch.float64,
@@ -181,6 +182,34 @@ def write_bytes(path: Path, start: int, tensor: Tensor) -> int:
         finally:
             os.close(handle)
     return zlib.crc32(view)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, whole or not at all, and return its SHA-256.
+
+    Tensors come to the host one at a time and are not copied there.
+
+    Raises:
+        DiskError: the disk is full, or cannot be written to.
+    """
+    header, places = _header(path.name, {n: (t.dtype, t.shape) for n, t in tensors.items()})
+    digest = hashlib.sha256(header)
+    with replacing(path) as file:
+        file.write(header)
+        for name in sorted(tensors, key=lambda name: places[name].start):
+            view = tensor_bytes(tensors[name].detach().to("cpu").contiguous())
+            file.write(view)
+            digest.update(view)
+    return digest.hexdigest()
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, in memory of their own.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
+    return {n: read_tensor(path.parent, place) for n, place in read_header(path).items()}
 
 
 class ShardWriter:

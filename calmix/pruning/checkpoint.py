@@ -54,9 +54,10 @@ from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Patterns, check_pattern, expert_tokens, with_room
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import get_method
+from calmix.pruning.old_states import FILES
+from calmix.pruning.old_work import WorkFolder
 from calmix.pruning.patterns import Unstructured, parse_pattern
 from calmix.pruning.report import Dropped, PruneReport
-from calmix.pruning.states import FILES
 from calmix.pruning.streamed import (
     Target,
     look_streamed,
@@ -66,7 +67,6 @@ from calmix.pruning.streamed import (
     prune_streamed,
 )
 from calmix.pruning.trace import token_bytes
-from calmix.pruning.work import WorkFolder
 from calmix.specs import NONE, PruneRequest, RecoverRequest
 
 # Of models of images or sound, opened as models of text.

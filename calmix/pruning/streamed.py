@@ -26,10 +26,10 @@ from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_p
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
+from calmix.pruning.old_states import KeptStates, Room
+from calmix.pruning.old_work import WorkFolder
 from calmix.pruning.report import PruneReport
-from calmix.pruning.states import KeptStates, Room
 from calmix.pruning.trace import token_bytes
-from calmix.pruning.work import WorkFolder
 
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
 WORKSPACE = GIB // 2  # that libraries take on an accelerator beside tensors, and what they load

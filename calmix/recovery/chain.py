@@ -29,7 +29,7 @@ from calmix.pruning.checkpoint import (
     prune_checkpoints,
     told_report,
 )
-from calmix.pruning.work import SET, SET_MANIFEST, SUFFIX, keep_set, kept_set
+from calmix.pruning.old_work import SET, SET_MANIFEST, SUFFIX, keep_set, kept_set
 from calmix.recovery.checkpoint import recover, streamed
 from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.memory import BEHIND, Sizes

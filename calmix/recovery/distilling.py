@@ -12,7 +12,7 @@ import torch
 from calmix.errors import disk_errors
 from calmix.evaluation.likelihood import decoder_and_head
 from calmix.models import find_blocks
-from calmix.pruning.states import Entry, KeptStates
+from calmix.pruning.old_states import Entry, KeptStates
 from calmix.recovery.checks import same_head
 from calmix.recovery.distill import Progress, Settings, Student, distill
 from calmix.recovery.job import Job

@@ -19,7 +19,7 @@ from calmix.models import open_model
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
 from calmix.pruning.budget import GIB
-from calmix.pruning.states import Entry
+from calmix.pruning.old_states import Entry
 from calmix.recovery.checks import Pair
 from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
 from calmix.recovery.training import Rows, rows_at_once, split_rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from calmix.errors import disk_errors
 from calmix.models.shards import Shards
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.states import KeptStates
+from calmix.pruning.old_states import KeptStates
 from calmix.recovery.blocks import BlockReport, Stream, tune
 from calmix.recovery.job import Job
 from calmix.recovery.output import as_stored, copy_others, put

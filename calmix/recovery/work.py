@@ -29,8 +29,8 @@ from torch import Tensor
 from calmix.errors import disk_errors
 from calmix.files import sync
 from calmix.models.shards import tensor_bytes
-from calmix.pruning.states import damaged
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.old_states import damaged
+from calmix.pruning.old_work import WorkFolder
 
 SUM = "crc32"  # in a file's metadata: of all its tensors, by order of name
 

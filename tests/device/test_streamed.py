@@ -13,11 +13,12 @@ import torch
 from benchmarks.traced import tracing
 from calmix.models.shards import Shards, ShardWriter
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import Unstructured, get_method, states
-from calmix.pruning import work as work_module
+from calmix.pruning import Unstructured, get_method
+from calmix.pruning import old_states as states
+from calmix.pruning import old_work as work_module
 from calmix.pruning.budget import Plan
+from calmix.pruning.old_work import WorkFolder
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
-from calmix.pruning.work import WorkFolder
 from tests.tiny import VOCABULARY
 
 BATCHES, ROWS, LENGTH = 3, 2, 32

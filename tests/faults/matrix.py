@@ -22,7 +22,7 @@ import torch
 import calmix.pruning.checkpoint
 import calmix.study.running  # imported once, for every fork
 from calmix.files import cache_dir
-from calmix.pruning import work
+from calmix.pruning import old_work as work
 from calmix.recovery import distilling
 from tests.forks import Ended, command, run, start, wait
 from tests.study.worker import write_study

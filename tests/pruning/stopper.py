@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 
-from calmix.pruning import work
+from calmix.pruning import old_work as work
 from calmix.pruning.engine import Run
 
 

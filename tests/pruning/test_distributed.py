@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from calmix.errors import SolverError
 from calmix.models import open_model
-from calmix.pruning import distributed, work
+from calmix.pruning import distributed
+from calmix.pruning import old_work as work
 from calmix.pruning.engine import Run
 from calmix.pruning.expert_pruning import ScorePass
 from tests.forks import command, ranks

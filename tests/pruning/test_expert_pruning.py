@@ -12,7 +12,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models import find_blocks
 from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, choose
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.old_work import WorkFolder
 from calmix.specs import prune_requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm, stop

@@ -23,15 +23,15 @@ from calmix.models import open_model
 from calmix.models.shards import ShardWriter
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import SemiStructured, Unstructured, checkpoint, get_method, prune, streamed
-from calmix.pruning import work as work_module
+from calmix.pruning import old_work as work_module
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
+from calmix.pruning.old_states import KeptStates
+from calmix.pruning.old_work import WorkFolder
 from calmix.pruning.report import PruneReport
-from calmix.pruning.states import KeptStates
 from calmix.pruning.streamed import Target, prepare_files, prune_streamed
 from calmix.pruning.trace import token_bytes
-from calmix.pruning.work import WorkFolder
 from calmix.recovery.checkpoint import streamed as streamed_for_recovery
 from tests.forks import stopped
 from tests.pruning.stopper import arm
@@ -418,7 +418,7 @@ def test_an_interrupt_keeps_the_block_that_is_being_written(
 
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     with monkeypatch.context() as patched:
-        patched.setattr("calmix.pruning.work.ThreadPoolExecutor", Late)
+        patched.setattr("calmix.pruning.old_work.ThreadPoolExecutor", Late)
         interrupt_before(patched, 1)
         ended = calmix(*command, tmp_path / "out")
     assert ended.code == 130

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.old_work import WorkFolder
 from calmix.recovery import chain
 from calmix.recovery.work import RecoveryFolder
 from tests.conftest import write_text_file

@@ -1,0 +1,175 @@
+"""The work folder: claimed by one, resumed by the same request, damage told and not built on."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from calmix.errors import DiskError, InputError
+from calmix.pruning import work as module
+from calmix.pruning.work import WorkFolder, read_record
+from tests.forks import run
+
+ASKED = {"sparsity": 0.5, "only": [], "versions": {"torch": "2"}}
+SHARD = "checkpoint/model-00001-of-00002.safetensors"
+TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+
+
+def claimed(output, asked=ASKED, *, resume=False, overwrite=False):
+    work = WorkFolder(output)
+    work.claim(asked, resume=resume, overwrite=overwrite)
+    return work
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """The output of a run that ended with two blocks done."""
+    work = claimed(tmp_path / "out")
+    work.save(SHARD, TENSORS)
+    work.keep(done=2, report={"x": 1})
+    assert work.leave(KeyboardInterrupt())
+    return tmp_path / "out"
+
+
+def test_a_run_is_resumed_and_becomes_the_output(cut, tmp_path):
+    again = claimed(cut, resume=True)
+    assert again.resumes
+    assert (again.done, again.kept["report"]) == (2, {"x": 1})
+    found = again.load(SHARD)
+    assert all(torch.equal(found[name], value) for name, value in TENSORS.items())
+    assert found["a"].dtype == torch.bfloat16
+    again.complete()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in cut.iterdir()] == ["model-00001-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "how", "message"),
+    [
+        (ASKED, {}, "with 2 blocks done: resume it with --resume, start over with --overwrite"),
+        (ASKED | {"sparsity": 0.6}, {"resume": True}, r"another request \(sparsity: 0.5, now 0.6"),
+        (ASKED | {"versions": {"torch": "3"}}, {"resume": True}, r"\(torch: 2, now 3\)"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(cut, asked, how, message):
+    with pytest.raises(InputError, match=message):
+        claimed(cut, asked, **how)
+    assert read_record(WorkFolder(cut).path)["kept"]["done"] == 2
+    claimed(cut, asked, overwrite=True).abandon()
+    assert list(cut.parent.iterdir()) == []
+
+
+def test_versions_that_change_no_byte_are_told(cut, monkeypatch):
+    monkeypatch.setattr(module, "other_versions", lambda deciding: {"rich": "99"})
+    assert "rich: " in claimed(cut, resume=True).upgraded
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"kept": {}}', b"\xff", b"[" * 5000])
+def test_a_damaged_record_is_one_line(cut, content):
+    (WorkFolder(cut).path / "work.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"work\.json is damaged: start over with --overwrite"):
+        claimed(cut, resume=True)
+    work = claimed(cut, overwrite=True)
+    assert not work.resumes
+    work.abandon()
+
+
+@pytest.mark.parametrize("how", ["changed", "missing", "of another run"])
+def test_a_damaged_file_is_one_line(cut, how):
+    work = claimed(cut, resume=True)
+    path = work.path / SHARD
+    if how == "changed":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    elif how == "missing":
+        path.unlink()
+    else:
+        work.kept["files"] = {}
+    with pytest.raises(InputError, match="safetensors is damaged"):
+        work.load(SHARD)
+    assert work.leave(InputError("damaged"))  # an earlier run's work stays
+
+
+def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
+    for error, done, stays in (
+        (InputError("x"), 1, False), (DiskError("x"), 1, True), (DiskError("x"), 0, False),
+        (RuntimeError("x"), 1, True),
+    ):  # fmt: skip
+        work = claimed(tmp_path / "out", overwrite=True)
+        work.keep(done=done)
+        assert work.leave(error) == stays
+        assert work.path.exists() == stays
+
+
+def test_one_process_at_a_time(tmp_path):
+    work = claimed(tmp_path / "out")
+    with pytest.raises(InputError, match="is at work on"):
+        claimed(tmp_path / "out", overwrite=True)
+    work.abandon()
+    claimed(tmp_path / "out").abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_ours_is_not_replaced(tmp_path):
+    work = claimed(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(DiskError, match="filled meanwhile"):
+        work.complete()
+    work.abandon()
+    mine = tmp_path / "other.unfinished"
+    mine.mkdir()
+    (mine / "mine").touch()
+    with pytest.raises(InputError, match="is in the way"):
+        claimed(tmp_path / "other", overwrite=True)
+    assert (mine / "mine").exists()
+
+
+def test_work_whose_files_became_the_output_is_not_resumed(cut):
+    """It was killed after the renaming, and then the output was moved away."""
+    work = WorkFolder(cut)
+    work.checkpoint.rename(work.path / "gone")
+    again = claimed(cut, resume=True)
+    assert not again.resumes
+    again.abandon()
+
+
+def test_dropped_files_go_once_the_record_no_longer_names_them(tmp_path):
+    work = claimed(tmp_path / "out")
+    work.save("best-1", TENSORS)
+    work.keep(done=1)
+    work.save("best-2", TENSORS)
+    work.keep(done=2, drop=["best-1"])
+    assert list(work.kept["files"]) == ["best-2"]
+    assert not (work.path / "best-1").exists()
+    work.abandon()
+
+
+@pytest.mark.parametrize("moment", ["write_json", "write_file", "abandon"])
+def test_killed_at_any_moment_it_starts_over_or_resumes(tmp_path, tmp_path_factory, moment):
+    """While it is claimed, while a file is saved, after the output has its name."""
+
+    def stop(*given):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def act():
+        if moment == "abandon":
+            WorkFolder.abandon = stop
+        else:
+            setattr(module, moment, stop)
+        work = claimed(tmp_path / "out")
+        work.save(SHARD, TENSORS)
+        work.keep(done=1)
+        work.complete()
+
+    log = tmp_path_factory.mktemp("log") / "log"
+    assert run(act, log).code == -signal.SIGKILL
+    if moment == "abandon":
+        WorkFolder(tmp_path / "out").remove_leftover()
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        return
+    again = claimed(tmp_path / "out", resume=True)
+    assert not again.resumes
+    again.save(SHARD, TENSORS)
+    again.complete()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
