@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import parse_json, replacing, sync
+from calmix.files import parse_json, replacing, sync, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -210,6 +210,17 @@ def read_file(path: Path) -> dict[str, Tensor]:
         ModelError: as `read_header`.
     """
     return {n: read_tensor(path.parent, place) for n, place in read_header(path).items()}
+
+
+def write_index(folder: Path) -> None:
+    """Write the index that transformers reads where a folder has several files."""
+    places = Shards(folder).places
+    if len({place.file for place in places.values()}) > 1:
+        index = {
+            "metadata": {"total_size": sum(place.size for place in places.values())},
+            "weight_map": {name: place.file for name, place in sorted(places.items())},
+        }
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 class ShardWriter:

@@ -8,7 +8,7 @@ load as a whole. Knows nothing about pruning.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from calmix.models.opening import (
     quiet_transformers,
     resolve_model,
 )
-from calmix.models.shards import Shards, ShardWriter
+from calmix.models.shards import Shards, ShardWriter, read_file, write_index
 from calmix.precision import fast_half_precision
 
 Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tensors, by file and name
@@ -298,10 +298,55 @@ class StreamedModel:
             if name not in inside:
                 writer.write(self.shards.read([name]))
 
+    @property
+    def layout(self) -> dict[str, list[str]]:
+        """The files of a checkpoint, each with the tensors it holds, by their names in the files.
+
+        One a block, and then the others, as many a file as take no more bytes than a block.
+        """
+        parts = [
+            list(dict.fromkeys(s for name in self.block_names(i) for s in self._parts[name].stored))
+            for i in range(len(self.blocks))
+        ]
+        most, size = max(map(self.block_bytes, range(len(parts)))), 0
+        inside = {name for part in parts for name in part}
+        for name, place in self.shards.places.items():
+            if name not in inside:
+                if size == 0 or size + place.size > most:
+                    parts.append([])
+                    size = 0
+                parts[-1].append(name)
+                size += place.size or 1
+        return numbered(parts)
+
+    def rest(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors of the files by their names there, parameters in their type in memory."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        types = {s: own[name].dtype for name, part in self._parts.items() for s in part.stored}
+        found = self.shards.read(names)
+        return {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
+
+    def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
+        """Give a block weights that `weights` has returned."""
+        made: dict[str, Tensor] = {}
+        for name in self.block_names(index):
+            if name not in made:
+                part = self._parts[name]
+                made |= self._conversions.merge(part, {one: held[one] for one in part.stored})
+        self._put(made)
+
+    def save_config(self, folder: Path, shards: Path) -> None:
+        """Make a folder of the layout's files one that loads: index and configuration."""
+        write_index(folder)
+        self._save_config(folder)
+
     def save(self, writer: ShardWriter, folder: Path) -> None:
         """Make the folder of the written files one that loads: index and configuration."""
-        model, config = self.model, self.config
         writer.write_index()
+        self._save_config(folder)
+
+    def _save_config(self, folder: Path) -> None:
+        model, config = self.model, self.config
         if type(config) is type(model.config):
             config.architectures = [type(model).__name__]
         for part in (config, config.get_text_config(decoder=True)):
@@ -418,6 +463,26 @@ class WholeModel:
     def copy_others(self, writer: ShardWriter) -> None:
         """Nothing: transformers writes them."""
 
+    @property
+    def layout(self) -> dict[str, list[str]]:
+        """The files the blocks' weights lie in until `save_config`, one a block."""
+        return numbered([list(self.weights(index)) for index in range(len(self.blocks))])
+
+    def rest(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Nothing: transformers writes it."""
+        return {}
+
+    def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
+        """Give a block weights that `weights` has returned."""
+        for name, value in held.items():
+            self.model.get_parameter(name).data.copy_(value)
+
+    def save_config(self, folder: Path, shards: Path) -> None:
+        """Let transformers write the model with the blocks' weights that lie in `shards`."""
+        for index, file in enumerate(self.layout):
+            self.refill(index, read_file(shards / file))
+        self.model.save_pretrained(folder)
+
     def save(self, writer: ShardWriter, folder: Path) -> None:
         """Let transformers write the model with the blocks' weights that were written."""
         for file in self.files():
@@ -430,6 +495,11 @@ class WholeModel:
 
 
 WeightSource = StreamedModel | WholeModel
+
+
+def numbered(parts: Sequence[list[str]]) -> dict[str, list[str]]:
+    """Return parts of a checkpoint by the names of their files."""
+    return {f"model-{n:05}-of-{len(parts):05}.safetensors": p for n, p in enumerate(parts, 1)}
 
 
 def _skeleton(
