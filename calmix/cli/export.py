@@ -112,7 +112,7 @@ def _openvino(options: ExportOptions) -> None:
     with progress_bar() as bar:
         task = bar.add_task("export", total=len(STEPS))
         made = export(
-            options.what, options.output, to="openvino", weights=options.weights,
+            options.what, options.output, weights=options.weights,
             overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,
             say=lambda step: bar.update(task, description=step, completed=STEPS.index(step)),
         )  # fmt: skip

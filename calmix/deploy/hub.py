@@ -23,7 +23,7 @@ def push(
     *,
     pack: bool = False,
     private: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Upload a model folder or a pack in one commit, and return the repository's address.
 
@@ -34,13 +34,12 @@ def push(
         private: make the repository private, if it is made.
         say: called with what is being done.
 
-    Raises:
-        InputError: `folder` is no model folder or a pack already, `repository` is no hub id, or
-            the hub refuses or cannot be reached.
+    Raises InputError where `folder` is neither or a pack already, `repository` is not a hub id, or
+    the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
-    hub, tell = HfApi(), say or (lambda line: None)
+    hub = HfApi()
     if not (folder / PACK).is_file():
         check_folder(folder)
     elif pack:
@@ -49,19 +48,17 @@ def push(
         made = hub.create_repo(repository, private=private or None, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if pack:
-            tell("pack")
+            say("pack")
             stack.enter_context(disk_errors(folder))
             packed = stack.enter_context(hidden(real_place(folder))) / "pack"
             write_pack(folder, packed)
             folder = packed
-        tell("upload")
+        say("upload")
         with _refusals(repository):
             hub.upload_folder(
-                repo_id=made.repo_id,
-                folder_path=folder,
+                repo_id=made.repo_id, folder_path=folder, delete_patterns=REPLACED,
                 commit_message="Model and card by calmix",
-                delete_patterns=REPLACED,
-            )
+            )  # fmt: skip
     return str(made)
 
 
@@ -72,11 +69,11 @@ def _refusals(repository: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise InputError(f"'{repository}' is no hub id: write owner/name") from error
+        raise InputError(f"'{repository}' is not a hub id: write owner/name") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        told = "log in first (hf auth login)" if status == 401 else f"status {status}"
-        raise InputError(f"the hub refuses a push to {repository}: {told}") from error
+        reason = "log in first (hf auth login)" if status == 401 else f"status {status}"
+        raise InputError(f"the hub refuses a push to {repository}: {reason}") from error
     except Exception as error:  # offline, in the many forms the hub client gives it
         raise InputError(
             f"the hub cannot be reached for {repository} ({type(error).__name__}): nothing was "

@@ -28,11 +28,10 @@ from torch import Tensor
 from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors, nearest
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
-from calmix.models import OpenModel, open_model, resolve_model
-from calmix.models.opening import check_models, load_config, quiet_transformers
+from calmix.models import OpenModel, check_models, open_model, resolve_model
+from calmix.models.opening import first_line, load_config, quiet_transformers
 from calmix.models.shards import weight_bytes
 
-ENGINES = ("openvino",)
 # Weights, and the divergence from the model (nats a token) beyond which an export is refused. A
 # right one of the builtin model has 1e-10 with its own weights and 0.01 with those of 8 bits.
 WEIGHTS = {"int8": 0.2, "own": 1e-4}
@@ -41,18 +40,14 @@ GRAPH = "openvino_model.xml"
 ROWS, LENGTH = 2, 16  # token ids the graph is traced and checked with
 STEPS = ("convert", "check", "hash")
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export came to.
+    """Bytes of the model's weight files and of the export's, and how near it is to the model.
 
-    Attributes:
-        before, after: bytes of the model's weight files, and of the export's.
-        kl: mean KL(model || export) of a token's prediction, in nats, on random ids, computed in
-            float32 with activations as they are.
-        top1: share of tokens whose likeliest next token is the same.
+    `kl` is the mean KL(model || export) of a token's prediction, in nats, on random ids, computed
+    in float32 with activations as they are; `top1` the share of tokens whose likeliest next token
+    is the same.
     """
 
     before: int
@@ -62,7 +57,7 @@ class Exported:
 
 
 class Session:
-    """An OpenVINO export that runs; it goes on from what it was given before.
+    """An OpenVINO export that runs; each call continues what it was given before.
 
     Args:
         folder: of `export`.
@@ -70,14 +65,14 @@ class Session:
             computes in bfloat16 where the processor can.
 
     Raises:
-        InputError: `folder` is no export.
+        InputError: `folder` is not an export.
         MissingExtraError: OpenVINO is not installed.
     """
 
     def __init__(self, folder: Path | str, **properties: Any) -> None:
         graph = Path(folder) / GRAPH
         if not graph.is_file():
-            raise InputError(f"{folder} is no OpenVINO export: it has no {GRAPH}")
+            raise InputError(f"{folder} is not an OpenVINO export: it has no {GRAPH}")
         compiled = _library("openvino").Core().compile_model(graph, "CPU", properties)
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
         self._request = compiled.create_infer_request()
@@ -88,14 +83,14 @@ class Session:
         rows, tokens = ids.shape
         now = self._past + tokens
         feed = {
-            "input_ids": ids.numpy(),
-            "attention_mask": torch.ones(rows, now, dtype=torch.int64).numpy(),
-            "position_ids": torch.arange(self._past, now).repeat(rows, 1).numpy(),
-            "beam_idx": torch.arange(rows, dtype=torch.int32).numpy(),
+            "input_ids": ids,
+            "attention_mask": torch.ones(rows, now, dtype=torch.int64),
+            "position_ids": torch.arange(self._past, now).repeat(rows, 1),
+            "beam_idx": torch.arange(rows, dtype=torch.int32),
         }
-        feed = {name: value for name, value in feed.items() if name in self._inputs}
         self._past = now
-        return torch.from_numpy(self._request.infer(feed)["logits"].copy()).float()
+        given = {name: value.numpy() for name, value in feed.items() if name in self._inputs}
+        return torch.from_numpy(self._request.infer(given)["logits"].copy()).float()
 
     def reset(self) -> None:
         """Forget what was given before."""
@@ -107,69 +102,61 @@ def export(
     name: str,
     output: Path,
     *,
-    to: str = "openvino",
     weights: str = "int8",
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    say: Say | None = None,
+    say: Callable[[str], None] = lambda step: None,
 ) -> Exported:
-    """Write a model in the form of another engine, and check it against the model.
+    """Write a model as an OpenVINO graph, and check it against the model.
 
     Args:
         name: hub id, local folder, `.gguf` file, or `builtin:NAME`. It is held in memory whole.
         output: the new folder; replaced only with `overwrite`, and only when all is done.
-        to: the engine, of `ENGINES`.
         weights: `int8` (symmetric, one scale an output row: zeros stay zeros) or `own`.
         say: called with each of `STEPS` as it begins.
 
     Raises:
-        InputError: an unknown engine or form of weights, or `output` cannot be written.
+        InputError: an unknown form of weights, or `output` cannot be written.
         MissingExtraError: a library is not installed.
         ModelError: the model cannot be opened, the library cannot convert it, or what it made
             is another model.
     """
-    if to not in ENGINES:
-        raise InputError(
-            f"cannot export to '{to}': {nearest(to, ENGINES)} (docs/deploy.md tells of others)"
-        )
     if weights not in WEIGHTS:
         raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
     check_output_folder(output, inputs=[name], overwrite=overwrite)
     check_models(name, trust_remote_code=trust_remote_code)
     for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23
         _library(library)
-    tell, began = say or (lambda step: None), time.perf_counter()
+    began = time.perf_counter()
     folder = resolve_model(name)
     before = weight_bytes(folder)
     check_free(output, before // 2 if weights == "int8" else before, "the weights take")
-    own = getattr(load_config(folder, name, trust_remote_code), "dtype", None)
+    own = getattr(load_config(folder, name, trust_remote_code), "dtype", None) or "auto"
     opened = open_model(
-        name,
-        dtype="auto" if own is None else str(own).removeprefix("torch."),
-        device="cpu",
+        name, dtype=str(own).removeprefix("torch."), device="cpu",
         trust_remote_code=trust_remote_code,
-    )
+    )  # fmt: skip
     with atomic_folder(output) as beside, disk_errors(output):
-        tell("convert")
+        say("convert")
         with _quiet():
             _convert(opened, weights, beside)
         converted = time.perf_counter() - began
         opened.tokenizer.save_pretrained(beside)
-        tell("check")
+        say("check")
         kl, top1 = _difference(opened, beside)
         if not kl <= WEIGHTS[weights]:
             raise ModelError(
                 f"the export of {name} is another model (KL {kl:.3g} nats a token, at most "
                 f"{WEIGHTS[weights]:g} with {weights} weights): nothing was written"
             )
-        tell("hash")
+        say("hash")
+        libraries = {one: importlib.metadata.version(one) for one in ("openvino", "nncf")}
         manifest = {
             "kind": "export",
-            "engine": to,
+            "engine": "openvino",
             "weights": weights,
             "model": {"name": name, "sha256": opened.fingerprint},
-            "versions": versions()
-            | {one: importlib.metadata.version(one) for one in ("openvino", "nncf")},
+            "versions": versions() | libraries,
             "files": file_hashes(beside),
         }
         write_json(beside / MANIFEST, sealed(manifest))
@@ -198,11 +185,7 @@ def _ids(vocabulary: int) -> Tensor:
 
 
 def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
-    """Write the graph of a decoding step of any number of tokens, its cache a state inside it.
-
-    Raises:
-        ModelError: the library cannot.
-    """
+    """Write the graph of a decoding step of any number of tokens, its cache a state inside it."""
     import nncf
     from transformers.exporters import (
         NNCFOpenVINOQuantizer,
@@ -230,8 +213,8 @@ def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # torch, transformers, OpenVINO and NNCF raise anything
-        told = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"transformers cannot export {opened.name}: {told[:300]}") from error
+        reason = first_line(error.__cause__ or error)
+        raise ModelError(f"transformers cannot export {opened.name}: {reason}") from error
 
 
 def _difference(opened: OpenModel, folder: Path) -> tuple[float, float]:

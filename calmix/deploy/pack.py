@@ -18,9 +18,8 @@ import hashlib
 import json
 import math
 import shutil
-import struct
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,8 +33,17 @@ from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_free, check_output_folder, sha256_file, write_json
 from calmix.machine import cores
 from calmix.manifest import versions
-from calmix.models.opening import check_folder, load_config, quiet_transformers
-from calmix.models.shards import DTYPES, PACK, Place, read_header, weight_files
+from calmix.models.opening import check_folder, load_config, loading
+from calmix.models.shards import (
+    PACK,
+    Place,
+    header_bytes,
+    parse_header,
+    read_header,
+    tensor_bytes,
+    weight_files,
+    with_length,
+)
 
 FORMAT = 1
 CHUNK = 1 << 22  # values that are coded together: a few megabytes
@@ -50,13 +58,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Packed:
-    """What a pack came to.
-
-    Attributes:
-        dense: bytes of the weight files before.
-        packed: bytes of the weight files in the pack.
-        sparse: the same two of the tensors that have a mask.
-    """
+    """Bytes of the weight files `dense` and `packed`; `sparse`: both, of tensors with a mask."""
 
     dense: int
     packed: int
@@ -74,26 +76,28 @@ def pack(
         progress: called with bytes done and in all.
 
     Raises:
-        InputError: `folder` is no model folder, is a pack itself, or holds what cannot come back
-            byte for byte; `output` cannot be written.
+        InputError: `folder` is not a model folder, is a pack itself, or holds what cannot come
+            back byte for byte; `output` cannot be written.
         ModelError: a weight file is damaged.
     """
-    files = _model_files(folder)
-    beside_them = _other_files(folder, files)
-    orders = {name: _in_order(folder / name) for name in files}
+    if (folder / PACK).is_file():
+        raise InputError(f"{folder} is a pack already")
+    check_folder(folder)
+    files = weight_files(folder)
+    others = _other_files(folder, files)
+    places = {name: _in_order(folder / name) for name in files}
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total = sum((folder / name).stat().st_size for name in files)
-    done = dense = packed = 0
+    done = packed = 0
     sparse = [0, 0]
     with atomic_folder(output) as beside, ThreadPoolExecutor(cores()) as pool, disk_errors(output):
-        entries: dict[str, Any] = {}
+        weights: dict[str, Any] = {}
         for name in files:
             made = _Writer(beside / name)
+            made.add("header", [header_bytes(folder / name)])
             tensors: dict[str, Any] = {}
             with (folder / name).open("rb") as source:
-                header, places = orders[name]
-                made.add("header", [source.read(header)])
-                for tensor, place in places:
+                for tensor, place in places[name]:
                     before = made.size
                     tensors[tensor] = _pack_tensor(made, source, tensor, place, pool)
                     done += place.size
@@ -103,23 +107,15 @@ def pack(
                     if progress is not None:
                         progress(done, total)
             made.close()
-            dense += (folder / name).stat().st_size
             packed += (beside / name).stat().st_size
-            entries[name] = {
-                "sha256": sha256_file(folder / name),
-                "packed": sha256_file(beside / name),
-                "tensors": tensors,
-            }
-        others = {}
-        for name in beside_them:
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, beside / name)
-            others[name] = sha256_file(beside / name)
+            hashes = {"sha256": sha256_file(folder / name), "packed": sha256_file(beside / name)}
+            weights[name] = hashes | {"tensors": tensors}
+        kept = {name: _copy(folder / name, beside / name) for name in others}
         write_json(
             beside / PACK,
-            {"format": FORMAT, "versions": versions(), "weights": entries, "files": others},
+            {"format": FORMAT, "versions": versions(), "weights": weights, "files": kept},
         )
-    return Packed(dense, packed, (sparse[0], sparse[1]))
+    return Packed(total, packed, (sparse[0], sparse[1]))
 
 
 def unpack(
@@ -127,20 +123,21 @@ def unpack(
 ) -> int:
     """Write the model folder a pack was made of, byte for byte; return its weights' bytes.
 
-    Raises:
-        InputError: `folder` is no pack, of another format, cut or altered, or `output` cannot be
-            written; nothing is left there then.
+    Raises InputError where `folder` is not a pack, of another format, cut or altered, or `output`
+    cannot be written; nothing is left there then.
     """
     manifest = _manifest(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    total = sum(_dense_size(folder, name, entry) for name, entry in manifest["weights"].items())
+    total = 0
+    for name, entry in manifest["weights"].items():
+        header = next(_unpacked(folder / name, entry))
+        places = _places(header, folder / name)
+        total += len(header) + sum(place.size for _, place in places)
     check_free(output, total, "the weights take")
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
         for name, expected in manifest["files"].items():
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, beside / name)
-            _check(sha256_file(beside / name) == expected, folder / name)
+            _check(_copy(folder / name, beside / name) == expected, folder / name)
         for name, entry in manifest["weights"].items():
             found = hashlib.sha256()
             with (beside / name).open("wb") as file:
@@ -162,10 +159,11 @@ def load(
     Args:
         folder: the pack.
         device: torch device.
+        progress: called with tensors done and in all, of one file at a time.
         **options: for transformers' `from_pretrained`, such as `dtype`.
 
     Raises:
-        InputError: `folder` is no pack, of another format, cut or altered.
+        InputError: `folder` is not a pack, of another format, cut or altered.
         ModelError: transformers cannot open what it holds.
     """
     folder = Path(folder)
@@ -176,50 +174,29 @@ def load(
     for name, entry in manifest["weights"].items():
         _check(sha256_file(folder / name) == entry["packed"], folder / name)
         parts = _unpacked(folder / name, entry)
-        header = next(parts)
-        for tensor, place in _places(header, name, folder / name):
-            value = torch.empty(place.shape, dtype=place.dtype)
-            flat: Any = value.view(-1).view(torch.uint8).numpy()
-            at = 0
+        for tensor, place in _places(next(parts), folder / name):
+            state[tensor] = torch.empty(place.shape, dtype=place.dtype)
+            flat, at = tensor_bytes(state[tensor]), 0
             while at < place.size:
                 part = next(parts)
-                flat[at : at + len(part)] = np.frombuffer(part, np.uint8)
+                flat[at : at + len(part)] = part
                 at += len(part)
-            state[tensor] = value
             if progress is not None:
                 progress(len(state), len(entry["tensors"]))
-    options = {"dtype": "auto"} | options
     config = load_config(folder, str(folder), False)
-    if options["dtype"] == "auto":
+    if options.setdefault("dtype", "auto") == "auto":
         options["dtype"] = getattr(config, "dtype", None) or torch.float32
-    with quiet_transformers():
+    with loading(f"cannot open {folder}"):
         from transformers import AutoModelForCausalLM
 
-        try:
-            with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(config)
-            model = type(empty).from_pretrained(
-                None, config=empty.config, state_dict=state, **options
-            )
-        except Exception as error:  # transformers raises anything on what it does not know
-            told = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelError(f"cannot open {folder}: {told[:300]}") from error
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
     return model.requires_grad_(False).to(device).eval()
 
 
-def _model_files(folder: Path) -> list[str]:
-    if (folder / PACK).is_file():
-        raise InputError(f"{folder} is a pack already")
-    check_folder(folder)
-    return weight_files(folder)
-
-
 def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
-    """Return the files of a model folder beside its weights, by their paths in it.
-
-    Raises:
-        InputError: something in it would not come back.
-    """
+    """Return the files beside the weights by their paths; InputError for what would not return."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -227,12 +204,19 @@ def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
             continue
         if not path.is_file() or not name.isprintable():
             raise InputError(
-                f"cannot pack {folder}: {name!r} is no regular file with a printable name, and "
+                f"cannot pack {folder}: {name!r} is not a regular file with a printable name, and "
                 "would not come back: move it out of the folder"
             )
         if name not in weights:
             found.append(name)
     return found
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file; return its SHA-256."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return sha256_file(target)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -251,7 +235,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which it was made with")
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is no pack: it has no {PACK}") from None
+        raise InputError(f"{folder} is not a pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: fetch the pack again") from error
     return manifest
@@ -273,42 +257,39 @@ class _Writer:
 
     def add(self, name: str, parts: list[bytes]) -> list[int]:
         """Write parts one behind the other; return their sizes."""
-        start = self.size
-        for part in parts:
-            self._data.write(part)
-            self.size += len(part)
-        length = self.size - start
+        sizes, start = [len(part) for part in parts], self.size
+        self._data.writelines(parts)
+        self.size += sum(sizes)
         self._entries[name] = {
-            "dtype": "U8", "shape": [length], "data_offsets": [start, self.size],
+            "dtype": "U8", "shape": [sum(sizes)], "data_offsets": [start, self.size],
         }  # fmt: skip
-        return [len(part) for part in parts]
+        return sizes
 
     def close(self) -> None:
         """Put the header before the bytes."""
-        text = json.dumps(self._entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        with self.path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            self._data.seek(0)
-            shutil.copyfileobj(self._data, file, length=1 << 22)
-        self._data.close()
+        with self.path.open("wb") as file, self._data as data:
+            file.write(with_length(self._entries))
+            data.seek(0)
+            shutil.copyfileobj(data, file, length=1 << 22)
         Path(self._data.name).unlink()
 
 
-def _in_order(path: Path) -> tuple[int, list[tuple[str, Place]]]:
-    """Return the bytes of a file's header, and its tensors as their bytes lie.
+def _places(header: bytes, path: Path) -> list[tuple[str, Place]]:
+    """Return the tensors of a file by its header, as their bytes lie."""
+    found = parse_header(header, path).items()
+    return sorted(found, key=lambda item: (item[1].start, item[1].size))
 
-    Raises:
-        ModelError: it holds other bytes too, which would not come back.
-    """
-    places = sorted(read_header(path).items(), key=lambda item: (item[1].start, item[1].size))
-    with path.open("rb") as file:
-        at = header = 8 + struct.unpack("<Q", file.read(8))[0]
+
+def _in_order(path: Path) -> list[tuple[str, Place]]:
+    """Return a file's tensors as their bytes lie; ModelError if bytes of it would not come back."""
+    read_header(path)
+    header = header_bytes(path)
+    places, at = _places(header, path), len(header)
     for _, place in places:
         at = at + place.size if place.start == at else -1
     if at != path.stat().st_size:
         raise ModelError(f"{path} holds bytes that are of no tensor, or of two: fetch it again")
-    return header, places
+    return places
 
 
 def _pack_tensor(
@@ -318,7 +299,8 @@ def _pack_tensor(
     source.seek(place.start)
     count = place.size // width
     raw = np.frombuffer(source.read(place.size), f"u{width}")
-    masked = place.dtype.is_floating_point and bool(_zeros(raw) >= SPARSE)
+    zeros = count - np.count_nonzero(raw)
+    masked = place.dtype.is_floating_point and bool(count) and bool(zeros >= SPARSE * count)
     chunks = [raw[at : at + CHUNK] for at in range(0, count, CHUNK)]
     coded = list(pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks))
     entry: dict[str, Any] = {"count": count, "mask": masked, "sizes": {}}
@@ -326,10 +308,6 @@ def _pack_tensor(
         kind = "mask" if masked and not part else str(part - masked)
         entry["sizes"][kind] = made.add(f"{name}|{kind}", [chunk[part] for chunk in coded])
     return entry
-
-
-def _zeros(raw: Words) -> float:
-    return 1 - np.count_nonzero(raw) / len(raw) if len(raw) else 0.0
 
 
 def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
@@ -348,17 +326,13 @@ def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
 
 
 def _squeezed(part: bytes) -> bytes:
-    """Return a zstandard frame if that is smaller, or cannot be told from one, else the bytes."""
+    """Return a zstandard frame if that is smaller, or the bytes look like one, else the bytes."""
     made = zstandard.ZstdCompressor(level=LEVEL).compress(part)
     return made if len(made) < HELPS * len(part) or part.startswith(MAGIC) else part
 
 
 def _expanded(part: bytes, size: int) -> Words:
-    """Return `size` bytes, uncompressed.
-
-    Raises:
-        ValueError: the frame is damaged, or of another size.
-    """
+    """Return `size` bytes, uncompressed; ValueError for another size."""
     if part.startswith(MAGIC):
         if zstandard.frame_content_size(part) != size:
             raise ValueError("another size")
@@ -368,9 +342,9 @@ def _expanded(part: bytes, size: int) -> Words:
     return np.frombuffer(part, np.uint8)
 
 
-def _decode(parts: list[bytes], masked: bool, count: int, width: int, floating: bool) -> bytes:
+def _decode(parts: list[bytes], masked: bool, count: int, dtype: torch.dtype) -> bytes:
     """Return the bytes of a chunk of `count` values."""
-    kept, where = count, None
+    kept, width = count, dtype.itemsize
     if masked:
         bits = np.unpackbits(_expanded(parts[0], -(-count // 8)), count=count).view(bool)
         where = np.flatnonzero(bits)  # places are ten times as fast to fill as a mask
@@ -379,59 +353,29 @@ def _decode(parts: list[bytes], masked: bool, count: int, width: int, floating: 
     for at, part in enumerate(parts[masked:]):
         planes[:, width - 1 - at] = _expanded(part, kept)
     values = planes.view(f"<u{width}")[:, 0]
-    if floating:
+    if dtype.is_floating_point:
         values = (values >> 1) | (values << (8 * width - 1))
-    if where is None:
+    if not masked:
         return values.tobytes()
     whole = np.zeros(count, f"<u{width}")
     whole[where] = values
     return whole.tobytes()
 
 
-def _dense_size(folder: Path, name: str, entry: dict[str, Any]) -> int:
-    """Return the bytes a file will have once unpacked."""
-    try:
-        with (folder / name).open("rb") as file:
-            place = read_header(folder / name)["header"]
-            file.seek(place.start)
-            header = file.read(place.size)
-        places = _places(header, name, folder / name)
-        return len(header) + sum(place.size for _, place in places)
-    except (KeyError, ModelError):
-        _check(False, folder / name)
-        raise
-
-
-def _places(header: bytes, name: str, path: Path) -> list[tuple[str, Place]]:
-    """Return the tensors that a kept header tells of, as their bytes lie."""
-    try:
-        entries = json.loads(header[8:])
-        entries.pop("__metadata__", None)
-        found = [
-            (key, Place(name, DTYPES[value["dtype"]], tuple(value["shape"]),
-                        len(header) + value["data_offsets"][0]))
-            for key, value in entries.items()
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError):
-        _check(False, path)
-        raise
-    return sorted(found, key=lambda item: item[1].start)
-
-
 def _unpacked(path: Path, entry: dict[str, Any]) -> Iterator[bytes]:
     """Yield a packed file's original bytes: its header, then chunk by chunk in order.
 
-    Raises:
-        InputError: the file is cut or altered, as far as that shows before its hash.
+    Raises InputError where the file is cut or altered, as far as that shows before its hash.
     """
     try:
         held = read_header(path)
         with path.open("rb") as file, ThreadPoolExecutor(cores()) as pool:
             file.seek(held["header"].start)
             header = file.read(held["header"].size)
+            places = _places(header, path)
             yield header
-            waiting: list[Any] = []
-            for name, place in _places(header, path.name, path):
+            waiting: list[Future[bytes]] = []
+            for name, place in places:
                 for job in _jobs(file, held, name, place, entry["tensors"][name]):
                     waiting.append(pool.submit(_decode, *job))
                     if len(waiting) > 2 * cores():
@@ -448,10 +392,10 @@ def _unpacked(path: Path, entry: dict[str, Any]) -> Iterator[bytes]:
 
 def _jobs(
     file: BinaryIO, held: dict[str, Place], name: str, place: Place, entry: dict[str, Any]
-) -> Iterator[tuple[list[bytes], bool, int, int, bool]]:
+) -> Iterator[tuple[list[bytes], bool, int, torch.dtype]]:
     """Yield what `_decode` takes for each chunk of a tensor."""
-    width, count, masked = place.dtype.itemsize, math.prod(place.shape), entry["mask"] is True
-    kinds = [*(["mask"] if masked else []), *map(str, range(width))]
+    count, masked = math.prod(place.shape), entry["mask"] is True
+    kinds = [*(["mask"] if masked else []), *map(str, range(place.dtype.itemsize))]
     starts = {kind: held[f"{name}|{kind}"].start for kind in kinds} if count else {}
     for number, at in enumerate(range(0, count, CHUNK)):
         parts = []
@@ -460,5 +404,4 @@ def _jobs(
             file.seek(starts[kind])
             parts.append(file.read(size))
             starts[kind] += size
-        floating = place.dtype.is_floating_point
-        yield parts, masked, min(CHUNK, count - at), width, floating
+        yield parts, masked, min(CHUNK, count - at), place.dtype

@@ -56,17 +56,13 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attend as transformers' `sdpa`: in slices where that is faster and known to be the same.
 
-    Args:
-        query: (rows, heads, positions, width).
-        key, value: (rows, key heads, tokens, width).
-
-    Returns:
-        (rows, positions, heads, width), and None for the weights, which are not kept.
+    The query is (rows, heads, positions, width), key and value are (rows, key heads, tokens,
+    width). Returns (rows, positions, heads, width), and None for the weights, which are not kept.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     rows, heads, positions, width = query.shape
-    shared, scale = key.shape[1], kwargs.get("scaling")
+    shared, tokens, scale = key.shape[1], key.shape[2], kwargs.get("scaling")
     plain = not kwargs.get("dropout") and not any(
         kwargs.get(name) is not None for name in ("position_bias", "softcap")
     )
@@ -77,25 +73,22 @@ def attention(
     causal = kwargs.get("is_causal")
     if causal is None:  # as transformers has it without a mask; one may show what follows
         causal = getattr(module, "is_causal", attention_mask is None)
-    plain &= bool(causal)
-    if not plain or positions == 1 or not _faster(query) or not _fits(query, key, attention_mask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return sliced_attention(query, key, value, attention_mask, scale), None
+    if attention_mask is None:
+        fits = positions == tokens
+    else:
+        fits = attention_mask.shape[0] in (1, rows)
+        fits &= attention_mask.shape[1:] == (1, positions, tokens)
+    if plain and causal and fits and positions > 1 and _faster(query):
+        return sliced_attention(query, key, value, attention_mask, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _faster(query: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or query.device.type != "cpu":
         return False
     if query.dtype == torch.bfloat16:  # PyTorch's own uses matrix units where there are any
-        return query.device.type == "cpu" and not capabilities().get("amx_bf16")
-    return query.device.type == "cpu" and query.dtype == torch.float32
-
-
-def _fits(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    (rows, _, positions, _), tokens = query.shape, key.shape[2]
-    if mask is None:
-        return positions == tokens
-    return mask.shape[0] in (1, rows) and mask.shape[1:] == (1, positions, tokens)
+        return not capabilities().get("amx_bf16")
+    return query.dtype == torch.float32
 
 
 def sliced_attention(
@@ -103,16 +96,9 @@ def sliced_attention(
 ) -> Tensor:
     """Return causal attention: the last token is the last query's, and none sees what follows it.
 
-    Args:
-        query: (rows, heads, positions, width), float32 or bfloat16.
-        key: (rows, key heads, tokens, width); the heads of a key head stand together.
-        value: (rows, key heads, tokens, value width).
-        mask: (rows or 1, 1, positions, tokens), boolean, False where a token is hidden, or what is
-            added to the scores; hides what follows a query too. None hides that alone.
-        scale: of the scores; 1 / sqrt(width) if not given.
-
-    Returns:
-        (rows, positions, heads, value width).
+    Shapes are those of `attention`; the heads of a key head stand together. The mask (rows or 1, 1,
+    positions, tokens) is boolean, False where a token is hidden, or what is added to the scores,
+    and hides what follows a query too. Without a scale, 1 / sqrt(width).
     """
     if mask is not None and not mask.stride(0):  # one mask, expanded to all rows
         mask = mask[:1]

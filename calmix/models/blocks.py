@@ -20,51 +20,38 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError
 
-EXPERTS = "experts"  # how a list of experts is called, in every model that has one
-ROUTERS = ("router", "gate", "wg")  # how the linear maps are called that choose experts
-CHOSEN = (  # how configurations call the experts a token is sent to
+EXPERTS = "experts"  # what every model that has one calls its list of experts
+ROUTERS = ("router", "gate", "wg")  # names of the linear maps that choose experts
+CHOSEN = (  # what configurations call the number of experts a token is sent to
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k",
 )  # fmt: skip
-DOWN = re.compile(r"down|w2|out")  # how the last linear map of an expert is called
-TOWERS = re.compile(r"vision|visual|image|audio|speech")  # how parts beside a decoder are called
+DOWN = re.compile(r"down|w2|out")  # names of the last linear map of an expert
+TOWERS = re.compile(r"vision|visual|image|audio|speech")  # names of parts beside a decoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear map whose weight the engine prunes."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
+def _is_conv1d(module: nn.Module) -> bool:
     """Tell whether a module is GPT-2's Conv1D: a linear map with its weight transposed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
 @dataclass(frozen=True)
 class Prunable:
-    """A linear map in a block, seen as a matrix of shape (rows = outputs, columns = inputs).
+    """A linear map in a block, seen as a matrix of shape (rows = outputs, columns = inputs)."""
 
-    Attributes:
-        name: qualified name; with `.weight` that of the parameter, but for slices of one.
-        module: what holds the parameter.
-        parameter: its name in the module.
-        transposed: whether the parameter is stored as (inputs, outputs).
-        mixture: qualified name of the module within which tokens are routed; None outside.
-        expert: number of the expert, None outside of experts.
-        fused: whether the parameter holds all experts along its first dimension.
-        rows: which of the parameter's outputs these are: gate and up may lie in one.
-        key: name within the expert, the same for all experts; of the parameter if it is fused.
-    """
-
-    name: str
-    module: Any
-    parameter: str = "weight"
-    transposed: bool = False
-    mixture: str | None = None
+    name: str  # qualified; with `.weight` that of the parameter, but for slices of one
+    module: Any  # holds the parameter
+    parameter: str = "weight"  # its name in the module
+    transposed: bool = False  # the parameter is stored as (inputs, outputs)
+    mixture: str | None = None  # qualified name of the module within which tokens are routed
     expert: int | None = None
-    fused: bool = False
-    rows: slice = field(default_factory=lambda: slice(None))
-    key: str = ""
+    fused: bool = False  # the parameter holds all experts along its first dimension
+    rows: slice = field(default_factory=lambda: slice(None))  # gate and up may lie in one
+    key: str = ""  # name within the expert, the same for all experts; of a fused parameter, its own
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,9 +76,7 @@ class Prunable:
 
     def view(self) -> Tensor:
         """Return the module's own weight, seen as (rows, columns)."""
-        weight = self.whole()
-        if self.fused:
-            weight = weight[self.expert]
+        weight = self.whole()[self.expert] if self.fused else self.whole()
         return (weight.T if self.transposed else weight)[self.rows]
 
     def matrix(self) -> Tensor:
@@ -114,18 +99,11 @@ class Dense:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts that share a router, as a block's structure tells of them.
+    """Experts that share a router."""
 
-    Attributes:
-        name: qualified name of the module within which tokens are routed.
-        module: that module; it is called once a pass.
-        experts: the experts' own modules, where each is one.
-        count: number of experts.
-    """
-
-    name: str
-    module: Any
-    experts: Any | None
+    name: str  # qualified name of the module within which tokens are routed
+    module: Any  # that module; it is called once a pass
+    experts: Any | None  # the experts' own modules, where each is one
     count: int
 
 
@@ -133,16 +111,13 @@ class Mixture:
 class DecoderBlocks:
     """The decoder blocks of a model, in order, with the qualified name of their list.
 
-    Attributes:
-        width: of the residual stream, None where the configuration does not tell.
-        shared: ids of parameters that are also used elsewhere.
-        only, skip: patterns of layers' names, as `select` takes them.
+    `only` and `skip` are patterns of layers' names, as `select` takes them.
     """
 
     name: str
     blocks: Any
-    width: int | None = None
-    shared: frozenset[int] = frozenset()
+    width: int | None = None  # of the residual stream, if the configuration has it
+    shared: frozenset[int] = frozenset()  # ids of parameters that are also used elsewhere
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -150,33 +125,25 @@ class DecoderBlocks:
         return len(self.blocks)
 
     def prunables(self, index: int, *, every: bool = False) -> list[Prunable]:
-        """Return the linear maps of block `index` with their qualified names.
+        """Return the linear maps of block `index`; `every`: those too that `select` left out.
 
-        Routers, gates of shared experts and what other parts of the model use too are none.
-
-        Args:
-            index: the block.
-            every: those too that `only` and `skip` leave out.
+        Routers, gates of shared experts and what other parts of the model use too are left out.
         """
         layers = self._layers(index)[0]
         return layers if every else [layer for layer in layers if self._wanted(layer.name)]
 
     def dense(self, index: int) -> list[Dense]:
-        """Return the other weights of block `index` that are no vectors."""
+        """Return the other weights of block `index`, vectors excepted."""
         layers, dense = self._layers(index)
         left = [layer for layer in layers if not self._wanted(layer.name)]
         return [*dense, *(Dense(layer.name, layer.view().numel(), "skipped") for layer in left)]
 
     def select(self, only: Sequence[str] = (), skip: Sequence[str] = ()) -> DecoderBlocks:
-        """Return the same blocks with other linear maps to prune.
+        """Return the same blocks with the linear maps to prune chosen by name.
 
-        Args:
-            only: patterns of names, `*.mlp.*` or `re:` and an expression that is searched for;
-                what none of them matches stays dense. Empty for all.
-            skip: patterns of what stays dense.
-
-        Raises:
-            InputError: a pattern matches no layer, is no expression, or nothing is left.
+        A pattern is `*.mlp.*`, or `re:` and an expression that is searched for. What no pattern of
+        `only` (if there are any) or one of `skip` matches stays dense. Raises InputError: a pattern
+        matches no layer or is not an expression, or nothing is left.
         """
         names = [layer.name for i in range(len(self)) for layer in self.prunables(i, every=True)]
         for option, patterns in (("only", only), ("skip", skip)):
@@ -194,27 +161,24 @@ class DecoderBlocks:
 
     def mixtures(self, index: int) -> list[Mixture]:
         """Return the mixtures of experts in block `index`."""
-        prefix = f"{self.name}.{index}"
-        found = []
+        prefix, found = f"{self.name}.{index}", []
         for name, module in self.blocks[index].named_modules():
-            path = f"{prefix}.{name}"
             if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == EXPERTS:
                 owner = name.rpartition(".")[0]
                 parent = self.blocks[index].get_submodule(owner)
                 found.append(Mixture(f"{prefix}.{owner}".rstrip("."), parent, module, len(module)))
-            elif fused := fused_parameters(module, self.width):
-                found.append(Mixture(path, module, None, fused[0].count))
+            elif fused := _fused(module, self.width):
+                found.append(Mixture(f"{prefix}.{name}", module, None, fused[0].count))
         return found
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
-        block, prefix = self.blocks[index], f"{self.name}.{index}"
-        mixtures = self.mixtures(index)
+        block, prefix, mixtures = self.blocks[index], f"{self.name}.{index}", self.mixtures(index)
         layers: list[Prunable] = []
         taken: set[int] = set()
         others: dict[int, str] = {}  # why a linear map is left out
         for name, module in block.named_modules():
             path = f"{prefix}.{name}"
-            if is_linear(module):
+            if _is_linear(module):
                 weight = module.weight
                 if id(weight) in self.shared:
                     others[id(weight)] = "used elsewhere too"
@@ -225,11 +189,11 @@ class DecoderBlocks:
                         f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
                     )
                 else:
-                    layer = Prunable(path, module, transposed=is_conv1d(module), key=name)
+                    layer = Prunable(path, module, transposed=_is_conv1d(module), key=name)
                     layers.append(_in_mixture(layer, mixtures))
                     taken.add(id(weight))
                 continue
-            for fused in fused_parameters(module, self.width):
+            for fused in _fused(module, self.width):
                 parameter = module._parameters[fused.name]
                 if id(parameter) in self.shared:
                     others[id(parameter)] = "used elsewhere too"
@@ -243,24 +207,24 @@ class DecoderBlocks:
                     for expert in range(fused.count)
                     for key, rows in fused.parts.items()
                 ]  # fmt: skip
-        dense = [
-            Dense(path, p.numel(), others.get(id(p)) or _reason(path, p, mixtures))
-            for name, p in block.named_parameters()
-            if id(p) not in taken and p.ndim > 1 and p.numel() > max(p.shape)
-            if not name.endswith("bias")
-            for path in (f"{prefix}.{name}",)
-        ]
+        dense = []
+        for name, p in block.named_parameters():
+            vector = p.ndim < 2 or p.numel() == max(p.shape) or name.endswith("bias")
+            if id(p) not in taken and not vector:
+                path = f"{prefix}.{name}"
+                routes = p.ndim == 2 and _routes(path.rpartition(".")[0], p, mixtures)
+                reason = others.get(id(p)) or ("router" if routes else "no linear map")
+                dense.append(Dense(path, p.numel(), reason))
         return layers, dense
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Tell whether a layer's name is one of a pattern."""
     if not pattern.startswith("re:"):
         return fnmatchcase(name, pattern)
     try:
         return re.search(pattern.removeprefix("re:"), name) is not None
     except re.error as error:
-        raise InputError(f"'{pattern}' is no regular expression: {error}") from error
+        raise InputError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
 def _in_mixture(layer: Prunable, mixtures: list[Mixture]) -> Prunable:
@@ -276,54 +240,37 @@ def _in_mixture(layer: Prunable, mixtures: list[Mixture]) -> Prunable:
     return layer
 
 
-def _reason(path: str, parameter: Tensor, mixtures: list[Mixture]) -> str:
-    """Say why a parameter that belongs to no linear map stays dense."""
-    owner = path.rpartition(".")[0]
-    routes = parameter.ndim == 2 and _routes(owner, parameter, mixtures)
-    return "router" if routes else "no linear map"
-
-
 def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
     """Tell whether a linear map chooses experts, or how much of a shared one is taken."""
     for mixture in mixtures:
         owner = mixture.name if mixture.experts is not None else mixture.name.rpartition(".")[0]
-        if not path.startswith(f"{owner}."):
-            continue
         inside = path.removeprefix(f"{owner}.").split(".")
-        few = weight.shape[0] in (1, mixture.count)
-        if inside[0] == EXPERTS:
+        if not path.startswith(f"{owner}.") or inside[0] == EXPERTS:
             continue
         if any(part.endswith("router") or part in ROUTERS for part in inside):
             return True
-        if len(inside) == 1 and few:
+        if len(inside) == 1 and weight.shape[0] in (1, mixture.count):
             return True
     return False
 
 
 @dataclass(frozen=True)
-class Fused:
-    """A parameter of shape (experts, ...) that holds a linear map of every expert.
-
-    `parts` has the outputs that are one layer, by the layer's name.
-    """
+class _Fused:
+    """A parameter of shape (experts, ...) that holds a linear map of every expert."""
 
     name: str
     count: int
     transposed: bool
-    parts: Mapping[str, slice]
+    parts: Mapping[str, slice]  # the outputs that are one layer, by the layer's name
 
 
-def fused_parameters(module: nn.Module, width: int | None = None) -> list[Fused]:
+def _fused(module: nn.Module, width: int | None) -> list[_Fused]:
     """Return a module's own parameters that hold all experts, in order, or none.
 
     The module or one of its attributes speaks of experts. They map from the width of the input to
     that of the neurons, with once or twice as many outputs (gate and up in one), and back: how they
     are stored follows, but for experts without a gate that are square, for which the module's own
     word or the model's width decides.
-
-    Args:
-        module: any module.
-        width: of the residual stream, if it is known.
     """
     own = {
         name: tuple(p.shape)
@@ -333,24 +280,22 @@ def fused_parameters(module: nn.Module, width: int | None = None) -> list[Fused]
     words = [type(module).__name__, *vars(module)]
     if len(own) < 2 or not any("expert" in word.lower() for word in words):
         return []
-    count = min(shape[0] for shape in own.values())
-    names = list(own)
-    down = next((name for name in names if DOWN.search(name)), names[-1])
-    told = getattr(module, "is_transposed", None)
+    down = next((name for name in own if DOWN.search(name)), list(own)[-1])
+    stated = getattr(module, "is_transposed", None)
     found = []
-    for transposed in (False, True) if told is None else (bool(told),):
+    for transposed in (False, True) if stated is None else (bool(stated),):
         sides = {n: s[:0:-1] if transposed else s[1:] for n, s in own.items()}  # (outputs, inputs)
         back, neurons = sides.pop(down)
         ups = set(sides.values())
         if len(ups) == 1 and (up := ups.pop())[1] == back and up[0] in (neurons, 2 * neurons):
-            half = neurons if up[0] != neurons else None
-            found.append((back == width, transposed, half))
+            found.append((back == width, transposed, neurons if up[0] != neurons else None))
     if not found:
         return []
-    _, transposed, half = max(found, key=lambda way: way[0])
+    _, transposed, half = max(found, key=lambda one: one[0])
+    count = min(shape[0] for shape in own.values())
     return [
-        Fused(name, count, transposed, _parts(module, name, None if name == down else half))
-        for name in names
+        _Fused(name, count, transposed, _parts(module, name, None if name == down else half))
+        for name in own
     ]
 
 
@@ -367,43 +312,35 @@ def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice
 
 
 def experts_per_token(config: Any) -> int:
-    """Return how many experts a token is sent to, 1 where a configuration does not tell."""
-    told = config.get_text_config(decoder=True)
-    values = (getattr(told, key, None) for key in CHOSEN)
+    """Return how many experts a token is sent to, 1 where a configuration does not say."""
+    text = config.get_text_config(decoder=True)
+    values = (getattr(text, key, None) for key in CHOSEN)
     return next((value for value in values if isinstance(value, int)), 1)
 
 
 def find_blocks(model: nn.Module) -> DecoderBlocks:
-    """Return the decoder blocks of a causal language model.
+    """Return the decoder blocks: the outermost `ModuleList` with the most in linear maps.
 
-    The blocks are the outermost `ModuleList` with the most parameters in linear maps.
-
-    Raises:
-        ModelError: there is no such list, or no block has a linear map of floats.
+    Raises ModelError: there is no such list, or no block has a linear map of floats.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
     lists = dict(_outermost_lists(model))
     # Towers for images or sound beside the decoder have blocks too.
-    texts = {name: module for name, module in lists.items() if not TOWERS.search(name)}
-    for name, module in (texts or lists).items():
-        linears: list[Any] = [m for m in module.modules() if is_linear(m)]
-        size = sum(m.weight.numel() for m in linears) + sum(
-            p.numel() for p in module.parameters() if p.ndim >= 3
-        )
-        if size and (best is None or size > best[0]):
-            best = (size, name, module)
-    if best is None:
+    lists = {n: one for n, one in lists.items() if not TOWERS.search(n)} or lists
+    sizes = {}
+    for name, one in lists.items():
+        linears: list[Any] = [module for module in one.modules() if _is_linear(module)]
+        weights = [*(m.weight for m in linears), *(p for p in one.parameters() if p.ndim >= 3)]
+        sizes[name] = sum(weight.numel() for weight in weights)
+    name = max(sizes, key=lambda name: sizes[name], default="")
+    if not sizes.get(name):
         raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear maps")
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    config = getattr(model, "config", None)
-    told = {} if config is None else config.get_text_config(decoder=True).to_dict()
-    width = told.get("hidden_size")
+    config: Any = getattr(model, "config", None)
+    width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")
     found = DecoderBlocks(
-        best[1],
-        best[2],
-        width if isinstance(width, int) else None,
+        name, lists[name], width if isinstance(width, int) else None,
         frozenset(key for key, times in used.items() if times > 1),
-    )
+    )  # fmt: skip
     if not any(found.prunables(index) for index in range(len(found))):
         raise ModelError(f"the blocks in {found.name} have no linear maps that can be pruned")
     return found
@@ -411,11 +348,10 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
-        path = f"{prefix}.{name}" if prefix else name
         if isinstance(child, nn.ModuleList):
-            yield path, child
+            yield prefix + name, child
         else:
-            yield from _outermost_lists(child, path)
+            yield from _outermost_lists(child, f"{prefix}{name}.")
 
 
 def decoder_of(model: Any) -> Any:
@@ -434,14 +370,14 @@ def decoder_of(model: Any) -> Any:
 @contextmanager
 def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Replace the forward of modules for a while."""
-    before = [module.__dict__.get("forward") for module, _ in pairs]
+    before = [vars(module).get("forward") for module, _ in pairs]
     try:
         for module, forward in pairs:
-            module.__dict__["forward"] = forward
+            vars(module)["forward"] = forward
         yield
     finally:
         for (module, _), old in zip(pairs, before, strict=True):
             if old is None:
-                module.__dict__.pop("forward", None)
+                vars(module).pop("forward", None)
             else:
-                module.__dict__["forward"] = old
+                vars(module)["forward"] = old

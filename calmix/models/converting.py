@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +17,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """Stored tensors that make up parameters.
+    """Stored tensors, in the order in which they are merged, that make up parameters.
 
-    Attributes:
-        stored: names in the files, in the order in which they are merged.
-        parameters: names in the model.
-        patterns: of the converter, which stored tensor takes which role; None if the one tensor
-            is the parameter.
-        target: what the converter calls its outcome.
-        shapes: of the parameters.
+    `shapes` are those of the parameters, by their names in the model. `patterns` says which stored
+    tensor takes which role of a converter whose outcome is `target`; without them the one stored
+    tensor is the parameter.
     """
 
     stored: tuple[str, ...]
-    parameters: tuple[str, ...]
-    patterns: tuple[str, ...] | None = None
+    shapes: Mapping[str, tuple[int, ...]]
+    patterns: tuple[str, ...] = ()
     target: str = ""
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def whole(self) -> bool:
-        """Whether one stored tensor is one parameter."""
-        return self.patterns is None
 
 
 class Conversions:
-    """The parts of a model's checkpoint.
-
-    Args:
-        model: the modules, with or without weights.
-        stored: type and shape of the tensors in the files, by name.
-
-    Attributes:
-        parts: those that make up the model's own tensors.
-    """
+    """The parts of a model's checkpoint, whose tensors are given by name with type and shape."""
 
     def __init__(self, model: Any, stored: Mapping[str, tuple[torch.dtype, Any]]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -72,29 +54,26 @@ class Conversions:
             target, pattern = rename_source_key(name, renamings, self._converters, prefix, own)
             if target not in own and name in own:  # as it stands, but for the prefix
                 target, pattern = rename_source_key(name, [], [], prefix, own)
-            if target not in own:
-                continue
-            if pattern is None:
-                shape = tuple(stored[name][1])
-                self.parts.append(Part((name,), (target,), shapes={target: shape}))
-            else:
+            if target in own and pattern is None:
+                self.parts.append(Part((name,), {target: tuple(stored[name][1])}))
+            elif target in own:
                 merged.setdefault(target, []).append((name, pattern))
-        # What has not matched would be turned round to no purpose when it is saved.
+        # What has not matched would be reverted to no purpose when the model is saved.
         model._weight_conversions = [rule for rule in rules if rule.was_used()]
         for target, held in merged.items():
             names, patterns = zip(*held, strict=True)
-            part = Part(names, (), patterns, target)
+            part = Part(names, {}, patterns, target)
             empty = {n: torch.empty(stored[n][1], dtype=stored[n][0], device="meta") for n in names}
             try:
                 made = {name: tuple(value.shape) for name, value in self.merge(part, empty).items()}
             except (RuntimeError, ValueError):  # one is missing: so is what they would make up
                 continue
-            self.parts.append(Part(names, tuple(made), patterns, target, made))
+            self.parts.append(Part(names, made, patterns, target))
 
     def merge(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters, by name, that stored tensors make up."""
-        if part.patterns is None:
-            return {part.parameters[0]: tensors[part.stored[0]]}
+        if not part.patterns:
+            return {next(iter(part.shapes)): tensors[part.stored[0]]}
         first = part.patterns[0]
         rule = deepcopy(next(one for one in self._converters if first in one.source_patterns))
         for name, pattern in zip(part.stored, part.patterns, strict=True):
@@ -112,12 +91,10 @@ class Conversions:
         return made
 
     def faulty(self, parts: Iterable[Part], stored: Mapping[str, Any]) -> str | None:
-        """Return a stored name that parameters are not turned back into, None if there is none."""
+        """Return a stored name that parameters do not convert back to, None if there is none."""
         own = self._model.state_dict(keep_vars=True)
-        for part in parts:
-            if part.patterns is None:
-                continue
-            empty = {n: torch.empty_like(own[n], device="meta") for n in part.parameters}
+        for part in (one for one in parts if one.patterns):
+            empty = {n: torch.empty_like(own[n], device="meta") for n in part.shapes}
             made = {name: tuple(value.shape) for name, value in self.split(empty).items()}
             if made != {name: tuple(stored[name]) for name in part.stored}:
                 return part.stored[0]

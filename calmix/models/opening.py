@@ -16,8 +16,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,21 +39,21 @@ from calmix.files import (
 )
 from calmix.machine import cores
 from calmix.models.attention import use_own_attention
-from calmix.models.shards import PACK, Shards, weight_files
+from calmix.models.shards import INDEX, PACK, Shards, weight_files
 from calmix.precision import fast_half_precision
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
-# What a configuration can say of a decoder's size: no more blocks than weights, none wider.
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts")
+# What a configuration or GGUF header can say of sizes: no more blocks than weights, none wider.
+DEPTHS = (
+    "num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts", "block_count",
+)  # fmt: skip
 WIDTHS = (
     "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "n_embd", "n_inner", "n_head", "ffn_dim", "hidden_size_per_layer_input",
-)  # fmt: skip
-GGUF_WIDTHS = (
     "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "key_length",
-    "value_length", "dimension_count", "vocab_size",
+    "value_length", "dimension_count",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,26 +82,21 @@ class OpenModel:
     model: Any
     tokenizer: Any
     trust_remote_code: bool = False
-    _hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def context(self) -> int | None:
         """Longest sequence the model was made for, in tokens; None if it does not say."""
         return context_of(self.model.config)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of the folder's configuration and weight files."""
-        if "model" not in self._hashes:
-            self._hashes["model"] = fingerprint(self.folder)
-        return self._hashes["model"]
+        return fingerprint(self.folder)
 
-    @property
+    @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the tokenizer: vocabulary, merges, normalisation and special tokens."""
-        if "tokenizer" not in self._hashes:
-            self._hashes["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
-        return self._hashes["tokenizer"]
+        return tokenizer_fingerprint(self.tokenizer)
 
 
 @functools.cache
@@ -111,51 +106,10 @@ def builtin_models() -> dict[str, BuiltinModel]:
     return {name: BuiltinModel(name=name, **value) for name, value in yaml.safe_load(text).items()}
 
 
-def resolve_model(name: str) -> Path:
-    """Return a local folder of safetensors for a model the user named.
-
-    Raises:
-        ModelError: unknown name, nothing to load there, or only pickled weights.
-    """
-    found = known_model(name)
-    if found is None:
-        return _from_hub(name)
-    if isinstance(found, BuiltinModel):
-        return _dequantised_builtin(found)
-    if found.is_file():
-        return _dequantised(sha256_file(found), functools.partial(_dequantise, found))
-    return found
-
-
-def check_models(
-    *names: str | None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> None:
-    """Refuse models that cannot be opened so, as far as that is known before one is fetched.
-
-    Args:
-        *names: as `open_model` takes them, or None for none.
-        dtype, device, trust_remote_code: as for `open_model`.
-
-    Raises:
-        InputError: unknown dtype or device.
-        ModelError: there is no such model, or it is none that `open_model` opens.
-    """
-    device_of(device)
-    _dtype(dtype)
-    named = [name for name in names if name is not None]
-    found = [known_model(name) for name in named]
-    for name, place in zip(named, found, strict=True):
-        if place is None:
-            _ask_hub(name)
-        elif isinstance(place, Path) and place.is_dir():
-            load_config(place, name, trust_remote_code)
-
-
 def known_model(name: str) -> Path | BuiltinModel | None:
     """Return the folder, GGUF file or builtin model of a name; None if it can only be the hub's.
 
-    Raises:
-        ModelError: it can be none of them, or the folder holds no model.
+    Raises ModelError if it can be none of them, or the folder holds no model.
     """
     if name.startswith("builtin:"):
         known = builtin_models()
@@ -178,191 +132,10 @@ def known_model(name: str) -> Path | BuiltinModel | None:
     return None
 
 
-def open_model(
-    name: str,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> OpenModel:
-    """Open a causal language model for inference.
-
-    Args:
-        name: hub id, local folder, `.gguf` file, or `builtin:NAME`.
-        dtype: `auto` (the checkpoint's own, but float32 where this CPU has no fast half
-            precision), `float32`, `bfloat16` or `float16`.
-        device: `auto` (an accelerator if there is one) or a torch device string.
-        trust_remote_code: run modelling code shipped with the checkpoint.
-
-    Raises:
-        ModelError: the model cannot be found, is pickled, quantised or not a causal LM.
-        InputError: unknown dtype or device.
-    """
-    target = device_of(device)
-    chosen = _dtype(dtype)
-    folder = resolve_model(name)
-    model = _load(folder, name, chosen, target, trust_remote_code)
-    embeddings = model.get_input_embeddings()
-    tokenizer = load_tokenizer(folder, name, trust_remote_code)
-    if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
-        # Of other tokenizers ids are not looked at, which makes the host wait for a device.
-        embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
-    return OpenModel(name, folder, model, tokenizer, trust_remote_code)
-
-
-def check_ids(name: str, embeddings: Any, ids: Tensor) -> None:
-    """Refuse token ids that a model has no embedding for; an accelerator would not say which.
-
-    Raises:
-        ModelError: there is one.
-    """
-    known = embeddings.weight.shape[0]
-    if torch.compiler.is_exporting():  # a trace, whose ids have no values
-        return
-    for found in map(int, ids.aminmax()) if ids.numel() else ():
-        if not 0 <= found < known:
-            raise ModelError(
-                f"{name} has no embedding for token id {found}, its last is {known - 1}: its "
-                "tokenizer is damaged, or the ids are from another model's"
-            )
-
-
-def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    """Return the tokenizer in a resolved model folder; `name` is what the user wrote.
-
-    Raises:
-        ModelError: the folder has no usable tokenizer.
-    """
-    with quiet_transformers():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            # What loads may still not work, or not be saved once all is done.
-            tokenizer.decode(tokenizer("one two")["input_ids"])
-            kept = [tokenizer.init_kwargs, tokenizer.chat_template]
-            json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8")
-            return tokenizer
-        except Exception as error:  # tokenizers raises plain exceptions on a damaged file
-            raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
-
-
-def context_of(config: Any) -> int | None:
-    """Return the longest sequence a model's configuration names, in tokens; None if it does not."""
-    text = config.get_text_config(decoder=True)
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        if isinstance(value := getattr(text, key, None), int) and value > 0:  # XLNet's is -1
-            return value
-    return None
-
-
-def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    """Return the configuration of a causal language model; `name` is what the user wrote.
-
-    Raises:
-        ModelError: it cannot be read, or is that of a quantised or encoder-decoder model.
-    """
-    with quiet_transformers():
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # transformers raises anything on a damaged checkpoint
-            raise ModelError(f"cannot open {name}: {_first_line(error)}") from error
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
-    _check_sizes(config, folder)
-    return config
-
-
-def _check_sizes(config: Any, folder: Path) -> None:
-    """Refuse sizes that no weight bears out: modules of that size would be made before any is read.
-
-    Raises:
-        ModelError: which, or the weight files are damaged.
-    """
-    shapes = [place.shape for place in Shards(folder).places.values()]
-    limits = {key: max((math.prod(shape) for shape in shapes), default=0) for key in WIDTHS}
-    limits |= dict.fromkeys(DEPTHS, len(shapes))
-    # Not by attribute: some configurations refuse to name what differs between layers.
-    told = config.get_text_config(decoder=True).to_dict()
-    for key, most in limits.items():
-        value = told.get(key)
-        if isinstance(value, int | float) and value > most:
-            raise ModelError(
-                f"{folder / 'config.json'} has {key} {value}, more than the weights bear out"
-            )
-
-
-def _load(
-    folder: Path, name: str, dtype: torch.dtype | str, device: torch.device, trust: bool
-) -> Any:
-    load_config(folder, name, trust)
-    with quiet_transformers():
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=trust,
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers raises anything on a damaged checkpoint
-            raise ModelError(f"cannot open {name}: {_first_line(error)}") from error
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise ModelError(
-            f"{name} lacks {len(missing)} weights its configuration asks for, first '{missing[0]}'"
-        )
-    if dtype == "auto" and device.type == "cpu" and not fast_half_precision(model.dtype):
-        model = model.float()
-    model.requires_grad_(False)
-    use_own_attention(model)
-    return model.to(device).eval()
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device a user names; `auto` is an accelerator if there is one.
-
-    Raises:
-        InputError: it cannot be used.
-    """
-    # torch counts the processors it may run on, but not a container's share of their time.
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
-        torch.set_num_threads(most)
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device '{name}' cannot be used: {_first_line(error)}") from error
-    return device
-
-
-def _dtype(name: str) -> torch.dtype | str:
-    if name == "auto":
-        return "auto"
-    if name not in DTYPES:
-        raise InputError(f"unknown dtype '{name}': {nearest(name, [*DTYPES, 'auto'])}")
-    return DTYPES[name]
-
-
 def check_folder(folder: Path) -> None:
     """Refuse a folder that transformers could not read a model from.
 
-    Raises:
-        ModelError: it is a pack, or has no configuration, no weights, pickled ones, or not all.
+    Raises ModelError: it is a pack, or has no configuration, no weights, pickled ones, or not all.
     """
     if (folder / PACK).is_file():
         raise ModelError(
@@ -373,37 +146,86 @@ def check_folder(folder: Path) -> None:
         inside = folder / "model"
         hint = f", but {inside} is" if (inside / "config.json").is_file() else ""
         raise ModelError(f"{folder} has no config.json: it is not a model folder{hint}")
-    if (folder / "model.safetensors.index.json").is_file():
-        for shard in weight_files(folder):
-            if not (folder / shard).is_file():
-                raise ModelError(f"{folder} lacks the weight file {shard} its index names")
-        return
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+    files = weight_files(folder)
+    if (folder / INDEX).is_file():
+        if lacking := next((name for name in files if not (folder / name).is_file()), None):
+            raise ModelError(f"{folder} lacks the weight file {lacking} its index names")
+    elif not files and any(next(folder.glob(pattern), None) for pattern in PICKLES):
         raise ModelError(
             f"{folder} holds pickled weights only, which can run code when opened: "
             "convert them to safetensors first"
         )
-    raise ModelError(f"{folder} holds no weights (*.safetensors)")
+    elif not files:
+        raise ModelError(f"{folder} holds no weights (*.safetensors)")
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def check_models(
+    *names: str | None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> None:
+    """Refuse models that `open_model` could not open so, as far as that shows without a fetch.
 
-    with _hub_errors(name):
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED))
-    check_folder(folder)
+    Names that are None are passed over. Raises as `open_model`.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    device_of(device)
+    dtype_of(dtype)
+    found = {name: known_model(name) for name in names if name is not None}
+    for name, place in found.items():
+        if isinstance(place, Path) and place.is_dir():
+            load_config(place, name, trust_remote_code)
+        elif place is None:
+            with _hub_errors(name):
+                if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                    HfApi().model_info(name)
+
+
+def resolve_model(name: str) -> Path:
+    """Return a local folder of safetensors for a model the user named.
+
+    A hub model is fetched; a GGUF file is dequantised into the cache on the first call. Raises
+    ModelError: unknown name, nothing to load there, or only pickled weights.
+    """
+    found = known_model(name)
+    if found is None:
+        from huggingface_hub import snapshot_download
+
+        with _hub_errors(name):
+            fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
+        check_folder(Path(fetched))
+        return Path(fetched)
+    if isinstance(found, BuiltinModel):
+        # The archives are pinned by hash, so their hashes and members' names name the bytes.
+        key = sha256_json([value for asset, member in found.parts.items()
+                           for value in (assets.get_asset(asset).sha256, member)])  # fmt: skip
+    elif found.is_file():
+        key = sha256_file(found)
+    else:
+        return found
+    folder = cache_dir() / "models" / f"gguf-{key[:16]}"
+    if not (folder / "config.json").is_file():
+        with made_once(folder), contextlib.ExitStack() as stack:
+            if not (folder / "config.json").is_file():
+                if isinstance(found, BuiltinModel):
+                    found = stack.enter_context(_extracted(found, folder))
+                _dequantise(found, folder)
     return folder
 
 
-def _ask_hub(name: str) -> None:
-    """Refuse a model that is neither in the hub's cache nor on the hub."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    with _hub_errors(name):
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name)
+@contextlib.contextmanager
+def _extracted(model: BuiltinModel, beside: Path) -> Iterator[Path]:
+    """Yield a builtin model's GGUF file, for a while."""
+    for asset in model.parts:
+        assets.install(asset)
+    prefix = f".{beside.name}.partial-"
+    with (
+        disk_errors(beside),
+        tempfile.TemporaryDirectory(dir=beside.parent, prefix=prefix) as temporary,
+    ):
+        name = Path(next(iter(model.parts.values()))).name.partition(".gguf")[0]
+        file = Path(temporary) / f"{name}.gguf"
+        assets.extract(model.parts, file)
+        yield file
 
 
 @contextlib.contextmanager
@@ -427,62 +249,174 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _dequantised_builtin(model: BuiltinModel) -> Path:
-    def extracted(folder: Path) -> None:
-        for asset in model.parts:
-            assets.install(asset)
-        prefix = f".{folder.name}.partial-"
-        with (
-            disk_errors(folder),
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary,
-        ):
-            name = Path(next(iter(model.parts.values()))).name.partition(".gguf")[0]
-            file = Path(temporary) / f"{name}.gguf"
-            assets.extract(model.parts, file)
-            _dequantise(file, folder)
+def open_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> OpenModel:
+    """Open a causal language model for inference.
 
-    # The archives are pinned by hash, so their hashes and members' names name the file's bytes.
-    named = [value for asset, member in model.parts.items()
-             for value in (assets.get_asset(asset).sha256, member)]  # fmt: skip
-    return _dequantised(sha256_json(named), extracted)
+    Args:
+        name: hub id, local folder, `.gguf` file, or `builtin:NAME`.
+        dtype: `auto` (the checkpoint's own, but float32 where this CPU has no fast half
+            precision), `float32`, `bfloat16` or `float16`.
+        device: `auto` (an accelerator if there is one) or a torch device string.
+        trust_remote_code: run modelling code shipped with the checkpoint.
+
+    Raises:
+        ModelError: the model cannot be found, is pickled, quantised or not a causal LM.
+        InputError: unknown dtype or device.
+    """
+    target, chosen = device_of(device), dtype_of(dtype)
+    folder = resolve_model(name)
+    model = _load(folder, name, chosen, target, trust_remote_code)
+    embeddings = model.get_input_embeddings()
+    tokenizer = load_tokenizer(folder, name, trust_remote_code)
+    if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
+        # Other tokenizers' ids are not looked at, which makes the host wait for a device.
+        embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
+    return OpenModel(name, folder, model, tokenizer, trust_remote_code)
 
 
-def _dequantised(key: str, make: Callable[[Path], None]) -> Path:
-    """Return the cached safetensors folder of a GGUF file, made on the first call."""
-    folder = cache_dir() / "models" / f"gguf-{key[:16]}"
-    if not _complete(folder):
-        with made_once(folder):
-            if not _complete(folder):
-                make(folder)
-    return folder
+def _load(
+    folder: Path, name: str, dtype: torch.dtype | str, device: torch.device, trust: bool
+) -> Any:
+    load_config(folder, name, trust)
+    with loading(f"cannot open {name}"):
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+            trust_remote_code=trust, output_loading_info=True,
+        )  # fmt: skip
+    if missing := sorted(info.get("missing_keys", ())):
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights its configuration asks for, first '{missing[0]}'"
+        )
+    if dtype == "auto" and device.type == "cpu" and not fast_half_precision(model.dtype):
+        model = model.float()
+    model.requires_grad_(False)
+    use_own_attention(model)
+    return model.to(device).eval()
 
 
-def _complete(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """Return the configuration of a causal language model; `name` is what the user wrote.
+
+    Raises ModelError: it cannot be read, or is that of a quantised or encoder-decoder model.
+    """
+    with loading(f"cannot open {name}"):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
+    counts = [math.prod(place.shape) for place in Shards(folder).places.values()]
+    # Not by attribute: some configurations refuse to name what differs between layers.
+    if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
+        raise ModelError(f"{folder / 'config.json'} has {found}, more than the weights bear out")
+    return config
+
+
+def _too_large(sizes: Mapping[str, Any], counts: Sequence[int]) -> str | None:
+    """Return a size that no weights of so many values have: modules are made before any is read."""
+    limits = dict.fromkeys(WIDTHS, max(counts, default=0)) | dict.fromkeys(DEPTHS, len(counts))
+    for key, most in limits.items():
+        value = sizes.get(key)
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, int | float) and n > most for n in numbers):
+            return f"{key} {value}"
+    return None
+
+
+def context_of(config: Any) -> int | None:
+    """Return the longest sequence a model's configuration names, in tokens; None if it does not."""
+    text = config.get_text_config(decoder=True)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        if isinstance(value := getattr(text, key, None), int) and value > 0:  # XLNet's is -1
+            return value
+    return None
+
+
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """Return the tokenizer in a resolved model folder; `name` is what the user wrote.
+
+    Raises ModelError where it has none that works.
+    """
+    with loading(f"{name} has no usable tokenizer"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        # What loads may still not work, or fail to be saved once all is done.
+        tokenizer.decode(tokenizer("one two")["input_ids"])
+        kept = [tokenizer.init_kwargs, tokenizer.chat_template]
+        json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8")
+        return tokenizer
+
+
+def check_ids(name: str, embeddings: Any, ids: Tensor) -> None:
+    """Refuse (ModelError) token ids without an embedding; an accelerator would not say which."""
+    known = embeddings.weight.shape[0]
+    if torch.compiler.is_exporting():  # a trace, whose ids have no values
+        return
+    for found in map(int, ids.aminmax()) if ids.numel() else ():
+        if not 0 <= found < known:
+            raise ModelError(
+                f"{name} has no embedding for token id {found}, its last is {known - 1}: its "
+                "tokenizer is damaged, or the ids are from another model's"
+            )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device a user names; `auto` is an accelerator if there is one.
+
+    Raises InputError where it cannot be used.
+    """
+    # torch counts the processors it may run on, but not a container's share of their time.
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
+        torch.set_num_threads(most)
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device '{name}' cannot be used: {first_line(error)}") from error
+    return device
+
+
+def dtype_of(name: str) -> torch.dtype | str:
+    """Return the type a user names, or `auto`; raise InputError for an unknown one."""
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"unknown dtype '{name}': {nearest(name, [*DTYPES, 'auto'])}")
+    return DTYPES.get(name, name)
 
 
 def _dequantise(file: Path, folder: Path) -> None:
-    with quiet_transformers():
+    with loading(f"cannot open {file}"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        where, name = file.parent, file.name
-        try:
-            dtype = _gguf_dtype(file)
-            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-        except Exception as error:  # the GGUF readers raise anything on a foreign file
-            raise ModelError(f"cannot open {file}: {_first_line(error)}") from error
-        # transformers keeps a dequantised model marked as quantised and would not save it.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        vars(model.config).pop("quantization_config", None)  # older versions do not set it
-        # Positions up to the context are what the tokenizer may fill; GGUF does not say.
-        context = getattr(model.config, "max_position_embeddings", None)
-        if context:
-            tokenizer.model_max_length = context
-        with atomic_folder(folder) as beside:
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+        where, name, dtype = file.parent, file.name, _gguf_dtype(file)
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    # transformers keeps a dequantised model marked as quantised and would not save it.
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model.config).pop("quantization_config", None)  # older versions do not set it
+    # Positions up to the context are what the tokenizer may fill; GGUF does not say.
+    if context := getattr(model.config, "max_position_embeddings", None):
+        tokenizer.model_max_length = context
+    with quiet_transformers(), atomic_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:
@@ -490,20 +424,13 @@ def _gguf_dtype(file: Path) -> torch.dtype:
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    widest = max((int(tensor.n_elements) for tensor in reader.tensors), default=0)
-    for name, entry in reader.fields.items():
-        key = name.rsplit(".", 1)[-1]
-        most = len(reader.tensors) if key == "block_count" else widest
-        if key in ("block_count", *GGUF_WIDTHS) and _largest(entry.contents()) > most:
-            raise ValueError(f"its header has {name} {entry.contents()}, more than its weights")
+    fields = {name.rsplit(".", 1)[-1]: entry for name, entry in reader.fields.items()}
+    sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
+    if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
+        raise ValueError(f"its header has {found}, more than its weights")
     kind = reader.get_field("general.file_type")
     code = int(kind.contents()) if kind is not None else -1
     return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
-
-
-def _largest(value: Any) -> float:
-    numbers = value if isinstance(value, list) else [value]
-    return max((n for n in numbers if isinstance(n, int | float)), default=0)
 
 
 def fingerprint(folder: Path) -> str:
@@ -531,17 +458,25 @@ def _cached_sha256(file: Path) -> str:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return a SHA-256 of what decides a tokenizer's ids, independent of padding settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        state.pop("padding", None)
-        state.pop("truncation", None)
-        return sha256_json(state)
-    return sha256_json(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        return sha256_json(sorted(tokenizer.get_vocab().items()))
+    state = json.loads(backend.to_str())
+    return sha256_json({k: v for k, v in state.items() if k not in ("padding", "truncation")})
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Silence transformers, and raise what it raises as a ModelError that begins with `what`."""
+    with quiet_transformers():
+        try:
+            yield
+        except Exception as error:  # anything, on a damaged checkpoint
+            raise ModelError(f"{what}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and advice of transformers while it loads; errors still raise."""
+    """Silence progress bars and advice of transformers; errors still raise."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -558,6 +493,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

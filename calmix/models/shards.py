@@ -25,21 +25,14 @@ from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import parse_json, replacing, sync, write_json
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
 PACK = "calmix-pack.json"  # what makes a folder a pack (calmix/deploy/pack.py)
 HEADER_LIMIT = 100_000_000  # the format's own
-ALIGNMENT = 8  # of the header
 
 
 @dataclass(frozen=True)
@@ -58,20 +51,15 @@ class Place:
 
 
 class Shards:
-    """The safetensors files of a model folder.
+    """The safetensors files of a model folder: their names, and the place of every tensor.
 
-    Attributes:
-        places: every tensor by name.
-        files: names of the files, in order.
-
-    Raises:
-        ModelError: a file is cut short, damaged, or holds a type that is not known.
+    Raises ModelError where a file is cut short, damaged, or holds a type that is not known.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: dict[str, Place] = {}
         self.files = weight_files(folder)
+        self.places: dict[str, Place] = {}
         for name in self.files:
             self.places |= read_header(folder / name)
 
@@ -83,10 +71,9 @@ class Shards:
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files a model is read from: others beside them may repeat it.
 
-    Raises:
-        ModelError: the index is damaged, or names what lies elsewhere.
+    Raises ModelError where the index is damaged, or names what lies elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -95,7 +82,7 @@ def weight_files(folder: Path) -> list[str]:
         for name in names:  # results are written under these names
             plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
             if not plain or "\0" in name:
-                raise ModelError(f"{index} names {name!r}, which is no file of its folder")
+                raise ModelError(f"{index} names {name!r}, which is not a file of its folder")
         return sorted(names)
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
@@ -107,41 +94,52 @@ def weight_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in weight_files(folder))
 
 
-def read_header(path: Path) -> dict[str, Place]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        ModelError: the file is cut short, damaged, or holds a type that is not known.
-    """
+def header_bytes(path: Path) -> bytes:
+    """Return the first bytes of a safetensors file, up to the first tensor's."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(HEADER_LIMIT, size):
+            first = file.read(8)
+            (length,) = struct.unpack("<Q", first)
+            if length > min(HEADER_LIMIT, os.fstat(file.fileno()).st_size):
                 raise ValueError
-            header = parse_json(file.read(length))
-        header.pop("__metadata__", None)
-        places, end = {}, 8 + length
-        for name, entry in header.items():
+            return first + file.read(length)
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: fetch it again") from error
+
+
+def parse_header(header: bytes, path: Path) -> dict[str, Place]:
+    """Return the tensors of a safetensors file by its first bytes, checked but for their ends."""
+    places = {}
+    try:
+        entries = parse_json(header[8:])
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
             first, last = entry["data_offsets"]
-            place = Place(
-                path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first
-            )
-            numbers = (*place.shape, first, last)
+            shape = tuple(entry["shape"])
+            place = Place(path.name, DTYPES[entry["dtype"]], shape, len(header) + first)
+            numbers = (*shape, first, last)
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError
             if place.size != last - first:
                 raise ValueError
             places[name] = place
-            end = max(end, 8 + length + last)
     except KeyError as error:
         raise ModelError(f"{path} holds a type calmix does not read: {error.args[0]}") from error
-    except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} is no readable safetensors file: fetch it again") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: fetch it again") from error
+    return places
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Return the tensors of a safetensors file.
+
+    Raises ModelError where it is cut short, damaged, or holds a type that is not known.
+    """
+    places = parse_header(header_bytes(path), path)
+    size, end = path.stat().st_size, max((p.start + p.size for p in places.values()), default=0)
     if size < end:
         raise ModelError(
-            f"{path} is cut short: it has {size:,} bytes, and its header tells of {end:,}: fetch "
-            "it again"
+            f"{path} is cut short: it has {size:,} bytes, its header needs {end:,}: fetch it again"
         )
     return places
 
@@ -156,13 +154,11 @@ def read_tensor(folder: Path, place: Place) -> Tensor:
 
 def read_bytes(path: Path, start: int, tensor: Tensor) -> bool:
     """Fill a tensor from a file's bytes at `start`; return whether there were enough."""
-    view = tensor_bytes(tensor)
-    at = 0
+    view, at = tensor_bytes(tensor), 0
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while at < len(view):
-            got = file.readinto(view[at:])
-            if not got:
+            if not (got := file.readinto(view[at:])):
                 return False
             at += got
     return True
@@ -171,8 +167,7 @@ def read_bytes(path: Path, start: int, tensor: Tensor) -> bool:
 def write_bytes(path: Path, start: int, tensor: Tensor) -> int:
     """Write a tensor of the host to a file's bytes at `start`; return their CRC-32.
 
-    Raises:
-        DiskError: the disk is full.
+    Raises DiskError where the disk is full.
     """
     view = tensor_bytes(tensor.contiguous())
     with disk_errors(path):
@@ -187,16 +182,13 @@ def write_bytes(path: Path, start: int, tensor: Tensor) -> int:
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file, whole or not at all, and return its SHA-256.
 
-    Tensors come to the host one at a time and are not copied there.
-
-    Raises:
-        DiskError: the disk is full, or cannot be written to.
+    Tensors come to the host one at a time and are not copied there. Raises DiskError.
     """
     header, places = _header(path.name, {n: (t.dtype, t.shape) for n, t in tensors.items()})
     digest = hashlib.sha256(header)
     with replacing(path) as file:
         file.write(header)
-        for name in sorted(tensors, key=lambda name: places[name].start):
+        for name in places:
             view = tensor_bytes(tensors[name].detach().to("cpu").contiguous())
             file.write(view)
             digest.update(view)
@@ -204,11 +196,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, in memory of their own.
-
-    Raises:
-        ModelError: as `read_header`.
-    """
+    """Return all tensors of a safetensors file, in memory of their own."""
     return {n: read_tensor(path.parent, place) for n, place in read_header(path).items()}
 
 
@@ -220,24 +208,27 @@ def write_index(folder: Path) -> None:
             "metadata": {"total_size": sum(place.size for place in places.values())},
             "weight_map": {name: place.file for name, place in sorted(places.items())},
         }
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, not copied."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _write(handle: int, view: memoryview, at: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], at + done)
 
 
 class ShardWriter:
-    """Files for given tensors, made at full size at once and filled in any order.
+    """Files for given tensors (type and shape by file and name), filled in any order.
 
-    Their room on the disk is taken when they are made, so that a full disk is told first. Opening
-    one whose files are there already goes on with them.
-
-    Args:
-        folder: where the files go.
-        places: the tensors of each file in order, as type and shape, by name.
-
-    Attributes:
-        sums: CRC-32 of the bytes of each tensor that was written, by name.
-
-    Raises:
-        InputError: the disk has no room, or may not be written.
+    Their room on the disk is taken when they are made, so that a full disk shows first (an
+    InputError). Opening one whose files are there already keeps what they hold. `sums` has the
+    CRC-32 of the bytes of each tensor that was written, by name.
     """
 
     def __init__(
@@ -248,8 +239,7 @@ class ShardWriter:
         self.sums: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in places.items():
-            path = folder / name
-            header, found = _header(name, tensors)
+            path, (header, found) = folder / name, _header(name, tensors)
             size = max([len(header), *(place.start + place.size for place in found.values())])
             self.places |= found
             with disk_errors(path):
@@ -272,11 +262,7 @@ class ShardWriter:
             self.sums[name] = write_bytes(self.folder / place.file, place.start, value)
 
     def check(self, sums: Mapping[str, int]) -> None:
-        """Go on with what an earlier run has written, if its bytes are what they were.
-
-        Raises:
-            InputError: they are not.
-        """
+        """Refuse (InputError) what an earlier run has written if its bytes have changed."""
         for name, wanted in sums.items():
             place = self.places.get(name)
             if place is None or zlib.crc32(tensor_bytes(read_tensor(self.folder, place))) != wanted:
@@ -292,51 +278,25 @@ class ShardWriter:
 
     def write_index(self) -> None:
         """Write the index transformers reads, where there are several files."""
-        files = dict.fromkeys(place.file for place in self.places.values())
-        if len(files) < 2:
-            return
-        total = sum(place.size for place in self.places.values())
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: place.file for name, place in sorted(self.places.items())},
-        }
-        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_index(self.folder)
 
 
 def _header(
     file: str, tensors: Mapping[str, tuple[torch.dtype, Any]]
 ) -> tuple[bytes, dict[str, Place]]:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at, offsets = 0, {}
+    at = 0
     # Wide types first, as the library writes them, so that every tensor is aligned.
-    order = sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
-    for name, (dtype, shape) in order:
-        size = math.prod(shape) * dtype.itemsize
-        entries[name] = {
-            "dtype": NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [at, at + size],
-        }
-        offsets[name] = at
-        at += size
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda t: (-t[1][0].itemsize, t[0])):
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    header = with_length(entries)
+    return header, parse_header(header, Path(file))
+
+
+def with_length(entries: Mapping[str, Any]) -> bytes:
+    """Return a header's bytes, aligned and with their number before them."""
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    start = 8 + len(text)
-    places = {
-        name: Place(file, dtype, tuple(shape), start + offsets[name])
-        for name, (dtype, shape) in tensors.items()
-    }
-    return struct.pack("<Q", len(text)) + text, places
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor, not copied."""
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-def _write(handle: int, view: memoryview, at: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], at + done)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -8,7 +8,7 @@ load as a whole. Knows nothing about pruning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from calmix.errors import ModelError
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.converting import Conversions, Part
 from calmix.models.opening import (
-    _dtype,
     device_of,
+    dtype_of,
     load_config,
+    loading,
     open_model,
-    quiet_transformers,
     resolve_model,
 )
 from calmix.models.shards import Shards, ShardWriter, read_file, write_index
@@ -36,12 +35,7 @@ Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tenso
 
 
 class NotStreamableError(Exception):
-    """The checkpoint's tensors are not the model's own: it must be opened as a whole.
-
-    Args:
-        name: of the first such tensor.
-        why: it is so.
-    """
+    """The checkpoint's tensors, the first being `name`, are not the model's own: open it whole."""
 
     def __init__(
         self, name: str, why: str = "transformers converts its weights while it loads them"
@@ -52,19 +46,10 @@ class NotStreamableError(Exception):
 class StreamedModel:
     """A causal language model whose blocks come from disk one at a time.
 
-    Args:
-        name, dtype, device, trust_remote_code: as for `open_model`.
-
-    Attributes:
-        folder: the local folder `name` resolved to.
-        model: the modules. Weights are there for what is outside the blocks (until
-            `drop_outside`), the output head excepted, and for blocks between `fetch` and `drop`.
-        blocks: its decoder blocks.
-        config: what the folder says of the model, of which `model.config` may be the text's part.
-        shards: the folder's files.
-        names: name in the files of every parameter, by its name in the model, but for those that
-            are merged from several or split.
-        buffers: the same of the buffers that files hold.
+    The arguments are those of `open_model`. `model` has the modules: their weights are there for
+    what is outside the blocks (between `fetch_outside` and `drop_outside`, the output head
+    excepted), and for blocks between `fetch` and `drop`. `names` and `buffers` say what the files
+    call parameters and buffers, those excepted that are merged from several tensors or split.
 
     Raises:
         ModelError: as `open_model`, or a file is cut short.
@@ -73,6 +58,7 @@ class StreamedModel:
     """
 
     in_place = True  # the files that are written are the checkpoint's own
+    opened = None
 
     def __init__(
         self,
@@ -82,53 +68,50 @@ class StreamedModel:
         device: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        self.name = name
-        self.trust_remote_code = trust_remote_code
-        self.opened = None
-        self.device = device_of(device)
-        chosen = _dtype(dtype)
+        self.name, self.trust_remote_code = name, trust_remote_code
+        self.device, chosen = device_of(device), dtype_of(dtype)
         self.folder = resolve_model(name)
         self.shards = Shards(self.folder)
+        # The folder's own, of which the model's may be the part that is about text.
         self.config = load_config(self.folder, name, trust_remote_code)
         self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        places = self.shards.places
-        self._conversions = Conversions(
-            self.model, {n: (p.dtype, p.shape) for n, p in places.items()}
-        )
-        prefix = f"{self.blocks.name}."
         for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
-            if any(name.startswith(prefix) for name in pair):
+            if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise NotStreamableError(pair[0], "its blocks share weights")
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        self._parts = self._held(own)
-        self.names = {name: part.stored[0] for name, part in self._parts.items() if part.whole}
-        for name in own:
-            if name not in self._parts and name not in tied:
-                raise NotStreamableError(name)
-        kept = self.model.state_dict().keys()
+        self._conversions = Conversions(
+            self.model, {n: (p.dtype, p.shape) for n, p in self.shards.places.items()}
+        )
+        own, kept = self._own(), self.model.state_dict().keys()
         buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
-        held = self._held(buffers)
-        self.buffers = {name: part.stored[0] for name, part in held.items() if part.whole}
-        for name in buffers:
-            if name not in self.buffers:
-                raise NotStreamableError(name)
+        self._parts, held = self._held(own), self._held(buffers)
+        self.names, self.buffers = (
+            {name: part.stored[0] for name, part in parts.items() if not part.patterns}
+            for parts in (self._parts, held)
+        )
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        lacking = [name for name in own if name not in self._parts and name not in tied]
+        lacking += [name for name in buffers if name not in self.buffers]
+        if lacking:
+            raise NotStreamableError(lacking[0])
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # A device copies in a queue of its own what the next block needs.
         cuda = self.device.type == "cuda" and torch.cuda.is_available()
         self._queue: Any = torch.cuda.Stream(self.device) if cuda else None
 
+    def _own(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
     def _held(self, own: Mapping[str, Tensor]) -> dict[str, Part]:
         """Return the part of the files that each of the model's own tensors is in."""
-        shapes = {name: place.shape for name, place in self.shards.places.items()}
         held = {
             name: part
             for part in self._conversions.parts
-            for name in part.parameters
-            if name in own and part.shapes[name] == tuple(own[name].shape)
+            for name, shape in part.shapes.items()
+            if name in own and shape == tuple(own[name].shape)
         }
+        shapes = {name: place.shape for name, place in self.shards.places.items()}
         if (name := self._conversions.faulty(held.values(), shapes)) is not None:
             raise NotStreamableError(name)
         return held
@@ -144,22 +127,16 @@ class StreamedModel:
 
     def stored_with(self, name: str) -> tuple[str, ...]:
         """Return the parameters that a parameter is stored together with, itself included."""
-        return self._parts[name].parameters
+        return tuple(self._parts[name].shapes)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the type a parameter is stored in."""
         return self.shards.places[self._parts[name].stored[0]].dtype
 
     def stored(self, name: str, shards: Shards | None = None) -> Tensor:
-        """Return a parameter in the precision it is stored in, on the CPU.
-
-        Args:
-            name: its name in the model.
-            shards: other files of the same names to read it from.
-        """
+        """Return a parameter as it is stored, on the CPU; of `shards`, other files alike."""
         part = self._parts[name]
-        held = {one: (shards or self.shards).read([one])[one] for one in part.stored}
-        return self._conversions.merge(part, held)[name]
+        return self._conversions.merge(part, (shards or self.shards).read(part.stored))[name]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -185,28 +162,26 @@ class StreamedModel:
 
     def block_bytes(self, index: int) -> int:
         """Return the bytes of a block's weights in memory."""
-        return sum(p.numel() * p.element_size() for p in self.blocks.blocks[index].parameters())
+        return sum(p.nbytes for p in self.blocks.blocks[index].parameters())
 
     @property
     def outside_names(self) -> list[str]:
         """Names in the model of the parameters outside the blocks, the output head excepted."""
-        prefix = f"{self.blocks.name}."
         head = self.model.get_output_embeddings()
         skipped = set() if head is None else {id(p) for p in head.parameters()}
-        embedded = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        skipped -= {id(p) for p in self.model.get_input_embeddings().parameters()}
+        prefix = f"{self.blocks.name}."
         return [
             name
-            for name, p in self.model.named_parameters(remove_duplicate=False)
-            if not name.startswith(prefix)
-            and name in self._parts
-            and (id(p) not in skipped or id(p) in embedded)
+            for name, p in self._own().items()
+            if name in self._parts and id(p) not in skipped and not name.startswith(prefix)
         ]
 
     @property
     def outside_bytes(self) -> int:
         """Bytes in memory of what `fetch_outside` reads."""
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        return sum(own[n].numel() * own[n].element_size() for n in self.outside_names)
+        own = self._own()
+        return sum(own[name].nbytes for name in self.outside_names)
 
     def fetch_outside(self) -> None:
         """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
@@ -215,8 +190,8 @@ class StreamedModel:
             value = buffer
             if (stored := self.buffers.get(name)) is not None:
                 value = self.shards.read([stored])[stored].to(buffer.dtype)
-            owner, _, last = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[last] = value.to(self.device)
+            module, last = self._owner(name)
+            module._buffers[last] = value.to(self.device)
 
     def drop_outside(self) -> None:
         """Forget what is outside the blocks; buffers stay."""
@@ -239,11 +214,29 @@ class StreamedModel:
             names = self.block_names(index + 1)
             self._ahead[index + 1] = self._pool.submit(self._read_ahead, names)
 
+    def drop(self, index: int) -> None:
+        """Forget a block's weights."""
+        self._drop(self.block_names(index))
+
+    def reset(self) -> None:
+        """Forget all weights, changed ones too: they are read again when they are asked for."""
+        self._ahead.clear()
+        self.drop_outside()
+        for index in range(len(self.blocks)):
+            self.drop(index)
+
     def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
         """Return a block's weights by their names in the files, copied if they will change."""
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self._own()
         held = self.as_stored({name: own[name].detach() for name in self.block_names(index)})
         return {name: value.clone() for name, value in held.items()} if copy else held
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return a block's parameters and those of its buffers that files hold, by name."""
+        own, buffers = self._own(), dict(self.model.named_buffers())
+        held = {name: own[name].detach() for name in self.block_names(index)}
+        prefix = f"{self.blocks.name}.{index}."
+        return held | {n: buffers[n] for n in self.buffers if n.startswith(prefix)}
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a block's tensors, given by their names in the model, as the files have them."""
@@ -252,31 +245,12 @@ class StreamedModel:
         merged = {name: value for name, value in tensors.items() if name not in names}
         return held | self._conversions.split(merged) if merged else held
 
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        """Return a block's parameters and those of its buffers that files hold, by name."""
-        prefix = f"{self.blocks.name}.{index}."
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        held = {name: own[name].detach() for name in self.block_names(index)}
-        buffers = dict(self.model.named_buffers())
-        return held | {n: buffers[n] for n in self.buffers if n.startswith(prefix)}
-
-    def drop(self, index: int) -> None:
-        """Forget a block's weights."""
-        self._drop(self.block_names(index))
-
-    def reset(self) -> None:
-        """Forget all weights, changed ones too: they are read anew when they are asked for."""
-        self._ahead.clear()
-        self.drop_outside()
-        for index in range(len(self.blocks)):
-            self.drop(index)
-
     def files(self) -> Files:
         """Return what the files hold, floats in the model's type in memory.
 
         What the model has no parameter for keeps the type it is stored in.
         """
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self._own()
         types = {
             stored: own[name].dtype for name, part in self._parts.items() for stored in part.stored
         }
@@ -287,10 +261,9 @@ class StreamedModel:
 
     def copy_others(self, writer: ShardWriter) -> None:
         """Write all tensors that belong to no block, one at a time."""
-        blocks = range(len(self.blocks))
         inside = {
             stored
-            for index in blocks
+            for index in range(len(self.blocks))
             for name in self.block_names(index)
             for stored in self._parts[name].stored
         }
@@ -321,19 +294,14 @@ class StreamedModel:
 
     def rest(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors of the files by their names there, parameters in their type in memory."""
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self._own()
         types = {s: own[name].dtype for name, part in self._parts.items() for s in part.stored}
         found = self.shards.read(names)
         return {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Give a block weights that `weights` has returned."""
-        made: dict[str, Tensor] = {}
-        for name in self.block_names(index):
-            if name not in made:
-                part = self._parts[name]
-                made |= self._conversions.merge(part, {one: held[one] for one in part.stored})
-        self._put(made)
+        self._put(self._merged(self.block_names(index), lambda stored, _: held[stored]))
 
     def save_config(self, folder: Path, shards: Path) -> None:
         """Make a folder of the layout's files one that loads: index and configuration."""
@@ -359,27 +327,26 @@ class StreamedModel:
         """Stop reading ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        read: dict[str, Tensor] = {}
+    def _merged(
+        self, names: Iterable[str], value: Callable[[str, torch.dtype], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return parameters, `value` of every tensor in the files that makes them up."""
+        own, made = self._own(), dict[str, Tensor]()
         for name in names:
-            if name not in read:
-                part = self._parts[name]
-                held = {
-                    stored: self.shards.read([stored])[stored].to(own[name].dtype)
-                    for stored in part.stored
-                }
-                read |= self._conversions.merge(part, held)
+            if name not in made:
+                part, dtype = self._parts[name], own[name].dtype
+                made |= self._conversions.merge(part, {n: value(n, dtype) for n in part.stored})
+        return made
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
         if self.device.type == "cuda":
-            # From pinned memory a copy to the device goes on beside what the device computes.
+            # Copies from pinned memory overlap with what the device computes.
             read = {name: value.pin_memory() for name, value in read.items()}
         return read
 
     def _read_ahead(self, names: list[str]) -> tuple[dict[str, Tensor], Any]:
-        """Read, and begin to copy to the device beside its work; return what marks the end of it.
-
-        Called in a thread beside the one at work.
-        """
+        """Read in a thread, and begin to copy to the device; return what marks the end of it."""
         read = self._read(names)
         if self._queue is None:
             return read, None
@@ -387,13 +354,13 @@ class StreamedModel:
             there = {n: value.to(self.device, non_blocking=True) for n, value in read.items()}
         return there, self._queue.record_event()
 
-    def _put(self, values: dict[str, Tensor]) -> None:
+    def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             module, last = self._owner(name)
             here = value.to(self.device, non_blocking=True)
             module._parameters[last] = nn.Parameter(here, requires_grad=False)
 
-    def _drop(self, names: list[str]) -> None:
+    def _drop(self, names: Iterable[str]) -> None:
         for name in names:
             module, last = self._owner(name)
             empty = torch.empty_like(module._parameters[last], device="meta")
@@ -408,16 +375,10 @@ class WholeModel:
     """A causal language model that is in memory, with the members of `StreamedModel`.
 
     Its files are transformers' to write: until `save` only the blocks' weights are on the disk.
-
-    Args:
-        name, dtype, device, trust_remote_code: as for `open_model`.
-
-    Raises:
-        ModelError: as `open_model`.
+    Arguments and errors are those of `open_model`.
     """
 
-    in_place = False
-    merges = False
+    in_place = merges = False
     outside_bytes = 0  # already in memory, as all is
 
     def __init__(self, name: str, **how: Any) -> None:
@@ -428,24 +389,17 @@ class WholeModel:
         self.blocks: DecoderBlocks = find_blocks(self.model)
         self.device, self.dtype = self.model.device, self.model.dtype
 
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """All is in memory and stays there, and transformers writes it."""
+
+    fetch_outside = drop_outside = fetch = drop = copy_others = close = _nothing
+
     def block_bytes(self, index: int) -> int:
         """Return the bytes of a block's weights."""
         return sum(value.nbytes for value in self.weights(index).values())
 
-    def fetch_outside(self) -> None:
-        """All is there."""
-
-    def drop_outside(self) -> None:
-        """All stays."""
-
-    def fetch(self, index: int, *, ahead: bool = False) -> None:
-        """All is there."""
-
-    def drop(self, index: int) -> None:
-        """All stays."""
-
     def reset(self) -> None:
-        """Read all weights anew."""
+        """Read all weights again."""
         fresh = open_model(self.name, **self._how | {"device": "cpu"}).model
         self.model.load_state_dict(fresh.state_dict())
 
@@ -459,9 +413,6 @@ class WholeModel:
         held = [self.weights(index) for index in range(len(self.blocks))]
         file = {n: (v.dtype, v.shape) for part in held for n, v in part.items()}
         return {"blocks.safetensors": file}
-
-    def copy_others(self, writer: ShardWriter) -> None:
-        """Nothing: transformers writes them."""
 
     @property
     def layout(self) -> dict[str, list[str]]:
@@ -490,9 +441,6 @@ class WholeModel:
                 self.model.get_parameter(name).data.copy_(value)
         self.model.save_pretrained(folder)
 
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 WeightSource = StreamedModel | WholeModel
 
@@ -508,31 +456,22 @@ def _skeleton(
     """Return the modules of a causal language model without weights, buffers excepted."""
     from accelerate import init_empty_weights
 
+    chosen: Any = dtype
     if dtype == "auto":
         chosen = getattr(config, "dtype", None)
         if not isinstance(chosen, torch.dtype):
-            first = [p.dtype for p in shards.places.values() if p.dtype.is_floating_point]
-            chosen = first[0] if first else torch.float32
+            floats = (p.dtype for p in shards.places.values() if p.dtype.is_floating_point)
+            chosen = next(floats, torch.float32)
         if device.type == "cpu" and not fast_half_precision(chosen):
             chosen = torch.float32
-    else:
-        assert isinstance(dtype, torch.dtype)
-        chosen = dtype
-    with quiet_transformers():
+    with loading(f"cannot open {shards.folder}"):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=chosen, trust_remote_code=trust
-                )
-            own = shards.folder / "generation_config.json"
-            if own.is_file():
-                model.generation_config = GenerationConfig.from_pretrained(shards.folder)
-        except Exception as error:  # transformers raises anything on a damaged checkpoint
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelError(f"cannot open {shards.folder}: {line[:300]}") from error
-    # Tables of positions were made in the model's type: made anew they are as loading makes them.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust)
+        if (shards.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(shards.folder)
+    # Tables of positions were made in the model's type: made again they are as loading makes them.
     for module in model.modules():
         module._is_hf_initialized = not any(True for _ in module.buffers(recurse=False))
     with torch.no_grad():

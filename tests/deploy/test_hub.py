@@ -101,7 +101,7 @@ def test_what_the_hub_refuses_is_one_line(
         return errors.HfHubHTTPError("no", response=answer)
 
     for error, words in (
-        (errors.HFValidationError("no"), "'me/small' is no hub id: write owner/name"),
+        (errors.HFValidationError("no"), "'me/small' is not a hub id: write owner/name"),
         (status(401), "log in first (hf auth login)"),
         (status(403), "the hub refuses a push to me/small: status 403"),
         (errors.OfflineModeIsEnabled("off"), "cannot be reached for me/small"),

@@ -88,7 +88,7 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
     weights.write_bytes(whole)
     for link, to in (("sub", tmp_path / "pack"), ("gone", tmp_path / "nowhere")):
         (model / link).symlink_to(to)
-        with pytest.raises(InputError, match=f"cannot pack .*'{link}' is no regular file"):
+        with pytest.raises(InputError, match=f"cannot pack .*'{link}' is not a regular file"):
             pack(model, tmp_path / "out")
         (model / link).unlink()
     assert not (tmp_path / "out").exists()

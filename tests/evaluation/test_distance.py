@@ -31,8 +31,8 @@ def pair(kind: str = "llama") -> tuple[OpenModel, OpenModel]:
             dense.model.logits_scaling = 1.5
     pruned = copy.copy(dense)
     pruned.model = copy.deepcopy(dense.model)
-    pruned.name, pruned._hashes = "pruned", {}
-    dense._hashes["model"] = "dense"
+    pruned.name = "pruned"
+    dense.fingerprint = "dense"
     generator = torch.Generator().manual_seed(3)
     for name, weight in pruned.model.named_parameters():
         if weight.ndim == 2 and "layers" in name:
@@ -80,7 +80,7 @@ def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_at_no_distance_from_itself(dtype: torch.dtype) -> None:
     dense = opened()
-    dense._hashes["model"] = "dense"
+    dense.fingerprint = "dense"
     dense.model.to(dtype)
     found = distance(dense, reference(dense, TEXTS), TEXTS)
     for one in (*found.dimensions.values(), found.total):

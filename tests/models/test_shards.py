@@ -65,10 +65,10 @@ def header(text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no readable safetensors"),
-        (b"\xff" * 40, "no readable safetensors"),
-        (header(b"not json"), "no readable safetensors"),
-        (header(b'{"a": 1}'), "no readable safetensors"),
+        (b"", "not a readable safetensors"),
+        (b"\xff" * 40, "not a readable safetensors"),
+        (header(b"not json"), "not a readable safetensors"),
+        (header(b'{"a": 1}'), "not a readable safetensors"),
         (header(b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,1]}}') + b"x", "F4"),
         (header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}') + b"1234", "cut short"),
     ],

@@ -151,7 +151,7 @@ def test_starved_experts_are_told(calmix, tmp_path, text_file):
     ("options", "said"),
     [
         (("--only", "*.nothing"), "--only '*.nothing' matches no layer"),
-        (("--skip", "re:("), "is no regular expression"),
+        (("--skip", "re:("), "is not a regular expression"),
         (("--skip", "*"), "--only and --skip leave no layer to prune"),
         (("--pattern", "3:5"), "leave such layers dense with --skip '*.q_proj'"),
         (("--expert-smoothing", -1), "--expert-smoothing -1.0 is no positive number"),
