@@ -22,11 +22,20 @@ from calmix.errors import DiskError, InputError, disk_errors
 
 PARTIAL, OLD = "partial-", "old-"  # hidden beside a result: what is to become it, what it was
 EXPORT = "calmix-export.json"  # the manifest of what is made for another program
-# Files that stand together in a result, by kind of result, and in no folder of anybody else's.
-RESULTS = (
-    ("calmix.json", "config.json"), ("calmix-pack.json", "config.json"), (EXPORT,),
-    ("calibration.safetensors",), ("analysis.json", "ranking.csv"), ("report.html", "brief.html"),
-)  # fmt: skip
+# By kind of result, files that stand together in its folder and in no other. The first names the
+# kind: a pack, which holds a checkpoint's manifest too, comes before it.
+RESULTS = {
+    "study store": ("store.json",),
+    "compressed model": ("compress.json",),
+    "pack": ("calmix-pack.json", "config.json"),
+    "checkpoint": ("calmix.json", "config.json"),
+    "export": (EXPORT,),
+    "calibration set": ("manifest.json", "calibration.safetensors"),
+    "study results": ("study.json",),
+    "study analysis": ("analysis.json", "ranking.csv"),
+    "study report": ("report.html", "brief.html"),
+}
+KEPT = ("study store", "compressed model", "study results")  # which no --overwrite replaces
 
 
 def cache_dir() -> Path:
@@ -298,7 +307,8 @@ def check_output_file(
 
 def holds_result(folder: Path) -> bool:
     """Tell whether a folder is a result of calmix, which may be replaced when that is asked for."""
-    return any(all((folder / name).is_file() for name in names) for names in RESULTS)
+    found = (names for kind, names in RESULTS.items() if kind not in KEPT)
+    return any(all((folder / name).is_file() for name in names) for names in found)
 
 
 def check_apart(path: Path, inputs: Iterable[object]) -> None:

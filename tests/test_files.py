@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import (
+    KEPT,
     RESULTS,
     atomic_folder,
     check_output_file,
@@ -256,12 +257,16 @@ def test_overwrite_replaces_results_of_calmix_alone(calmix, tiny_folder, tmp_pat
         "notes.txt, thesis.tex and 1 more"
     )
     assert len(names(mine)) == 4
-    for result in RESULTS:
-        folder = tmp_path / "-".join(result)
+    for kind, result in RESULTS.items():
+        folder = tmp_path / kind
         folder.mkdir()
         for name in result:
             (folder / name).touch()
-        check_output_folder(folder, overwrite=True)
+        if kind in KEPT:
+            with pytest.raises(InputError, match="--overwrite replaces only"):
+                check_output_folder(folder, overwrite=True)
+        else:
+            check_output_folder(folder, overwrite=True)
 
 
 def test_a_prune_that_was_asked_to_overwrite_spares_what_was_put_there_meanwhile(

@@ -21,7 +21,8 @@ from calmix.files import cache_dir
 from calmix.options import Json, option, path_option
 
 if TYPE_CHECKING:
-    from calmix.diagnostics.inspecting import Health, LayerHealth
+    from calmix.diagnostics.inspecting import Health
+    from calmix.pruning.report import LayerReport
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
@@ -174,21 +175,21 @@ def _print_health(health: Health, *, each: bool) -> None:
         line(f"intact: {fine}")
 
 
-def _each(layers: list[LayerHealth]) -> list[dict[str, Any]]:
+def _each(layers: list[LayerReport]) -> list[dict[str, Any]]:
     return [
         {
             "layer": layer.name,
             "sparsity": f"{layer.sparsity:.2%}",
             "error": "" if layer.error is None else f"{layer.error:.2%}",
             "damping": "" if layer.damping is None else f"{layer.damping:g}",
-            "dead": layer.dead,
+            "dead": layer.dead_inputs,
         }
         for layer in layers
     ]
 
 
-def _by_kind(layers: list[LayerHealth]) -> list[dict[str, Any]]:
-    kinds: dict[str, list[LayerHealth]] = {}
+def _by_kind(layers: list[LayerReport]) -> list[dict[str, Any]]:
+    kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
     return [
@@ -199,7 +200,7 @@ def _by_kind(layers: list[LayerHealth]) -> list[dict[str, Any]]:
             "error": _range([100 * la.error for la in held if la.error is not None]),
             "damping": max((f"{la.damping:g}" for la in held if la.damping is not None),
                            key=float, default=""),
-            "dead inputs": sum(layer.dead for layer in held),
+            "dead inputs": sum(layer.dead_inputs for layer in held),
         }
         for kind, held in kinds.items()
     ]  # fmt: skip

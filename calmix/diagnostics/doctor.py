@@ -1,7 +1,7 @@
 """What this machine and this installation can do, what is missing, and what to do about it.
 
-Nothing is fetched and nothing is written but a probe file in the cache folder. That a registry
-cannot be reached is a fact, not a failure: everything builtin works without.
+Nothing is fetched and nothing is written but a probe file in the cache folder. A registry that
+cannot be reached is not a failure: everything builtin works without.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from calmix.files import cache_dir
 from calmix.machine import cores, free_memory, total_memory
 from calmix.precision import capabilities
 
-State = Literal["ok", "missing", "offline", "failed"]
 SECONDS = 3.0  # to wait for a registry
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
 WHAT_FOR = {
@@ -44,86 +43,68 @@ WHAT_FOR = {
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """One finding: what was looked at, its state, what was found, and what to do about it.
 
-    Attributes:
-        name: what was looked at.
-        state: `ok`, `missing` (what needs it does not work), `offline` or `failed`.
-        found: what was found, in a few words.
-        advice: what to do about it; None if nothing.
-        core: whether pruning works only if it is well.
+    Pruning works only if every `core` check is `ok`.
     """
 
     name: str
-    state: State
+    state: Literal["ok", "missing", "offline", "failed"]
     found: str
     advice: str | None = None
     core: bool = False
 
 
-def examine(*, tick: Callable[[str], None] | None = None) -> list[Check]:
+def examine(*, tick: Callable[[str], None] = lambda name: None) -> list[Check]:
     """Look at everything, in some seconds; `tick` is called with what comes next."""
-    looks = (
-        ("versions", versions),
-        ("machine", machine),
-        ("cache", cache),
-        ("assets", archives),
-        ("extras", extras),
-        ("registries", registries),
-        ("engine", engine),
-    )
     found: list[Check] = []
-    for name, look in looks:
-        if tick is not None:
-            tick(name)
-        found.extend(look())
+    for look in (versions, machine, cache, archives, extras, registries, engine):
+        tick(look.__name__)
+        found += look()
     return found
 
 
 def works(checks: list[Check]) -> bool:
-    """Tell whether pruning works."""
+    """Whether pruning works."""
     return all(check.state == "ok" for check in checks if check.core)
 
 
 def versions() -> Iterator[Check]:
-    """Yield the versions of Python and of what calmix needs, against what it asks for."""
+    """Compare the versions of Python and of what calmix needs with what it asks for."""
     own = importlib.metadata.version("calmix")
     yield Check("calmix", "ok", f"{own}, Python {platform.python_version()}", core=True)
-    for requirement in _requirements(None):
-        wrong = _unmet(requirement)
-        if wrong is None and requirement.name not in ("torch", "transformers"):
-            continue
-        found = wrong or importlib.metadata.version(requirement.name)
-        advice = f"pip install '{requirement}'" if wrong else None
-        yield Check(requirement.name, "failed" if wrong else "ok", found, advice, core=True)
+    for requirement in _requirements():
+        name = requirement.name
+        if wrong := _unmet(requirement):
+            yield Check(name, "failed", wrong, f"pip install '{requirement}'", core=True)
+        elif name in ("torch", "transformers"):
+            yield Check(name, "ok", importlib.metadata.version(name), core=True)
 
 
 def machine() -> Iterator[Check]:
-    """Yield processor, memory and device as this process may use them."""
+    """Look at processor, memory and device as this process may use them."""
     able = capabilities()
     kinds = [name for name in FAST if able.get(name)]
     seen, here = os.cpu_count() or 1, cores()
     limited = f" of the machine's {seen}" if here < seen else ""
     fast = f" ({', '.join(kinds)})" if kinds else ""
     yield Check("cores", "ok", f"{here}{limited}{fast}, {torch.get_num_threads()} threads")
-    free, total = free_memory(), total_memory()
-    small = free < 2 << 30
-    yield Check(
-        "memory", "ok", f"{_size(free)} free of {_size(total)}",
-        "less than 2 GB free: stop something else, or give --max-memory" if small else None,
-    )  # fmt: skip
+    free = free_memory()
+    small = "less than 2 GB free: stop something else, or give --max-memory"
+    found = f"{_size(free)} free of {_size(total_memory())}"
+    yield Check("memory", "ok", found, small if free < 2 << 30 else None)
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         yield Check("device", "ok", "cpu, no accelerator")
-    else:
-        name = device.type
-        with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
-            name += f" ({torch.get_device_module(device).get_device_name()})"
-        yield Check("device", "ok", f"{torch.accelerator.device_count()} x {name}")
+        return
+    name = device.type
+    with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
+        name += f" ({torch.get_device_module(device).get_device_name()})"
+    yield Check("device", "ok", f"{torch.accelerator.device_count()} x {name}")
 
 
 def cache() -> Iterator[Check]:
-    """Yield where the cache is, and whether it can be written."""
+    """Look where the cache is, and whether it can be written."""
     folder = cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,18 +112,16 @@ def cache() -> Iterator[Check]:
             probe.write(b"0")
             probe.flush()
     except OSError as error:
-        yield Check(
-            "cache", "missing", f"{folder}: {error.strerror}",
-            "set CALMIX_CACHE to a folder you may write to; builtin models need it",
-        )  # fmt: skip
+        advice = "set CALMIX_CACHE to a folder you may write to; builtin models need it"
+        yield Check("cache", "missing", f"{folder}: {error.strerror}", advice)
         return
     free = shutil.disk_usage(folder).free
-    advice = "free some: models and sources are kept there" if free < 1 << 30 else None
-    yield Check("cache", "ok", f"{folder}, {_size(free)} free", advice)
+    small = "free some: models and sources are kept there"
+    yield Check("cache", "ok", f"{folder}, {_size(free)} free", small if free < 1 << 30 else None)
 
 
 def archives() -> Iterator[Check]:
-    """Yield the data archives, checked by hash."""
+    """Check the data archives by hash."""
     for asset in assets.assets().values():
         try:
             state = asset.state
@@ -156,10 +135,9 @@ def archives() -> Iterator[Check]:
 
 
 def extras() -> Iterator[Check]:
-    """Yield the optional parts."""
+    """Look for the optional parts."""
     for extra, what in WHAT_FOR.items():
-        wrong = [line for line in map(_unmet, _requirements(extra)) if line is not None]
-        if wrong:
+        if wrong := [line for line in map(_unmet, _requirements(extra)) if line]:
             advice = f"pip install 'calmix[{extra}]' for {what}"
             yield Check(f"extra {extra}", "missing", ", ".join(wrong), advice)
         else:
@@ -167,32 +145,29 @@ def extras() -> Iterator[Check]:
 
 
 def registries() -> Iterator[Check]:
-    """Yield whether the hub and the package index answer."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    asked = {"package index": (_index(), "what pip has fetched goes on working")}
-    if not off:
-        asked = {"hub": (hub, "models and sources by hub id work once fetched")} | asked
-    said: dict[str, str | None] = {}
+    """Ask whether the hub and the package index answer."""
+    asked = {"package index": (_index(), "what pip has fetched keeps working")}
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        advice = "unset HF_HUB_OFFLINE to fetch models and sources by hub id"
+        yield Check("hub", "offline", "switched off by HF_HUB_OFFLINE", advice)
+    else:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        asked["hub"] = hub, "models and sources by hub id work once fetched"
+    said: dict[str, str] = {}
     # Threads that nobody waits for: a name server can let a look-up hang beyond any time-out.
     threads = [
-        threading.Thread(
-            target=lambda n=name, a=address: said.update({n: _answers(a)}), daemon=True
-        )
-        for name, (address, _) in asked.items()
+        threading.Thread(target=lambda n=name: said.update({n: _answer(asked[n][0])}), daemon=True)
+        for name in asked
     ]
     for thread in threads:
         thread.start()
     until = time.monotonic() + SECONDS + 1
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
-    if off:
-        advice = "unset HF_HUB_OFFLINE to fetch models and sources by hub id"
-        yield Check("hub", "offline", "switched off by HF_HUB_OFFLINE", advice)
     for name, (address, meanwhile) in asked.items():
         shown = address.split("@")[-1].removeprefix("https://")  # a password stays unsaid
         answer = said.get(name, f"no answer within {SECONDS:g} s")
-        if answer is None:
+        if answer == "answers":
             yield Check(name, "ok", f"{shown} answers")
         else:
             advice = f"go online when you need it; {meanwhile}"
@@ -200,7 +175,7 @@ def registries() -> Iterator[Check]:
 
 
 def _index() -> str:
-    """Return the package index pip fetches archives from, as pip tells it by all settings."""
+    """Return the package index pip fetches archives from, by all of its settings."""
     command = [sys.executable, "-m", "pip", "download", "--help"]
     wide = os.environ | {"COLUMNS": "9999"}  # an address is not broken into lines
     told = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
@@ -208,48 +183,48 @@ def _index() -> str:
     return found[1] if found else ""
 
 
-def _answers(address: str) -> str | None:
-    """Return why an address does not answer; None if it does, with whatever status."""
+def _answer(address: str) -> str:
+    """Return `answers`, with whatever status, or why an address does not."""
     try:
         request = urllib.request.Request(address, method="HEAD")
-        with urllib.request.urlopen(request, timeout=SECONDS):
-            return None
+        urllib.request.urlopen(request, timeout=SECONDS).close()
     except urllib.error.HTTPError:
-        return None
+        return "answers"
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return " ".join(str(getattr(reason, "strerror", None) or reason).split())[:60]
+    return "answers"
 
 
 def engine() -> Iterator[Check]:
-    """Yield whether the engine prunes a tiny random model as it must, twice with the same bytes."""
-    began = time.perf_counter()
+    """Prune a tiny random model: half its weights go, twice with the same bytes."""
+    began, wrong = time.perf_counter(), None
+    advice = "reinstall torch and calmix; if that does not help, file an issue"
     try:
         for method, pattern in (("sparsegpt", "0.5"), ("wanda", "2:4")):
-            wrong = _self_test(method, pattern)
-            if wrong is not None:
-                advice = "reinstall torch and calmix; if that does not help, file an issue"
-                yield Check("engine", "failed", f"{method} {pattern}: {wrong}", advice, core=True)
-                return
+            if wrong := _self_test(method, pattern):
+                wrong = f"{method} {pattern}: {wrong}"
+                break
     except CalmixError as error:
-        yield Check("engine", "failed", str(error), "file an issue with this line", core=True)
-        return
+        wrong, advice = str(error), "file an issue with this line"
     except Exception as error:  # whatever a broken installation raises is the finding
-        line = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        yield Check("engine", "failed", line, "reinstall torch and transformers", core=True)
-        return
-    seconds = time.perf_counter() - began
-    yield Check("engine", "ok", f"two prunes right, twice the same ({seconds:.1f} s)", core=True)
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if wrong:
+        yield Check("engine", "failed", wrong, advice, core=True)
+    else:
+        seconds = time.perf_counter() - began
+        found = f"two methods prune right, twice the same ({seconds:.1f} s)"
+        yield Check("engine", "ok", found, core=True)
 
 
 def _self_test(method: str, pattern: str) -> str | None:
-    """Return what is wrong with a prune of a tiny model to half its weights; None if nothing."""
+    """Return what is wrong with pruning a tiny model to half its weights; None if nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from calmix.pruning import Unstructured, prune
-    from calmix.pruning.patterns import parse_pattern
+    from calmix.pruning import prune
+    from calmix.pruning.patterns import as_pattern
 
-    wanted = parse_pattern(pattern) if ":" in pattern else Unstructured(float(pattern))
+    wanted = as_pattern(pattern if ":" in pattern else float(pattern))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     results = []
     for _ in range(2):
@@ -266,26 +241,22 @@ def _self_test(method: str, pattern: str) -> str | None:
         zeros, total = sum(int((p == 0).sum()) for p in weights), sum(p.numel() for p in weights)
         if abs(zeros / total - 0.5) > 0.001 or zeros != report.pruned:
             return f"{zeros} of {total} weights are zero, not half"
-        if not all(p.isfinite().all() for p in weights):
-            return "weights are not finite"
-        if not model(ids.to(device)).logits.isfinite().all():
-            return "logits are not finite"
+        if not all(value.isfinite().all() for value in (*weights, model(ids.to(device)).logits)):
+            return "weights or logits are not finite"
         results.append(torch.cat([p.flatten() for p in weights]))
     return None if torch.equal(*results) else "two runs of one request differ"
 
 
-def _requirements(extra: str | None) -> list[Requirement]:
-    """Return what calmix asks for, without or with an extra."""
+def _requirements(extra: str = "") -> list[Requirement]:
+    """Return what calmix asks for, or what an extra adds to it."""
     asked = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
-    if extra is None:
-        return [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    base = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    if not extra:
+        return base
     return [
-        one
-        for one in asked
-        if one.marker is not None
-        and one.marker.evaluate({"extra": extra})
-        and not one.marker.evaluate({"extra": ""})
-    ]
+        one for one in asked
+        if one not in base and one.marker is not None and one.marker.evaluate({"extra": extra})
+    ]  # fmt: skip
 
 
 def _unmet(requirement: Requirement) -> str | None:

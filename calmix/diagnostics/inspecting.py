@@ -7,78 +7,43 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
-from calmix.calibration.dataset import TENSORS
-from calmix.compress.plan import MANIFEST as COMPRESSED
 from calmix.compress.plan import Request, stages
 from calmix.compress.running import read_record
-from calmix.deploy.openvino import MANIFEST as EXPORT
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.generations import KIND as ANSWERS
 from calmix.evaluation.generations import load_answers
 from calmix.evaluation.scores import KIND as SCORES
 from calmix.evaluation.scores import load_scores
-from calmix.files import read_object, sha256_json
+from calmix.files import EXPORT, RESULTS, read_object, sha256_json
 from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import PACK, Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
 from calmix.pruning.old_work import PROGRESS, REQUEST, SET, SUFFIX, read_sealed
+from calmix.pruning.report import LayerReport
 from calmix.recovery.chain import PRUNED, STAGES
-from calmix.study.export import RECORD, read_results
-from calmix.study.store import INDEX, Store, open_store
+from calmix.study.export import read_results
+from calmix.study.store import open_store
 
-ANALYSIS, PAGES = "analysis.json", ("report.html", "brief.html", "summary.txt")
-MEASUREMENT = "measurement"
 CARD = "README.md"  # written beside a model later, by whoever describes it
 Say = Callable[[str], None]
 # Beyond these a layer is worth a look: ours, some three times what is seen at 60 % SparseGPT.
 ERROR, DEAD = 0.3, 0.1
 
 
-@dataclass(frozen=True)
-class LayerHealth:
-    """One pruned layer, as the manifest has it; that the file has its zeros has been checked.
-
-    Attributes:
-        sparsity: share that was pruned; a dense weight may be zero too.
-        error: share of the output's energy that was lost; None where none was measured.
-        damping: what the solver used; None for a method without.
-        dead: inputs that were always zero.
-        tokens: that were routed to it, if it is an expert's.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    sparsity: float
-    error: float | None
-    damping: float | None
-    dead: int
-    tokens: int | None = None
-
-
 @dataclass
 class Health:
-    """What was found.
-
-    Attributes:
-        kind: what the place holds.
-        facts: what is told of it, in order.
-        problems: what is missing, changed or damaged; empty if all is whole.
-        warnings: what is whole but unusual.
-        layers: of a pruned checkpoint.
-        hashed: whether every file was held against a hash.
+    """What was found: `facts` in order, `problems` (empty if all is whole), `warnings`, the
+    `layers` of a pruned checkpoint, and whether every file was compared with a hash (`hashed`).
     """
 
     path: str
@@ -86,7 +51,7 @@ class Health:
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    layers: list[LayerHealth] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
     hashed: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -97,11 +62,10 @@ class Health:
 Check = Callable[[Path, Health, Say], None]
 
 
-def inspect(path: Path, *, tick: Callable[[str], None] | None = None) -> Health:
-    """Check anything calmix has written (`CHECKS`), finished or not.
+def inspect(path: Path, *, tick: Say | None = None) -> Health:
+    """Check anything calmix has written, finished or not: a folder, its manifest, or a file.
 
     Args:
-        path: the folder, its manifest, or a file of results.
         tick: called with what has been checked.
 
     Raises:
@@ -114,40 +78,40 @@ def inspect(path: Path, *, tick: Callable[[str], None] | None = None) -> Health:
         if found is None:
             raise InputError(f"there is nothing at {path}")
         path = found
-    if path.is_file() and path.name not in CHECKS:
+    if path.is_file() and path.name not in MARKS:
         return _file(path, say)
     folder = path.parent if path.is_file() else path
-    for mark, (kind, check) in CHECKS.items():
+    for mark, kind in MARKS.items():
         if (folder / mark).exists():
-            return _checked(folder, folder / mark, kind, check, say)
-    inside = sorted({one.parent.name for mark in CHECKS for one in folder.glob(f"[!.]*/{mark}")})
+            return _checked(folder, mark, Health(str(folder), kind), CHECKS[kind], say)
+    inside = sorted({one.parent.name for mark in MARKS for one in folder.glob(f"[!.]*/{mark}")})
     if not inside:
-        raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(CHECKS)}")
+        raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(MARKS)}")
     health = Health(str(path), "folder of results")
     _parts(folder, inside, health, say)
     return health
 
 
-def _checked(path: Path, manifest: Path, kind: str, check: Check, say: Say) -> Health:
-    """Return what a check finds; what it cannot read is a problem of `manifest`."""
-    health = Health(str(path), kind)
+def _checked(folder: Path, name: str, health: Health, check: Check, say: Say) -> Health:
+    """Let a check fill in `health`; what it cannot read is a problem of the file `name`."""
     try:
-        check(path, health, say)
+        check(folder, health, say)
     except CalmixError as error:
         health.problems.append(str(error))
     except (
         OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError,
     ) as error:  # fmt: skip
         text = next(iter(str(error).strip().splitlines()), "")
-        health.problems.append(f"{manifest} cannot be checked: {type(error).__name__} {text}")
+        told = f"{folder / name} cannot be checked: {type(error).__name__} {text}"
+        health.problems.append(told)
     return health
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a pruned checkpoint or calibration set.
+    """Return a manifest.
 
     Raises:
-        InputError: it is missing, no JSON object, or of no kind that is known.
+        InputError: it is missing, not a JSON object, or does not say its kind.
     """
     value = read_object(path, f"there is no manifest {path}")
     if not isinstance(value.get("kind"), str):
@@ -155,30 +119,54 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return value
 
 
-def changed_files(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[str]:
+def _sealed(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    if not seal_holds(manifest):
+        raise InputError(f"{path} is damaged or changed: its hash is another")
+    return manifest
+
+
+def _files(
+    folder: Path, kept: dict[str, str], without: tuple[str, ...], health: Health, say: Say
+) -> None:
+    """Compare a folder's files with their hashes, and name those that are not listed."""
+    found = file_hashes(folder, without=(*without, CARD), tick=say)
+    health.hashed = True
+    health.problems += _changed(folder, kept, found)
+    for name in sorted(set(found) - set(kept)):
+        health.warnings.append(f"{folder / name} is not in the manifest")
+
+
+def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[str]:
     """Return a line for every file that is missing, or not what the manifest says it is."""
-    lines = []
-    for name, value in kept.items():
-        if name not in found:
-            lines.append(f"{folder / name} is missing")
-        elif found[name] != value:
-            lines.append(f"{folder / name} is damaged or changed: its hash is another")
-    return lines
+    wrong = {name: "is damaged or changed: its hash is another" if name in found else "is missing"
+             for name, value in kept.items() if found.get(name) != value}  # fmt: skip
+    return [f"{folder / name} {what}" for name, what in wrong.items()]
 
 
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     kept, pruned = _described(folder, health)
-    _files(folder, kept, (MANIFEST, RUN, CARD), health, say)
+    _files(folder, kept, (MANIFEST, RUN), health, say)
     done = pruned["pruning"]
-    layers = [_reported(layer) for layer in done["layers"]]
-    _layers(folder, layers, _number(done["options"].get("damping")), health, say)
-    if line := starved((layer for layer, _ in layers), int(done.get("rows") or 0)):
+    health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
+    _zeros(folder, health, say)
+    for layer in health.layers:
+        if layer.error is not None and layer.error > ERROR:
+            health.warnings.append(f"{layer.name} lost {layer.error:.1%} of its output")
+        if layer.dead_inputs > DEAD * layer.columns and layer.tokens is None:
+            dead = f"{layer.dead_inputs} of {layer.columns} inputs are dead"
+            health.warnings.append(f"{layer.name}: {dead}")
+        asked = done["options"].get("damping")
+        if asked is not None and (layer.damping or 0) > asked:
+            raised = f"damping was raised from {asked:g} to {layer.damping:g}"
+            health.warnings.append(f"{layer.name}: {raised}")
+    if line := starved(health.layers, int(done.get("rows") or 0)):
         health.warnings.append(line)
-    widest, tokens = max((layer.columns for layer, _ in layers), default=0), int(done["tokens"])
+    widest, tokens = max((one.columns for one in health.layers), default=0), int(done["tokens"])
     if pruned["calibration"] is not None and tokens < widest:
         health.warnings.append(
-            f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: more "
-            "rows would tell the solver more"
+            f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: use more "
+            "rows"
         )
 
 
@@ -186,35 +174,31 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
     """Put the facts of a checkpoint's manifest into `health`.
 
     Returns:
-        The files' hashes, and the manifest of the prune.
+        The files' hashes, and the manifest of the pruning run.
     """
-    manifest = pruned = read_manifest(folder / MANIFEST)
-    _check_seal(folder / MANIFEST, manifest)
+    manifest = pruned = _sealed(folder / MANIFEST)
+    health.kind = health.kind.replace("checkpoint", manifest["kind"])
     recovered: list[dict[str, Any]] = []
     while pruned["kind"] == "recovered checkpoint":
         recovered.insert(0, pruned["recovery"])
-        pruned = pruned["pruned"] or {"kind": None}
-    if pruned["kind"] is None:
-        raise InputError(
-            f"{folder / MANIFEST} cannot be checked: it was recovered from a model without one"
-        )
-    done = pruned["pruning"]
-    gone = sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"])
-    health.kind += "recovered checkpoint" if recovered else "pruned checkpoint"
-    health.facts |= {
-        "model": pruned["model"]["name"],
-        "method": f"{done['method']} {done['pattern']}",
-        **{
-            f"recovery by {one['method']}": f"held-out rows {one['before']:.4f} before, "
-            f"{one['after']:.4f} after"
-            for one in recovered
-        },
-        "calibration": _told(pruned["calibration"]),
-        "weights": done["weights"],
-        "pruned": done["pruned"],
-        **({"experts dropped": gone} if gone else {}),
-        "versions": _versions(manifest),
-    }
+        if (pruned := pruned["pruned"]) is None:
+            raise InputError(
+                f"{folder / MANIFEST} cannot be checked: it was recovered from a model without one"
+            )
+    done, drawn = pruned["pruning"], pruned["calibration"]
+    if drawn is not None:
+        what = drawn.get("generated") or ", ".join(drawn.get("sources", {}))
+        drawn = f"{what} ({drawn['rows']} x {drawn['length']} tokens)"
+    method = f"{done['method']} {done['pattern']}"
+    health.facts = {"model": pruned["model"]["name"], "method": method}
+    for one in recovered:
+        told = f"held-out rows {one['before']:.4f} before, {one['after']:.4f} after"
+        health.facts[f"recovery by {one['method']}"] = told
+    health.facts |= {"calibration": drawn or "none", "weights": done["weights"]}
+    health.facts["pruned"] = done["pruned"]
+    if gone := sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"]):
+        health.facts["experts dropped"] = gone
+    health.facts["versions"] = _versions(manifest)
     return dict(manifest["files"]), pruned
 
 
@@ -222,20 +206,34 @@ def _versions(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
 
 
-def _check_seal(path: Path, manifest: dict[str, Any]) -> None:
-    if not seal_holds(manifest):
-        raise InputError(f"{path} is damaged or changed: its hash is another")
+def _zeros(folder: Path, health: Health, say: Say) -> None:
+    """Count every block's zeros in the files: at least as many as the manifest says were pruned.
 
-
-def _files(
-    folder: Path, kept: dict[str, str], without: tuple[str, ...], health: Health, say: Say
-) -> None:
-    """Hold a folder's files against their hashes, and name those that are not listed."""
-    found = file_hashes(folder, without=without, tick=say)
-    health.hashed = True
-    health.problems += changed_files(folder, kept, found)
-    for name in sorted(set(found) - set(kept)):
-        health.warnings.append(f"{folder / name} is not in the manifest")
+    Files may hold a block's layers under other names or fused, so each block is counted as a whole.
+    """
+    pruned: Counter[str] = Counter()
+    for layer in health.layers:
+        found = re.search(r"\w+\.\d+\.", layer.name)
+        pruned[found[0] if found else layer.name] += layer.pruned
+    places = Shards(folder).places
+    for block, wanted in pruned.items():
+        own = {
+            name: place for name, place in places.items()
+            if f".{block}" in f".{name}" and len(place.shape) > 1
+        }  # fmt: skip
+        if not own:
+            health.problems.append(f"{folder} lacks the weights of {block.rstrip('.')}")
+        zeros = 0
+        for name, place in own.items():
+            weight = read_tensor(folder, place)
+            zeros += int((weight == 0).sum())
+            if not torch.isfinite(weight).all():
+                health.problems.append(f"{name} holds weights that are not finite")
+        if own and zeros < wanted:
+            health.problems.append(
+                f"{block.rstrip('.')} has {zeros} zeros, and the manifest says {wanted} were pruned"
+            )
+        say(block)
 
 
 def _pack(folder: Path, health: Health, say: Say) -> None:
@@ -243,152 +241,59 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
     weights, others = dict(held["weights"]), dict(held["files"])
     packed = others | {name: one["packed"] for name, one in weights.items()}
     if MANIFEST in others:
-        health.kind += " of a "
+        health.kind += " of a checkpoint"
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}
-        health.problems += changed_files(folder, _described(folder, health)[0], unpacked)
-    _files(folder, packed, (PACK, CARD), health, say)
+        health.problems += _changed(folder, _described(folder, health)[0], unpacked)
+    _files(folder, packed, (PACK,), health, say)
     sizes = [(folder / name).stat().st_size for name in packed if (folder / name).is_file()]
     health.facts["packed bytes"] = sum(sizes)
 
 
 def _export(folder: Path, health: Health, say: Say) -> None:
-    manifest = read_manifest(folder / EXPORT)
-    _check_seal(folder / EXPORT, manifest)
+    manifest = _sealed(folder / EXPORT)
     health.facts = {
         "model": manifest["model"]["name"],
         "engine": f"{manifest['engine']}, {manifest['weights']} weights",
         "versions": _versions(manifest),
     }
-    _files(folder, dict(manifest["files"]), (EXPORT, RUN, CARD), health, say)
-
-
-def _reported(layer: dict[str, Any]) -> tuple[LayerHealth, int]:
-    """Return what a manifest tells of a layer, and how many of its weights were pruned."""
-    rows, columns, pruned = int(layer["rows"]), int(layer["columns"]), int(layer["pruned"])
-    told = LayerHealth(
-        str(layer["name"]), rows, columns, pruned / max(1, rows * columns),
-        _number(layer.get("error")), _number(layer.get("damping")),
-        int(layer.get("dead_inputs") or 0), layer.get("tokens"),
-    )  # fmt: skip
-    return told, pruned
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _layers(
-    folder: Path,
-    told: list[tuple[LayerHealth, int]],
-    damping: float | None,
-    health: Health,
-    say: Say,
-) -> None:
-    """Count every layer's zeros in the files, and hold them against the manifest."""
-    shards = Shards(folder)
-    left = dict(shards.places)
-    fused: dict[str, list[tuple[LayerHealth, int]]] = {}
-    for layer, pruned in told:
-        name = f"{layer.name}.weight"
-        close = (p for n, p in shards.places.items()
-                 if name.endswith(f".{n}") or n.endswith(f".{name}"))  # fmt: skip
-        place = shards.places.get(name) or next(close, None)
-        if place is None and (block := re.match(r".*?\.\d+\.", layer.name)):
-            fused.setdefault(block[0], []).append((layer, pruned))
-            continue
-        if place is None:
-            health.problems.append(f"{folder} lacks the weights of {layer.name}")
-            continue
-        try:
-            weight = read_tensor(folder, place)
-        except (CalmixError, OSError, RuntimeError, ValueError) as error:
-            health.problems.append(f"{layer.name} cannot be read: {error}")
-            continue
-        left = {name: one for name, one in left.items() if one is not place}
-        zeros = int((weight == 0).sum())
-        if not torch.isfinite(weight).all():
-            health.problems.append(f"{layer.name} holds weights that are not finite")
-        if zeros < pruned:
-            health.problems.append(
-                f"{layer.name} has {zeros} zeros, and the manifest tells of {pruned}"
-            )
-        _unusual(layer, damping, health)
-        health.layers.append(layer)
-        say(layer.name)
-    for where, inside in fused.items():
-        _fused(folder, where, inside, left, health)
-        for layer, _ in inside:
-            _unusual(layer, damping, health)
-        health.layers += [layer for layer, _ in inside]
-        say(where)
-
-
-def _unusual(layer: LayerHealth, damping: float | None, health: Health) -> None:
-    """Warn of what is unusual about a layer."""
-    if layer.error is not None and layer.error > ERROR:
-        health.warnings.append(f"{layer.name} lost {layer.error:.1%} of its output")
-    if layer.dead > DEAD * layer.columns and layer.tokens is None:
-        health.warnings.append(f"{layer.name}: {layer.dead} of {layer.columns} inputs are dead")
-    if damping is not None and (layer.damping or 0) > damping:
-        health.warnings.append(
-            f"{layer.name}: damping was raised from {damping:g} to {layer.damping:g}"
-        )
-
-
-def _fused(
-    folder: Path,
-    block: str,
-    layers: list[tuple[LayerHealth, int]],
-    left: dict[str, Any],
-    health: Health,
-) -> None:
-    """Count the zeros of a block's layers that have other names in the files, all together."""
-    end = block.split(".", 1)[-1]
-    places = [place for name, place in left.items() if f".{end}" in f".{name}"]
-    places = [place for place in places if len(place.shape) > 1]
-    if not places:
-        health.problems += [f"{folder} lacks the weights of {layer.name}" for layer, _ in layers]
-        return
-    weights = [read_tensor(folder, place) for place in places]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    pruned = sum(count for _, count in layers)
-    if zeros < pruned:
-        health.problems.append(
-            f"the weights of {block.rstrip('.')} that are stored together have {zeros} zeros, "
-            f"and the manifest tells of {pruned}"
-        )
-    if not all(torch.isfinite(weight).all() for weight in weights):
-        health.problems.append(f"{block.rstrip('.')} holds weights that are not finite")
+    _files(folder, dict(manifest["files"]), (EXPORT, RUN), health, say)
 
 
 def _calibration(folder: Path, health: Health, say: Say) -> None:
     held = CalibrationSet.open(folder)
     manifest, health.hashed = held.manifest, True
-    repeated = sum(n - 1 for n in Counter(map(tuple, held.ids.tolist())).values())
+    guard, leakage = manifest.get("leakage"), "not checked"
+    if isinstance(guard, dict):
+        dropped = sum(map(len, guard["dropped"].values()))
+        leakage = f"checked against {guard['suite']}, {dropped} documents dropped"
     health.facts = {
         "model": manifest.get("model", {}).get("name"),
         "made by": manifest.get("generated") or "drawing",
         "rows": f"{held.rows} of {held.length} tokens",
         "from": ", ".join(f"{name} {count}" for name, count in held.counts.items()),
         "distinct tokens": int(held.ids.unique().numel()),
-        "leakage": _leakage(manifest.get("leakage")),
+        "leakage": leakage,
     }
-    if repeated:
+    if repeated := held.rows - len(set(map(tuple, held.ids.tolist()))):
         health.warnings.append(f"{repeated} of {held.rows} rows are the same as another")
 
 
 def _store(folder: Path, health: Health, say: Say) -> None:
     store = open_store(folder)
-    trials = [entry.id for entry in store.entries]
-    states = {trial: store.state(trial) for trial in trials}
+    states = {entry.id: store.state(entry.id) for entry in store.entries}
     counts = dict(Counter(states.values()))
-    health.facts = {"study": store.index.name, "trials": len(trials)} | counts
+    health.facts = {"study": store.index.name, "trials": len(states)} | counts
+
+    def finished(place: Path, part: Health, say: Say) -> None:
+        store.result(place.name)
+        store.scores(place.name)
+
     for trial, state in states.items():
         if state == "failed":
             health.warnings.append(f"{store.read_failure(trial).label} failed")
         if state == "finished":
-            place = store.trial(trial)
-            health.problems += _checked(place, place, "", partial(_trial, store), say).problems
+            part = Health(str(folder), "")
+            health.problems += _checked(store.trial(trial), "", part, finished, say).problems
         say(trial)
     for place in (
         *sorted(folder.glob("trials/*/checkpoint")), *sorted(folder.glob("calibration/[!.]*")),
@@ -397,18 +302,13 @@ def _store(folder: Path, health: Health, say: Say) -> None:
         health.problems += inspect(place, tick=say).problems
 
 
-def _trial(store: Store, folder: Path, health: Health, say: Say) -> None:
-    store.result(folder.name)
-    store.scores(folder.name)
-
-
 def _results(folder: Path, health: Health, say: Say) -> None:
     found = read_results(folder)
     health.facts = {"study": found.name, "trials": len(found.trials), "planned": found.planned}
 
 
 def _analysis(folder: Path, health: Health, say: Say) -> None:
-    found = read_object(folder / ANALYSIS, f"there is no {folder / ANALYSIS}")
+    found = read_object(folder / "analysis.json", f"there is no analysis in {folder}")
     health.facts = {
         "study": found["study"],
         "trials": f"{found['finished']} of {found['planned']} finished",
@@ -418,28 +318,30 @@ def _analysis(folder: Path, health: Health, say: Say) -> None:
 
 def _report(folder: Path, health: Health, say: Say) -> None:
     """A report has no manifest: whether its parts are there is all there is to check."""
-    health.facts = {"pages": ", ".join(PAGES), "figures": len(list(folder.glob("figures/*.svg")))}
-    lacking = [folder / name for name in PAGES if not (folder / name).is_file()]
-    health.problems = [f"{path} is missing" for path in lacking]
+    pages = (*RESULTS["study report"], "summary.txt")
+    health.facts = {"pages": ", ".join(pages), "figures": len(list(folder.glob("figures/*.svg")))}
+    missing = [folder / name for name in pages if not (folder / name).is_file()]
+    health.problems = [f"{path} is missing" for path in missing]
 
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check every stage's result, and say what is left to do."""
     asked = Request(**read_record(folder).request)
-    listed = [one for one in stages(asked, folder) if one.leaves]
-    left = [one.name for one in listed if not (folder / str(one.leaves)).exists()]
+    leaves = {one.name: str(one.leaves) for one in stages(asked, folder) if one.leaves}
+    left = [name for name, path in leaves.items() if not (folder / path).exists()]
     health.facts = {"dense model": asked.model, "target": asked.target, "effort": asked.effort}
     if left:
-        health.facts["left to do"] = f"{', '.join(left)} (the same calmix compress goes on)"
-    names = [str(one.leaves) for one in listed]
-    begun = [one for one in names if any((folder / (one + end)).exists() for end in ("", SUFFIX))]
+        resume = f"calmix compress {asked.model} -o {folder}"
+        health.facts["left to do"] = f"{', '.join(left)} (resume: {resume})"
+    begun = [one for one in leaves.values()
+             if any((folder / (one + end)).exists() for end in ("", SUFFIX))]  # fmt: skip
     parts = _parts(folder, begun, health, say)
     if "model" in parts:
         health.layers = parts["model"].layers
         health.facts["method"] = parts["model"].facts.get("method")
 
 
-def _parts(folder: Path, names: Sequence[str], health: Health, say: Say) -> dict[str, Health]:
+def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict[str, Health]:
     """Check what lies in a folder, part by part."""
     parts = {name: inspect(folder / name, tick=say) for name in names}
     for name, part in parts.items():
@@ -450,37 +352,36 @@ def _parts(folder: Path, names: Sequence[str], health: Health, say: Say) -> dict
 
 
 def _work(folder: Path, health: Health, say: Say) -> None:
-    """Say how far an interrupted prune or recovery is."""
+    """Say how far an interrupted pruning run or recovery is."""
     asked = read_object(folder / REQUEST, f"there is no {folder / REQUEST}")
     unit = "steps" if asked["method"] == "distill" else "blocks"
-    health.kind += "recovery" if "against" in asked else "prune"
+    health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
     done = (read_sealed(folder / PROGRESS) or {}).get("done", 0)
-    health.facts = {"method": asked["method"], f"{unit} done": done,
-                    "to finish it": "the same command with --resume"}  # fmt: skip
+    health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
     if is_saved_set(folder / SET):
         health.problems += inspect(folder / SET, tick=say).problems
 
 
 def _stages(folder: Path, health: Health, say: Say) -> None:
-    parts = _parts(folder, [PRUNED], health, say)
-    health.facts |= parts[PRUNED].facts | {"to finish it": "the same command with --resume"}
-    if is_saved_set(folder / SET):
-        _parts(folder, [SET], health, say)
+    names = [PRUNED, SET] if is_saved_set(folder / SET) else [PRUNED]
+    parts = _parts(folder, names, health, say)
+    health.facts |= parts[PRUNED].facts | RESUME
 
 
 def _file(path: Path, say: Say) -> Health:
     """Check a file of results by the kind that it says it is."""
-    held: dict[str, Any] = {}
+    kind = None
     if path.suffix == ".json":
-        with suppress(InputError):
-            held = read_object(path, f"there is nothing at {path}")
-        check = FILES.get(str(held.get("kind", SCORES)))
-        if check is not None:
-            return _checked(path, path, str(held.get("kind", SCORES)), check, say)
-    raise InputError(
-        f"{path} is no file that can be checked: name a folder that calmix wrote, or a file of "
-        "scores, answers or a measurement"
-    )
+        try:
+            kind = str(read_object(path, "").get("kind", SCORES))
+        except InputError:
+            kind = None
+    if kind not in FILES:
+        raise InputError(
+            f"{path} is no file that can be checked: name a folder that calmix wrote, or a file of "
+            f"{', '.join(FILES)}"
+        )
+    return _checked(path, "", Health(str(path), kind), FILES[kind], say)
 
 
 def _answers(path: Path, health: Health, say: Say) -> None:
@@ -507,35 +408,23 @@ def _scores(path: Path, health: Health, say: Say) -> None:
         health.warnings.append(f"{cut} requests were cut to fit the model's context")
 
 
-def _told(calibration: dict[str, Any] | None) -> str:
-    if calibration is None:
-        return "none"
-    what = calibration.get("generated") or ", ".join(calibration.get("sources", {}))
-    return f"{what} ({calibration['rows']} x {calibration['length']} tokens)"
-
-
-def _leakage(report: Any) -> str:
-    if not isinstance(report, dict):
-        return "not checked"
-    dropped = sum(len(entries) for entries in report["dropped"].values())
-    return f"checked against {report['suite']}, {dropped} documents dropped"
-
-
-# What stands in a folder of each kind, what it is, and what checks it. A pack holds a checkpoint's
-# manifest too; what is named later in a check begins with nothing here.
-CHECKS: dict[str, tuple[str, Check]] = {
-    INDEX: ("study store", _store),
-    COMPRESSED: ("compressed model", _compressed),
-    PACK: ("pack", _pack),
-    MANIFEST: ("", _checkpoint),
-    EXPORT: ("export", _export),
-    SET_MANIFEST: ("calibration set", _calibration),
-    TENSORS: ("calibration set", _calibration),
-    RECORD: ("study results", _results),
-    ANALYSIS: ("study analysis", _analysis),
-    PAGES[0]: ("study report", _report),
-    REQUEST: ("unfinished ", _work),
-    PRUNED: ("unfinished prune and recovery", _stages),
-    PRUNED + SUFFIX: ("unfinished prune and recovery", _stages),
+RESUME = {"to finish it": "the same command with --resume"}
+CHECKS: dict[str, Check] = {
+    "study store": _store,
+    "compressed model": _compressed,
+    "pack": _pack,
+    "checkpoint": _checkpoint,
+    "export": _export,
+    "calibration set": _calibration,
+    "study results": _results,
+    "study analysis": _analysis,
+    "study report": _report,
+    "unfinished work": _work,
+    "unfinished prune and recovery": _stages,
 }
-FILES = {SCORES: _scores, ANSWERS: _answers, MEASUREMENT: _measurement}
+MARKS = {names[0]: kind for kind, names in RESULTS.items()} | {
+    REQUEST: "unfinished work",
+    PRUNED: "unfinished prune and recovery",
+    PRUNED + SUFFIX: "unfinished prune and recovery",
+}
+FILES: dict[str, Check] = {SCORES: _scores, ANSWERS: _answers, "measurement": _measurement}

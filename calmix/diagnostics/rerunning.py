@@ -1,19 +1,18 @@
 """Make an artefact again from its manifest, and say what is the same and what differs.
 
 What must be the same before the work is worth its time (the model, the calibration set) is
-checked first. What may change the last bits (versions, processor, threads) is told afterwards.
+checked first. What may change the last bits (versions, processor, threads) is reported afterwards.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from calmix.calibration import CalibrationSet, Mix, build, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
@@ -23,7 +22,7 @@ from calmix.calibration.selfgen.generators import generate
 from calmix.calibration.spec import read_generator
 from calmix.diagnostics.inspecting import read_manifest
 from calmix.errors import InputError, disk_errors
-from calmix.files import check_output_folder, hidden, holds_result, parse_json, real_place
+from calmix.files import check_output_folder, hidden, holds_result, read_object, real_place
 from calmix.manifest import SEAL, seal_holds
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
@@ -34,9 +33,10 @@ from calmix.recovery.chain import stage_name
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
 from calmix.specs import PruneRequest, RecoverRequest, prune_request, recover_request
+from calmix.study.trials import differences
 from calmix.yaml_files import first_problem
 
-Request = TypeVar("Request", PruneRequest, RecoverRequest)
+Some = TypeVar("Some")
 
 
 class _Kept(BaseModel):
@@ -47,50 +47,10 @@ class _Kept(BaseModel):
 
 class _Model(_Kept):
     name: str
+    sha256: str = ""
     fingerprint: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-
-
-class _Weights(_Kept):
-    name: str
-    sha256: str
-
-
-class _Draw(_Kept):
-    rows: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    packing: str | None = None
-    leakage: str | None = None
-    leakage_tokens: int | None = None
-    licence: str | None = None
-    sources: dict[str, dict[str, Any]] = {}
-
-
-class _Request(_Kept):
-    method: str
-    sparsity: float | None
-    pattern: str | None
-    calibration: str | None
-    draw: _Draw
-    propagation: str | None
-    options: dict[str, Any]
-    allocation: str | dict[str, float] | None
-    experts: str | None = None
-    expert_smoothing: float | None = None
-    only: list[str] = []
-    skip: list[str] = []
-    drop_experts: float | None = None
-
-
-class _Recovery(_Kept):
-    method: str
-    calibration: str
-    draw: _Draw
-    epochs: int
-    lr: float
-    batch: int
 
 
 class _Drawn(_Kept):
@@ -98,26 +58,19 @@ class _Drawn(_Kept):
     sources: dict[str, Any] = {}
 
 
-class _Pruned(_Kept):
-    model: _Weights
-    request: _Request
+class _Checkpoint(_Kept):
+    model: _Model
+    request: dict[str, Any]
     calibration: _Drawn | None
     files: dict[str, str]
-    versions: dict[str, str]
     dtype: str
     device: str
 
 
-class _Recovered(_Kept):
-    model: _Weights
-    against: _Weights
-    request: _Recovery
+class _Recovered(_Checkpoint):
+    against: _Model
     calibration: _Drawn
     pruned: dict[str, Any] | None
-    files: dict[str, str]
-    versions: dict[str, str]
-    dtype: str
-    device: str
     processes: int
 
 
@@ -138,15 +91,12 @@ class _Set(_Kept):
     generated: str | None = None
     settings: dict[str, Any] = {}
     mix: dict[str, float] = {}
-    packing: str = ""
 
 
 SHAPES: dict[str, type[_Kept]] = {
-    "pruned checkpoint": _Pruned, "recovered checkpoint": _Recovered, "calibration set": _Set,
-}  # fmt: skip
-CHECKPOINTS = {  # and why one may hold no request
-    "pruned checkpoint": "was made by a study: run the study again",
-    "recovered checkpoint": "is of an earlier calmix: it holds no request to make again",
+    "pruned checkpoint": _Checkpoint,
+    "recovered checkpoint": _Recovered,
+    "calibration set": _Set,
 }
 # Of the manifest and of the run record: what may differ beside the files.
 TOLD = ("versions", "calibration", "request", "pruned", "dtype", "device")
@@ -155,13 +105,8 @@ WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
 
 @dataclass
 class Rerun:
-    """How a second run compares.
-
-    Attributes:
-        output: the new folder.
-        same: whether every file has the hash of the manifest.
-        differing: files whose hashes differ.
-        inputs: inputs that differ, as `what: then, now`.
+    """How a second run compares: the new folder, whether every file has the hash of the manifest,
+    files whose hashes differ, and inputs that differ, as `what: then, now`.
     """
 
     output: str
@@ -190,150 +135,150 @@ def rerun(
     Args:
         manifest: the manifest, or its folder.
         output: where the new one goes; it must not exist.
-        trust_remote_code: needed again where the manifest tells of it.
+        trust_remote_code: needed again where the manifest says the model ran code of its own.
         progress, writing, note: as for `prune_checkpoints`.
 
     Raises:
         InputError: the manifest is damaged or lacks what it takes, or the model or the calibration
-            set is another now: the same hashes cannot come out.
+            set has changed, so the same hashes cannot come out.
     """
-    if manifest.is_dir():
-        found = [manifest / name for name in (MANIFEST, SET_MANIFEST)]
-        there = next((path for path in found if path.is_file()), None)
-        if there is None:
-            parts = sorted(path.parent for path in manifest.glob(f"[!.]*/{MANIFEST}"))
-            raise InputError(
-                f"{manifest} holds neither {MANIFEST} nor {SET_MANIFEST}: name a pruned or "
-                "recovered checkpoint or a calibration set"
-                + (f", such as {parts[0]}" if parts else "")
-            )
-        manifest = there
-    kept = read_manifest(manifest)
+    path = _found(manifest) if manifest.is_dir() else manifest
+    kept = read_manifest(path)
     kind = kept["kind"]
     if kind not in SHAPES:
-        raise InputError(f"{manifest} is of kind '{kind}', which cannot be made again")
+        raise InputError(f"{path} is of kind '{kind}', which cannot be made again")
     if not seal_holds(kept):
-        raise InputError(
-            f"{manifest} is damaged, changed or of an earlier calmix: it holds no request to "
-            "make again"
-        )
+        raise InputError(f"{path} is damaged or changed: its hash is another")
     if kept.get("trust_remote_code") and not trust_remote_code:
         raise InputError(
-            f"{manifest} tells of a model that ran code of its own: --trust-remote-code to run "
-            "it again"
+            f"the model of {path} ran code of its own: --trust-remote-code to run it again"
         )
-    if kind in CHECKPOINTS and kept.get("request") is None:
-        raise InputError(f"{manifest} {CHECKPOINTS[kind]}")
-    _check_shape(manifest, kept, kind)
-    folder = manifest.parent
-    check_output_folder(output, inputs=[manifest, folder if holds_result(folder) else None])
-    how = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
-    if kind == "pruned checkpoint":
-        _prune(manifest, kept, output, progress, **how)
-    elif kind == "recovered checkpoint":
-        _recover(manifest, kept, output, progress, **how)
-    else:
-        return _calibrate(manifest, kept, output, trust_remote_code, writing, note)
-    return _compared(manifest, kept, output)
+    if kind != "calibration set" and kept.get("request") is None:
+        raise InputError(f"{path} holds no request: a study made it, so run the study again")
+    told = _taken(SHAPES[kind], kept, path)
+    inputs = [path, path.parent if holds_result(path.parent) else None]
+    check_output_folder(output, inputs=inputs)
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
+    if isinstance(told, _Set):
+        return _calibrate(path, kept, told, output, **how)
+    if isinstance(told, _Recovered):
+        _recover(path, told, output, progress, **how)
+    elif isinstance(told, _Checkpoint):
+        _prune(path, told, output, progress, **how)
+    return _compared(path, kept, output)
 
 
-def _check_shape(path: Path, kept: dict[str, Any], kind: str) -> None:
+def _found(folder: Path) -> Path:
+    """Return the manifest in a folder."""
+    for name in (MANIFEST, SET_MANIFEST):
+        if (folder / name).is_file():
+            return folder / name
+    parts = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
+    raise InputError(
+        f"{folder} holds neither {MANIFEST} nor {SET_MANIFEST}: name a pruned or recovered "
+        "checkpoint or a calibration set" + (f", such as {parts[0]}" if parts else "")
+    )
+
+
+def _taken(shape: type[Some], record: Any, path: Path) -> Some:
+    """Return a part of a manifest in the form it takes to make the artefact again."""
     try:
-        SHAPES[kind].model_validate(kept)
+        return TypeAdapter(shape).validate_python(record)
     except ValidationError as error:
         line = f"{path} lacks what it takes to make it again: {first_problem(error)}"
         raise InputError(line) from error
 
 
-def differences(then: Any, now: Any, at: str = "") -> Iterator[str]:
-    """Yield what differs between two JSON values, as `path: then, now`, keys in order."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys([*then, *now]):
-            yield from differences(then.get(key), now.get(key), f"{at}.{key}" if at else str(key))
-    elif then != now:
-        yield f"{at}: {_short(then)}, now {_short(now)}"
-
-
 def _prune(
     path: Path,
-    kept: dict[str, Any],
+    kept: _Checkpoint,
     output: Path,
     progress: Callable[[int, int], None] | None,
     **how: Any,
 ) -> CalibrationSet | None:
     """Prune again, and return the calibration set."""
-    model = kept["model"]
-    request = _request(kept["request"], path)
-    _check_model(model["name"], model["sha256"])
+    request = _pruning(kept, path)
+    _check_model(kept.model.name, kept.model.sha256)
     drawn: list[CalibrationSet | None] = []
 
     def started(made: CalibrationSet | None) -> None:
         drawn.append(made)
-        if made is not None:
-            _check_set(kept["calibration"], made)
+        if made is not None and kept.calibration is not None:
+            _check_set(kept.calibration, made)
 
     prune_checkpoints(
-        model["name"], {output: request}, started=started, progress=progress,
-        dtype=kept["dtype"], device=kept["device"], **how,
+        kept.model.name, {output: request}, started=started, progress=progress,
+        dtype=kept.dtype, device=kept.device, **how,
     )  # fmt: skip
     return drawn[0]
 
 
 def _recover(
     path: Path,
-    kept: dict[str, Any],
+    kept: _Recovered,
     output: Path,
     progress: Callable[[int, int], None] | None,
     **how: Any,
 ) -> None:
-    """Recover again; of a prune and recovery in one run, prune again first."""
-    model, against, pruned = kept["model"], kept["against"], kept["pruned"]
-    if kept["processes"] > 1:
+    """Recover again; where one run pruned and recovered, prune again first."""
+    if kept.processes > 1:
         raise InputError(
-            f"{path} was recovered by {kept['processes']} processes, whose shares decide how sums "
-            "round: recover again under the same launcher, and compare the hashes in calmix.json"
+            f"{path} was recovered by {kept.processes} processes, which decides how sums round: "
+            "recover again under the same launcher, and compare the hashes in calmix.json"
         )
-    request = _asked(recover_request, kept["request"], path)
-    _check_model(against["name"], against["sha256"])
-
-    def tick(done: int, total: int, loss: str) -> None:
-        if progress is not None:
-            progress(done, total)
+    _taken(RecoverRequest, kept.request, path)
+    request = recover_request(**_options(kept.request, path))
+    _check_model(kept.against.name, kept.against.sha256)
 
     def again(name: str, drawn: CalibrationSet | None) -> None:
         recover(
-            name, against["name"], request, output, drawn=drawn, called=model["name"],
-            started=lambda made: _check_set(kept["calibration"], made), progress=tick,
-            dtype=kept["dtype"], device=kept["device"], **how,
+            name, kept.against.name, request, output, drawn=drawn, called=kept.model.name,
+            started=lambda made: _check_set(kept.calibration, made),
+            progress=lambda done, total, loss: progress(done, total) if progress else None,
+            dtype=kept.dtype, device=kept.device, **how,
         )  # fmt: skip
 
-    if not _chained(path, model["name"], pruned):
-        _check_model(model["name"], model["sha256"])
-        again(model["name"], None)
-        return
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with hidden(real_place(output)) as folder:
-        stage = folder / "pruned"
-        drawn = _prune(path, pruned, stage, progress, **how)
-        again(str(stage), drawn)
+    pruned = kept.pruned or {}
+    if pruned.get("kind") == "pruned checkpoint" and pruned.get("request"):
+        stage = _taken(_Checkpoint, pruned, path)
+        if kept.model.name == stage_name(stage.model.name, _pruning(stage, path)):
+            with disk_errors(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+            with hidden(real_place(output)) as folder:
+                drawn = _prune(path, stage, folder / "pruned", progress, **how)
+                again(str(folder / "pruned"), drawn)
+            return
+    _check_model(kept.model.name, kept.model.sha256)
+    again(kept.model.name, None)
 
 
-def _chained(path: Path, name: str, pruned: dict[str, Any] | None) -> bool:
-    """Tell whether a pruned model of this name was a stage on the way to a recovered one."""
-    if pruned is None or pruned.get("kind") != "pruned checkpoint" or not pruned.get("request"):
-        return False
-    _check_shape(path, pruned, "pruned checkpoint")
-    return name == stage_name(pruned["model"]["name"], _request(pruned["request"], path))
+def _pruning(kept: _Checkpoint, path: Path) -> PruneRequest:
+    _taken(PruneRequest, kept.request, path)
+    options = _options(kept.request, path)
+    return prune_request(**options.pop("options"), **options)
+
+
+def _options(request: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a request's options by name, those of the calibration set among the others."""
+    options = {name: value for name, value in request.items() if name != "draw"} | request["draw"]
+    if "sources" in options:
+        options["sources"] = _own(options["sources"], path)
+    return options
+
+
+def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
+    """Return the user's own sources; relative paths start from the current folder."""
+    entries = {n: {k: v for k, v in e.items() if k != "name"} for n, e in record.items()}
+    return parse_sources(entries, Path.cwd() / path.name)
 
 
 def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
-    """Compare a new checkpoint with what the manifest of an old one tells."""
+    """Compare a new checkpoint with the manifest of an old one."""
     new, files = read_manifest(output / MANIFEST), kept["files"]
     differing = sorted(n for n in {*files, *new["files"]} if files.get(n) != new["files"].get(n))
     inputs = [line for key in TOLD for line in differences(kept.get(key), new.get(key), key)]
-    then, now = _run(path.parent / RUN), _run(output / RUN)
-    if then:
+    if (path.parent / RUN).is_file():
+        then, now = (read_object(one / RUN, "") for one in (path.parent, output))
         inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
     return Rerun(str(output), not differing, differing, inputs)
 
@@ -341,87 +286,58 @@ def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
 def _calibrate(
     path: Path,
     kept: dict[str, Any],
+    told: _Set,
     output: Path,
-    trust: bool,
-    writing: Callable[[str, int, int], None] | None,
-    note: Callable[[str], None] | None,
+    trust_remote_code: bool,
+    **how: Any,
 ) -> Rerun:
-    generated = kept.get("generated")
-    model, own = kept["model"], _own(kept["own"], path)
-    asked = {key: kept[key] for key in ("rows", "length", "seed")}
-    leakage = kept["leakage"]
-    checked(DrawOptions, asked | {"packing": kept.get("packing")})
-    suite, run = ("off", 0) if leakage == "off" else (leakage["suite"], leakage["tokens"])
-    if model.get("fingerprint") is not None:
-        _check_model(model["name"], model["fingerprint"])
-        opened: Any = open_model(
-            model["name"], dtype=model.get("dtype", "auto"), device=model.get("device", "auto"),
-            trust_remote_code=trust,
-        )  # fmt: skip
+    model = told.model
+    asked = checked(DrawOptions, {k: kept.get(k) for k in ("rows", "length", "seed", "packing")})
+    guard = told.leakage if isinstance(told.leakage, _Guard) else _Guard(suite="off", tokens=0)
+    opened: Any
+    if model.fingerprint is None:
+        opened = open_tokenizer(model.name, trust_remote_code=trust_remote_code)
     else:
-        opened = open_tokenizer(model["name"], trust_remote_code=trust)
-    if opened.tokenizer_fingerprint != kept["tokenizer"]:
-        raise InputError(f"the tokenizer of {model['name']} is another now than {path} tells")
-    guard = guard_of(suite, run, opened)
-    if generated is None:
-        make_mix(kept["mix"], str(path))  # it would round the weights
-        if not math.isclose(sum(kept["mix"].values()), 1):
+        _check_model(model.name, model.fingerprint)
+        opened = open_model(
+            model.name, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code
+        )
+    if opened.tokenizer_fingerprint != told.tokenizer:
+        raise InputError(f"the tokenizer of {model.name} has changed since {path} was written")
+    draw: dict[str, Any] = {
+        "rows": asked.rows, "length": asked.length, "seed": asked.seed,
+        "guard": guard_of(guard.suite, guard.tokens, opened), "own": _own(told.own, path),
+    }  # fmt: skip
+    if told.generated is None:
+        make_mix(told.mix, str(path))  # as it is kept: it would round the weights
+        if not math.isclose(sum(told.mix.values()), 1):
             raise InputError(f"{path} has weights that do not sum to 1")
-        made = build(
-            Mix(kept["mix"]), opened, guard=guard, own=own, packing=kept["packing"], **asked,
-        )  # fmt: skip
+        made = build(Mix(told.mix), opened, packing=asked.packing, **draw)
     else:
-        told = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
-        made = generate(
-            read_generator(generated, told, str(path)), opened, guard=guard, own=own,
-            writing=writing, note=note, **asked,
-        )  # fmt: skip
+        settings = {k: v for k, v in told.settings.items() if not k.endswith("_sha256")}
+        generator = read_generator(told.generated, settings, str(path))
+        made = generate(generator, opened, **draw, **how)
     made.save(output)
     new = read_manifest(output / SET_MANIFEST)
     differing = [SET_MANIFEST] if new[SEAL] != kept[SEAL] else []
-    if made.sha256 != kept["sha256"]:
+    if made.sha256 != told.sha256:
         differing.insert(0, TENSORS)
     inputs = [line for line in differences(kept, new) if not line.startswith((SEAL, "sha256"))]
     return Rerun(str(output), not differing, differing, inputs)
 
 
-def _request(record: Mapping[str, Any], path: Path) -> PruneRequest:
-    rest = {key: value for key, value in record.items() if key != "options"}
-    return _asked(prune_request, rest | record["options"], path)
-
-
-def _asked(make: Callable[..., Request], record: Mapping[str, Any], path: Path) -> Request:
-    """Return a request from its record, the draw's options among the others."""
-    record = dict(record)
-    draw = dict(record.pop("draw"))
-    if "sources" in draw:
-        draw["sources"] = _own(draw["sources"], path)
-    try:
-        return make(**record, **draw)
-    except TypeError as error:  # an option there is none of
-        raise InputError(f"{path} asks for what this calmix does not know: {error}") from error
-
-
-def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
-    """Return the user's own sources; relative paths are meant from where calmix is run."""
-    entries = {n: {k: v for k, v in e.items() if k != "name"} for n, e in record.items()}
-    return parse_sources(entries, Path.cwd() / path.name)
-
-
 def _check_model(name: str, sha256: str) -> None:
     if fingerprint(resolve_model(name)) != sha256:
-        raise InputError(
-            f"the model {name} is another now: the hash of its files is not that of the manifest"
-        )
+        raise InputError(f"the model {name} has changed: its files have another hash than then")
 
 
-def _check_set(told: dict[str, Any], made: CalibrationSet) -> None:
-    # A saved set's manifest has keys of its saving, so content decides and the rest is told.
-    if made.sha256 == told["sha256"]:
+def _check_set(told: _Drawn, made: CalibrationSet) -> None:
+    # A saved set's manifest has keys of its saving, so content decides.
+    if made.sha256 == told.sha256:
         return
-    then, now = told, made.manifest
+    then, now = told.model_dump(), made.manifest
     changed = [
-        name for name, source in then.get("sources", {}).items()
+        name for name, source in told.sources.items()
         if isinstance(source, dict)
         and now.get("sources", {}).get(name, {}).get("sha256") != source.get("sha256")
     ]  # fmt: skip
@@ -429,19 +345,4 @@ def _check_set(told: dict[str, Any], made: CalibrationSet) -> None:
         what = f"source {', '.join(changed)} has another text"
     else:
         what = next((d for d in differences(then, now) if not d.startswith("sha256")), "its ids")
-    raise InputError(
-        f"the calibration set is another now ({what}): the same hashes cannot come out"
-    )
-
-
-def _run(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:24]}...{text[-12:]}"
+    raise InputError(f"the calibration set changed ({what}), so hashes cannot match")

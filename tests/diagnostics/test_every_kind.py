@@ -134,8 +134,8 @@ def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_
     manifest["files"]["model.safetensors"] = sha256_file(file)
     write_json(path, sealed(manifest))
     told = json.loads(calmix("doctor", "inspect", copy, "--json").out)
-    assert len(told["problems"]) == 7
-    assert all("lacks the weights of model.layers.1." in line for line in told["problems"])
+    (problem,) = told["problems"]
+    assert "lacks the weights of layers.1" in problem
 
 
 def test_a_report_that_lacks_a_page_and_what_is_no_result(
