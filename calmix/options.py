@@ -47,17 +47,10 @@ def option(
     advanced: bool = False,
     **bounds: Any,
 ) -> Any:
-    """Return a field of an options model.
+    """Return a field of an options model, its help `text`, with pydantic's `bounds`.
 
-    Args:
-        default: `...` where it must be given.
-        text: its help, a noun phrase of at most ten words.
-        flag: names on the command line, such as `--output -o`, if not the field's own.
-        shown: the default in words.
-        metavar: what stands for the value in help, if not its type.
-        argument: a word of its own on the command line, not a flag.
-        advanced: shown by `--help-all` alone.
-        **bounds: of pydantic, such as `ge=1`.
+    `flag` is what the command line calls it if not its name, `shown` its default in words,
+    `argument` a word without a flag; what is `advanced` only `--help-all` shows.
     """
     extra: dict[str, Any] = {
         "flag": flag, "shown": shown, "metavar": metavar, "argument": argument,
@@ -67,11 +60,7 @@ def option(
 
 
 def parse_share(value: Any) -> Any:
-    """Return `0.6` or `60%` as a share.
-
-    Raises:
-        ValueError: it is a number above 1, which may be meant as per cent.
-    """
+    """Return `0.6` or `60%` as a share; a ValueError asks whether 60 is meant as per cent."""
     if isinstance(value, str) and value.strip().endswith("%"):
         return float(value.strip()[:-1]) / 100
     try:
@@ -86,20 +75,33 @@ def parse_share(value: Any) -> Any:
 Share = Annotated[float, BeforeValidator(parse_share), Field(gt=0, lt=1)]
 
 
-class ModelOptions(Options):
-    """How a model is opened."""
+class DeviceOptions(Options):
+    """Where a model runs, and whether its own code may."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Number format to compute in.", advanced=True
-    )
     device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
     trust_remote_code: bool = option(
         False, "Run modelling code shipped with the model.", advanced=True
     )
 
+
+class ModelOptions(DeviceOptions):
+    """How a model is opened."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Number format to compute in.", advanced=True
+    )
+
     def opening(self) -> dict[str, Any]:
         """Return what `open_model` takes, by name."""
         return {name: getattr(self, name) for name in ModelOptions.model_fields}
+
+
+class MemoryOptions(Options):
+    """What bounds the memory of long work."""
+
+    max_memory: str | None = option(
+        None, "Memory it may take, e.g. 6GiB.", shown="what is free", advanced=True
+    )
 
 
 class Json(Options):
@@ -108,8 +110,23 @@ class Json(Options):
     as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
 
 
-class DrawOptions(Options):
-    """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
+def own_sources_option(advanced: bool = True) -> Any:
+    """Return the field of a user's own sources, `--sources`."""
+    text = "YAML file of your own sources, e.g. mine.yaml."
+    return option(None, text, metavar="FILE", advanced=advanced)
+
+
+Licence = Literal["permissive"] | None
+
+
+def licence_option(advanced: bool = True) -> Any:
+    """Return the field `--licence`, or `--license`."""
+    text = "Only sources with such a licence."
+    return option(None, text, flag="--licence --license", advanced=advanced)
+
+
+class SizeOptions(Options):
+    """How many tokens are drawn, and which."""
 
     rows: int = option(64, "Rows of the set, e.g. 128.", ge=1)
     length: int = option(512, "Tokens per row, e.g. 2048.", ge=1)
@@ -117,16 +134,17 @@ class DrawOptions(Options):
     packing: Literal["concat", "window"] = option(
         "concat", "Documents joined (concat) or one window of each.", advanced=True
     )
+    sources: Path | dict[str, Any] | None = own_sources_option()
+
+
+class DrawOptions(SizeOptions):
+    """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
+
     leakage: str = option("offline", "Suite to share no text with; off: no check.", advanced=True)
     leakage_tokens: int = option(
         13, "Tokens in a row that count as shared text.", ge=2, advanced=True
     )
-    licence: Literal["permissive"] | None = option(
-        None, "Only sources with such a licence.", flag="--licence --license", advanced=True
-    )
-    sources: Path | dict[str, Any] | None = option(
-        None, "YAML file of your own sources, e.g. mine.yaml.", metavar="FILE", advanced=True
-    )
+    licence: Licence = licence_option()
 
     @field_validator("leakage", mode="before")
     @classmethod
@@ -137,6 +155,25 @@ class DrawOptions(Options):
         """Return the options of the draw that were set, by name."""
         names = [name for name in DrawOptions.model_fields if name in self.model_fields_set]
         return {name: getattr(self, name) for name in names}
+
+
+class Compression(MemoryOptions, DeviceOptions):
+    """What a model is compressed to, and on what: what decides the result."""
+
+    model: str = option(..., MODEL, argument=True)
+    sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
+    pattern: str | None = option(None, "N:M in place of a sparsity: 2:4.")
+    effort: Literal["quick", "standard", "best"] = option(
+        "standard", "Time for quality: rows, recovery, evaluation."
+    )
+    calibration: str | None = option(
+        None, "Calibration text, as for calmix calibrate.", shown="a built-in mix"
+    )
+    suite: str = option("offline", "Suite by name, or a YAML file.")
+    seed: int | None = option(None, "Seed of the calibration draw.", shown="0", ge=0)
+    licence: Licence = licence_option(advanced=False)
+    prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
+                                  shown="a dozen of the suite's", advanced=True)  # fmt: skip
 
 
 # What draws a calibration set beside its specification; what a method that looks at data takes;
@@ -151,11 +188,7 @@ PRUNE = (
 
 
 def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
-    """Return the name and the options, as written, of `NAME` or `NAME,option=value,...`.
-
-    Raises:
-        InputError: the text is of another form, or gives an option twice; `what` it is of.
-    """
+    """Return the name and the options, as written, of `NAME,option=value,...`."""
     name, *parts = (part.strip() for part in text.split(","))
     values: dict[str, str] = {}
     for part in parts:
@@ -169,11 +202,7 @@ def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
 
 
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
-    """Return options checked; None counts as not given.
-
-    Raises:
-        InputError: the first mistake, by the flag's name.
-    """
+    """Return options checked; None counts as not given. An InputError names the flag."""
     try:
         return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:

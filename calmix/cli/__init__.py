@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -10,7 +11,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from calmix.cli import calibrate, compress, doctor, evaluate, export, prune, study
 from calmix.cli.common import fail
 from calmix.cli.verbs import app
 from calmix.errors import CalmixError
@@ -38,14 +38,10 @@ def _options(
     """Options of no verb."""
 
 
-MAKE, LEFT, MANY = "From a model to a smaller one", "What is left", "Studies and checks"
-compress.register(MAKE, LEFT)
-prune.register(app, MAKE)
-calibrate.register(app, MAKE)
-export.register(app, MAKE)
-evaluate.register(app, LEFT)
-study.register(app, MANY)
-doctor.register(app, MANY)
+# Verbs register as they are imported; `calmix --help` has them in this order.
+for _name in ("compress", "prune", "calibrate", "export", "evaluate", "study", "study_report",
+              "doctor"):  # fmt: skip
+    importlib.import_module(f"calmix.cli.{_name}")
 
 
 # What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.

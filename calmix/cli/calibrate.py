@@ -5,19 +5,30 @@ from __future__ import annotations
 import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import typer
-
-from calmix.cli.common import line, note, parse_weights, print_json, progress_bar, writing_on
-from calmix.cli.tables import print_rows
-from calmix.cli.verbs import group, verb
+from calmix.cli.common import Bar, line, note, parse_weights, print_json, result
+from calmix.cli.tables import print_table
+from calmix.cli.verbs import MAKE, group, verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder
-from calmix.options import DrawOptions, Json, ModelOptions, Share, option, path_option
+from calmix.options import (
+    DrawOptions,
+    Json,
+    Licence,
+    ModelOptions,
+    Share,
+    SizeOptions,
+    licence_option,
+    option,
+    own_sources_option,
+    path_option,
+)
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
-OWN = "YAML file of your own sources, e.g. mine.yaml."
+calibrate = group(
+    "calibrate", MAKE, "Draw a calibration set, or let the model write it.", default="draw"
+)
 
 
 class CalibrateOptions(DrawOptions, ModelOptions, Json):
@@ -31,25 +42,20 @@ class CalibrateOptions(DrawOptions, ModelOptions, Json):
     overwrite: bool = option(False, "Replace a calibration set.")
 
 
-class MeasureOptions(ModelOptions, Json):
+class MeasureOptions(SizeOptions, ModelOptions, Json):
     """What `calibrate measure` can be asked for."""
 
     specs: tuple[str, ...] = option(..., "Sources, mixes or saved sets; offline: all.",
                                     argument=True)  # fmt: skip
     model: str = option(..., "The model whose tokens count.", flag="--model -m")
     rows: int = option(32, "Rows of the budget.", ge=1)
-    length: int = option(512, "Tokens per row.", ge=1)
     draws: int = option(3, "Draws, each with its own seed.", ge=1)
-    seed: int = option(0, "Seed of the first draw.", ge=0)
-    packing: Literal["concat", "window"] = option("concat", "How documents become rows.",
-                                                  advanced=True)  # fmt: skip
     reference: str | None = option(None, "SPEC for coverage and mismatch.", advanced=True)
     no_perplexity: bool = option(False, "Skip what runs the model.")
-    sources: Path | None = option(None, OWN, metavar="FILE", advanced=True)
     output: Path | None = path_option("A .json or .csv file to write.", default=None)
 
 
-class PredictOptions(ModelOptions, Json):
+class PredictOptions(DrawOptions, ModelOptions, Json):
     """What `calibrate predict` can be asked for."""
 
     calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True)
@@ -61,25 +67,15 @@ class PredictOptions(ModelOptions, Json):
     text: tuple[str, ...] = option(
         (), "Held-out text of yours: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
     )
-    rows: int | None = option(None, "Rows of each source.", shown="16", ge=1)
-    length: int | None = option(None, "Tokens per row.", shown="512", ge=1)
-    seed: int | None = option(None, "Seed of the draws.", shown="0", ge=0)
-    every: int | None = option(None, "Look at every k-th block.", shown="7", ge=1, advanced=True)
-    leakage: str | None = option(None, "Suite to share no text with.", advanced=True)
-    leakage_tokens: int | None = option(None, "Tokens that count as shared.", ge=2, advanced=True)
-    licence: Literal["permissive"] | None = option(
-        None, "Only sources with such a licence.", flag="--licence --license", advanced=True
-    )
-    sources: Path | None = option(None, OWN, metavar="FILE", advanced=True)
+    rows: int = option(16, "Rows of each source.", ge=1)
+    every: int = option(7, "Look at every k-th block.", ge=1, advanced=True)
 
 
 class ListOptions(Json):
     """What `calibrate sources` can be asked for."""
 
-    sources: Path | None = option(None, OWN, metavar="FILE")
-    licence: Literal["permissive"] | None = option(
-        None, "Only sources with such a licence.", flag="--licence --license"
-    )
+    sources: Path | None = own_sources_option(advanced=False)
+    licence: Licence = licence_option(advanced=False)
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code.")
 
 
@@ -89,20 +85,10 @@ class ShowOptions(Json):
     name: str = option(..., "A source, file or hub id.", argument=True)
     documents: int = option(1, "Documents to show.", ge=1)
     characters: int = option(600, "Characters of each.", ge=1)
-    sources: Path | None = option(None, OWN, metavar="FILE")
+    sources: Path | None = own_sources_option(advanced=False)
 
 
-def register(app: typer.Typer, panel: str) -> None:
-    """Add the verbs to the command line."""
-    calibrate = group(app, "calibrate", "Draw a calibration set, or let the model write it.",
-                      "draw", panel)  # fmt: skip
-    verb(calibrate, "draw")(draw)
-    verb(calibrate, "measure")(measure)
-    verb(calibrate, "predict")(predict)
-    verb(calibrate, "sources")(list_sources)
-    verb(calibrate, "show")(show_source)
-
-
+@verb("draw", of=calibrate)
 def draw(options: CalibrateOptions) -> None:
     """Draw a calibration set from sources and save it; or let the model write it.
 
@@ -125,23 +111,20 @@ def draw(options: CalibrateOptions) -> None:
     ask(spec, context=opened.context, **options.drawn())
     if written:
         opened = open_model(model, **options.opening())
-    with progress_bar() as bar:
-        task = bar.add_task("drawing", total=None)
-        made = resolve(
-            spec, opened, **options.drawn(), writing=writing_on(bar), note=note,
-            tick=lambda name: bar.update(task, description=f"drew {name}", advance=1),
-        )  # fmt: skip
+    with Bar() as bar:
+        made = resolve(spec, opened, **options.drawn(), writing=bar.writing, note=note,
+                       tick=bar.each("drawing"))  # fmt: skip
     made.save(output, overwrite=options.overwrite)
-    manifest = made.manifest
-    leakage = manifest["leakage"]
+    manifest, leakage = made.manifest, made.manifest["leakage"]
     if options.as_json:
         dropped = leakage if leakage == "off" else {
             "dropped": {name: len(entries) for name, entries in leakage["dropped"].items()}
         }  # fmt: skip
-        held: dict[str, Any] = {key: manifest[key] for key in WRITTEN if key in manifest}
-        held |= {"sha256": made.sha256, "leakage": dropped}
-        print_json({"folder": str(output), "rows": made.rows, "length": made.length,
-                    "counts": made.counts} | held)  # fmt: skip
+        print_json(
+            {"folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts}
+            | {key: manifest[key] for key in WRITTEN if key in manifest}
+            | {"sha256": made.sha256, "leakage": dropped}
+        )
         return
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
@@ -159,6 +142,7 @@ def draw(options: CalibrateOptions) -> None:
              f"in a row with an item of suite {leakage['suite']}")  # fmt: skip
 
 
+@verb("measure", of=calibrate)
 def measure(options: MeasureOptions) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
@@ -182,19 +166,15 @@ def measure(options: MeasureOptions) -> None:
         opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     else:
         opened = open_model(model, **options.opening())
-    with progress_bar() as bar:
-        task = bar.add_task("measuring", total=len(names) * options.draws)
-        made = run(
-            names, opened, **asked,
-            tick=lambda name: bar.update(task, description=f"measured {name}", advance=1),
-        )  # fmt: skip
+    with Bar() as bar:
+        made = run(names, opened, **asked, tick=bar.each("measured", len(names) * options.draws))
     if output is not None:
         made.save(output)
     if options.as_json:
         print_json(made.to_dict())
         return
-    print_rows(
-        table(made), as_json=False, least=[] if len(names) <= 4 else None,
+    print_table(
+        table(made), least=[] if len(names) <= 4 else None,
         title=f"{made.budget['tokens']} tokens a draw ({options.rows} x {options.length}), "
         f"{options.draws} draws from seed {options.seed}; mean ± half of the 95 % interval",
     )  # fmt: skip
@@ -202,17 +182,18 @@ def measure(options: MeasureOptions) -> None:
         line(f"{name}: {told}")
 
 
+@verb("predict", of=calibrate)
 def predict(options: PredictOptions) -> None:
     """Order calibration sets by the error a prune on them would leave, without pruning.
 
     Each source runs through the dense model once; further mixes of it take seconds.
     """
-    from calmix.analysis.predict import EVERY, LENGTH, ROWS, check_request
+    from calmix.analysis.predict import LENGTH, ROWS, check_request
     from calmix.analysis.predict import predict as run
     from calmix.analysis.recommend import check_weights
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.models import check_models, open_model
-    from calmix.study.spec import as_pattern
+    from calmix.pruning.patterns import as_pattern
 
     if options.sparsity is not None and options.pattern is not None:
         raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
@@ -220,22 +201,17 @@ def predict(options: PredictOptions) -> None:
     shares, own_texts = parse_weights(options.weights), parse_texts(options.text)
     if shares is not None:
         check_weights(shares, (*builtin_readers(), *own_texts), "the held-out text")
-    asked: dict[str, Any] = {
-        "method": options.method, "rows": options.rows or ROWS, "length": options.length or LENGTH,
-        "every": options.every or EVERY,     }  # fmt: skip
-    drawn = ("seed", "leakage", "leakage_tokens", "licence", "sources")
-    asked |= {name: getattr(options, name) for name in drawn}
+    names = ("method", "rows", "length", "every")
+    asked: dict[str, Any] = {name: getattr(options, name) for name in names} | options.drawn()
     pruned_to = None if target is None else as_pattern(target)
     check_request(options.calibrations, **asked)
     check_models(options.model, **options.opening())
     opened = open_model(options.model, **options.opening())
-    with progress_bar() as bar:
-        task = bar.add_task("predicting", total=None)
+    with Bar() as bar:
         made = run(
             opened, options.calibrations, pattern=pruned_to, weights=shares,
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
-            tick=lambda what: bar.update(task, description=what, advance=1), note=note,
-            writing=writing_on(bar), **asked,
+            tick=bar.each("predicting"), note=note, writing=bar.writing, **asked,
         )  # fmt: skip
     if options.as_json:
         print_json([asdict(one) for one in made])
@@ -245,10 +221,11 @@ def predict(options: PredictOptions) -> None:
         | {name: f"{value:.2%}" for name, value in one.lost.items()}
         for one in made
     ]
-    print_rows(rows, as_json=False, text=["calibration"], title="reconstruction error")
+    print_table(rows, text=["calibration"], title="reconstruction error")
     line("lowest first; this orders sets, it is not retention")
 
 
+@verb("sources", of=calibrate)
 def list_sources(options: ListOptions) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
     from calmix.sources import builtin_sources, own_sources
@@ -259,41 +236,38 @@ def list_sources(options: ListOptions) -> None:
     wanted = options.dimension
     if wanted is not None and wanted not in dimensions:
         raise InputError(f"no source is of dimension '{wanted}': {nearest(wanted, dimensions)}")
-    rows: list[dict[str, Any]] = []
-    for source in known.values():
-        if not allowed(source.licence, options.licence) or wanted not in (None, source.dimension):
-            continue
-        row = {
+    chosen = [source for source in known.values() if allowed(source.licence, options.licence)
+              and wanted in (None, source.dimension)]  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {
             "name": source.name, "dimension": source.dimension, "use": source.use,
             "licence": source.licence if options.as_json else short(source.licence),
             "available": source.reader.availability,
-        }  # fmt: skip
-        more = {
+        } | ({
             "kind": source.kind, "size": source.size, "from": source.reader.origin,
             "version": source.reader.version, "description": source.description,
-        }  # fmt: skip
-        rows.append(row | (more if options.as_json else {}))
-    print_rows(rows, as_json=options.as_json, text=["licence", "available"],
-               least=["available", "licence"])  # fmt: skip
+        } if options.as_json else {})
+        for source in chosen
+    ]  # fmt: skip
+    print_table(rows, as_json=options.as_json, text=["licence", "available"],
+                least=["available", "licence"])  # fmt: skip
 
 
+@verb("show", of=calibrate)
 def show_source(options: ShowOptions) -> None:
     """Show a source's entry and the beginning of its first documents."""
     from calmix.sources import get_source, own_sources
 
     source = get_source(options.name, own_sources(options.sources))
     source.check()
-    shown = [
+    shown: list[dict[str, Any]] = [
         {"id": one.id, "characters": len(one.text), "text": one.text[: options.characters]}
         for one in itertools.islice(source.documents(), options.documents)
     ]
-    entry = source.model_dump(mode="json") | {"use": source.use}
-    if options.as_json:
-        print_json({"source": entry, "version": source.reader.version, "documents": shown})
-        return
-    line(f"{source.name}: {source.description}")
-    version = source.reader.version
-    line(f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}")
-    for one in shown:
-        line(f"--- {one['id']} ({one['characters']} characters)")
-        line(str(one["text"]))
+    entry, version = source.model_dump(mode="json") | {"use": source.use}, source.reader.version
+    result(
+        options, {"source": entry, "version": version, "documents": shown},
+        f"{source.name}: {source.description}",
+        f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}",
+        *(f"--- {one['id']} ({one['characters']} characters)\n{one['text']}" for one in shown),
+    )  # fmt: skip

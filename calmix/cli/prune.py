@@ -8,20 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from calmix.cli.common import line, note, print_json, progress_bar, writing_on
-from calmix.cli.tables import print_rows, print_taken
-from calmix.cli.verbs import verb
+from calmix.cli.common import Bar, line, note, print_json
+from calmix.cli.tables import print_table, print_taken
+from calmix.cli.verbs import MAKE, verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
-from calmix.options import MODEL, DrawOptions, Json, ModelOptions, Options, option, path_option
+from calmix.options import (
+    MODEL,
+    DrawOptions,
+    Json,
+    MemoryOptions,
+    ModelOptions,
+    option,
+    path_option,
+)
 from calmix.sources import own_sources
 from calmix.specs import prune_and_recover_requests, prune_requests, recover_request, target_name
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from calmix.calibration import CalibrationSet
     from calmix.pruning import PruneReport
     from calmix.recovery import RecoveryReport
@@ -30,17 +34,27 @@ if TYPE_CHECKING:
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
 
-class WorkOptions(Options):
-    """What long work that leaves a folder can be asked for."""
+class WorkOptions(MemoryOptions, DrawOptions, ModelOptions, Json):
+    """Long work on a calibration set that leaves a folder."""
 
-    max_memory: str | None = option(
-        None, "Memory it may take, e.g. 6GiB.", shown="what is free", advanced=True
-    )
     resume: bool = option(False, "Resume an interrupted run of the same request.")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
+    def work(self) -> dict[str, Any]:
+        """Return how the work is done: the model opened, memory, resumption."""
+        from calmix.pruning.budget import parse_memory
 
-class PruneOptions(WorkOptions, DrawOptions, ModelOptions, Json):
+        bound = None if self.max_memory is None else parse_memory(self.max_memory)
+        return self.opening() | {
+            "max_memory": bound, "resume": self.resume, "overwrite": self.overwrite, "note": note,
+        }  # fmt: skip
+
+    def draw(self) -> dict[str, Any]:
+        """Return the options of the draw that were set, with the user's own sources read."""
+        return self.drawn() | ({"sources": own_sources(self.sources)} if self.sources else {})
+
+
+class PruneOptions(WorkOptions):
     """What `prune` can be asked for."""
 
     model: str = option(..., MODEL, argument=True)
@@ -76,7 +90,7 @@ class PruneOptions(WorkOptions, DrawOptions, ModelOptions, Json):
     )
 
 
-class RecoverOptions(WorkOptions, DrawOptions, Json):
+class RecoverOptions(WorkOptions):
     """What `recover` can be asked for."""
 
     pruned: str = option(..., "The pruned model: what calmix prune wrote.", argument=True)
@@ -91,21 +105,9 @@ class RecoverOptions(WorkOptions, DrawOptions, Json):
         None, "Peak learning rate, relative to weights' size.", shown="1e-3, blocks 3e-3"
     )
     batch: int = option(4, "Rows a step.")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Number format to compute in.", advanced=True
-    )
-    device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
-    trust_remote_code: bool = option(
-        False, "Run modelling code shipped with the model.", advanced=True
-    )
 
 
-def register(app: typer.Typer, panel: str) -> None:
-    """Add the verbs to the command line."""
-    verb(app, "prune", panel)(prune)
-    verb(app, "recover", panel)(recover)
-
-
+@verb("prune", MAKE)
 def prune(options: PruneOptions) -> None:
     """Prune a model in one shot and write a checkpoint that loads anywhere.
 
@@ -114,8 +116,7 @@ def prune(options: PruneOptions) -> None:
     """
     names = ("method", "sparsity", "pattern", "calibration", "propagation", "allocation", "experts",
              "expert_smoothing", "drop_experts")  # fmt: skip
-    asked: dict[str, Any] = {name: getattr(options, name) for name in names} | options.drawn()
-    asked["sources"] = None if options.sources is None else own_sources(options.sources)
+    asked: dict[str, Any] = {name: getattr(options, name) for name in names} | options.draw()
     asked |= {"only": options.only or None, "skip": options.skip or None}
     recovery: RecoverRequest | None = None
     if options.recover is None:
@@ -123,24 +124,20 @@ def prune(options: PruneOptions) -> None:
     else:
         requests, recovery = prune_and_recover_requests(options.recover, **asked)
     from calmix.pruning import distributed
-    from calmix.pruning.budget import parse_memory
     from calmix.pruning.checkpoint import prune_checkpoints
 
-    model, output = options.model, options.output
-    targets = {
-        output / target_name(request) if len(requests) > 1 else output: request
-        for request in requests
-    }
-    if len(requests) > 1 and (output / "config.json").is_file():
+    model, output, several = options.model, options.output, len(requests) > 1
+    if several and (output / "config.json").is_file():
         raise InputError(f"{output} is a model folder: name another one for several checkpoints")
-    bound = None if options.max_memory is None else parse_memory(options.max_memory)
+    targets = {output / target_name(one) if several else output: one for one in requests}
     shares = user_path(options.allocation or "")
     for target in targets:
         check_apart(target, [options.sources, shares if shares.is_file() else None])
-    how: dict[str, Any] = options.opening() | {"max_memory": bound}
+    how = options.work()
     if options.dry_run:
         from calmix.compress.estimate import estimate_prune
 
+        how = options.opening() | {"max_memory": how["max_memory"]}
         taken = estimate_prune(model, targets, recovery, **how)
         if options.as_json:
             print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
@@ -150,40 +147,35 @@ def prune(options: PruneOptions) -> None:
     recovered: list[RecoveryReport] = []
     with distributed.launched(options.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
-        with progress_bar(shown=leads) as bar:
-            task = bar.add_task("pruning blocks", total=None)
-
-            def pruning(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-
+        with Bar(shown=leads) as bar:
+            pruning = bar.of("pruning blocks")
             how |= {
-                "device": own, "overwrite": options.overwrite, "resume": options.resume,
-                "checkpoint_every": options.checkpoint_every, "writing": writing_on(bar),
-                "started": _started("calibrating"), "note": note,
+                "device": own, "checkpoint_every": options.checkpoint_every,
+                "writing": bar.writing, "started": _started("calibrating"),
             }  # fmt: skip
             if recovery is None:
                 reports = prune_checkpoints(model, targets, progress=pruning, **how)
             else:
                 from calmix.recovery.chain import prune_and_recover
 
-                shown = _recovering_on(bar, recovery.method)
                 made = prune_and_recover(
-                    model, targets, recovery, pruning=pruning, recovering=shown, **how
-                )
+                    model, targets, recovery, pruning=pruning, recovering=bar.of(recovery.method),
+                    **how,
+                )  # fmt: skip
                 reports, recovered = [one for one, _ in made], [one for _, one in made]
     if not leads:
         return
+    told = [
+        {"output": str(path)} | report.to_json()
+        for path, report in zip(targets, reports, strict=True)
+    ]
+    for one, again in zip(told, recovered, strict=False):
+        one["recovery"] = again.to_json()
     if options.as_json:
-        told = [
-            {"output": str(path)} | report.to_json()
-            for path, report in zip(targets, reports, strict=True)
-        ]
-        for one, again in zip(told, recovered, strict=False):
-            one["recovery"] = again.to_json()
-        print_json(told[0] if len(told) == 1 else told)
+        print_json(told if several else told[0])
         return
     for path, report in zip(targets, reports, strict=True):
-        _print_pruned(path, report, brief=len(targets) > 1)
+        _print_pruned(path, report, brief=several)
     for path, again in zip(targets, recovered, strict=False):
         _print_recovered(path, again)
 
@@ -215,7 +207,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
             }
             for kind, errors in kinds.items()
         ]  # fmt: skip
-        print_rows(rows, as_json=False)
+        print_table(rows)
     damping = report.options.get("damping", 0)
     if raised := [layer.name for layer in report.layers if (layer.damping or 0) > damping]:
         line(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
@@ -238,6 +230,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
              f"in {report.seconds['total']:.1f} s: {path}")  # fmt: skip
 
 
+@verb("recover", MAKE)
 def recover(options: RecoverOptions) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
@@ -246,37 +239,22 @@ def recover(options: RecoverOptions) -> None:
     """
     request = recover_request(
         calibration=options.calibration, method=options.method, epochs=options.epochs,
-        lr=options.lr, batch=options.batch,
-        **options.drawn() | ({"sources": own_sources(options.sources)} if options.sources else {}),
+        lr=options.lr, batch=options.batch, **options.draw(),
     )  # fmt: skip
-    from calmix.pruning.budget import parse_memory
     from calmix.recovery import recover as run
 
-    bound = None if options.max_memory is None else parse_memory(options.max_memory)
     check_apart(options.output, [options.sources])
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one prints
-    with progress_bar(shown=leads) as bar:
+    with Bar(shown=leads) as bar:
         report = run(
             options.pruned, options.against, request, options.output,
-            dtype=options.dtype, device=options.device,
-            trust_remote_code=options.trust_remote_code, overwrite=options.overwrite,
-            resume=options.resume, max_memory=bound, started=_started("recovering", leads),
-            progress=_recovering_on(bar, options.method), writing=writing_on(bar), note=note,
+            started=_started("recovering", leads), progress=bar.of(options.method),
+            writing=bar.writing, **options.work(),
         )  # fmt: skip
     if leads and options.as_json:
         print_json({"output": str(options.output)} | report.to_json())
     elif leads:
         _print_recovered(options.output, report)
-
-
-def _recovering_on(bar: Progress, method: str) -> Callable[[int, int, str], None]:
-    """Return what shows a recovery's progress and latest loss on a bar."""
-    task = bar.add_task(method, total=None)
-
-    def show(done: int, total: int, loss: str) -> None:
-        bar.update(task, completed=done, total=total, description=f"{method}, {loss}")
-
-    return show
 
 
 def _print_recovered(output: Path, report: RecoveryReport) -> None:

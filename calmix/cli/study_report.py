@@ -8,10 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from calmix.cli.common import line, parse_weights, print_json
-from calmix.cli.tables import print_rows
+from calmix.cli.common import line, parse_weights, percent, print_json
+from calmix.cli.study import studies
+from calmix.cli.tables import print_table
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.evaluation.suites import Measure
@@ -21,7 +20,6 @@ from calmix.options import Json, option, path_option
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
     from calmix.analysis.power import Needed
-    from calmix.analysis.recommend import Recommendation
     from calmix.study.results import StudyResults
 
 MANY = 999  # seeds, or times the items: more are not counted out
@@ -67,12 +65,7 @@ class PowerOptions(StudyOptions):
     difference: str = option("1,2,3", "Points of retention to detect.", metavar="POINTS,...")
 
 
-def register(study: typer.Typer) -> None:
-    """Add the verbs to the group."""
-    for act in (analyse, report, recommend, power):
-        verb(study, act.__name__)(act)
-
-
+@verb("analyse", of=studies)
 def analyse(options: AnalyseOptions) -> None:
     """Ranking, differences and correlations as JSON and CSV, with a summary."""
     folder = _folder(options, "analysis", "analysis.json")
@@ -81,6 +74,7 @@ def analyse(options: AnalyseOptions) -> None:
     _print(found, folder / "analysis.json", options.as_json)
 
 
+@verb("report", of=studies)
 def report(options: AnalyseOptions) -> None:
     """One HTML page with figures, tables and a summary, and a brief one to pass on."""
     from calmix.report import write_report
@@ -94,19 +88,14 @@ def report(options: AnalyseOptions) -> None:
 def _analysis(options: AnalyseOptions) -> tuple[StudyResults, Analysis]:
     from calmix.analysis import Settings
     from calmix.analysis import analyse as analysis_of
+    from calmix.study import read_results
 
     settings = Settings(
         options.measure, options.over, options.default, options.permutations, options.resamples,
         options.seed,
     )  # fmt: skip
-    results = _results(options)
+    results = read_results(options.study)
     return results, analysis_of(results, settings, method=options.method, sparsity=options.sparsity)
-
-
-def _results(options: StudyOptions) -> StudyResults:
-    from calmix.study import read_results
-
-    return read_results(options.study)
 
 
 def _folder(options: AnalyseOptions, name: str, inside: str) -> Path:
@@ -131,13 +120,15 @@ def _print(found: Analysis, written: Path, as_json: bool) -> None:
     line(f"\nwritten to {written}")
 
 
+@verb("recommend", of=studies)
 def recommend(options: RecommendOptions) -> None:
     """Which calibration set of those studied keeps the most, by your weights."""
     from calmix.analysis import recommend as best_of
     from calmix.report import words
+    from calmix.study import read_results
 
     found = best_of(
-        _results(options), parse_weights(options.weights), measure=options.measure,
+        read_results(options.study), parse_weights(options.weights), measure=options.measure,
         method=options.method, sparsity=options.sparsity,
     )  # fmt: skip
     if options.as_json:
@@ -152,54 +143,37 @@ def recommend(options: RecommendOptions) -> None:
             shares = "all equal"
         rows = [
             {
-                "calibration": each.calibration,
-                "made": each.strategy,
+                "calibration": each.calibration, "made": each.strategy,
                 "retention %": words.with_span(each.total),
                 "shrunken": words.percent(each.shrunken.value),
                 "best": "–" if each.best is None else words.sure(each.best),
                 "seeds": each.total.draws,
             }
             for each in one.candidates[: options.top]
-        ]
-        print_rows(rows, as_json=False, least=["seeds", "made", "best", "shrunken"],
-                   title=f"{one.condition}, weights {shares}")  # fmt: skip
-        line(words.wrapped(_advice(one)))
+        ]  # fmt: skip
+        print_table(rows, least=["seeds", "made", "best", "shrunken"],
+                    title=f"{one.condition}, weights {shares}")  # fmt: skip
+        first, *rest = one.candidates
+        head = f"take {first.calibration}" if rest else f"no other set than {first.calibration}"
+        tied = " or another that is tied" if len(one.best) > 1 else ""
+        best = f". {words.which_is_best(one.candidates)}" if rest else ""
+        line(words.wrapped(f"{head}{tied}: expect {words.with_span(first.shrunken)} %{best}"))
     drawn = any(each.total.draw_low is not None for one in found for each in one.candidates)
-    line(f"brackets: 95 %, over test items{' and seeds' if drawn else ''} (docs/studies.md)")
+    over = "test items and seeds" if drawn else "test items; one seed each says nothing of others"
+    line(f"brackets: 95 %, over {over} (docs/studies.md)")
 
 
-def _advice(found: Recommendation) -> str:
-    """Say which set to take, and how sure that is."""
-    from calmix.report import words
-
-    first, *rest = found.candidates
-    head = f"take {first.calibration}" if rest else f"no other set than {first.calibration}"
-    if len(found.best) > 1:
-        head += " or another that is tied"
-    text = f"{head}: expect {words.with_span(first.shrunken)} %"
-    if not rest:
-        return text
-    text += f". {words.which_is_best(found.candidates)}"
-    tied = len(found.best) > 1
-    lead = next(one.behind for one in rest if not tied or one.calibration in found.best)
-    if lead is None or lead.value is None:
-        return text
-    if not tied and lead.sure is not None:
-        text += f", {words.sure(lead.sure)} sure"
-    if lead.draw_low is None:
-        return f"{text}, over items; one seed each says nothing of other seeds"
-    return f"{text}; over seeds, on these items {words.span(lead.draw_low, lead.draw_high)}"
-
-
+@verb("power", of=studies)
 def power(options: PowerOptions) -> None:
     """How noisy retention is, and how many seeds and items detect a difference."""
     from calmix.analysis.power import noises
     from calmix.analysis.power import power as needed_for
     from calmix.report import words
+    from calmix.study import read_results
 
     points = parse_points(options.difference)
     noisy = noises(
-        _results(options), method=options.method, sparsity=options.sparsity,
+        read_results(options.study), method=options.method, sparsity=options.sparsity,
         measure=options.measure,
     )  # fmt: skip
     found = [one for one in needed_for(noisy, [p / 100 for p in points]) if one.needed]
@@ -213,20 +187,18 @@ def power(options: PowerOptions) -> None:
         return
     for condition, members in groupby(found, key=lambda one: one.noise.condition):
         own = list(members)
-        noise = own[0].noise
         rows = [
             {
-                "quantity": one.noise.quantity,
-                "signal": _percent(one.noise.signal),
-                "seed": _percent(one.noise.draw),
-                "items": _percent(one.noise.item),
-                "s/n": "-" if one.noise.ratio is None else f"{one.noise.ratio:.1f}",
+                "quantity": noise.quantity, "signal": percent(noise.signal),
+                "seed": percent(noise.draw), "items": percent(noise.item),
+                "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
+                **{f"{p:g} pt": _seeds(n) for p, n in zip(points, one.needed, strict=True)},
             }
-            | {f"{p:g} pt": _seeds(n) for p, n in zip(points, one.needed, strict=True)}
             for one in own
-        ]
-        print_rows(rows, as_json=False, title=f"{condition}: {noise.sets} sets, "
-                   f"{noise.freedom} degrees of freedom")  # fmt: skip
+            for noise in [one.noise]
+        ]  # fmt: skip
+        print_table(rows, title=f"{condition}: {own[0].noise.sets} sets, "
+                    f"{own[0].noise.freedom} degrees of freedom")  # fmt: skip
     line(words.wrapped(
         "In points of retention. signal: between single sources; seed, items: noise of one seed, "
         "and of two sets' difference by their items; s/n: signal over both. N\N{NO-BREAK SPACE}pt: "
@@ -258,7 +230,3 @@ def _seeds(found: Needed) -> str:
 
 def _count(number: int) -> str:
     return f">{MANY}" if number > MANY else str(number)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

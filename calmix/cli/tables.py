@@ -1,26 +1,21 @@
-"""Tables that fit: no number is cut and no word broken, whatever the width of the terminal.
-
-A table is as wide as it likes to be where there is room, and where no terminal reads it. Where it
-is too wide, heads and cells of text are broken into lines between words; if that is not enough,
-the columns that matter least are left out, which a line below the table tells.
-"""
+"""Tables that fit: no number is cut and no word broken, whatever the width of the terminal."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import JustifyMethod
-from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from calmix.cli.common import Terminal, duration, line, out, print_json, size
 
-ENDLESS = 10_000
+ENDLESS, GAP = 10_000, 2  # columns where no terminal reads, and what each cell has beside it
+NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d|[-\N{EN DASH}]?$")
 
 
 def room() -> int | None:
@@ -31,105 +26,69 @@ def room() -> int | None:
     return out.width if out.is_terminal else None
 
 
-def table_of(title: str | None, columns: Sequence[str], left: int = 1) -> Table:
-    """Return an empty table; columns from `left` on are set right."""
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for number, column in enumerate(columns):
-        justify: JustifyMethod = "left" if number < left else "right"
-        table.add_column(column, justify=justify)
-    return table
-
-
-def print_rows(
-    rows: Sequence[dict[str, Any]],
+def print_table(
+    rows: Sequence[Mapping[str, Any] | str | None],
     *,
-    as_json: bool,
+    as_json: bool = False,
     title: str | None = None,
     text: Collection[str] = (),
     least: Sequence[str] | None = None,
 ) -> None:
-    """Print records as a table, one column a key, or as JSON; `text` and `least` as for `show`."""
-    if as_json:
-        print_json(list(rows))
-        return
-    table = table_of(title, list(rows[0]) if rows else [], left=ENDLESS)
-    for column in table.columns:
-        if all(isinstance(row[str(column.header)], int | float) for row in rows):
-            column.justify = "right"
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    show(table, text=text, least=least)
+    """Print records, one column a key, so that they fit; or as JSON.
 
-
-def show(table: Table, *, text: Collection[str] = (), least: Sequence[str] | None = None) -> None:
-    """Print a table so that it fits.
-
-    Args:
-        text: heads of the columns whose cells may be broken between words; others are never.
-        least: heads of the columns that may be left out, what matters least first; None for all
-            but the first, from the last on.
+    A row may also be the heading of a group, or None for a gap. Cells of the columns in `text` may
+    be broken between words. Where that is not enough, columns in `least` are left out, what matters
+    least first; None is all but the first, from the last on.
     """
-    if table.title:
-        title = Text(str(table.title), style="bold")
-        out.print(title, soft_wrap=room() is None, width=room())
-        table.title = None
-    limit, left_out = room() or ENDLESS, []
-    if least is None:
-        least = [str(column.header) for column in table.columns[:0:-1]]
-    for name in least:
-        if _width(table, [_least(column, text) for column in table.columns]) <= limit:
+    if as_json:
+        print_json(rows)
+        return
+    records = [row for row in rows if isinstance(row, Mapping)]
+    heads = list(dict.fromkeys(key for row in records for key in row))
+    limit = room() or ENDLESS
+    left_out: list[str] = []
+    cells = {head: ["" if (v := row.get(head)) is None else str(v) for row in records]
+             for head in heads}  # fmt: skip
+    narrow = {
+        head: max([_longest(head), *(map(_longest if head in text else cell_len, cells[head]))])
+        for head in heads
+    }
+    for head in heads[:0:-1] if least is None else least:
+        if sum(narrow[one] + GAP for one in heads) <= limit:
             break
-        table.columns = [column for column in table.columns if column.header != name]
-        left_out.append(name)
-    _set_widths(table, text, limit)
-    width = Measurement.get(out, out.options.update(width=ENDLESS), table).maximum
-    Terminal(width=width).print(table)
+        heads.remove(head)
+        left_out.insert(0, head)
+    headings = [row for row in rows if isinstance(row, str)]
+    for head in heads[:1]:
+        narrow[head] = max([narrow[head], *map(cell_len, headings)])
+    spare = limit - sum(narrow[head] + GAP for head in heads)
+    wanted = {h: max([cell_len(h), *map(cell_len, cells[h])]) - narrow[h] for h in heads}
+    for number, head in enumerate(sorted(heads, key=wanted.__getitem__)):  # the narrowest first
+        more = min(wanted[head], max(0, spare) // (len(heads) - number))
+        narrow[head] += more
+        spare -= more
+    if title:
+        out.print(Text(title, style="bold"), soft_wrap=room() is None, width=room())
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for head in heads:
+        numbers = sum(bool(NUMBER.match(cell)) for cell in cells[head]) > len(cells[head]) / 2
+        table.add_column(head, justify="right" if numbers and head != heads[0] else "left",
+                         width=narrow[head], overflow="fold")  # fmt: skip
+    held = iter(zip(*(cells[head] for head in heads), strict=True))
+    for row in rows:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*([Text(row, style="bold")] if isinstance(row, str) else next(held)))
+    Terminal(width=max(limit, sum(narrow[head] + GAP for head in heads))).print(table)
     if left_out:
-        named = ", ".join(name for name in reversed(left_out) if name)
-        note = f"(a wider terminal shows {named} too; so does --json)"
-        out.print(note, highlight=False, width=limit)
-
-
-def _shown(cell: Any) -> str:
-    return cell.plain if isinstance(cell, Text) else str(cell)
+        named = ", ".join(left_out)
+        out.print(f"(a wider terminal shows {named} too; so does --json)", highlight=False,
+                  width=limit)  # fmt: skip
 
 
 def _longest(text: str) -> int:
     return max((cell_len(word) for word in text.split()), default=0)
-
-
-def _natural(column: Column) -> int:
-    """Return the width of a column in which nothing is broken."""
-    return max([cell_len(str(column.header)), *(cell_len(_shown(c)) for c in column._cells)])
-
-
-def _least(column: Column, text: Collection[str]) -> int:
-    """Return the least width of a column in which no word is."""
-    head = _longest(str(column.header))
-    measure = _longest if column.header in text else cell_len
-    return max([head, *(measure(_shown(cell)) for cell in column._cells)])
-
-
-def _width(table: Table, widths: Sequence[int]) -> int:
-    """Return the width of a table whose columns have given widths."""
-    for number, (column, width) in enumerate(zip(table.columns, widths, strict=True)):
-        column._index, column.width = number, width  # padding goes by the place
-    return Measurement.get(out, out.options.update(width=ENDLESS), table).maximum
-
-
-def _set_widths(table: Table, text: Collection[str], limit: int) -> None:
-    """Give every column its least width, and share out what is left, the narrowest first."""
-    widths = [_least(column, text) for column in table.columns]
-    spare = limit - _width(table, widths)
-    wanted = [_natural(column) - width for column, width in zip(table.columns, widths, strict=True)]
-    order = sorted(range(len(widths)), key=lambda at: wanted[at])
-    for number, at in enumerate(order):
-        more = min(wanted[at], max(0, spare) // (len(order) - number))
-        widths[at] += more
-        spare -= more
-    _width(table, widths)
-    for column in table.columns:
-        column.overflow = "fold"
 
 
 def print_taken(taken: Sequence[Any], title: str) -> None:
@@ -139,7 +98,7 @@ def print_taken(taken: Sequence[Any], title: str) -> None:
          "disk": size(one.disk) if one.disk else "-"}
         for one in taken
     ]  # fmt: skip
-    print_rows(rows, as_json=False, title=title)
+    print_table(rows, title=title)
     for one in taken:
         if one.stage.arguments:
             line(one.stage.command)

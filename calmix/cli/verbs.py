@@ -17,6 +17,7 @@ from calmix.errors import InputError
 from calmix.options import Options, checked, flags
 
 Handler = Callable[[Any], None]
+MAKE, LEFT, MANY = "From a model to a smaller one", "What is left", "Studies and checks"
 # Where a verb of version 0.2 is now; each is refused with this line for one release.
 MOVED = {
     "generate": "calibrate SPEC, such as calmix calibrate self-written",
@@ -60,18 +61,20 @@ app = typer.Typer(
 )
 
 
-def group(app: typer.Typer, name: str, text: str, default: str, panel: str) -> typer.Typer:
-    """Add a group whose `default` command needs no name, and return it."""
-    kind = type("Group", (Verbs,), {"default": default})
-    told = f"{text}\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
-    made = typer.Typer(cls=kind, help=told, short_help=text, add_completion=False)
+def group(name: str, panel: str, text: str, default: str = "") -> typer.Typer:
+    """Add a group and return it; its `default` command needs no name."""
+    kind, more = type("Group", (Verbs,), {"default": default}) if default else TyperGroup, ""
+    if default:
+        more = f"\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
+    made = typer.Typer(
+        cls=kind, help=text + more, short_help=text, add_completion=False,
+        no_args_is_help=not default,
+    )  # fmt: skip
     app.add_typer(made, name=name, rich_help_panel=panel)
     return made
 
 
-def verb(
-    app: typer.Typer, name: str, panel: str | None = None, **how: Any
-) -> Callable[[Handler], Handler]:
+def verb(name: str, panel: str | None = None, *, of: typer.Typer = app) -> Callable[..., Handler]:
     """Register a function of one options model as a command: fields are flags or arguments.
 
     Values reach the model as they were written: it alone parses and checks them.
@@ -95,7 +98,7 @@ def verb(
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = handler.__doc__
-        app.command(name, rich_help_panel=panel, **how)(command)
+        of.command(name, rich_help_panel=panel)(command)
         return handler
 
     return register

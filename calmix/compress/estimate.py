@@ -26,14 +26,7 @@ from calmix.specs import (
     recover_request,
     target_name,
 )
-from calmix.study.estimate import (
-    PROGRAM,
-    START,
-    SuiteWork,
-    Timed,
-    suite_work,
-    text_tokens,
-)
+from calmix.study.estimate import PROGRAM, START, SuiteWork, Timed, suite_work, text_tokens
 
 
 @dataclass(frozen=True)
@@ -52,32 +45,32 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     Raises:
         CalmixError: the model cannot be opened, or more memory is needed than the user allows.
     """
-    model = _model(asked)
+    model, most = _model(asked), _most(asked)
     rows, length = _drawn(asked)
     suite = choose(asked.suite, quick=EFFORTS[asked.effort].quick)
-    work, texts = suite_work(suite), text_tokens(suite)
-    target = {Path("pruned"): _prune_request(asked)}
+    work = suite_work(suite)
+    request = prune_request(method=METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
+                            calibration=asked.calibration)  # fmt: skip
     found = []
     for stage in listed:
-        verb, seconds, memory, disk = stage.arguments[0], 0.0, PROGRAM + model.bytes, 0.0
-        if verb == "calibrate":
+        seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
+        if stage.leaves == "calibration":
             disk = 8.0 * rows * length
             memory = memory if asked.generated else PROGRAM
             seconds = model.calibration(rows, length, asked.calibration, measured=False)
-        elif verb == "prune":
-            seconds = model.files + model.pruning(get_method(METHOD), None, rows, length)
+        elif stage.leaves == "pruned":
+            seconds = _pruning(model, request, rows, length)
             memory, disk = planned(
-                asked.model, target, rows, length, device=asked.device,
-                trust_remote_code=asked.trust_remote_code, max_memory=_most(asked),
+                asked.model, {Path("pruned"): request}, rows, length, device=asked.device,
+                trust_remote_code=asked.trust_remote_code, max_memory=most,
             )  # fmt: skip
-        elif verb == "recover":
-            recovery = _recovery(asked, stage)
-            seconds = model.files + model.recovery(recovery, rows, length)
-            memory, disk = _recovery_memory(model, recovery, length, _most(asked)), model.bytes
-        elif verb == "evaluate":
-            seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
+        elif stage.arguments[0] == "recover":
+            seconds, memory = _recovering(model, _recovery(asked, stage), rows, length, most)
+            disk = model.bytes
+        elif stage.leaves == "scores.json":
+            seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), text_tokens(suite))
             disk = 160.0 * work.items
-        elif verb == "answer":
+        elif stage.leaves == "answers.json":
             seconds = model.write(8 * 2 * TOKENS * EACH * len(suite.dimensions))
         found.append(Taken(stage, seconds, memory, disk))
     return found
@@ -116,39 +109,25 @@ def estimate_prune(
     used = rows if any(r.calibration is not None for r in targets.values()) else 0
     needed, checkpoint = planned(name, targets, used, length, max_memory=max_memory, **how)
     for request in targets.values():
-        seconds, named = start + model.files, target_name(request)
+        seconds, named = start + _pruning(model, request, rows, length), target_name(request)
         start = 0.0
-        if request.method != NONE:
-            method = get_method(request.method, **request.options)
-            spread = request.allocation if request.allocation in SPREAD else None
-            seconds += model.pruning(method, request.propagation, rows, length, spread)
-        if request.drop_experts is not None:  # a pass, and every expert's outputs once more
-            seconds += model.forward(2 * rows * length, length)
         found.append(Taken(Stage(f"prune, {named}", (), None), seconds, needed, checkpoint))
         if recovery is not None:
-            seconds = model.files + model.recovery(recovery, rows, length)
-            memory = _recovery_memory(model, recovery, length, max_memory)
+            seconds, memory = _recovering(model, recovery, rows, length, max_memory)
             stage = Stage(f"recover by {recovery.method}, {named}", (), None)
             found.append(Taken(stage, seconds, memory, checkpoint))
     return found
 
 
-def check_recoveries(asked: Request, listed: Sequence[Stage]) -> None:
-    """Refuse a compression whose recovery cannot stay within `--max-memory`, before its prune.
-
-    Raises:
-        InputError: it needs more.
-    """
-    stages = [stage for stage in listed if stage.arguments[0] == "recover"]
-    if stages and asked.max_memory is not None:
-        model = _model(asked)
-        for stage in stages:
-            _recovery_memory(model, _recovery(asked, stage), _drawn(asked)[1], _most(asked))
-
-
-def checkpoint_bytes(asked: Request, listed: Sequence[Stage]) -> int:
-    """Return the bytes of weights that stages leave on disk."""
-    made = sum(stage.arguments[0] in ("prune", "recover") for stage in listed)
+def check_room(asked: Request, listed: Sequence[Stage]) -> int:
+    """Refuse stages whose recovery cannot stay within `--max-memory`; return the bytes of weights
+    that they leave on disk."""
+    recovered = [stage for stage in listed if stage.arguments[0] == "recover"]
+    if recovered and asked.max_memory is not None:
+        model, length = _model(asked), _drawn(asked)[1]
+        for stage in recovered:
+            _recovery_memory(model, _recovery(asked, stage), length, _most(asked))
+    made = len(recovered) + sum(stage.leaves == "pruned" for stage in listed)
     return made * weight_bytes(resolve_model(asked.model))
 
 
@@ -160,11 +139,12 @@ def _most(asked: Request) -> int | None:
     return None if asked.max_memory is None else parse_memory(asked.max_memory)
 
 
-def _prune_request(asked: Request) -> PruneRequest:
-    return prune_request(
-        method=METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
-        calibration=asked.calibration,
-    )  # fmt: skip
+def _drawn(asked: Request) -> tuple[int, int]:
+    """Return rows and length of the calibration set."""
+    if asked.saved:
+        held = ask(asked.calibration)
+        return held.draw.rows, held.draw.length
+    return EFFORTS[asked.effort].rows, asked.length
 
 
 def _recovery(asked: Request, stage: Stage) -> RecoverRequest:
@@ -173,12 +153,24 @@ def _recovery(asked: Request, stage: Stage) -> RecoverRequest:
     return recover_request(calibration=asked.calibration, method=method, epochs=epochs)
 
 
-def _drawn(asked: Request) -> tuple[int, int]:
-    """Return rows and length of the calibration set."""
-    if asked.saved:
-        held = ask(asked.calibration)
-        return held.draw.rows, held.draw.length
-    return EFFORTS[asked.effort].rows, asked.length
+def _pruning(model: Timed, request: PruneRequest, rows: int, length: int) -> float:
+    """Return the seconds of a prune to one target, files and all."""
+    seconds = model.files
+    if request.method != NONE:
+        method = get_method(request.method, **request.options)
+        spread = request.allocation if request.allocation in SPREAD else None
+        seconds += model.pruning(method, request.propagation, rows, length, spread)
+    if request.drop_experts is not None:  # a pass, and every expert's outputs once more
+        seconds += model.forward(2 * rows * length, length)
+    return seconds
+
+
+def _recovering(
+    model: Timed, request: RecoverRequest, rows: int, length: int, most: int | None
+) -> tuple[float, float]:
+    """Return seconds and bytes of memory of a recovery behind a prune."""
+    seconds = model.files + model.recovery(request, rows, length)
+    return seconds, _recovery_memory(model, request, length, most)
 
 
 def _recovery_memory(model: Timed, request: RecoverRequest, length: int, most: int | None) -> float:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calmix.analysis.recommend import check_weights
 from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_spec
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError
 from calmix.evaluation.evaluate import check_code, choose
+from calmix.evaluation.generations import read_prompts
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
+from calmix.options import Compression
 from calmix.pruning.budget import parse_memory
-from calmix.pruning.patterns import parse_pattern
 from calmix.sources import get_source
-from calmix.sources.licences import check_licence
 from calmix.specs import LENGTH, SEED, prune_request
 
 # Two sources a dimension of those that need neither network nor extra; mathematics has one.
@@ -40,14 +40,8 @@ MANIFEST = "compress.json"
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time a compression may take.
-
-    Attributes:
-        rows: of the calibration set.
-        recoveries: ways of recovery, one after the other.
-        epochs: passes of the last one over the rows.
-        quick: whether the suite's quick slice is scored, and not all of it.
-    """
+    """How much time a compression may take: rows of the calibration set, recoveries one after the
+    other, epochs of the last one, and whether the suite's quick slice alone is scored."""
 
     rows: int
     recoveries: tuple[str, ...]
@@ -62,35 +56,18 @@ EFFORTS = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be compressed and how: all that decides what OUT will hold.
+class Request(Compression):
+    """A checked compression: all that decides what OUT will hold.
 
-    Attributes:
-        model: as the user named it; `sha256` of its files.
-        sparsity, pattern: one of them.
-        calibration: as `calmix calibrate` takes it, `self-written`, or the folder of a saved set.
-        length: tokens of a row.
-        suite: what is scored, and what the calibration set must not hold.
-        prompts: a file of the user's, or None for the suite's; `prompts_sha256` of its bytes.
-        licence: `permissive` for no calibration text under another.
+    `calibration` is as `calmix calibrate` takes it, `self-written`, or a saved set's folder; the
+    hashes are of the model's files and of the user's prompts; `length` is the tokens of a row.
     """
 
-    model: str
-    sha256: str
-    effort: str
-    sparsity: float | None
-    pattern: str | None
     calibration: str
-    length: int
     seed: int
-    suite: str
-    prompts: str | None
+    sha256: str
     prompts_sha256: str | None
-    licence: str | None
-    device: str
-    trust_remote_code: bool
-    max_memory: str | None
+    length: int
 
     @property
     def generated(self) -> bool:
@@ -107,20 +84,11 @@ class Request:
         """The sparsity or pattern, as it is printed."""
         return self.pattern or f"{100 * (self.sparsity or 0):g} %"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Stage:
-    """One verb of the row.
-
-    Attributes:
-        name: what is told of it.
-        arguments: of `calmix`.
-        leaves: what it leaves in OUT, whole or not at all; None for what is always made anew.
-    """
+    """One verb of the row: its arguments, and what it leaves in OUT, whole or not at all; None for
+    what is always made anew."""
 
     name: str
     arguments: tuple[str, ...]
@@ -133,85 +101,64 @@ class Stage:
 
 
 def request(
-    model: str,
-    *,
-    effort: str = "standard",
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    calibration: str | None = None,
-    no_corpus: bool = False,
-    keep: Mapping[str, float] | None = None,
-    seed: int | None = None,
-    suite: str = "offline",
-    prompts: Path | None = None,
-    licence: str | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    max_memory: str | None = None,
+    asked: Compression, keep: Mapping[str, float] | None = None, *, no_corpus: bool = False
 ) -> Request:
-    """Check what a user asks for and return it, before any work is done.
+    """Check what a user asks for, before any work is done.
 
     Args:
-        keep: weights of the calibration set by dimension of its sources; None leaves them.
+        keep: weights of the calibration set by dimension of its sources.
+        no_corpus: calibrate on text the model writes.
 
     Raises:
-        CalmixError: an unknown effort, model, source, suite or dimension, a value out of range,
-            options that exclude each other, or one without effect.
+        CalmixError: an unknown model, source, suite or dimension, a value out of range, options
+            that exclude each other, or one without effect.
     """
-    if effort not in EFFORTS:
-        raise InputError(f"unknown effort '{effort}': {nearest(effort, EFFORTS)}")
-    if no_corpus and calibration is not None:
+    given = asked.calibration
+    if no_corpus and given is not None:
         raise InputError("--no-corpus and --calibration exclude each other: leave one out")
     if no_corpus and keep is not None:
         raise InputError(
             "--keep has no effect with --no-corpus: the model writes equally many rows of each "
             "dimension"
         )
-    if no_corpus and licence is not None:
+    if no_corpus and asked.licence is not None:
         raise InputError("--licence has no effect with --no-corpus: the text is the model's own")
-    check_licence(licence)
-    saved = calibration is not None and is_saved_set(user_path(calibration))
-    if saved and seed is not None:
-        raise InputError(f"--seed has no effect: {calibration} is drawn already")
-    if saved and keep is not None:
-        raise InputError(f"--keep has no effect: {calibration} is drawn already")
-    mix = MIX if licence is None else PERMISSIVE
-    text = "self-written" if no_corpus else str(Mix(mix)) if calibration is None else calibration
+    saved = given is not None and is_saved_set(user_path(given))
+    for name, value in (("seed", asked.seed), ("keep", keep)):
+        if saved and value is not None:
+            raise InputError(f"--{name} has no effect: {given} is drawn already")
+    mix = MIX if asked.licence is None else PERMISSIVE
+    text = "self-written" if no_corpus else str(Mix(mix)) if given is None else given
     if keep is not None:
         text = str(Mix(weighed(text, keep)))
-    draw: dict[str, Any] = {"rows": EFFORTS[effort].rows, "leakage": suite, "seed": seed}
-    ask(text, licence=licence, **({} if saved else draw))
+    draw: dict[str, Any] = {
+        "rows": EFFORTS[asked.effort].rows,
+        "leakage": asked.suite,
+        "seed": asked.seed,
+    }
+    ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
-    prune_request(method=METHOD, sparsity=sparsity, pattern=pattern, calibration=text)
-    if pattern is not None:
-        parse_pattern(pattern)
-    check_code(choose(suite), False)
-    asked = None
-    if prompts is not None:
-        from calmix.evaluation.generations import read_prompts
-
-        read_prompts(prompts)
-        asked = sha256_file(prompts)
-    if max_memory is not None:
-        parse_memory(max_memory)
-    check_models(model, device=device, trust_remote_code=trust_remote_code)
-    context = open_tokenizer(model, trust_remote_code=trust_remote_code).context
-    return Request(
-        model, fingerprint(resolve_model(model)), effort, sparsity, pattern, text,
-        min(LENGTH, context or LENGTH), SEED if seed is None else seed, suite,
-        None if prompts is None else str(prompts), asked, licence, device, trust_remote_code,
-        max_memory,
-    )  # fmt: skip
+    sparsity = 0.6 if (asked.sparsity, asked.pattern) == (None, None) else asked.sparsity
+    prune_request(method=METHOD, sparsity=sparsity, pattern=asked.pattern, calibration=text)
+    check_code(choose(asked.suite), False)
+    if asked.prompts is not None:
+        read_prompts(asked.prompts)
+    if asked.max_memory is not None:
+        parse_memory(asked.max_memory)
+    trust = asked.trust_remote_code
+    check_models(asked.model, device=asked.device, trust_remote_code=trust)
+    context = open_tokenizer(asked.model, trust_remote_code=trust).context
+    return Request(**{name: getattr(asked, name) for name in Compression.model_fields} | {
+        "sparsity": sparsity, "calibration": text, "seed": asked.seed or SEED,
+        "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
+        "prompts_sha256": None if asked.prompts is None else sha256_file(asked.prompts),
+    })  # fmt: skip
 
 
 def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     """Return the weights of a mix's sources with each dimension's share as asked for.
 
     Within a dimension the sources keep their proportions; one that is not named gets nothing.
-
-    Raises:
-        InputError: an unknown dimension, a weight that is none, all of them zero, or a text that
-            is no mix.
     """
     spec = parse_spec(text)
     if spec.generate is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
@@ -229,80 +176,54 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 
 def stages(asked: Request, out: Path) -> list[Stage]:
     """Return what is done, in order."""
-    effort = EFFORTS[asked.effort]
-    trust = ("--trust-remote-code",) if asked.trust_remote_code else ()
-    device = () if asked.device == "auto" else ("--device", asked.device)
-    memory = () if asked.max_memory is None else ("--max-memory", asked.max_memory)
-    place = {name: str(out / name) for name in ("calibration", "pruned", "blocks", "model")}
-    held = asked.calibration if asked.saved else place["calibration"]
-    licence = () if asked.licence is None else ("--licence", asked.licence)
+    effort, model = EFFORTS[asked.effort], asked.model
+    trust = {"trust_remote_code": asked.trust_remote_code}
+    where = {"device": None if asked.device == "auto" else asked.device, **trust}
+    work = where | {"max_memory": asked.max_memory, "resume": True}
+    offline = asked.suite == "offline"
+    suite = {"suite": None if offline else asked.suite}
+    held = asked.calibration if asked.saved else str(out / "calibration")
     found: list[Stage] = []
     if not asked.saved:
-        found.append(
-            Stage(
-                "write the calibration set" if asked.generated else "draw the calibration set",
-                (
-                    "calibrate", asked.calibration, "--model", asked.model,
-                    "--rows", str(effort.rows), "--length", str(asked.length),
-                    "--seed", str(asked.seed),
-                    *_unless("--leakage", asked.suite, "offline"),
-                    *licence, *(device if asked.generated else ()), *trust, "-o", held,
-                ),
-                "calibration",
-            )
+        named = "write the calibration set" if asked.generated else "draw the calibration set"
+        draw = _flags(
+            model=model, rows=effort.rows, length=asked.length, seed=asked.seed,
+            leakage=suite["suite"], licence=asked.licence,
+            **where if asked.generated else trust, output=held,
         )  # fmt: skip
-    target = ("--pattern", asked.pattern) if asked.pattern else ("--sparsity", f"{asked.sparsity}")
-    found.append(
-        Stage(
-            "prune",
-            (
-                "prune", asked.model, "--method", METHOD, *target, "--calibration", held,
-                *(licence if asked.saved else ()), *device, *trust, *memory, "--resume",
-                "-o", place["pruned"],
-            ),
-            "pruned",
-        )
+        found.append(Stage(named, ("calibrate", asked.calibration, *draw), "calibration"))
+    pruned = _flags(
+        method=METHOD, pattern=asked.pattern, sparsity=None if asked.pattern else asked.sparsity,
+        calibration=held, licence=asked.licence if asked.saved else None, **work,
+        output=out / "pruned",
     )  # fmt: skip
+    found.append(Stage("prune", ("prune", model, *pruned), "pruned"))
     before = "pruned"
     for way in effort.recoveries:
-        after = "model" if way == effort.recoveries[-1] else way
-        epochs = ("--epochs", str(effort.epochs)) if after == "model" else ()
-        found.append(
-            Stage(
-                f"recover by {way}",
-                (
-                    "recover", place[before], "--against", asked.model, "--calibration", held,
-                    "--method", way, *epochs,
-                    *device, *trust, *memory, "--resume", "-o", place[after],
-                ),
-                after,
-            )
+        last = way == effort.recoveries[-1]
+        after = "model" if last else way
+        trained = _flags(
+            against=model, calibration=held, method=way, epochs=effort.epochs if last else None,
+            **work, output=out / after,
         )  # fmt: skip
+        found.append(Stage(f"recover by {way}", ("recover", str(out / before), *trained), after))
         before = after
-    suite = _unless("--suite", asked.suite, "offline")
-    found += [
-        Stage(
-            "evaluate",
-            (
-                "evaluate", place["model"], "--against", asked.model, *suite,
-                *(("--quick",) if effort.quick else ()), *device, *trust,
-                "-o", str(out / "scores.json"),
-            ),
-            "scores.json",
-        ),
-        Stage(
-            "answer prompts",
-            (
-                "evaluate", "answers", asked.model, place["model"], *suite,
-                *(() if asked.prompts is None else ("--prompts", asked.prompts)),
-                *device, *trust, "-o", str(out / "answers.json"),
-            ),
-            "answers.json",
-        ),
+    made = str(out / "model")
+    scored = _flags(against=model, **suite, quick=effort.quick, **where, output=out / "scores.json")
+    answered = _flags(**suite, prompts=asked.prompts, **where, output=out / "answers.json")
+    return [
+        *found,
+        Stage("evaluate", ("evaluate", made, *scored), "scores.json"),
+        Stage("answer prompts", ("evaluate", "answers", model, made, *answered), "answers.json"),
         Stage("report card", ("report", str(out)), None),
-    ]  # fmt: skip
-    return found
+    ]
 
 
-def _unless(option: str, value: str, default: str) -> tuple[str, ...]:
-    return () if value == default else (option, value)
+def _flags(**given: object) -> tuple[str, ...]:
+    """Return options as the command line has them, without those that are None or False."""
+    found: list[str] = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            found += ["-o" if name == "output" else f"--{name.replace('_', '-')}"]
+            found += [] if value is True else [str(value)]
+    return tuple(found)

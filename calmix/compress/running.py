@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from calmix.compress.estimate import check_recoveries, checkpoint_bytes
+from calmix.compress.estimate import check_room
 from calmix.compress.plan import MANIFEST, Request, Stage, stages
 from calmix.errors import InputError, disk_errors
 from calmix.files import (
@@ -39,11 +39,7 @@ class Record:
 
 
 def read_record(out: Path) -> Record:
-    """Return what OUT says of itself.
-
-    Raises:
-        InputError: it is no folder of `calmix compress`, or its record is damaged.
-    """
+    """Return what OUT says of itself; InputError if it is another folder or damaged."""
     path = out / MANIFEST
     missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
     value = read_object(path, missing)
@@ -61,18 +57,12 @@ def compress(
     """Do what is left of a compression, and return the seconds of every stage done now.
 
     Args:
-        asked: from `calmix.compress.plan.request`.
-        out: the folder; it holds each stage's result as soon as that is whole.
         run: runs a command line of `calmix`, and raises what is wrong.
         say: called with each stage, and whether an earlier run has done it.
-
-    Raises:
-        CalmixError: `out` holds something else, another process works in it, or a stage refuses.
     """
     listed = stages(asked, out)
     left = [stage for stage in listed if not _stands(stage, out)]
-    check_recoveries(asked, left)
-    check_free(out, checkpoint_bytes(asked, left), "the checkpoints take")
+    check_free(out, check_room(asked, left), "the checkpoints take")
     with _claimed(asked, out, listed):
         seconds: dict[str, float] = {}
         for stage in listed:
@@ -116,7 +106,7 @@ def _claimed(asked: Request, out: Path, listed: Sequence[Stage]) -> Iterator[Non
         if not (out / MANIFEST).exists():
             record = {
                 "kind": KIND,
-                "request": asked.to_json(),
+                "request": asked.model_dump(mode="json"),
                 "commands": {stage.name: stage.command for stage in listed},
                 "versions": versions(),
             }
@@ -127,11 +117,7 @@ def _claimed(asked: Request, out: Path, listed: Sequence[Stage]) -> Iterator[Non
 
 
 def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
-    """Refuse an output folder that is or holds anything but the work of a compression.
-
-    Raises:
-        InputError: which.
-    """
+    """Refuse an output folder that is or holds anything but the work of a compression."""
     check_apart(out, inputs)
     if (out / MANIFEST).exists():
         return
@@ -143,15 +129,11 @@ def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
 
 
 def check(asked: Request, out: Path) -> None:
-    """Refuse an output folder that holds something else.
-
-    Raises:
-        InputError: another request's work, or files that are none of calmix's.
-    """
+    """Refuse an output folder that holds another request's work, or files of somebody else."""
     check_place(out)
     if not (out / MANIFEST).exists():
         return
-    held, now = read_record(out).request, asked.to_json()
+    held, now = read_record(out).request, asked.model_dump(mode="json")
     differs = [key for key in now if held.get(key) != now[key]]
     if differs:
         raise InputError(

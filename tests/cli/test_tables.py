@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from calmix.cli import tables
-from calmix.cli.tables import print_rows, show, table_of
+from calmix.cli.tables import print_table
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import Ended
@@ -50,7 +50,7 @@ def check(printed: str, columns: int, *whole: object) -> None:
 def test_columns_are_left_out_before_anything_is_broken(
     columns: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_rows(ROWS, as_json=False, text=HEADS[-1:], least=["scored by", HEADS[-1]])
+    print_table(ROWS, text=HEADS[-1:], least=["scored by", HEADS[-1]])
     printed = capsys.readouterr().out
     numbers = [row["retention %"] for row in ROWS]
     check(printed, columns, "common_knowledge", *numbers)
@@ -66,7 +66,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert tables.room() is None
-    print_rows([{f"column {n}": f"value {n}" * 3 for n in range(12)}], as_json=False)
+    print_table([{f"column {n}": f"value {n}" * 3 for n in range(12)}])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.count("value") == 36 for line in lines)
 
@@ -75,9 +75,8 @@ def test_what_no_terminal_has_room_for_is_not_cut(
     columns: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "model.layers.10.self_attention.query_key_value_projection" * 2
-    table = table_of("a title of more words than there are columns in it, by far" * 2, ["a", "b"])
-    table.add_row(name, "1.25")
-    show(table)
+    title = "a title of more words than there are columns in it, by far" * 2
+    print_table([{"a": name, "b": "1.25"}], title=title)
     assert name in capsys.readouterr().out
 
 
@@ -193,8 +192,8 @@ def test_a_terminal_is_asked_for_its_width() -> None:
 
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     script = (
-        "from calmix.cli.tables import print_rows\n"
-        "print_rows([{'a': 'x' * 30, 'b': '1.5 [1.0, 2.0]', 'c': 'y' * 60}], as_json=False)"
+        "from calmix.cli.tables import print_table\n"
+        "print_table([{'a': 'x' * 30, 'b': '1.5 [1.0, 2.0]', 'c': 'y' * 60}])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=follower, stdout=follower, stderr=follower,

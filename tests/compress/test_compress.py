@@ -17,6 +17,7 @@ from calmix.cli import compress as verb
 from calmix.compress.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
 from calmix.compress.running import read_record
 from calmix.errors import InputError
+from calmix.options import Compression
 from calmix.report.card import read_card
 from calmix.report.card_page import HEADS
 from calmix.sources import builtin_sources
@@ -213,14 +214,13 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
     assert rows == sorted(set(rows))
     verbs = {}
     for effort in EFFORTS:
-        listed = stages(request(str(tiny_folder), effort=effort, sparsity=0.6), Path("out"))
+        listed = stages(request(Compression(model=str(tiny_folder), effort=effort)), Path("out"))
         verbs[effort] = [stage.arguments[0] for stage in listed]
         assert ("--quick" in listed[-3].arguments) == (effort == "quick")
     assert verbs["quick"] == verbs["standard"]
     assert verbs["best"].count("recover") == 2
-    written = stages(
-        request(str(tiny_folder), pattern="2:4", no_corpus=True, trust_remote_code=True), Path("o")
-    )
+    asked = Compression(model=str(tiny_folder), pattern="2:4", trust_remote_code=True)
+    written = stages(request(asked, no_corpus=True), Path("o"))
     assert written[0].arguments[:2] == ("calibrate", "self-written")
     assert all("--trust-remote-code" in stage.arguments for stage in written[:-1])
     assert {"--pattern", "2:4"} <= set(written[1].arguments)
@@ -311,7 +311,7 @@ def test_inspect_tells_of_every_stage(calmix: Run, compressed: Path, tmp_path: P
     (out / "model" / "config.json").unlink()
     ended = calmix("doctor", "inspect", out, "--json")
     told = json.loads(ended.out)
-    assert told["facts"]["left to do"].startswith("evaluate (the same calmix compress")
+    assert told["facts"]["left to do"].startswith("evaluate (resume: calmix compress")
     assert told["facts"]["model"] == "recovered checkpoint, damaged"
     assert (ended.code, "config.json is missing" in ended.line) == (2, True)
     assert f"such as {out / 'model'}" in calmix("doctor", "rerun", out).line
