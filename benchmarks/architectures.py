@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -48,7 +47,7 @@ from transformers.models.auto import modeling_auto
 from calmix.deploy import pack as packed
 from calmix.errors import CalmixError
 from calmix.evaluation.likelihood import row_nll
-from calmix.evaluation.scorer import Scorer
+from calmix.evaluation.scorer import Request, Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
 from calmix.pruning import Unstructured, get_method, streamed
@@ -422,8 +421,7 @@ class Sweep:
         # No token twice: a choice among equal ones would depend on how many rows run together.
         words = "".join(dict.fromkeys((self.folder / "text.txt").read_text()))
         asked = [(words[:size], words[at : at + 3]) for size in (24, 12) for at in (50, 60, 70)]
-        requests = [SimpleNamespace(args=one, task_name="task") for one in asked]
-        answers = Scorer(opened).loglikelihood(requests)
+        answers = Scorer(opened).loglikelihood([Request("task", *one) for one in asked])
         for (context, rest), (value, _) in zip(asked, answers, strict=True):
             ids = opened.tokenizer(context + rest, return_tensors="pt")["input_ids"]
             with torch.no_grad():

@@ -3,7 +3,7 @@
     python benchmarks/eval_parity.py [--dtype float32] [--limit N] [--batch-sizes 4,16]
         [--tasks ...] [-o FILE]
 
-Both run the same task objects of the `offline` suite with the same model in memory, task by task
+Both are asked the same requests of the `offline` suite with the same model in memory, task by task
 one after the other; without --limit the whole suite. HFLM is first tried at each batch size on a
 few items of every task, and then runs with its fastest. Times are the process's processor
 seconds, which other work on the machine hardly changes, and the wall clock's. With -o what is
@@ -15,30 +15,40 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from common import commit, machine
-from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.evaluate import choose
-from calmix.evaluation.scorer import Scorer
+from calmix.evaluation.harness import quiet_harness
+from calmix.evaluation.scorer import Request, Scorer
 from calmix.evaluation.suites import Suite
-from calmix.evaluation.tasks import build_tasks, quiet_harness
+from calmix.evaluation.tasks import check, load_items
 from calmix.models import open_model
 
 TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap by rounding
 
 
-def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, Any]]:
-    """Return processor seconds, seconds on the wall, and the harness's samples by task."""
-    tasks = {built.name: built.parts[built.name] for built in build_tasks(suite)}
+def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, list[list[float]]]]:
+    """Return processor seconds, seconds on the wall, and log-likelihoods by task and item."""
+    items = {name: load_items(spec) for name, spec in suite.tasks.items()}
+    asked = [Request(name, *one) for name in items for i in items[name] for one in i.requests]
+    requests: Any = (
+        asked if isinstance(lm, Scorer) else [SimpleNamespace(args=r[1:]) for r in asked]
+    )
     with quiet_harness():
         start, wall = time.process_time(), time.perf_counter()
-        results = harness_evaluate(lm, tasks, bootstrap_iters=0, log_samples=True)
-        return time.process_time() - start, time.perf_counter() - wall, results["samples"]
+        answers = (value for value, _ in lm.loglikelihood(requests))
+        seconds = time.process_time() - start, time.perf_counter() - wall
+    return *seconds, {
+        name: [list(islice(answers, len(item.requests))) for item in held]
+        for name, held in items.items()
+    }
 
 
 def hflm(opened: Any, batch_size: int) -> HFLM:
@@ -68,20 +78,21 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     alone = suite.only(tasks=[task])
     ours_seconds, ours_wall, ours = run(lm, alone)
     theirs_seconds, theirs_wall, theirs = run(rival, alone)
-    pairs = list(zip(ours[task], theirs[task], strict=True))
-    a, b = ([np.array([float(r[0][0]) for r in row["resps"]]) for row in rows[task]]
-            for rows in (ours, theirs))  # fmt: skip
-    difference = max(float(np.max(np.abs(x - y) / np.abs(y))) for x, y in zip(a, b, strict=True))
-    metric = ours[task][0]["metrics"][0]
+    a, b = ours[task], theirs[task]
+    difference = max(abs(x - y) / abs(y) for mine, other in zip(a, b, strict=True)
+                     for x, y in zip(mine, other, strict=True))  # fmt: skip
+    spec, items = suite.tasks[task], load_items(suite.tasks[task])
     same = ties = 0
-    for (mine, other), scores in zip(pairs, b, strict=True):
-        if metric == "bits_per_byte" or mine[metric] == other[metric]:
-            same += 1
-            continue
-        first, second = sorted(scores / _lengths(mine, metric))[-2:][::-1]
-        ties += abs(first - second) <= TIE * abs(first)
+    for item, mine, other, scores in zip(
+        items, check(spec, items, a), check(spec, items, b), b, strict=True
+    ):
+        same += mine == other
+        if mine != other:
+            sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for c in item.choices]
+            first, second = sorted(np.divide(scores, sizes))[-2:][::-1]
+            ties += abs(first - second) <= TIE * abs(first)
     return {
-        "task": task, "items": len(pairs), "requests": sum(map(len, a)), "difference": difference,
+        "task": task, "items": len(items), "requests": sum(map(len, a)), "difference": difference,
         "same": same, "ties": int(ties), "ours": [ours_seconds, ours_wall],
         "theirs": [theirs_seconds, theirs_wall],
     }  # fmt: skip
@@ -137,11 +148,6 @@ def main() -> None:
         f"HFLM (batch {sizes[0]}) {other[0]:.0f} processor seconds, calmix {mine[0]:.0f}: "
         f"{other[0] / mine[0]:.1f} times as fast ({other[1] / mine[1]:.1f} by the wall clock)"
     )
-
-
-def _lengths(row: Any, metric: str) -> Any:
-    texts = [argument[1] for argument in row["arguments"]]
-    return np.array([len(text) - 1 if metric == "acc_norm" else 1 for text in texts])
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
 
 def suite_items(suite: str) -> list[Item]:
     """Return task, item id and text of every item a suite scores."""
+    from calmix.evaluation.evaluate import suite_items as items_of
     from calmix.evaluation.suites import load_suite
-    from calmix.evaluation.tasks import suite_items as items_of
 
     return list(items_of(load_suite(suite)))

@@ -10,35 +10,40 @@ logits again beside the pruned model's, a few positions at a time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.likelihood import (
-    Head,
     behind,
     decoder_and_head,
     divergences,
     hidden_states,
     in_cache,
     logit_settings,
+    ticker,
 )
 from calmix.evaluation.measures import Array
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import (
     RESAMPLES,
     Estimate,
+    Point,
+    by_dimension,
     check_paired,
-    column_means,
     estimate,
     item_weights,
+    mean_point,
 )
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
@@ -68,37 +73,6 @@ class Reference:
     texts: str
     head: str
     hidden: dict[str, Tensor]
-
-    def save(self, path: Path) -> None:
-        """Write the reference as safetensors, beside `path` first and then renamed onto it."""
-        from safetensors.torch import save
-
-        about = {name: getattr(self, name) for name in _ABOUT}
-        write_bytes(path, save(self.hidden, {"version": str(VERSION), **about}))
-
-    @classmethod
-    def load(cls, path: Path) -> Reference:
-        """Read a reference that `save` wrote.
-
-        Raises:
-            InputError: no such file, or it holds no reference of this version.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            raise InputError(f"there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                hidden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged: {error}") from error
-        if about.pop("version", None) != str(VERSION):
-            raise InputError(f"{path} holds no reference of this version of calmix")
-        return cls(**about, hidden=hidden)
-
-
-_ABOUT = ("dense", "tokenizer", "dtype", "texts", "head")
 
 
 @dataclass(frozen=True)
@@ -149,36 +123,30 @@ def reference(
     Args:
         opened: the dense model.
         texts: token ids by dimension, of `texts.texts`.
-        cache: take the reference from the cache if there is one of this model's files on these
-            texts, and keep it there otherwise. Leave it off for a model changed in memory.
+        cache: take hidden states from the cache if there are any of this model's files on these
+            texts, and keep them there otherwise. Leave it off for a model changed in memory.
         progress: called with the number of rows done and in all.
     """
-    kept = _cache_file(opened, texts) if cache else None
-    if kept is not None and kept.is_file():
-        try:
-            return Reference.load(kept)
-        except InputError:  # damaged, or of another version: computed again and replaced
-            pass
-    decoder, _ = decoder_and_head(opened.model)
-    tick = _ticker(texts, progress)
-    hidden = {}
-    for name, ids in texts.items():
-        parts = []
-        for states in hidden_states(decoder, ids, _device(opened)):
-            parts.append(states.cpu())
-            tick(len(states))
-        hidden[name] = torch.cat(parts)
-    made = Reference(
-        opened.fingerprint,
-        opened.tokenizer_fingerprint,
-        _dtype(opened),
-        texts_hash(texts),
-        head_hash(opened.model),
-        hidden,
-    )
-    if kept is not None:
-        made.save(kept)
-    return made
+    # As for cached scores: with all that rounding depends on in the key, a model is at no
+    # distance from itself.
+    device, hidden = opened.model.device, None
+    about = opened.fingerprint, opened.tokenizer_fingerprint, _dtype(opened), texts_hash(texts)
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    key = sha256_json([*about, [device.type, torch.get_num_threads()], VERSION, versions])
+    kept = cache_dir() / "reference" / f"{key}.safetensors"
+    if cache:
+        with contextlib.suppress(OSError, SafetensorError):  # none there, or damaged
+            hidden = load(kept.read_bytes())
+    if hidden is None:
+        decoder, _ = decoder_and_head(opened.model)
+        tick = _ticker(texts, progress)
+        hidden = {
+            name: torch.cat([part.cpu() for _, part in hidden_states(decoder, ids, device, tick)])
+            for name, ids in texts.items()
+        }
+        if cache:
+            write_bytes(kept, save(hidden))
+    return Reference(*about, head_hash(opened.model), hidden)
 
 
 def head_hash(model: Any) -> str:
@@ -220,80 +188,59 @@ def distance(
     """
     _check(opened, reference, texts)
     decoder, after = decoder_and_head(opened.model)
-    same_head = head_hash(opened.model) == reference.head
-    before = after if same_head else _dense_head(opened.name, reference, dense)
-    device = _device(opened)
-    tick = _ticker(texts, progress)
+    before = after
+    if head_hash(opened.model) != reference.head:
+        if dense is None:
+            raise InputError(f"{opened.name} has another output head than the dense model")
+        whole = dense().model
+        if head_hash(whole) != reference.head:
+            raise InputError("the reference is of another dense model: make it again")
+        before = decoder_and_head(whole)[1]
+    device, tick = opened.model.device, _ticker(texts, progress)
     found: dict[str, Distance] = {}
-    draws = []
+    points: list[Point] = []
     for name, ids in texts.items():
         divergence, agree = [], []
-        start = 0
-        for states in hidden_states(decoder, ids, device):
-            stop = start + len(states)
-            kept = reference.hidden[name][start:stop].to(device)
-            pairs = zip(
-                kept.flatten(0, 1).split(POSITIONS),
-                states.flatten(0, 1).split(POSITIONS),
-                strict=True,
-            )
-            for old, new in pairs:
+        for rows, states in hidden_states(decoder, ids, device, tick):
+            kept = reference.hidden[name][rows].to(device)
+            pairs = (all_rows.flatten(0, 1).split(POSITIONS) for all_rows in (kept, states))
+            for old, new in zip(*pairs, strict=True):
                 products = before.product(old), after.product(new)
                 for one, other in zip(*map(in_cache, products), strict=True):
-                    kl, same = _compare(before.logits(one), after.logits(other))
-                    divergence.append(kl)
-                    agree.append(same)
-            tick(stop - start)
-            start = stop
+                    first, second = before.logits(one), after.logits(other)
+                    agree.append(first.argmax(-1) == second.argmax(-1))
+                    divergence.append(divergences(first, second))
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
         times = item_weights(name, len(ids), resamples=resamples, seed=seed)
-        draws.append(times @ kls.mean(1) / len(ids))
-        found[name] = _summary(kls, torch.cat(agree).cpu(), draws[-1])
-    return Distances(reference.dense, reference.texts, found, _total(found, draws))
+        points.append((float(kls.mean()), times @ kls.mean(1) / len(ids)))
+        spread = estimate(*points[-1]) if len(ids) > 1 else Estimate(None, None, None)
+        median, high = np.quantile(kls, [0.5, 0.99])
+        top1 = float(torch.cat(agree).cpu().double().mean())
+        found[name] = Distance(
+            kls.size, points[-1][0], float(median), float(high), top1, spread.low, spread.high
+        )
+    return Distances(reference.dense, reference.texts, found, _total(list(found.values()), points))
 
 
-def _compare(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(before || after) in nats and whether the largest logit is the same one.
-
-    Args:
-        before, after: float32 logits, shape (positions, vocabulary); both are overwritten.
-    """
-    same = before.argmax(-1) == after.argmax(-1)
-    return divergences(before, after), same
-
-
-def _summary(kls: Array, agree: Tensor, draws: Array) -> Distance:
-    spread = estimate(float(kls.mean()), draws) if len(kls) > 1 else Estimate(None, None, None)
-    median, high = np.quantile(kls, [0.5, 0.99])
-    return Distance(
-        kls.size, float(kls.mean()), float(median), float(high),
-        float(agree.double().mean()), spread.low, spread.high,
-    )  # fmt: skip
-
-
-def _total(found: dict[str, Distance], draws: list[Array]) -> Distance:
-    parts = list(found.values())
+def _total(found: list[Distance], points: list[Point]) -> Distance:
     means = {
-        field: float(np.mean([getattr(part, field) for part in parts]))
+        field: float(np.mean([getattr(part, field) for part in found]))
         for field in ("kl_mean", "kl_median", "kl_p99", "top1")
     }
-    known = all(part.kl_low is not None for part in parts)
-    drawn = estimate(means["kl_mean"], column_means(draws))
-    return Distance(
-        sum(part.tokens for part in parts),
-        **means,
-        kl_low=drawn.low if known else None,
-        kl_high=drawn.high if known else None,
-    )
+    drawn = estimate(*mean_point(points))
+    if any(part.kl_low is None for part in found):
+        drawn = Estimate(None, None, None)
+    tokens = sum(part.tokens for part in found)
+    return Distance(tokens, **means, kl_low=drawn.low, kl_high=drawn.high)
 
 
 def _check(opened: OpenModel, reference: Reference, texts: Texts) -> None:
     if opened.tokenizer_fingerprint != reference.tokenizer:
         raise InputError(
-            f"{opened.name} has another tokenizer than the dense model: there is no distance per "
-            "token between them"
+            f"{opened.name} has another tokenizer than the dense model: their distance per token "
+            "cannot be measured"
         )
     if texts_hash(texts) != reference.texts:
         raise InputError("the reference of the dense model is of other texts: make it again")
@@ -304,52 +251,12 @@ def _check(opened: OpenModel, reference: Reference, texts: Texts) -> None:
         )
 
 
-def _dense_head(name: str, reference: Reference, dense: Callable[[], OpenModel] | None) -> Head:
-    if dense is None:
-        raise InputError(f"{name} has another output head than the dense model, which is needed")
-    model = dense().model
-    if head_hash(model) != reference.head:
-        raise InputError("the reference is of another dense model: make it again")
-    return decoder_and_head(model)[1]
-
-
-def _cache_file(opened: OpenModel, texts: Texts) -> Path:
-    # As for cached scores: with all that rounding depends on in the key, a model is at no
-    # distance from itself.
-    from importlib.metadata import version
-
-    key = sha256_json(
-        [
-            opened.fingerprint,
-            opened.tokenizer_fingerprint,
-            _dtype(opened),
-            texts_hash(texts),
-            [_device(opened).type, torch.get_num_threads()],
-            VERSION,
-            {name: version(name) for name in ("torch", "transformers")},
-        ]
-    )
-    return cache_dir() / "reference" / f"{key}.safetensors"
-
-
-def _device(opened: OpenModel) -> torch.device:
-    return next(opened.model.parameters()).device
-
-
 def _dtype(opened: OpenModel) -> str:
     return str(opened.model.dtype).removeprefix("torch.")
 
 
 def _ticker(texts: Texts, progress: Progress | None) -> Callable[[int], None]:
-    done, total = 0, sum(len(ids) for ids in texts.values())
-
-    def tick(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, total)
-
-    return tick
+    return ticker(sum(map(len, texts.values())), progress)
 
 
 @dataclass(frozen=True)
@@ -376,10 +283,6 @@ class Flips:
     dimensions: dict[str, Flipped]
     total: Flipped | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable data."""
-        return asdict(self)
-
 
 def flips(
     dense: Sequence[TaskScores],
@@ -398,36 +301,32 @@ def flips(
     """
     check_paired(dense, pruned)
     tasks: dict[str, Flipped] = {}
-    draws: dict[str, Array] = {}
+    points: dict[str, Point] = {}
     for before, after in zip(dense, pruned, strict=True):
-        if not before.values or not after.values:
-            continue
-        change = np.subtract(after.values, before.values)
-        flipped, count = change != 0, len(change)
-        times = item_weights(before.name, count, resamples=resamples, seed=seed)
-        draws[before.name] = times @ flipped / count
-        tasks[before.name] = Flipped(
-            count,
-            estimate(float(flipped.mean()), draws[before.name]),
-            float((change < 0).mean()),
-            float((change > 0).mean()),
+        if before.values and after.values:
+            change: Array = np.subtract(after.values, before.values)
+            times = item_weights(before.name, len(change), resamples=resamples, seed=seed)
+            point = float((change != 0).mean()), times @ (change != 0) / len(change)
+            points[before.name] = point
+            lost, gained = float((change < 0).mean()), float((change > 0).mean())
+            tasks[before.name] = Flipped(len(change), estimate(*point), lost, gained)
+    rolled = by_dimension(dense, points)
+    dimensions = {
+        name: _mean(
+            [tasks[t.name] for t in dense if t.dimension == name and t.name in tasks], point
         )
-    dimensions: dict[str, Flipped] = {}
-    drawn: dict[str, Array] = {}
-    for name in dict.fromkeys(task.dimension for task in dense if task.name in tasks):
-        members = [task.name for task in dense if task.dimension == name and task.name in tasks]
-        drawn[name] = column_means([draws[task] for task in members])
-        dimensions[name] = _mean_flips([tasks[task] for task in members], drawn[name])
+        for name, point in rolled.items()
+    }
     total = None
     if dimensions:
-        total = _mean_flips(list(dimensions.values()), column_means(list(drawn.values())))
+        total = _mean(list(dimensions.values()), mean_point(list(rolled.values())))
     return Flips(tasks, dimensions, total)
 
 
-def _mean_flips(parts: Sequence[Flipped], draws: Array) -> Flipped:
+def _mean(parts: Sequence[Flipped], point: Point) -> Flipped:
     return Flipped(
         sum(part.items for part in parts),
-        estimate(float(np.mean([part.share.value for part in parts])), draws),
+        estimate(*point),
         float(np.mean([part.lost for part in parts])),
         float(np.mean([part.gained for part in parts])),
     )

@@ -1,4 +1,4 @@
-"""Evaluate a model on a suite: build the tasks, score them through the harness, keep each item.
+"""Evaluate a model on a suite, and keep what it did with each item.
 
 Scores of a dense model are kept in the cache, because every comparison needs them again.
 """
@@ -8,23 +8,25 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from calmix.errors import InputError
-from calmix.evaluation.records import Floor, TaskScores, rounded
+from calmix.errors import CalmixError, InputError
+from calmix.evaluation.records import Floor, Outcome, TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
-from calmix.evaluation.suites import WRITTEN, Suite, load_suite
+from calmix.evaluation.suites import WRITTEN, Suite, TaskSpec, load_suite
+from calmix.evaluation.tasks import Item, check, item_texts, load_items, task_texts
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
 
 if TYPE_CHECKING:
+    from calmix.evaluation.harness import Part
     from calmix.evaluation.scorer import Scorer
-    from calmix.evaluation.tasks import BuiltTask
 
-BATCH_TOKENS = 2048
 CUE = "Answer:"  # what stands in place of a question
 SCORER = 2  # raised when the scorer gives other numbers, so that cached scores are not reused
 
@@ -44,17 +46,12 @@ def choose(
     """
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
     chosen = chosen.only(dimensions=dimensions, tasks=tasks)
-    if quick:
-        chosen = chosen.quick()
+    chosen = chosen.quick() if quick else chosen
     return chosen if limit is None else chosen.limited(limit)
 
 
 def check_code(suite: Suite, allowed: bool) -> None:
-    """Refuse a suite that runs code the model wrote, unless that is allowed.
-
-    Raises:
-        InputError: naming the tasks and the option.
-    """
+    """Refuse a suite that runs code the model wrote, with an `InputError`, unless allowed."""
     running = [name for name, task in suite.tasks.items() if task.runs_code]
     if running and not allowed:
         raise InputError(
@@ -103,6 +100,8 @@ def evaluate(
         InputError: unknown suite, dimension or task, an empty limit, code execution not allowed.
         ModelError: the model cannot be opened, or its tokenizer lacks what a task needs.
     """
+    from calmix.evaluation.scorer import BATCH_TOKENS
+
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
     check_code(chosen, allow_code_execution)
     if isinstance(model, str):
@@ -112,16 +111,12 @@ def evaluate(
     if kept is not None and kept.is_file():
         try:
             return load_scores(kept)
-        except InputError:  # of an older format, or damaged: scored again and replaced
+        except InputError:  # damaged: scored again and replaced
             pass
-    scores = _run(model, chosen, size, allow_code_execution, floors, progress)
+    scores = _run(model, chosen, size, floors, progress)
     if kept is not None:
         scores.save(kept)
     return scores
-
-
-def _dtype(model: OpenModel) -> str:
-    return str(model.model.dtype).removeprefix("torch.")
 
 
 def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
@@ -129,25 +124,20 @@ def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
     # key a model compared with its own cached scores has kept exactly all.
     import torch
 
-    device = next(model.model.parameters()).device
     key = sha256_json(
         [
-            model.fingerprint,
-            model.tokenizer_fingerprint,
-            suite.name,
-            suite.hash,
-            _dtype(model),
-            [device.type, torch.get_num_threads(), batch_tokens],
-            SCORER,
-            _versions(),
+            model.fingerprint, model.tokenizer_fingerprint, suite.name, suite.hash, _dtype(model),
+            [model.model.device.type, torch.get_num_threads(), batch_tokens], SCORER, _versions(),
         ]
-    )
+    )  # fmt: skip
     return cache_dir() / "scores" / f"{key}.json"
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+def _dtype(model: OpenModel) -> str:
+    return str(model.model.dtype).removeprefix("torch.")
 
+
+def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("calmix", "lm_eval", "torch", "transformers")}
 
 
@@ -155,182 +145,133 @@ def _run(
     model: OpenModel,
     suite: Suite,
     batch_tokens: int,
-    allow_code: bool,
     floors: bool,
     progress: Callable[[int, int], None] | None,
 ) -> CapabilityScores:
-    from lm_eval.evaluator import evaluate as harness_evaluate
-
-    from calmix.evaluation.scorer import Scorer
-    from calmix.evaluation.tasks import build_tasks, quiet_harness
+    from calmix.evaluation.scorer import Request, Scorer
 
     start = time.perf_counter()
-    built = build_tasks(suite)
+    loaded = {name: _load(name, spec) for name, spec in suite.tasks.items()}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
-    # The harness keys tasks by their own names, which two tasks of a suite may share.
-    tasks = {_key(b.name, part): task for b in built for part, task in b.parts.items()}
-    samples = {
-        _key(b.name, part): numbers
-        for b in built
-        for part, numbers in b.samples.items()
-        if numbers is not None
-    }
-    for name, task in tasks.items():
-        task.set_config("task", name)
-    with quiet_harness():
-        results = harness_evaluate(
-            scorer,
-            tasks,
-            samples=samples or None,
-            bootstrap_iters=0,
-            log_samples=True,
-            confirm_run_unsafe_code=allow_code,
-        )
-    assert results is not None
-    found = []
-    for task in built:
-        rows = {part: results["samples"][_key(task.name, part)] for part in task.parts}
-        found.append(_task_scores(task, _chosen_rows(task, rows), scorer if floors else None))
-    truncated: dict[str, int] = {}
-    for name, count in scorer.truncated.items():
-        truncated[name.split("/")[0]] = truncated.get(name.split("/")[0], 0) + count
+    # All of the archive's requests at once: what they share runs once.
+    rendered = {name: items for name, (items, parts) in loaded.items() if not parts}
+    asked = [
+        Request(name, *one) for name, items in rendered.items() for i in items for one in i.requests
+    ]
+    answers = (value for value, _ in scorer.loglikelihood(asked))
+    outcomes: dict[str, list[Outcome]] = {}
+    for name, items in rendered.items():
+        rows = [list(islice(answers, len(item.requests))) for item in items]
+        values = check(suite.tasks[name], items, rows)
+        outcomes[name] = [
+            Outcome(item.id, item.requests, item.gold, row, value)
+            for item, row, value in zip(items, rows, values, strict=True)
+        ]
+    for name, (_, parts) in loaded.items():
+        if parts:
+            from calmix.evaluation.harness import score_parts
+
+            outcomes[name] = score_parts(scorer, name, suite.tasks[name], parts)
     return CapabilityScores(
         model=model.name,
         fingerprint=model.fingerprint,
         dtype=_dtype(model),
         suite=describe(suite),
-        tasks=tuple(found),
-        truncated=truncated,
+        tasks=tuple(
+            _task_scores(name, suite.dimension_of(name), spec, outcomes[name],
+                         scorer if floors else None)
+            for name, spec in suite.tasks.items()
+        ),
+        truncated=dict(scorer.truncated),
         seconds=round(time.perf_counter() - start, 2),
         versions=_versions(),
-    )
+    )  # fmt: skip
 
 
-def _key(name: str, part: str) -> str:
-    return name if part == name else f"{name}/{part}"
+def _load(name: str, spec: TaskSpec) -> tuple[list[Item], list[Part]]:
+    """Return a task's items in the archive, and of a harness task the parts it consists of."""
+    try:
+        items = [] if spec.archive is None else load_items(spec)
+        if spec.harness is None:
+            return items, []
+        from calmix.evaluation.harness import load_parts
+
+        return items, load_parts(spec, items or None)
+    except CalmixError as error:
+        raise type(error)(f"task {name}: {error}") from error
 
 
-def _chosen_rows(
-    built: BuiltTask, samples: dict[str, list[dict[str, Any]]]
-) -> dict[str, dict[str, Any]]:
-    """Return the harness's samples of a task's items under the filter that counts, by item."""
-    found = {}
-    for part, rows in samples.items():
-        filters = list(dict.fromkeys(row["filter"] for row in rows))
-        wanted = built.spec.filter or filters[0]
-        if wanted not in filters:
-            raise InputError(
-                f"task {built.name}: there is no filter '{wanted}' (has: {', '.join(filters)})"
-            )
-        ids = built.ids[part]
-        for row in sorted(rows, key=lambda row: row["doc_id"]):
-            if row["filter"] == wanted:
-                number = row["doc_id"]
-                found[ids[number] if ids else f"{part}/{number}"] = row | {"part": part}
-    return found
+def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
+    """Yield task, id and text of every item a suite scores, without worked examples.
+
+    Items of a harness task need the task's data set, from the hub if not cached.
+    """
+    for name, spec in suite.tasks.items():
+        if spec.archive is not None:
+            yield from ((name, *one) for one in item_texts(spec))
+        else:
+            yield from ((name, *one) for part in _load(name, spec)[1] for one in part.texts())
 
 
 def _task_scores(
-    built: BuiltTask, rows: dict[str, dict[str, Any]], scorer: Scorer | None
+    name: str, dimension: str, spec: TaskSpec, outcomes: Sequence[Outcome], scorer: Scorer | None
 ) -> TaskScores:
     """Return the record of a task; with a scorer, what its items score without the knowledge."""
-    spec = built.spec
-    chances = [1 / len(row["arguments"]) for row in rows.values()]
-    chance = sum(chances) / len(chances) if spec.chance == "choices" else spec.chance or 0.0
-    values: tuple[float, ...] = ()
-    if spec.metric != "bits_per_byte":
-        values = tuple(float(_metric(built.name, spec.metric, row)) for row in rows.values())
-    head = built.name, built.dimension, spec.metric
+    if spec.chance == "choices":
+        chance = sum(1 / len(one.requests) for one in outcomes) / len(outcomes)
+    else:
+        chance = spec.chance or 0.0
+    scores = TaskScores(
+        name, dimension, spec.metric, spec.primary, chance,
+        tuple(one.id for one in outcomes),
+        tuple(one.value for one in outcomes if one.value is not None),
+    )  # fmt: skip
     if spec.metric in WRITTEN:
-        return TaskScores(*head, spec.primary, chance, tuple(rows), values)
-    asked = [_requests(row) for row in rows.values()]
-    answers = [[answer for _, answer in pairs] for pairs in asked]
-    gold = [_gold(built.parts[row["part"]], row) for row in rows.values()]
+        return scores
+    answers = [[answer for _, answer in one.requests] for one in outcomes]
     floor: Floor = "context-free"
-    if spec.metric == "bits_per_byte":
-        floor = "none"
-    elif any(len({context for context, _ in pairs}) > 1 for pairs in asked):
-        floor = "uniform"
     floors: list[list[float]] = []
     unigram: list[float] = []
+    if spec.metric == "bits_per_byte":
+        floor = "none"
+    elif any(len({context for context, _ in one.requests}) > 1 for one in outcomes):
+        floor = "uniform"
+    elif scorer is not None:
+        floors = _without_question(scorer, name, answers)
     if scorer is not None:
-        if floor == "context-free":
-            floors = _without_question(scorer, built.name, answers)
-        right = [row[at] for row, at in zip(answers, gold, strict=True)]
-        unigram = _single_tokens(scorer.tokenizer, built, [pairs[0][0] for pairs in asked], right)
-    return TaskScores(
-        *head,
-        spec.primary,
-        chance,
-        tuple(rows),
-        values,
-        gold=tuple(gold),
-        loglikelihoods=rounded(
-            [[answer[0] for answer in row["filtered_resps"]][: len(pairs)]
-             for row, pairs in zip(rows.values(), asked, strict=True)]
-        ),
+        right = [row[one.gold] for row, one in zip(answers, outcomes, strict=True)]
+        questions = [one.requests[0][0] for one in outcomes]
+        texts = questions if spec.archive is None else task_texts(spec)
+        unigram = _single_tokens(scorer.tokenizer, texts, right)
+    return replace(
+        scores,
+        gold=tuple(one.gold for one in outcomes),
+        loglikelihoods=rounded([one.loglikelihoods for one in outcomes]),
         bytes=tuple(tuple(len(answer.encode()) for answer in row) for row in answers),
         floor=floor,
         floors=rounded(floors),
         unigram=rounded([unigram])[0],
-    )  # fmt: skip
-
-
-def _requests(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return context and continuation of every choice, without the harness's own context-free
-    requests, which follow them where a task has the metric `acc_mutual_info`."""
-    pairs = [(context, answer) for context, answer in row["arguments"]]
-    half = len(pairs) // 2
-    doubled = half > 0 and [a for _, a in pairs[:half]] == [a for _, a in pairs[half:]]
-    return pairs[:half] if doubled and all(not c for c, _ in pairs[half:]) else pairs
-
-
-def _gold(task: Any, row: dict[str, Any]) -> int:
-    """Return the index of the right choice; where contexts are the choices, the harness's task
-    has it in place of its text."""
-    contexts = getattr(task, "multiple_input", None)
-    target = task.doc_to_text(row["doc"]) if contexts else row["target"]
-    target = target[0] if isinstance(target, list) else target
-    if isinstance(target, int):
-        return target
-    answers = [answer.strip() for _, answer in row["arguments"]]
-    if (text := str(target).strip()) not in answers:
-        raise InputError(
-            f"an item of task {row['part']} has its right answer in no choice: {text!r}"
-        )
-    return answers.index(text)
+    )
 
 
 def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> list[list[float]]:
     """Return the log-likelihood of every answer after a cue alone, as OLMES takes it."""
+    from calmix.evaluation.scorer import Request
+
     distinct = list(dict.fromkeys(answer for row in answers for answer in row))
-    asked = [SimpleNamespace(args=(CUE, answer), task_name=task) for answer in distinct]
-    known = dict(zip(distinct, (value for value, _ in scorer.loglikelihood(asked)), strict=True))
+    found = scorer.loglikelihood([Request(task, CUE, answer) for answer in distinct])
+    known = dict(zip(distinct, (value for value, _ in found), strict=True))
     return [[known[answer] for answer in row] for row in answers]
 
 
-def _single_tokens(
-    tokenizer: Any, built: BuiltTask, questions: list[str], answers: list[str]
-) -> list[float]:
-    """Return the log-likelihood of every answer under the frequencies of single tokens in all
-    questions and answers that the archive has of the task, scored or not; of a task of the
-    harness's own, in those that are scored."""
-    from calmix.evaluation.tasks import task_texts
+def _single_tokens(tokenizer: Any, texts: Sequence[str], answers: list[str]) -> list[float]:
+    """Return the log-likelihood of every answer under the frequencies of single tokens in texts
+    and answers: all that the archive has of the task, scored or not."""
 
     def ids(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    texts = questions if built.spec.archive is None else task_texts(built.spec)
     counts = Counter(token for row in ids(list(dict.fromkeys([*texts, *answers]))) for token in row)
     total = math.log(counts.total())
     cost = {token: math.log(count) - total for token, count in counts.items()}
     return [math.fsum(cost[token] for token in encoded) for encoded in ids(answers)]
-
-
-def _metric(task: str, metric: str, row: dict[str, Any]) -> Any:
-    # The harness's tasks spell it in two ways.
-    names = ["pass@1", "pass_at_1"] if metric == "pass@1" else [metric]
-    for name in names:
-        if name in row:
-            return row[name]
-    raise InputError(f"task {task} has no metric '{metric}' (has: {', '.join(row['metrics'])})")

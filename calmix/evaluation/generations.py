@@ -1,6 +1,7 @@
-"""What several models write after the same prompts, greedily, to be read side by side.
+"""Text that models write: in answer to tasks, and to a few prompts to be read side by side.
 
-No score: a dozen texts show what figures do not, and prove nothing.
+`generate` is the one place where text is written for scoring; what is written is checked by the
+task (`harness`). A dozen answers read side by side are no score: they show what figures do not.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
+from calmix.evaluation.suites import Suite
+from calmix.evaluation.tasks import load_items, preamble
 from calmix.files import read_object, write_json
 from calmix.yaml_files import first_problem
 
 if TYPE_CHECKING:
-    from calmix.evaluation.suites import Suite
+    from calmix.evaluation.scorer import Scorer
     from calmix.models import OpenModel
 
 KIND = "answers"
@@ -26,6 +28,79 @@ EACH = 3  # prompts a dimension
 LONGEST = 600  # characters of a question worth reading
 MOST = 50  # prompts of a file
 TOKENS = 64
+
+
+def generate(
+    scorer: Scorer,
+    contexts: Sequence[str],
+    *,
+    task: str = "",
+    stops: Sequence[str] = (),
+    room: int = TOKENS,
+    sampling: dict[str, Any] | None = None,
+) -> list[str]:
+    """Return what a model writes after each context, up to a stop or the end token.
+
+    Contexts are batched by length; those too long are cut on the left.
+
+    Args:
+        scorer: holds the model; counts what is cut, and what is done.
+        room: tokens at most.
+        sampling: options of `model.generate`, seeded; None writes the likeliest tokens.
+
+    Raises:
+        ModelError: the tokenizer has no end token, or the room is no less than the context.
+    """
+    import torch
+
+    from calmix.models.opening import quiet_transformers
+
+    name, tokenizer = scorer.opened.name, scorer.tokenizer
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name} has no end-of-text token")
+    limit = scorer.max_length - room
+    if limit <= 0:
+        raise ModelError(
+            f"task {task} generates up to {room} tokens, but the context of {name} is "
+            f"{scorer.max_length}: leave that task out"
+        )
+    end = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stops = list(dict.fromkeys([*stops, end]))
+    scorer.ask(len(contexts))
+    encoded = [ids or [scorer.prefix] for ids in scorer.encode(list(contexts))]
+    if cut := sum(len(ids) > limit for ids in encoded):
+        scorer.truncated[task] += cut
+    left = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), encoded[i]))
+    texts = [""] * len(encoded)
+    while left:
+        # Generation is bound by memory traffic, so a batch of many short rows costs little more
+        # than one of few; what limits it is the cache of keys and values.
+        width = min(len(encoded[left[0]]), limit)
+        count = max(1, 8 * scorer.batch_tokens // (width + room))
+        batch, left = left[:count], left[count:]
+        rows = [encoded[index][-limit:] for index in batch]
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        # Sampling leaves the caller's random state as it was.
+        with (
+            torch.inference_mode(), quiet_transformers(),
+            torch.random.fork_rng(enabled=sampling is not None),
+        ):  # fmt: skip
+            if sampling is not None:
+                torch.manual_seed(0)
+            made = scorer.model.generate(
+                input_ids=ids.to(scorer.device), attention_mask=mask.to(scorer.device),
+                max_new_tokens=room, stop_strings=stops, tokenizer=tokenizer, pad_token_id=pad,
+                **(sampling or {"do_sample": False}),
+            )  # fmt: skip
+        written = tokenizer.batch_decode(made[:, width:].tolist(), skip_special_tokens=True)
+        for index, text in zip(batch, written, strict=True):
+            for stop in filter(None, stops):
+                text = text.partition(stop)[0]
+            texts[index] = text
+        scorer.tick(len(batch))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -65,9 +140,6 @@ class Answered:
         write_json(path, {"kind": KIND, "tokens": TOKENS, **asdict(self)})
 
 
-_ANSWERED = TypeAdapter(Answered)
-
-
 def load_answers(path: Path) -> Answered:
     """Read what `Answered.save` wrote.
 
@@ -79,12 +151,10 @@ def load_answers(path: Path) -> Answered:
         raise InputError(f"{path} holds no answers of calmix")
     value.pop("tokens", None)
     try:
-        found = _ANSWERED.validate_python(value)
+        found = TypeAdapter(Answered).validate_python(value)
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {first_problem(error)}") from error
-    if any(len(row) != len(found.prompts) for row in found.answers) or len(found.answers) != len(
-        found.models
-    ):
+    if [len(row) for row in found.answers] != [len(found.prompts)] * len(found.models):
         raise InputError(f"{path} is damaged: answers and prompts do not fit together")
     return found
 
@@ -112,8 +182,6 @@ def suite_prompts(suite: Suite) -> list[Prompt]:
 
     The models are asked as for the scores, worked examples included; answers end at an empty line.
     """
-    from calmix.evaluation.tasks import load_items, preamble
-
     found = []
     for dimension, tasks in suite.dimensions.items():
         able = [(name, spec) for name, spec in tasks.items()
@@ -123,9 +191,7 @@ def suite_prompts(suite: Suite) -> list[Prompt]:
             head = preamble([item.contexts[0] for item in items])
             short = [item for item in items if len(item.contexts[0]) - head <= LONGEST]
             count = -(-EACH // min(EACH, len(able)))
-            for at in range(count):
-                if not short:
-                    break
+            for at in range(count if short else 0):
                 item = short[(2 * at + 1) * len(short) // (2 * count)]
                 text = item.contexts[0]
                 shown = text[head:].strip()
@@ -151,15 +217,8 @@ def answer(
 
     scorer = Scorer(opened, progress=progress)
     room = min(TOKENS, scorer.max_length // 2)
-    asked: list[Any] = [
-        SimpleNamespace(
-            args=(prompt.asked, {"until": [], "max_gen_toks": room, "do_sample": False}),
-            task_name=prompt.task,
-        )
-        for prompt in prompts
-    ]
-    texts = [text.strip() for text in scorer.generate_until(asked)]
+    texts = generate(scorer, [prompt.asked for prompt in prompts], room=room)
     return tuple(
-        text.partition("\n\n")[0].rstrip() if prompt.short else text
+        text.strip().partition("\n\n")[0].rstrip() if prompt.short else text.strip()
         for prompt, text in zip(prompts, texts, strict=True)
     )

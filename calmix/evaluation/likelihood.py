@@ -25,6 +25,8 @@ HEAD_TOKENS = 512
 COMPARED = 8  # tokens on which a head is compared with its model's forward
 AHEAD = 0.05  # of the logits' norm: less than what tokens that follow change in any known model
 
+Tick = Callable[[int], None]
+
 _compared: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
 
 
@@ -32,12 +34,8 @@ _compared: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
 class Head:
     """A causal LM's output head, from hidden states to logits in two steps.
 
-    `logits` reproduces what the model does behind its head: gemma's final soft-capping and
-    granite's or cohere's scaling of logits.
-
-    Attributes:
-        product: from hidden states to what the head's module puts out, in the module's dtype.
-        cap, scale, divisor: of `logit_settings`.
+    `product` gives what the head's module puts out, in its dtype; `logits` what the model does
+    with that: gemma's final soft-capping, granite's or cohere's scaling (`logit_settings`).
     """
 
     product: Callable[[Tensor], Tensor]
@@ -70,8 +68,7 @@ def peaks_and_sums(head: Head, product: Tensor) -> tuple[Tensor, Tensor]:
     """Return the place of the largest logit of every row, and logsumexp of the row.
 
     Args:
-        head: whose product it is.
-        product: shape (rows, vocabulary); it may be overwritten.
+        product: of the head, shape (rows, vocabulary); it may be overwritten.
     """
     tops, sums = [], []
     for part in in_cache(product):
@@ -102,8 +99,8 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:
 def decoder_and_head(model: Any) -> tuple[Any, Head]:
     """Return a causal LM's decoder and its output head.
 
-    The head is the module and what `logit_settings` tells where one comparison a model shows
-    that this is all; else the model's own forward, its decoder left out.
+    The head is the module and `logit_settings` where one comparison a model shows that this is
+    all; else the model's own forward, its decoder left out.
 
     Raises:
         ModelError: the model does not run on ids alone, makes its logits of something else too,
@@ -153,14 +150,8 @@ def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
 
 
 def _own_logits(model: Any, decoder: Any, output: Any, hidden: Tensor) -> Tensor:
-    """Return what a model's own forward makes of hidden states in place of its decoder's.
-
-    Args:
-        model: the model.
-        decoder: its decoder.
-        output: what the decoder returns, of whatever states.
-        hidden: shape (..., width).
-    """
+    """Return what a model's own forward makes of hidden states, shape (..., width), in place of
+    those in its decoder's output."""
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     if isinstance(output, tuple):
         output = flat, *output[1:]
@@ -173,7 +164,7 @@ def _own_logits(model: Any, decoder: Any, output: Any, hidden: Tensor) -> Tensor
 
 
 def close(a: Tensor, b: Tensor, limit: float) -> bool:
-    """Tell whether two tensors differ by at most `limit`, relative to their norms."""
+    """Whether two tensors differ by at most `limit`, relative to their norms."""
     a, b = a.float(), b.float()
     return bool((a - b).norm() <= limit * b.norm())
 
@@ -195,24 +186,41 @@ def logit_settings(model: Any) -> tuple[float | None, float | None, float | None
     return cap, scale, divisor
 
 
-def hidden_states(decoder: Any, ids: Tensor, device: torch.device) -> Iterator[Tensor]:
+def hidden_states(
+    decoder: Any, ids: Tensor, device: torch.device, tick: Tick | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield what the output head sees of full rows, in micro-batches, to be used without gradients.
 
     Args:
-        decoder: of `decoder_and_head`.
         ids: int64 token ids, shape (rows, length), without padding.
-        device: where the decoder is.
+        tick: called with the number of rows after each micro-batch.
 
     Yields:
-        shape (some rows, length - 1, width): every position that predicts a token of its row.
+        which rows, and shape (rows, length - 1, width): every position that predicts a token.
     """
     step = max(1, tokens_at_once(device) // ids.shape[1])
-    for batch in ids.split(step):
-        yield decoder(input_ids=batch.to(device), use_cache=False)[0][:, :-1]
+    for start in range(0, len(ids), step):
+        part = slice(start, min(start + step, len(ids)))
+        yield part, decoder(input_ids=ids[part].to(device), use_cache=False)[0][:, :-1]
+        if tick is not None:
+            tick(part.stop - part.start)
+
+
+def ticker(total: int, progress: Callable[[int, int], None] | None) -> Tick:
+    """Return what counts rows that are done, and calls `progress` with them and all."""
+    done = 0
+
+    def tick(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total)
+
+    return tick
 
 
 @torch.inference_mode()
-def row_nll(model: Any, ids: Tensor, *, tick: Callable[[int], None] | None = None) -> Tensor:
+def row_nll(model: Any, ids: Tensor, *, tick: Tick | None = None) -> Tensor:
     """Return the negative log-likelihood of each predicted token of full rows, in nats.
 
     Args:
@@ -223,23 +231,17 @@ def row_nll(model: Any, ids: Tensor, *, tick: Callable[[int], None] | None = Non
     Returns:
         float32, shape (rows, length - 1): entry j is -log p(ids[j + 1] | ids[: j + 1]).
     """
-    rows, length = ids.shape
     device = next(model.parameters()).device
     decoder, head = decoder_and_head(model)
-    result = torch.empty(rows, length - 1, device=device)
-    start = 0
-    for states in hidden_states(decoder, ids, device):
-        stop = start + len(states)
-        hidden = states.flatten(0, 1)
-        target = ids[start:stop, 1:].flatten().to(device)
+    result = torch.empty(len(ids), ids.shape[1] - 1, device=device)
+    for rows, states in hidden_states(decoder, ids, device, tick):
+        targets = ids[rows, 1:].flatten().to(device)
         parts = []
-        for at in range(0, len(target), HEAD_TOKENS):
-            product = head.product(hidden[at : at + HEAD_TOKENS])
-            own = target[at : at + HEAD_TOKENS, None]
-            right = head.logits(product.gather(1, own))[:, 0]
+        for hidden, own in zip(
+            states.flatten(0, 1).split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True
+        ):
+            product = head.product(hidden)
+            right = head.logits(product.gather(1, own[:, None]))[:, 0]
             parts.append(peaks_and_sums(head, product)[1] - right)
-        result[start:stop] = torch.cat(parts).view(stop - start, -1)
-        if tick is not None:
-            tick(stop - start)
-        start = stop
+        result[rows] = torch.cat(parts).view(len(states), -1)
     return result.cpu()

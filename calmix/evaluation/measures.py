@@ -48,12 +48,7 @@ BITS: tuple[Score, ...] = ("bits", "smoothed")  # the less the better; per byte 
 
 @dataclass(frozen=True)
 class Parts:
-    """One task of two models, item by item: retention is `kept.sum() / whole.sum()`.
-
-    Attributes:
-        score: what the items were scored by.
-        kept, whole: shape (items,).
-    """
+    """One task of two models, item by item: retention is `kept.sum() / whole.sum()`."""
 
     score: Score
     kept: Array
@@ -67,11 +62,7 @@ class Parts:
 
 
 def check_measure(measure: str) -> Measure:
-    """Return a measure by its name.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """Return a measure by its name; an `InputError` where there is none of that name."""
     if measure not in get_args(Measure):
         raise InputError(f"the measure is {', '.join(get_args(Measure))}, not '{measure}'")
     return measure  # type: ignore[return-value]
@@ -122,8 +113,12 @@ def _scores(values: tuple[tuple[float, ...], ...], task: TaskScores, score: Scor
         top = table.max(1)
         return np.exp(right - top) / np.exp(table - top[:, None]).sum(1)
     table[np.arange(len(values)), list(task.gold)] = -np.inf
-    sizes = [row[gold] for row, gold in zip(task.bytes, task.gold, strict=True)]
-    return (right - table.max(1)) / LN2 / np.asarray(sizes, dtype=float)
+    return (right - table.max(1)) / LN2 / _sizes(task)
+
+
+def _sizes(task: TaskScores) -> Array:
+    """Return the bytes of each right answer, shape (items,)."""
+    return np.array([row[at] for row, at in zip(task.bytes, task.gold, strict=True)], dtype=float)
 
 
 def floor_scores(dense: TaskScores, score: Score) -> Array:
@@ -142,8 +137,6 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
     if score not in BITS and dense.floor == "uniform":
         share = [1 / len(row) for row in dense.loglikelihoods]
         return np.array(share) if score == "probability" else np.zeros(count)
-    if not dense.loglikelihoods:
-        return item_scores(dense, score)  # says what is missing
     raise InputError(
         f"the scores of task {dense.name} hold no score without the knowledge, which a dense "
         "model's need: evaluate it without --against, or ask for --measure accuracy"
@@ -169,7 +162,7 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
 
 
 def is_anchored(score: Score, measure: Measure) -> bool:
-    """Tell whether a score counts from its floor under a measure, or from 0."""
+    """Whether a score counts from its floor under a measure, or from 0."""
     return measure != "ratio" and (measure != "accuracy" or score not in BITS)
 
 
@@ -184,11 +177,18 @@ def smoothed(bits: Array, floor: Array) -> Array:
 
 def mean_score(task: TaskScores, score: Score) -> float:
     """Return a task's score as it is printed: a mean, or bits per byte of all answers."""
-    values = item_scores(task, score)
-    if score in BITS:
-        sizes = [row[gold] for row, gold in zip(task.bytes, task.gold, strict=True)]
-        return float(values.sum()) / sum(sizes)
-    return float(values.mean())
+    return _printed(item_scores(task, score), task, score)
+
+
+def mean_floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:
+    """Return a task's floor as it is printed; None where the measure has none."""
+    if not is_anchored(score, measure):
+        return None
+    return _printed(floor_scores(dense, score), dense, score)
+
+
+def _printed(values: Array, task: TaskScores, score: Score) -> float:
+    return float(values.sum() / _sizes(task).sum() if score in BITS else values.mean())
 
 
 def noise(whole: Array) -> float:
@@ -197,7 +197,7 @@ def noise(whole: Array) -> float:
 
 
 def has_signal(dense: TaskScores, measure: Measure = "primary") -> bool:
-    """Tell whether the dense model is beyond its own noise of knowing nothing (ours)."""
+    """Whether the dense model is beyond its own noise of knowing nothing (ours)."""
     judged = "accuracy" if measure == "ratio" else measure
     if judged == "accuracy" and not dense.values:
         return True  # bits per byte of a text, without a floor

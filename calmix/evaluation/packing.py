@@ -5,14 +5,15 @@ question share the question, the questions of a task share its worked examples. 
 take that apart. A *run* is a group of sequences with a long common prefix, which is computed
 once and kept as keys and values. A *tree* holds the rest of sequences that still share a
 beginning, each shared token once. A *row* is a few trees side by side, so that rows come out
-nearly equal in length. Knows tokens and masks only: no model, no text.
+nearly equal in length. This module knows tokens and masks only: no model, no text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +23,16 @@ MIN_SHARED = 6  # tokens in common that make two neighbours worth keeping in one
 OPEN_ROWS = 64  # rows that may still be filled while packing
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A sequence of token ids of which the ids from `start` on are to be scored.
-
-    `start` is at least 1: what is scored needs something before it.
-    """
+class Scored(NamedTuple):
+    """A sequence of token ids of which those from `start` (at least 1) on are to be scored."""
 
     ids: list[int]
     start: int
+    owner: int = 0
 
 
-@dataclass(frozen=True)
-class Target:
-    """One token to score: predicted at `node` of its row, belonging to sequence `owner`."""
+class Target(NamedTuple):
+    """One token to score: predicted at `node` of its row, for the sequence of `owner`."""
 
     owner: int
     node: int
@@ -87,34 +84,40 @@ class Run:
     rows: list[Row]
 
 
-def plan(sequences: Sequence[Scored], *, row_tokens: int) -> list[Run]:
+def chain(scored: Scored) -> Row:
+    """Return a row of one sequence."""
+    return _trees([scored], [0], 0, len(scored.ids))[0]
+
+
+def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
     """Return runs of rows that hold every token to be scored exactly once per sequence.
 
     A row exceeds `row_tokens` only where a single tree of one sequence does. The plan depends
     on the sequences alone, not on their order of arrival.
     """
-    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].ids, sequences[i].start))
-    inputs = [np.asarray(sequences[i].ids[:-1], dtype=np.int64) for i in order]
-    shared = np.zeros(len(order), dtype=np.int64)  # shared[k]: tokens k has in common with k - 1
-    for k in range(1, len(order)):
-        shared[k] = common(inputs[k - 1], inputs[k])
+    ordered = sorted(sequences, key=lambda scored: (scored.ids, scored.start))
+    arrays = [np.asarray(scored.ids[:-1], dtype=np.int64) for scored in ordered]
+    shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # tokens of k and k - 1 in common
     runs: list[Run] = []
-    loose: list[int] = []
-    for low, high, length in _prefixes(order, sequences, inputs, shared, row_tokens):
-        members = range(low, high)
-        if length == 0:
+    loose: list[Scored] = []
+    beside: list[int] = []  # tokens that each loose sequence has in common with the one before
+    end = 0
+    for low, high, length in _prefixes(ordered, shared, row_tokens):
+        members = ordered[low:high]
+        if length:
+            kept = [0, *(count - length for count in shared[low + 1 : high])]
+            trees = _trees(members, kept, length, row_tokens)
+            runs.append(Run(members[0].ids[:length], fill_rows(trees, row_tokens)))
+        else:
+            beside += [shared[low] if low == end else 0, *shared[low + 1 : high]]
             loose += members
-            continue
-        prefix = sequences[order[low]].ids[:length]
-        trees = _trees(members, order, sequences, shared, length, row_tokens)
-        runs.append(Run(prefix, fill_rows(trees, row_tokens)))
+            end = high
     if loose:
-        trees = _trees(loose, order, sequences, shared, 0, row_tokens)
-        runs.append(Run([], fill_rows(trees, row_tokens)))
+        runs.append(Run([], fill_rows(_trees(loose, beside, 0, row_tokens), row_tokens)))
     return runs
 
 
-def common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     """Return how many leading entries two arrays have in common."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
@@ -122,76 +125,63 @@ def common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
 
 
 def _prefixes(
-    order: list[int],
-    sequences: Sequence[Scored],
-    inputs: list[NDArray[np.int64]],
-    shared: NDArray[np.int64],
-    row_tokens: int,
+    ordered: Sequence[Scored], shared: Sequence[int], row_tokens: int
 ) -> list[tuple[int, int, int]]:
     """Cut the sorted sequences into stretches (low, high, prefix length or 0)."""
 
     def size(low: int, high: int, prefix: int) -> int:
-        new = sum(len(inputs[k]) - int(shared[k]) for k in range(low + 1, high))
-        return len(inputs[low]) - prefix + new
+        return sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high)) + (
+            shared[low] - prefix
+        )
 
     def length(low: int, high: int) -> int:
         # One context token must stay in the row: the first scored token is predicted there.
-        reach = min(sequences[order[k]].start - 1 for k in range(low, high))
-        return min(int(shared[low + 1 : high].min()), reach) if high - low > 1 else 0
+        reach = min(scored.start - 1 for scored in ordered[low:high])
+        return min(reach, *shared[low + 1 : high]) if high - low > 1 else 0
 
     def split(low: int, high: int, prefix: int) -> list[tuple[int, int, int]]:
-        least = int(shared[low + 1 : high].min())
+        least = min(shared[low + 1 : high])
         cuts = [low, *(k for k in range(low + 1, high) if shared[k] == least), high]
         parts = [(a, b, length(a, b)) for a, b in pairwise(cuts)]
         worth = all(p >= prefix + MIN_PREFIX and size(a, b, p) >= row_tokens for a, b, p in parts)
         if len(parts) > 1 and worth:
-            return [piece for a, b, p in parts for piece in split(a, b, p)]
+            return [piece for part in parts for piece in split(*part)]
         return [(low, high, prefix)]
 
     stretches: list[tuple[int, int, int]] = []
-    low = 0
-    for high in range(1, len(order) + 1):
-        if high < len(order) and shared[high] >= MIN_PREFIX:
-            continue
+    bounds = [k for k in range(1, len(ordered)) if shared[k] < MIN_PREFIX]
+    for low, high in pairwise([0, *bounds, len(ordered)] if ordered else []):
         prefix = length(low, high)
         if prefix >= MIN_PREFIX and size(low, high, prefix) >= row_tokens:
             stretches += split(low, high, prefix)
         else:  # a row or less: the tree alone shares everything there is to share
             stretches.append((low, high, 0))
-        low = high
     return stretches
 
 
 def _trees(
-    members: Sequence[int],
-    order: list[int],
-    sequences: Sequence[Scored],
-    shared: NDArray[np.int64],
-    prefix: int,
-    row_tokens: int,
+    members: Sequence[Scored], shared: Sequence[int], prefix: int, row_tokens: int
 ) -> list[Row]:
-    """Grow trees over neighbours in sorted order, cutting where they share little or grow long."""
+    """Grow trees over neighbours, cutting where they share little or a tree grows long.
+
+    `shared` says how many tokens beyond the prefix each sequence has in common with the last.
+    """
     trees: list[Row] = []
     path: list[int] = []
-    for position, k in enumerate(members):
-        index = order[k]
-        scored = sequences[index]
+    for scored, kept in zip(members, shared, strict=True):
         ids = scored.ids[prefix:]
-        follows = position > 0 and members[position - 1] == k - 1
-        kept = int(shared[k]) - prefix if follows else 0
         fits = bool(trees) and len(trees[-1]) + len(ids) - 1 - kept <= row_tokens
         if kept < MIN_SHARED or not fits:
             trees.append(Row())
             path, kept = [], 0
-        tree = trees[-1]
-        path = path[:kept]
+        tree, path = trees[-1], path[:kept]
         for depth in range(kept, len(ids) - 1):
             tree.ids.append(ids[depth])
             tree.parent.append(path[-1] if path else -1)
             tree.depth.append(depth)
             path.append(len(tree) - 1)
         for at in range(scored.start - prefix, len(ids)):
-            tree.targets.append(Target(index, path[at - 1], ids[at]))
+            tree.targets.append(Target(scored.owner, path[at - 1], ids[at]))
     return trees
 
 
@@ -200,15 +190,12 @@ def fill_rows(trees: list[Row], row_tokens: int) -> list[Row]:
     rows: list[Row] = []
     room: list[list[int]] = []  # [free tokens, row], at most OPEN_ROWS of them
     for tree in sorted(trees, key=len, reverse=True):
-        fitting = [place for place in room if place[0] >= len(tree)]
-        if fitting:
-            place = min(fitting)
-            rows[place[1]].extend(tree)
-            place[0] -= len(tree)
-            continue
-        rows.append(Row())
-        rows[-1].extend(tree)
-        room.append([row_tokens - len(tree), len(rows) - 1])
+        place = min((place for place in room if place[0] >= len(tree)), default=None)
+        if place is None:
+            rows.append(Row())
+            room.append(place := [row_tokens, len(rows) - 1])
+        rows[place[1]].extend(tree)
+        place[0] -= len(tree)
         if len(room) > OPEN_ROWS:
             room.remove(min(room))
     return rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from calmix.errors import InputError
-from calmix.evaluation.likelihood import row_nll
+from calmix.evaluation.likelihood import row_nll, ticker
 from calmix.models import OpenModel
 
 
@@ -58,15 +58,7 @@ def perplexity(
     if not windows:
         raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
     rows = ids[: windows * length].view(windows, length)
-    done = 0
-
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        if tick is not None:
-            tick(done, windows)
-
-    nll = float(row_nll(opened.model, rows, tick=count).double().sum())
+    nll = float(row_nll(opened.model, rows, tick=ticker(windows, tick)).double().sum())
     scored = windows * (length - 1)
     predicted = opened.tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=False)
     size = sum(len(part.encode()) for part in predicted)

@@ -9,12 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from calmix.evaluation.suites import Score
 
 DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
 Floor = Literal["context-free", "uniform", "none"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One item after scoring: (context, continuation) of each choice, and what the model gave."""
+
+    id: str
+    requests: Sequence[tuple[str, str]]
+    gold: int = 0
+    loglikelihoods: Sequence[float] = ()
+    value: float | None = None  # accuracy, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -60,19 +71,16 @@ class TaskScores:
     @property
     def consistent(self) -> bool:
         """Whether all parts are of one length, and the right choice is one of the choices."""
-        parts = (self.values, self.gold, self.loglikelihoods, self.bytes, self.floors, self.unigram)
-        choices = self.loglikelihoods or self.bytes
-        needed: list[Sequence[Any]] = [self.gold] if self.loglikelihoods else []
-        needed += [self.bytes] if self.loglikelihoods and self.primary == "bits" else []
+        tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
+        needed = {len(self.gold)} if self.loglikelihoods else set()
+        needed |= {len(self.bytes)} if self.loglikelihoods and self.primary == "bits" else set()
+        lengths = {len(part) for part in (self.values, self.gold, self.unigram, *tables) if part}
+        choices = [len(row) for row in tables[0]] if tables else []
         return (
-            all(len(part) == len(self.items) for part in needed)
-            and all(len(part) in (0, len(self.items)) for part in parts)
-            and all(0 <= at < len(row) for at, row in zip(self.gold, choices, strict=False))
-            and all(
-                list(map(len, other)) == list(map(len, choices))
-                for other in (self.bytes, self.floors) if other and choices
-            )
-        )  # fmt: skip
+            lengths | needed <= {len(self.items)}
+            and all(list(map(len, table)) == choices for table in tables)
+            and all(0 <= at < count for at, count in zip(self.gold, choices, strict=False))
+        )
 
 
 def rounded(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

@@ -18,13 +18,11 @@ import numpy as np
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import (
-    BITS,
     Array,
     Measure,
     Parts,
-    floor_scores,
     has_signal,
-    is_anchored,
+    mean_floor,
     mean_score,
     noise,
     parts,
@@ -35,10 +33,12 @@ from calmix.evaluation.suites import Score
 RESAMPLES = 2000
 LEVEL = 0.95
 
+Point = tuple[float, Array]  # a value, and what it is in each resample; nan where undefined
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A retention with its 95 % interval; None where it is not defined."""
+    """A value with its 95 % interval; None where it is not defined."""
 
     value: float | None
     low: float | None
@@ -53,7 +53,7 @@ class TaskRetention:
         score: what the items were scored by.
         floor: score of a model without the knowledge; None where the measure has none.
         dense, pruned: scores; the accuracies beside them where the task has any.
-        noise: of the dense score above its floor; `signal` tells whether it is beyond that.
+        noise: of the dense score above its floor; `signal` says whether it is beyond that.
         kept: the retention; no value without signal.
     """
 
@@ -120,36 +120,31 @@ def retention(
             what the measure needs.
     """
     check_paired(dense, pruned)
-    draws: dict[str, Array] = {}
-    tasks = []
+    tasks, points = [], {}
     for before, after in zip(dense, pruned, strict=True):
-        made = parts(before, after, measure)
-        signal = has_signal(before, measure)
-        drawn = resampled(before.name, made, resamples=resamples, seed=seed)
-        draws[before.name] = drawn if signal else np.full(resamples, np.nan)
+        made, signal = parts(before, after, measure), has_signal(before, measure)
+        points[before.name] = point = _point(before.name, made, signal, resamples, seed)
         tasks.append(
             TaskRetention(
                 before.name, before.dimension, made.score, len(before.items),
-                _floor(before, made.score, measure),
+                mean_floor(before, made.score, measure),
                 mean_score(before, made.score), mean_score(after, made.score),
-                before.accuracy, after.accuracy, noise(made.whole), signal,
-                estimate(made.retention if signal else math.nan, draws[before.name]),
+                before.accuracy, after.accuracy, noise(made.whole), signal, estimate(*point),
             )
         )  # fmt: skip
-    dimensions, totals = [], []
-    for name in dict.fromkeys(task.dimension for task in tasks):
+    rolled = by_dimension(dense, points)
+    dimensions = []
+    for name, point in rolled.items():
         members = [task for task in tasks if task.dimension == name]
-        point, drawn = _rolled([(_number(task.kept), draws[task.name]) for task in members])
-        totals.append((point, drawn))
         silent = tuple(task.name for task in members if not task.signal)
-        dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, drawn)))
-    known = [one for one in dimensions if one.kept.value is not None]
+        dimensions.append(DimensionRetention(name, len(members), silent, estimate(*point)))
+    known = [name for name, (value, _) in rolled.items() if not math.isnan(value)]
     return Retention(
         measure,
         tuple(tasks),
         tuple(dimensions),
-        estimate(*_rolled(totals)),
-        min(known, key=lambda one: _number(one.kept)).name if known else None,
+        estimate(*mean_point(list(rolled.values()))),
+        min(known, key=lambda name: rolled[name][0]) if known else None,
         resamples,
         seed,
     )
@@ -159,39 +154,36 @@ def total_gap(
     dense: Sequence[TaskScores], more: Sequence[TaskScores], less: Sequence[TaskScores]
 ) -> Estimate:
     """Return how much more of the total one pruned model keeps than another, items paired."""
-    sides = []
+    totals = []
     for pruned in (more, less):
         check_paired(dense, pruned)
-        members: dict[str, list[tuple[float, Array]]] = {}
-        for before, after in zip(dense, pruned, strict=True):
-            if has_signal(before, "primary"):
-                made = parts(before, after, "primary")
-                drawn = resampled(before.name, made, resamples=RESAMPLES, seed=0)
-                members.setdefault(before.dimension, []).append((made.retention, drawn))
-        if not members:
-            return Estimate(None, None, None)
-        sides.append(_rolled([_rolled(own) for own in members.values()]))
-    (first, high), (second, low) = sides
+        points = {
+            before.name: _point(before.name, parts(before, after), has_signal(before), RESAMPLES, 0)
+            for before, after in zip(dense, pruned, strict=True)
+        }
+        totals.append(mean_point(list(by_dimension(dense, points).values())))
+    (first, high), (second, low) = totals
     return estimate(first - second, high - low)
 
 
-def _rolled(parts: Sequence[tuple[float, Array]]) -> tuple[float, Array]:
-    """Return the means of values and of their resamples."""
-    return mean([point for point, _ in parts]), column_means([drawn for _, drawn in parts])
+def _point(task: str, made: Parts, signal: bool, resamples: int, seed: int) -> Point:
+    if not signal:
+        return math.nan, np.full(resamples, np.nan)
+    return made.retention, resampled(task, made, resamples=resamples, seed=seed)
 
 
-def _floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:
-    if not is_anchored(score, measure):
-        return None
-    floor = floor_scores(dense, score)
-    if score not in BITS:
-        return float(floor.mean())
-    sizes = sum(row[gold] for row, gold in zip(dense.bytes, dense.gold, strict=True))
-    return float(floor.sum()) / sizes
+def by_dimension(tasks: Sequence[TaskScores], points: dict[str, Point]) -> dict[str, Point]:
+    """Return the mean over each dimension's tasks, of those that have a point."""
+    members: dict[str, list[Point]] = {}
+    for task in tasks:
+        if task.name in points:
+            members.setdefault(task.dimension, []).append(points[task.name])
+    return {dimension: mean_point(held) for dimension, held in members.items()}
 
 
-def _number(value: Estimate) -> float:
-    return math.nan if value.value is None else value.value
+def mean_point(points: Sequence[Point]) -> Point:
+    """Return the means of values and of their resamples, of those that are defined."""
+    return mean([value for value, _ in points]), column_means([drawn for _, drawn in points])
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:

@@ -30,35 +30,21 @@ MEMORY = 1 << 30  # bytes of address space
 # Runs in the child. The program comes on standard input after a line with the token, which is
 # written back only once the program has run to its end: `sys.exit(0)` is no success.
 CHILD = r"""
-import sys
+import collections, heapq, itertools, math, os, random, re, resource, sys, typing
 seconds, memory, report = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-token = sys.stdin.readline()
-source = sys.stdin.read()
-import abc, bisect, cmath, collections, copy, datetime, decimal, enum, fractions, functools
-import hashlib, heapq, itertools, json, math, operator, os, random, re, statistics, string
-import textwrap, time, typing, unicodedata
-try:
-    import resource
-    cpu = int(seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-    if sys.platform != "darwin":
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-except ImportError:
-    resource = None
+token, source = sys.stdin.readline(), sys.stdin.read()
+limits = {"CPU": int(seconds) + 1, "CORE": 0, "FSIZE": 0, "NOFILE": 32, "AS": memory, "NPROC": 0}
+if sys.platform == "darwin":
+    del limits["AS"]
 if sys.platform == "linux":
     import ctypes
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     libc.prctl(38, 1, 0, 0, 0)  # no new privileges
     # A network without interfaces, where this user may make one.
     if libc.unshare(0x40000000) != 0:
         libc.unshare(0x10000000 | 0x40000000)
-if hasattr(os, "geteuid") and os.geteuid() == 0:
-    # The superuser is exempt from limits on processes and files: be nobody, if nobody can read
-    # the standard library, else at least give up every privilege.
-    try:
+try:
+    if os.geteuid() == 0:  # exempt from limits on processes: be nobody, if nobody can read Python
         os.seteuid(65534)
         readable = os.access(os.__file__, os.R_OK, effective_ids=True)
         os.seteuid(0)
@@ -66,13 +52,11 @@ if hasattr(os, "geteuid") and os.geteuid() == 0:
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        elif sys.platform == "linux":
-            libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-    except (OSError, NotImplementedError):
-        pass
-if resource is not None:
+except (OSError, NotImplementedError):
+    pass
+for name, most in limits.items():
     try:
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     except (OSError, ValueError):
         pass
 FORBIDDEN = (
@@ -83,9 +67,9 @@ FORBIDDEN = (
     "http.", "sqlite3.", "signal.pthread_kill", "_thread.start_new_thread", "winreg.",
 )
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-def watch(event, arguments, leave=os._exit, isinstance=isinstance, int=int, str=str):
+def watch(event, arguments, leave=os._exit, isinstance=isinstance, int=int, str=str, any=any):
     if event == "open":
-        mode, flags = arguments[1], arguments[2]
+        mode, flags = arguments[1:3]
         if isinstance(mode, str) and any(letter in mode for letter in "wax+"):
             leave(13)
         if isinstance(flags, int) and flags & WRITING:
@@ -94,8 +78,7 @@ def watch(event, arguments, leave=os._exit, isinstance=isinstance, int=int, str=
         leave(13)
 write = os.write
 sys.addaudithook(watch)
-sys.argv = ["program.py"]
-sys.stdin = None
+sys.argv, sys.stdin = ["program.py"], None
 exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
 write(report, token.encode())
 """
@@ -112,7 +95,6 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
     """Run a Python program and say whether it ran to its end without an error.
 
     Args:
-        source: the program's text.
         seconds: of wall time; processor time is limited to the next whole second above.
         memory: bytes of address space.
     """
@@ -161,29 +143,20 @@ def check_sandbox() -> None:
         raise InputError(f"generated code cannot be run here: {right.reason}")
 
 
-def run_programs(sources: Sequence[str], *, seconds: float = SECONDS) -> list[Outcome]:
-    """Run several programs, as many at a time as there are cores (at most four)."""
-    check_sandbox()
-    with ThreadPoolExecutor(min(4, cores())) as pool:
-        return list(pool.map(lambda source: run_program(source, seconds=seconds), sources))
-
-
 class CodeEval:
     """Stands in for the `code_eval` metric of the `evaluate` package, in our own subprocess."""
 
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], **how: Any
-    ) -> tuple[dict[str, float], dict[int, Any]]:
+    ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
         """Return pass@1, the share of each problem's candidates that pass, over problems."""
-        jobs = [
-            (problem, f"{candidate}\n{test}\n")
-            for problem, (test, tried) in enumerate(zip(references, predictions, strict=True))
-            for candidate in tried
-        ]
-        results: dict[int, list[Any]] = {}
-        outcomes = run_programs([text for _, text in jobs])
-        for (problem, _), outcome in zip(jobs, outcomes, strict=True):
-            results.setdefault(problem, []).append(outcome)
+        check_sandbox()
+        with ThreadPoolExecutor(min(4, cores())) as pool:
+            running = [
+                [pool.submit(run_program, f"{candidate}\n{test}\n") for candidate in tried]
+                for test, tried in zip(references, predictions, strict=True)
+            ]
+        results = {at: [one.result() for one in row] for at, row in enumerate(running)}
         shares = [sum(one.passed for one in rows) / len(rows) for rows in results.values()]
         return {"pass@1": sum(shares) / len(shares)} if shares else {}, results
 

@@ -1,4 +1,4 @@
-"""A fast model class of lm-evaluation-harness's interface over a model opened by calmix.
+"""Log-likelihoods of answers after contexts, fast.
 
 What makes it fast is in `packing`: shared prefixes and shared beginnings run once. Beyond that
 the output head sees only positions that predict a scored token, rows are batched by tokens, and
@@ -12,35 +12,35 @@ of names; any other model is scored one sequence a row, right-padded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.likelihood import HEAD_TOKENS, close, decoder_and_head, peaks_and_sums
-from calmix.evaluation.packing import Row, Run, Scored, Target, plan
+from calmix.evaluation.packing import Row, Run, Scored, chain, plan
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument
 from calmix.models.opening import quiet_transformers
 
+BATCH_TOKENS = 2048
 ROW_TOKENS = 256
-MAX_LENGTH = 2048  # where a model does not tell its context
-GENERATE_TOKENS = 256  # lm-evaluation-harness's own default
+MAX_LENGTH = 2048  # where a model does not state its context
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-Answer = tuple[float, bool]
+
+class Request(NamedTuple):
+    """One answer whose likelihood after a context is wanted."""
+
+    task: str
+    context: str
+    answer: str
 
 
-class Scorer(TemplateLM):
-    """Scores and generates for lm-evaluation-harness.
+class Scorer:
+    """An open model that gives likelihoods; `generations.generate` writes with it.
 
     Args:
         opened: the model.
@@ -50,201 +50,137 @@ class Scorer(TemplateLM):
     Attributes:
         truncated: requests of each task whose context was cut on the left to fit the model.
         packed: whether the model runs packed rows (see the module's docstring).
-
-    Raises:
-        InputError: batch_tokens is not positive.
     """
 
     def __init__(
         self,
         opened: OpenModel,
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int = BATCH_TOKENS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        super().__init__()
         if batch_tokens < 1:
             raise InputError(f"batch tokens must be positive, not {batch_tokens}")
-        self.opened = opened
-        self.model = opened.model
-        self.tokenizer = opened.tokenizer
+        self.opened, self.model, self.tokenizer = opened, opened.model, opened.tokenizer
         self.batch_tokens = batch_tokens
-        self._progress = progress
-        self._done = self._asked = 0
-        self.truncated: Counter[str] = Counter()
-        self._decoder, self._head = decoder_and_head(self.model)
-        self._device = next(self.model.parameters()).device
+        self.device = next(self.model.parameters()).device
         self.max_length = opened.context or MAX_LENGTH
+        self.truncated: Counter[str] = Counter()
+        self._progress, self._done, self._asked = progress, 0, 0
+        self._decoder, self._head = decoder_and_head(self.model)
         self._window = attention_window(self.model)
         self._cache_key = cache_argument(self._decoder)
         self.packed = self._packs()
 
     @property
-    def eot_token_id(self) -> int:
-        """The end-of-text token, which ends a generation."""
-        if self.tokenizer.eos_token_id is None:
-            raise ModelError(f"the tokenizer of {self.opened.name} has no end-of-text token")
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
+    def prefix(self) -> int:
         """The token that stands before a text without context."""
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        if self.tokenizer.eos_token_id is not None:
-            return self.tokenizer.eos_token_id
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
         raise ModelError(
             f"the tokenizer of {self.opened.name} has neither a begin nor an end token, and a "
             "task without context needs one to start from"
         )
 
-    @property
-    def tokenizer_name(self) -> str:
-        """What lm-evaluation-harness files rendered requests under."""
-        return self.opened.tokenizer_fingerprint
+    def ask(self, count: int) -> None:
+        """Count requests that are to come."""
+        self._asked += count
 
-    def _tick(self, done: int) -> None:
-        self._done += done
+    def tick(self, count: int) -> None:
+        """Report requests that are done."""
+        self._done += count
         if self._progress is not None:
             self._progress(self._done, self._asked)
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Return the token ids of a text; special tokens as the tokenizer itself adds them."""
-        special = True if add_special_tokens is None else add_special_tokens
-        return self._encode([string], special=special)[0]
-
-    def _encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
+    def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
+        """Return the token ids of texts; special tokens as the tokenizer itself adds them."""
         if not texts:
             return []
         if special and self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token):
             special = False  # the text brings its own, as lm-evaluation-harness has it
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """Return for each (context, continuation) its log-likelihood in nats and greediness.
+    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Return of each answer its log-likelihood in nats, and whether it is the greedy one.
 
         Raises:
-            ModelError: a continuation has no tokens, is longer than the model's context, or
-                comes without context to a tokenizer without begin and end token.
+            ModelError: an answer has no tokens, is longer than the model's context, or comes
+                without context to a tokenizer without begin and end token.
         """
-        pairs = self._pairs([request.args for request in requests])
+        pairs = self.pairs([(request.context, request.answer) for request in requests])
         scored = []
-        for request, (context, continuation) in zip(requests, pairs, strict=True):
-            if not continuation:
+        for owner, (request, (context, answer)) in enumerate(zip(requests, pairs, strict=True)):
+            if not answer:
                 raise ModelError(
                     f"the tokenizer of {self.opened.name} gives no tokens for a text of task "
-                    f"{request.task_name}: {request.args[1][:40]!r}"
+                    f"{request.task}: {request.answer[:40]!r}"
                 )
-            scored.append(self._fit(request.task_name or "", context, continuation))
+            if len(answer) > self.max_length:
+                raise ModelError(
+                    f"task {request.task} has an answer of {len(answer)} tokens, but the context "
+                    f"of {self.opened.name} is {self.max_length}: leave that task out"
+                )
+            ids = [*context, *answer]
+            if len(ids) > self.max_length + 1:  # the last token is only predicted
+                self.truncated[request.task] += 1
+                ids = ids[-(self.max_length + 1) :]
+            scored.append(Scored(ids, len(ids) - len(answer), owner))
         return self._score(scored)
 
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Answer]:
-        return self._score([self._fit("", context, rest) for _, context, rest in requests])
-
-    def _pairs(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Tokenise pairs as lm-evaluation-harness does: together, then split by the context."""
         cut = []
-        for context, continuation in texts:
+        for context, answer in texts:
             kept = context.rstrip()
-            cut.append((kept, context[len(kept) :] + continuation) if kept else ("", continuation))
+            cut.append((kept, context[len(kept) :] + answer) if kept else ("", answer))
         contexts = list(dict.fromkeys(context for context, _ in cut if context))
-        known = dict(zip(contexts, self._encode(contexts), strict=True))
-        whole = iter(self._encode([a + b for a, b in cut if a]))
-        alone = iter(self._encode([b for a, b in cut if not a], special=False))
+        known = dict(zip(contexts, self.encode(contexts), strict=True))
+        whole = iter(self.encode([a + b for a, b in cut if a]))
+        alone = iter(self.encode([b for a, b in cut if not a], special=False))
         pairs = []
         for context, _ in cut:
             if context:
                 head = known[context]
                 pairs.append((head, next(whole)[len(head) :]))
                 continue
-            ids, prefix = next(alone), self.prefix_token_id
+            ids, prefix = next(alone), self.prefix
             pairs.append((ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids))
         return pairs
 
-    def _fit(self, task: str, context: list[int], continuation: list[int]) -> Scored:
-        if len(continuation) > self.max_length:
-            raise ModelError(
-                f"task {task} has an answer of {len(continuation)} tokens, but the context of "
-                f"{self.opened.name} is {self.max_length}: leave that task out"
-            )
-        ids = context + continuation
-        # The last token is only predicted, so max_length + 1 tokens fit.
-        if len(ids) > self.max_length + 1:
-            self.truncated[task] += 1
-            ids = ids[-(self.max_length + 1) :]
-        return Scored(ids, len(ids) - len(continuation))
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text in nats, in windows of the context.
-
-        The windows are lm-evaluation-harness's: every token is predicted once, the last window
-        with as much context as fits.
-        """
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        scored: list[Scored] = []
-        owners: list[int] = []
-        for number, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                token_list=self._encode([request.args[0]])[0],
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for context, rest in map(make_disjoint_window, windows):
-                scored.append(Scored([*context, *rest], len(context)))
-                owners.append(number)
-        totals = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._score(scored), strict=True):
-            totals[owner] += value
-        return totals
-
     @torch.inference_mode()
-    def _score(self, scored: list[Scored]) -> list[Answer]:
-        self._asked += len(scored)
-        totals = [0.0] * len(scored)
-        greedy = [True] * len(scored)
-        left = Counter[int]()
-        for index, sequence in enumerate(scored):
-            left[index] = len(sequence.ids) - sequence.start
-
-        def settle(rows: list[Row], values: Tensor, best: Tensor) -> None:
-            answers = zip(values.tolist(), best.tolist(), strict=True)
-            done = 0
-            for target in (target for row in rows for target in row.targets):
-                value, is_best = next(answers)
+    def _score(self, scored: list[Scored]) -> list[tuple[float, bool]]:
+        self.ask(len(scored))
+        totals, greedy = [0.0] * len(scored), [True] * len(scored)
+        for rows, hidden in self._hidden(scored):
+            values, best = self._values(rows, hidden)
+            targets = [target for row in rows for target in row.targets]
+            for target, value, is_best in zip(targets, values.tolist(), best.tolist(), strict=True):
                 totals[target.owner] += value
                 greedy[target.owner] &= is_best
-                left[target.owner] -= 1
-                done += not left[target.owner]
-            self._tick(done)
-
-        short = [i for i, s in enumerate(scored) if self.packed and len(s.ids) - 1 <= self._window]
-        chosen = set(short)
-        long = [i for i in range(len(scored)) if i not in chosen]
-        for run in renamed(plan([scored[i] for i in short], row_tokens=ROW_TOKENS), short):
-            for rows, hidden in self._run_packed(run):
-                settle(rows, *self._values(rows, hidden))
-        chains = [chain(i, scored[i]) for i in long]
-        for rows in batches(sorted(chains, key=len, reverse=True), self.batch_tokens):
-            settle(rows, *self._values(rows, self._run_plain(rows)))
+            self.tick(len({target.owner for target in targets}))  # a sequence is in one row whole
         return list(zip(totals, greedy, strict=True))
+
+    def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
+        """Yield batches of rows with the last hidden states of their nodes."""
+        short = [one for one in scored if self.packed and len(one.ids) - 1 <= self._window]
+        for run in plan(short, row_tokens=ROW_TOKENS):
+            yield from self._run_packed(run)
+        chosen = {one.owner for one in short}
+        chains = [chain(one) for one in scored if one.owner not in chosen]
+        for rows in batches(chains, self.batch_tokens):
+            yield rows, self._run_plain(rows)
 
     def _run_plain(self, rows: list[Row]) -> Tensor:
         """Run right-padded chains; what follows a token never changes it."""
         ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row.ids)
-        ids = ids.to(self._device)
-        return self._decoder(input_ids=ids, use_cache=False)[0]
+        return self._decoder(input_ids=ids.to(self.device), use_cache=False)[0]
 
     def _run_packed(self, run: Run) -> Iterator[tuple[list[Row], Tensor]]:
-        cache = None
-        if run.prefix:
-            cache = self._remember(run.prefix)
-        for rows in batches(sorted(run.rows, key=len, reverse=True), self.batch_tokens):
+        cache = self._remember(run.prefix) if run.prefix else None
+        for rows in batches(run.rows, self.batch_tokens):
             yield rows, self._forward_packed(rows, cache, len(run.prefix))
 
     def _remember(self, prefix: list[int]) -> Any:
@@ -252,7 +188,7 @@ class Scorer(TemplateLM):
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a configuration: it keeps all, sliding windows included
-        ids = torch.tensor([prefix], device=self._device)
+        ids = torch.tensor([prefix], device=self.device)
         self._decoder(input_ids=ids, use_cache=True, **{self._cache_key: cache})
         return cache
 
@@ -286,9 +222,9 @@ class Scorer(TemplateLM):
                     number,
                 )
         return self._decoder(
-            input_ids=ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            position_ids=(positions + prefix).to(self._device),
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=(positions + prefix).to(self.device),
             use_cache=past is not None,
             **({} if past is None else {self._cache_key: past}),
         )[0]
@@ -317,140 +253,29 @@ class Scorer(TemplateLM):
 
     @torch.inference_mode()
     def _packs(self) -> bool:
-        """Find out whether the model runs packed rows."""
+        """Find out whether the model runs packed rows: three lines in a tree, and each alone."""
         size = self.model.get_input_embeddings().weight.shape[0]
-        # Distinct, spread-out tokens; the same ones every time.
+        # Distinct, spread-out tokens; the same ones every time. Four of them are the prefix.
         ids = [(7 + 31 * i * i + 17 * i) % size for i in range(20)]
         lines = [ids[:12], ids[:8] + ids[12:16], ids[:4] + ids[14:20]]
+        row = Row(
+            ids[4:12] + ids[12:16] + ids[14:20],
+            [*range(-1, 7), 3, *range(8, 11), -1, *range(12, 17)],
+            [*range(8), *range(4, 8), *range(6)],
+        )
+        other = Row(row.ids[:5], row.parent[:5], row.depth[:5])  # shorter: padding is tried too
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
         with quiet_transformers():
-            row, ends = Row(), []
-            for number, line in enumerate(lines):  # one tree: 4 shared tokens are the prefix
-                nodes = [-1]
-                for depth, token in enumerate(line[4:]):
-                    shared = number == 1 and depth < 4
-                    if shared:
-                        nodes.append(depth)
-                        continue
-                    row.ids.append(token)
-                    row.parent.append(nodes[-1])
-                    row.depth.append(depth)
-                    nodes.append(len(row) - 1)
-                ends.append(nodes[-1])
             try:
-                cache = self._remember(ids[:4])
-                # The second row is shorter: padding is tried as well.
-                other = Row(ids=row.ids[:5], parent=row.parent[:5], depth=row.depth[:5])
-                packed = self._forward_packed([row, other], cache, 4)
-                bare = self._forward_packed([chain(0, Scored(lines[0], 1))], None, 0)
+                packed = self._forward_packed([row, other], self._remember(ids[:4]), 4)
+                chains = [chain(Scored([*line, 0], 1)) for line in lines]
+                bare = self._forward_packed(chains[:1], None, 0)
             except Exception:  # a model without masks, caches or positions fails in its own way
                 return False
-            for line, end in zip(lines, ends, strict=True):
-                alone = self._decoder(
-                    input_ids=torch.tensor([line], device=self._device), use_cache=False
-                )[0]
-                if not close(packed[0, end], alone[0, -1], limit):
-                    return False
-                if line is lines[0] and not (
-                    close(bare[0], alone[0, :-1], limit)
-                    and close(packed[1, :5], alone[0, 4:9], limit)
-                ):
-                    return False
-        return True
-
-    @torch.inference_mode()
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each context up to its stop sequences.
-
-        Contexts are sorted by length and batched; those too long are cut on the left.
-
-        Raises:
-            ModelError: the tokenizer has no end token, or the room asked for is no less than
-                the model's context.
-        """
-        self._asked += len(requests)
-        texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        encoded = self._encode([request.args[0] for request in requests])
-        for members in groups.values():
-            options = dict(normalize_gen_kwargs(dict(requests[members[0]].args[1])))
-            end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-            stops = handle_stop_sequences(list(_listed(options.pop("until", None))), eos=end)
-            room = int(options.pop("max_gen_toks", GENERATE_TOKENS))
-            task = requests[members[0]].task_name or ""
-            if room >= self.max_length:
-                raise ModelError(
-                    f"task {task} generates up to {room} tokens, but the context of "
-                    f"{self.opened.name} is {self.max_length}: leave that task out"
-                )
-            members.sort(key=lambda i: (-len(encoded[i]), encoded[i]))
-            for batch in self._generation_batches(members, encoded, room):
-                for index, text in zip(
-                    batch, self._generate(batch, requests, encoded, stops, room, options),
-                    strict=True,
-                ):  # fmt: skip
-                    texts[index] = postprocess_generated_text(text, stops, None)
-                self._tick(len(batch))
-        return texts
-
-    def _generation_batches(
-        self, members: list[int], encoded: list[list[int]], room: int
-    ) -> Iterator[list[int]]:
-        # Generation is bound by memory traffic, so a batch of many short rows costs little more
-        # than one of few; what limits it is the cache of keys and values.
-        at = 0
-        while at < len(members):
-            longest = min(len(encoded[members[at]]), self.max_length - room) + room
-            count = max(1, 8 * self.batch_tokens // longest)
-            yield members[at : at + count]
-            at += count
-
-    def _generate(
-        self,
-        batch: list[int],
-        requests: list[Any],
-        encoded: list[list[int]],
-        stops: list[str],
-        room: int,
-        options: dict[str, Any],
-    ) -> list[str]:
-        limit = self.max_length - room
-        rows = []
-        for index in batch:
-            tokens = encoded[index] or [self.prefix_token_id]
-            if len(tokens) > limit:
-                self.truncated[requests[index].task_name or ""] += 1
-            rows.append(tokens[-limit:])
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        pad = self.eot_token_id if pad is None else pad
-        ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            ids[number, width - len(row) :] = torch.tensor(row)
-            mask[number, width - len(row) :] = 1
-        if not options.get("do_sample"):
-            options = {"do_sample": False}
-        # Sampling tasks are seeded, and leave the caller's random state as it was.
-        with quiet_transformers(), torch.random.fork_rng(enabled=options["do_sample"]):
-            if options["do_sample"]:
-                torch.manual_seed(0)
-            made = self.model.generate(
-                input_ids=ids.to(self._device),
-                attention_mask=mask.to(self._device),
-                max_new_tokens=room,
-                stop_strings=stops,
-                tokenizer=self.tokenizer,
-                pad_token_id=pad,
-                **options,
-            )
-        return self.tokenizer.batch_decode(made[:, width:].tolist(), skip_special_tokens=True)
-
-
-def _listed(until: str | list[str] | None) -> list[str]:
-    return [until] if isinstance(until, str) else until or []
+            first, *rest = (self._run_plain([one])[0] for one in chains)
+        pairs = [(packed[0, end], one[-1]) for end, one in zip((11, 17), rest, strict=True)]
+        pairs += [(packed[0, 7], first[-1]), (packed[1, :5], first[4:9]), (bare[0], first)]
+        return all(close(one, alone, limit) for one, alone in pairs)
 
 
 def attention_window(model: Any) -> float:
@@ -466,27 +291,10 @@ def attention_window(model: Any) -> float:
     return float(min((value for value in found if isinstance(value, int)), default=float("inf")))
 
 
-def chain(owner: int, scored: Scored) -> Row:
-    """Return a row of one sequence."""
-    length = len(scored.ids) - 1
-    row = Row(scored.ids[:-1], [*range(-1, length - 1)], [*range(length)])
-    for at in range(scored.start, len(scored.ids)):
-        row.targets.append(Target(owner, at - 1, scored.ids[at]))
-    return row
-
-
-def renamed(runs: list[Run], owners: list[int]) -> Iterator[Run]:
-    """Yield runs with the owner of each target looked up in `owners`."""
-    for run in runs:
-        for row in run.rows:
-            row.targets = [Target(owners[t.owner], t.node, t.token) for t in row.targets]
-        yield run
-
-
-def batches(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
-    """Yield stretches of rows, sorted longest first, of at most `tokens` tokens with padding."""
-    at = 0
-    while at < len(rows):
-        count = max(1, tokens // max(1, len(rows[at])))
-        yield rows[at : at + count]
-        at += count
+def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    """Yield rows, longest first, in batches of at most `tokens` tokens with padding."""
+    left = sorted(rows, key=len, reverse=True)
+    while left:
+        count = max(1, tokens // max(1, len(left[0])))
+        yield left[:count]
+        left = left[count:]

@@ -67,9 +67,6 @@ class CapabilityScores:
         write_text(path, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
 
 
-_SCORES = TypeAdapter(CapabilityScores)
-
-
 def describe(suite: Suite) -> dict[str, Any]:
     """Return what scores remember of the suite they were made with."""
     return {"name": suite.name, "version": suite.version, "hash": suite.hash}
@@ -109,14 +106,16 @@ def load_dense(path: Path) -> CapabilityScores | None:
     return _parsed(value, path) if isinstance(value, dict) else None
 
 
+_SCORES = TypeAdapter(CapabilityScores)
+
+
 def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
-    if value.get("kind") != KIND:
+    if value.pop("kind", None) != KIND:
         raise InputError(f"{path} holds no scores of 'calmix evaluate'")
-    if (found := value.get("format")) != FORMAT:
+    if (found := value.pop("format", None)) != FORMAT:
         raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
     try:
-        held = {key: part for key, part in value.items() if key not in ("kind", "format")}
-        scores = _SCORES.validate_python(held)
+        scores = _SCORES.validate_python(value)
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {first_problem(error)}") from error
     if not all(isinstance(scores.suite.get(key), str) for key in ("name", "hash")):

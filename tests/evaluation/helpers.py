@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from calmix.evaluation.records import TaskScores
+from calmix.evaluation.scorer import Request
 from calmix.models import OpenModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -20,12 +19,12 @@ def opened(kind: str = "llama", seed: int = 0) -> OpenModel:
     return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
 
 
-def request(context: str, continuation: str, task: str = "task") -> Any:
-    """What the harness hands to a model class, as far as it is looked at."""
-    return SimpleNamespace(args=(context, continuation), task_name=task)
+def request(context: str, continuation: str, task: str = "task") -> Request:
+    """One answer whose likelihood is asked for."""
+    return Request(task, context, continuation)
 
 
-def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Any]:
+def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Request]:
     """Questions with choices behind a shared preamble, some of them alike, and odd ones out."""
     rng = random.Random(seed)
     words = ["red", "blue", "green", "seven", "plus", "cat", "dog", "of"]
@@ -40,11 +39,11 @@ def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Any]:
     return requests
 
 
-def reference(model: OpenModel, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+def reference(model: OpenModel, requests: Sequence[Request]) -> list[tuple[float, bool]]:
     """Score one request at a time with the whole model and no tricks."""
     answers = []
     tokenizer = model.tokenizer
-    for context, continuation in (request.args for request in requests):
+    for _, context, continuation in requests:
         stripped = context.rstrip()
         rest = context[len(stripped) :] + continuation
         head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]

@@ -13,7 +13,7 @@ import torch
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import distance as module
-from calmix.evaluation.distance import Reference, distance, flips, head_hash, reference
+from calmix.evaluation.distance import distance, flips, head_hash, reference
 from calmix.models import OpenModel
 from tests.evaluation.helpers import accuracy, bits, opened
 from tests.tiny import save_tiny_model, tiny_ids
@@ -95,36 +95,6 @@ def test_one_row_has_no_interval() -> None:
     assert found.dimensions["code"].kl_low is None
     assert found.dimensions["math"].kl_low is not None
     assert (found.total.kl_low, found.total.kl_high) == (None, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_reference_goes_through_the_disk(dtype: torch.dtype, tmp_path: Path) -> None:
-    dense, pruned = pair()
-    for one in (dense, pruned):
-        one.model.to(dtype)
-    made = reference(dense, TEXTS)
-    path = tmp_path / "deep" / "r.safetensors"
-    made.save(path)
-    assert [file.name for file in path.parent.iterdir()] == ["r.safetensors"]
-    read = Reference.load(path)
-    assert replace(read, hidden={}) == replace(made, hidden={})
-    assert {h.dtype for h in read.hidden.values()} == {dtype}
-    assert distance(pruned, read, TEXTS) == distance(pruned, made, TEXTS)
-    with pytest.raises(InputError, match="there is no file"):
-        Reference.load(tmp_path / "none")
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(InputError, match="is damaged"):
-        Reference.load(path)
-
-
-def test_a_reference_of_another_version_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "r.safetensors"
-    reference(pair()[0], TEXTS).save(path)
-    monkeypatch.setattr(module, "VERSION", 0)
-    with pytest.raises(InputError, match="holds no reference of this version"):
-        Reference.load(path)
 
 
 def test_the_cache_gives_the_same_reference_without_the_blocks(

@@ -31,7 +31,8 @@ def made(seed: int, count: int, alphabet: int, prefix: int) -> list[Scored]:
     for _ in range(count):
         ids = head[: rng.choice([prefix, prefix, prefix, 3])]
         ids = ids + [rng.randrange(alphabet) for _ in range(rng.randint(2, 20))]
-        sequences.append(Scored(ids, rng.randint(max(1, len(ids) - 4), len(ids) - 1)))
+        start = rng.randint(max(1, len(ids) - 4), len(ids) - 1)
+        sequences.append(Scored(ids, start, len(sequences)))
     return sequences
 
 

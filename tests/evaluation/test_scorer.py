@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import scorer as module
-from calmix.evaluation.scorer import Scorer, attention_window
+from calmix.evaluation.scorer import Request, Scorer, attention_window
 from calmix.models import OpenModel
 from tests.evaluation.helpers import opened, quiz, reference, request
 from tests.tiny import ARCHITECTURES
@@ -103,16 +100,6 @@ def test_batch_tokens_must_be_positive(tokens: int) -> None:
         Scorer(opened(), batch_tokens=tokens)
 
 
-def test_rolling_likelihood_predicts_every_token_once() -> None:
-    model = opened()
-    text = "the river runs " * 40  # 600 tokens in windows of 256
-    short = "the river"
-    found = Scorer(model).loglikelihood_rolling([SimpleNamespace(args=(t,)) for t in (text, short)])
-    assert found[1] == pytest.approx(reference(model, [request("", short)])[0][0], rel=1e-4)
-    assert found[0] < found[1]
-    assert found[0] / len(text) == pytest.approx(found[1] / len(short), rel=0.5)
-
-
 def test_progress_ends_at_all_requests() -> None:
     calls: list[tuple[int, int]] = []
     requests = quiz()
@@ -121,31 +108,6 @@ def test_progress_ends_at_all_requests() -> None:
     )
     assert calls[-1] == (len(requests), len(requests))
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-
-
-def asked(context: str, **options: Any) -> Any:
-    return SimpleNamespace(args=(context, options), task_name="writes")
-
-
-def test_generation_is_batched_greedy_and_stops() -> None:
-    model = opened()
-    contexts = ["one", "two words", "three little words", "four"]
-    requests = [asked(c, until=[], max_gen_toks=12) for c in contexts]
-    together = Scorer(model).generate_until(requests)
-    alone = [Scorer(model, batch_tokens=1).generate_until([r])[0] for r in requests]
-    assert together == alone
-    stop = together[0][3:5]
-    cut = Scorer(model).generate_until([asked("one", until=[stop], max_gen_toks=12)])
-    assert cut == [together[0].split(stop)[0]]
-
-
-def test_generation_needs_an_end_token_and_room() -> None:
-    model = opened()
-    with pytest.raises(ModelError, match="generates up to 256 tokens"):
-        Scorer(model).generate_until([asked("a", until=["\n"], max_gen_toks=256)])
-    model.tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="no end-of-text token"):
-        Scorer(model).generate_until([asked("a", until=["\n"], max_gen_toks=8)])
 
 
 @pytest.mark.real
@@ -158,8 +120,8 @@ def test_the_builtin_model_scores_alike_in_any_batch(builtin_float32: OpenModel)
     assert [v for v, _ in many] == pytest.approx(wanted, rel=1e-3)
 
 
-def reference_of(model: OpenModel, requests: list[Any]) -> list[float]:
-    pairs = Scorer(model)._pairs([r.args for r in requests])
+def reference_of(model: OpenModel, requests: list[Request]) -> list[float]:
+    pairs = Scorer(model).pairs([(r.context, r.answer) for r in requests])
     values = []
     for head, rest in pairs:
         ids = torch.tensor([head + rest])

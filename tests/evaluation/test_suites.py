@@ -137,7 +137,7 @@ def test_a_dimension_without_tasks_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [TOTAL, WORST, APART])
 def test_a_dimension_with_the_name_of_another_quantity_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"mine.yaml line 1: '{name}' is told beside"):
+    with pytest.raises(InputError, match=f"mine.yaml line 1: '{name}' has another meaning"):
         parse_suite(GOOD.replace("general", name), "mine.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Tasks: the harness sees exactly the archive's requests; parity, spread, leakage text."""
+"""Tasks: items of the archive, how they are checked, and the harness's own tasks."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from lm_eval.api.task import ConfigurableTask
 
 from calmix import assets
 from calmix.errors import InputError
-from calmix.evaluation import tasks as module
-from calmix.evaluation.suites import TaskSpec, load_suite, parse_suite
-from calmix.evaluation.tasks import (
-    build_tasks,
-    load_items,
-    preamble,
-    registry,
-    registry_of,
-    spread,
-    suite_items,
-)
+from calmix.evaluation import harness
+from calmix.evaluation.evaluate import evaluate, suite_items
+from calmix.evaluation.harness import gold_of, registry, registry_of
+from calmix.evaluation.suites import Suite, TaskSpec, load_suite, parse_suite, spread
+from calmix.evaluation.tasks import check, load_items, preamble
+from calmix.models import OpenModel
 from tests.evaluation.archive import suite_text, use_archive
+from tests.evaluation.helpers import opened
 
 
 def test_spread_is_even_within_and_over_groups() -> None:
     assert spread([""] * 10, 5) == [0, 2, 4, 6, 8]
-    assert spread([""] * 3, 9) == [0, 1, 2]
-    assert spread([""] * 3, None) == [0, 1, 2]
+    assert spread([""] * 3, 9) == spread([""] * 3, None) == [0, 1, 2]
     groups = ["a"] * 100 + ["b"] * 10 + ["c"] * 2
     taken = Counter(groups[i] for i in spread(groups, 12))
     assert taken == {"a": 5, "b": 5, "c": 2}
@@ -79,15 +75,23 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("archive")
-def test_the_harness_asks_exactly_the_archives_requests() -> None:
-    for built in build_tasks(parse_suite(suite_text(), "suite")):
-        task = built.parts[built.name]
-        with module.quiet_harness():
-            task.build_all_requests()
-        items = load_items(built.spec)
-        wanted = [(c, choice) for i in items for c in i.contexts for choice in i.choices]
-        assert [instance.args for instance in task.instances] == wanted
-        assert built.ids[built.name] == [item.id for item in items]
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_answers_are_checked_as_the_harness_checks_them(metric: str) -> None:
+    from datasets import Dataset
+
+    items = load_items(spec(metric=metric))
+    docs = [{"q": i.contexts[0], "c": [c[1:] for c in i.choices], "g": i.gold} for i in items]
+    with harness.quiet_harness():
+        task = ConfigurableTask(config={
+            "task": "quiz", "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "q",
+            "doc_to_choice": "c", "doc_to_target": "g", "metric_list": [{"metric": metric}],
+        })  # fmt: skip
+    rows = [[-1.0 - (3 * at + n) % 7 / 20 for at in range(3)] for n in range(len(items))]
+    wanted = [task.process_results(doc, [(v, False) for v in row])[metric]
+              for doc, row in zip(docs, rows, strict=True)]  # fmt: skip
+    assert check(spec(metric=metric), items, rows) == wanted
+    assert set(wanted) == {0.0, 1.0}
 
 
 @pytest.mark.usefixtures("archive")
@@ -101,9 +105,7 @@ def test_the_text_for_the_leakage_check_leaves_worked_examples_out() -> None:
 
 def test_preamble_ends_with_the_last_shared_example() -> None:
     assert preamble(["a\n\nb\n\nQ: x", "a\n\nb\n\nQ: y"]) == len("a\n\nb\n\n")
-    assert preamble(["Q: x", "Q: y"]) == 0
-    assert preamble(["same\n\ntext"] * 2) == 0
-    assert preamble([]) == 0
+    assert preamble(["Q: x", "Q: y"]) == preamble(["same\n\ntext"] * 2) == preamble([]) == 0
 
 
 @pytest.mark.usefixtures("archive")
@@ -121,15 +123,17 @@ def test_what_the_archive_lacks_is_one_line(fields: dict[str, Any], says: str) -
         load_items(spec(**fields))
 
 
-def test_an_unknown_task_of_the_harness_is_one_line() -> None:
-    text = suite_text().partition("dimensions:")[0] + (
-        "dimensions:\n  general:\n    x: {harness: helaswag, metric: acc, chance: 0.25}\n"
-    )
-    with pytest.raises(InputError, match=r"task x: .* has no task 'helaswag': did you mean"):
-        build_tasks(parse_suite(text, "suite"))
-    for name in ("/etc/passwd", "../tasks/piqa/piqa", "**"):
-        with pytest.raises(InputError, match="has no task"):
-            build_tasks(parse_suite(text.replace("helaswag", f"'{name}'"), "suite"))
+def of_harness(task: str, **fields: str) -> Suite:
+    head = suite_text().partition("dimensions:")[0]
+    rest = "".join(f", {key}: {value}" for key, value in fields.items())
+    return parse_suite(f"{head}dimensions:\n  general:\n    x: {{harness: '{task}'{rest}}}\n", "s")
+
+
+@pytest.mark.parametrize("name", ["helaswag", "/etc/passwd", "../tasks/piqa/piqa", "**"])
+def test_an_unknown_task_of_the_harness_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"task x: .* has no task") as caught:
+        list(suite_items(of_harness(name, metric="acc", chance="0.25")))
+    assert name != "helaswag" or "did you mean hellaswag" in str(caught.value)
 
 
 def test_tasks_of_suites_are_in_the_harness_registry() -> None:
@@ -142,23 +146,68 @@ def test_tasks_of_suites_are_in_the_harness_registry() -> None:
 
 
 def test_a_data_set_out_of_reach_is_one_line() -> None:
-    with pytest.raises(
-        InputError, match=r"task piqa: the data of piqa cannot be fetched"
-    ) as caught:
-        build_tasks(load_suite("paper").only(tasks=["piqa"]))
+    with pytest.raises(InputError, match=r"task x: the data of piqa cannot be fetched") as caught:
+        list(suite_items(of_harness("piqa", metric="acc", chance="0.5")))
     assert "\n" not in str(caught.value)
+
+
+def test_a_task_of_the_harness_on_its_own_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [
+        {"goal": f"goal {n}", "sol1": f"way {n}", "sol2": "none", "label": n % 2} for n in range(9)
+    ]
+    made = datasets.Dataset.from_list(rows)
+    split = {"train": made, "validation": made, "test": made}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: split)
+    fields = {"metric": "acc_norm", "shots": "1", "items": "even", "limit": "3"}
+    mine, model = of_harness("piqa", **fields, chance="choices"), tiny()
+    scores = evaluate(model, mine).tasks[0]
+    assert scores.items == ("piqa/0", "piqa/2", "piqa/6")
+    assert (scores.chance, scores.floor, scores.gold) == (0.5, "context-free", (0, 0, 0))
+    assert [len(row) for row in scores.loglikelihoods] == [2, 2, 2]
+    assert scores.bytes[0] == (len(" way 0"), len(" none"))
+    items = list(suite_items(mine))
+    assert [identifier for _, identifier, _ in items] == list(scores.items)
+    assert "goal 2" in items[1][2]
+    wrong = of_harness("piqa", **{**fields, "metric": "exact_match"}, chance="choices")
+    with pytest.raises(InputError, match=r"task x has no metric 'exact_match' \(has: acc"):
+        evaluate(model, wrong)
+    wrong = of_harness("piqa", **fields, chance="choices", filter="strict")
+    with pytest.raises(InputError, match="task x: there is no filter 'strict'"):
+        evaluate(model, wrong)
+
+
+def tiny() -> OpenModel:
+    model = opened()
+    model._hashes |= {"model": "tiny", "tokenizer": "tiny"}
+    return model
+
+
+def test_the_right_choice_among_contexts_is_the_harness_tasks_own() -> None:
+    class Task:
+        multiple_input = 2
+
+        def doc_to_text(self, doc: Any) -> int:
+            return 1
+
+    row = {"doc": {}, "target": "is hot.",
+           "arguments": [("The moon", " is hot."), ("The sun", " is hot.")]}  # fmt: skip
+    assert gold_of(Task(), row) == 1
+    assert gold_of(None, row | {"target": 1}) == 1
+    assert gold_of(None, row) == 0
+    with pytest.raises(InputError, match="its right answer in no choice: 'is cold'"):
+        gold_of(None, row | {"target": "is cold"})
 
 
 @pytest.mark.real
 def test_the_real_archive_gives_every_offline_task_its_items() -> None:
     for name in ("offline", "smoke", "programs"):
-        suite = load_suite(name)
-        for task in suite.tasks.values():
+        for task in load_suite(name).tasks.values():
             items = load_items(task)
             assert len({item.id for item in items}) == len(items)
             assert task.limit is None or len(items) == task.limit
-            if task.items == "even":
-                assert all(item.number % 2 == 0 for item in items)
+            assert task.items == "all" or all(item.number % 2 == 0 for item in items)
     mmlu = load_items(load_suite("offline").tasks["mmlu"])
     assert set(Counter(item.group for item in mmlu).values()) == {3}
     texts = [text for _, _, text in suite_items(load_suite("offline").only(tasks=["gsm8k"]))]
