@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,8 @@ from calmix.evaluation.evaluate import evaluate, suite_items
 from calmix.evaluation.harness import gold_of, registry, registry_of
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite, parse_suite, spread
 from calmix.evaluation.tasks import check, load_items, preamble
-from calmix.models import OpenModel
+from calmix.models import open_model
 from tests.evaluation.archive import suite_text, use_archive
-from tests.evaluation.helpers import opened
 
 
 def test_spread_is_even_within_and_over_groups() -> None:
@@ -151,7 +151,9 @@ def test_a_data_set_out_of_reach_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_of_the_harness_on_its_own_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_the_harness_on_its_own_data(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     rows = [
@@ -161,7 +163,8 @@ def test_a_task_of_the_harness_on_its_own_data(monkeypatch: pytest.MonkeyPatch) 
     split = {"train": made, "validation": made, "test": made}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: split)
     fields = {"metric": "acc_norm", "shots": "1", "items": "even", "limit": "3"}
-    mine, model = of_harness("piqa", **fields, chance="choices"), tiny()
+    mine = of_harness("piqa", **fields, chance="choices")
+    model = open_model(str(tiny_folder), dtype="float32", device="cpu")
     scores = evaluate(model, mine).tasks[0]
     assert scores.items == ("piqa/0", "piqa/2", "piqa/6")
     assert (scores.chance, scores.floor, scores.gold) == (0.5, "context-free", (0, 0, 0))
@@ -176,12 +179,6 @@ def test_a_task_of_the_harness_on_its_own_data(monkeypatch: pytest.MonkeyPatch) 
     wrong = of_harness("piqa", **fields, chance="choices", filter="strict")
     with pytest.raises(InputError, match="task x: there is no filter 'strict'"):
         evaluate(model, wrong)
-
-
-def tiny() -> OpenModel:
-    model = opened()
-    model._hashes |= {"model": "tiny", "tokenizer": "tiny"}
-    return model
 
 
 def test_the_right_choice_among_contexts_is_the_harness_tasks_own() -> None:
