@@ -62,7 +62,7 @@ def test_an_own_file_of_sources(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 3", "source 'a' is no mapping"),
+        ("a: 3", "source 'a' is not a mapping"),
         ("a: {kind: x}", "source 'a': 'reader' is missing"),
         ("a: {reader: {type: nope}}", "source 'a': 'reader'.*does not match"),
         ("a: {reader: {type: file}}", r"source 'a': 'reader.file.path' is missing"),
