@@ -27,7 +27,7 @@ import calmix
 from calmix.pruning import prune
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Method, Solution, get_method
-from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
+from calmix.pruning.patterns import Pattern, as_pattern
 
 FOUND: list[tuple[float, float]] = []  # of every layer in the order of the engine: both errors
 
@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     print(machine(), f"commit {commit()}")
     for target in options.targets:
-        pattern = parse_pattern(target) if ":" in target else Unstructured(float(target))
+        pattern = as_pattern(target)
         opened = calmix.open_model(options.model)
         drawn = calmix.resolve(
             options.calibration, opened, rows=options.rows, length=options.length

@@ -25,7 +25,7 @@ from calmix.calibration import build, parse_mix
 from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, prune
-from calmix.pruning.patterns import Pattern, parse_pattern
+from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.trace import Calls, observe
 
 MODEL = "builtin:smollm2-135m"
@@ -96,7 +96,7 @@ def main() -> None:
     if not options.sequential_only:
         targets.append(("block", "block", SIXTY))
     for text in options.pattern:
-        targets.append((f"sequential {text}", "sequential", parse_pattern(text)))
+        targets.append((f"sequential {text}", "sequential", as_pattern(text)))
     opened = open_model(MODEL)
     ids = build(parse_mix(MIX), opened, rows=options.rows, length=options.length).ids
     print(f"{datetime.date.today()}, commit {commit()}, {machine()}")

@@ -34,7 +34,7 @@ from calmix.analysis.predict import every_block, keep_grams
 from calmix.models import find_blocks
 from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import SemiStructured, Unstructured, parse_pattern
+from calmix.pruning.patterns import SemiStructured, as_pattern
 from calmix.pruning.solvers.refit import refit
 
 AT_ONCE = 32  # candidates of each side
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=128)
     options = parser.parse_args()
     target = options.target
-    pattern = parse_pattern(target) if ":" in target else Unstructured(float(target))
+    pattern = as_pattern(target)
     m = pattern.m if isinstance(pattern, SemiStructured) else 1
     opened = calmix.open_model(options.model)
     drawn = calmix.resolve(options.calibration, opened, rows=2 * options.rows, length=512)

@@ -176,6 +176,9 @@ class Compression(MemoryOptions, DeviceOptions):
                                   shown="a dozen of the suite's", advanced=True)  # fmt: skip
 
 
+METHOD = "sparsegpt"  # of pruning where none is named
+COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
+
 # What draws a calibration set beside its specification; what a method that looks at data takes;
 # what a user can say of any prune: no method's option has such a name.
 DRAW = tuple(DrawOptions.model_fields)

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calmix.errors import InputError, nearest
-from calmix.options import CALIBRATED, DRAW, PRUNE, DrawOptions, checked, named_options, parse_share
+from calmix.options import (
+    CALIBRATED,
+    DRAW,
+    METHOD,
+    PRUNE,
+    DrawOptions,
+    checked,
+    named_options,
+    parse_share,
+)
 
 if TYPE_CHECKING:
     from calmix.pruning.patterns import Pattern
@@ -16,7 +25,6 @@ if TYPE_CHECKING:
 Propagation = Literal["sequential", "block"]
 
 ROWS, LENGTH, SEED = 64, 512, 0
-METHOD = "sparsegpt"
 NONE = "none"  # the method of a request that drops experts and prunes nothing
 
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes

@@ -31,7 +31,7 @@ from calmix.evaluation.measures import Parts
 from calmix.evaluation.retention import column_means, estimate, item_weights, mean, resampled
 from calmix.pruning import distributed
 from calmix.pruning.methods import METHODS, get_method
-from calmix.pruning.patterns import SemiStructured, Unstructured, check_columns, layer_mask
+from calmix.pruning.patterns import SemiStructured, Unstructured, check_columns
 from calmix.pruning.solvers.refit import refit
 from calmix.sources import Document
 
@@ -226,7 +226,7 @@ def test_a_refit_never_loses_more(
     layer: tuple[torch.Tensor, torch.Tensor], pattern: Unstructured | SemiStructured
 ) -> None:
     weight, x = layer
-    start = weight.masked_fill(layer_mask(weight.abs(), pattern), 0)
+    start = weight.masked_fill(pattern.mask(weight.abs()), 0)
     found = refit([weight], [start], x.T @ x).weights[0]
     assert torch.equal(found == 0, start == 0)
     before, after = (((weight - w) @ x.T).square().sum(1) for w in (start, found))
@@ -238,7 +238,7 @@ def test_masks_take_the_smallest(score: tuple[torch.Tensor, torch.Tensor], n: in
     saliency = score[0].abs()
     for pattern in (SemiStructured(n, 4), Unstructured(n / 4)):
         check_columns(pattern, saliency.shape[1])
-        mask = layer_mask(saliency, pattern)
+        mask = pattern.mask(saliency)
         size = 4 if isinstance(pattern, SemiStructured) else saliency.numel()
         for values, gone in zip(saliency.view(-1, size), mask.view(-1, size), strict=True):
             assert int(gone.sum()) == pattern.count(size)

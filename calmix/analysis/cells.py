@@ -26,13 +26,6 @@ TOTAL = "total"
 WORST = "worst"
 APART = "apart"  # the total without the tasks whose benchmark either set holds a half of
 DISTANCES = ("kl", "top1", "flips")  # KL in nats a token; shares of tokens and of items
-METHOD_NAMES = {
-    "sparsegpt": "SparseGPT",
-    "admm": "ADMM",
-    "wanda": "Wanda",
-    "ria": "RIA",
-    "magnitude": "Magnitude",
-}
 
 
 @dataclass(frozen=True)
@@ -269,15 +262,16 @@ def _key(trial: Trial) -> _Key:
 
 def _order(key: _Key) -> tuple[Any, ...]:
     model, method, pattern, sparsity, propagation, rows, length, suite = key
-    known = list(METHOD_NAMES)
-    place = known.index(method) if method in known else len(known)
-    return model, place, method, sparsity, pattern, propagation or "", rows, length, suite
+    return model, method, sparsity, pattern, propagation or "", rows, length, suite
 
 
 def method_name(method: str) -> str:
     """Name a method as its papers do, with the options and the recovery that follow."""
+    from calmix.pruning.methods import methods
+
     first = re.split("[ ,]", method, maxsplit=1)[0]
-    return METHOD_NAMES.get(first, first) + method.removeprefix(first)
+    known = methods().get(first)
+    return ((known and known.title) or first) + method.removeprefix(first)
 
 
 def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:

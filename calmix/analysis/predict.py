@@ -34,10 +34,10 @@ from calmix.errors import DiskError, InputError, ModelError
 from calmix.files import cache_dir, real_place, sha256_json, user_path, write_bytes
 from calmix.models import OpenModel, find_blocks
 from calmix.models.blocks import DecoderBlocks
+from calmix.options import METHOD
 from calmix.pruning.engine import check_pattern, prune
 from calmix.pruning.gram import Gram, Squares, output_energy
-from calmix.pruning.methods import Method, Solution, get_method
-from calmix.pruning.methods.sparsegpt import SparseGPT
+from calmix.pruning.methods import Look, Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.sources import Source, own_sources
 
@@ -61,7 +61,7 @@ class Prediction:
     lost: dict[str, float]
 
 
-class _Look(SparseGPT):
+class _Look(Look):
     """Sees every Gram matrix of a pass, and leaves all weights as they are."""
 
     _seen: list[tuple[int, Tensor]] = PrivateAttr(default_factory=list)
@@ -111,7 +111,7 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
         return path
     from safetensors.torch import save
 
-    look = _Look()
+    look = _Look(gram=True)
     report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
     names = iter(layer.name for layer in report.layers)
     found = {",".join(islice(names, count)): gram / ids.numel() for count, gram in look._seen}
@@ -177,7 +177,7 @@ def predict(
     opened: OpenModel,
     calibrations: Sequence[str],
     *,
-    method: str | Method = "sparsegpt",
+    method: str | Method = METHOD,
     pattern: Pattern | str | float | None = None,
     rows: int = ROWS,
     length: int = LENGTH,

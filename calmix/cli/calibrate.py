@@ -13,6 +13,7 @@ from calmix.cli.verbs import MAKE, group, verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder
 from calmix.options import (
+    METHOD,
     DrawOptions,
     Json,
     Licence,
@@ -60,7 +61,7 @@ class PredictOptions(DrawOptions, ModelOptions, Json):
 
     calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True)
     model: str = option(..., "The model to be pruned.", flag="--model -m")
-    method: str = option("sparsegpt", "Pruning method, e.g. admm,refit=5.")
+    method: str = option(METHOD, "Pruning method, e.g. admm,refit=5.")
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
     pattern: str | None = option(None, "N:M in place of a sparsity.")
     weights: str | None = option(None, "What counts, e.g. general=1,code=2.", shown="all equal")

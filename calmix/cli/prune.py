@@ -14,6 +14,7 @@ from calmix.cli.verbs import MAKE, verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
 from calmix.options import (
+    METHOD,
     MODEL,
     DrawOptions,
     Json,
@@ -59,7 +60,7 @@ class PruneOptions(WorkOptions):
 
     model: str = option(..., MODEL, argument=True)
     output: Path = path_option("Folder to write; of folders with several targets.")
-    method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown="sparsegpt")
+    method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD)
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6.")
     pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4.")
     calibration: str | None = option(

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask
-from calmix.compress.plan import EFFORTS, METHOD, Request, Stage
+from calmix.compress.plan import EFFORTS, Request, Stage
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.generations import EACH, TOKENS
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
+from calmix.options import COMPRESS_METHOD
 from calmix.pruning.allocation import SPREAD
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import planned
@@ -49,7 +50,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     rows, length = _drawn(asked)
     suite = choose(asked.suite, quick=EFFORTS[asked.effort].quick)
     work = suite_work(suite)
-    request = prune_request(method=METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
+    request = prune_request(method=COMPRESS_METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
                             calibration=asked.calibration)  # fmt: skip
     found = []
     for stage in listed:

@@ -19,7 +19,7 @@ from calmix.evaluation.generations import read_prompts
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.options import Compression
+from calmix.options import COMPRESS_METHOD, Compression
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.specs import LENGTH, SEED, prune_request
@@ -34,7 +34,6 @@ PERMISSIVE = {
     "papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
     "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
 }  # fmt: skip
-METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 MANIFEST = "compress.json"
 
 
@@ -139,7 +138,9 @@ def request(
     ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
     sparsity = 0.6 if (asked.sparsity, asked.pattern) == (None, None) else asked.sparsity
-    prune_request(method=METHOD, sparsity=sparsity, pattern=asked.pattern, calibration=text)
+    prune_request(
+        method=COMPRESS_METHOD, sparsity=sparsity, pattern=asked.pattern, calibration=text
+    )
     check_code(choose(asked.suite), False)
     if asked.prompts is not None:
         read_prompts(asked.prompts)
@@ -193,7 +194,8 @@ def stages(asked: Request, out: Path) -> list[Stage]:
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), "calibration"))
     pruned = _flags(
-        method=METHOD, pattern=asked.pattern, sparsity=None if asked.pattern else asked.sparsity,
+        method=COMPRESS_METHOD, pattern=asked.pattern,
+        sparsity=None if asked.pattern else asked.sparsity,
         calibration=held, licence=asked.licence if asked.saved else None, **work,
         output=out / "pruned",
     )  # fmt: skip

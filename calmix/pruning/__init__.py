@@ -8,7 +8,6 @@ from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,
     as_pattern,
-    parse_pattern,
 )
 from calmix.pruning.report import PruneReport
 
@@ -21,7 +20,6 @@ __all__ = [
     "allocate",
     "as_pattern",
     "get_method",
-    "parse_pattern",
     "prune",
     "register",
 ]

@@ -1,12 +1,12 @@
-"""How sparsity is shared out over layers: as many weights go as if it were the same everywhere.
+"""Per-layer sparsity at a fixed global sparsity.
 
     uniform   the same everywhere
     owl       blocks with more outliers keep more (OWL, arXiv 2310.05175): D is the share of
               |W| ||x|| above five times its mean over a block, and a block keeps
               r - mean(r) + 1 - S with r = 0.16 minmax(D)
     error     layers that lose more of their output keep more: the same with r = 0.14 minmax(E),
-              E = ||(W - W') X||^2 / ||W X||^2 of Wanda's mask at half the sparsity; ours, after
-              LSA's use of that error
+              E = ||(W - W') X||^2 / ||W X||^2 where W' lacks the least |W| ||x|| of every row, at
+              half the sparsity; ours, after LSA's use of that error
 
 Means are over weights, so that the total stays what it is where blocks differ in size. Both look
 at the dense model on the calibration set: one pass more. Shares of a file are taken as they are,
@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, find_blocks
-from calmix.precision import bfloat16_products, widest
+from calmix.options import METHOD
+from calmix.precision import widest
 from calmix.pruning.engine import Group, Run, check_names, run_through
 from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import relative_error
-from calmix.pruning.methods import Method, get_method
-from calmix.pruning.methods.sparsegpt import SparseGPT
-from calmix.pruning.methods.wanda import Wanda
-from calmix.pruning.patterns import Unstructured
+from calmix.pruning.methods import Look, Method, get_method
+from calmix.pruning.patterns import Unstructured, clear
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
@@ -53,7 +52,7 @@ def read_allocation(
         sparsity: that of the whole; None with an N:M pattern.
 
     Raises:
-        InputError: no such name or file, a share that is none, or an N:M pattern.
+        InputError: no such name or file, a share outside (0, 1), or an N:M pattern.
     """
     if asked is None or asked == "uniform":
         return None
@@ -76,7 +75,7 @@ def read_allocation(
     for name, share in asked.items():
         if isinstance(share, bool) or not isinstance(share, int | float):
             raise InputError(
-                f"{where}: the sparsity of {name} is no number; an allocation maps names of "
+                f"{where}: the sparsity of {name} is not a number; an allocation maps names of "
                 "layers, as calmix.json has them, to shares"
             )
         if not 0 < share < 1:
@@ -92,26 +91,27 @@ def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float
         squares: sum of squares of the inputs of each, (columns,).
     """
     pairs = list(zip(weights, squares, strict=True))
-    metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
-    size = sum(weight.numel() for weight in weights)
-    wide = widest(squares[0].device)
-    bound = OUTLIER * torch.stack([m.sum(dtype=wide) for m in metrics]).sum() / size
-    metrics = (weight.abs().float().mul_(square.sqrt()) for weight, square in pairs)
-    return int(torch.stack([(metric > bound).sum() for metric in metrics]).sum()) / size
+    size, wide = sum(weight.numel() for weight in weights), widest(squares[0].device)
+    sums = [_metric(weight, square).sum(dtype=wide) for weight, square in pairs]
+    bound = OUTLIER * torch.stack(sums).sum() / size
+    above = [(_metric(weight, square) > bound).sum() for weight, square in pairs]
+    return int(torch.stack(above).sum()) / size
+
+
+def _metric(weight: Tensor, squares: Tensor) -> Tensor:
+    return weight.abs().float().mul_(squares.sqrt())
 
 
 def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
-    """Return the share of output energy that Wanda's mask loses, tr(D G D^T) / tr(W G W^T).
+    """Return the share of output energy, tr(D G D^T) / tr(W G W^T), lost with each row's least.
 
     Args:
         weight: (rows, columns).
         gram: float32 (columns, columns), sum of x x^T.
         sparsity: share pruned of every row.
     """
-    full = weight.float()
-    kept = Wanda().solve([full], gram.diagonal(), [Unstructured(sparsity)]).weights[0]
-    with bfloat16_products():
-        return relative_error(full, kept, gram)
+    mask = Unstructured(sparsity).mask(_metric(weight, gram.diagonal()), by_row=True)
+    return relative_error(weight, clear(weight.clone(), mask), gram)
 
 
 def spread(
@@ -120,8 +120,7 @@ def spread(
     """Return sparsities whose mean over weights is `sparsity`: more important parts keep more.
 
     Args:
-        importance: of each part.
-        sizes: weights of each part.
+        importance, sizes: of each part; sizes in weights.
         sparsity: share pruned of the whole.
         width: between the most and the least important.
 
@@ -167,14 +166,13 @@ def exact(
         pattern = Unstructured(share)
         return sum(number * pattern.count(size) for number, size in parts[name])
 
-    found = dict(shares)
-    surplus = sum(count(name, found[name]) - count(name, sparsity) for name in found)
+    surplus = sum(count(name, share) - count(name, sparsity) for name, share in shares.items())
     reached: dict[int, dict[str, float]] = {surplus: {}}
-    for name in sorted(found, key=lambda name: -shapes[name][0] * shapes[name][1]):
+    for name in sorted(shares, key=lambda name: -shapes[name][0] * shapes[name][1]):
         if 0 in reached:
             break
-        held = count(name, found[name])
-        steps = [(count(name, near) - held, near) for near in _near(found[name], parts[name])]
+        held = count(name, shares[name])
+        steps = [(count(name, near) - held, near) for near in _near(shares[name], parts[name])]
         grown = dict(reached)
         for total, moves in reached.items():
             for step, near in steps:
@@ -185,7 +183,7 @@ def exact(
             "no sparsities near those of the allocation prune exactly as many weights as "
             f"{sparsity:g} everywhere: name others"
         )
-    return {name: Unstructured(share) for name, share in (found | reached[0]).items()}
+    return {name: Unstructured(share) for name, share in ({**shares} | reached[0]).items()}
 
 
 def _near(share: float, groups: Sequence[tuple[int, int]]) -> Iterator[float]:
@@ -215,8 +213,7 @@ def from_shares(
     shapes = _shapes(found)
     check_names(list(shapes), shares, "allocation")
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    whole = sum(sizes.values())
-    mean = sum(shares[name] * size for name, size in sizes.items()) / whole
+    mean = sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
     if abs(mean - sparsity) > TOLERANCE:
         raise InputError(
             f"the allocation adds up to a sparsity of {mean:.4f} over all weights, and "
@@ -227,13 +224,24 @@ def from_shares(
     return exact(level, shapes, sparsity, method.groups)
 
 
+def _shapes(found: DecoderBlocks) -> dict[str, tuple[int, int]]:
+    return {
+        layer.name: layer.shape for index in range(len(found)) for layer in found.prunables(index)
+    }
+
+
+def looker(by: str) -> Method:
+    """Return a method that takes the statistic an allocation looks at, and as much memory."""
+    return Look(gram=by == "error")
+
+
 class DensePass(Run):
     """A pass over the dense model that looks at its layers, and changes nothing.
 
     Args:
         by: `owl` or `error`.
         sparsities: of the whole; the error is taken at half of each.
-        paused, experts: as for `Run`.
+        paused: as for `Run`.
     """
 
     def __init__(
@@ -245,11 +253,9 @@ class DensePass(Run):
         paused: int | None = None,
         experts: ExpertTokens | None = None,
     ) -> None:
-        # What gathers the statistic, and is as large as what is done with it.
-        super().__init__(
-            model, found, looker(by), Unstructured(0.5), "sequential", paused, experts=experts
-        )
-        self._by, self._sparsities = by, sparsities
+        pattern = Unstructured(0.5)
+        super().__init__(model, found, looker(by), pattern, "sequential", paused, experts=experts)
+        self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
@@ -260,12 +266,10 @@ class DensePass(Run):
                 if self._by == "owl":
                     self._squares[layer.name] = statistic
                     continue
-                for share in self._sparsities:
-                    error = output_error(layer.view(), statistic, share / 2)
-                    self.importance[share][layer.name] = error
+                for share, importance in self.importance.items():
+                    importance[layer.name] = output_error(layer.view(), statistic, share / 2)
 
     def block(self, index: int) -> None:
-        """Look at one block."""
         super().block(index)
         if self._by == "owl":
             layers = [one for one in self.found.prunables(index) if one.name in self._squares]
@@ -284,18 +288,13 @@ class DensePass(Run):
         return exact(dict(zip(shapes, shares, strict=True)), shapes, sparsity, method.groups)
 
 
-def looker(by: str) -> Method:
-    """Return a method that takes the statistic an allocation looks at, and as much memory."""
-    return SparseGPT() if by == "error" else Wanda()
-
-
 def allocate(
     model: nn.Module,
     ids: Tensor,
     sparsity: float,
     by: str = "owl",
     *,
-    method: str | Method = "sparsegpt",
+    method: str | Method = METHOD,
     micro_tokens: int | None = None,
 ) -> dict[str, Unstructured]:
     """Return a pattern for every layer of a model in memory, for `calmix.prune`.
@@ -315,9 +314,3 @@ def allocate(
     look = DensePass(model, find_blocks(model), by, [sparsity])
     run_through(look, ids, micro_tokens)
     return look.patterns(sparsity, get_method(method))
-
-
-def _shapes(found: DecoderBlocks) -> dict[str, tuple[int, int]]:
-    return {
-        layer.name: layer.shape for index in range(len(found)) for layer in found.prunables(index)
-    }

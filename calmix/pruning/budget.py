@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from calmix.errors import InputError
 from calmix.pruning.experts import EXPERT_BYTES
+from calmix.pruning.gram import ENTRIES
 from calmix.pruning.methods import Method
-from calmix.pruning.solvers.scaled import WIDE
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -111,8 +111,8 @@ def solver_bytes(sizes: Sizes) -> int:
     for layers in (sizes.layers, sizes.experts):
         for width in {columns for _, columns in layers}:
             rows = [rows for rows, columns in layers if columns == width]
-            wide = AT_ONCE * min(WIDE, width * max(rows)) if sizes.accelerator else 0
-            found = (m.memory(width, sum(rows), max(rows)) for m in sizes.methods)
+            wide = AT_ONCE * min(ENTRIES, width * max(rows)) if sizes.accelerator else 0
+            found = (m.memory(width, sum(rows)) for m in sizes.methods)
             most = max([most, *(held + wide for held in found)])
     return most
 

@@ -53,10 +53,10 @@ from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Patterns, check_pattern, expert_tokens, with_room
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
-from calmix.pruning.methods import get_method
+from calmix.pruning.methods import Look, get_method
 from calmix.pruning.old_states import FILES
 from calmix.pruning.old_work import WorkFolder
-from calmix.pruning.patterns import Unstructured, parse_pattern
+from calmix.pruning.patterns import Unstructured, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.streamed import (
     Target,
@@ -428,14 +428,13 @@ def _job(
 ) -> Job:
     """Return what a request means for a model; a look at the model may decide its pattern yet."""
     # Where only experts are dropped these are not looked at.
-    method = get_method(
-        "magnitude" if request.method == NONE else request.method, **request.options
-    )
+    drops = request.method == NONE
+    method = Look() if drops else get_method(request.method, **request.options)
     pattern: Patterns = Unstructured(0.5)
     if request.method == NONE:
         pass
     elif request.pattern is not None:
-        pattern = parse_pattern(request.pattern)
+        pattern = as_pattern(request.pattern)
     else:
         assert request.sparsity is not None
         pattern = Unstructured(request.sparsity)

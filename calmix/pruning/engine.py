@@ -39,6 +39,7 @@ from calmix.errors import (
 from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import check_ids as check_vocabulary
+from calmix.options import METHOD
 from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
@@ -70,7 +71,7 @@ def prune(
     model: nn.Module,
     ids: Tensor | None = None,
     *,
-    method: str | Method = "sparsegpt",
+    method: str | Method = METHOD,
     pattern: Patterns | str | float,
     propagation: Propagation = "sequential",
     micro_tokens: int | None = None,

@@ -28,7 +28,7 @@ from calmix.precision import widest
 from calmix.pruning import distributed
 from calmix.pruning.engine import Run
 from calmix.pruning.experts import Routed, is_index
-from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.methods import Look
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
 from calmix.pruning.trace import observe_block
@@ -49,7 +49,7 @@ class ScorePass(Run):
     """
 
     def __init__(self, model: Any, found: DecoderBlocks) -> None:
-        super().__init__(model, found, Wanda(), Unstructured(0.5), "block")
+        super().__init__(model, found, Look(), Unstructured(0.5), "block")
         self.scores: dict[str, list[float]] = {}
 
     def _with_states(self, index: int) -> None:

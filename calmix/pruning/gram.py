@@ -18,13 +18,14 @@ from torch import Tensor
 from calmix.errors import InputError, SolverError
 from calmix.machine import tried
 from calmix.precision import bfloat16_products, large_products, widest
-from calmix.pruning.solvers.scaled import chunks
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
 ROWS = 256  # the same for sums of squares, which read every value once
 LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
 PANEL = 256  # columns of a triangle computed in one product, on a CPU
 WIDE = 2048  # elsewhere, where every product is a kernel to start, and large ones are fast
+OUTPUTS = 512  # rows of a layer worked on at a time: enough for a product, little beside the layer
+ENTRIES = 2**25  # of a layer worked on at a time on an accelerator, where every call is a kernel
 # Precision, and how often the damping that was asked for, until the factor exists.
 ATTEMPTS = (
     (torch.float32, 1), (torch.float32, 10), (torch.float64, 10), (torch.float64, 100),
@@ -32,7 +33,7 @@ ATTEMPTS = (
 
 
 class Statistic(ABC):
-    """What a method is told of a layer's inputs, gathered over all calibration tokens.
+    """What a method needs of a layer's inputs, gathered over all calibration tokens.
 
     Args:
         columns: width of the input.
@@ -63,7 +64,7 @@ class Statistic(ABC):
             total: changes a tensor to the sum of all processes'.
 
         Raises:
-            InputError: this one cannot be shared; by default none can.
+            InputError: several processes cannot gather this one; by default none can.
         """
         raise InputError(f"{type(self).__name__} cannot be gathered by several processes")
 
@@ -71,11 +72,6 @@ class Statistic(ABC):
     def memory(cls, columns: int) -> int:
         """Return the bytes it takes; by default a few vectors."""
         return 16 * columns
-
-
-def panels(width: int, panel: int) -> list[tuple[int, int]]:
-    """Return where panels of a matrix begin and end."""
-    return [(at, min(at + panel, width)) for at in range(0, width, panel)]
 
 
 class Gram(Statistic):
@@ -88,28 +84,23 @@ class Gram(Statistic):
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Add tokens: inputs of shape (..., columns), any float dtype."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(flat)
-        columns, cpu = flat.shape[1], flat.device.type == "cpu"
-        panel = _panel(columns, cpu=cpu)
-        starts = range(0, columns, panel)
+        cpu = flat.device.type == "cpu"
+        steps = _steps(flat.shape[1], cpu=cpu)
         if flat.dtype != torch.float32 and float32_sums(flat.device, flat.dtype):
-            for at in starts:
-                _add_product(
-                    self._sum[at : at + panel, at:], flat[:, at : at + panel], flat[:, at:]
-                )
+            for at, to in steps:
+                _add_product(self._sum[at:to, at:], flat[:, at:to], flat[:, at:])
             return
         # Inputs that are bfloat16 values anyway lose nothing; nor does float16 by TF32.
         exact = (torch.bfloat16,) if cpu else (torch.bfloat16, torch.float16)
         with bfloat16_products(flat.dtype in exact):
             for start in range(0, len(flat), CHUNK):
                 x = flat[start : start + CHUNK].float()
-                for at in starts:
-                    self._sum[at : at + panel, at:].addmm_(x[:, at : at + panel].T, x[:, at:])
+                for at, to in steps:
+                    self._sum[at:to, at:].addmm_(x[:, at:to].T, x[:, at:])
 
     def reduce(self, total: Callable[[Tensor], Any]) -> None:
-        """Add what other processes have gathered."""
         total(self._sum)
 
     def matrix(self) -> Tensor:
@@ -118,14 +109,59 @@ class Gram(Statistic):
 
     @classmethod
     def memory(cls, columns: int) -> int:
-        """Return the bytes of the sum."""
         return 4 * columns**2
+
+    def times(self, gram: Tensor) -> Tensor:
+        """Return the sum of the products of all entries with another's; nothing is added after."""
+        total = torch.zeros((), dtype=widest(gram.device), device=gram.device)
+        for at, to in _steps(len(gram), cpu=gram.device.type == "cpu"):
+            part = self._sum[at:to, at:].mul_(gram[at:to, at:])
+            inner, outer = part.tensor_split([to - at], dim=1)
+            total += inner.sum(dtype=total.dtype) + 2 * outer.sum(dtype=total.dtype)
+        return total
+
+
+class Squares(Statistic):
+    """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
+
+    sums = True
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += len(flat)
+        if flat.device.type != "cpu":
+            self._sum += torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+            return
+        for start in range(0, len(flat), ROWS):
+            rows = flat[start : start + ROWS].to(torch.float32, copy=True)
+            self._sum += rows.square_().sum(0)
+
+    def reduce(self, total: Callable[[Tensor], Any]) -> None:
+        total(self._sum)
+
+    def matrix(self) -> Tensor:
+        """Return the sums, float32 (columns,)."""
+        return self._sum
+
+
+def _panels(width: int, panel: int) -> list[tuple[int, int]]:
+    """Return where panels of a matrix begin and end."""
+    return [(at, min(at + panel, width)) for at in range(0, width, panel)]
+
+
+def _steps(columns: int, *, cpu: bool) -> list[tuple[int, int]]:
+    """Return which rows of the upper triangle come from one product."""
+    half = PANEL if columns > PANEL else max(1, -(-columns // 2))
+    return _panels(columns, half if cpu else WIDE)
 
 
 def mirrored(matrix: Tensor) -> Tensor:
     """Fill the lower triangle of a square matrix by its upper one, in place."""
-    panel = PANEL if matrix.device.type == "cpu" else WIDE
-    for at, to in panels(len(matrix), panel):
+    for at, to in _panels(len(matrix), PANEL if matrix.device.type == "cpu" else WIDE):
         square = matrix[at:to, at:to]
         square.triu_().add_(square.triu(1).T)
         matrix[to:, at:to] = matrix[at:to, to:].T
@@ -135,16 +171,9 @@ def mirrored(matrix: Tensor) -> Tensor:
 def squared(upper: Tensor) -> Tensor:
     """Return U^T U of an upper triangular U, without most of what is known to be zero."""
     full = torch.empty_like(upper)
-    for at, to in panels(len(upper), _panel(len(upper), cpu=upper.device.type == "cpu")):
+    for at, to in _steps(len(upper), cpu=upper.device.type == "cpu"):
         torch.mm(upper[:to, at:to].T, upper[:to, at:], out=full[at:to, at:])
     return mirrored(full)
-
-
-def _panel(columns: int, *, cpu: bool) -> int:
-    """Return how many rows of the upper triangle come from one product."""
-    if not cpu:
-        return min(WIDE, columns)
-    return PANEL if columns > PANEL else max(1, -(-columns // 2))
 
 
 def float32_sums(device: torch.device, dtype: torch.dtype) -> bool:
@@ -171,55 +200,27 @@ def _sums_agree(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.allclose(sums.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
-class Squares(Statistic):
-    """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
-
-    sums = True
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._sum = torch.zeros(columns, device=device)
-        self.tokens = 0
-
-    def add(self, inputs: Tensor) -> None:
-        """Add tokens: inputs of shape (..., columns), any float dtype."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        self.tokens += len(flat)
-        if flat.device.type != "cpu":
-            self._sum += torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
-            return
-        for start in range(0, len(flat), ROWS):
-            rows = flat[start : start + ROWS].to(torch.float32, copy=True)
-            self._sum += rows.square_().sum(0)
-
-    def reduce(self, total: Callable[[Tensor], Any]) -> None:
-        """Add what other processes have gathered."""
-        total(self._sum)
-
-    def matrix(self) -> Tensor:
-        """Return the sums, float32 (columns,)."""
-        return self._sum
+def chunks(matrix: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix that are worked on at a time."""
+    rows, columns = matrix.shape
+    size = OUTPUTS if matrix.device.type == "cpu" else max(OUTPUTS, ENTRIES // columns)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """Return tr(W H W^T), the energy of a layer's output, as a tensor of no dimensions.
 
-    Half of a symmetric H is enough. Products round as the caller lets them; sums do not.
+    It is the sum of the products of the entries of H and of W^T W, a Gram matrix too: of bfloat16
+    weights that is exact where factors are rounded to it.
 
     Args:
         weight: W, (rows, columns) of any float type.
         gram: H, float32 (columns, columns), sum or mean of x x^T.
     """
-    columns = len(gram)
-    energy = torch.zeros((), dtype=widest(weight.device), device=weight.device)
-    for some in chunks(weight):
-        rows = weight[some].float()
-        for at, to in panels(columns, _panel(columns, cpu=weight.device.type == "cpu")):
-            with large_products():
-                share = torch.mm(rows[:, at:to], gram[at:to, at:to])
-                if to < columns:
-                    share.addmm_(rows[:, to:], gram[to:, at:to], alpha=2)
-            energy += share.mul_(rows[:, at:to]).sum(1).sum(dtype=energy.dtype)
-    return energy
+    own = Gram(len(gram), gram.device)
+    own.add(weight)
+    return own.times(gram)
 
 
 def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
@@ -233,13 +234,13 @@ def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
         kept: what W is replaced by, rounded to its type; D is the difference.
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
-    sums = torch.zeros(2, dtype=widest(weight.device), device=weight.device)
+    lost = Gram(len(gram), gram.device)
     for some in chunks(weight):
-        dense = weight[some].float()
-        sums[0] += output_energy(dense - kept[some].to(weight.dtype).float(), gram)
-        sums[1] += output_energy(dense, gram)
-    lost, whole = sums.tolist()
-    return max(lost, 0.0) / whole if whole else 0.0
+        lost.add(weight[some].float() - kept[some].to(weight.dtype).float())
+    error = lost.times(gram)
+    del lost
+    gone, whole = torch.stack([error, output_energy(weight, gram)]).tolist()
+    return max(gone, 0.0) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)
@@ -282,9 +283,10 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     mean = diagonal.mean()
     if not mean > 0:
         raise SolverError("the inputs of this layer are zero on every calibration token")
+    able = widest(gram.device) == torch.float64  # as the last attempts need it
     for dtype, raised in ATTEMPTS:
         share = raised * damping
-        upper = gram.to(_factor_device(gram.device), dtype, copy=True)
+        upper = gram.to(gram.device if able else torch.device("cpu"), dtype, copy=True)
         upper.diagonal().add_((share * mean).to(upper.device))
         with large_products():
             failed = torch.stack(list(_invert_factor(upper))).any()
@@ -297,11 +299,6 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         f"the Gram matrix is not positive definite even with damping {100 * damping:g}: "
         "use more calibration tokens or a larger --damping"
     )
-
-
-def _factor_device(device: torch.device) -> torch.device:
-    """Return where a factorisation runs, the last attempts of which are in float64."""
-    return device if widest(device) == torch.float64 else torch.device("cpu")
 
 
 def _invert_factor(h: Tensor) -> Iterator[Tensor]:
@@ -324,7 +321,7 @@ def _invert_factor(h: Tensor) -> Iterator[Tensor]:
         return
     half = size // 2
     a, b, c = h[:half, :half], h[:half, half:], h[half:, half:]
-    left, right = panels(half, panel), panels(size - half, panel)
+    left, right = _panels(half, panel), _panels(size - half, panel)
     yield from _invert_factor(c)
     corner = torch.empty_like(b)
     for at, to in right:

@@ -1,12 +1,14 @@
 """Sparsity patterns and the exact, tie-safe masks that realise them.
 
 A mask is True where a weight is pruned. Counts are exact: `round(p * size)` of a comparison
-group, or M - N of every group of M columns; equal scores are pruned in order of index.
+group, or M - N of every group of M columns; equal scores are pruned in order of index. A pattern
+is one subclass of `Pattern`: nothing else needs to know it.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +17,43 @@ from torch import Tensor
 
 from calmix.errors import InputError
 
-SORTED = 2**24  # entries sorted at a time on an accelerator: 400 MB with their places
+AT_ONCE = 2**24  # entries compared at a time on an accelerator
+
+
+class Pattern(ABC):
+    """What share of a layer's weights is pruned, and among which it is chosen."""
+
+    sparsity: float
+
+    @property
+    def group(self) -> int:
+        """Consecutive inputs of a row that are compared; 1 where the method chooses a group."""
+        return 1
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Pattern | None:
+        """Return the pattern a text means, None if it has another form."""
+
+    @abstractmethod
+    def count(self, size: int) -> int:
+        """Return how many of `size` entries, whole groups, are pruned."""
+
+    @abstractmethod
+    def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
+        """Return the mask of a matrix of finite scores, the least of which are pruned.
+
+        Args:
+            score: (rows, columns), compared as a whole or `by_row`.
+        """
+
+    def group_mask(self, score: Tensor) -> Tensor:
+        """Return the mask of groups that lie along the first dimension, (group, ...)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Prune the share `sparsity` (in (0, 1)) of every comparison group."""
 
     sparsity: float
@@ -31,13 +65,23 @@ class Unstructured:
     def __str__(self) -> str:
         return f"{self.sparsity:g}"
 
+    @classmethod
+    def parse(cls, text: str) -> Unstructured | None:
+        try:
+            return cls(float(text))
+        except ValueError:
+            return None
+
     def count(self, size: int) -> int:
-        """Return how many of `size` entries are pruned: round(sparsity * size), half to even."""
-        return round(self.sparsity * size)
+        return round(self.sparsity * size)  # half to even
+
+    def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
+        groups = score if by_row else score.reshape(1, -1)
+        return smallest(groups, self.count(groups.shape[1])).view(score.shape)
 
 
 @dataclass(frozen=True)
-class SemiStructured:
+class SemiStructured(Pattern):
     """Keep `n` of every `m` consecutive inputs of a row (N:M sparsity; 2:4 keeps two of four)."""
 
     n: int
@@ -51,16 +95,27 @@ class SemiStructured:
         return f"{self.n}:{self.m}"
 
     @property
-    def sparsity(self) -> float:
-        """Share of weights that is pruned."""
+    def sparsity(self) -> float:  # type: ignore[override]
         return 1 - self.n / self.m
 
+    @property
+    def group(self) -> int:
+        return self.m
+
+    @classmethod
+    def parse(cls, text: str) -> SemiStructured | None:
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        return match and cls(int(match[1]), int(match[2]))
+
     def count(self, size: int) -> int:
-        """Return how many of `size` entries, whole groups, are pruned."""
         return size // self.m * (self.m - self.n)
 
+    def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
+        groups = score.view(len(score), -1, self.m).permute(2, 0, 1).contiguous()
+        return self.group_mask(groups).permute(1, 2, 0).reshape(score.shape)
 
-Pattern = Unstructured | SemiStructured
+    def group_mask(self, score: Tensor) -> Tensor:
+        return smallest_of_m(score, self.m - self.n)
 
 
 def as_pattern(value: Pattern | str | float) -> Pattern:
@@ -69,25 +124,33 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
     Raises:
         InputError: it is none of these.
     """
-    if isinstance(value, Unstructured | SemiStructured):
+    if isinstance(value, Pattern):
         return value
-    try:
-        share = float(value)
-    except (TypeError, ValueError):
-        return parse_pattern(str(value))
-    return Unstructured(share)
+    for kind in Pattern.__subclasses__():
+        if (found := kind.parse(str(value))) is not None:
+            return found
+    raise InputError(f"pattern '{value}' is neither a sparsity, such as 0.5, nor N:M, such as 2:4")
 
 
-def parse_pattern(text: str) -> SemiStructured:
-    """Parse `N:M`.
+def check_columns(pattern: Pattern, columns: int, name: str = "a layer") -> None:
+    """Refuse a matrix whose width the pattern's groups do not divide.
 
     Raises:
-        InputError: not of that form, or not 0 < N < M.
+        InputError: M does not divide `columns`.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-    if match is None:
-        raise InputError(f"pattern '{text}' is not of the form N:M, such as 2:4")
-    return SemiStructured(int(match[1]), int(match[2]))
+    if columns % pattern.group:
+        raise InputError(
+            f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another, or "
+            f"leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
+        )
+
+
+def clear(weight: Tensor, mask: Tensor) -> Tensor:
+    """Set finite weights to +0.0 in place where a mask (bool, or 1.0 and 0.0) marks them.
+
+    Subtracting w * 1.0 gives +0.0, and is five times faster than masked_fill on a CPU.
+    """
+    return weight.addcmul_(weight, mask.to(weight.dtype), value=-1)
 
 
 def smallest(score: Tensor, count: int) -> Tensor:
@@ -110,36 +173,18 @@ def smallest(score: Tensor, count: int) -> Tensor:
     marked = score <= bound
     # Summing bytes is up to twenty times faster than torch's count of what is true in long rows.
     extra = np.add.reduce(marked.numpy().view(np.uint8), axis=1, dtype=np.int64) - count
-    if extra.any():
-        # Ties at the bound: keep all below it, and of those on it the first few.
-        for group in extra.nonzero()[0].tolist():
-            tied = (score[group] == bound[group]).nonzero().flatten()
-            marked[group, tied[len(tied) - int(extra[group]) :]] = False
+    for group in extra.nonzero()[0].tolist():  # of ties at the bound the first few
+        tied = (score[group] == bound[group]).nonzero().flatten()
+        marked[group, tied[len(tied) - int(extra[group]) :]] = False
     return marked
 
 
 def _smallest_in_parallel(score: Tensor, count: int) -> Tensor:
-    """Do the same with what all of an accelerator works on, and without asking the host.
+    """Do the same with all of an accelerator, without asking the host.
 
-    Selection (`kthvalue`) gives a row to one of its many processors. Rows are sorted, some at a
-    time, as long as what sorting holds beside them is little; a row that is longer is halved by
-    value, bit by bit.
-    """
-    if score.shape[1] > SORTED:
-        return _below_and_first_ties(score, _bound(score, count), count)
-    marked = torch.zeros_like(score, dtype=torch.bool)
-    rows = SORTED // score.shape[1]
-    for start in range(0, len(score), rows):
-        first = score[start : start + rows].argsort(dim=1, stable=True)[:, :count]
-        marked[start : start + rows].scatter_(1, first, True)
-    return marked
-
-
-def _bound(score: Tensor, count: int) -> Tensor:
-    """Return the `count`-th smallest entry of every row, shape (groups, 1).
-
-    Floats order as the integers of the same bits do, once those of negative ones are turned round.
-    The bound is the largest integer that has fewer than `count` entries below it.
+    Selection (`kthvalue`) gives a row to one of its many processors, so bounds are halved by
+    value, bit by bit. Floats order as the integers of the same bits do, once those of negative
+    ones are turned round; the bound is the largest that has fewer than `count` entries below it.
     """
     bits = score.float().view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -148,11 +193,8 @@ def _bound(score: Tensor, count: int) -> Tensor:
         # The first step goes from the least integer to 0, which no sum of theirs can reach.
         higher = torch.zeros_like(low) if bit == 31 else low + (1 << bit)
         low = torch.where((ordered < higher).sum(1, keepdim=True) < count, higher, low)
-    return (low ^ ((low >> 31) & 0x7FFFFFFF)).view(torch.float32).to(score.dtype)
-
-
-def _below_and_first_ties(score: Tensor, bound: Tensor, count: int) -> Tensor:
-    """Mark all below the bound and the first on it: no host is asked whether there are ties."""
+    # By value: 0.0 and -0.0 are equal.
+    bound = (low ^ ((low >> 31) & 0x7FFFFFFF)).view(torch.float32).to(score.dtype)
     below, tied = score < bound, score == bound
     left = count - below.sum(1, keepdim=True)
     return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= left))
@@ -170,11 +212,11 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
     """
     m = score.shape[0]
     if m > 16:
-        rank = score.argsort(dim=0, stable=True).argsort(dim=0)
-        return rank < count
+        return score.argsort(dim=0, stable=True).argsort(dim=0) < count
     # For small M comparing all pairs is faster than sorting, and exact about ties.
     if score.device.type != "cpu":
-        return _smallest_of_m_in_parallel(score, count)
+        parts = score.reshape(m, -1).split(AT_ONCE // m, dim=1)
+        return torch.cat([_ranks(part) < count for part in parts], 1).view(score.shape)
     rank = torch.zeros_like(score, dtype=torch.uint8)
     for i in range(m):
         for j in range(i):
@@ -182,13 +224,6 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
             rank[i] += later
             rank[j] += ~later
     return rank < count
-
-
-def _smallest_of_m_in_parallel(score: Tensor, count: int) -> Tensor:
-    """Do the same with all of an accelerator, some columns at a time."""
-    m = len(score)
-    parts = score.reshape(m, -1).split(SORTED // m, dim=1)
-    return torch.cat([_ranks(part) < count for part in parts], 1).view(score.shape)
 
 
 def _ranks(score: Tensor) -> Tensor:
@@ -202,40 +237,3 @@ def _ranks(score: Tensor) -> Tensor:
     later = torch.ge(score[:, None], score[None]) * before[..., None]  # i comes after j < i
     behind = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=score.device)[:, None]
     return later.sum(1, dtype=torch.int8).sub_(later.sum(0, dtype=torch.int8)).add_(behind)
-
-
-def layer_mask(saliency: Tensor, pattern: Pattern) -> Tensor:
-    """Return the mask (rows, columns) with the whole matrix as one comparison group."""
-    if isinstance(pattern, SemiStructured):
-        return grouped_mask(saliency, pattern)
-    flat = saliency.reshape(1, -1)
-    return smallest(flat, pattern.count(flat.shape[1])).view(saliency.shape)
-
-
-def grouped_mask(saliency: Tensor, pattern: SemiStructured) -> Tensor:
-    """Return the N:M mask (rows, columns) of a saliency matrix."""
-    rows, columns = saliency.shape
-    groups = saliency.view(rows, columns // pattern.m, pattern.m).permute(2, 0, 1).contiguous()
-    marked = smallest_of_m(groups, pattern.m - pattern.n)
-    return marked.permute(1, 2, 0).reshape(rows, columns)
-
-
-def clear(weight: Tensor, mask: Tensor) -> Tensor:
-    """Set finite weights to +0.0 in place where a mask (bool, or 1.0 and 0.0) marks them.
-
-    Subtracting w * 1.0 gives +0.0, and is five times faster than masked_fill on a CPU.
-    """
-    return weight.addcmul_(weight, mask.to(weight.dtype), value=-1)
-
-
-def check_columns(pattern: Pattern, columns: int, name: str = "a layer") -> None:
-    """Refuse a matrix whose width an N:M pattern does not divide.
-
-    Raises:
-        InputError: M does not divide `columns`.
-    """
-    if isinstance(pattern, SemiStructured) and columns % pattern.m:
-        raise InputError(
-            f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another, or "
-            f"leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
-        )

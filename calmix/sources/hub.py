@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,7 +55,9 @@ class HubText(Reader):
     starts: str | None = None
     characters: Annotated[int, Field(gt=0)] = BUDGET
 
-    origin: ClassVar[str] = "hub"
+    @property
+    def origin(self) -> str:
+        return "hub"
 
     @property
     def subsets(self) -> list[str | None]:
@@ -74,10 +76,11 @@ class HubText(Reader):
         return "offline (fetched before)" if self._kept().is_file() else "hub"
 
     def read(self) -> Iterator[Document]:
-        if (mirror := self._mirror()) is not None:
+        mirror, kept = self._mirror(), self._kept()
+        if mirror is not None:
             yield from self._documents(str(mirror))
             return
-        if not (kept := self._kept()).is_file():
+        if not kept.is_file():
             lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents(self.id)]
             write_bytes(kept, gzip.compress("".join(lines).encode(), mtime=0))
         try:
@@ -99,8 +102,9 @@ class HubText(Reader):
         return cache_dir() / "sources" / f"{name}.jsonl.gz"
 
     def _documents(self, where: str) -> Iterator[Document]:
+        budget = -(-self.characters // len(self.subsets))
         for subset in self.subsets:
-            left = -(-self.characters // len(self.subsets))
+            left = budget
             for document in self._joined(where, subset):
                 yield document
                 left -= len(document.text)
@@ -130,13 +134,15 @@ class HubText(Reader):
                 return fill(self.template, row)
         except SourceError as error:
             raise SourceError(f"{self.id} row {number}: {error}") from error
-        for key in ("text", "content"):
-            if isinstance(found := row.get(key), str):
-                return found
-        raise SourceError(
-            f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
-            f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
+        found = next(
+            (row[key] for key in ("text", "content") if isinstance(row.get(key), str)), None
         )
+        if found is None:
+            raise SourceError(
+                f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
+                f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
+            )
+        return found
 
 
 def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[str, Any]]:
@@ -157,17 +163,22 @@ def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[st
         except StopIteration:
             return
         except Exception as error:  # the hub client gives being offline many forms
-            which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-            if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
-                reason = " ".join(str(error).split())[:160] or type(error).__name__
-                copy = "the local copy of " if local else ""
-                raise SourceError(f"{copy}{which} cannot be read: {reason}") from error
-            raise SourceError(
-                f"the hub cannot be reached for {which}: go online once to fetch it, put a copy "
-                f"at {reader.id} in a folder and name that folder in {MIRROR}, or take an offline "
-                "source (calmix calibrate sources)"
-            ) from error
+            raise _unreachable(reader, subset, local, error) from error
         yield row
+
+
+def _unreachable(reader: HubText, subset: str | None, local: bool, error: Exception) -> SourceError:
+    which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
+    if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        return SourceError(
+            f"{'the local copy of ' if local else ''}{which} cannot be read: {reason}"
+        )
+    return SourceError(
+        f"the hub cannot be reached for {which}: go online once to fetch it, put a copy at "
+        f"{reader.id} in a folder and name that folder in {MIRROR}, or take an offline source "
+        "(calmix calibrate sources)"
+    )
 
 
 @contextlib.contextmanager

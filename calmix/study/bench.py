@@ -28,10 +28,11 @@ from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.allocation import from_shares
 from calmix.pruning.engine import Patterns
+from calmix.pruning.patterns import as_pattern
 from calmix.recovery import recover
 from calmix.recovery.distill import trained_names
 from calmix.study.results import Interval, TaskOutcome, Trial
-from calmix.study.spec import Study, as_pattern
+from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
 from calmix.study.trials import Key, Planned, Resolved, halves_of, kind_of
 

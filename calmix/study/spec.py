@@ -30,7 +30,7 @@ from calmix.models.opening import known_model
 from calmix.options import parse_share
 from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Pattern, Unstructured, parse_pattern
+from calmix.pruning.patterns import Unstructured, as_pattern
 from calmix.sources import Source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
@@ -55,14 +55,9 @@ def _by(act: Callable[[Any], Any]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def as_pattern(target: Target) -> Pattern:
-    """Return what a target of a method means."""
-    return parse_pattern(target) if isinstance(target, str) else Unstructured(target)
-
-
 def _target(value: Any) -> Target:
     if isinstance(value, str) and ":" in value:
-        return str(parse_pattern(value))
+        return str(as_pattern(value))
     return Unstructured(parse_share(value)).sparsity
 
 

@@ -11,7 +11,7 @@ from benchmarks.traced import tracing
 from calmix.pruning import distributed, gram
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
-from calmix.pruning.patterns import SemiStructured, Unstructured, grouped_mask, layer_mask, smallest
+from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
 from tests.pruning.toy import Means
 
 CUDA = torch.device("cuda")
@@ -142,7 +142,7 @@ def test_masks_are_made_without_the_host(score):
     with tracing() as traced:
         values = torch.rand(score)
         assert on_device(smallest(values, 2), smallest(values, score[1] - 1), smallest(values, 0))
-        assert layer_mask(values, Unstructured(0.5)).shape == score
-        assert grouped_mask(values, SemiStructured(1, 2)).dtype == torch.bool
+        assert Unstructured(0.5).mask(values).shape == score
+        assert SemiStructured(1, 2).mask(values).dtype == torch.bool
     assert not traced.reads
     assert not traced.copies

@@ -24,9 +24,8 @@ from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.experts import ExpertTokens, Gathering
 from calmix.pruning.gram import Gram
-from calmix.pruning.methods import get_method
+from calmix.pruning.methods import admm, get_method
 from calmix.pruning.report import PruneReport
-from calmix.pruning.solvers import admm
 from tests.pruning.toy import Toy
 from tests.tiny import tiny_ids, tiny_model
 

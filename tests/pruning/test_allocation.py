@@ -191,9 +191,13 @@ def test_shares_of_ones_own_are_taken_as_they_are():
         ("owl", None, "has no effect with an N:M pattern"),
         ("none.json", 0.5, "there is no file"),
         ({"a": 1.0}, 0.5, "the sparsity of a is 1.0, not between 0 and 1"),
-        ({"a": "0.5"}, 0.5, "the sparsity of a is no number; an allocation maps names of layers"),
-        ({"a": True}, 0.5, "the sparsity of a is no number"),
-        ({"layers": {"a": 0.5}}, 0.5, "the sparsity of layers is no number"),
+        (
+            {"a": "0.5"},
+            0.5,
+            "of a is not a number; an allocation maps names of layers",
+        ),
+        ({"a": True}, 0.5, "the sparsity of a is not a number"),
+        ({"layers": {"a": 0.5}}, 0.5, "the sparsity of layers is not a number"),
         ({"a": float("nan")}, 0.5, "the sparsity of a is nan"),
     ],
 )

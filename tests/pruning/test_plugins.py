@@ -167,8 +167,8 @@ def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
     [
         ("tox", r"unknown method 'tox': did you mean toy\?"),
         ("gone", r"the method 'gone' .* cannot be loaded: ModuleNotFoundError"),
-        ("other", "tests.pruning.toy:Toy is no method of the name 'other'"),
-        ("none", "json:dumps is no method of the name 'none'"),
+        ("other", "tests.pruning.toy:Toy is not a method of the name 'other'"),
+        ("none", "json:dumps is not a method of the name 'none'"),
         ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
         ("pytest", "unknown method 'pytest'"),  # another group's entry point
         ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
@@ -277,12 +277,12 @@ def test_what_cannot_be_a_method_is_refused():
         (Nameless, "has no name"),
         (Unsolved, "has no solve"),
         (Taken, "the method 'wanda' is calmix.pruning.methods.wanda.Wanda's"),
-        (Reserved, "has an option rows, which is every prune's"),
-        (Open, "the option limit of the method open has no default"),
-        (Odd, "a method's name is of small letters"),
+        (Reserved, "has an option rows, which every prune has"),
+        (Open, "has an option limit without a default"),
+        (Odd, "a method's name has small letters"),
         (Blind, "has no statistic"),
-        (int, "is no subclass of"),
-        (3, "3 is no subclass of"),
+        (int, "is not a subclass of"),
+        (3, "3 is not a subclass of"),
     ]:
         with pytest.raises(InputError, match=says):
             register(kind)

@@ -10,7 +10,7 @@ from calmix.pruning import prune
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
-from calmix.pruning.solvers import admm, refit, ria
+from calmix.pruning.solvers import refit
 from calmix.specs import prune_request
 from tests.tiny import tiny_ids, tiny_model
 
@@ -62,11 +62,13 @@ def test_options_reach_the_solver():
     weight, gram = problem()
     half = [Unstructured(0.5)]
     made = get_method("admm,iterations=3,rho=2,damping=0.1,refit=1").solve([weight], gram, half)
-    plain = admm.admm([weight], gram, half, iterations=3, rho=2.0, damping=0.1, steps=1)
-    assert torch.equal(made.weights[0], plain.weights[0])
-    assert (made.damping, made.dtype) == (plain.damping, torch.float32)
+    assert (made.damping, made.dtype) == (0.1, torch.float32)
+    for other in ("iterations=2", "rho=1", "damping=0.5", "refit=0"):
+        key, _, value = other.partition("=")
+        options = {"iterations": 3, "rho": 2, "damping": 0.1, "refit": 1} | {key: value}
+        less = get_method("admm", **options).solve([weight], gram, half)
+        assert not torch.equal(made.weights[0], less.weights[0]), other
     linear = get_method("ria,power=1").solve([weight], gram.diagonal(), half)
-    assert torch.equal(linear.weights[0], ria.ria([weight], gram.diagonal(), half, power=1.0)[0])
     assert not torch.equal(
         linear.weights[0], get_method("ria").solve([weight], gram.diagonal(), half).weights[0]
     )
@@ -101,7 +103,7 @@ def test_the_engine_gathers_what_a_refit_needs():
 
 def test_a_refit_is_planned_for():
     for name in ("sparsegpt", "wanda", "magnitude"):
-        assert get_method(name, refit=10).memory(64, 128, 128) >= Gram.memory(64)
+        assert get_method(name, refit=10).memory(64, 128) >= Gram.memory(64)
 
 
 def test_a_refit_without_data_is_one_line():

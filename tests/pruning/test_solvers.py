@@ -9,16 +9,24 @@ import torch
 
 from calmix import precision
 from calmix.errors import InputError, SolverError
+from calmix.pruning.methods.admm import Admm
+from calmix.pruning.methods.ria import Ria
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.pruning.solvers import refit as solvers_refit
-from calmix.pruning.solvers.admm import admm
 from calmix.pruning.solvers.refit import refit
-from calmix.pruning.solvers.ria import ria, saliency
 from tests.pruning.test_methods import first_k, output_error, problem
 
 PATTERNS = [Unstructured(0.6), SemiStructured(2, 4), SemiStructured(4, 8)]
+
+
+def admm(weights, gram, patterns, **options):
+    return Admm(**options).solve(weights, gram, patterns)
+
+
+def ria(weights, squares, patterns):
+    return Ria().solve(weights, squares, patterns).weights
 
 
 def tensors(weight, gram, dtype=torch.float32):
@@ -218,7 +226,7 @@ def test_admm_equals_the_textbook_updates(pattern):
     weight, gram = problem(rows=24, columns=40, tokens=800)
     w, h = tensors(weight, gram)
     expected = textbook_admm(weight, gram, pattern, 12)
-    ours = admm([w], h, [pattern], iterations=12, steps=0).weights[0].numpy()
+    ours = admm([w], h, [pattern], iterations=12, refit=0).weights[0].numpy()
     assert ((ours == 0) == (expected == 0)).mean() > 0.97
     ratio = output_error(weight, ours, gram) / output_error(weight, expected, gram)
     assert 0.95 < ratio < 1.05
@@ -276,7 +284,7 @@ def test_admm_is_monotone_at_the_end():
     weight, gram = problem(rows=48, columns=64, tokens=600)
     w, h = tensors(weight, gram, torch.bfloat16)
     for pattern in PATTERNS:
-        made = [admm([w], h, [pattern], steps=steps) for steps in (0, 1, 2, 4, 8)]
+        made = [admm([w], h, [pattern], refit=steps) for steps in (0, 1, 2, 4, 8)]
         errors = [share(w, solved.weights[0], gram) for solved in made]
         assert all(b <= a * (1 + 1e-3) for a, b in pairwise(errors))
         assert errors[-1] < errors[0]
@@ -380,7 +388,7 @@ def test_ria_is_relative_importance_within_a_layer(pattern):
         for j in range(size.shape[1]):
             relative = size[i, j] / size[:, j].sum() + size[i, j] / size[i].sum()
             score[i, j] = relative * np.sqrt(np.sqrt(gram[j, j]))
-    np.testing.assert_allclose(saliency(w, h.diagonal()).numpy(), score, rtol=1e-5)
+    np.testing.assert_allclose(Ria().score(w, h.diagonal()).numpy(), score, rtol=1e-5)
     pruned = ria([w], h.diagonal(), [pattern])[0]
     if isinstance(pattern, Unstructured):
         mask = first_k(score, pattern.count(size.size))

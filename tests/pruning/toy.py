@@ -7,7 +7,7 @@ from pydantic import Field
 
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method, Solution
-from calmix.pruning.patterns import clear, layer_mask
+from calmix.pruning.patterns import clear
 
 
 class Means(Statistic):
@@ -43,6 +43,6 @@ class Toy(Method):
     def solve(self, weights, statistic, patterns):
         full = [weight.float() for weight in weights]
         pairs = list(zip(full, patterns, strict=True))
-        masks = [layer_mask(w.abs() * statistic**self.strength, pattern) for w, pattern in pairs]
+        masks = [pattern.mask(w.abs() * statistic**self.strength) for w, pattern in pairs]
         pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
         return Solution(pruned, [int(m.sum()) for m in masks])

@@ -1,14 +1,15 @@
 """Pruning methods, by name: those that come with calmix and those of other packages.
 
-To add one, write a subclass of `Method` in a module of its own and name it in `BUILTIN`. Another
-package names its class as an entry point of the group `calmix.methods`; a program of one's own
-calls `register`.
+To add one, write a subclass of `Method` in a module of its own here. Another package names its
+class as an entry point of the group `calmix.methods`; a program of your own calls `register`.
 """
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -16,17 +17,10 @@ from pydantic import ValidationError
 
 from calmix.errors import InputError, nearest
 from calmix.options import PRUNE, named_options
-from calmix.pruning.methods.admm import Admm
-from calmix.pruning.methods.base import DTYPES, Method, Solution
-from calmix.pruning.methods.magnitude import Magnitude
-from calmix.pruning.methods.ria import Ria
-from calmix.pruning.methods.sparsegpt import SparseGPT
-from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.methods.base import DTYPES, Look, Method, Solution
 
-__all__ = ["DTYPES", "METHODS", "Method", "Solution", "get_method", "methods", "register"]
+__all__ = ["DTYPES", "METHODS", "Look", "Method", "Solution", "get_method", "methods", "register"]
 
-GROUP = "calmix.methods"
-BUILTIN: tuple[type[Method], ...] = (SparseGPT, Admm, Wanda, Ria, Magnitude)
 METHODS: dict[str, type[Method]] = {}
 
 
@@ -34,10 +28,25 @@ def register(method: type[Method]) -> type[Method]:
     """Make a method known by its name in this process; may stand over its class.
 
     Raises:
-        InputError: it is no method that can be used, or its name is another one's.
+        InputError: it cannot be used as a method, or its name is taken.
     """
-    if problem := _problem(method):
-        raise InputError(problem)
+    if not (inspect.isclass(method) and issubclass(method, Method)):
+        raise InputError(f"{method!r} is not a subclass of calmix.pruning.Method")
+    where = f"the method {method.__qualname__}"
+    for attribute in ("name", "statistic"):
+        if not hasattr(method, attribute):
+            raise InputError(f"{where} has no {attribute}")
+    if inspect.isabstract(method):
+        raise InputError(f"{where} has no solve")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", str(method.name)):
+        raise InputError(
+            f"a method's name has small letters, digits and -_. only, not '{method.name}'"
+        )
+    for key, field in method.model_fields.items():
+        if key in PRUNE:
+            raise InputError(f"{where} has an option {key}, which every prune has")
+        if field.is_required():
+            raise InputError(f"{where} has an option {key} without a default")
     held = METHODS.setdefault(method.name, method)
     if held is not method:
         raise InputError(f"the method '{method.name}' is {held.__module__}.{held.__qualname__}'s")
@@ -47,11 +56,10 @@ def register(method: type[Method]) -> type[Method]:
 def methods() -> dict[str, type[Method]]:
     """Return all methods by name; those of other packages that cannot be loaded are left out."""
     for name, point in _others().items():
-        if name not in METHODS:
-            try:
-                _load(point)
-            except InputError:  # told when it is asked for
-                continue
+        try:
+            _load(name, point)
+        except InputError:  # raised when it is asked for
+            continue
     return dict(METHODS)
 
 
@@ -59,7 +67,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
     """Return a method with its options.
 
     Args:
-        method: `NAME` or `NAME,option=value,...`; or a method, which takes no further options.
+        method: `NAME` or `NAME,option=value,...`; or a method.
         **options: more of its options.
 
     Raises:
@@ -68,81 +76,52 @@ def get_method(method: str | Method, **options: Any) -> Method:
     if isinstance(method, Method):
         return _made(type(method), method.options | options) if options else method
     name, values = named_options("method", method)
-    found = METHODS.get(name)
-    if found is None:
-        point = _others().get(name)
-        if point is None:
-            known = [*METHODS, *_others()]
-            raise InputError(f"unknown method '{name}': {nearest(name, known)}")
-        found = _load(point)
+    others = _others()
+    if name not in METHODS and name not in others:
+        raise InputError(f"unknown method '{name}': {nearest(name, [*METHODS, *others])}")
     for key in options:
         if key in values:
             raise InputError(f"{key} is given twice, once in the method '{method}'")
-    return _made(found, values | options)
+    return _made(_load(name, others.get(name)), values | options)
 
 
 def _made(found: type[Method], values: dict[str, Any]) -> Method:
-    """Return a method with options.
-
-    Raises:
-        InputError: it has no such option, or does not take a value.
-    """
-    name = found.name
     for key in values:
         if key not in found.model_fields:
             hint = nearest(key, found.model_fields) if found.model_fields else "it has none"
-            raise InputError(f"{key} has no effect with method {name}: {hint}")
+            raise InputError(f"{key} has no effect with method {found.name}: {hint}")
     try:
         return found(**values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "options"
         says = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"method {name}: {where} {first['input']}: {says}") from None
+        raise InputError(f"method {found.name}: {where} {first['input']}: {says}") from None
 
 
 def _others() -> dict[str, EntryPoint]:
     """Return the methods that installed packages name."""
-    return {point.name: point for point in entry_points(group=GROUP)}
+    return {point.name: point for point in entry_points(group="calmix.methods")}
 
 
-def _load(point: EntryPoint) -> type[Method]:
-    """Import and register what an entry point names.
-
-    Raises:
-        InputError: it cannot be imported, or is no method of the entry point's name.
-    """
+def _load(name: str, point: EntryPoint | None) -> type[Method]:
+    """Return a method that is known, or import what an entry point names."""
+    if name in METHODS or point is None:
+        return METHODS[name]
     try:
         found = point.load()
     except Exception as error:
-        told = next(iter(str(error).splitlines()), "")
+        line = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"the method '{point.name}' ({point.value}) cannot be loaded: "
-            f"{type(error).__name__}: {told}"
+            f"the method '{name}' ({point.value}) cannot be loaded: {type(error).__name__}: {line}"
         ) from error
-    if getattr(found, "name", None) != point.name:
-        raise InputError(f"{point.value} is no method of the name '{point.name}'")
+    if getattr(found, "name", None) != name:
+        raise InputError(f"{point.value} is not a method of the name '{name}'")
     return register(found)
 
 
-def _problem(method: Any) -> str | None:
-    """Say why a class cannot be used as a method."""
-    if not (inspect.isclass(method) and issubclass(method, Method)):
-        return f"{method!r} is no subclass of calmix.pruning.methods.Method"
-    if inspect.isabstract(method):
-        return f"the method {method.__qualname__} has no solve"
-    for attribute in ("name", "statistic"):
-        if not hasattr(method, attribute):
-            return f"the method {method.__qualname__} has no {attribute}"
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", str(method.name)):
-        return f"a method's name is of small letters, digits and -_. only, not '{method.name}'"
-    for key, field in method.model_fields.items():
-        if key in PRUNE:
-            return f"the method {method.name} has an option {key}, which is every prune's"
-        if field.is_required():
-            return f"the option {key} of the method {method.name} has no default"
-    return None
-
-
-for _builtin in BUILTIN:
-    register(_builtin)
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    for _found in vars(import_module(_module.name)).values():
+        own = inspect.isclass(_found) and _found.__module__ == _module.name != Method.__module__
+        if own and issubclass(_found, Method) and not inspect.isabstract(_found):
+            register(_found)

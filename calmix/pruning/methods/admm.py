@@ -1,40 +1,71 @@
-"""ADMM: mask and weights together, by alternating directions, then a refit (solvers/admm.py)."""
+"""ADMM: mask and weights together, by alternating directions on the Gram matrix, then a refit.
+
+Boza (arXiv 2401.02938) and ALPS (arXiv 2406.07831) split the problem into a least-squares step
+and a projection onto sparse matrices. Ours are the form of the iteration, the schedule, the
+sampled bounds, and that the weights are left to conjugate gradients once the mask is found.
+
+In scaled coordinates (see solvers/refit.py and `by_own_part`), with H the scaled Gram matrix plus
+damping:
+
+    minimise tr((W - X) H (W - X)^T) over X = Z, Z sparse
+
+The iterations X = (W H + rho (Z - U)) (H + rho)^-1, Z = project(X + U), U = U + X - Z are, for
+T = X + U, one line (Douglas and Rachford's):
+
+    Z = project(T),  T = Z + (T + W - 2 Z) Q,  Q = (H + rho)^-1 H
+
+Unstructured, the share that is projected away rises to the pattern's over all iterations, and
+bounds come from a sample of the layer; the last projection is exact. N:M patterns are projected
+in full from the first: measured, a gradual schedule is worse. Comparing within rows instead of
+the whole layer loses 13 % more on the builtin model.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
-from calmix.pruning.gram import Gram
+from calmix.errors import SolverError
+from calmix.precision import add_rounded_product, bfloat16_products, rounded
+from calmix.pruning.gram import Gram, inverse_factor, squared
 from calmix.pruning.methods.base import Method, Solution
-from calmix.pruning.patterns import Pattern
-from calmix.pruning.solvers import admm
+from calmix.pruning.patterns import Pattern, check_columns, clear
+from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
+
+RIDGE = 0.6  # an input's share that others tell is found with so much added to its square sum
+LEAST = 1e-3  # of an input's square sum that counts as its own
+POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
+SAMPLE = 2**14  # weights of which a bound is taken
 
 
 class Admm(Method):
     """Prune by alternating directions on the Gram matrix, and refit the kept weights."""
 
-    name = "admm"
-    statistic = Gram
+    name, title = "admm", "ADMM"
     paper = "arXiv 2401.02938, arXiv 2406.07831"
+    statistic = Gram
+    work = 15, 20  # the scaled Gram matrix, in order, and a factor at work; state, target, mask
 
     iterations: int = Field(
-        default=admm.ITERATIONS, ge=1, le=1000, description="Products that look for the mask."
+        default=24, ge=1, le=1000, description="Products that look for the mask."
     )
     refit: int = Field(
-        default=admm.REFIT,
+        default=8,
         ge=0,
         le=1000,
         description="Steps of conjugate gradients on the kept weights, after the mask.",
     )
-    rho: float = Field(
-        default=admm.RHO, gt=0, allow_inf_nan=False, description="Penalty on leaving the mask."
+    rho: float = Field(  # below 0.8 it overshoots
+        default=1.0, gt=0, allow_inf_nan=False, description="Penalty on leaving the mask."
     )
     damping: float = Field(
-        default=admm.DAMPING,
+        default=0.001,
         gt=0,
         allow_inf_nan=False,
         description="Share of what every input has of its own, added to its square sum.",
@@ -43,35 +74,111 @@ class Admm(Method):
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune and refit.
-
-        Args:
-            weights: matrices (rows, columns) of any float type that share one input.
-            statistic: the Gram matrix, float32 (columns, columns), sum of x x^T over the tokens.
-            patterns: share of every layer, or of every group of M columns of a row, to prune.
-
-        Raises:
-            SolverError: the Gram matrix cannot be factorised, or weights are not finite.
-        """
+        """Prune and refit."""
         assert statistic is not None
-        made = admm.admm(
-            weights,
-            statistic,
-            patterns,
-            iterations=self.iterations,
-            rho=self.rho,
-            damping=self.damping,
-            steps=self.refit,
-        )
-        return Solution(
-            made.weights,
-            self.counts(weights, patterns),
-            damping=made.damping,
-            dtype=torch.float32,
-            dead=made.dead,
-        )
+        for pattern in patterns:
+            check_columns(pattern, len(statistic))
+        scaled = by_own_part(scale(statistic))
+        starts: dict[int, Tensor] = {}
+        used = self.damping
+        for m in sorted({pattern.group for pattern in patterns}):
+            # The j-th columns of every group make one panel.
+            order = torch.arange(len(statistic), device=statistic.device).view(-1, m).T.reshape(-1)
+            reflector, used = self._reflector(scaled.gram, order, m)
+            for number, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
+                if pattern.group == m:
+                    starts[number] = self._search(weight, order, scaled, reflector, pattern)
+            del reflector
+        made = [
+            refit_layer(weight, starts.pop(number), scaled, steps=self.refit, damping=used)
+            for number, weight in enumerate(weights)
+        ]
+        counts = self.counts(weights, patterns)
+        return Solution(made, counts, [], used, torch.float32, scaled.dead)
 
-    def memory(self, columns: int, outputs: int, widest: int) -> int:
-        """The Gram matrix, the pruned weights, and what the solver works on."""
-        held = Gram.memory(columns) + 2 * columns * outputs
-        return held + admm.memory(outputs, columns, widest)
+    def _reflector(self, gram: Tensor, order: Tensor, m: int) -> tuple[Tensor, float]:
+        """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping it took."""
+        mean = float(gram.diagonal().mean())
+        ordered = gram if m == 1 else gram[order][:, order]
+        factor = inverse_factor(ordered, (self.damping + self.rho) / mean)
+        del ordered
+        with bfloat16_products():  # as the steps that use it do
+            reflector = squared(factor.upper).mul_(-self.rho)
+        reflector.diagonal().add_(1)
+        # What a raised damping adds counts as damping; the penalty stays what it is.
+        raised = (factor.raised - 1) * (self.damping + self.rho)
+        return rounded(reflector), self.damping + raised
+
+    def _search(
+        self, weight: Tensor, order: Tensor, scaled: Scaled, reflector: Tensor, pattern: Pattern
+    ) -> Tensor:
+        """Return one layer's weights, pruned but not refitted, in their type."""
+        norm, semi = scaled.norm[order], pattern.group > 1
+        target = weight[:, order].float().contiguous().mul_(norm)
+        state = target.clone()
+        for number in range(1, self.iterations + 1):
+            if not semi:
+                time = number / (self.iterations + 1)
+                bound = _bound(state, pattern.sparsity * (1 - (1 - time) ** POWER))
+            for rows in chunks(state):
+                part = state[rows]
+                if semi:
+                    sparse = part.addcmul(part, _in_panels(part, pattern), value=-1)
+                elif part.device.type == "cpu":
+                    sparse = functional.hardshrink(part, bound.item())
+                else:
+                    sparse = torch.where(part.abs() > bound, part, 0)
+                step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
+                add_rounded_product(sparse, step, reflector, part)
+        del target
+        if not torch.isfinite(state.sum()):
+            raise SolverError("the weights or inputs of this layer are not finite")
+        mask = _in_panels(state, pattern) if semi else pattern.mask(state.abs()).to(state.dtype)
+        state.mul_(scaled.inverse[order])
+        # Inputs that never fired keep their weights as they are.
+        state = torch.where(norm == 0, weight[:, order].float(), state)
+        clear(state, mask)
+        made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        made[:, order] = state.to(weight.dtype)
+        return made
+
+
+def by_own_part(scaled: Scaled) -> Scaled:
+    """Return inputs scaled so that what no other input tells of them has norm one.
+
+    With inputs of norm one, c_j = 1 / ((G + r)^-1)_jj - r is the square of what a ridge regression
+    on the others leaves of input j. Where inputs have much in common, a mean or one large
+    direction, that is little: with a penalty and a threshold in units of the norms the search sees
+    the common part alone, and ends behind SparseGPT, whose saliency has these c_j with r near
+    zero. Ours. What is given is changed.
+    """
+    gram = scaled.gram
+    mean = float(gram.diagonal().mean())
+    factor = inverse_factor(gram, RIDGE / mean)
+    ridge = RIDGE * factor.raised
+    own = factor.upper.square_().sum(0).reciprocal_().sub_(ridge).clamp_(LEAST, 1).sqrt_()
+    del factor
+    gram.div_(own[:, None]).div_(own)
+    return Scaled(gram, scaled.norm * own, scaled.inverse / own, scaled.dead)
+
+
+def _bound(state: Tensor, share: float) -> Tensor:
+    """Return the absolute value that about `share` of a layer's entries do not exceed."""
+    step = max(1, state.numel() // SAMPLE)
+    while math.gcd(step, state.shape[1]) > 1:  # a sample of every column
+        step += 1
+    sample = state.view(-1)[::step].abs()
+    count = round(share * len(sample))
+    if not count:
+        return sample.new_zeros(())
+    if sample.device.type != "cpu":
+        return sample.sort().values[count - 1]
+    # NumPy selects with vector instructions: twenty times faster than kthvalue.
+    return torch.from_numpy(np.partition(sample.numpy(), count - 1))[count - 1]
+
+
+def _in_panels(state: Tensor, pattern: Pattern) -> Tensor:
+    """Return 1.0 where an N:M pattern prunes, 0.0 elsewhere; columns lie in panels."""
+    panels = state.abs().view(len(state), pattern.group, -1).transpose(0, 1)
+    mask = pattern.group_mask(panels)
+    return mask.transpose(0, 1).to(state.dtype).reshape(state.shape)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from calmix.pruning.methods.base import Solution
-from calmix.pruning.methods.refitted import Refitted
-from calmix.pruning.patterns import Pattern, clear, layer_mask
+from calmix.pruning.methods.base import Saliency
 
 
-class Magnitude(Refitted):
-    """Prune by |W|, compared within a layer (unstructured) or a group of M inputs of a row."""
+class Magnitude(Saliency):
+    """Prune by |W|, compared within a layer or a group of M inputs of a row."""
 
-    name = "magnitude"
-    statistic = None
+    name, title = "magnitude", "Magnitude"
     paper = "Han et al. 2015, arXiv 1506.02626"
+    statistic = None
 
-    def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
-    ) -> Solution:
-        """Prune; kept weights are not changed."""
-        full = [weight.float() for weight in weights]
-        masks = [layer_mask(w.abs(), pattern) for w, pattern in zip(full, patterns, strict=True)]
-        pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
-        return Solution(pruned, self.counts(weights, patterns))
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        return weight.float().abs()

@@ -1,41 +1,35 @@
-"""RIA (Zhang et al., ICLR 2024): relative importance of a weight times its input's norm."""
+"""RIA: relative importance and activations, a saliency as cheap as Wanda's.
+
+"Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models". A weight
+counts by its share of its input's and of its output's weights, so that no input or output is
+pruned whole.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
 
 from calmix.pruning.gram import Squares
-from calmix.pruning.methods.base import Solution
-from calmix.pruning.methods.refitted import Refitted
-from calmix.pruning.patterns import Pattern
-from calmix.pruning.solvers import ria
+from calmix.pruning.methods.base import Saliency
+
+LEAST = 1e-38  # an input or output without weights has none to divide
 
 
-class Ria(Refitted):
-    """Prune by a weight's share of its input's and output's, times ||x_j||^power."""
+class Ria(Saliency):
+    """Prune by (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||x_j||^power, within a layer."""
 
-    name = "ria"
-    statistic = Squares
+    name, title = "ria", "RIA"
     paper = "Zhang et al., ICLR 2024"
+    statistic = Squares
 
     power: float = Field(
-        default=ria.POWER, ge=0, allow_inf_nan=False, description="Exponent of an input's norm."
+        default=0.5, ge=0, allow_inf_nan=False, description="Exponent of an input's norm."
     )
 
-    def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
-    ) -> Solution:
-        """Prune; kept weights are not changed.
-
-        Args:
-            weights: matrices (rows, columns) of any float type that share one input.
-            statistic: float32 (columns,), sum of squares of each input over the tokens.
-            patterns: what share of every layer, or of every group of M inputs, to prune.
-        """
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         assert statistic is not None
-        pruned = ria.ria(weights, statistic, patterns, power=self.power)
-        counts = self.counts(weights, patterns)
-        return Solution(pruned, counts, dead=int((statistic == 0).sum()))
+        size = weight.float().abs()
+        share = size / size.sum(0).clamp(min=LEAST)
+        share += size.div_(size.sum(1, keepdim=True).clamp(min=LEAST))
+        return share.mul_(statistic.pow(self.power / 2))

@@ -14,24 +14,13 @@ from torch import Tensor
 
 from calmix.precision import large_products
 from calmix.pruning.gram import Factor, Gram, inverse_factor
-from calmix.pruning.methods.base import Solution
-from calmix.pruning.methods.refitted import Refitted
-from calmix.pruning.patterns import (
-    Pattern,
-    SemiStructured,
-    Unstructured,
-    clear,
-    smallest,
-    smallest_of_m,
-)
+from calmix.pruning.methods.base import Refitted, Solution
+from calmix.pruning.patterns import Pattern, SemiStructured, Unstructured, clear
 from calmix.pruning.solvers import columns as fused
-from calmix.pruning.solvers.scaled import ROWS
 
 BLOCK = 128  # columns that choose their mask together (the paper's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
 AT_ONCE = 32  # on an accelerator: columns whose errors one call solves for, half as many calls
-
-MASK_BYTES = BLOCK * 5 * 4  # an output of mask, errors and scores of one block in float32
 
 
 class SparseGPT(Refitted):
@@ -41,9 +30,10 @@ class SparseGPT(Refitted):
     128 columns of a layer. Equal ones are pruned in order of column, row.
     """
 
-    name = "sparsegpt"
-    statistic = Gram
+    name, title = "sparsegpt", "SparseGPT"
     paper = "arXiv 2301.00774"
+    statistic = Gram
+    work = 7, 8  # the factor and what makes it; the weights transposed, and a block's masks
 
     damping: float = Field(
         default=0.01,
@@ -55,45 +45,24 @@ class SparseGPT(Refitted):
     def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune and correct the weights that are kept.
-
-        Args:
-            weights: matrices (rows, columns) of any float type that share one input.
-            statistic: the Gram matrix, float32 (columns, columns), sum of x x^T over the tokens.
-            patterns: share of every block of 128 columns of a layer, or of every group of M
-                columns of a row, to prune.
-
-        Raises:
-            SolverError: the Gram matrix cannot be factorised.
-        """
+        """Prune and correct the weights that are kept."""
         assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
         # Layers with shares are solved at once; those with N:M only with their like.
-        kinds = [p if isinstance(p, SemiStructured) else None for p in patterns]
+        kinds = [pattern if pattern.group > 1 else None for pattern in patterns]
         made: dict[int, tuple[Tensor, int]] = {}
         for kind in dict.fromkeys(kinds):
             places = [i for i, own in enumerate(kinds) if own == kind]
             solved = _solve([weights[i] for i in places], factor, [patterns[i] for i in places])
             made |= dict(zip(places, solved, strict=True))
         weight, pruned = zip(*(made[i] for i in range(len(weights))), strict=True)
-        return Solution(
-            weights=list(weight),
-            pruned=list(pruned),
-            damping=factor.damping,
-            dtype=factor.dtype,
-            dead=int(factor.dead.sum()),
-        )
+        dead = int(factor.dead.sum())
+        return Solution(list(weight), list(pruned), [], factor.damping, factor.dtype, dead)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Every 128 columns are a group, and what is left of them."""
         found = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
         return [(number, size) for number, size in found if number * size]
-
-    def own_memory(self, columns: int, outputs: int, widest: int) -> int:
-        """The sum, its factor and what the factorisation holds beside it; the weights transposed;
-        mask, errors and scores of one group of columns, or some outputs' energy."""
-        energy = 3 * 4 * columns * min(outputs, ROWS)
-        return 11 * columns**2 + 4 * columns * outputs + max(MASK_BYTES * outputs, energy)
 
 
 def _solve(
@@ -118,9 +87,8 @@ def _solve(
         mask = torch.empty_like(stacked[start:stop])
         parts = mask.split(heights, dim=1)
         for layer, part, pattern in zip(layers, parts, patterns, strict=True):
-            if not isinstance(pattern, SemiStructured):
-                score = (layer[start:stop] * leverage).abs_().view(1, -1)
-                part.copy_(smallest(score, pattern.count(score.numel())).view(part.shape))
+            if pattern.group == 1:
+                part.copy_(pattern.mask((layer[start:stop] * leverage).abs_()))
         local = upper[start:stop, start:stop]
         errors = _block(stacked[start:stop], mask, local, inverse, leverage, patterns[0])
         clear(stacked[start:stop], mask)
@@ -152,11 +120,10 @@ def _block(
     column's arithmetic, has one kernel do that, or where it is not `usable` takes many columns
     `at_once`.
     """
+    semi = pattern.group > 1
     if at_once is None:
         at_once = weights.device.type != "cpu"
-        m, go = (
-            (pattern.m, pattern.m - pattern.n) if isinstance(pattern, SemiStructured) else (0, 0)
-        )
+        m, go = (pattern.group, pattern.count(pattern.group)) if semi else (0, 0)
         at = weights.device, len(weights), m, go
         if at_once and m <= fused.LARGEST and fused.usable(*at, _kernel_agrees):
             return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
@@ -164,7 +131,7 @@ def _block(
         return _block_at_once(weights, mask, upper, leverage, pattern)
     size = len(weights)
     panel = _multiple(PANEL, pattern)
-    width = pattern.m if isinstance(pattern, SemiStructured) else panel
+    width = pattern.group if semi else panel
     errors = torch.empty_like(weights)
     # Views are made once: a step's arithmetic takes no longer than making one.
     before, across = errors.T, upper.T.contiguous().unbind()
@@ -176,9 +143,9 @@ def _block(
             if group > start:
                 seen = upper[start:group, group:last].T
                 weights[group:last].addmm_(seen, errors[start:group], alpha=-1)
-            if isinstance(pattern, SemiStructured):
+            if semi:
                 score = (weights[group:last] * leverage[group:last]).abs_()
-                mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
+                mask[group:last] = pattern.group_mask(score)
             torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
             wrong[group].mul_(columns[group])
             for j in range(group + 1, last):
@@ -194,9 +161,8 @@ def _block_at_once(
     weights: Tensor, mask: Tensor, upper: Tensor, leverage: Tensor, pattern: Pattern
 ) -> Tensor:
     """Do what `_block` does in few kernels: for all columns of which the mask is known at once."""
-    size = len(weights)
-    semi = isinstance(pattern, SemiStructured)
-    width = pattern.m if isinstance(pattern, SemiStructured) else AT_ONCE
+    size, semi = len(weights), pattern.group > 1
+    width = pattern.group if semi else AT_ONCE
     panel = _multiple(AT_ONCE, pattern)
     errors = torch.empty_like(weights)
     strict, identity = upper.triu(1), torch.eye(width, device=upper.device)
@@ -205,11 +171,10 @@ def _block_at_once(
         for group in range(start, stop, width):
             last = min(group + width, stop)
             here = weights[group:last]
-            if isinstance(pattern, SemiStructured):
+            if semi:
                 if group > start:
                     here.addmm_(strict[start:group, group:last].T, errors[start:group], alpha=-1)
-                score = (here * leverage[group:last]).abs_()
-                mask[group:last] = smallest_of_m(score, pattern.m - pattern.n)
+                mask[group:last] = pattern.group_mask((here * leverage[group:last]).abs_())
             own, ones = upper[group:last, group:last], identity[: last - group, : last - group]
             errors[group:last] = _errors(here, mask[group:last], own, ones)
             if semi:
@@ -252,5 +217,4 @@ def _kernel_agrees(device: torch.device, size: int, m: int, go: int) -> bool:
 
 def _multiple(size: int, pattern: Pattern) -> int:
     """Round a block or panel size up to a whole number of N:M groups."""
-    m = pattern.m if isinstance(pattern, SemiStructured) else 1
-    return -(-size // m) * m
+    return -(-size // pattern.group) * pattern.group

@@ -3,23 +3,75 @@
 A row's kept weights have a least-squares optimum of their own. Conjugate gradients come close to
 it in ten products with the Gram matrix, where solving each row's normal equations would take one
 factorisation a row (ALPS, arXiv 2406.07831, section 3.3, ends with such steps).
+
+Inputs are scaled to norm one: with n_j = ||x_j|| and N = diag(n), tr((W - P) G (W - P)^T) is the
+same for W N, P N and N^-1 G N^-1, whose diagonal is one: a preconditioner that costs nothing later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
-from calmix.precision import add_rounded_product, large_product, rounded_product
-from calmix.pruning.gram import inverse_factor
-from calmix.pruning.solvers.scaled import ROWS, Fitted, Scaled, chunks, scale
+from calmix.precision import add_rounded_product, large_product, rounded, rounded_product
+from calmix.pruning.gram import OUTPUTS, chunks, inverse_factor
 
 STEPS = 10
 DAMPING = 0.001
 CHECK = 4  # steps between two looks at what the error has become
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Pruned weights of layers that share one input, in the type of those given, and the damping
+    and the number of inputs that are zero on every token."""
+
+    weights: list[Tensor]
+    damping: float
+    dead: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A Gram matrix and the norms it was scaled by, float32.
+
+    Attributes:
+        gram: (columns, columns), diagonal one; rows and columns of dead inputs zero.
+        norm, inverse: (columns,), norms of the inputs and their reciprocals, zero where dead.
+        dead: how many inputs were zero on every token.
+    """
+
+    gram: Tensor
+    norm: Tensor
+    inverse: Tensor
+    dead: int
+
+    @cached_property
+    def coarse(self) -> Tensor:
+        """The Gram matrix as a factor that may be rounded, for all layers that share the input."""
+        return rounded(self.gram)
+
+
+def scale(gram: Tensor) -> Scaled:
+    """Scale a Gram matrix to unit diagonal.
+
+    Raises:
+        SolverError: its diagonal is not finite, or zero on every token.
+    """
+    squares = gram.diagonal()
+    if not torch.isfinite(squares).all():
+        raise SolverError("the inputs of this layer are not finite")
+    dead = squares <= torch.finfo(squares.dtype).tiny
+    if not (~dead).any():
+        raise SolverError("the inputs of this layer are zero on every calibration token")
+    norm = squares.sqrt().masked_fill(dead, 0)
+    inverse = norm.reciprocal().masked_fill(dead, 0)
+    return Scaled((gram * inverse).mul_(inverse[:, None]), norm, inverse, int(dead.sum()))
 
 
 def refit(
@@ -32,11 +84,7 @@ def refit(
 ) -> Fitted:
     """Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero.
 
-    Zeros stay exactly zero. The steps' products may round their factors to bfloat16; where inputs
-    have much in common, what tells them apart is less than that. So after the first step, every
-    `CHECK` and the last the output error of every row, as it would be stored, is computed in
-    float32. A row that got worse stops, and all end as the best they have been, at first what they
-    came as.
+    Zeros stay exactly zero, and no row's error is larger than it was.
 
     Args:
         weights: dense matrices (rows, columns) of any float type that share one input.
@@ -64,9 +112,13 @@ def refit_layer(
     """Refit one layer; return its weights, in their type.
 
     Every row is a system of its own, with its own step lengths; the diagonal that the Gram matrix
-    was scaled by is the preconditioner.
+    was scaled by is the preconditioner. The steps' products may round their factors to bfloat16;
+    where inputs have much in common, what tells them apart is less than that. So after the first
+    step, every `CHECK` and the last the output error of every row, as it would be stored, is
+    computed in float32. A row that got worse stops, and all end as the best they have been, at
+    first what they came as.
     """
-    checked = _checked(steps)
+    checked = {1, *range(CHECK, steps, CHECK), steps} if steps else set()
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
     lost = torch.zeros((), device=weight.device)
     for rows in chunks(weight):
@@ -109,16 +161,12 @@ def refit_layer(
     return made
 
 
-def _checked(steps: int) -> set[int]:
-    """Return after which steps rows are held against the best they have been."""
-    return {1, *range(CHECK, steps, CHECK), steps} if steps else set()
-
-
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.vecdot(left, right)[:, None]
 
 
 def memory(rows: int, columns: int) -> int:
-    """Return the bytes a refit needs beside weights and Gram: its scaled copies and some rows, or
-    a factor at work."""
-    return max(11 * columns**2, 6 * columns**2 + 16 * 4 * columns * min(rows, ROWS))
+    """Return the bytes a refit needs beside the Gram matrix: its scaled copies and some rows or a
+    factor at work, and the weights that were chosen and those that are made."""
+    work = 6 * columns**2 + 16 * 4 * columns * min(rows, OUTPUTS)
+    return max(11 * columns**2, work) + 6 * columns * rows
