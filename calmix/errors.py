@@ -1,7 +1,6 @@
 """The errors a user can cause. Each is one line: what is wrong, where, and what to do.
 
-The command line prints the line and ends with exit code 2. Everything else that is raised is
-a defect of calmix and keeps its traceback.
+The command line prints it and ends with exit code 2; anything else raised is a defect of calmix.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 
 class CalmixError(Exception):
-    """A mistake the user can mend, told in one line."""
+    """A mistake the user can correct, described in one line."""
 
 
 class InputError(CalmixError):
@@ -58,9 +57,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint naming the known names closest to `name`, or all of them if none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"known: {', '.join(known)}"
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -72,27 +69,17 @@ _REFUSED = {
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" while writing to `where` into one clear line.
-
-    Raises:
-        DiskError: the place is full, or cannot be written to.
-    """
+    """Turn "no space left" and "not permitted" while writing to `where` into a DiskError's line."""
     try:
         yield
     except Exception as error:
-        number = _number(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if told := re.search(r"\(os error (\d+)\)", str(error)):  # all that Rust libraries give
+            number = number or int(told[1])
         if number in _FULL:
             line = f"no space left on the disk of {where}: free some or choose another folder"
         elif number in _REFUSED:
-            line = f"cannot write to {where}: {os.strerror(number)}"
+            line = f"cannot write to {where}: {os.strerror(number or 0)}"
         else:
             raise
         raise DiskError(line) from error
-
-
-def _number(error: Exception) -> int:
-    """Return the system's error number: Rust libraries give it only in their text."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else 0

@@ -67,11 +67,7 @@ def sha256_json(value: Any) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON that others may have written.
-
-    Raises:
-        ValueError: it is no JSON, or nested more deeply than anything calmix writes.
-    """
+    """Parse JSON that others may have written; a ValueError if it is none or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -79,11 +75,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_object(path: Path, missing: str) -> dict[str, Any]:
-    """Return the JSON object a file holds.
-
-    Raises:
-        InputError: the line `missing` where there is no file; or it holds something else.
-    """
+    """Return the JSON object a file holds; InputError, where there is no file with `missing`."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,11 +131,6 @@ def hidden(
 
     This process holds the kernel's lock on it, which ends with the process however that ends. What
     lies there unlocked was left by one that was killed, and goes first.
-
-    Args:
-        path: what it is to become, or was.
-        make: makes the file or folder.
-        kind: the middle of its name.
     """
     _sweep(path)
     while True:
@@ -183,11 +170,7 @@ def _locked(path: Path, *, own: bool) -> int | None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes that were killed have left beside `path`.
-
-    One killed between the two renames of `atomic_folder` has left the old folder in a hidden one:
-    it gets its name back.
-    """
+    """Remove what killed processes have left beside `path`; an old folder gets its name back."""
     for kind in (OLD, PARTIAL):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}*"):
             with suppress(OSError):  # another user's
@@ -254,13 +237,11 @@ def check_output_folder(
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: name a folder for the output")
         check_apart(path, inputs)
-        what = "the folder you are in" if Path.cwd().is_relative_to(place) else None
-        if _holds_mount(place):
-            what = "a disk's mount point"
-        if what is not None:
+        mounted = "a disk's mount point" if _holds_mount(place) else None
+        if mounted or Path.cwd().is_relative_to(place):
             raise InputError(
-                f"{path} is or holds {what}, so nothing can take its place: name a folder in it, "
-                f"such as {path / 'out'}"
+                f"{path} is or holds {mounted or 'the folder you are in'}, so nothing can take its "
+                f"place: name a folder in it, such as {path / 'out'}"
             )
         names = sorted(held.name for held in path.iterdir()) if path.is_dir() else []
         if names and not overwrite:
@@ -279,17 +260,7 @@ def check_output_folder(
 def check_output_file(
     path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
 ) -> None:
-    """Refuse an output file before any work is done; nothing is made on the way.
-
-    Args:
-        inputs: as for `check_output_folder`.
-        overwrite: replace a file that is there.
-
-    Raises:
-        InputError: `path` is or lies in an input; it is a folder, or a file that may not be
-            replaced; or no rename can replace it.
-        DiskError: nothing can be written there.
-    """
+    """Refuse an output file before any work is done, as `check_output_folder` a folder."""
     with disk_errors(path):
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "no regular file"
@@ -314,8 +285,7 @@ def holds_result(folder: Path) -> bool:
 def check_apart(path: Path, inputs: Iterable[object]) -> None:
     """Refuse an output that is an input, lies in one or holds one, links followed.
 
-    Raises:
-        InputError: which of the inputs, as a user named them. What is no path is passed over.
+    Inputs are as a user named them; what is no path is passed over.
     """
     trail, there = _trail(path)
     for named in (one for one in inputs if one is not None):
@@ -342,11 +312,7 @@ def _trail(path: Path) -> tuple[list[tuple[int, int]], bool]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place where nothing can be made; folders on the way to it may be missing.
-
-    Raises:
-        DiskError: why.
-    """
+    """Refuse a place where nothing can be made; folders on the way to it may be missing."""
     with disk_errors(path):
         place = real_place(path)
         there = existing(place)
@@ -359,21 +325,11 @@ def check_writable(path: Path) -> None:
 
 def existing(path: Path) -> Path:
     """Return the nearest of the folders a path lies in that is there."""
-    place = path.parent
-    while True:
-        try:
-            place.stat()
-            return place
-        except FileNotFoundError:
-            place = place.parent
+    return next(place for place in path.parents if place.exists())
 
 
 def check_free(path: Path, needed: int, what: str) -> None:
-    """Refuse work before it starts if its result will not fit on the disk.
-
-    Raises:
-        DiskError: less is free beside `path` than the bytes needed.
-    """
+    """Refuse work, before it starts, that needs more bytes than are free beside `path`."""
     free = shutil.disk_usage(existing(real_place(path))).free
     if free < needed:
         raise DiskError(

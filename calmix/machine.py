@@ -56,11 +56,8 @@ def cores() -> int:
 
 
 def device_memory(device: torch.device) -> tuple[int, int, int | None]:
-    """Return the bytes this process holds where it works, those it may take, and all there are.
-
-    The last is None where what does not fit is swapped. What an allocator keeps of freed memory
-    may be taken.
-    """
+    """Return the bytes this process holds on a device, those it may still take, and all there are;
+    None for the last where what does not fit is swapped."""
     import torch
 
     if device.type not in ("cuda", "xpu"):
@@ -89,10 +86,7 @@ def mark(device: torch.device, *, timed: bool = False) -> torch.Event:
 
 
 class Laps:
-    """Seconds by activity: of the host's clock, or between marks in a device's queue.
-
-    A host that only hands work over cannot tell how long it takes; marks are read once a block.
-    """
+    """Seconds by activity: of the host's clock, or between marks in a device's queue."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -138,10 +132,7 @@ def values_at_once(device: torch.device) -> int:
 
 @functools.cache
 def tried(what: str, device: torch.device, check: Callable[..., bool], *given: object) -> bool:
-    """Return whether `check(device, *given)` finds a fast way to work there; warn if it does not.
-
-    Asked once a device and example: a driver, a compiler or a library may not have that way.
-    """
+    """Return whether `check(device, *given)` finds a fast way to work there; else warn."""
     try:
         if check(device, *given):
             return True
@@ -162,8 +153,8 @@ def _memory() -> Iterator[tuple[int, int]]:
         ):
             most, used = _numbers(folder / limit), _numbers(folder / use)
             if most and used:
-                given_back = sum(int(n) for key, n in pairwise(_words(folder / "memory.stat"))
-                                 if key == idle)  # fmt: skip
+                stat = pairwise(_text(folder / "memory.stat").split())
+                given_back = sum(int(count) for key, count in stat if key == idle)
                 yield most[0], max(0, used[0] - given_back)
 
 
@@ -178,10 +169,8 @@ def _quotas() -> Iterator[float]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Yield the folders of the control groups this process is in, innermost first.
-
-    A container sees its own group at the root, under whatever path the host gives it.
-    """
+    """Yield the folders of the control groups this process is in, innermost first."""
+    # A container sees its own group at the root, under whatever path the host gives it.
     for line in _text(OWN).splitlines():
         _, _, rest = line.partition(":")
         kinds, _, path = rest.partition(":")
@@ -194,13 +183,9 @@ def _groups(controller: str) -> Iterator[Path]:
 
 def _numbers(path: Path) -> list[int]:
     """Return the numbers in a small file; none where it says `max` or is not there."""
-    words = _words(path)
+    words = _text(path).split()
     whole = all(word.removeprefix("-").isdecimal() for word in words)
     return [int(word) for word in words] if whole else []
-
-
-def _words(path: Path) -> list[str]:
-    return _text(path).split()
 
 
 def _text(path: Path) -> str:

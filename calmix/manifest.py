@@ -1,8 +1,7 @@
-"""Manifests: what went into an artefact, and what the run that made it was like.
+"""Manifests and run records, in two files beside an artefact.
 
-Two parts, kept in two files. The manifest holds what decides the bytes (inputs by hash, seeds,
-versions) and is itself the same for the same inputs; the run record holds what differs from run
-to run (date, machine, seconds).
+The manifest holds what decides the bytes (inputs by hash, seeds, versions) and is the same for the
+same inputs; the run record holds what differs from run to run (date, machine, seconds).
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from calmix.files import is_hidden, sha256_file, sha256_json
 from calmix.machine import cores
 
 SEAL = "manifest_sha256"
-
-
 # Of all that calmix depends on these may change the bytes of a result: they compute it. The others
 # read, draw, show or move files; what a run has drawn is kept for its resumption.
 DECIDING = ("calmix", "torch", "transformers", "tokenizers")
@@ -75,14 +72,10 @@ def seal_holds(manifest: Mapping[str, Any]) -> bool:
 def file_hashes(
     folder: Path, *, without: Collection[str] = (), tick: Callable[[str], None] | None = None
 ) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder by its path within, in order of path.
+    """Return the SHA-256 of every file in a folder but `without`, by its path within, in order.
 
-    What a killed process has left hidden beside another file goes when that is written.
-
-    Args:
-        folder: where to look; links are not followed into folders.
-        without: names to leave out.
-        tick: called with the name of each file once it is hashed.
+    `tick` is called with the name of each file once it is hashed. Links are not followed into
+    folders; what a killed process has left hidden beside a file is passed over.
     """
 
     def hashed(name: str) -> str:

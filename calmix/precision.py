@@ -42,12 +42,9 @@ def widest(device: torch.device) -> torch.dtype:
 
 @functools.cache
 def _bfloat16_alone() -> bool:
-    """Tell whether this CPU has AVX-512's instructions for bfloat16 and no matrix units (AMX).
-
-    oneDNN then rounds nothing whether or not it may: its products of float32 are exact, and twice
-    as fast as those of the library that makes them otherwise (MKL, on AMD); those of bfloat16
-    twice as fast again.
-    """
+    """Tell whether this CPU has AVX-512's instructions for bfloat16 and no matrix units (AMX)."""
+    # oneDNN then rounds nothing whether or not it may: its float32 products are exact, and twice
+    # as fast as those of MKL, which makes them otherwise on AMD; bfloat16 is twice as fast again.
     able = capabilities()
     return bool(able.get("avx512_bf16")) and not able.get("amx_bf16")
 
@@ -72,10 +69,7 @@ def bfloat16_products(allowed: bool = True) -> AbstractContextManager[None]:
 
 
 def large_products() -> AbstractContextManager[None]:
-    """Let a CPU take the faster way to large products of float32; none is rounded.
-
-    Small ones take longer to begin that way.
-    """
+    """Let a CPU take the faster way to large products of float32; none is rounded."""
     cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return _set({cpu: "bf16"}) if _bfloat16_alone() else nullcontext()
 
@@ -93,15 +87,8 @@ def rounded(matrix: Tensor) -> Tensor:
 
 
 def rounded_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right`; factors, and in bfloat16 the product, may be rounded.
-
-    Args:
-        left: float32 (rows, columns).
-        right: (columns, columns), of `rounded`.
-
-    Returns:
-        float32, or bfloat16 where only such products are fast.
-    """
+    """Return `left @ right` of a float32 matrix and one of `rounded`; factors may be rounded, and
+    the product is bfloat16 where only such products are fast."""
     if right.dtype == torch.bfloat16:
         return torch.mm(left.bfloat16(), right)
     with bfloat16_products():

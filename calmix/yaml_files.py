@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
 
 from calmix.errors import InputError, nearest
 
@@ -25,15 +26,13 @@ class _Strict(yaml.SafeLoader):
 def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key, problem = loader.construct_object(key_node), None
         if not isinstance(key, str | int | float | bool | None):
-            raise yaml.MarkedYAMLError(
-                problem="a key is not text", problem_mark=key_node.start_mark
-            )
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"'{key}' is given twice", problem_mark=key_node.start_mark
-            )
+            problem = "a key is not text"
+        elif key in seen:
+            problem = f"'{key}' is given twice"
+        if problem:
+            raise ConstructorError(None, None, problem, key_node.start_mark)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -49,66 +48,69 @@ _Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
 @dataclass(frozen=True)
 class YamlText:
-    """A mapping read from YAML text, with the place of every key.
-
-    Attributes:
-        where: what the text is called in complaints.
-        text: as written.
-        value: the mapping.
-        node: the mapping's node, for `line`.
-    """
+    """A mapping read from YAML text that complaints call `where`, with the place of every key."""
 
     where: str
-    text: str
     value: dict[str, Any]
     node: yaml.Node
 
     def at(self, path: Sequence[Any]) -> str:
         """Return `FILE line N` for the deepest part of a path of keys that there is."""
-        return f"{self.where} line {locate(self.node, path)[0]}"
+        return f"{self.where} line {_locate(self.node, path)[0]}"
 
     def problems(
         self, error: ValidationError, keys: Callable[[Sequence[Any]], Iterable[str]]
     ) -> list[str]:
         """Return every problem of a failed validation as `FILE line N: key: what is wrong`.
 
-        Args:
-            error: what pydantic raised for `value`.
-            keys: returns the keys known at a path, for the hint at a misspelt one.
+        `keys` returns the keys known at a path, for the hint at a misspelt one.
         """
         found: dict[tuple[Any, ...], str] = {}
         for problem in error.errors():
             path = [part for part in problem["loc"] if part != "[key]"]
-            line, whole = locate(self.node, path)
+            line, depth = _locate(self.node, path)
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 message = f"unknown key: {nearest(str(path[-1]), keys(path[:-1]))}"
             elif problem["type"] == "missing":
-                path, whole, message = path[:-1], True, f"lacks '{path[-1]}'"
+                path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
             # Parts below a value are pydantic's own: which member of a union it tried.
-            shown = path if whole else path[: _depth(self.node, path)]
+            shown = path[:depth]
             name = ".".join(map(str, shown))
             found.setdefault(tuple(shown), f"{self.where} line {line}: {name}: {message}")
         return [line.replace(": : ", ": ") for line in found.values()]
 
 
 def parse_yaml(text: str, where: str) -> YamlText:
-    """Parse YAML text that holds a mapping; a key given twice is an error.
+    """Parse YAML text that holds a mapping, which complaints call `where`.
 
     Raises:
-        InputError: it is not YAML or not a mapping; `where` names it.
+        InputError: it is not YAML or not a mapping, gives a key twice, is larger or deeper than a
+            file a person writes, or has aliases that contain themselves or grow beyond reason.
     """
-    node = compose(text, where)
+    if len(text) > LARGEST:
+        raise InputError(f"{where} is larger than {LARGEST:,} characters, the most YAML may have")
     try:
-        value = yaml.load(text, Loader=_Strict)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = 0 if node is None else _size(node, {})
+        if size > MOST_NODES:
+            raise InputError(
+                f"{where} has aliases that make it {size:,} values, not {MOST_NODES:,}"
+            )
+        value = None if node is None else _Strict("").construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{where}{line}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date there is none of, say
+        own = isinstance(error, ConstructorError)
+        raise InputError(
+            f"{where}{line}: {error.problem if own else f'not YAML ({error.problem})'}"
+        ) from error
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply, or contains itself") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # an impossible date, say
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or node is None:
         raise InputError(f"{where} holds no mapping of names to values")
-    return YamlText(where, text, value, node)
+    return YamlText(where, value, node)
 
 
 def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
@@ -130,38 +132,12 @@ def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
 def _names(model: Any) -> set[str]:
     """Return the names of all fields of a model and of those its fields hold."""
     found: set[str] = set()
-    for part in (model, *typing.get_args(model)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            found |= set(part.model_fields)
-            for field in part.model_fields.values():
-                found |= _names(field.annotation)
-        elif part is not model:
-            found |= _names(part)
+    for part in typing.get_args(model):
+        found |= _names(part)
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        for name, field in model.model_fields.items():
+            found |= {name} | _names(field.annotation)
     return found
-
-
-def compose(text: str, where: str) -> yaml.Node | None:
-    """Return the nodes of YAML text; None if it is empty.
-
-    Raises:
-        InputError: it is not YAML, larger or deeper than a file a person writes, or has aliases
-            that contain themselves or make it grow beyond reason.
-    """
-    if len(text) > LARGEST:
-        raise InputError(f"{where} is larger than {LARGEST:,} characters, the most YAML may have")
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        size = 0 if node is None else _size(node, {})
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{where}{line}: not YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise InputError(f"{where} is nested too deeply, or contains itself") from None
-    if size > MOST_NODES:
-        raise InputError(f"{where} has aliases that make it {size:,} values, not {MOST_NODES:,}")
-    return node
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -173,7 +149,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
         try:
             node.value.encode("utf-8")
         except UnicodeEncodeError:
-            problem = "half a surrogate pair is no text"
+            problem = "invalid Unicode: unpaired surrogate"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
     elif isinstance(node, yaml.SequenceNode):
         held = node.value
@@ -183,12 +159,25 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     return size
 
 
-def read_text(path: Path) -> str:
-    """Return a text file's content.
+def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
+    """Return the line of the deepest part of a path there is, and how many parts there are."""
+    line = node.start_mark.line + 1
+    for depth, part in enumerate(path):
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+            continue
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = {key.value: (key, value) for key, value in pairs}
+        if str(part) not in found:
+            return line, depth
+        key, node = found[str(part)]
+        line = key.start_mark.line + 1
+    return line, len(path)
 
-    Raises:
-        InputError: the file is missing, unreadable or not UTF-8.
-    """
+
+def read_text(path: Path) -> str:
+    """Return a text file's content; InputError if it is missing, unreadable or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -200,34 +189,8 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; a key given twice is an error.
-
-    Raises:
-        InputError: the file is missing, not UTF-8, not YAML, or not a mapping.
-    """
+    """Return the mapping that a YAML file holds; InputError as `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path), str(path)).value
-
-
-def locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, bool]:
-    """Return the line of the deepest part of a path there is, and whether all of it is there."""
-    line = node.start_mark.line + 1
-    for part in path:
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-            continue
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        found: Mapping[str, tuple[yaml.Node, yaml.Node]] = {k.value: (k, v) for k, v in pairs}
-        if str(part) not in found:
-            return line, False
-        key, node = found[str(part)]
-        line = key.start_mark.line + 1
-    return line, True
-
-
-def _depth(node: yaml.Node, path: Sequence[Any]) -> int:
-    """Return how many parts of a path there are in the text."""
-    return next(n for n in range(len(path), -1, -1) if locate(node, path[:n])[1])
 
 
 def first_problem(error: ValidationError) -> str:

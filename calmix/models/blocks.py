@@ -31,7 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is GPT-2's Conv1D: a linear map with its weight transposed."""
+    """Whether a module is GPT-2's Conv1D: a linear map with its weight transposed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -66,7 +66,7 @@ class Prunable:
 
     @property
     def parameter_id(self) -> int:
-        """What tells the parameter from others."""
+        """Identity of the parameter."""
         return id(self.module._parameters[self.parameter])
 
     def whole(self) -> Tensor:
@@ -241,7 +241,7 @@ def _in_mixture(layer: Prunable, mixtures: list[Mixture]) -> Prunable:
 
 
 def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
-    """Tell whether a linear map chooses experts, or how much of a shared one is taken."""
+    """Whether a linear map chooses experts, or how much of a shared one is taken."""
     for mixture in mixtures:
         owner = mixture.name if mixture.experts is not None else mixture.name.rpartition(".")[0]
         inside = path.removeprefix(f"{owner}.").split(".")

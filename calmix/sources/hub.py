@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,9 +55,7 @@ class HubText(Reader):
     starts: str | None = None
     characters: Annotated[int, Field(gt=0)] = BUDGET
 
-    @property
-    def origin(self) -> str:
-        return "hub"
+    origin: ClassVar[str] = "hub"
 
     @property
     def subsets(self) -> list[str | None]:
@@ -76,11 +74,10 @@ class HubText(Reader):
         return "offline (fetched before)" if self._kept().is_file() else "hub"
 
     def read(self) -> Iterator[Document]:
-        mirror, kept = self._mirror(), self._kept()
-        if mirror is not None:
+        if (mirror := self._mirror()) is not None:
             yield from self._documents(str(mirror))
             return
-        if not kept.is_file():
+        if not (kept := self._kept()).is_file():
             lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents(self.id)]
             write_bytes(kept, gzip.compress("".join(lines).encode(), mtime=0))
         try:
@@ -102,9 +99,8 @@ class HubText(Reader):
         return cache_dir() / "sources" / f"{name}.jsonl.gz"
 
     def _documents(self, where: str) -> Iterator[Document]:
-        budget = -(-self.characters // len(self.subsets))
         for subset in self.subsets:
-            left = budget
+            left = -(-self.characters // len(self.subsets))
             for document in self._joined(where, subset):
                 yield document
                 left -= len(document.text)
@@ -134,15 +130,13 @@ class HubText(Reader):
                 return fill(self.template, row)
         except SourceError as error:
             raise SourceError(f"{self.id} row {number}: {error}") from error
-        found = next(
-            (row[key] for key in ("text", "content") if isinstance(row.get(key), str)), None
+        for key in ("text", "content"):
+            if isinstance(found := row.get(key), str):
+                return found
+        raise SourceError(
+            f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
+            f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
         )
-        if found is None:
-            raise SourceError(
-                f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
-                f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
-            )
-        return found
 
 
 def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[str, Any]]:
@@ -163,22 +157,17 @@ def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[st
         except StopIteration:
             return
         except Exception as error:  # the hub client gives being offline many forms
-            raise _unreachable(reader, subset, local, error) from error
+            which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
+            if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+                copy = "the local copy of " if local else ""
+                raise SourceError(f"{copy}{which} cannot be read: {reason}") from error
+            raise SourceError(
+                f"the hub cannot be reached for {which}: go online once to fetch it, put a copy "
+                f"at {reader.id} in a folder and name that folder in {MIRROR}, or take an offline "
+                "source (calmix calibrate sources)"
+            ) from error
         yield row
-
-
-def _unreachable(reader: HubText, subset: str | None, local: bool, error: Exception) -> SourceError:
-    which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-    if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        return SourceError(
-            f"{'the local copy of ' if local else ''}{which} cannot be read: {reason}"
-        )
-    return SourceError(
-        f"the hub cannot be reached for {which}: go online once to fetch it, put a copy at "
-        f"{reader.id} in a folder and name that folder in {MIRROR}, or take an offline source "
-        "(calmix calibrate sources)"
-    )
 
 
 @contextlib.contextmanager

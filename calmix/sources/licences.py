@@ -53,7 +53,7 @@ def check_licence(wanted: str | None) -> None:
 
 
 def allowed(licence: str, wanted: str | None) -> bool:
-    """Tell whether text under a licence may go into a set of which `wanted` is asked."""
+    """Whether text under a licence may go into a set that is to be `wanted`."""
     return wanted is None or use_of(licence) in (wanted, "own")
 
 

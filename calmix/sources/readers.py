@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,10 +45,7 @@ class Reader(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @property
-    def origin(self) -> str:
-        """`offline`, or `hub` for what comes from the Hugging Face hub."""
-        return "offline"
+    origin: ClassVar[str] = "offline"  # or `hub`
 
     @property
     def version(self) -> str:
@@ -120,10 +117,9 @@ class PackageFiles(Reader):
 
     def read(self) -> Iterator[Document]:
         self.check()
-        root = self._root()
-        assert root is not None
         skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
-        yield from _source_files(root, self.files, skip)
+        if root := self._root():
+            yield from _source_files(root, self.files, skip)
 
 
 def _version(package: str) -> str:
@@ -194,10 +190,10 @@ class AssetText(Reader):
         if self.apart is not None:
             for _, request in self._requests(self.apart.members, self.apart.items):
                 scored |= word_runs(self.text(request), self.apart.words)
+        wanted = {k: [v] if isinstance(v, str) else v for k, v in self.where.items()}
         seen: set[str] = set()
         for member, request in self._requests(self.members, self.items):
-            if any(lookup(request, key) not in ([value] if isinstance(value, str) else value)
-                   for key, value in self.where.items()):  # fmt: skip
+            if any(lookup(request, key) not in values for key, values in wanted.items()):
                 continue
             text = self.text(request)
             if self.after is not None:
@@ -265,11 +261,11 @@ class ReasoningGym(Reader):
         made = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
         seen: set[str] = set()
         for index in range(self.documents):
-            which, item = index % len(made), index // len(made)
+            item, which = divmod(index, len(made))
             entry = made[which][item]
-            question = (
-                re.sub(self.strip, "", entry["question"]) if self.strip else entry["question"]
-            )
+            question = entry["question"]
+            if self.strip:
+                question = re.sub(self.strip, "", question)
             text = f"{question.strip()}\nAnswer: {entry['answer']}"
             if text not in seen:
                 seen.add(text)
@@ -298,30 +294,28 @@ class LocalFile(Reader):
         next(self.read(), None)
 
     def read(self) -> Iterator[Document]:
-        path, files = self.path, [self.path]
+        path, files, empty = self.path, [self.path], True
         if path.is_dir():
-            files = sorted(
-                file
-                for file in path.rglob("*")
-                if file.is_file()
-                and file.suffix.lower() in FORMATS
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in FORMATS
+                     and file.is_file() and not _is_dotted(file.relative_to(path))]  # fmt: skip
             if not files:
                 raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file")
         elif not path.is_file():
             raise SourceError(f"there is no file {path}")
-        found = False
         for file in files:
             prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
-            if file.suffix.lower() not in FORMATS:
+            if (reads := FORMATS.get(file.suffix.lower())) is None:
                 raise SourceError(f"cannot read {file}: known endings are {', '.join(FORMATS)}")
-            for document in FORMATS[file.suffix.lower()](file, self.template):
+            for document in reads(file, self.template):
                 if document.text.strip():
-                    found = True
+                    empty = False
                     yield Document(prefix + document.id, document.text)
-        if not found:
+        if empty:
             raise SourceError(f"{path} is empty: it holds no text")
+
+
+def _is_dotted(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _read_txt(path: Path, template: str) -> Iterator[Document]:

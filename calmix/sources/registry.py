@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,8 +58,7 @@ class Source(BaseModel):
     def documents(self) -> Iterator[Document]:
         """Yield the documents, in a fixed order.
 
-        Raises:
-            SourceError: the text is missing, unreadable or not as the source's entry says.
+        Raises SourceError where the text is missing, unreadable or not as the source's entry says.
         """
         with self._named():
             yield from self.reader.read()
@@ -67,8 +66,7 @@ class Source(BaseModel):
     def check(self) -> list[Path]:
         """Refuse a source that cannot be read, as far as that is known before text is fetched.
 
-        Returns:
-            the user's own file or folder that it reads, if any.
+        Returns the user's own file or folder that it reads, if any.
         """
         with self._named():
             self.reader.check()
@@ -97,60 +95,48 @@ def builtin_sources() -> dict[str, Source]:
 
 def offline_sources() -> dict[str, Source]:
     """Return the builtin sources that need no hub, by name."""
-    return {
-        name: source for name, source in builtin_sources().items() if source.reader.origin != "hub"
-    }
+    return {name: one for name, one in builtin_sources().items() if one.reader.origin != "hub"}
 
 
 def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
     """Return a user's own sources by name: of a YAML file, or entries or sources by name.
 
-    Raises:
-        InputError: the file is unreadable, or an entry has a wrong key or value.
+    Raises InputError as `load_sources`.
     """
-    if given is None:
-        return {}
     if isinstance(given, Mapping):
         known = {name: one for name, one in given.items() if isinstance(one, Source)}
         rest = {name: one for name, one in given.items() if name not in known}
         return known | parse_sources(rest, Path.cwd() / "sources")
-    return load_sources(Path(given))
+    return {} if given is None else load_sources(Path(given))
 
 
 def load_sources(path: Path) -> dict[str, Source]:
     """Read a user's YAML file of sources: a mapping of names to entries, of which only `reader`
     is required. Relative paths start at the file's own folder.
 
-    Raises:
-        InputError: the file is unreadable, or an entry has a wrong key or value.
+    Raises InputError where the file is unreadable, or an entry has a wrong key or value.
     """
     return parse_sources(read_yaml(path), path)
 
 
 def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
-    """Return sources by name from the entries of a user's YAML file at `path`.
-
-    Raises:
-        InputError: an entry has a wrong key or value.
-    """
+    """Return sources by name from the entries of a user's YAML file at `path`; see above."""
     found: dict[str, Source] = {}
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.strip() or set(name) & set(":,"):
             raise InputError(f"{path}: '{name}' cannot name a source (no ':' and no ',')")
         if not isinstance(entry, dict):
-            raise InputError(f"{path}: source '{name}' is no mapping with a reader")
+            raise InputError(f"{path}: source '{name}' is not a mapping with a reader")
         try:
             source = Source(name=name, **{str(key): value for key, value in entry.items()})
         except (ValidationError, TypeError) as error:
             what = first_problem(error) if isinstance(error, ValidationError) else str(error)
             raise InputError(f"{path}: source '{name}': {what}") from error
-        reader = source.reader
+        reader, folder = source.reader, path.parent
         if isinstance(reader, LocalFile):
-            place = path.parent / reader.path.expanduser()
-            reader = reader.model_copy(update={"path": place})
-        elif isinstance(reader, HubText) and (path.parent / reader.id).is_dir():
-            place = (path.parent / reader.id).resolve()
-            reader = reader.model_copy(update={"id": str(place)})
+            reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
+        elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
+            reader = reader.model_copy(update={"id": str((folder / reader.id).resolve())})
         found[name] = source.model_copy(update={"reader": reader})
     return found
 
@@ -159,37 +145,29 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     """Return a source: one of the user's `own`, a builtin by name, a local file or folder by
     path, or a data set on the hub by id (`owner/name`, or `owner/name@subset`).
 
-    Raises:
-        SourceError: no such source or file, with the nearest names.
+    Raises SourceError for another name, with the nearest ones.
     """
     known = {**builtin_sources(), **(own or {})}
     if name in known:
         return known[name]
     path = user_path(name)
-    try:
-        there = path.exists()
-    except OSError:  # longer than a name may be
-        there = False
-    if there:
-        files = [path] if path.is_file() else path.rglob("*")
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        return Source(
-            name=name,
-            kind="local file" if path.is_file() else "local folder",
-            size=f"{size / 1e6:.1f} MB",
-            description=str(path),
-            reader=LocalFile(type="file", path=path),
-        )
+    with suppress(OSError):  # longer than a name may be
+        if path.exists():
+            files = [path] if path.is_file() else path.rglob("*")
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            return Source(
+                name=name, kind="local file" if path.is_file() else "local folder",
+                size=f"{size / 1e6:.1f} MB", description=str(path),
+                reader=LocalFile(type="file", path=path),
+            )  # fmt: skip
     is_file = path.suffix.lower() in FORMATS
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")
         return Source(
-            name=name,
-            kind="hub data set",
-            licence="see its card on the hub",
+            name=name, kind="hub data set", licence="see its card on the hub",
             description=f"the data set {identifier} on the hub",
             reader=HubText(type="hub", id=identifier, subset=subset or None),
-        )
+        )  # fmt: skip
     if is_file or "/" in name:
         raise SourceError(f"there is no file {path}")
     raise SourceError(f"unknown source '{name}': {nearest(name, known)}")

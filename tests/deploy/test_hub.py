@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,9 @@ from huggingface_hub import errors
 
 from calmix.deploy.pack import pack, unpack
 from calmix.models.shards import PACK
-from tests.conftest import Ended
 
-Run = Callable[..., Ended]
 ADDRESS = "https://huggingface.co/me/small"
+TO = ("--to", "hub", "--repository", "me/small")
 
 
 class Repository(str):
@@ -48,33 +47,26 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture
 def model(tiny_folder: Path, tmp_path: Path) -> Path:
     """A model with a card."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in tiny_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "README.md").write_text("# card\n", encoding="utf-8")
     return folder
 
 
-def test_a_model_goes_up_with_its_card(calmix: Run, hub: SimpleNamespace, model: Path) -> None:
-    ended = calmix("export", model, "--to", "hub", "--repository", "me/small", "--private")
+def test_a_model_goes_up_with_its_card(calmix, hub, model) -> None:
+    ended = calmix("export", model, *TO, "--private")
     assert (ended.code, ended.out.strip(), ended.err) == (0, ADDRESS, "")
     assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
-    assert hub.files["README.md"] == b"# card\n"
     assert hub.private is True
     assert hub.options["repo_id"] == "me/small"
     assert PACK in hub.options["delete_patterns"]  # an earlier pack is not left beside it
     (model / "README.md").unlink()
-    ended = calmix("export", model, "--to", "hub", "--repository", "me/small")
-    assert ended.code == 0
-    assert "pushed without a card" in ended.err
+    ended = calmix("export", model, *TO)
+    assert (ended.code, "pushed without a card" in ended.err) == (0, True)
     assert hub.private is None  # of a repository that is there, nothing is changed
 
 
-def test_a_pack_goes_up_and_comes_back_as_the_model(
-    calmix: Run, hub: SimpleNamespace, model: Path, tmp_path: Path
-) -> None:
-    assert calmix("export", model, "--to", "hub", "--repository", "me/small", "--pack").code == 0
+def test_a_pack_goes_up_and_comes_back_as_the_model(calmix, hub, model, tmp_path) -> None:
+    assert calmix("export", model, *TO, "--pack").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     assert hub.files["README.md"] == b"# card\n"
     fetched = tmp_path / "fetched"
@@ -85,17 +77,13 @@ def test_a_pack_goes_up_and_comes_back_as_the_model(
     for path in model.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     pack(model, tmp_path / "made")
-    assert calmix("export", tmp_path / "made", "--to", "hub", "--repository", "me/small").code == 0
+    assert calmix("export", tmp_path / "made", *TO).code == 0
     assert PACK in hub.files
-    line = calmix(
-        "export", tmp_path / "made", "--to", "hub", "--repository", "me/small", "--pack"
-    ).line
-    assert "is a pack already: leave --pack out" in line
+    ended = calmix("export", tmp_path / "made", *TO, "--pack")
+    assert "is a pack already: leave --pack out" in ended.line
 
 
-def test_what_the_hub_refuses_is_one_line(
-    calmix: Run, hub: SimpleNamespace, model: Path, tmp_path: Path
-) -> None:
+def test_what_the_hub_refuses_is_one_line(calmix, hub, model, tmp_path) -> None:
     def status(code: int) -> errors.HfHubHTTPError:
         answer: Any = SimpleNamespace(status_code=code, headers={}, request=None)
         return errors.HfHubHTTPError("no", response=answer)
@@ -108,9 +96,9 @@ def test_what_the_hub_refuses_is_one_line(
         (ConnectionError("down"), "(ConnectionError): nothing was pushed"),
     ):
         hub.error = error
-        ended = calmix("export", model, "--to", "hub", "--repository", "me/small")
+        ended = calmix("export", model, *TO)
         assert (ended.code, words in ended.line) == (2, True), ended.err
     (tmp_path / "empty").mkdir()
-    line = calmix("export", tmp_path / "empty", "--to", "hub", "--repository", "me/small").line
+    line = calmix("export", tmp_path / "empty", *TO).line
     assert line.endswith("has no config.json: it is not a model folder")
     assert not hub.files

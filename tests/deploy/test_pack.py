@@ -19,6 +19,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK
+from tests.conftest import Ended
 from tests.tiny import save_tiny_model
 
 
@@ -30,11 +31,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     weights = {
-        name: (
-            value * (torch.rand(value.shape, generator=generator) > 0.6)
-            if value.ndim > 1
-            else value
-        ).bfloat16()
+        name: (value * (torch.rand(value.shape, generator=generator) > 0.6)).bfloat16()
         for name, value in load_file(file).items()
     }
     save_file(weights, file, metadata={"format": "pt"})
@@ -54,7 +51,7 @@ def same(one: Path, two: Path) -> bool:
     return all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
 
 
-def test_a_model_comes_back_byte_for_byte(pruned: Path, tmp_path: Path) -> None:
+def test_a_model_comes_back_byte_for_byte_and_loads(pruned: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     made = pack(pruned, tmp_path / "pack", progress=lambda *of: seen.append(of))
     before, after = made.sparse
@@ -62,6 +59,15 @@ def test_a_model_comes_back_byte_for_byte(pruned: Path, tmp_path: Path) -> None:
     assert seen[-1][0] == pytest.approx(seen[-1][1], rel=0.2)
     assert unpack(tmp_path / "pack", tmp_path / "back") == made.dense
     assert same(pruned, tmp_path / "back")
+    dense = open_model(str(pruned)).model
+    model = load(tmp_path / "pack")
+    use_own_attention(model)
+    ids = torch.arange(1, 9)[None]
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+    assert load(tmp_path / "pack", dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(ModelError, match=r"is a pack: 'calmix export .* --to model"):
+        open_model(str(tmp_path / "pack"))
 
 
 def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
@@ -104,19 +110,6 @@ def test_a_pack_and_what_it_is_of_stay_where_they_are(pruned: Path, tmp_path: Pa
             assert (ended.code, f"{output} {what} the input {folder}" in ended.line) == (2, True)
     assert before == {folder: files(folder) for folder in (pruned, made)}
     pack(pruned, made, overwrite=True)
-
-
-def test_a_pack_is_loaded_without_its_dense_files(pruned: Path, tmp_path: Path) -> None:
-    pack(pruned, tmp_path / "pack")
-    dense = open_model(str(pruned)).model
-    model = load(tmp_path / "pack")
-    use_own_attention(model)
-    ids = torch.arange(1, 9)[None]
-    assert model.dtype == torch.bfloat16
-    assert torch.equal(model(ids).logits, dense(ids).logits)
-    assert load(tmp_path / "pack", dtype=torch.float32).dtype == torch.float32
-    with pytest.raises(ModelError, match=r"is a pack: 'calmix export .* --to model"):
-        open_model(str(tmp_path / "pack"))
 
 
 @given(data=st.data())
@@ -193,19 +186,15 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
 
 def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
     (tmp_path / "empty").mkdir()
-    assert calmix("export", "--to", "pack", tmp_path / "empty", "-o", tmp_path / "p").line.endswith(
-        "not a model folder"
-    )
-    assert calmix(
-        "export", "--to", "model", tmp_path / "empty", "-o", tmp_path / "p"
-    ).line.endswith(PACK)
-    made = calmix("export", "--to", "pack", pruned, "-o", tmp_path / "p")
-    assert made.code == 0
-    assert "where weights are pruned" in made.out
-    assert (
-        "is a pack already"
-        in calmix("export", "--to", "pack", tmp_path / "p", "-o", tmp_path / "q").line
-    )
-    assert "not empty" in calmix("export", "--to", "pack", pruned, "-o", tmp_path / "p").line
-    assert calmix("export", "--to", "model", tmp_path / "p", "-o", tmp_path / "back").code == 0
+
+    def export(folder: str | Path, form: str, output: str) -> Ended:
+        return calmix("export", tmp_path / folder, "--to", form, "-o", tmp_path / output)
+
+    assert export("empty", "pack", "p").line.endswith("not a model folder")
+    assert export("empty", "model", "p").line.endswith(PACK)
+    made = export(pruned, "pack", "p")
+    assert (made.code, "where weights are pruned" in made.out) == (0, True)
+    assert "is a pack already" in export("p", "pack", "q").line
+    assert "not empty" in export(pruned, "pack", "p").line
+    assert export("p", "model", "back").code == 0
     assert same(pruned, tmp_path / "back")

@@ -47,6 +47,24 @@ def masks(rows, positions, tokens):
     return [same, each, torch.zeros(each.shape).masked_fill(~each, low), same[:1]]
 
 
+def torchs(query, key, value, mask, scale=None):
+    """PyTorch's attention, each query head by itself."""
+    shared = query.shape[1] // key.shape[1]
+    wide = [x.repeat_interleave(shared, 1) for x in (key, value)]
+    made = F.scaled_dot_product_attention(
+        query, *wide, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return made.transpose(1, 2)
+
+
+def there_and_back(attend, given, *how, back=None):
+    """The outcome, and the gradients of what was given."""
+    leaves = [one.clone().requires_grad_() for one in given]
+    made = attend(*leaves, *how)
+    made.backward(torch.ones_like(made) if back is None else back)
+    return [made.detach(), *(one.grad for one in leaves)]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_slices_attend_as_torch_does_there_and_back(shape, slices):
     rows, heads, shared, positions, tokens, width, wide = shape
@@ -56,18 +74,10 @@ def test_slices_attend_as_torch_does_there_and_back(shape, slices):
     back = torch.randn(rows, positions, heads, wide)
     plain = [None] if positions == tokens else []
     for mask in plain + masks(rows, positions, tokens):
-        found, expected = [], []
-        for results, attend in ((found, None), (expected, F.scaled_dot_product_attention)):
-            own_ = [one.clone().requires_grad_() for one in given]
-            if attend is None:
-                made = own.sliced_attention(*own_, mask, 0.3)
-            else:
-                query, key, value = own_
-                key, value = (x.repeat_interleave(heads // shared, 1) for x in (key, value))
-                made = attend(query, key, value, mask, is_causal=mask is None, scale=0.3)
-                made = made.transpose(1, 2)
-            made.backward(back)
-            results += [made.detach(), *(one.grad for one in own_)]
+        found, expected = (
+            there_and_back(attend, given, mask, 0.3, back=back)
+            for attend in (own.sliced_attention, torchs)
+        )
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
@@ -76,22 +86,23 @@ def test_bfloat16_is_no_further_off_than_torchs():
     torch.manual_seed(1)
     given = [torch.randn(2, n, 200, 32, dtype=torch.bfloat16) for n in (6, 2, 2)]
     exact = [one.double() for one in given]
-    off = []
-    for some in (exact, given, None):
-        leaves = [one.clone().requires_grad_() for one in some or given]
-        if some is None:
-            made = sliced_attention(*leaves, None)
-        else:
-            wide = [x.repeat_interleave(3, 1) for x in leaves[1:]]
-            made = F.scaled_dot_product_attention(leaves[0], *wide, is_causal=True).transpose(1, 2)
-        made.backward(torch.ones_like(made))
-        off.append([made.detach().double(), *(one.grad.double() for one in leaves)])
+    off = [there_and_back(torchs, exact, None), there_and_back(torchs, given, None),
+           there_and_back(sliced_attention, given, None)]  # fmt: skip
     for truth, theirs, ours in zip(*off, strict=True):
         assert (ours - truth).norm() < 1.4 * (theirs - truth).norm() < 0.02 * truth.norm()
 
 
+def decoded(model, ids, cache):
+    """Logits of every position, one token at a time."""
+    steps = [
+        model(ids[:, at : at + 1], use_cache=True, **{cache_argument(model): cache}).logits
+        for at in range(ids.shape[1])
+    ]
+    return torch.cat(steps, 1)
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_models_compute_what_they_did_there_and_back(kind, slices):
+def test_models_compute_what_they_did_there_and_back_and_token_by_token(kind, slices):
     """Sliding windows of 16 and shared key heads are among the architectures."""
     ids = tiny_ids(3, 24)
     found = []
@@ -106,25 +117,9 @@ def test_models_compute_what_they_did_there_and_back(kind, slices):
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
     assert bool(slices) == (kind not in OTHERS)
-
-
-def decoded(model, ids, cache):
-    """Logits of every position, one token at a time."""
-    steps = [
-        model(ids[:, at : at + 1], use_cache=True, **{cache_argument(model): cache}).logits
-        for at in range(ids.shape[1])
-    ]
-    return torch.cat(steps, 1)
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@torch.no_grad()
-def test_decoding_equals_a_whole_pass(kind):
-    """Sliding windows of 16 and shared key heads are among the architectures."""
-    model, ids = tiny_model(kind), tiny_ids(3, 24)
-    use_own_attention(model)
-    stepwise = decoded(model, ids, reserved_cache(model, 24))
-    torch.testing.assert_close(stepwise, model(ids).logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        stepwise = decoded(model, ids, reserved_cache(model, 24))
+    torch.testing.assert_close(stepwise, found[1][0], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -141,9 +136,10 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
     module.num_key_value_groups = 3
     key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
     one, several = torch.randn(2, 9, 1, 8), torch.randn(2, 9, 7, 8)
-    wide = [part.repeat_interleave(3, 1) for part in (key, value)]
-    expected = attend(one, *wide, scale=0.5).transpose(1, 2)
-    causal = attend(several, *wide, is_causal=True, scale=0.5).transpose(1, 2)
+    expected = torchs(one, key, value, torch.ones(1, 7, dtype=torch.bool), 0.5)
+    causal = torchs(several, key, value, None, 0.5)
+    both = torch.ones(1, 1, 7, 7, dtype=torch.bool)
+    unmasked = torchs(several, key, value, both, 0.5)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watch)
     made, _ = attention(module, one, key, value, None, scaling=0.5)
     torch.testing.assert_close(made, expected)
@@ -154,21 +150,17 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
     module.is_causal = False  # an encoder's
     attention(module, several, key, value, None, scaling=0.5)
     del module.is_causal
-    both = torch.ones(1, 1, 7, 7, dtype=torch.bool)  # nor does a mask alone make it a decoder's
     made, _ = attention(module, several, key, value, both, scaling=0.5)
-    torch.testing.assert_close(made, attend(several, *wide, scale=0.5).transpose(1, 2))
-    fewer = several[:, :, :5]  # whose tokens these are is not told
-    attention(module, fewer, key, value, None)
+    torch.testing.assert_close(made, unmasked)  # nor does a mask alone make it a decoder's
+    attention(module, several[:, :, :5], key, value, None)  # whose tokens these are is unknown
     attention(module, several, key, value, None, is_causal=False)
     attention(module, several, key, value, torch.zeros(2, 9, 7, 7))  # a mask for every head
     attention(module, several, key, value, None, position_bias=torch.zeros(1, 9, 7, 7))
-    monkeypatch.setattr(own, "capabilities", lambda: {"amx_bf16": True})
     half = [x.bfloat16() for x in (several, key, value)]
-    attention(module, *half, None)
-    assert (len(seen), len(slices)) == (8, 1)
-    monkeypatch.setattr(own, "capabilities", lambda: {})
-    attention(module, *half, None)
-    assert (len(seen), len(slices)) == (8, 2)
+    for able, sliced in (({"amx_bf16": True}, 1), ({}, 2)):
+        monkeypatch.setattr(own, "capabilities", lambda able=able: able)
+        attention(module, *half, None)
+        assert (len(seen), len(slices)) == (8, sliced)
 
 
 def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
@@ -197,12 +189,12 @@ def test_a_model_that_looks_at_the_name_attends_to_as_few_tokens(slices):
     assert slices
 
 
+@torch.no_grad()
 def test_a_reserved_cache_copies_nothing():
     model = tiny_model("llama")
     cache = reserved_cache(model, 8)
-    with torch.no_grad():
-        decoded(model, tiny_ids(2, 4), cache)
-        first = cache.layers[0].keys.data_ptr()
-        decoded(model, tiny_ids(2, 4), cache)
+    decoded(model, tiny_ids(2, 4), cache)
+    first = cache.layers[0].keys.data_ptr()
+    decoded(model, tiny_ids(2, 4), cache)
     assert cache.layers[0].keys.shape[-2] == 8
     assert cache.layers[0].keys.data_ptr() == first

@@ -1,7 +1,12 @@
-"""Local files, packages and generators as sources."""
+"""Local files, packages and generators as sources, and templates."""
 
 import json
+import os
+import subprocess
+import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from calmix.errors import SourceError
@@ -13,6 +18,9 @@ from calmix.sources.readers import (
     PythonDocs,
     PythonStdlib,
     ReasoningGym,
+    fields,
+    fill,
+    lookup,
 )
 
 
@@ -20,29 +28,23 @@ def _texts(path, **more):
     return [d.text for d in LocalFile(type="file", path=path, **more).read()]
 
 
-def test_txt_jsonl_and_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (tmp_path / "a.txt").write_text("one\ntwo", encoding="utf-8")
+def test_txt_jsonl_parquet_and_folders_in_order_of_path(tmp_path):
     rows = [{"text": "x", "n": {"m": "y"}}, {"text": "z", "n": {"m": "w"}}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
-    assert _texts(tmp_path / "a.txt") == ["one\ntwo"]
     for name in ("b.jsonl", "c.parquet"):
         assert _texts(tmp_path / name) == ["x", "z"]
         assert _texts(tmp_path / name, template="{text}-{n.m}") == ["x-y", "z-w"]
-
-
-def test_a_folder_is_read_in_order_of_path(tmp_path):
-    (tmp_path / "z").mkdir()
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "a.txt").write_text("no", encoding="utf-8")
-    (tmp_path / "z" / "a.txt").write_text("last", encoding="utf-8")
-    (tmp_path / "b.txt").write_text("first", encoding="utf-8")
-    (tmp_path / "notes.md").write_text("not a known ending", encoding="utf-8")
-    documents = list(get_source(str(tmp_path)).documents())
-    assert [(d.id, d.text) for d in documents] == [("b.txt/0", "first"), ("z/a.txt/0", "last")]
+    folder = tmp_path / "folder"
+    for name, text in (
+        ("z/a.txt", "last\nline"), ("b.txt", "first"), (".hidden/a.txt", "no"), ("notes.md", "no"),
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    documents = list(get_source(str(folder)).documents())
+    assert [(d.id, d.text) for d in documents] == [
+        ("b.txt/0", "first"), ("z/a.txt/0", "last\nline"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -57,30 +59,20 @@ def test_a_folder_is_read_in_order_of_path(tmp_path):
         ("a.jsonl", b'["x"]\n', r"line 1: there is no field 'text' \(has: list\)"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is not text but int"),
         ("a.parquet", b"PAR0", "is not a parquet file"),
+        ("b.parquet", None, r"has no column 'text' \(has: body\)"),
         ("a.csv", b"x", "known endings are .txt, .jsonl, .parquet"),
+        ("no.txt", None, "there is no file"),
+        ("", None, r"holds no \.txt"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
+    elif name == "b.parquet":
+        pq.write_table(pa.table({"body": ["x"]}), path)
     with pytest.raises(SourceError, match=message):
         _texts(path)
-
-
-def test_parquet_names_a_missing_column(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match=r"has no column 'text' \(has: body\)"):
-        _texts(tmp_path / "a.parquet")
-
-
-def test_missing_and_empty_places(tmp_path):
-    with pytest.raises(SourceError, match="there is no file"):
-        _texts(tmp_path / "no.txt")
-    with pytest.raises(SourceError, match=r"holds no \.txt"):
-        _texts(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +101,9 @@ def test_a_package_that_is_not_installed():
 
 def test_reasoning_gym_is_repeatable_and_stripped():
     reader = ReasoningGym(
-        type="reasoning-gym",
-        datasets=["chain_sum", "products"],
-        documents=20,
+        type="reasoning-gym", datasets=["chain_sum", "products"], documents=20,
         strip=r" Give only[^\n]*",
-    )
+    )  # fmt: skip
     first, second = list(reader.read()), list(reader.read())
     assert first == second
     assert len({d.text for d in first}) == len(first) > 15
@@ -121,8 +111,30 @@ def test_reasoning_gym_is_repeatable_and_stripped():
     assert {d.id.split("/")[0] for d in first} == {"chain_sum", "products"}
 
 
+PROGRAM = """
+from calmix.sources import get_source
+from calmix.sources.registry import documents_hash
+for name in ("word-problems", "arithmetic", "algebra", "logic-puzzles"):
+    reader = get_source(name).reader.model_copy(update={"documents": 40})
+    print(name, documents_hash(list(reader.read())))
+"""
+
+
+def test_generated_text_does_not_depend_on_the_hash_seed_of_the_process():
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+        )
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    one, two = (run.communicate()[0] for run in runs)
+    assert one == two
+    assert len(one.splitlines()) == 4
+
+
 def test_items_are_split_by_their_number(monkeypatch):
-    """Odd and even items are told by `number`, and `apart` keeps away from the other side."""
+    """Odd and even items go by `number`, and `apart` keeps away from the other side."""
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     texts = [" ".join(words[n:] + words[:n]) for n in range(4)] + [" ".join(words) + " nine"]
     rows = [{"doc_id": 2 * n, "doc": {"n": n, "text": text}} for n, text in enumerate(texts)]
@@ -143,3 +155,32 @@ def test_items_are_split_by_their_number(monkeypatch):
     assert read(items="odd", apart={**apart, "items": "even"}) == [texts[1], texts[3]]
     assert read(apart={**apart, "items": "all"}) == []
     assert read(items="odd", number="doc_id") == []
+
+
+ROW = {
+    "a": {"b": "x"}, "turns": [{"say": "hi"}, {"say": "ho"}], "deep": [["p"], ["q", ""]],
+    "instruction": "Add.", "none": None, "empty": "", "maths": "{b} \\frac{1}{2}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{a.b}: {turns.*.say}", "x: hi\n\nho"),
+        ("{deep}", "p\n\nq"),
+        ("{instruction}\n\n{empty}\n\n{a.b}", "Add.\n\nx"),
+        ("{instruction}\n\n{none}\n\n{a.b}", "Add.\n\nx"),
+        ("Note\n\n{a.b}", "Note\n\nx"),
+        ("{maths}", "{b} \\frac{1}{2}"),  # what was filled in is not scanned again
+    ],
+)
+def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out(template, text):
+    assert fill(template, ROW) == text
+
+
+def test_fields_of_a_template():
+    assert lookup(ROW, "turns.*.say") == ["hi", "ho"]
+    assert fields("{a.b} {turns.*.say} {a.c}") == ["a", "turns"]
+    for template in ("{missing}", "{a.missing}", "{a.b.c}", "{turns.*.no}"):
+        with pytest.raises(SourceError, match=r"there is no field .* \(has: "):
+            fill(template, ROW)
