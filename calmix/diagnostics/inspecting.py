@@ -16,8 +16,8 @@ import torch
 from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet, is_saved_set
+from calmix.compress import running
 from calmix.compress.plan import Request, stages
-from calmix.compress.running import read_record
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.generations import KIND as ANSWERS
 from calmix.evaluation.generations import load_answers
@@ -30,6 +30,7 @@ from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
 from calmix.pruning.old_work import PROGRESS, REQUEST, SET, SUFFIX, read_sealed
 from calmix.pruning.report import LayerReport
+from calmix.pruning.work import RECORD, read_record
 from calmix.recovery.chain import PRUNED, STAGES
 from calmix.study.export import read_results
 from calmix.study.store import open_store
@@ -326,7 +327,7 @@ def _report(folder: Path, health: Health, say: Say) -> None:
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check every stage's result, and say what is left to do."""
-    asked = Request(**read_record(folder).request)
+    asked = Request(**running.read_record(folder).request)
     leaves = {one.name: str(one.leaves) for one in stages(asked, folder) if one.leaves}
     left = [name for name, path in leaves.items() if not (folder / path).exists()]
     health.facts = {"dense model": asked.model, "target": asked.target, "effort": asked.effort}
@@ -353,10 +354,13 @@ def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict
 
 def _work(folder: Path, health: Health, say: Say) -> None:
     """Say how far an interrupted pruning run or recovery is."""
-    asked = read_object(folder / REQUEST, f"there is no {folder / REQUEST}")
+    if (record := read_record(folder)) is not None:
+        asked, done = record["request"], record["kept"].get("done", 0)
+    else:
+        asked = read_object(folder / REQUEST, f"there is no {folder / REQUEST}")
+        done = (read_sealed(folder / PROGRESS) or {}).get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
-    done = (read_sealed(folder / PROGRESS) or {}).get("done", 0)
     health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
     if is_saved_set(folder / SET):
         health.problems += inspect(folder / SET, tick=say).problems
@@ -423,6 +427,7 @@ CHECKS: dict[str, Check] = {
     "unfinished prune and recovery": _stages,
 }
 MARKS = {names[0]: kind for kind, names in RESULTS.items()} | {
+    RECORD: "unfinished work",
     REQUEST: "unfinished work",
     PRUNED: "unfinished prune and recovery",
     PRUNED + SUFFIX: "unfinished prune and recovery",

@@ -2,37 +2,32 @@
 
 Two streams of hidden states run through the model, of the dense weights and of the pruned ones. A
 block reads the pruned stream and learns to give what the dense block gives on the dense stream, so
-that it mends what the blocks before it have left too. Knows nothing about files.
+that it also corrects errors of earlier blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import functools
+import math
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
+from calmix.models.streaming import StreamedModel
 from calmix.precision import widest
+from calmix.pruning.states import States
 from calmix.pruning.trace import TOKENS, BlockCall, Calls
+from calmix.pruning.work import CHECKPOINT
+from calmix.recovery.job import Job
 from calmix.recovery.losses import relative_error
-from calmix.recovery.training import Masters, Stop, finite, rate, steps_of
-
-
-class States(Protocol):
-    """Hidden states of the micro-batches: those that lead into a block, and those out of it."""
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Return what micro-batch `number` brings into the block at hand."""
-
-    def __setitem__(self, number: int, hidden: Tensor) -> None:
-        """Keep what micro-batch `number` brings into the next block."""
-
-    def turn(self) -> bool:
-        """What was kept is what is read from now on."""
+from calmix.recovery.training import Masters, Stop, grouped, rate, rows_at_once, steps_of
+from calmix.specs import RecoverRequest
 
 
 class Stream:
@@ -42,29 +37,26 @@ class Stream:
         model: causal language model; `record` needs its weights outside the blocks and those of
             the first, `run` those of the block at hand.
         found: its blocks.
+        states: what each micro-batch brings into the block at hand, by number.
     """
 
-    states: States
-
-    def __init__(self, model: nn.Module, found: DecoderBlocks) -> None:
-        self._model, self._found = model, found
+    def __init__(
+        self, model: nn.Module, found: DecoderBlocks, states: MutableMapping[int, Tensor] | States
+    ) -> None:
+        self._model, self._found, self.states = model, found, states
         self._calls: list[list[BlockCall]] = []
         self.written: list[list[Any]] = []
 
     @torch.no_grad()
-    def record(self, ids: Tensor, groups: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Yield the hidden states each group of rows brings into the first block.
-
-        Raises:
-            ModelError: as `Calls`.
-        """
+    def record(self, ids: Tensor, groups: Sequence[Sequence[int]]) -> None:
+        """Keep the hidden states each group of rows, a micro-batch, brings into the first block."""
         device = next(self._found.blocks[0].parameters()).device
         calls = Calls(self._model, self._found, ids[:1, :TOKENS].to(device))
-        for group in groups:
+        for number, group in enumerate(groups):
             hidden, recorded, written = calls.record(ids[list(group)].to(device))
             self._calls.append(recorded)
             self.written.append(written)
-            yield hidden
+            self.states[number] = hidden
 
     def run(self, index: int, number: int, *, keep: bool) -> Tensor:
         """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
@@ -78,7 +70,6 @@ class Stream:
         """Run a block on every micro-batch: its outputs are the states from now on."""
         for number in range(len(self._calls)):
             self.states[number] = self.run(index, number, keep=True)
-        self.states.turn()
 
 
 @dataclass
@@ -105,14 +96,13 @@ def tune(
     stream: Stream,
     index: int,
     masters: Masters,
-    targets: States,
+    targets: MutableMapping[int, Tensor] | States,
     groups: Sequence[Sequence[int]],
     held_out: Sequence[int],
     sizes: Sequence[int],
+    request: RecoverRequest,
     *,
     at_once: int,
-    epochs: int,
-    lr: float,
     seed: int,
     keep: Callable[[], None],
 ) -> BlockReport:
@@ -128,7 +118,6 @@ def tune(
         held_out: of those that decide.
         sizes: tokens of every micro-batch.
         at_once: groups a step.
-        epochs, lr, seed: as for `distill`.
         keep: called whenever the masters are the best so far; never, if they are best as they
             came.
 
@@ -138,7 +127,7 @@ def tune(
 
     def error(numbers: Sequence[int], *, learn: bool) -> Tensor:
         """Return the mean error a token, which stays on the device until an epoch is over."""
-        tokens, total = sum(sizes[number] for number in numbers), None
+        tokens, values = sum(sizes[number] for number in numbers), []
         for number in numbers:
             with torch.set_grad_enabled(learn):
                 output = stream.run(index, number, keep=False)
@@ -146,35 +135,109 @@ def tune(
             if learn:
                 loss.backward()
                 masters.collect()
-            value = loss.detach().to(widest(loss.device))
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+            values.append(loss.detach().to(widest(loss.device)))
+        return sum(values[1:], values[0])
 
-    def told(losses: Sequence[Tensor]) -> list[float]:
-        values = torch.stack(list(losses)).tolist()
-        if all(map(finite, values)):
+    def finite(losses: Sequence[Tensor]) -> list[float]:
+        values: list[float] = torch.stack(list(losses)).tolist()
+        if all(map(math.isfinite, values)):
             return values
         raise SolverError(
             f"the loss is not finite in block {index}: lower --lr, or check the models' weights "
             "(--dtype float32 computes in more range)"
         )
 
-    stop = Stop(told([error(held_out, learn=False)])[0])
+    stop = Stop(finite([error(held_out, learn=False)])[0])
     report = BlockReport(index, stop.best, stop.best)
-    steps = steps_of(len(groups), at_once, epochs, seed)
-    an_epoch = len(steps) // epochs
-    for epoch in range(epochs):
+    steps = steps_of(len(groups), at_once, request.epochs, seed)
+    an_epoch = len(steps) // request.epochs
+    for epoch in range(request.epochs):
         losses = []
         for step in range(epoch * an_epoch, (epoch + 1) * an_epoch):
             losses.append(error([n for group in steps[step] for n in groups[group]], learn=True))
-            masters.step(rate(step, len(steps), lr))
-        *values, reading = told([*losses, error(held_out, learn=False)])
+            masters.step(rate(step, len(steps), request.lr))
+        *values, reading = finite([*losses, error(held_out, learn=False)])
         report.losses.append(sum(values) / len(values))
         report.held_out.append(reading)
-        if stop.better(report.held_out[-1], epoch + 1):
+        if stop.better(reading, epoch + 1):
             keep()
         if stop.due:
             break
     report.after, report.epochs = stop.best, stop.at
     return report
+
+
+def recover_blocks(job: Job) -> tuple[float, float, Any]:
+    """Recover block by block; return the mean error a token before and after, and by block.
+
+    A finished block lies in its file of the checkpoint; the streams are made again when resumed.
+    """
+    work, pair, ids = job.work, job.pair, job.calibration.ids
+    found, ahead = pair.pruned.blocks, not job.plan.sparing
+    together = rows_at_once(job.request.batch, ids.shape[1])[0]  # in steps, whatever runs at a time
+    groups: list[list[int]] = []
+    numbers: list[list[int]] = []
+    for rows in (*grouped(job.rows.training, together), job.rows.held_out):
+        parts = grouped(rows, job.plan.rows)
+        numbers.append(list(range(len(groups), len(groups) + len(parts))))
+        groups += parts
+    sizes = [len(group) * ids.shape[1] for group in groups]
+    reports = [BlockReport(**report) for report in work.kept.get("blocks", [])]
+    began = time.perf_counter()
+    dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
+    files = list(pair.pruned.layout)
+    for index in range(len(found)):
+        pair.dense.fetch(index, ahead=ahead)
+        dense.advance(index)
+        pair.dense.drop(index)
+        pair.pruned.fetch(index, ahead=ahead)
+        own = dict(found.blocks[index].named_parameters(prefix=f"{found.name}.{index}"))
+        types = {name: parameter.dtype for name, parameter in own.items()}
+        if index < len(reports):
+            made = work.load(f"{CHECKPOINT}/{files[index]}")
+        else:
+            for parameter in own.values():
+                parameter.requires_grad_(True)
+            masters = Masters(own, pair.pruned.stored, pair.masked.__contains__)
+            best: dict[str, Tensor] = {}
+            report = tune(
+                pruned, index, masters, dense.states, numbers[:-1], numbers[-1], sizes,
+                job.request, at_once=job.request.batch // together, seed=job.seed,
+                keep=functools.partial(_keep, job, masters, best),
+            )  # fmt: skip
+            reports.append(report)
+            del masters
+            made = job.write(files[index], best)
+            del best
+            job.keep(index + 1, blocks=[asdict(report) for report in reports])
+        del own
+        pair.pruned.refill(index, made)
+        del made
+        for name, dtype in types.items():
+            parameter = pair.pruned.model.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
+        pruned.advance(index)
+        pair.pruned.drop(index)
+        job.progress(index + 1, len(found), f"error {reports[index].after:.4f}")
+    for file in files[len(found) :]:
+        job.write(file, {})
+    job.seconds["blocks"] = job.seconds.get("blocks", 0.0) + time.perf_counter() - began
+    first = sum(report.before for report in reports) / len(reports)
+    last = sum(report.after for report in reports) / len(reports)
+    return first, last, [asdict(report) for report in reports]
+
+
+def _keep(job: Job, masters: Masters, best: dict[str, Tensor]) -> None:
+    best.clear()
+    best.update(job.as_stored(masters, copy=True))
+
+
+def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
+    """Return a model's stream before its first block, its states in files."""
+    folder = job.work.scratch("dense" if streamed is job.pair.dense else "pruned")
+    streamed.fetch_outside()
+    streamed.fetch(0)
+    stream = Stream(streamed.model, streamed.blocks, States(folder, streamed.device))
+    stream.record(job.calibration.ids, groups)
+    streamed.drop_outside()
+    return stream

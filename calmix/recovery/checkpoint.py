@@ -1,13 +1,15 @@
-"""From a pruned checkpoint to a recovered one: what goes in is checked, kept and told.
+"""From a pruned checkpoint to a recovered one: what goes in is checked, what was done is recorded.
 
-The output has the files, tensors and types of the pruned model. What was done stands beside the
-weights as for a prune: `calmix.json`, the same for the same inputs, and `calmix-run.json`.
+The output has the tensors and types of the pruned model. What was done stands beside the weights
+as for a pruning run: `calmix.json`, the same for the same inputs, and `calmix-run.json`.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from calmix.calibration import (
     CalibrationSet,
@@ -17,21 +19,24 @@ from calmix.calibration import (
     resolve,
     saved_set,
 )
-from calmix.errors import CalmixError, DiskError, ModelError
-from calmix.files import check_output_folder
+from calmix.errors import CalmixError, InputError, ModelError, disk_errors
+from calmix.files import check_output_folder, read_object, sha256_json, write_json
+from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models import open_model
 from calmix.models.opening import check_ids, check_models, fingerprint
+from calmix.models.shards import write_index
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.precision import reproducible
-from calmix.pruning.checkpoint import MANIFEST
-from calmix.recovery.checks import check_tokenizers, compare
-from calmix.recovery.distilling import distill_model
+from calmix.pruning.checkpoint import MANIFEST, RUN
+from calmix.recovery.blocks import recover_blocks
+from calmix.recovery.distill import distill_model
 from calmix.recovery.job import Job, RecoveryReport
-from calmix.recovery.output import check_room, finish, finished_report, prepare_files
-from calmix.recovery.sizes import sizes_of
+from calmix.recovery.memory import sizes_of
+from calmix.recovery.pair import compare
 from calmix.recovery.training import split_rows
-from calmix.recovery.tuning import tune_blocks
 from calmix.specs import RecoverRequest
+
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of weights a model
 
 
 def recover(
@@ -53,7 +58,7 @@ def recover(
     drawn: CalibrationSet | None = None,
     called: str | None = None,
 ) -> RecoveryReport:
-    """Train what a prune has left, on a calibration set, and write a checkpoint.
+    """Train what pruning has left, on a calibration set, and write a checkpoint.
 
     Zeros of the linear maps stay exactly zero; embeddings and output head stay as they are.
     Rows held out of the set decide when to stop, and whose weights are kept. A distillation may
@@ -65,8 +70,8 @@ def recover(
         request: what to do, from `calmix.specs.recover_request`.
         output: the folder to write; it appears whole or not at all.
         dtype: what to compute in: `bfloat16` or `float32`; `auto`: bfloat16 where it is fast.
-        overwrite, resume: as for a prune.
-        max_memory: bytes the process may hold; what is needed is told before the work starts.
+        overwrite, resume: as for `prune_checkpoints`.
+        max_memory: bytes the process may hold; what is needed is reported before the work starts.
         started: called once the calibration set is ready.
         progress: called with steps or blocks done, their number and the latest loss.
         writing, note: as for `calmix.calibration.resolve`.
@@ -77,10 +82,10 @@ def recover(
         CalmixError: anything a user can mend, before an output is touched.
     """
     job = Job(
-        request, Path(output), {"trust_remote_code": trust_remote_code}, dtype, device,
-        max_memory, progress or (lambda done, total, loss: None), note or (lambda line: None),
+        request, Path(output), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        max_memory=max_memory, note=note, progress=progress,
     )  # fmt: skip
-    finished = resume and (job.output / MANIFEST).is_file()
+    work, finished = job.work, resume and (job.output / MANIFEST).is_file()
 
     def check() -> None:
         inputs: list[object] = [pruned, against, saved_set(request.calibration)]
@@ -98,7 +103,10 @@ def recover(
     try:
         tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
         job.pair = pair = compare(*models)
-        check_tokenizers(*tokenizers)
+        if tokenizers[0].tokenizer_fingerprint != tokenizers[1].tokenizer_fingerprint:
+            raise InputError(
+                f"{pruned} has another tokenizer than {against}: it was not pruned from it"
+            )
         if job.processes > 1 and any(
             one.experts is not None
             for index in range(len(pair.pruned.blocks))
@@ -111,31 +119,36 @@ def recover(
         asked = job.asked(*(fingerprint(one.folder) for one in models))
         if finished and (report := finished_report(job, asked)) is not None:
             return report
+        work.kept = job.together(lambda: work.claim(asked, resume=resume, overwrite=overwrite))
         try:
-            job.goes_on = job.together(
-                lambda: job.work.claim(asked, resume=resume, overwrite=overwrite)
-            )
             calibration = job.together(lambda: _calibration(job, tokenizers[1], drawn, writing))
             embeddings = pair.pruned.model.get_input_embeddings()
             check_ids(pair.pruned.name, embeddings, calibration.ids)
             job.take(calibration)
             job.check_memory(sizes_of(pair.pruned, request.method, job.dtype), calibration.length)
-            if job.main:
-                prepare_files(job)
             if started is not None:
                 started(calibration)
-            if job.work.upgraded:
-                job.say(job.work.upgraded)
-            if job.goes_on:
-                job.say(f"going on after {job.work.done} {job.work.unit}")
+            if work.upgraded:
+                job.say(work.upgraded)
+            if work.done:
+                job.say(f"resuming after {work.done} {work.unit}")
+            job.begin()
             with reproducible(job.device):
-                report = job.run(distill_model if request.method == "distill" else tune_blocks)
+                way = distill_model if request.method == "distill" else recover_blocks
+                before, after, curve = way(job)
+            job.clock()
+            report = RecoveryReport(
+                request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
+                calibration.rows, calibration.length, job.rows.held_out, before, after,
+                pair.weights, pair.zeros, curve, job.seconds,
+            )  # fmt: skip
             if job.main:
-                finish(job, asked, report, called or pair.pruned.name)
+                _finish(job, asked, report, called or pair.pruned.name)
             job.wait()
         except BaseException as error:
-            if job.work.claimed:
-                _leave(job, error)
+            if work.claimed and work.leave(error) and not isinstance(error, CalmixError):
+                kept = f"{work.done} {work.unit} are kept in {work.path}"
+                job.say(f"{kept}: resume with --resume")
             raise
         return report
     finally:
@@ -144,11 +157,7 @@ def recover(
 
 
 def streamed(name: str, dtype: str, device: str, trust_remote_code: bool) -> StreamedModel:
-    """Open a model block by block, as it has to be for a recovery.
-
-    Raises:
-        ModelError: it cannot be opened so.
-    """
+    """Open a model block by block, as it has to be for a recovery (else ModelError)."""
     try:
         return StreamedModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     except NotStreamableError as error:
@@ -161,33 +170,71 @@ def _calibration(
     drawn: CalibrationSet | None,
     writing: Callable[[str, int, int], None] | None,
 ) -> CalibrationSet:
-    """Return the set of the work that goes on, or draw it; what a model writes, the dense does."""
-    request, kept = job.request, job.work.calibration() if job.goes_on else drawn
-    if kept is not None:
-        check_room(job, kept.ids.numel())
-        if not job.goes_on:
-            job.work.keep_calibration(kept)
-        return kept
-    asked = ask(request.calibration, context=tokenizer.context, **request.draw)
-    check_room(job, asked.draw.rows * asked.draw.length)
-    name = job.pair.dense.name
-    opened = open_model(name, device=str(job.device), **job.how) if asked.runs_model else tokenizer
-    made = resolve(request.calibration, opened, writing=writing, note=job.say, **request.draw)
-    job.work.keep_calibration(made)
+    """Return the set of the work that is resumed, or draw it; the dense model writes text."""
+    request = job.request
+    made = job.work.calibration() if job.work.resumes else drawn
+    if made is None:
+        asked = ask(request.calibration, context=tokenizer.context, **request.draw)
+        job.check_room(asked.draw.rows * asked.draw.length)
+        opened: Any = tokenizer
+        if asked.runs_model:
+            opened = open_model(job.pair.dense.name, device=str(job.device), **job.how)
+        made = resolve(request.calibration, opened, writing=writing, note=job.say, **request.draw)
+    else:
+        job.check_room(made.ids.numel())
+    if not job.work.resumes:
+        job.work.keep_calibration(made)
     return made
 
 
-def _leave(job: Job, error: BaseException) -> None:
-    """Keep the work that a later run can go on with, and nothing else.
+def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str) -> None:
+    """Write what stands beside the weights, and turn the work into the output."""
+    place, pruned = job.work.checkpoint, job.pair.pruned
+    done = report.to_json()
+    run = run_record(done.pop("seconds")) | {"pruned": _read(pruned.folder / RUN)}
+    manifest = {
+        "kind": "recovered checkpoint",
+        "model": {"name": called, "sha256": asked["pruned"]},
+        "against": {"name": job.pair.dense.name, "sha256": asked["against"]},
+        "dtype": asked["dtype"],
+        "device": asked["device"],
+        "processes": job.processes,
+        "request": request_record(job.request),
+        "calibration": job.calibration.manifest,
+        "recovery": done,
+        "pruned": _read(pruned.folder / MANIFEST),
+        "versions": versions() | asked["versions"],
+        "request_sha256": sha256_json(asked),
+    }
+    kinds = (*BESIDE, "*.py") if job.how["trust_remote_code"] else BESIDE
+    with disk_errors(place):
+        for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
+            if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, place / path.name)
+        write_index(place)
+        hashed = {"files": file_hashes(place, without=(MANIFEST, RUN))}
+        write_json(place / MANIFEST, sealed(manifest | hashed))
+        write_json(place / RUN, run)
+    job.work.complete()
 
-    A mistake would meet the same end again; a full disk, an interrupt or a defect need not. What
-    an earlier run has left is kept whatever happens.
-    """
-    work = job.work
-    again = isinstance(error, DiskError) or not isinstance(error, CalmixError)
-    if not (job.goes_on or (work.done > 0 and again)):
-        work.abandon()
-        return
-    work.close()
-    if not isinstance(error, CalmixError):
-        job.say(f"{work.done} {work.unit} are kept in {work.path}: --resume goes on")
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what the pruned model's manifest or run record holds; None if it has none."""
+    try:
+        return read_object(path, "")
+    except InputError:
+        return None
+
+
+def finished_report(job: Job, asked: dict[str, Any]) -> RecoveryReport | None:
+    """Return the report of an output that an earlier run of the same request has finished."""
+    manifest, run = (_read(job.output / name) or {} for name in (MANIFEST, RUN))
+    if manifest.get("request_sha256") != sha256_json(asked):
+        return None
+    try:
+        report = RecoveryReport(**manifest["recovery"], seconds=run["seconds"])
+    except (KeyError, TypeError):
+        return None
+    job.say(f"{job.output} was finished by an earlier run")
+    job.work.remove_leftover()
+    return report

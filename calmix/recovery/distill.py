@@ -1,37 +1,38 @@
 """Distillation: the whole pruned model towards the dense model's logits, KL(dense || pruned).
 
 The dense model runs once: what its head sees is kept, and logits are made again from that when
-they are needed. Knows nothing about files or command lines; how many processes share the work,
-and how the weights lie among them, is accelerate's business.
+they are needed. How many processes share the work, and how the weights lie among them, is
+accelerate's business.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calmix.errors import SolverError
-from calmix.evaluation.likelihood import Head, behind, decoder_and_head
+from calmix.evaluation.likelihood import Head, decoder_and_head
+from calmix.models import find_blocks
 from calmix.models.blocks import DecoderBlocks
+from calmix.models.shards import read_file, write_file
+from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
-from calmix.recovery.training import (
-    Masters,
-    Rows,
-    Stop,
-    finite,
-    grouped,
-    rate,
-    steps_of,
-)
+from calmix.recovery.pair import same_head
+from calmix.recovery.training import Masters, Rows, Stop, grouped, rate, steps_of, trained_names
+from calmix.specs import RecoverRequest
 
 READINGS = 2  # of the held-out rows, an epoch
 WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
+SAVING = 20  # a state is kept whenever that takes less than 1/20 of the time
 
 
 class Student(nn.Module):
@@ -79,41 +80,6 @@ class Student(nn.Module):
         self.model.tie_weights()
 
 
-def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
-    """Return what is trained: all of the blocks, and the norm behind them.
-
-    Embeddings, output head and what else is behind the decoder stay as they are.
-    """
-    embedded = {id(p) for p in model.get_input_embeddings().parameters()}
-    embedded |= {id(p) for p in model.get_output_embeddings().parameters()}
-    embedded |= {id(p) for p in behind(model).values()}
-    prefix = f"{found.name}."
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if name.startswith(prefix) or (parameter.ndim == 1 and id(parameter) not in embedded)
-    ]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    Attributes:
-        epochs: passes over the training rows.
-        lr: the learning rate at its peak, of models `WIDE` apart or more.
-        batch: rows a step, of all processes together.
-        at_once: rows that run at a time in a process.
-        seed: of the rows held out and of the order of the others.
-    """
-
-    epochs: int
-    lr: float
-    batch: int
-    at_once: int
-    seed: int
-
-
 @dataclass
 class Progress:
     """How far a distillation is.
@@ -134,68 +100,53 @@ class Progress:
     stopped: bool = False
 
 
-class Keeper(Protocol):
-    """Where a distillation keeps what it makes."""
-
-    def best(self, masters: Masters, step: int) -> None:
-        """Keep the weights: the held-out rows were never better than after `step`."""
-
-    def reached(self, masters: Masters, progress: Progress) -> None:
-        """Called after every reading of the held-out rows: all it takes to go on is at hand."""
-
-
 def distill(
     student: Any,
     masters: Masters,
     ids: Tensor,
     targets: Callable[[list[int]], Tensor],
     rows: Rows,
-    settings: Settings,
+    request: RecoverRequest,
     accelerator: Any,
-    keeper: Keeper,
-    *,
     progress: Progress,
-    tick: Callable[[Progress], None] = lambda progress: None,
-) -> Progress:
+    *,
+    at_once: int,
+    seed: int,
+) -> Iterator[Progress]:
     """Train a student until its steps are taken or the held-out rows no longer get better.
+
+    Yields `progress` after every step, which is where an earlier run's may resume.
 
     Args:
         student: a `Student`, as accelerate has prepared it.
-        masters: of its parameters; restored, where `progress` tells of steps.
+        masters: of its parameters.
         ids: token ids of all rows, int64 (rows, length).
         targets: returns what the dense model's head sees of rows.
-        rows: which rows train.
-        settings: how.
-        accelerator: accelerate's.
-        keeper: where weights and states go.
-        progress: how far an earlier run has come.
-        tick: called after every step.
+        at_once: rows that run at a time in a process.
+        seed: of the order of the rows.
 
     Raises:
         SolverError: a loss is not finite.
     """
     device = next(student.parameters()).device
     world, rank = accelerator.num_processes, accelerator.process_index
-    length = ids.shape[1]
-    training = rows.training.tolist()
-    steps = steps_of(len(training), settings.batch, settings.epochs, settings.seed)
-    every = max(1, -(-len(steps) // (READINGS * settings.epochs)))
+    steps = steps_of(len(rows.training), request.batch, request.epochs, seed)
+    every = max(1, -(-len(steps) // (READINGS * request.epochs)))
+    share = request.batch // world
 
-    def mean(numbers: list[int], *, learn: bool) -> float:
+    def mean(numbers: list[int], where: str, *, learn: bool) -> float:
         """Return the mean KL a token of rows; collect its gradients if `learn`."""
-        tokens = len(numbers) * length
+        tokens = len(numbers) * ids.shape[1]
         total = torch.zeros((), dtype=torch.float32, device=device)
-        for part in grouped(numbers, settings.at_once):
+        for part in grouped(numbers, at_once):
             with torch.set_grad_enabled(learn):
                 loss = student(ids[part].to(device), targets(part).to(device)) / tokens
             total += loss.detach()
-            if learn:  # all processes, whatever the loss: they wait for each other
+            if learn:
                 accelerator.backward(loss)
                 masters.collect()
-        return float(accelerator.reduce(total, reduction="mean"))
-
-    def checked(loss: float, where: str) -> float:
-        if finite(loss):
+        loss = float(accelerator.reduce(total, reduction="mean"))
+        if math.isfinite(loss):
             return loss
         raise SolverError(
             f"the loss is not finite {where}: lower --lr, or check the models' weights "
@@ -203,31 +154,111 @@ def distill(
         )
 
     def reading() -> float:
-        return checked(
-            mean(rows.held_out.tolist(), learn=False),
-            f"on the held-out rows after step {progress.done} of {len(steps)}",
-        )
+        after = f"on the held-out rows after step {progress.done} of {len(steps)}"
+        return mean(rows.held_out, after, learn=False)
 
     if not progress.held_out:
         progress.held_out.append((0, reading()))
-    peak = settings.lr * min(1.0, progress.held_out[0][1] / WIDE)
-    stop = Stop(progress.held_out[0][1])
+    first = progress.held_out[0][1]
+    peak, stop = request.lr * min(1.0, first / WIDE), Stop(first)
     for at, loss in progress.held_out[1:]:
         stop.better(loss, at)
     while progress.done < len(steps) and not progress.stopped:
-        chosen = [training[number] for number in steps[progress.done]]
-        share = settings.batch // world
-        loss = mean(chosen[rank * share : (rank + 1) * share], learn=True)
-        progress.losses.append(checked(loss, f"at step {progress.done + 1} of {len(steps)}"))
+        chosen = [rows.training[number] for number in steps[progress.done]]
+        where = f"at step {progress.done + 1} of {len(steps)}"
+        own = chosen[rank * share : (rank + 1) * share]
+        progress.losses.append(mean(own, where, learn=True))
         masters.step(rate(progress.done, len(steps), peak))
         progress.done += 1
-        tick(progress)
-        if progress.done % every and progress.done < len(steps):
+        if not progress.done % every or progress.done == len(steps):
+            progress.held_out.append((progress.done, reading()))
+            if stop.better(progress.held_out[-1][1], progress.done):
+                progress.best = progress.done
+            progress.stopped = stop.due and progress.done < len(steps)
+        yield progress
+
+
+def distill_model(job: Job) -> tuple[float, float, Any]:
+    """Distill the whole model; return the held-out loss before and after, and on the way.
+
+    The work folder holds masters and moments in `state-N/RANK`, and the best weights so far, as
+    they are to be written, in `best-N`. Of both there are two, one that counts and one to write.
+    """
+    request, work, pair, accelerator = job.request, job.work, job.pair, job.accelerator
+    shared = same_head(pair)
+    folder, dense_head = _dense_states(job, shared)
+    model = job.open(pair.pruned.name)
+    student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)
+    if getattr(accelerator, "is_fsdp2", False):
+        # Accelerate shards a model only together with an optimiser; ours comes after.
+        held = [p for p in student.parameters() if p.requires_grad]
+        student, _ = accelerator.prepare(student, torch.optim.SGD(held, lr=0.0))
+    else:
+        student = accelerator.prepare_model(student, device_placement=job.processes > 1)
+    trained = {
+        name.removeprefix("module.").removeprefix("model."): p
+        for name, p in student.named_parameters()
+        if p.requires_grad
+    }
+    masters = Masters(trained, pair.pruned.stored, pair.masked.__contains__)
+    steps = steps_of(len(job.rows.training), request.batch, request.epochs, job.seed)
+    progress = Progress(len(steps))
+    state, best = counted = tuple(work.kept.get("counted", (0, 0)))
+    if work.done:
+        run = work.kept["run"]
+        progress = Progress(**run | {"held_out": [tuple(one) for one in run["held_out"]]})
+        masters.restore(work.load(f"state-{state}/{job.rank}"), progress.done)
+    began = saved = time.monotonic()
+    took = 0.0
+    for _ in distill(
+        student, masters, job.calibration.ids,
+        lambda rows: torch.stack([read_file(folder / str(row))["hidden"] for row in rows]),
+        job.rows, request, accelerator, progress, at_once=job.plan.rows, seed=job.seed,
+    ):  # fmt: skip
+        at, loss = progress.held_out[-1]
+        job.progress(progress.done, progress.steps, f"KL {loss:.4f}")
+        if at != progress.done:
             continue
-        progress.held_out.append((progress.done, reading()))
-        if stop.better(progress.held_out[-1][1], progress.done):
-            progress.best = progress.done
-            keeper.best(masters, progress.done)
-        progress.stopped = stop.due and progress.done < len(steps)
-        keeper.reached(masters, progress)
-    return progress
+        if progress.best == progress.done:
+            best = 1 - counted[1]
+            weights = job.as_stored(masters)
+            if job.main:
+                work.save(f"best-{best}", weights)
+        now = time.monotonic()
+        over = progress.stopped or progress.done == progress.steps
+        due = not over and now - saved >= SAVING * took
+        if job.together(functools.partial(bool, due)):
+            state = 1 - counted[0]
+            work.save(f"state-{state}/{job.rank}", masters.state())
+            counted = state, best
+            job.keep(progress.done, run=asdict(progress), counted=counted)
+            saved = time.monotonic()
+            took = saved - now
+    job.seconds["steps"] = job.seconds.get("steps", 0.0) + time.monotonic() - began
+    if job.main:
+        made = work.load(f"best-{best}") if progress.best else {}
+        parts = [pair.pruned.block_names(index) for index in range(len(pair.pruned.blocks))]
+        others = made.keys() - {name for part in parts for name in part}
+        for number, file in enumerate(pair.pruned.layout):
+            names = parts[number] if number < len(parts) else others
+            job.write(file, {name: made[name] for name in names if name in made})
+    losses = dict(progress.held_out)
+    return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
+
+
+def _dense_states(job: Job, shared: bool) -> tuple[Path, Head | None]:
+    """Write what the dense model's head sees, a file a row, in the type computed in.
+
+    Each process makes its share. Returns the folder, and the head if it is not the pruned model's.
+    """
+    began = time.perf_counter()
+    folder, ids = job.together(lambda: job.work.scratch("dense")), job.calibration.ids
+    decoder, head = decoder_and_head(job.open(job.pair.dense.name))
+    for part in grouped(range(job.rank, len(ids), job.processes), job.plan.rows):
+        with torch.inference_mode():
+            hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
+        for row, value in zip(part, hidden, strict=True):
+            write_file(folder / str(row), {"hidden": value})
+    job.wait()
+    job.seconds["dense"] = job.seconds.get("dense", 0.0) + time.perf_counter() - began
+    return folder, None if shared else head

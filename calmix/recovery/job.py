@@ -1,4 +1,4 @@
-"""A recovery at work, and what is told of it."""
+"""A recovery at work: what it was asked, what it has, and the processes that share it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import CalmixError, InputError
+from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import asked_record, deciding_versions
 from calmix.models import open_model
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
 from calmix.pruning.budget import GIB
-from calmix.pruning.old_states import Entry
-from calmix.recovery.checks import Pair
+from calmix.pruning.work import CHECKPOINT, WorkFolder
 from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
-from calmix.recovery.training import Rows, rows_at_once, split_rows
-from calmix.recovery.work import RecoveryFolder
+from calmix.recovery.pair import Pair
+from calmix.recovery.training import Masters, Rows, rows_at_once, split_rows, trained_names
 from calmix.specs import RecoverRequest
 
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
+TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-Way = Callable[["Job", dict[str, Any]], tuple[float, float, Any]]  # loss before, after; the curve
+T = TypeVar("T")
 
 
 @dataclass
@@ -68,7 +70,7 @@ class RecoveryReport:
 
 
 class Job:
-    """A recovery at work: what is asked for, what it has, and the processes that share it."""
+    """A recovery at work, in each of the processes that share it."""
 
     pair: Pair
     calibration: CalibrationSet
@@ -79,15 +81,17 @@ class Job:
         self,
         request: RecoverRequest,
         output: Path,
-        how: dict[str, Any],
+        *,
         dtype: str,
         device: str,
+        trust_remote_code: bool,
         max_memory: int | None,
-        progress: Callable[[int, int, str], None],
-        say: Callable[[str], None],
+        note: Callable[[str], None] | None,
+        progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        self.request, self.output, self.how = request, output, how
-        self.max_memory, self.progress = max_memory, progress
+        self.request, self.output, self.max_memory = request, output, max_memory
+        self.how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        self.progress = progress or (lambda done, total, loss: None)
         self.accelerator: Any = None
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and request.method == "blocks":
@@ -107,33 +111,29 @@ class Job:
             if plugin is not None and plugin.fsdp_version != 2:
                 raise InputError("only version 2 of FSDP can be used: set fsdp_version to 2")
         self.processes = self.accelerator.num_processes if self.accelerator else 1
+        self.rank = self.accelerator.process_index if self.accelerator else 0
+        self.main = self.rank == 0
         if request.batch % self.processes:
             raise InputError(
                 f"--batch {request.batch} cannot be shared by {self.processes} processes"
             )
-        self.dtype = _compute_type(dtype, self.device)
-        self.main = self.accelerator is None or self.accelerator.is_main_process
-        self.say = say if self.main else (lambda line: None)
-        self.work = RecoveryFolder(output, "steps" if request.method == "distill" else "blocks")
-        self.goes_on = False
+        if dtype == "auto":
+            fast = self.device.type != "cpu" or fast_half_precision(torch.bfloat16)
+            dtype = "bfloat16" if fast else "float32"
+        if dtype not in TYPES:
+            raise InputError(f"--dtype {dtype} cannot train: use bfloat16 or float32")
+        self.type_name, self.dtype = dtype, TYPES[dtype]
+        self.say = note if note is not None and self.main else (lambda line: None)
+        self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
         self.seconds: dict[str, float] = {}
-        self.dense: dict[str, Entry] = {}
+        self._began = time.perf_counter()
 
-    @property
-    def type_name(self) -> str:
-        """What it computes in, by the name a user gives it."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def whole(self, name: str) -> Any:
+    def open(self, name: str) -> Any:
         """Open a model whole, in what this computes in."""
         return open_model(name, dtype=self.type_name, device=str(self.device), **self.how).model
 
     def asked(self, pruned: str, against: str) -> dict[str, Any]:
-        """Return what decides the bytes of the result, as far as it is known before the draw.
-
-        Args:
-            pruned, against: hashes of both models' files.
-        """
+        """Return what decides the bytes of the result beside the text, models by hash."""
         return {
             "pruned": pruned,
             "against": against,
@@ -144,7 +144,7 @@ class Job:
             "versions": deciding_versions("accelerate"),
         }
 
-    def together(self, act: Callable[[], Any]) -> Any:
+    def together(self, act: Callable[[], T]) -> T:
         """Let the main process act, and return what came of it, or raise it, in all."""
         if self.processes == 1:
             return act()
@@ -161,14 +161,6 @@ class Job:
             raise box[1]
         return box[0]
 
-    def gathered(self, own: dict[str, Any]) -> dict[str, Any]:
-        """Return what all processes have under their keys."""
-        if self.processes == 1:
-            return own
-        from accelerate.utils import gather_object
-
-        return {key: value for part in gather_object([own]) for key, value in part.items()}
-
     def wait(self) -> None:
         """Wait for the other processes."""
         if self.processes > 1:
@@ -182,15 +174,10 @@ class Job:
         self.rows = split_rows(calibration.sources, self.request.batch, self.seed)
 
     def check_memory(self, sizes: Sizes, length: int, more: int = 0) -> None:
-        """Tell what memory is needed, and decide what to spare to stay within it.
+        """Say what memory is needed, and decide what to spare to stay within it.
 
-        What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
-        the same plan.
-
-        Args:
-            sizes: from `sizes_of`.
-            length: of a row.
-            more: bytes the process will hold beside what it holds now.
+        What the process holds, `more` bytes included, is rounded up to a quarter of a GiB, so that
+        the same budget gives the same plan.
 
         Raises:
             InputError: more is needed than the user allows.
@@ -205,43 +192,69 @@ class Job:
         else:
             held = -(-held // (GIB // 4)) * (GIB // 4)
             room = self.max_memory - held
-        if self.goes_on and (begun := self.work.progress().get("rows_at_once")):
+        if begun := self.work.kept.get("rows_at_once"):
             rows = [begun]
         self.plan = make_plan(self.request.method, sizes, length, rows, room)
         self.say("recovery " + check_memory(self.plan.needed, held, self.max_memory, free))
 
-    def count(self, progress: Mapping[str, Any]) -> None:
-        """Write how far the work is."""
-        seconds = {"rows_at_once": self.plan.rows, "seconds": self.clock()}
-        self.work.count({**progress, **seconds})
+    def check_room(self, tokens: int) -> None:
+        """Refuse a recovery on so many tokens for whose files the disk has no room."""
+        source = self.pair.pruned
+        needed = sum(place.size for place in source.shards.places.values())
+        width = source.model.get_output_embeddings().weight.shape[1]
+        states = tokens * width * self.dtype.itemsize
+        if self.request.method == "distill":
+            own = dict(source.model.named_parameters())
+            trained = sum(own[n].numel() for n in trained_names(source.model, source.blocks))
+            needed += states + 2 * (12 + 4) * trained
+        else:
+            needed += 2 * states
+        held = sum(p.stat().st_blocks * 512 for p in self.work.path.rglob("*") if p.is_file())
+        check_free(self.output, needed - held, "checkpoint and states take up to")
 
-    def run(self, way: Way) -> RecoveryReport:
-        """Do the work, from where an earlier run has left it."""
-        began = time.perf_counter()
-        kept = self.work.progress() if self.goes_on else {}
-        before = kept.get("seconds", {})
-        self.seconds = {key: float(value) for key, value in before.items()}
-        self._began = began - self.seconds.get("total", 0.0)
-        first, last, curve = way(self, kept)
-        self.clock()
-        request = self.request
-        return RecoveryReport(
-            request.method, request.epochs, request.lr, request.batch, self.plan.rows, self.seed,
-            self.calibration.rows, self.calibration.length, self.rows.held_out.tolist(),
-            first, last, self.pair.weights, self.pair.zeros, curve, dict(self.seconds),
-        )  # fmt: skip
+    def begin(self) -> None:
+        """Start the clock, from where an earlier run has left it."""
+        self.seconds = dict(self.work.kept.get("seconds", {}))
+        self._began = time.perf_counter() - self.seconds.get("total", 0.0)
 
     def clock(self) -> dict[str, float]:
         """Return the seconds so far."""
         self.seconds["total"] = time.perf_counter() - self._began
         return dict(self.seconds)
 
+    def keep(self, done: int, **facts: Any) -> None:
+        """Make count what is done, the files of all processes with it."""
+        files = [self.work.kept.get("files", {})]
+        if self.processes > 1:
+            from accelerate.utils import gather_object
 
-def _compute_type(name: str, device: torch.device) -> torch.dtype:
-    types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name == "auto":
-        fast = device.type != "cpu" or fast_half_precision(torch.bfloat16)
-        return torch.bfloat16 if fast else torch.float32
-    if name not in types:
-        raise InputError(f"--dtype {name} cannot train: use bfloat16 or float32")
-    return types[name]
+            files = gather_object(files)
+        self.work.kept["files"] = {name: sha for part in files for name, sha in part.items()}
+        self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.clock(), **facts)
+
+    def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return masters whole, by name, in the types the pruned model is stored in.
+
+        All processes must call it; the main one gets them.
+        """
+        kept = {}
+        for name, value in masters.full():
+            if self.main:
+                kept[name] = value.to(self.pair.pruned.stored_dtype(name), copy=copy)
+        return kept
+
+    def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write a file of the result: the pruned model's tensors, or what was trained of them.
+
+        Every zero must still be one. Returns the file's tensors.
+        """
+        source = self.pair.pruned
+        for name in self.pair.masked & trained.keys():
+            zero = source.stored(name) == 0
+            assert not trained[name].cpu()[zero].any(), f"a zero of {name} has changed"
+        made = source.shards.read(source.layout[file])
+        for name, value in source.as_stored(trained).items():
+            if name in made:
+                made[name] = value.to(made[name].dtype)
+        self.work.save(f"{CHECKPOINT}/{file}", made)
+        return made

@@ -36,13 +36,8 @@ def divergence(
     with them. Nothing behind the heads (their weights) gets a gradient. A head may lie elsewhere.
 
     Args:
-        hidden: what the pruned model's head sees, shape (tokens, width).
-        target: what the dense model's head sees, same shape.
-        head, dense_head: the models' output heads.
+        hidden, target: what the pruned and the dense model's head see, shape (tokens, width).
         vocabulary: width of the logits.
-
-    Returns:
-        float32 scalar.
     """
     learns = torch.is_grad_enabled() and hidden.requires_grad
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -1,4 +1,4 @@
-"""What a recovery takes: pure arithmetic over sizes, told before it starts.
+"""What a recovery takes: arithmetic over sizes, so that it is known before it starts.
 
     trained weights     float32 master, gradient and two moments (16 bytes), and the gradient in
                         the type of the modules on its way there
@@ -12,11 +12,17 @@ How many bytes of activations a token leaves in a block is ours, fitted to what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import torch
 
 from calmix.errors import InputError
+from calmix.models.blocks import DecoderBlocks, experts_per_token
+from calmix.models.streaming import StreamedModel
 from calmix.pruning.budget import GIB
+from calmix.pruning.trace import token_bytes
 from calmix.recovery.losses import CHUNK, LEAST
+from calmix.recovery.training import trained_names
 
 PASSING = 2  # blocks' activations that come and go while one runs
 BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, and what they keep
@@ -24,17 +30,11 @@ BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the memory.
+    """What of a model decides the memory.
 
-    Attributes:
-        weights: of the whole model.
-        trained: weights that are trained at a time.
-        outside: weights that are outside the blocks.
-        blocks, hidden: number of blocks, and width between them.
-        widths: inputs and outputs of all linear maps of a block together.
-        vocabulary: width of the logits.
-        tokens: of a micro-batch.
-        value_bytes: bytes of a weight and an activation as computed with.
+    `weights` of the whole model, `trained` at a time, `outside` of the blocks; `blocks`, and the
+    width `hidden` between them; `widths`, the inputs and outputs of the linear maps of a block
+    together; `vocabulary`; and the bytes of a value as computed with.
     """
 
     weights: int
@@ -44,57 +44,15 @@ class Sizes:
     hidden: int
     widths: int
     vocabulary: int
-    tokens: int
     value_bytes: int
-
-
-def block_activations(sizes: Sizes) -> int:
-    """Return what one micro-batch leaves in a block for the way back."""
-    return sizes.tokens * (6 * sizes.hidden + sizes.widths) * sizes.value_bytes
-
-
-def optimiser_bytes(sizes: Sizes) -> int:
-    """Return masters, gradients and moments."""
-    return sizes.trained * (16 + sizes.value_bytes)
-
-
-def distill_bytes(sizes: Sizes, *, recompute: bool) -> int:
-    """Return what distillation takes beside the program."""
-    between = sizes.blocks * sizes.tokens * sizes.hidden * sizes.value_bytes
-    kept = PASSING + (1 if recompute else sizes.blocks)
-    logits = 5 * 4 * min(max(CHUNK, LEAST * sizes.vocabulary), sizes.tokens * sizes.vocabulary)
-    return (
-        sizes.weights * sizes.value_bytes
-        + optimiser_bytes(sizes)
-        + between
-        + kept * block_activations(sizes)
-        + logits
-    )
-
-
-def blocks_bytes(sizes: Sizes, *, ahead: bool) -> int:
-    """Return what recovery of one block at a time takes beside the program.
-
-    Args:
-        sizes: of the largest block.
-        ahead: whether both models' next blocks are read meanwhile.
-    """
-    # The block, its best weights so far, and the next ones.
-    weights = sizes.trained * (2 + 2 * ahead) * sizes.value_bytes
-    working = weights + optimiser_bytes(sizes) + (1 + 2 * PASSING) * block_activations(sizes)
-    first = (sizes.outside + sizes.trained) * sizes.value_bytes  # while the first states are made
-    return max(working, first)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recovery does to stay within its memory.
+    """What a recovery does to stay within its memory, and the bytes it takes beside the program.
 
-    Attributes:
-        rows: that run at a time, which decides how sums round.
-        sparing: blocks: none is read ahead; distill: blocks run anew on the way back. The same
-            numbers in more time.
-        needed: bytes beside the program.
+    `rows` run at a time, which decides how sums round. `sparing` costs time and changes no number:
+    no block is read ahead, or (distill) blocks run anew on the way back.
     """
 
     rows: int
@@ -102,40 +60,45 @@ class Plan:
     needed: int
 
 
+def needed_bytes(method: str, sizes: Sizes, tokens: int, *, sparing: bool) -> int:
+    """Return what a recovery takes beside the program, with micro-batches of so many tokens."""
+    activations = tokens * (6 * sizes.hidden + sizes.widths) * sizes.value_bytes
+    optimiser = sizes.trained * (16 + sizes.value_bytes)
+    if method == "blocks":
+        # The block, its best weights so far, and both models' next ones unless sparing.
+        weights = sizes.trained * (2 if sparing else 4) * sizes.value_bytes
+        first = (sizes.outside + sizes.trained) * sizes.value_bytes  # of the first states
+        return max(first, weights + optimiser + (1 + 2 * PASSING) * activations)
+    between = sizes.blocks * tokens * sizes.hidden * sizes.value_bytes
+    kept = PASSING + (1 if sparing else sizes.blocks)
+    logits = 5 * 4 * min(max(CHUNK, LEAST * sizes.vocabulary), tokens * sizes.vocabulary)
+    weights = sizes.weights * sizes.value_bytes
+    return weights + optimiser + between + kept * activations + logits
+
+
 def make_plan(method: str, sizes: Sizes, length: int, rows: Sequence[int], room: float) -> Plan:
-    """Return the first plan with room enough, or the one that takes least.
+    """Return the first plan that takes no more than `room`, or the one that takes least.
 
     Args:
-        method: `distill` or `blocks`.
-        sizes: of the model, whatever their `tokens`.
         length: tokens of a row.
         rows: how many may run at a time, the most first.
         room: bytes beside the program.
     """
-    plan = None
-    for count in rows:
-        own = replace(sizes, tokens=count * length)
-        for sparing in (False, True):
-            if method == "blocks":
-                needed = blocks_bytes(own, ahead=not sparing)
-            else:
-                needed = distill_bytes(own, recompute=sparing)
-            if plan is None or needed < plan.needed:
-                plan = Plan(count, sparing, needed)
-            if needed <= room:
-                return Plan(count, sparing, needed)
-    assert plan is not None
-    return plan
+    plans = [
+        Plan(count, sparing, needed_bytes(method, sizes, count * length, sparing=sparing))
+        for count in rows
+        for sparing in (False, True)
+    ]
+    least = min(plans, key=lambda plan: plan.needed)
+    return next((plan for plan in plans if plan.needed <= room), least)
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
-    """Return the line that tells what is needed.
+    """Return the line that says what is needed.
 
     Args:
-        needed: bytes beside the program.
-        held: bytes the program holds.
-        most: what the user allows; None for what is free, which is told and not enforced.
-        free: bytes that are free.
+        needed, held: bytes beside the program, and of the program.
+        most: what the user allows; None for what is `free`, which is not enforced.
 
     Raises:
         InputError: more is needed than the user allows.
@@ -150,3 +113,39 @@ def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
     if most is None and needed > free:
         line += f", and {free / GIB:.2f} GiB are free: it may be killed"
     return line
+
+
+def sizes_of(model: StreamedModel, method: str, dtype: torch.dtype) -> Sizes:
+    """Return what decides the memory of a recovery of a model, computed with in `dtype`."""
+    config = model.model.config.get_text_config(decoder=True)
+    largest = max(range(len(model.blocks)), key=model.block_bytes)
+    own = model.parameters
+    trained = sum(p.numel() for p in model.blocks.blocks[largest].parameters())
+    if method == "distill":
+        trained = sum(own[n].numel() for n in trained_names(model.model, model.blocks))
+    return Sizes(
+        weights=sum(p.numel() for p in own.values()),
+        trained=trained,
+        outside=model.outside_bytes // model.dtype.itemsize,
+        blocks=len(model.blocks),
+        hidden=token_bytes(model.model, model.blocks) // dtype.itemsize,
+        widths=widths_of(model.blocks, largest, experts_per_token(config)),
+        vocabulary=model.model.get_output_embeddings().weight.shape[0],
+        value_bytes=dtype.itemsize,
+    )
+
+
+def widths_of(found: DecoderBlocks, index: int, chosen: int) -> int:
+    """Return the inputs and outputs, together, of the linear maps of a block a token goes through.
+
+    `chosen` is the number of experts a token is sent to.
+    """
+    layers = found.prunables(index)
+    each: dict[str | None, int] = {}
+    for layer in layers:
+        each[layer.mixture] = max(each.get(layer.mixture, 0), (layer.expert or 0) + 1)
+    return sum(
+        sum(layer.shape) * (1 if layer.expert is None else min(chosen, each[layer.mixture]))
+        for layer in layers
+        if not layer.expert
+    )

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from calmix.errors import InputError
+from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
+from calmix.models.blocks import DecoderBlocks
 
 BETAS = (0.9, 0.95)
 WARM_UP = 0.05  # of all steps, one at least
@@ -25,16 +26,11 @@ SIZES = (1e-3, 1.0)  # least and most size of a tensor that the learning rate is
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a calibration set train and which decide when to stop.
+class Rows(NamedTuple):
+    """The rows of a calibration set that train, and those that decide when to stop."""
 
-    Attributes:
-        training, held_out: row numbers, int64.
-    """
-
-    training: Tensor
-    held_out: Tensor
+    training: list[int]
+    held_out: list[int]
 
 
 def held_out(rows: int) -> int:
@@ -43,16 +39,13 @@ def held_out(rows: int) -> int:
 
 
 def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
-    """Hold out one row in 16, two at least, by chance, spread over the sources.
+    """Hold out one row in 16, two at least, by chance, spread over the sources of the rows.
 
     They are taken at even steps from the rows in order of their source, so that a source has as
     much say in when to stop as it has weight in the set.
 
-    Args:
-        sources: of each row, its source.
-
     Raises:
-        InputError: what is left is no batch.
+        InputError: less than a batch is left.
     """
     rows = len(sources)
     held = held_out(rows)
@@ -65,18 +58,11 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
     order = sorted(torch.randperm(rows, generator=generator).tolist(), key=lambda i: sources[i])
     start = float(torch.rand(1, generator=generator))
     chosen = {order[int((number + start) * rows / held)] for number in range(held)}
-    training = [row for row in range(rows) if row not in chosen]
-    return Rows(torch.tensor(training), torch.tensor(sorted(chosen)))
+    return Rows([row for row in range(rows) if row not in chosen], sorted(chosen))
 
 
 def steps_of(items: int, at_once: int, epochs: int, seed: int) -> list[list[int]]:
-    """Return the items of every step: each epoch in an order of its own, what is left over unused.
-
-    Args:
-        items: how many there are.
-        at_once: items a step.
-        epochs, seed: how often, and what decides the orders.
-    """
+    """Return the items of every step: each epoch in its own order, what is left over unused."""
     generator = torch.Generator().manual_seed(seed)
     steps: list[list[int]] = []
     for _ in range(epochs):
@@ -94,6 +80,22 @@ def rate(step: int, steps: int, peak: float) -> float:
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (steps - step) / (steps - warm + 1)
+
+
+def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
+    """Return what a distillation trains: all of the blocks, and the norm behind them.
+
+    Embeddings, output head and what else is behind the decoder stay as they are.
+    """
+    embedded = {id(p) for p in model.get_input_embeddings().parameters()}
+    embedded |= {id(p) for p in model.get_output_embeddings().parameters()}
+    embedded |= {id(p) for p in behind(model).values()}
+    prefix = f"{found.name}."
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix) or (parameter.ndim == 1 and id(parameter) not in embedded)
+    ]
 
 
 def size_of(stored: Tensor) -> float:
@@ -117,12 +119,7 @@ def rows_at_once(batch: int, length: int) -> list[int]:
 
 
 class Stop:
-    """Tells when the held-out rows no longer get better.
-
-    Attributes:
-        best: the least loss so far, and
-        at: when it was.
-    """
+    """When to stop: `best` is the least loss of the held-out rows so far, `at` when it was."""
 
     def __init__(self, loss: float) -> None:
         self.best, self.at = loss, 0
@@ -163,7 +160,7 @@ class Masters:
     Args:
         parameters: what is optimised, by name; whole, or sharded as DTensors.
         stored: returns a parameter as it was stored, in its full precision.
-        masked: tells of a name whether its zeros stay.
+        masked: whether the zeros of a name stay.
     """
 
     def __init__(
@@ -201,8 +198,7 @@ class Masters:
     def step(self, learning_rate: float) -> None:
         """Take one step with the gradients collected; zeros stay exactly zero.
 
-        Args:
-            learning_rate: as a share of every tensor's size.
+        The learning rate is a share of every tensor's size.
         """
         for master in self._masked:
             if master.grad is not None:
@@ -234,7 +230,7 @@ class Masters:
             yield name, master
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and moments, all it takes to go on."""
+        """Return masters and moments, all it takes to resume."""
         state = {}
         for name, value in self.values.items():
             state[f"value/{name}"] = value.detach()
@@ -245,7 +241,7 @@ class Masters:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from a state, after so many steps."""
+        """Resume from a state, after so many steps."""
         for name, value in self.values.items():
             value.copy_(state[f"value/{name}"])
             moments = {
@@ -258,11 +254,6 @@ class Masters:
                 moments["step"] = count.to(value.device)
                 self._adam.state[value] = moments
         self.round()
-
-
-def finite(loss: float) -> bool:
-    """Tell whether a loss is a number."""
-    return math.isfinite(loss)
 
 
 def grouped(rows: Sequence[int], at_once: int) -> list[list[int]]:

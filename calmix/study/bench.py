@@ -30,7 +30,7 @@ from calmix.pruning.allocation import from_shares
 from calmix.pruning.engine import Patterns
 from calmix.pruning.patterns import as_pattern
 from calmix.recovery import recover
-from calmix.recovery.distill import trained_names
+from calmix.recovery.training import trained_names
 from calmix.study.results import Interval, TaskOutcome, Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store

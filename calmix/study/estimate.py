@@ -36,7 +36,6 @@ from calmix.pruning.methods import Method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.streamed import plan_for
 from calmix.recovery import memory as recovery
-from calmix.recovery.sizes import sizes_of
 from calmix.recovery.training import held_out, rows_at_once
 from calmix.specs import RecoverRequest
 from calmix.study.spec import Study
@@ -293,7 +292,7 @@ class Timed:
         source: Any = self
         rows = rows_at_once(request.batch, length)
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
-        sizes = sizes_of(source, request.method, self.dtype)
+        sizes = recovery.sizes_of(source, request.method, self.dtype)
         return recovery.make_plan(request.method, sizes, length, rows, most).needed
 
 

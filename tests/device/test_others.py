@@ -19,19 +19,13 @@ from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks
 from calmix.precision import reproducible
 from calmix.recovery.blocks import Stream, tune
-from calmix.recovery.distill import Progress, Settings, Student, distill, trained_names
+from calmix.recovery.distill import Progress, Student, distill
 from calmix.recovery.losses import divergence
-from calmix.recovery.training import Masters, Rows
+from calmix.recovery.training import Masters, Rows, trained_names
+from calmix.specs import recover_request
 from tests.tiny import VOCABULARY, tiny_config
 
 CUDA = torch.device("cuda")
-
-
-class Kept(dict):
-    """Hidden states in memory."""
-
-    def turn(self):
-        """Nothing: both sides are one."""
 
 
 def masters_of(model, names):
@@ -66,9 +60,9 @@ def test_a_block_learns_with_a_read_an_epoch(kind, gradients):
     with tracing(None) as traced:
         model = empty_model(tiny_config(kind))
         found = find_blocks(model)
-        stream = Stream(model, found)
-        stream.states = Kept(enumerate(stream.record(some_ids(4, 16), [[0], [1], [2], [3]])))
-        targets = Kept({n: torch.randn(1, 16, 32, device=CUDA) for n in range(4)})
+        stream = Stream(model, found, {})
+        stream.record(some_ids(4, 16), [[0], [1], [2], [3]])
+        targets = {n: torch.randn(1, 16, 32, device=CUDA) for n in range(4)}
         names = [n for n, _ in model.named_parameters() if n.startswith(f"{found.name}.0.")]
         masters = masters_of(model, names)
         gradients += masters.parameters.values()
@@ -77,7 +71,8 @@ def test_a_block_learns_with_a_read_an_epoch(kind, gradients):
         with reproducible(torch.device("cpu")):
             tune(
                 stream, 0, masters, targets, [[0], [1]], [2, 3], [16] * 4,
-                at_once=2, epochs=2, lr=1e-3, seed=0, keep=lambda: None,
+                recover_request(calibration="", method="blocks", epochs=2, lr=1e-3),
+                at_once=2, seed=0, keep=lambda: None,
             )  # fmt: skip
         assert all(value.device.type == "cuda" for value in masters.values.values())
     assert traced.reads == {"tolist": 3}  # before the first epoch, and after each
@@ -96,13 +91,10 @@ def test_distillation_reads_once_a_step(gradients):
             num_processes=1, process_index=0, backward=lambda loss: loss.backward(),
             reduce=lambda total, reduction: total,
         )  # fmt: skip
-        rows = Rows(torch.arange(4), torch.arange(4, 6))
-        rows.training.tolist = lambda: [0, 1, 2, 3]
-        rows.held_out.tolist = lambda: [4, 5]
-        kept = SimpleNamespace(best=lambda *_: None, reached=lambda *_: None)
-        made = distill(
+        request = recover_request(calibration="", epochs=1, lr=1e-3, batch=2)
+        *_, made = distill(
             student, masters, some_ids(6, 16), lambda part: torch.randn(len(part), 16, 32),
-            rows, Settings(1, 1e-3, 2, 2, 0), alone, kept, progress=Progress(2),
+            Rows([0, 1, 2, 3], [4, 5]), request, alone, Progress(2), at_once=2, seed=0,
         )  # fmt: skip
     assert made.done == 2
     assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings

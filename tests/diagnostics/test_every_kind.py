@@ -25,7 +25,7 @@ SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 KINDS = {
     "pruned": ("pruned checkpoint", "model.safetensors"),
     "several": ("folder of results", "sparsegpt-0.5/model.safetensors"),
-    "recovered": ("recovered checkpoint", "model.safetensors"),
+    "recovered": ("recovered checkpoint", "model-00001-of-00004.safetensors"),
     "dropped": ("pruned checkpoint", "model.safetensors"),
     "pack": ("pack of a pruned checkpoint", "model.safetensors"),
     "dense-pack": ("pack", "config.json"),

@@ -14,7 +14,8 @@ from calmix.errors import ModelError
 from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import behind, decoder_and_head, row_nll
 from calmix.models import find_blocks
-from calmix.recovery.distill import Student, trained_names
+from calmix.recovery.distill import Student
+from calmix.recovery.training import trained_names
 from tests.tiny import tiny_ids, tiny_model
 
 # What is told by the configuration alone, and what only the model's own forward tells.

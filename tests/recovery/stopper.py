@@ -1,7 +1,7 @@
 """Make this process end by SIGKILL at a given moment.
 
 A moment is `written` (all that that block or step takes is on the disk, but not counted), `counted`
-(progress tells of it) or `renamed` (the output stands, the work folder too).
+(the record tells of it) or `renamed` (the output stands, the work folder too).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 import signal
 from typing import Any
 
-from calmix.recovery import distilling
-from calmix.recovery.work import RecoveryFolder
+from calmix.pruning.work import WorkFolder
+from calmix.recovery import distill
 
 
 def stop() -> None:
@@ -20,18 +20,18 @@ def stop() -> None:
 
 def arm(moment: str, number: int) -> None:
     """Patch the place where the process is to end; a distillation keeps every state."""
-    distilling.SAVING = 0
+    distill.SAVING = 0
     if moment == "renamed":
-        RecoveryFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
+        WorkFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
         return
-    count = RecoveryFolder.count
+    keep = WorkFolder.keep
 
-    def counted(self: RecoveryFolder, progress: dict[str, Any]) -> None:
-        due = progress["done"] >= number
+    def kept(self: WorkFolder, **facts: Any) -> None:
+        due = "rows_at_once" in facts and facts["done"] >= number  # a recovery's
         if due and moment == "written":
             stop()
-        count(self, progress)
+        keep(self, **facts)
         if due:
             stop()
 
-    RecoveryFolder.count = counted  # type: ignore[method-assign]
+    WorkFolder.keep = kept  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from calmix.recovery import job
-from calmix.recovery.memory import Plan, Sizes, blocks_bytes, distill_bytes, make_plan
+from calmix.recovery.memory import Plan, Sizes, make_plan, needed_bytes
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import METHODS, command, hashes, manifest, place
@@ -16,7 +16,7 @@ __all__ = ["place"]  # a fixture
 Held = namedtuple("Held", "rss")
 SIZES = Sizes(
     weights=10_000, trained=1_000, outside=2_000, blocks=8, hidden=16, widths=200,
-    vocabulary=500, tokens=0, value_bytes=2,
+    vocabulary=500, value_bytes=2,
 )  # fmt: skip
 
 
@@ -37,13 +37,16 @@ def test_what_changes_no_number_is_spared_first_then_rows(method):
 
 
 def test_the_formulas_are_those_of_the_documentation():
-    sizes = Sizes(1000, 100, 300, 4, 8, 60, 50, 16, 2)
+    sizes = Sizes(1000, 100, 300, 4, 8, 60, 50, 2)
     activations = 16 * (6 * 8 + 60) * 2
-    assert blocks_bytes(sizes, ahead=True) == 100 * (16 + 2 + 4 * 2) + 5 * activations
-    assert blocks_bytes(sizes, ahead=False) == 100 * (16 + 2 + 2 * 2) + 5 * activations
     passed = 1000 * 2 + 100 * 18 + 4 * 16 * 8 * 2 + 5 * 4 * 16 * 50
-    assert distill_bytes(sizes, recompute=False) == passed + 6 * activations
-    assert distill_bytes(sizes, recompute=True) == passed + 3 * activations
+    for method, sparing, wanted in (
+        ("blocks", False, 100 * (16 + 2 + 4 * 2) + 5 * activations),
+        ("blocks", True, 100 * (16 + 2 + 2 * 2) + 5 * activations),
+        ("distill", False, passed + 6 * activations),
+        ("distill", True, passed + 3 * activations),
+    ):
+        assert needed_bytes(method, sizes, 16, sparing=sparing) == wanted
 
 
 @pytest.fixture

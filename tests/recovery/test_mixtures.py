@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 import calmix as api
 from calmix.models import find_blocks
 from calmix.models.streaming import StreamedModel
-from calmix.recovery.sizes import widths_of
+from calmix.recovery.memory import widths_of
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import hashes, manifest
+from tests.recovery.test_recover import hashes, manifest, tensors
 from tests.tiny import save_tiny_model, tiny_ids
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
@@ -52,7 +52,7 @@ def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_p
     output = tmp_path / "out"
     ended = calmix(*command(place, kind, output, method))
     assert ended.code == 0, ended.err
-    before, after = (load_file(f / "model.safetensors") for f in (place / f"{kind}-pruned", output))
+    before, after = map(tensors, (place / f"{kind}-pruned", output))
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
     models = [
         AutoModelForCausalLM.from_pretrained(f)
@@ -87,7 +87,7 @@ def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
     stopped(partial(arm, "counted", number), *command(place, "mixtral", tmp_path / "cut", method))
     ended = calmix(*command(place, "mixtral", tmp_path / "cut", method, "--resume"))
     assert ended.code == 0, ended.err
-    assert "going on after" in ended.err
+    assert "resuming after" in ended.err
     assert calmix(*command(place, "mixtral", tmp_path / "whole", method)).code == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM
 import calmix as api
 from calmix.errors import disk_errors
 from calmix.models import find_blocks
-from calmix.recovery import distilling
+from calmix.models.shards import Shards
+from calmix.pruning.work import WorkFolder
+from calmix.recovery import distill
 from calmix.recovery.distill import Student
 from calmix.recovery.training import Masters
-from calmix.recovery.work import RecoveryFolder
 from calmix.specs import recover_request
 from tests import forks
 from tests.forks import stopped
@@ -43,6 +44,12 @@ def hashes(folder):
         for p in folder.iterdir()
         if p.name != "calmix-run.json"
     }
+
+
+def tensors(folder):
+    """All tensors of a checkpoint, in however many files."""
+    shards = Shards(folder)
+    return shards.read(shards.places)
 
 
 def manifest(folder):
@@ -87,7 +94,7 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
     ended = calmix(*command(place, output, method, pruned=pruned))
     assert ended.code == 0, ended.err
     assert "held-out rows (2 of 32)" in ended.out
-    before, after = (load_file(f / "model.safetensors") for f in (place / pruned, output))
+    before, after = map(tensors, (place / pruned, output))
     dense = load_file(place / "dense" / "model.safetensors")
     assert before.keys() == after.keys()
     kept = trained = 0
@@ -155,7 +162,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
     if moment != "renamed":
         ended = calmix(*command(place, tmp_path / "cut", method))
-        assert "go on with --resume" in ended.line
+        assert "with --resume" in ended.line
         ended = calmix(*command(place, tmp_path / "cut", method, "--epochs", 3, "--resume"))
         assert "another request (epochs: 2, now 3)" in ended.line
     others, real = {"accelerate": "0.1"}, importlib.metadata.version
@@ -169,7 +176,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
     assert ended.code == 0, ended.err
     warned = f"(rich: {real('rich')}, now 0.1): the result is the same" in ended.err
     assert warned == (moment != "renamed")
-    assert ("finished by an earlier run" if moment == "renamed" else "going on after") in ended.err
+    assert ("finished by an earlier run" if moment == "renamed" else "resuming after") in ended.err
     assert calmix(*command(place, tmp_path / "whole", method)).code == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
@@ -179,34 +186,31 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
 def test_an_interrupt_and_a_full_disk_leave_what_it_takes(
     calmix, place, tmp_path, monkeypatch, method
 ):
-    monkeypatch.setattr(distilling, "SAVING", 0)
-    count, seen = RecoveryFolder.count, []
+    monkeypatch.setattr(distill, "SAVING", 0)
+    keep, seen = WorkFolder.keep, []
 
-    def full(self, progress):
-        seen.append(progress)
-        if len(seen) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        count(self, progress)
+    def full(self, **facts):
+        seen.append(facts)
+        with disk_errors(self.path):
+            if sum("rows_at_once" in one for one in seen) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        keep(self, **facts)
 
-    def failing(path, value):
-        with disk_errors(path):
-            full(*path, value)
-
-    monkeypatch.setattr(RecoveryFolder, "count", lambda self, p: failing((self,), p))
-    ended = calmix(*command(place, tmp_path / "out", method))
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkFolder, "keep", full)
+        ended = calmix(*command(place, tmp_path / "out", method))
     assert ended.code == 2
     assert "no space left" in ended.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(RecoveryFolder, "count", count)
 
     def interrupted(self, *given):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(RecoveryFolder, "complete", interrupted)
+        patched.setattr(WorkFolder, "complete", interrupted)
         ended = calmix(*command(place, tmp_path / "out", method, "--resume"))
     assert ended.code == 130
-    assert f"are kept in {tmp_path / 'out.unfinished'}: --resume goes on" in ended.err
+    assert f"are kept in {tmp_path / 'out.unfinished'}: resume with --resume" in ended.err
     assert calmix(*command(place, tmp_path / "out", method, "--resume")).code == 0
     assert calmix(*command(place, tmp_path / "whole", method)).code == 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
@@ -246,7 +250,7 @@ def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path)
     ended = calmix(*base, "--lr", 0.9)
     assert ended.code == 0, ended.err
     assert "the weights are unchanged" in ended.err
-    before, after = (load_file(f / "model.safetensors") for f in (place / "half", tmp_path / "out"))
+    before, after = map(tensors, (place / "half", tmp_path / "out"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
 
@@ -348,7 +352,7 @@ def test_two_processes_share_a_distillation(place, tmp_path, calmix, launch):
     assert launch(shared, tmp_path / "log").count("held-out rows") == 1
     alone = command(place, tmp_path / "one", "distill", "--epochs", 1, "--dtype", "float32")
     assert calmix(*alone).code == 0
-    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    one, two = (tensors(tmp_path / n) for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4)
     assert manifest(tmp_path / "two")["processes"] == 2
@@ -370,7 +374,7 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path,
     assert sorted(p.name for p in work.glob("state-*/*")) == ["0", "1"]
     line = calmix(*shared(tmp_path / "cut", "--resume")).line
     assert "another request (processes: 2, now 1)" in line
-    assert "going on after" in forked(shared(tmp_path / "cut", "--resume"), tmp_path / "log")
+    assert "resuming after" in forked(shared(tmp_path / "cut", "--resume"), tmp_path / "log")
     forked(shared(tmp_path / "whole"), tmp_path / "log")
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert not work.exists()
@@ -418,7 +422,7 @@ def mistakes(place, tmp_path):
         ((half, *against, *data, "--epochs", 1001), "--epochs 1001 is more than 1000"),
         ((half, *against, *data, "--lr", "nan"), "--lr nan is not between 0 and 1"),
         ((half, *against, *data, "--batch", 0), "--batch 0 is not positive"),
-        ((half, *against, *data, "--dtype", "float16"), "--dtype float16: must be"),
+        ((half, *against, *data, "--dtype", "float16"), "--dtype float16"),
         ((half, *against, *data, "--max-memory", "1MiB"), "GiB of memory are not enough"),
         ((half, *against, *data, "--max-memory", "1MiB", "--method", "blocks"), "not enough"),
         ((half, *against, *data, "--device", "tpu9"), "device 'tpu9' cannot be used"),
@@ -443,7 +447,7 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
 
 def test_a_disk_without_room_is_told_before(calmix, place, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("calmix.recovery.output.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("calmix.files.shutil.disk_usage", lambda path: usage)
     for method in METHODS:
         ended = calmix(*command(place, tmp_path / "out", method))
         assert ended.code == 2

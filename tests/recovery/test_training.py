@@ -24,9 +24,9 @@ def test_rows_train_or_are_held_out():
     one = ["a"] * 64
     rows = split_rows(one, 4, seed=3)
     assert len(rows.held_out) == 4
-    assert sorted([*rows.training.tolist(), *rows.held_out.tolist()]) == list(range(64))
-    assert rows.held_out.tolist() == split_rows(one, 4, seed=3).held_out.tolist()
-    assert rows.held_out.tolist() != split_rows(one, 4, seed=4).held_out.tolist()
+    assert sorted([*rows.training, *rows.held_out]) == list(range(64))
+    assert rows.held_out == split_rows(one, 4, seed=3).held_out
+    assert rows.held_out != split_rows(one, 4, seed=4).held_out
     assert len(split_rows(one[:6], 4, seed=0).held_out) == 2
     with pytest.raises(InputError, match=r"5 rows is too small .* it takes 6 or more"):
         split_rows(one[:5], 4, seed=0)
@@ -35,7 +35,7 @@ def test_rows_train_or_are_held_out():
 def test_each_source_decides_by_its_weight_when_to_stop():
     sources = [name for name in "aabcaabc" for _ in range(8)]  # 32, 16 and 16 rows
     for seed in range(20):
-        held = split_rows(sources, 4, seed).held_out.tolist()
+        held = split_rows(sources, 4, seed).held_out
         assert sorted(sources[row] for row in held) == ["a", "a", "b", "c"]
 
 
