@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,11 +32,8 @@ from calmix.specs import RecoverRequest
 class Stream:
     """The hidden states of one model's micro-batches, and what its decoder hands to its blocks.
 
-    Args:
-        model: causal language model; `record` needs its weights outside the blocks and those of
-            the first, `run` those of the block at hand.
-        found: its blocks.
-        states: what each micro-batch brings into the block at hand, by number.
+    `record` needs the model's weights outside the blocks and those of the first, `run` those of
+    the block at hand.
     """
 
     def __init__(
@@ -74,14 +70,8 @@ class Stream:
 
 @dataclass
 class BlockReport:
-    """What became of one block.
-
-    Attributes:
-        block: its number.
-        before, after: mean relative error a token of the held-out rows.
-        losses: the same of the training rows, the mean of every epoch.
-        held_out: of the held-out rows, after every epoch.
-        epochs: the epoch whose weights were kept; 0: as they came.
+    """Mean relative errors a token of a block: of the held-out rows `before` and `after`; by epoch
+    of the training rows (`losses`) and of the others. `epochs` is the one that was kept, or 0.
     """
 
     block: int
@@ -108,21 +98,9 @@ def tune(
 ) -> BlockReport:
     """Train one block until its epochs are over or the held-out rows no longer get better.
 
-    Args:
-        stream: the pruned one.
-        index: the block, whose weights are in memory.
-        masters: of its parameters.
-        targets: what it is to give: the dense stream behind the dense block.
-        groups: numbers of the micro-batches that train, those together that share a step whatever
-            their size.
-        held_out: of those that decide.
-        sizes: tokens of every micro-batch.
-        at_once: groups a step.
-        keep: called whenever the masters are the best so far; never, if they are best as they
-            came.
-
-    Raises:
-        SolverError: a loss is not finite.
+    `stream` is the pruned one, `targets` the dense stream behind the dense block. `groups` are the
+    numbers of the micro-batches that train, those together that share a step whatever their size;
+    `sizes` the tokens of every micro-batch. `keep` is called whenever the masters are the best.
     """
 
     def error(numbers: Sequence[int], *, learn: bool) -> Tensor:
@@ -183,7 +161,6 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         groups += parts
     sizes = [len(group) * ids.shape[1] for group in groups]
     reports = [BlockReport(**report) for report in work.kept.get("blocks", [])]
-    began = time.perf_counter()
     dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
     files = list(pair.pruned.layout)
     for index in range(len(found)):
@@ -221,7 +198,6 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         job.progress(index + 1, len(found), f"error {reports[index].after:.4f}")
     for file in files[len(found) :]:
         job.write(file, {})
-    job.seconds["blocks"] = job.seconds.get("blocks", 0.0) + time.perf_counter() - began
     first = sum(report.before for report in reports) / len(reports)
     last = sum(report.after for report in reports) / len(reports)
     return first, last, [asdict(report) for report in reports]

@@ -124,7 +124,7 @@ def recover(
             calibration = job.together(lambda: _calibration(job, tokenizers[1], drawn, writing))
             embeddings = pair.pruned.model.get_input_embeddings()
             check_ids(pair.pruned.name, embeddings, calibration.ids)
-            job.take(calibration)
+            job.begin(calibration)
             job.check_memory(sizes_of(pair.pruned, request.method, job.dtype), calibration.length)
             if started is not None:
                 started(calibration)
@@ -132,15 +132,13 @@ def recover(
                 job.say(work.upgraded)
             if work.done:
                 job.say(f"resuming after {work.done} {work.unit}")
-            job.begin()
             with reproducible(job.device):
                 way = distill_model if request.method == "distill" else recover_blocks
                 before, after, curve = way(job)
-            job.clock()
             report = RecoveryReport(
                 request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
                 calibration.rows, calibration.length, job.rows.held_out, before, after,
-                pair.weights, pair.zeros, curve, job.seconds,
+                pair.weights, pair.zeros, curve, {"total": job.seconds},
             )  # fmt: skip
             if job.main:
                 _finish(job, asked, report, called or pair.pruned.name)

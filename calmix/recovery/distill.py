@@ -38,12 +38,8 @@ SAVING = 20  # a state is kept whenever that takes less than 1/20 of the time
 class Student(nn.Module):
     """A pruned model whose forward is the loss, so that whatever wraps it sees one pass.
 
-    Args:
-        model: causal language model in evaluation mode.
-        found: its decoder blocks.
-        dense_head: the dense model's output head; None where the heads are the same.
-        recompute: whether blocks forget their activations and run anew on the way back: the same
-            numbers in less memory and more time.
+    `dense_head` is None where the heads are the same. With `recompute` blocks run anew on the way
+    back: the same numbers in less memory and more time.
     """
 
     def __init__(
@@ -66,9 +62,7 @@ class Student(nn.Module):
     def forward(self, ids: Tensor, target: Tensor) -> Tensor:
         """Return the sum of KL(dense || pruned) over all positions, in nats.
 
-        Args:
-            ids: token ids, shape (rows, length).
-            target: what the dense model's head sees of them, shape (rows, length, width).
+        `ids` are (rows, length), `target` is what the dense model's head sees of them.
         """
         decoder, head = self._forwards
         hidden = decoder(input_ids=ids, use_cache=False)[0].flatten(0, 1)
@@ -82,14 +76,8 @@ class Student(nn.Module):
 
 @dataclass
 class Progress:
-    """How far a distillation is.
-
-    Attributes:
-        done, steps: steps taken, and in all.
-        losses: mean KL a token of every step, in nats.
-        held_out: [steps taken, mean KL a token of the held-out rows], first before any step.
-        best: the steps after which the held-out rows were best; 0: as they came.
-        stopped: whether it ended early, because they no longer got better.
+    """How far a distillation is: the mean KL a token in nats of every step, and of the held-out
+    rows with the steps taken before; after how many they were `best` (0: as they came).
     """
 
     steps: int
@@ -115,18 +103,8 @@ def distill(
 ) -> Iterator[Progress]:
     """Train a student until its steps are taken or the held-out rows no longer get better.
 
-    Yields `progress` after every step, which is where an earlier run's may resume.
-
-    Args:
-        student: a `Student`, as accelerate has prepared it.
-        masters: of its parameters.
-        ids: token ids of all rows, int64 (rows, length).
-        targets: returns what the dense model's head sees of rows.
-        at_once: rows that run at a time in a process.
-        seed: of the order of the rows.
-
-    Raises:
-        SolverError: a loss is not finite.
+    Yields `progress` after every step; an earlier run's is resumed. `targets` returns what the
+    dense model's head sees of rows, of which `at_once` run at a time in a process.
     """
     device = next(student.parameters()).device
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -208,8 +186,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         run = work.kept["run"]
         progress = Progress(**run | {"held_out": [tuple(one) for one in run["held_out"]]})
         masters.restore(work.load(f"state-{state}/{job.rank}"), progress.done)
-    began = saved = time.monotonic()
-    took = 0.0
+    saved, took = time.monotonic(), 0.0
     for _ in distill(
         student, masters, job.calibration.ids,
         lambda rows: torch.stack([read_file(folder / str(row))["hidden"] for row in rows]),
@@ -234,7 +211,6 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             job.keep(progress.done, run=asdict(progress), counted=counted)
             saved = time.monotonic()
             took = saved - now
-    job.seconds["steps"] = job.seconds.get("steps", 0.0) + time.monotonic() - began
     if job.main:
         made = work.load(f"best-{best}") if progress.best else {}
         parts = [pair.pruned.block_names(index) for index in range(len(pair.pruned.blocks))]
@@ -251,7 +227,6 @@ def _dense_states(job: Job, shared: bool) -> tuple[Path, Head | None]:
 
     Each process makes its share. Returns the folder, and the head if it is not the pruned model's.
     """
-    began = time.perf_counter()
     folder, ids = job.together(lambda: job.work.scratch("dense")), job.calibration.ids
     decoder, head = decoder_and_head(job.open(job.pair.dense.name))
     for part in grouped(range(job.rank, len(ids), job.processes), job.plan.rows):
@@ -260,5 +235,4 @@ def _dense_states(job: Job, shared: bool) -> tuple[Path, Head | None]:
         for row, value in zip(part, hidden, strict=True):
             write_file(folder / str(row), {"hidden": value})
     job.wait()
-    job.seconds["dense"] = job.seconds.get("dense", 0.0) + time.perf_counter() - began
     return folder, None if shared else head

@@ -37,15 +37,10 @@ T = TypeVar("T")
 class RecoveryReport:
     """What a recovery did.
 
-    Attributes:
-        method: `distill` or `blocks`.
-        rows_at_once: rows that ran at a time in a process.
-        rows, held_out: rows of the set, and the numbers of those that decided when to stop.
-        before, after: loss of the held-out rows: mean KL a token in nats (distill), or the mean
-            relative error a token, over blocks (blocks).
-        weights, zeros: of the linear maps, and how many of them are and stay zero.
-        curve: the losses on the way, in the terms of `Progress` or a `BlockReport` a block.
-        seconds: by activity.
+    `before` and `after` are the loss of the held-out rows (their numbers in `held_out`): mean KL a
+    token in nats (distill), or the mean relative error a token, over blocks (blocks). `curve` has
+    the losses on the way, as `Progress` or a `BlockReport` a block. Of the `weights` of the linear
+    maps, `zeros` are and stay zero.
     """
 
     method: str
@@ -125,8 +120,6 @@ class Job:
         self.type_name, self.dtype = dtype, TYPES[dtype]
         self.say = note if note is not None and self.main else (lambda line: None)
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
-        self.seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
 
     def open(self, name: str) -> Any:
         """Open a model whole, in what this computes in."""
@@ -166,21 +159,24 @@ class Job:
         if self.processes > 1:
             self.accelerator.wait_for_everyone()
 
-    def take(self, calibration: CalibrationSet) -> None:
-        """Take the calibration set, and hold rows out of it."""
+    def begin(self, calibration: CalibrationSet) -> None:
+        """Take the calibration set, hold rows out of it, and start the clock where it was left."""
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
         self.rows = split_rows(calibration.sources, self.request.batch, self.seed)
+        self._began = time.perf_counter() - self.work.kept.get("seconds", 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """The seconds so far."""
+        return time.perf_counter() - self._began
 
     def check_memory(self, sizes: Sizes, length: int, more: int = 0) -> None:
-        """Say what memory is needed, and decide what to spare to stay within it.
+        """Say what memory is needed, and decide what to spare to stay within what is allowed.
 
         What the process holds, `more` bytes included, is rounded up to a quarter of a GiB, so that
         the same budget gives the same plan.
-
-        Raises:
-            InputError: more is needed than the user allows.
         """
         give_memory_back()
         held, free, _ = device_memory(self.device)
@@ -212,16 +208,6 @@ class Job:
         held = sum(p.stat().st_blocks * 512 for p in self.work.path.rglob("*") if p.is_file())
         check_free(self.output, needed - held, "checkpoint and states take up to")
 
-    def begin(self) -> None:
-        """Start the clock, from where an earlier run has left it."""
-        self.seconds = dict(self.work.kept.get("seconds", {}))
-        self._began = time.perf_counter() - self.seconds.get("total", 0.0)
-
-    def clock(self) -> dict[str, float]:
-        """Return the seconds so far."""
-        self.seconds["total"] = time.perf_counter() - self._began
-        return dict(self.seconds)
-
     def keep(self, done: int, **facts: Any) -> None:
         """Make count what is done, the files of all processes with it."""
         files = [self.work.kept.get("files", {})]
@@ -230,24 +216,18 @@ class Job:
 
             files = gather_object(files)
         self.work.kept["files"] = {name: sha for part in files for name, sha in part.items()}
-        self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.clock(), **facts)
+        self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
 
     def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return masters whole, by name, in the types the pruned model is stored in.
-
-        All processes must call it; the main one gets them.
-        """
+        """Return masters whole, in the types the pruned model is stored in; {} if not `main`."""
         kept = {}
-        for name, value in masters.full():
+        for name, value in masters.full():  # in which all processes take part
             if self.main:
                 kept[name] = value.to(self.pair.pruned.stored_dtype(name), copy=copy)
         return kept
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write a file of the result: the pruned model's tensors, or what was trained of them.
-
-        Every zero must still be one. Returns the file's tensors.
-        """
+        """Write a file of the result, and return it: what was trained, else the pruned tensors."""
         source = self.pair.pruned
         for name in self.pair.masked & trained.keys():
             zero = source.stored(name) == 0

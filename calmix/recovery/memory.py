@@ -30,11 +30,8 @@ BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model decides the memory.
-
-    `weights` of the whole model, `trained` at a time, `outside` of the blocks; `blocks`, and the
-    width `hidden` between them; `widths`, the inputs and outputs of the linear maps of a block
-    together; `vocabulary`; and the bytes of a value as computed with.
+    """What of a model decides the memory: weights of the whole, `trained` at a time, and `outside`
+    the blocks; `widths` are the inputs and outputs of the linear maps of a block together.
     """
 
     weights: int
@@ -77,12 +74,9 @@ def needed_bytes(method: str, sizes: Sizes, tokens: int, *, sparing: bool) -> in
 
 
 def make_plan(method: str, sizes: Sizes, length: int, rows: Sequence[int], room: float) -> Plan:
-    """Return the first plan that takes no more than `room`, or the one that takes least.
+    """Return the first plan that takes no more than `room` bytes, or the one that takes least.
 
-    Args:
-        length: tokens of a row.
-        rows: how many may run at a time, the most first.
-        room: bytes beside the program.
+    `rows` of `length` tokens may run at a time, the most first.
     """
     plans = [
         Plan(count, sparing, needed_bytes(method, sizes, count * length, sparing=sparing))
@@ -94,14 +88,9 @@ def make_plan(method: str, sizes: Sizes, length: int, rows: Sequence[int], room:
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
-    """Return the line that says what is needed.
+    """Return the line that says what is needed beside what the program has `held`.
 
-    Args:
-        needed, held: bytes beside the program, and of the program.
-        most: what the user allows; None for what is `free`, which is not enforced.
-
-    Raises:
-        InputError: more is needed than the user allows.
+    More than `most` is an InputError; without it what is `free` is not enforced.
     """
     if most is not None and held + needed > most:
         raise InputError(
@@ -136,10 +125,7 @@ def sizes_of(model: StreamedModel, method: str, dtype: torch.dtype) -> Sizes:
 
 
 def widths_of(found: DecoderBlocks, index: int, chosen: int) -> int:
-    """Return the inputs and outputs, together, of the linear maps of a block a token goes through.
-
-    `chosen` is the number of experts a token is sent to.
-    """
+    """Return the inputs and outputs, together, of a block's linear maps a token goes through."""
     layers = found.prunables(index)
     each: dict[str | None, int] = {}
     for layer in layers:

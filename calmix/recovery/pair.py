@@ -34,12 +34,7 @@ class Pair:
 
 
 def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
-    """Return the pair. The pruned one may lack experts, as dropping them leaves it.
-
-    Raises:
-        InputError: the models differ in architecture or shapes, their embeddings are of different
-            models, or the pruned one is not sparse and has all experts.
-    """
+    """Return the pair, or refuse it. The pruned one may lack experts, as dropping them does."""
     kinds = [type(m.model).__name__ for m in (pruned, dense)]
     line = f"{pruned.name} was not pruned from {dense.name}"
     if kinds[0] != kinds[1]:

@@ -23,6 +23,7 @@ BETAS = (0.9, 0.95)
 WARM_UP = 0.05  # of all steps, one at least
 HELD_OUT = 16  # one row in so many, two at least
 SIZES = (1e-3, 1.0)  # least and most size of a tensor that the learning rate is times
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
 
 
@@ -157,10 +158,8 @@ def _shared_out(full: Tensor, like: Any) -> Tensor:
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
-    Args:
-        parameters: what is optimised, by name; whole, or sharded as DTensors.
-        stored: returns a parameter as it was stored, in its full precision.
-        masked: whether the zeros of a name stay.
+    Parameters are whole, or sharded as DTensors. `stored` returns one by name in the precision of
+    the files; `masked` says whether its zeros stay.
     """
 
     def __init__(
@@ -187,11 +186,9 @@ class Masters:
         for name, parameter in self.parameters.items():
             master, gradient = self.values[name], parameter.grad
             parameter.grad = None
-            if gradient is None:
-                continue
-            if master.grad is None:
+            if gradient is not None and master.grad is None:
                 master.grad = local(gradient).float()
-            else:
+            elif gradient is not None:
                 master.grad.add_(local(gradient))
 
     @torch.no_grad()
@@ -231,12 +228,10 @@ class Masters:
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, all it takes to resume."""
-        state = {}
+        state = {f"value/{name}": value.detach() for name, value in self.values.items()}
         for name, value in self.values.items():
-            state[f"value/{name}"] = value.detach()
-            for kind in ("exp_avg", "exp_avg_sq"):
-                if value in self._adam.state:
-                    state[f"{kind}/{name}"] = self._adam.state[value][kind]
+            for kind in MOMENTS if value in self._adam.state else ():
+                state[f"{kind}/{name}"] = self._adam.state[value][kind]
         return state
 
     @torch.no_grad()
@@ -244,15 +239,10 @@ class Masters:
         """Resume from a state, after so many steps."""
         for name, value in self.values.items():
             value.copy_(state[f"value/{name}"])
-            moments = {
-                kind: state[f"{kind}/{name}"].to(value.device, copy=True)
-                for kind in ("exp_avg", "exp_avg_sq")
-                if f"{kind}/{name}" in state
-            }
-            if moments:
-                count = torch.tensor(float(steps), dtype=torch.float32)
-                moments["step"] = count.to(value.device)
-                self._adam.state[value] = moments
+            if f"{MOMENTS[0]}/{name}" in state:
+                moments = {m: state[f"{m}/{name}"].to(value.device, copy=True) for m in MOMENTS}
+                count = torch.tensor(float(steps), dtype=torch.float32, device=value.device)
+                self._adam.state[value] = moments | {"step": count}
         self.round()
 
 
