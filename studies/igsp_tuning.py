@@ -76,7 +76,7 @@ def main() -> None:
             made = resolve(MIXES.get(text, text), opened, **size)
             drawn = time.perf_counter()
             prune(opened.model, made.ids, method="sparsegpt", pattern=Unstructured(0.6))
-            found = distance(opened, dense, held_out)
+            found = distance(opened, dense)
             with torch.inference_mode():
                 for key, value in opened.model.state_dict().items():
                     value.copy_(weights[key])

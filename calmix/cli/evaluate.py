@@ -146,7 +146,7 @@ def run(options: EvaluateOptions) -> None:
             )  # fmt: skip
 
     # All is read, and refused if it does not fit, before anything is scored.
-    dense, kept_of, held = None, None, {}
+    dense, kept_of = None, None
     if against is not None and saved:
         dense = load_scores(user_path(against))
         check_same_suite(describe(chosen), dense.suite)
@@ -157,8 +157,8 @@ def run(options: EvaluateOptions) -> None:
         whole = open_model(against, **how)
         known = [name for name in chosen.dimensions if name in builtin_readers()]
         if known or own:
-            held = texts(whole, own, dimensions=known)
-            kept_of = reference(whole, held, cache=not options.no_cache)
+            held_out = texts(whole, own, dimensions=known)
+            kept_of = reference(whole, held_out, cache=not options.no_cache)
         dense = score(whole, True)
         del whole
     pruned = open_model(model, **how)
@@ -166,7 +166,7 @@ def run(options: EvaluateOptions) -> None:
     if kept_of is not None:
         with Bar() as bar:
             found = distance(
-                pruned, kept_of, held, dense=lambda: open_model(str(against), **how),
+                pruned, kept_of, dense=lambda: open_model(str(against), **how),
                 progress=bar.of("distance to the dense model"), **options.drawn(),
             ).to_dict()  # fmt: skip
     scores = replace(score(pruned, False), distance=found)

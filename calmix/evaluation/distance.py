@@ -57,21 +57,16 @@ Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of a dense model to measure others' distance to it.
+    """What is kept of a dense model, fingerprints and all, to measure others' distance to it.
 
-    Attributes:
-        dense: fingerprint of its files; `tokenizer` of its tokenizer.
-        dtype: what it was computed in.
-        texts: hash of the texts' ids.
-        head: hash of the output head's weights and of what is done to its logits.
-        hidden: what the head saw by dimension, shape (rows, length - 1, width), in `dtype`.
+    `hidden` is what its output head saw of each text: shape (rows, length - 1, width), in `dtype`.
     """
 
     dense: str
     tokenizer: str
     dtype: str
-    texts: str
     head: str
+    texts: Texts
     hidden: dict[str, Tensor]
 
 
@@ -79,11 +74,8 @@ class Reference:
 class Distance:
     """Distance on one text, or the mean over texts.
 
-    Attributes:
-        tokens: predicted tokens.
-        kl_mean, kl_median, kl_p99: KL(dense || pruned) of a token's prediction, in nats.
-        top1: share of tokens for which both models' likeliest token is the same.
-        kl_low, kl_high: 95 % interval of the mean, by bootstrap over rows; None of one row.
+    KL(dense || pruned) is of a token's prediction, in nats, with a 95 % interval of its mean by
+    bootstrap over rows; `top1` is the share of tokens whose likeliest next one is the same.
     """
 
     tokens: int
@@ -99,9 +91,7 @@ class Distance:
 class Distances:
     """Distance by dimension, and in total: the mean over dimensions (of tokens, the sum).
 
-    Attributes:
-        dense: fingerprint of the dense model's files.
-        texts: hash of the texts' ids; distances on other texts do not compare.
+    `dense` is the fingerprint of the dense model, `texts` a hash: other texts do not compare.
     """
 
     dense: str
@@ -120,19 +110,16 @@ def reference(
 ) -> Reference:
     """Run a dense model over texts and return what distances to it are measured by.
 
-    Args:
-        opened: the dense model.
-        texts: token ids by dimension, of `texts.texts`.
-        cache: take hidden states from the cache if there are any of this model's files on these
-            texts, and keep them there otherwise. Leave it off for a model changed in memory.
-        progress: called with the number of rows done and in all.
+    `texts` holds int64 token ids of shape (rows, length) by dimension. With `cache`, hidden states
+    are taken from the cache and kept there: leave it off for a model changed in memory.
     """
     # As for cached scores: with all that rounding depends on in the key, a model is at no
     # distance from itself.
     device, hidden = opened.model.device, None
-    about = opened.fingerprint, opened.tokenizer_fingerprint, _dtype(opened), texts_hash(texts)
+    about = opened.fingerprint, opened.tokenizer_fingerprint, _dtype(opened)
     versions = {name: version(name) for name in ("torch", "transformers")}
-    key = sha256_json([*about, [device.type, torch.get_num_threads()], VERSION, versions])
+    rounding = [device.type, torch.get_num_threads()]
+    key = sha256_json([*about, texts_hash(texts), rounding, VERSION, versions])
     kept = cache_dir() / "reference" / f"{key}.safetensors"
     if cache:
         with contextlib.suppress(OSError, SafetensorError):  # none there, or damaged
@@ -146,7 +133,7 @@ def reference(
         }
         if cache:
             write_bytes(kept, save(hidden))
-    return Reference(*about, head_hash(opened.model), hidden)
+    return Reference(*about, head_hash(opened.model), texts, hidden)
 
 
 def head_hash(model: Any) -> str:
@@ -163,7 +150,6 @@ def head_hash(model: Any) -> str:
 def distance(
     opened: OpenModel,
     reference: Reference,
-    texts: Texts,
     *,
     dense: Callable[[], OpenModel] | None = None,
     resamples: int = RESAMPLES,
@@ -175,18 +161,24 @@ def distance(
     Args:
         opened: the pruned model, in the dtype the reference was computed in.
         reference: of the dense model on the same texts.
-        texts: token ids by dimension.
         dense: opens the dense model, whose head is needed if it is not the pruned model's own
             (calmix leaves the head as it is).
-        resamples, seed: of the bootstrap.
-        progress: called with the number of rows done and in all.
 
     Raises:
-        InputError: the reference is of other texts, another tokenizer or dtype, or the dense
-            model's head is needed and not to be had.
+        InputError: the reference is of another tokenizer or dtype, or the dense model's head is
+            needed and not to be had.
         ModelError: the model's logits are not finite.
     """
-    _check(opened, reference, texts)
+    if opened.tokenizer_fingerprint != reference.tokenizer:
+        raise InputError(
+            f"{opened.name} has another tokenizer than the dense model: their distance per token "
+            "cannot be measured"
+        )
+    if _dtype(opened) != reference.dtype:
+        raise InputError(
+            f"{opened.name} is open in {_dtype(opened)} and the dense model was in "
+            f"{reference.dtype}: open both in one --dtype"
+        )
     decoder, after = decoder_and_head(opened.model)
     before = after
     if head_hash(opened.model) != reference.head:
@@ -196,10 +188,10 @@ def distance(
         if head_hash(whole) != reference.head:
             raise InputError("the reference is of another dense model: make it again")
         before = decoder_and_head(whole)[1]
-    device, tick = opened.model.device, _ticker(texts, progress)
+    device, tick = opened.model.device, _ticker(reference.texts, progress)
     found: dict[str, Distance] = {}
     points: list[Point] = []
-    for name, ids in texts.items():
+    for name, ids in reference.texts.items():
         divergence, agree = [], []
         for rows, states in hidden_states(decoder, ids, device, tick):
             kept = reference.hidden[name][rows].to(device)
@@ -221,7 +213,8 @@ def distance(
         found[name] = Distance(
             kls.size, points[-1][0], float(median), float(high), top1, spread.low, spread.high
         )
-    return Distances(reference.dense, reference.texts, found, _total(list(found.values()), points))
+    total = _total(list(found.values()), points)
+    return Distances(reference.dense, texts_hash(reference.texts), found, total)
 
 
 def _total(found: list[Distance], points: list[Point]) -> Distance:
@@ -236,21 +229,6 @@ def _total(found: list[Distance], points: list[Point]) -> Distance:
     return Distance(tokens, **means, kl_low=drawn.low, kl_high=drawn.high)
 
 
-def _check(opened: OpenModel, reference: Reference, texts: Texts) -> None:
-    if opened.tokenizer_fingerprint != reference.tokenizer:
-        raise InputError(
-            f"{opened.name} has another tokenizer than the dense model: their distance per token "
-            "cannot be measured"
-        )
-    if texts_hash(texts) != reference.texts:
-        raise InputError("the reference of the dense model is of other texts: make it again")
-    if _dtype(opened) != reference.dtype:
-        raise InputError(
-            f"{opened.name} is open in {_dtype(opened)} and the dense model was in "
-            f"{reference.dtype}: open both in one --dtype"
-        )
-
-
 def _dtype(opened: OpenModel) -> str:
     return str(opened.model.dtype).removeprefix("torch.")
 
@@ -261,12 +239,10 @@ def _ticker(texts: Texts, progress: Progress | None) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class Flipped:
-    """How many items changed sides.
+    """How many items with an accuracy changed sides.
 
-    Attributes:
-        items: items with an accuracy.
-        share: of items that are right under one model and wrong under the other, with its 95 %
-            interval; `lost` of those the dense model alone has right, `gained` the others.
+    `share` are right under one model and wrong under the other: `lost` under the pruned one,
+    `gained` under the dense one.
     """
 
     items: int
@@ -294,10 +270,7 @@ def flips(
     """Return the share of items whose correctness differs between two models.
 
     Tasks of single answers, which are neither right nor wrong, are left out. Intervals are from
-    the bootstrap over items that `retention` uses.
-
-    Raises:
-        InputError: the models were not scored on the same tasks and items.
+    the bootstrap over items that `retention` uses, and so are the errors.
     """
     check_paired(dense, pruned)
     tasks: dict[str, Flipped] = {}

@@ -39,11 +39,7 @@ def choose(
     quick: bool = False,
     limit: int | None = None,
 ) -> Suite:
-    """Return the suite as it is to be run.
-
-    Raises:
-        InputError: unknown suite, dimension or task, or a limit that is not positive.
-    """
+    """Return the suite as it is to be run."""
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
     chosen = chosen.only(dimensions=dimensions, tasks=tasks)
     chosen = chosen.quick() if quick else chosen
@@ -84,8 +80,7 @@ def evaluate(
         model: a model's name, or one already open.
         suite: a suite, the name of a builtin one, or the path of a YAML file.
         dimensions, tasks: score only these; none named scores all.
-        quick: score the suite's quick slice.
-        limit: score at most so many items a task.
+        quick, limit: score the suite's quick slice; at most so many items a task.
         dtype, device, trust_remote_code: how to open the model, if it is given by name.
         batch_tokens: tokens in one forward pass; decides speed and memory, not scores.
         allow_code_execution: run code the model writes, in a limited subprocess.

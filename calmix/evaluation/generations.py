@@ -39,17 +39,10 @@ def generate(
     room: int = TOKENS,
     sampling: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Return what a model writes after each context, up to a stop or the end token.
+    """Return what a model writes after each context, up to a stop, the end token or `room` tokens.
 
-    Contexts are batched by length; those too long are cut on the left.
-
-    Args:
-        scorer: holds the model; counts what is cut, and what is done.
-        room: tokens at most.
-        sampling: options of `model.generate`, seeded; None writes the likeliest tokens.
-
-    Raises:
-        ModelError: the tokenizer has no end token, or the room is no less than the context.
+    Contexts too long are cut on the left. The likeliest tokens are written unless `sampling`
+    holds options of `model.generate`; it is seeded.
     """
     import torch
 
@@ -105,13 +98,9 @@ def generate(
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
+    """One prompt: what is `shown` of it, without worked examples, and what the model is `asked`.
 
-    Attributes:
-        shown: the question, without worked examples before it.
-        asked: what the model is given.
-        expected: the right answer, where there is one.
-        short: whether an empty line ends the answer, beside the end token and `TOKENS`.
+    An empty line ends an answer that is `short`, beside the end token and `TOKENS`.
     """
 
     dimension: str
@@ -124,12 +113,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answered:
-    """Prompts, and what each model wrote after each of them.
-
-    Attributes:
-        models: name and fingerprint of each.
-        answers: by model, then by prompt.
-    """
+    """Prompts, the models by name and fingerprint, and what each model wrote after each prompt."""
 
     prompts: tuple[Prompt, ...]
     models: tuple[tuple[str, str], ...]
@@ -141,11 +125,7 @@ class Answered:
 
 
 def load_answers(path: Path) -> Answered:
-    """Read what `Answered.save` wrote.
-
-    Raises:
-        InputError: no such file, or it holds something else.
-    """
+    """Read what `Answered.save` wrote."""
     value = read_object(path, f"there is no file {path}")
     if value.pop("kind", None) != KIND:
         raise InputError(f"{path} holds no answers of calmix")
@@ -160,12 +140,7 @@ def load_answers(path: Path) -> Answered:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a `.txt` file, one a line, or of a `.jsonl` or `.parquet` file.
-
-    Raises:
-        InputError: there are more than are worth reading.
-        SourceError: the file cannot be read, or holds no text.
-    """
+    """Return the prompts of a `.txt` file, one a line, or of a `.jsonl` or `.parquet` file."""
     from calmix.sources.readers import LocalFile
 
     texts = [document.text for document in LocalFile(type="file", path=path).read()]
@@ -208,11 +183,7 @@ def answer(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, ...]:
-    """Return what a model writes after each prompt: its likeliest tokens, at most `TOKENS`.
-
-    Raises:
-        ModelError: the tokenizer has no end token, or the model's context is too short.
-    """
+    """Return what a model writes after each prompt: its likeliest tokens, at most `TOKENS`."""
     from calmix.evaluation.scorer import Scorer
 
     scorer = Scorer(opened, progress=progress)

@@ -30,11 +30,8 @@ from calmix.evaluation.tasks import Item
 
 @dataclass(frozen=True)
 class Part:
-    """One of the harness's tasks that a suite's task consists of (MMLU has 57).
-
-    Attributes:
-        ids: number and identifier of each document that is scored.
-    """
+    """One of the harness's tasks that a suite's task consists of (MMLU has 57), with number and
+    identifier of each document that is scored."""
 
     name: str
     task: Any
@@ -50,11 +47,7 @@ class Part:
 
 
 def load_parts(spec: TaskSpec, items: Sequence[Item] | None) -> list[Part]:
-    """Return what a task consists of, over the archive's items if any are given.
-
-    Raises:
-        InputError: there is no such task, its data cannot be fetched, or nothing is left.
-    """
+    """Return what a task consists of, over the archive's items if any are given."""
     assert spec.harness is not None
     manager = registry_of(spec.harness)
     sandbox = code_eval_in_sandbox() if spec.runs_code else contextlib.nullcontext()

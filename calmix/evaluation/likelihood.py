@@ -1,9 +1,8 @@
-"""Full rows of tokens through a model: the fast path under perplexity and distance.
+"""Logits and likelihoods of full rows of tokens: the fast path under scores and distance.
 
 The blocks run in micro-batches that stay in cache, and the output head in slices, so that no
-full-vocabulary tensor of a whole batch is ever held. What the head gives is turned into float32
-and worked on in smaller slices again: a vocabulary of 262,144 outgrows a cache in a few rows, and
-out of it softmax takes longer than the product.
+full-vocabulary tensor of a whole batch is ever held. Its float32 logits are worked on in smaller
+slices again: out of cache softmax takes longer than the product.
 """
 
 from __future__ import annotations
@@ -65,11 +64,8 @@ def in_cache(product: Tensor) -> tuple[Tensor, ...]:
 
 
 def peaks_and_sums(head: Head, product: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the place of the largest logit of every row, and logsumexp of the row.
-
-    Args:
-        product: of the head, shape (rows, vocabulary); it may be overwritten.
-    """
+    """Return the place of the largest logit and the logsumexp of every row of a head's product,
+    shape (rows, vocabulary), which may be overwritten."""
     tops, sums = [], []
     for part in in_cache(product):
         logits = head.logits(part)
@@ -80,11 +76,8 @@ def peaks_and_sums(head: Head, product: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(before || after) of every row of logits, in nats; both become their softmax.
-
-    Args:
-        before, after: float32 logits, shape (rows, vocabulary); both are overwritten.
-    """
+    """Return KL(before || after) of every row of float32 logits, shape (rows, vocabulary), in
+    nats; both become their softmax."""
     apart = before - after
     sums = []
     for logits in (before, after):

@@ -1,8 +1,7 @@
 """Measures: the score of an item, and what share of it a pruned model has kept. Pure functions.
 
 Every measure of retention is a ratio of two sums over items, `sum(kept) / sum(whole)`, so that
-one bootstrap serves them all. Scores of an item, from the log-likelihoods l of its choices, g the
-right one, n of them:
+one bootstrap serves them all. With l the log-likelihoods of an item's choices, g the right one:
 
     probability   exp(l_g) / sum_i exp(l_i)
     margin        (l_g - max over the others) / (bytes of the right one), in bits
@@ -10,26 +9,19 @@ right one, n of them:
     smoothed      the same of (exp(l_g) + exp(u_g)) / 2, u_g by a code of single tokens
     accuracy      what lm-evaluation-harness says: 0 or 1
 
-Ours is anchored: 100 % is the dense model, and 0 % what a model without the knowledge scores on
-the same items, f. For a probability or a margin f is the dense model's own score of the choices
-without the question; for bits, those of a code of single tokens; for an accuracy, chance. So for
-every score s (bits counted negatively)
-
-    kept = s1 - f,   whole = s0 - f
-
-and nothing is clipped: a model that does worse than one without the knowledge has kept less than
-nothing. Smoothed bits (interpolation after Jelinek and Mercer, of whole answers, with the even
-weights of two codes of which one is not told which is better; ours) cost at most one bit more than
-not knowing: otherwise the few short answers that a model has unlearnt, at ten or twenty bits each,
-decide a task and change with every draw of the text. Of long answers they are the same as bits.
-`accuracy` and `ratio` are the paper's figures as they read: (s1 - c) / (s0 - c) and s1 / s0 of
-accuracies, b0 / b1 of bits per byte.
+Ours count from a floor f, what a model without the knowledge scores: kept = s1 - f, whole =
+s0 - f (bits negatively), nothing clipped. f is the dense model's own score without the question,
+a code of single tokens for bits, chance for an accuracy. Smoothed bits (interpolation after
+Jelinek and Mercer; ours) lose at most one bit on an answer, or a few short ones would decide a
+task. Measures `accuracy` and `ratio` are the paper's figures as they read: (s1 - c) / (s0 - c)
+and s1 / s0 of accuracies, b0 / b1 of bits per byte.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import get_args
 
 import numpy as np
@@ -69,11 +61,8 @@ def check_measure(measure: str) -> Measure:
 
 
 def score_of(task: TaskScores, measure: Measure) -> Score:
-    """Return by which score a task is judged under a measure.
-
-    A task that has no such score (a single answer has no probability among choices, a written
-    answer no log-likelihood) is judged by its primary one.
-    """
+    """Return by which score a task is judged under a measure: its primary one where it lacks that
+    (a single answer has no probability among choices, a written one no log-likelihood)."""
     if measure in ("accuracy", "ratio"):
         return "accuracy" if task.values else "bits"
     if measure == "primary" or not task.loglikelihoods:
@@ -84,13 +73,8 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
 
 
 def item_scores(task: TaskScores, score: Score) -> Array:
-    """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte.
-
-    Smoothed bits are made of bits and the floor (`smoothed`): what is returned for them is bits.
-
-    Raises:
-        InputError: the scores hold no log-likelihoods to compute it from.
-    """
+    """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte nor
+    smoothed. An `InputError` says where the scores hold no log-likelihoods."""
     if score == "accuracy":
         return np.asarray(task.values, dtype=float)
     if not task.loglikelihoods:
@@ -105,10 +89,7 @@ def _scores(values: tuple[tuple[float, ...], ...], task: TaskScores, score: Scor
     right = np.array([row[gold] for row, gold in zip(values, task.gold, strict=True)])
     if score in BITS:
         return -right / LN2
-    width = max(len(row) for row in values)
-    table = np.full((len(values), width), -np.inf)
-    for number, row in enumerate(values):
-        table[number, : len(row)] = row
+    table = np.array(list(zip_longest(*values, fillvalue=-np.inf))).T
     if score == "probability":
         top = table.max(1)
         return np.exp(right - top) / np.exp(table - top[:, None]).sum(1)
@@ -124,8 +105,7 @@ def _sizes(task: TaskScores) -> Array:
 def floor_scores(dense: TaskScores, score: Score) -> Array:
     """Return what each item scores without the knowledge, shape (items,).
 
-    Raises:
-        InputError: the scores hold no floors.
+    An `InputError` says where the scores hold no floors.
     """
     count = len(dense.items)
     if score == "accuracy":
@@ -144,11 +124,7 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
 
 
 def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
-    """Return what of each item is kept, and the whole of it.
-
-    Raises:
-        InputError: the scores hold no log-likelihoods or floors, and the measure needs them.
-    """
+    """Return what of each item is kept, and the whole of it."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
     if not is_anchored(score, measure):
@@ -167,11 +143,7 @@ def is_anchored(score: Score, measure: Measure) -> bool:
 
 
 def smoothed(bits: Array, floor: Array) -> Array:
-    """Return the bits of each answer under the even mixture of the model and the floor's code.
-
-    Args:
-        bits, floor: bits of each answer under the model and the code of single tokens, (items,).
-    """
+    """Return the bits of each answer under the even mixture of the model and the floor's code."""
     return 1.0 - np.logaddexp2(-bits, -floor)
 
 

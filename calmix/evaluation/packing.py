@@ -41,13 +41,10 @@ class Target(NamedTuple):
 
 @dataclass
 class Row:
-    """Token nodes of a few trees.
+    """Token nodes of a few trees, and what is to be scored.
 
-    Attributes:
-        ids: token of each node.
-        parent: node that comes before each node, -1 at a root; always smaller than the node.
-        depth: position of each node within its sequence, counted from the end of the prefix.
-        targets: what is to be scored.
+    `parent` is the node before each node, -1 at a root, always smaller than the node itself;
+    `depth` its position within its sequence, counted from the end of the prefix.
     """
 
     ids: list[int] = field(default_factory=list)

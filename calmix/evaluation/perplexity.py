@@ -17,12 +17,8 @@ from calmix.models import OpenModel
 class Perplexity:
     """Perplexity with what it must always be quoted with.
 
-    Attributes:
-        perplexity: exp(total negative log-likelihood / predicted tokens).
-        bits_per_byte: the same likelihood over the UTF-8 bytes of the scored text.
-        length: window length in tokens.
-        windows: number of windows scored; a last partial window is left out.
-        tokens: predicted tokens.
+    `bits_per_byte` is the same likelihood over the UTF-8 bytes of the scored text; `length` is of a
+    window in tokens. A last partial window is left out.
     """
 
     perplexity: float

@@ -33,20 +33,16 @@ class TaskScores:
     """What one model did on one task, item by item.
 
     Attributes:
-        metric: lm-evaluation-harness's metric, which `values` are.
+        metric: lm-evaluation-harness's metric, which `values` are: accuracies from 0 to 1, none
+            for a task of single answers.
         primary: the score that retention of this task is about, unless another is asked for.
         chance: expected accuracy of a guess; 0 where there is no accuracy.
-        items: identifiers of the items.
-        values: accuracy of each item (0 to 1); empty for a task of single answers.
         gold: index of each item's right choice.
-        loglikelihoods: of every choice of every item, in nats; empty where the model wrote its
-            answers.
-        bytes: UTF-8 bytes of every choice.
+        loglikelihoods, bytes: of every choice of every item, in nats and in UTF-8; none where
+            the model wrote its answers.
         floor: what the choices score without the knowledge: what this model gives them without
             the question (`context-free`, in `floors`), all the same (`uniform`), or `none`.
-        floors: log-likelihoods in nats of the same choices without the question, or empty.
-        unigram: log-likelihood in nats of each right answer under a code of single tokens, or
-            empty.
+        unigram: log-likelihood in nats of each right answer under a code of single tokens.
     """
 
     name: str

@@ -47,14 +47,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaskRetention:
-    """What of one task is kept.
+    """What of one task is kept: scores of dense and pruned model, and the retention.
 
-    Attributes:
-        score: what the items were scored by.
-        floor: score of a model without the knowledge; None where the measure has none.
-        dense, pruned: scores; the accuracies beside them where the task has any.
-        noise: of the dense score above its floor; `signal` says whether it is beyond that.
-        kept: the retention; no value without signal.
+    `floor` is the score of a model without the knowledge, where the measure has one; `signal`
+    says whether the dense score is above it by more than `noise`. No value without signal.
     """
 
     name: str
@@ -187,11 +183,7 @@ def mean_point(points: Sequence[Point]) -> Point:
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
-    """Refuse scores of different tasks or items.
-
-    Raises:
-        InputError: what differs, first.
-    """
+    """Refuse scores of different tasks or items: an `InputError` names what differs first."""
     names = [task.name for task in dense], [task.name for task in pruned]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1])) or names[1]
@@ -216,10 +208,8 @@ def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
 
 
 def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
-    """Return one task's retention in each resample, shape (resamples,).
-
-    nan where the dense model has nothing to keep among the items drawn.
-    """
+    """Return one task's retention in each resample, shape (resamples,); nan where the dense model
+    has nothing to keep among the items drawn."""
     times = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
     kept, whole = times @ made.kept, times @ made.whole
     return np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)

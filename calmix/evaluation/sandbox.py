@@ -94,9 +94,7 @@ class Outcome(NamedTuple):
 def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
     """Run a Python program and say whether it ran to its end without an error.
 
-    Args:
-        seconds: of wall time; processor time is limited to the next whole second above.
-        memory: bytes of address space.
+    `seconds` are of wall time; processor time is limited to the next whole second above.
     """
     token = secrets.token_hex(16)
     reading, writing = os.pipe()  # what the program prints is lost: only the token counts
@@ -163,11 +161,8 @@ class CodeEval:
 
 @contextlib.contextmanager
 def code_eval_in_sandbox() -> Iterator[None]:
-    """Give lm-evaluation-harness our own `code_eval` while it loads its code tasks.
-
-    Its task modules load the metric by name when they are imported: from the hub, to run
-    programs without limits on memory or files.
-    """
+    """Give lm-evaluation-harness our own `code_eval` while its code tasks load, which ask for the
+    metric by name: from the hub, to run programs without limits on memory or files."""
     import evaluate
 
     original = evaluate.load

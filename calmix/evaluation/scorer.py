@@ -42,14 +42,9 @@ class Request(NamedTuple):
 class Scorer:
     """An open model that gives likelihoods; `generations.generate` writes with it.
 
-    Args:
-        opened: the model.
-        batch_tokens: tokens in one forward pass; speed and memory, never scores, depend on it.
-        progress: called with the number of requests done and in all, whenever some are done.
-
-    Attributes:
-        truncated: requests of each task whose context was cut on the left to fit the model.
-        packed: whether the model runs packed rows (see the module's docstring).
+    Speed and memory depend on `batch_tokens`, the tokens in one forward pass; scores do not.
+    `progress` is called with the number of requests done and in all, `truncated` counts each
+    task's requests whose context was cut on the left to fit the model.
     """
 
     def __init__(
@@ -102,12 +97,7 @@ class Scorer:
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Return of each answer its log-likelihood in nats, and whether it is the greedy one.
-
-        Raises:
-            ModelError: an answer has no tokens, is longer than the model's context, or comes
-                without context to a tokenizer without begin and end token.
-        """
+        """Return of each answer its log-likelihood in nats, and whether it is the greedy one."""
         pairs = self.pairs([(request.context, request.answer) for request in requests])
         scored = []
         for owner, (request, (context, answer)) in enumerate(zip(requests, pairs, strict=True)):
@@ -281,8 +271,7 @@ class Scorer:
 def attention_window(model: Any) -> float:
     """Return how many tokens a model's narrowest attention sees; infinity if all of them.
 
-    A ready-made mask replaces a model's own, a sliding window included, so packed rows must
-    stay within the window.
+    A ready-made mask replaces a sliding window, so packed rows must stay within it.
     """
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "use_sliding_window", True) is False:

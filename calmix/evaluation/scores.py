@@ -25,14 +25,10 @@ class CapabilityScores:
     """The scores of one model on one suite, with every item.
 
     Attributes:
-        model: the model's name as given, and `fingerprint` of its files.
-        dtype: what it was computed in.
         suite: name, version and hash of the suite as run (limits and selection included).
-        tasks: the scores, in the order of the suite.
         truncated: for each task how many requests were cut to fit the model's context.
         seconds: wall time of scoring, without opening the model.
-        versions: of the packages that decide the numbers.
-        distance: to the dense model by dimension, where measured (`calmix.evaluation.distance`).
+        distance: to the dense model, where measured (`calmix.evaluation.distance`).
     """
 
     model: str
@@ -46,10 +42,7 @@ class CapabilityScores:
     distance: dict[str, Any] | None = None
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
-        """Return what this model has kept of a dense one.
-
-        Args:
-            **how: measure, resamples and seed, as for `calmix.evaluation.retention.retention`.
+        """Return what this model has kept of a dense one; `how` is as for `retention.retention`.
 
         Raises:
             InputError: the two were scored with different suites, versions or selections, or
@@ -86,22 +79,14 @@ def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def load_scores(path: Path) -> CapabilityScores:
-    """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`.
-
-    Raises:
-        InputError: no such file, or it holds no capability scores of a known format.
-    """
+    """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`."""
     value = read_object(path, f"there is no file {path}")
     # A file of `calmix evaluate -o` has the scores beside the retention.
     return _parsed(value["scores"] if isinstance(value.get("scores"), dict) else value, path)
 
 
 def load_dense(path: Path) -> CapabilityScores | None:
-    """Read the dense model's scores out of a file of `calmix evaluate --against -o`, if any.
-
-    Raises:
-        InputError: no such file, or it is damaged.
-    """
+    """Read the dense model's scores out of a file of `calmix evaluate --against -o`, if any."""
     value = read_object(path, f"there is no file {path}").get("dense")
     return _parsed(value, path) if isinstance(value, dict) else None
 

@@ -34,24 +34,10 @@ def benchmark_of(folder: str) -> str:
 
 
 class TaskSpec(BaseModel):
-    """One task of a suite.
+    """One task of a suite: what its requests are, and what of an answer counts.
 
-    Attributes:
-        archive: rendered requests of the offline archive, `SET/FORM` (`sciq/rc`), or `mmlu`.
-        form: what those requests are: a `question` with choices, `contexts` of which the right
-            one is to be found (WinoGrande), or bits per byte of an `answer`, or of the second
-            half of the `passage` that a question is about.
-        harness: a task, group or tag of lm-evaluation-harness's own registry. Together with
-            `archive` it is that task over the archive's documents.
-        filter: which of the harness task's answer filters counts; the first if not given.
-        metric: the harness's. All but `bits_per_byte` are accuracies, 1 or 0 for each item.
-        score: what retention is about (`measures`); if not given, `bits` for an answer,
-            `accuracy` for what the model writes, else `probability`.
-        shots: worked examples before the question; for a harness task, null leaves its own.
-        items: `even` leaves the odd-numbered documents to the calibration sources.
-        limit: items scored, spread evenly over the documents (and over MMLU's subjects).
-        quick: the same for the quick slice.
-        chance: score of a guess: `choices` (1 / number of choices) or a number.
+    docs/evaluation.md says what each key means. A task is of the `archive` (its requests are of a
+    `form`), of lm-evaluation-harness (`harness`), or the latter over the former's documents.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -160,14 +146,13 @@ class Suite(BaseModel):
 
     @model_validator(mode="after")
     def _names(self) -> Suite:
-        seen: dict[str, str] = {}
+        homes: dict[str, str] = {}
         for dimension, tasks in self.dimensions.items():
             if dimension in RESERVED:
                 raise ValueError(f"'{dimension}' has another meaning: rename the dimension")
             for task in tasks:
-                if task in seen:
-                    raise ValueError(f"task '{task}' is in '{seen[task]}' and in '{dimension}'")
-                seen[task] = dimension
+                if homes.setdefault(task, dimension) != dimension:
+                    raise ValueError(f"task '{task}' is in '{homes[task]}' and in '{dimension}'")
         return self
 
     @property
@@ -182,12 +167,8 @@ class Suite(BaseModel):
     @property
     def hash(self) -> str:
         """SHA-256 of all that decides a score: the tasks, and the archive they are read from."""
-        data = {
-            "dimensions": self.model_dump(mode="json")["dimensions"],
-            "version": self.version,
-            "archive": assets.get_asset(ARCHIVE).sha256,
-        }
-        return sha256_json(data)
+        held = self.model_dump(mode="json", include={"dimensions", "version"})
+        return sha256_json({**held, "archive": assets.get_asset(ARCHIVE).sha256})
 
     def quick(self) -> Suite:
         """Return the quick slice: each task's `quick` items in place of `limit`."""
@@ -207,11 +188,7 @@ class Suite(BaseModel):
         return self.model_copy(update={"dimensions": dimensions})
 
     def only(self, *, dimensions: Sequence[str] = (), tasks: Sequence[str] = ()) -> Suite:
-        """Return the suite reduced to some dimensions and tasks; none named keeps all.
-
-        Raises:
-            InputError: a name the suite does not know, or nothing is left.
-        """
+        """Return the suite reduced to some dimensions and tasks; none named keeps all."""
         for what, names, known in (
             ("dimension", dimensions, self.dimensions), ("task", tasks, self.tasks),
         ):  # fmt: skip
@@ -221,11 +198,11 @@ class Suite(BaseModel):
                         f"suite {self.name} has no {what} '{name}': {nearest(name, known)}"
                     )
         kept = {
-            dimension: {n: t for n, t in members.items() if not tasks or n in tasks}
-            for dimension, members in self.dimensions.items()
-            if not dimensions or dimension in dimensions
+            dimension: members
+            for dimension, held in self.dimensions.items()
+            if (not dimensions or dimension in dimensions)
+            and (members := {n: t for n, t in held.items() if not tasks or n in tasks})
         }
-        kept = {dimension: members for dimension, members in kept.items() if members}
         if not kept:
             raise InputError(
                 f"none of the tasks {', '.join(tasks)} belongs to {', '.join(dimensions)}"
@@ -266,8 +243,7 @@ def _builtin(name: str) -> Suite:
 def load_suite(name: str | Path) -> Suite:
     """Return a builtin suite by name, or a user's own by the path of its YAML file.
 
-    Raises:
-        InputError: no such suite or file, or a mistake in the file, with its line and key.
+    An `InputError` has the file's first mistake with its line and key.
     """
     text, path = str(name), suite_file(name)
     if path is None:
@@ -285,5 +261,5 @@ def suite_file(name: str | Path) -> Path | None:
 
 
 def parse_suite(text: str, where: str) -> Suite:
-    """Parse a suite's YAML; an `InputError` has the first mistake with its line and key."""
+    """Parse a suite's YAML; `where` names it in errors."""
     return parse_model(Suite, text, where)

@@ -26,15 +26,9 @@ UNCONDITIONAL = 1_000_000  # documents from here on repeat the others without th
 class Item:
     """One item of the archive.
 
-    Attributes:
-        id: identifier, unique and stable within its task.
-        number: the archive's document number (MBPP's own task_id), of which the parity decides
-            who may use it.
-        group: items are spread evenly over groups (MMLU's subjects).
-        contexts: what stands before; one, or for form `contexts` one a choice.
-        choices: the continuations; exactly one for forms `contexts`, `answer` and `passage`.
-        gold: index of the right one.
-        doc: the document itself, with the data set's own fields.
+    `number` is of its document (MBPP's own task_id): parity decides who may use it. Items are
+    spread evenly over groups (MMLU's subjects). There is one context, or for form `contexts` one a
+    choice and a single continuation; `gold` is the index of the right choice.
     """
 
     id: str
@@ -60,11 +54,8 @@ class Item:
 
 
 def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]) -> list[Any]:
-    """Return each item's accuracy as lm-evaluation-harness has it, or None for bits per byte.
-
-    Args:
-        rows: log-likelihoods of every item's requests.
-    """
+    """Return each item's accuracy as lm-evaluation-harness has it, or None for bits per byte, from
+    the log-likelihoods of its requests."""
     if spec.metric == "bits_per_byte":
         return [None] * len(items)
     # `acc_norm` divides by characters, without the space before a choice where all have one.
@@ -77,11 +68,7 @@ def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
 
 
 def load_items(spec: TaskSpec) -> list[Item]:
-    """Return the items of the archive that a task scores, in order.
-
-    Raises:
-        InputError: the archive has no such requests, or none is left.
-    """
+    """Return the items of the archive that a task scores, in order."""
     assert spec.archive is not None
     items = _archive_items(spec.archive, spec.form or "answer", spec.shots)
     picked = spec.pick([item.number for item in items], [item.group for item in items])
@@ -183,10 +170,8 @@ def _mmlu(form: str) -> Iterator[Item]:
 
 @functools.lru_cache(maxsize=64)
 def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
-    """Return id and text of the items that a task scores, without worked examples.
-
-    The text is the question as scored, the right answer and, for a choice, the wrong ones.
-    """
+    """Return id and text of the items that a task scores, without worked examples: the question as
+    scored, the right answer and, for a choice, the wrong ones."""
     items = load_items(spec)
     head = preamble([context for item in items for context in item.contexts])
     texts = [item.text for item in items]
@@ -205,11 +190,8 @@ def task_texts(spec: TaskSpec) -> list[str]:
 
 
 def preamble(contexts: Sequence[str]) -> int:
-    """Return how many characters all contexts share up to the end of a worked example.
-
-    Worked examples end in an empty line; what a task's questions share beyond the last of
-    these is their wording.
-    """
+    """Return how many characters all contexts share up to the end of a worked example, which is an
+    empty line; what they share beyond the last of these is their wording."""
     if len(set(contexts)) < 2:
         return 0
     first, last = min(contexts), max(contexts)  # what these share, all in between share too

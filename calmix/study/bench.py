@@ -87,8 +87,8 @@ class Bench:
         self.opened = opened = open_model(entry.name, dtype=entry.dtype, **self.how)
         self._changed = False
         known = [name for name in suite.dimensions if name in builtin_readers()]
-        self._texts = texts(opened, dimensions=known) if known else {}
-        self._reference = reference(opened, self._texts, cache=True) if known else None
+        if known:
+            self._reference = reference(opened, texts(opened, dimensions=known), cache=True)
         kind = [str(opened.model.dtype), opened.model.device.type, SCORER]
         files = [opened.fingerprint, opened.tokenizer_fingerprint]
         self._key = sha256_json([*files, suite.hash, kind])
@@ -136,7 +136,7 @@ class Bench:
                 progress=lambda *of: stage("scoring", *of),
             )  # fmt: skip
             if self._reference is not None:
-                found = distance(self.opened, self._reference, self._texts,
+                found = distance(self.opened, self._reference,
                                  progress=lambda *of: stage("distance", *of))  # fmt: skip
                 scores = replace(scores, distance=found.to_dict())
             lap("evaluate")
