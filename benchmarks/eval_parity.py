@@ -86,8 +86,8 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     for item, mine, other, scores in zip(
         items, check(spec, items, a), check(spec, items, b), b, strict=True
     ):
-        same += mine == other
-        if mine != other:
+        same += mine.value == other.value
+        if mine.value != other.value:
             sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for c in item.choices]
             first, second = sorted(np.divide(scores, sizes))[-2:][::-1]
             ties += abs(first - second) <= TIE * abs(first)

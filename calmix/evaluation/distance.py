@@ -25,13 +25,14 @@ from torch import Tensor
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.likelihood import (
+    Progress,
+    Ticker,
     behind,
     decoder_and_head,
     divergences,
     hidden_states,
     in_cache,
     logit_settings,
-    ticker,
 )
 from calmix.evaluation.measures import Array
 from calmix.evaluation.records import TaskScores
@@ -51,7 +52,6 @@ from calmix.models import OpenModel
 VERSION = 2  # raised when a reference would hold other numbers, so that cached ones are not reused
 POSITIONS = 128  # of which both models' logits are held at a time
 
-Progress = Callable[[int, int], None]
 Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
 
 
@@ -126,7 +126,7 @@ def reference(
             hidden = load(kept.read_bytes())
     if hidden is None:
         decoder, _ = decoder_and_head(opened.model)
-        tick = _ticker(texts, progress)
+        tick = Ticker(progress, sum(map(len, texts.values())))
         hidden = {
             name: torch.cat([part.cpu() for _, part in hidden_states(decoder, ids, device, tick)])
             for name, ids in texts.items()
@@ -188,7 +188,8 @@ def distance(
         if head_hash(whole) != reference.head:
             raise InputError("the reference is of another dense model: make it again")
         before = decoder_and_head(whole)[1]
-    device, tick = opened.model.device, _ticker(reference.texts, progress)
+    device = opened.model.device
+    tick = Ticker(progress, sum(map(len, reference.texts.values())))
     found: dict[str, Distance] = {}
     points: list[Point] = []
     for name, ids in reference.texts.items():
@@ -231,10 +232,6 @@ def _total(found: list[Distance], points: list[Point]) -> Distance:
 
 def _dtype(opened: OpenModel) -> str:
     return str(opened.model.dtype).removeprefix("torch.")
-
-
-def _ticker(texts: Texts, progress: Progress | None) -> Callable[[int], None]:
-    return ticker(sum(map(len, texts.values())), progress)
 
 
 @dataclass(frozen=True)

@@ -102,16 +102,15 @@ def evaluate(
     if isinstance(model, str):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
-    kept = _cache_file(model, chosen, size) if cache and floors else None
-    if kept is not None and kept.is_file():
-        try:
-            return load_scores(kept)
-        except InputError:  # damaged: scored again and replaced
-            pass
-    scores = _run(model, chosen, size, floors, progress)
-    if kept is not None:
+    if not (cache and floors):
+        return _run(model, chosen, size, floors, progress)
+    kept = _cache_file(model, chosen, size)
+    try:
+        return load_scores(kept)
+    except InputError:  # none there, or damaged
+        scores = _run(model, chosen, size, floors, progress)
         scores.save(kept)
-    return scores
+        return scores
 
 
 def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
@@ -150,35 +149,21 @@ def _run(
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
     rendered = {name: items for name, (items, parts) in loaded.items() if not parts}
-    asked = [
-        Request(name, *one) for name, items in rendered.items() for i in items for one in i.requests
-    ]
+    asked = [Request(name, *one) for name in rendered for i in rendered[name] for one in i.requests]
     answers = (value for value, _ in scorer.loglikelihood(asked))
-    outcomes: dict[str, list[Outcome]] = {}
-    for name, items in rendered.items():
-        rows = [list(islice(answers, len(item.requests))) for item in items]
-        values = check(suite.tasks[name], items, rows)
-        outcomes[name] = [
-            Outcome(item.id, item.requests, item.gold, row, value)
-            for item, row, value in zip(items, rows, values, strict=True)
-        ]
-    for name, (_, parts) in loaded.items():
+    tasks = []
+    for name, (items, parts) in loaded.items():
         if parts:
             from calmix.evaluation.harness import score_parts
 
-            outcomes[name] = score_parts(scorer, name, suite.tasks[name], parts)
+            outcomes = score_parts(scorer, name, suite.tasks[name], parts)
+        else:
+            rows = [list(islice(answers, len(item.requests))) for item in items]
+            outcomes = check(suite.tasks[name], items, rows)
+        tasks.append(_task_scores(suite, name, outcomes, scorer, floors))
     return CapabilityScores(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        dtype=_dtype(model),
-        suite=describe(suite),
-        tasks=tuple(
-            _task_scores(name, suite.dimension_of(name), spec, outcomes[name],
-                         scorer if floors else None)
-            for name, spec in suite.tasks.items()
-        ),
-        truncated=dict(scorer.truncated),
-        seconds=round(time.perf_counter() - start, 2),
+        model.name, model.fingerprint, _dtype(model), describe(suite), tuple(tasks),
+        truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
         versions=_versions(),
     )  # fmt: skip
 
@@ -209,31 +194,28 @@ def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
 
 
 def _task_scores(
-    name: str, dimension: str, spec: TaskSpec, outcomes: Sequence[Outcome], scorer: Scorer | None
+    suite: Suite, name: str, outcomes: Sequence[Outcome], scorer: Scorer, floors: bool
 ) -> TaskScores:
-    """Return the record of a task; with a scorer, what its items score without the knowledge."""
-    if spec.chance == "choices":
-        chance = sum(1 / len(one.requests) for one in outcomes) / len(outcomes)
-    else:
-        chance = spec.chance or 0.0
+    """Return the record of a task, with what its items score without the knowledge if wanted."""
+    spec = suite.tasks[name]
+    guesses = [1 / len(one.requests) for one in outcomes]
+    chance = sum(guesses) / len(guesses) if spec.chance == "choices" else spec.chance or 0.0
     scores = TaskScores(
-        name, dimension, spec.metric, spec.primary, chance,
+        name, suite.dimension_of(name), spec.metric, spec.primary, chance,
         tuple(one.id for one in outcomes),
         tuple(one.value for one in outcomes if one.value is not None),
     )  # fmt: skip
     if spec.metric in WRITTEN:
         return scores
     answers = [[answer for _, answer in one.requests] for one in outcomes]
-    floor: Floor = "context-free"
-    floors: list[list[float]] = []
-    unigram: list[float] = []
-    if spec.metric == "bits_per_byte":
-        floor = "none"
-    elif any(len({context for context, _ in one.requests}) > 1 for one in outcomes):
+    floor: Floor = "none" if spec.metric == "bits_per_byte" else "context-free"
+    if any(len({context for context, _ in one.requests}) > 1 for one in outcomes):
         floor = "uniform"
-    elif scorer is not None:
-        floors = _without_question(scorer, name, answers)
-    if scorer is not None:
+    known: dict[str, float] = {}
+    unigram: list[float] = []
+    if floors:
+        if floor == "context-free":
+            known = _without_question(scorer, name, answers)
         right = [row[one.gold] for row, one in zip(answers, outcomes, strict=True)]
         questions = [one.requests[0][0] for one in outcomes]
         texts = questions if spec.archive is None else task_texts(spec)
@@ -244,19 +226,18 @@ def _task_scores(
         loglikelihoods=rounded([one.loglikelihoods for one in outcomes]),
         bytes=tuple(tuple(len(answer.encode()) for answer in row) for row in answers),
         floor=floor,
-        floors=rounded(floors),
+        floors=rounded([[known[answer] for answer in row] for row in answers if known]),
         unigram=rounded([unigram])[0],
     )
 
 
-def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> list[list[float]]:
+def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> dict[str, float]:
     """Return the log-likelihood of every answer after a cue alone, as OLMES takes it."""
     from calmix.evaluation.scorer import Request
 
     distinct = list(dict.fromkeys(answer for row in answers for answer in row))
     found = scorer.loglikelihood([Request(task, CUE, answer) for answer in distinct])
-    known = dict(zip(distinct, (value for value, _ in found), strict=True))
-    return [[known[answer] for answer in row] for row in answers]
+    return {answer: value for answer, (value, _) in zip(distinct, found, strict=True)}
 
 
 def _single_tokens(tokenizer: Any, texts: Sequence[str], answers: list[str]) -> list[float]:

@@ -60,7 +60,7 @@ def generate(
     end = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stops = list(dict.fromkeys([*stops, end]))
-    scorer.ask(len(contexts))
+    scorer.tick.total += len(contexts)
     encoded = [ids or [scorer.prefix] for ids in scorer.encode(list(contexts))]
     if cut := sum(len(ids) > limit for ids in encoded):
         scorer.truncated[task] += cut

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,14 @@ class _Model(LM):
         raise InputError(f"task {self.task} asks for the likelihood of whole texts: leave it out")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        for members in groups.values():
-            options: dict[str, Any] = dict(normalize_gen_kwargs(dict(requests[members[0]].args[1])))
-            stops, room = options.pop("until"), options.pop("max_gen_toks")
-            written = generate(
-                self.scorer, [requests[index].args[0] for index in members], task=self.task,
-                stops=stops, room=room, sampling=options if options["do_sample"] else None,
+        texts: list[str] = []
+        for _, alike in groupby(requests, lambda request: repr(sorted(request.args[1].items()))):
+            contexts, options = zip(*(request.args for request in alike), strict=True)
+            how: dict[str, Any] = dict(normalize_gen_kwargs(dict(options[0])))
+            texts += generate(
+                self.scorer, contexts, task=self.task, stops=how.pop("until"),
+                room=how.pop("max_gen_toks"), sampling=how if how["do_sample"] else None,
             )  # fmt: skip
-            for index, text in zip(members, written, strict=True):
-                texts[index] = text
         return texts
 
 

@@ -24,7 +24,8 @@ HEAD_TOKENS = 512
 COMPARED = 8  # tokens on which a head is compared with its model's forward
 AHEAD = 0.05  # of the logits' norm: less than what tokens that follow change in any known model
 
-Tick = Callable[[int], None]
+Tick = Callable[[int], None]  # takes how many are done now
+Progress = Callable[[int, int], None]  # takes how many are done, and how many there are
 
 _compared: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
 
@@ -184,12 +185,8 @@ def hidden_states(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield what the output head sees of full rows, in micro-batches, to be used without gradients.
 
-    Args:
-        ids: int64 token ids, shape (rows, length), without padding.
-        tick: called with the number of rows after each micro-batch.
-
-    Yields:
-        which rows, and shape (rows, length - 1, width): every position that predicts a token.
+    `ids` have shape (rows, length). Yields which rows, and states of shape (rows, length - 1,
+    width): every position that predicts a token.
     """
     step = max(1, tokens_at_once(device) // ids.shape[1])
     for start in range(0, len(ids), step):
@@ -199,30 +196,24 @@ def hidden_states(
             tick(part.stop - part.start)
 
 
-def ticker(total: int, progress: Callable[[int, int], None] | None) -> Tick:
-    """Return what counts rows that are done, and calls `progress` with them and all."""
-    done = 0
+class Ticker:
+    """Counts what is done, and reports it with how much there is in all."""
 
-    def tick(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, total)
+    def __init__(self, progress: Progress | None, total: int = 0) -> None:
+        self.progress, self.total, self.done = progress, total, 0
 
-    return tick
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
 @torch.inference_mode()
 def row_nll(model: Any, ids: Tensor, *, tick: Tick | None = None) -> Tensor:
-    """Return the negative log-likelihood of each predicted token of full rows, in nats.
+    """Return -log p(ids[j + 1] | ids[: j + 1]) of full rows in nats.
 
-    Args:
-        model: causal language model of transformers.
-        ids: int64 token ids, shape (rows, length), without padding.
-        tick: called with the number of rows after each micro-batch.
-
-    Returns:
-        float32, shape (rows, length - 1): entry j is -log p(ids[j + 1] | ids[: j + 1]).
+    `ids` are int64 token ids without padding, shape (rows, length); `tick` takes the number of
+    rows after each micro-batch. Returns float32, shape (rows, length - 1).
     """
     device = next(model.parameters()).device
     decoder, head = decoder_and_head(model)

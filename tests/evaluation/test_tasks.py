@@ -90,7 +90,7 @@ def test_answers_are_checked_as_the_harness_checks_them(metric: str) -> None:
     rows = [[-1.0 - (3 * at + n) % 7 / 20 for at in range(3)] for n in range(len(items))]
     wanted = [task.process_results(doc, [(v, False) for v in row])[metric]
               for doc, row in zip(docs, rows, strict=True)]  # fmt: skip
-    assert check(spec(metric=metric), items, rows) == wanted
+    assert [one.value for one in check(spec(metric=metric), items, rows)] == wanted
     assert set(wanted) == {0.0, 1.0}
 
 
