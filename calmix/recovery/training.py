@@ -186,10 +186,10 @@ class Masters:
         for name, parameter in self.parameters.items():
             master, gradient = self.values[name], parameter.grad
             parameter.grad = None
-            if gradient is not None and master.grad is None:
-                master.grad = local(gradient).float()
-            elif gradient is not None:
+            if gradient is not None and master.grad is not None:
                 master.grad.add_(local(gradient))
+            elif gradient is not None:
+                master.grad = local(gradient).float()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
