@@ -1,9 +1,9 @@
 """Exports: a model in the form of another engine, made by a maintained library and checked here.
 
-OpenVINO, by the exporter of transformers, with weights in 8 bits by NNCF if asked for. Ours is
-what lies around that: the result is read back from the disk, run on token ids in two parts, so
-that its cache counts, and refused where it is not what the model computes. What an export gains,
-and which engines were left out, is in docs/deploy.md.
+The exporter of transformers writes the OpenVINO graph, NNCF its 8-bit weights. calmix reads the
+result back from the disk, runs it on token ids in two parts, so that its cache is checked too, and
+refuses it where it does not compute what the model does. What an export gains, and which engines
+were left out, is in docs/deploy.md.
 
 The export holds the graph (`openvino_model.xml`), its weights (`.bin`), configuration, tokenizer
 and a sealed manifest; the same model and versions give the same bytes.
@@ -169,8 +169,7 @@ def export(
 def _library(name: str) -> Any:
     """Import a library of the extra `export`.
 
-    Both report each use to their makers where `openvino_telemetry` can be imported; calmix sends
-    nothing, so here it cannot.
+    Both report their use to their makers through `openvino_telemetry`: it is kept from import.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
@@ -236,7 +235,7 @@ def _difference(opened: OpenModel, folder: Path) -> tuple[float, float]:
 def _quiet() -> Iterator[None]:
     """Keep tables, bars and advice of the libraries from the terminal.
 
-    All loggers, not theirs alone: NNCF sends warnings of others through one it names by a path.
+    All loggers are silenced: NNCF warns through one that it names by a path.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,15 +1,14 @@
 """Packs: a model folder in fewer bytes, without loss (ours; the ideas are old).
 
-Pruned weights are mostly zeros, and those that are kept have exponents of little entropy. Of every
-tensor a pack holds a bit mask of what is not zero (where enough is) and, of what is kept, the
-bytes by significance: each value is turned left by one bit, so that a float's exponent comes first
-and its sign last, and cut into planes of bytes, the first plane first. Mask and planes are
-entropy-coded with zstandard where that helps: exponents shrink to a third, mantissas stay.
+Pruned weights are mostly zeros, and the exponents of the others have little entropy. A pack holds,
+for every tensor with enough zeros, a bit mask of the nonzero values, and the kept values split into
+byte planes: each value is rotated left by one bit, so that a float's exponent comes first and its
+sign last, and its bytes go to one plane each. Mask and planes are compressed with zstandard where
+that helps: exponents shrink to a third, mantissas do not.
 
-A pack is a folder: `calmix-pack.json`, for each of the model's weight files a safetensors file of
-plain bytes, and all other files as they were, those of subfolders too. Nothing in it can run.
-Files are made a tensor and read a chunk at a time, and what is unpacked has the bytes that were
-packed, by SHA-256.
+A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
+all other files as they were, in subfolders too. Nothing in it can run. Memory is bounded: a tensor
+is packed, and a chunk unpacked, at a time. SHA-256 shows that the bytes are those that were packed.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ from calmix.models.shards import (
 )
 
 FORMAT = 1
-CHUNK = 1 << 22  # values that are coded together: a few megabytes
+CHUNK = 1 << 22  # values that are compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bits
-HELPS = 0.98  # what entropy coding must come down to
-LEVEL = 3  # zstandard's; beyond it exponents get no smaller
+HELPS = 0.98  # compressed parts are kept where they are smaller by this factor
+LEVEL = 3  # zstandard's; higher levels do not shrink exponents further
 MAGIC = b"\x28\xb5\x2f\xfd"  # how a zstandard frame begins
 
 Words = NDArray[Any]
@@ -233,7 +232,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             if {"", ".", ".."} & {*parts} or (parts[1:] and name in manifest["weights"]):
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
             if not (folder / name).is_file():
-                raise InputError(f"{folder} lacks {name}, which it was made with")
+                raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it again")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -311,7 +310,7 @@ def _pack_tensor(
 
 
 def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
-    """Return mask (if any) and planes of a chunk, each coded where that helps."""
+    """Return mask (if any) and planes of a chunk, each compressed where that helps."""
     parts = []
     if masked:
         bits = chunk != 0

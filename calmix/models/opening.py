@@ -320,7 +320,7 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     counts = [math.prod(place.shape) for place in Shards(folder).places.values()]
     # Not by attribute: some configurations refuse to name what differs between layers.
     if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
-        raise ModelError(f"{folder / 'config.json'} has {found}, more than the weights bear out")
+        raise ModelError(f"{folder / 'config.json'} has {found}, more than its weights allow")
     return config
 
 
@@ -427,7 +427,7 @@ def _gguf_dtype(file: Path) -> torch.dtype:
     fields = {name.rsplit(".", 1)[-1]: entry for name, entry in reader.fields.items()}
     sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
     if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
-        raise ValueError(f"its header has {found}, more than its weights")
+        raise ValueError(f"its header has {found}, more than its weights allow")
     kind = reader.get_field("general.file_type")
     code = int(kind.contents()) if kind is not None else -1
     return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)

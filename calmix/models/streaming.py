@@ -121,22 +121,14 @@ class StreamedModel:
         """Whether parameters are merged from what the files hold apart, which takes memory."""
         return len(self.names) < len(self._parts)
 
-    def stored_names(self, name: str) -> tuple[str, ...]:
-        """Return the names in the files of what makes up a parameter."""
-        return self._parts[name].stored
-
-    def stored_with(self, name: str) -> tuple[str, ...]:
-        """Return the parameters that a parameter is stored together with, itself included."""
-        return tuple(self._parts[name].shapes)
-
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the type a parameter is stored in."""
         return self.shards.places[self._parts[name].stored[0]].dtype
 
-    def stored(self, name: str, shards: Shards | None = None) -> Tensor:
-        """Return a parameter as it is stored, on the CPU; of `shards`, other files alike."""
+    def stored(self, name: str) -> Tensor:
+        """Return a parameter as it is stored, on the CPU."""
         part = self._parts[name]
-        return self._conversions.merge(part, (shards or self.shards).read(part.stored))[name]
+        return self._conversions.merge(part, self.shards.read(part.stored))[name]
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -175,7 +175,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
         refused("is not what it was packed as", whole[:at])
     refused("is a pack of format 2, this calmix reads 1", format=2)
     refused("names a file outside the pack", files={"../evil": "0"})
-    refused("lacks gone.txt, which it was made with", files={"gone.txt": "0"})
+    refused("lacks gone.txt, which is part of the pack", files={"gone.txt": "0"})
     refused("is not what it was packed as", files={"config.json": "0"})
     refused("is damaged", weights=3)
     refused("names a file outside the pack", files={"a/../../evil": "0"})
