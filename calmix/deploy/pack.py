@@ -232,7 +232,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             if {"", ".", ".."} & {*parts} or (parts[1:] and name in manifest["weights"]):
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
             if not (folder / name).is_file():
-                raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it again")
+                raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
