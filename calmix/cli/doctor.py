@@ -91,7 +91,7 @@ def inspect(options: InspectOptions) -> None:
     with Bar() as bar:
         health = look(options.path, tick=bar.each("checked"))
     if options.as_json:
-        print_json(health.to_json())
+        print_json(asdict(health))
     else:
         _print_health(health, each=options.layers)
     if health.problems:
@@ -126,7 +126,7 @@ def rerun(options: RerunOptions) -> None:
     kept = None if options.output is None else str(options.output)
     same = ["the same: every file has the hash of the manifest"] if made.same else []
     changed = (f"changed since: {told}" for told in made.inputs)
-    result(options, made.to_json() | {"output": kept}, *changed, *same)
+    result(options, asdict(made) | {"output": kept}, *changed, *same)
     if not made.same:
         why = made.inputs[0] if made.inputs else "though all inputs are the same"
         raise InputError(f"not the same: {', '.join(made.differing)} ({why})")

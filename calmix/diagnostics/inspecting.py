@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,6 @@ class Health:
     warnings: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     hashed: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values."""
-        return asdict(self)
 
 
 Check = Callable[[Path, Health, Say], None]
@@ -172,11 +169,7 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
 
 
 def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any]]:
-    """Put the facts of a checkpoint's manifest into `health`.
-
-    Returns:
-        The files' hashes, and the manifest of the pruning run.
-    """
+    """Tell the facts of a checkpoint; return its files' hashes and the pruning run's manifest."""
     manifest = pruned = _sealed(folder / MANIFEST)
     health.kind = health.kind.replace("checkpoint", manifest["kind"])
     recovered: list[dict[str, Any]] = []
@@ -190,16 +183,21 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
     if drawn is not None:
         what = drawn.get("generated") or ", ".join(drawn.get("sources", {}))
         drawn = f"{what} ({drawn['rows']} x {drawn['length']} tokens)"
-    method = f"{done['method']} {done['pattern']}"
-    health.facts = {"model": pruned["model"]["name"], "method": method}
-    for one in recovered:
-        told = f"held-out rows {one['before']:.4f} before, {one['after']:.4f} after"
-        health.facts[f"recovery by {one['method']}"] = told
-    health.facts |= {"calibration": drawn or "none", "weights": done["weights"]}
-    health.facts["pruned"] = done["pruned"]
-    if gone := sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"]):
-        health.facts["experts dropped"] = gone
-    health.facts["versions"] = _versions(manifest)
+    gone = sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"])
+    health.facts = {
+        "model": pruned["model"]["name"],
+        "method": f"{done['method']} {done['pattern']}",
+        **{
+            f"recovery by {one['method']}": f"held-out rows {one['before']:.4f} before, "
+            f"{one['after']:.4f} after"
+            for one in recovered
+        },
+        "calibration": drawn or "none",
+        "weights": done["weights"],
+        "pruned": done["pruned"],
+        **({"experts dropped": gone} if gone else {}),
+        "versions": _versions(manifest),
+    }
     return dict(manifest["files"]), pruned
 
 
@@ -374,12 +372,9 @@ def _stages(folder: Path, health: Health, say: Say) -> None:
 
 def _file(path: Path, say: Say) -> Health:
     """Check a file of results by the kind that it says it is."""
-    kind = None
-    if path.suffix == ".json":
-        try:
-            kind = str(read_object(path, "").get("kind", SCORES))
-        except InputError:
-            kind = None
+    kind = ""
+    with suppress(InputError):
+        kind = str(read_object(path, "").get("kind", SCORES))
     if kind not in FILES:
         raise InputError(
             f"{path} is no file that can be checked: name a folder that calmix wrote, or a file of "

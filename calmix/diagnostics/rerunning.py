@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,7 +58,7 @@ class _Drawn(_Kept):
     sources: dict[str, Any] = {}
 
 
-class _Checkpoint(_Kept):
+class _Pruned(_Kept):
     model: _Model
     request: dict[str, Any]
     calibration: _Drawn | None
@@ -67,7 +67,7 @@ class _Checkpoint(_Kept):
     device: str
 
 
-class _Recovered(_Checkpoint):
+class _Recovered(_Pruned):
     against: _Model
     calibration: _Drawn
     pruned: dict[str, Any] | None
@@ -94,10 +94,8 @@ class _Set(_Kept):
 
 
 SHAPES: dict[str, type[_Kept]] = {
-    "pruned checkpoint": _Checkpoint,
-    "recovered checkpoint": _Recovered,
-    "calibration set": _Set,
-}
+    "pruned checkpoint": _Pruned, "recovered checkpoint": _Recovered, "calibration set": _Set,
+}  # fmt: skip
 # Of the manifest and of the run record: what may differ beside the files.
 TOLD = ("versions", "calibration", "request", "pruned", "dtype", "device")
 WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
@@ -113,10 +111,6 @@ class Rerun:
     same: bool
     differing: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values."""
-        return asdict(self)
 
 
 def rerun(
@@ -163,7 +157,7 @@ def rerun(
         return _calibrate(path, kept, told, output, **how)
     if isinstance(told, _Recovered):
         _recover(path, told, output, progress, **how)
-    elif isinstance(told, _Checkpoint):
+    elif isinstance(told, _Pruned):
         _prune(path, told, output, progress, **how)
     return _compared(path, kept, output)
 
@@ -191,7 +185,7 @@ def _taken(shape: type[Some], record: Any, path: Path) -> Some:
 
 def _prune(
     path: Path,
-    kept: _Checkpoint,
+    kept: _Pruned,
     output: Path,
     progress: Callable[[int, int], None] | None,
     **how: Any,
@@ -240,7 +234,7 @@ def _recover(
 
     pruned = kept.pruned or {}
     if pruned.get("kind") == "pruned checkpoint" and pruned.get("request"):
-        stage = _taken(_Checkpoint, pruned, path)
+        stage = _taken(_Pruned, pruned, path)
         if kept.model.name == stage_name(stage.model.name, _pruning(stage, path)):
             with disk_errors(output):
                 output.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +246,7 @@ def _recover(
     again(kept.model.name, None)
 
 
-def _pruning(kept: _Checkpoint, path: Path) -> PruneRequest:
+def _pruning(kept: _Pruned, path: Path) -> PruneRequest:
     _taken(PruneRequest, kept.request, path)
     options = _options(kept.request, path)
     return prune_request(**options.pop("options"), **options)
@@ -332,17 +326,8 @@ def _check_model(name: str, sha256: str) -> None:
 
 
 def _check_set(told: _Drawn, made: CalibrationSet) -> None:
-    # A saved set's manifest has keys of its saving, so content decides.
-    if made.sha256 == told.sha256:
+    if made.sha256 == told.sha256:  # a saved set's manifest says more than a drawn one's
         return
-    then, now = told.model_dump(), made.manifest
-    changed = [
-        name for name, source in told.sources.items()
-        if isinstance(source, dict)
-        and now.get("sources", {}).get(name, {}).get("sha256") != source.get("sha256")
-    ]  # fmt: skip
-    if changed:
-        what = f"source {', '.join(changed)} has another text"
-    else:
-        what = next((d for d in differences(then, now) if not d.startswith("sha256")), "its ids")
+    found = (d for d in differences(told.model_dump(), made.manifest) if d[:6] != "sha256")
+    what = next(found, "its ids")
     raise InputError(f"the calibration set changed ({what}), so hashes cannot match")

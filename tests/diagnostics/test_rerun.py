@@ -161,7 +161,7 @@ def test_another_text_is_told_before_the_prune(calmix, model, text_file, tmp_pat
     text_file.write_text("other words " * 5000)
     ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
     assert ended.code == 2
-    assert f"source {text_file} has another text" in ended.err
+    assert f"changed (sources.{text_file}." in ended.err
     assert not (tmp_path / "second").exists()
     assert not (tmp_path / "second.unfinished").exists()
 
