@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,40 +67,14 @@ def test_the_same_command_twice_gives_the_same_bytes(
 ):
     data = () if method == "magnitude" else ("--calibration", text_file, *SMALL)
     for name in ("a", "b"):
-        ended = calmix(
-            "prune",
-            tiny_folder,
-            *data,
-            "--method",
-            method,
-            "--pattern",
-            "2:4",
-            "-o",
-            tmp_path / name,
-        )
+        ended = calmix("prune", tiny_folder, *data, "--method", method, "--pattern", "2:4",
+                       "-o", tmp_path / name)  # fmt: skip
         assert ended.code == 0, ended.err
     first, second = hashes(tmp_path / "a"), hashes(tmp_path / "b")
     # The run record holds date and seconds; everything else is decided by the inputs.
     assert first.pop("calmix-run.json")
     second.pop("calmix-run.json")
     assert first == second
-
-
-def test_the_seed_decides_the_draw(calmix, tiny_folder, text_file, tmp_path):
-    found = set()
-    lines = text_file.read_text(encoding="utf-8").split()
-    rows = tmp_path / "rows.jsonl"
-    pieces = [" ".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
-    rows.write_text("\n".join(json.dumps({"text": t}) for t in pieces), encoding="utf-8")
-    for seed in (0, 1):
-        ended = calmix(
-            "prune", tiny_folder, "--calibration", rows, *SMALL, "--seed", seed,
-            "--sparsity", 0.5, "-o", tmp_path / str(seed),
-        )  # fmt: skip
-        assert ended.code == 0, ended.err
-        manifest = json.loads((tmp_path / str(seed) / "calmix.json").read_text(encoding="utf-8"))
-        found.add(manifest["calibration"]["sha256"])
-    assert len(found) == 2
 
 
 def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_file, tmp_path):
@@ -133,93 +105,56 @@ def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_
     ]  # fmt: skip
 
 
-def test_json_output_is_only_json(calmix, tiny_folder, tmp_path):
-    ended = calmix(
-        "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "--json",
-        "-o", tmp_path / "out",
-    )  # fmt: skip
-    told = json.loads(ended.out)
-    assert told["sparsity"] == pytest.approx(0.5)
-    assert len(told["layers"]) == 14
-
-
 def mistakes(tiny_folder, text_file, tmp_path):
-    """Arguments after `prune`, and what the line must contain."""
-    data = ("--calibration", text_file, *SMALL)
-    half = ("--sparsity", 0.5)
-    empty = tmp_path / "empty.txt"
-    empty.write_text("  \n", encoding="utf-8")
-    binary = tmp_path / "binary.txt"
-    binary.write_bytes(b"\x00\xff\xfe\x01")
-    zero = tmp_path / "zero.txt"
-    zero.write_bytes(b"a\x00b")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "a"}\n{"body": "b"}\n', encoding="utf-8")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text("not json\n", encoding="utf-8")
-    odd = save_tiny_model(tmp_path / "mixture", "mixtral")
+    """Arguments after `prune MODEL`, and what the line must contain."""
+    data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
     full = tmp_path / "full"
-    full.mkdir()
-    (full / "file").write_text("x", encoding="utf-8")
-    (bare := tmp_path / "bare").mkdir()
-    return [
-        ((tmp_path / "none", *data, *half), "no model folder"),
-        (("builtin:smollm", *data, *half), "did you mean smollm2-135m"),
-        ((bare, *data, *half), "no config.json"),
-        ((odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"),
-        ((tiny_folder, *data, *half, "--method", "sparsegtp"), "did you mean sparsegpt"),
-        ((tiny_folder, *data), "either --sparsity"),
-        ((tiny_folder, *data, *half, "--pattern", "2:4"), "either --sparsity"),
-        ((tiny_folder, *data, "--sparsity", 0), "between 0 and 1"),
-        ((tiny_folder, *data, "--sparsity", 1), "between 0 and 1"),
-        ((tiny_folder, *data, "--sparsity", "nan"), "between 0 and 1"),
-        ((tiny_folder, *data, "--sparsity", "half"), "'half' is not a share"),
-        ((tiny_folder, *data, "--sparsity", "0.5,"), "nothing between its commas"),
-        ((tiny_folder, *data, "--sparsity", "0.5,0.5"), "names 0.5 twice"),
-        ((tiny_folder, *data, "--sparsity", "0.5,1.5"), "did you mean 0.015"),
-        (
-            (tiny_folder, *half, "--method", "wanda,damping=0.1", *data),
-            "damping has no effect with method wanda",
-        ),
-        ((tiny_folder, *data, *half, "--max-memory", "much"), "is no amount of memory"),
-        ((tiny_folder, *data, "--pattern", "2of4"), "N:M"),
-        ((tiny_folder, *data, "--pattern", "4:4"), "less than M"),
-        ((tiny_folder, *data, "--pattern", "2:5"), "does not divide"),
-        ((tiny_folder, *half), "needs --calibration"),
-        (
-            (tiny_folder, *half, *SMALL, "--calibration", "python-stdlb"),
-            "did you mean python-stdlib",
-        ),
-        ((tiny_folder, *half, *SMALL, "--calibration", "a:-1,b:2"), "the weight of 'a' is -1.0"),
-        ((tiny_folder, *half, *SMALL, "--calibration", "a:0,b:0"), "all weights are zero"),
-        ((tiny_folder, *half, *SMALL, "--calibration", "a:1,a:2"), "names 'a' twice"),
-        ((tiny_folder, *half, *SMALL, "--calibration", "a,b"), "has no weight"),
-        ((tiny_folder, *half, *SMALL, "--calibration", "uniform:a,,b"), "between its commas"),
-        ((tiny_folder, *half, "--calibration", text_file, "--length", 32, "--rows", 9999), "has"),
-        ((tiny_folder, *half, *SMALL, "--calibration", empty), "empty"),
-        ((tiny_folder, *half, *SMALL, "--calibration", binary), "not UTF-8"),
-        ((tiny_folder, *half, *SMALL, "--calibration", zero), "binary"),
-        ((tiny_folder, *half, *SMALL, "--calibration", rows), "line 2: there is no field 'text'"),
-        ((tiny_folder, *half, *SMALL, "--calibration", bad), "line 1 is not JSON"),
-        ((tiny_folder, *half, *SMALL, "--calibration", tmp_path / "no.txt"), "there is no file"),
-        ((tiny_folder, *half, *SMALL, "--calibration", full), "holds no"),
-        ((tiny_folder, *half, *data[:2], "--length", 9999), "beyond the model's context of 256"),
-        ((tiny_folder, *half, *data[:2], "--rows", 0), "--rows 0: must be"),
-        ((tiny_folder, *half, *data, "--seed", -1), "--seed -1: must be"),
-        ((tiny_folder, *half, *data, "--packing", "windows"), "must be 'concat' or 'window'"),
-        ((tiny_folder, *half, *data, "--propagation", "two"), "must be 'sequential' or"),
-        (
-            (tiny_folder, *half, *data, "--method", "sparsegpt,damping=0"),
-            "damping 0: Input should be greater",
-        ),
-        ((tiny_folder, *half, *data, "--dtype", "bf16"), "--dtype bf16: must be"),
-        ((tiny_folder, *half, *data, "--device", "warp"), "cannot be used"),
-        ((tiny_folder, *half, *data, "--method", "magnitude"), "--calibration has no effect"),
-        ((tiny_folder, *half, "--method", "magnitude", "--seed", 1), "--seed has no effect"),
-        ((tiny_folder, *half, *data, "--damping", 1), "sparsegpt,damping=VALUE"),
-        ((tiny_folder, *half, *data, "-o", full), "not empty"),
-        ((tiny_folder, *half, *data, "-o", full / "file"), "is a file"),
-    ]
+    for name, content in {
+        "empty.txt": b"  \n", "binary.txt": b"\x00\xff\xfe\x01", "zero.txt": b"a\x00b",
+        "rows.jsonl": b'{"text": "a"}\n{"body": "b"}\n', "bad.jsonl": b"not json\n",
+        "full/file": b"x",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "bare").mkdir()
+    odd = save_tiny_model(tmp_path / "mixture", "mixtral")
+    for model, words in {
+        tmp_path / "none": "no model folder", "builtin:smollm": "did you mean smollm2-135m",
+        tmp_path / "bare": "no config.json",
+    }.items():  # fmt: skip
+        yield (model, *data, *half), words
+    yield (odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"
+    for text, words in {
+        "python-stdlb": "did you mean python-stdlib", "a:-1,b:2": "the weight of 'a' is -1.0",
+        "a:0,b:0": "all weights are zero", "a:1,a:2": "names 'a' twice", "a,b": "has no weight",
+        "uniform:a,,b": "between its commas", tmp_path / "empty.txt": "empty",
+        tmp_path / "binary.txt": "not UTF-8", tmp_path / "zero.txt": "binary",
+        tmp_path / "rows.jsonl": "line 2: there is no field 'text'",
+        tmp_path / "bad.jsonl": "line 1 is not JSON", tmp_path / "no.txt": "there is no file",
+        full: "holds no",
+    }.items():  # fmt: skip
+        yield (tiny_folder, *half, *SMALL, "--calibration", text), words
+    for more, words in {
+        (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
+        ("--sparsity", 0): "between 0 and 1", ("--sparsity", 1): "between 0 and 1",
+        ("--sparsity", "nan"): "between 0 and 1", ("--sparsity", "half"): "is not a share",
+        ("--sparsity", "0.5,"): "nothing between its commas",
+        ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
+        ("--pattern", "2of4"): "N:M", ("--pattern", "4:4"): "less than M",
+        ("--pattern", "2:5"): "does not divide",
+        (*half, "--method", "sparsegtp"): "did you mean sparsegpt",
+        (*half, "--method", "wanda,damping=0.1"): "damping has no effect with method wanda",
+        (*half, "--method", "sparsegpt,damping=0"): "damping 0: Input should be greater",
+        (*half, "--method", "magnitude"): "--calibration has no effect",
+        (*half, "--damping", 1): "sparsegpt,damping=VALUE",
+        (*half, "--max-memory", "much"): "is no amount of memory",
+        (*half, "--length", 9999): "beyond the model's context of 256",
+        (*half, "--rows", 9999): "has", (*half, "--device", "warp"): "cannot be used",
+        (*half, "-o", full): "not empty", (*half, "-o", full / "file"): "is a file",
+    }.items():  # fmt: skip
+        yield (tiny_folder, *data, *more), words
+    yield (tiny_folder, *half), "needs --calibration"
+    yield (tiny_folder, *half, "--method", "magnitude", "--seed", 1), "--seed has no effect"
 
 
 def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
@@ -237,17 +172,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_
         assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
 
 
-def test_a_missing_extra_names_the_pip_command(calmix, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    ended = calmix(
-        "prune", tiny_folder, "--calibration", "word-problems", *SMALL, "--sparsity", 0.5,
-        "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert ended.code == 2
-    assert "pip install 'calmix[reasoning]'" in ended.line
-
-
-@pytest.mark.parametrize("number", ["1.5", "-1", "99999999999", "null", '"x"', "5000"])
+@pytest.mark.parametrize("number", ["1.5", "99999999999", "null"])
 def test_a_damaged_tokenizer_is_one_line(calmix, tiny_folder, text_file, tmp_path, number):
     """In a number of its vocabulary, where the file is still JSON."""
     model = shutil.copytree(tiny_folder, tmp_path / "model")
@@ -318,18 +243,6 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
     assert "cannot be pruned block by block" in ended.line
 
 
-def test_overwrite_replaces_the_whole_folder(calmix, tiny_folder, tmp_path):
-    output = tmp_path / "out"
-    common = ("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output)
-    assert calmix(*common).code == 0
-    (output / "stale").write_text("x", encoding="utf-8")
-    assert calmix(*common).code == 2
-    assert calmix(*common, "--overwrite").code == 0
-    assert not (output / "stale").exists()
-    assert (output / "calmix.json").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_failure_while_writing_leaves_the_old_folder_alone(
     calmix, tiny_folder, tmp_path, monkeypatch
 ):
@@ -357,25 +270,6 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_told_before_the_work(calmix, tiny_folder, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this system does not let tests mount a small disk")
-    try:
-        ended = calmix(
-            "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5,
-            "-o", small / "out",
-        )  # fmt: skip
-        assert ended.code == 2
-        assert "no space left" in ended.line
-        assert list(small.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
-
-
 def test_perplexity_of_a_text(calmix, tiny_folder, text_file):
     ended = calmix(
         "evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json"
@@ -393,23 +287,8 @@ def test_perplexity_of_a_text(calmix, tiny_folder, text_file):
     assert told["bits_per_byte"] == pytest.approx(float(loss) / 0.6931472, rel=1e-4)
 
 
-def test_perplexity_mistakes(calmix, tiny_folder, text_file, tmp_path):
-    for arguments, words in [
-        (("--text", tmp_path / "no.txt"), "there is no file"),
-        (("--text", text_file, "--length", 9999), "beyond the model's context"),
-        (("--text", text_file, "--length", 1), "--length 1: must be greater"),
-    ]:
-        ended = calmix("evaluate", "perplexity", tiny_folder, *arguments)
-        assert ended.code == 2
-        assert words in ended.line
-
-
-def test_unknown_options_and_verbs_end_with_2(calmix):
-    assert calmix("prnue").code == 2
-    assert calmix("prune", "x", "--sparsty", 0.5).code == 2
-
-
 @pytest.mark.real
+@pytest.mark.long
 def test_a_real_mix_prunes_the_real_model_better_than_magnitude(calmix, tmp_path):
     """The whole way on the real model and real text: a mix of sources, held-out real text."""
     text = tmp_path / "held-out.txt"
@@ -420,16 +299,10 @@ def test_a_real_mix_prunes_the_real_model_better_than_magnitude(calmix, tmp_path
     text.write_text("\n\n".join(documents), encoding="utf-8")
     scores = {}
     for method, data in {
-        "wanda": (
-            "--calibration",
-            "uniform:encyclopedia,python-docs",
-            "--rows",
-            4,
-            "--leakage",
-            "off",
-        ),
+        "wanda": ("--calibration", "uniform:encyclopedia,python-docs", "--rows", 4,
+                  "--leakage", "off"),
         "magnitude": (),
-    }.items():
+    }.items():  # fmt: skip
         output = tmp_path / method
         ended = calmix(
             "prune", "builtin:smollm2-135m", *data, "--method", method, "--sparsity", 0.5,

@@ -229,15 +229,16 @@ def compare(options: CompareOptions) -> None:
     if options.measure != "accuracy":
         by = how | {"measure": "accuracy"}
         rows["by accuracy"] = [interval(one.retention(dense, **by).total) for one in models]
-    if any(far):
-        rows["KL to dense"] = [_far(one)["KL"] for one in far]
-        rows["top-1 %"] = [_far(one)["top-1 %"] for one in far]
+    rows["KL to dense"] = [_far(one)["KL"] for one in far]
+    rows["top-1 %"] = [_far(one)["top-1 %"] for one in far]
     rows["flips %"] = [_share(flips(dense.tasks, one.tasks, **options.drawn()).total)
                        for one in models]  # fmt: skip
     title = f"retention %, suite {suite['name']} version {suite['version']}, by {options.measure}"
     table: list[dict[str, str] | None] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
+            if set(cells) == {"-"}:
+                continue
             if label in ("total", "by accuracy", "KL to dense"):
                 table.append(None)
             table.append({"": label, **dict(zip(names, cells, strict=True))})
@@ -339,10 +340,10 @@ def _print_distance(
 
     changed = flips(dense.tasks, scores.tasks, **options.drawn())
     far = scores.distance
-    head, parts = ("text", far["dimensions"]) if far else ("items", {})
+    parts = far["dimensions"] if far else {}
 
     def row(name: str, found: Any, share: Flipped | None) -> Row:
-        return {head: name} | (_far(found) if far else {}) | {"flips %": _share(share)}
+        return {"text": name, **_far(found), "flips %": _share(share)}
 
     names = dict.fromkeys([*parts, *changed.dimensions])
     rows = [row(name, parts.get(name), changed.dimensions.get(name)) for name in names]

@@ -143,19 +143,13 @@ def plan(options: PlanOptions) -> None:
     for each in found.groups:
         taken = {stage: duration(seconds) for stage, seconds in each.seconds.items()}
         row: dict[str, object] = {
-            "model": each.model, "trials": each.trials, "method": each.method,
+            "model": each.model if len(study.models) > 1 else "", "trials": each.trials, "method": each.method,
             "pattern": each.pattern,
             "tokens": f"{each.rows}x{each.length}" if each.rows else "-",
             "prune": taken["prune"], "recover": taken.get("recover", "-"),
             "evaluate": taken["evaluate"], "memory": size(each.memory), "disk": size(each.disk),
         }  # fmt: skip
         rows.append(row)
-    for column, idle in (
-        ("model", len(study.models) == 1),
-        ("recover", not any("recover" in each.seconds for each in found.groups)),
-    ):
-        for row in rows if idle else ():
-            del row[column]
     print_table(rows, title=f"study {study.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(

@@ -36,19 +36,21 @@ def print_table(
 ) -> None:
     """Print records, one column a key, so that they fit; or as JSON.
 
-    A row may also be the heading of a group, or None for a gap. Cells of the columns in `text` may
-    be broken between words. Where that is not enough, columns in `least` are left out, what matters
-    least first; None is all but the first, from the last on.
+    A row may also be the heading of a group, or None for a gap. A column without values is left
+    out. Cells of the columns in `text` may be broken between words. Where that is not enough,
+    columns in `least` are left out, what matters least first; None is all but the first, from the
+    last on.
     """
     if as_json:
         print_json(rows)
         return
     records = [row for row in rows if isinstance(row, Mapping)]
-    heads = list(dict.fromkeys(key for row in records for key in row))
-    limit = room() or ENDLESS
-    left_out: list[str] = []
-    cells = {head: ["" if (v := row.get(head)) is None else str(v) for row in records]
-             for head in heads}  # fmt: skip
+    cells: dict[str, list[str]] = {}
+    for head in dict.fromkeys(key for row in records for key in row):
+        column = ["" if (v := row.get(head)) is None else str(v) for row in records]
+        if not set(column) <= {"", "-"}:
+            cells[head] = column
+    heads, limit, left_out = list(cells), room() or ENDLESS, list[str]()
     narrow = {
         head: max([_longest(head), *(map(_longest if head in text else cell_len, cells[head]))])
         for head in heads
@@ -56,8 +58,9 @@ def print_table(
     for head in heads[:0:-1] if least is None else least:
         if sum(narrow[one] + GAP for one in heads) <= limit:
             break
-        heads.remove(head)
-        left_out.insert(0, head)
+        if head in heads:
+            heads.remove(head)
+            left_out.insert(0, head)
     headings = [row for row in rows if isinstance(row, str)]
     for head in heads[:1]:
         narrow[head] = max([narrow[head], *map(cell_len, headings)])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 
 import pytest
 
 from calmix.cli.common import Terminal
+from calmix.cli.verbs import MOVED
 from tests.conftest import Ended
 
 
@@ -91,41 +91,38 @@ def test_an_interrupt_is_said_and_has_its_own_code(
     assert (ended.code, ended.err) == (130, "interrupted\n")
 
 
-def test_few_kernels_are_kept_where_every_number_of_tokens_has_its_own() -> None:
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    code = (
-        "import os, sys; from calmix import cli; sys.argv = ['calmix', '--version']; cli.main(); "
-        f"print(*(os.environ.get(name) for name in {names}))"
-    )
-    kept = {key: value for key, value in os.environ.items() if key not in names}
-    for given, told in ({}, "64 64"), ({names[0]: "9"}, "9 64"):
-        ended = subprocess.run(
-            [sys.executable, "-c", code],
-            env=kept | given,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ended.stdout.splitlines()[-1] == told
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, ("64", "64", "2000")),
+        ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "GOMP_SPINCOUNT": "7"}, ("9", "64", "7")),
+        ({"OMP_WAIT_POLICY": "passive"}, ("64", "64", None)),
+    ],
+)
+def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(
+    calmix: Callable[..., Ended],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    told: tuple[str | None, ...],
+) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
+    for name in (*names, "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # to be what it was afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert calmix("--version").code == 0
+    assert tuple(map(os.environ.get, names)) == told
 
 
-def test_threads_do_not_wait_for_long_where_another_program_has_a_core() -> None:
-    """libgomp reads how long when torch is imported, so that has to come later."""
-    code = (
-        "import os, sys; from calmix import cli; assert 'torch' not in sys.modules; "
-        "sys.argv = ['calmix', '--version']; cli.main(); print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    for given, told in (
-        ({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None"),
-    ):  # fmt: skip
-        kept = {
-            k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-        }
-        ended = subprocess.run(
-            [sys.executable, "-c", code],
-            env=kept | given,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ended.stdout.splitlines()[-1] == told
+@pytest.mark.parametrize("old", MOVED)
+def test_a_verb_that_has_moved_says_where_to(calmix: Callable[..., Ended], old: str) -> None:
+    assert f"calmix {old} is now calmix {MOVED[old]}" in calmix(old).line
+
+
+def test_ten_verbs_and_fourteen_options_of_prune_are_shown(calmix: Callable[..., Ended]) -> None:
+    shown = re.findall(r"^│ (\w+) {2,}", calmix("--help").out, re.MULTILINE)
+    assert len(shown) == 10
+    options = set(re.findall(r"--[\w-]+", calmix("prune", "--help").out)) - {"--help"}
+    assert len(options - {"--help-all"}) == 14
+    assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))

@@ -168,17 +168,12 @@ def test_sources_are_listed_by_dimension_and_licence(calmix: Run) -> None:
     )
 
 
-def test_help_is_grouped_and_shells_complete(calmix: Run) -> None:
+def test_help_is_grouped(calmix: Run) -> None:
     ended = calmix("--help")
     heads = re.findall(r"^╭─ (.*?) ─", ended.out, re.MULTILINE)
     assert heads[0] == "Options"
     assert heads[1] == "From a model to a smaller one"
     assert "Commands" not in heads  # every verb is in a group
-    command = [sys.executable, "-m", "calmix"]
-    asked = {"_CALMIX_COMPLETE": "complete_bash", "COMP_WORDS": "calmix comp", "COMP_CWORD": "1"}
-    environment = {**os.environ, **asked, "PYTHONPATH": str(ROOT)}
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert set(told.stdout.split()) == {"compress", "compare"}, told.stderr
 
 
 def test_a_terminal_is_asked_for_its_width() -> None:

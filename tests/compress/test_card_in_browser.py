@@ -21,19 +21,14 @@ def several(compressed: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_card_is_readable(page: Page, compressed: Path, width: int, dark: bool) -> None:
-    page.open(compressed / "card.html", width=width, dark=dark)
-    page.run("document.querySelectorAll('details').forEach(e => e.open = true)")
-    readable(page, width, figures=3, texts=150)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_several_are_readable(page: Page, several: Path, width: int) -> None:
-    page.open(several, width=width)
-    page.run("document.querySelectorAll('details').forEach(e => e.open = true)")
-    readable(page, width, figures=1, texts=60)
+@pytest.mark.parametrize(("width", "dark"), [(WIDTHS[0], True), (WIDTHS[-1], False)])
+def test_the_card_and_several_are_readable(
+    page: Page, compressed: Path, several: Path, width: int, dark: bool
+) -> None:
+    for path, figures, texts in (compressed / "card.html", 3, 150), (several, 1, 60):
+        page.open(path, width=width, dark=dark)
+        page.run("document.querySelectorAll('details').forEach(e => e.open = true)")
+        readable(page, width, figures=figures, texts=texts)
 
 
 def test_a_filter_leaves_what_differs(page: Page, compressed: Path, several: Path) -> None:

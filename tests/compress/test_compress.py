@@ -135,6 +135,8 @@ def test_a_dry_run_writes_nothing(
     told = json.loads(calmix(*command(tmp_path / "out", "--dry-run", "--json")).out)
     assert [one["stage"]["name"] for one in told][1] == "prune"
     assert all(one["seconds"] >= 0 and one["memory"] > 0 for one in told)
+    taken = {one["stage"]["name"]: one for one in told}
+    assert taken["answer prompts"]["disk"] == 0 < taken["evaluate"]["disk"]
     assert not list(tmp_path.iterdir())
     assert sorted(place.glob("*")) == before
 
