@@ -139,7 +139,7 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
 
 
 def percent(value: float | None) -> str:
-    """Return a share in per cent with one decimal, without its sign."""
+    """Return a share as a percentage with one decimal: `12.3`."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 

@@ -174,8 +174,10 @@ def _layers(name: str, held: list[LayerReport]) -> dict[str, Any]:
 
 def _range(shares: list[float]) -> str:
     """Return percentages as one, or from the least to the largest."""
-    ends = dict.fromkeys(f"{100 * one:.2f}" for one in (min(shares), max(shares))) if shares else {}
-    return "-".join(ends) + "%" * bool(ends)
+    if not shares:
+        return ""
+    low, high = (f"{100 * end:.2f}" for end in (min(shares), max(shares)))
+    return f"{low}%" if low == high else f"{low}-{high}%"
 
 
 @verb("models", of=doctor)

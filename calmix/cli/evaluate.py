@@ -229,16 +229,15 @@ def compare(options: CompareOptions) -> None:
     if options.measure != "accuracy":
         by = how | {"measure": "accuracy"}
         rows["by accuracy"] = [interval(one.retention(dense, **by).total) for one in models]
-    rows["KL to dense"] = [_far(one)["KL"] for one in far]
-    rows["top-1 %"] = [_far(one)["top-1 %"] for one in far]
+    if any(far):
+        rows["KL to dense"] = [_far(one).get("KL", "-") for one in far]
+        rows["top-1 %"] = [_far(one).get("top-1 %", "-") for one in far]
     rows["flips %"] = [_share(flips(dense.tasks, one.tasks, **options.drawn()).total)
                        for one in models]  # fmt: skip
     title = f"retention %, suite {suite['name']} version {suite['version']}, by {options.measure}"
     table: list[dict[str, str] | None] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
-            if set(cells) == {"-"}:
-                continue
             if label in ("total", "by accuracy", "KL to dense"):
                 table.append(None)
             table.append({"": label, **dict(zip(names, cells, strict=True))})
@@ -358,7 +357,7 @@ def _print_distance(
 def _far(found: dict[str, Any] | None) -> dict[str, str]:
     """Return a distance in cells."""
     if found is None:
-        return dict.fromkeys(("KL", "median", "99 %", "top-1 %"), "-")
+        return {}
     mean = f"{found['kl_mean']:.3f}"
     if found["kl_low"] is not None:
         mean += f" [{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
@@ -484,7 +483,7 @@ def suite(options: SuiteOptions) -> None:
             "shots": "own" if spec.shots is None else spec.shots,
             "items": which if spec.limit is None else f"{which}, {spec.limit}",
             "quick": spec.quick or spec.limit or "all",
-            "chance": "-" if spec.chance is None else spec.chance,
+            "chance": spec.chance,
             "data": " ".join(part for part in (spec.harness, spec.archive) if part),
         }  # fmt: skip
 

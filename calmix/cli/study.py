@@ -143,10 +143,10 @@ def plan(options: PlanOptions) -> None:
     for each in found.groups:
         taken = {stage: duration(seconds) for stage, seconds in each.seconds.items()}
         row: dict[str, object] = {
-            "model": each.model if len(study.models) > 1 else "", "trials": each.trials, "method": each.method,
-            "pattern": each.pattern,
-            "tokens": f"{each.rows}x{each.length}" if each.rows else "-",
-            "prune": taken["prune"], "recover": taken.get("recover", "-"),
+            "model": each.model if len(study.models) > 1 else None, "trials": each.trials,
+            "method": each.method, "pattern": each.pattern,
+            "tokens": f"{each.rows}x{each.length}" if each.rows else None,
+            "prune": taken["prune"], "recover": taken.get("recover"),
             "evaluate": taken["evaluate"], "memory": size(each.memory), "disk": size(each.disk),
         }  # fmt: skip
         rows.append(row)

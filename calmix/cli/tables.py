@@ -36,10 +36,10 @@ def print_table(
 ) -> None:
     """Print records, one column a key, so that they fit; or as JSON.
 
-    A row may also be the heading of a group, or None for a gap. A column without values is left
-    out. Cells of the columns in `text` may be broken between words. Where that is not enough,
-    columns in `least` are left out, what matters least first; None is all but the first, from the
-    last on.
+    A row may also be the heading of a group, or None for a gap. A cell of None is a dash, and a
+    column of them is left out. Cells of the columns in `text` may be broken between words. Where
+    that is not enough, columns in `least` go, what matters least first; None is all but the first,
+    from the last on.
     """
     if as_json:
         print_json(rows)
@@ -47,9 +47,9 @@ def print_table(
     records = [row for row in rows if isinstance(row, Mapping)]
     cells: dict[str, list[str]] = {}
     for head in dict.fromkeys(key for row in records for key in row):
-        column = ["" if (v := row.get(head)) is None else str(v) for row in records]
-        if not set(column) <= {"", "-"}:
-            cells[head] = column
+        column = [row.get(head) for row in records]
+        if any(value is not None for value in column):
+            cells[head] = ["-" if value is None else str(value) for value in column]
     heads, limit, left_out = list(cells), room() or ENDLESS, list[str]()
     narrow = {
         head: max([_longest(head), *(map(_longest if head in text else cell_len, cells[head]))])

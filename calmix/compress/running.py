@@ -60,10 +60,15 @@ def compress(
         run: runs a command line of `calmix`, and raises what is wrong.
         say: called with each stage, and whether an earlier run has done it.
     """
+    check(asked, out)
     listed = stages(asked, out)
     left = [stage for stage in listed if not _stands(stage, out)]
     check_free(out, check_room(asked, left), "the checkpoints take")
-    with _claimed(asked, out, listed):
+    with _alone(out):
+        if not (out / MANIFEST).exists():
+            commands = {stage.name: stage.command for stage in listed}
+            record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands}
+            write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         seconds: dict[str, float] = {}
         for stage in listed:
             kept = _stands(stage, out)
@@ -90,9 +95,8 @@ def stage_seconds(out: Path) -> dict[str, float]:
 
 
 @contextmanager
-def _claimed(asked: Request, out: Path, listed: Sequence[Stage]) -> Iterator[None]:
-    """Hold OUT for this request alone."""
-    check(asked, out)
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a folder, made if it is not there, for this process alone."""
     place = real_place(out)
     lock = FileLock(place.with_name(f".{place.name}.lock"))
     with disk_errors(out):
@@ -103,14 +107,6 @@ def _claimed(asked: Request, out: Path, listed: Sequence[Stage]) -> Iterator[Non
             line = f"another process is at work in {out}: wait for it, or stop it"
             raise InputError(line) from None
     try:
-        if not (out / MANIFEST).exists():
-            record = {
-                "kind": KIND,
-                "request": asked.model_dump(mode="json"),
-                "commands": {stage.name: stage.command for stage in listed},
-                "versions": versions(),
-            }
-            write_json(out / MANIFEST, sealed(record))
         yield
     finally:
         give_back(lock)
