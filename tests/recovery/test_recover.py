@@ -4,13 +4,9 @@ import errno
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +28,6 @@ from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
-ROOT = Path(__file__).parents[2]
 METHODS = ("distill", "blocks")
 FAST = ("--lr", 0.006)
 
@@ -87,63 +82,48 @@ def command(place, output, method, *more, pruned="half", data="set"):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pruned", ["half", "2of4"])
+@pytest.mark.parametrize(
+    ("method", "pruned"), [("distill", "half"), ("blocks", "half"), ("distill", "2of4")]
+)
 def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method, pruned):
     output = tmp_path / "out"
     ended = calmix(*command(place, output, method, pruned=pruned))
     assert ended.code == 0, ended.err
     assert "held-out rows (2 of 32)" in ended.out
     before, after = map(tensors, (place / pruned, output))
-    dense = load_file(place / "dense" / "model.safetensors")
     assert before.keys() == after.keys()
     kept = trained = 0
     for name, value in after.items():
         assert value.dtype == before[name].dtype
+        same, zero = torch.equal(value, before[name]), before[name] == 0
         if "embed" in name or "lm_head" in name:
-            assert torch.equal(value, before[name])
-        elif value.ndim == 2:
-            zero = before[name] == 0
+            assert same
+        elif value.ndim == 1:  # norms are trained; the last one belongs to no block
+            assert same == (method == "blocks" and name == "model.norm.weight"), name
+        else:
             assert (value[zero] == 0).all()
             assert not value[zero].signbit().any()
             kept += int((~zero).sum())
             trained += int((value != before[name]).sum())
-        else:  # norms are trained; the last one belongs to no block
-            left = method == "blocks" and name == "model.norm.weight"
-            assert torch.equal(value, before[name]) == left, name
     assert trained > 0.9 * kept
     told = manifest(output)
-    recovery = told["recovery"]
+    recovery, drawn = told["recovery"], json.loads((place / "set" / "manifest.json").read_text())
     assert recovery["after"] < 0.9 * recovery["before"]
-    assert told["kind"] == "recovered checkpoint"
-    assert told["calibration"]["sha256"] == manifest_of_set(place)["sha256"]
-    assert {"sha256", "name"} <= told["against"].keys() & told["model"].keys()
     assert recovery["zeros"] == recovery["weights"] // 2
-    models = [AutoModelForCausalLM.from_pretrained(f) for f in (place / pruned, output)]
-    teacher = tiny_model("llama")
-    teacher.load_state_dict(dense, strict=False)
+    assert (told["kind"], told["calibration"]["sha256"]) == (
+        "recovered checkpoint", drawn["sha256"],
+    )  # fmt: skip
     ids = load_file(place / "set" / "calibration.safetensors")["ids"][recovery["held_out"]]
-    p = teacher(ids).logits.log_softmax(-1)
-    gaps = []
-    for model in models:
-        q = model(ids).logits.detach().float().log_softmax(-1)
-        gaps.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    folders = (place / pruned, output, place / "dense")
+    with torch.no_grad():
+        q, better, p = (
+            AutoModelForCausalLM.from_pretrained(folder)(ids).logits.float().log_softmax(-1)
+            for folder in folders
+        )
+    gaps = [float((p.exp() * (p - one)).sum(-1).mean()) for one in (q, better)]
     assert gaps[1] < 0.9 * gaps[0]
     if method == "distill":
         assert gaps == pytest.approx([recovery["before"], recovery["after"]], rel=0.05)
-
-
-def manifest_of_set(place):
-    return json.loads((place / "set" / "manifest.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_command_twice_gives_the_same_bytes(calmix, place, tmp_path, method):
-    for name in ("a", "b"):
-        ended = calmix(*command(place, tmp_path / name, method, "--json"))
-        assert ended.code == 0, ended.err
-        assert json.loads(ended.out)["method"] == method
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -160,23 +140,23 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
     calmix, place, tmp_path, monkeypatch, method, moment, number
 ):
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
-    if moment != "renamed":
+    unfinished, others = moment != "renamed", {"accelerate": "0.1"}
+    if unfinished:
         ended = calmix(*command(place, tmp_path / "cut", method))
         assert "with --resume" in ended.line
         ended = calmix(*command(place, tmp_path / "cut", method, "--epochs", 3, "--resume"))
         assert "another request (epochs: 2, now 3)" in ended.line
-    others, real = {"accelerate": "0.1"}, importlib.metadata.version
+    real = importlib.metadata.version
     with monkeypatch.context() as patched:
         patched.setattr(importlib.metadata, "version", lambda n: others.get(n) or real(n))
-        if moment != "renamed":
+        if unfinished:
             ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
             assert "another request (accelerate: " in ended.line
         others = {"rich": "0.1"}  # which trains nothing
         ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
     assert ended.code == 0, ended.err
-    warned = f"(rich: {real('rich')}, now 0.1): the result is the same" in ended.err
-    assert warned == (moment != "renamed")
-    assert ("finished by an earlier run" if moment == "renamed" else "resuming after") in ended.err
+    assert ("now 0.1): the result is the same" in ended.err) == unfinished
+    assert ("resuming after" if unfinished else "finished by an earlier run") in ended.err
     assert calmix(*command(place, tmp_path / "whole", method)).code == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
@@ -271,7 +251,7 @@ def test_another_head_is_asked_for_its_own_logits(calmix, place, tmp_path):
     assert recovery["after"] < recovery["before"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gemma4_text", "cohere", "bloom"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gemma4_text"])
 def test_blocks_that_run_anew_give_the_same_gradients(kind):
     ids = tiny_ids(2, 16)
     gradients = []
@@ -286,8 +266,9 @@ def test_blocks_that_run_anew_give_the_same_gradients(kind):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["gemma4_text", "gpt2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("kind", "method"), [("gemma4_text", "blocks"), ("gpt2", "distill"), ("gpt2", "blocks")]
+)
 def test_other_architectures(place, tmp_path, kind, method):
     dense = save_tiny_model(tmp_path / "dense", kind)
     opened = api.open_model(str(dense))
@@ -322,18 +303,6 @@ def test_the_nearer_two_models_are_the_smaller_the_steps(place, tmp_path, monkey
     assert rates(4 * before)[1] == pytest.approx([rate / 4 for rate in full])
 
 
-def launched(arguments, log):
-    """Run the command line in two processes of the real launcher; return what they print."""
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "calmix", *map(str, arguments),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
-
 def forked(arguments, log):
     """Run it in two forks that see what the launcher tells; return what they print."""
 
@@ -346,10 +315,9 @@ def forked(arguments, log):
     return "".join(one.errors for one in ended)
 
 
-@pytest.mark.parametrize("launch", [forked, pytest.param(launched, marks=pytest.mark.long)])
-def test_two_processes_share_a_distillation(place, tmp_path, calmix, launch):
+def test_two_processes_share_a_distillation(place, tmp_path, calmix):
     shared = command(place, tmp_path / "two", "distill", "--epochs", 1, "--dtype", "float32")
-    assert launch(shared, tmp_path / "log").count("held-out rows") == 1
+    assert forked(shared, tmp_path / "log").count("held-out rows") == 1
     alone = command(place, tmp_path / "one", "distill", "--epochs", 1, "--dtype", "float32")
     assert calmix(*alone).code == 0
     one, two = (tensors(tmp_path / n) for n in ("one", "two"))
