@@ -1,10 +1,10 @@
-"""Attention on a CPU, and keys and values that are not moved while a model writes.
+"""Attention on a CPU, and a key-value cache that is not copied while a model writes.
 
-On a CPU PyTorch's own attention takes every query head by itself, though several may share a key
-head (grouped-query attention), and without matrix units its bfloat16 products are slow ones. Here
-the query heads of a key head are one product, a slice of the queries at a time, so that scores
-stay in cache and no key is looked at that the slice cannot see. Scores, sums and softmax are in
-float32; on the way back scores are made again. What it does not know goes to PyTorch's.
+PyTorch's CPU attention takes every query head by itself, though several may share a key head
+(grouped-query attention), and its bfloat16 products are slow without matrix units. Here all query
+heads of a key head are one product, for a slice of the queries at a time: scores stay in cache,
+and keys the slice cannot see are skipped. Scores, sums and softmax are float32; the backward pass
+computes scores again. All other attention is PyTorch's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calmix.machine import values_at_once
 from calmix.precision import bfloat16_products, capabilities
 
-MARK = "_calmix_attention"  # of modules that attend so
+MARK = "_calmix_attention"  # on modules that use it
 SLICE = 64  # queries whose scores are held at a time
 AT_ONCE = 2  # times `values_at_once`: scores that are held, of one row at least
 
@@ -165,7 +165,7 @@ def _parts(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Part]:
 
 
 def _together(some: Tensor, key: Tensor) -> Tensor:
-    """Put the heads of a key head below one another: (rows x key heads, heads x lines, width)."""
+    """Stack the query heads of a key head: (rows x key heads, heads x lines, width)."""
     return some.reshape(len(some) * key.shape[1], -1, some.shape[-1])
 
 
@@ -178,7 +178,7 @@ def _bias(mask: Tensor | None) -> Tensor | None:
 
 
 def _hidden(bias: Tensor | None, own: slice, lines: slice, keys: Tensor) -> Tensor:
-    """Return what is added to the scores of a part, of all tokens or as many of the last."""
+    """Return what is added to the scores of a part: for all its tokens, or only the last ones."""
     if bias is not None:
         return (bias if len(bias) == 1 else bias[own])[:, :, lines, : keys.shape[1]]
     count = lines.stop - lines.start
@@ -195,7 +195,7 @@ def _shares(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float, heads: 
 
 
 def _fast(query: Tensor) -> AbstractContextManager[None]:
-    """Let products of float32 round to bfloat16 where the inputs come from there."""
+    """Allow float32 products to round to bfloat16 where the inputs are bfloat16."""
     return bfloat16_products() if query.dtype == torch.bfloat16 else nullcontext()
 
 
@@ -206,9 +206,9 @@ def cache_argument(module: Any) -> str:
 
 
 def reserved_cache(model: Any, length: int) -> Any:
-    """Return a cache with room for `length` tokens a row, so that no step copies what it holds.
+    """Return a cache with room for `length` tokens a row, so that no step copies it.
 
-    Only layers that keep every token are changed; a sliding window's keep to their own way.
+    Layers with a sliding window are left as they are.
     """
     from transformers import DynamicCache, DynamicLayer
 

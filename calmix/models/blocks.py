@@ -1,6 +1,6 @@
 """Find the decoder blocks of a model and the weights in them, by structure alone.
 
-Knows no model list: the decoder is the list of modules that holds most of the weights, and
+There is no list of models: the decoder is the list of modules that holds most of the weights, and
 what can be pruned in a block are its linear maps. Experts are linear maps too, whether each is a
 module of its own or a slice of a parameter that holds all of them.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError
 
-EXPERTS = "experts"  # what every model that has one calls its list of experts
+EXPERTS = "experts"  # the name of the list of experts, in every model that has one
 ROUTERS = ("router", "gate", "wg")  # names of the linear maps that choose experts
 CHOSEN = (  # what configurations call the number of experts a token is sent to
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k",
@@ -267,10 +267,9 @@ class _Fused:
 def _fused(module: nn.Module, width: int | None) -> list[_Fused]:
     """Return a module's own parameters that hold all experts, in order, or none.
 
-    The module or one of its attributes speaks of experts. They map from the width of the input to
-    that of the neurons, with once or twice as many outputs (gate and up in one), and back: how they
-    are stored follows, but for experts without a gate that are square, for which the module's own
-    word or the model's width decides.
+    The name of the module or of an attribute has "expert" in it. Experts map from the input's width
+    to that of the neurons (or twice that: gate and up in one) and back, which shows whether they
+    are stored transposed; where both fit, the module's own flag or the model's width decides.
     """
     own = {
         name: tuple(p.shape)

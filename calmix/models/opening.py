@@ -120,7 +120,7 @@ def known_model(name: str) -> Path | BuiltinModel | None:
     path = user_path(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{path} is a file but no .gguf: name its folder, or a GGUF file")
+            raise ModelError(f"{path} is a file but not a .gguf: name its folder, or a GGUF file")
         return path
     if path.is_dir():
         check_folder(path)

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, block by block, and where they go.
+"""Read a model's weights block by block, and write them back.
 
 `StreamedModel`: only the block at hand has its weights in memory. The modules are built without
 weights; what stands outside the blocks is read once, and a block's weights are read when it is

@@ -94,7 +94,7 @@ def test_folders_and_files_that_hold_no_usable_model(tmp_path, tiny_folder):
     (folder / "config.json").write_text(json.dumps(config))
     rejected(folder, "is quantised")
     (tmp_path / "model.txt").write_text("x")
-    rejected(tmp_path / "model.txt", "no .gguf")
+    rejected(tmp_path / "model.txt", "not a .gguf")
 
 
 def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
