@@ -78,11 +78,6 @@ def test_a_containers_limits_count(groups, kind):
     assert machine.cores() == 1
 
 
-def test_more_in_use_than_the_limit_leaves_nothing(groups):
-    groups("0::/\n", **{"memory.max": MIB, "memory.current": 2 * MIB})
-    assert machine.free_memory() == 0
-
-
 @pytest.mark.parametrize(
     ("own", "files"),
     [
@@ -121,14 +116,6 @@ def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch)
     held, free, total = machine.device_memory(torch.device("cpu"))
     assert 0 < held < free + held
     assert total is None
-
-
-def test_cores_are_those_the_process_may_run_on(groups, monkeypatch):
-    groups("0::/\n", **{"cpu.max": "250000 100000"})
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert machine.cores() == 3
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
-    assert machine.cores() == 1
 
 
 def test_a_prune_is_planned_within_the_containers_memory(

@@ -14,6 +14,7 @@ import typer
 from calmix.cli.common import fail
 from calmix.cli.verbs import app
 from calmix.errors import CalmixError
+from calmix.options import METHOD
 
 # How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
 # longer than a turn of the scheduler: where another program has a core, each would wait so long.
@@ -56,7 +57,7 @@ def _refuse(error: Any) -> NoReturn:
         from calmix.pruning.methods import methods
 
         key = name.lstrip("-").replace("-", "_")
-        for method in methods().values():
+        for method in sorted(methods().values(), key=lambda one: one.name != METHOD):
             if key in method.model_fields:
                 fail(f"{name} goes with its method: --method {method.name},{key}=VALUE")
     fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -92,7 +91,7 @@ class Bar(Progress):
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True,
             disable=not (shown and err.is_terminal),
         )  # fmt: skip
-        self._written: dict[str, tuple[TaskID, float, int]] = {}
+        self._written: dict[str, TaskID] = {}
 
     def of(self, what: str) -> Callable[..., None]:
         """Return what shows how much of some work is done, of how much, and a word more."""
@@ -110,13 +109,10 @@ class Bar(Progress):
         return lambda name: self.update(task, description=f"{what} {name}", advance=1)
 
     def writing(self, label: str, done: int, total: int) -> None:
-        """Show how many tokens of a text the model has written, and how fast."""
-        now = time.perf_counter()
-        if label not in self._written:  # what comes first may be from the cache, and is no speed
-            self._written[label] = self.add_task(label, total=total), now, done
-        task, began, first = self._written[label]
-        speed = (done - first) / max(1e-9, now - began)
-        self.update(task, completed=done, description=f"{label}, {speed:,.0f} tokens/s")
+        """Show how many tokens of a text the model has written."""
+        if label not in self._written:
+            self._written[label] = self.add_task(label, total=total)
+        self.update(self._written[label], completed=done)
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:
