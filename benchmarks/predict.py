@@ -12,8 +12,8 @@ The predictor, the mean over layers of the logarithm of the share of output ener
 before it was compared with anything.
 
 Beside it: KL to the dense model on held-out texts after one prune, and the information metrics,
-both from the store. Each is compared with measured retention by rank, and by the straight line
-through all other sets. Gram matrices that are in DIR are not made again.
+both from the store. Each is compared with measured retention by rank. Gram matrices that are in DIR
+are not made again.
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from common import commit, machine
 from torch import Tensor
 
-from calmix.analysis.cells import Cells, nan_mean, select, tables
-from calmix.analysis.correlations import distinct, kinds_of, strata_of
+from calmix.analysis.cells import Cells, select, tables
+from calmix.analysis.correlations import distinct, points
 from calmix.analysis.predict import EVERY, ROWS, every_block, keep_grams, lost_output, prediction
-from calmix.analysis.statistics import Array
-from calmix.analysis.validation import Predicted, predicted
+from calmix.analysis.statistics import Array, spearman
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.texts import texts
 from calmix.models import open_model
@@ -49,25 +47,14 @@ def set_ids(store: Store, model: str, name: str, rows: int) -> Tensor:
     return CalibrationSet.open(store.calibration(entry["set"])).ids[:rows]
 
 
-def cell(found: Predicted) -> str:
-    if found.rho is None:
-        return "-"
-    left = "-" if found.rho_left_out is None else f"{found.rho_left_out:+.2f}"
-    error = "-" if found.error is None else f"{100 * found.error:.1f}"
-    return f"{found.rho:+.2f} / {left} / {error}"
-
-
-def table(
-    cells: Cells, candidates: dict[str, Array], judge: Callable[[Array, Array], Predicted],
-    show: Callable[[Predicted], str],
-) -> None:  # fmt: skip
-    """Print a row a candidate, a column a quantity."""
+def table(cells: Cells, candidates: dict[str, Array], sets: list[int], strata: list[int]) -> None:
+    """Print rank correlations with retention over some sets, a row a candidate."""
     print("| predictor | " + " | ".join(cells.quantities) + " |")
     print("|---|" + "---|" * len(cells.quantities))
     for name, values in candidates.items():
-        told = [show(judge(values[:, at], cells.means[:, at]))
-                for at in range(len(cells.quantities))]  # fmt: skip
-        print(f"| {name} | " + " | ".join(told) + " |")
+        found = [spearman(values[sets, at], cells.means[sets, at], strata)
+                 for at in range(len(cells.quantities))]  # fmt: skip
+        print(f"| {name} | " + " | ".join(f"{rho:+.2f}" for rho in found) + " |")
 
 
 def main() -> None:
@@ -120,7 +107,7 @@ def main() -> None:
     shares = np.array([[one.total, *(one.lost[d] for d in cells.dimensions)] for one in told])
     candidates = {
         "- log output error, Gram algebra": -np.log(shares),
-        "- KL on held-out text, pruned once": -nan_mean(cells.distance["kl"], 1),
+        "- KL on held-out text, pruned once": -cells.distance["kl"],
     }
     for column, aliases in distinct(cells, range(len(cells.sets))):
         name = " = ".join([cells.metrics[column], *aliases])
@@ -132,23 +119,13 @@ def main() -> None:
         f"{options.every}th block, {options.rows} x 512 tokens a source, {options.held_out} x 512 "
         f"a dimension; {solving / len(cells.sets):.1f} s a set once the Gram matrices are there"
     )
-    print(
-        "\nrank correlation with retention / of each set predicted by the line through the others "
-        "/ root mean square error of that, points"
-    )
-    spread = [predicted(np.arange(len(cells.sets)) + 0.0, cells.means[:, at]).spread
-              for at in range(len(cells.quantities))]  # fmt: skip
-    table(cells, candidates, predicted, cell)
-    print("| mean of the others | " + " | ".join(f"{100 * (one or 0):.1f}" for one in spread)
-          + " |")  # fmt: skip
-    kinds = [at for group in kinds_of(cells) for at in group]
-    strata = strata_of(cells, "single", "kinds")
-    print(f"\nrank correlation within kinds of text (prose, code, math), {len(kinds)} single "
-          "sources")  # fmt: skip
-    table(
-        cells, candidates, lambda x, y: predicted(x[kinds], y[kinds], strata),
-        lambda one: "-" if one.rho is None else f"{one.rho:+.2f}",
-    )  # fmt: skip
+    print("\nrank correlation with retention")
+    table(cells, candidates, list(range(len(cells.sets))), [len(cells.sets)])
+    groups = points(cells, "single").get("kinds", [])
+    kinds = [at for group in groups for at in group]
+    if kinds:
+        print(f"\nthe same within kinds of text (prose, code, math), {len(kinds)} single sources")
+        table(cells, candidates, kinds, [*map(len, groups)])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from typing import get_args
 import numpy as np
 
 from calmix.analysis.cells import select, tables
-from calmix.analysis.noise import Noise
-from calmix.analysis.power import needed, noises
+from calmix.analysis.power import Noise, needed, noises
 from calmix.analysis.statistics import spearman
 from calmix.evaluation.measures import Measure, check_measure
 from calmix.evaluation.suites import Score

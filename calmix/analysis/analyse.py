@@ -2,79 +2,55 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from calmix.analysis.bootstrap import Joint, joints
-from calmix.analysis.cells import Cells, Condition, dimensions_of, select, tables
+from calmix.analysis.bootstrap import Estimate, Joint, joints
+from calmix.analysis.cells import (
+    Cells,
+    Condition,
+    Settings,
+    dimensions_of,
+    select,
+    tables,
+)
 from calmix.analysis.correlations import (
     Among,
     Correlation,
-    Over,
+    Spread,
     TradeOff,
-    corrected,
+    agreements,
     correlate,
     counted,
-    strata_of,
+    points,
+    spreads,
     trade_offs,
 )
-from calmix.analysis.differences import (
-    Difference,
-    Growth,
-    Margin,
-    compare,
-    corrected_differences,
-    margins,
-)
-from calmix.analysis.distances import Agreement, agreements
+from calmix.analysis.differences import Difference, Growth, Margin, compare, correct, margins
 from calmix.analysis.gains import Gain, Shift, gains
-from calmix.analysis.noise import Noise, noise_of
+from calmix.analysis.power import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
-from calmix.analysis.spread import Spread, spreads
-from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, least_p
+from calmix.analysis.statistics import corrected, least_p
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import Measure, check_measure
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.study.results import StudyResults
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True)
-class Settings:
-    """How the analysis was made.
-
-    Attributes:
-        measure: what retention is of (`capability.measures`).
-        over: which calibration sets are points of a correlation.
-        default: the set that margins are over; None is the mean of the single sources.
-        permutations, resamples, seed: of the sampled p-values and the bootstrap.
-    """
-
-    measure: Measure = "primary"
-    over: Over = "single"
-    default: str | None = None
-    permutations: int = PERMUTATIONS
-    resamples: int = RESAMPLES
-    seed: int = 0
+OF_CONDITION = (
+    "ranking", "correlations", "trade_offs", "differences", "spreads", "noise", "agreements",
+)  # fmt: skip
+ACROSS = ("margins", "growths", "gains", "shifts")
+BARE = ("gap", "kept", "dimensions", "accuracy", "distance")  # name no part of a column
 
 
 @dataclass(frozen=True)
 class ConditionAnalysis:
-    """Everything found under one condition.
+    """Everything found under one condition."""
 
-    Attributes:
-        points: calibration sets that count as points of the correlations.
-        least_p: the smallest p that so many points can give, by what they are among; empty with
-            fewer than four.
-        missing: cells (calibration set, seed) without a finished trial, of the sets and seeds
-            that the condition has; a study need not ask for all of them.
-    """
-
-    condition: Condition
-    cells: Cells
     joint: Joint
     ranking: tuple[Ranked, ...]
     correlations: tuple[Correlation, ...]
@@ -82,24 +58,28 @@ class ConditionAnalysis:
     differences: tuple[Difference, ...]
     spreads: tuple[Spread, ...]
     noise: tuple[Noise, ...]
-    agreements: tuple[Agreement, ...]
-    points: int
-    least_p: dict[Among, float]
-    missing: tuple[tuple[str, int], ...]
+    agreements: tuple[Correlation, ...]  # of KL to the dense model
+    points: int  # calibration sets that count in correlations
+    least_p: dict[Among, float]  # that so many points can give; empty with fewer than four
+    missing: tuple[tuple[str, int], ...]  # sets and seeds of the condition without a trial
+
+    @property
+    def cells(self) -> Cells:
+        """The trials."""
+        return self.joint.cells
+
+    @property
+    def condition(self) -> Condition:
+        """What the trials share."""
+        return self.joint.cells.condition
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a study shows, and how sure it is.
-
-    Attributes:
-        planned, finished, failed: trials of the whole study.
-        families: correlations tested together, over which p is corrected: by what they are among,
-            and of tasks (`tasks of sources`).
-    """
+    """What a study shows, and how sure it is."""
 
     study: str
-    planned: int
+    planned: int  # trials of the whole study
     finished: int
     failed: int
     settings: Settings
@@ -109,70 +89,63 @@ class Analysis:
     growths: tuple[Growth, ...]
     gains: tuple[Gain, ...]
     shifts: tuple[Shift, ...]
-    families: dict[str, int]
+    families: dict[str, int]  # correlations corrected together: `sources`, `tasks of sources`, ...
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
+        heads = ("study", "planned", "finished", "failed", "dimensions", "families")
         return {
             "kind": "analysis",
-            "study": self.study,
-            "planned": self.planned,
-            "finished": self.finished,
-            "failed": self.failed,
+            **{name: getattr(self, name) for name in heads},
             "settings": asdict(self.settings),
-            "dimensions": list(self.dimensions),
-            "families": self.families,
             "conditions": [
                 {
                     **asdict(found.condition),
-                    "seeds": list(found.cells.seeds),
+                    "seeds": found.cells.seeds,
                     "points": found.points,
                     "least_p": found.least_p,
-                    "missing": [list(cell) for cell in found.missing],
+                    "missing": found.missing,
                     "best": [one.calibration for one in leaders(found.ranking)],
-                    "ranking": [asdict(one) for one in found.ranking],
-                    "correlations": [asdict(one) for one in found.correlations],
-                    "trade_offs": [asdict(one) for one in found.trade_offs],
-                    "differences": [asdict(one) for one in found.differences],
-                    "spreads": [asdict(one) for one in found.spreads],
-                    "noise": [_noise(one) for one in found.noise],
-                    "agreements": [asdict(one) for one in found.agreements],
-                    "tasks": [asdict(one) for one in found.cells.tasks],
+                    **{name: _rows(getattr(found, name)) for name in OF_CONDITION},
+                    "tasks": _rows(found.cells.tasks),
                 }
                 for found in self.conditions
             ],
-            "margins": [asdict(one) for one in self.margins],
-            "growths": [asdict(one) for one in self.growths],
-            "gains": [asdict(one) for one in self.gains],
-            "shifts": [asdict(one) for one in self.shifts],
+            **{name: _rows(getattr(self, name)) for name in ACROSS},
         }
 
-    def tables(self) -> dict[str, str]:
-        """Return the CSV files by name."""
+    def tables(self) -> dict[str, DataFrame]:
+        """Return the tables by name, each as one row a thing found."""
 
-        def every(name: str) -> list[dict[str, Any]]:
-            return [asdict(one) for found in self.conditions for one in getattr(found, name)]
+        def every(name: str, kind: type) -> DataFrame:
+            return _frame([row for found in self.conditions for row in getattr(found, name)], kind)
 
-        ranking = every("ranking")
-        for row in ranking:
-            row["accuracy"] = {f"{name}_accuracy": kept for name, kept in row["accuracy"].items()}
-            row["distance"] = {f"{name}_{kind}": value for kind, told in row["distance"].items()
-                               for name, value in told.items()}  # fmt: skip
-            del row["tasks"]
-            del row["without_own"]
         return {
-            "ranking.csv": _table(ranking),
-            "tasks.csv": _table(self._tasks()),
-            "correlations.csv": _table(every("correlations"), Correlation),
-            "trade_offs.csv": _table(every("trade_offs"), TradeOff),
-            "differences.csv": _table(every("differences"), Difference),
-            "spread.csv": _table(every("spreads")),
-            "noise.csv": _table([_noise(one) for found in self.conditions for one in found.noise]),
-            "margins.csv": _table([asdict(one) for one in self.margins], Margin),
-            "margin_growth.csv": _table([asdict(one) for one in self.growths], Growth),
-            "gains.csv": _table([asdict(one) for one in self.gains], Gain),
-            "margin_shift.csv": _table([asdict(one) for one in self.shifts], Shift),
+            "ranking": _frame(self._ranking()),
+            "tasks": _frame(self._tasks()),
+            "correlations": every("correlations", Correlation),
+            "trade_offs": every("trade_offs", TradeOff),
+            "differences": every("differences", Difference),
+            "spread": every("spreads", Spread),
+            "noise": every("noise", Noise),
+            "margins": _frame(self.margins, Margin),
+            "margin_growth": _frame(self.growths, Growth),
+            "gains": _frame(self.gains, Gain),
+            "margin_shift": _frame(self.shifts, Shift),
         }
+
+    def _ranking(self) -> list[dict[str, Any]]:
+        first = ("condition", "calibration", "strategy", "kind", "rank", "rank_worst", "total",
+                 "shrunken", "best", "worst", "lowest", "dimensions")  # fmt: skip
+        return [
+            {name: row[name] for name in first}
+            | {f"{name}_accuracy": value for name, value in row["accuracy"].items()}
+            | {f"{name}_{kind}": value for kind, far in row["distance"].items()
+               for name, value in far.items()}
+            | {"halves": row["halves"]}
+            | ({"behind": row["behind"]} if row["behind"] else {})
+            for found in self.conditions for row in _rows(found.ranking)
+        ]  # fmt: skip
 
     def _tasks(self) -> list[dict[str, Any]]:
         """Return a row a set and task, and a row a set and quantity without its own benchmark."""
@@ -180,13 +153,13 @@ class Analysis:
         for found in self.conditions:
             for one in found.ranking:
                 head = {"condition": one.condition, "calibration": one.calibration}
-                rows += [
-                    head | {"quantity": task.name, "dimension": task.dimension,
-                            "score": task.score, "items": task.items, "dense": task.dense,
-                            "signal": task.signal, "own_benchmark": task.name in one.halves,
-                            "kept": asdict(one.tasks[task.name])}
-                    for task in found.cells.tasks
-                ]  # fmt: skip
+                for task in found.cells.tasks:
+                    row = asdict(task)
+                    rows.append(
+                        head | {"quantity": row.pop("name")} | row
+                        | {"own_benchmark": task.name in one.halves,
+                           "kept": asdict(one.tasks[task.name])}
+                    )  # fmt: skip
                 rows += [
                     head | {"quantity": f"{name} without its own benchmark", "kept": asdict(kept)}
                     for name, kept in one.without_own.items()
@@ -194,11 +167,11 @@ class Analysis:
         return rows
 
     def save(self, folder: Path) -> None:
-        """Write `analysis.json` and the CSV files into a folder, all or nothing."""
+        """Write `analysis.json` and the tables as CSV into a folder, all or nothing."""
         with atomic_folder(folder) as beside:
             write_json(beside / "analysis.json", self.to_dict())
-            for name, text in self.tables().items():
-                write_text(beside / name, text)
+            for name, table in self.tables().items():
+                write_text(beside / f"{name}.csv", table.to_csv(index=False))
 
 
 def analyse(
@@ -217,145 +190,96 @@ def analyse(
         InputError: nothing has finished, or a method, sparsity or default it does not have.
     """
     asked = settings or Settings()
-    _check(asked)
     trials = select(results, method=method, sparsity=sparsity)
-    if asked.default is not None:
-        known = {trial.calibration for trial in trials}
-        if asked.default not in known:
-            raise InputError(
-                f"no finished trial has the calibration set '{asked.default}': "
-                f"{nearest(asked.default, known)}"
-            )
-    made = tables(results, trials, asked.measure)
-    sampled = joints(results, made, asked.resamples, asked.seed)
-    family = corrected([
-        one
-        for cells in made
-        for one in correlate(cells, asked.over, permutations=asked.permutations,
-                             resamples=asked.resamples, seed=asked.seed)
-    ])  # fmt: skip
-    pairs = list(zip(made, sampled, strict=True))
-    gaps = corrected_differences([one for pair in pairs for one in compare(*pair)])
+    known = {trial.calibration for trial in trials}
+    if asked.default is not None and asked.default not in known:
+        raise InputError(
+            f"no finished trial has the calibration set '{asked.default}': "
+            f"{nearest(asked.default, known)}"
+        )
+    made = joints(results, tables(results, trials, asked.measure), asked.resamples, asked.seed)
+    correlations = corrected(
+        [one for found in made for one in correlate(found.cells, asked)],
+        lambda one: one.family,
+        p_corrected=lambda one: one.p,
+    )
+    differences = correct([one for found in made for one in compare(found)])
     dimensions = dimensions_of(results)
     conditions = []
-    for cells, found in pairs:
-        label = cells.condition.label
-        own = tuple(one for one in family if one.condition == label)
-        among = dict.fromkeys(one.among for one in own)
+    for found in made:
+        cells, label = found.cells, found.cells.condition.label
+        own = tuple(one for one in correlations if one.condition == label)
+        groups = points(cells, asked.over)
         conditions.append(
             ConditionAnalysis(
-                cells.condition,
-                cells,
                 found,
-                tuple(rank(cells, found)),
+                tuple(rank(found)),
                 own,
                 tuple(trade_offs(own, dimensions)),
-                tuple(one for one in gaps if one.condition == label),
-                tuple(
-                    one
-                    for over in get_args(Over)
-                    for one in spreads(cells, over, permutations=asked.resamples, seed=asked.seed)
-                ),
-                tuple(noise_of(cells, found)),
-                tuple(agreements(cells, permutations=asked.permutations, seed=asked.seed)),
+                tuple(one for one in differences if one.condition == label),
+                tuple(spreads(cells, asked)),
+                tuple(noise_of(found)),
+                tuple(agreements(cells, asked)),
                 len(counted(cells, asked.over)),
-                {name: least_p(strata_of(cells, asked.over, name), asked.permutations)
-                 for name in among},
-                _missing(cells),
+                {among: least_p([len(group) for group in groups[among]], asked.permutations)
+                 for among in dict.fromkeys(one.among for one in own)},
+                tuple((name, seed) for at, name in enumerate(cells.sets)
+                      for number, seed in enumerate(cells.seeds)
+                      if (at, number) not in cells.trials),
             )
         )  # fmt: skip
-    leads, grown = [], []
-    for series in series_of(pairs):
-        own_margins, own_growths = margins(series, asked.default)
-        leads += own_margins
-        grown += own_growths
-    kept, moved = gains(pairs, asked.default)
+    series = [margins(group, asked.default) for group in series_of(made)]
+    kept, moved = gains(made, asked.default)
     families: dict[str, int] = {}
-    for one in family:
+    for one in correlations:
         name = f"tasks of {one.among}" if one.task else one.among
         families[name] = families.get(name, 0) + (one.p is not None)
     return Analysis(
         results.name, results.planned, len(results.trials), len(results.failed), asked, dimensions,
-        tuple(conditions), tuple(leads), tuple(grown), tuple(kept), tuple(moved), families,
+        tuple(conditions), tuple(one for leads, _ in series for one in leads),
+        tuple(one for _, grown in series for one in grown), tuple(kept), tuple(moved), families,
     )  # fmt: skip
 
 
-def _check(settings: Settings) -> None:
-    check_measure(settings.measure)
-    if settings.over not in get_args(Over):
-        raise InputError(f"correlations are over single or all, not '{settings.over}'")
-    if settings.permutations < 1 or settings.resamples < 1:
-        raise InputError(
-            "permutations and resamples must be at least 1, not "
-            f"{settings.permutations} and {settings.resamples}"
-        )
-    if settings.seed < 0:
-        raise InputError(f"the seed must not be negative, but is {settings.seed}")
-
-
-def series_of(made: Sequence[tuple[Cells, Joint]]) -> list[list[tuple[Cells, Joint]]]:
+def series_of(made: Sequence[Joint]) -> list[list[Joint]]:
     """Return the conditions that differ in sparsity alone together, lowest sparsity first; those of
     an N:M pattern, which are no part of such a line, one by one."""
-    groups: dict[tuple[Any, ...], list[tuple[Cells, Joint]]] = {}
-    for cells, found in made:
-        at = cells.condition
+    groups: dict[tuple[Any, ...], list[Joint]] = {}
+    for found in made:
+        at = found.cells.condition
         if at.rows:
             pattern = "" if at.unstructured else at.pattern
             key = at.model, at.method, at.propagation, at.rows, at.length, at.suite, pattern
-            groups.setdefault(key, []).append((cells, found))
-    return [sorted(group, key=lambda pair: pair[0].condition.sparsity) for group in groups.values()]
+            groups.setdefault(key, []).append(found)
+    return [
+        sorted(group, key=lambda found: found.cells.condition.sparsity) for group in groups.values()
+    ]
 
 
-def _missing(cells: Cells) -> tuple[tuple[str, int], ...]:
-    return tuple(
-        (name, seed)
-        for at, name in enumerate(cells.sets)
-        for number, seed in enumerate(cells.seeds)
-        if (at, number) not in cells.trials
-    )
+def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return rows as mappings; the ratio of noise is a column, though it is computed."""
+    return [asdict(one) | ({"ratio": one.ratio} if isinstance(one, Noise) else {}) for one in found]
 
 
-def _noise(one: Noise) -> dict[str, Any]:
-    return asdict(one) | {"ratio": one.ratio}
+def _frame(found: Sequence[Any], kind: type | None = None) -> DataFrame:
+    """Return rows as a table; one without rows has the columns of its kind."""
+    from pandas import DataFrame
+
+    rows = found if kind is None else _rows(found)
+    if not rows and kind is not None:
+        blank = asdict(Estimate(None))
+        rows = [{one.name: blank if one.name == "gap" else None for one in fields(kind)}]
+    flat = [_flat(row) for row in rows]
+    return DataFrame(flat, dtype=object)[: len(found)]
 
 
 def _flat(row: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, names joined; `gap` and `kept` name no part of theirs."""
-    found: dict[str, Any] = {}
+    """Return a row with its parts as columns, names joined."""
+    flat: dict[str, Any] = {}
     for key, value in row.items():
         own = f"{name}_{key}" if name else key
         if isinstance(value, dict):
-            bare = key in ("gap", "kept", "dimensions", "accuracy", "distance")
-            found |= _flat(value, name if bare else own)
+            flat |= _flat(value, name if key in BARE else own)
         else:
-            found[own] = value
-    return found
-
-
-def _table(rows: Sequence[dict[str, Any]], kind: type | None = None) -> str:
-    """Return rows as CSV; without any, the header that rows of a dataclass would have."""
-    flat = [_flat(row) for row in rows]
-    told = flat or ([] if kind is None else [_flat(_empty(kind))])
-    header = list(dict.fromkeys(key for row in told for key in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in flat:
-        writer.writerow([_cell(row.get(name)) for name in header])
-    return text.getvalue()
-
-
-def _empty(kind: type) -> dict[str, Any]:
-    """Return the fields of a dataclass, and of those that they are, without values."""
-    return {name: _empty(held) if isinstance(held, type) and is_dataclass(held) else None
-            for name, held in get_type_hints(kind).items()}  # fmt: skip
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return " ".join(str(part) for part in value)
-    return repr(value) if isinstance(value, float) else str(value)
+            flat[own] = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return flat

@@ -1,41 +1,54 @@
 """The cells of a study: calibration sets x seeds x quantities, one table a condition.
 
-A *condition* is all that a trial asks for apart from the calibration set and the seed: model,
-method, pattern and so on. Only sets under the same condition are compared.
+A *condition* is all that a trial asks for apart from the calibration set and the seed. Only sets
+under the same condition are compared.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 
-from calmix.analysis.statistics import Array
+from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, Array
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import Measure, Parts, has_signal, mean_score, parts
+from calmix.evaluation.measures import Measure, has_signal, mean_score, parts
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import check_paired
 from calmix.study.results import StudyResults, Trial
 
-TOTAL = "total"
-WORST = "worst"
+TOTAL, WORST = "total", "worst"
 APART = "apart"  # the total without the tasks whose benchmark either set holds a half of
-DISTANCES = ("kl", "top1", "flips")  # KL in nats a token; shares of tokens and of items
+Over = Literal["single", "all"]
+
+
+@checked_dataclass(frozen=True)
+class Settings:
+    """How an analysis is made: `over` says which sets are points of a correlation, `default` which
+    set margins are over (None: the mean of the single sources).
+
+    Raises:
+        ValueError: an unknown name, or a number that is too low.
+    """
+
+    measure: Measure = "primary"
+    over: Over = "single"
+    default: str | None = None
+    permutations: Annotated[int, Field(ge=1)] = PERMUTATIONS
+    resamples: Annotated[int, Field(ge=1)] = RESAMPLES
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the trials of one table share; `label` names what differs within the study.
-
-    `sparsity` is the one asked for: what a trial reached differs from it by rounding. `series` is
-    the label without the pattern: what conditions of several sparsities have in common. `way` is
-    the label without the model.
-    """
+    """What the trials of one table share; `sparsity` is the one asked for."""
 
     model: str
     method: str
@@ -45,9 +58,9 @@ class Condition:
     rows: int
     length: int
     suite: str
-    label: str
-    series: str
-    way: str
+    label: str = ""  # names what differs within the study
+    series: str = ""  # the label without the pattern
+    way: str = ""  # the label without the model
 
     @property
     def unstructured(self) -> bool:
@@ -68,38 +81,22 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Items:
-    """What is kept of each item of one task with signal: `kept.sum() / whole.sum()`.
-
-    Attributes:
-        task: its name.
-        at: position among all tasks.
-        kept: shape (trials, items), trials in the order of `Cells.trials`.
-        whole: shape (items,).
-    """
-
-    task: str
-    at: int
-    kept: Array
-    whole: Array
-
-
-@dataclass(frozen=True)
 class Cells:
-    """All trials of one condition.
-
-    The last axis of `values` holds the total, the dimensions, then the tasks; nan where there is
-    no trial or no signal.
+    """All trials of one condition, as tables of sets by *quantities*: the total, the dimensions,
+    then the tasks. Values are nan where there is no trial or no signal.
 
     Attributes:
         sets, strategies, kinds: calibration sets in the study's order, how each was made, and
             what a single source leans to.
-        halves: for each set the tasks that are the other half of a benchmark it was made of.
-        mixes: for each set the shares of its sources; empty where it is made of none.
+        halves: of each set the tasks that are the other half of a benchmark it was made of.
+        mixes: of each set the shares of its sources; empty where it is made of none.
         trials: (set, seed) of every trial, by position.
-        values: retention, shape (sets, seeds, 1 + dimensions + tasks).
-        accuracy: retention of accuracy (the paper's), shape (sets, seeds, 1 + dimensions).
-        distance: to the dense model by `DISTANCES`, each of that shape; nan where not measured.
+        items: by position of a task with signal, what every trial keeps of each item, shape
+            (trials, items), and the whole of it: retention is `kept.sum() / whole.sum()`.
+        values: retention, shape (sets, seeds, quantities).
+        accuracy: retention of accuracy (the paper's), mean over seeds.
+        distance: to the dense model, mean over seeds: `kl` in nats a token, `top1` as a share of
+            tokens, `flips` of items; nan where not measured.
         metrics, information: names, and their means over seeds, shape (sets, metrics).
     """
 
@@ -113,7 +110,7 @@ class Cells:
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
     trials: tuple[tuple[int, int], ...]
-    items: tuple[Items, ...]
+    items: dict[int, tuple[Array, Array]]
     values: Array
     accuracy: Array
     distance: dict[str, Array]
@@ -122,20 +119,24 @@ class Cells:
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        """The total and the dimensions, in the order of the last axis of `values`."""
+        """The total and the dimensions."""
         return (TOTAL, *self.dimensions)
+
+    @cached_property
+    def means(self) -> Array:
+        """Retention, mean over the seeds that are there, shape (sets, quantities)."""
+        return nan_mean(self.values, 1)
 
     @cached_property
     def weights(self) -> Array:
         """How every quantity is made of the tasks with signal, shape (quantities, tasks)."""
-        signal = [task.signal for task in self.tasks]
-        unit = np.where(signal, np.eye(len(self.tasks)), np.nan)
-        return np.nan_to_num(rolled_up(unit, self.tasks, self.dimensions).T)
+        return self.weigh(())
 
-    @cached_property
-    def means(self) -> Array:
-        """Mean over the seeds that are there, shape (sets, 1 + dimensions + tasks)."""
-        return nan_mean(self.values, 1)
+    def weigh(self, left_out: Collection[str]) -> Array:
+        """Return the weights without some tasks."""
+        known = [task.signal and task.name not in left_out for task in self.tasks]
+        unit = np.where(known, np.eye(len(self.tasks)), np.nan)
+        return np.nan_to_num(rolled_up(unit, self.tasks, self.dimensions).T)
 
     def of(self, strategy: str) -> list[int]:
         """Return the positions of the sets made in one way."""
@@ -143,11 +144,7 @@ class Cells:
 
 
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
-    """Return total, dimensions and tasks from the tasks alone.
-
-    Args:
-        values: shape (..., tasks); nan where a task has no value.
-    """
+    """Return all quantities from those of the tasks alone, shape (..., tasks), nan left out."""
     found = [
         nan_mean(values[..., [at for at, task in enumerate(tasks) if task.dimension == name]], -1)
         for name in dimensions
@@ -165,10 +162,10 @@ def nan_mean(values: Array, axis: int) -> Array:
 
 
 def dimensions_of(results: StudyResults) -> tuple[str, ...]:
-    """Return the dimensions' names, in the suite's order where the study tells it."""
+    """Return the dimensions' names, in the suite's order where the study has it."""
     met = dict.fromkeys(name for trial in results.trials for name in trial.dimensions)
-    told = [name for name in results.suite.get("dimensions", ()) if name in met]
-    return tuple(dict.fromkeys([*told, *met]))
+    ordered = [name for name in results.suite.get("dimensions", ()) if name in met]
+    return tuple(dict.fromkeys([*ordered, *met]))
 
 
 def select(
@@ -194,36 +191,24 @@ def select(
             )
         trials = tuple(trial for trial in trials if trial.method == method)
     if sparsity is not None:
-        kept = tuple(trial for trial in trials if _is(trial, sparsity))
-        if not kept:
-            known = sorted({trial.pattern for trial in trials})
+        known = sorted({trial.pattern for trial in trials})
+        share = None if ":" in sparsity else share_of(sparsity)
+        asked = sparsity.strip() if share is None else f"{100 * share:g}%"
+        trials = tuple(trial for trial in trials if trial.pattern == asked)
+        if not trials:
             raise InputError(
                 f"no finished trial has the sparsity '{sparsity}': known: {', '.join(known)}"
             )
-        trials = kept
     return trials
 
 
-def _is(trial: Trial, sparsity: str) -> bool:
-    asked = sparsity.strip()
-    if asked == trial.pattern:
-        return True
-    if not trial.pattern.endswith("%") or not re.fullmatch(r"[0-9.]+%?", asked):
-        return False
-    try:
-        share = float(asked.rstrip("%")) / (100 if asked.endswith("%") else 1)
-    except ValueError:
-        return False
-    return math.isclose(share, asked_sparsity(trial), abs_tol=1e-9)
-
-
-def asked_sparsity(trial: Trial) -> float:
-    """Return the sparsity that a trial's pattern asks for: `60%` is 0.6, `2:4` is 0.5."""
-    if found := re.fullmatch(r"([0-9.]+) ?%", trial.pattern):
-        return float(found[1]) / 100
-    if found := re.fullmatch(r"(\d+):(\d+)", trial.pattern):
+def share_of(pattern: str) -> float | None:
+    """Return the sparsity that a pattern asks for: 0.6 of `60%` or `0.6`, 0.5 of `2:4`."""
+    if found := re.fullmatch(r"([0-9]*\.?[0-9]+) ?(%?)", pattern.strip()):
+        return float(found[1]) / (100 if found[2] else 1)
+    if found := re.fullmatch(r"(\d+):(\d+)", pattern.strip()):
         return 1 - int(found[1]) / int(found[2])
-    return trial.sparsity
+    return None
 
 
 def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> list[Cells]:
@@ -233,36 +218,24 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
         InputError: two trials of one condition, calibration set and seed, or trials without
             items' scores.
     """
-    dimensions = dimensions_of(results)
-    names = tuple(dict.fromkeys(trial.calibration for trial in results.trials))
-    keys = dict.fromkeys(_key(trial) for trial in trials)
-    conditions = _conditions(list(keys))
-    made = []
-    for key in sorted(keys, key=_order):
-        members = [trial for trial in trials if _key(trial) == key]
-        made.append(_cells(conditions[key], members, results, names, dimensions, measure))
-    return made
+    groups: dict[Condition, list[Trial]] = {}
+    for trial in trials:
+        key = Condition(
+            trial.model, trial.method, trial.pattern, share_of(trial.pattern) or trial.sparsity,
+            trial.propagation, trial.rows, trial.length, trial.suite,
+        )  # fmt: skip
+        groups.setdefault(key, []).append(trial)
+    labels = _labels(list(groups))
+    return [
+        _cells(labels[key], groups[key], results, measure) for key in sorted(groups, key=_order)
+    ]
 
 
-_Key = tuple[str, str, str, float, str | None, int, int, str]
-
-
-def _key(trial: Trial) -> _Key:
+def _order(at: Condition) -> tuple[Any, ...]:
     return (
-        trial.model,
-        trial.method,
-        trial.pattern,
-        asked_sparsity(trial),
-        trial.propagation,
-        trial.rows,
-        trial.length,
-        trial.suite,
-    )
-
-
-def _order(key: _Key) -> tuple[Any, ...]:
-    model, method, pattern, sparsity, propagation, rows, length, suite = key
-    return model, method, sparsity, pattern, propagation or "", rows, length, suite
+        at.model, at.method, at.sparsity, at.pattern, at.propagation or "", at.rows, at.length,
+        at.suite,
+    )  # fmt: skip
 
 
 def method_name(method: str) -> str:
@@ -274,63 +247,58 @@ def method_name(method: str) -> str:
     return ((known and known.title) or first) + method.removeprefix(first)
 
 
-def _conditions(keys: list[_Key]) -> dict[_Key, Condition]:
+def _labels(keys: Sequence[Condition]) -> dict[Condition, Condition]:
     """Name every condition by method and pattern, and by what else is not the same throughout."""
-    calibrated = [key for key in keys if key[5]] or keys
 
-    def differs(at: int) -> bool:
-        return len({key[at] for key in calibrated}) > 1
+    def differs(name: str, among: Sequence[Condition] = keys) -> bool:
+        return len({getattr(key, name) for key in among}) > 1
 
-    found = {}
+    calibrated, found = [key for key in keys if key.rows] or keys, {}
     for key in keys:
-        model, method, pattern, _, propagation, rows, length, suite = key
-        name, rest = method_name(method), ""
-        which = f", {model}" if len({key[0] for key in keys}) > 1 else ""
-        if differs(4) and propagation is not None:
-            rest += f", {propagation} propagation"
-        if rows and (differs(5) or differs(6)):
-            rest += f", {rows} x {length}"
-        if len({key[7] for key in keys}) > 1:
-            rest += f", suite {suite}"
-        found[key] = Condition(
-            *key, label=f"{name} {pattern}{which}{rest}", series=f"{name}{which}{rest}",
-            way=f"{name} {pattern}{rest}",
+        name, rest = method_name(key.method), ""
+        which = f", {key.model}" if differs("model") else ""
+        if differs("propagation", calibrated) and key.propagation is not None:
+            rest += f", {key.propagation} propagation"
+        if key.rows and (differs("rows", calibrated) or differs("length", calibrated)):
+            rest += f", {key.rows} x {key.length}"
+        if differs("suite"):
+            rest += f", suite {key.suite}"
+        found[key] = replace(
+            key, label=f"{name} {key.pattern}{which}{rest}", series=f"{name}{which}{rest}",
+            way=f"{name} {key.pattern}{rest}",
         )  # fmt: skip
     return found
 
 
 def _cells(
-    condition: Condition,
-    trials: Sequence[Trial],
-    results: StudyResults,
-    names: Iterable[str],
-    dimensions: tuple[str, ...],
-    measure: Measure,
+    condition: Condition, trials: Sequence[Trial], results: StudyResults, measure: Measure
 ) -> Cells:
-    first: dict[str, Trial] = {}
-    for trial in trials:
-        first.setdefault(trial.calibration, trial)
-    sets = tuple(name for name in names if name in first)
+    dimensions = dimensions_of(results)
+    first = {trial.calibration: trial for trial in reversed(trials)}
+    names = tuple(name for name in dict.fromkeys(t.calibration for t in results.trials)
+                  if name in first)  # fmt: skip
+    sets = [first[name] for name in names]
     seeds = tuple(sorted({trial.seed for trial in trials}))
-    places: dict[tuple[int, int], Trial] = {}
-    for trial in trials:
-        at = sets.index(trial.calibration), seeds.index(trial.seed)
-        if at in places:
+    places = [(names.index(trial.calibration), seeds.index(trial.seed)) for trial in trials]
+    for trial, place in zip(trials, places, strict=True):
+        if places.count(place) > 1:
             raise InputError(
                 f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
                 f"differ in nothing the analysis knows (one is {trial.id})"
             )
-        places[at] = trial
-    dense = _scores(results, results.dense, trials[0].model)
-    pruned = [_scores(results, results.scores, trial.id) for trial in places.values()]
+    dense = _scores(results, results.dense, condition.model)
+    pruned = [_scores(results, results.scores, trial.id) for trial in trials]
     for scores in pruned:
         check_paired(dense, scores)
     tasks, items, values = _measured(dense, pruned, measure)
     accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy")[2]
-    far = _far(list(places.values()), dimensions)
-    far["flips"] = rolled_up(_flipped(dense, pruned), tasks, dimensions)[:, : 1 + len(dimensions)]
+    flips = np.array([
+        [np.not_equal(before.values, after.values).mean() if before.values and after.values
+         else math.nan for before, after in zip(dense, scores, strict=True)]
+        for scores in pruned
+    ])  # fmt: skip
     metrics = tuple(dict.fromkeys(name for trial in trials for name in trial.information))
-    known = [[t.information.get(name, math.nan) for name in metrics] for t in places.values()]
+    information = [[t.information.get(name, math.nan) for name in metrics] for t in trials]
 
     def table(rows: Any) -> Array:
         rows = np.asarray(rows, dtype=float)
@@ -338,13 +306,16 @@ def _cells(
         found[tuple(zip(*places, strict=True))] = rows
         return found
 
+    def mean(of_tasks: Array) -> Array:
+        return nan_mean(table(rolled_up(of_tasks, tasks, dimensions)), 1)
+
     return Cells(
-        condition, sets, tuple(first[name].strategy for name in sets),
-        tuple(first[name].kind for name in sets), tuple(first[name].halves for name in sets),
-        tuple(first[name].mix for name in sets), seeds, dimensions, tasks, tuple(places), items,
-        table(rolled_up(values, tasks, dimensions)),
-        table(rolled_up(accuracies, tasks, dimensions)[:, : 1 + len(dimensions)]),
-        {name: table(rows) for name, rows in far.items()}, metrics, nan_mean(table(known), 1),
+        condition, names, tuple(one.strategy for one in sets), tuple(one.kind for one in sets),
+        tuple(one.halves for one in sets), tuple(one.mix for one in sets), seeds, dimensions,
+        tasks, tuple(places), items, table(rolled_up(values, tasks, dimensions)), mean(accuracies),
+        {name: nan_mean(table(_distance(trials, dimensions, field)), 1)
+         for name, field in (("kl", "kl_mean"), ("top1", "top1"))} | {"flips": mean(flips)},
+        metrics, nan_mean(table(information), 1),
     )  # fmt: skip
 
 
@@ -356,38 +327,26 @@ def _scores(results: StudyResults, kept: Any, name: str) -> tuple[TaskScores, ..
     return kept[name]
 
 
-def _far(trials: Sequence[Trial], dimensions: Sequence[str]) -> dict[str, Array]:
-    """Return KL and top-1, shape (trials, 1 + dimensions); nan if trials saw different texts."""
+def _distance(trials: Sequence[Trial], dimensions: Sequence[str], field: str) -> list[list[float]]:
+    """Return a distance's total and dimensions by trial; nan if trials saw different texts."""
     same = len({trial.distance["texts"] for trial in trials if trial.distance}) == 1
-    found = {}
-    for name, field in (("kl", "kl_mean"), ("top1", "top1")):
-        rows = []
-        for trial in trials:
-            known = trial.distance if same and trial.distance else {"total": {}, "dimensions": {}}
-            parts = [known["total"], *(known["dimensions"].get(each, {}) for each in dimensions)]
-            rows.append([part.get(field, math.nan) for part in parts])
-        found[name] = np.array(rows)
-    return found
-
-
-def _flipped(dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]]) -> Array:
-    """Return the share of flips, shape (trials, tasks); nan for tasks without an accuracy."""
-    return np.array([
-        [np.not_equal(before.values, after.values).mean() if before.values and after.values
-         else math.nan for before, after in zip(dense, scores, strict=True)]
-        for scores in pruned
-    ])  # fmt: skip
+    rows = []
+    for trial in trials:
+        known = trial.distance if same and trial.distance else {"total": {}, "dimensions": {}}
+        each = [known["total"], *(known["dimensions"].get(name, {}) for name in dimensions)]
+        rows.append([part.get(field, math.nan) for part in each])
+    return rows
 
 
 def _measured(
     dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure
-) -> tuple[tuple[Task, ...], tuple[Items, ...], Array]:
+) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:
     """Return the tasks, the items of those with signal, and retention, shape (trials, tasks)."""
-    tasks, items = [], []
+    tasks, items = [], {}
     values = np.full((len(pruned), len(dense)), np.nan)
     for at, before in enumerate(dense):
         signal = has_signal(before, measure)
-        made: list[Parts] = [parts(before, scores[at], measure) for scores in pruned]
+        made = [parts(before, scores[at], measure) for scores in pruned]
         score = made[0].score
         tasks.append(
             Task(before.name, before.dimension, score, len(before.items),
@@ -402,6 +361,6 @@ def _measured(
                 + (each.kept - each.retention * each.whole) * (whole.sum() / each.whole.sum())
                 for each in made
             ])  # fmt: skip
-            items.append(Items(before.name, at, kept, whole))
+            items[at] = kept, whole
             values[:, at] = [each.retention for each in made]
-    return tuple(tasks), tuple(items), values
+    return tuple(tasks), items, values

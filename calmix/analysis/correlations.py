@@ -1,9 +1,9 @@
-"""Which information metric goes with which dimension's retention, and the trade-offs among them.
+"""What goes with what a set keeps: metrics of its text, its KL, and one dimension with another.
 
-Method section 5. A calibration set is one point; its draws are averaged first, since draws of
-one source are not independent points. By default only single sources count: a mix is made of
-them, and would count its parts twice. Correlations within kinds of text (prose, code, math) are
-ours: over all sources a metric may only tell code from prose.
+Method section 5. A calibration set is one point; its seeds are averaged first, since they are not
+independent points. By default only single sources count: a mix is made of them, and would count
+its parts twice. Correlations within kinds of text (prose, code, math) are ours: over all sources a
+metric may only tell code from prose.
 """
 
 from __future__ import annotations
@@ -11,61 +11,43 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from calmix.analysis.cells import Cells
+from calmix.analysis.cells import TOTAL, Cells, Over, Settings
 from calmix.analysis.statistics import (
     ALPHA,
     LEAST,
     ROUNDING,
     Array,
     Strata,
-    benjamini_hochberg,
     bootstrap_intervals,
-    one_stratum,
     permutation_p,
     unit_ranks,
 )
 
-Over = Literal["single", "all"]
-Among = Literal["sources", "kinds"]
+Among = Literal["sources", "kinds", "sets"]
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rho of one metric with the retention of one quantity under one condition.
-
-    Attributes:
-        metric: stands for its `aliases` too, which order the sets alike; `-` before one that
-            orders them the other way round.
-        quantity: `total`, a dimension, or a task.
-        task: whether it is a task.
-        among: all `sources` at once, or within `kinds` of source: ranks and permutations within
-            each, pooled.
-        n: calibration sets counted.
-        rho: None where metric or retention do not vary.
-        low, high: 95 % bootstrap interval over the sets.
-        p: two-sided; `exact` if all orders were counted.
-        p_corrected: after Benjamini-Hochberg over its family: one `among`, all conditions, tasks
-            by themselves. None where rho is.
-    """
+    """Spearman's rho of one metric with the retention of one quantity under one condition."""
 
     condition: str
     metric: str
-    aliases: tuple[str, ...]
+    aliases: tuple[str, ...]  # that order the sets alike; `-` before one that turns the order round
     quantity: str
-    task: bool
-    among: Among
-    n: int
-    rho: float | None = None
+    task: bool  # whether the quantity is a task
+    among: Among  # all sources; ranked and permuted within kinds of source; or all sets (KL)
+    n: int  # sets counted
+    rho: float | None = None  # None where metric or retention do not vary
     low: float | None = None
     high: float | None = None
-    p: float | None = None
+    p: float | None = None  # two-sided; exact if all orders were counted
     exact: bool = False
-    p_corrected: float | None = None
+    p_corrected: float | None = None  # over one `among` of all conditions, tasks by themselves
 
     @property
     def significant(self) -> bool:
@@ -77,11 +59,15 @@ class Correlation:
         """What it is corrected with."""
         return self.among, self.task
 
+    @property
+    def agrees(self) -> bool:
+        """Whether less of it goes with more retention beyond chance, not corrected."""
+        return (self.rho or 0) < 0 and self.p is not None and self.p <= ALPHA
+
 
 @dataclass(frozen=True)
 class TradeOff:
-    """A metric that goes up with one dimension and down with another, both surviving
-    correction."""
+    """A metric that goes up with one dimension and down with another, both after correction."""
 
     condition: str
     metric: str
@@ -94,18 +80,44 @@ class TradeOff:
     p_falls: float
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How far apart the calibration sets are in the total or in one dimension.
+
+    Sets that differ much in every dimension can look alike in the mean over dimensions, where
+    gains in one cancel losses in another.
+    """
+
+    condition: str
+    over: Over
+    quantity: str
+    n: int
+    lowest: str
+    highest: str
+    range: float
+    deviation: float
+    if_independent: float | None  # of the total: its deviation were the dimensions unrelated (ours)
+    p_cancel: float | None  # one-sided p of so small a deviation then, dimensions dealt anew (ours)
+
+
 def counted(cells: Cells, over: Over) -> list[int]:
     """Return the positions of the calibration sets that count as points."""
     return cells.of("single") if over == "single" else list(range(len(cells.sets)))
 
 
-def kinds_of(cells: Cells) -> list[list[int]]:
-    """Return the positions of the single sources by kind, kinds with two or more; empty if there
-    is but one such kind, or fewer than four sources in them."""
-    known = dict.fromkeys(cells.kinds[at] for at in cells.of("single") if cells.kinds[at])
-    groups = [[at for at in cells.of("single") if cells.kinds[at] == kind] for kind in known]
-    told = [group for group in groups if len(group) > 1]
-    return told if len(told) > 1 and sum(map(len, told)) >= LEAST else []
+def points(cells: Cells, over: Over) -> dict[Among, list[list[int]]]:
+    """Return the positions of the sets that count, in the groups that are permuted by themselves.
+
+    Without `kinds` if fewer than two kinds have two sources, or those are fewer than four sources.
+    """
+    singles = cells.of("single")
+    kinds = dict.fromkeys(cells.kinds[at] for at in singles if cells.kinds[at])
+    groups = [[at for at in singles if cells.kinds[at] == kind] for kind in kinds]
+    groups = [group for group in groups if len(group) > 1]
+    found: dict[Among, list[list[int]]] = {"sources": [counted(cells, over)]}
+    if len(groups) > 1 and sum(map(len, groups)) >= LEAST:
+        found["kinds"] = groups
+    return found
 
 
 def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, ...]]]:
@@ -124,9 +136,8 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
         if np.isnan(own).all():
             continue
         for (_, aliases), other in zip(found, ranks, strict=True):
-            same = np.array_equal(np.isnan(own), np.isnan(other))
             rho = float(np.nansum(own * other))
-            if same and abs(rho) >= 1 - ROUNDING:
+            if np.array_equal(np.isnan(own), np.isnan(other)) and abs(rho) >= 1 - ROUNDING:
                 aliases.append(name if rho > 0 else f"-{name}")
                 break
         else:
@@ -135,99 +146,110 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
     return [(column, tuple(aliases)) for column, aliases in found]
 
 
-def correlate(
-    cells: Cells, over: Over, *, permutations: int, resamples: int, seed: int
-) -> list[Correlation]:
-    """Return every metric with every quantity of one condition, not corrected yet.
+def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
+    """Return every metric with every quantity of one condition, p not corrected yet.
 
     Empty with fewer than four sets.
     """
-    made = []
-    every = counted(cells, over)
-    told: list[tuple[Among, list[list[int]]]] = [("sources", [every]), ("kinds", kinds_of(cells))]
-    for among, groups in told:
-        chosen = [at for group in groups for at in group]
-        if len(chosen) < LEAST:
-            continue
-        for column, aliases in distinct(cells, chosen):
+    names, made = [*cells.quantities, *(task.name for task in cells.tasks)], []
+    for among, every in points(cells, settings.over).items():
+        chosen = [at for group in every for at in group]
+        for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
             x = cells.information[:, column]
-            strata = _strata([[at for at in group if not np.isnan(x[at])] for group in groups])
-            points = [at for group in groups for at in group if not np.isnan(x[at])]
-            made += _row(
-                cells, cells.metrics[column], aliases, among, points, strata,
-                x[points], permutations, resamples, seed,
-            )  # fmt: skip
-    return made
-
-
-def _strata(groups: Sequence[Sequence[int]]) -> Strata:
-    ends = np.cumsum([0, *map(len, groups)])
-    return tuple(
-        tuple(range(start, stop)) for start, stop in itertools.pairwise(ends)
-        if stop > start
-    )  # fmt: skip
-
-
-def _row(
-    cells: Cells, metric: str, aliases: tuple[str, ...], among: Among, points: list[int],
-    strata: Strata, x: Array, permutations: int, resamples: int, seed: int,
-) -> list[Correlation]:  # fmt: skip
-    """Return one metric with every quantity."""
-    names = [*cells.quantities, *(task.name for task in cells.tasks)]
-    blank = [
-        Correlation(cells.condition.label, metric, aliases, name,
-                    at >= len(cells.quantities), among, len(points))
-        for at, name in enumerate(names)
-    ]  # fmt: skip
-    y = cells.means[points].T
-    told = [at for at in range(len(names)) if not np.isnan(y[at]).any()]
-    if len(points) < LEAST or not told:
-        return blank
-    rho = unit_ranks(y[told], strata) @ unit_ranks(x, strata)
-    p, exact = permutation_p(x, y[told], strata, permutations=permutations, seed=seed)
-    ends = bootstrap_intervals(x, y[told], strata, resamples=resamples, seed=seed)
-    for at, value, own_p, (low, high) in zip(told, rho, p, ends, strict=True):
-        if not math.isnan(value):
-            low, high = (None, None) if math.isnan(low) else (float(low), float(high))
-            blank[at] = replace(
-                blank[at], rho=float(value), low=low, high=high, p=float(own_p), exact=exact
+            groups = [[at for at in group if not np.isnan(x[at])] for group in every]
+            own, sizes = (
+                [at for group in groups for at in group],
+                [len(one) for one in groups if one],
             )
-    return blank
-
-
-def strata_of(cells: Cells, over: Over, among: Among) -> Strata:
-    """Return the sets that are permuted among one another, as positions among those counted."""
-    if among == "kinds":
-        return _strata(kinds_of(cells))
-    return one_stratum(len(counted(cells, over)))
-
-
-def corrected(correlations: Sequence[Correlation]) -> list[Correlation]:
-    """Return the correlations with p corrected, each family by itself."""
-    made = list(correlations)
-    for family in dict.fromkeys(one.family for one in made):
-        at = [n for n, one in enumerate(made) if one.family == family and one.p is not None]
-        adjusted = benjamini_hochberg([made[n].p or 0.0 for n in at])
-        for n, p in zip(at, adjusted, strict=True):
-            made[n] = replace(made[n], p_corrected=p)
+            found = _rhos(x[own], cells.means[own].T, sizes, settings)
+            made += [
+                Correlation(cells.condition.label, cells.metrics[column], aliases, name,
+                            at >= len(cells.quantities), among, len(own), **found.get(at, {}))
+                for at, name in enumerate(names)
+            ]  # fmt: skip
     return made
+
+
+def _rhos(x: Array, y: Array, strata: Strata, settings: Settings) -> dict[int, dict[str, Any]]:
+    """Return rho, its interval and p of x, shape (n,), with each row of y, by its position; those
+    that have none left out."""
+    known, seed = np.flatnonzero(~np.isnan(y).any(1)), settings.seed
+    if len(x) < LEAST or not len(known):
+        return {}
+    y = y[known]
+    rho = unit_ranks(y, strata) @ unit_ranks(x, strata)
+    p, exact = permutation_p(x, y, strata, permutations=settings.permutations, seed=seed)
+    ends = bootstrap_intervals(x, y, strata, resamples=settings.resamples, seed=seed)
+    low, high = (np.where(np.isnan(end), None, end) for end in ends.T)
+    return {
+        at: {"rho": value, "low": low[n], "high": high[n], "p": float(p[n]), "exact": exact}
+        for n, (at, value) in enumerate(zip(known.tolist(), rho.tolist(), strict=True))
+        if not math.isnan(value)
+    }
 
 
 def trade_offs(correlations: Sequence[Correlation], dimensions: Sequence[str]) -> list[TradeOff]:
     """Return every pair of dimensions that one metric moves in opposite directions."""
-    found = []
     strong = [
-        one for one in correlations
-        if one.significant and not one.task and one.quantity in dimensions
+        (one, one.rho, one.p_corrected) for one in correlations
+        if one.rho is not None and one.p_corrected is not None and one.p_corrected <= ALPHA
+        and not one.task and one.quantity in dimensions
     ]  # fmt: skip
-    for up in strong:
-        for down in strong:
-            same = (up.condition, up.metric, up.among) == (down.condition, down.metric, down.among)
-            if not same or up.rho is None or down.rho is None or not up.rho > 0 > down.rho:
+    return [
+        TradeOff(up.condition, up.metric, up.among, up.quantity, rise, p, down.quantity, fall, q)
+        for (up, rise, p), (down, fall, q) in itertools.product(strong, strong)
+        if (up.condition, up.metric, up.among) == (down.condition, down.metric, down.among)
+        and rise > 0 > fall
+    ]
+
+
+def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
+    """Return how KL to the dense model goes with retention over all sets, in total and by
+    dimension (ours); without those that fewer than four sets have both of."""
+    made = []
+    for at, name in enumerate(cells.quantities):
+        both = np.stack([cells.distance["kl"][:, at], cells.means[:, at]])
+        x, y = both[:, ~np.isnan(both).any(0)]
+        if len(x) >= LEAST:
+            found = _rhos(x, y[None], [len(x)], settings).get(0, {})
+            made.append(Correlation(cells.condition.label, "kl", (), name, False, "sets", len(x),
+                                    **found))  # fmt: skip
+    return made
+
+
+def cancellation(parts: Array, *, permutations: int, seed: int) -> tuple[float, float]:
+    """Return the deviation of the mean over unrelated dimensions, and the p of the observed one.
+
+    Args:
+        parts: retention, shape (sets, dimensions), nothing missing.
+    """
+    sets, dimensions = parts.shape
+    unrelated = float(np.sqrt(parts.var(0, ddof=1).sum()) / dimensions)
+    drawn = np.tile(parts.T, (permutations, 1, 1))
+    dealt = np.random.default_rng([seed, sets]).permuted(drawn, axis=2).mean(1).std(1)
+    as_small = int((dealt <= parts.mean(1).std() + ROUNDING).sum())
+    return unrelated, (as_small + 1) / (permutations + 1)
+
+
+def spreads(cells: Cells, settings: Settings) -> list[Spread]:
+    """Return the spread of total and dimensions over single sources and over all sets; of fewer
+    than two there is none."""
+    found = []
+    for over in get_args(Over):
+        chosen = counted(cells, over)
+        means = cells.means[chosen][:, : len(cells.quantities)]
+        parts = means[:, 1:][:, ~np.isnan(means[:, 1:]).any(0)]
+        for quantity, values in zip(cells.quantities, means.T, strict=True):
+            if len(chosen) < 2 or np.isnan(values).any():
                 continue
-            if up.p_corrected is not None and down.p_corrected is not None:
-                found.append(
-                    TradeOff(up.condition, up.metric, up.among, up.quantity, up.rho,
-                             up.p_corrected, down.quantity, down.rho, down.p_corrected)
-                )  # fmt: skip
+            unrelated = p = None
+            if quantity == TOTAL and len(chosen) >= LEAST and parts.shape[1] > 1:
+                unrelated, p = cancellation(
+                    parts, permutations=settings.resamples, seed=settings.seed
+                )
+            low, high = (cells.sets[chosen[int(at)]] for at in (values.argmin(), values.argmax()))
+            found.append(
+                Spread(cells.condition.label, over, quantity, len(chosen), low, high,
+                       float(values.max() - values.min()), float(values.std(ddof=1)), unrelated, p)
+            )  # fmt: skip
     return found

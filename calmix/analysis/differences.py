@@ -1,218 +1,54 @@
-"""Differences between ways to calibrate, their leads over a default, and both against sparsity.
+"""Differences between ways to calibrate, leads over a default, and what becomes of them.
 
-Every one is a contrast of the joint bootstrap: items are the same for both sides.
+Every one is a contrast of the joint bootstrap: items are the same for both sides, and so are the
+seeds that both have.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from calmix.analysis.bootstrap import Estimate, Joint, Sample
-from calmix.analysis.cells import APART, TOTAL, WORST, Cells
-from calmix.analysis.ranking import groups_of, in_order, lowest_of, shrink, without
-from calmix.analysis.statistics import ALPHA, Array, benjamini_hochberg
+from calmix.analysis.bootstrap import Contrast, Estimate, Joint
+from calmix.analysis.cells import APART, TOTAL, WORST
+from calmix.analysis.ranking import in_order, lowest_of, shrink, weighed, without
+from calmix.analysis.statistics import ALPHA, Array, corrected
 
 SINGLES = "mean of the single sources"
 BEST = "best single source, "
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one way to calibrate keeps than another.
+    """How much more one way to calibrate keeps than another: `gap` is left - right.
 
-    Attributes:
-        left, right: a calibration set, the best single source, or the mean of them.
-        quantity: `total`, `worst` (each side's own worst dimension), a dimension, or `apart`: the
-            total without the tasks whose benchmark a source of either side holds the other half
-            of, where there are such.
-        removed: the sources that the left set has and the right set lacks, the others being in
-            one proportion in both: the gap is what they contribute. Empty for other pairs.
-        gap: left - right.
-        p_corrected, draw_p_corrected: its two p after Benjamini-Hochberg, each over all
-            differences of the analysis; those of `apart` are a family of their own.
+    Quantities are `total`, `worst` (each side's own worst dimension), the dimensions, and `apart`:
+    the total without the tasks whose benchmark a source of either side holds the other half of.
     """
 
     condition: str
-    left: str
+    left: str  # a calibration set, the best single source, or the mean of them
     right: str
     quantity: str
     gap: Estimate
-    removed: tuple[str, ...] = ()
-    p_corrected: float | None = None
+    p_corrected: float | None = None  # over the analysis; `apart` is a family of its own
     draw_p_corrected: float | None = None
 
     @property
     def significant(self) -> bool:
-        """Whether it survives correction at 0.05, for other items and other draws."""
+        """Whether it survives correction at 0.05, for other items and other seeds."""
         return self.p_corrected is not None and self.p_corrected <= ALPHA
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to calibrate: a set, or several whose mean counts.
-
-    Attributes:
-        made: how.
-        sets: their positions.
-        picked: whether the one set was chosen by its numbers, which lie too high for that: it
-            counts by its shrunken ones.
-        worst: position of its worst dimension among the quantities, by its own numbers; None
-            without a value.
-    """
-
-    name: str
-    made: str
-    sets: tuple[int, ...]
-    picked: bool
-    worst: int | None
-
-    def weigh(self, cells: Cells, found: Joint, weight: Array) -> tuple[float, Array]:
-        """Return a weighted quantity, nan where unknown, and each set's coefficient in it.
-
-        Args:
-            weight: of the quantities of `found`.
-        """
-        if self.picked:
-            shrunken = shrink(found, groups_of(cells), weight)
-            return float(shrunken.values[self.sets[0]]), shrunken.coefficients[self.sets[0]]
-        sets, used = list(self.sets), weight != 0
-        own = np.zeros(len(cells.sets))
-        own[sets] = 1 / len(sets)
-        return float((found.values[sets][:, used] @ weight[used]).mean()), own
-
-
-Weigh = Callable[[Contender, Array], tuple[float, Array]]
-
-
-def contender(
-    cells: Cells, found: Joint, name: str, made: str, sets: Sequence[int], *, picked: bool = False
-) -> Contender:
-    """Return the mean of some sets, or a picked one, as a contender."""
-    low = lowest_of(found.values[list(sets), 1 : len(cells.quantities)].mean(0))
-    return Contender(name, made, tuple(sets), picked, None if low is None else 1 + low)
-
-
-def contenders(cells: Cells, found: Joint) -> list[Contender]:
-    """Return what is compared: every set that is not a single source, the single source with the
-    highest total, and the mean of all single sources."""
-    made = [
-        contender(cells, found, name, cells.strategies[at], [at])
-        for at, name in enumerate(cells.sets)
-        if cells.strategies[at] != "single"
-    ]
-    singles = cells.of("single")
-    for best in [at for at in in_order(found.values[:, 0]) if at in singles][:1]:
-        name = BEST + cells.sets[best]
-        made.append(contender(cells, found, name, "single", [best], picked=True))
-    if len(singles) > 1:
-        made.append(contender(cells, found, SINGLES, "single", singles))
-    return made
-
-
-def between(
-    weigh: Weigh, left: Contender, right: Contender, weights: Mapping[str, Array], quantity: str
-) -> tuple[float, Array] | None:
-    """Return left - right and its coefficients; None where either has no value.
-
-    Args:
-        weights: of every quantity by name, in the order of `Joint`; `worst` is each side's own.
-    """
-    value, coefficients = 0.0, np.zeros(())
-    for one, sign in ((left, 1), (right, -1)):
-        if quantity == WORST:
-            if one.worst is None:
-                return None
-            weight = list(weights.values())[one.worst]
-        else:
-            weight = weights[quantity]
-        own, sets = weigh(one, weight)
-        value += sign * own
-        coefficients = coefficients + sign * np.outer(sets, weight)
-    return None if math.isnan(value) else (value, coefficients)
-
-
-def compare(cells: Cells, found: Joint) -> list[Difference]:
-    """Return every pair of contenders, for total, worst, each dimension and `apart`."""
-    made = []
-    weigh, weights = _weigher(cells, found), _weights(cells, found)
-    mixes = dict(zip(cells.sets, cells.mixes, strict=True))
-    for left, right in itertools.combinations(contenders(cells, found), 2):
-        if left.made == right.made == "single":
-            continue  # the best of them against the mean of them says nothing
-        removed = _removed(mixes.get(left.name, {}), mixes.get(right.name, {}))
-        halves = {name for at in (*left.sets, *right.sets) for name in cells.halves[at]}
-        rest = without(cells, found, halves).get(TOTAL)
-        asked = weights if rest is None or not rest.any() else {**weights, APART: rest}
-        for quantity in _ordered(asked):
-            gap = between(weigh, left, right, asked, quantity)
-            if gap is not None:
-                told = found.estimate(gap[1], gap[0], test=True)
-                made.append(
-                    Difference(
-                        cells.condition.label, left.name, right.name, quantity, told, removed
-                    )
-                )
-    return made
-
-
-def _weigher(cells: Cells, found: Joint) -> Weigh:
-    """Return `Contender.weigh`, which does nothing twice."""
-    known: dict[tuple[str, bytes], tuple[float, Array]] = {}
-
-    def weigh(one: Contender, weight: Array) -> tuple[float, Array]:
-        key = one.name, weight.tobytes()
-        if key not in known:
-            known[key] = one.weigh(cells, found, weight)
-        return known[key]
-
-    return weigh
-
-
-def _weights(cells: Cells, found: Joint) -> dict[str, Array]:
-    """Return the weights of the total and of the dimensions, in the order of `found`."""
-    return {name: found.alone(at) for at, name in enumerate((TOTAL, *cells.dimensions))}
-
-
-def _removed(more: Mapping[str, float], less: Mapping[str, float]) -> tuple[str, ...]:
-    """Return the sources whose removal makes one mix the other; () if none does."""
-    if not less or not less.keys() < more.keys():
-        return ()
-    kept = sum(more[name] for name in less)
-    same = all(math.isclose(more[name] / kept, share, rel_tol=1e-6) for name, share in less.items())
-    return tuple(name for name in more if name not in less) if same else ()
-
-
-def _ordered(weights: Mapping[str, Array]) -> list[str]:
-    total, *rest = weights
-    return [total, WORST, *rest]
-
-
-def corrected_differences(differences: Sequence[Difference]) -> list[Difference]:
-    """Return the differences with each p corrected over all of its family that have one."""
-    made = list(differences)
-    for apart in (False, True):
-        family = [at for at, one in enumerate(made) if (one.quantity == APART) == apart]
-        joint = _corrected([made[at].gap.p for at in family])
-        draws = _corrected([made[at].gap.draw_p for at in family])
-        for at, p, draw_p in zip(family, joint, draws, strict=True):
-            made[at] = replace(made[at], p_corrected=p, draw_p_corrected=draw_p)
-    return made
-
-
-def _corrected(values: Sequence[float | None]) -> list[float | None]:
-    known = iter(benjamini_hochberg([value for value in values if value is not None]))
-    return [None if value is None else next(known) for value in values]
-
-
-@dataclass(frozen=True)
 class Margin:
-    """How far a set is ahead of the default, a set's name or the mean of the single sources, at
-    one sparsity."""
+    """How far a set is ahead of the default, a set or the mean of the single sources."""
 
     condition: str
     method: str
@@ -225,11 +61,7 @@ class Margin:
 
 @dataclass(frozen=True)
 class Growth:
-    """How much the margin over the default grows from the lowest to the highest sparsity.
-
-    Items are paired, and so are draws that both sparsities have. `series` names what the
-    conditions have in common.
-    """
+    """How much the margin over the default grows from the lowest to the highest sparsity."""
 
     series: str
     calibration: str
@@ -239,72 +71,114 @@ class Growth:
     gap: Estimate
 
 
-def margins(
-    series: Sequence[tuple[Cells, Joint]], default: str | None
-) -> tuple[list[Margin], list[Growth]]:
-    """Return margins over the default for every set that is not a single source.
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a set, several whose mean counts, or one `picked` for its numbers,
+    which lie too high for that: it counts by its shrunken ones."""
+
+    name: str
+    made: str
+    sets: tuple[int, ...]
+    picked: bool = False
+
+    def kept(self, found: Joint, weight: Array) -> Contrast:
+        """Return a weighted quantity."""
+        unit, sets = np.eye(len(found.counts)), list(self.sets)
+        values, own = shrink(found, weight) if self.picked else (weighed(found, weight), unit)
+        return found.contrast(np.outer(own[sets].mean(0), weight), float(values[sets].mean()))
+
+    def every(self, found: Joint) -> dict[str, Contrast]:
+        """Return total, worst and dimensions by name; the worst by its own, unshrunken numbers."""
+        names = found.cells.quantities
+        total, *rest = (self.kept(found, found.alone(at)) for at in range(len(names)))
+        low = lowest_of(found.values[list(self.sets), 1 : len(names)].mean(0))
+        worst = Contrast(math.nan, {}) if low is None else rest[low]
+        return {TOTAL: total, WORST: worst, **dict(zip(found.cells.dimensions, rest, strict=True))}
+
+
+def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict[Key, Contrast]:
+    """Return left - right of everything that has a value on both sides."""
+    gaps = {key: kept - right[key] for key, kept in left.items() if key in right}
+    return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}
+
+
+def compare(found: Joint) -> list[Difference]:
+    """Return every two ways to calibrate, p not corrected yet: sets that are no single source, the
+    single source with the highest total, and the mean of all single sources."""
+    cells, singles, made = found.cells, found.cells.of("single"), []
+    sides = [Side(cells.sets[at], how, (at,)) for at, how in enumerate(cells.strategies)
+             if how != "single"]  # fmt: skip
+    ordered = [at for at in in_order(found.values[:, 0]) if at in singles]
+    sides += [Side(BEST + cells.sets[at], "single", (at,), picked=True) for at in ordered[:1]]
+    if len(singles) > 1:
+        sides.append(Side(SINGLES, "single", tuple(singles)))
+    every = {side: side.every(found) for side in sides}
+    for left, right in itertools.combinations(sides, 2):
+        if left.made == right.made == "single":
+            continue  # the best of them against the mean of them says nothing
+        halves = {name for at in (*left.sets, *right.sets) for name in cells.halves[at]}
+        rest = without(cells, halves).get(TOTAL)
+        gaps = between(every[left], every[right])
+        if rest is not None and rest.any():
+            gaps |= between(*({APART: side.kept(found, rest)} for side in (left, right)))
+        made += [
+            Difference(cells.condition.label, left.name, right.name, name, gap.estimate(test=True))
+            for name, gap in gaps.items()
+        ]
+    return made
+
+
+def correct(differences: Sequence[Difference]) -> list[Difference]:
+    """Return all differences of an analysis with each p corrected."""
+    return corrected(
+        differences,
+        lambda one: one.quantity == APART,
+        p_corrected=lambda one: one.gap.p,
+        draw_p_corrected=lambda one: one.gap.draw_p,
+    )
+
+
+def leads_over(made: Sequence[Joint], default: str | None) -> list[dict[tuple[str, str], Contrast]]:
+    """Return the leads over the default under several conditions, by set and quantity.
+
+    The default is a calibration set; None is the mean of the single sources that all of those
+    conditions have that have any, so that a lead does not change by other sources.
+    """
+    singles = [{one.cells.sets[at] for at in one.cells.of("single")} for one in made]
+    there = [names for names in singles if names] if default is None else [{default}]
+    named, every = set.intersection(*there) if there else set(), []
+    for found in made:
+        cells = found.cells
+        leads: dict[tuple[str, str], Contrast] = {}
+        against = tuple(at for at, name in enumerate(cells.sets) if name in named)
+        theirs = Side("", "", against).every(found) if against else {}
+        for at, name in enumerate(cells.sets):
+            if against and cells.strategies[at] != "single" and at not in against:
+                ours = Side(name, cells.strategies[at], (at,)).every(found)
+                leads |= {(name, key): gap for key, gap in between(ours, theirs).items()}
+        every.append(leads)
+    return every
+
+
+def margins(series: Sequence[Joint], default: str | None) -> tuple[list[Margin], list[Growth]]:
+    """Return the leads of every set that is no single source over the default, and their growth.
 
     Args:
         series: conditions that differ in sparsity alone, lowest first.
-        default: a calibration set; None is the mean of the single sources that there are at
-            every sparsity, so that a lead does not grow by other sources.
     """
-    made: list[Margin] = []
-    samples: dict[tuple[str, str], list[tuple[Margin, Sample]]] = {}
-    named = defaults([cells for cells, _ in series], default)
-    for cells, found in series:
-        for margin, sample in leads(cells, found, default, named):
-            made.append(margin)
-            samples.setdefault((margin.calibration, margin.quantity), []).append((margin, sample))
+    every, over = leads_over(series, default), default or SINGLES
+    conditions = [found.cells.condition for found in series]
+    leads = [
+        Margin(at.label, at.method, at.sparsity, name, over, quantity, gap.estimate(test=True))
+        for at, own in zip(conditions, every, strict=True)
+        for (name, quantity), gap in own.items()
+    ]
     grown = []
-    for (name, quantity), told in samples.items():
-        if len(told) > 1 and (gap := rise(told[0], told[-1])):
-            shares = tuple(margin.sparsity for margin, _ in told)
-            common = series[0][0].condition.series
-            grown.append(Growth(common, name, told[0][0].default, quantity, shares, gap))
-    return made, grown
-
-
-def rise(less: tuple[Margin, Sample], more: tuple[Margin, Sample]) -> Estimate | None:
-    """Return how much more one margin is than another; None where either is unknown."""
-    (first, low), (last, high) = less, more
-    if first.gap.value is None or last.gap.value is None:
-        return None
-    draws = min(first.gap.draws, last.gap.draws)
-    return (high - low).estimate(last.gap.value - first.gap.value, draws)
-
-
-def defaults(conditions: Sequence[Cells], default: str | None) -> set[str]:
-    """Return what the default is under several conditions: itself, or the single sources that
-    all of those have that have any."""
-    singles = [{cells.sets[at] for at in cells.of("single")} for cells in conditions]
-    there = [names for names in singles if names] if default is None else [{default}]
-    return set.intersection(*there) if there else set()
-
-
-def leads(
-    cells: Cells, found: Joint, default: str | None, named: set[str]
-) -> Iterator[tuple[Margin, Sample]]:
-    """Yield the margins of one condition over the mean of some sets, with their resamples.
-
-    Args:
-        default: the default's name; None for single sources.
-        named: what it is (`defaults`).
-    """
-    against = [at for at, name in enumerate(cells.sets) if name in named]
-    if not against:
-        return
-    weigh, weights = _weigher(cells, found), _weights(cells, found)
-    right = contender(cells, found, default or SINGLES, "default", against)
-    for at, name in enumerate(cells.sets):
-        if cells.strategies[at] == "single" or at in against:
-            continue
-        left = contender(cells, found, name, cells.strategies[at], [at])
-        for quantity in _ordered(weights):
-            gap = between(weigh, left, right, weights, quantity)
-            if gap is not None:
-                margin = Margin(
-                    cells.condition.label, cells.condition.method, cells.condition.sparsity,
-                    name, right.name, quantity, found.estimate(gap[1], gap[0], test=True),
-                )  # fmt: skip
-                yield margin, found.sample(gap[1])
+    for key in dict.fromkeys(key for own in every for key in own):
+        known = [(at.sparsity, own[key]) for at, own in zip(conditions, every, strict=True)
+                 if key in own]  # fmt: skip
+        if len(known) > 1:
+            gap = (known[-1][1] - known[0][1]).estimate()
+            shares = tuple(share for share, _ in known)
+            grown.append(Growth(conditions[0].series, key[0], over, key[1], shares, gap))
+    return leads, grown

@@ -1,15 +1,15 @@
-"""Power: how small a difference of two calibration sets so many draws and items can tell.
+"""How noisy each quantity of a study is, and which differences so many seeds and items detect.
 
-A difference of two means of k draws each has, of the draws and of the items, the variance
+A difference of two means of k seeds each has, of the seeds and of the items, the variance
 
     2 s^2 / k + v^2
 
-s the standard deviation of one draw, pooled over sets, and v that of the paired difference over
+s the standard deviation of one seed, pooled over sets, and v that of the paired difference over
 other items; v^2 falls with the number of items. Two readings: on these items (v = 0), and for
-other items too. A difference counts as told if its two-sided 95 % interval by Student's t leaves
-out 0; *detectable* is what is told in 80 % of studies (noncentral t). The degrees of freedom are
-those of s, and Satterthwaite's where items are part of the error. The s at hand is taken for the
-true one, and its freedom as given: draws still to come would add some (ours: the safe side).
+other items too. *Detectable* is a difference whose two-sided 95 % interval by Student's t leaves
+out 0 in 80 % of studies (noncentral t). The degrees of freedom are those of s, and Satterthwaite's
+where items are part of the error. The s at hand is taken for the true one, and its freedom as
+given: seeds still to come would add some (ours: the safe side).
 """
 
 from __future__ import annotations
@@ -18,46 +18,139 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Literal, get_args
 
-from calmix.analysis.cells import select, tables
-from calmix.analysis.statistics import LEVEL, scipy_stats
-from calmix.evaluation.measures import Z
-from calmix.study.results import StudyResults, Trial
+import numpy as np
+
+from calmix.analysis.bootstrap import Joint, joint
+from calmix.analysis.cells import TOTAL, Over, select, tables
+from calmix.analysis.correlations import counted
+from calmix.analysis.statistics import LEVEL, Array
+from calmix.evaluation.measures import Measure, Z
+from calmix.study.results import StudyResults
 from calmix.study.trials import Condition, Planned, condition_names
-
-if TYPE_CHECKING:
-    from calmix.analysis.noise import Noise
 
 POWER = 0.80
 Z_POWER = 0.8416212335729143  # normal quantile of it
-MOST = 1_000_000  # draws beyond which none are counted; freedom beyond which t is normal
+Kind = Literal["total", "dimension", "task"]
+MOST = 1_000_000  # seeds beyond which none are counted; freedom beyond which t is normal
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise of one quantity under one condition; retention units, 1.0 is 100 %.
+
+    The mean of a set over k seeds less that of another over m, on `items` items, has the standard
+    error sqrt(draw**2 * (1 / k + 1 / m) + item**2). With n times the items `item` is divided by
+    sqrt(n); `draw` hardly changes (it holds the chance of single items too).
+
+    Attributes:
+        draw: standard deviation of one seed on these very items, pooled over all sets with two
+            seeds or more, with its degrees of `freedom`; None where no set has two.
+        item: standard error by the items of the difference of two sets (items paired): median
+            over all pairs, without what seeds do to single items. None with one set.
+        items: test items behind the quantity, tasks with signal only.
+        signal: standard deviation between single sources, noise taken out of its square, at least
+            0; None where `draw` is, or with fewer than two sources. `signal_all`, of all sets.
+    """
+
+    condition: str
+    quantity: str
+    kind: Kind
+    sets: int
+    draw: float | None
+    freedom: int
+    item: float | None
+    items: int
+    signal: float | None
+    signal_all: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Signal over the noise of one trial, sqrt(draw**2 + item**2 / 2); None without both."""
+        if self.signal is None or self.draw is None or self.item is None:
+            return None
+        noise = math.sqrt(self.draw**2 + self.item**2 / 2)
+        return self.signal / noise if noise else None
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What tells a difference.
-
-    Attributes:
-        difference: a share, as retention is (0.01 is a point).
-        draws: of each set, for other draws on these items.
-        draws_items: for other items too; None where no number of draws is enough.
-        items: times the items at hand that are needed at the least, with however many draws.
-    """
+    """What detects a difference, a share as retention is (0.01 is a point)."""
 
     difference: float
+    draws: int  # seeds of each set, on these items
+    draws_items: int | None  # for other items too; None where no number of seeds is enough
+    items: float  # times the items at hand that are needed, with however many seeds
+
+
+@dataclass(frozen=True)
+class Power:
+    """The noise of one quantity, and what detects each difference; none where no set has two
+    seeds."""
+
+    noise: Noise
+    needed: tuple[Needed, ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a planned condition will detect in the total with so many seeds of a set, on these items
+    and for others too; None without a set of two seeds, or noise of an earlier study."""
+
+    condition: str
     draws: int
-    draws_items: int | None
-    items: float
+    on_these: float | None
+    with_items: float | None
+
+
+def noise_of(found: Joint) -> list[Noise]:
+    """Return the noise of the total, of every dimension and of every task with signal."""
+    cells, count = found.cells, len(found.cells.sets)
+    names: list[tuple[str, Kind]] = [
+        (TOTAL, "total"), *((name, "dimension") for name in cells.dimensions),
+        *((task.name, "task") for task in cells.tasks),
+    ]  # fmt: skip
+    sizes = np.array([task.items for task in cells.tasks])
+    made = []
+    for (name, kind), weight, values in zip(names, cells.weights, found.values.T, strict=True):
+        if not weight.any():
+            continue
+        draw = math.sqrt(weight @ found.by_draws @ weight) if found.freedom else None
+        by_items = np.tensordot(weight**2, found.by_items, 1)
+        own = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)
+        pairs = np.maximum(0.0, own[:, None] + own[None] - 2 * by_items)
+        apart = pairs[np.triu_indices(count, 1)]
+        made.append(
+            Noise(
+                cells.condition.label, name, kind, count, draw, found.freedom,
+                math.sqrt(float(np.median(apart))) if count > 1 else None,
+                int(sizes[weight > 0].sum()),
+                *(_signal(counted(cells, over), values, found.counts, draw, pairs)
+                  for over in get_args(Over)),
+            )
+        )  # fmt: skip
+    return made
+
+
+def _signal(
+    sets: list[int], values: Array, counts: Array, draw: float | None, pairs: Array
+) -> float | None:
+    """Return the deviation between sets without noise; `pairs` is their variance by items."""
+    if draw is None or len(sets) < 2:
+        return None
+    by_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
+    by_draws = draw**2 * float(np.mean(1 / counts[sets]))
+    return math.sqrt(max(0.0, float(values[sets].var(ddof=1)) - by_draws - by_items))
 
 
 def detectable(draws: int, draw: float, freedom: float, item: float = 0.0) -> float:
-    """Return the difference that so many draws of each set tell in 80 % of studies.
+    """Return the difference that so many seeds of each set detect in 80 % of studies.
 
     Args:
         draws: k, at least 1.
         draw: s, with its degrees of `freedom` (above 0).
-        item: v; 0 for other draws on these items.
+        item: v; 0 for other seeds on these items.
     """
     drawn = draw * math.sqrt(2 / draws)
     error = math.hypot(drawn, item)
@@ -68,32 +161,33 @@ def detectable(draws: int, draw: float, freedom: float, item: float = 0.0) -> fl
 
 
 def _noncentrality(freedom: float) -> float:
-    """Return how many standard errors are told in 80 % of studies: 2.8 with much freedom."""
+    """Return how many standard errors are detected in 80 % of studies: 2.8 with much freedom."""
     if freedom >= MOST:
         return Z + Z_POWER
-    stats = scipy_stats()
-    critical = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+    from scipy.stats import nct, t
+
+    critical = float(t.ppf((1 + LEVEL) / 2, freedom))
     low, high = 0.0, 4 * critical  # freedom far below 1 would need more
     for _ in range(50):
         middle = (low + high) / 2
-        enough = stats.nct.sf(critical, freedom, middle) >= POWER
+        enough = nct.sf(critical, freedom, middle) >= POWER
         low, high = (low, middle) if enough else (middle, high)
     return high
 
 
 def needed(difference: float, draw: float, freedom: float, item: float) -> Needed:
-    """Return the draws and items that tell a difference (above 0); arguments as `detectable`."""
+    """Return the seeds and items that detect a difference above 0; arguments as `detectable`."""
     on_these = 2 * (_noncentrality(freedom) * draw / difference) ** 2
     times = ((Z + Z_POWER) * item / difference) ** 2
     return Needed(
         difference,
         max(1, math.ceil(on_these * (1 - 1e-12))),
-        None if times >= 1 else _draws(difference, draw, freedom, item),
+        None if times >= 1 else _least_draws(difference, draw, freedom, item),
         times,
     )
 
 
-def _draws(difference: float, draw: float, freedom: float, item: float) -> int | None:
+def _least_draws(difference: float, draw: float, freedom: float, item: float) -> int | None:
     """Return the least k at which a difference is detectable; what is falls with k."""
     low, high = 0, 1
     while detectable(high, draw, freedom, item) > difference:
@@ -109,26 +203,14 @@ def _draws(difference: float, draw: float, freedom: float, item: float) -> int |
     return high
 
 
-@dataclass(frozen=True)
-class Power:
-    """The noise of one quantity, and what tells each difference; none where no set has two
-    draws."""
-
-    noise: Noise
-    needed: tuple[Needed, ...]
-
-
 def power(noises: Iterable[Noise], differences: Sequence[float]) -> list[Power]:
-    """Return what tells differences (shares) in each quantity."""
+    """Return what detects differences (shares) in each quantity."""
     return [
-        Power(
-            one,
-            ()
-            if one.draw is None
-            else tuple(needed(d, one.draw, one.freedom, one.item or 0.0) for d in differences),
-        )
+        Power(one, () if one.draw is None else tuple(
+            needed(size, one.draw, one.freedom, one.item or 0.0) for size in differences
+        ))
         for one in noises
-    ]
+    ]  # fmt: skip
 
 
 def noises(
@@ -136,7 +218,7 @@ def noises(
     *,
     method: str | None = None,
     sparsity: str | None = None,
-    measure: Any = "primary",
+    measure: Measure = "primary",
 ) -> list[Noise]:
     """Return the noise of every quantity under every condition of a study that calibrates.
 
@@ -144,35 +226,16 @@ def noises(
         InputError: nothing has finished, or a method or sparsity it does not have.
     """
     trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
-    from calmix.analysis.bootstrap import joint
-    from calmix.analysis.noise import noise_of
-
     return [
         one
         for cells in tables(results, trials, measure)
-        for one in noise_of(cells, joint(cells, resamples=2, seed=0))  # noise needs no resamples
+        for one in noise_of(joint(cells, resamples=2, seed=0))  # noise needs no resamples
     ]
 
 
-@dataclass(frozen=True)
-class Reach:
-    """What a planned condition will tell apart in the total, by the noise of an earlier study.
-
-    Attributes:
-        draws: of a set, as planned; one `Reach` for each number there is.
-        on_these, with_items: detectable differences, shares, on these items and for others too;
-            None where no set is planned with two draws, or the earlier study has no such noise.
-    """
-
-    condition: str
-    draws: int
-    on_these: float | None
-    with_items: float | None
-
-
 def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
-    """Return what planned trials will tell apart, by the noise that an earlier study found under
-    the same condition (model by its label); degrees of freedom are those of the plan."""
+    """Return what planned trials will detect, by the noise that an earlier study found under the
+    same condition (model by its label); degrees of freedom are those of the plan."""
     found = []
     groups: dict[Condition, Counter[str]] = {}
     for trial in planned:
@@ -181,20 +244,16 @@ def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
     names = condition_names(groups)
     for condition, counts in groups.items():
         freedom = sum(count - 1 for count in counts.values())
-        alike = tuple(trial for trial in results.trials if _condition(trial) == condition[:-1])
+        alike = tuple(  # `Planned.condition` without the damping
+            t for t in results.trials
+            if (t.model, t.method, t.pattern, t.rows, t.length, t.propagation) == condition[:-1]
+        )  # fmt: skip
         own = noises(results.model_copy(update={"trials": alike})) if alike else []
         total = next((one for one in own if one.kind == "total" and one.draw is not None), None)
         for draws in sorted(set(counts.values())):
-            on_these = with_items = None
+            ends: list[float | None] = [None, None]
             if total is not None and total.draw is not None and freedom:
-                on_these = detectable(draws, total.draw, freedom)
-                with_items = detectable(draws, total.draw, freedom, total.item or 0.0)
-            found.append(Reach(names[condition], draws, on_these, with_items))
+                ends = [detectable(draws, total.draw, freedom, item)
+                        for item in (0.0, total.item or 0.0)]  # fmt: skip
+            found.append(Reach(names[condition], draws, *ends))
     return found
-
-
-def _condition(trial: Trial) -> tuple[Any, ...]:
-    """Return a trial's condition as `Planned.condition` has it, damping apart."""
-    return (
-        trial.model, trial.method, trial.pattern, trial.rows, trial.length, trial.propagation,
-    )  # fmt: skip

@@ -6,19 +6,18 @@ layers of these blocks are pruned on it, and the share of output energy they los
 is read off that text's Gram matrix. So each further mix of known sources takes seconds and no
 forward pass.
 
-Ours, and an approximation: every layer is pruned on inputs from dense layers, where a prune's come
-from pruned ones, and the layers between are not looked at. How well it orders sets is measured by
-`benchmarks/predict.py`.
+Ours, and an approximation: every layer is pruned on inputs from dense layers, where a pruning
+run's come from pruned ones, and the layers between are not looked at. How well it orders sets is
+measured by `benchmarks/predict.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from torch import Tensor
 from calmix.analysis.recommend import check_weights
 from calmix.calibration import ask, is_saved_set, parse_spec, resolve
 from calmix.calibration.texts import texts
-from calmix.errors import DiskError, InputError, ModelError
-from calmix.files import cache_dir, real_place, sha256_json, user_path, write_bytes
+from calmix.errors import InputError, ModelError
+from calmix.files import cache_dir, check_free, sha256_json, user_path, write_bytes
 from calmix.models import OpenModel, find_blocks
 from calmix.models.blocks import DecoderBlocks
 from calmix.options import METHOD
@@ -49,12 +48,8 @@ Lost = dict[str, dict[str, dict[str, float]]]  # by set, text and layer: share o
 
 @dataclass(frozen=True)
 class Prediction:
-    """What pruning on one calibration set is expected to lose.
-
-    Attributes:
-        lost: share of output energy lost on each dimension's text, the geometric mean over layers.
-        total: weighted geometric mean over dimensions.
-    """
+    """What pruning on a set is expected to lose: `lost` is the share of output energy on each
+    dimension's text, the geometric mean over layers; `total`, the weighted one over dimensions."""
 
     calibration: str
     total: float
@@ -71,8 +66,7 @@ class _Look(Look):
     ) -> Solution:
         assert statistic is not None
         self._seen.append((len(weights), statistic.clone()))
-        same = [weight.float() for weight in weights]
-        return Solution(same, [0] * len(same))
+        return Solution([weight.float() for weight in weights], [0] * len(weights))
 
 
 def every_block(opened: OpenModel, every: int) -> list[str]:
@@ -91,13 +85,12 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
     """Run ids through the dense model once, and keep Gram matrices of its layers' inputs.
 
     Args:
-        opened: the model; it ends as it was.
         ids: int64 token ids, shape (rows, length).
         only: patterns of the layers.
         folder: where the file goes. One of the same model, ids and layers is not made again.
 
     Returns:
-        a safetensors file with mean x x^T over tokens, float32 (columns, columns), by the names
+        A safetensors file with mean x x^T over tokens, float32 (columns, columns), by the names
         of the layers that read x, comma-separated; its metadata say what it is of, by hash.
     """
     about = {
@@ -134,7 +127,6 @@ def lost_output(
     """Prune layers on Gram matrices alone, and return what they would lose of other texts.
 
     Args:
-        opened: the dense model; nothing of it is changed.
         only: patterns of the layers, as `keep_grams` was given.
         sets: files of `keep_grams` with their shares, by name of the set.
         held_out: the file of each text.
@@ -147,26 +139,32 @@ def lost_output(
     """
     found = _chosen(opened, only, method, pattern)
     layers = {layer.name: layer for at in range(len(found)) for layer in found.prunables(at)}
+    files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
     lost: Lost = {name: {text: {} for text in held_out} for name in sets}
-    for inputs in _inputs(next(iter(held_out.values()))):
-        weights = [layers[name].view().float() for name in inputs.split(",")]
-        files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
-        read = {file: _read(file, inputs).to(weights[0].device) for file in files}
+    with _opened(next(iter(held_out.values()))) as first:
+        every = list(first.keys())
+    for inputs in every:
+        names = inputs.split(",")
+        weights = [layers[name].view().float() for name in names]
+        grams: dict[Path, Tensor] = {}
+        for file in files:
+            with _opened(file) as opened_file:
+                grams[file] = opened_file.get_tensor(inputs).to(weights[0].device)
         dense = {
-            text: [float(output_energy(weight, read[file])) for weight in weights]
+            text: [float(output_energy(weight, grams[file])) for weight in weights]
             for text, file in held_out.items()
         }
         for name, parts in sets.items():
-            gram = torch.zeros_like(next(iter(read.values())))
+            gram = torch.zeros_like(next(iter(grams.values())))
             for file, share in parts.items():
-                gram.add_(read[file], alpha=tokens * share)
+                gram.add_(grams[file], alpha=tokens * share)
             statistic = gram if method.needs is Gram else gram.diagonal()
             made = method.solve(weights, statistic, [pattern] * len(weights)).weights
             for text, file in held_out.items():
                 for layer, weight, kept, whole in zip(
-                    inputs.split(","), weights, made, dense[text], strict=True
+                    names, weights, made, dense[text], strict=True
                 ):
-                    left = float(output_energy(weight - kept, read[file]))
+                    left = float(output_energy(weight - kept, grams[file]))
                     lost[name][text][layer] = left / whole if whole else 0.0
         if tick is not None:
             tick(inputs)
@@ -191,7 +189,7 @@ def predict(
     writing: Callable[[str, int, int], None] | None = None,
     **draw: Any,
 ) -> list[Prediction]:
-    """Predict which calibration set keeps most, without pruning the model.
+    """Predict which calibration set keeps most, without pruning the model: the least lost first.
 
     Args:
         opened: the dense model; it ends as it was.
@@ -206,12 +204,8 @@ def predict(
         sources: the user's own, by name or as a YAML file.
         folder: where Gram matrices are kept; in the cache if not given.
         tick: called with what has been done.
-        note: told how much room the Gram matrices take.
-        writing: as for `calmix.resolve`.
-        **draw: more of what `calmix.resolve` takes.
-
-    Returns:
-        the least lost first.
+        note: called with how much room the Gram matrices take.
+        writing, **draw: as for `calmix.resolve`.
 
     Raises:
         CalmixError: anything a user can mend.
@@ -225,41 +219,39 @@ def predict(
     blocks = _chosen(opened, only, chosen, pattern)
     if held_out is None:
         held_out = texts(opened, rows=ROWS, length=LENGTH)
-    equal = dict.fromkeys(held_out, 1.0)
-    share = check_weights(weights or equal, tuple(held_out), "the held-out text")
-    parts = {text: _parts(text, own, draw.get("licence")) for text in calibrations}
+    share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),
+                          "the held-out text")  # fmt: skip
+    drawn: dict[str, tuple[str, dict[str, Any]]] = {}
+    sets: dict[str, dict[str, float]] = {}
+    for text in calibrations:
+        for part, weight, options in _parts(text, draw):
+            key = repr((part, options))
+            drawn[key] = part, options
+            sets.setdefault(text, {})[key] = weight
     folder = folder or cache_dir() / "grams"
-    drawn = {part for found in parts.values() for part in found}
-    room = _room(blocks) * (len(drawn) + len(held_out))
-    if shutil.disk_usage(_there(folder)).free < room:
-        raise DiskError(f"no space left for Gram matrices in {folder}: they take {room / 1e9:.1f} "
-                        "GB at most; --every with a larger number takes less")  # fmt: skip
+    layers = (layer for at in range(len(blocks)) for layer in blocks.prunables(at))
+    room = (len(drawn) + len(held_out)) * sum(4 * layer.shape[1] ** 2 for layer in layers)
+    check_free(folder / "grams", room, "Gram matrices take up to")  # each of a layer of its own
     if note is not None:
         note(f"Gram matrices take {room / 1e9:.2g} GB at most in {folder}")
-    files: dict[_Part, Path] = {}
-    for found in parts.values():
-        for part in found:
-            if part not in files:
-                ids = part.draw(opened, draw, writing)[:rows]
-                files[part] = keep_grams(opened, ids, only, folder)
-                tick(f"ran {part.text}")
+    files = {}
+    for key, (part, options) in drawn.items():
+        ids = resolve(part, opened, writing=writing, **options).ids[:rows]
+        files[key] = keep_grams(opened, ids, only, folder)
+        tick(f"ran {part}")
     kept = {}
     for name, ids in held_out.items():
         kept[name] = keep_grams(opened, ids, only, folder)
         tick(f"ran the text {name}")
-    sets = {text: {files[part]: s for part, s in found.items()} for text, found in parts.items()}
-    lost = lost_output(opened, only, sets, kept, chosen, pattern, tokens=rows * length,
+    made_of = {text: {files[key]: s for key, s in parts.items()} for text, parts in sets.items()}
+    lost = lost_output(opened, only, made_of, kept, chosen, pattern, tokens=rows * length,
                        tick=lambda inputs: tick(f"solved {inputs.partition(',')[0]}"))  # fmt: skip
-    made = [prediction(text, lost[text], share) for text in calibrations]
-    return sorted(made, key=lambda one: one.total)
+    return sorted((prediction(text, lost[text], share) for text in calibrations),
+                  key=lambda one: one.total)  # fmt: skip
 
 
 def check_request(
-    calibrations: Sequence[str],
-    method: str | Method,
-    *,
-    every: int = EVERY,
-    **draw: Any,
+    calibrations: Sequence[str], method: str | Method, *, every: int = EVERY, **draw: Any
 ) -> None:
     """Check what `predict` is asked for, without the model.
 
@@ -292,33 +284,19 @@ def prediction(
     return Prediction(name, math.exp(total), {text: math.exp(v) for text, v in logs.items()})
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A text that is run by itself: a source of a mix, a written set, a saved one."""
-
-    text: str
-    fixed: tuple[tuple[str, Any], ...] = ()  # what a mix's own file says of the draw
-    own: Any = field(default=None, hash=False)
-
-    def draw(self, opened: OpenModel, asked: Mapping[str, Any], writing: Any) -> Tensor:
-        if is_saved_set(user_path(self.text)):
-            return resolve(self.text, opened).ids
-        given = {name: value for name, value in asked.items() if value is not None}
-        how = {**dict(self.fixed), **given, "sources": self.own}
-        return resolve(self.text, opened, writing=writing, **how).ids
-
-
-def _parts(text: str, own: Mapping[str, Source] | None, licence: str | None) -> dict[_Part, float]:
-    """Return what a calibration set is made of, with shares that sum to 1."""
+def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[str, float, dict[str, Any]]]:
+    """Return the texts a set is made of, which are run one by one, with their shares, which sum to
+    1, and the options to draw each with."""
     if is_saved_set(user_path(text)):
-        return {_Part(text): 1.0}
-    spec = parse_spec(text, own, licence)
+        return [(text, 1.0, {})]
+    given = {name: value for name, value in asked.items() if value is not None}
+    spec = parse_spec(text, asked["sources"], asked.get("licence"))
     names = spec.mix.weights
     if spec.generate is not None or len(names) == 1:
-        return {_Part(text, own=own): 1.0}
-    fixed = tuple(sorted((k, v) for k, v in spec.fixed.items() if k not in ("rows", "length")))
+        return [(text, 1.0, given)]
+    options = {**spec.fixed, **given, "sources": spec.own}
     whole = math.fsum(names.values())
-    return {_Part(name, fixed, spec.own): weight / whole for name, weight in names.items()}
+    return [(name, weight / whole, options) for name, weight in names.items()]
 
 
 def _chosen(
@@ -331,17 +309,6 @@ def _chosen(
     return found
 
 
-def _room(found: DecoderBlocks) -> int:
-    """Return the bytes of one text's Gram matrices, as if no layers shared an input."""
-    return sum(4 * layer.shape[1] ** 2 for at in range(len(found)) for layer in found.prunables(at))
-
-
-def _there(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there."""
-    place = real_place(folder)
-    return next(one for one in (place, *place.parents) if one.exists())
-
-
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
@@ -351,13 +318,3 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged: delete it, and it is made again") from error
-
-
-def _inputs(file: Path) -> list[str]:
-    with _opened(file) as opened:
-        return list(opened.keys())
-
-
-def _read(file: Path, inputs: str) -> Tensor:
-    with _opened(file) as opened:
-        return opened.get_tensor(inputs)

@@ -23,8 +23,8 @@ class Recommendation:
 
     Attributes:
         weights: of the dimensions, scaled to sum to 1.
-        candidates: the highest measured retention first (`ranking.candidates`); empty where a
-            dimension that has weight has no task with signal.
+        candidates: the highest measured retention first; empty where a dimension that has weight
+            has no task with signal.
         best: names of the first and of those tied with it.
     """
 
@@ -74,19 +74,22 @@ def recommend(
         InputError: bad weights, no finished trials, no such method or sparsity.
     """
     made = tables(results, select(results, method=method, sparsity=sparsity), measure)
-    dimensions = dimensions_of(results)
-    asked = check_weights(weights, dimensions) if weights else None
-    told = []
-    for cells, found in zip(made, joints(results, made, resamples, seed), strict=True):
-        if asked is None:
-            columns = zip(dimensions, cells.means[:, 1 : len(cells.quantities)].T, strict=True)
-            equal = {name: 1.0 for name, column in columns if not np.isnan(column).all()}
-            share = check_weights(equal or dict.fromkeys(dimensions, 1.0), dimensions)
-            weight = found.alone(0)
+    asked = check_weights(weights, dimensions_of(results)) if weights else None
+    advice = []
+    for found in joints(results, made, resamples, seed):
+        cells = found.cells
+        of_dimensions = slice(1, len(cells.quantities))
+        share, weight = asked, found.alone(0)
+        if share is None:
+            known = ~np.isnan(cells.means[:, of_dimensions]).all(0)
+            equal = dict(zip(cells.dimensions, known.astype(float).tolist(), strict=True))
+            share = check_weights(
+                equal if known.any() else dict.fromkeys(equal, 1.0), cells.dimensions
+            )
         else:
-            share, weight = asked, np.zeros(found.values.shape[1])
-            weight[1 : len(cells.quantities)] = [share[name] for name in cells.dimensions]
-        ranked = [one for one in candidates(cells, found, weight) if one.total.value is not None]
+            weight = np.zeros(len(weight))
+            weight[of_dimensions] = [share[name] for name in cells.dimensions]
+        ranked = [one for one in candidates(found, weight) if one.total.value is not None]
         best = tuple(one.calibration for one in leaders(ranked))
-        told.append(Recommendation(cells.condition.label, dict(share), tuple(ranked), best))
-    return told
+        advice.append(Recommendation(cells.condition.label, dict(share), tuple(ranked), best))
+    return advice

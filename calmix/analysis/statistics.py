@@ -6,18 +6,19 @@ sizes are exact, the resampling and the numbers of draws are ours.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Strata = tuple[tuple[int, ...], ...]  # positions of things that belong together
+Strata = Sequence[int]  # how many neighbours each belong together, e.g. (5, 3) of eight values
+Row = TypeVar("Row", bound=Any)
 
 LEVEL, ALPHA = 0.95, 0.05
 EXACT = 40_320  # orders of 8 values: no more than these are counted, more are sampled
@@ -27,28 +28,24 @@ RESAMPLES = 2_000
 ROUNDING = 1e-12  # two rank correlations closer than this are one
 
 
-def scipy_stats() -> Any:
-    """Return `scipy.stats`, which takes a second to import."""
-    return importlib.import_module("scipy.stats")
-
-
 def unit_ranks(values: Array, strata: Strata | None = None) -> Array:
     """Return ranks along the last axis, centred and of length 1; nan where all values tie.
 
-    The product of two such rows is Spearman's rho. Ties share their mean rank. With strata, ranks
-    are within each, all scaled together: the product is rho within strata, pooled (ours).
+    The product of two such rows is Spearman's rho; with strata, rho within them, pooled (ours).
     """
+    from scipy.stats import rankdata  # takes a second to import
+
     ranks = np.empty(values.shape)
-    for members in strata or one_stratum(values.shape[-1]):
-        own = scipy_stats().rankdata(values[..., list(members)], axis=-1)
-        ranks[..., list(members)] = own - own.mean(-1, keepdims=True)
+    for run in _runs(strata or values.shape[-1:]):
+        own = rankdata(values[..., run], axis=-1)
+        ranks[..., run] = own - own.mean(-1, keepdims=True)
     length = np.sqrt((ranks**2).sum(-1, keepdims=True))
     return np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
 
 
-def one_stratum(count: int) -> Strata:
-    """Return the positions of so many things as one stratum."""
-    return (tuple(range(count)),)
+def _runs(strata: Strata) -> list[slice]:
+    ends = itertools.accumulate(strata, initial=0)
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def spearman(x: Array, y: Array, strata: Strata | None = None) -> float:
@@ -58,24 +55,21 @@ def spearman(x: Array, y: Array, strata: Strata | None = None) -> float:
 
 def orders_count(strata: Strata) -> int:
     """Return how many orders there are within strata."""
-    return math.prod(math.factorial(len(members)) for members in strata)
+    return math.prod(map(math.factorial, strata))
 
 
 @lru_cache(maxsize=16)
-def orders(strata: Strata, count: int, seed: int) -> NDArray[np.intp]:
+def orders(strata: tuple[int, ...], count: int, seed: int) -> NDArray[np.intp]:
     """Return orders of things within strata, one a row: all up to 8!, else seeded draws."""
-    n = sum(map(len, strata))
+    things = np.arange(sum(strata), dtype=np.intp)
     if orders_count(strata) <= EXACT:
-        own = [list(itertools.permutations(members)) for members in strata]
-        found = np.empty((orders_count(strata), n), dtype=np.intp)
-        for row, parts in enumerate(itertools.product(*own)):
-            for members, part in zip(strata, parts, strict=True):
-                found[row, list(members)] = part
-        return found
-    rng = np.random.default_rng([seed, n])
-    found = np.tile(np.arange(n, dtype=np.intp), (count, 1))
-    for members in strata:
-        found[:, list(members)] = rng.permuted(found[:, list(members)], axis=1)
+        own = [list(itertools.permutations(things[run].tolist())) for run in _runs(strata)]
+        every = [list(itertools.chain(*parts)) for parts in itertools.product(*own)]
+        return np.array(every, dtype=np.intp)
+    rng = np.random.default_rng([seed, len(things)])
+    found = np.tile(things, (count, 1))
+    for run in _runs(strata):
+        found[:, run] = rng.permuted(found[:, run], axis=1)
     return found
 
 
@@ -87,17 +81,13 @@ def permutation_p(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> tuple[Array, bool]:
-    """Return the two-sided p of Spearman's rho, and whether it is exact.
+    """Return the two-sided p of Spearman's rho, nan without variation, and whether it is exact.
 
-    The share of pairings of x and y, within strata, whose |rho| is at least the observed one: of
-    all pairings where they are no more than those of 8 values, of seeded draws (the observed one
-    among them) beyond. nan without variation.
-
-    Args:
-        x: shape (n,).
-        y: shape (..., n), each row tested by itself.
+    The share of pairings within strata whose |rho| is at least the observed one: of all pairings
+    up to those of 8 values, beyond that of seeded draws, the observed one among them. x has shape
+    (n,), y (..., n); each row is tested by itself.
     """
-    whole = strata or one_stratum(len(x))
+    whole = tuple(strata or x.shape)
     exact = orders_count(whole) <= EXACT
     a, b = unit_ranks(x, whole), unit_ranks(y, whole)
     observed = np.abs(b @ a)
@@ -123,17 +113,14 @@ def bootstrap_intervals(
 ) -> Array:
     """Return the 95 % percentile interval of rho over resampled pairs, shape (..., 2).
 
-    Pairs are drawn within strata. nan if fewer than half of the resamples vary in both.
-
-    Args:
-        x: shape (n,).
-        y: shape (..., n), each row by itself.
+    Pairs are drawn within strata; nan if fewer than half of the resamples vary in both. x has
+    shape (n,), y (..., n).
     """
     rng = np.random.default_rng([seed, len(x)])
-    drawn = np.empty((resamples, len(x)), dtype=np.intp)
-    for members in strata or one_stratum(len(x)):
-        own = rng.integers(len(members), size=(resamples, len(members)))
-        drawn[:, list(members)] = np.asarray(members)[own]
+    drawn = np.concatenate([
+        run.start + rng.integers(run.stop - run.start, size=(resamples, run.stop - run.start))
+        for run in _runs(strata or x.shape)
+    ], 1)  # fmt: skip
     found = (unit_ranks(x[drawn], strata) * unit_ranks(y[..., drawn], strata)).sum(-1)
     few = 2 * (~np.isnan(found)).sum(-1) < resamples
     tail = (1 - LEVEL) / 2
@@ -141,15 +128,35 @@ def bootstrap_intervals(
     return np.where(few[..., None], np.nan, np.clip(np.moveaxis(ends, 0, -1), -1.0, 1.0))
 
 
-def benjamini_hochberg(p: Sequence[float]) -> list[float]:
-    """Return p-values corrected for the false discovery rate over the family they make."""
-    if not p:
-        return []
-    return [float(value) for value in scipy_stats().false_discovery_control(p, method="bh")]
+def benjamini_hochberg(p: Sequence[float | None]) -> list[float | None]:
+    """Return p-values corrected for the false discovery rate; None stays and counts for nothing."""
+    from scipy.stats import false_discovery_control
+
+    known = [value for value in p if value is not None]
+    adjusted = iter(false_discovery_control(known, method="bh").tolist() if known else [])
+    return [None if value is None else next(adjusted) for value in p]
+
+
+def corrected(
+    rows: Sequence[Row],
+    family: Callable[[Row], Hashable],
+    **columns: Callable[[Row], float | None],
+) -> list[Row]:
+    """Return dataclass rows with p-values corrected family by family, one for each column."""
+    made = list(rows)
+    for own in dict.fromkeys(map(family, rows)):
+        at = [number for number, one in enumerate(rows) if family(one) == own]
+        for name, p in columns.items():
+            adjusted = benjamini_hochberg([p(rows[number]) for number in at])
+            for number, value in zip(at, adjusted, strict=True):
+                made[number] = replace(made[number], **{name: value})
+    return made
 
 
 def two_sided_p(value: float, error: float, freedom: float) -> float:
     """Return the two-sided p of 0 under Student's t; the normal's with infinite freedom."""
+    from scipy.stats import t
+
     if error == 0:
         return 1.0 if value == 0 else 0.0
-    return float(2 * scipy_stats().t.sf(abs(value) / error, freedom))
+    return float(2 * t.sf(abs(value) / error, freedom))

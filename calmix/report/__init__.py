@@ -52,5 +52,6 @@ def _drawings(
 ) -> tuple[list[tuple[ConditionAnalysis, list[Drawing]]], list[Drawing]]:
     """Return the figures of every condition, and those across them."""
     by_condition = [(found, figures_of(analysis, found)) for found in analysis.conditions]
-    series = series_of([(found.cells, found.joint) for found in analysis.conditions])
-    return by_condition, [one for each in series for one in sparsity_figures(analysis, each)]
+    series = series_of([found.joint for found in analysis.conditions])
+    pairs = [[(found.cells, found) for found in each] for each in series]
+    return by_condition, [one for each in pairs for one in sparsity_figures(analysis, each)]

@@ -1,37 +1,40 @@
-"""Planted correlations are recovered; noise stays noise."""
+"""Planted correlations are recovered; noise stays noise; distances and spreads."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from calmix.analysis import Settings, analyse
+from calmix.analysis.analyse import ConditionAnalysis
 from calmix.analysis.cells import select, tables
-from calmix.analysis.correlations import corrected, correlate, trade_offs
-from calmix.analysis.statistics import benjamini_hochberg, permutation_p
+from calmix.analysis.correlations import Correlation, cancellation, correlate, trade_offs
+from calmix.analysis.statistics import benjamini_hochberg, corrected, permutation_p
+from calmix.evaluation.distance import flips
 from calmix.study.results import StudyResults
 from tests.synthetic import DIMENSIONS, SLOPES, Plan, full_plan, study, trial
 
 QUICK = Settings(permutations=1999, resamples=200)
 
 
-def found_in(results: StudyResults, settings: Settings = QUICK) -> dict[tuple[str, str], object]:
-    only = analyse(results, settings).conditions[0]
-    return {(one.metric, one.quantity): one for one in only.correlations if one.among == "sources"}
+def of(results: StudyResults) -> ConditionAnalysis:
+    return analyse(results, QUICK).conditions[0]
 
 
-def test_a_planted_trade_off_is_found_with_its_signs() -> None:
-    found = analyse(study(Plan(slopes=SLOPES, noise=0.02)), QUICK).conditions[0]
-    by_name = {
-        (one.metric, one.quantity): one for one in found.correlations if one.among == "sources"
-    }
+def by_name(found: ConditionAnalysis) -> dict[tuple[str, str], Correlation]:
+    return {(one.metric, one.quantity): one for one in found.correlations if one.among == "sources"}
+
+
+def test_a_planted_trade_off_is_found_with_its_signs_and_in_single_tasks() -> None:
+    found = of(study(Plan(slopes=SLOPES, noise=0.02)))
+    known = by_name(found)
     for dimension, sign in {"general": 1, "code": -1, "math": -1}.items():
-        one = by_name["perplexity", dimension]
-        assert one.rho is not None
-        assert one.low is not None
-        assert one.high is not None
+        one = known["perplexity", dimension]
         assert sign * one.rho > 0.8
         assert one.low <= one.rho <= one.high
         assert one.significant
@@ -39,37 +42,26 @@ def test_a_planted_trade_off_is_found_with_its_signs() -> None:
              and one.among == "sources"}  # fmt: skip
     assert pairs == {("general", "code"), ("general", "math")}
     assert all(one.rho_rises > 0 > one.rho_falls for one in found.trade_offs)
+    for task in ("code_a", "code_b"):
+        assert known["perplexity", task].task
+        assert known["perplexity", task].rho < -0.8
+    assert not any(metric == "tokens" for metric, _ in known)  # the same for all sets
 
 
 def test_rho_is_that_of_the_seed_means_of_single_sources_alone() -> None:
-    results = study(full_plan())
+    results = study(full_plan(conditions=[("wanda", "50%")]))
     cells = tables(results, select(results, method="wanda"), "primary")[0]
     singles = cells.of("single")
-    assert len(singles) == 16
-    assert len(cells.sets) == 22
-    x = [np.mean([t.information["perplexity"] for t in results.trials
-                  if t.method == "wanda" and t.calibration == cells.sets[at]])
-         for at in singles]  # fmt: skip
-    y = [np.mean([t.dimensions["code"].value for t in results.trials
-                  if t.method == "wanda" and t.calibration == cells.sets[at]])
-         for at in singles]  # fmt: skip
-    from scipy import stats
-
-    one = found_in(study(full_plan(conditions=[("wanda", "50%")])))["perplexity", "code"]
-    assert one.n == 16  # type: ignore[attr-defined]
-    whole = correlate(cells, "single", permutations=99, resamples=10, seed=0)
-    rho = next(
-        c.rho
-        for c in whole
-        if c.among == "sources" and (c.metric, c.quantity) == ("perplexity", "code")
-    )
-    assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
-    every = correlate(cells, "all", permutations=99, resamples=10, seed=0)
+    assert (len(singles), len(cells.sets)) == (16, 22)
+    own = [[t for t in results.trials if t.calibration == cells.sets[at]] for at in singles]
+    x = [np.mean([t.information["perplexity"] for t in each]) for each in own]
+    y = [np.mean([t.dimensions["code"].value for t in each]) for each in own]
+    settings = Settings(permutations=99, resamples=10)
+    (one,) = [c for c in correlate(cells, settings) if c.among == "sources"
+              and (c.metric, c.quantity) == ("perplexity", "code")]  # fmt: skip
+    assert (one.n, one.rho) == (16, pytest.approx(stats.spearmanr(x, y).statistic))
+    every = correlate(cells, replace(settings, over="all"))
     assert {c.n for c in every if c.among == "sources"} == {22}
-
-
-def test_a_metric_that_is_the_same_for_all_sets_is_left_out() -> None:
-    assert not any(metric == "tokens" for metric, _ in found_in(study(Plan())))
 
 
 def test_noise_yields_false_discoveries_no_more_often_than_nominal() -> None:
@@ -78,8 +70,8 @@ def test_noise_yields_false_discoveries_no_more_often_than_nominal() -> None:
     studies, alarms = 300, 0
     for _ in range(studies):
         metrics, kept = rng.standard_normal((8, 15)), rng.standard_normal((5, 15))
-        p = [permutation_p(x, y, permutations=1999)[0] for x in metrics for y in kept]
-        alarms += min(benjamini_hochberg(p)) <= 0.05
+        p = np.concatenate([permutation_p(x, kept, permutations=1999)[0] for x in metrics])
+        alarms += min(benjamini_hochberg(p.tolist())) <= 0.05
     # Two standard errors of a share of 0.05 in 300 studies are 0.025.
     assert alarms / studies <= 0.05 + 0.025
 
@@ -91,9 +83,9 @@ def test_among_planted_effects_false_discoveries_stay_below_nominal() -> None:
         x, kept = rng.standard_normal((8, 15)), rng.standard_normal((5, 15))
         kept[0] += 3 * x[0]
         kept[1] -= 3 * x[1]
-        pairs = [(i, j) for i in range(8) for j in range(5)]
-        p = [permutation_p(x[i], kept[j], permutations=1999)[0] for i, j in pairs]
-        hits = {at for at, q in zip(pairs, benjamini_hochberg(p), strict=True) if q <= 0.05}
+        p = np.concatenate([permutation_p(row, kept, permutations=1999)[0] for row in x])
+        q = np.array(benjamini_hochberg(p.tolist()))
+        hits = {(at // 5, at % 5) for at in np.flatnonzero(q <= 0.05).tolist()}
         true = {(0, 0), (1, 1)}
         shares.append(len(hits - true) / max(1, len(hits)))
         power.append(len(hits & true) / 2)
@@ -107,47 +99,46 @@ def test_whole_studies_of_noise_have_no_trade_off() -> None:
     for seed in range(20):
         results = study(Plan(seed=seed, seeds=(0,), noise=0.1))
         cells = tables(results, results.trials, "primary")[0]
-        found = corrected(correlate(cells, "single", permutations=999, resamples=10, seed=0))
+        rows = correlate(cells, Settings(permutations=999, resamples=10))
+        found = corrected(rows, lambda one: one.family, p_corrected=lambda one: one.p)
         alarms += bool(trade_offs(found, DIMENSIONS))
     assert alarms <= 1
 
 
 def test_each_family_is_the_whole_study() -> None:
-    results = study(full_plan())
+    results = study(full_plan(seeds=(0,)))
     whole = analyse(results, QUICK)
     every = [one for found in whole.conditions for one in found.correlations]
     assert set(whole.families) == {"sources", "kinds", "tasks of sources", "tasks of kinds"}
     assert sum(whole.families.values()) == len(every)
-    for among in ("sources", "kinds"):
-        for task in (False, True):
-            own = [one for one in every if (one.among, one.task) == (among, task)]
-            q = [one.p_corrected for one in own]
-            assert q == pytest.approx(benjamini_hochberg([one.p for one in own]))
+    for family in {one.family for one in every}:
+        own = [one for one in every if one.family == family]
+        q = [one.p_corrected for one in own]
+        assert q == pytest.approx(benjamini_hochberg([one.p for one in own]))
     part = analyse(results, QUICK, method="wanda")
     assert part.families == {name: count // 3 for name, count in whole.families.items()}
 
 
 def test_what_only_tells_kinds_apart_is_no_correlation_within_them() -> None:
     """Code is of low perplexity and keeps code: over all sources, not within a kind."""
-    whole = study(Plan(noise=0.03, draw=0.002))
     trials = []
-    for one in whole.trials:
+    for one in study(Plan(noise=0.03, draw=0.002)).trials:
         lift = 0.3 if one.kind == "code" else 0.0
         kept = {name: (part.value or 0) + lift * (name == "code")
                 for name, part in one.dimensions.items()}  # fmt: skip
-        told = one.information | {"perplexity": one.information["perplexity"] - 90 * (lift > 0)}
+        metrics = one.information | {"perplexity": one.information["perplexity"] - 90 * (lift > 0)}
         trials.append(
-            trial(one.calibration, "single", one.method, one.pattern, one.seed, kept, told,
+            trial(one.calibration, "single", one.method, one.pattern, one.seed, kept, metrics,
                   kind=one.kind)
         )  # fmt: skip
-    found = analyse(study(Plan(), trials=tuple(trials)), QUICK).conditions[0].correlations
-    told = {one.among: one for one in found
-            if (one.metric, one.quantity) == ("perplexity", "code")}  # fmt: skip
-    assert told["sources"].rho < -0.5
-    assert told["sources"].p < 0.05
-    assert abs(told["kinds"].rho) < 0.45
-    assert told["kinds"].p > 0.05
-    assert told["kinds"].n == 16
+    found = of(study(Plan(), trials=tuple(trials))).correlations
+    sources, kinds = (
+        next(one for one in found
+             if (one.among, one.metric, one.quantity) == (among, "perplexity", "code"))
+        for among in ("sources", "kinds")
+    )  # fmt: skip
+    assert (sources.rho < -0.5, sources.p < 0.05) == (True, True)
+    assert (abs(kinds.rho) < 0.45, kinds.p > 0.05, kinds.n) == (True, True, 16)
 
 
 def test_metrics_that_order_the_sets_alike_are_one_test() -> None:
@@ -165,9 +156,91 @@ def test_metrics_that_order_the_sets_alike_are_one_test() -> None:
     assert aliases == ("bits_per_byte", "-volume")
 
 
-def test_a_metric_is_correlated_with_single_tasks_too() -> None:
-    found = found_in(study(Plan(slopes=SLOPES, noise=0.02)))
-    for task in ("code_a", "code_b"):
-        one = found["perplexity", task]
-        assert one.task  # type: ignore[attr-defined]
-        assert one.rho < -0.8  # type: ignore[attr-defined]
+def changed(results: StudyResults, number: int, **distance: Any) -> StudyResults:
+    """Return results with another distance of one trial."""
+    trials = list(results.trials)
+    kept = trials[number].distance or {}
+    trials[number] = trials[number].model_copy(update={"distance": {**kept, **distance}})
+    return results.model_copy(update={"trials": tuple(trials)})
+
+
+def test_distances_are_averaged_over_seeds_in_total_and_by_dimension() -> None:
+    results = study(Plan(sources=("a", "b"), seeds=(0, 1)))
+    own = [one.distance for one in results.trials if one.calibration == "a" and one.distance]
+    found = next(one for one in of(results).ranking if one.calibration == "a").distance
+    assert found["kl"]["total"] == pytest.approx(np.mean([one["total"]["kl_mean"] for one in own]))
+    code = [one["dimensions"]["code"]["top1"] for one in own]
+    assert found["top1"]["code"] == pytest.approx(np.mean(code))
+
+
+def test_flips_are_those_of_two_models_compared() -> None:
+    results = study(Plan(sources=("a", "b"), seeds=(0,)))
+    rng = np.random.default_rng(0)
+
+    def judged(tasks: Any) -> Any:
+        return tuple(
+            replace(task, values=tuple((rng.random(len(task.items)) < 0.6).astype(float).tolist()))
+            if task.values else task for task in tasks
+        )  # fmt: skip
+
+    results = results.model_copy(update={
+        "dense": {name: judged(tasks) for name, tasks in results.dense.items()},
+        "scores": {name: judged(tasks) for name, tasks in results.scores.items()},
+    })  # fmt: skip
+    [dense] = results.dense.values()
+    for one in of(results).ranking:
+        [own] = [each for each in results.trials if each.calibration == one.calibration]
+        expected = flips(dense, results.scores[own.id], resamples=1)
+        found = one.distance["flips"]
+        assert found["total"] == pytest.approx(expected.total.share.value)
+        assert found["math"] == pytest.approx(expected.dimensions["math"].share.value)
+        assert 0.2 < expected.total.share.value < 0.8
+
+
+def test_kl_that_orders_as_retention_does_is_said_to() -> None:
+    results = study(Plan(seeds=(0, 1)))
+    found = {one.quantity: one for one in of(results).agreements}
+    assert list(found) == ["total", "general", "commonsense", "code", "math"]
+    assert (found["total"].n, found["total"].rho) == (16, pytest.approx(-1))
+    assert found["total"].agrees
+    for number, one in enumerate(results.trials):
+        results = changed(results, number, total={"kl_mean": one.total.value, "top1": 0.5})
+    found = {one.quantity: one for one in of(results).agreements}
+    assert found["total"].rho == pytest.approx(1)
+    assert not found["total"].agrees
+    assert found["code"].rho == pytest.approx(-1)
+
+
+def test_distances_not_measured_or_on_other_texts_are_left_out() -> None:
+    results = study(Plan(seeds=(0,)))
+    gone = results.trials[0].model_copy(update={"distance": None})
+    part = of(results.model_copy(update={"trials": (gone, *results.trials[1:])}))
+    lost = next(one for one in part.ranking if one.calibration == gone.calibration)
+    assert lost.distance["kl"] == dict.fromkeys(lost.distance["kl"])
+    assert lost.distance["flips"]["total"] is not None
+    assert part.agreements[0].n == 15
+    mixed = of(changed(results, 3, texts="other"))
+    assert not mixed.agreements
+    assert all(one.distance["kl"]["total"] is None for one in mixed.ranking)
+    assert not of(study(Plan(sources=("a", "b", "c")))).agreements
+
+
+def test_the_averaging_artefact_is_planted_and_found() -> None:
+    opposite = {"general": 0.1, "commonsense": 0.0, "code": -0.1, "math": 0.0}
+    found = of(study(Plan(slopes=opposite, noise=0.005)))
+    spread = {one.quantity: one for one in found.spreads if one.over == "single"}
+    assert spread["code"].range > 0.25
+    assert spread["total"].range < 0.05
+    assert spread["total"].deviation < 0.5 * spread["total"].if_independent
+
+
+def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not() -> None:
+    rng = np.random.default_rng(4)
+    gain = rng.standard_normal(16)
+    quiet = 0.1 * rng.standard_normal((16, 4))
+    opposed = np.column_stack([gain, -gain, gain, -gain]) + quiet
+    assert cancellation(opposed, permutations=999, seed=0)[1] == 0.001
+    found = [
+        cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0)[1] for _ in range(200)
+    ]
+    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.03)

@@ -17,10 +17,10 @@ import pytest
 
 from calmix.analysis import bootstrap
 from calmix.analysis.bootstrap import Joint, joint
-from calmix.analysis.cells import Cells, Condition, Items, Task, rolled_up
-from calmix.analysis.differences import compare, corrected_differences
-from calmix.analysis.noise import noise_of
-from calmix.analysis.ranking import groups_of, shrink
+from calmix.analysis.cells import Cells, Condition, Task, rolled_up
+from calmix.analysis.differences import compare, correct
+from calmix.analysis.power import noise_of
+from calmix.analysis.ranking import shrink
 from calmix.evaluation.retention import item_weights
 
 AT = Condition("m", "wanda", "50%", 0.5, None, 64, 512, "offline", "Wanda 50%",
@@ -59,7 +59,8 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
     kept = np.broadcast_to(truth.kept, (count, len(TASKS)))
     moved = {name: truth.draw * rng.standard_normal(len(trials)) for name in "ab"}
     both = 0.5 * truth.draw * rng.standard_normal(len(trials))
-    items, values, expected = [], [], []
+    items: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    values, expected = [], []
     for at, task in enumerate(TASKS):
         whole = 0.5 + rng.random(task.items)
         main = truth.items * rng.standard_normal(task.items)
@@ -67,7 +68,7 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
         chance = truth.draw_items * rng.standard_normal((len(trials), task.items))
         of_set = whole * (kept[:, [at]] + main + own)
         each = of_set[of] + whole * (chance + (moved[task.dimension] + both)[:, None])
-        items.append(Items(task.name, at, each, whole))
+        items[at] = each, whole
         values.append(each.sum(1) / whole.sum())
         expected.append(of_set.sum(1) / whole.sum())
     singles = count - truth.others
@@ -77,17 +78,17 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
         AT, tuple(f"s{at}" for at in range(count)),
         ("single",) * singles + ("mix",) * truth.others, ("",) * count, ((),) * count,
         ({},) * count,
-        tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), tuple(items), table,
-        table[:, :, :3], {}, (), np.zeros((count, 0)),
+        tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), items, table,
+        table[:, 0, :3], {}, (), np.zeros((count, 0)),
     )  # fmt: skip
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
 
 
-def studies(truth: Truth, times: int, seed: int = 0) -> Iterator[tuple[Cells, Joint, np.ndarray]]:
+def studies(truth: Truth, times: int, seed: int = 0) -> Iterator[tuple[Joint, np.ndarray]]:
     rng = np.random.default_rng(seed)
     for number in range(times):
         cells, expected = made(truth, rng)
-        yield cells, joint(cells, resamples=RESAMPLES, seed=number % 8), expected
+        yield joint(cells, resamples=RESAMPLES, seed=number % 8), expected
 
 
 def slack(times: int, share: float = 0.05) -> float:
@@ -107,7 +108,7 @@ CASES = {
 def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
     """Never less often than 95 %; more often only as far as 98.5 %."""
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
-    for _, found, expected in studies(truth, times):
+    for found, expected in studies(truth, times):
         for quantity in (0, 1, 3):
             one = found.one(2, quantity)
             real = expected[:, quantity]
@@ -124,13 +125,13 @@ def test_among_equal_sets_no_more_is_claimed_than_the_level_allows() -> None:
     """Mixes, the best source (picked by its numbers) and the mean of the sources, all alike."""
     times, claimed, found_at_all, drawn_at_all = 120, [], 0, 0
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
-    for cells, found, _ in studies(truth, times, seed=1):
-        gaps = corrected_differences(compare(cells, found))
+    for found, _ in studies(truth, times, seed=1):
+        gaps = correct(compare(found))
         claimed += [one.gap.p <= 0.05 for one in gaps if one.quantity == "total"]
         found_at_all += any(one.significant for one in gaps if one.quantity != "worst")
     same = replace(truth, own_items=0.0)
-    for cells, found, _ in studies(same, times, seed=2):
-        gaps = corrected_differences(compare(cells, found))
+    for found, _ in studies(same, times, seed=2):
+        gaps = correct(compare(found))
         drawn_at_all += any(one.draw_p_corrected <= 0.05 for one in gaps if one.quantity != "worst")
     assert np.mean(claimed) <= 0.05 + slack(times)
     assert found_at_all / times <= 0.05 + slack(times)
@@ -142,8 +143,8 @@ def test_a_planted_difference_is_found() -> None:
     kept[-1] = 0.6  # the third mix: 5 standard errors
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 3), kept=kept, others=3)
     hits = []
-    for cells, found, _ in studies(truth, 40, seed=3):
-        gaps = corrected_differences(compare(cells, found))
+    for found, _ in studies(truth, 40, seed=3):
+        gaps = correct(compare(found))
         totals = [one for one in gaps if one.quantity == "total"]
         hits += [one.significant for one in totals if "s7" in (one.left, one.right)]
     assert np.mean(hits) > 0.9
@@ -164,7 +165,7 @@ def test_the_one_that_was_picked_is_not_favoured() -> None:
             centre = expected[:, 0].mean() - level.mean()  # what these items do to all
             real = level[best, 0] + centre
             raw.append(found.values[best, 0] - real)
-            drawn.append(shrink(found, groups_of(cells), weight).values[best] - real)
+            drawn.append(shrink(found, weight)[0][best] - real)
         assert np.mean(raw) > 0.01
         assert abs(np.mean(drawn)) < 0.3 * np.mean(raw)
 
@@ -175,9 +176,7 @@ def test_noise_is_what_was_planted() -> None:
     for _ in range(60):
         level = 0.5 + 0.05 * rng.standard_normal((8, 1))
         cells, _ = made(replace(Truth(), kept=level), rng)
-        found.append(
-            {one.quantity: one for one in noise_of(cells, joint(cells, resamples=9, seed=0))}
-        )
+        found.append({one.quantity: one for one in noise_of(joint(cells, resamples=9, seed=0))})
     total, task = [one["total"] for one in found], [one["a1"] for one in found]
     assert {(one.freedom, one.items, one.sets, one.kind) for one in total} == {(8, 240, 8, "total")}
     # Weights of items w have a mean of 1, and mean squares of 13/12.

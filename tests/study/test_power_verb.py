@@ -20,7 +20,7 @@ Write = Callable[..., Path]
 
 @dataclass(frozen=True)
 class Noise:
-    """As `calmix.analysis.noise.Noise`."""
+    """As `calmix.analysis.power.Noise`."""
 
     condition: str = "SparseGPT 60%"
     quantity: str = "total"
@@ -116,7 +116,6 @@ def test_a_plan_says_what_its_draws_will_tell_apart(
 
 
 def test_the_noise_of_a_real_study(calmix: Callable[..., Any], store: Path) -> None:
-    pytest.importorskip("calmix.analysis.noise")
     told = json.loads(calmix("study", "power", store, "--json").out)
     total = told[0]["noise"]
     assert (total["quantity"], total["sets"], total["freedom"]) == ("total", 3, 3)
