@@ -63,7 +63,8 @@ class Ended:
 def calmix(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Ended]:
-    """Run the command line in this process and return how it ended."""
+    """Run the command line in this process and return how it ended; estimates time one call."""
+    monkeypatch.setattr("calmix.study.estimate.MOMENT", 0.0)
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["calmix", *map(str, arguments)])

@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[1]
 FAMILIES = (
     "deepseek_v32",  # latent attention, an index of tokens
     "gemma3n_text",  # several streams, shared keys and values
-    "gpt2",  # transposed linear maps
-    "mamba2",
     "mixtral",  # fused experts, stored one by one
     "sarvam_moe",  # several parameters stored as one
     "zamba2",  # blocks that share weights
@@ -25,6 +23,8 @@ MORE = (
     "gemma2",  # soft caps, windows
     "granitemoehybrid",  # state space, attention and experts by turns
     "mamba",
+    "gpt2",  # transposed linear maps
+    "mamba2",
     "mllama",  # the text of a model of images
     "qwen3_next",  # linear attention
 )

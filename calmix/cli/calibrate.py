@@ -33,8 +33,6 @@ calibrate = group(
 
 
 class CalibrateOptions(DrawOptions, ModelOptions, Json):
-    """What `calibrate` can be asked for."""
-
     spec: str = option(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     )
@@ -44,8 +42,6 @@ class CalibrateOptions(DrawOptions, ModelOptions, Json):
 
 
 class MeasureOptions(SizeOptions, ModelOptions, Json):
-    """What `calibrate measure` can be asked for."""
-
     specs: tuple[str, ...] = option(..., "Sources, mixes or saved sets; offline: all.",
                                     argument=True)  # fmt: skip
     model: str = option(..., "The model whose tokens count.", flag="--model -m")
@@ -57,8 +53,6 @@ class MeasureOptions(SizeOptions, ModelOptions, Json):
 
 
 class PredictOptions(DrawOptions, ModelOptions, Json):
-    """What `calibrate predict` can be asked for."""
-
     calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True)
     model: str = option(..., "The model to be pruned.", flag="--model -m")
     method: str = option(METHOD, "Pruning method, e.g. admm,refit=5.")
@@ -73,16 +67,12 @@ class PredictOptions(DrawOptions, ModelOptions, Json):
 
 
 class ListOptions(Json):
-    """What `calibrate sources` can be asked for."""
-
     sources: Path | None = own_sources_option(advanced=False)
     licence: Licence = licence_option(advanced=False)
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code.")
 
 
 class ShowOptions(Json):
-    """What `calibrate show` can be asked for."""
-
     name: str = option(..., "A source, file or hub id.", argument=True)
     documents: int = option(1, "Documents to show.", ge=1)
     characters: int = option(600, "Characters of each.", ge=1)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 
 class CompressOptions(Compression, Json):
-    """What `compress` can be asked for."""
-
     output: Path = path_option("Folder to write, or to resume in.")
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
     keep: str | None = option(
@@ -32,8 +30,6 @@ class CompressOptions(Compression, Json):
 
 
 class ReportOptions(Options):
-    """What `report` can be asked for."""
-
     folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True)
     output: Path | None = path_option("Page to write; needed for several.", default=None,
                                       shown="OUT/card.html")  # fmt: skip

@@ -30,16 +30,12 @@ doctor = group(
 
 
 class InspectOptions(Json):
-    """What `doctor inspect` can be asked for."""
-
     path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT")
     layers: bool = option(False, "One row for every layer.")
     plot: Path | None = option(None, "Draw sparsity and error to a .png or .svg.")
 
 
 class RerunOptions(Json):
-    """What `doctor rerun` can be asked for."""
-
     manifest: Path = option(
         ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
     )
@@ -48,8 +44,6 @@ class RerunOptions(Json):
 
 
 class AssetOptions(Json):
-    """What `doctor assets` can be asked for."""
-
     names: tuple[str, ...] = option((), "Archives; all that are needed.", argument=True)
     install: bool = option(False, "Fetch them into the cache.")
     verify: bool = option(False, "Check hashes; exit code 2 if one is bad.")

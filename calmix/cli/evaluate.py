@@ -45,8 +45,6 @@ class RetentionOptions(Options):
 
 
 class EvaluateOptions(RetentionOptions, ModelOptions, Json):
-    """What `evaluate` can be asked for."""
-
     model: str = option(..., MODEL, argument=True)
     suite: str = option("offline", "Suite by name, or a YAML file.")
     against: str | None = option(None, DENSE, metavar="DENSE")
@@ -70,22 +68,16 @@ class EvaluateOptions(RetentionOptions, ModelOptions, Json):
 
 
 class RescoreOptions(RetentionOptions, Json):
-    """What `evaluate rescore` can be asked for."""
-
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True)
     against: Path | None = option(None, "The dense model's file.", shown="the one in FILE")
 
 
 class CompareOptions(RetentionOptions, Json):
-    """What `compare` can be asked for."""
-
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True)
     against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES")
 
 
 class AnswerOptions(ModelOptions):
-    """What `evaluate answers` can be asked for."""
-
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True)
     output: Path = path_option("JSON file to write.")
     suite: str = option("offline", "Suite whose items are asked.")
@@ -94,8 +86,6 @@ class AnswerOptions(ModelOptions):
 
 
 class PerplexityOptions(ModelOptions, Json):
-    """What `evaluate perplexity` can be asked for."""
-
     model: str = option(..., MODEL, argument=True)
     text: Path = option(..., "A .txt, .jsonl or .parquet file.")
     length: int = option(2048, "Tokens per window.", ge=2)
@@ -103,8 +93,6 @@ class PerplexityOptions(ModelOptions, Json):
 
 
 class SuiteOptions(Json):
-    """What `evaluate suite` can be asked for."""
-
     name: str = option(..., "Suite by name, or a YAML file.", argument=True)
 
 

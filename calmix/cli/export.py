@@ -16,8 +16,6 @@ Form = Literal["pack", "model", "openvino", "hub", "datasets", "jsonl"]
 
 
 class ExportOptions(Json):
-    """What `export` can be asked for."""
-
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Form to write.", shown="pack; of a set datasets or jsonl")
     output: Path | None = path_option("Folder or .jsonl file to write.", default=None)

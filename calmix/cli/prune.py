@@ -56,8 +56,6 @@ class WorkOptions(MemoryOptions, DrawOptions, ModelOptions, Json):
 
 
 class PruneOptions(WorkOptions):
-    """What `prune` can be asked for."""
-
     model: str = option(..., MODEL, argument=True)
     output: Path = path_option("Folder to write; of folders with several targets.")
     method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD)
@@ -92,8 +90,6 @@ class PruneOptions(WorkOptions):
 
 
 class RecoverOptions(WorkOptions):
-    """What `recover` can be asked for."""
-
     pruned: str = option(..., "The pruned model: what calmix prune wrote.", argument=True)
     against: str = option(..., "The dense model it was pruned from.", metavar="DENSE")
     calibration: str = option(..., "Text to train on, as for calmix prune.")

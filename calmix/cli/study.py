@@ -40,15 +40,11 @@ class OfStore(Json):
 
 
 class InitOptions(Options):
-    """Options of `study init`."""
-
     study: Path = option(..., "The .yaml file to write.", argument=True, metavar="STUDY")
     overwrite: bool = option(False, "Replace the file if it exists.")
 
 
 class PlanOptions(OfFile):
-    """Options of `study plan`."""
-
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1.")
     power: Path | None = option(
         None, "An earlier study, whose noise says what seeds resolve.", metavar="STUDY"
@@ -56,8 +52,6 @@ class PlanOptions(OfFile):
 
 
 class RunOptions(DeviceOptions, OfFile):
-    """Options of `study run`."""
-
     store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE")
     only: list[str] = option(
         [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"
@@ -88,8 +82,6 @@ class RunOptions(DeviceOptions, OfFile):
 
 
 class ExportOptions(Options):
-    """Options of `study export`."""
-
     store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE")
     output: Path = path_option("Folder to write to.")
 
@@ -299,17 +291,14 @@ class Watch(Observer):
         self._bar.stop()
 
     def begin(self, todo: int, planned: int) -> None:
-        """Show how much there is to do."""
         self._total = todo
         if todo < planned:
             note(f"{todo} of {planned} trials to run")
 
     def started(self, trial: Resolved) -> None:
-        """Show which trial runs."""
         self.stage(trial, "", 0, 1)
 
     def stage(self, trial: Resolved, what: str, done: int, total: int) -> None:
-        """Show what a trial does."""
         named = f"trial {self._ended + 1} of {self._total}: {trial.planned.label} {what}".rstrip()
         if self._seconds:
             ahead = (self._total - self._ended) * sum(self._seconds) / len(self._seconds)
@@ -317,12 +306,10 @@ class Watch(Observer):
         self._bar.update(self._job, description=named, completed=done, total=total)
 
     def finished(self, trial: Resolved, outcome: Trial) -> None:
-        """Show what a trial has found."""
         self._seconds.append(outcome.seconds.get("total", 0.0))
         self._end(trial, f"{outcome_line(outcome)}, {self._seconds[-1]:.0f} s")
 
     def failed(self, trial: Resolved, error: str) -> None:
-        """Show why a trial has failed."""
         self._end(trial, f"failed: {error}")
 
     def _end(self, trial: Resolved, text: str) -> None:
@@ -330,5 +317,4 @@ class Watch(Observer):
         note(f"{self._ended}/{self._total} {trial.planned.label}: {text}")
 
     def note(self, text: str) -> None:
-        """Show a line."""
         note(text)

@@ -35,8 +35,6 @@ class StudyOptions(Json):
 
 
 class AnalyseOptions(StudyOptions):
-    """What `study analyse` and `study report` can be asked for."""
-
     output: Path | None = path_option("Folder to write.", default=None, shown="in STUDY")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
     over: Literal["single", "all"] = option(
@@ -51,8 +49,6 @@ class AnalyseOptions(StudyOptions):
 
 
 class RecommendOptions(StudyOptions):
-    """What `study recommend` can be asked for."""
-
     weights: str | None = option(
         None, "Weight of each dimension, e.g. general=1,code=2.", shown="all equal"
     )
@@ -60,8 +56,6 @@ class RecommendOptions(StudyOptions):
 
 
 class PowerOptions(StudyOptions):
-    """What `study power` can be asked for."""
-
     difference: str = option("1,2,3", "Points of retention to detect.", metavar="POINTS,...")
 
 
