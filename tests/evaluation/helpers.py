@@ -1,4 +1,4 @@
-"""What the capability tests share: requests, a reference scorer, made-up task scores."""
+"""What the tests of evaluation share: requests, a reference scorer, made-up task scores."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def opened(kind: str = "llama", seed: int = 0) -> OpenModel:
     return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
 
 
-def request(context: str, continuation: str, task: str = "task") -> Request:
+def request(context: str, answer: str, task: str = "task") -> Request:
     """One answer whose likelihood is asked for."""
-    return Request(task, context, continuation)
+    return Request(task, context, answer)
 
 
 def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Request]:
@@ -39,20 +39,25 @@ def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Request]:
     return requests
 
 
-def reference(model: OpenModel, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+def reference(
+    model: OpenModel,
+    requests: Sequence[Request],
+    pairs: Sequence[tuple[list[int], list[int]]] | None = None,
+) -> list[tuple[float, bool]]:
     """Score one request at a time with the whole model and no tricks."""
-    answers = []
-    tokenizer = model.tokenizer
-    for _, context, continuation in requests:
-        stripped = context.rstrip()
-        rest = context[len(stripped) :] + continuation
-        head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]
-        ids = head + tokenizer(rest)["input_ids"]
+    answers, tokenizer = [], model.tokenizer
+    for number, (_, context, answer) in enumerate(requests):
+        head, rest = pairs[number] if pairs else ([], [])
+        if not pairs:
+            stripped = context.rstrip()
+            head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]
+            rest = tokenizer(context[len(stripped) :] + answer)["input_ids"]
         with torch.inference_mode():
-            logits = model.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        value = sum(float(logits[at - 1, ids[at]]) for at in range(len(head), len(ids)))
-        best = all(int(logits[at - 1].argmax()) == ids[at] for at in range(len(head), len(ids)))
-        answers.append((value, best))
+            ids = torch.tensor([head + rest])
+            logits = model.model(input_ids=ids).logits[0].float().log_softmax(-1)
+        places = [*enumerate(rest, len(head) - 1)]
+        value = sum(float(logits[at, token]) for at, token in places)
+        answers.append((value, all(int(logits[at].argmax()) == token for at, token in places)))
     return answers
 
 
@@ -87,12 +92,11 @@ def choices(
     gold: Sequence[int],
     floors: Sequence[Sequence[float]] = (),
     name: str = "choice",
-    dimension: str = "general",
 ) -> TaskScores:
     """Made-up log-likelihoods of choices, four bytes each."""
     right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
     return TaskScores(
-        name, dimension, "acc", "probability", 1 / len(values[0]),
+        name, "general", "acc", "probability", 1 / len(values[0]),
         tuple(map(str, range(len(values)))), tuple(right), tuple(gold),
         tuple(map(tuple, values)), tuple((4,) * len(row) for row in values),
         "context-free" if floors else "uniform", tuple(map(tuple, floors)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import distance as module
 from calmix.evaluation.distance import distance, flips, head_hash, reference
-from calmix.models import OpenModel
+from calmix.models import OpenModel, open_model
 from tests.evaluation.helpers import accuracy, bits, opened
 from tests.tiny import save_tiny_model, tiny_ids
 
@@ -84,24 +84,20 @@ def test_a_model_is_at_no_distance_from_itself(dtype: torch.dtype) -> None:
     dense.model.to(dtype)
     found = distance(dense, reference(dense, TEXTS))
     for one in (*found.dimensions.values(), found.total):
-        assert (one.kl_mean, one.kl_median, one.kl_p99, one.top1) == (0, 0, 0, 1)
-        assert (one.kl_low, one.kl_high) == (0, 0)
+        assert astuple(one)[1:] == (0, 0, 0, 1, 0, 0)
 
 
 def test_one_row_has_no_interval() -> None:
     dense, pruned = pair()
-    texts = {"code": TEXTS["code"][:1], "math": TEXTS["math"]}
-    found = distance(pruned, reference(dense, texts))
-    assert found.dimensions["code"].kl_low is None
-    assert found.dimensions["math"].kl_low is not None
-    assert (found.total.kl_low, found.total.kl_high) == (None, None)
+    found = distance(pruned, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
+    assert [one.kl_low is None for one in (*found.dimensions.values(), found.total)] == [
+        True, False, True,
+    ]  # fmt: skip
 
 
 def test_the_cache_gives_the_same_reference_without_the_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calmix.models import open_model
-
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     dense = open_model(str(save_tiny_model(tmp_path / "m")))
     seen: list[tuple[int, int]] = []
@@ -127,19 +123,15 @@ def test_another_head_needs_the_dense_one() -> None:
         distance(pruned, made)
     found = distance(pruned, made, dense=lambda: dense)
     for name, ids in TEXTS.items():
-        kl, _ = whole(dense, pruned, ids)
-        assert found.dimensions[name].kl_mean == pytest.approx(kl.mean(), rel=1e-3)
+        assert found.dimensions[name].kl_mean == pytest.approx(
+            whole(dense, pruned, ids)[0].mean(), rel=1e-3
+        )
     with pytest.raises(InputError, match="of another dense model"):
         distance(pruned, made, dense=lambda: pruned)
-
-
-def test_what_is_done_to_the_logits_is_a_part_of_the_head() -> None:
-    dense, pruned = pair("gemma2")
-    made = reference(dense, TEXTS)
-    pruned.model.config = copy.deepcopy(pruned.model.config)
-    pruned.model.config.final_logit_softcapping = 3.0
-    with pytest.raises(InputError, match="another output head"):
-        distance(pruned, made)
+    capped, other = pair("gemma2")  # what is done to the logits is a part of the head
+    other.model.config = copy.deepcopy(other.model.config)
+    other.model.config.final_logit_softcapping = 3.0
+    assert head_hash(other.model) != head_hash(capped.model)
 
 
 def test_what_does_not_compare_is_refused() -> None:
@@ -182,18 +174,6 @@ def test_flips_are_counted_both_ways() -> None:
     assert (found.total.items, found.total.gained) == (14, 1 / 32)
     assert flips(dense, pruned) == found
     assert flips(dense, pruned, seed=1).tasks["a"].share != a.share
-
-
-def test_the_interval_of_flips_is_that_of_a_share() -> None:
-    rng = np.random.default_rng(0)
-    before = (rng.random(400) < 0.6).astype(float)
-    after = np.where(rng.random(400) < 0.2, 1 - before, before)
-    one = flips([accuracy(before.tolist())], [accuracy(after.tolist())]).tasks["quiz"]
-    p = one.share.value
-    assert (one.share.high - one.share.low) / 2 == pytest.approx(
-        1.96 * math.sqrt(p * (1 - p) / 400), rel=0.1
-    )
-    assert one.lost + one.gained == pytest.approx(p)
 
 
 def test_flips_of_texts_alone_or_of_other_items() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import calmix as package
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as module
 from calmix.evaluation.evaluate import evaluate
@@ -174,13 +173,6 @@ def test_code_runs_only_if_allowed(tiny: OpenModel) -> None:
     for name in ("programs", "paper"):
         with pytest.raises(InputError, match=r"task humaneval, mbpp .* --allow-code-execution"):
             evaluate(tiny, name)
-
-
-def test_the_public_name() -> None:
-    assert package.evaluate is evaluate
-    assert package.CapabilityScores is CapabilityScores
-    with pytest.raises(AttributeError):
-        package.nothing  # noqa: B018
 
 
 def test_the_harness_is_imported_for_its_own_tasks_alone() -> None:

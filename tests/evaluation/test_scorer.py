@@ -7,8 +7,8 @@ import torch
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import scorer as module
-from calmix.evaluation.scorer import Request, Scorer, attention_window
-from calmix.models import OpenModel
+from calmix.evaluation.scorer import Scorer, attention_window
+from calmix.models import open_model
 from tests.evaluation.helpers import opened, quiz, reference, request
 from tests.tiny import ARCHITECTURES
 
@@ -20,26 +20,31 @@ def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_scores_are_the_plain_models_on_every_architecture(kind: str) -> None:
+    calls: list[tuple[int, int]] = []
     model, requests = opened(kind), quiz()
-    found = Scorer(model, batch_tokens=200).loglikelihood(requests)
-    wanted = reference(model, requests)
+    scorer = Scorer(model, batch_tokens=200, progress=lambda *of: calls.append(of))
+    found, wanted = scorer.loglikelihood(requests), reference(model, requests)
     assert [best for _, best in found] == [best for _, best in wanted]
     assert [value for value, _ in found] == pytest.approx([v for v, _ in wanted], rel=2e-4)
+    assert scorer.loglikelihood(requests[::-1]) == found[::-1]
+    assert calls[-1] == (2 * len(requests), 2 * len(requests))
+    assert calls == sorted(calls)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
-def test_most_models_run_packed(kind: str) -> None:
-    assert Scorer(opened(kind)).packed
-
-
-def test_a_model_without_masks_runs_plain() -> None:
-    assert not Scorer(opened("bloom")).packed  # its positions come from a mask of two dimensions
-
-
-def test_rows_beyond_a_sliding_window_run_plain() -> None:
-    model = opened("mistral")
-    assert attention_window(model.model) == 16
-    assert attention_window(opened("llama").model) == float("inf")
+@pytest.mark.parametrize(
+    ("kind", "packed", "window"),
+    [
+        ("llama", True, float("inf")),
+        ("gpt2", True, float("inf")),
+        ("gemma2", True, 16),
+        ("mistral", True, 16),
+        ("bloom", False, float("inf")),  # its positions come from a mask of two dimensions
+    ],
+)
+def test_which_models_run_packed_rows_and_how_long(kind: str, packed: bool, window: float) -> None:
+    model = opened(kind)
+    assert Scorer(model).packed is packed
+    assert attention_window(model.model) == window
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,13 +56,6 @@ def test_scores_do_not_depend_on_the_batch_size(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for run in runs[1:]:
         assert [value for value, _ in run] == pytest.approx(wanted, rel=tolerance)
-
-
-def test_scores_do_not_depend_on_the_order_of_requests() -> None:
-    model, requests = opened(), quiz()
-    forth = Scorer(model).loglikelihood(requests)
-    back = Scorer(model).loglikelihood(requests[::-1])
-    assert forth == back[::-1]
 
 
 def test_single_token_choices_share_one_position() -> None:
@@ -77,63 +75,27 @@ def test_long_contexts_are_cut_on_the_left_and_counted() -> None:
     assert scorer.truncated == {"long": 1}
 
 
-def test_an_answer_longer_than_the_context_is_one_line() -> None:
-    with pytest.raises(ModelError, match=r"task big .* 300 tokens, .* is 256"):
-        Scorer(opened()).loglikelihood([request("a", "b" * 300, "big")])
-
-
-def test_a_continuation_without_tokens_is_one_line() -> None:
-    with pytest.raises(ModelError, match="no tokens for a text of task empty"):
-        Scorer(opened()).loglikelihood([request("a", "", "empty")])
-
-
-def test_a_tokenizer_without_begin_and_end_cannot_start_from_nothing() -> None:
+def test_what_cannot_be_scored_is_one_line() -> None:
     model = opened()
+    for answer, says in (
+        ("b" * 300, r"task x has an answer of 300 tokens, .* is 256"),
+        ("", "no tokens for a text of task x"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            Scorer(model).loglikelihood([request("a", answer, "x")])
+    with pytest.raises(InputError, match="must be positive, not 0"):
+        Scorer(model, batch_tokens=0)
     model.tokenizer.bos_token = model.tokenizer.eos_token = None
     with pytest.raises(ModelError, match="neither a begin nor an end token"):
         Scorer(model).loglikelihood([request("", "text")])
 
 
-@pytest.mark.parametrize("tokens", [0, -5])
-def test_batch_tokens_must_be_positive(tokens: int) -> None:
-    with pytest.raises(InputError, match="must be positive"):
-        Scorer(opened(), batch_tokens=tokens)
-
-
-def test_progress_ends_at_all_requests() -> None:
-    calls: list[tuple[int, int]] = []
-    requests = quiz()
-    Scorer(opened(), progress=lambda done, total: calls.append((done, total))).loglikelihood(
-        requests
-    )
-    assert calls[-1] == (len(requests), len(requests))
-    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-
-
 @pytest.mark.real
-def test_the_builtin_model_scores_alike_in_any_batch(builtin_float32: OpenModel) -> None:
+def test_the_builtin_model_scores_alike_in_any_batch() -> None:
+    model = open_model("builtin:smollm2-135m", dtype="float32")
     requests = quiz(questions=2, shots=3)
-    few = Scorer(builtin_float32, batch_tokens=64).loglikelihood(requests)
-    many = Scorer(builtin_float32, batch_tokens=4096).loglikelihood(requests)
+    few = Scorer(model, batch_tokens=64).loglikelihood(requests)
+    many = Scorer(model, batch_tokens=4096).loglikelihood(requests)
     assert [v for v, _ in few] == pytest.approx([v for v, _ in many], rel=1e-4)
-    wanted = reference_of(builtin_float32, requests)
-    assert [v for v, _ in many] == pytest.approx(wanted, rel=1e-3)
-
-
-def reference_of(model: OpenModel, requests: list[Request]) -> list[float]:
-    pairs = Scorer(model).pairs([(r.context, r.answer) for r in requests])
-    values = []
-    for head, rest in pairs:
-        ids = torch.tensor([head + rest])
-        with torch.inference_mode():
-            logs = model.model(input_ids=ids).logits[0].float().log_softmax(-1)
-        places = range(len(head), len(head) + len(rest))
-        values.append(sum(float(logs[at - 1, ids[0, at]]) for at in places))
-    return values
-
-
-@pytest.fixture(scope="module")
-def builtin_float32() -> OpenModel:
-    from calmix.models import open_model
-
-    return open_model("builtin:smollm2-135m", dtype="float32")
+    wanted = reference(model, requests, Scorer(model).pairs([one[1:] for one in requests]))
+    assert [v for v, _ in many] == pytest.approx([v for v, _ in wanted], rel=1e-3)
