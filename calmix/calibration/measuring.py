@@ -40,14 +40,10 @@ def measure_set(
 
 def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
-    from calmix.evaluation.likelihood import row_nll
+    from calmix.evaluation.perplexity import perplexity_of_rows
 
-    nll = float(row_nll(opened.model, made.ids).double().sum())
-    size = _bytes(opened, made.ids[:, 1:].numpy())
-    return {
-        "distortion": math.exp(nll / (made.rows * (made.length - 1))),
-        "bits_per_byte": nll / (math.log(2) * size),
-    }
+    found = perplexity_of_rows(opened, made.ids)
+    return dict(zip(("distortion", "bits_per_byte"), found, strict=True))
 
 
 def _bytes(opened: HasTokenizer, ids: Ids) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.evaluation.likelihood import Progress, Ticker, row_nll
@@ -28,11 +29,7 @@ class Perplexity:
 
 
 def perplexity(
-    opened: OpenModel,
-    text: str,
-    *,
-    length: int = 2048,
-    tick: Progress | None = None,
+    opened: OpenModel, text: str, *, length: int = 2048, tick: Progress | None = None
 ) -> Perplexity:
     """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
 
@@ -53,14 +50,16 @@ def perplexity(
     if not windows:
         raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
     rows = ids[: windows * length].view(windows, length)
-    nll = float(row_nll(opened.model, rows, tick=Ticker(tick, windows)).double().sum())
-    scored = windows * (length - 1)
-    predicted = opened.tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=False)
-    size = sum(len(part.encode()) for part in predicted)
-    return Perplexity(
-        perplexity=math.exp(nll / scored),
-        bits_per_byte=nll / math.log(2) / size,
-        length=length,
-        windows=windows,
-        tokens=scored,
-    )
+    found = perplexity_of_rows(opened, rows, tick)
+    return Perplexity(*found, length, windows, windows * (length - 1))
+
+
+def perplexity_of_rows(
+    opened: OpenModel, ids: Tensor, tick: Progress | None = None
+) -> tuple[float, float]:
+    """Return perplexity and bits per byte of full rows of token ids, shape (rows, length)."""
+    nll = float(row_nll(opened.model, ids, tick=Ticker(tick, len(ids))).double().sum())
+    predicted = ids[:, 1:]
+    texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
+    size = sum(len(text.encode()) for text in texts)
+    return math.exp(nll / predicted.numel()), nll / (math.log(2) * size)

@@ -27,7 +27,7 @@ from calmix.evaluation.likelihood import (
     decoder_and_head,
     peaks_and_sums,
 )
-from calmix.evaluation.packing import Row, Run, Scored, chain, plan
+from calmix.evaluation.packing import Row, Scored, chain, plan
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument
 from calmix.models.opening import quiet_transformers
@@ -152,7 +152,9 @@ class Scorer:
         """Yield batches of rows with the last hidden states of their nodes."""
         short = [one for one in scored if self.packed and len(one.ids) - 1 <= self._window]
         for run in plan(short, row_tokens=ROW_TOKENS):
-            yield from self._run_packed(run)
+            cache = self._remember(run.prefix) if run.prefix else None
+            for rows in batches(run.rows, self.batch_tokens):
+                yield rows, self._run_packed(rows, cache, len(run.prefix))
         chosen = {one.owner for one in short}
         chains = [chain(one) for one in scored if one.owner not in chosen]
         for rows in batches(chains, self.batch_tokens):
@@ -165,11 +167,6 @@ class Scorer:
             ids[number, : len(row)] = torch.tensor(row.ids)
         return self._decoder(input_ids=ids.to(self.device), use_cache=False)[0]
 
-    def _run_packed(self, run: Run) -> Iterator[tuple[list[Row], Tensor]]:
-        cache = self._remember(run.prefix) if run.prefix else None
-        for rows in batches(run.rows, self.batch_tokens):
-            yield rows, self._forward_packed(rows, cache, len(run.prefix))
-
     def _remember(self, prefix: list[int]) -> Any:
         """Return the keys and values of a prefix, one row."""
         from transformers import DynamicCache
@@ -179,7 +176,7 @@ class Scorer:
         self._decoder(input_ids=ids, use_cache=True, **{self._cache_key: cache})
         return cache
 
-    def _forward_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
+    def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         from transformers import DynamicCache
 
@@ -254,9 +251,9 @@ class Scorer:
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
         with quiet_transformers():
             try:
-                packed = self._forward_packed([row, other], self._remember(ids[:4]), 4)
+                packed = self._run_packed([row, other], self._remember(ids[:4]), 4)
                 chains = [chain(Scored([*line, 0], 1)) for line in lines]
-                bare = self._forward_packed(chains[:1], None, 0)
+                bare = self._run_packed(chains[:1], None, 0)
             except Exception:  # a model without masks, caches or positions fails in its own way
                 return False
             first, *rest = (self._run_plain([one])[0] for one in chains)

@@ -152,7 +152,7 @@ def test_scores_are_read_once_a_batch():
         )  # fmt: skip
         traced.reads.clear()
         hidden = Scorer._run_plain(scorer, [row])
-        packed = Scorer._forward_packed(scorer, [row, row], None, 0)
+        packed = Scorer._run_packed(scorer, [row, row], None, 0)
         assert (hidden.shape, packed.shape) == ((1, 4, 32), (2, 4, 32))
         traced.copies.clear()
         values, best = Scorer._values(scorer, [row], hidden)

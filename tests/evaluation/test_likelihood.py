@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from calmix.errors import ModelError
+from calmix.errors import InputError, ModelError
 from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import behind, decoder_and_head, row_nll
+from calmix.evaluation.perplexity import perplexity
 from calmix.models import find_blocks
 from calmix.recovery.distill import Student
 from calmix.recovery.training import trained_names
+from tests.evaluation.helpers import opened
 from tests.tiny import tiny_ids, tiny_model
 
 # What is told by the configuration alone, and what only the model's own forward tells.
@@ -84,3 +87,17 @@ def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line() -> None:
     model.forward = adding(lambda ids: ids.flip(1))
     with pytest.raises(ModelError, match="LlamaForCausalLM looks at tokens that follow"):
         row_nll(model, tiny_ids())
+
+
+def test_perplexity_is_of_whole_windows() -> None:
+    model, calls = opened(), list[tuple[int, int]]()
+    text = "the river runs " * 5
+    found = perplexity(model, text, length=32, tick=lambda *of: calls.append(of))
+    assert (found.length, found.windows, found.tokens, calls[-1]) == (32, 2, 62, (2, 2))
+    windows = [model.tokenizer(text)["input_ids"][at : at + 32] for at in (0, 32)]
+    nll = float(row_nll(model.model, torch.tensor(windows)).sum())
+    assert found.perplexity == pytest.approx(math.exp(nll / 62))
+    assert found.bits_per_byte == pytest.approx(nll / math.log(2) / 62)  # a byte is a token here
+    for length, says in ((1, "too short"), (300, "beyond the model's context"), (80, "one window")):
+        with pytest.raises(InputError, match=says):
+            perplexity(model, text, length=length)
