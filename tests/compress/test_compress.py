@@ -263,19 +263,6 @@ def test_a_saved_set_and_the_users_prompts(
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
 
 
-def test_what_recovery_wrote_is_checked_too(calmix: Run, compressed: Path, tmp_path: Path) -> None:
-    ended = calmix("doctor", "inspect", compressed / "model")
-    assert ended.code == 0, ended.err
-    assert "recovery by distill: held-out rows" in ended.out
-    assert "warning" not in ended.out
-    changed = tmp_path / "model"
-    shutil.copytree(compressed / "model", changed)
-    config = changed / "config.json"
-    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    ended = calmix("doctor", "inspect", changed)
-    assert (ended.code, "config.json is damaged or changed" in ended.err) == (2, True), ended.err
-
-
 def test_models_side_by_side_are_tied_or_one_leads(
     calmix: Run, compressed: Path, tmp_path: Path
 ) -> None:
@@ -298,6 +285,7 @@ def test_inspect_tells_of_every_stage(calmix: Run, compressed: Path, tmp_path: P
     for name in ("", "scores.json", "answers.json"):
         ended = calmix("doctor", "inspect", out / name)
         assert ended.code == 0, ended.err
+    assert "recovery by distill: held-out rows" in calmix("doctor", "inspect", out / "model").out
     told = json.loads(calmix("doctor", "inspect", out, "--json").out)
     assert told["kind"] == "compressed model"
     assert told["facts"]["model"] == "recovered checkpoint"
