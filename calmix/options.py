@@ -6,7 +6,7 @@ flags of the fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -190,18 +190,23 @@ PRUNE = (
 )  # fmt: skip
 
 
+def named_values(what: str, parts: Iterable[str], form: str) -> dict[str, str]:
+    """Return values by name from parts such as `name=value`, a form that errors of `what` show."""
+    found: dict[str, str] = {}
+    for part in parts:
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise InputError(f"{what}: '{part.strip()}' is not of the form {form}")
+        if name in found:
+            raise InputError(f"{what} gives {name} twice")
+        found[name] = value
+    return found
+
+
 def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
     """Return the name and the options, as written, of `NAME,option=value,...`."""
-    name, *parts = (part.strip() for part in text.split(","))
-    values: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise InputError(f"{what} '{text}': '{part}' is not of the form option=value")
-        if key in values:
-            raise InputError(f"{what} '{text}' gives {key} twice")
-        values[key] = value
-    return name, values
+    name, *parts = text.split(",")
+    return name.strip(), named_values(f"{what} '{text}'", parts, "option=value")
 
 
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:

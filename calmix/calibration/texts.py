@@ -18,6 +18,7 @@ from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_fu
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE
 from calmix.files import user_path
+from calmix.options import named_values
 from calmix.sources.readers import AssetText, LocalFile, Reader
 
 ROWS, LENGTH, SEED = 8, 256, 0
@@ -40,16 +41,11 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
     Raises:
         InputError: not of that form, a name given twice, or no such file.
     """
-    found: dict[str, Path] = {}
-    for entry in given:
-        name, equals, path = (part.strip() for part in entry.partition("="))
-        if not (name and equals and path):
-            raise InputError(f"--text {entry} is not NAME=PATH, such as code=mine.jsonl")
-        if name in found:
-            raise InputError(f"--text names {name} twice")
-        found[name] = user_path(path)
-        if not found[name].exists():
-            raise InputError(f"--text {name}: there is no file {found[name]}")
+    named = named_values("--text", given, "NAME=PATH, such as code=mine.jsonl")
+    found = {name: user_path(path) for name, path in named.items()}
+    for name, path in found.items():
+        if not path.exists():
+            raise InputError(f"--text {name}: there is no file {path}")
     return found
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from calmix.errors import InputError
-from calmix.options import Json
+from calmix.options import Json, named_values
 
 LONGEST = 2000  # characters of the line of a mistake
 
@@ -116,22 +116,14 @@ class Bar(Progress):
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:
-    """Return weights by name from `general=1,code=2`; a name given twice is refused."""
+    """Return weights by name from `general=1,code=2`."""
     if text is None:
         return None
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
-        try:
-            weight = float(number)
-        except ValueError:
-            equals = ""
-        if not name or not equals:
-            raise InputError(f"weights are written NAME=NUMBER,..., not '{part.strip()}'")
-        if name in found:
-            raise InputError(f"the weight of {name} is given twice")
-        found[name] = weight
-    return found
+    named = named_values(f"weights '{text}'", text.split(","), "NAME=NUMBER")
+    try:
+        return {name: float(number) for name, number in named.items()}
+    except ValueError:
+        raise InputError(f"weights '{text}' are not of the form NAME=NUMBER,...") from None
 
 
 def percent(value: float | None) -> str:

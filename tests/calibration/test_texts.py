@@ -55,9 +55,9 @@ def test_rows_are_no_longer_than_the_context_and_fewer_where_the_text_ends(
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (["code"], "--text code is not NAME=PATH, such as code=mine.jsonl"),
-        (["=x.txt"], "--text =x.txt is not NAME=PATH"),
-        (["code=here.txt", "code=here.txt"], "--text names code twice"),
+        (["code"], "--text: 'code' is not of the form NAME=PATH, such as code=mine.jsonl"),
+        (["=x.txt"], "--text: '=x.txt' is not of the form NAME=PATH"),
+        (["code=here.txt", "code=here.txt"], "--text gives code twice"),
         (["code=nowhere.txt"], "--text code: there is no file nowhere.txt"),
     ],
 )

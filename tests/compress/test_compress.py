@@ -155,7 +155,7 @@ def test_mistakes_are_one_line_before_any_work(
         ((*base, "--keep", "cod=1"), "the calibration set has no dimension 'cod': did you mean"),
         ((*base, "--keep", "code=0"), "all weights are 0"),
         ((*base, "--keep", "code=-1"), "must be a number from 0 up"),
-        ((*base, "--keep", "code"), "weights are written NAME=NUMBER"),
+        ((*base, "--keep", "code"), "'code' is not of the form NAME=NUMBER"),
         ((*base, "--keep", "code=1", "--no-corpus"), "--keep has no effect with --no-corpus"),
         ((*base, "--no-corpus", "--calibration", "news"), "exclude each other"),
         ((*base, "--no-corpus", "--licence", "permissive"), "--licence has no effect"),
