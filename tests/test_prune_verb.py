@@ -16,7 +16,7 @@ from calmix.models.streaming import NotStreamableError
 from tests.pruning.test_streamed import interrupt_before
 from tests.tiny import save_tiny_model, tiny_model
 
-SMALL = ("--rows", 6, "--length", 32)
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
 
 def full_disk(*_, **__):
