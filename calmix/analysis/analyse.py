@@ -244,16 +244,13 @@ def analyse(
 def series_of(made: Sequence[Joint]) -> list[list[Joint]]:
     """Return the conditions that differ in sparsity alone together, lowest sparsity first; those of
     an N:M pattern, which are no part of such a line, one by one."""
-    groups: dict[tuple[Any, ...], list[Joint]] = {}
+    groups: dict[tuple[str, str], list[Joint]] = {}
     for found in made:
         at = found.cells.condition
         if at.rows:
-            pattern = "" if at.unstructured else at.pattern
-            key = at.model, at.method, at.propagation, at.rows, at.length, at.suite, pattern
+            key = at.series, "" if at.unstructured else at.pattern
             groups.setdefault(key, []).append(found)
-    return [
-        sorted(group, key=lambda found: found.cells.condition.sparsity) for group in groups.values()
-    ]
+    return list(groups.values())
 
 
 def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:

@@ -126,29 +126,18 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """The joint bootstrap of one condition; quantities are those of `Cells`.
-
-    Attributes:
-        values: mean over seeds, shape (sets, quantities); nan where unknown.
-        counts: seeds of each set, shape (sets,).
-        deviations: over each set's own seeds, shape (sets, quantities); nan from one.
-        item, draw: deviations of the resamples, shape (sets, quantities, resamples).
-        by_items: covariance of the sets' means over items, shape (tasks, sets, sets).
-        by_draws: covariance of one seed on these items, shape (tasks, tasks).
-        both: variance of one seed that is chance of the items, shape (tasks,).
-        freedom: degrees of freedom of `by_draws`; 0 where no set has two seeds.
-    """
+    """The joint bootstrap of one condition; quantities are those of `Cells`."""
 
     cells: Cells
-    values: Array
-    counts: Array
-    deviations: Array
-    item: Array = field(repr=False)
+    values: Array  # mean over seeds, shape (sets, quantities); nan where unknown
+    counts: Array  # seeds of each set, shape (sets,)
+    deviations: Array  # over each set's own seeds, shape (sets, quantities); nan from one
+    item: Array = field(repr=False)  # deviations of resamples, shape (sets, quantities, resamples)
     draw: Array = field(repr=False)
-    by_items: Array = field(repr=False)
-    by_draws: Array = field(repr=False)
-    both: Array = field(repr=False)
-    freedom: int
+    by_items: Array = field(repr=False)  # covariance of sets' means, shape (tasks, sets, sets)
+    by_draws: Array = field(repr=False)  # covariance of one seed, shape (tasks, tasks)
+    both: Array = field(repr=False)  # variance of one seed that is chance of items, shape (tasks,)
+    freedom: int  # degrees of freedom of `by_draws`; 0 where no set has two seeds
 
     def variances(self, coefficients: Array) -> tuple[float, float, float]:
         """Return a contrast's variance by items, by seeds, and what is in both."""
@@ -190,12 +179,8 @@ class Joint:
 def joint(
     cells: Cells, *, resamples: int, seed: int, layout: Sequence[tuple[str, int]] | None = None
 ) -> Joint:
-    """Return the joint bootstrap of one condition.
-
-    Args:
-        layout: (set, seed) of all trials of the study, so that what a seed does under two
-            conditions that both have it stays together.
-    """
+    """Return the joint bootstrap of one condition; `layout` is (set, seed) of all trials of the
+    study, so that what a seed does under two conditions that both have it stays together."""
     names = [(cells.sets[at], cells.seeds[number]) for at, number in cells.trials]
     of = np.array([at for at, _ in cells.trials])
     count, tasks = len(cells.sets), len(cells.tasks)

@@ -31,16 +31,11 @@ Over = Literal["single", "all"]
 
 @checked_dataclass(frozen=True)
 class Settings:
-    """How an analysis is made: `over` says which sets are points of a correlation, `default` which
-    set margins are over (None: the mean of the single sources).
-
-    Raises:
-        ValueError: an unknown name, or a number that is too low.
-    """
+    """How an analysis is made."""
 
     measure: Measure = "primary"
-    over: Over = "single"
-    default: str | None = None
+    over: Over = "single"  # sets that are points of a correlation
+    default: str | None = None  # the set that margins are over; else the mean of single sources
     permutations: Annotated[int, Field(ge=1)] = PERMUTATIONS
     resamples: Annotated[int, Field(ge=1)] = RESAMPLES
     seed: Annotated[int, Field(ge=0)] = 0
@@ -83,39 +78,27 @@ class Task:
 @dataclass(frozen=True)
 class Cells:
     """All trials of one condition, as tables of sets by *quantities*: the total, the dimensions,
-    then the tasks. Values are nan where there is no trial or no signal.
-
-    Attributes:
-        sets, strategies, kinds: calibration sets in the study's order, how each was made, and
-            what a single source leans to.
-        halves: of each set the tasks that are the other half of a benchmark it was made of.
-        mixes: of each set the shares of its sources; empty where it is made of none.
-        trials: (set, seed) of every trial, by position.
-        items: by position of a task with signal, what every trial keeps of each item, shape
-            (trials, items), and the whole of it: retention is `kept.sum() / whole.sum()`.
-        values: retention, shape (sets, seeds, quantities).
-        accuracy: retention of accuracy (the paper's), mean over seeds.
-        distance: to the dense model, mean over seeds: `kl` in nats a token, `top1` as a share of
-            tokens, `flips` of items; nan where not measured.
-        metrics, information: names, and their means over seeds, shape (sets, metrics).
-    """
+    then the tasks. Values are nan where there is no trial or no signal."""
 
     condition: Condition
-    sets: tuple[str, ...]
-    strategies: tuple[str, ...]
-    kinds: tuple[str, ...]
-    halves: tuple[tuple[str, ...], ...]
-    mixes: tuple[dict[str, float], ...]
+    sets: tuple[str, ...]  # calibration sets in the study's order
+    strategies: tuple[str, ...]  # how each was made
+    kinds: tuple[str, ...]  # what a single source leans to
+    halves: tuple[tuple[str, ...], ...]  # tasks: the other half of a benchmark a set was made of
+    mixes: tuple[dict[str, float], ...]  # shares of its sources; empty where it is made of none
     seeds: tuple[int, ...]
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
-    trials: tuple[tuple[int, int], ...]
-    items: dict[int, tuple[Array, Array]]
-    values: Array
-    accuracy: Array
-    distance: dict[str, Array]
+    trials: tuple[tuple[int, int], ...]  # set and seed of each, by position
+    items: dict[int, tuple[Array, Array]]  # by task with signal: what every trial keeps of each
+    # item, shape (trials, items), and the whole of it; retention is kept.sum() / whole.sum()
+    values: Array  # retention, shape (sets, seeds, quantities)
+    accuracy: Array  # retention of accuracy (the paper's), mean over seeds
+    distance: dict[
+        str, Array
+    ]  # to the dense model: kl in nats a token, top1, flips; of seeds' mean
     metrics: tuple[str, ...]
-    information: Array
+    information: Array  # the metrics, mean over seeds, shape (sets, metrics)
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -212,12 +195,7 @@ def share_of(pattern: str) -> float | None:
 
 
 def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> list[Cells]:
-    """Return one table a condition, by method, sparsity, and what else differs.
-
-    Raises:
-        InputError: two trials of one condition, calibration set and seed, or trials without
-            items' scores.
-    """
+    """Return one table a condition, by method, sparsity, and what else differs."""
     groups: dict[Condition, list[Trial]] = {}
     for trial in trials:
         key = Condition(

@@ -147,10 +147,8 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
 
 
 def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
-    """Return every metric with every quantity of one condition, p not corrected yet.
-
-    Empty with fewer than four sets.
-    """
+    """Return every metric with every quantity of one condition, p not corrected yet; nothing with
+    fewer than four sets."""
     names, made = [*cells.quantities, *(task.name for task in cells.tasks)], []
     for among, every in points(cells, settings.over).items():
         chosen = [at for group in every for at in group]
@@ -218,11 +216,8 @@ def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
 
 
 def cancellation(parts: Array, *, permutations: int, seed: int) -> tuple[float, float]:
-    """Return the deviation of the mean over unrelated dimensions, and the p of the observed one.
-
-    Args:
-        parts: retention, shape (sets, dimensions), nothing missing.
-    """
+    """Return the deviation of the mean over unrelated dimensions, and the p of the observed one, of
+    retention of shape (sets, dimensions)."""
     sets, dimensions = parts.shape
     unrelated = float(np.sqrt(parts.var(0, ddof=1).sum()) / dimensions)
     drawn = np.tile(parts.T, (permutations, 1, 1))

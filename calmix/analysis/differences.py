@@ -161,11 +161,8 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[dict[tuple[st
 
 
 def margins(series: Sequence[Joint], default: str | None) -> tuple[list[Margin], list[Growth]]:
-    """Return the leads of every set that is no single source over the default, and their growth.
-
-    Args:
-        series: conditions that differ in sparsity alone, lowest first.
-    """
+    """Return the leads of every set that is no single source over the default, and their growth
+    over conditions that differ in sparsity alone, lowest first."""
     every, over = leads_over(series, default), default or SINGLES
     conditions = [found.cells.condition for found in series]
     leads = [

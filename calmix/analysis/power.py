@@ -164,15 +164,11 @@ def _noncentrality(freedom: float) -> float:
     """Return how many standard errors are detected in 80 % of studies: 2.8 with much freedom."""
     if freedom >= MOST:
         return Z + Z_POWER
+    from scipy.optimize import brentq
     from scipy.stats import nct, t
 
     critical = float(t.ppf((1 + LEVEL) / 2, freedom))
-    low, high = 0.0, 4 * critical  # freedom far below 1 would need more
-    for _ in range(50):
-        middle = (low + high) / 2
-        enough = nct.sf(critical, freedom, middle) >= POWER
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    return float(brentq(lambda far: nct.sf(critical, freedom, far) - POWER, 0, 4 * critical))
 
 
 def needed(difference: float, draw: float, freedom: float, item: float) -> Needed:

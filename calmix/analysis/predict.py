@@ -32,7 +32,6 @@ from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError
 from calmix.files import cache_dir, check_free, sha256_json, user_path, write_bytes
 from calmix.models import OpenModel, find_blocks
-from calmix.models.blocks import DecoderBlocks
 from calmix.options import METHOD
 from calmix.pruning.engine import check_pattern, prune
 from calmix.pruning.gram import Gram, Squares, output_energy
@@ -134,10 +133,10 @@ def lost_output(
         tick: called with the layers of each input that is done.
 
     Raises:
-        InputError: the method does not go by Gram matrices, or a file is damaged.
+        InputError: a file is damaged.
         SolverError: a Gram matrix is unusable.
     """
-    found = _chosen(opened, only, method, pattern)
+    found = find_blocks(opened.model).select(only)
     layers = {layer.name: layer for at in range(len(found)) for layer in found.prunables(at)}
     files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
     lost: Lost = {name: {text: {} for text in held_out} for name in sets}
@@ -216,7 +215,8 @@ def predict(
     chosen, tick = get_method(method), tick or (lambda what: None)
     pattern = as_pattern(0.6 if pattern is None else pattern)
     only = every_block(opened, every)
-    blocks = _chosen(opened, only, chosen, pattern)
+    blocks = find_blocks(opened.model).select(only)
+    check_pattern(blocks, pattern)
     if held_out is None:
         held_out = texts(opened, rows=ROWS, length=LENGTH)
     share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),
@@ -260,16 +260,13 @@ def check_request(
     """
     if every < 1:
         raise InputError(f"--every {every} is not positive")
-    _check_method(get_method(method))
+    chosen = get_method(method)
+    if chosen.needs is None:
+        raise InputError(f"method {chosen.name} looks at no text: every set keeps as much")
+    if chosen.needs not in (Gram, Squares):
+        raise InputError(f"method {chosen.name} cannot be predicted: it goes by no Gram matrix")
     for text in calibrations:
         ask(text, **({} if is_saved_set(user_path(text)) else draw))
-
-
-def _check_method(method: Method) -> None:
-    if method.needs is None:
-        raise InputError(f"method {method.name} looks at no text: every set keeps as much")
-    if method.needs not in (Gram, Squares):
-        raise InputError(f"method {method.name} cannot be predicted: it goes by no Gram matrix")
 
 
 def prediction(
@@ -297,16 +294,6 @@ def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[str, float, dict[s
     options = {**spec.fixed, **given, "sources": spec.own}
     whole = math.fsum(names.values())
     return [(name, weight / whole, options) for name, weight in names.items()]
-
-
-def _chosen(
-    opened: OpenModel, only: Sequence[str], method: Method, pattern: Pattern
-) -> DecoderBlocks:
-    """Return the blocks with the chosen layers, if the method can prune them on Gram matrices."""
-    _check_method(method)
-    found = find_blocks(opened.model).select(only)
-    check_pattern(found, pattern)
-    return found
 
 
 @contextmanager

@@ -59,11 +59,7 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
     rank). A set keeps signal / (signal + its noise) of that distance, and the square root of it of
     the distance's resamples.
 
-    Args:
-        weight: of the quantities, shape (quantities,).
-
-    Returns:
-        Values, shape (sets,), and the coefficients of the sets' deviations in each, (sets, sets).
+    Returned are values, shape (sets,), and the coefficients of the sets' deviations in each.
     """
     values = weighed(found, weight)
     count = len(values)
@@ -113,11 +109,7 @@ def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) ->
 
 
 def candidates(found: Joint, weight: Array) -> list[Candidate]:
-    """Return the sets by a weighted quantity, the highest first; those without a value are last.
-
-    Args:
-        weight: of the quantities, shape (quantities,).
-    """
+    """Return the sets by a weighted quantity, the highest first; those without a value are last."""
     cells, measured = found.cells, weighed(found, weight)
     values, coefficients = shrink(found, weight)
     best = _chances(found, weight, values, coefficients)
