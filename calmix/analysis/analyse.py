@@ -115,7 +115,7 @@ class Analysis:
         }
 
     def tables(self) -> dict[str, DataFrame]:
-        """Return the tables by name, each as one row a thing found."""
+        """Return the tables by name, one row for each result."""
 
         def every(name: str, kind: type) -> DataFrame:
             return _frame([row for found in self.conditions for row in getattr(found, name)], kind)
@@ -148,7 +148,7 @@ class Analysis:
         ]  # fmt: skip
 
     def _tasks(self) -> list[dict[str, Any]]:
-        """Return a row a set and task, and a row a set and quantity without its own benchmark."""
+        """Return a row for each set and task, and for sets without their own benchmark."""
         rows = []
         for found in self.conditions:
             for one in found.ranking:
@@ -242,8 +242,8 @@ def analyse(
 
 
 def series_of(made: Sequence[Joint]) -> list[list[Joint]]:
-    """Return the conditions that differ in sparsity alone together, lowest sparsity first; those of
-    an N:M pattern, which are no part of such a line, one by one."""
+    """Group conditions that differ in sparsity alone, lowest first; N:M patterns, which are no
+    points on that axis, stand one by one."""
     groups: dict[tuple[str, str], list[Joint]] = {}
     for found in made:
         at = found.cells.condition
@@ -254,7 +254,7 @@ def series_of(made: Sequence[Joint]) -> list[list[Joint]]:
 
 
 def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return rows as mappings; the ratio of noise is a column, though it is computed."""
+    """Return rows as mappings, with the ratio of signal to noise."""
     return [asdict(one) | ({"ratio": one.ratio} if isinstance(one, Noise) else {}) for one in found]
 
 

@@ -4,7 +4,7 @@ Two things would come out otherwise if the work were done again:
 
 * **items**: other test items. Each resample draws items with replacement, task by task, the same
   ones for every calibration set (`evaluation.retention.item_weights`): differences are paired.
-* **draws**: other calibration rows, under other seeds. What a trial is off its set's mean is a
+* **seeds**: other calibration rows, under other seeds. What a trial is off its set's mean is a
   vector over tasks; over all sets with two seeds or more these vectors are pooled, and each
   resample adds to a set of k seeds a normal vector of their covariance over k. One factor
   sqrt(df / chi-squared) for all sets of a resample makes that Student's t. Where no set has two

@@ -147,8 +147,8 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
 
 
 def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
-    """Return every metric with every quantity of one condition, p not corrected yet; nothing with
-    fewer than four sets."""
+    """Correlate every metric with every quantity of one condition, p not corrected yet; with fewer
+    than four sets there is nothing."""
     names, made = [*cells.quantities, *(task.name for task in cells.tasks)], []
     for among, every in points(cells, settings.over).items():
         chosen = [at for group in every for at in group]
@@ -169,8 +169,8 @@ def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
 
 
 def _rhos(x: Array, y: Array, strata: Strata, settings: Settings) -> dict[int, dict[str, Any]]:
-    """Return rho, its interval and p of x, shape (n,), with each row of y, by its position; those
-    that have none left out."""
+    """Correlate x, shape (n,), with the rows of y, and return rho, interval and p by row; rows
+    without a rho are left out."""
     known, seed = np.flatnonzero(~np.isnan(y).any(1)), settings.seed
     if len(x) < LEAST or not len(known):
         return {}
@@ -202,8 +202,8 @@ def trade_offs(correlations: Sequence[Correlation], dimensions: Sequence[str]) -
 
 
 def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
-    """Return how KL to the dense model goes with retention over all sets, in total and by
-    dimension (ours); without those that fewer than four sets have both of."""
+    """Correlate KL to the dense model with retention over all sets, in total and by dimension
+    (ours); quantities with fewer than four sets are left out."""
     made = []
     for at, name in enumerate(cells.quantities):
         both = np.stack([cells.distance["kl"][:, at], cells.means[:, at]])
@@ -227,8 +227,8 @@ def cancellation(parts: Array, *, permutations: int, seed: int) -> tuple[float, 
 
 
 def spreads(cells: Cells, settings: Settings) -> list[Spread]:
-    """Return the spread of total and dimensions over single sources and over all sets; of fewer
-    than two there is none."""
+    """Return the spread of total and dimensions over single sources and over all sets, where there
+    are two or more."""
     found = []
     for over in get_args(Over):
         chosen = counted(cells, over)

@@ -37,7 +37,7 @@ class Difference:
     right: str
     quantity: str
     gap: Estimate
-    p_corrected: float | None = None  # over the analysis; `apart` is a family of its own
+    p_corrected: float | None = None  # over all differences of the analysis, `apart` by itself
     draw_p_corrected: float | None = None
 
     @property
@@ -103,8 +103,8 @@ def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict
 
 
 def compare(found: Joint) -> list[Difference]:
-    """Return every two ways to calibrate, p not corrected yet: sets that are no single source, the
-    single source with the highest total, and the mean of all single sources."""
+    """Compare every two ways to calibrate, p not corrected yet: mixes and written text set by set,
+    the single source with the highest total, and the mean of all single sources."""
     cells, singles, made = found.cells, found.cells.of("single"), []
     sides = [Side(cells.sets[at], how, (at,)) for at, how in enumerate(cells.strategies)
              if how != "single"]  # fmt: skip
@@ -129,7 +129,7 @@ def compare(found: Joint) -> list[Difference]:
 
 
 def correct(differences: Sequence[Difference]) -> list[Difference]:
-    """Return all differences of an analysis with each p corrected."""
+    """Return all differences of an analysis with both p-values corrected."""
     return corrected(
         differences,
         lambda one: one.quantity == APART,
@@ -141,8 +141,8 @@ def correct(differences: Sequence[Difference]) -> list[Difference]:
 def leads_over(made: Sequence[Joint], default: str | None) -> list[dict[tuple[str, str], Contrast]]:
     """Return the leads over the default under several conditions, by set and quantity.
 
-    The default is a calibration set; None is the mean of the single sources that all of those
-    conditions have that have any, so that a lead does not change by other sources.
+    The default is a calibration set, or with None the mean of those single sources that every
+    condition with sources has: a lead does not change because other sources were run.
     """
     singles = [{one.cells.sets[at] for at in one.cells.of("single")} for one in made]
     there = [names for names in singles if names] if default is None else [{default}]
@@ -161,8 +161,8 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[dict[tuple[st
 
 
 def margins(series: Sequence[Joint], default: str | None) -> tuple[list[Margin], list[Growth]]:
-    """Return the leads of every set that is no single source over the default, and their growth
-    over conditions that differ in sparsity alone, lowest first."""
+    """Return the leads of mixes and written text over the default, and how they grow over
+    conditions that differ in sparsity alone, lowest first."""
     every, over = leads_over(series, default), default or SINGLES
     conditions = [found.cells.condition for found in series]
     leads = [

@@ -184,7 +184,7 @@ def needed(difference: float, draw: float, freedom: float, item: float) -> Neede
 
 
 def _least_draws(difference: float, draw: float, freedom: float, item: float) -> int | None:
-    """Return the least k at which a difference is detectable; what is falls with k."""
+    """Return the least k at which a difference is detectable."""
     low, high = 0, 1
     while detectable(high, draw, freedom, item) > difference:
         low, high = high, 2 * high

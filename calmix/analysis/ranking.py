@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ranked(Candidate):
-    """One calibration set under one condition, in everything that was measured."""
+    """One calibration set under one condition, with everything measured."""
 
     condition: str
     kind: str
@@ -135,7 +135,7 @@ Placed = TypeVar("Placed", bound=Candidate)
 
 
 def leaders(placed: Sequence[Placed]) -> list[Placed]:
-    """Return the first set and those tied with it: not behind it beyond doubt."""
+    """Return the first set and those tied with it: the interval of `behind` reaches 0."""
     return [
         one for one in placed
         if one.total.value is not None
