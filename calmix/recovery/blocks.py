@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from calmix.pruning.trace import TOKENS, BlockCall, Calls
 from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.job import Job
 from calmix.recovery.losses import relative_error
-from calmix.recovery.training import Masters, Stop, grouped, rate, rows_at_once, steps_of
+from calmix.recovery.training import Masters, best_of, grouped, rate, rows_at_once, steps_of
 from calmix.specs import RecoverRequest
 
 
@@ -77,9 +77,9 @@ class BlockReport:
     block: int
     before: float
     after: float
-    losses: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-    epochs: int = 0
+    losses: list[float]
+    held_out: list[float]
+    epochs: int
 
 
 def tune(
@@ -125,24 +125,24 @@ def tune(
             "(--dtype float32 computes in more range)"
         )
 
-    stop = Stop(finite([error(held_out, learn=False)])[0])
-    report = BlockReport(index, stop.best, stop.best)
+    (before,) = readings = finite([error(held_out, learn=False)])
+    best, losses = 0, []
     steps = steps_of(len(groups), at_once, request.epochs, seed)
     an_epoch = len(steps) // request.epochs
     for epoch in range(request.epochs):
-        losses = []
+        errors = []
         for step in range(epoch * an_epoch, (epoch + 1) * an_epoch):
-            losses.append(error([n for group in steps[step] for n in groups[group]], learn=True))
+            errors.append(error([n for group in steps[step] for n in groups[group]], learn=True))
             masters.step(rate(step, len(steps), request.lr))
-        *values, reading = finite([*losses, error(held_out, learn=False)])
-        report.losses.append(sum(values) / len(values))
-        report.held_out.append(reading)
-        if stop.better(reading, epoch + 1):
+        *values, reading = finite([*errors, error(held_out, learn=False)])
+        losses.append(sum(values) / len(values))
+        readings.append(reading)
+        best, due = best_of(readings)
+        if best == epoch + 1:
             keep()
-        if stop.due:
+        if due:
             break
-    report.after, report.epochs = stop.best, stop.at
-    return report
+    return BlockReport(index, before, readings[best], losses, readings[1:], best)
 
 
 def recover_blocks(job: Job) -> tuple[float, float, Any]:

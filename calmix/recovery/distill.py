@@ -27,7 +27,7 @@ from calmix.models.shards import read_file, write_file
 from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
 from calmix.recovery.pair import same_head
-from calmix.recovery.training import Masters, Rows, Stop, grouped, rate, steps_of, trained_names
+from calmix.recovery.training import Masters, Rows, best_of, grouped, rate, steps_of, trained_names
 from calmix.specs import RecoverRequest
 
 READINGS = 2  # of the held-out rows, an epoch
@@ -137,10 +137,7 @@ def distill(
 
     if not progress.held_out:
         progress.held_out.append((0, reading()))
-    first = progress.held_out[0][1]
-    peak, stop = request.lr * min(1.0, first / WIDE), Stop(first)
-    for at, loss in progress.held_out[1:]:
-        stop.better(loss, at)
+    peak = request.lr * min(1.0, progress.held_out[0][1] / WIDE)
     while progress.done < len(steps) and not progress.stopped:
         chosen = [rows.training[number] for number in steps[progress.done]]
         where = f"at step {progress.done + 1} of {len(steps)}"
@@ -150,9 +147,9 @@ def distill(
         progress.done += 1
         if not progress.done % every or progress.done == len(steps):
             progress.held_out.append((progress.done, reading()))
-            if stop.better(progress.held_out[-1][1], progress.done):
-                progress.best = progress.done
-            progress.stopped = stop.due and progress.done < len(steps)
+            best, due = best_of([loss for _, loss in progress.held_out])
+            progress.best = progress.held_out[best][0]
+            progress.stopped = due and progress.done < len(steps)
         yield progress
 
 

@@ -119,25 +119,10 @@ def rows_at_once(batch: int, length: int) -> list[int]:
     return [rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0]
 
 
-class Stop:
-    """When to stop: `best` is the least loss of the held-out rows so far, `at` when it was."""
-
-    def __init__(self, loss: float) -> None:
-        self.best, self.at = loss, 0
-        self.worse = 0
-
-    def better(self, loss: float, at: int) -> bool:
-        """Take a reading; return whether it is the best so far."""
-        if loss < self.best:
-            self.best, self.at, self.worse = loss, at, 0
-            return True
-        self.worse += 1
-        return False
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to stop."""
-        return self.worse >= PATIENCE
+def best_of(losses: Sequence[float]) -> tuple[int, bool]:
+    """Return which reading of the held-out rows is the best, and whether it is time to stop."""
+    best = min(range(len(losses)), key=losses.__getitem__)
+    return best, len(losses) - 1 - best >= PATIENCE
 
 
 def local(tensor: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from calmix.errors import InputError
 from calmix.recovery.training import (
     Masters,
-    Stop,
+    best_of,
     rate,
     rows_at_once,
     size_of,
@@ -64,14 +64,10 @@ def test_a_micro_batch_divides_the_batch(batch, length, rows):
 
 
 def test_it_stops_after_three_readings_without_a_better_one():
-    stop = Stop(1.0)
-    assert [stop.better(loss, at) for at, loss in enumerate((0.9, 0.95, 0.8, 0.8, 0.9), 1)] == [
-        True, False, True, False, False,
-    ]  # fmt: skip
-    assert not stop.due
-    stop.better(0.85, 6)
-    assert stop.due
-    assert (stop.best, stop.at) == (0.8, 3)
+    losses = [1.0, 0.9, 0.95, 0.8, 0.8, 0.9, 0.85]
+    found = [best_of(losses[:number]) for number in range(1, 8)]
+    assert [best for best, _ in found] == [0, 1, 1, 3, 3, 3, 3]
+    assert [due for _, due in found] == [False] * 6 + [True]
 
 
 def layer(dtype=torch.bfloat16):
