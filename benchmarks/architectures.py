@@ -50,7 +50,7 @@ from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.scorer import Request, Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
-from calmix.pruning import Unstructured, get_method, streamed
+from calmix.pruning import Unstructured, experts, get_method, streamed
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.pruning.old_states import Room
 from calmix.pruning.report import PruneReport
@@ -318,9 +318,8 @@ class Sweep:
         }  # fmt: skip
         self.long = torch.randint(3, 259, (2, LONG), generator=generator)
         model = load(self.dense, torch.float32)
-        layers = linear_maps(model).values()
-        # So small a smoothing that only experts without tokens are pruned on others'.
-        self.smoothing = 1e-9 if any(layer.mixture for layer in layers) else None
+        # So small that only experts without tokens are pruned on others'.
+        experts.SMOOTHING = 1e-9
         with torch.no_grad():
             model(self.long, use_cache=False)
             try:
@@ -338,9 +337,7 @@ class Sweep:
         def drawn(made: Any) -> None:
             self.ids = made.ids
 
-        request = prune_request(
-            method="sparsegpt", sparsity=0.5, expert_smoothing=self.smoothing, **self.drawn
-        )
+        request = prune_request(method="sparsegpt", sparsity=0.5, **self.drawn)
         room = mock.patch.object(streamed, "room_for", return_value=Room())
         few = mock.patch.object(streamed, "tokens_at_once", return_value=5 * LENGTH)
         with room if files else mock.MagicMock(), few:

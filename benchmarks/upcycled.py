@@ -39,7 +39,6 @@ SOURCES = {
     "one source": "encyclopedia",
     "mix": "uniform:python-stdlib,encyclopedia,math-solutions,stories",
 }
-TOKENS = ("routed-only", "all-tokens", "routed")
 
 
 def upcycle(folder: Path) -> None:
@@ -111,15 +110,15 @@ def main() -> None:
     kept = options.work / "results.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     read = Readout(options.readout)
-    wanted = [(s, t, c) for s in options.sparsities for t in TOKENS for c in SOURCES]
-    for sparsity, tokens, calibration in wanted[: options.conditions]:
-        name = f"{options.method} {sparsity:g} {tokens} {calibration} {options.rows}"
+    wanted = [(s, c) for s in options.sparsities for c in SOURCES]
+    for sparsity, calibration in wanted[: options.conditions]:
+        name = f"{options.method} {sparsity:g} {calibration} {options.rows}"
         if name in results:
             continue
         output = options.work / name.replace(" ", "-")
         request = prune_request(
             method=options.method, sparsity=sparsity, calibration=SOURCES[calibration],
-            rows=options.rows, length=options.length, experts=tokens,
+            rows=options.rows, length=options.length,
         )  # fmt: skip
         try:
             prune_checkpoints(str(dense), {output: request}, resume=True)

@@ -182,7 +182,7 @@ COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 # What draws a calibration set beside its specification; what a method that looks at data takes;
 # what a user can say of any prune: no method's option has such a name.
 DRAW = tuple(DrawOptions.model_fields)
-CALIBRATED = ("calibration", "propagation", "experts", "expert_smoothing", "drop_experts", *DRAW)
+CALIBRATED = ("calibration", "propagation", "drop_experts", *DRAW)
 PRUNE = (
     *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
     "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",

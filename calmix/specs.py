@@ -40,7 +40,6 @@ class PruneRequest:
         calibration: what to calibrate on, as `calmix.calibration.resolve` takes it.
         draw: the options of the draw that were given.
         allocation: `owl`, `error` or sparsities by layer; None for the same everywhere.
-        experts, expert_smoothing: as `calmix.pruning.experts.ExpertTokens` has them.
         only, skip: patterns of layers' names, as `DecoderBlocks.select` takes them.
         drop_experts: share of every mixture's experts that go whole, before weights do.
     """
@@ -53,8 +52,6 @@ class PruneRequest:
     draw: dict[str, Any] = field(default_factory=dict)
     propagation: Propagation | None = None
     allocation: str | dict[str, float] | None = None
-    experts: str | None = None
-    expert_smoothing: float | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     drop_experts: float | None = None
@@ -74,8 +71,8 @@ def prune_request(
         sparsity: share to prune, in (0, 1); or
         pattern: `N:M`, or what else `as_pattern` takes. Exactly one of the two; or neither, and
             `drop_experts` alone.
-        **options: calibration, propagation, allocation, experts, expert_smoothing, drop_experts,
-            only, skip, those in `DRAW` and the method's own; None means not given.
+        **options: calibration, propagation, allocation, drop_experts, only, skip, those in
+            `DRAW` and the method's own; None means not given.
 
     Raises:
         InputError: an unknown name, a value out of range, something needed that is missing, or
@@ -145,8 +142,7 @@ def prune_request(
         raise InputError(f"unknown propagation '{propagation}': {nearest(propagation, known)}")
     return PruneRequest(
         chosen.name, sparsity, pattern, chosen.options, given["calibration"], draw, propagation,
-        allocation, given.get("experts"), given.get("expert_smoothing"), only, skip,
-        drop,
+        allocation, only, skip, drop,
     )  # fmt: skip
 
 

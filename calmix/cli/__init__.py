@@ -56,6 +56,8 @@ def _refuse(error: Any) -> NoReturn:
     if verb == "calmix prune" and (name := getattr(error, "option_name", "")):
         from calmix.pruning.methods import methods
 
+        if name in ("--experts", "--expert-smoothing"):
+            fail(f"{name} is gone: experts are pruned on their own tokens, and a little on all")
         key = name.lstrip("-").replace("-", "_")
         for method in sorted(methods().values(), key=lambda one: one.name != METHOD):
             if key in method.model_fields:

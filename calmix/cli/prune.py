@@ -73,12 +73,6 @@ class PruneOptions(WorkOptions):
     allocation: str | None = option(
         None, "Sparsity by layer: owl, error, or a file.", shown="uniform", advanced=True
     )
-    experts: str | None = option(
-        None, "Tokens for experts: routed, all-tokens, routed-only.", shown="routed", advanced=True
-    )
-    expert_smoothing: float | None = option(
-        None, "Weight of the all-token average, in tokens.", shown="32", advanced=True
-    )
     drop_experts: float | None = option(
         None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True
     )
@@ -111,8 +105,8 @@ def prune(options: PruneOptions) -> None:
     With several methods, sparsities or patterns the model is read once, and every target gets a
     folder of its own. Under torchrun several processes, with a GPU each, prune one model together.
     """
-    names = ("method", "sparsity", "pattern", "calibration", "propagation", "allocation", "experts",
-             "expert_smoothing", "drop_experts")  # fmt: skip
+    names = ("method", "sparsity", "pattern", "calibration", "propagation", "allocation",
+             "drop_experts")  # fmt: skip
     asked: dict[str, Any] = {name: getattr(options, name) for name in names} | options.draw()
     asked |= {"only": options.only or None, "skip": options.skip or None}
     recovery: RecoverRequest | None = None

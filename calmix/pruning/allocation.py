@@ -27,7 +27,6 @@ from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.options import METHOD
 from calmix.precision import widest
 from calmix.pruning.engine import Group, Run, check_names, run_through
-from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Unstructured, clear
@@ -251,10 +250,8 @@ class DensePass(Run):
         by: str,
         sparsities: Sequence[float],
         paused: int | None = None,
-        experts: ExpertTokens | None = None,
     ) -> None:
-        pattern = Unstructured(0.5)
-        super().__init__(model, found, looker(by), pattern, "sequential", paused, experts=experts)
+        super().__init__(model, found, looker(by), Unstructured(0.5), "sequential", paused)
         self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}

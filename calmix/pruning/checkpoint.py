@@ -51,7 +51,7 @@ from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSou
 from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, from_shares, looker
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import Patterns, check_pattern, expert_tokens, with_room
+from calmix.pruning.engine import Patterns, check_pattern, with_room
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, get_method
 from calmix.pruning.old_states import FILES
@@ -448,7 +448,6 @@ def _job(
         work=WorkFolder(output, checkpoint_every, *distributed.processes()),
         method=method, pattern=pattern, allocation=allocation,
         propagation=request.propagation or "sequential", output=output, request=request,
-        experts=expert_tokens(request.experts, request.expert_smoothing, source.blocks),
         asked=asked_of(request, source),
     )  # fmt: skip
 
@@ -505,7 +504,7 @@ def _allocated(
         if asking:
             assert ids is not None
             shares = sorted({job.request.sparsity or 0.0 for job in asking})
-            look = look_streamed(source, ids, by, shares, asking[0].work, plan, asking[0].experts)
+            look = look_streamed(source, ids, by, shares, asking[0].work, plan)
             for job in asking:
                 found = look.patterns(job.request.sparsity or 0.0, job.method)
                 job.work.keep_allocation(found)

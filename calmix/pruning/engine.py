@@ -42,7 +42,7 @@ from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import METHOD
 from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import distributed
-from calmix.pruning.experts import EXPERT_BYTES, ExpertTokens, Gathering, Routed, Step, sampled
+from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, as_pattern, check_columns
@@ -76,8 +76,6 @@ def prune(
     propagation: Propagation = "sequential",
     micro_tokens: int | None = None,
     paused: int | None = None,
-    experts: str | None = None,
-    expert_smoothing: float | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     sources: Sequence[str] = (),
@@ -99,9 +97,6 @@ def prune(
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         micro_tokens: tokens that run through a block at a time; None for what suits the device.
         paused: micro-batches that may hold a block's activations at a time; None for all.
-        experts: tokens that experts are pruned on: `routed` (default), `all-tokens` or
-            `routed-only`, as `ExpertTokens` says.
-        expert_smoothing: tokens that the mean over all tokens counts as, with `routed`.
         only, skip: patterns of layers' names: those to be pruned, and those to be left dense.
         sources: of each calibration row, to report which experts it reaches.
         progress: called with (blocks done, blocks) after every block.
@@ -129,7 +124,6 @@ def prune(
     chosen = get_method(method, **options)
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern)
-    tokens = expert_tokens(experts, expert_smoothing, found)
     device, done = next(model.parameters()).device, 0
     runs: list[Run] = []  # the one at work
     first = [] if device.type == "cpu" else [(p, p.view().cpu()) for p in found.prunables(0)]
@@ -141,9 +135,7 @@ def prune(
             progress(number, of)
 
     def act(rows: int) -> PruneReport:
-        run = Run(
-            model, found, chosen, pattern, propagation, paused, experts=tokens, sources=sources
-        )
+        run = Run(model, found, chosen, pattern, propagation, paused, sources=sources)
         runs[:] = [run]
         run_through(run, ids, rows * length, reached)
         return run.report
@@ -213,23 +205,6 @@ def _naming_blocks(runs: Sequence[Run]) -> Iterator[None]:
             else:
                 error.add_note(told)
         raise
-
-
-def expert_tokens(mode: str | None, smoothing: float | None, found: DecoderBlocks) -> ExpertTokens:
-    """Return which tokens experts are pruned on.
-
-    Raises:
-        InputError: no such mode, or an option without effect.
-    """
-    if mode is None and smoothing is None:
-        return ExpertTokens()
-    given = "--experts" if mode is not None else "--expert-smoothing"
-    if not any(found.mixtures(index) for index in range(len(found))):
-        raise InputError(f"{given} has no effect: this model has no experts")
-    if smoothing is not None and mode not in (None, "routed"):
-        raise InputError(f"--expert-smoothing has no effect with --experts {mode}")
-    values: dict[str, Any] = {"mode": mode, "smoothing": smoothing}
-    return ExpertTokens(**{key: value for key, value in values.items() if value is not None})
 
 
 def run_through(
@@ -347,7 +322,6 @@ class Run:
         pattern, propagation, paused: as for `prune`.
         shared: statistics of the first block's inputs that are the same for other runs, by kind
             and number: taken from here, or left here.
-        experts: which tokens experts are pruned on.
         expert_bytes: bytes that statistics of several experts may take at a time.
         sources: of each calibration row, for the report.
 
@@ -370,7 +344,6 @@ class Run:
         paused: int | None = None,
         shared: dict[tuple[type[Statistic], int], Tensor] | None = None,
         *,
-        experts: ExpertTokens | None = None,
         expert_bytes: int = EXPERT_BYTES,
         sources: Sequence[str] = (),
     ) -> None:
@@ -380,7 +353,6 @@ class Run:
         self.pattern = pattern
         self.propagation = propagation
         self.paused = paused
-        self.experts = experts or ExpertTokens()
         self.expert_bytes = expert_bytes
         self.sources = sources
         self._shared = shared
@@ -632,8 +604,8 @@ class Run:
         kind = self.method.needs
         assert kind is not None
         lap = partial(self._laps.lap, "statistics")
-        gathering = Gathering(routed, step, experts, kind, self.experts, lap)
-        every = 1 if gathering.all_tokens else sampled(routed, self._length)
+        gathering = Gathering(routed, step, experts, kind, lap)
+        every = sampled(routed, self._length)
         counts = self._counts.setdefault(routed.name, {})
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

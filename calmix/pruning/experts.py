@@ -1,83 +1,68 @@
 """Experts: which inputs each one sees, without knowing how a model sends tokens to them.
 
 The module within which tokens are routed runs as the model's authors wrote it, one expert after
-another, while every product with an expert's weights is watched. A view of a parameter that holds
-all experts, through whatever indexing and transposing, is known by where it lies. Products that are
-of no use to what is asked for are left out: they give zeros.
+another, while every product with an expert's weights is watched. A weight, or a view of a parameter
+that holds all experts, through whatever indexing and transposing, is known by where it lies.
+Products of which nothing is needed are left out: they give zeros.
+
+An expert is pruned on the tokens routed to it and, with a small weight, on all: H_e + SMOOTHING
+H_all / n_all. So one that sees few tokens, or none, has a statistic too.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calmix.errors import InputError, ModelError, nearest
+from calmix.errors import ModelError
 from calmix.models.blocks import Mixture, Prunable
 from calmix.pruning import distributed
 from calmix.pruning.gram import Statistic
 
-Tokens = Literal["routed", "all-tokens", "routed-only"]
 EXPERT_BYTES = 2**30  # that statistics of experts take at a time
 SMOOTHING = 32.0  # tokens that the mean over all tokens counts as
-Product = Callable[[str, int | None, Tensor], bool]
-
 MATMULS = frozenset({
     torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm,
     torch.bmm, torch.Tensor.bmm,
 })  # fmt: skip
 
-
-@dataclass(frozen=True)
-class ExpertTokens:
-    """Which tokens an expert is pruned on.
-
-    Attributes:
-        mode: `routed`, its own and with a small weight all, H_e + smoothing H_all / n_all;
-            `all-tokens`; or `routed-only`, which refuses experts that see none.
-        smoothing: tokens that the mean over all tokens counts as, with `routed`.
-    """
-
-    mode: Tokens = "routed"
-    smoothing: float = SMOOTHING
-
-    def __post_init__(self) -> None:
-        known = get_args(Tokens)
-        if self.mode not in known:
-            raise InputError(f"unknown --experts '{self.mode}': {nearest(self.mode, known)}")
-        if not 0 < self.smoothing < float("inf"):
-            raise InputError(
-                f"--expert-smoothing {self.smoothing} is no positive number of tokens: for none "
-                "use --experts routed-only"
-            )
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Seen = Callable[[str, int | None, Tensor], bool]  # key, expert and input; whether it is computed
+Add = Callable[[int | None, Tensor], None]  # of an expert
 
 
 class _Products(TorchFunctionMode):
-    """Sees products with the parameters of all experts: their views lie in the same memory."""
+    """Sees products with weights of experts: views of them lie in the same memory."""
 
-    def __init__(self, layers: Iterable[Prunable], seen: Product) -> None:
+    def __init__(self, layers: Iterable[Prunable], seen: Seen) -> None:
         super().__init__()
-        made = [_Source(layer, seen) for layer in layers]
-        self._sources = {source.place: source for source in made}
+        self._seen = seen
+        self._sources: dict[int, list[_Source]] = {}
+        for layer in {layer.parameter_id: layer for layer in layers}.values():
+            source = _Source(layer)
+            self._sources.setdefault(_memory(source.stored), []).append(source)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         linear = func is nn.functional.linear
         if (linear or func in MATMULS) and len(args) > 1 and isinstance(args[1], Tensor):
-            source = self._sources.get(_memory(args[1]))
-            if source is not None and _memory(args[0]) != source.place:
-                weight = args[1] if linear else args[1].transpose(-1, -2)
-                return source.product(func, weight, args, kwargs)
-        return func(*args, **kwargs)
+            inputs, weight = args[:2]
+            near = self._sources.get(_memory(weight), ())
+            source = next((one for one in near if one.holds(weight)), None)
+            if source is not None and _memory(inputs) != _memory(weight):
+                weight = weight if linear else weight.transpose(-1, -2)
+                if not self._seen(*source.read(weight), inputs):
+                    return inputs.new_zeros(*inputs.shape[:-1], weight.shape[-2])
+        return func(*args, **(kwargs or {}))
 
 
 def _memory(tensor: Tensor) -> int:
@@ -86,74 +71,49 @@ def _memory(tensor: Tensor) -> int:
 
 
 class _Source:
-    """One parameter of all experts that is watched."""
+    """A parameter that is watched: of one expert's linear map, or of all experts'."""
 
-    def __init__(self, layer: Prunable, seen: Product) -> None:
-        whole = layer.module._parameters[layer.parameter].data
-        self._stored = whole.transpose(1, 2) if layer.transposed else whole
-        self.place = _memory(whole)
-        self._parameter, self._seen = layer.parameter, seen
+    def __init__(self, layer: Prunable) -> None:
+        whole = layer.whole() if layer.fused else layer.whole()[None]
+        self.stored = whole.transpose(1, 2) if layer.transposed else whole
+        self._layer = layer
 
-    def product(self, func: Any, weight: Tensor, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Tell of a product x W^T with a weight (outputs, inputs) of one expert, or of all."""
-        offset = weight.storage_offset() - self._stored.storage_offset()
-        expert, rest = divmod(offset, self._stored.stride(0))
-        whole = weight.ndim == 3
-        like = self._stored if whole else self._stored[expert]
+    def holds(self, weight: Tensor) -> bool:
+        offset = weight.storage_offset() - self.stored.storage_offset()
+        return 0 <= offset < self.stored.numel()
+
+    def read(self, weight: Tensor) -> tuple[str, int | None]:
+        """Return key and expert of a weight (outputs, inputs); None for no expert, or all."""
+        offset = int(weight.storage_offset() - self.stored.storage_offset())
+        at, rest = divmod(offset, int(self.stored.stride(0)))
+        like = self.stored if weight.ndim == 3 else self.stored[at]
         if rest or weight.shape != like.shape or weight.stride() != like.stride():
             raise ModelError(
-                f"a part of the experts' {self._parameter} of shape {tuple(weight.shape)} is "
+                f"a part of the experts' {self._layer.parameter} of shape {tuple(weight.shape)} is "
                 "used on its own: the engine cannot prune these experts"
             )
-        if self._seen(self._parameter, None if whole else expert, args[0]):
-            return func(*args, **kwargs)
-        return args[0].new_zeros(*args[0].shape[:-1], weight.shape[-2])
+        if not self._layer.fused:
+            return self._layer.key, self._layer.expert
+        return self._layer.key, None if weight.ndim == 3 else at
 
 
 @contextmanager
-def watching(mixture: Mixture, layers: Sequence[Prunable], seen: Product) -> Iterator[None]:
-    """Tell of every product with experts' weights, and choose which are computed.
+def watching(mixture: Mixture, layers: Sequence[Prunable], seen: Seen) -> Iterator[None]:
+    """Call `seen` for every product with weights of some layers in a mixture that runs meanwhile.
 
-    Args:
-        mixture: whose module may run meanwhile, by its `forward`.
-        layers: all linear maps in it.
-        seen: called with parameter or key, expert (None: all at once, or none) and input; a
-            product is computed if it returns True.
+    A product is computed where it returns True; all at once have the expert None.
     """
-    with ExitStack() as stack:
-        fused = {(id(layer.module), layer.parameter): layer for layer in layers if layer.fused}
-        config: Any = getattr(mixture.module, "config", None)
-        if fused and hasattr(config, "_experts_implementation"):
-            before = config._experts_implementation
-            stack.callback(setattr, config, "_experts_implementation", before)
-            config._experts_implementation = "eager"
-        for layer in layers:
-            if not layer.fused:
-                stack.enter_context(_replaced(layer, seen))
-        if fused:
-            stack.enter_context(_Products(fused.values(), seen))
-        yield
-
-
-@contextmanager
-def _replaced(layer: Prunable, seen: Product) -> Iterator[None]:
-    """Let a linear map that is a module ask whether it is to run."""
-    held = layer.module.__dict__
-    before, run = held.get("forward"), layer.module.forward
-
-    def forward(inputs: Tensor) -> Tensor:
-        if seen(layer.key, layer.expert, inputs):
-            result: Tensor = run(inputs)
-            return result
-        return inputs.new_zeros(*inputs.shape[:-1], layer.shape[0])
-
-    held["forward"] = forward
+    config: Any = getattr(mixture.module, "config", None)
+    own = hasattr(config, "_experts_implementation")
+    before = config._experts_implementation if own else None
+    if own:
+        config._experts_implementation = "eager"
     try:
-        yield
+        with _Products(layers, seen):
+            yield
     finally:
-        held.pop("forward")
-        if before is not None:
-            held["forward"] = before
+        if own:
+            config._experts_implementation = before
 
 
 @dataclass(frozen=True)
@@ -163,15 +123,12 @@ class Step:
     Attributes:
         layers: those to be pruned.
         keys: of all, the one first that is called first.
+        common: whether every expert's input of one token is the same.
     """
 
     layers: Mapping[int | None, list[Prunable]]
     keys: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """What the input is first seen at."""
-        return self.keys[0]
+    common: bool = False
 
     @property
     def columns(self) -> int:
@@ -222,27 +179,22 @@ class Routed:
         Raises:
             ModelError: it cannot be seen what an expert's weights are applied to.
         """
-        groups: list[tuple[int | None, tuple[Any, ...], list[str]]] = []
+        groups: dict[tuple[Any, ...], list[str]] = {}
         kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
             kept.append(inputs)
-            where = _memory(inputs), inputs.storage_offset()
-            place = *where, inputs._version, inputs.shape, inputs.stride()
-            same = [keys for who, where, keys in groups if (who, where) == (expert, place)]
-            if same:
-                same[0].append(key)
-            else:
-                groups.append((expert, place, [key]))
+            where = _memory(inputs), inputs.storage_offset(), inputs._version
+            groups.setdefault((expert, *where, inputs.shape, inputs.stride()), []).append(key)
             return True
 
         with watching(self.mixture, self.layers, seen):
-            result = self.mixture.module.forward(*args, **kwargs)
+            result = self.module.forward(*args, **kwargs)
+        found: list[list[str]] = []
         done: set[str] = set()
-        self.steps = []
-        for _, _, keys in groups:
+        for keys in groups.values():
             if done.isdisjoint(keys) and len(set(keys)) == len(keys):
-                self.steps.append(self._step(keys))
+                found.append(keys)
             elif not done.issuperset(keys):
                 raise ModelError(f"the experts in {self.name} are not all wired alike")
             done |= set(keys)
@@ -251,20 +203,27 @@ class Routed:
                 f"it cannot be seen what {min(missing).strip('/')} of the experts in {self.name} "
                 "is applied to: the engine cannot prune them"
             )
-        self.kind = self._called(args, kwargs)
-        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if self.mixture.experts is not None:
+            self.kind = "modules"
+        elif any(map(is_index, tensors)):
+            self.kind = "indexed"
+        else:
+            self.kind = "stacked" if len(tensors) == 1 else "shared"
+        self.steps = [self._step(keys) for keys in found]
+        hidden = tensors[0]
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
         self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
+        for number, step in enumerate(self.steps):
+            experts = [expert for expert in step.layers if expert is not None][:2]
+            if experts and self.kind != "shared":
+                given: dict[int | None, Tensor] = {}
+                every = torch.arange(tokens, device=hidden.device)
+                self.everything(step, experts, every, args, kwargs, given.__setitem__)
+                common = len(given) < 2 or torch.equal(*given.values())
+                self.steps[number] = Step(step.layers, step.keys, common)
         return result
-
-    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        if self.mixture.experts is not None:
-            return "modules"
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if any(is_index(value) for value in tensors):
-            return "indexed"
-        return "stacked" if len(tensors) == 1 else "shared"
 
     def _step(self, keys: list[str]) -> Step:
         layers: dict[int | None, list[Prunable]] = {}
@@ -279,11 +238,11 @@ class Routed:
         experts: Collection[int | None],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        add: Callable[[int | None, Tensor], None],
+        add: Add,
     ) -> None:
         """Run the module as far as a step's inputs and hand over those of some experts."""
         with self._as_far_as(step, experts, add):
-            self.mixture.module.forward(*args, **kwargs)
+            self.module.forward(*args, **kwargs)
 
     def everything(
         self,
@@ -292,7 +251,7 @@ class Routed:
         tokens: Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        add: Callable[[int | None, Tensor], None],
+        add: Add,
     ) -> None:
         """Do the same as if the tokens at some positions went to all of the experts.
 
@@ -303,58 +262,46 @@ class Routed:
         count, width = self.mixture.count, hidden.shape[-1]
         with self._as_far_as(step, experts, add):
             if self.kind == "modules":
-                assert self.mixture.experts is not None
                 for expert in experts:
                     try:
-                        self.mixture.experts[expert].forward(hidden.reshape(-1, width)[tokens])
+                        self.mixture.experts[expert].forward(hidden.reshape(-1, width)[tokens])  # type: ignore[index]
                     except TypeError as error:
                         raise ModelError(
-                            f"the experts in {self.name} cannot be run on their own: use "
-                            "--experts routed-only"
+                            f"the experts in {self.name} cannot be run on their own"
                         ) from error
-                return
-            if self.kind == "shared":
-                self.mixture.module.forward(*args, **kwargs)
                 return
             if self.kind == "stacked":
                 apart = hidden.reshape(count, -1, width)
                 chosen = (apart != 0).any(-1).sum(0).clamp(min=1)
                 flat = (apart.sum(0) / chosen[:, None]).to(hidden.dtype)[tokens]
-                one = flat.repeat(count, 1)
-                self.mixture.module.forward(*_with(args, hidden, one), **_with(kwargs, hidden, one))
-                return
-            flat = hidden.reshape(-1, width)[tokens]
-            flat = flat[None] if hidden.ndim == 3 else flat
-            index = next(v for v in (*args, *kwargs.values()) if is_index(v))
-            numbers = torch.tensor(list(experts), dtype=index.dtype, device=index.device)
-            numbers = numbers.expand(len(tokens), -1)
-            gates = hidden.new_ones(numbers.shape)
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value is not hidden and value is not index:
-                    args, kwargs = _with(args, value, gates), _with(kwargs, value, gates)
-            args, kwargs = _with(args, hidden, flat), _with(kwargs, hidden, flat)
-            args, kwargs = _with(args, index, numbers), _with(kwargs, index, numbers)
-            self.mixture.module.forward(*args, **kwargs)
+                new = {id(hidden): flat.repeat(count, 1)}
+            else:
+                flat = hidden.reshape(-1, width)[tokens]
+                index = next(v for v in (*args, *kwargs.values()) if is_index(v))
+                # Some cannot send a token to one expert alone.
+                sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
+                numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
+                numbers = numbers.expand(len(tokens), -1)
+                gates = hidden.new_ones(numbers.shape)
+                new = {id(v): gates for v in (*args, *kwargs.values()) if isinstance(v, Tensor)}
+                flat = flat[None] if hidden.ndim == 3 else flat
+                new |= {id(hidden): flat, id(index): numbers}
+            args, kwargs = _with(args, kwargs, new)
+            self.module.forward(*args, **kwargs)
 
     @contextmanager
-    def _as_far_as(
-        self,
-        step: Step,
-        experts: Collection[int | None],
-        add: Callable[[int | None, Tensor], None],
-    ) -> Iterator[None]:
+    def _as_far_as(self, step: Step, experts: Collection[int | None], add: Add) -> Iterator[None]:
         at = next(number for number, one in enumerate(self.steps) if one is step)
         earlier = {key for one in self.steps[:at] for key in one.keys}
         fused = {layer.key for layer in self.layers if layer.fused}
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
+            here = key == step.keys[0]
             if expert is None and key in fused:
-                if key == step.key:
-                    for one in experts:
-                        assert one is not None
-                        add(one, inputs[one][(inputs[one] != 0).any(-1)])
+                for one in experts if here else ():
+                    add(one, inputs[one][(inputs[one] != 0).any(-1)])
                 return key in earlier
-            if key == step.key and expert in experts:
+            if here and expert in experts:
                 add(expert, inputs)
             return key in earlier and (expert is None or expert in experts or None in experts)
 
@@ -386,8 +333,7 @@ class Routed:
                 assert expert is not None
                 found[row, expert] += inputs.numel() // inputs.shape[-1]
 
-            with_row = _with(args, hidden, part), _with(kwargs, hidden, part)
-            self.collect(step, range(count), *with_row, add)
+            self.collect(step, range(count), *_with(args, kwargs, {id(hidden): part}), add)
         return found
 
 
@@ -400,11 +346,12 @@ def is_index(value: Any) -> bool:
     )
 
 
-def _with(values: Any, old: Tensor, new: Tensor) -> Any:
-    """Return arguments with one tensor in the place of another."""
-    if isinstance(values, dict):
-        return {key: new if value is old else value for key, value in values.items()}
-    return tuple(new if value is old else value for value in values)
+def _with(args: tuple[Any, ...], kwargs: dict[str, Any], new: Mapping[int, Tensor]) -> Arguments:
+    """Return arguments with other tensors in the place of some, by id."""
+    return (
+        tuple(new.get(id(value), value) for value in args),
+        {key: new.get(id(value), value) for key, value in kwargs.items()},
+    )
 
 
 class Gathering:
@@ -417,7 +364,6 @@ class Gathering:
         step: the inputs.
         experts: whose; `[None]` at a step that all tokens take.
         kind: the statistic.
-        tokens: which tokens count.
         lap: counts the seconds of what is done within.
     """
 
@@ -427,49 +373,31 @@ class Gathering:
         step: Step,
         experts: Sequence[int | None],
         kind: type[Statistic],
-        tokens: ExpertTokens,
         lap: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._lap = lap
         self._routed, self._step, self._experts = routed, step, experts
-        self._kind, self._tokens = kind, tokens
+        self._kind, self._lap = kind, lap
         self._own: dict[int | None, Statistic] = {}
         self._every: dict[int | None, Statistic] = {}
-        self._same: dict[int | None, int | None] = {}  # whose input over all tokens is another's
         self._all = 0
-        self._done: dict[int | None, Tensor] = {}
-        self.routes = list(experts) != [None]
-        self.all_tokens = tokens.mode == "all-tokens" or routed.kind == "shared"
-        self._samples = self.routes and (self.all_tokens or tokens.mode == "routed")
+        self._numbers = [expert for expert in experts if expert is not None]
+        if routed.kind == "shared":  # whose own tokens are all
+            self._numbers = []
+        if step.common:
+            self._numbers = self._numbers[:1]
 
     def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add a micro-batch, the arguments of the mixture's module.
+        """Add a micro-batch.
 
         Args:
             sample: positions of the tokens that stand for all.
             args, kwargs: as the module was called.
         """
-        if not (self.routes and self.all_tokens):
-            self._routed.collect(self._step, self._experts, args, kwargs, self._add_own)
-        if self._samples and len(sample):
-            first: list[tuple[int | None, Tensor]] = []
-
-            def add(expert: int | None, inputs: Tensor) -> None:
-                if not first:
-                    first.append((expert, inputs))
-                    self._all += inputs.numel() // inputs.shape[-1]
-                elif self._same.get(expert) is not None or (
-                    expert not in self._every and torch.equal(inputs, first[0][1])
-                ):
-                    self._same[expert] = first[0][0]
-                    return
-                self._add(self._every, expert, inputs)
-
-            numbers = [expert for expert in self._experts if expert is not None]
-            self._routed.everything(self._step, numbers, sample, args, kwargs, add)
-
-    def _add_own(self, expert: int | None, inputs: Tensor) -> None:
-        self._add(self._own, expert, inputs)
+        own, every = (partial(self._add, sums) for sums in (self._own, self._every))
+        self._routed.collect(self._step, self._experts, args, kwargs, own)
+        if self._numbers and len(sample):
+            self._all += len(sample)
+            self._routed.everything(self._step, self._numbers, sample, args, kwargs, every)
 
     def _add(self, sums: dict[int | None, Statistic], expert: int | None, inputs: Tensor) -> None:
         with self._lap():
@@ -484,66 +412,32 @@ class Gathering:
 
         Args:
             counts: tokens routed to each expert of the mixture.
-
-        Raises:
-            InputError: an expert sees no token and is to be pruned on its own alone.
         """
-        if self._samples and distributed.processes()[1] > 1:
-            self._agree()
+        if self._numbers:
+            self._all = int(distributed.total(torch.tensor(self._all), self._routed.device))
+        common = self._step.common and self._numbers
+        whole = self._summed(self._every, self._numbers[0]) if common else None
         for expert in self._experts:
-            layers = self._step.layers.get(expert, [])
-            if not layers:
+            if not (layers := self._step.layers.get(expert, [])):
                 continue
-            if expert is None:
-                yield layers, self._summed(self._own, None), None
+            if expert is None or not self._numbers:
+                own = self._summed(self._own, expert)
+                yield layers, own, None if expert is None else counts[expert]
+                continue
+            every = self._summed(self._every, expert) if whole is None else whole
+            count = counts[expert]
+            own = self._summed(self._own, expert) if count else torch.zeros_like(every)
+            if self._kind.sums:
+                own.add_(every, alpha=SMOOTHING / self._all)
             else:
-                yield layers, self._mixed(expert, counts[expert]), counts[expert]
-
-    def _mixed(self, expert: int, count: int) -> Tensor:
-        every = self._same.get(expert, expert)
-        if self.all_tokens:
-            return self._matrix(every)
-        if self._tokens.mode == "routed-only":
-            if not count:
-                raise InputError(
-                    f"expert {expert} of {self._routed.name} sees none of the calibration tokens: "
-                    "draw more --rows or from other sources, or leave out --experts routed-only"
-                )
-            return self._summed(self._own, expert)
-        weight = self._tokens.smoothing
-        whole = self._matrix(every)
-        own = self._summed(self._own, expert) if count else torch.zeros_like(whole)
-        if self._kind.sums:
-            return own.add_(whole, alpha=weight / self._all)
-        return (count * own + weight * whole) / (count + weight)
-
-    def _matrix(self, expert: int | None) -> Tensor:
-        if expert not in self._done:
-            self._done[expert] = self._summed(self._every, expert)
-        return self._done[expert]
+                own = (count * own + SMOOTHING * every) / (count + SMOOTHING)
+            yield layers, own, count
 
     def _summed(self, sums: dict[int | None, Statistic], expert: int | None) -> Tensor:
         """Return the statistic of all processes' tokens, of which this one may have seen none."""
-        found = sums.pop(expert, None)
-        if found is None:
-            assert distributed.processes()[1] > 1
-            found = self._kind(self._step.columns, self._routed.device)
+        found = sums.pop(expert, None) or self._kind(self._step.columns, self._routed.device)
         distributed.gather(found)
         return found.matrix()
-
-    def _agree(self) -> None:
-        """Let all processes hold the same inputs to be another expert's, and count all tokens."""
-        same = set(self._same.values())
-        flags = [flag for e in self._experts for flag in (e in self._every, e in same)]
-        counted = torch.tensor([*flags, self._all])
-        *told, self._all = distributed.total(counted, self._routed.device).tolist()
-        held, others = told[::2], told[1::2]
-        first = next((e for e, by in zip(self._experts, others, strict=True) if by), None)
-        for expert, by in zip(self._experts, held, strict=True):
-            if not by:
-                self._same[expert] = first
-            elif expert in self._same:  # as it happens here, and not everywhere
-                self._every[expert] = copy.deepcopy(self._every[self._same.pop(expert)])
 
 
 def sampled(routed: Routed, length: int) -> int:
@@ -558,27 +452,11 @@ def sampled(routed: Routed, length: int) -> int:
     return step
 
 
-class Seen(Protocol):
-    """What a report tells of a layer."""
-
-    @property
-    def name(self) -> str:
-        """Qualified name."""
-
-    @property
-    def columns(self) -> int:
-        """Width of its input."""
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens that were routed to it, None outside of experts."""
-
-
-def starved(layers: Iterable[Seen], rows: int) -> str | None:
+def starved(layers: Iterable[Any], rows: int) -> str | None:
     """Say which experts see fewer tokens than they have inputs, and how many rows would do.
 
     Args:
-        layers: what a report tells of all.
+        layers: with name, columns, and tokens (None outside of experts), as `LayerReport` has them.
         rows: calibration rows.
     """
     seen: dict[str, tuple[int, int]] = {}
@@ -589,15 +467,12 @@ def starved(layers: Iterable[Seen], rows: int) -> str | None:
     few = {name: pair for name, pair in seen.items() if pair[0] < pair[1]}
     if not few:
         return None
-    name = min(few, key=lambda one: few[one][0] / few[one][1])
-    none = sum(not tokens for tokens, _ in few.values())
-    need = max(math.ceil(rows * width / tokens) for tokens, width in few.values() if tokens) if (
-        none < len(few)
-    ) else 0  # fmt: skip
-    what = f"{none} of them none; " if none else ""
-    would = f"some {need} rows would do for those that see any" if none else f"{need} rows would do"
+    least = min(few, key=lambda one: few[one][0] / few[one][1])
+    tokens, width = few[least]
+    advice = "use sources that reach it"
+    if tokens:
+        advice = f"{math.ceil(rows * width / tokens)} rows would do"
     return (
-        f"{len(few)} of {len(seen)} experts see fewer tokens than they have inputs, {what}"
-        f"least {name} with {few[name][0]} for {few[name][1]}"
-        + (f": {would}, or sources that reach them" if need else ": other sources may reach them")
+        f"{len(few)} of {len(seen)} experts see fewer tokens than they have inputs, least "
+        f"{least} with {tokens} for {width}: {advice}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -23,7 +23,6 @@ from calmix.pruning import distributed
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import GIB, Plan, Sizes, make_plan
 from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_pattern
-from calmix.pruning.experts import ExpertTokens
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
 from calmix.pruning.old_states import KeptStates, Room
@@ -46,7 +45,6 @@ class Target:
         method: with its options.
         pattern, propagation: as for `calmix.pruning.engine.prune`.
         allocation: where a pattern by layer is from, for the report.
-        experts: which tokens experts are pruned on.
     """
 
     work: WorkFolder
@@ -54,7 +52,6 @@ class Target:
     pattern: Patterns
     propagation: Propagation
     allocation: str | None = None
-    experts: ExpertTokens = field(default_factory=ExpertTokens)
 
 
 def plan_for(
@@ -187,7 +184,7 @@ def prune_streamed(
         check_pattern(blocks, target.pattern)
         run = Run(
             source.model, blocks, target.method, target.pattern, target.propagation,
-            plan.paused, shared if len(targets) > 1 else None, experts=target.experts,
+            plan.paused, shared if len(targets) > 1 else None,
             expert_bytes=plan.expert_bytes, sources=sources,
         )  # fmt: skip
         run.report.allocation = target.allocation
@@ -241,7 +238,6 @@ def look_streamed(
     sparsities: Sequence[float],
     work: WorkFolder,
     plan: Plan,
-    experts: ExpertTokens,
 ) -> DensePass:
     """Take a pass over the dense model, its hidden states beside those of a target to be.
 
@@ -249,9 +245,8 @@ def look_streamed(
         source, ids, plan: as for `prune_streamed`.
         by, sparsities: as for `DensePass`.
         work: a claimed work folder.
-        experts: which tokens experts are looked at on.
     """
-    look = DensePass(source.model, source.blocks, by, sparsities, plan.paused, experts)
+    look = DensePass(source.model, source.blocks, by, sparsities, plan.paused)
     look.expert_bytes = plan.expert_bytes
     return pass_through(source, ids, look, work, plan)
 

@@ -353,7 +353,7 @@ def test_what_cannot_be_dropped_is_one_line(calmix, tmp_path, text_file, kind, s
 def test_what_has_no_effect_on_a_drop_alone_is_one_line(calmix, tmp_path, text_file):
     folder = save_tiny_model(tmp_path / "model", "mixtral")
     for more in (
-        ("--method", "wanda"), ("--experts", "all-tokens"),
+        ("--method", "wanda"),
         ("--only", "*.mlp.*"), ("--allocation", "owl"), ("--propagation", "block"),
     ):  # fmt: skip
         ended = calmix(*drop(folder, text_file, tmp_path / "out", *more))

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from calmix.errors import InputError
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.engine import Run, run_through
-from calmix.pruning.experts import ExpertTokens, Routed
+from calmix.pruning.experts import SMOOTHING, Routed
 from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import METHODS
 from calmix.pruning.trace import observe
@@ -127,7 +126,7 @@ def gram_of(x):
     return x.double().T @ x.double()
 
 
-def reference(model, ids, method, pattern, tokens, propagation):
+def reference(model, ids, method, pattern, propagation):
     """Prune as the definition says, with Gram matrices in float64; return output errors."""
     kind, errors = get_method(method), {}
 
@@ -150,11 +149,7 @@ def reference(model, ids, method, pattern, tokens, propagation):
             for number, step in enumerate(shared.steps):
                 for expert, (own, every) in enumerate(inputs_of(model, shared, ids, number)):
                     gram, whole = gram_of(own), gram_of(every)
-                    if tokens.mode == "all-tokens":
-                        gram = whole
-                    elif tokens.mode == "routed":
-                        gram = gram + tokens.smoothing * whole / len(every)
-                    solve(step.layers[expert], gram)
+                    solve(step.layers[expert], gram + SMOOTHING * whole / len(every))
         for layer, weight in todo:
             layer.assign(weight)
     return errors
@@ -162,20 +157,15 @@ def reference(model, ids, method, pattern, tokens, propagation):
 
 @pytest.mark.parametrize("kind", [*MIXTURES, "modules"])
 @pytest.mark.parametrize(
-    ("method", "propagation", "tokens"),
-    [
-        ("sparsegpt", "sequential", ExpertTokens()),
-        ("wanda", "block", ExpertTokens("routed-only")),
-    ],
-    ids=["sparsegpt", "wanda"],
+    ("method", "propagation"), [("sparsegpt", "sequential"), ("wanda", "block")]
 )
-def test_engine_equals_the_definition(kind, method, propagation, tokens):
+def test_engine_equals_the_definition(kind, method, propagation):
     ids = tiny_ids()
     ours, theirs = model_of(kind), model_of(kind)
     found = find_blocks(ours)
-    run = Run(ours, found, get_method(method), HALF, propagation, experts=tokens)
+    run = Run(ours, found, get_method(method), HALF, propagation)
     run_through(run, ids, 96)
-    errors = reference(theirs, ids, method, HALF, tokens, propagation)
+    errors = reference(theirs, ids, method, HALF, propagation)
     expected, made = weights_of(theirs), weights_of(ours)
     same = torch.cat([((made[n] == 0) == (expected[n] == 0)).flatten() for n in made])
     assert same.float().mean() >= 0.999
@@ -232,45 +222,15 @@ def test_waves_and_replays_change_no_bytes(kind, paused):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "modules", "llama4_text", "gpt_oss"])
-def test_an_expert_without_tokens_is_pruned_on_all_or_refused(kind):
+def test_an_expert_without_tokens_is_pruned_on_all(kind):
     """Tokens that are all alike go to the same two experts."""
-    ids = torch.full((2, 32), 7)
-    with pytest.raises(InputError, match=r"expert \d of model\.layers\.0\..* sees none of the"):
-        prune(model_of(kind), ids, pattern=HALF, experts="routed-only")
-    for mode in ("routed", "all-tokens"):
-        model = model_of(kind)
-        report = prune(model, ids, pattern=HALF, experts=mode)
-        for mixture in report.experts:
-            assert sorted(mixture.tokens) == [0, 0, 64, 64]
-        for name, weight in weights_of(model).items():
-            assert int((weight == 0).sum()) == weight.numel() // 2, name
-        assert {layer.tokens for layer in report.layers} == {None, 0, 64}
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text", "modules"])
-def test_all_tokens_are_those_of_a_router_that_chooses_all(kind):
-    """With as many experts a token as there are, and equal gates, routed is all-tokens."""
-    model, ids = model_of(kind), tiny_ids(4)
-    found = find_blocks(model)
-    before = weights_of(model)
-    run = Run(model, found, get_method("wanda"), HALF, "block", experts=ExpertTokens("all-tokens"))
-    run_through(run, ids, 96)
-    dense = model_of(kind)
-    for routed in (one for one in observe(dense, find_blocks(dense), ids[:1, :8])[0]
-                   if isinstance(one, Routed)):  # fmt: skip
-        given = routed_inputs(dense, routed.module, ids)[0]
-        flat = given.reshape(-1, given.shape[-1])
-        if kind == "llama4_text":
-            apart = flat.view(4, -1, flat.shape[-1])
-            flat = apart.sum(0) / (apart != 0).any(-1).sum(0)[:, None]
-        for number, step in enumerate(routed.steps):
-            for expert, layers in step.layers.items():
-                x = neurons(routed.module, expert, flat) if number else flat
-                for layer in layers:
-                    score = before[layer.name].abs() * x.double().square().sum(0).sqrt()
-                    mask = score.float().topk(score.shape[1] // 2, 1, largest=False).indices
-                    zero = weights_of(model)[layer.name].gather(1, mask) == 0
-                    assert zero.float().mean() > 0.99, layer.name
+    model = model_of(kind)
+    report = prune(model, torch.full((2, 32), 7), pattern=HALF)
+    for mixture in report.experts:
+        assert sorted(mixture.tokens) == [0, 0, 64, 64]
+    for name, weight in weights_of(model).items():
+        assert int((weight == 0).sum()) == weight.numel() // 2, name
+    assert {layer.tokens for layer in report.layers} == {None, 0, 64}
 
 
 def test_coverage_is_told_by_source():
@@ -284,18 +244,3 @@ def test_coverage_is_told_by_source():
     old = prune(old_mixtral(), tiny_ids(), method="wanda", pattern=HALF, sources=names)
     new = prune(tiny_model("mixtral"), tiny_ids(), method="wanda", pattern=HALF, sources=names)
     assert old.experts[0].sources == new.experts[0].sources
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "said"),
-    [
-        ("llama", {"experts": "routed"}, "--experts has no effect: this model has no experts"),
-        ("llama", {"expert_smoothing": 3}, "--expert-smoothing has no effect"),
-        ("mixtral", {"experts": "some"}, "unknown --experts 'some'"),
-        ("mixtral", {"experts": "all-tokens", "expert_smoothing": 3}, "no effect with --experts"),
-        ("mixtral", {"expert_smoothing": 0}, "for none use --experts routed-only"),
-    ],
-)
-def test_options_of_experts_that_make_no_sense(kind, options, said):
-    with pytest.raises(InputError, match=said):
-        prune(tiny_model(kind), tiny_ids(2), pattern=HALF, **options)

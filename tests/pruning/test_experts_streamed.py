@@ -154,7 +154,7 @@ def test_starved_experts_are_told(calmix, tmp_path, text_file):
         (("--skip", "re:("), "is not a regular expression"),
         (("--skip", "*"), "--only and --skip leave no layer to prune"),
         (("--pattern", "3:5"), "leave such layers dense with --skip '*.q_proj'"),
-        (("--expert-smoothing", -1), "--expert-smoothing -1.0 is no positive number"),
+        (("--experts", "routed"), "--experts is gone: experts are pruned on their own tokens"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(calmix, deep, text_file, tmp_path, options, said):
