@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ COUNTS = (
     "num_routed_experts",
 )  # fmt: skip
 NEXT = "num_nextn_predict_layers"
-MARK = 256.0  # what an expert gives where its gate is looked for: large beside other outputs
 
 
 class ScorePass(Run):
@@ -60,8 +58,11 @@ class ScorePass(Run):
         handles = []
         sums: dict[str, Tensor] = {}
         for routed in (one for one in seen.inputs if isinstance(one, Routed)):
-            if routed.kind == "shared":
-                raise _unseen(routed.name)
+            if routed.kind not in ("indexed", "stacked"):
+                raise ModelError(
+                    f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
+                    "does not work with this architecture"
+                )
             device = routed.device
             sums[routed.name] = torch.zeros(
                 2, routed.mixture.count, dtype=widest(device), device=device
@@ -82,14 +83,8 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
     """Add to the sums (score, tokens; experts) whenever a mixture is called."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if routed.kind == "modules":
-            made, gates = _marked(routed, args, kwargs)
-            whole = gates.sum(-1, keepdim=True).where(gates.any(-1, keepdim=True), 1.0)
-            sums[0] += (made / whole).sum(0)
-            sums[1] += (gates != 0).sum(0)
-            return
-        values = [*args, *kwargs.values()]
-        hidden = next(value for value in values if isinstance(value, Tensor))
+        values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        hidden = values[0]
         width = hidden.shape[-1]
         if routed.kind == "stacked":  # the gate is in the input
             used = (hidden.reshape(routed.mixture.count, -1, width) != 0).any(-1)
@@ -99,10 +94,7 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
             return
         flat = hidden.reshape(-1, width)
         index = next(value for value in values if is_index(value))
-        gates = next(
-            value for value in values
-            if isinstance(value, Tensor) and value.shape == index.shape and value is not index
-        )  # fmt: skip
+        gates = next(one for one in values if one.shape == index.shape and one is not index)
         gates = gates.to(sums.dtype)
         gates = gates / gates.sum(-1, keepdim=True)
         for expert in range(routed.mixture.count):
@@ -117,74 +109,6 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
             sums[1, expert] += len(token)
 
     return routed.module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _unseen(name: str) -> ModelError:
-    return ModelError(
-        f"the gates of the experts in {name} cannot be seen: --drop-experts does not work with "
-        "this architecture"
-    )
-
-
-def _marked(routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return gate times norm of the output, and gate, of every token and expert, (tokens, experts).
-
-    For experts that are modules of their own, whose gates stay within the module around them: it
-    runs with experts that give one number each, in an output of their own, and what it returns
-    then holds the gates. What it adds beside its experts is taken off.
-
-    Raises:
-        ModelError: it does more with its experts' outputs than add them up, times a gate.
-    """
-    experts: list[Any] = list(routed.mixture.experts or ())
-    norms: list[list[Tensor]] = [[] for _ in experts]
-    like: list[Tensor] = []
-
-    def run(given: Callable[[int, Tensor], Tensor | None] | None) -> Tensor:
-        """Run the module with experts that give `given(expert, inputs)`, or what they are for."""
-        with ExitStack() as stack:
-            for number, expert in enumerate(experts):
-                before, real = expert.__dict__.get("forward"), expert.forward
-
-                def forward(*inputs: Any, number: int = number, real: Any = real) -> Tensor:
-                    if len(inputs) != 1:
-                        raise _unseen(routed.name)
-                    if given is None:
-                        made: Tensor = real(*inputs)
-                        like[:] = [made.new_empty(0, made.shape[-1])]
-                        norms[number].append(made.to(widest(made.device)).norm(dim=-1))
-                        return made
-                    (empty,) = like
-                    marks = empty.new_zeros(*inputs[0].shape[:-1], empty.shape[-1])
-                    value = given(number, marks[..., number])
-                    if value is not None:
-                        marks[..., number] = value.to(marks.dtype)
-                    return marks
-
-                def undo(expert: Any = expert, before: Any = before) -> None:
-                    expert.__dict__.pop("forward")
-                    if before is not None:
-                        expert.__dict__["forward"] = before
-
-                expert.__dict__["forward"] = forward
-                stack.callback(undo)
-            made = routed.module.forward(*args, **kwargs)
-        found: Tensor = made if isinstance(made, Tensor) else made[0]
-        return found.reshape(-1, found.shape[-1]).to(widest(found.device))
-
-    run(None)
-    if not like or len(experts) > like[0].shape[-1]:
-        raise _unseen(routed.name)
-    most = max(float(one.max()) for own in norms for one in own if one.numel()) or 1.0
-    waiting = [iter(own) for own in norms]
-    beside = run(lambda number, marks: None)
-    gates = run(lambda number, marks: torch.full_like(marks, MARK)) - beside
-    made = run(lambda number, marks: next(waiting[number]) * (MARK / most)) - beside
-    seen = torch.tensor([sum(one.numel() for one in own) for own in norms])
-    used = (gates[:, : len(experts)] != 0).sum(0).cpu()
-    if (used > seen).any() or not used.any() or gates[:, len(experts) :].any():
-        raise _unseen(routed.name)
-    return made[:, : len(experts)] * (most / MARK), gates[:, : len(experts)] / MARK
 
 
 def choose(
@@ -202,9 +126,8 @@ def choose(
         scores: of every expert.
         share: to be dropped, in (0, 1).
         groups: of experts next to one another that are chosen together.
-        chosen: experts a token is sent to.
-        reach: groups they may be of; None for all.
-        name: of the mixture, for what is said.
+        chosen: experts a token is sent to; they may be of `reach` groups, None for all.
+        name: of the mixture, for errors.
 
     Raises:
         InputError: too few would be left, or none be dropped.
@@ -237,8 +160,8 @@ def text_config(config: Any) -> Any:
 
 def experts_of(config: Any) -> int:
     """Return how many experts a configuration gives every mixture; 0 without."""
-    told = text_config(config)
-    return next((int(n) for key in COUNTS if (n := getattr(told, key, None))), 0)
+    own = text_config(config)
+    return next((int(n) for key in COUNTS if (n := getattr(own, key, None))), 0)
 
 
 def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
@@ -263,31 +186,19 @@ def cut(
 ) -> dict[str, Tensor]:
     """Return a block's tensors, by name in the model, without what belongs to dropped experts."""
     made = dict(tensors)
-    renamed: dict[str, Tensor] = {}
     for mixture in mixtures:
-        kept, count = dropped[mixture.name].kept, mixture.count
-        fused = mixture.experts is None
-        owner = mixture.name.rpartition(".")[0] if fused else mixture.name
+        owner = mixture.name.rpartition(".")[0]
         for name, value in tensors.items():
             inside = name.removeprefix(f"{owner}.").split(".")
-            own = fused and name.startswith(f"{mixture.name}.")
-            if not fused and name.startswith(f"{owner}.{EXPERTS}."):
-                del made[name]
-                if (number := int(inside[1])) in kept:
-                    inside[1] = str(kept.index(number))
-                    renamed[".".join([owner, *inside])] = value
-                continue
             routes = name.startswith(f"{owner}.") and (
                 any(part.endswith("router") or part in ROUTERS for part in inside[:-1])
                 or inside[-1].endswith("correction_bias")
             )
-            if (own or routes) and value.ndim and value.shape[0] == count:
-                numbers = torch.tensor(kept, device="cpu" if value.is_meta else value.device)
-                made[name] = (
-                    value.new_empty(len(kept), *value.shape[1:]) if value.is_meta
-                    else value.index_select(0, numbers)
-                )  # fmt: skip
-    return made | renamed
+            own = routes or name.startswith(f"{mixture.name}.")
+            if own and value.ndim and value.shape[0] == mixture.count:
+                kept = torch.tensor(dropped[mixture.name].kept, device=value.device)
+                made[name] = value.index_select(0, kept)
+    return made
 
 
 def unscored(source: StreamedModel) -> set[str]:

@@ -1,25 +1,20 @@
 """Methods from outside the package: registered, or shipped by another one, through every door."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file
 
-import calmix as api
 from calmix.errors import InputError
-from calmix.models import find_blocks, open_model
+from calmix.models import find_blocks
 from calmix.pruning import Method, Unstructured, get_method, prune, register
 from calmix.pruning.methods import METHODS, methods
-from calmix.study import load_study, read_results, run_study
-from calmix.study.estimate import estimate
+from calmix.study import load_study
 from calmix.study.trials import plan, resolve_all
 from tests.pruning.toy import Toy
 from tests.study.conftest import tiny_study  # noqa: F401
-from tests.study.test_running import Recorder
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -91,61 +86,6 @@ def test_a_registered_method_prunes():
         assert torch.equal(weights_of(same)[name], weight)
         assert torch.equal(weights_of(text)[name], weight)
     assert any(not torch.equal(weights_of(other)[n], w) for n, w in weights_of(model).items())
-
-
-def test_a_shipped_method_prunes_through_the_command_line(
-    calmix, shipped, tiny_folder, text_file, tmp_path
-):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
-    made = {}
-    for name, how in {
-        "text": ("--method", "toy,strength=3"),
-        "plain": ("--method", "toy"),
-    }.items():
-        ended = calmix(*common, tmp_path / name, *how)
-        assert ended.code == 0, ended.err
-        made[name] = (tmp_path / name / "model.safetensors").read_bytes()
-        told = json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
-        assert told["options"] == {"strength": 1 if name == "plain" else 3}
-    assert made["text"] != made["plain"]
-    named = "toy,strength=3,toy,wanda,sparsegpt,damping=0.1"
-    several = calmix(*common, tmp_path / "all", "--method", named)
-    assert several.code == 0, several.err
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
-        "sparsegpt-damping=0.1-0.5", "toy-0.5", "toy-strength=3-0.5", "wanda-0.5",
-    ]  # fmt: skip
-    assert (tmp_path / "all/toy-strength=3-0.5/model.safetensors").read_bytes() == made["text"]
-    opened = open_model(str(tiny_folder))
-    ids = api.resolve(str(text_file), opened, rows=6, length=32).ids
-    prune(opened.model, ids, method="toy", pattern=HALF, strength=3)
-    found = load_file(tmp_path / "text" / "model.safetensors")
-    for name, weight in weights_of(opened.model).items():
-        assert torch.equal(found[f"{name}.weight"], weight)
-    assert "strength=1" in calmix("doctor", "methods").out
-
-
-def test_a_shipped_method_is_studied(shipped, tiny_study, tmp_path):  # noqa: F811
-    path = tiny_study(
-        ('methods: {sparsegpt: [0.6], wanda: ["2:4"]}',
-         "methods:\n  toy: 0.6\n  toy,strength=2: [0.6]\n  sparsegpt,damping=0.01: 0.6"),
-    )  # fmt: skip
-    study = load_study(path)
-    trials = [trial for trial in plan(study) if trial.calibration == "code"]
-    assert [trial.label for trial in trials] == [
-        "code toy 60% seed 0", "code toy,strength=2 60% seed 0", "code sparsegpt 60% seed 0",
-    ]  # fmt: skip
-    plain, strong, _ = resolve_all(study, trials)
-    assert plain.id != strong.id
-    assert strong.request["options"] == {"strength": 2}
-    groups = estimate(study).groups
-    assert {group.method for group in groups} == {"toy", "toy,strength=2", "sparsegpt"}
-    assert all(group.seconds["prune"] > 0 for group in groups)
-    seen = Recorder()
-    run_study(study, tmp_path / "store", seen, only=["code*toy*"])
-    assert not seen.errors
-    done = read_results(tmp_path / "store").trials
-    assert {trial.method for trial in done} == {"toy", "toy,strength=2"}
-    assert all(trial.sparsity == pytest.approx(0.6, abs=1e-3) for trial in done)
 
 
 def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
