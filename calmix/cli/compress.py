@@ -84,8 +84,7 @@ def _run(arguments: Sequence[str]) -> None:
 def report(options: ReportOptions) -> None:
     """Write the report card of a compressed model, or one page of several."""
     from calmix.files import write_text
-    from calmix.report.card import read_card
-    from calmix.report.card_page import card_page, model_card, several_page
+    from calmix.report.card import card_page, model_card, read_card, several_page
 
     folders, output = options.folders, options.output
     if output is not None:  # beside the default page another may stand

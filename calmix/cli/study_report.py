@@ -105,12 +105,12 @@ def _folder(options: AnalyseOptions, name: str, inside: str) -> Path:
 
 
 def _print(found: Analysis, written: Path, as_json: bool) -> None:
-    from calmix.report import summarise
+    from calmix.report import summary_text
 
     if as_json:
         print_json(found.to_dict())
         return
-    line(summarise(found).short())
+    line(summary_text(found, short=True))
     line(f"\nwritten to {written}")
 
 

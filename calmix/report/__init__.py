@@ -1,20 +1,25 @@
-"""The report of a study: one HTML page, its figures as files, and a summary in plain words."""
+"""Pages of studies and of compressed models: charts, tables and findings in plain words."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
-from calmix.analysis import Analysis, ConditionAnalysis
-from calmix.analysis.analyse import series_of
+from calmix.analysis import Analysis
+from calmix.analysis.cells import TOTAL
+from calmix.analysis.ranking import Ranked, leaders
 from calmix.files import atomic_folder, write_text
-from calmix.report.brief import brief, brief_figures
-from calmix.report.drawing import Drawing, files
-from calmix.report.figures import figures_of, sparsity_figures
-from calmix.report.page import FIGURES, page
-from calmix.report.summary import Summary, summarise
+from calmix.report import figures, words
+from calmix.report.findings import MARKS, main_condition, summarise
+from calmix.report.pages import flat, render
 from calmix.study.results import StudyResults
 
-__all__ = ["Summary", "pages", "summarise", "write_report"]
+__all__ = ["pages", "summarise", "summary_text", "write_report"]
+
+FIGURES = "figures"
+ROWS = 8  # of a ranking in the text
+MANY = 4  # conditions: of more, a terminal shows each one's best set and the claims' tallies
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
@@ -22,36 +27,78 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
 
     The same results and analysis give the same bytes.
     """
-    texts = pages(results, analysis)
-    by_condition, across = _drawings(analysis)
+    drawn = [*figures.brief_charts(analysis), *figures.sparsity_charts(analysis)]
+    drawn += [one for each in analysis.conditions
+              for one in figures.condition_charts(analysis, each)]  # fmt: skip
     with atomic_folder(folder) as beside:
-        for name, text in texts.items():
+        for name, text in pages(results, analysis).items():
             write_text(beside / name, text)
         (beside / FIGURES).mkdir()
-        own = [one for _, drawings in by_condition for one in drawings]
-        for drawing in [*brief_figures(analysis), *own, *across]:
-            for name, content in files(drawing).items():
-                (beside / FIGURES / name).write_bytes(content)
+        for chart in drawn:
+            for kind, content in chart.files().items():
+                (beside / FIGURES / f"{chart.name}.{kind}").write_bytes(content)
 
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     """Return a report's texts by file name.
 
-    `report.html` has everything and `brief.html` a page of it; `summary.txt` is the same in words.
+    `report.html` has everything, `brief.html` a page of it; `summary.txt` is the same in words.
     """
     summary = summarise(analysis)
+    main = main_condition(analysis.conditions)
+    shared: dict[str, Any] = {
+        "results": results, "analysis": analysis, "summary": summary, "marks": MARKS,
+        "waiting": max(0, analysis.planned - analysis.finished - analysis.failed),
+    }  # fmt: skip
+    seeds = max(len(each.cells.seeds) for each in analysis.conditions)
+    facts = [
+        *dict.fromkeys(each.condition.model for each in analysis.conditions),
+        words.counted(len({one.calibration for one in results.trials}), "calibration set"),
+        words.counted(len(analysis.conditions), "condition"),
+        ("up to " if seeds > 1 else "") + words.counted(seeds, "seed"),
+        " version ".join(str(results.suite[key]) for key in ("name", "version")
+                         if key in results.suite),
+        words.MEASURES[analysis.settings.measure],
+        f"{analysis.finished} of {words.counted(analysis.planned, 'trial')} finished",
+    ]  # fmt: skip
+    found = zip(analysis.conditions, summary.conditions, strict=True)
+    environment = results.environment | {
+        "suite": results.suite, "analysis": analysis.to_dict()["settings"],
+    }  # fmt: skip
     return {
-        "report.html": page(results, analysis, summary, *_drawings(analysis)),
-        "brief.html": brief(results, analysis, summary),
-        "summary.txt": summary.text() + "\n",
-    }
+        "report.html": render(
+            "study.html", **shared, main=main, best=leaders(main.ranking), facts=facts,
+            conditions=[(each, told, figures.condition_charts(analysis, each))
+                        for each, told in found],
+            across=figures.sparsity_charts(analysis), slug=figures.slug, figures=FIGURES,
+            environment=flat(environment),
+        ),
+        "brief.html": render("brief.html", **shared, charts=figures.brief_charts(analysis)),
+        "summary.txt": summary_text(analysis) + "\n",
+    }  # fmt: skip
 
 
-def _drawings(
-    analysis: Analysis,
-) -> tuple[list[tuple[ConditionAnalysis, list[Drawing]]], list[Drawing]]:
-    """Return the figures of every condition, and those across them."""
-    by_condition = [(found, figures_of(analysis, found)) for found in analysis.conditions]
-    series = series_of([found.joint for found in analysis.conditions])
-    pairs = [[(found.cells, found) for found in each] for each in series]
-    return by_condition, [one for each in pairs for one in sparsity_figures(analysis, each)]
+def summary_text(analysis: Analysis, *, short: bool = False) -> str:
+    """Return the findings as plain text of 80 columns; of many conditions `short` says of each its
+    best set alone."""
+    summary = summarise(analysis)
+    conditions = []
+    best: list[tuple[str, ...]] = [("", "set", "total", "tied with", "worst dimension")]
+    for each, told in zip(analysis.conditions, summary.conditions, strict=True):
+        rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
+        rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
+                  words.percent(one.shrunken.value), words.sure(one.best), _worst(one, 16))
+                 for one in each.ranking[:ROWS]]  # fmt: skip
+        conditions.append((told, rows, max(0, len(each.ranking) - ROWS)))
+        first, *ties = leaders(each.ranking) or each.ranking[:1]
+        tied = words.short(ties[0].calibration, 12) if len(ties) == 1 else f"{len(ties)} sets"
+        best.append((each.condition.label, words.short(first.calibration, 18),
+                     words.with_span(first.total), tied if ties else "",
+                     _worst(first, 12)))  # fmt: skip
+    text = render("summary.txt", summary=summary, brief=short and len(conditions) > MANY,
+                  best=best, conditions=conditions)  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", text.strip())
+
+
+def _worst(one: Ranked, width: int) -> str:
+    return f"{words.percent(one.lowest.value)} {words.short(one.worst or '', width)}".strip()

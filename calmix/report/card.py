@@ -1,32 +1,49 @@
-"""What a report card tells, read from a folder of `calmix compress`: data, no words."""
+"""The report card of a folder of `calmix compress`, and several side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.ranking import Candidate
 from calmix.calibration import CalibrationSet, is_saved_set
 from calmix.compress.plan import MANIFEST as RECORD
 from calmix.compress.running import Record, read_record, stage_seconds
 from calmix.errors import InputError
 from calmix.evaluation.distance import Flips, flips
-from calmix.evaluation.generations import Answered, load_answers
-from calmix.evaluation.retention import Retention
-from calmix.evaluation.scores import CapabilityScores, load_dense, load_scores
+from calmix.evaluation.generations import Answered, Prompt, load_answers
+from calmix.evaluation.retention import Retention, total_gap
+from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_dense, load_scores
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import parse_json, user_path
 from calmix.manifest import file_hashes
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
+from calmix.report import charts, words
+from calmix.report.charts import COLOURS, MARKERS, MUTED, Cell, Chart, Line, Mark, Panel, Row
+from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
-WEIGHTS = (".safetensors",)
+WEIGHTS = ".safetensors"
+TEXTS = {
+    "HEADS": ["dimension", "#retention %", "#by accuracy %", "#KL", "#top-1 %", "#flips %"],
+    "DISTANCE": "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the "
+    "dense model's likeliest next one; flips: items right under one model alone",
+    "FOOTER": "Written by calmix from the files beside it. Retention: 100 % = dense model, 0 = no "
+    "task knowledge; brackets: 95 % intervals over items (docs/evaluation.md).",
+    "SMALLER": "The weights are plain dense safetensors: zeros alone make a model neither smaller "
+    "nor faster in most engines. calmix export --to pack makes the files smaller, without loss; "
+    "docs/deploy.md lists what else there is.",
+}
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A part of the calibration set: rows and tokens of it, and whose text it is."""
 
     name: str
@@ -37,37 +54,18 @@ class Source:
     version: str
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A pruned layer: the block it is in, its kind, and the share of output energy it lost."""
+class Layer(NamedTuple):
+    """A pruned layer: its block, kind, and the share of output energy that pruning lost."""
 
     block: int
     kind: str
-    sparsity: float
     error: float | None
 
 
 @dataclass(frozen=True)
 class Card:
-    """Everything a report card tells of one model.
-
-    Attributes:
-        name: of the folder.
-        record: request, commands and versions.
-        seconds: by stage.
-        licence, origin: of the dense model.
-        weights, pruned: in the pruned layers, and how many of them the masks remove.
-        size: bytes of the weight files.
-        layers: with what the prune itself lost, before recovery.
-        sources: of the calibration set, `calibration` its manifest.
-        recoveries: what each recovery did, in order.
-        kept, by_accuracy: retention by each task's own score, and by accuracy.
-        flipped: items that changed sides.
-        distance: to the dense model, as `evaluate` keeps it; None where it was not measured.
-        answers: None where there are none.
-        tasks: licence and origin of each scored task.
-        hashes: SHA-256 by what it is of.
-    """
+    """What is known of one compressed model; `calibration` and `recoveries` are of its manifest,
+    `layers` are before recovery, `tasks` are licences and origins of the scored tasks."""
 
     name: str
     record: Record
@@ -83,13 +81,24 @@ class Card:
     recoveries: tuple[Mapping[str, Any], ...]
     scores: CapabilityScores
     dense: CapabilityScores
-    kept: Retention
-    by_accuracy: Retention
-    flipped: Flips
-    distance: Mapping[str, Any] | None
     answers: Answered | None
     tasks: Mapping[str, Mapping[str, str]]
     hashes: Mapping[str, str]
+
+    @cached_property
+    def kept(self) -> Retention:
+        """Retention by each task's own score."""
+        return self.scores.retention(self.dense)
+
+    @cached_property
+    def by_accuracy(self) -> Retention:
+        """Retention of accuracy."""
+        return self.scores.retention(self.dense, measure="accuracy")
+
+    @cached_property
+    def flipped(self) -> Flips:
+        """Items right under one model alone."""
+        return flips(self.dense.tasks, self.scores.tasks)
 
     @property
     def target(self) -> str:
@@ -102,20 +111,75 @@ class Card:
         """The dense model, as the user named it."""
         return str(self.record.request["model"])
 
+    @property
+    def suite(self) -> str:
+        """Name and version of the suite."""
+        return f"{self.scores.suite['name']} version {self.scores.suite.get('version', '-')}"
+
+    @property
+    def sentence(self) -> str:
+        """What the card comes to."""
+        pattern = self.record.request["pattern"]
+        text = (
+            f"Pruned to {self.target}" if pattern else f"With {self.target} of its weights pruned"
+        )
+        if self.kept.total.value is None:
+            return f"{text}, nothing is known of what is kept: no task has signal."
+        text += (
+            f", this model keeps {words.with_span(self.kept.total)} % of {self.model}'s abilities"
+        )
+        if (worst := self.kept.worst) is not None and len(self.kept.dimensions) > 1:
+            text += f", and least of {worst}: {words.with_span(self.kept.of(worst))} %"
+        return f"{text}."
+
+    @property
+    def removed(self) -> str:
+        """How many weights are pruned."""
+        return (
+            f"{self.pruned:,} of {self.weights:,} weights of its linear layers are pruned "
+            f"({self.pruned / self.weights:.2%})."
+        )
+
+    @property
+    def guarded(self) -> str:
+        """Whether the calibration text shares anything with the suite."""
+        leakage = self.calibration.get("leakage")
+        if not isinstance(leakage, dict):
+            return "The calibration text was not checked for items of the suite."
+        dropped = sum(len(entries) for entries in leakage.get("dropped", {}).values())
+        return (
+            f"No calibration row shares {leakage['tokens']} tokens in a row with an item of suite "
+            f"{leakage['suite']} ({words.counted(dropped, 'document')} dropped)."
+        )
+
+    def rows(self) -> Iterator[tuple[str, Any, Any, str, str, Any]]:
+        """Return the main table, a row a dimension, and the total: name, retention, by accuracy,
+        KL, top-1, flips."""
+        far = self.scores.distance or {"dimensions": {}}
+        total = ("total", self.kept.total, self.by_accuracy.total, far.get("total"),
+                 self.flipped.total)  # fmt: skip
+        parts = [(one.name, one.kept, self.by_accuracy.of(one.name),
+                  far["dimensions"].get(one.name), self.flipped.dimensions.get(one.name))
+                 for one in self.kept.dimensions]  # fmt: skip
+        for name, kept, accuracy, told, flipped in (*parts, total):
+            yield (name, kept, accuracy, words.number(told and told["kl_mean"]),
+                   words.percent(told and told["top1"]),
+                   flipped.share if flipped else Estimate(None))  # fmt: skip
+
 
 def read_card(out: Path) -> Card:
-    """Return what the card of a folder tells.
+    """Return what is known of the model in a folder of `calmix compress`.
 
     Raises:
-        InputError: it is no folder of `calmix compress`, it is not finished, or a file in it is
-            damaged.
+        InputError: it is no such folder, it is not finished, or a file in it is damaged.
     """
     record = read_record(out)
+    model = str(record.request["model"])
     for needed in ("model", "scores.json"):
         if not (out / needed).exists():
             raise InputError(
-                f"{out} is not finished: it lacks {needed}; go on with the calmix compress that "
-                f"{out / RECORD} tells"
+                f"{out} is not finished: it lacks {needed}; resume it with the calmix compress "
+                f"command in {out / RECORD}"
             )
     scores, dense = load_scores(out / "scores.json"), load_dense(out / "scores.json")
     if dense is None:
@@ -127,13 +191,12 @@ def read_card(out: Path) -> Card:
         while manifest["kind"] == "recovered checkpoint":
             recoveries.insert(0, manifest["recovery"])
             manifest = manifest["pruned"]
-        layers = tuple(_layer(layer) for layer in manifest["pruning"]["layers"])
-        calibration = manifest["calibration"]
-        sources = _sources(out, record, calibration)
-        done = manifest["pruning"]
+        done, calibration = manifest["pruning"], manifest["calibration"]
         weights, pruned = int(done["weights"]), int(done["pruned"])
+        layers = tuple(map(_layer, done["layers"]))
+        sources = _sources(out, record, calibration)
         hashes = {
-            f"dense model {record.request['model']}": str(manifest["model"]["sha256"]),
+            f"dense model {model}": str(manifest["model"]["sha256"]),
             "calibration set": str(calibration["sha256"]),
             "pruned model, before recovery": str(recovered["model"]["sha256"]),
         }
@@ -144,38 +207,28 @@ def read_card(out: Path) -> Card:
     made = file_hashes(out / "model", without=("README.md",))
     hashes |= {f"model/{name}": value for name, value in made.items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
-    licence, origin = _whose(record.request["model"])
+    builtin = builtin_models().get(model.removeprefix("builtin:"))
+    known = builtin if model.startswith("builtin:") else None
+    try:
+        tasks = {name: provenance(spec)
+                 for name, spec in load_suite(record.request["suite"]).tasks.items()}  # fmt: skip
+    except InputError:  # the user's own file, which has moved
+        tasks = {}
     answers = out / "answers.json"
     return Card(
-        name=out.resolve().name,
-        record=record,
-        seconds=stage_seconds(out),
-        licence=licence,
-        origin=origin,
-        weights=weights,
-        pruned=pruned,
-        size=sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix in WEIGHTS),
-        layers=layers,
-        sources=sources,
-        calibration=calibration,
-        recoveries=tuple(recoveries),
-        scores=scores,
-        dense=dense,
-        kept=scores.retention(dense),
-        by_accuracy=scores.retention(dense, measure="accuracy"),
-        flipped=flips(dense.tasks, scores.tasks),
-        distance=scores.distance,
-        answers=load_answers(answers) if answers.exists() else None,
-        tasks=_tasks(record.request["suite"]),
-        hashes=hashes,
-    )
+        out.resolve().name, record, stage_seconds(out),
+        "see the model's own card" if known is None else known.licence,
+        model if known is None else known.origin, weights, pruned,
+        sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS), layers,
+        sources, calibration, tuple(recoveries), scores, dense,
+        load_answers(answers) if answers.exists() else None, tasks, hashes,
+    )  # fmt: skip
 
 
 def _layer(told: Mapping[str, Any]) -> Layer:
     parts = str(told["name"]).split(".")
     block = next((int(part) for part in parts if part.isdigit()), 0)
-    error = told["error"]
-    return Layer(block, parts[-1], float(told["sparsity"]), None if error is None else float(error))
+    return Layer(block, parts[-1], None if told["error"] is None else float(told["error"]))
 
 
 def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[Source, ...]:
@@ -186,34 +239,187 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[So
         places = out / "calibration", user_path(str(record.request["calibration"]))
         held = next((place for place in places if is_saved_set(place)), None)
         counts = {} if held is None else CalibrationSet.open(held).counts
-    known = builtin_sources()
-    own = manifest.get("own") or {}
-    length = int(manifest["length"])
-    written = "generated" in manifest
-    return tuple(
-        Source(
-            name,
-            name if written else known[name].dimension if name in known
-            else str(own.get(name, {}).get("dimension", "-")),
-            rows,
-            rows * length,
-            "written by the model" if written else str(told[name].get("licence", "unstated")),
-            "" if written else str(told[name].get("version", "")),
+    known, own = builtin_sources(), manifest.get("own") or {}
+
+    def source(name: str, rows: int) -> Source:
+        tokens = rows * int(manifest["length"])
+        if "generated" in manifest:
+            return Source(name, name, rows, tokens, "written by the model", "")
+        one = told[name]
+        dimension = own.get(name, {}).get("dimension", "-")
+        return Source(name, known[name].dimension if name in known else dimension, rows, tokens,
+                      one.get("licence", "unstated"), one.get("version", ""))  # fmt: skip
+
+    return tuple(source(name, rows) for name, rows in counts.items())
+
+
+# Charts
+
+
+def kept_chart(cards: Sequence[Card]) -> Chart:
+    """Return retention by dimension with its intervals, one mark a model in each row."""
+
+    def mark(number: int, card: Card, name: str | None) -> Mark | None:
+        kept = card.kept.total if name is None else card.kept.of(name)
+        if kept.value is None or kept.low is None or kept.high is None:
+            return None
+        tip = f"{card.name}, {name or 'total'}: {words.with_span(kept)} %"
+        return Mark(100 * kept.value, tip, COLOURS[number % 6], MARKERS[number % 6],
+                    100 * kept.low, 100 * kept.high)  # fmt: skip
+
+    rows = [
+        Row(
+            name or "total",
+            [[one] for number, card in enumerate(cards) if (one := mark(number, card, name))],
         )
-        for name, rows in counts.items()
+        for name in (*(one.name for one in cards[0].kept.dimensions), None)
+    ]
+    keys = [(card.name, COLOURS[at % 6], {"marker": MARKERS[at % 6], "linestyle": "none"})
+            for at, card in enumerate(cards) if len(cards) > 1]  # fmt: skip
+    return Chart(
+        "kept", "What is kept, by dimension",
+        "Lines: 95 % intervals over items. The dashed line is the dense model.",
+        "Retention in percent. " + "; ".join(
+            f"{card.name}: " + ", ".join(f"{one.name} {words.percent(one.kept.value)}"
+                                         for one in card.kept.dimensions) for card in cards
+        ) + ".",
+        lambda: charts.bars({"": rows}, "retention, %", keys, rule=100),
     )  # fmt: skip
 
 
-def _whose(name: str) -> tuple[str, str]:
-    """Return licence and origin of the dense model, as far as they are known here."""
-    known = builtin_models().get(name.removeprefix("builtin:"))
-    if name.startswith("builtin:") and known is not None:
-        return known.licence, known.origin
-    return "see the model's own card", name
+def _charts(card: Card) -> Iterator[Chart]:
+    """Return where output was lost, and how each recovery went."""
+    measured = {(layer.kind, layer.block): layer.error for layer in card.layers
+                if layer.error is not None}  # fmt: skip
+    if measured:
+        kinds = list(dict.fromkeys(kind for kind, _ in measured))
+        blocks = sorted({block for _, block in measured})
+        worst = max(measured, key=lambda at: measured[at])
+        most, mean = measured[worst] or 1.0, sum(measured.values()) / len(measured)
+        cells = [
+            [None if (error := measured.get((kind, block))) is None else
+             Cell(error, "", f"block {block}, {kind}: {words.percent(error)} % of its output")
+             for block in blocks]
+            for kind in kinds
+        ]  # fmt: skip
+        step = max(1, len(blocks) // 10)
+        yield Chart(
+            "lost", "Where output was lost",
+            "Share of each layer's output energy lost to pruning on the calibration set, before "
+            f"recovery: {words.percent(mean)} % on average.",
+            f"Map of {len(kinds)} kinds of layer by {len(blocks)} blocks. Most was lost in block "
+            f"{worst[1]}, {worst[0]}: {words.percent(measured[worst])} %.",
+            lambda: charts.heat(
+                [(kind, None) for kind in kinds],
+                ["" if at % step else str(block) for at, block in enumerate(blocks)], cells,
+                ramp="YlOrBr", high=most, below="block",
+                shades=[(f"{words.percent(share * most)} %", share * most)
+                        for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
+            ),
+        )  # fmt: skip
+    for told in card.recoveries:
+        if told["method"] == "distill":
+            curve = told["curve"]
+            losses, held_out = curve["losses"], curve["held_out"]
+            yield _losses(
+                "distill", "Recovery of the whole model",
+                f"KL to the dense model's next-token distributions. Held-out rows: "
+                f"{told['before']:.3f} before, {told['after']:.3f} after; the weights of step "
+                f"{curve['best']} were kept.", "step", "KL, nats per token",
+                [Line("training rows, each step", range(1, len(losses) + 1), losses, MUTED,
+                      marker=""),
+                 Line("held-out rows", [step for step, _ in held_out],
+                      [loss for _, loss in held_out], COLOURS[0])],
+            )  # fmt: skip
+        elif told["method"] == "blocks":
+            at = [one["block"] for one in told["curve"]]
+            yield _losses(
+                "blocks", "Recovery block by block",
+                f"Error of each block's output on held-out rows: {told['before']:.4f} before on "
+                f"average, {told['after']:.4f} after.", "block", "relative error per token",
+                [Line(key, at, [one[key] for one in told["curve"]], colour)
+                 for key, colour in (("before", MUTED), ("after", COLOURS[2]))],
+            )  # fmt: skip
 
 
-def _tasks(suite: str) -> dict[str, dict[str, str]]:
-    try:
-        return {name: provenance(spec) for name, spec in load_suite(suite).tasks.items()}
-    except InputError:  # the user's own file, which has moved
-        return {}
+def _losses(
+    name: str, title: str, caption: str, below: str, beside: str, lines: Sequence[Line]
+) -> Chart:
+    panel = Panel("", lines, below, beside)
+    return Chart(name, title, caption, caption, lambda: charts.lines([panel], height=2.6, least=0))
+
+
+# Pages
+
+
+def card_page(card: Card) -> str:
+    """Return the report card as HTML."""
+    return render("card.html", **TEXTS, card=card, charts=_charts(card), kept=kept_chart([card]),
+                  answers=_answers([card]), names=["pruned"])  # fmt: skip
+
+
+def model_card(card: Card) -> str:
+    """Return the README.md of the pruned model: the same figures, in Markdown."""
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", card.origin) and not Path(card.origin).exists()
+    named = re.fullmatch(r"[\w.-]+", card.licence)
+    return render("model.md", **TEXTS, card=card, base=card.origin if hub else "",
+                  licence=card.licence.lower() if named else "")  # fmt: skip
+
+
+def several_page(cards: Sequence[Card]) -> str:
+    """Return a page that puts several models side by side.
+
+    Raises:
+        InputError: they were scored on different suites, or against different dense models.
+    """
+    first = cards[0]
+    for card in cards[1:]:
+        check_same_suite(card.scores.suite, first.scores.suite)
+        if card.dense.fingerprint != first.dense.fingerprint:
+            raise InputError(
+                f"{card.name} is of another dense model than {first.name}: compare models of one"
+            )
+    counts, seen, named = Counter(card.name for card in cards), Counter[str](), []
+    for card in cards:  # two folders of one name are numbered
+        seen[card.name] += 1
+        more = f" ({seen[card.name]})" if counts[card.name] > 1 else ""
+        named.append(replace(card, name=card.name + more))
+    items = [
+        (item, task.name, [one.values[number] for one in
+                           (task, *(card.scores.tasks[at] for card in named))])
+        for at, task in enumerate(first.dense.tasks)
+        for number, item in enumerate(task.items if task.values else ())
+    ]  # fmt: skip
+    best = _ordered(named)
+    return render("several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named),
+                  items=items, answers=_answers(named), names=[card.name for card in named],
+                  best=f"{words.which_is_best(best)}." if best else "")  # fmt: skip
+
+
+def _ordered(cards: Sequence[Card]) -> list[Candidate]:
+    """Return the models by total, and how far each is behind the first."""
+    known = [card for card in cards if card.kept.total.value is not None]
+    known.sort(key=lambda card: -(card.kept.total.value or 0))
+    made = []
+    for card in known:
+        kept, behind = Estimate(*astuple(card.kept.total)), None
+        if card is not known[0]:
+            gap = total_gap(card.dense.tasks, known[0].scores.tasks, card.scores.tasks)
+            behind = Estimate(*astuple(gap))
+        made.append(Candidate(card.name, "", kept, kept, None, behind))
+    return made
+
+
+def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, list[str], bool]]:
+    """Return prompts with what the dense model and each other wrote, and whether all is the same;
+    empty where the models were not asked the same."""
+    told = [card.answers for card in cards]
+    first = told[0]
+    if first is None or any(
+        other is None or (other.prompts, other.answers[0]) != (first.prompts, first.answers[0])
+        for other in told
+    ):
+        return []
+    texts = zip(first.answers[0], *(other.answers[1] for other in told if other), strict=True)
+    return [(prompt, list(each), len(set(each)) == 1)
+            for prompt, each in zip(first.prompts, texts, strict=True)]  # fmt: skip

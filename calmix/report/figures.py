@@ -1,41 +1,58 @@
-"""The figures of a report, each drawn from the analysis alone."""
+"""The charts of a study, each drawn from the analysis alone."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from calmix.analysis import Analysis, ConditionAnalysis
-from calmix.analysis.bootstrap import Joint
-from calmix.analysis.cells import TOTAL, WORST, Cells
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.cells import TOTAL
 from calmix.analysis.correlations import Among, Correlation, counted
-from calmix.analysis.differences import SINGLES
 from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import LEAST
-from calmix.report import words
-from calmix.report.drawing import (
-    DIMENSION_COLOURS,
-    DIMENSION_MARKERS,
+from calmix.report import charts, words
+from calmix.report.charts import (
+    BAND,
+    COLOURS,
+    DASHES,
+    DOT,
     GRID,
     INK,
-    MUTED,
-    PAPER,
+    MARKERS,
     STRATEGY_COLOURS,
-    TIP,
-    Drawing,
-    matplotlib,
-    new_figure,
+    Cell,
+    Chart,
+    Key,
+    Line,
+    Mark,
+    Panel,
+    Row,
+)
+from calmix.report.findings import (
+    AVERAGE,
+    MIXED,
+    TOP,
+    WROTE,
+    Kind,
+    by_model,
+    kinds,
+    pruned_to,
 )
 
-WIDTH = 8.6  # inches of 72 units; drawn 1.25 times as large in a page, or more
-PERPLEXITIES = ("perplexity", "distortion")
-AMONG: tuple[Among, ...] = ("sources", "kinds")
+NEAR = 0.005  # half a point: text of any size that keeps this near the most keeps enough
+LINES: dict[str, tuple[str, Any]] = {
+    MIXED: (STRATEGY_COLOURS["mix"], "-"),
+    WROTE: (STRATEGY_COLOURS["igsp"], "-"),
+    TOP: (INK, "-"),
+    AVERAGE: (STRATEGY_COLOURS["single"], DASHES[1]),
+}
+Points = Mapping[str, Sequence[tuple[str, ConditionAnalysis]]]  # by model: label and condition
 
 
 def slug(text: str) -> str:
@@ -43,500 +60,172 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("%", "pct")).strip("-")
 
 
-def figures_of(analysis: Analysis, found: ConditionAnalysis) -> list[Drawing]:
-    """Return the figures of one condition; those that nothing can be drawn in are left out."""
-    drawings = [heat_map(analysis, found), _bars(analysis, found), _task_map(found)]
-    if len(found.ranking) > 1:
-        drawings.append(_spread(analysis, found))
-    metric = perplexity_of(found)
-    if metric is not None:
-        drawings.append(_scatter(analysis, found, metric))
-    for among in AMONG:
-        if any(one.rho is not None and one.among == among for one in found.correlations):
-            drawings.append(_map(analysis, found, among))
-    return drawings
+def _by_strategy(rows: Sequence[Ranked], label: str = "{}") -> list[Key]:
+    made = {one.strategy for one in rows}
+    return [(label.format(name), STRATEGY_COLOURS[key], DOT)
+            for key, name in words.STRATEGIES.items() if key in made]  # fmt: skip
 
 
-def perplexity_of(found: ConditionAnalysis) -> str | None:
-    """Return the name of the perplexity among a condition's metrics."""
-    for name in PERPLEXITIES:
+def _names(rows: Sequence[Ranked]) -> list[tuple[str, str | None]]:
+    return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
+
+
+def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
+    """Return the charts of one condition, without those that nothing can be drawn in."""
+    made = [_abilities(analysis, found), _ranking(analysis, found), _tasks(found)]
+    for name in ("perplexity", "distortion"):
         if name in found.cells.metrics:
-            column = found.cells.information[:, found.cells.metrics.index(name)]
-            if len(np.unique(column[~np.isnan(column)])) > 1:
-                return name
-    return None
+            x = found.cells.information[:, found.cells.metrics.index(name)]
+            if len(np.unique(x[~np.isnan(x)])) > 1:
+                made.append(_perplexity(analysis, found, name, x))
+                break
+    for among in words.AMONG:
+        own = [one for one in found.correlations if one.among == among and not one.task]
+        if any(one.rho is not None for one in own):
+            made.append(_correlations(analysis, found, own))
+    return made
 
 
-def _colour(analysis: Analysis, dimension: str) -> str:
-    at = analysis.dimensions.index(dimension)
-    return DIMENSION_COLOURS[at % len(DIMENSION_COLOURS)]
+def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
+    """Return the map of calibration sets by dimension."""
+    kept = np.concatenate([each.cells.means[:, : len(each.cells.quantities)].ravel()
+                           for each in analysis.conditions])  # fmt: skip
+    kept = kept[~np.isnan(kept)]
+    low = math.floor(10 * kept.min(initial=1)) / 10  # one colour range for the whole study
+    high = max(low + 0.1, math.ceil(10 * kept.max(initial=0)) / 10)
 
+    def cell(one: Ranked, name: str) -> Cell:
+        kept = one.total if name == TOTAL else one.dimensions[name]
+        worst = name == one.worst and len(one.dimensions) > 1
+        tip = f"{one.calibration}, {name}: "
+        if kept.value is None:
+            return Cell(None, "", f"{tip}no value")
+        tip += f"{words.with_span(kept)} %{' (its worst dimension)' if worst else ''}"
+        return Cell(kept.value, words.percent(kept.value), tip, worst or name == TOTAL, worst)
 
-def _marker(analysis: Analysis, dimension: str) -> str:
-    at = analysis.dimensions.index(dimension)
-    return DIMENSION_MARKERS[at % len(DIMENSION_MARKERS)]
-
-
-class Tips(list[str]):
-    """Collects what the mouse tells; gives each artist its group id."""
-
-    def add(self, artist: Any, text: str) -> None:
-        artist.set_gid(f"{TIP}{len(self)}")
-        self.append(text)
-
-
-def _limits(analysis: Analysis) -> tuple[float, float]:
-    """Return one colour range for all heat maps of a study, in whole tens of percent."""
-    values = np.concatenate([
-        found.cells.means[:, : len(found.cells.quantities)].ravel() for found in analysis.conditions
-    ])  # fmt: skip
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return 0.0, 1.0
-    low = math.floor(float(values.min()) * 10) / 10
-    high = math.ceil(float(values.max()) * 10) / 10
-    return low, max(high, low + 0.1)
-
-
-def heat_map(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
-    mpl = matplotlib()
-    ramp = mpl.colormaps["YlGnBu"]
-    low, high = _limits(analysis)
     columns = (*analysis.dimensions, TOTAL)
-    tips = Tips()
-
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        rows = found.ranking
-        figure = new_figure(_wide(columns), 1.15 + 0.3 * len(rows) + 0.3 * titled)
-        axes = figure.subplots()
-        for y, one in enumerate(rows):
-            for x, name in enumerate(columns):
-                estimate = one.total if name == TOTAL else one.dimensions[name]
-                told = f"{one.calibration}, {name}: "
-                left = x + _apart(name)
-                if estimate.value is None:
-                    _cell(axes, tips, (left, y), "", f"{told}no value")
-                    continue
-                fill = ramp(0.04 + 0.86 * (estimate.value - low) / (high - low))
-                lowest = name == one.worst and len(one.dimensions) > 1
-                told += f"{words.with_span(estimate)} %{' (its worst dimension)' if lowest else ''}"
-                _cell(axes, tips, (left, y), words.percent(estimate.value), told, fill=fill,
-                      bold=lowest or name == TOTAL)  # fmt: skip
-                if lowest:
-                    corner = [(left + 0.02, y - 0.45), (left + 0.1, y - 0.45),
-                              (left + 0.02, y - 0.12)]  # fmt: skip
-                    axes.add_patch(
-                        mpl.patches.Polygon(
-                            corner, closed=True, facecolor=_readable(fill), edgecolor="none"
-                        )
-                    )
-        _frame(axes, columns, len(rows))
-        _set_labels(axes, rows)
-        _strategy_legend(figure, rows)
-        put_title(figure, f"Retention (%) after {found.condition.label}", titled)
-        return figure
-
-    best = found.ranking[0]
-    return Drawing(
+    rows, best = found.ranking, found.ranking[0]
+    return Chart(
         f"heat-map-{slug(found.condition.label)}",
-        "Retention by calibration set and dimension",
-        "Share of the dense model's ability that is left, in percent, highest total on top. The "
-        "corner marks each set's worst dimension. One colour scale for the whole study.",
-        f"Heat map of {len(found.ranking)} calibration sets by {len(columns)} columns. Highest "
-        f"total: {best.calibration}, {words.with_span(best.total)} %. The table below holds the "
-        "numbers.",
-        draw,
-        tips,
-    )
+        f"Retention by calibration set and dimension, {found.condition.label}",
+        "Percent of the dense model's ability, highest total first; corners mark each set's worst "
+        "dimension. One colour scale for the whole study.",
+        f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
+        f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
+        lambda: charts.heat(
+            _names(rows), columns, [[cell(one, name) for name in columns] for one in rows],
+            low=low, high=high, keys=_by_strategy(rows),
+        ),
+    )  # fmt: skip
 
 
-def _task_map(found: ConditionAnalysis) -> Drawing:
-    """Sets by tasks, below the dense score of each; tasks that share a benchmark are marked."""
-    ramp = matplotlib().colormaps["YlGnBu"]
-    tasks = found.cells.tasks
-    known = [one.value for row in found.ranking for one in row.tasks.values()
-             if one.value is not None]  # fmt: skip
-    low, high = min([0.0, *known]), max([1.0, *known])
-    tips = Tips()
+def _tasks(found: ConditionAnalysis) -> Chart:
+    """Sets by tasks, each headed by the dense model's score."""
+    rows, tasks = found.ranking, found.cells.tasks
+    known = [one.value for row in rows for one in row.tasks.values() if one.value is not None]
 
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        rows = found.ranking
-        width = max(WIDTH, 2.4 + 0.5 * len(tasks))
-        figure = new_figure(width, 2.3 + 0.3 * len(rows) + 0.3 * titled)
-        axes = figure.subplots()
-        for x, task in enumerate(tasks):
-            axes.text(x + 0.5, -1, f"{task.dense:.2f}", ha="center", va="center", color=MUTED,
-                      fontsize=9.5)  # fmt: skip
-            for y, row in enumerate(rows):
-                one, own = row.tasks[task.name], task.name in row.halves
-                told = f"{row.calibration}, {task.name}: "
-                if one.value is None:
-                    _cell(axes, tips, (x, y), "", f"{told}no signal")
-                    continue
-                told += f"{words.with_span(one)} %"
-                told += " (made of its benchmark's other half)" if own else ""
-                text = f"{words.whole_percent(one.value)}{'*' if own else ''}"
-                fill = ramp(0.04 + 0.86 * (one.value - low) / (high - low))
-                _cell(axes, tips, (x, y), text, told, fill=fill, bold=own)
-        _frame(axes, [task.name for task in tasks], len(rows), -1.5)
-        for label in axes.get_xticklabels():
-            label.set(rotation=50, ha="left", rotation_mode="anchor")
-        axes.set_yticks(range(-1, len(rows)))
-        axes.set_yticklabels(["dense score", *(words.short(row.calibration) for row in rows)])
-        put_title(figure, f"Retention (%) of every task after {found.condition.label}", titled)
-        return figure
+    def cell(row: Ranked, name: str) -> Cell:
+        kept, own = row.tasks[name], name in row.halves
+        tip = f"{row.calibration}, {name}: "
+        if kept.value is None:
+            return Cell(None, "", f"{tip}no signal")
+        tip += f"{words.with_span(kept)} %{' (made of its other half)' if own else ''}"
+        return Cell(kept.value, words.percent(kept.value, 0) + "*" * own, tip, own)
 
-    return Drawing(
+    return Chart(
         f"tasks-{slug(found.condition.label)}",
-        "Retention by calibration set and task",
-        "In percent, below each task's dense score (bits per byte: lower is better). * the set was "
-        "made of the other half of that benchmark.",
-        f"Heat map of {len(found.ranking)} calibration sets by {len(tasks)} tasks. The file "
-        "tasks.csv of the analysis holds the numbers.",
-        draw,
-        tips,
-    )
-
-
-def _wide(columns: Sequence[str]) -> float:
-    """Return a width that leaves room for each column's head."""
-    return max(WIDTH, 2.4 + 1.15 * len(columns))
-
-
-def _cell(
-    axes: Any, tips: Tips, at: tuple[float, int], text: str, told: str, *,
-    fill: Any = None, bold: bool = False,
-) -> None:  # fmt: skip
-    """Draw one cell of a map; hatched where it has no fill, that is no value."""
-    x, y = at
-    face = "none" if fill is None else matplotlib().colors.to_hex(fill)
-    box = matplotlib().patches.Rectangle(
-        (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=face, linewidth=0,
-        edgecolor=GRID if fill is None else PAPER, hatch="///" if fill is None else None,
-    )  # fmt: skip
-    tips.add(axes.add_patch(box), told)
-    if fill is not None:
-        axes.text(x + 0.5, y, text, ha="center", va="center", color=_readable(fill), fontsize=9.5,
-                  fontweight="bold" if bold else "normal")  # fmt: skip
-
-
-def _frame(axes: Any, columns: Sequence[str], rows: int, top: float = -0.5) -> None:
-    """Set a map's limits and heads; the total stands a little apart."""
-    axes.set_xlim(-0.02, len(columns) + 0.14 * (TOTAL in columns))
-    axes.set_ylim(rows - 0.5, top)
-    axes.set_xticks([x + 0.5 + _apart(name) for x, name in enumerate(columns)])
-    axes.set_xticklabels([words.short(name, 16) for name in columns])
-    axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
-    axes.tick_params(axis="x", labelcolor=INK)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _apart(name: str) -> float:
-    return 0.12 if name == TOTAL else 0.0
-
-
-def _readable(colour: Any) -> str:
-    """Return black or white, whichever stands out more on a colour (WCAG's luminance)."""
-    red, green, blue = (
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]
-    )
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
-
-
-def _set_labels(axes: Any, rows: Sequence[Any]) -> None:
-    axes.set_yticks(range(len(rows)))
-    axes.set_yticklabels([words.short(one.calibration) for one in rows])
-    left = matplotlib().transforms.ScaledTranslation(-9 / 72, 0, axes.figure.dpi_scale_trans)
-    for y, one in enumerate(rows):
-        axes.plot(
-            [0], [y], marker="o", markersize=6, color=STRATEGY_COLOURS[one.strategy],
-            transform=axes.get_yaxis_transform() + left, clip_on=False, markeredgewidth=0,
-        )  # fmt: skip
-    axes.tick_params(axis="y", pad=16)
-
-
-def legend(figure: Any, handles: Sequence[Any], below: Sequence[Any] = ()) -> None:
-    """Put a legend under the axes: one line, and a second `below` it."""
-    if below:
-        blank = matplotlib().lines.Line2D([], [], linestyle="none", label=" ")
-        pairs = itertools.zip_longest(handles, below, fillvalue=blank)
-        handles = [handle for pair in pairs for handle in pair]
-    figure.legend(
-        handles=handles, loc="outside lower left", ncols=max(1, len(handles) // (1 + bool(below))),
-        fontsize=9.5, labelcolor=MUTED, handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2,
+        f"Retention by calibration set and task, {found.condition.label}",
+        "In percent; tasks are headed by their dense score (bits per byte: lower is better). * the "
+        "set was made of the other half of that benchmark.",
+        f"Heat map of {len(rows)} calibration sets by {len(tasks)} tasks. The numbers are in "
+        "tasks.csv of calmix study analyse.",
+        lambda: charts.heat(
+            _names(rows), [f"{task.name} {task.dense:.2f}" for task in tasks],
+            [[cell(row, task.name) for task in tasks] for row in rows],
+            low=min([0.0, *known]), high=max([1.0, *known]), tilted=True,
+        ),
     )  # fmt: skip
 
 
-def _strategy_legend(figure: Any, rows: Sequence[Any], below: Sequence[Any] = ()) -> None:
-    made = [name for name in words.STRATEGIES if any(one.strategy == name for one in rows)]
-    line = matplotlib().lines.Line2D
-    handles = [
-        line([], [], marker="o", linestyle="none", markersize=6.5, markeredgewidth=0,
-             color=STRATEGY_COLOURS[name], label=words.STRATEGIES[name])
-        for name in made
-    ]  # fmt: skip
-    legend(figure, handles, below)
+def _mark(one: Estimate, tip: str, colour: str, marker: str = "o", unit: str = "%") -> Mark:
+    """Return an estimate as a mark in percent."""
+    low, high = (None if end is None else 100 * end for end in (one.low, one.high))
+    tip = f"{tip}: {words.with_span(one)} {unit}"
+    return Mark(100 * (one.value or 0), tip, colour, marker, low, high)
 
 
-def put_title(figure: Any, text: str, titled: bool) -> None:
-    if titled:
-        figure.suptitle(text, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
-
-
-def _bars(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
-    tips = Tips()
-
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        rows = [one for one in found.ranking if one.total.value is not None]
-        figure = new_figure(WIDTH, 1.5 + 0.36 * len(rows) + 0.3 * titled)
-        axes = figure.subplots()
-        axes.grid(axis="x")
-        for y, one in enumerate(rows):
-            total = 100 * (one.total.value or 0.0)
-            upper, lower = y - 0.1, y + 0.28
-            [bar] = axes.barh(upper, total, height=0.42, color=STRATEGY_COLOURS[one.strategy])
-            tips.add(bar, f"{one.calibration}, total: {words.with_span(one.total)} %")
-            whisker(axes, one.total, upper, INK, 1.4)
-            axes.plot([100 * (one.shrunken.value or 0)], [upper], marker="|", color=INK,
-                      markersize=11, linestyle="none")  # fmt: skip
-            if one.worst is not None and one.lowest.value is not None:
-                whisker(axes, one.lowest, lower, _colour(analysis, one.worst), 1.2)
-                [mark] = axes.plot(
-                    [100 * one.lowest.value], [lower], marker=_marker(analysis, one.worst),
-                    color=_colour(analysis, one.worst), markersize=6, markeredgewidth=0,
-                    linestyle="none",
-                )  # fmt: skip
-                tips.add(
-                    mark, f"{one.calibration}, worst: {one.worst} {words.with_span(one.lowest)} %"
-                )
-        _set_labels(axes, rows)
-        ends = [end for one in rows for end in (one.total.high, one.lowest.high, one.total.value)
-                if end is not None]  # fmt: skip
-        starts = [end for one in rows for end in (one.total.low, one.lowest.low) if end is not None]
-        axes.set_xlim(103 * min([0.0, *starts]), 103 * max(ends, default=1.0))
-        axes.axvline(0, color=MUTED, linewidth=0.9)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.tick_params(length=0)
-        axes.set_xlabel("retention, %")
-        axes.spines["left"].set_visible(False)
-        line = matplotlib().lines.Line2D
-        worst = [name for name in analysis.dimensions if any(one.worst == name for one in rows)]
-        _strategy_legend(
-            figure, rows,
-            [
-                line([], [], marker=_marker(analysis, name), color=_colour(analysis, name),
-                     linestyle="none", markersize=6.5, markeredgewidth=0, label=f"worst: {name}")
-                for name in worst
-            ],
-        )  # fmt: skip
-        put_title(figure, f"Total and worst dimension after {found.condition.label}", titled)
-        return figure
-
-    return Drawing(
+def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
+    ranked = [one for one in found.ranking if one.total.value is not None]
+    look = {name: (COLOURS[at % 6], MARKERS[at % 6]) for at, name in enumerate(analysis.dimensions)}
+    rows = []
+    for one in ranked:
+        colour = STRATEGY_COLOURS[one.strategy]
+        notch = Mark(100 * (one.shrunken.value or 0), "", INK, "|")
+        lanes = [[_mark(one.total, f"{one.calibration}, total", colour, "bar"), notch]]
+        if one.worst is not None:
+            lanes.append([_mark(one.lowest, f"{one.calibration}, worst: {one.worst}",
+                                *look[one.worst])])  # fmt: skip
+        rows.append(Row(one.calibration, lanes, colour))
+    worst = [(f"worst: {name}", colour, {"marker": marker, "linestyle": "none"})
+             for name, (colour, marker) in look.items()
+             if any(one.worst == name for one in ranked)]  # fmt: skip
+    over = "test items and seeds" if found.joint.freedom else "test items alone (one seed each)"
+    return Chart(
         f"ranking-{slug(found.condition.label)}",
-        "Ranking by total, with the worst dimension",
-        "Bars are total retention, marks the dimension that suffers most. Lines are 95 % intervals "
-        + ("over test items and calibration draws together" if found.joint.freedom
-           else "over test items alone, every set being drawn once")
-        + "; the notch is the total to expect of a set picked for its rank (shrunken).",
+        f"Ranking by total, with the worst dimension, {found.condition.label}",
+        f"Bars: total retention; marks: each set's worst dimension; lines: 95 % intervals over "
+        f"{over}; notches: the total to expect of a set picked for its rank (shrunken).",
         "Bar chart: " + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
             for one in found.ranking
         ) + ".",
-        draw,
-        tips,
+        lambda: charts.bars({"": rows}, "retention, %", [*_by_strategy(ranked), *worst], rule=0),
     )  # fmt: skip
 
 
-def whisker(axes: Any, one: Any, y: float, colour: str, width: float) -> None:
-    if one.low is not None and one.high is not None:
-        axes.plot([100 * one.low, 100 * one.high], [y, y], color=colour, linewidth=width,
-                  solid_capstyle="butt")  # fmt: skip
-
-
-def _spread(analysis: Analysis, found: ConditionAnalysis) -> Drawing:
-    tips = Tips()
-    columns = [
-        name for name in (*analysis.dimensions, TOTAL)
-        if not np.isnan(found.cells.means[:, found.cells.quantities.index(name)]).all()
-    ]  # fmt: skip
-
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        figure = new_figure(WIDTH, 1.15 + 0.5 * len(columns) + 0.3 * titled)
-        axes = figure.subplots()
-        axes.grid(axis="x")
-        for y, name in enumerate(columns):
-            values = 100 * found.cells.means[:, found.cells.quantities.index(name)]
-            known = values[~np.isnan(values)]
-            axes.plot([known.min(), known.max()], [y, y], color=GRID, linewidth=9,
-                      solid_capstyle="round", zorder=1)  # fmt: skip
-            for at in np.argsort([made != "single" for made in found.cells.strategies]):
-                made = found.cells.strategies[at]
-                if np.isnan(values[at]):
-                    continue
-                [mark] = axes.plot(
-                    [values[at]], [y], marker="o", markersize=8.5, linestyle="none", zorder=2,
-                    color=STRATEGY_COLOURS[made], markeredgecolor=PAPER, markeredgewidth=1,
-                )  # fmt: skip
-                tips.add(mark, f"{found.cells.sets[at]}, {name}: {values[at]:.1f} %")
-            axes.annotate(
-                f"{known.max() - known.min():.1f} points", (known.max(), y), ha="left",
-                va="center", xytext=(11, 0), textcoords="offset points",
-                color=INK if name == TOTAL else MUTED, fontsize=9.5,
-                fontweight="bold" if name == TOTAL else "normal",
-            )  # fmt: skip
-        low, high = axes.get_xlim()
-        axes.set_xlim(low, high + 0.1 * (high - low))
-        axes.set_yticks(range(len(columns)))
-        axes.set_yticklabels([words.short(name, 16) for name in columns])
-        axes.set_ylim(len(columns) - 0.4, -0.6)
-        axes.tick_params(length=0)
-        axes.set_xlabel("retention, %")
-        axes.spines["left"].set_visible(False)
-        _strategy_legend(figure, found.ranking)
-        put_title(figure, f"What averaging hides, {found.condition.label}", titled)
-        return figure
-
-    return Drawing(
-        f"spread-{slug(found.condition.label)}",
-        "What averaging hides",
-        "Each dot is a calibration set. How far apart they are in every dimension, and how far "
-        "apart their averages are (total).",
-        "Strip plot: " + "; ".join(
-            f"{one.quantity} from {one.lowest} to {one.highest}, {100 * one.range:.1f} points"
-            for one in found.spreads if one.over == "all"
-        ) + ".",
-        draw,
-        tips,
-    )  # fmt: skip
-
-
-def _scatter(analysis: Analysis, found: ConditionAnalysis, metric: str) -> Drawing:
-    tips = Tips()
+def _perplexity(analysis: Analysis, found: ConditionAnalysis, metric: str, x: Any) -> Chart:
     cells = found.cells
-    x = cells.information[:, cells.metrics.index(metric)]
     inside = set(counted(cells, analysis.settings.over))
     told = {one.quantity: one for one in of_metric(found, metric)}
-
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        columns = 2 if len(analysis.dimensions) in (2, 4) else min(3, len(analysis.dimensions))
-        lines = math.ceil(len(analysis.dimensions) / columns)
-        figure = new_figure(WIDTH, 0.6 + 2.75 * lines + 0.3 * titled)
-        grid = figure.subplots(lines, columns, squeeze=False)
-        for axes, name in itertools.zip_longest(grid.ravel(), analysis.dimensions):
-            if name is None:
-                axes.set_visible(False)
-                continue
-            y = 100 * cells.means[:, cells.quantities.index(name)]
-            axes.grid()
-            for at in np.argsort([made != "single" for made in cells.strategies]):
-                if np.isnan(x[at]) or np.isnan(y[at]):
-                    continue
-                colour = STRATEGY_COLOURS[cells.strategies[at]]
-                [mark] = axes.plot(
-                    [x[at]], [y[at]], marker="o", markersize=7.5, linestyle="none",
-                    color=_colour(analysis, name) if at in inside else PAPER,
-                    markeredgecolor=PAPER if at in inside else colour,
-                    markeredgewidth=0.9 if at in inside else 1.8,
-                )  # fmt: skip
-                label = f"{cells.sets[at]}: perplexity {x[at]:.1f}, {name} {y[at]:.1f} %"
-                tips.add(mark, label)
-            axes.set_xscale("log")
-            _plain_log(axes, x)
-            _name_ends(axes, cells, x, y, sorted(inside))
-            axes.tick_params(length=0, labelcolor=MUTED)
-            axes.set_title(words.short(name, 24), pad=20)
-            axes.annotate(
-                _correlation_line(told.get(name)), (0, 1), xycoords="axes fraction",
-                xytext=(0, 6), textcoords="offset points", fontsize=9, color=MUTED,
-            )  # fmt: skip
-            axes.set_xlabel("perplexity (log)")
-            axes.set_ylabel("retention, %")
-        others = [one for one in found.ranking if cells.sets.index(one.calibration) not in inside]
-        line = matplotlib().lines.Line2D
-        legend(
-            figure,
-            [
-                line([], [], marker="o", linestyle="none", markersize=7, markeredgewidth=0,
-                     color=MUTED, label="counted in ρ")
-            ] + [
-                line([], [], marker="o", linestyle="none", markersize=7, color="none",
-                     markeredgewidth=1.8, markeredgecolor=STRATEGY_COLOURS[made],
-                     label=f"{words.STRATEGIES[made]} (not)")
-                for made in words.STRATEGIES if any(one.strategy == made for one in others)
-            ],
-        )  # fmt: skip
-        put_title(figure, f"Perplexity and retention, {found.condition.label}", titled)
-        return figure
-
-    counts = "single sources only" if analysis.settings.over == "single" else "all sets"
-    told_how = (
-        f" ρ is Spearman's, over {counts}, with its 95\u00a0% bootstrap interval; q is p "
-        f"corrected over {analysis.families['sources']} tests."
-        if told
-        else f" Too few sets for a correlation (over {counts}, at least {LEAST})."
-    )
-    return Drawing(
+    panels = []
+    for number, name in enumerate(analysis.dimensions):
+        y = 100 * cells.means[:, cells.quantities.index(name)]
+        known = [at for at in range(len(x)) if not np.isnan(x[at]) and not np.isnan(y[at])]
+        ends = sorted(inside & set(known), key=lambda at: y[at])
+        marks = [
+            Mark(x[at], f"{cells.sets[at]}: perplexity {x[at]:.1f}, {name} {y[at]:.1f} %",
+                 COLOURS[number % 6] if at in inside else STRATEGY_COLOURS[cells.strategies[at]],
+                 y=y[at], hollow=at not in inside,
+                 label=cells.sets[at] if at in (ends[:1] + ends[1:][-1:]) else "")
+            for at in known
+        ]  # fmt: skip
+        panels.append(Panel(name, marks, "perplexity (log)", "retention, %",
+                            note=_correlation(told.get(name))))  # fmt: skip
+    outside = [one for one in found.ranking if cells.sets.index(one.calibration) not in inside]
+    over = "single sources only" if analysis.settings.over == "single" else "all sets"
+    how = f"Too few sets for a correlation (over {over}, at least {LEAST})."
+    if told:
+        how = (
+            f"ρ is Spearman's, over {over}, with its 95 % bootstrap interval; q: p corrected over "
+            f"{analysis.families['sources']} tests. Hollow dots do not count."
+        )
+    return Chart(
         f"perplexity-{slug(found.condition.label)}",
-        "Perplexity of the calibration text against what survives",
-        f"One dot a calibration set, seeds averaged.{told_how}",
-        "Scatter plots of retention against perplexity: " + "; ".join(
-            f"{name}: {_correlation_line(told.get(name))}" for name in analysis.dimensions
-        ) + ".",
-        draw,
-        tips,
+        f"Perplexity of the calibration text and retention, {found.condition.label}",
+        f"Each dot is a calibration set, seeds averaged. {how}",
+        "Scatter plots of retention against perplexity: "
+        + "; ".join(f"{panel.title}: {panel.note}" for panel in panels) + ".",
+        lambda: charts.scatter(panels, _by_strategy(outside, "{} (hollow)")),
     )  # fmt: skip
 
 
-def _name_ends(axes: Any, cells: Cells, x: Any, y: Any, inside: Sequence[int]) -> None:
-    """Write the names of the highest and the lowest counted dot beside them."""
-    known = [at for at in inside if not np.isnan(x[at]) and not np.isnan(y[at])]
-    if len(known) < 2:
-        return
-    middle = math.sqrt(min(x[at] for at in known) * max(x[at] for at in known))
-    low, high = min(known, key=lambda at: y[at]), max(known, key=lambda at: y[at])
-    axes.margins(y=0.12)
-    for at, up in ((low, -8), (high, 8)):
-        right = x[at] <= middle
-        axes.annotate(
-            words.short(cells.sets[at], 18), (x[at], y[at]), xytext=(6 if right else -6, up),
-            textcoords="offset points", ha="left" if right else "right", va="center",
-            fontsize=9, color=INK,
-        )  # fmt: skip
-
-
-def _correlation_line(one: Correlation | None) -> str:
+def _correlation(one: Correlation | None) -> str:
     if one is None or one.rho is None:
         return "too few sets for a correlation"
-    ends = "" if one.low is None or one.high is None else (
-        f" [{words.rho(one.low)}, {words.rho(one.high)}]"
-    )  # fmt: skip
-    return f"ρ {words.rho(one.rho)}{ends}  p {words.p_value(one.p)}  q {_q(one)}"
-
-
-def _q(one: Correlation) -> str:
-    return words.p_value(one.p_corrected) + (" ●" if one.significant else "")
-
-
-def _plain_log(axes: Any, values: Any) -> None:
-    """Put a few round numbers on a logarithmic axis."""
-    known = values[~np.isnan(values)]
-    low, high = float(known.min()), float(known.max())
-    round_numbers = [base * 10**power for power in range(-3, 9) for base in (1, 2, 3, 5)]
-    shown = [value for value in round_numbers if low * 0.98 <= value <= high * 1.02]
-    if len(shown) < 2:
-        shown = [float(f"{low:.2g}"), float(f"{high:.2g}")]
-    axes.set_xticks(shown)
-    axes.set_xticklabels([f"{value:g}" for value in shown])
-    axes.set_xticks([], minor=True)
+    ends = f" [{words.rho(one.low)}, {words.rho(one.high)}]" if one.low is not None else ""
+    q = words.p_value(one.p_corrected) + " ●" * one.significant
+    return f"ρ {words.rho(one.rho)}{ends}  p {words.p_value(one.p)}  q {q}"
 
 
 def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
@@ -548,196 +237,237 @@ def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
         if metric in (one.metric, *one.aliases):
             told.append(one)
         elif f"-{metric}" in one.aliases and one.rho is not None:
-            low = None if one.high is None else -one.high
-            high = None if one.low is None else -one.low
+            low, high = (None if end is None else -end for end in (one.high, one.low))
             told.append(replace(one, rho=-one.rho, low=low, high=high))
     return told
 
 
-def _map(analysis: Analysis, found: ConditionAnalysis, among: Among) -> Drawing:
-    ramp = matplotlib().colormaps["RdBu"]
-    tips = Tips()
-    columns = (*analysis.dimensions, TOTAL)
-    own = [one for one in found.correlations if one.among == among and not one.task]
+def _correlations(
+    analysis: Analysis, found: ConditionAnalysis, own: Sequence[Correlation]
+) -> Chart:
+    among: Among = own[0].among
     by_name = {(one.metric, one.quantity): one for one in own}
     metrics = list(dict.fromkeys(one.metric for one in own))
-    within = "" if among == "sources" else " within kinds of text"
+    columns = (*analysis.dimensions, TOTAL)
+    within = "" if among == "sources" else f" {words.AMONG[among]}"
+    strong = sum(one.significant for one in own)
 
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        figure = new_figure(_wide(columns), 0.75 + 0.3 * len(metrics) + 0.3 * titled)
-        axes = figure.subplots()
-        for y, metric in enumerate(metrics):
-            for x, name in enumerate(columns):
-                one, left = by_name[metric, name], x + _apart(name)
-                told = f"{words.metric_name(metric)} and {name}: "
-                if one.rho is None:
-                    _cell(axes, tips, (left, y), "", f"{told}no value")
-                    continue
-                text = words.rho(one.rho) + (" ●" if one.significant else "")
-                _cell(axes, tips, (left, y), text, told + _correlation_line(one),
-                      fill=ramp(0.5 + 0.44 * one.rho), bold=one.significant)  # fmt: skip
-        _frame(axes, columns, len(metrics))
-        axes.set_yticks(range(len(metrics)))
-        axes.set_yticklabels([words.short(words.metric_name(metric)) for metric in metrics])
-        put_title(
-            figure, f"Metrics and retention{within} (Spearman), {found.condition.label}", titled
-        )
-        return figure  # fmt: skip
+    def cell(metric: str, name: str) -> Cell:
+        one = by_name[metric, name]
+        text = words.rho(one.rho) + " ●" * one.significant
+        return Cell(one.rho, text, f"{words.metric_name(metric)} and {name}: {_correlation(one)}",
+                    one.significant)  # fmt: skip
 
-    strong = [one for one in own if one.significant]
-    name = "correlations" if among == "sources" else "correlations-within"
-    return Drawing(
-        f"{name}-{slug(found.condition.label)}",
-        f"Which property of the text goes with which ability{within}",
-        f"Spearman's ρ over {own[0].n} calibration sets{', ranked' if within else ''}{within}; ● "
-        f"survives correction over {analysis.families[among]} tests at 0.05.",
-        f"Correlation map of {len(metrics)} metrics by {len(columns)} columns. "
-        + (f"{words.counted(len(strong), 'correlation')} survive correction."
-           if strong else "No correlation survives correction."),
-        draw,
-        tips,
+    return Chart(
+        f"correlations{'-within' if within else ''}-{slug(found.condition.label)}",
+        f"Properties of the text and abilities kept{within}, {found.condition.label}",
+        f"Spearman's ρ over {own[0].n} calibration sets{within}; ● survives correction over "
+        f"{analysis.families[among]} tests at 0.05.",
+        f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
+        f"{words.counted(strong, 'correlation')} survive correction.",
+        lambda: charts.heat(
+            [(words.metric_name(metric), None) for metric in metrics], columns,
+            [[cell(metric, name) for name in columns] for metric in metrics],
+            ramp="RdBu", low=-1, high=1,
+        ),
     )  # fmt: skip
 
 
-def sparsity_figures(analysis: Analysis, pairs: Sequence[tuple[Cells, Joint]]) -> list[Drawing]:
-    """Return retention and margins against sparsity for conditions that differ in it alone."""
-    series = [cells for cells, _ in pairs]
-    if len({cells.condition.sparsity for cells in series}) < 2:
-        return []
-    ranking = next(one.ranking for one in analysis.conditions if one.cells is series[-1])
-    lines = _lines(series, ranking)
-    tips = Tips()
-    quantities = (TOTAL, *analysis.dimensions)
+def sparsity_charts(analysis: Analysis) -> list[Chart]:
+    """Return retention against sparsity, a chart for all conditions that differ in it alone."""
+    series: dict[str, list[ConditionAnalysis]] = {}
+    for each in analysis.conditions:  # lowest sparsity first
+        if each.condition.rows and each.condition.unstructured:
+            series.setdefault(each.condition.series, []).append(each)
+    return [_sparsity(analysis, own) for own in series.values() if len(own) > 1]
+
+
+def _sparsity(analysis: Analysis, series: Sequence[ConditionAnalysis]) -> Chart:
+    made = {one.calibration: one.strategy for each in series for one in each.ranking
+            if one.strategy != "single"}  # fmt: skip
+    best = [one for one in series[-1].ranking if one.strategy == "single"][:1]
+    made |= {one.calibration: "" for one in best}
+    look = {}
+    for name, how in made.items():
+        place = [other for other in made if made[other] == how].index(name)
+        look[name] = (STRATEGY_COLOURS.get(how, INK), DASHES[place % 4])
+    shares = [100 * each.condition.sparsity for each in series]
+    panels = []
+    for at, quantity in enumerate((TOTAL, *analysis.dimensions)):
+        lines, kept = [], [each.cells.means[each.cells.of("single"), at] for each in series]
+        for name in made:
+            known = [
+                (share, estimate) for share, each in zip(shares, series, strict=True)
+                for one in each.ranking if one.calibration == name
+                and (estimate := ({TOTAL: one.total} | one.dimensions)[quantity]).value is not None
+            ]  # fmt: skip
+            tip = ", ".join(f"{share:g} % sparse {words.with_span(one)}" for share, one in known)
+            lines.append(_line(name, known, look[name], f"{name}, {quantity}: {tip}"))
+        band = [
+            (share, 100 * np.nanmin(own), 100 * np.nanmax(own))
+            for share, own in zip(shares, kept, strict=True) if not np.isnan(own).all()
+        ]  # fmt: skip
+        panels.append(Panel(quantity, lines, "sparsity, %", "retention, %", band=band,
+                            ticks=[(share, f"{share:g}") for share in shares]))  # fmt: skip
     method = series[0].condition.series
-    gains = [
-        one for one in analysis.margins
-        if one.condition in {cells.condition.label for cells in series}
-        and one.quantity in (TOTAL, WORST)
+    return Chart(
+        f"sparsity-{slug(method)}", f"{method}: retention against sparsity",
+        "Means over seeds; the dark line is the single source with the highest total at the "
+        "highest sparsity.",
+        f"Line charts of retention at {words.listed(f'{share:g}' for share in shares)} % sparsity.",
+        lambda: charts.lines(panels, keys=[("range of the single sources", GRID, BAND)]),
+    )  # fmt: skip
+
+
+def _line(
+    name: str, known: Sequence[tuple[float, Estimate]], look: tuple[str, Any], tip: str
+) -> Line:
+    return Line(name, [x for x, _ in known], [100 * (one.value or 0) for _, one in known], *look,
+                tip=tip)  # fmt: skip
+
+
+# The brief page's
+
+
+def brief_charts(analysis: Analysis) -> list[Chart]:
+    """Return the brief page's charts, without those that the study has nothing for."""
+    first = by_model(analysis)
+
+    def alike(found: ConditionAnalysis, *free: str) -> list[ConditionAnalysis]:
+        """Return the conditions that differ from one in these alone."""
+        fields = {"method", "pattern", "propagation", "rows", "length", "suite", "model"} - {*free}
+        return [each for each in analysis.conditions if each.condition.rows
+                and all(getattr(each.condition, name) == getattr(found.condition, name)
+                        for name in fields)]  # fmt: skip
+
+    sparser = {
+        model: [
+            (f"{100 * each.condition.sparsity:g}", each)
+            for each in alike(found, "pattern")
+            if each.condition.unstructured
+        ]
+        for model, found in first.items()
+    }
+    better = {
+        model: [
+            (each.condition.series.replace(f", {model}", ""), each)
+            for each in alike(found, "method", "propagation")
+        ]
+        for model, found in first.items()
+    }
+    more = {model: [(str(each.condition.rows), each) for each in alike(found, "rows")]
+            for model, found in first.items()}  # fmt: skip
+    made = [
+        _kept(first),
+        _some_abilities(analysis, first),
+        _curves("brief-sparser", "What is kept as more is pruned", "weights pruned, %", sparser,
+                float),
+        _curves("brief-better", "What is kept by each method", "", better, _order(better).index),
+        _curves("brief-more", "What is kept by how much text", "rows of text", more,
+                lambda rows: math.log2(int(rows)), _enough),
     ]  # fmt: skip
-
-    def draw(titled: bool) -> Any:
-        tips.clear()
-        panels = len(quantities) + bool(gains)
-        columns = min(3, panels)
-        figure = new_figure(WIDTH, 0.7 + 2.5 * math.ceil(panels / columns) + 0.3 * titled)
-        grid = figure.subplots(math.ceil(panels / columns), columns, squeeze=False).ravel()
-        shares = [100 * cells.condition.sparsity for cells in series]
-        for axes, quantity in zip(grid, quantities, strict=False):
-            _band(axes, series, quantity)
-            for name, made in lines:
-                told = [
-                    (share, found.one(cells.sets.index(name), cells.quantities.index(quantity)))
-                    for share, (cells, found) in zip(shares, pairs, strict=True)
-                    if name in cells.sets
-                ]
-                known = [(share, one) for share, one in told if one.value is not None]
-                [line] = axes.plot(
-                    [share for share, _ in known], [100 * (one.value or 0) for _, one in known],
-                    color=STRATEGY_COLOURS[made] if made != "single" else INK,
-                    linestyle=_dash(lines, name), marker="o", markersize=4, linewidth=1.6,
-                )  # fmt: skip
-                tips.add(line, f"{name}, {quantity}: " + ", ".join(
-                    f"{share:g} % sparse {words.with_span(one)}" for share, one in known
-                ))  # fmt: skip
-            axes.set_title(words.short(quantity, 24))
-            axes.set_ylabel("retention, %")
-        if gains:
-            _gains(grid[len(quantities)], gains, lines, tips)
-        for axes in grid[:panels]:
-            axes.grid()
-            axes.set_xticks(sorted(set(shares)))
-            axes.set_xticklabels([f"{share:g}" for share in sorted(set(shares))])
-            axes.set_xlabel("sparsity, %")
-            axes.tick_params(length=0, labelcolor=MUTED)
-        for axes in grid[panels:]:
-            axes.set_visible(False)
-        line = matplotlib().lines.Line2D
-        patch = matplotlib().patches.Patch
-        figure.legend(
-            handles=[
-                line([], [], linestyle=_dash(lines, name), linewidth=1.8,
-                     color=STRATEGY_COLOURS[made] if made != "single" else INK,
-                     label=words.short(name))
-                for name, made in lines
-            ] + [patch(facecolor=GRID, label="range of the single sources")],
-            loc="outside lower left", ncols=5, fontsize=9.5, labelcolor=MUTED,
-            columnspacing=1.4, borderaxespad=0.2,
-        )  # fmt: skip
-        put_title(figure, f"Retention against sparsity, {method}", titled)
-        return figure
-
-    against = analysis.settings.default or SINGLES
-    return [
-        Drawing(
-            f"sparsity-{slug(method)}",
-            f"{method}: retention against sparsity",
-            "Means over seeds. The line without a colour is the single source with the highest "
-            f"total at the highest sparsity. Last panel: lead over the {against}.",
-            "Line charts of retention at "
-            + words.listed([cells.condition.pattern for cells in series]) + " sparsity; "
-            + "; ".join(f"{one.calibration} leads by {words.points(one.gap.value)} points at "
-                        f"{100 * one.sparsity:g} %" for one in gains if one.quantity == TOTAL)
-            + ".",
-            draw,
-            tips,
-        )
-    ]  # fmt: skip
+    return [one for one in made if one is not None]
 
 
-def _lines(series: Sequence[Cells], ranking: Sequence[Ranked]) -> list[tuple[str, str]]:
-    """Return what gets a line: all that is no single source, and the first that is one."""
-    found = [
-        (name, made)
-        for cells in series
-        for name, made in zip(cells.sets, cells.strategies, strict=True)
-        if made != "single"
-    ]
-    singles = [one for one in ranking if one.strategy == "single" and one.total.value is not None]
-    found += [(one.calibration, "single") for one in singles[:1]]
-    return list(dict.fromkeys(found))
+def _kept(first: Mapping[str, ConditionAnalysis]) -> Chart | None:
+    made = {model: kinds(found) for model, found in first.items()}
+    if max(map(len, made.values())) < 2:
+        return None
+    own = {one.calibration for found in first.values() for one in found.ranking if one.halves}
+    starred = any(one.name in own for told in made.values() for one in told.values())
+    panels = {
+        f"{model}, {pruned_to(first[model])}": [
+            Row(f"{one.kind} ({words.short(one.name)}{'*' * (one.name in own)})",
+                [[_mark(one.kept, f"{model}, {one.kind} ({one.name})",
+                        STRATEGY_COLOURS[one.strategy], "bar")]])
+            for one in told.values()
+        ]
+        for model, told in made.items()
+    }  # fmt: skip
+    return Chart(
+        "brief-left", "What is kept, by kind of text",
+        "Mean over abilities, with 95 % intervals. The highest set stands for its kind; the best "
+        "single source counts by what to expect of it."
+        + (" * holds other items of benchmarks that are scored here." if starred else ""),
+        "Bars: " + "; ".join(f"{model}, {one.kind} {words.percent(one.kept.value)} %"
+                             for model, told in made.items() for one in told.values()),
+        lambda: charts.bars(panels, "abilities kept, % of the dense model's"),
+    )  # fmt: skip
 
 
-def _dash(lines: Sequence[tuple[str, str]], name: str) -> Any:
-    """Return a line style that tells sets made in the same way apart."""
-    made = dict(lines)[name]
-    place = [other for other, kind in lines if kind == made].index(name)
-    return ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))][place % 4]
+def _some_abilities(analysis: Analysis, first: Mapping[str, ConditionAnalysis]) -> Chart | None:
+    """The best set of each way and kind under the first model, by dimension."""
+    found = next(iter(first.values()))
+    seen: dict[tuple[str, str], Ranked] = {}
+    for one in found.ranking:
+        seen.setdefault((one.strategy, one.kind if one.strategy == "single" else ""), one)
+    if len(seen) < 2 or len(analysis.dimensions) < 2:
+        return None
+    made = _abilities(analysis, replace(found, ranking=tuple(seen.values())))
+    return replace(
+        made, name="brief-abilities", title="Which abilities each text keeps",
+        caption="In percent of the dense model's, the best text of each kind; a corner marks what "
+        f"it keeps least of. {found.condition.model}, {pruned_to(found)}.",
+    )  # fmt: skip
 
 
-def _band(axes: Any, series: Sequence[Cells], quantity: str) -> None:
-    shares, lows, highs = [], [], []
-    for cells in series:
-        values = cells.means[cells.of("single"), cells.quantities.index(quantity)]
-        values = values[~np.isnan(values)]
-        if len(values):
-            shares.append(100 * cells.condition.sparsity)
-            lows.append(100 * values.min())
-            highs.append(100 * values.max())
-    axes.fill_between(shares, lows, highs, color=GRID, linewidth=0)
+def _order(points: Points) -> list[str]:
+    """Return methods in one order for all models: by what sets that were run with all of them keep,
+    the least first."""
+    kept: dict[str, list[float]] = {}
+    for some in points.values():
+        names = [{one.calibration for one in each.ranking} for _, each in some]
+        common = set.intersection(*names)
+        for way, each in some:
+            kept.setdefault(way, []).extend(one.total.value or 0.0 for one in each.ranking
+                                            if one.calibration in common)  # fmt: skip
+    return sorted(kept, key=lambda way: sum(kept[way]) / max(1, len(kept[way])))
 
 
-def _gains(axes: Any, gains: Sequence[Any], lines: Sequence[tuple[str, str]], tips: Tips) -> None:
-    axes.axhline(0, color=MUTED, linewidth=0.9)
-    made_by = dict(lines)
-    names = list(dict.fromkeys(one.calibration for one in gains))
-    for number, name in enumerate(names):
-        told = [one for one in gains if one.calibration == name and one.quantity == TOTAL]
-        shift = 0.35 * (number - (len(names) - 1) / 2)
-        colour = STRATEGY_COLOURS[made_by.get(name, "mix")]
-        for one in told:
-            if one.gap.low is not None and one.gap.high is not None:
-                at = 100 * one.sparsity + shift
-                ends = [100 * one.gap.low, 100 * one.gap.high]
-                axes.plot([at, at], ends, color=colour, linewidth=1)
-        [line] = axes.plot(
-            [100 * one.sparsity + shift for one in told],
-            [100 * (one.gap.value or 0) for one in told],
-            color=colour, linestyle=_dash(lines, name) if name in made_by else "-", marker="o",
-            markersize=4, linewidth=1.6,
-        )  # fmt: skip
-        tips.add(line, f"{name} over the default, total: " + ", ".join(
-            f"{100 * one.sparsity:g} % sparse {words.points(one.gap.value)} points" for one in told
-        ))  # fmt: skip
-    axes.set_title("total: lead over default")
-    axes.set_ylabel("points")
+Along = dict[str, list[tuple[str, dict[str, Kind]]]]  # by model: label and kinds of text
+
+
+def _enough(along: Along) -> str:
+    """Say how few rows keep nearly the most of any."""
+    enough = []
+    for model, some in along.items():
+        for kind in LINES:
+            kept = [(made[kind].kept.value or 0, rows) for rows, made in some if kind in made]
+            if len(kept) > 1:
+                rows = next(rows for value, rows in kept if value >= max(kept)[0] - NEAR)
+                enough.append(f"{model}, {kind}, {rows} rows")
+    return f" Fewest rows within half a point of the most: {words.listed(enough)}."
+
+
+def _curves(
+    name: str, title: str, below: str, points: Points, place: Callable[[str], float],
+    more: Callable[[Along], str] = lambda along: "",
+) -> Chart | None:  # fmt: skip
+    """Draw what is kept with each kind of text along an axis, a panel a model; single sources are
+    those that every condition has."""
+    panels: list[Panel] = []
+    along: Along = {}
+    for model, some in points.items():
+        if len(some) < 2:
+            continue
+        names = [{one.calibration for one in each.ranking if one.strategy == "single"}
+                 for _, each in some]  # fmt: skip
+        common = set.intersection(*filter(None, names)) if any(names) else set()
+        along[model] = [(label, kinds(each, common))
+                        for label, each in sorted(some, key=lambda one: place(one[0]))]  # fmt: skip
+        lines = []
+        for kind, look in LINES.items():
+            known = [(label, made[kind].kept) for label, made in along[model] if kind in made]
+            tip = ", ".join(f"{label} {words.with_span(kept)} %" for label, kept in known)
+            if known:
+                at = [(place(label), kept) for label, kept in known]
+                lines.append(_line(kind, at, look, f"{model}, {kind}: {tip}"))
+        ticks = [(place(label), label.replace(" + ", " +\n")) for label, _ in along[model]]
+        panels.append(Panel(model, lines, below, "" if panels else "abilities kept, %", ticks))
+    return None if not panels else Chart(
+        name, title,
+        "Mean over abilities, in percent of the dense model's; the same single sources all along."
+        + more(along),
+        f"Lines of {words.listed(LINES)} for {words.listed(along)}.",
+        lambda: charts.lines(panels, columns=len(panels), height=3.2, sharey=True),
+    )  # fmt: skip

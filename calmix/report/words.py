@@ -1,13 +1,13 @@
-"""How numbers and names are written, the same in figures, tables and text."""
+"""How numbers and names are written, the same in charts, tables, text and on the command line."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import APART, TOTAL, WORST
+from calmix.analysis.cells import APART, WORST
 from calmix.analysis.ranking import Placed, leaders
 
 STRATEGIES = {
@@ -20,61 +20,61 @@ STRATEGIES = {
     "none": "no calibration",
 }
 MEASURES = {
-    "primary": "retention by each task's primary score",
-    "probability": "retention of the right choices' probability",
+    "primary": "retention of each task's primary score",
+    "probability": "retention of the right choice's probability",
     "bits": "retention of bits",
     "smoothed": "retention of smoothed bits",
-    "margin": "retention of the right choices' margin",
-    "accuracy": "retention of accuracy, corrected for chance",
+    "margin": "retention of the right choice's margin",
+    "accuracy": "retention of accuracy above chance",
     "ratio": "ratio of accuracies, not corrected for chance",
 }
-AMONG = {"sources": "all at once", "kinds": "within kinds of text"}
+AMONG = {"sources": "all sources", "kinds": "within kinds of text"}
 METRICS = {
-    "perplexity": "perplexity",
     "distortion": "perplexity",
     "bits_per_byte": "bits per byte",
     "entropy": "unigram entropy",
-    "volume": "volume",
     "scope_documents": "documents",
     "scope_tokens": "share of the vocabulary",
-    "granularity": "tokens a document",
-    "mismatch": "mismatch",
-    "bytes": "bytes",
-    "tokens": "tokens",
+    "granularity": "tokens per document",
 }
-MINUS = "\N{MINUS SIGN}"
-HOLD = "\N{NO-BREAK SPACE}"
-WIDTH = 80  # of text for a terminal
+QUANTITIES = {WORST: "worst dimension", APART: "total on other benchmarks"}
+MINUS, HOLD = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+WIDTH = 80  # columns of a terminal
 
 
 def metric_name(key: str) -> str:
     """Return a metric's name in words: `aggregation_4` is `4-gram aggregation`."""
     if key.startswith("-"):
-        return f"less {metric_name(key[1:])}"
-    if key in METRICS:
-        return METRICS[key]
+        return f"lower {metric_name(key[1:])}"
     stem, _, order = key.rpartition("_")
     if stem in ("aggregation", "variety", "coverage") and order.isdigit():
         return f"{order}-gram {stem}"
-    return key.replace("_", " ")
+    return METRICS.get(key, key.replace("_", " "))
 
 
-def percent(value: float | None) -> str:
-    """Return a share as a percentage with one decimal."""
-    return "–" if value is None else _signless(100 * value, 1)
+def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
+    """Return a number with a true minus and no sign on zero; a dash for None."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        return text.lstrip("-")
+    return f"+{text}" if sign and value > 0 else text.replace("-", MINUS)
 
 
-def whole_percent(value: float) -> str:
-    """Return a share in whole percent."""
-    return _signless(100 * value, 0)
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a share as a percentage, without the sign for it."""
+    return number(None if value is None else 100 * value, digits)
 
 
 def points(value: float | None) -> str:
     """Return a difference of shares in percentage points, with its sign."""
-    if value is None:
-        return "–"
-    text = _signless(100 * value, 1)
-    return text if text.startswith(MINUS) or text == "0.0" else f"+{text}"
+    return number(None if value is None else 100 * value, 1, sign=True)
+
+
+def rho(value: float | None) -> str:
+    """Return a correlation with its sign and two decimals."""
+    return number(value, 2, sign=True)
 
 
 def span(low: float | None, high: float | None) -> str:
@@ -82,34 +82,24 @@ def span(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{percent(low)}, {percent(high)}]"
 
 
-def with_span(one: Estimate) -> str:
+def with_span(one: Any) -> str:
     """Return an estimate in percent with its interval."""
     return f"{percent(one.value)} {span(one.low, one.high)}".strip()
 
 
-def with_points(one: Estimate) -> str:
+def with_points(one: Any) -> str:
     """Return a difference in percentage points with its interval."""
     return f"{points(one.value)} {span(one.low, one.high)}".strip()
 
 
-def rho(value: float | None) -> str:
-    """Return a correlation with its sign and two decimals."""
-    if value is None:
-        return "–"
-    text = _signless(value, 2)
-    return text if text.startswith(MINUS) or float(text) == 0 else f"+{text}"
-
-
 def p_value(value: float | None) -> str:
-    """Return a p-value; below 0.001 only that it is."""
-    if value is None:
-        return "–"
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+    """Return a p-value, those below 0.001 as just that."""
+    return "<0.001" if value is not None and value < 0.001 else number(value)
 
 
-def sure(value: float) -> str:
+def sure(value: float | None) -> str:
     """Return a probability in whole percent, never 0 or 100."""
-    return f"{min(99, max(1, round(100 * value)))} %"
+    return "–" if value is None else f"{min(99, max(1, round(100 * value)))} %"
 
 
 def short(name: str, width: int = 26) -> str:
@@ -119,8 +109,7 @@ def short(name: str, width: int = 26) -> str:
 
 def quantity_name(name: str) -> str:
     """Return a quantity's name in words."""
-    known = {TOTAL: "total", WORST: "worst dimension", APART: "total on other benchmarks"}
-    return known.get(name, name)
+    return QUANTITIES.get(name, name)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -128,14 +117,13 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return names joined by commas and `and`."""
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    *first, last = names = list(names) or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Return the first three names, and how many more there are."""
     return listed(names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"])
 
@@ -149,14 +137,14 @@ def which_is_best(placed: Sequence[Placed]) -> str:
             if second.behind and second.behind.value is not None:
                 text += f", ahead of {second.calibration} by {with_span(second.behind)} points"
         return text
+    names = [one.calibration for one in sets]
     gap = ties[0].behind
-    apart = "no difference is expected"
+    apart = "no difference expected"
     if gap and gap.value is not None:
         apart = f"difference {with_span(gap)} points"
     if len(ties) > 1:
-        apart = f"{first.calibration} and {ties[0].calibration}: {apart}"
-    kept = listed([with_span(one.total) for one in sets[:3]])
-    return f"{some([one.calibration for one in sets])} are tied ({apart}): {kept} %"
+        apart = f"{names[0]} and {names[1]}: {apart}"
+    return f"{some(names)} are tied ({apart}): {listed(with_span(one.total) for one in sets[:3])} %"
 
 
 def held(text: str) -> str:
@@ -166,11 +154,7 @@ def held(text: str) -> str:
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Return text in lines of a terminal's width, words and intervals whole.
-
-    Args:
-        first, rest: what the first and every other line begin with.
-    """
+    """Return text in lines of a terminal's width; `first` and `rest` begin them."""
     lines = textwrap.wrap(
         held(text), WIDTH, initial_indent=first, subsequent_indent=rest,
         break_long_words=False, break_on_hyphens=False,
@@ -178,8 +162,12 @@ def wrapped(text: str, first: str = "", rest: str = "") -> str:
     return "\n".join(lines).replace(HOLD, " ")
 
 
-def _signless(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", MINUS)
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return an indented table of a terminal's width, its first column cut where it must be."""
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    wide[0] = min(wide[0], max(8, WIDTH - sum(2 + width for width in wide[1:]) - 2))
+    return "\n".join(
+        "  " + "  ".join(short(text, width).ljust(width)
+                         for text, width in zip(row, wide, strict=True)).rstrip()
+        for row in rows
+    )  # fmt: skip

@@ -18,9 +18,9 @@ from calmix.compress.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weig
 from calmix.compress.running import read_record
 from calmix.errors import InputError
 from calmix.options import Compression
-from calmix.report.card import read_card
-from calmix.report.card_page import HEADS
+from calmix.report.card import TEXTS, read_card
 from calmix.sources import builtin_sources
+from tests.browser import Page, needs_chromium, readable
 from tests.conftest import Ended
 
 Run = Callable[..., Ended]
@@ -103,7 +103,7 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix: Run, compressed: Path
     lines = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")
         for line in readme.splitlines()
-        if line.count(" | ") == len(HEADS) - 1
+        if line.count(" | ") == len(TEXTS["HEADS"]) - 1
     }
     estimates = {one["name"]: one["kept"] for one in told["dimensions"]} | {"total": told["total"]}
     assert set(estimates) < set(lines)
@@ -302,3 +302,27 @@ def test_inspect_tells_of_every_stage(calmix: Run, compressed: Path, tmp_path: P
     record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
     (out / "compress.json").write_text(json.dumps(record | {"versions": {}}), encoding="utf-8")
     assert "compress.json" in calmix("doctor", "inspect", out).line
+
+
+@needs_chromium
+def test_cards_are_readable_and_their_filters_filter(
+    page: Page, calmix: Run, compressed: Path, tmp_path: Path
+) -> None:
+    several = tmp_path / "several.html"
+    assert calmix("report", compressed, compressed, "-o", several).code == 0
+    shown = "[...document.querySelectorAll('{}')].filter(e => e.checkVisibility()).length"
+    for path, where, each, figures in (
+        (compressed / "card.html", "answers", "#answers article", 3),
+        (several, "items", "#items tbody tr", 1),
+    ):
+        for width, dark in ((1280, True), (390, False)):
+            page.open(path, width=width, dark=dark)
+            page.run("document.querySelectorAll('details').forEach(e => e.open = true)")
+            readable(page, width, figures=figures, texts=60)
+        total = page.run(shown.format(each))
+        alike = page.run(shown.format(f"{each}[data-same]"))
+        assert total > 5
+        page.run(f"document.querySelector('[data-differ={where}]').click()")
+        assert page.run(shown.format(each)) == total - alike
+        assert page.complaints == []
+    assert alike == total  # of one model beside itself nothing differs

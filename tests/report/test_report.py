@@ -12,16 +12,13 @@ import pytest
 
 from calmix.analysis import Settings, analyse
 from calmix.report import pages, write_report
-from calmix.report.drawing import VARIABLES
-from calmix.report.page import flat
+from calmix.report.charts import VARIABLES
 from calmix.study.results import StudyResults
-from tests.synthetic import DIMENSIONS, SOURCES, Plan, failed, full_plan, study, trial
+from tests.synthetic import SOURCES, Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
-KINDS = (
-    "heat-map", "tasks", "ranking", "spread", "perplexity", "correlations", "correlations-within",
-)  # fmt: skip
-BRIEF = ("left", "abilities", "sparser", "distance")
+KINDS = ("heat-map", "tasks", "ranking", "perplexity", "correlations", "correlations-within")
+BRIEF = ("left", "abilities", "sparser")
 
 
 def page_of(results: StudyResults) -> str:
@@ -51,16 +48,6 @@ def test_the_page_needs_nothing_from_outside_and_is_small(whole: Path) -> None:
     assert not local
     assert all((whole / link).is_file() for link in links if link.startswith("figures/"))
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttp", page)
-
-
-def test_methods_are_compared_where_there_are_several(whole: Path) -> None:
-    page = (whole / "report.html").read_text(encoding="utf-8")
-    section = page.partition("<h2>Method by method</h2>")[2].partition("<section")[0]
-    assert "SparseGPT 50% against Wanda 50%: +" in section
-    assert section.count(">mean of the sets of both</td>") == 1 + len(DIMENSIONS)
-    assert "the lead over the mean of the single sources" in section
-    one = study(full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")], seeds=(0,)))
-    assert "Method by method" not in page_of(one)
 
 
 class _Strict(HTMLParser):
@@ -155,7 +142,7 @@ def test_what_is_missing_or_failed_is_on_the_page(whole: Path) -> None:
     assert "Not complete:" not in page_of(results)
     gappy = results.model_copy(update={"trials": results.trials[:-1]})
     page = page_of(gappy)
-    assert "1 trial still to come" in page
+    assert "1 trial to come" in page
     assert "Cells without a finished trial" in page
 
 
@@ -166,9 +153,8 @@ def test_what_is_missing_or_failed_is_on_the_page(whole: Path) -> None:
 def test_tiny_studies_have_a_report(sources: int, dimensions: tuple[str, ...]) -> None:
     names = [f"s{number}" for number in range(sources)]
     page = page_of(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)))
-    assert "cannot be" in page
+    assert "nothing" in page or "tied" in page or "keeps the most" in page
     assert ("Signal and noise" in page) == (sources > 1)
-    assert 'role="tabpanel"' not in page
 
 
 def test_dimensions_and_metrics_without_values_have_a_report() -> None:
@@ -187,12 +173,13 @@ def test_dimensions_and_metrics_without_values_have_a_report() -> None:
 def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known() -> None:
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
-    assert "Spearman&#x27;s ρ of KL with retention: total −1.00" in page
+    assert "order 4 sets as total retention does (ρ\N{NO-BREAK SPACE}−1.00" in page
     kl = (results.trials[0].distance or {})["total"]["kl_mean"]
     assert f">{kl:.3f}</td>" in page
+    assert "Distance to the dense model" in page
     old = [one.model_copy(update={"distance": None}) for one in results.trials]
     page = page_of(results.model_copy(update={"trials": tuple(old)}))
-    assert "ρ of KL" not in page
+    assert "Distance to the dense model" not in page
 
 
 def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
@@ -203,12 +190,7 @@ def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
     page = page_of(study(Plan(), trials=trials))
     assert re.findall(r">−20(?:\.0)?<", page)
     assert re.findall(r">-\d", page) == []
-    assert "After Wanda 2:4 (the dense model is 100\N{NO-BREAK SPACE}%), s0 " in page
-
-
-def test_an_environment_is_laid_flat() -> None:
-    told = flat({"a": {"b": 1, "c": [1, 2]}, "d": None})
-    assert told == [("a.b", "1"), ("a.c", "1, 2"), ("d", "–")]
+    assert "After Wanda 2:4 (dense model: 100\N{NO-BREAK SPACE}%), s0 " in page
 
 
 def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
@@ -216,7 +198,7 @@ def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
     trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]
     trials[0] = trials[0].model_copy(update={"halves": ("code_a",)})
     page = page_of(study(Plan(), trials=tuple(trials)))
-    assert "made of its benchmark&#x27;s other half" in page
+    assert "made of its other half" in page
     assert page.count("60*") == 1
     assert "without its own benchmark" in page
     assert "total 55.0, code 60.0" in page
@@ -226,7 +208,7 @@ def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
 
 def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(whole: Path) -> None:
     page = (whole / "report.html").read_text(encoding="utf-8")
-    section = page[page.index('<section class="condition"') :]
+    section = page[page.index('<details class="condition"') :]
     assert section.index("<summary>Ranking") < section.index("<figure>")
     head = section[section.index("<thead>") : section.index("</thead>")]
     for name in ("total %", "accuracy %", "shrunken %", "best", "code, accuracy %"):

@@ -17,7 +17,7 @@ def test_percent(value: float | None, text: str) -> None:
 
 def test_signs_and_small_p() -> None:
     assert [words.points(value) for value in (0.012, -0.012, 0.0)] == ["+1.2", "−1.2", "0.0"]
-    assert [words.whole_percent(value) for value in (-0.046, -0.001, 0.5)] == ["−5", "0", "50"]
+    assert [words.percent(value, 0) for value in (-0.046, -0.001, 0.5)] == ["−5", "0", "50"]
     assert [words.rho(value) for value in (0.5, -0.5, -0.001)] == ["+0.50", "−0.50", "0.00"]
     assert [words.p_value(value) for value in (0.0004, 0.04, None)] == ["<0.001", "0.040", "–"]
     assert [words.sure(value) for value in (0.9999, 0.5, 0.0)] == ["99 %", "50 %", "1 %"]

@@ -1,29 +1,4 @@
 "use strict";
-// Tabs: without this script every section is shown, one below the other.
-const tabs = [...document.querySelectorAll("[role=tab]")];
-function show(tab) {
-  for (const other of tabs) {
-    const chosen = other === tab;
-    other.setAttribute("aria-selected", String(chosen));
-    other.tabIndex = chosen ? 0 : -1;
-    document.getElementById(other.getAttribute("aria-controls")).hidden = !chosen;
-  }
-}
-for (const [at, tab] of tabs.entries()) {
-  tab.addEventListener("click", () => show(tab));
-  tab.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    const next = tabs[(at + step + tabs.length) % tabs.length];
-    show(next);
-    next.focus();
-  });
-}
-if (tabs.length) {
-  document.querySelector("[role=tablist]").hidden = false;
-  show(tabs.find((tab) => tab.dataset.first !== undefined) ?? tabs[0]);
-}
-
 // Tables: a click sorts by that column, a second one the other way round; empty cells stay last.
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
@@ -36,12 +11,15 @@ for (const button of document.querySelectorAll("thead button")) {
     for (const each of table.querySelectorAll("th[aria-sort]")) each.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;
-    const key = (row) => row.cells[head.cellIndex].dataset.v ?? "";
+    const key = (row) => {
+      const text = row.cells[head.cellIndex].textContent.trim();
+      return number ? parseFloat(text.replace("−", "-").replace(/[,<]/g, "")) : text;
+    };
     const rows = [...table.tBodies[0].rows];
     rows.sort((a, b) => {
       const [x, y] = [key(a), key(b)];
-      if (x === "" || y === "") return (x === "") - (y === "");
-      return sign * (number ? Number(x) - Number(y) : x.localeCompare(y));
+      if (!number) return sign * x.localeCompare(y);
+      return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) : sign * (x - y);
     });
     table.tBodies[0].append(...rows);
   });

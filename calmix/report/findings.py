@@ -1,0 +1,476 @@
+"""What a study shows, in sentences: found, not found, the claims, and how sure that is.
+
+Everything is read off the analysis, where p is corrected; nothing is tested here. All but the last
+two claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.cells import APART, TOTAL, Condition
+from calmix.analysis.correlations import Among, TradeOff
+from calmix.analysis.differences import BEST, SINGLES
+from calmix.analysis.gains import MEAN, Gain
+from calmix.analysis.ranking import leaders
+from calmix.analysis.statistics import ALPHA, LEAST
+from calmix.report import words
+
+HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
+OPEN, NOT_FOUND = "undecided", "not found"
+MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
+MIXED, WROTE, TOP, AVERAGE, LOWEST = (
+    "a mix of sources", "text the model wrote", "the best single source",
+    "an average source", "the worst source",
+)  # fmt: skip
+COMPARED = (  # sets made one way, against sets made another way or a contender among the sources
+    ("A mix keeps more than the best single source", "mix", BEST, TOTAL),
+    ("The same on the benchmarks that neither holds text of", "mix", BEST, APART),
+    ("A mix keeps more than single sources do on average", "mix", SINGLES, TOTAL),
+    ("IGSP keeps more than the best single source", "igsp", BEST, TOTAL),
+    ("IGSP keeps more than Self-Cal", "igsp", "self-cal", TOTAL),
+    ("IGSP keeps more than SGS", "igsp", "sgs", TOTAL),
+    ("A mix keeps more than IGSP", "mix", "igsp", TOTAL),
+    ("The same on the benchmarks that the mix holds no text of", "mix", "igsp", APART),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one condition (of a series of sparsities, the sparsest) says of a claim: `way` is its
+    label without the model, `where` what is printed, `because` the figures."""
+
+    model: str
+    way: str
+    where: str
+    verdict: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.verdict} ({self.because})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and what each condition says of it that can say anything."""
+
+    text: str
+    verdicts: tuple[Verdict, ...]
+
+    def of(self, way: str) -> dict[str, Verdict]:
+        """Return what is said of it with one way to prune, by model."""
+        return {one.model: one for one in self.verdicts if one.way == way}
+
+    @property
+    def tally(self) -> str:
+        """In how many conditions it holds; of a single one, its verdict."""
+        if len(self.verdicts) == 1:
+            return self.verdicts[0].verdict
+        held = sum(one.verdict == HOLDS for one in self.verdicts)
+        return f"holds in {held} of {len(self.verdicts)}"
+
+
+@dataclass
+class Findings:
+    """Sentences about one condition or across several; `brief` says which set is best."""
+
+    about: str
+    found: list[str] = field(default_factory=list)
+    not_found: list[str] = field(default_factory=list)
+    brief: str = ""
+
+    def say(self, found: bool, text: str) -> None:
+        """Add a sentence to what was found or to what was not."""
+        (self.found if found else self.not_found).append(text)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that is said of a study; `short` says what each model keeps."""
+
+    headline: str
+    short: str
+    conditions: tuple[Findings, ...]
+    methods: Findings
+    claims: tuple[Claim, ...]
+    certainty: tuple[str, ...]
+
+
+def summarise(analysis: Analysis) -> Summary:
+    """Return the sentences of an analysis."""
+    short = " ".join(_short(model, found) for model, found in by_model(analysis).items())
+    return Summary(
+        _headline(analysis), short,
+        tuple(_condition(analysis, each) for each in analysis.conditions), _methods(analysis),
+        tuple(claims(analysis)), tuple(_certainty(analysis)),
+    )  # fmt: skip
+
+
+def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis:
+    """Return the condition to look at first: most sets, then of the first method the one with most
+    trials, then the sparsest."""
+    first = conditions[0].condition.method
+    return max(
+        conditions,
+        key=lambda found: (
+            len(found.ranking),
+            found.condition.method == first,
+            sum(one.total.draws for one in found.ranking),
+            found.condition.sparsity,
+        ),
+    )
+
+
+def _headline(analysis: Analysis) -> str:
+    main = main_condition(analysis.conditions)
+    best, where = main.ranking[0], f"After {main.condition.label}"
+    if best.total.value is None:
+        return f"{where} no calibration set has a retention: no task of the suite has signal."
+    if len(main.ranking) == 1:
+        return (
+            f"{where}, {best.calibration} keeps {words.with_span(best.total)} % of the dense "
+            "model's abilities. It is the only calibration set: there is nothing to compare."
+        )
+    sets = leaders(main.ranking)
+    text = f"{where} (dense model: 100 %), {words.which_is_best(main.ranking)}."
+    worst = [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
+             for one in sets[:3] if one.worst is not None]  # fmt: skip
+    if worst:
+        text += f" In the worst dimension: {words.listed(worst)}."
+    last = [one for one in main.ranking if one.total.value is not None][-1]
+    if last not in sets:
+        text += f" {last.calibration} keeps the least: {words.percent(last.total.value)} %."
+    return text
+
+
+class Kind(NamedTuple):
+    """What is kept with one kind of text: the set that stands for it, and how it was made."""
+
+    kind: str
+    name: str
+    strategy: str
+    kept: Estimate
+
+
+def kinds(found: ConditionAnalysis, among: Collection[str] | None = None) -> dict[str, Kind]:
+    """Return what is kept with each kind of text, the highest set standing for its kind; `among`
+    are the single sources to look at. The best of them counts by its shrunken total."""
+    known = [one for one in found.ranking if one.total.value is not None]
+    sources = [one for one in known if one.strategy == "single"
+               and (among is None or one.calibration in among)]  # fmt: skip
+    made = []
+    for kind, how in ((MIXED, ("mix",)), (WROTE, ("self-written", "igsp", "self-cal", "sgs"))):
+        for one in [one for one in known if one.strategy in how][:1]:
+            made.append(Kind(kind, one.calibration, one.strategy, one.total))
+    for one in sources[:1]:
+        made.append(Kind(TOP, one.calibration, "single", one.shrunken))
+    if len(sources) > 1:
+        sets = [found.cells.sets.index(one.calibration) for one in sources]
+        kept = found.joint.estimate(found.joint.mean(sets, 0))
+        made.append(Kind(AVERAGE, words.counted(len(sources), "source"), "single", kept))
+        made.append(Kind(LOWEST, sources[-1].calibration, "single", sources[-1].total))
+    return {one.kind: one for one in made}
+
+
+def by_model(analysis: Analysis) -> dict[str, ConditionAnalysis]:
+    """Return the condition to look at first of every model."""
+    models: dict[str, list[ConditionAnalysis]] = {}
+    for each in analysis.conditions:
+        models.setdefault(each.condition.model, []).append(each)
+    return {model: main_condition(own) for model, own in models.items()}
+
+
+def pruned_to(found: ConditionAnalysis) -> str:
+    """Say what share of the weights is pruned."""
+    at = found.condition
+    share = f"{100 * at.sparsity:g} %" if at.unstructured else at.pattern.replace(":", " of ")
+    return f"{share} of its weights pruned"
+
+
+def _short(model: str, found: ConditionAnalysis) -> str:
+    some = [f"{words.percent(one.kept.value)} % with {one.kind}"
+            for one in kinds(found).values() if one.kind != LOWEST]  # fmt: skip
+    if not some:
+        return f"{model}: nothing could be measured."
+    text = f"With {pruned_to(found)}, {model} keeps {words.listed(some)} of its abilities."
+    best = f" {words.which_is_best(found.ranking)}." if len(found.ranking) > 1 else ""
+    return text + best
+
+
+def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:
+    told = Findings(each.condition.label)
+    ranked = [one for one in each.ranking if one.total.value is not None]
+    if len(ranked) > 1:
+        told.brief = f"{words.which_is_best(ranked)}."
+        told.say(len(leaders(ranked)) == 1, told.brief)
+    _contest(each, told)
+    if len(each.ranking) > 1 and each.points and not each.correlations:
+        kind = "single source" if analysis.settings.over == "single" else "calibration set"
+        told.say(False, f"With {words.counted(each.points, kind)} no metric can be correlated with "
+                 f"retention (at least {LEAST}, with metrics that differ).")  # fmt: skip
+    for one in each.agreements:
+        if one.quantity == TOTAL and one.rho is not None:
+            does = "orders" if one.agrees else "does not order"
+            told.say(one.agrees, f"KL to the dense model, which needs no labels, {does} {one.n} "
+                     f"sets as total retention does (ρ {words.rho(one.rho)}, "
+                     f"p {words.p_value(one.p)}; −1 is the same order).")  # fmt: skip
+    faint = [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise
+             if one.kind != "task" and one.ratio is not None and one.ratio < 1]  # fmt: skip
+    if faint:
+        told.say(False, "One trial per source cannot separate the sources (signal over noise "
+                 f"below 1) in {words.listed(faint)}.")  # fmt: skip
+    return told
+
+
+def _contest(each: ConditionAnalysis, told: Findings) -> None:
+    """Every set against the mean of the single sources, and against the best of them."""
+    once = "" if each.joint.freedom else " (one seed each)"
+    for right in dict.fromkeys(one.right for one in each.differences):
+        if right != SINGLES and not right.startswith(BEST):
+            continue
+        names: dict[str, list[str]] = {"more": [], "less": [], "these": [], "none": []}
+        for one in each.differences:
+            if one.quantity == TOTAL and one.right == right:
+                ahead = "more" if (one.gap.value or 0) > 0 else "less"
+                these = one.draw_p_corrected is not None and one.draw_p_corrected <= ALPHA
+                key = ahead if one.significant else "these" if these else "none"
+                names[key].append(f"{one.left} ({words.with_points(one.gap)})")
+        for key in ("more", "less"):
+            if some := names[key]:
+                verb = "keeps" if len(some) == 1 else "keep"
+                told.say(True, f"{words.listed(some)} {verb} {key} than the {right}{once}.")
+        for key, text in (
+            ("these", "Different on these test items, but perhaps not on others, from"),
+            ("none", "No difference in total survives correction from"),
+        ):
+            if some := names[key]:
+                told.say(False, f"{text} the {right}: {words.listed(some)}.")
+
+
+def _methods(analysis: Analysis) -> Findings:
+    """Each method against the one that keeps next less, and how leads differ between them."""
+    told = Findings("Method by method")
+    totals = sorted((one for one in analysis.gains if one.quantity == TOTAL), key=_value)
+    nearest: dict[str, Gain] = {}
+    for one in totals:
+        if one.calibration == MEAN:
+            nearest.setdefault(one.more, one)
+    for each in analysis.conditions:
+        if (mean := nearest.get(each.condition.label)) is None:
+            continue
+        pair = f"{mean.more} against {mean.less}"
+        sets = [one for one in totals if one is not mean
+                and (one.more, one.less) == (mean.more, mean.less)]  # fmt: skip
+        ends = [f"{words.points(one.gap.value)} ({one.calibration})" for one in (sets[0], sets[-1])]
+        over = f"mean of {mean.sets} sets, {' to '.join(ends)}"
+        told.say(mean.gap.clear, f"{pair}: {words.with_points(mean.gap)} points in total, "
+                 f"{over if mean.sets > 1 else f'of {sets[0].calibration}'}.")  # fmt: skip
+    return told
+
+
+def _value(one: Gain) -> float:
+    return one.gap.value or 0.0
+
+
+def claims(analysis: Analysis) -> Iterator[Claim]:
+    """Return the claims that this study can say anything of."""
+    found = analysis.conditions
+    made = [
+        (text, [_compared(each, left, right, quantity) for each in found])
+        for text, left, right, quantity in COMPARED
+    ]
+    if (default := analysis.settings.default) is not None:
+        over = [_over(analysis, each) for each in found]
+        made.insert(3, (f"A mix keeps more than {default}", over))
+    made += [
+        ("Dimensions are far apart where the total is close", [_cancelled(each) for each in found]),
+        ("A metric of the text raises one dimension and lowers another",
+         [_pulled(each, "sources") for each in found]),
+        ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
+        ("The lead of a mix grows with sparsity", list(_grown(analysis))),
+        ("The lead of a mix shrinks with recovery", [_evened(analysis, each) for each in found]),
+    ]  # fmt: skip
+    ways = list(dict.fromkeys(each.condition.way for each in found))
+    for text, verdicts in made:
+        known = sorted(filter(None, verdicts), key=lambda one: ways.index(one.way))
+        if known:
+            yield Claim(text, tuple(known))
+
+
+def _at(at: Condition, verdict: str, because: str) -> Verdict:
+    return Verdict(at.model, at.way, at.label, verdict, because)
+
+
+Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found
+
+
+def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict | None:
+    """Return what gaps say together: one that is found in the wanted direction bears it out."""
+    some = list(gaps)
+    if not some:
+        return None
+    signs = {0 if not found or not gap.value else wanted if gap.value > 0 else -wanted
+             for _, gap, found in some}  # fmt: skip
+    verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
+    return _at(at, verdict, "; ".join(f"{name} {words.with_points(gap)}" for name, gap, _ in some))
+
+
+def _made(each: ConditionAnalysis, how: str) -> set[str]:
+    """Return the sets that were made in one way."""
+    return {each.cells.sets[at] for at in each.cells.of(how)}
+
+
+def _compared(each: ConditionAnalysis, left: str, right: str, quantity: str) -> Verdict | None:
+    def names(contender: str, wanted: str) -> bool:
+        if wanted in (BEST, SINGLES):
+            return contender.startswith(wanted)
+        return contender in _made(each, wanted)
+
+    def gaps() -> Iterator[Gap]:
+        for one in each.differences:
+            if one.quantity != quantity or one.gap.value is None:
+                continue
+            if names(one.left, left) and names(one.right, right):
+                over = "" if right == SINGLES else f" over {one.right.removeprefix(BEST)}"
+                yield one.left + over, one.gap, one.significant
+            elif names(one.right, left) and names(one.left, right):
+                yield f"{one.right} over {one.left}", -one.gap, one.significant
+
+    return _judged(each.condition, gaps())
+
+
+def _over(analysis: Analysis, each: ConditionAnalysis) -> Verdict | None:
+    mixes = _made(each, "mix")
+    return _judged(each.condition, (
+        (f"{one.calibration} over {one.default}", one.gap, one.gap.clear)
+        for one in analysis.margins
+        if (one.condition, one.quantity) == (each.condition.label, TOTAL)
+        and one.calibration in mixes
+    ))  # fmt: skip
+
+
+def _cancelled(each: ConditionAnalysis) -> Verdict | None:
+    spread = {one.quantity: one for one in each.spreads if one.over == "single"}
+    total = spread.pop(TOTAL, None)
+    if total is None or len(spread) < 2 or total.p_cancel is None:
+        return None
+    widest = max(spread.values(), key=lambda one: one.range)
+    because = (
+        f"single sources {100 * widest.range:.1f} points apart in {widest.quantity} "
+        f"({widest.lowest} to {widest.highest}), {100 * total.range:.1f} in total; "
+        f"p {words.p_value(total.p_cancel)} against unrelated dimensions"
+    )
+    return _at(each.condition, HOLDS if total.p_cancel <= ALPHA else NOT_FOUND, because)
+
+
+def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
+    tested = [one for one in each.correlations if one.among == among and not one.task]
+    if not tested:
+        return None
+    n = words.counted(max(one.n for one in tested), "source")
+    best: dict[str, TradeOff] = {}  # the strongest first
+    for one in sorted(each.trade_offs, key=lambda one: max(-one.rho_rises, one.rho_falls)):
+        if one.among == among:
+            best.setdefault(one.metric, one)
+    if best:
+        some = [f"{words.metric_name(one.metric)}: {one.rises} {words.rho(one.rho_rises)}, "
+                f"{one.falls} {words.rho(one.rho_falls)}" for one in best.values()]  # fmt: skip
+        more = f"; {words.counted(len(some) - 2, 'more metric')}" if some[2:] else ""
+        return _at(each.condition, HOLDS, f"{'; '.join(some[:2])}{more}; {n}")
+    because = "no two signs survive correction"
+    if known := [one for one in tested if one.rho is not None]:
+        near = max(known, key=lambda one: (one.significant, abs(one.rho or 0)))
+        because += (
+            f"; strongest: {words.metric_name(near.metric)} with {near.quantity}, "
+            f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
+        )
+    verdict = OPEN if each.least_p.get(among, 1.0) > ALPHA else NOT_FOUND
+    return _at(each.condition, verdict, f"{because}; {n}")
+
+
+def _grown(analysis: Analysis) -> Iterator[Verdict | None]:
+    for series in dict.fromkeys(one.series for one in analysis.growths):
+        members = [each for each in analysis.conditions if each.condition.series == series]
+        mixes = {name for each in members for name in _made(each, "mix")}
+        own = [one for one in analysis.growths if (one.series, one.quantity) == (series, TOTAL)
+               and one.calibration in mixes]  # fmt: skip
+        last = members[-1].condition  # lowest sparsity first
+        made = _judged(last, ((one.calibration, one.gap, one.gap.clear) for one in own))
+        if made is not None:
+            first, *_, end = (f"{100 * share:g} %" for share in own[0].sparsities)
+            because = f"{first} to {end}: {made.because}"
+            yield Verdict(last.model, last.way, series, made.verdict, because)
+
+
+def _evened(analysis: Analysis, each: ConditionAnalysis) -> Verdict | None:
+    """Whether a mix is less far ahead with a recovery than without."""
+    mixes = _made(each, "mix")
+    return _judged(each.condition, (
+        (f"{one.calibration} over {one.default}", one.gap, one.gap.clear)
+        for one in analysis.shifts
+        if one.recovered and (one.more, one.quantity) == (each.condition.label, TOTAL)
+        and one.calibration in mixes
+    ), wanted=-1)  # fmt: skip
+
+
+def _certainty(analysis: Analysis) -> Iterator[str]:
+    found = analysis.conditions
+    waiting = max(0, analysis.planned - analysis.finished - analysis.failed)
+    if waiting or analysis.failed:
+        yield (
+            f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} finished, "
+            f"{analysis.failed} failed, {waiting} to come. All figures are of the finished "
+            "ones and may change."
+        )
+    if gaps := sum(len(each.missing) for each in found):
+        yield (
+            f"Not every set has every seed ({words.counted(gaps, 'empty cell')}); means are over "
+            "the seeds that exist."
+        )
+    once = [each.condition for each in found if not each.joint.freedom]
+    if len(once) < len(found):
+        yield (
+            "Intervals cover other test items and other seeds together; the spread over seeds is "
+            "pooled over all sets of a condition."
+        )
+    if once:
+        more = {each.condition.way for each in found if each.joint.freedom}
+        names = dict.fromkeys(one.label if one.way in more else one.way for one in once)
+        where = f" in {words.listed(names)}" if len(once) < len(found) else ""
+        yield (
+            f"Every set has one seed{where}: intervals there cover test items alone, and nothing "
+            "is known of other seeds."
+        )
+    shared = {one.calibration for each in found for one in each.ranking if one.without_own}
+    if shared:
+        yield (
+            f"{words.counted(len(shared), 'set was', 'sets were')} made of the other half of a "
+            "benchmark that is scored; the ranking also gives them without those tasks."
+        )
+    tested = [each for each in found if each.correlations]
+    if tested:
+        numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
+        kind = "single sources only (a mix would count its parts twice)"
+        if analysis.settings.over == "all":
+            kind = "all calibration sets; mixes are not independent of their parts"
+        families = words.listed(f"{n} tests ({name})" for name, n in analysis.families.items())
+        yield (
+            f"Correlations are over {numbers} points, seeds averaged first: {kind}. p is "
+            f"two-sided, by permutation, corrected over {families} (Benjamini-Hochberg at "
+            f"{ALPHA:g})."
+        )
+        weak = [p for each in tested for p in each.least_p.values() if p > ALPHA]
+        if weak:
+            yield (
+                f"So few points cannot give p below {max(weak):.2g}: no correlation could have "
+                "been found, however strong."
+            )
+    models = words.listed(sorted({each.condition.model for each in found}))
+    yield (
+        f"This holds for {models} and this suite; other models were not measured."
+        + (" A correlation over sources is not a cause." if tested else "")
+    )

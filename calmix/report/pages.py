@@ -1,0 +1,36 @@
+"""Templates: every page, and text, is rendered here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from calmix.report import words
+from calmix.sources.licences import use_of
+
+
+def render(name: str, **context: Any) -> str:
+    """Return a template filled in; in HTML everything is escaped."""
+    found = Environment(
+        loader=PackageLoader("calmix.report"), autoescape=select_autoescape(),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    found.globals |= {"w": words, "flat": flat, "use_of": use_of, "zip": zip}
+    found.filters |= {"heads": _heads, "metric_name": words.metric_name}
+    return found.get_template(name).render(context)
+
+
+def _heads(names: Iterable[str], *forms: str) -> list[str]:
+    return [form.format(name) for name in names for form in forms]
+
+
+def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return nested mappings as rows of dotted name and text."""
+    if isinstance(value, dict):
+        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+        return [row for key, part in parts for row in flat(part, key)]
+    if isinstance(value, list | tuple):
+        return [(name, ", ".join(map(str, value)))]
+    return [(name, "–" if value is None else str(value))]

@@ -1,0 +1,361 @@
+"""Findings say what was planted, and a tie is never a win."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from calmix.analysis import Settings, analyse, recommend
+from calmix.analysis.ranking import leaders
+from calmix.report import MANY, pages, summarise, summary_text, words
+from calmix.report.findings import (
+    AVERAGE,
+    LOWEST,
+    MIXED,
+    TOP,
+    WROTE,
+    Claim,
+    Summary,
+    claims,
+    kinds,
+)
+from calmix.study.results import StudyResults
+from tests.analysis.test_gains import BETTER, KEPT, PLAIN, TUNED, analysed
+from tests.synthetic import OTHERS, SLOPES, Plan, failed, full_plan, save, study, trial
+
+QUICK = Settings(permutations=1999, resamples=200)
+LIFTS = {"mix-8": ("mix", 0.2), "igsp": ("igsp", 0.1), "self-cal": ("self-cal", 0.1),
+         "sgs": ("sgs", -0.1)}  # fmt: skip
+METRIC = "A metric of the text raises one dimension and lowers another"
+
+
+def of(results: StudyResults, **settings: Any) -> Summary:
+    return summarise(analyse(results, Settings(permutations=1999, resamples=200, **settings)))
+
+
+def said(results: StudyResults, **settings: Any) -> dict[str, Claim]:
+    return {claim.text: claim for claim in of(results, **settings).claims}
+
+
+# Which set is best
+
+
+def made(kept: dict[str, float], seeds: tuple[int, ...] = (0,)) -> StudyResults:
+    """Return results of sets with a retention each, in both dimensions."""
+    trials = tuple(
+        trial(name, "single", "sparsegpt", "60%", seed,
+              {"general": value + 0.002 * seed, "code": value - 0.002 * seed})
+        for name, value in kept.items() for seed in seeds
+    )  # fmt: skip
+    return study(Plan(), trials=trials)
+
+
+def answers(results: StudyResults) -> list[list[str]]:
+    """Return the best sets of every condition, after having looked for another answer."""
+    found = analyse(results, QUICK)
+    summary, texts = summarise(found), pages(results, found)
+    best = []
+    for each, told, advice in zip(
+        found.conditions, summary.conditions, recommend(results, resamples=200), strict=True
+    ):
+        sets = leaders(each.ranking)
+        best.append([one.calibration for one in sets])
+        assert tuple(best[-1]) == advice.best
+        sentence = words.which_is_best(each.ranking)
+        assert sentence in told.brief
+        assert (sentence + "." in told.found, sentence + "." in told.not_found) == (
+            len(sets) == 1, len(sets) > 1,
+        )  # fmt: skip
+        assert ("keeps the most" in sentence) == (len(sets) == 1)
+        if each is found.conditions[0]:  # the main one here
+            assert sentence in summary.headline
+            for name in ("report.html", "brief.html"):
+                lead = texts[name].split('<p class="lead">')[1].split("</p>")[0]
+                assert sentence in lead.replace(words.HOLD, " ")
+            assert ("tied for the best total" in texts["report.html"]) == (len(sets) > 1)
+    return best
+
+
+def test_a_near_tie_is_one_and_a_clear_lead_is_none() -> None:
+    kept = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
+    assert answers(made(kept, (0, 1))) == [["top", "near"]]
+    assert answers(made(kept | {"top": 0.9}, (0, 1))) == [["top"]]
+    assert answers(made({"lower": 0.600, "higher": 0.604})) == [["higher", "lower"]]
+
+
+def test_a_part_of_a_study_has_the_answer_of_the_whole() -> None:
+    plan = Plan(conditions=(("sparsegpt", "50%"), ("sparsegpt", "60%")), others=OTHERS, seed=3)
+    results = study(plan)
+    for at, sparsity in enumerate(("50%", "60%")):
+        whole, part = analyse(results, QUICK), analyse(results, QUICK, sparsity=sparsity)
+        assert whole.conditions[at].ranking == part.conditions[0].ranking
+        assert recommend(results, sparsity=sparsity)[0] == recommend(results)[at]
+
+
+def test_a_dimension_without_signal_is_left_out_of_both_answers() -> None:
+    quiet = [
+        trial(name, "single", "sparsegpt", "60%", 0, {"general": value, "code": None},
+              model="quiet", id=f"quiet-{name}")
+        for name, value in (("a", 0.2), ("b", 0.9))
+    ]  # fmt: skip
+    results = made({"a": 0.9, "b": 0.2})
+    results = study(Plan(), trials=(*results.trials, *quiet))
+    assert sorted(answers(results)) == [["a"], ["b"]]
+
+
+def test_recommend_says_a_tie(calmix: Any, tmp_path: Any) -> None:
+    folder = save(made({"lower": 0.600, "higher": 0.604}), tmp_path / "tied")
+    text = " ".join(calmix("study", "recommend", folder).out.split())
+    assert "take higher or another that is tied: expect " in text
+    assert "higher and lower are tied (" in text
+    assert "keeps the most" not in text
+
+
+# Claims
+
+
+@pytest.fixture(scope="module")
+def planted() -> StudyResults:
+    return study(Plan(others=LIFTS, noise=0.01, draw=0.004, slopes=SLOPES))
+
+
+def test_claims_say_what_was_planted(planted: StudyResults) -> None:
+    found = said(planted)
+    assert {text: claim.tally for text, claim in found.items()} == {
+        "A mix keeps more than the best single source": "holds",
+        "A mix keeps more than single sources do on average": "holds",
+        "IGSP keeps more than the best single source": "holds",
+        "IGSP keeps more than Self-Cal": "undecided",
+        "IGSP keeps more than SGS": "holds",
+        "A mix keeps more than IGSP": "holds",
+        "Dimensions are far apart where the total is close": "holds",
+        METRIC: "holds",
+        "The same among texts of one kind": "holds",
+    }
+    (one,) = found["A mix keeps more than IGSP"].verdicts
+    assert (one.where, one.way) == ("SparseGPT 60%", "SparseGPT 60%")
+    assert one.because.startswith("mix-8 over igsp +")
+    (one,) = found["A mix keeps more than single sources do on average"].verdicts
+    assert one.because.startswith("mix-8 +")
+    (one,) = found[METRIC].verdicts
+    assert one.because.startswith("perplexity: general +")
+    assert "code −" in one.because
+
+
+def test_the_opposite_and_a_part_of_it() -> None:
+    lifts = {"igsp": ("igsp", -0.2), "mixed": ("self-cal", 0.2), "mix-a": ("mix", 0.2),
+             "mix-b": ("mix", -0.2)}  # fmt: skip
+    found = said(study(Plan(others=lifts, noise=0.01, draw=0.004)))
+    (one,) = found["IGSP keeps more than Self-Cal"].verdicts
+    assert one.verdict == "does not hold"
+    assert one.because.startswith("igsp over mixed −")
+    assert found["A mix keeps more than single sources do on average"].tally == "holds in part"
+    (one,) = found["A mix keeps more than IGSP"].verdicts  # the other way round in the study
+    assert one.because.startswith("mix-a over igsp +")
+
+
+def test_a_lead_from_the_benchmarks_themselves_has_claims_of_its_own(planted: StudyResults) -> None:
+    halves = tuple(
+        one.model_copy(update={"halves": ("code_a",)}) if one.strategy == "mix" else one
+        for one in planted.trials
+    )
+    found, without = said(planted.model_copy(update={"trials": halves})), said(planted)
+    apart = {"The same on the benchmarks that the mix holds no text of",
+             "The same on the benchmarks that neither holds text of"}  # fmt: skip
+    assert found.keys() - without.keys() == apart
+    assert {text: one for text, one in found.items() if text not in apart} == without
+    assert {found[text].tally for text in apart} == {"holds"}
+
+
+def test_few_sources_leave_signs_open_and_noise_has_none() -> None:
+    few = said(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))
+    assert few[METRIC].tally == "undecided"
+    assert few[METRIC].verdicts[0].because.endswith("; 4 sources")
+    noise = said(study(Plan(noise=0.05)))
+    assert noise[METRIC].tally == "not found"
+    assert "no two signs survive correction; strongest: " in noise[METRIC].verdicts[0].because
+    assert "A mix keeps more than the best single source" not in noise
+
+
+def test_a_default_and_sparsities_have_their_claims(planted: StudyResults) -> None:
+    assert said(planted, default="news")["A mix keeps more than news"].tally == "holds"
+    pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
+    for lift, verdict in ((0.2, "holds"), (0.0, "undecided")):
+        plan = Plan(conditions=pairs, others={"mix-8": ("mix", lift)}, noise=0.0, draw=0.005)
+        (one,) = said(study(plan))["The lead of a mix grows with sparsity"].verdicts
+        assert (one.where, one.way, one.verdict) == ("SparseGPT", "SparseGPT 60%", verdict)
+        assert one.because.startswith("30 % to 60 %: mix-8 ")
+
+
+def test_models_stand_side_by_side() -> None:
+    pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
+    one = study(Plan(sources=("a", "b"), conditions=pairs, others=LIFTS, noise=0.0, draw=0.005))
+    more = [
+        trial.model_copy(update={"model": "other", "id": f"other-{trial.id}"})
+        for trial in one.trials if trial.pattern == "60%"
+    ]  # fmt: skip
+    both = study(Plan(), trials=(*one.trials, *more), planned=len(one.trials) + len(more))
+    found = analyse(both, QUICK)
+    claim = {claim.text: claim for claim in claims(found)}["IGSP keeps more than SGS"]
+    first = one.trials[0].model
+    assert claim.tally == "holds in 3 of 3"
+    assert [*claim.of("SparseGPT 30%")] == [first]
+    assert [*claim.of("SparseGPT 60%")] == [first, "other"]
+    page = pages(both, found)["report.html"]
+    section = page[page.index("<h2>Claims</h2>") :]
+    assert f"{first} and other, in this order" in section
+    row = section[section.index("IGSP keeps more than SGS</td>") :].split("</tr>")[0]
+    at_30, at_60 = row.split("<td>")[1:]
+    assert (at_30.count("✓"), at_30.count('<span class="mark"></span>')) == (1, 1)
+    assert at_60.count("✓") == 2
+
+
+# Sentences
+
+
+def test_sets_against_the_best_and_the_mean_source() -> None:
+    lifts = {"mix-8": ("mix", 0.2), "self-cal": ("self-cal", -0.2)}
+    for seeds, end in (((0,), " (one seed each)."), ((0, 1), "sources.")):
+        plan = Plan(others=lifts, noise=0.01, draw=0.002, seeds=seeds)
+        told = of(study(plan)).conditions[0].found
+        assert any(line.startswith("mix-8 (+") and "than the best single" in line for line in told)
+        (line,) = [line for line in told if line.startswith("self-cal (−") and "mean" in line]
+        assert "keeps less than the mean of the single sources" in line
+        assert line.endswith(end)
+
+
+def test_whether_kl_could_stand_in_for_the_benchmarks() -> None:
+    results = study(Plan())
+    assert any("orders 16 sets as total retention does (ρ −1.00" in line
+               for line in of(results).conditions[0].found)  # fmt: skip
+    trials = tuple(
+        one.model_copy(update={"distance": {**(one.distance or {}),
+                                            "total": {"kl_mean": number % 7, "top1": 0.5}}})
+        for number, one in enumerate(results.trials)
+    )  # fmt: skip
+    told = of(results.model_copy(update={"trials": trials})).conditions[0]
+    assert any("does not order 16 sets" in line for line in told.not_found)
+
+
+def test_equal_sets_are_not_set_apart() -> None:
+    told = of(study(Plan(others={"mix-8": ("mix", 0.0)}, noise=0.0, draw=0.02))).conditions[0]
+    text = "\n".join(told.not_found)
+    assert " are tied (" in text
+    assert "No difference in total survives correction from the mean of the single" in text
+    assert "One trial per source cannot separate the sources" in text
+    small = Plan(others={"mix-8": ("mix", 0.012)}, noise=0.0, draw=0.002)
+    told = of(study(small)).conditions[0]  # it is the items that leave it open
+    assert any("but perhaps not on others" in line and "mix-8 (+" in line
+               for line in told.not_found)  # fmt: skip
+
+
+def test_what_stands_for_a_kind_of_text() -> None:
+    lifts = LIFTS | {"igsp": ("igsp", 0.15)}
+    found = analyse(study(Plan(sources=("a", "b", "c"), others=lifts, seeds=(0,))), QUICK)
+    told = kinds(found.conditions[0])
+    assert list(told) == [MIXED, WROTE, TOP, AVERAGE, LOWEST]
+    assert (told[MIXED].name, told[WROTE].name) == ("mix-8", "igsp")
+    singles = [one for one in found.conditions[0].ranking if one.strategy == "single"]
+    assert told[TOP].kept == singles[0].shrunken
+    assert told[LOWEST].kept == singles[-1].total
+    mean = sum(one.total.value or 0 for one in singles) / len(singles)
+    assert told[AVERAGE].kept.value == pytest.approx(mean)
+    short = summarise(found).short
+    assert "With 60 % of its weights pruned, builtin:smollm2-135m keeps " in short
+    assert f"{words.percent(told[MIXED].kept.value)} % with a mix of sources" in short
+
+
+def test_an_unfinished_study_says_so() -> None:
+    whole = study(full_plan())
+    part = whole.model_copy(update={"trials": whole.trials[:50], "failed": (failed("x"),)})
+    told = of(part).certainty
+    assert told[0].startswith("50 of 198 planned trials finished, 1 failed, 147 to come")
+    assert any("empty cell" in line for line in told)
+    assert "to come" not in " ".join(of(whole).certainty)
+
+
+def test_conditions_of_one_seed_are_named_without_their_model_where_all_are() -> None:
+    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
+    one = study(Plan(sources=("a", "b", "c", "d"), conditions=pairs, seeds=(0, 1)))
+    both = [
+        trial.model_copy(update={"model": model, "id": f"{model}-{trial.id}"})
+        for model in ("this", "that") for trial in one.trials
+    ]  # fmt: skip
+    for kept, name in ((("this", "that"), "SparseGPT 50%"), (("this",), "SparseGPT 50%, this")):
+        left = [
+            trial for trial in both
+            if (trial.seed, trial.pattern) != (1, "50%") or trial.model not in kept
+        ]  # fmt: skip
+        told = of(study(Plan(), trials=tuple(left), planned=len(left)))
+        (line,) = [line for line in told.certainty if "one seed" in line]
+        assert line.startswith(f"Every set has one seed in {name}:")
+
+
+def test_little_is_said_of_little() -> None:
+    alone = of(study(Plan(sources=("a",), seeds=(0,))))
+    assert "nothing to compare" in alone.headline
+    assert alone.conditions[0].found == []
+    assert not any("cause" in line for line in alone.certainty)
+    two = of(study(Plan(sources=("a", "b"), seeds=(0,))))
+    assert any("no metric can be correlated" in line for line in two.conditions[0].not_found)
+    four = of(study(Plan(sources=("a", "b", "c", "d"), seeds=(0, 1))))
+    assert any("no correlation could have been found" in line for line in four.certainty)
+    silent = trial("a", "single", "sparsegpt", "60%", 0, {"general": None})
+    assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,))).headline
+
+
+def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together() -> None:
+    found = analyse(study(full_plan()), QUICK)
+    told, lines = summarise(found), summary_text(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    for each in (*told.conditions, told.methods):
+        for line in (*each.found, *each.not_found):
+            assert line in text
+    assert all(line in text for line in told.certainty)
+    assert all(f"{one}" in text for claim in told.claims for one in claim.verdicts)
+    assert text.index("shrunken") < text.index("SparseGPT 50%: found")
+    assert "  and 14 more" in lines
+    assert summary_text(found, short=True) == summary_text(found)
+    pairs = [("sparsegpt", f"{share}%") for share in (30, 40, 50, 60)] + [("wanda", "60%")]
+    found = analyse(study(full_plan(conditions=pairs)), QUICK)
+    assert len(found.conditions) == MANY + 1
+    lines = summary_text(found, short=True).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 0.4 * len(summary_text(found).splitlines())
+    text, told = " ".join(" ".join(lines).split()), summarise(found)
+    for each in found.conditions:
+        (row,) = [line for line in lines if line.startswith(f"  {each.condition.label}  ")]
+        assert row.split()[2] == leaders(each.ranking)[0].calibration
+    assert all(f"{claim.text}: {claim.tally}" in text for claim in told.claims)
+    assert not any(line in text for each in told.conditions for line in each.found)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "verdict"),
+    [
+        ({"prose": (0.8, 0.7), "mix": (0.85, 0.85)}, "holds"),
+        ({"prose": (0.6, 0.3), "mix": (0.95, 0.95)}, "does not hold"),
+        ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, "undecided"),
+    ],
+)
+def test_whether_recovery_evens_texts_out_is_a_claim(
+    tuned: dict[str, tuple[float, float]], verdict: str
+) -> None:
+    made = {one.text: one.verdicts for one in claims(analysed({**KEPT, TUNED: tuned}))}
+    (one,) = made["The lead of a mix shrinks with recovery"]
+    assert (one.way, one.verdict) == ("ADMM + distill,epochs=4 60%", verdict)
+    assert one.because.startswith("mix over prose ")
+
+
+def test_each_method_against_the_one_that_keeps_next_less() -> None:
+    told = summarise(analysed(KEPT)).methods.found
+    assert [line.split(":")[0] for line in told] == [
+        "ADMM 60% against SparseGPT 60%", "ADMM + distill,epochs=4 60% against ADMM 60%",
+    ]  # fmt: skip
+    assert told[0].endswith("mean of 3 sets, +5.0 (prose) to +20.0 (mix).")
+    few = {PLAIN: {"mix": (0.5, 0.5)}, BETTER: {"mix": (0.501, 0.5)}}
+    (line,) = summarise(analysed(few, default="mix")).methods.not_found
+    assert line.startswith("ADMM 60% against SparseGPT 60%: ")
+    assert line.endswith(" points in total, of mix.")
