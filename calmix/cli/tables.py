@@ -15,7 +15,7 @@ from rich.text import Text
 from calmix.cli.common import Terminal, duration, line, out, print_json, size
 
 ENDLESS, GAP = 10_000, 2  # columns where no terminal reads, and what each cell has beside it
-NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d|[-\N{EN DASH}]?$")
+NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")
 
 
 def room() -> int | None:
@@ -74,7 +74,8 @@ def print_table(
         out.print(Text(title, style="bold"), soft_wrap=room() is None, width=room())
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in heads:
-        numbers = sum(bool(NUMBER.match(cell)) for cell in cells[head]) > len(cells[head]) / 2
+        filled = [cell for cell in cells[head] if cell not in ("", "-", "\N{EN DASH}")]
+        numbers = sum(bool(NUMBER.match(cell)) for cell in filled) > len(filled) / 2
         table.add_column(head, justify="right" if numbers and head != heads[0] else "left",
                          width=narrow[head], overflow="fold")  # fmt: skip
     held = iter(zip(*(cells[head] for head in heads), strict=True))

@@ -66,6 +66,11 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(
     print_table([{f"column {n}": f"value {n}" * 3 for n in range(12)}])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.count("value") == 36 for line in lines)
+    print_table([{"a": "x", "number": "1.5 %", "word": "", "none": None},
+                 {"a": "y", "number": None, "word": "w", "none": None}])  # fmt: skip
+    *_, first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.rstrip() == " x   1.5 %"
+    assert second.rstrip() == " y       -  w"
 
 
 def test_what_no_terminal_has_room_for_is_not_cut(
