@@ -69,8 +69,8 @@ def prune_and_recover(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
-            "--recover prunes too, in one process: start it without a launcher, or calmix recover "
-            "with one afterwards"
+            "--recover also prunes, in one process: start it without a launcher, or run calmix "
+            "recover under one afterwards"
         )
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     both = how | {

@@ -203,9 +203,10 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         due = not over and now - saved >= SAVING * took
         if job.together(functools.partial(bool, due)):
             state = 1 - counted[0]
-            work.save(f"state-{state}/{job.rank}", masters.state())
+            own = f"state-{state}/{job.rank}"
+            work.save(own, masters.state())
             counted = state, best
-            job.keep(progress.done, run=asdict(progress), counted=counted)
+            job.keep(progress.done, own, run=asdict(progress), counted=counted)
             saved = time.monotonic()
             took = saved - now
     if job.main:

@@ -93,7 +93,7 @@ class Job:
             raise InputError("recovery by blocks runs in one process: start it without a launcher")
         if launched and device not in ("auto", "cpu"):
             raise InputError(
-                "--device has no effect under a launcher, which gives each process its"
+                "--device has no effect under a launcher, which gives each process its own"
             )
         self.device = device_of(device)
         if request.method == "distill":
@@ -208,14 +208,14 @@ class Job:
         held = sum(p.stat().st_blocks * 512 for p in self.work.path.rglob("*") if p.is_file())
         check_free(self.output, needed - held, "checkpoint and states take up to")
 
-    def keep(self, done: int, **facts: Any) -> None:
-        """Make count what is done, the files of all processes with it."""
-        files = [self.work.kept.get("files", {})]
+    def keep(self, done: int, *own: str, **facts: Any) -> None:
+        """Make count what is done, with the files that each process has saved as its `own`."""
+        files = self.work.kept.setdefault("files", {})
         if self.processes > 1:
             from accelerate.utils import gather_object
 
-            files = gather_object(files)
-        self.work.kept["files"] = {name: sha for part in files for name, sha in part.items()}
+            for part in gather_object([{name: files[name] for name in own}]):
+                files |= part
         self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
 
     def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:

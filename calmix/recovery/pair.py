@@ -38,7 +38,7 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
     kinds = [type(m.model).__name__ for m in (pruned, dense)]
     line = f"{pruned.name} was not pruned from {dense.name}"
     if kinds[0] != kinds[1]:
-        raise InputError(f"{line}: it is a {kinds[0]}, and that a {kinds[1]}")
+        raise InputError(f"{line}: it is a {kinds[0]}, the dense model a {kinds[1]}")
     own, other = ({n: tuple(p.shape) for n, p in m.model.named_parameters()}
                   for m in (pruned, dense))  # fmt: skip
     kept, count = (experts_of(m.model.config) for m in (pruned, dense))
@@ -46,7 +46,7 @@ def compare(pruned: StreamedModel, dense: StreamedModel) -> Pair:
         shapes = own.get(name), other.get(name)
         if shapes[0] != shapes[1] and not (kept < count and _dropped(name, *shapes, kept, count)):
             here, there = (shape or "none" for shape in shapes)
-            raise InputError(f"{line}: {name} is {here} there, and {there} in the other")
+            raise InputError(f"{line}: {name} is {here}, and {there} in the dense model")
     if not _near(pruned, dense):
         raise InputError(f"{line}: their embeddings are of different models")
     masked = {
