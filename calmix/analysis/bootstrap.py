@@ -22,9 +22,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calmix.analysis.cells import Cells, rolled_up
 from calmix.analysis.statistics import LEVEL, Array, two_sided_p
@@ -110,8 +112,9 @@ class Contrast:
         if freedom:
             share = math.sqrt(1 - both / by_items if by_items else 1)
             ends = {"item_": item, "draw_": draw, "": item * share + draw}
-        for head, moved in ends.items():
-            low, high = np.nanquantile(moved, TAILS).tolist()
+        moved = np.stack(list(ends.values()))
+        quantile = np.nanquantile if np.isnan(moved).any() else np.quantile  # five times as fast
+        for head, low, high in zip(ends, *quantile(moved, TAILS, axis=1).tolist(), strict=True):
             found |= {f"{head}low": self.value + low, f"{head}high": self.value + high}
         if test and freedom:
             # Satterthwaite: the items' part has many degrees of freedom, the seeds' has few.
@@ -176,6 +179,12 @@ class Joint:
         return np.eye(self.values.shape[1])[quantity]
 
 
+@lru_cache(maxsize=64)
+def _times(task: str, size: int, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """Return `item_weights`, which all conditions share, at a byte each."""
+    return item_weights(task, size, resamples=resamples, seed=seed).astype(np.uint8)
+
+
 def joint(
     cells: Cells, *, resamples: int, seed: int, layout: Sequence[tuple[str, int]] | None = None
 ) -> Joint:
@@ -193,7 +202,7 @@ def joint(
     for at, (each, whole) in cells.items.items():
         size, total = len(whole), float(whole.sum())
         unbiased = size / max(1, size - 1)  # a resample of n items varies by (n - 1) / n of theirs
-        times = item_weights(cells.tasks[at].name, size, resamples=resamples, seed=seed)
+        times = _times(cells.tasks[at].name, size, resamples, seed).astype(float)
         kept, drawn = mean_of @ each, times @ whole
         retention[:, at] = each.sum(1) / total
         point = kept.sum(1, keepdims=True) / total

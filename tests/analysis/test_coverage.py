@@ -10,18 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import pytest
 
-from calmix.analysis import bootstrap
 from calmix.analysis.bootstrap import Joint, joint
 from calmix.analysis.cells import Cells, Condition, Task, rolled_up
 from calmix.analysis.differences import compare, correct
 from calmix.analysis.power import noise_of
 from calmix.analysis.ranking import shrink
-from calmix.evaluation.retention import item_weights
 
 AT = Condition("m", "wanda", "50%", 0.5, None, 64, 512, "offline", "Wanda 50%",
                "Wanda", "Wanda 50%")  # fmt: skip
@@ -42,13 +39,6 @@ class Truth:
     draw: float = 0.02
     draw_items: float = 0.15
     others: int = 0  # of the sets, the last so many are no single sources
-
-
-@pytest.fixture(autouse=True)
-def _weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The items' resamples depend on task and count alone: made once for all studies."""
-    kept = lru_cache(maxsize=64)(item_weights)
-    monkeypatch.setattr(bootstrap, "item_weights", kept)
 
 
 def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
