@@ -15,38 +15,26 @@ HEAD = "Question: what is one?\nAnswer: 1\n\nQuestion: what is nine?\nAnswer: 9\
 
 def requests(folder: str) -> Iterator[dict[str, Any]]:
     """The requests of one folder of the archive."""
+
+    def request(doc: int, idx: int, context: str, answer: str, label: int | None) -> dict[str, Any]:
+        asked = {"context": context, "continuation": answer}
+        return {"doc_id": doc, "idx": idx, "label": label, "doc": {}, "request": asked}
+
     if folder == "quiz/rc_2shot":
         for n in range(10):
-            context = f"{HEAD}Question: what is {n}?\nAnswer:"
             gold = n % 3
             for i in range(3):
-                answer = (
-                    f" two {n}"
-                    if i == gold
-                    else f" {['not', 'none', 'no'][(i - gold) % 3 - 1]} {n}"
-                )
-                yield _request(n, i, context, answer, gold)
-                yield _request(1_000_000 + n, i, "Answer:", answer, gold)
+                answer = f" {['two', 'not', 'none'][(i - gold) % 3]} {n}"
+                yield request(n, i, f"{HEAD}Question: what is {n}?\nAnswer:", answer, gold)
+                yield request(1_000_000 + n, i, "Answer:", answer, gold)
     elif folder == "which/rc_0shot":
         for n in range(6):
             for i, word in enumerate(["moon", "sun"]):
-                yield _request(n, i, f"The {word} {n}", " is hot.", 1)
+                yield request(n, i, f"The {word} {n}", " is hot.", 1)
     elif folder == "mbpp/gold_0shot":
         for n in range(4):
-            request = _request(n, 0, f"Write {n + 11}.\n", f"return {n + 11}", None)
-            yield {**request, "doc": {"task_id": n + 11}}
-
-
-def _request(
-    doc_id: int, idx: int, context: str, continuation: str, label: int | None
-) -> dict[str, Any]:
-    return {
-        "doc_id": doc_id,
-        "idx": idx,
-        "label": label,
-        "doc": {},
-        "request": {"context": context, "continuation": continuation},
-    }
+            one = request(n, 0, f"Write {n + 11}.\n", f"return {n + 11}", None)
+            yield {**one, "doc": {"task_id": n + 11}}
 
 
 def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
