@@ -38,13 +38,13 @@ def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, list[list[float]
     """Return processor seconds, seconds on the wall, and log-likelihoods by task and item."""
     items = {name: load_items(spec) for name, spec in suite.tasks.items()}
     asked = [Request(name, *one) for name in items for i in items[name] for one in i.requests]
-    requests: Any = (
-        asked if isinstance(lm, Scorer) else [SimpleNamespace(args=r[1:]) for r in asked]
-    )
+    ours = isinstance(lm, Scorer)
+    requests: Any = asked if ours else [SimpleNamespace(args=request[1:]) for request in asked]
     with quiet_harness():
         start, wall = time.process_time(), time.perf_counter()
-        answers = (value for value, _ in lm.loglikelihood(requests))
+        found = lm.loglikelihood(requests, **({} if ours else {"disable_tqdm": True}))
         seconds = time.process_time() - start, time.perf_counter() - wall
+    answers = (value for value, _ in found)
     return *seconds, {
         name: [list(islice(answers, len(item.requests))) for item in held]
         for name, held in items.items()

@@ -183,9 +183,7 @@ def distance(
     before = after
     if head_hash(opened.model) != reference.head:
         if dense is None:
-            raise InputError(
-                f"{opened.name} has another output head than the dense model: pass dense="
-            )
+            raise InputError(f"{opened.name} has an output head of its own: give the dense model")
         whole = dense().model
         if head_hash(whole) != reference.head:
             raise InputError("the reference is of another dense model: make it again")

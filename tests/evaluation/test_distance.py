@@ -119,7 +119,7 @@ def test_another_head_needs_the_dense_one() -> None:
     made = reference(dense, TEXTS)
     pruned.model.get_output_embeddings().weight.mul_(1.5)
     assert head_hash(pruned.model) != head_hash(dense.model)
-    with pytest.raises(InputError, match="pruned has another output head"):
+    with pytest.raises(InputError, match="pruned has an output head of its own"):
         distance(pruned, made)
     found = distance(pruned, made, dense=lambda: dense)
     for name, ids in TEXTS.items():
