@@ -235,8 +235,8 @@ def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
     lost = Gram(len(gram), gram.device)
-    for some in chunks(weight):
-        lost.add(weight[some].float() - kept[some].to(weight.dtype).float())
+    for dense, sparse in zip(weight.split(CHUNK), kept.split(CHUNK), strict=True):
+        lost.add(dense.float() - sparse.to(weight.dtype))
     error = lost.times(gram)
     del lost
     gone, whole = torch.stack([error, output_energy(weight, gram)]).tolist()

@@ -175,19 +175,6 @@ def test_sparsegpt_kernel_is_given_the_block_on_an_accelerator(monkeypatch):
     assert isinstance(sparsegpt._block(*given, Unstructured(0.5)), torch.Tensor)
 
 
-def test_sparsegpt_layers_that_share_an_input_are_solved_as_if_alone():
-    first, gram = problem(rows=24)
-    second, _ = problem(rows=10, seed=7)
-    h = as_tensors(first, gram)[1]
-    weights = [torch.tensor(w, dtype=torch.float32) for w in (first, second)]
-    together = SparseGPT().solve(weights, h, [Unstructured(0.6)] * 2)
-    for number, weight in enumerate(weights):
-        alone = SparseGPT().solve([weight], h, [Unstructured(0.6)])
-        assert torch.equal(alone.weights[0] == 0, together.weights[number] == 0)
-        torch.testing.assert_close(alone.weights[0], together.weights[number])
-        assert alone.pruned[0] == together.pruned[number] == round(0.6 * weight.numel())
-
-
 def test_sparsegpt_counts_are_exact_in_every_block():
     weight, gram = problem(rows=7, columns=300, tokens=1000)
     w, h = as_tensors(weight, gram)
@@ -284,16 +271,3 @@ def test_every_layer_has_its_own_pattern(kind):
         assert together.pruned[number] == alone.pruned[0]
         assert torch.equal(together.weights[number] == 0, alone.weights[0] == 0)
         torch.testing.assert_close(together.weights[number], alone.weights[0])
-
-
-@pytest.mark.parametrize("kind", [Magnitude, Wanda, SparseGPT])
-@pytest.mark.parametrize("columns", [40, 128, 300])
-def test_groups_are_those_that_are_compared(kind, columns):
-    w, h = as_tensors(*problem(7, columns, tokens=2 * columns))
-    statistic = {SparseGPT: h, Wanda: h.diagonal(), Magnitude: None}[kind]
-    for share in (0.31, 0.5, 0.777):
-        pattern = Unstructured(share)
-        groups = kind().groups(7, columns)
-        assert sum(number * size for number, size in groups) == w.numel()
-        expected = sum(number * pattern.count(size) for number, size in groups)
-        assert kind().solve([w], statistic, [pattern]).pruned == [expected]

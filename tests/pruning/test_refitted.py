@@ -79,17 +79,6 @@ def test_options_reach_the_solver():
     assert torch.equal(fitted[0], refit.refit([weight], chosen, gram, steps=3).weights[0])
 
 
-def test_admm_loses_less_than_sparsegpt_with_a_refit():
-    weight, gram = problem(64, 96)
-    for pattern in (Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4)):
-        made = get_method("admm").solve([weight], gram, [pattern])
-        other = get_method("sparsegpt,refit=10").solve([weight], gram, [pattern])
-        lost = [error(weight, one.weights[0], gram) for one in (made, other)]
-        assert lost[0] < lost[1], pattern
-        assert made.pruned == [pattern.count(weight.numel())]
-        assert int((made.weights[0] == 0).sum()) == made.pruned[0]
-
-
 def test_the_engine_gathers_what_a_refit_needs():
     plain, fitted = tiny_model("llama"), tiny_model("llama")
     before = prune(plain, tiny_ids(), method="wanda", pattern=Unstructured(0.6))
@@ -99,11 +88,6 @@ def test_the_engine_gathers_what_a_refit_needs():
     assert all(0 < layer.error < 1 for layer in after.layers)
     assert after.options["refit"] == 8
     prune(tiny_model("llama"), tiny_ids(), method="magnitude", pattern=Unstructured(0.5), refit=3)
-
-
-def test_a_refit_is_planned_for():
-    for name in ("sparsegpt", "wanda", "magnitude"):
-        assert get_method(name, refit=10).memory(64, 128) >= Gram.memory(64)
 
 
 def test_a_refit_without_data_is_one_line():
