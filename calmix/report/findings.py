@@ -6,6 +6,7 @@ two claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -111,18 +112,16 @@ def summarise(analysis: Analysis) -> Summary:
 
 
 def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis:
-    """Return the condition to look at first: most sets, then of the first method the one with most
-    trials, then the sparsest."""
-    first = conditions[0].condition.method
+    """Return the condition to look at first: most sets, then of the method with most trials the
+    one with most, then the sparsest."""
+    methods = Counter(each.condition.method for each in conditions for _ in each.cells.trials)
     return max(
         conditions,
         key=lambda found: (
-            len(found.ranking),
-            found.condition.method == first,
-            sum(one.total.draws for one in found.ranking),
+            len(found.ranking), methods[found.condition.method], len(found.cells.trials),
             found.condition.sparsity,
         ),
-    )
+    )  # fmt: skip
 
 
 def _headline(analysis: Analysis) -> str:
@@ -192,11 +191,12 @@ def pruned_to(found: ConditionAnalysis) -> str:
 
 
 def _short(model: str, found: ConditionAnalysis) -> str:
-    some = [f"{words.percent(one.kept.value)} % with {one.kind}"
-            for one in kinds(found).values() if one.kind != LOWEST]  # fmt: skip
-    if not some:
+    made = [one for one in kinds(found).values() if one.kind != LOWEST]
+    if not made:
         return f"{model}: nothing could be measured."
-    text = f"With {pruned_to(found)}, {model} keeps {words.listed(some)} of its abilities."
+    some = [f"{words.percent(one.kept.value)} % with {one.kind}" for one in made]
+    some[0] = some[0].replace("% with", "% of its abilities with")
+    text = f"With {pruned_to(found)}, {model} keeps {words.listed(some)}."
     best = f" {words.which_is_best(found.ranking)}." if len(found.ranking) > 1 else ""
     return text + best
 

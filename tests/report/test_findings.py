@@ -263,7 +263,9 @@ def test_what_stands_for_a_kind_of_text() -> None:
     assert told[AVERAGE].kept.value == pytest.approx(mean)
     short = summarise(found).short
     assert "With 60 % of its weights pruned, builtin:smollm2-135m keeps " in short
-    assert f"{words.percent(told[MIXED].kept.value)} % with a mix of sources" in short
+    assert (
+        f"{words.percent(told[MIXED].kept.value)} % of its abilities with a mix of sources" in short
+    )
 
 
 def test_an_unfinished_study_says_so() -> None:
