@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from calmix.calibration.build import build
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.leakage import guard_of
-from calmix.calibration.selfgen.generators import generate
-from calmix.calibration.spec import YAML, Mix, Spec, parse_spec
+from calmix.calibration.selfgen.generators import Generator, generate
+from calmix.calibration.spec import YAML, Mix, Spec, make_mix, parse_spec, rows_per_source
 from calmix.calibration.tokenizer import HasTokenizer, check_length
 from calmix.errors import InputError
 from calmix.files import user_path
@@ -40,7 +43,7 @@ class Asked:
     @property
     def runs_model(self) -> bool:
         """Whether making it takes the model, and not its tokenizer alone."""
-        return self.spec.generator is not None
+        return self.spec.generator is not None or bool(self.spec.written)
 
 
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
@@ -70,8 +73,10 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         if "packing" in draw.model_fields_set:
             raise InputError(f"'packing' has no effect with {spec.generate}: leave it out")
         files += spec.generator.check(spec.own)
-    for name in spec.mix.weights:
+    for name in spec.sources:
         files += get_source(name, spec.own).check()
+    for generator in spec.written.values():
+        files += generator.check(spec.own)
     return Asked(None, spec, draw, files)
 
 
@@ -88,7 +93,8 @@ def resolve(
 
     Args:
         text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, the folder of a
-            saved set, or `self-written`, `igsp`, `self-cal` or `sgs`, with options behind commas.
+            saved set, or `self-written`, `chat`, `igsp`, `self-cal` or `sgs`, with options behind
+            commas. Of these, those without options may have a share in a mix: `chat:0.5,news:0.5`.
         opened: the model; its tokenizer alone will do where the model does not write the text.
         tick: called with the name of each source once it is drawn.
         writing: called with what the model writes, tokens done and tokens in all.
@@ -104,18 +110,49 @@ def resolve(
     if asked.saved is not None:
         return CalibrationSet.open(user_path(text), opened)
     spec, draw = asked.spec, asked.draw
-    if spec.generator is not None and not isinstance(opened, OpenModel):
-        raise InputError(f"{spec.generate} runs the model: open it, not its tokenizer alone")
     how: dict[str, Any] = {
-        "rows": draw.rows,
         "length": draw.length,
         "seed": draw.seed,
         "guard": guard_of(draw.leakage, draw.leakage_tokens, opened),
         "own": spec.own,
     }
-    if spec.generator is not None and isinstance(opened, OpenModel):
-        return generate(spec.generator, opened, writing=writing, note=note, **how)
-    return build(spec.mix, opened, packing=draw.packing, tick=tick, **how)
+
+    def written(generator: Generator, rows: int) -> CalibrationSet:
+        if not isinstance(opened, OpenModel):
+            raise InputError(f"{generator.name} runs the model: open it, not its tokenizer alone")
+        return generate(generator, opened, rows=rows, writing=writing, note=note, **how)
+
+    if spec.generator is not None:
+        return written(spec.generator, draw.rows)
+    if not spec.written:
+        return build(spec.mix, opened, rows=draw.rows, packing=draw.packing, tick=tick, **how)
+    counts = rows_per_source(spec.mix, draw.rows)
+    parts = {n: written(one, counts[n]) for n, one in spec.written.items() if counts[n]}
+    if rest := {name: float(counts[name]) for name in spec.sources if counts[name]}:
+        rows, mix = round(sum(rest.values())), make_mix(rest, text)
+        drawn = build(mix, opened, rows=rows, packing=draw.packing, tick=tick, **how)
+        parts = {"sources": drawn, **parts}
+    return _together(parts, spec, draw.seed)
+
+
+def _together(parts: Mapping[str, CalibrationSet], spec: Spec, seed: int) -> CalibrationSet:
+    """Return the rows of sets of one mix as one set, shuffled; each set's rows keep their order."""
+    owner = np.repeat(list(parts), [part.rows for part in parts.values()])
+    owner = np.random.default_rng(seed).permutation(owner)
+    left = {name: iter(range(part.rows)) for name, part in parts.items()}
+    places = [(name, next(left[name])) for name in owner.tolist()]
+    names = tuple(parts[name].sources[at] if name == "sources" else name for name, at in places)
+    manifest = {
+        **next(iter(parts.values())).manifest,
+        "mix": spec.mix.weights,
+        "rows": len(places),
+        "written": {name: part.manifest for name, part in parts.items() if name != "sources"},
+    }
+    made = CalibrationSet(
+        torch.stack([parts[name].ids[at] for name, at in places]), names, manifest
+    )
+    manifest["sha256"] = made.sha256
+    return made
 
 
 def _saved(path: Path, given: Mapping[str, Any], licence: str | None) -> CalibrationSet:

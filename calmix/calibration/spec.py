@@ -118,6 +118,17 @@ class Spec:
     generator: Generator | None = None
 
     @property
+    def written(self) -> dict[str, Generator]:
+        """The generators that have a share in the mix, by name."""
+        names = set(GENERATORS) - set(self.own)
+        return {name: GENERATORS[name]() for name in self.mix.weights if name in names}
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the sources that have a share in the mix."""
+        return [name for name in self.mix.weights if name not in self.written]
+
+    @property
     def generate(self) -> str | None:
         """The generator's name."""
         return None if self.generator is None else self.generator.name
@@ -184,7 +195,7 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
     weights: dict[str, float] = {}
     for name, weight in mix.weights.items():
         if name != GROUP or name in own:
-            if wanted is not None:
+            if wanted is not None and (name not in GENERATORS or name in own):
                 refuse(name, get_source(name, own).licence, wanted)
             members = [name]
         else:

@@ -164,7 +164,8 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     spec = parse_spec(text)
     if spec.generate is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
         raise InputError(f"--keep weighs the sources of a mix, and {text} is none: leave it out")
-    dimensions = {name: get_source(name, spec.own).dimension for name in spec.mix.weights}
+    dimensions = {name: get_source(name, spec.own).dimension for name in spec.sources}
+    dimensions |= {name: name for name in spec.written}
     known = tuple(dict.fromkeys(dimensions.values()))
     shares = check_weights(keep, known, "the calibration set")
     whole = {d: sum(w for n, w in spec.mix.weights.items() if dimensions[n] == d) for d in known}

@@ -50,7 +50,7 @@ ANSWER = 256  # tokens an answer may have
 VOCABULARY = 16_384  # rows of the output head that are timed
 CHARACTERS = 3.6  # a token, in English text and code
 # Tokens written for each that is kept.
-PASSES = {"self-written": 1.2, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
+PASSES = {"self-written": 1.2, "chat": 1.3, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
 # Items and tokens an item of public test sets, for suites whose data is not at hand.
 KNOWN_TASKS = {
     "mmlu": (14042, 150), "boolq": (3270, 180), "piqa": (1838, 90), "hellaswag": (10042, 160),

@@ -216,6 +216,8 @@ def _strategy(asked: Asked) -> Strategy:
         method, names = asked.saved.manifest.get("generated"), asked.saved.manifest["names"]
     else:
         method, names = asked.spec.generate, asked.spec.mix.weights
+    if method == "chat":
+        return "self-written"
     return method or ("mix" if len(names) > 1 else "single")
 
 
@@ -290,7 +292,10 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
             chosen["seeds"] = {chosen["seeds"]: described(chosen["seeds"])}
         return {"generated": spec.generate, "version": VERSION, "settings": chosen} | options
     options |= {"packing": made.packing, "select": "random"}  # there was a choice once
-    sources = {name: described(name) for name in spec.mix.weights}
+    sources = {name: described(name) for name in spec.sources}
+    if spec.written:
+        options["written"] = {name: one.record() for name, one in spec.written.items()}
+        options["writing"] = VERSION
     return {"mix": spec.mix.weights, "sources": sources, **options}
 
 
@@ -332,7 +337,7 @@ def _sources_of(trial: Planned, study: Study) -> list[Source]:
     if text is None or is_saved_set(user_path(text)):
         return []
     spec = parse_spec(text, study.own, trial.request.draw.get("licence"))
-    return [get_source(name, spec.own) for name in spec.mix.weights]
+    return [get_source(name, spec.own) for name in spec.sources]
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

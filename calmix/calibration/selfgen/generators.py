@@ -22,6 +22,7 @@ from calmix.calibration.selfgen.prompts import (
     Beginnings,
     Start,
     beginnings,
+    chat_turns,
     load_prompts,
     start_token,
 )
@@ -132,6 +133,20 @@ class Igsp(SelfWritten):
         return select_rows(*pieces, quota)
 
 
+class Chat(Generator):
+    """Conversations in the model's chat template, whose user's turns it writes as well, after the
+    template alone (as Magpie, arXiv 2406.08464)."""
+
+    name = "chat"
+    defaults: ClassVar[dict[str, Any]] = {"temperature": 0.8, "piece": 256, "repeats": 0.3}
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+        turns = chat_turns(tokenizer)
+        if turns is None:
+            raise InputError("chat has nothing to start from: this model has no chat template")
+        return {self.name: Beginnings(turns, 0.8, turns=True)}
+
+
 class SelfCal(Generator):
     """Self-Cal (arXiv 2410.17170): rows sampled from the begin token alone, or from the document
     separator where that is a token of chats. Its temperatures were not available to us."""
@@ -189,7 +204,7 @@ class Sgs(Generator):
 
 
 GENERATORS: dict[str, type[Generator]] = {
-    one.name: one for one in (SelfWritten, Igsp, SelfCal, Sgs)
+    one.name: one for one in (SelfWritten, Igsp, Chat, SelfCal, Sgs)
 }
 
 
@@ -227,6 +242,7 @@ def generate(
         name: [opener for opener in one.openers if len(opener) <= size // 2]
         or [min(one.openers, key=len)]
         for name, one in held.items()
+        if not one.turns
     }
 
     def more(counts: Mapping[str, int], number: int) -> tuple[Written, list[str]]:
@@ -234,7 +250,8 @@ def generate(
         place = [(d, j) for j in range(max(counts.values())) for d in counts if j < counts[d]]
         own_seed = seed + 1 + number * ANOTHER
         request = Request(
-            [_turned(openers[d], j, own_seed) for d, j in place], size,
+            [_turned(openers[d], j, own_seed) if d in openers else _in_turn(held[d].openers)
+             for d, j in place], size,
             [warmth[d] for d, _ in place], own_seed, generator.top_k, generator.top_p,
             generator.repetition_penalty,
         )  # fmt: skip
@@ -306,6 +323,10 @@ def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Se
     count = len(openers)
     order = np.random.default_rng([seed, number // count]).permutation(count)
     return [openers[order[(number + turn) % count]] for turn in range(min(count, TURNS))]
+
+
+def _in_turn(openers: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    return [openers[0], *list(openers[1:]) * (TURNS // len(openers))]
 
 
 def _enough(

@@ -50,10 +50,14 @@ class Dimension(BaseModel):
 
 @dataclass(frozen=True)
 class Beginnings:
-    """Token ids that texts of one kind begin with, and the temperature of what follows."""
+    """Token ids that texts of one kind begin with, and the temperature of what follows.
+
+    With `turns` the openers are those of one text's turns: the first, then the others in a circle.
+    """
 
     openers: Sequence[Sequence[int]]
     temperature: float
+    turns: bool = False
 
 
 def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
@@ -102,6 +106,25 @@ def beginnings(
             )
         found[name] = Beginnings(rows, dimension.temperature)
     return found
+
+
+def chat_turns(tokenizer: Any) -> list[list[int]] | None:
+    """Return the token ids before a chat's first user's turn, before an answer, and before the next
+    user's turn, each without the token that ends the turn before; None without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    marks = ["one-turn", "two-turn", "three-turn"]  # of no template
+    chat = [{"role": ("user", "assistant")[at % 2], "content": m} for at, m in enumerate(marks)]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    parts: list[str] = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            return None
+        parts.append(before)
+    first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+    ends = set(tokenizer.all_special_ids)
+    return [first, *(ids[1:] if ids and ids[0] in ends else ids for ids in later)]
 
 
 def start_token(tokenizer: Any, start: Start = "auto") -> int | None:

@@ -1,0 +1,65 @@
+"""Conversations the model writes, alone and as a part of a mix."""
+
+from __future__ import annotations
+
+import pytest
+
+from calmix.calibration import CalibrationSet, resolve
+from calmix.calibration.selfgen.prompts import chat_turns
+from calmix.errors import InputError
+from calmix.models import open_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
+
+TEMPLATE = (
+    "S:be kind</s>"
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """A tiny model with a chat template."""
+    folder = save_tiny_model(tmp_path / "talker")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return open_model(str(folder), dtype="float32")
+
+
+def test_turns_are_those_of_the_template(talker):
+    turns = [talker.tokenizer.decode(ids) for ids in chat_turns(talker.tokenizer)]
+    assert turns == ["S:be kind</s>u:", "a:", "u:"]
+    assert chat_turns(tiny_tokenizer()) is None
+
+
+def test_a_row_is_a_conversation(talker):
+    made = resolve("chat,temperature=1", talker, rows=4, length=64, leakage="off")
+    assert made.manifest["generated"] == "chat"
+    for row in made.ids:
+        first, *turns = talker.tokenizer.decode(row).split("</s>")
+        assert first == "S:be kind"
+        heads = [turn[:2] for turn in turns if len(turn) > 1]
+        assert heads == ["u:", "a:"] * (len(heads) // 2) + ["u:"] * (len(heads) % 2)
+
+
+def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
+    lower = sources["lower"]
+    text = f"chat:0.25,{lower}:0.75"
+    made = resolve(text, talker, rows=8, length=64, leakage="off")
+    assert made.counts == {lower: 6, "chat": 2}
+    alone = resolve(lower, talker, rows=6, length=64, leakage="off")
+    assert (made.ids[[name == lower for name in made.sources]] == alone.ids).all()
+    assert resolve(text, talker, rows=8, length=64, leakage="off").sha256 == made.sha256
+    made.save(tmp_path / "set")
+    assert CalibrationSet.open(tmp_path / "set", talker).counts == made.counts
+    assert made.manifest["written"]["chat"]["generated"] == "chat"
+
+
+def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(
+    opened, tiny, talker, sources
+):
+    with pytest.raises(InputError, match="this model has no chat template"):
+        resolve("chat", opened, rows=4, length=64, leakage="off")
+    with pytest.raises(InputError, match="chat runs the model"):
+        resolve(f"chat:0.5,{sources['lower']}:0.5", tiny, rows=4, length=64, leakage="off")
