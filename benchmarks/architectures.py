@@ -50,10 +50,10 @@ from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.scorer import Request, Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
-from calmix.pruning import Unstructured, experts, get_method, streamed
+from calmix.pruning import Unstructured, budget, experts, get_method, streamed
 from calmix.pruning.checkpoint import prune_checkpoints
-from calmix.pruning.old_states import Room
 from calmix.pruning.report import PruneReport
+from calmix.pruning.states import States
 from calmix.pruning.trace import first_tensor
 from calmix.recovery import recover
 from calmix.recovery.losses import relative_error
@@ -338,8 +338,10 @@ class Sweep:
             self.ids = made.ids
 
         request = prune_request(method="sparsegpt", sparsity=0.5, **self.drawn)
-        room = mock.patch.object(streamed, "room_for", return_value=Room())
-        few = mock.patch.object(streamed, "tokens_at_once", return_value=5 * LENGTH)
+        room = mock.patch.object(
+            streamed, "States", lambda folder, device, *_: States(folder, device)
+        )
+        few = mock.patch.object(budget, "tokens_at_once", return_value=5 * LENGTH)
         with room if files else mock.MagicMock(), few:
             return prune_checkpoints(
                 str(self.dense), {output: request}, dtype=dtype, started=drawn

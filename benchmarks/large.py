@@ -151,7 +151,7 @@ def run(command: list[str], work: Path, kill_after: int | None) -> tuple[float, 
         if ended:
             break
         try:
-            now = json.loads((work / "progress.json").read_text())["done"]
+            now = json.loads((work / "work.json").read_text())["kept"].get("done", 0)
         except (OSError, ValueError):
             now = 0
         if now > done:
@@ -202,7 +202,7 @@ def main() -> None:
         sys.executable, "-m", "calmix", "prune", str(model), "-o", str(output), "--calibration",
         str(text), "--rows", str(options.rows), "--length", str(options.length), "--sparsity",
         "0.6", "--method", options.method, "--dtype", "bfloat16", "--leakage", "off",
-        "--max-memory", options.max_memory, "--checkpoint-every", "0", "--overwrite",
+        "--max-memory", options.max_memory, "--overwrite",
         *(("--recover", options.recover) if options.recover else ()),
     ]  # fmt: skip
     dry = subprocess.run(

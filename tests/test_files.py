@@ -244,14 +244,14 @@ def test_a_prune_that_was_asked_to_overwrite_spares_what_was_put_there_meanwhile
     calmix, tiny_folder, tmp_path, monkeypatch
 ):
     output = tmp_path / "out"
-    finish = checkpoint._finish
+    write = checkpoint._write_beside
 
     def slow(*given):
         output.mkdir()
         (output / "thesis.tex").touch()
-        finish(*given)
+        write(*given)
 
-    monkeypatch.setattr(checkpoint, "_finish", slow)
+    monkeypatch.setattr(checkpoint, "_write_beside", slow)
     ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output, "--overwrite")
     assert (ended.code, names(output)) == (2, ["thesis.tex"])
     assert "has been filled meanwhile" in ended.line

@@ -13,8 +13,6 @@ import torch
 
 from calmix import machine
 from calmix.models import opening
-from calmix.pruning import streamed as streamed_module
-from calmix.pruning.streamed import Target, plan_for
 
 MIB = 2**20
 UNLIMITED = 9223372036854771712  # what version 1 says
@@ -108,32 +106,23 @@ def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch)
     assert total is None
 
 
-def test_a_prune_is_planned_within_the_containers_memory(
-    groups, tiny_folder, tmp_path, monkeypatch
-):
+def test_pruning_is_planned_within_the_containers_memory(groups, tiny_folder, monkeypatch):
     from calmix.models.streaming import StreamedModel
-    from calmix.pruning import Unstructured, get_method
-    from calmix.pruning.old_work import WorkFolder
+    from calmix.pruning import budget, get_method
 
     groups("0::/\n", **{"memory.max": 96 * MIB, "memory.current": 48 * MIB})
-    target = Target(
-        work=WorkFolder(tmp_path / "out"),
-        method=get_method("magnitude"),
-        pattern=Unstructured(0.5),
-        propagation="sequential",
-    )
     rooms = []
-    make = streamed_module.make_plan
+    make = budget.make_plan
     monkeypatch.setattr(
-        streamed_module, "make_plan",
+        budget, "make_plan",
         lambda sizes, room, held, *of, **how: (
             rooms.append(room - held), make(sizes, 2**62, held, *of, **how)
         )[1],
     )  # fmt: skip
     streamed = StreamedModel(str(tiny_folder))
-    plan_for(streamed, None, [target], budget=None)
+    budget.plan_for(streamed, (0, 0), [get_method("magnitude")], budget=None)
     streamed.close()
-    assert rooms[-1] == int(streamed_module.FREE_SHARE * 48 * MIB) - streamed_module.KERNELS
+    assert rooms[-1] == int(budget.FREE_SHARE * 48 * MIB) - budget.KERNELS
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, 2), ("8", 8)])

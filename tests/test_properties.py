@@ -28,7 +28,7 @@ from calmix.calibration import text_metrics as metrics
 from calmix.calibration.build import pack_concat, pack_window
 from calmix.evaluation.measures import Parts
 from calmix.evaluation.retention import column_means, estimate, item_weights, mean, resampled
-from calmix.pruning import distributed
+from calmix.pruning.engine import solve
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, check_columns
 from calmix.pruning.solvers.refit import refit
@@ -200,7 +200,7 @@ def test_every_method_prunes_just_what_is_asked(
         kept.add(x)
         statistic = kept.matrix()
     before = weight.clone()
-    [made] = distributed.solve(method, [distributed.Task("layer", [weight], statistic, [pattern])])
+    made = solve(method, "layer", [weight], statistic, [pattern])
     assert torch.equal(weight, before)
     pruned = made.weights[0]
     count = sum(

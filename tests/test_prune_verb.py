@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calmix.models import find_blocks
 from calmix.models.streaming import NotStreamableError
 from tests.pruning.test_streamed import interrupt_before
-from tests.tiny import save_tiny_model, tiny_model
+from tests.tiny import load_weights, save_tiny_model, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
@@ -141,7 +140,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         (*half, "--method", "sparsegpt,damping=0"): "damping 0: Input should be greater",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
-        (*half, "--max-memory", "much"): "is no amount of memory",
+        (*half, "--max-memory", "much"): "is not an amount of memory",
         (*half, "--length", 9999): "beyond the model's context of 256",
         (*half, "--rows", 9999): "has", (*half, "--device", "warp"): "cannot be used",
         (*half, "-o", full): "not empty", (*half, "-o", full / "file"): "is a file",
@@ -206,7 +205,7 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
 ):
     """Several targets, an interruption, and the tensors of a prune block by block."""
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", "0.5,0.6",
-              "--checkpoint-every", 0, "-o")  # fmt: skip
+              "-o")  # fmt: skip
     assert calmix(*common, tmp_path / "streamed").code == 0
 
     def refuse(*_, **__):
@@ -221,16 +220,16 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
         patched.setattr("calmix.pruning.checkpoint.write_json", full_disk)
         ended = calmix(*common, tmp_path / "cut", "--resume")
     assert "no space left" in ended.err
-    assert ended.err.count("going on after 1 of 2 blocks") == 2
+    assert ended.err.count("resuming after 1 of 2 blocks") == 2
     ended = calmix(*common, tmp_path / "cut", "--resume")
     assert ended.code == 0, ended.err
-    assert ended.err.count("going on after 2 of 2 blocks") == 2
+    assert ended.err.count("resuming after 2 of 2 blocks") == 2
     for name in ("sparsegpt-0.5", "sparsegpt-0.6"):
         whole, cut = hashes(tmp_path / "whole" / name), hashes(tmp_path / "cut" / name)
         assert whole == cut
         assert set(whole) >= {"model.safetensors", "config.json", "tokenizer.json", "calmix.json"}
-        found = load_file(tmp_path / "whole" / name / "model.safetensors")
-        expected = load_file(tmp_path / "streamed" / name / "model.safetensors")
+        found = load_weights(tmp_path / "whole" / name)
+        expected = load_weights(tmp_path / "streamed" / name)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     ended = calmix(*common, tmp_path / "other", "--max-memory", "6GiB")
     assert "cannot be pruned block by block" in ended.line
@@ -258,7 +257,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
     ended = calmix(*command, "--resume")
     assert ended.code == 0, ended.err
-    assert "going on after 2 of 2 blocks" in ended.err
+    assert "resuming after 2 of 2 blocks" in ended.err
     assert not (output / "old").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -162,6 +163,11 @@ def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **settings
     tiny_model(kind, seed, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a model folder, of however many files."""
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def longer(model: Path, folder: Path) -> Path:

@@ -78,9 +78,6 @@ class PruneOptions(WorkOptions):
     )
     only: tuple[str, ...] = option((), "Only layers of such names: '*.mlp.*'.", advanced=True)
     skip: tuple[str, ...] = option((), "Leave layers of such names dense.", advanced=True)
-    checkpoint_every: float | None = option(
-        None, "Seconds of work an interruption may cost.", shown="30", ge=0, advanced=True
-    )
 
 
 class RecoverOptions(WorkOptions):
@@ -141,8 +138,7 @@ def prune(options: PruneOptions) -> None:
         with Bar(shown=leads) as bar:
             pruning = bar.of("pruning blocks")
             how |= {
-                "device": own, "checkpoint_every": options.checkpoint_every,
-                "writing": bar.writing, "started": _started("calibrating"),
+                "device": own, "writing": bar.writing, "started": _started("calibrating"),
             }  # fmt: skip
             if recovery is None:
                 reports = prune_checkpoints(model, targets, progress=pruning, **how)

@@ -29,9 +29,9 @@ from calmix.manifest import file_hashes, seal_holds
 from calmix.models.shards import PACK, Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
-from calmix.pruning.old_work import PROGRESS, REQUEST, SET, SUFFIX, read_sealed
 from calmix.pruning.report import LayerReport
-from calmix.pruning.work import RECORD, read_record
+from calmix.pruning.work import RECORD, SET, SUFFIX
+from calmix.pruning.work import read_record as read_work
 from calmix.recovery.chain import PRUNED, STAGES
 from calmix.study.export import read_results
 from calmix.study.store import open_store
@@ -352,11 +352,9 @@ def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict
 
 def _work(folder: Path, health: Health, say: Say) -> None:
     """Say how far an interrupted pruning run or recovery is."""
-    if (record := read_record(folder)) is not None:
-        asked, done = record["request"], record["kept"].get("done", 0)
-    else:
-        asked = read_object(folder / REQUEST, f"there is no {folder / REQUEST}")
-        done = (read_sealed(folder / PROGRESS) or {}).get("done", 0)
+    record = read_work(folder)
+    assert record is not None
+    asked, done = record["request"], record["kept"].get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
     health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
@@ -423,7 +421,6 @@ CHECKS: dict[str, Check] = {
 }
 MARKS = {names[0]: kind for kind, names in RESULTS.items()} | {
     RECORD: "unfinished work",
-    REQUEST: "unfinished work",
     PRUNED: "unfinished prune and recovery",
     PRUNED + SUFFIX: "unfinished prune and recovery",
 }

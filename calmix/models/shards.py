@@ -12,7 +12,6 @@ import json
 import math
 import os
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import parse_json, replacing, sync, write_json
+from calmix.errors import ModelError
+from calmix.files import parse_json, replacing, write_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -147,36 +146,14 @@ def read_header(path: Path) -> dict[str, Place]:
 def read_tensor(folder: Path, place: Place) -> Tensor:
     """Return one tensor, read into memory of its own."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
-    if not read_bytes(folder / place.file, place.start, tensor):
-        raise ModelError(f"{folder / place.file} is cut short: fetch it again")
-    return tensor
-
-
-def read_bytes(path: Path, start: int, tensor: Tensor) -> bool:
-    """Fill a tensor from a file's bytes at `start`; return whether there were enough."""
     view, at = tensor_bytes(tensor), 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
+    with (folder / place.file).open("rb", buffering=0) as file:
+        file.seek(place.start)
         while at < len(view):
             if not (got := file.readinto(view[at:])):
-                return False
+                raise ModelError(f"{folder / place.file} is cut short: fetch it again")
             at += got
-    return True
-
-
-def write_bytes(path: Path, start: int, tensor: Tensor) -> int:
-    """Write a tensor of the host to a file's bytes at `start`; return their CRC-32.
-
-    Raises DiskError where the disk is full.
-    """
-    view = tensor_bytes(tensor.contiguous())
-    with disk_errors(path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            _write(handle, view, start)
-        finally:
-            os.close(handle)
-    return zlib.crc32(view)
+    return tensor
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -215,70 +192,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor, not copied."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-def _write(handle: int, view: memoryview, at: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], at + done)
-
-
-class ShardWriter:
-    """Files for given tensors (type and shape by file and name), filled in any order.
-
-    Their room on the disk is taken when they are made, so that a full disk shows first (an
-    InputError). Opening one whose files are there already keeps what they hold. `sums` has the
-    CRC-32 of the bytes of each tensor that was written, by name.
-    """
-
-    def __init__(
-        self, folder: Path, places: Mapping[str, Mapping[str, tuple[torch.dtype, Any]]]
-    ) -> None:
-        self.folder = folder
-        self.places: dict[str, Place] = {}
-        self.sums: dict[str, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, tensors in places.items():
-            path, (header, found) = folder / name, _header(name, tensors)
-            size = max([len(header), *(place.start + place.size for place in found.values())])
-            self.places |= found
-            with disk_errors(path):
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                try:
-                    if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(handle, 0, size)
-                    else:
-                        os.ftruncate(handle, size)
-                    _write(handle, memoryview(header), 0)
-                finally:
-                    os.close(handle)
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors to their places, converted to the types the files were made with."""
-        for name, tensor in tensors.items():
-            place = self.places[name]
-            assert tuple(tensor.shape) == place.shape, name
-            value = tensor.detach().to("cpu", place.dtype)
-            self.sums[name] = write_bytes(self.folder / place.file, place.start, value)
-
-    def check(self, sums: Mapping[str, int]) -> None:
-        """Refuse (InputError) what an earlier run has written if its bytes have changed."""
-        for name, wanted in sums.items():
-            place = self.places.get(name)
-            if place is None or zlib.crc32(tensor_bytes(read_tensor(self.folder, place))) != wanted:
-                raise InputError(f"{self.folder} is damaged ({name}): start over with --overwrite")
-        self.sums = dict(sums)
-
-    def sync(self) -> None:
-        """Wait until what was written is on the disk."""
-        for name in dict.fromkeys(place.file for place in self.places.values()):
-            with disk_errors(self.folder / name):
-                sync(self.folder / name)
-        sync(self.folder)
-
-    def write_index(self) -> None:
-        """Write the index transformers reads, where there are several files."""
-        write_index(self.folder)
 
 
 def _header(

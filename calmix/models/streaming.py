@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calmix.models.attention import use_own_attention
@@ -28,10 +27,8 @@ from calmix.models.opening import (
     open_model,
     resolve_model,
 )
-from calmix.models.shards import Shards, ShardWriter, read_file, write_index
+from calmix.models.shards import Shards, read_file, write_index
 from calmix.precision import fast_half_precision
-
-Files = dict[str, dict[str, tuple[torch.dtype, Any]]]  # type and shape of tensors, by file and name
 
 
 class NotStreamableError(Exception):
@@ -217,11 +214,10 @@ class StreamedModel:
         for index in range(len(self.blocks)):
             self.drop(index)
 
-    def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return a block's weights by their names in the files, copied if they will change."""
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Return a block's weights by their names in the files."""
         own = self._own()
-        held = self.as_stored({name: own[name].detach() for name in self.block_names(index)})
-        return {name: value.clone() for name, value in held.items()} if copy else held
+        return self.as_stored({name: own[name].detach() for name in self.block_names(index)})
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return a block's parameters and those of its buffers that files hold, by name."""
@@ -236,32 +232,6 @@ class StreamedModel:
         held = {names[name]: value for name, value in tensors.items() if name in names}
         merged = {name: value for name, value in tensors.items() if name not in names}
         return held | self._conversions.split(merged) if merged else held
-
-    def files(self) -> Files:
-        """Return what the files hold, floats in the model's type in memory.
-
-        What the model has no parameter for keeps the type it is stored in.
-        """
-        own = self._own()
-        types = {
-            stored: own[name].dtype for name, part in self._parts.items() for stored in part.stored
-        }
-        files: Files = {}
-        for name, place in self.shards.places.items():
-            files.setdefault(place.file, {})[name] = (types.get(name, place.dtype), place.shape)
-        return files
-
-    def copy_others(self, writer: ShardWriter) -> None:
-        """Write all tensors that belong to no block, one at a time."""
-        inside = {
-            stored
-            for index in range(len(self.blocks))
-            for name in self.block_names(index)
-            for stored in self._parts[name].stored
-        }
-        for name in self.shards.places:
-            if name not in inside:
-                writer.write(self.shards.read([name]))
 
     @property
     def layout(self) -> dict[str, list[str]]:
@@ -298,14 +268,6 @@ class StreamedModel:
     def save_config(self, folder: Path, shards: Path) -> None:
         """Make a folder of the layout's files one that loads: index and configuration."""
         write_index(folder)
-        self._save_config(folder)
-
-    def save(self, writer: ShardWriter, folder: Path) -> None:
-        """Make the folder of the written files one that loads: index and configuration."""
-        writer.write_index()
-        self._save_config(folder)
-
-    def _save_config(self, folder: Path) -> None:
         model, config = self.model, self.config
         if type(config) is type(model.config):
             config.architectures = [type(model).__name__]
@@ -366,8 +328,8 @@ class StreamedModel:
 class WholeModel:
     """A causal language model that is in memory, with the members of `StreamedModel`.
 
-    Its files are transformers' to write: until `save` only the blocks' weights are on the disk.
-    Arguments and errors are those of `open_model`.
+    Its files are transformers' to write: until `save_config` only the blocks' weights are on the
+    disk. Arguments and errors are those of `open_model`.
     """
 
     in_place = merges = False
@@ -384,7 +346,7 @@ class WholeModel:
     def _nothing(self, *_: Any, **__: Any) -> None:
         """All is in memory and stays there, and transformers writes it."""
 
-    fetch_outside = drop_outside = fetch = drop = copy_others = close = _nothing
+    fetch_outside = drop_outside = fetch = drop = close = _nothing
 
     def block_bytes(self, index: int) -> int:
         """Return the bytes of a block's weights."""
@@ -395,16 +357,10 @@ class WholeModel:
         fresh = open_model(self.name, **self._how | {"device": "cpu"}).model
         self.model.load_state_dict(fresh.state_dict())
 
-    def weights(self, index: int, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return a block's weights by their names in the model, copied if they will change."""
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Return a block's weights by their names in the model."""
         own = self.blocks.blocks[index].named_parameters(prefix=f"{self.blocks.name}.{index}")
-        return {name: value.detach().clone() if copy else value.detach() for name, value in own}
-
-    def files(self) -> Files:
-        """Return type and shape of the blocks' weights, in one file."""
-        held = [self.weights(index) for index in range(len(self.blocks))]
-        file = {n: (v.dtype, v.shape) for part in held for n, v in part.items()}
-        return {"blocks.safetensors": file}
+        return {name: value.detach() for name, value in own}
 
     @property
     def layout(self) -> dict[str, list[str]]:
@@ -424,13 +380,6 @@ class WholeModel:
         """Let transformers write the model with the blocks' weights that lie in `shards`."""
         for index, file in enumerate(self.layout):
             self.refill(index, read_file(shards / file))
-        self.model.save_pretrained(folder)
-
-    def save(self, writer: ShardWriter, folder: Path) -> None:
-        """Let transformers write the model with the blocks' weights that were written."""
-        for file in self.files():
-            for name, value in load_file(writer.folder / file).items():
-                self.model.get_parameter(name).data.copy_(value)
         self.model.save_pretrained(folder)
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
-from calmix.models.blocks import DecoderBlocks, find_blocks
+from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.options import METHOD
 from calmix.precision import widest
-from calmix.pruning.engine import Group, Run, check_names, run_through
+from calmix.pruning.engine import Run, check_names, run_through
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Unstructured, clear
@@ -256,15 +256,16 @@ class DensePass(Run):
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
-    def _prune(self, *groups: Group) -> None:
-        for layers, statistic, _ in groups:
-            assert statistic is not None
-            for layer in layers:
-                if self._by == "owl":
-                    self._squares[layer.name] = statistic
-                    continue
-                for share, importance in self.importance.items():
-                    importance[layer.name] = output_error(layer.view(), statistic, share / 2)
+    def _prune(
+        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
+    ) -> None:
+        assert statistic is not None
+        for layer in layers:
+            if self._by == "owl":
+                self._squares[layer.name] = statistic
+                continue
+            for share, importance in self.importance.items():
+                importance[layer.name] = output_error(layer.view(), statistic, share / 2)
 
     def block(self, index: int) -> None:
         super().block(index)

@@ -1,9 +1,9 @@
-"""How a prune stays within so much memory: which micro-batches stay paused, what is overlapped.
+"""How pruning stays within so much memory: which micro-batches stay paused, what is read ahead.
 
-Pure arithmetic over sizes. A prune block by block holds
+Pruning block by block holds
 
     what the process holds before it begins
-    one block's weights, another's being read and another's being written
+    one block's weights, and another's being read
     what is outside the blocks, until the first hidden states are made
     the solver's work on the widest input
     one micro-batch running through a block, and the activations of those that are paused
@@ -20,33 +20,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calmix.errors import InputError
+from calmix.machine import device_memory, tokens_at_once
+from calmix.models.streaming import WeightSource
+from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import ENTRIES
 from calmix.pruning.methods import Method
+from calmix.pruning.trace import token_bytes
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 AT_ONCE = 64  # bytes an entry of the rows that a solver on an accelerator works on at a time
-HELD = 2  # hidden states at a time: while some are written, the next ones are made
 SLACK = 0.05  # of the budget, for the allocator's rounding
+FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
+WORKSPACE = GIB // 2  # that libraries take on an accelerator beside tensors, and what they load
+KERNELS = GIB // 16  # that oneDNN's take on a CPU; the command line bounds their number
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the memory a prune takes.
+    """What decides the memory that pruning takes.
 
-    Attributes:
-        block_bytes: weights of the largest block.
-        copies: how often a block's weights are kept beside: for another target, or to be merged.
-        outside_bytes: weights outside the blocks, the output head excepted.
-        layers: (outputs, inputs) of the linear maps of one block, experts apart.
-        experts: those of one expert, of one of each mixture; `expert_count` has how many are like
-            it.
-        hidden: values a token between two blocks, each of `value_bytes`.
-        rows, length: calibration rows and their tokens; 0 without calibration.
-        value_bytes: bytes of a weight and of an activation.
-        methods: of all targets.
-        accelerator: whether the work is done on a device that is no CPU.
+    `block_bytes` are the weights of the largest block, `copies` how often they are kept beside (for
+    another target, or to be merged), `outside_bytes` the weights outside the blocks without the
+    output head. `layers` are (outputs, inputs) of one block's linear maps; `experts` those of one
+    expert of each mixture, of which there are `expert_count`. `hidden` values a token lie between
+    two blocks, each of `value_bytes`; `rows` and `length` are 0 without calibration.
     """
 
     block_bytes: int
@@ -67,18 +66,20 @@ class Sizes:
         """Width of the widest input."""
         return max(columns for _, columns in (*self.layers, *self.experts))
 
+    @property
+    def states(self) -> int:
+        """Bytes of the hidden states between two blocks, those of all targets."""
+        own = sum(method.needs is not None for method in self.methods)
+        return own * self.rows * self.length * self.hidden * self.value_bytes
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prune does to stay within its budget.
+    """What pruning does to stay within its budget.
 
-    Attributes:
-        micro_tokens: tokens that run through a block at a time.
-        paused: micro-batches that may stay paused; None for all.
-        overlap: whether blocks are read and written while another is pruned.
-        needed: bytes at the peak.
-        expert_bytes: bytes that statistics of experts take at a time.
-        states: bytes that hidden states take, a second time while they are written.
+    `micro_tokens` run through a block at a time; `paused` micro-batches may stay paused, None for
+    all; `overlap` reads the next block beside the work; `needed` are the bytes at the peak,
+    `expert_bytes` and `states` those that statistics of experts and hidden states may take.
     """
 
     micro_tokens: int
@@ -93,20 +94,17 @@ def parse_memory(text: str) -> int:
     """Return bytes from `6GiB`, `512MB` or `8000000000`.
 
     Raises:
-        InputError: the text is no amount of memory.
+        InputError: the text is not an amount of memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
     value = float(match[1]) * UNITS[match[2] or ""] if match else 0
     if value < 1:
-        raise InputError(f"'{text}' is no amount of memory: write 6GiB, 512MB or bytes")
+        raise InputError(f"'{text}' is not an amount of memory: write 6GiB, 512MB or bytes")
     return int(value)
 
 
 def solver_bytes(sizes: Sizes) -> int:
-    """Return the most memory a solver takes: all layers of one width may share an input.
-
-    On an accelerator it works on more rows at a time.
-    """
+    """Return the most memory a solver takes: all layers of one width may share an input."""
     most = 0
     for layers in (sizes.layers, sizes.experts):
         for width in {columns for _, columns in layers}:
@@ -115,20 +113,6 @@ def solver_bytes(sizes: Sizes) -> int:
             found = (m.memory(width, sum(rows)) for m in sizes.methods)
             most = max([most, *(held + wide for held in found)])
     return most
-
-
-def one_expert_bytes(sizes: Sizes) -> int:
-    """Return what the statistics of one expert's widest input take, its own and that of all."""
-    kinds = [method.needs for method in sizes.methods]
-    held = [2 * kind.memory(width) for kind in kinds if kind for _, width in sizes.experts]
-    return max(held, default=0)
-
-
-def statistics_bytes(sizes: Sizes) -> int:
-    """Return what the statistics of a whole block take, one a layer at most."""
-    kinds = [method.needs for method in sizes.methods]
-    held = [sum(kind.memory(width) for _, width in sizes.layers) for kind in kinds if kind]
-    return max(held, default=0)
 
 
 def micro_bytes(sizes: Sizes, tokens: int) -> int:
@@ -141,12 +125,6 @@ def paused_bytes(sizes: Sizes, tokens: int) -> int:
     return tokens * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
 
 
-def states_bytes(sizes: Sizes) -> int:
-    """Return what the hidden states between two blocks take, those of all targets."""
-    own = sum(method.needs is not None for method in sizes.methods)
-    return own * sizes.rows * sizes.length * sizes.hidden * sizes.value_bytes
-
-
 def make_plan(
     sizes: Sizes,
     budget: int,
@@ -156,30 +134,23 @@ def make_plan(
     sequential: bool,
     fixed: bool = False,
 ) -> Plan:
-    """Return how to prune within a budget.
+    """Return how to prune within a budget, where a process holds so much without any weights.
 
-    What a process holds is rounded up to a quarter of a GiB, so that the same budget gives the
-    same plan: the size of a micro-batch decides how sums round. Fewer paused micro-batches and
-    no overlap change no number, so they come first.
-
-    Args:
-        sizes: of the model and its calibration set.
-        budget: bytes the process may hold.
-        held: bytes it holds already, without any weights.
-        micro_tokens: tokens that run through a block at a time, at most; one row at least.
-        sequential: whether micro-batches pause within a block.
-        fixed: whether a micro-batch has to be as large as it may be.
+    What it holds is rounded up to a quarter of a GiB, so that the same budget gives the same plan:
+    the size of a micro-batch, `micro_tokens` at most if not `fixed`, decides how sums round. Fewer
+    paused micro-batches and no overlap change no number, so they come first.
 
     Raises:
-        InputError: the budget cannot hold one block with one micro-batch of the least size at
-            work.
+        InputError: the budget cannot hold one block with one micro-batch of the least size.
     """
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
-    expert = one_expert_bytes(sizes)
+    kinds = [method.needs for method in sizes.methods if method.needs is not None]
+    # The statistics of one expert's widest input, its own and that of all.
+    expert = max((2 * kind.memory(w) for kind in kinds for _, w in sizes.experts), default=0)
     solver = solver_bytes(sizes) + expert
     if not sequential:  # a block's statistics are summed together
-        solver += statistics_bytes(sizes)
+        solver += max((sum(kind.memory(w) for _, w in sizes.layers) for kind in kinds), default=0)
     at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
     while True:
         tokens = at_once * sizes.length
@@ -188,7 +159,7 @@ def make_plan(
         wanted = -(-sizes.rows // at_once) if sequential else 0
         each = max(1, paused_bytes(sizes, tokens))
         found: list[Plan] = []
-        for copies in (3, 1):
+        for copies in (2, 1):
             weights = (copies + sizes.copies) * sizes.block_bytes
             least = held + weights + max(solver, running)
             if max(first, least) <= room:
@@ -196,10 +167,13 @@ def make_plan(
                 more = min(EXPERT_BYTES, sizes.expert_count * expert, (room - least) // 2)
                 paused = min(wanted, (room - least - more) // each)
                 needed = max(first, least + more + paused * each)
-                limit = None if paused == wanted else paused
-                states = min(states_bytes(sizes), (room - needed) // HELD)
-                needed += HELD * states
-                found.append(Plan(tokens, limit, copies > 1, needed, max(more, expert), states))
+                states = min(sizes.states, room - needed)
+                found.append(
+                    Plan(
+                        tokens, None if paused == wanted else paused, copies > 1, needed + states,
+                        max(more, expert), states,
+                    )
+                )  # fmt: skip
         if found:
             return max(found, key=lambda plan: wanted if plan.paused is None else plan.paused)
         if fixed or at_once == 1:
@@ -210,3 +184,65 @@ def make_plan(
                 f"weights, {solver / GIB:.2f} for the solver, {held / GIB:.2f} for the program)"
             )
         at_once //= 2
+
+
+def plan_for(
+    source: WeightSource,
+    shape: tuple[int, int],
+    methods: Sequence[Method],
+    *,
+    budget: int | None,
+    sequential: bool = True,
+    targets: int = 1,
+    rows_at_once: int = 0,
+) -> Plan:
+    """Return how to prune a model within a budget, or within what is free now.
+
+    Args:
+        source: the model.
+        shape: of the calibration ids, (0, 0) without.
+        methods: of all targets, and of what else looks at the model.
+        budget: bytes of each process; None for what is free, of which a CPU may take more.
+        sequential: whether micro-batches pause within a block.
+        targets: how many share the work.
+        rows_at_once: rows of a micro-batch of the work that is resumed, which must stay.
+
+    Raises:
+        InputError: the budget cannot hold one block at work.
+    """
+    blocks, (rows, length) = source.blocks, shape
+    pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
+    layers = blocks.prunables(max(pruned, key=source.block_bytes))
+    inside = [layer for layer in layers if layer.expert is not None]
+    one = {layer.mixture: layer.expert for layer in inside}
+    sizes = Sizes(
+        block_bytes=max(map(source.block_bytes, range(len(blocks)))),
+        copies=(targets > 1) + source.merges,
+        outside_bytes=source.outside_bytes if rows else 0,
+        layers=[layer.shape for layer in layers if layer.expert is None],
+        experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
+        expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
+        hidden=token_bytes(source.model, blocks) // source.dtype.itemsize if rows else 0,
+        rows=-(-rows // distributed.processes()[1]),
+        length=length,
+        value_bytes=source.dtype.itemsize,
+        methods=methods,
+        accelerator=source.device.type != "cpu",
+    )
+    held, free, total = device_memory(source.device)
+    swaps = total is None
+    if swaps:  # memory that processes here share, as they do not a device
+        free //= distributed.here()
+    room = held + int(FREE_SHARE * free) if budget is None else budget
+    held += KERNELS if swaps else WORKSPACE
+    at_once = rows_at_once * length or tokens_at_once(source.device)
+    # On a CPU the micro-batch is the same whatever happens to be free, so that no number depends
+    # on the moment; what does not fit is swapped.
+    fixed = rows_at_once > 0 or (budget is None and swaps)
+    try:
+        return make_plan(sizes, room, held, at_once, sequential=sequential, fixed=fixed)
+    except InputError:
+        if budget is not None or not swaps:
+            raise
+    whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential, fixed=True)
+    return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)

@@ -1,25 +1,17 @@
-"""Several processes prune one model: rows are shared out, and the solves of layers.
+"""Several processes prune one model: each runs its share of the calibration rows.
 
-Every process holds the model (or the block at hand), runs its share of the calibration rows, and
-gets the sum of all statistics. Each of the layers that share an input, or of as many experts as
-there are processes, is solved by one process and sent to the others, so that all go on with the
-same weights. What differs from one process is the order in which sums are taken, as it does with
-the size of a micro-batch.
-
-What concerns the host (files, text, mistakes) goes by groups of its own, without the devices.
+Every process holds the model (or the block at hand), gets the sum of all statistics, and solves
+every layer. What differs from one process is the order in which sums are taken, as it does with the
+size of a micro-batch. What concerns the host (files, text, mistakes) goes by a group of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,16 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calmix.errors import CalmixError, InputError, SolverError
-from calmix.precision import widest
-from calmix.pruning.gram import Gram, Statistic, relative_error
-from calmix.pruning.methods import DTYPES, Method, Solution
-from calmix.pruning.patterns import Pattern
+from calmix.errors import CalmixError, InputError
+from calmix.pruning.gram import Statistic
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
-TOLD, TIDY = "calmix/told", "calmix/tidy"  # who says what went wrong; the first one has tidied up
 TIDYING = timedelta(seconds=20)  # a launcher waits for 30 s before it kills
+_hosts: list[Any] = []  # the group of hosts, if there are several processes
 
 
 class PeerError(CalmixError):
@@ -45,16 +34,12 @@ class PeerError(CalmixError):
 
 @contextmanager
 def launched(device: str) -> Iterator[str]:
-    """Join the processes that torchrun has started, if it has; give the device of this one.
+    """Join the processes that torchrun has started, if it has; yield the device of this one.
 
-    Of what goes wrong in several of them one process tells: the others end without a word, with
-    exit code 2.
-
-    Args:
-        device: as the user named it.
+    A mistake that several of them meet is raised in one; the others end with exit code 2.
 
     Raises:
-        InputError: there is no device for each process.
+        InputError: there is not a device for each process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield device
@@ -62,24 +47,30 @@ def launched(device: str) -> Iterator[str]:
     try:
         store, rank, world = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
-        line = next(iter(str(error).splitlines()), "")
-        raise InputError(f"WORLD_SIZE is set, but no launcher is there: {line}") from error
+        raise InputError(
+            f"WORLD_SIZE is set, but there is no launcher: {_first_line(error)}"
+        ) from error
     try:
         kind, own = _own_device(device)
         dist.init_process_group(
             dist.get_default_backend_for_device(kind), timeout=WAIT, store=store, rank=rank,
             world_size=world,
         )  # fmt: skip
+        _hosts.append(dist.new_group(backend="gloo", timeout=WAIT))
         yield own
         dist.destroy_process_group()
     except Exception:
-        tells = _tells(store, rank)
+        first = _is_first(store, rank)
         _leave(store, rank)
-        if not tells:
+        if not first:
             sys.exit(2)
         raise
     finally:
-        _groups.clear()
+        _hosts.clear()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _own_device(name: str) -> tuple[str, str]:
@@ -87,7 +78,8 @@ def _own_device(name: str) -> tuple[str, str]:
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "cpu" or (name == "auto" and (found is None or found.type == "mps")):
         return "cpu", "cpu"
-    kind, local = name if name != "auto" or found is None else found.type, _local()
+    kind = found.type if name == "auto" and found is not None else name
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     if ":" in kind or kind == "mps":
         raise InputError(f"--device {name} is one device: several processes need one each")
     if found is None or found.type != kind:
@@ -100,22 +92,12 @@ def _own_device(name: str) -> tuple[str, str]:
     return kind, f"{kind}:{local}"
 
 
-def _local() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
-
-
-def here() -> int:
-    """Return how many of the processes run on this machine."""
-    world = processes()[1]
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
-
-
-def _tells(store: Any, rank: int) -> bool:
+def _is_first(store: Any, rank: int) -> bool:
     """Tell whether this process is the first in which something went wrong."""
-    key = f"{TOLD}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = f"calmix/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         return bool(store.compare_set(key, "", str(rank)) == str(rank).encode())
-    except RuntimeError:  # the process that keeps the store has ended, for a reason it has told
+    except RuntimeError:  # the process that keeps the store has ended, and has said why
         return False
 
 
@@ -125,35 +107,31 @@ def _leave(store: Any, rank: int) -> None:
     A launcher ends all that are left as soon as one has.
     """
     if dist.is_initialized():
-        alone = dist.get_backend() == "gloo"  # a device's groups may wait for the others
-        for group in [*_groups, *([None] * alone)]:
+        alone = dist.get_backend() == "gloo"  # a device's group may wait for the others
+        for group in [*_hosts, *([None] * alone)]:
             dist.destroy_process_group(group)
     with contextlib.suppress(RuntimeError):  # nobody keeps the store any more, or it took too long
         if rank == 0:
-            store.set(TIDY, "")
+            store.set("calmix/tidy", "")
         else:
-            store.wait([TIDY], TIDYING)
+            store.wait(["calmix/tidy"], TIDYING)
 
 
-_groups: list[Any] = []  # of hosts; the first is for the thread at work
+def processes() -> tuple[int, int]:
+    """Return this process's number and how many share the work: (0, 1) without a group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
-def host_group() -> Any:
-    """Return a new group for what one thread of each host tells the others; None if there are none.
-
-    All processes call it, in the same order.
-    """
-    if processes()[1] == 1:
-        return None
-    _together(lambda: _groups.append(dist.new_group(backend="gloo", timeout=WAIT)))
-    return _groups[-1]
+def here() -> int:
+    """Return how many of the processes run on this machine."""
+    world = processes()[1]
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
 
 
 def once(act: Callable[[], T]) -> T:
-    """Let the first process alone act; return what came of it, or raise its mistake, in all.
-
-    Needs a `host_group`, as `everyone` does.
-    """
+    """Let the first process alone act; return its value, or raise its mistake, in all."""
     rank, world = processes()
     if world == 1:
         return act()
@@ -163,24 +141,19 @@ def once(act: Callable[[], T]) -> T:
             box[0] = act()
         except CalmixError as error:
             box[1] = error
-    _together(lambda: dist.broadcast_object_list(box, 0, _groups[0], torch.device("cpu")))
+    _together(lambda: dist.broadcast_object_list(box, 0, _hosts[0], torch.device("cpu")))
     if box[1] is not None:
         raise box[1]
     return box[0]
 
 
-def everyone(value: T, group: Any = None) -> list[T]:
-    """Return the values of all processes, to each of them.
-
-    Args:
-        value: this process's.
-        group: of threads beside those at work.
-    """
+def everyone(value: T) -> list[T]:
+    """Return the values of all processes, to each of them."""
     world = processes()[1]
     if world == 1:
         return [value]
     found: list[Any] = [None] * world
-    _together(lambda: dist.all_gather_object(found, value, group or _groups[0]))
+    _together(lambda: dist.all_gather_object(found, value, _hosts[0]))
     return found
 
 
@@ -193,15 +166,9 @@ def _together(act: Callable[[], Any]) -> None:
     try:
         act()
     except RuntimeError as error:
-        line = next(iter(str(error).splitlines()), "")
-        raise PeerError(f"another process has ended before the work was done: {line}") from error
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's number and how many share the work: (0, 1) without a group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+        raise PeerError(
+            f"another process has ended before the work was done: {_first_line(error)}"
+        ) from error
 
 
 def share(rows: int) -> range:
@@ -247,80 +214,3 @@ def gather(statistic: Statistic) -> None:
     """Make a statistic that of all processes' rows."""
     if processes()[1] > 1:
         statistic.reduce(lambda part: _together(lambda: dist.all_reduce(part)))
-
-
-@dataclass(frozen=True)
-class Task:
-    """Layers that share an input, to be solved together.
-
-    Attributes:
-        name: what a mistake is told of.
-        weights, statistic, patterns: as `Method.solve` takes them.
-    """
-
-    name: str
-    weights: Sequence[Tensor]
-    statistic: Tensor | None
-    patterns: Sequence[Pattern]
-
-
-def solve(method: Method, tasks: Sequence[Task]) -> Iterator[Solution]:
-    """Yield what the method's `solve` makes of each task, with errors; all processes get the whole.
-
-    Of several each solves tasks of its own, or layers where tasks are fewer, before any is sent.
-
-    Raises:
-        SolverError: as the method's `solve`.
-    """
-    rank, world = processes()
-    if world == 1:
-        yield from (_solved(method, task, range(len(task.weights))) for task in tasks)
-        return
-    counted = itertools.count()
-    owners = [
-        [(at if len(tasks) >= world else next(counted)) % world for _ in task.weights]
-        for at, task in enumerate(tasks)
-    ]
-    places = [[at for at, owner in enumerate(of) if owner == rank] for of in owners]
-    own = [
-        _solved(method, task, mine) if mine else None
-        for task, mine in zip(tasks, places, strict=True)
-    ]
-    for number, task in enumerate(tasks):
-        solved, own[number] = own[number], None
-        made: list[Tensor] = []
-        told: list[list[float | None]] = []
-        for at, weight in enumerate(task.weights):
-            source = owners[number][at]
-            full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-            about = torch.full((4,), torch.nan, dtype=widest(weight.device), device=weight.device)
-            if solved is not None and source == rank:
-                place = places[number].index(at)
-                full.copy_(solved.weights[place])
-                kind = None if solved.dtype is None else DTYPES.index(solved.dtype)
-                numbers = solved.errors[place], solved.damping, solved.dead, kind
-                for slot, value in enumerate(numbers):
-                    if value is not None:
-                        about[slot] = value
-            for part in (full, about):
-                _together(functools.partial(dist.broadcast, part, source))
-            made.append(full)
-            told.append([None if math.isnan(value) else value for value in about.tolist()])
-        counts = method.counts(task.weights, task.patterns)
-        _, damping, dead, precision = told[0]
-        dtype = None if precision is None else DTYPES[int(precision)]
-        yield Solution(made, counts, [one[0] for one in told], damping, dtype, int(dead or 0))
-
-
-def _solved(method: Method, task: Task, places: Sequence[int]) -> Solution:
-    weights = [task.weights[at] for at in places]
-    try:
-        made = method.solve(weights, task.statistic, [task.patterns[at] for at in places])
-    except SolverError as error:
-        raise SolverError(f"{task.name}: {error}") from error
-    errors: list[float | None] = [None] * len(weights)
-    if method.needs is not None and issubclass(method.needs, Gram):
-        assert task.statistic is not None
-        pairs = zip(weights, made.weights, strict=True)
-        errors = [relative_error(weight, kept, task.statistic) for weight, kept in pairs]
-    return replace(made, errors=errors)

@@ -4,13 +4,13 @@ Sequential propagation (the default): every layer is pruned just in time, on inp
 from already-pruned layers. Each micro-batch runs a block's own forward in a coroutine that
 pauses where a distinct input first reaches a layer. When all micro-batches have paused there,
 the input's statistic is complete, the layers that share it are solved together, and the
-coroutines go on through the pruned weights. Nothing is computed twice.
+coroutines continue through the pruned weights. Nothing is computed twice.
 
 Block propagation: the published two-pass semantics. All layers of a block are pruned on the
 inputs the block's dense weights give, then the block runs again to make the next one's inputs.
 
 A paused micro-batch holds a block's activations. Where memory is short only some stay paused, and
-the others begin the block anew for every input: the same numbers, for more time.
+the others begin the block anew for every input: the same numbers, in more time.
 
 Knows nothing about architectures (see trace.py), files (see streamed.py) or command lines.
 """
@@ -18,11 +18,11 @@ Knows nothing about architectures (see trace.py), files (see streamed.py) or com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -43,7 +43,7 @@ from calmix.options import METHOD
 from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
-from calmix.pruning.gram import Statistic
+from calmix.pruning.gram import Gram, Statistic, relative_error
 from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, as_pattern, check_columns
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
@@ -51,20 +51,8 @@ from calmix.pruning.trace import TOKENS, BlockCall, Calls, SharedInput, observe_
 
 Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
-Group = tuple[list[Prunable], Tensor | None, int | None]  # one input's, its statistic, its tokens
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 T = TypeVar("T")
-ACTIVITIES = ("prepare", "statistics", "solve", "forward")
-
-
-class States(Protocol):
-    """Hidden states of the micro-batches between two blocks."""
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Return what micro-batch `number` brings into the block at hand."""
-
-    def __setitem__(self, number: int, hidden: Tensor) -> None:
-        """Keep what micro-batch `number` brings into the next block."""
 
 
 def prune(
@@ -108,8 +96,7 @@ def prune(
             no such method or option.
         SolverError: a layer's weights or inputs are unusable.
 
-    What goes wrong later than in the first block leaves the model partly pruned; the error then
-    names the blocks.
+    An error after the first block leaves the model partly pruned, and names the pruned blocks.
     """
     if not isinstance(model, nn.Module):
         name = model if isinstance(model, str) else "NAME"
@@ -124,36 +111,41 @@ def prune(
     chosen = get_method(method, **options)
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern)
-    device, done = next(model.parameters()).device, 0
-    runs: list[Run] = []  # the one at work
+    device = next(model.parameters()).device
     first = [] if device.type == "cpu" else [(p, p.view().cpu()) for p in found.prunables(0)]
-
-    def reached(number: int, of: int) -> None:
-        nonlocal done
-        done = number
-        if progress is not None:
-            progress(number, of)
-
-    def act(rows: int) -> PruneReport:
-        run = Run(model, found, chosen, pattern, propagation, paused, sources=sources)
-        runs[:] = [run]
-        run_through(run, ids, rows * length, reached)
-        return run.report
-
-    def undone() -> bool:
-        if not done:
-            for layer, weight in first:
-                layer.assign(weight)
-        return not done
-
     count = length = 1
     if chosen.needs is not None:
         count, length = (ids := check_ids(ids, chosen.name)).shape
         embeddings: Any = model.get_input_embeddings  # a method of transformers' models
         check_vocabulary(type(model).__name__, embeddings(), ids)
+    run: Run | None = None
+
+    def act(rows: int) -> PruneReport:
+        nonlocal run
+        run = Run(model, found, chosen, pattern, propagation, paused, sources=sources)
+        run_through(run, ids, rows * length, progress)
+        return run.report
+
+    def undone() -> bool:
+        if run is None or run.done:
+            return False
+        for layer, weight in first:
+            layer.assign(weight)
+        return True
+
     rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
-    with _naming_blocks(runs):
+    try:
         return with_room(act, min(rows, count), device, undone)
+    except BaseException as error:
+        if run is not None and (run.done or run.begun):
+            done = f"blocks 0 to {run.done - 1}" if run.done > 1 else "block 0"
+            parts = [done] * (run.done > 0) + [f"part of block {run.done}"] * run.begun
+            state = f"the model is left with {' and '.join(parts)} pruned, so open it again"
+            if isinstance(error, CalmixError):
+                error.args = (f"{state}: {error}",)
+            else:
+                error.add_note(state)
+        raise
 
 
 def with_room(
@@ -165,10 +157,7 @@ def with_room(
 ) -> T:
     """Return `act(rows)`; where the device has no room, that of half as many rows at a time.
 
-    Args:
-        rows: of a micro-batch.
-        undone: puts back what `act` has changed; tells whether it could.
-        say: is told that fewer rows run from now on.
+    `undone` puts back what `act` has changed and returns whether it could.
 
     Raises:
         DeviceMemoryError: one row is too many, or something cannot be put back.
@@ -189,24 +178,6 @@ def with_room(
         say(f"{device} has run out of memory: starting over with {rows} rows at a time")
 
 
-@contextmanager
-def _naming_blocks(runs: Sequence[Run]) -> Iterator[None]:
-    """Say in what goes wrong which blocks of the model have been pruned by then."""
-    try:
-        yield
-    except BaseException as error:
-        done, part = (runs[0].done, runs[0].begun) if runs else (0, False)
-        what = ["block 0" if done == 1 else f"blocks 0 to {done - 1}"] * (done > 0)
-        what += [f"part of block {done}"] * part
-        if what:
-            told = f"the model is left with {' and '.join(what)} pruned, so open it again"
-            if isinstance(error, CalmixError):
-                error.args = (f"{told}: {error}",)
-            else:
-                error.add_note(told)
-        raise
-
-
 def run_through(
     run: Run,
     ids: Tensor | None,
@@ -216,29 +187,21 @@ def run_through(
     """Take a run through all blocks of a model that is in memory, its states too."""
     model, found = run.model, run.found
     began = time.perf_counter()
-    with _evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
-        if run.needs_ids:
-            states: dict[int, Tensor] = {}
-            for number, hidden in run.record(check_ids(ids, run.method.name), micro_tokens):
-                states[number] = hidden
-            run.states = states
-        for index in range(len(found)):
-            run.block(index)
-            if progress is not None:
-                progress(index + 1, len(found))
-    run.report.seconds["total"] = time.perf_counter() - began
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode (no dropout) for a while."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # no dropout
     try:
-        yield
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            if run.needs_ids:
+                for number, hidden in run.record(check_ids(ids, run.method.name), micro_tokens):
+                    run.states[number] = hidden
+            for index in range(len(found)):
+                run.block(index)
+                if progress is not None:
+                    progress(index + 1, len(found))
     finally:
-        for module, training in before:
-            module.training = training
+        for module in training:
+            module.training = True
+    run.report.seconds["total"] = time.perf_counter() - began
 
 
 def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
@@ -246,7 +209,7 @@ def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
 
     Raises:
         InputError: M of an N:M pattern does not divide a layer's width, a layer has no pattern,
-            or there is one of no layer.
+            or there is one without a layer.
     """
     layers = [layer for index in range(len(found)) for layer in found.prunables(index)]
     if isinstance(pattern, Mapping):
@@ -259,12 +222,12 @@ def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> N
     """Refuse a mapping that does not name the layers, all of them and nothing else.
 
     Raises:
-        InputError: it misses a layer, or names one that is none.
+        InputError: it misses a layer, or names something else.
     """
     for name in named:
         if name not in layers:
             raise InputError(
-                f"the {what} names '{name}', which is no layer: {nearest(name, layers)}"
+                f"the {what} names '{name}', which is not a layer: {nearest(name, layers)}"
             )
     missing = [name for name in layers if name not in named]
     if missing:
@@ -287,46 +250,44 @@ def check_ids(ids: Tensor | None, method: str) -> Tensor:
     return ids
 
 
-class _Sum:
-    """A statistic being summed, or one that another run has summed already."""
+def solve(
+    method: Method,
+    name: str,
+    weights: Sequence[Tensor],
+    statistic: Tensor | None,
+    patterns: Sequence[Pattern],
+) -> Solution:
+    """Return what the method's `solve` makes of the layers of one input, with their errors.
 
-    def __init__(
-        self,
-        sums: Statistic | None,
-        known: Tensor | None,
-        keep: Callable[[Tensor], Any] = lambda full: None,
-    ) -> None:
-        self._sums, self._known, self._keep = sums, known, keep
-
-    def add(self, inputs: Tensor) -> None:
-        if self._sums is not None:
-            self._sums.add(inputs)
-
-    def matrix(self) -> Tensor:
-        if self._known is None:
-            assert self._sums is not None
-            distributed.gather(self._sums)
-            self._known = self._sums.matrix()
-            self._keep(self._known)
-        return self._known
+    Raises:
+        SolverError: as the method's `solve`, with the name.
+    """
+    try:
+        made = method.solve(weights, statistic, patterns)
+    except SolverError as error:
+        raise SolverError(f"{name}: {error}") from error
+    errors: list[float | None] = [None] * len(weights)
+    if statistic is not None and method.needs is not None and issubclass(method.needs, Gram):
+        pairs = zip(weights, made.weights, strict=True)
+        errors = [relative_error(weight, kept, statistic) for weight, kept in pairs]
+    return replace(made, errors=errors)
 
 
 class Run:
-    """One prune, block by block: the caller decides where weights and hidden states lie.
+    """One pruning run, block by block: the caller decides where weights and hidden states lie.
 
     Args:
         model: the model; only the block at hand needs its weights (and the first one in
             `record`, with all that is outside the blocks).
         found: its blocks.
         method: with its options.
-        pattern, propagation, paused: as for `prune`.
+        pattern, propagation, paused, sources: as for `prune`.
         shared: statistics of the first block's inputs that are the same for other runs, by kind
             and number: taken from here, or left here.
         expert_bytes: bytes that statistics of several experts may take at a time.
-        sources: of each calibration row, for the report.
 
     Attributes:
-        states: hidden states; the caller's to set once `record` has given the first.
+        states: hidden states by number of the micro-batch: those that lead into the block at hand.
         written: what blocks have written into their arguments (keys and values that later ones
             share), of the few tokens that are observed and then of every micro-batch.
         done: blocks that this run has pruned.
@@ -347,29 +308,24 @@ class Run:
         expert_bytes: int = EXPERT_BYTES,
         sources: Sequence[str] = (),
     ) -> None:
-        self.model = model
-        self.found = found
-        self.method = method
-        self.pattern = pattern
-        self.propagation = propagation
-        self.paused = paused
-        self.expert_bytes = expert_bytes
-        self.sources = sources
-        self._shared = shared
-        self.states: States | dict[int, Tensor] = {}
+        self.model, self.found, self.method, self.pattern = model, found, method, pattern
+        self.propagation, self.paused = propagation, paused
+        self.expert_bytes, self.sources, self._shared = expert_bytes, sources, shared
+        self.states: MutableMapping[int, Tensor] = {}
+        self.written: list[list[Any]] = []
         self.done, self.begun = 0, False
-        named = propagation if self.needs_ids else None
-        shown = "by layer" if isinstance(pattern, Mapping) else str(pattern)
-        self.report = PruneReport(method.name, shown, named, 0, method.options)
-        self.report.seconds = dict.fromkeys(ACTIVITIES if self.needs_ids else ("solve",), 0.0)
+        self.report = PruneReport(
+            method.name, "by layer" if isinstance(pattern, Mapping) else str(pattern),
+            propagation if self.needs_ids else None, 0, method.options,
+        )  # fmt: skip
+        activities = ("prepare", "statistics", "solve", "forward") if self.needs_ids else ("solve",)
+        self.report.seconds = dict.fromkeys(activities, 0.0)
         self._calls: list[list[BlockCall]] = []
         self._rows: list[int] = []
         self._length = 0
-        self._gathered = False
         self._counts: dict[str, dict[int, Tensor]] = {}
         self._by_row: dict[str, Tensor] = {}
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
-        self.written: list[list[Any]] = []
         self._laps = Laps(torch.device("cpu"))
 
     @property
@@ -383,7 +339,7 @@ class Run:
         What the decoder hands to the blocks beside them is kept.
         """
         began = time.perf_counter()
-        device = next(self.found.blocks[0].parameters()).device
+        device = self._device(0)
         self.report.tokens, self.report.rows = ids.numel(), len(ids)
         # The layout is observed outside inference mode, where tensors count their versions.
         with torch.inference_mode(False), torch.no_grad():
@@ -392,9 +348,8 @@ class Run:
             hidden, recorded, written = calls.record(few)
         self._tiny = hidden, recorded
         self._calls, self.written, self._rows, self._length = [], [written], [], ids.shape[1]
-        micro_tokens = micro_tokens or tokens_at_once(device)
         own = distributed.own_rows(ids)
-        at_once = max(1, micro_tokens // ids.shape[1])
+        at_once = max(1, (micro_tokens or tokens_at_once(device)) // ids.shape[1])
         self.report.rows_at_once = min(at_once, len(own))
         for number, batch in enumerate(own.split(at_once)):
             with torch.inference_mode(), reproducible(device):
@@ -423,21 +378,31 @@ class Run:
         self._counts.clear()
         self._by_row.clear()
         with torch.inference_mode(), reproducible(device):
-            self._block(index)
+            if self.needs_ids:
+                self._with_states(index)
+            else:
+                for layer in self.found.prunables(index):
+                    self._prune([layer], None)
         self.done, self.begun = self.done + 1, False
         self._laps.read(self.report.seconds)
-        if self.needs_ids:
-            spent = sum(self.report.seconds.values()) - before
-            self.report.seconds["forward"] += time.perf_counter() - began - spent
-        else:
-            self.report.seconds["solve"] += time.perf_counter() - began
+        spent = sum(self.report.seconds.values()) - before
+        rest = "forward" if self.needs_ids else "solve"
+        self.report.seconds[rest] += time.perf_counter() - began - spent
 
-    def _block(self, index: int) -> None:
-        if self.needs_ids:
-            self._with_states(index)
-            return
-        for layer in self.found.prunables(index):
-            self._prune(([layer], None, None))
+    def replay(self, index: int) -> None:
+        """Move the states through a block that an earlier run has pruned."""
+        assert self._tiny is not None
+        hidden, recorded = self._tiny
+        with torch.inference_mode(False), torch.no_grad():
+            recorded[index].run(self.found.blocks[index], hidden, self.written[0])
+        with torch.inference_mode(), reproducible(self._device(index)):
+            self._advance(index)
+
+    def _advance(self, index: int) -> None:
+        """Replace the states by the block's outputs, unless it is the last."""
+        if index + 1 < len(self.found):
+            for number in range(len(self._calls)):
+                self.states[number] = self._run(index, number)
 
     def _with_states(self, index: int) -> None:
         assert self._tiny is not None
@@ -517,12 +482,12 @@ class Run:
                     continue
                 statistic = self._statistic(shared, current, common)
 
-                def add(number: int, args: Any, kwargs: Any, to: _Sum = statistic) -> None:
+                def add(number: int, args: Any, kwargs: Any, to: Any = statistic) -> None:
                     with _autocast(outside):
                         self._add(to, args[0])
 
                 gather(add)
-                self._solve(shared, statistic)
+                self._solve(shared, statistic, current, common)
                 del statistic, add
             current = len(inputs)
             if index + 1 < len(self.found):
@@ -539,16 +504,18 @@ class Run:
     def _two_pass(self, index: int, inputs: list[SharedInput | Routed], common: int) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
         plain = [
-            (shared, self._statistic(shared, number, common))
+            (shared, self._statistic(shared, number, common), number)
             for number, shared in enumerate(inputs)
             if isinstance(shared, SharedInput)
         ]
+        gathered = False
 
         def gather(work: Work, at: nn.Module | None) -> None:
             """Run the block on every micro-batch, and do some work at a mixture of experts."""
+            nonlocal gathered
             number = 0
 
-            def collect(to: _Sum) -> Callable[..., None]:
+            def collect(to: Statistic | Tensor) -> Callable[..., None]:
                 return lambda module, args: self._add(to, args[0])
 
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -556,8 +523,8 @@ class Run:
 
             handles = [
                 shared.module.register_forward_pre_hook(collect(statistic))
-                for shared, statistic in plain
-                if not self._gathered
+                for shared, statistic, _ in plain
+                if not gathered
             ]
             if at is not None:
                 handles.append(at.register_forward_pre_hook(hook, with_kwargs=True))
@@ -567,20 +534,17 @@ class Run:
             finally:
                 for handle in handles:
                     handle.remove()
-            self._gathered = True
+            gathered = True
 
-        self._gathered = False
         # From the last input to the first: what is upstream of experts has to be dense still.
         for routed in reversed([shared for shared in inputs if isinstance(shared, Routed)]):
             for step, experts in reversed(self._waves(routed)):
                 self._experts(routed, step, experts, partial(gather, at=routed.module))
-        if not self._gathered:
+        if not gathered:
             gather(lambda number, args, kwargs: None, None)
         while plain:
-            self._solve(*plain.pop(0))
-        if index + 1 < len(self.found):
-            for number in range(len(self._calls)):
-                self.states[number] = self._run(index, number)
+            self._solve(*plain.pop(0), common)
+        self._advance(index)
 
     def _waves(self, routed: Routed) -> list[tuple[Step, list[int | None]]]:
         """Return a mixture's steps, each with as many experts as have room for statistics."""
@@ -624,85 +588,78 @@ class Run:
             self._by_row[routed.name] = whole.cpu()
         by_row = self._by_row[routed.name]
         with self._laps.lap("solve"):
-            groups = gathering.statistics(by_row.sum(0).tolist())
-            while together := list(islice(groups, distributed.processes()[1])):
-                self._prune(*together)
-                del together
+            for layers, statistic, tokens in gathering.statistics(by_row.sum(0).tolist()):
+                self._prune(layers, statistic, tokens)
+                del statistic
         if not any(report.name == routed.name for report in self.report.experts):
-            self.report.experts.append(self._coverage(routed.name, by_row))
-
-    def _coverage(self, name: str, by_row: Tensor) -> ExpertsReport:
-        sources: dict[str, list[int]] = {}
-        for source in dict.fromkeys(self.sources):
-            rows = torch.tensor([one == source for one in self.sources])
-            sources[source] = by_row[rows].sum(0).tolist()
-        return ExpertsReport(name, by_row.sum(0).tolist(), sources)
+            sources = {
+                source: by_row[torch.tensor([one == source for one in self.sources])]
+                for source in dict.fromkeys(self.sources)
+            }
+            self.report.experts.append(
+                ExpertsReport(
+                    routed.name, by_row.sum(0).tolist(),
+                    {source: rows.sum(0).tolist() for source, rows in sources.items()},
+                )
+            )  # fmt: skip
 
     def _device(self, index: int) -> torch.device:
         return next(self.found.blocks[index].parameters()).device
 
-    def _statistic(self, shared: SharedInput, number: int, common: int) -> _Sum:
+    def _statistic(self, shared: SharedInput, number: int, common: int) -> Statistic | Tensor:
         """Return an input's empty statistic, or another run's full one that is the same."""
-        kept = self._shared if self._shared is not None and number < common else {}
         kind = self.method.needs
         assert kind is not None
-        key = kind, number
-        if key in kept:
-            return _Sum(None, kept[key])
-        made = kind(shared.columns, shared.layers[0].view().device)
-        return _Sum(made, None, lambda full: kept.setdefault(key, full))
+        if self._shared is not None and number < common and (kind, number) in self._shared:
+            return self._shared[kind, number]
+        return kind(shared.columns, shared.layers[0].view().device)
 
-    def _add(self, statistic: _Sum, inputs: Tensor) -> None:
-        with self._laps.lap("statistics"):
-            statistic.add(inputs)
+    def _add(self, statistic: Statistic | Tensor, inputs: Tensor) -> None:
+        if isinstance(statistic, Statistic):
+            with self._laps.lap("statistics"):
+                statistic.add(inputs)
 
-    def _solve(self, shared: SharedInput, statistic: _Sum) -> None:
+    def _solve(
+        self, shared: SharedInput, statistic: Statistic | Tensor, number: int = 0, common: int = 0
+    ) -> None:
         with self._laps.lap("solve"):
-            self._prune((shared.layers, statistic.matrix(), None))
+            if isinstance(statistic, Statistic):
+                distributed.gather(statistic)
+                kind, statistic = type(statistic), statistic.matrix()
+                if self._shared is not None and number < common:
+                    self._shared[kind, number] = statistic
+            self._prune(shared.layers, statistic)
 
-    def _prune(self, *groups: Group) -> None:
-        """Solve layers, of one input or of several, and write their weights."""
-        tasks = []
-        for layers, statistic, _ in groups:
-            inputs = []
-            if statistic is not None:  # the sums of squares tell of a Gram matrix
-                square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
-                inputs = [statistic.diagonal() if square else statistic]
-            _check_finite(layers, "its weights are not finite", inputs)
-            weights = [layer.view() for layer in layers]
-            patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
-            tasks.append(distributed.Task(layers[0].name, weights, statistic, patterns))
+    def _prune(
+        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
+    ) -> None:
+        """Solve the layers of one input, write their weights and report on them."""
+        inputs = []
+        if statistic is not None:  # the sums of squares tell of a Gram matrix
+            square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
+            inputs = [statistic.diagonal() if square else statistic]
+        _check_finite(layers, "its weights are not finite", inputs)
+        weights = [layer.view() for layer in layers]
+        patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
         # What a solver may round it says itself; the rest is float32, whatever is set.
         with bfloat16_products(allowed=False):
-            solutions = distributed.solve(self.method, tasks)
-            for (layers, _, tokens), solved in zip(groups, solutions, strict=True):
-                self.begun = True
-                for layer, weight in zip(layers, solved.weights, strict=True):
-                    layer.assign(weight)
-                _check_finite(layers, "its pruned weights are not finite")
-                self._tell(layers, solved, tokens)
-
-    def _tell(self, layers: list[Prunable], solved: Solution, tokens: int | None) -> None:
-        """Report on layers that have been solved."""
+            solved = solve(self.method, layers[0].name, weights, statistic, patterns)
+            self.begun = True
+            for layer, weight in zip(layers, solved.weights, strict=True):
+                layer.assign(weight)
+            _check_finite(layers, "its pruned weights are not finite")
         for layer, pruned, error in zip(layers, solved.pruned, solved.errors, strict=True):
             rows, columns = layer.shape
+            precision = None if solved.dtype is None else str(solved.dtype)[6:]
             self.report.layers.append(
                 LayerReport(
-                    name=layer.name,
-                    rows=rows,
-                    columns=columns,
-                    pruned=pruned,
-                    sparsity=pruned / (rows * columns),
-                    error=error,
-                    damping=solved.damping,
-                    factor_dtype=None if solved.dtype is None else str(solved.dtype)[6:],
-                    dead_inputs=solved.dead,
-                    tokens=tokens,
+                    layer.name, rows, columns, pruned, pruned / (rows * columns), error,
+                    solved.damping, precision, solved.dead, tokens,
                 )
-            )
+            )  # fmt: skip
 
 
-def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]:
+def _autocast_state(kinds: set[str]) -> dict[str, tuple[bool, torch.dtype]]:
     """Return whether autocast is on, and to what type, by kind of device."""
     return {
         kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
@@ -712,7 +669,7 @@ def _autocast_state(kinds: Iterable[str]) -> dict[str, tuple[bool, torch.dtype]]
 @contextmanager
 def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
     """Set autocast, which all coroutines of a thread share, for a while."""
-    before = _autocast_state(state)
+    before = _autocast_state(set(state))
 
     def put(values: dict[str, tuple[bool, torch.dtype]]) -> None:
         for kind, (enabled, dtype) in values.items():

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from calmix.errors import InputError, ModelError
 from calmix.models.blocks import EXPERTS, ROUTERS, DecoderBlocks, Mixture, experts_per_token
-from calmix.models.shards import ShardWriter
-from calmix.models.streaming import Files, StreamedModel
+from calmix.models.shards import write_file
+from calmix.models.streaming import StreamedModel
 from calmix.precision import widest
 from calmix.pruning import distributed
 from calmix.pruning.engine import Run
@@ -215,31 +215,19 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
         InputError: the disk is full.
     """
     by_name = {one.name: one for one in dropped}
-    blocks = source.blocks
-    files: Files = source.files()
-    where = {name: file for file, held in files.items() for name in held}
     layers = tuple(unscored(source))
-    inside = {name for name in source.unknown if name.startswith(layers)}
-    for name in inside:
-        files[where[name]].pop(name)
-    for index in range(len(blocks)):
-        own = source.tensors(index)
-        before, after = (
-            source.as_stored(part) for part in (own, cut(blocks.mixtures(index), by_name, own))
-        )
-        inside |= before.keys()
-        for name in before:
-            files[where[name]].pop(name)
-        for name, value in after.items():
-            files[where[name]][name] = (value.dtype, tuple(value.shape))
-    writer = ShardWriter(folder, {file: held for file, held in files.items() if held})
-    for name in source.shards.places:
-        if name not in inside:
-            writer.write(source.shards.read([name]))
-    for index in range(len(blocks)):
-        source.fetch(index)
-        writer.write(source.as_stored(cut(blocks.mixtures(index), by_name, source.tensors(index))))
-        source.drop(index)
+    taken = {name for name in source.unknown if name.startswith(layers)}
+    for index, (file, names) in enumerate(source.layout.items()):
+        if index < len(source.blocks):
+            source.fetch(index)
+            own = source.tensors(index)
+            taken |= source.as_stored(own).keys()
+            left = source.as_stored(cut(source.blocks.mixtures(index), by_name, own))
+            source.drop(index)
+        else:
+            left = source.rest([name for name in names if name not in taken])
+        if left:
+            write_file(folder / file, left)
     before_config = source.config
     source.config = config = copy.deepcopy(before_config)
     told, count = text_config(config), len(dropped[0].scores)
@@ -249,7 +237,7 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
     if layers and getattr(told, NEXT, None):
         setattr(told, NEXT, 0)
     try:
-        source.save(writer, folder)
+        source.save_config(folder, folder)
     finally:
         source.config = before_config
     for path in source.folder.iterdir():

@@ -1,9 +1,9 @@
-"""What a prune did: layer by layer, and to a model's experts."""
+"""What a pruning run did: layer by layer, and to a model's experts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from calmix.models.blocks import Dense
@@ -54,7 +54,7 @@ PARTS: dict[str, Any] = {
 
 @dataclass
 class PruneReport:
-    """What a prune did: a report per layer, totals, and seconds by activity.
+    """What a pruning run did: a report per layer, totals, and seconds by activity.
 
     `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
     are the weights of blocks that stayed as they were, vectors apart. `rows_at_once` ran at a time,
@@ -95,20 +95,15 @@ class PruneReport:
         """Number of weights in matrices of the blocks that stayed as they were."""
         return sum(dense.weights for dense in self.dense)
 
-    def parts(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what grows block by block as JSON-serialisable values."""
-        return {name: [asdict(one) for one in getattr(self, name)] for name in PARTS}
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        """Take the parts from what `parts` or `to_json` has given."""
-        for name, kind in PARTS.items():
-            setattr(self, name, [kind(**one) for one in kept[name]])
-
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
-        return asdict(self) | {
-            "weights": self.weights,
-            "pruned": self.pruned,
-            "sparsity": self.sparsity,
-            "dense_weights": self.dense_weights,
-        }
+        totals = ("weights", "pruned", "sparsity", "dense_weights")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> PruneReport:
+        """Return the report that `to_json` gave."""
+        values = {one.name: kept[one.name] for one in fields(cls)}
+        for name, kind in PARTS.items():
+            values[name] = [kind(**part) for part in values[name]]
+        return cls(**values)

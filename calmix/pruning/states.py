@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from calmix.models.shards import tensor_bytes
 Where = Literal["device", "host", "file"]
 
 
-class States:
+class States(MutableMapping[int, Tensor]):
     """The hidden states of micro-batches by number: one set replaces what was there.
 
     They stay on the device as far as there is room, then in pinned memory, which a device copies
@@ -64,6 +65,14 @@ class States:
         if where != "file":
             self._free[where] -= _taken(where, hidden)
         self._held[number] = where, hidden
+
+    def __delitem__(self, number: int) -> None:
+        where, held = self._held.pop(number)
+        if where != "file":
+            self._free[where] += _taken(where, held)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
 
     def __len__(self) -> int:
         return len(self._held)

@@ -11,7 +11,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable, MutableMapping, MutableSequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +48,13 @@ class SharedInput:
         return self.layers[0].shape[1]
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The place, among a block's arguments, of a dict or list that blocks may write into."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Handed:
+class Handed(NamedTuple):
     """The place, in the first slot, of what the block before has returned beside hidden states."""
 
     number: int
@@ -76,11 +75,8 @@ class BlockCall:
     def run(self, block: nn.Module, hidden: Tensor, written: list[Any]) -> Tensor:
         """Call the block on hidden states and return its hidden states.
 
-        Args:
-            block: the block.
-            hidden: hidden states.
-            written: what stands in the slots. What the block makes of it takes its place once
-                the block has run to its end, so that one begun anew finds what it found before.
+        What it makes of `written`, the contents of the slots, takes its place once the block has
+        run to its end, so that one begun anew finds what it found before.
         """
         own = [copied(value) for value in written]
         args = _filled(self.args, own)
@@ -112,11 +108,8 @@ def _filled(value: Any, written: list[Any]) -> Any:
 class Calls:
     """What the decoder hands to its blocks for each micro-batch, without running the blocks.
 
-    Args:
-        model: causal language model. Weights outside the blocks and those of the first block
-            must be there.
-        found: its decoder blocks.
-        ids: a few token ids, shape (1, tokens), to learn from.
+    It learns from a few token ids, (1, tokens). Weights outside the blocks and those of the first
+    block must be there.
 
     Raises:
         ModelError: the blocks do not pass hidden states straight from one to the next.
@@ -141,48 +134,48 @@ class Calls:
         given: list[Tensor] = []
         run_first = self._found.blocks[0].forward
 
-        def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, others, named = _hidden_of(args, kwargs)
-                handed.append(hidden.clone())
-                if index == 0:
-                    result = run_first(*args, **kwargs)
-                    listed = isinstance(result, tuple | list)
-                    rest = tuple(result[1:]) if listed else None
-                    # Something in the place of nothing, to see where it goes.
-                    if mark and rest:
-                        rest = tuple(hidden.new_zeros(()) if v is None else v for v in rest)
-                    self._rest = rest
-                values = [*others, *named.values()]
-                self._hands |= index > 0 and any(self._handed(value) for value in values)
-                given.append(hidden + 1)
-                return self._returned(given[-1])
-
-            return forward
+        def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, others, named = _hidden_of(args, kwargs)
+            handed.append(hidden.clone())
+            if index == 0:
+                result = run_first(*args, **kwargs)
+                rest = tuple(result[1:]) if isinstance(result, tuple | list) else None
+                # Something in the place of nothing, to see where it goes.
+                if mark and rest:
+                    rest = tuple(hidden.new_zeros(()) if v is None else v for v in rest)
+                self._rest = rest
+            values = [*others, *named.values()]
+            self._hands |= index > 0 and any(self._handed(value) for value in values)
+            given.append(hidden + 1)
+            return self._returned(given[-1])
 
         reason = ""
-        with forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
-            try:
-                self._decoder(input_ids=ids, use_cache=False)
-            except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
+        try:
+            self._decode(stub, ids)
+        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
         if reason and not given:  # before anything here was put in its way
             first = next(self._found.blocks[0].parameters())
             raise ModelError(
                 f"{type(self._decoder).__name__} does not run on token ids in "
                 f"{str(first.dtype)[6:]}: {reason}"
             )
-        straight = (
-            not reason
-            and len(handed) == len(self._found)
-            and all(torch.equal(out, into) for out, into in zip(given, handed[1:], strict=False))
-        )
-        if not straight:
+        straight = not reason and len(handed) == len(self._found)
+        if not straight or not all(map(torch.equal, given, handed[1:])):
             raise ModelError(
                 f"the blocks in {self._found.name} do not pass hidden states straight from one "
                 f"to the next{reason and f' ({reason})'}: the engine cannot prune this "
                 "architecture yet"
             )
+
+    def _decode(self, stub: Callable[..., Any], ids: Tensor) -> None:
+        """Run the decoder with `stub(number, args, kwargs)` in the place of its blocks."""
+
+        def forward(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: stub(index, args, kwargs)
+
+        with forwards([(b, forward(i)) for i, b in enumerate(self._found.blocks)]):
+            self._decoder(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Handed | None:
         """Return which of the things a block returns beside hidden states an argument is."""
@@ -219,18 +212,14 @@ class Calls:
                 looked_at[place] = value, self._shared(key, value)
             return looked_at[place][1]
 
-        def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = _hidden_of(args, kwargs)
-                args = tuple(kept((index, str(i)), value) for i, value in enumerate(args))
-                kwargs = {key: kept((index, key), v) for key, v in kwargs.items()}
-                recorded.append((hidden, BlockCall(args, kwargs, self._hands)))
-                return self._returned(hidden)
+        def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, args, kwargs = _hidden_of(args, kwargs)
+            args = tuple(kept((index, str(i)), value) for i, value in enumerate(args))
+            kwargs = {key: kept((index, key), v) for key, v in kwargs.items()}
+            recorded.append((hidden, BlockCall(args, kwargs, self._hands)))
+            return self._returned(hidden)
 
-            return forward
-
-        with forwards([(b, stub(i)) for i, b in enumerate(self._found.blocks)]):
-            self._decoder(input_ids=ids, use_cache=False)
+        self._decode(stub, ids)
         if len(recorded) != len(self._found):
             raise ModelError(
                 f"the decoder takes rows of {ids.shape[1]} tokens through the blocks in "
@@ -244,19 +233,15 @@ class Calls:
         # Blocks mostly share their arguments too, so the first block's are tried as well.
         own = self._known.setdefault(key, [])
         for known in (*self._known.get((0, key[1]), ()), *own):
-            if (
-                known.shape == value.shape
-                and known.dtype == value.dtype
-                and torch.equal(known, value)
-            ):
+            alike = known.shape == value.shape and known.dtype == value.dtype
+            if alike and torch.equal(known, value):
                 return known
         if len(own) < KNOWN:
             own.append(value)
         return value
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The distinct inputs of a block in order of appearance, and linear maps that stay dense."""
 
     inputs: list[SharedInput | Routed]
@@ -267,18 +252,10 @@ class Layout:
 def observe_block(
     found: DecoderBlocks, index: int, call: BlockCall, hidden: Tensor, written: list[Any]
 ) -> Layout:
-    """Run one block on a few tokens; return its distinct inputs in order of appearance.
+    """Run one block, whose weights are there, on the few tokens of a call and its hidden states.
 
     Linear maps that are never called, or more than once a pass, or do anything else than multiply
-    stay dense.
-
-    Must run outside inference mode, where tensors count their versions.
-
-    Args:
-        found: the decoder blocks; block `index` has its weights.
-        call: the block's arguments for these tokens.
-        hidden: its hidden states, shape (1, tokens, width); only their shape matters.
-        written: what stands in the slots of these tokens' arguments, as for `BlockCall.run`.
+    stay dense. Must run outside inference mode, where tensors count their versions.
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
@@ -291,29 +268,20 @@ def observe_block(
         if any(layer.mixture == mixture.name for layer in layers)
     ]
     layers = [layer for layer in layers if layer.mixture not in within]
-
-    def on_linear(layer: Prunable) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            value = args[0]
-            kept.append(value)
-            seen.append((layer, _identity(value)))
-
-        return hook
-
     odd: set[str] = set()
-    unseen: set[str] = set()  # mixtures whose experts' inputs cannot be told
+    unseen: set[str] = set()  # mixtures whose experts' inputs cannot be seen
 
-    def on_output(layer: Prunable) -> Callable[..., None]:
+    def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...]) -> None:
+        kept.append(args[0])
+        seen.append((layer, _identity(args[0])))
+
+    def on_output(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Look whether a linear map with a forward of its own is one."""
-
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            fits = args[0].shape[-1] == layer.shape[1]
-            plain = nn.Linear.forward(module, args[0]).float() if fits else args[0]
-            same = plain.shape == output.shape
-            if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
-                odd.add(layer.name)
-
-        return hook
+        fits = args[0].shape[-1] == layer.shape[1]
+        plain = nn.Linear.forward(module, args[0]).float() if fits else args[0]
+        same = plain.shape == output.shape
+        if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
+            odd.add(layer.name)
 
     def on_mixture(mixture: Routed) -> Callable[..., Any]:
         module = mixture.mixture.module
@@ -330,13 +298,12 @@ def observe_block(
 
         return forward
 
-    handles = [layer.module.register_forward_pre_hook(on_linear(layer)) for layer in layers]
-    handles += [
-        layer.module.register_forward_hook(on_output(layer))
-        for layer in layers
-        if isinstance(layer.module, nn.Linear)
-        and type(layer.module).forward is not nn.Linear.forward
-    ]
+    handles = []
+    for layer in layers:
+        handles.append(layer.module.register_forward_pre_hook(partial(on_linear, layer)))
+        own = type(layer.module).forward is not nn.Linear.forward
+        if isinstance(layer.module, nn.Linear) and own:
+            handles.append(layer.module.register_forward_hook(partial(on_output, layer)))
     try:
         with forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
             call.run(found.blocks[index], hidden, written)
@@ -344,29 +311,26 @@ def observe_block(
         for handle in handles:
             handle.remove()
     times = Counter(one.name for one, _ in seen)
-    left = [one for one in routed if times[one.name] != 1 or one.name in unseen]
     why = {
         layer.name: "called more than once in a pass" if times[layer.name] else "never called"
         for layer in layers
         if times[layer.name] != 1
-    } | dict.fromkeys(odd, "no plain linear map")
+    } | dict.fromkeys(odd, "not a plain linear map")
+    for mixture in routed:
+        if times[mixture.name] != 1 or mixture.name in unseen:
+            names = [mixture.name, *(one.name for one in mixture.layers if one.name in wanted)]
+            why |= dict.fromkeys(names, "it cannot be seen what experts are applied to")
+    layers += [one for mixture in routed for one in mixture.layers]
     dense = [
-        Dense(layer.name, layer.view().numel(), why[layer.name])
-        for layer in layers
-        if layer.name in why
-    ]
-    dense += [
-        Dense(layer.name, layer.view().numel(), "it cannot be seen what experts are applied to")
-        for mixture in left
-        for layer in mixture.layers
-        if layer.name in wanted
+        Dense(one.name, one.view().numel(), why[one.name]) for one in layers if one.name in why
     ]
     inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
     for one, key in seen:
+        if one.name in why:
+            continue
         if isinstance(one, Routed):
-            if one not in left:
-                inputs[(one.name,)] = one
-        elif one.name not in why:
+            inputs[(one.name,)] = one
+        else:
             shared = inputs.setdefault(key, SharedInput([]))
             assert isinstance(shared, SharedInput)
             shared.layers.append(one)
@@ -380,12 +344,7 @@ def _identity(value: Tensor) -> tuple[Any, ...]:
 
 
 def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedInput | Routed]]:
-    """Return the distinct inputs of every block of a model that is in memory.
-
-    Args:
-        model: causal language model.
-        found: its decoder blocks.
-        ids: a few token ids, shape (1, tokens).
+    """Return the distinct inputs of every block of a model in memory, on ids (1, tokens).
 
     Raises:
         ModelError: as `Calls` and `observe_block`.

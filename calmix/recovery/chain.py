@@ -50,7 +50,6 @@ def prune_and_recover(
     overwrite: bool = False,
     resume: bool = False,
     max_memory: int | None = None,
-    checkpoint_every: float | None = None,
     started: Callable[[CalibrationSet | None], None] | None = None,
     pruning: Callable[[int, int], None] | None = None,
     recovering: Callable[[int, int, str], None] | None = None,
@@ -123,8 +122,7 @@ def prune_and_recover(
                 _stages(output).mkdir(parents=True, exist_ok=True)
         stages = {_stages(output) / PRUNED: request for output, request in left.items()}
         reports = prune_checkpoints(
-            name, stages, dtype=dtype, checkpoint_every=checkpoint_every, started=drawn,
-            progress=pruning, **both,
+            name, stages, dtype=dtype, started=drawn, progress=pruning, **both,
         )  # fmt: skip
     except BaseException:
         for output in left:

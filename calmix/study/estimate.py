@@ -2,7 +2,7 @@
 
 A model is built from its configuration alone. Of each kind of block one gets random weights and is
 pruned by the real method, run and trained on a micro-batch. Time per token times tokens, and time
-per block times blocks, is the estimate. Memory is that of `pruning.streamed.plan_for` and
+per block times blocks, is the estimate. Memory is that of `pruning.budget.plan_for` and
 `recovery.memory`.
 """
 
@@ -32,9 +32,9 @@ from calmix.models.opening import DTYPES, device_of, known_model, quiet_transfor
 from calmix.precision import fast_half_precision
 from calmix.pruning import prune
 from calmix.pruning.allocation import SPREAD, looker
+from calmix.pruning.budget import plan_for
 from calmix.pruning.methods import Method
 from calmix.pruning.patterns import Unstructured
-from calmix.pruning.streamed import plan_for
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
 from calmix.specs import RecoverRequest
@@ -279,9 +279,8 @@ class Timed:
         kept = self.block_weights * self.dtype.itemsize if self.device.type == "cpu" else 0
         source: Any = self
         used = any(method.needs is not None for method in methods)
-        ids = torch.empty(rows, length, device="meta") if used else None
-        needed = plan_for(source, ids, [], budget=2**62, beside=methods).needed
-        blocks = 3 * max(map(self.block_bytes, range(len(self.blocks))))
+        needed = plan_for(source, (rows, length) if used else (0, 0), methods, budget=2**62).needed
+        blocks = 2 * max(map(self.block_bytes, range(len(self.blocks))))
         logits = 3 * 512 * self.vocabulary * 4
         return self.bytes + kept + max(needed - blocks, PROGRAM + logits)
 

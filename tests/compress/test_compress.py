@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from calmix.cli import compress as verb
 from calmix.compress.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
@@ -22,6 +21,7 @@ from calmix.report.card import TEXTS, read_card
 from calmix.sources import builtin_sources
 from tests.browser import Page, needs_chromium, readable
 from tests.conftest import Ended
+from tests.tiny import load_weights
 
 Run = Callable[..., Ended]
 Command = Callable[..., tuple[str, ...]]
@@ -53,8 +53,7 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
         "answers.json", "calibration", "card.html", "compress-run.json", "compress.json", "model",
         "pruned", "scores.json",
     ]  # fmt: skip
-    files = map(load_file, (whole / "model").glob("*.safetensors"))
-    weights = [pair for file in files for pair in file.items()]
+    weights = load_weights(whole / "model").items()
     maps = [w for name, w in weights if ".layers." in name and w.ndim == 2]
     zeros, total = sum(int((w == 0).sum()) for w in maps), sum(w.numel() for w in maps)
     assert abs(zeros / total - 0.6) < 0.001

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.traced import tracing
-from calmix.pruning import distributed, gram
+from calmix.pruning import gram
+from calmix.pruning.engine import solve
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
@@ -106,8 +107,7 @@ def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, pattern, dtype):
         weights.append(made(192, 8, dtype=dtype).T)
         needs = method.needs
         statistic = None if needs is None else made(*(192,) * (2 if needs is Gram else 1))
-        task = distributed.Task("layer", weights, statistic, [pattern] * 3)
-        [solved] = distributed.solve(method, [task])
+        solved = solve(method, "layer", weights, statistic, [pattern] * 3)
         assert on_device(*solved.weights)
         assert [w.shape for w in solved.weights] == [w.shape for w in weights]
         assert set(traced.reads) <= {"tolist", "_local_scalar_dense"}

@@ -23,11 +23,11 @@ Run = Callable[..., Ended]
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 # By name: what it is, and a file of it that is checked by its bytes; None where none is.
 KINDS = {
-    "pruned": ("pruned checkpoint", "model.safetensors"),
-    "several": ("folder of results", "sparsegpt-0.5/model.safetensors"),
+    "pruned": ("pruned checkpoint", "model-00001-of-00004.safetensors"),
+    "several": ("folder of results", "sparsegpt-0.5/model-00001-of-00004.safetensors"),
     "recovered": ("recovered checkpoint", "model-00001-of-00004.safetensors"),
-    "dropped": ("pruned checkpoint", "model.safetensors"),
-    "pack": ("pack of a pruned checkpoint", "model.safetensors"),
+    "dropped": ("pruned checkpoint", "model-00001-of-00003.safetensors"),
+    "pack": ("pack of a pruned checkpoint", "model-00001-of-00004.safetensors"),
     "dense-pack": ("pack", "config.json"),
     "set": ("calibration set", "calibration.safetensors"),
     "written": ("calibration set", "calibration.safetensors"),
@@ -70,7 +70,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, more in (("cut", ()), ("both", ("--recover", "blocks"))):
         with pytest.MonkeyPatch.context() as patch:
             interrupt_before(patch, 1)
-            calmix(*prune, "--sparsity", 0.5, "--checkpoint-every", 0, *more, "-o", base / name)
+            calmix(*prune, "--sparsity", 0.5, *more, "-o", base / name)
     results = synthetic.save(synthetic.study(synthetic.Plan(seeds=(0,))), base / "results")
     quick = ("--permutations", 99, "--resamples", 20)
     calmix("study", "analyse", results, "-o", base / "analysis", *quick)
@@ -120,18 +120,21 @@ def test_a_packs_model_is_held_against_its_manifest(
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["files"]["calmix.json"] = sha256_file(copy / "calmix.json")
     write_json(path, manifest)
-    assert "model.safetensors is damaged or changed" in calmix("doctor", "inspect", copy).line
+    assert (
+        "model-00001-of-00004.safetensors is damaged or changed"
+        in calmix("doctor", "inspect", copy).line
+    )
 
 
 def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lacking"
     shutil.copytree(made / "pruned", copy)
-    file, path = copy / "model.safetensors", copy / "calmix.json"
+    file, path = copy / "model-00002-of-00004.safetensors", copy / "calmix.json"
     tensors = load_file(file)
     kept = {name: held for name, held in tensors.items() if ".layers.1." not in name}
     save_file(kept, file, metadata={"format": "pt"})
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["files"]["model.safetensors"] = sha256_file(file)
+    manifest["files"][file.name] = sha256_file(file)
     write_json(path, sealed(manifest))
     told = json.loads(calmix("doctor", "inspect", copy, "--json").out)
     (problem,) = told["problems"]

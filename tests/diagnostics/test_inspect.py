@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calmix.files import write_json
+from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
 from tests import synthetic
+from tests.tiny import load_weights
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
@@ -55,12 +56,12 @@ def test_weights_that_were_zero_before_are_not_counted_as_pruned(
     calmix, tiny_folder, text_file, tmp_path
 ):
     model = shutil.copytree(tiny_folder, tmp_path / "model")
-    tensors = load_file(model / "model.safetensors")
+    tensors = load_weights(model)
     tensors["model.layers.0.self_attn.q_proj.weight"][:, ::2] = 0
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     options = ("--sparsity", 0.2, "--calibration", text_file, *SMALL, "-o", tmp_path / "out")
     assert calmix("prune", model, *options).code == 0
-    weight = load_file(tmp_path / "out" / "model.safetensors")
+    weight = load_weights(tmp_path / "out")
     assert (weight["model.layers.0.self_attn.q_proj.weight"] == 0).float().mean() > 0.4
     _, told = health(calmix, tmp_path / "out")
     assert all(abs(layer["sparsity"] - 0.2) < 1e-3 for layer in told["layers"])
@@ -71,7 +72,9 @@ def test_a_checkpoint_moved_elsewhere_is_still_whole(calmix, pruned, tmp_path):
     assert calmix("doctor", "inspect", tmp_path / "elsewhere" / "calmix.json").code == 0
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00004.safetensors", "config.json", "tokenizer.json"]
+)
 def test_every_damaged_changed_or_missing_file_is_named(calmix, pruned, name):
     path = pruned / name
     raw = path.read_bytes()
@@ -108,15 +111,14 @@ def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
 
 
 def test_weights_that_contradict_a_manifest_with_right_hashes_are_found(calmix, pruned):
-    file, path = pruned / "model.safetensors", pruned / "calmix.json"
-    tensors = load_file(file)
-    tensors["model.layers.0.self_attn.q_proj.weight"][:] = 1.0
-    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
+    path = pruned / "calmix.json"
     manifest = json.loads(path.read_text())
-    from calmix.files import sha256_file
-
-    manifest["files"]["model.safetensors"] = sha256_file(file)
+    for index, where, value in ((0, slice(None), 1.0), (1, (0, 0), float("nan"))):
+        file = pruned / f"model-0000{index + 1}-of-00004.safetensors"
+        tensors = load_file(file)
+        tensors[f"model.layers.{index}.self_attn.q_proj.weight"][where] = value
+        save_file(tensors, file, metadata={"format": "pt"})
+        manifest["files"][file.name] = sha256_file(file)
     write_json(path, sealed(manifest))
     ended, told = health(calmix, pruned)
     assert ended.code == 2

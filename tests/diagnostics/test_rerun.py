@@ -90,9 +90,9 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
     if one_run:
         told = changed(
             pruned=kept["pruned"] | {"versions": {"torch": "1.0"}},
-            files=kept["files"] | {"model.safetensors": "0" * 64},
+            files=kept["files"] | {"model-00001-of-00004.safetensors": "0" * 64},
         )
-        assert "not the same: model.safetensors" in told.err
+        assert "not the same: model-00001-of-00004.safetensors" in told.err
         assert "pruned.versions.torch: 1.0, now" in told.out
         drawn = kept["calibration"] | other
         assert "the calibration set changed" in changed(calibration=drawn).err
@@ -172,13 +172,13 @@ def test_versions_and_machine_that_differ_are_named_where_hashes_do(
     manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
     kept = json.loads(manifest.read_text())
     kept["versions"]["torch"] = "1.0"
-    kept["files"]["model.safetensors"] = "0" * 64
+    kept["files"]["model-00001-of-00004.safetensors"] = "0" * 64
     write_json(manifest, sealed(kept))
     run = json.loads((tmp_path / "first" / "calmix-run.json").read_text())
     write_json(tmp_path / "first" / "calmix-run.json", run | {"machine": "riscv"})
     ended = calmix("doctor", "rerun", manifest)
     assert ended.code == 2
-    assert "not the same: model.safetensors" in ended.err
+    assert "not the same: model-00001-of-00004.safetensors" in ended.err
     assert "versions.torch: 1.0, now" in ended.out
     assert "machine: riscv, now" in ended.out
 

@@ -22,7 +22,6 @@ import torch
 import calmix.pruning.checkpoint
 import calmix.study.running  # imported once, for every fork
 from calmix.files import cache_dir
-from calmix.pruning import old_work as work
 from calmix.recovery import distill
 from tests.forks import Ended, command, run, start, wait
 from tests.study.worker import write_study
@@ -190,8 +189,7 @@ class Place:
 
         def act() -> None:
             os.environ["CALMIX_CACHE"] = str(self.folder / "cache")
-            # A distillation keeps every state, a prune every block: there is something to damage.
-            distill.SAVING = work.SAVING = 0
+            distill.SAVING = 0  # every state is kept: there is something to damage
             command(*self.verb.arguments(at), *options)()
 
         return act

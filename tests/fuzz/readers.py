@@ -341,7 +341,9 @@ KINDS = {
     "set": Kind("set/calibration.safetensors", "binary", _calibration),
     "set-manifest": Kind("set/manifest.json", "sealed", _calibration),
     "manifest": Kind("pruned/calmix.json", "sealed", lambda f: inspect(f / "pruned")),
-    "checkpoint": Kind("pruned/model.safetensors", "binary", lambda f: inspect(f / "pruned")),
+    "checkpoint": Kind(
+        "pruned/model-00001-of-00004.safetensors", "binary", lambda f: inspect(f / "pruned")
+    ),
     "recovered": Kind("recovered/calmix.json", "sealed", lambda f: inspect(f / "recovered")),
     "rerun-set": Kind("set/manifest.json", "sealed", _rerun("set/manifest.json"), 0.2),
     "rerun": Kind("pruned/calmix.json", "sealed", _rerun("pruned/calmix.json"), 0.2),

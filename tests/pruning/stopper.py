@@ -1,16 +1,17 @@
 """Make this process end by SIGKILL at a given moment.
 
 A moment is `claimed` (the work folder is there, and nothing in it), `solved` (that block is pruned,
-nothing of it written), `written` (its weights are written, but not counted), `counted` (progress
-tells of it) or `renamed` (the output stands, the work folder too).
+nothing of it written), `written` (its weights are written, but not counted), `counted` (work.json
+names it) or `renamed` (the output stands, the work folder too).
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
-from calmix.pruning import old_work as work
+from calmix.pruning import work
 from calmix.pruning.engine import Run
 
 
@@ -20,7 +21,6 @@ def stop() -> None:
 
 def arm(moment: str, number: int) -> None:
     """Patch the place where the process is to end."""
-    seen = 0
     if moment == "solved":
         block = Run.block
 
@@ -35,9 +35,8 @@ def arm(moment: str, number: int) -> None:
     elif moment in ("written", "counted"):
         write = work.write_json
 
-        def counted(path: object, value: dict[str, object]) -> None:
-            nonlocal seen
-            due = value.get("done") == number + 1
+        def counted(path: object, value: dict[str, Any]) -> None:
+            due = value["kept"].get("done") == number + 1
             if due and moment == "written":
                 stop()
             write(path, value)  # type: ignore[arg-type]

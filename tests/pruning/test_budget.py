@@ -52,7 +52,6 @@ def test_less_memory_pauses_fewer_micro_batches():
 
 
 def test_hidden_states_take_what_is_left():
-    """Twice: while some are written, the next ones are made."""
     states = 128 * 2048 * 4096 * 2
     wide = plan(80)
     assert wide.states == states
@@ -60,8 +59,9 @@ def test_hidden_states_take_what_is_left():
     assert plan(80, without).states == 0
     some = plan((wide.needed - states) / 0.95 / GIB)
     assert some.paused is None
-    assert 0.49 * states < some.states < 0.51 * states
-    assert 2 * plan(6).states < paused_bytes(LLAMA_8B, 2048)  # micro-batches that pause come first
+    assert not some.overlap
+    assert some.states < states
+    assert plan(6).states < paused_bytes(LLAMA_8B, 2048)  # micro-batches that pause come first
 
 
 def test_what_is_needed_is_told_and_is_enough():
@@ -111,7 +111,7 @@ def test_amounts_of_memory(text, value):
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "6 GiBit", "0", "1e9"])
 def test_what_is_no_amount(text):
-    with pytest.raises(InputError, match="is no amount of memory"):
+    with pytest.raises(InputError, match="is not an amount of memory"):
         parse_memory(text)
 
 

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, distributed, get_method, prune
-from calmix.pruning.engine import Run, run_through
+from calmix.pruning import SemiStructured, Unstructured, get_method, prune
+from calmix.pruning.engine import Run, run_through, solve
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
@@ -287,8 +287,7 @@ def test_errors_are_exact_whatever_the_method(name, massive):
     gram, method = x.T @ x, get_method(name)
     weights = [torch.randn(rows, 96).bfloat16() for rows in (40, 700)]
     statistic = {None: None, Gram: gram}.get(method.needs, gram.diagonal())
-    task = distributed.Task("layer", weights, statistic, [HALF, SemiStructured(2, 4)])
-    [solved] = distributed.solve(method, [task])
+    solved = solve(method, "layer", weights, statistic, [HALF, SemiStructured(2, 4)])
     for weight, made, error in zip(weights, solved.weights, solved.errors, strict=True):
         if method.needs is not Gram:  # of the diagonal alone it cannot be told
             assert error is None

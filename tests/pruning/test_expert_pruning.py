@@ -5,19 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
 from calmix.models import find_blocks
 from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, choose
-from calmix.pruning.old_work import WorkFolder
+from calmix.pruning.work import WorkFolder
 from calmix.specs import prune_requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import old_mixtral, routed_inputs
-from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import load_weights, save_tiny_model, tiny_ids, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32)
 KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
@@ -69,20 +69,21 @@ def drop(folder, text, output, *more, share=0.25):
 
 def scored():
     """End when the scores are kept and nothing is written."""
-    keep = WorkFolder.keep_dropped
+    keep = WorkFolder.keep
 
-    def kept(self, dropped):
-        keep(self, dropped)
-        stop()
+    def kept(self, **facts):
+        keep(self, **facts)
+        if "dropped" in facts:
+            stop()
 
-    WorkFolder.keep_dropped = kept
+    WorkFolder.keep = kept
 
 
 @pytest.mark.parametrize(
     ("moment", "more"),
     [
         (scored, ()),
-        (partial(arm, "counted", 0), ("--sparsity", 0.5, "--checkpoint-every", 0)),
+        (partial(arm, "counted", 0), ("--sparsity", 0.5)),
         pytest.param(partial(arm, "renamed", 0), (), marks=pytest.mark.long),
         pytest.param(scored, ("--sparsity", 0.5), marks=pytest.mark.long),
     ],
@@ -95,7 +96,7 @@ def test_a_killed_drop_goes_on_to_the_same_bytes(
     stopped(moment, *drop(folder, text_file, tmp_path / "cut", *more))
     if not (tmp_path / "cut").exists():
         ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more))
-        assert "go on with --resume" in ended.line
+        assert "resume it with --resume" in ended.line
         monkeypatch.setattr(ScorePass, "block", None)  # nothing is scored again
     ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more, "--resume"))
     assert ended.code == 0, ended.err
@@ -140,9 +141,11 @@ def test_the_smaller_checkpoint_computes_what_the_router_left_gives(
                 assert torch.equal(after[name], value[kept]), name
     size = sum(p.stat().st_size for p in output.glob("*.safetensors"))
     assert size < sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    assert load_file(output / "model.safetensors").keys() < load_file(
-        folder / "model.safetensors"
-    ).keys() or kind in ("gpt_oss", "granitemoe", "llama4_text")
+    assert load_weights(output).keys() < load_weights(folder).keys() or kind in (
+        "gpt_oss",
+        "granitemoe",
+        "llama4_text",
+    )
     with torch.no_grad():
         assert torch.isfinite(small(tiny_ids(2)).logits).all()
     assert not (tmp_path / "out.unfinished").exists()
@@ -156,7 +159,7 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
     asked = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 1}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | asked
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    held = load_file(folder / "model.safetensors")
+    held = load_weights(folder)
     second = {n: v.clone() for n, v in held.items() if ".layers.1." in n}
     more = {name.replace(".layers.1.", ".layers.2."): value for name, value in second.items()}
     more["model.layers.2.enorm.weight"] = torch.ones(32)
@@ -167,7 +170,7 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
     told = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     asked |= {"num_nextn_predict_layers": 0, "n_routed_experts": 6, "n_group": 2, "topk_group": 2}
     assert {key: told[key] for key in asked} == asked
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    found = load_weights(tmp_path / "out")
     gate = "model.layers.1.mlp.gate."
     assert found[f"{gate}weight"].shape == (6, 32)
     assert found[f"{gate}e_score_correction_bias"].shape == (6,)
@@ -175,7 +178,7 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
     assert found.keys() == held.keys() - gone
     pruned = (*drop(folder, text_file, tmp_path / "both"), "--sparsity", 0.5, "--method", "wanda")
     assert calmix(*pruned).code == 0
-    assert load_file(tmp_path / "both" / "model.safetensors").keys() == found.keys()
+    assert load_weights(tmp_path / "both").keys() == found.keys()
 
 
 def test_the_choice_is_of_the_least_scores_in_every_group():

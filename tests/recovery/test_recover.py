@@ -26,7 +26,7 @@ from calmix.specs import recover_request
 from tests import forks
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import load_weights, save_tiny_model, tiny_ids, tiny_model
 
 METHODS = ("distill", "blocks")
 FAST = ("--lr", 0.006)
@@ -238,7 +238,7 @@ def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path)
 def test_another_head_is_asked_for_its_own_logits(calmix, place, tmp_path):
     dense = tmp_path / "dense"
     shutil.copytree(place / "dense", dense)
-    tensors = load_file(dense / "model.safetensors")
+    tensors = load_weights(dense)
     tensors["model.embed_tokens.weight"] *= 1.05
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
     ended = calmix(
