@@ -10,7 +10,7 @@ computes scores again. All other attention is PyTorch's.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -228,6 +228,17 @@ def reserved_cache(model: Any, length: int) -> Any:
                 held[..., at:stop, :] = new
             self.keys, self.values = (held[..., :stop, :] for held in self.room)
             return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self._rows(lambda held: held[indices])
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self._rows(lambda held: held.repeat_interleave(repeats, dim=0))
+
+        def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+            stop = self.get_seq_length()
+            self.room = [change(held) for held in self.room]
+            self.keys, self.values = (held[..., :stop, :] for held in self.room)
 
     cache = DynamicCache(config=model.config)
     cache.layers = [

@@ -1,0 +1,51 @@
+"""Greedy answers: those of transformers one at a time, in batches that share and shrink."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from calmix.calibration.selfgen.writing import end_tokens
+from calmix.evaluation import greedy
+from calmix.evaluation.greedy import Prompt, answers
+from calmix.models import open_model
+from tests.tiny import ARCHITECTURES, save_tiny_model
+
+QUICK = ("llama", "gemma3_text", "gpt2", "opt", "bloom", "deepseek_v3", "mamba")
+
+
+def prompts(count: int, shared: int, longest: int = 24) -> list[Prompt]:
+    rng = random.Random(count)
+    head = [rng.randrange(5, 300) for _ in range(shared)]
+    return [
+        Prompt(head + [rng.randrange(5, 300) for _ in range(rng.randrange(1, longest))],
+               rng.choice([4, 12, 20]))
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def one_by_one(opened, asked: list[Prompt]) -> list[str]:
+    found = []
+    for one in asked:
+        ids = torch.tensor([one.ids])
+        made = opened.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=one.tokens,
+            eos_token_id=end_tokens(opened), pad_token_id=0,
+        )  # fmt: skip
+        found.append(opened.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in QUICK else pytest.param(k, marks=pytest.mark.long)
+     for k in dict.fromkeys((*ARCHITECTURES, *QUICK))],
+)  # fmt: skip
+def test_answers_are_those_given_one_at_a_time(tmp_path, kind):
+    opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
+    asked = prompts(11, 10)
+    found = answers(opened, asked)
+    assert [one.text for one in found] == one_by_one(opened, asked)
+    assert all(one.tokens <= prompt.tokens for one, prompt in zip(found, asked, strict=True))
