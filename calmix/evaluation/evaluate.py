@@ -46,6 +46,14 @@ def choose(
     return chosen if limit is None else chosen.limited(limit)
 
 
+def runnable(suite: Suite, allowed: bool) -> tuple[Suite, list[str]]:
+    """Return what of a suite is run, and the tasks left out: those that ask for programs, unless
+    these may be run."""
+    left = [name for name, one in suite.tasks.items() if one.asked and one.runs_code]
+    rest = [name for name in suite.tasks if name not in left]
+    return (suite, []) if allowed or not left or not rest else (suite.only(tasks=rest), left)
+
+
 def check_code(suite: Suite, allowed: bool) -> None:
     """Refuse a suite that runs code the model wrote, with an `InputError`, unless allowed."""
     running = [name for name, task in suite.tasks.items() if task.runs_code]
@@ -83,7 +91,8 @@ def evaluate(
         quick, limit: score the suite's quick slice; at most so many items a task.
         dtype, device, trust_remote_code: how to open the model, if it is given by name.
         batch_tokens: tokens in one forward pass; decides speed and memory, not scores.
-        allow_code_execution: run code the model writes, in a limited subprocess.
+        allow_code_execution: run code the model writes, in a limited subprocess. Without it,
+            tasks of a suite that ask for programs are left out.
         floors: also score what a model without the knowledge would (`TaskScores.floors`), which
             a dense model's scores must hold; a pruned model's need not.
         cache: take the scores from the cache if this model's files were scored before, and
@@ -98,6 +107,7 @@ def evaluate(
     from calmix.evaluation.scorer import BATCH_TOKENS
 
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
+    chosen, _ = runnable(chosen, allow_code_execution)
     check_code(chosen, allow_code_execution)
     if isinstance(model, str):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -145,21 +155,26 @@ def _run(
     from calmix.evaluation.scorer import Request, Scorer
 
     start = time.perf_counter()
-    loaded = {name: _load(name, spec) for name, spec in suite.tasks.items()}
+    loaded = {name: _load(name, spec) for name, spec in suite.tasks.items() if not spec.asked}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
     rendered = {name: items for name, (items, parts) in loaded.items() if not parts}
     asked = [Request(name, *one) for name in rendered for i in rendered[name] for one in i.requests]
     answers = (value for value, _ in scorer.loglikelihood(asked))
     tasks = []
-    for name, (items, parts) in loaded.items():
-        if parts:
+    for name, spec in suite.tasks.items():
+        items, parts = loaded.get(name, ([], []))
+        if spec.asked is not None:
+            from calmix.evaluation.abilities import ask
+
+            outcomes = ask(scorer, spec)
+        elif parts:
             from calmix.evaluation.harness import score_parts
 
-            outcomes = score_parts(scorer, name, suite.tasks[name], parts)
+            outcomes = score_parts(scorer, name, spec, parts)
         else:
             rows = [list(islice(answers, len(item.requests))) for item in items]
-            outcomes = check(suite.tasks[name], items, rows)
+            outcomes = check(spec, items, rows)
         tasks.append(_task_scores(suite, name, outcomes, scorer, floors))
     return CapabilityScores(
         model.name, model.fingerprint, _dtype(model), describe(suite), tuple(tasks),
@@ -187,7 +202,11 @@ def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
     Items of a harness task need the task's data set, from the hub if not cached.
     """
     for name, spec in suite.tasks.items():
-        if spec.archive is not None:
+        if spec.asked is not None:
+            from calmix.evaluation.abilities import asked_texts
+
+            yield from ((name, *one) for one in asked_texts(spec))
+        elif spec.archive is not None:
             yield from ((name, *one) for one in item_texts(spec))
         else:
             yield from ((name, *one) for part in _load(name, spec)[1] for one in part.texts())
@@ -198,13 +217,20 @@ def _task_scores(
 ) -> TaskScores:
     """Return the record of a task, with what its items score without the knowledge if wanted."""
     spec = suite.tasks[name]
-    guesses = [1 / len(one.requests) for one in outcomes]
-    chance = sum(guesses) / len(guesses) if spec.chance == "choices" else spec.chance or 0.0
+    chance = 0.0 if spec.chance in (None, "choices") else float(spec.chance)
+    if spec.chance == "choices":
+        chance = sum(1 / len(one.requests) for one in outcomes) / len(outcomes)
     scores = TaskScores(
         name, suite.dimension_of(name), spec.metric, spec.primary, chance,
         tuple(one.id for one in outcomes),
         tuple(one.value for one in outcomes if one.value is not None),
     )  # fmt: skip
+    if spec.asked is not None:
+        return replace(
+            scores,
+            answers=tuple(one.answer or "" for one in outcomes),
+            ended=tuple(int(one.ended) for one in outcomes),
+        )
     if spec.metric in WRITTEN:
         return scores
     answers = [[answer for _, answer in one.requests] for one in outcomes]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -108,8 +107,10 @@ class _Writer:
             self._by_transformers(rows)
             return
         ids = [self.ids[row] for row in rows]
-        shared = len(commonprefix([one[:-1] for one in ids])) if len(rows) > 1 else 0
-        shared = shared if shared >= SHARED else 0
+        first, last = min(ids), max(ids)  # what these begin with, all in between begin with too
+        differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+        shared = min(next(differ, len(first)), min(map(len, ids)) - 1)
+        shared = shared if shared >= SHARED and len(rows) > 1 else 0
         longest = max(map(len, ids)) - shared
         held = reserved_cache(self.model, shared + longest + max(self.room[row] for row in rows))
         mask = torch.ones(len(rows), shared + longest, dtype=torch.long, device=self.device)

@@ -7,7 +7,9 @@ one bootstrap serves them all. With l the log-likelihoods of an item's choices, 
     margin        (l_g - max over the others) / (bytes of the right one), in bits
     bits          -l_g, in bits per byte of all the answers together
     smoothed      the same of (exp(l_g) + exp(u_g)) / 2, u_g by a code of single tokens
-    accuracy      what lm-evaluation-harness says: 0 or 1
+    accuracy      whether the answer is right: 0 or 1
+    kept          the same, of the items that the dense model gets right (kept = s1 s0, whole = s0):
+                  paired, so that what two models get right by luck is no noise; gains do not count
 
 Ours count from a floor f, what a model without the knowledge scores: kept = s1 - f, whole =
 s0 - f (bits negatively), nothing clipped. f is the dense model's own score without the question,
@@ -75,7 +77,7 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
 def item_scores(task: TaskScores, score: Score) -> Array:
     """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte nor
     smoothed. An `InputError` says where the scores hold no log-likelihoods."""
-    if score == "accuracy":
+    if score in ("accuracy", "kept"):
         return np.asarray(task.values, dtype=float)
     if not task.loglikelihoods:
         raise InputError(
@@ -108,7 +110,7 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
     An `InputError` says where the scores hold no floors.
     """
     count = len(dense.items)
-    if score == "accuracy":
+    if score in ("accuracy", "kept"):
         return np.full(count, dense.chance)
     if score in BITS and dense.unigram:
         return -np.asarray(dense.unigram) / LN2
@@ -127,6 +129,8 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
     """Return what of each item is kept, and the whole of it."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
+    if score == "kept":
+        return Parts(score, before * after, before)
     if not is_anchored(score, measure):
         kept, whole = (before, after) if score in BITS else (after, before)
         return Parts(score, kept, whole)

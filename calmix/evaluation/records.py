@@ -26,6 +26,8 @@ class Outcome:
     gold: int = 0
     loglikelihoods: Sequence[float] = ()
     value: float | None = None  # accuracy, 0 to 1
+    answer: str | None = None  # that the model wrote
+    ended: bool = True  # by itself
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class TaskScores:
         floor: what the choices score without the knowledge: what this model gives them without
             the question (`context-free`, in `floors`), all the same (`uniform`), or `none`.
         unigram: log-likelihood in nats of each right answer under a code of single tokens.
+        answers: what the model wrote, of a task that is asked; `ended` is 0 where one was cut.
     """
 
     name: str
@@ -58,6 +61,8 @@ class TaskScores:
     floor: Floor = "none"
     floors: tuple[tuple[float, ...], ...] = ()
     unigram: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
+    ended: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> float | None:

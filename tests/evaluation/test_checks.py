@@ -1,0 +1,98 @@
+"""What counts as right: short answers, numbers, results, programs and plain requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from calmix.evaluation import checks
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "ok"),
+    [
+        (" The Sunset Boulevard.\nIt is", ["Sunset Blvd", "sunset boulevard"], True),
+        ("Answer: Paris", ["Paris"], True),
+        ("It is Paris", ["Paris"], False),
+        ("", ["Paris"], False),
+    ],
+)
+def test_a_short_answer_is_compared_as_squad_does(answer, right, ok):
+    assert checks.exact_match(answer, right) == ok
+    assert checks.word_f1(answer, right) >= ok
+
+
+def test_f1_counts_words():
+    assert checks.word_f1("the red big car", ["red car"]) == pytest.approx(0.8)
+    assert checks.word_f1("a plane", ["red car"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "ok"),
+    [
+        ("So she has 1,200 left. The answer is $1,200.", "1200", True),
+        ("3 + 4 = 7", "7", True),
+        ("-5", "-5", True),
+        ("about 3.50", "3.5", True),
+        ("12 in all, of 7", "12", False),
+        ("none", "0", False),
+    ],
+)
+def test_the_last_number_counts(answer, right, ok):
+    assert checks.same_number(answer, right) == ok
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "ok"),
+    [
+        (r"so we get $\boxed{\frac{1}{2}}$.", r"\frac12", True),
+        (r"first $\boxed{3}$, then $\boxed{4}$", "4", True),
+        (r"The final answer is $-\frac{2}{3}$. I hope it is correct.", r"-\frac{2}{3}", True),
+        (r"Therefore $x = 2$ and $7$", "7", True),
+        ("the sum is 45", "45", True),
+        ("no idea", "45", False),
+    ],
+)
+def test_a_result_is_boxed_or_stated_last(answer, right, ok):
+    assert checks.same_result(answer, right) == ok
+
+
+def test_a_program_is_taken_from_its_block_or_continues_the_head():
+    head = "from typing import List\n\n\ndef f(x: int) -> int:\n"
+    block = "Sure:\n```python\ndef f(x):\n    return x\n```\nDone."
+    assert checks.program(block, head, "f") == "from typing import List\ndef f(x):\n    return x\n"
+    assert checks.program("    return x\n", head, "f") == head + "    return x\n"
+    assert checks.program("```python\n    return x\n", head, "f") == head + "    return x\n"
+    assert checks.entry_of('assert remove_Occ("hello","l") == "heo"') == "remove_Occ"
+    assert checks.entry_of("assert (tri(2)) == 3") == "tri"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "ok"),
+    [
+        ("Paris.", {"words": 1, "is": "Paris"}, True),
+        ("**Paris**", {"words": 1, "is": "Paris"}, True),
+        ("It is Paris.", {"words": 1, "is": "Paris"}, False),
+        ("dogs", {"words": 1, "is": "dog|dogs"}, True),
+        ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
+        ("Here are three fruits for you today:\n- apple\n- pear", {"lines": "3", "each_words": 4},
+         False),
+        ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
+        ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
+        ('{"a": 2}', {"json": '{"a": 1}'}, False),
+        ('{"a": 1', {"json": '{"a": 1}'}, False),
+        ('"The train leaves at nine."', {"same": "The train leaves at nine."}, True),
+        ("Hello World", {"same": "HELLO WORLD", "case": True}, False),
+        ("HELLO WORLD!", {"same": "HELLO WORLD", "case": True}, True),
+        ("A dog is an animal.", {"sentences": 1, "most_words": "20", "contains": "dog"}, True),
+        ("A dog barks. It runs.", {"sentences": 1}, False),
+        ("Answer: Paris", {"begins": "Answer:", "contains": "Paris"}, True),
+        ("Sorry, no dog.", {"contains": "dog", "without": "sorry|I cannot"}, False),
+        ("Le ciel est bleu.", {"language": "fr"}, True),
+        ("The sky is blue.", {"language": "fr"}, False),
+        ("Der Himmel ist blau.", {"language": "de"}, True),
+        ("El cielo es azul.", {"language": "es"}, True),
+        ("   ", {"most_words": 5}, False),
+    ],
+)  # fmt: skip
+def test_a_request_is_checked_by_what_it_asks_for(answer, expected, ok):
+    assert checks.as_requested(answer, expected) == ok
