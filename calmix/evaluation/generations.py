@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -31,25 +31,18 @@ TOKENS = 64
 
 
 def generate(
-    scorer: Scorer,
-    contexts: Sequence[str],
-    *,
-    task: str = "",
-    stops: Sequence[str] = (),
+    scorer: Scorer, contexts: Sequence[str], *, task: str = "", stops: Sequence[str] = (),
     room: int = TOKENS,
-    sampling: dict[str, Any] | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Return what a model writes after each context, up to a stop, the end token or `room` tokens.
 
-    Contexts too long are cut on the left. The likeliest tokens are written unless `sampling`
-    holds options of `model.generate`; it is seeded.
+    Contexts too long are cut on the left.
     """
-    import torch
+    from calmix.evaluation.greedy import Prompt as Asked
+    from calmix.evaluation.greedy import answers
 
-    from calmix.models.opening import quiet_transformers
-
-    name, tokenizer = scorer.opened.name, scorer.tokenizer
-    if tokenizer.eos_token_id is None:
+    name = scorer.opened.name
+    if scorer.tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-text token")
     limit = scorer.max_length - room
     if limit <= 0:
@@ -57,43 +50,12 @@ def generate(
             f"task {task} generates up to {room} tokens, but the context of {name} is "
             f"{scorer.max_length}: leave that task out"
         )
-    end = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    stops = list(dict.fromkeys([*stops, end]))
     scorer.tick.total += len(contexts)
     encoded = [ids or [scorer.prefix] for ids in scorer.encode(list(contexts))]
     if cut := sum(len(ids) > limit for ids in encoded):
         scorer.truncated[task] += cut
-    left = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), encoded[i]))
-    texts = [""] * len(encoded)
-    while left:
-        # Generation is bound by memory traffic, so a batch of many short rows costs little more
-        # than one of few; what limits it is the cache of keys and values.
-        width = min(len(encoded[left[0]]), limit)
-        count = max(1, 8 * scorer.batch_tokens // (width + room))
-        batch, left = left[:count], left[count:]
-        rows = [encoded[index][-limit:] for index in batch]
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        # Sampling leaves the caller's random state as it was.
-        with (
-            torch.inference_mode(), quiet_transformers(),
-            torch.random.fork_rng(enabled=sampling is not None),
-        ):  # fmt: skip
-            if sampling is not None:
-                torch.manual_seed(0)
-            made = scorer.model.generate(
-                input_ids=ids.to(scorer.device), attention_mask=mask.to(scorer.device),
-                max_new_tokens=room, stop_strings=stops, tokenizer=tokenizer, pad_token_id=pad,
-                **(sampling or {"do_sample": False}),
-            )  # fmt: skip
-        written = tokenizer.batch_decode(made[:, width:].tolist(), skip_special_tokens=True)
-        for index, text in zip(batch, written, strict=True):
-            for stop in filter(None, stops):
-                text = text.partition(stop)[0]
-            texts[index] = text
-        scorer.tick(len(batch))
-    return texts
+    asked = [Asked(ids[-limit:], room, tuple(filter(None, stops))) for ids in encoded]
+    return [one.text for one in answers(scorer.opened, asked, tick=scorer.tick)]
 
 
 @dataclass(frozen=True)

@@ -108,17 +108,17 @@ class _Writer:
             return
         ids = [self.ids[row] for row in rows]
         first, last = min(ids), max(ids)  # what these begin with, all in between begin with too
-        differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+        differ = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
         shared = min(next(differ, len(first)), min(map(len, ids)) - 1)
         shared = shared if shared >= SHARED and len(rows) > 1 else 0
         longest = max(map(len, ids)) - shared
         held = reserved_cache(self.model, shared + longest + max(self.room[row] for row in rows))
         mask = torch.ones(len(rows), shared + longest, dtype=torch.long, device=self.device)
         given = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-        for at, one in enumerate(ids):
+        for row, one in enumerate(ids):
             pad = longest - len(one) + shared
-            mask[at, shared : shared + pad] = 0
-            given[at, pad:] = torch.tensor(one[shared:])
+            mask[row, shared : shared + pad] = 0
+            given[row, pad:] = torch.tensor(one[shared:])
         place = mask.cumsum(-1) - 1
         if shared:
             self._forward(torch.tensor([ids[0][:shared]], device=self.device), held, None, None)

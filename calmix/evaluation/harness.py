@@ -163,10 +163,10 @@ class _Model(LM):
         for _, alike in groupby(requests, lambda request: repr(sorted(request.args[1].items()))):
             contexts, options = zip(*(request.args for request in alike), strict=True)
             how: dict[str, Any] = dict(normalize_gen_kwargs(dict(options[0])))
-            texts += generate(
-                self.scorer, contexts, task=self.task, stops=how.pop("until"),
-                room=how.pop("max_gen_toks"), sampling=how if how["do_sample"] else None,
-            )  # fmt: skip
+            if how["do_sample"]:
+                raise InputError(f"task {self.task} samples its answers: leave it out")
+            stops, room = how["until"], how["max_gen_toks"]
+            texts += generate(self.scorer, contexts, task=self.task, stops=stops, room=room)
         return texts
 
 

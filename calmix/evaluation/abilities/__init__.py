@@ -20,7 +20,7 @@ from calmix import assets
 from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, Prompt, answers
 from calmix.evaluation.records import Outcome
-from calmix.evaluation.sandbox import run_program
+from calmix.evaluation.sandbox import failure
 from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks
 from calmix.machine import cores
 
@@ -62,7 +62,7 @@ def ask(scorer: Scorer, spec: TaskSpec) -> list[Outcome]:
     """Return what a model answers to the items of a task, and whether that is right."""
     task = load_asked(spec.asked or "")
     items = task.picked(spec)
-    scorer.ask(len(items))
+    scorer.tick.total += len(items)
     tokenizer = scorer.tokenizer
     asked = prompts(task, items, tokenizer, chat=bool(getattr(tokenizer, "chat_template", None)))
     found = answers(scorer.opened, asked, tick=scorer.tick)
@@ -208,7 +208,7 @@ def verdict(task: Asked, item: Ask, answer: Answer) -> bool:
     if not answer.ended or not answer.text.strip():
         return False
     if task.check == "program":
-        return run_program(_tested(item, answer.text)).passed
+        return not failure(_tested(item, answer.text))
     return bool(_CHECKS[task.check](answer.text, item.right))
 
 
