@@ -112,6 +112,7 @@ def run(options: EvaluateOptions) -> None:
         options.suite, dimensions=options.dimension, tasks=options.task, quick=options.quick,
         limit=options.limit,
     )  # fmt: skip
+    chosen, left_out = capability.runnable(chosen, options.allow_code_execution)
     capability.check_code(chosen, options.allow_code_execution)
     saved = against is not None and against.lower().endswith(".json")
     own = parse_texts(options.text)
@@ -168,6 +169,8 @@ def run(options: EvaluateOptions) -> None:
         print_json(made)
         return
     _print(scores, dense, options)
+    if left_out:
+        note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
@@ -472,7 +475,7 @@ def suite(options: SuiteOptions) -> None:
             "items": which if spec.limit is None else f"{which}, {spec.limit}",
             "quick": spec.quick or spec.limit or "all",
             "chance": spec.chance,
-            "data": " ".join(part for part in (spec.harness, spec.archive) if part),
+            "data": " ".join(part for part in (spec.harness, spec.archive, spec.asked) if part),
         }  # fmt: skip
 
     print_table(

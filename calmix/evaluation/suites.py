@@ -241,7 +241,7 @@ def _provenance() -> dict[str, dict[str, str]]:
 
 def provenance(spec: TaskSpec) -> dict[str, str]:
     """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
-    name = (spec.archive or spec.harness or "").split("/")[0]
+    name = (spec.archive or spec.harness or spec.asked or "").split("/")[0]
     best = max((known for known in _provenance() if name.startswith(known)), key=len, default="")
     return _provenance().get(best, {"licence": "unstated", "origin": "-"})
 
