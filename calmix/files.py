@@ -105,11 +105,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a new file beside `path` to write to; once it is on the disk it takes `path`'s place.
-
-    Raises:
-        DiskError: the disk is full, or cannot be written to.
-    """
+    """Yield a new file beside `path` to write to; on the disk, it takes `path`'s place."""
     path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,17 +214,7 @@ def real_place(path: Path) -> Path:
 def check_output_folder(
     path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
 ) -> None:
-    """Refuse an output folder before any work is done; nothing is made on the way.
-
-    Args:
-        inputs: what the work reads, as for `check_apart`.
-        overwrite: replace a folder that holds a result of calmix. No other is ever replaced.
-
-    Raises:
-        InputError: `path` is, holds or lies in an input; it is a file, or a folder that may not be
-            replaced; or no rename can replace it.
-        DiskError: nothing can be written there.
-    """
+    """Refuse an output folder before any work is done; nothing is made on the way."""
     with disk_errors(path):
         place = real_place(path)
         _sweep(place)

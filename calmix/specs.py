@@ -64,20 +64,7 @@ def prune_request(
     pattern: Pattern | str | float | None = None,
     **options: Any,
 ) -> PruneRequest:
-    """Check the options of a prune and fill in the method's defaults.
-
-    Args:
-        method: as `calmix.pruning.methods.get_method` takes it; None for sparsegpt.
-        sparsity: share to prune, in (0, 1); or
-        pattern: `N:M`, or what else `as_pattern` takes. Exactly one of the two; or neither, and
-            `drop_experts` alone.
-        **options: calibration, propagation, allocation, drop_experts, only, skip, those in
-            `DRAW` and the method's own; None means not given.
-
-    Raises:
-        InputError: an unknown name, a value out of range, something needed that is missing, or
-            an option that the method would ignore.
-    """
+    """Check the options of a prune and fill in the method's defaults."""
     from calmix.pruning.allocation import read_allocation
     from calmix.pruning.methods import get_method
     from calmix.pruning.patterns import Unstructured, as_pattern
@@ -181,18 +168,7 @@ def prune_requests(
     pattern: str | None = None,
     **options: Any,
 ) -> list[PruneRequest]:
-    """Check a prune to one or several targets: every method with every sparsity or pattern.
-
-    Args:
-        method: a name or several, each with options of its own: `sparsegpt,damping=0.1,wanda`;
-            None for sparsegpt.
-        sparsity: a share or several, as `0.5,0.6`; or
-        pattern: `N:M` or several.
-        **options: as for `prune_request`; with several methods each takes those it has a use for.
-
-    Raises:
-        InputError: as `prune_request`, or the same target is named twice.
-    """
+    """Check a prune to one or several targets: every method with every sparsity or pattern."""
     from calmix.pruning.methods import get_method
 
     if (sparsity is None) == (pattern is None):  # only experts are dropped, or it tells what is
@@ -324,11 +300,7 @@ def recover_request(
 
 
 def recovery_options(text: str) -> dict[str, Any]:
-    """Return what `METHOD` or `METHOD,option=value,...` says, as `recover_request` takes it.
-
-    Raises:
-        InputError: an unknown name, or a value that is no number.
-    """
+    """Return what `METHOD` or `METHOD,option=value,...` says, as `recover_request` takes it."""
     method, given = named_options("recovery", text)
     if method not in RECOVERIES:
         raise InputError(f"unknown recovery '{method}': {nearest(method, RECOVERIES)}")
@@ -346,14 +318,7 @@ def recovery_options(text: str) -> dict[str, Any]:
 
 
 def recovery_of(text: str, calibration: str = "") -> RecoverRequest:
-    """Return the recovery that a text asks for, as `recovery_options` takes it.
-
-    Args:
-        calibration: what it trains on, where that is known.
-
-    Raises:
-        InputError: as `recovery_options` and `recover_request`.
-    """
+    """Return the recovery that a text asks for, as `recovery_options` takes it."""
     return recover_request(calibration=calibration, **recovery_options(text))
 
 
@@ -369,16 +334,7 @@ def recovery_text(request: RecoverRequest) -> str:
 def prune_and_recover_requests(
     recover: str, *, method: str | None = None, **options: Any
 ) -> tuple[list[PruneRequest], RecoverRequest]:
-    """Check a prune to one or several targets, and the recovery behind each.
-
-    Args:
-        recover: as `recovery_options` takes it.
-        method, **options: as for `prune_requests`. A method that looks at no data leaves the
-            calibration set to the recovery.
-
-    Raises:
-        InputError: as `prune_requests` and `recover_request`.
-    """
+    """Check a prune to one or several targets, and the recovery behind each."""
     from calmix.pruning.methods import get_method
 
     chosen = recovery_options(recover)

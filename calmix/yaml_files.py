@@ -82,12 +82,7 @@ class YamlText:
 
 
 def parse_yaml(text: str, where: str) -> YamlText:
-    """Parse YAML text that holds a mapping, which complaints call `where`.
-
-    Raises:
-        InputError: it is not YAML or not a mapping, gives a key twice, is larger or deeper than a
-            file a person writes, or has aliases that contain themselves or grow beyond reason.
-    """
+    """Parse YAML text that holds a mapping, which complaints call `where`."""
     if len(text) > LARGEST:
         raise InputError(f"{where} is larger than {LARGEST:,} characters, the most YAML may have")
     try:
@@ -114,11 +109,7 @@ def parse_yaml(text: str, where: str) -> YamlText:
 
 
 def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
-    """Return what YAML text describes, checked by a pydantic model.
-
-    Raises:
-        InputError: the first mistake, as `WHERE line N: key: what is wrong`.
-    """
+    """Return what YAML text describes, checked by a pydantic model."""
     yaml_text = parse_yaml(text, where)
     try:
         return model.model_validate(yaml_text.value)

@@ -181,14 +181,7 @@ def analyse(
     method: str | None = None,
     sparsity: str | None = None,
 ) -> Analysis:
-    """Analyse the finished trials of a study (definitions: docs/studies.md).
-
-    Args:
-        method, sparsity: consider only these; p-values are corrected over what is considered.
-
-    Raises:
-        InputError: nothing has finished, or a method, sparsity or default it does not have.
-    """
+    """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     asked = settings or Settings()
     trials = select(results, method=method, sparsity=sparsity)
     known = {trial.calibration for trial in trials}

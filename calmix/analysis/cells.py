@@ -154,11 +154,7 @@ def dimensions_of(results: StudyResults) -> tuple[str, ...]:
 def select(
     results: StudyResults, *, method: str | None = None, sparsity: str | None = None
 ) -> tuple[Trial, ...]:
-    """Return the finished trials of one method, sparsity or pattern (`0.6`, `60%`, `2:4`).
-
-    Raises:
-        InputError: nothing has finished, or there is no such method or sparsity.
-    """
+    """Return the finished trials of one method, sparsity or pattern (`0.6`, `60%`, `2:4`)."""
     trials = results.trials
     if not trials:
         failed = f", {len(results.failed)} failed" if results.failed else ""

@@ -145,13 +145,7 @@ def _signal(
 
 
 def detectable(draws: int, draw: float, freedom: float, item: float = 0.0) -> float:
-    """Return the difference that so many seeds of each set detect in 80 % of studies.
-
-    Args:
-        draws: k, at least 1.
-        draw: s, with its degrees of `freedom` (above 0).
-        item: v; 0 for other seeds on these items.
-    """
+    """Return the difference that so many seeds of each set detect in 80 % of studies."""
     drawn = draw * math.sqrt(2 / draws)
     error = math.hypot(drawn, item)
     if error == 0:
@@ -216,11 +210,7 @@ def noises(
     sparsity: str | None = None,
     measure: Measure = "primary",
 ) -> list[Noise]:
-    """Return the noise of every quantity under every condition of a study that calibrates.
-
-    Raises:
-        InputError: nothing has finished, or a method or sparsity it does not have.
-    """
+    """Return the noise of every quantity under every condition of a study that calibrates."""
     trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
     return [
         one

@@ -69,11 +69,7 @@ class _Look(Look):
 
 
 def every_block(opened: OpenModel, every: int) -> list[str]:
-    """Return patterns of the layers of every k-th block, the first one included.
-
-    Raises:
-        ModelError: the model has experts, each of which sees tokens of its own.
-    """
+    """Return patterns of the layers of every k-th block, the first one included."""
     found = find_blocks(opened.model)
     if any(found.mixtures(index) for index in range(len(found))):
         raise ModelError(f"{opened.name} has experts, for which nothing is predicted yet")
@@ -131,10 +127,6 @@ def lost_output(
         held_out: the file of each text.
         tokens: of a set, for methods to which the sum and not the mean of x x^T matters.
         tick: called with the layers of each input that is done.
-
-    Raises:
-        InputError: a file is damaged.
-        SolverError: a Gram matrix is unusable.
     """
     found = find_blocks(opened.model).select(only)
     layers = {layer.name: layer for at in range(len(found)) for layer in found.prunables(at)}
@@ -253,11 +245,7 @@ def predict(
 def check_request(
     calibrations: Sequence[str], method: str | Method, *, every: int = EVERY, **draw: Any
 ) -> None:
-    """Check what `predict` is asked for, without the model.
-
-    Raises:
-        InputError, SourceError: as `predict`.
-    """
+    """Check what `predict` is asked for, without the model."""
     if every < 1:
         raise InputError(f"--every {every} is not positive")
     chosen = get_method(method)

@@ -37,11 +37,7 @@ class Recommendation:
 def check_weights(
     weights: Mapping[str, float], dimensions: tuple[str, ...], where: str = "the study"
 ) -> dict[str, float]:
-    """Return weights for every dimension, scaled to sum to 1; `where` has the dimensions.
-
-    Raises:
-        InputError: an unknown dimension, a negative or infinite weight, all of them 0.
-    """
+    """Return weights for every dimension, scaled to sum to 1; `where` has the dimensions."""
     for name, weight in weights.items():
         if name not in dimensions:
             raise InputError(f"{where} has no dimension '{name}': {nearest(name, dimensions)}")
@@ -63,16 +59,7 @@ def recommend(
     method: str | None = None,
     sparsity: str | None = None,
 ) -> list[Recommendation]:
-    """Return for each condition the sets by weighted retention, and which are best.
-
-    Args:
-        weights: by dimension; those not named count 0. None is the total.
-        resamples, seed: of the joint bootstrap.
-        method, sparsity: consider only these.
-
-    Raises:
-        InputError: bad weights, no finished trials, no such method or sparsity.
-    """
+    """Return for each condition the sets by weighted retention, and which are best."""
     made = tables(results, select(results, method=method, sparsity=sparsity), measure)
     asked = check_weights(weights, dimensions_of(results)) if weights else None
     advice = []

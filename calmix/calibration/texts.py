@@ -36,11 +36,7 @@ def builtin_readers() -> dict[str, list[AssetText]]:
 
 
 def parse_texts(given: Sequence[str]) -> dict[str, Path]:
-    """Return the user's own texts by dimension, from `NAME=PATH` each.
-
-    Raises:
-        InputError: not of that form, a name given twice, or no such file.
-    """
+    """Return the user's own texts by dimension, from `NAME=PATH` each."""
     named = named_values("--text", given, "NAME=PATH, such as code=mine.jsonl")
     found = {name: user_path(path) for name, path in named.items()}
     for name, path in found.items():
@@ -72,11 +68,6 @@ def texts(
 
     Returns:
         int64, shape (rows, length) by dimension.
-
-    Raises:
-        InputError: a text is too short for one row, there is none, or a size is not positive.
-        SourceError: a file cannot be read.
-        AssetError: the archive of the builtin texts cannot be fetched.
     """
     if rows < 1 or length < 2:
         raise InputError(f"a text needs a row of two tokens at least, not {rows} of {length}")

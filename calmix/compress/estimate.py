@@ -41,11 +41,7 @@ class Taken:
 
 
 def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
-    """Return what every stage of a compression will take here, in order.
-
-    Raises:
-        CalmixError: the model cannot be opened, or more memory is needed than the user allows.
-    """
+    """Return what every stage of a compression will take here, in order."""
     model, most = _model(asked), _most(asked)
     rows, length = _drawn(asked)
     suite = choose(asked.suite, quick=EFFORTS[asked.effort].quick)
@@ -85,15 +81,7 @@ def estimate_prune(
     max_memory: int | None = None,
     **how: Any,
 ) -> list[Taken]:
-    """Return what a prune to one or several targets will take here, and recovery behind each.
-
-    Args:
-        recovery: of each target.
-        name, targets, max_memory, **how: as for `prune_checkpoints`.
-
-    Raises:
-        CalmixError: as `prune_checkpoints`, as far as it can be known.
-    """
+    """Return what a prune to one or several targets will take here, and recovery behind each."""
     check_models(name, **how)
     asked = recovery or next((r for r in targets.values() if r.calibration is not None), None)
     rows, length, strategy, start = 0, 0, "", START

@@ -102,16 +102,7 @@ class Stage:
 def request(
     asked: Compression, keep: Mapping[str, float] | None = None, *, no_corpus: bool = False
 ) -> Request:
-    """Check what a user asks for, before any work is done.
-
-    Args:
-        keep: weights of the calibration set by dimension of its sources.
-        no_corpus: calibrate on text the model writes.
-
-    Raises:
-        CalmixError: an unknown model, source, suite or dimension, a value out of range, options
-            that exclude each other, or one without effect.
-    """
+    """Check what a user asks for, before any work is done."""
     given = asked.calibration
     if no_corpus and given is not None:
         raise InputError("--no-corpus and --calibration exclude each other: leave one out")

@@ -54,12 +54,7 @@ def compress(
     run: Callable[[Sequence[str]], None],
     say: Callable[[Stage, bool], None],
 ) -> dict[str, float]:
-    """Do what is left of a compression, and return the seconds of every stage done now.
-
-    Args:
-        run: runs a command line of `calmix`, and raises what is wrong.
-        say: called with each stage, and whether an earlier run has done it.
-    """
+    """Do what is left of a compression, and return the seconds of every stage done now."""
     check(asked, out)
     listed = stages(asked, out)
     left = [stage for stage in listed if not _stands(stage, out)]

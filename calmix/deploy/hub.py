@@ -25,18 +25,7 @@ def push(
     private: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Upload a model folder or a pack in one commit, and return the repository's address.
-
-    Args:
-        folder: of a model, or a pack. Its card is README.md, as `calmix report` writes it.
-        repository: `owner/name` on the hub; made if there is none.
-        pack: upload a pack of the model, made beside it first.
-        private: make the repository private, if it is made.
-        say: called with what is being done.
-
-    Raises InputError where `folder` is neither or a pack already, `repository` is not a hub id, or
-    the hub refuses or cannot be reached.
-    """
+    """Upload a model folder or a pack in one commit, and return the repository's address."""
     from huggingface_hub import HfApi
 
     hub = HfApi()

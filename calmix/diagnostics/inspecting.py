@@ -61,14 +61,7 @@ Check = Callable[[Path, Health, Say], None]
 
 
 def inspect(path: Path, *, tick: Say | None = None) -> Health:
-    """Check anything calmix has written, finished or not: a folder, its manifest, or a file.
-
-    Args:
-        tick: called with what has been checked.
-
-    Raises:
-        InputError: there is nothing of calmix at `path`.
-    """
+    """Check anything calmix has written, finished or not: a folder, its manifest, or a file."""
     say = tick or (lambda name: None)
     if not path.exists():
         unfinished = (path.with_name(path.name + end) for end in (SUFFIX, STAGES))
@@ -106,11 +99,7 @@ def _checked(folder: Path, name: str, health: Health, check: Check, say: Say) ->
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a manifest.
-
-    Raises:
-        InputError: it is missing, not a JSON object, or does not say its kind.
-    """
+    """Return a manifest."""
     value = read_object(path, f"there is no manifest {path}")
     if not isinstance(value.get("kind"), str):
         raise InputError(f"{path} is no manifest of calmix")

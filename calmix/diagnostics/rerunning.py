@@ -125,16 +125,6 @@ def rerun(
     """Make a pruned or recovered checkpoint, or a calibration set, again.
 
     A recovery of a prune in the same run prunes again first; another needs the pruned model.
-
-    Args:
-        manifest: the manifest, or its folder.
-        output: where the new one goes; it must not exist.
-        trust_remote_code: needed again where the manifest says the model ran code of its own.
-        progress, writing, note: as for `prune_checkpoints`.
-
-    Raises:
-        InputError: the manifest is damaged or lacks what it takes, or the model or the calibration
-            set has changed, so the same hashes cannot come out.
     """
     path = _found(manifest) if manifest.is_dir() else manifest
     kept = read_manifest(path)

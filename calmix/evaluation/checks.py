@@ -79,12 +79,7 @@ def same_result(answer: str, right: str) -> bool:
 
 
 def program(answer: str, head: str, entry: str) -> str:
-    """Return the program of an answer: its code, with the function's head where that is missing.
-
-    Args:
-        head: the prompt's imports and signature, which a body alone continues.
-        entry: name of the function that the code has to define.
-    """
+    """Return the program of an answer: its code, with the function's head where that is missing."""
     blocks = CODE.findall(answer)
     code = next((block for block in blocks if f"def {entry}" in block), None)
     if code is None:

@@ -95,10 +95,6 @@ def decoder_and_head(model: Any) -> tuple[Any, Head]:
 
     The head is the module and `logit_settings` where one comparison a model shows that this is
     all; else the model's own forward, its decoder left out.
-
-    Raises:
-        ModelError: the model does not run on ids alone, makes its logits of something else too,
-            or looks at tokens that follow.
     """
     decoder = decoder_of(model)
     head = Head(model.get_output_embeddings(), *logit_settings(model))

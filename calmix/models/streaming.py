@@ -47,11 +47,6 @@ class StreamedModel:
     what is outside the blocks (between `fetch_outside` and `drop_outside`, the output head
     excepted), and for blocks between `fetch` and `drop`. `names` and `buffers` say what the files
     call parameters and buffers, those excepted that are merged from several tensors or split.
-
-    Raises:
-        ModelError: as `open_model`, or a file is cut short.
-        NotStreamableError: blocks share weights, a parameter is not in the files, or what is
-            merged while it is read cannot be taken apart again.
     """
 
     in_place = True  # the files that are written are the checkpoint's own

@@ -44,15 +44,7 @@ Groups = Callable[[int, int], list[tuple[int, int]]]
 def read_allocation(
     asked: str | os.PathLike[str] | Mapping[str, float] | None, sparsity: float | None
 ) -> str | dict[str, float] | None:
-    """Return `owl`, `error`, or sparsities by layer; None for the same everywhere.
-
-    Args:
-        asked: one of the names, a JSON or YAML file of sparsities by layer, or what it holds.
-        sparsity: that of the whole; None with an N:M pattern.
-
-    Raises:
-        InputError: no such name or file, a share outside (0, 1), or an N:M pattern.
-    """
+    """Return `owl`, `error`, or sparsities by layer; None for the same everywhere."""
     if asked is None or asked == "uniform":
         return None
     if sparsity is None:
@@ -116,16 +108,7 @@ def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
 def spread(
     importance: Sequence[float], sizes: Sequence[int], sparsity: float, width: float
 ) -> list[float]:
-    """Return sparsities whose mean over weights is `sparsity`: more important parts keep more.
-
-    Args:
-        importance, sizes: of each part; sizes in weights.
-        sparsity: share pruned of the whole.
-        width: between the most and the least important.
-
-    Raises:
-        InputError: a part would be pruned whole, or not at all.
-    """
+    """Return sparsities whose mean over weights is `sparsity`: more important parts keep more."""
     low, high = min(importance), max(importance)
     scale = width / (high - low) if high > low else 0.0
     moved = [scale * (value - low) for value in importance]
@@ -155,9 +138,6 @@ def exact(
         shapes: (rows, columns) by layer.
         sparsity: share pruned of the whole.
         groups: comparison groups of a layer, as `Method.groups` gives them.
-
-    Raises:
-        InputError: no steps near by add up.
     """
     parts = {name: groups(*shape) for name, shape in shapes.items()}
 
@@ -204,11 +184,7 @@ def _near(share: float, groups: Sequence[tuple[int, int]]) -> Iterator[float]:
 def from_shares(
     shares: Mapping[str, float], found: DecoderBlocks, sparsity: float, method: Method
 ) -> dict[str, Unstructured]:
-    """Return exact patterns from sparsities by layer that a user has named.
-
-    Raises:
-        InputError: a layer is missing or unknown, or they add up to another sparsity.
-    """
+    """Return exact patterns from sparsities by layer that a user has named."""
     shapes = _shapes(found)
     check_names(list(shapes), shares, "allocation")
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}

@@ -91,11 +91,7 @@ class Plan:
 
 
 def parse_memory(text: str) -> int:
-    """Return bytes from `6GiB`, `512MB` or `8000000000`.
-
-    Raises:
-        InputError: the text is not an amount of memory.
-    """
+    """Return bytes from `6GiB`, `512MB` or `8000000000`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
     value = float(match[1]) * UNITS[match[2] or ""] if match else 0
     if value < 1:
@@ -139,9 +135,6 @@ def make_plan(
     What it holds is rounded up to a quarter of a GiB, so that the same budget gives the same plan:
     the size of a micro-batch, `micro_tokens` at most if not `fixed`, decides how sums round. Fewer
     paused micro-batches and no overlap change no number, so they come first.
-
-    Raises:
-        InputError: the budget cannot hold one block with one micro-batch of the least size.
     """
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
@@ -206,9 +199,6 @@ def plan_for(
         sequential: whether micro-batches pause within a block.
         targets: how many share the work.
         rows_at_once: rows of a micro-batch of the work that is resumed, which must stay.
-
-    Raises:
-        InputError: the budget cannot hold one block at work.
     """
     blocks, (rows, length) = source.blocks, shape
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]

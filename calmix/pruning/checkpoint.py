@@ -94,9 +94,6 @@ def prune_checkpoints(
 
     Returns:
         A report for each target, in order.
-
-    Raises:
-        CalmixError: anything a user can mend, before an output is touched.
     """
     how: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
@@ -138,19 +135,7 @@ def check_request(
     overwrite: bool = False,
     **how: Any,
 ) -> Asked | None:
-    """Refuse what can be known to go wrong before a model is fetched or text is drawn.
-
-    Args:
-        recovery: of each target.
-        **how: as `check_models` takes it.
-        name, targets, resume, overwrite: as for `prune_checkpoints`.
-
-    Returns:
-        the calibration set; None without one, or where an earlier run may have drawn it.
-
-    Raises:
-        CalmixError: as `prune_checkpoints`.
-    """
+    """Refuse what can be known to go wrong before a model is fetched or text is drawn."""
     calibrated = (request for request in targets.values() if request.calibration is not None)
     request, asked = next(calibrated, None) or recovery, None
     inputs: list[object] = [name]
@@ -184,9 +169,6 @@ def planned(
     Args:
         rows, length: of the calibration set; 0 without one.
         name, targets, dtype, device, trust_remote_code, max_memory: as for `prune_checkpoints`.
-
-    Raises:
-        CalmixError: as `prune_checkpoints`, as far as it can be known.
     """
     how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     work = _Pruning(name, targets, max_memory, how, lambda line: None)
@@ -288,11 +270,7 @@ class _Pruning:
             self.checked_plan(shape)
 
     def plan(self, shape: tuple[int, int], *beside: Method) -> Plan:
-        """Return how to stay within the memory that every process has.
-
-        Raises:
-            InputError: as `plan_for`, or the work to resume had micro-batches of several sizes.
-        """
+        """Return how to stay within the memory that every process has."""
         looks = [looker(job.allocation) for job in self.jobs if job.allocation in SPREAD]
         looks += beside
         if self.share is not None and not beside:
@@ -437,12 +415,7 @@ class _Pruning:
         )  # fmt: skip
 
     def _drop(self, ids: Tensor) -> list[Dropped]:
-        """Score the experts and let the model without those that count least be the source.
-
-        Raises:
-            ModelError: the architecture's experts cannot be dropped.
-            InputError: it has none, or too few would be left.
-        """
+        """Score the experts and let the model without those that count least be the source."""
         source, work, share = self.source, self.works[0], self.share
         assert share is not None
         blocks = source.blocks.select()
@@ -637,10 +610,6 @@ def write_checkpoint(
 
 
 def check_space(opened: OpenModel, output: Path) -> None:
-    """Refuse before the work starts if the checkpoint will not fit on the disk.
-
-    Raises:
-        InputError: less is free than the weights take.
-    """
+    """Refuse before the work starts if the checkpoint will not fit on the disk."""
     needed = sum(p.numel() * p.element_size() for p in opened.model.parameters())
     check_free(output, needed, "the checkpoint takes")

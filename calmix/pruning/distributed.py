@@ -37,9 +37,6 @@ def launched(device: str) -> Iterator[str]:
     """Join the processes that torchrun has started, if it has; yield the device of this one.
 
     A mistake that several of them meet is raised in one; the others end with exit code 2.
-
-    Raises:
-        InputError: there is not a device for each process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield device
@@ -158,11 +155,7 @@ def everyone(value: T) -> list[T]:
 
 
 def _together(act: Callable[[], Any]) -> None:
-    """Do what all processes do.
-
-    Raises:
-        PeerError: one does not.
-    """
+    """Do what all processes do."""
     try:
         act()
     except RuntimeError as error:
@@ -180,11 +173,7 @@ def share(rows: int) -> range:
 
 
 def own_rows(ids: Tensor) -> Tensor:
-    """Return this process's share of the rows.
-
-    Raises:
-        InputError: there are fewer rows than processes.
-    """
+    """Return this process's share of the rows."""
     if len(ids) < (world := processes()[1]):
         raise InputError(f"{len(ids)} calibration rows are too few for {world} processes")
     own = share(len(ids))

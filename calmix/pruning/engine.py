@@ -158,9 +158,6 @@ def with_room(
     """Return `act(rows)`; where the device has no room, that of half as many rows at a time.
 
     `undone` puts back what `act` has changed and returns whether it could.
-
-    Raises:
-        DeviceMemoryError: one row is too many, or something cannot be put back.
     """
     while True:
         try:
@@ -205,12 +202,7 @@ def run_through(
 
 
 def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
-    """Refuse patterns that do not fit the layers.
-
-    Raises:
-        InputError: M of an N:M pattern does not divide a layer's width, a layer has no pattern,
-            or there is one without a layer.
-    """
+    """Refuse patterns that do not fit the layers."""
     layers = [layer for index in range(len(found)) for layer in found.prunables(index)]
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
@@ -219,11 +211,7 @@ def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
 
 
 def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
-    """Refuse a mapping that does not name the layers, all of them and nothing else.
-
-    Raises:
-        InputError: it misses a layer, or names something else.
-    """
+    """Refuse a mapping that does not name the layers, all of them and nothing else."""
     for name in named:
         if name not in layers:
             raise InputError(
@@ -240,11 +228,7 @@ def _of_layer(pattern: Patterns, name: str) -> Pattern:
 
 
 def check_ids(ids: Tensor | None, method: str) -> Tensor:
-    """Return calibration ids, or refuse them.
-
-    Raises:
-        InputError: there are none, or their shape is not (rows, length).
-    """
+    """Return calibration ids, or refuse them."""
     if ids is None or ids.ndim != 2 or not ids.numel():
         raise InputError(f"{method} needs calibration ids of shape (rows, length)")
     return ids
@@ -684,11 +668,7 @@ def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
 
 
 def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:
-    """Refuse weights, or statistics of inputs, that are not finite; the host reads once.
-
-    Raises:
-        SolverError: a weight or an input is not finite.
-    """
+    """Refuse weights, or statistics of inputs, that are not finite; the host reads once."""
     weights = [layer.view() for layer in layers]
     ends = [torch.stack(torch.aminmax(value)).float() for value in (*weights, *inputs)]
     finite = torch.stack(ends).isfinite().all(1).tolist()

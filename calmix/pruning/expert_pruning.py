@@ -120,18 +120,7 @@ def choose(
     reach: int | None = None,
     name: str = "a mixture",
 ) -> list[int]:
-    """Return the experts that are left, in order.
-
-    Args:
-        scores: of every expert.
-        share: to be dropped, in (0, 1).
-        groups: of experts next to one another that are chosen together.
-        chosen: experts a token is sent to; they may be of `reach` groups, None for all.
-        name: of the mixture, for errors.
-
-    Raises:
-        InputError: too few would be left, or none be dropped.
-    """
+    """Return the experts that are left, in order."""
     size = len(scores) // groups
     gone = round(share * size)
     left = size - gone
@@ -165,11 +154,7 @@ def experts_of(config: Any) -> int:
 
 
 def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
-    """Return which experts every mixture keeps.
-
-    Raises:
-        InputError: as `choose`, or mixtures differ in size.
-    """
+    """Return which experts every mixture keeps."""
     chosen = experts_per_token(model.config)
     groups = getattr(text_config(model.config), "n_group", None) or 1
     reach = getattr(text_config(model.config), "topk_group", None)
@@ -208,12 +193,7 @@ def unscored(source: StreamedModel) -> set[str]:
 
 
 def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Path) -> None:
-    """Write a model without the dropped experts, block by block, as a folder that loads.
-
-    Raises:
-        ModelError: the architecture holds its experts in a way that cannot be cut.
-        InputError: the disk is full.
-    """
+    """Write a model without the dropped experts, block by block, as a folder that loads."""
     by_name = {one.name: one for one in dropped}
     layers = tuple(unscored(source))
     taken = {name for name in source.unknown if name.startswith(layers)}

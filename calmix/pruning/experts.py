@@ -174,11 +174,7 @@ class Routed:
         return self.layers[0].view().device
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module on a few tokens and find the steps; return what it returned.
-
-        Raises:
-            ModelError: it cannot be seen what an expert's weights are applied to.
-        """
+        """Run the module on a few tokens and find the steps; return what it returned."""
         groups: dict[tuple[Any, ...], list[str]] = {}
         kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
 
@@ -253,11 +249,7 @@ class Routed:
         kwargs: dict[str, Any],
         add: Add,
     ) -> None:
-        """Do the same as if the tokens at some positions went to all of the experts.
-
-        Raises:
-            ModelError: the experts cannot be given tokens that are not theirs.
-        """
+        """Do the same as if the tokens at some positions went to all of the experts."""
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         count, width = self.mixture.count, hidden.shape[-1]
         with self._as_far_as(step, experts, add):

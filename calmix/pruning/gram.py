@@ -273,9 +273,6 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     Args:
         gram: symmetric float32 (columns, columns).
         damping: share of the mean diagonal added to the diagonal.
-
-    Raises:
-        SolverError: the matrix is not finite, is zero, or no attempt succeeded.
     """
     diagonal = gram.diagonal()
     if not torch.isfinite(diagonal).all():

@@ -119,11 +119,7 @@ class SemiStructured(Pattern):
 
 
 def as_pattern(value: Pattern | str | float) -> Pattern:
-    """Return a pattern: one itself, a sparsity such as `0.5`, or `N:M`.
-
-    Raises:
-        InputError: it is none of these.
-    """
+    """Return a pattern: one itself, a sparsity such as `0.5`, or `N:M`."""
     if isinstance(value, Pattern):
         return value
     for kind in Pattern.__subclasses__():
@@ -133,11 +129,7 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
 
 
 def check_columns(pattern: Pattern, columns: int, name: str = "a layer") -> None:
-    """Refuse a matrix whose width the pattern's groups do not divide.
-
-    Raises:
-        InputError: M does not divide `columns`.
-    """
+    """Refuse a matrix whose width the pattern's groups do not divide."""
     if columns % pattern.group:
         raise InputError(
             f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another, or "

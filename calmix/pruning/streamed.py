@@ -58,18 +58,6 @@ def prune_streamed(
 
     A block is read once and pruned for every target. What is the same for all is done once: the
     decoder's part before the blocks, and the statistic of the first input.
-
-    Args:
-        source: the model.
-        ids: calibration ids, None if no target needs them.
-        targets: their work folders are claimed.
-        plan: of memory.
-        sources: of each calibration row, for the report.
-        progress: called with (blocks done, blocks) of all targets, at the start too if some are.
-
-    Raises:
-        ModelError, InputError, SolverError: as `calmix.pruning.engine.prune`.
-        DiskError: the disk is full; what is done stays.
     """
     blocks, layout = source.blocks, list(source.layout.items())
     began = time.perf_counter()

@@ -110,9 +110,6 @@ class Calls:
 
     It learns from a few token ids, (1, tokens). Weights outside the blocks and those of the first
     block must be there.
-
-    Raises:
-        ModelError: the blocks do not pass hidden states straight from one to the next.
     """
 
     def __init__(self, model: Any, found: DecoderBlocks, ids: Tensor) -> None:
@@ -344,11 +341,7 @@ def _identity(value: Tensor) -> tuple[Any, ...]:
 
 
 def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedInput | Routed]]:
-    """Return the distinct inputs of every block of a model in memory, on ids (1, tokens).
-
-    Raises:
-        ModelError: as `Calls` and `observe_block`.
-    """
+    """Return the distinct inputs of every block of a model in memory, on ids (1, tokens)."""
     hidden, calls, written = Calls(model, found, ids).record(ids)
     return [observe_block(found, i, call, hidden, written).inputs for i, call in enumerate(calls)]
 

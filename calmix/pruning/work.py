@@ -95,12 +95,7 @@ class WorkFolder:
         return bool(self.done or self.kept.get("dropped"))
 
     def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any]:
-        """Take the folder for a request and return `kept`.
-
-        Raises:
-            InputError: another process works in it; it holds another request's work, or work that
-                is neither to be resumed nor replaced; or the output cannot be written.
-        """
+        """Take the folder for a request and return `kept`."""
         with disk_errors(self.output), contextlib.suppress(Timeout):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
@@ -252,9 +247,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """Return what work.json of a work folder says: `request`, `other_versions` and `kept`.
 
     None where there is no such file.
-
-    Raises:
-        InputError: it is not what was written.
     """
     path = folder / RECORD
     try:

@@ -62,9 +62,6 @@ def prune_and_recover(
     calls the pruned model, which is then gone. Interrupted at any moment, it resumes with
     `resume`. All arguments are as for these two; the recovery computes in `dtype` too, or in what
     it can train in.
-
-    Raises:
-        CalmixError: anything a user can mend, before an output is touched.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(

@@ -44,9 +44,6 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
 
     They are taken at even steps from the rows in order of their source, so that a source has as
     much say in when to stop as it has weight in the set.
-
-    Raises:
-        InputError: less than a batch is left.
     """
     rows = len(sources)
     held = held_out(rows)

@@ -168,11 +168,7 @@ class Card:
 
 
 def read_card(out: Path) -> Card:
-    """Return what is known of the model in a folder of `calmix compress`.
-
-    Raises:
-        InputError: it is no such folder, it is not finished, or a file in it is damaged.
-    """
+    """Return what is known of the model in a folder of `calmix compress`."""
     record = read_record(out)
     model = str(record.request["model"])
     for needed in ("model", "scores.json"):
@@ -367,11 +363,7 @@ def model_card(card: Card) -> str:
 
 
 def several_page(cards: Sequence[Card]) -> str:
-    """Return a page that puts several models side by side.
-
-    Raises:
-        InputError: they were scored on different suites, or against different dense models.
-    """
+    """Return a page that puts several models side by side."""
     first = cards[0]
     for card in cards[1:]:
         check_same_suite(card.scores.suite, first.scores.suite)

@@ -69,13 +69,7 @@ def _(
 
 
 def usable(device: torch.device, size: int, m: int, go: int, check: Callable[..., bool]) -> bool:
-    """Tell whether the kernel runs on a device, and does there what the plain loop does.
-
-    Args:
-        device: where it is to run.
-        size, m, go: columns of a block, and as for `prune_columns`: each is compiled on its own.
-        check: runs both on an example of them; asked once.
-    """
+    """Tell whether the kernel runs on a device, and does there what the plain loop does."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     return tried("the kernel for SparseGPT", device, check, size, m, go)

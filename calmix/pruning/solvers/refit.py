@@ -58,11 +58,7 @@ class Scaled:
 
 
 def scale(gram: Tensor) -> Scaled:
-    """Scale a Gram matrix to unit diagonal.
-
-    Raises:
-        SolverError: its diagonal is not finite, or zero on every token.
-    """
+    """Scale a Gram matrix to unit diagonal."""
     squares = gram.diagonal()
     if not torch.isfinite(squares).all():
         raise SolverError("the inputs of this layer are not finite")
@@ -93,9 +89,6 @@ def refit(
         steps: steps of conjugate gradients.
         damping: share of every input's own square sum added to it; raised, to a hundredfold at
             most, until what rounding has made of the Gram matrix is positive definite.
-
-    Raises:
-        SolverError: the Gram matrix or the weights are not finite, or every input is zero.
     """
     scaled = scale(gram)
     damping *= inverse_factor(scaled.gram, damping).raised if damping else 1
