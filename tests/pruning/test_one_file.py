@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import calmix as api
 from calmix.analysis.cells import method_name
@@ -13,6 +12,7 @@ from calmix.pruning.methods import METHODS
 from calmix.study import load_study, read_results, run_study
 from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import Recorder
+from tests.tiny import load_weights
 
 FILE = '''
 """Prune by |W| mean(|x|)^strength within a layer."""
@@ -62,7 +62,7 @@ def test_a_method_is_one_file(installed, calmix, tiny_folder, text_file, tmp_pat
     ids = api.resolve(str(text_file), opened, rows=6, length=32).ids
     report = api.prune(opened.model, ids, method="tempered", pattern=0.5, strength=3)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    found = load_weights(tmp_path / "out")
     for name, weight in opened.model.state_dict().items():
         assert name not in found or torch.equal(found[name], weight), name
     assert "tempered" in calmix("doctor", "methods").out
