@@ -118,6 +118,8 @@ def known_model(name: str) -> Path | BuiltinModel | None:
             raise ModelError(f"unknown builtin model '{short}': {nearest(short, known)}")
         return known[short]
     path = user_path(name)
+    if len(path.name) > 255:  # of a file, anywhere
+        raise ModelError(f"'{name[:40]}...' is too long for the name of a model")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file but not a .gguf: name its folder, or a GGUF file")

@@ -255,8 +255,9 @@ class Routed:
         with self._as_far_as(step, experts, add):
             if self.kind == "modules":
                 for expert in experts:
+                    run: Any = self.mixture.experts
                     try:
-                        self.mixture.experts[expert].forward(hidden.reshape(-1, width)[tokens])  # type: ignore[index]
+                        run[expert].forward(hidden.reshape(-1, width)[tokens])
                     except TypeError as error:
                         raise ModelError(
                             f"the experts in {self.name} cannot be run on their own"
