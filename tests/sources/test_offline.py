@@ -42,12 +42,16 @@ def test_documents_are_many_distinct_and_none_of_the_suites(name, texts):
         assert not [problem for problem in problems if problem.partition("\n\n")[0] in starts]
 
 
-@pytest.mark.parametrize("looked_at", [5, pytest.param(100, marks=pytest.mark.long)])
-def test_the_guard_lets_every_source_pass(looked_at, texts):
-    """No builtin source is refused for what the offline suite scores."""
+@pytest.mark.parametrize(
+    ("looked_at", "suite"),
+    [(5, "offline"), pytest.param(100, "offline", marks=pytest.mark.long),
+     pytest.param(100, "abilities", marks=pytest.mark.long)],
+)  # fmt: skip
+def test_the_guard_lets_every_source_pass(looked_at, suite, texts):
+    """No builtin source is refused for what a suite scores."""
     opened = open_tokenizer("builtin:smollm2-135m")
     tokenize = tokenizer_function(opened.tokenizer)
-    guard = guard_of("offline", 13, opened)
+    guard = guard_of(suite, 13, opened)
     for name, documents in texts.items():
         step = max(1, len(documents) // looked_at)
         assert list(guard.filter(name, tokenized(documents[::step], tokenize)))

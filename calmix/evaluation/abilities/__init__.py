@@ -82,7 +82,7 @@ def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
         right = doc.get("canonical_solution") or doc.get("code") or doc.get("solution")
         right = right or doc.get("answer") or item.right
         asked = doc.get("question") or doc.get("query") or item.chat or item.plain
-        found.append((item.id, f"{asked}\n{right}"))
+        found.append((item.id, f"{str(asked).rpartition('Question:')[2]}\n{right}"))
     return found
 
 
@@ -130,7 +130,7 @@ def load_asked(name: str) -> Asked:
 def _number(doc: Mapping[str, Any], number: int) -> int:
     """MBPP is known by its task_id in every form of it, so that one decides its parity."""
     known = str(doc.get("task_id", ""))
-    return int(known) if known.isdigit() else number
+    return int(known) if known.isdigit() else doc.get("number", number)
 
 
 def _archive(member: str) -> list[dict[str, Any]]:
@@ -143,7 +143,8 @@ def _archive(member: str) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for request in assets.read_jsonl(ARCHIVE, member):
         context = request["request"]["context"]
-        found.setdefault(request["doc_id"], {**request["doc"], "context": context})
+        number = request["doc_id"]
+        found.setdefault(number, {**request["doc"], "context": context, "number": number})
     return list(found.values())
 
 
