@@ -367,18 +367,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with hidden(path) as beside:
             yield beside
-            sync_all(beside)
-            if not path.exists():
-                beside.rename(path)
-                sync(path.parent)
-                return
-            with hidden(path, kind=OLD) as old:
-                try:
-                    path.rename(old / path.name)
-                    beside.rename(path)
-                    sync(path.parent)
-                except BaseException:
-                    with suppress(OSError):
-                        if not path.exists():
-                            (old / path.name).rename(path)
-                    raise
+            put_folder(beside, path)
+
+
+def put_folder(beside: Path, path: Path) -> None:
+    """Rename a folder onto `path`; what stands there is replaced, and put back on any failure."""
+    sync_all(beside)
+    if not path.exists():
+        beside.rename(path)
+        sync(path.parent)
+        return
+    with hidden(path, kind=OLD) as old:
+        try:
+            path.rename(old / path.name)
+            beside.rename(path)
+            sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                if not path.exists():
+                    (old / path.name).rename(path)
+            raise

@@ -22,6 +22,7 @@ from calmix.files import (
     check_output_file,
     check_output_folder,
     hidden,
+    put_folder,
     write_text,
 )
 from calmix.manifest import file_hashes
@@ -249,7 +250,7 @@ def test_a_prune_that_was_asked_to_overwrite_spares_what_was_put_there_meanwhile
     def slow(*given):
         output.mkdir()
         (output / "thesis.tex").touch()
-        write(*given)
+        return write(*given)
 
     monkeypatch.setattr(checkpoint, "_write_beside", slow)
     ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output, "--overwrite")
@@ -370,3 +371,23 @@ def test_what_the_killed_left_is_no_file_of_the_result(tmp_path):
     for name in ("b", "sub/a", ".kept", ".b.partial-0a1b2c3d", "sub/.a.partial-0a1b2c3d"):
         (tmp_path / name).touch()
     assert list(file_hashes(tmp_path, without=["b"])) == [".kept", "sub/a"]
+
+
+def test_what_is_replaced_is_put_back_where_the_new_one_does_not_get_its_place(
+    tmp_path, monkeypatch
+):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put_folder(tmp_path / "new", tmp_path / "old")
+    assert names(tmp_path) == ["new", "old"]
+    assert names(tmp_path / "old") == ["old"]

@@ -28,7 +28,7 @@ from calmix.calibration import (
     resolve,
     saved_set,
 )
-from calmix.errors import CalmixError, InputError, ModelError, disk_errors
+from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import atomic_folder, check_free, check_output_folder, sha256_json, write_json
 from calmix.manifest import (
     asked_record,
@@ -115,9 +115,7 @@ def prune_checkpoints(
                 done |= work.prune(progress)
         except BaseException as error:
             for job in work.jobs:
-                kept = job.work.claimed and job.work.leave(error)
-                mistake = isinstance(error, CalmixError)
-                if kept and (not mistake or isinstance(error, distributed.PeerError)):
+                if job.work.claimed and job.work.leave(error):
                     what = f"{job.work.done} blocks" if job.work.done else "the experts' scores"
                     say(f"{what} are kept in {job.work.path}: resume with --resume")
             raise
@@ -249,7 +247,7 @@ class _Pruning:
                 found[job.output] = told_report(manifest, run)
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            job.work.remove_leftover()
+            job.work.remove_leftover(job.asked)
         return found
 
     def claim(self, resume: bool, overwrite: bool) -> None:
@@ -312,10 +310,9 @@ class _Pruning:
         needed = len(self.jobs) * (self.checkpoint_bytes + states)
 
         def check() -> None:
-            for work in self.works:
-                files = (path for path in work.path.rglob("*") if path.is_file())
-                held = sum(path.stat().st_blocks * 512 for path in files)
-                check_free(work.output, needed - held, what)
+            files = [path for one in self.works for path in one.path.rglob("*") if path.is_file()]
+            held = sum(path.stat().st_blocks * 512 for path in files)
+            check_free(self.works[0].output, needed - held, what)
 
         distributed.once(check)
         return plan
@@ -500,7 +497,7 @@ class _Pruning:
             run = run_record(seconds) | {
                 "batch": report.rows_at_once, "processes": distributed.processes()[1],
             }  # fmt: skip
-            _write_beside(work.checkpoint, source, manifest, run)
+            work.check(_write_beside(work.checkpoint, source, manifest, run))
         work.complete()
 
 
@@ -576,8 +573,9 @@ def _write_beside(
     source: OpenModel | WeightSource,
     manifest: dict[str, Any],
     run: dict[str, Any],
-) -> None:
-    """Write code and processor files that came with the model, the manifest and the run record."""
+) -> dict[str, str]:
+    """Write code and processor files that came with the model, the manifest and the run record;
+    return the files' hashes."""
     for kind in PROCESSOR_FILES:
         for path in source.folder.glob(kind):
             if not (folder / path.name).exists():
@@ -588,6 +586,7 @@ def _write_beside(
     hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
     write_json(folder / MANIFEST, sealed(manifest | hashed))
     write_json(folder / RUN, run)
+    return hashed["files"]
 
 
 def write_checkpoint(

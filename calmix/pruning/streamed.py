@@ -105,6 +105,8 @@ def prune_streamed(
             finished += 1
             if progress is not None:
                 progress(finished, len(runs) * len(blocks))
+        own.clear()  # one block lives at a time
+        dense.clear()
         for target, run in replayed:
             source.refill(index, target.work.load(name))
             run.replay(index)

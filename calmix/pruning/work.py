@@ -39,10 +39,9 @@ from calmix.files import (
     hidden,
     holds_result,
     parse_json,
+    put_folder,
     real_place,
     sha256_file,
-    sync,
-    sync_all,
     write_json,
 )
 from calmix.manifest import other_versions, seal_holds, sealed
@@ -189,6 +188,14 @@ class WorkFolder:
             raise damaged(path)
         return read_file(path)
 
+    def check(self, hashes: Mapping[str, str]) -> None:
+        """Refuse files that are not what was saved; `hashes` are those of the checkpoint's."""
+        for name, wanted in self.kept.get("files", {}).items():
+            place, _, file = name.partition("/")
+            found = hashes.get(file) if place == CHECKPOINT else sha256_file(self.path / name)
+            if found != wanted:
+                raise damaged(self.path / name)
+
     def scratch(self, name: str) -> Path:
         """Return a new folder for files of this run alone."""
         path = self.path / "scratch" / name
@@ -204,16 +211,11 @@ class WorkFolder:
                 replaceable = self._overwrite and holds_result(self.output)
                 if any(self.output.iterdir()) and not replaceable:
                     raise DiskError(f"{self.output} has been filled meanwhile: move it")
-                old = self.path / "replaced"
-                shutil.rmtree(old, ignore_errors=True)
-                self.output.rename(old)
-            sync_all(self.checkpoint)
-            self.checkpoint.rename(self.output)
-            sync(self.output.parent)
+            put_folder(self.checkpoint, self.output)
         self.abandon()
 
     def leave(self, error: BaseException) -> bool:
-        """Keep what a later run can resume, and nothing else; return whether it stays.
+        """Keep what a later run can resume, and nothing else; return whether that is worth trying.
 
         A mistake would end the next run too, unlike a full disk, an interrupt or a defect. What an
         earlier run has left stays whatever happens.
@@ -222,7 +224,7 @@ class WorkFolder:
         again = isinstance(error, passing) or not isinstance(error, CalmixError)
         stays = self.resumes or (self.begun and again)
         (self.close if stays else self.abandon)()
-        return stays
+        return stays and again
 
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""
@@ -235,12 +237,14 @@ class WorkFolder:
                 self.path.rename(aside / RECORD)
         self.close()
 
-    def remove_leftover(self) -> None:
-        """Remove the folder of a run that ended after the output had its name."""
-        if (self.path / RECORD).is_file():
-            with contextlib.suppress(Timeout):
-                self._lock.acquire(blocking=False)
-            self.abandon()
+    def remove_leftover(self, asked: Mapping[str, Any]) -> None:
+        """Remove the folder of a run of this request that ended after the output had its name."""
+        with contextlib.suppress(InputError):
+            record = read_record(self.path)
+            if record is not None and record["request"] == json.loads(json.dumps(asked)):
+                with contextlib.suppress(Timeout):
+                    self._lock.acquire(blocking=False)
+                self.abandon()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

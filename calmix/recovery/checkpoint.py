@@ -19,7 +19,7 @@ from calmix.calibration import (
     resolve,
     saved_set,
 )
-from calmix.errors import CalmixError, InputError, ModelError, disk_errors
+from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, read_object, sha256_json, write_json
 from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models import open_model
@@ -144,7 +144,7 @@ def recover(
                 _finish(job, asked, report, called or pair.pruned.name)
             job.wait()
         except BaseException as error:
-            if work.claimed and work.leave(error) and not isinstance(error, CalmixError):
+            if work.claimed and work.leave(error):
                 kept = f"{work.done} {work.unit} are kept in {work.path}"
                 job.say(f"{kept}: resume with --resume")
             raise
@@ -234,5 +234,5 @@ def finished_report(job: Job, asked: dict[str, Any]) -> RecoveryReport | None:
     except (KeyError, TypeError):
         return None
     job.say(f"{job.output} was finished by an earlier run")
-    job.work.remove_leftover()
+    job.work.remove_leftover(asked)
     return report

@@ -354,13 +354,14 @@ def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
         assert hashes(tmp_path / "cut" / name) == hashes(tmp_path / "whole" / name)
 
 
-def test_a_damaged_block_is_one_line(calmix, deep, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", [1, -1], ids=["a block", "beside the blocks"])
+def test_a_damaged_file_is_one_line(which, calmix, deep, text_file, tmp_path, monkeypatch):
     command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     with monkeypatch.context() as patched:
         interrupt_before(patched, 3)
         assert calmix(*command, tmp_path / "out").code == 130
     work = tmp_path / "out.unfinished"
-    path = sorted(work.rglob("*.safetensors"))[1]
+    path = sorted(work.rglob("model-*.safetensors"))[which]
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     ended = calmix(*command, tmp_path / "out", "--resume")
     assert ended.code == 2

@@ -87,7 +87,8 @@ def test_a_damaged_file_is_one_line(cut, how):
         work.kept["files"] = {}
     with pytest.raises(InputError, match="safetensors is damaged"):
         work.load(SHARD)
-    assert work.leave(InputError("damaged"))  # an earlier run's work stays
+    assert not work.leave(InputError("damaged"))
+    assert work.path.exists()  # an earlier run's work stays
 
 
 def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
@@ -99,6 +100,11 @@ def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
         work.keep(done=done)
         assert work.leave(error) == stays
         assert work.path.exists() == stays
+
+
+def test_a_leftover_of_another_request_stays(cut):
+    WorkFolder(cut).remove_leftover(ASKED | {"sparsity": 0.6})
+    assert claimed(cut, resume=True).done == 2
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -165,7 +171,7 @@ def test_killed_at_any_moment_it_starts_over_or_resumes(tmp_path, tmp_path_facto
     log = tmp_path_factory.mktemp("log") / "log"
     assert run(act, log).code == -signal.SIGKILL
     if moment == "abandon":
-        WorkFolder(tmp_path / "out").remove_leftover()
+        WorkFolder(tmp_path / "out").remove_leftover(ASKED)
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         return
     again = claimed(tmp_path / "out", resume=True)
