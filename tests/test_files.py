@@ -255,7 +255,7 @@ def test_a_prune_that_was_asked_to_overwrite_spares_what_was_put_there_meanwhile
     monkeypatch.setattr(checkpoint, "_write_beside", slow)
     ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output, "--overwrite")
     assert (ended.code, names(output)) == (2, ["thesis.tex"])
-    assert "has been filled meanwhile" in ended.line
+    assert "has been filled meanwhile" in ended.err
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that takes no files is needed")

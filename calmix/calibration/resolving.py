@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calmix.calibration.build import build
+from calmix.calibration.build import Packing, build
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.leakage import guard_of
 from calmix.calibration.selfgen.generators import Generator, generate
@@ -110,29 +110,48 @@ def resolve(
     if asked.saved is not None:
         return CalibrationSet.open(user_path(text), opened)
     spec, draw = asked.spec, asked.draw
-    how: dict[str, Any] = {
-        "length": draw.length,
-        "seed": draw.seed,
-        "guard": guard_of(draw.leakage, draw.leakage_tokens, opened),
-        "own": spec.own,
-    }
+    guard = guard_of(draw.leakage, draw.leakage_tokens, opened)
+    return make(
+        spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed, packing=draw.packing,
+        guard=guard, tick=tick, writing=writing, note=note,
+    )  # fmt: skip
+
+
+def make(
+    spec: Spec,
+    opened: HasTokenizer,
+    *,
+    rows: int,
+    packing: Packing,
+    tick: Callable[[str], None] | None = None,
+    writing: Callable[[str, int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+    **draw: Any,
+) -> CalibrationSet:
+    """Return a set as a parsed specification says; `draw` has length, seed and guard."""
 
     def written(generator: Generator, rows: int) -> CalibrationSet:
         if not isinstance(opened, OpenModel):
             raise InputError(f"{generator.name} runs the model: open it, not its tokenizer alone")
-        return generate(generator, opened, rows=rows, writing=writing, note=note, **how)
+        how = {"own": spec.own, "writing": writing, "note": note, **draw}
+        return generate(generator, opened, rows=rows, **how)
+
+    def drawn(mix: Mix, rows: int) -> CalibrationSet:
+        how = {"own": spec.own, "packing": packing, "tick": tick, **draw}
+        return build(mix, opened, rows=rows, **how)
 
     if spec.generator is not None:
-        return written(spec.generator, draw.rows)
+        return written(spec.generator, rows)
     if not spec.written:
-        return build(spec.mix, opened, rows=draw.rows, packing=draw.packing, tick=tick, **how)
-    counts = rows_per_source(spec.mix, draw.rows)
+        return drawn(spec.mix, rows)
+    counts = rows_per_source(spec.mix, rows)
     parts = {n: written(one, counts[n]) for n, one in spec.written.items() if counts[n]}
     if rest := {name: float(counts[name]) for name in spec.sources if counts[name]}:
-        rows, mix = round(sum(rest.values())), make_mix(rest, text)
-        drawn = build(mix, opened, rows=rows, packing=draw.packing, tick=tick, **how)
-        parts = {"sources": drawn, **parts}
-    return _together(parts, spec, draw.seed)
+        parts = {
+            "sources": drawn(make_mix(rest, str(spec.mix)), round(sum(rest.values()))),
+            **parts,
+        }
+    return _together(parts, spec, draw["seed"])
 
 
 def _together(parts: Mapping[str, CalibrationSet], spec: Spec, seed: int) -> CalibrationSet:
@@ -142,8 +161,11 @@ def _together(parts: Mapping[str, CalibrationSet], spec: Spec, seed: int) -> Cal
     left = {name: iter(range(part.rows)) for name, part in parts.items()}
     places = [(name, next(left[name])) for name in owner.tolist()]
     names = tuple(parts[name].sources[at] if name == "sources" else name for name, at in places)
+    of_text = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
+    first, model = next(iter(parts.values())).manifest, list(parts.values())[-1].manifest["model"]
     manifest = {
-        **next(iter(parts.values())).manifest,
+        **{key: value for key, value in first.items() if key not in of_text},
+        "model": model,
         "mix": spec.mix.weights,
         "rows": len(places),
         "written": {name: part.manifest for name, part in parts.items() if name != "sources"},

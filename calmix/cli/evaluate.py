@@ -114,6 +114,8 @@ def run(options: EvaluateOptions) -> None:
     )  # fmt: skip
     chosen, left_out = capability.runnable(chosen, options.allow_code_execution)
     capability.check_code(chosen, options.allow_code_execution)
+    if left_out:
+        note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     saved = against is not None and against.lower().endswith(".json")
     own = parse_texts(options.text)
     if own and (against is None or saved):
@@ -159,7 +161,7 @@ def run(options: EvaluateOptions) -> None:
                 progress=bar.of("distance to the dense model"), **options.drawn(),
             ).to_dict()  # fmt: skip
     scores = replace(score(pruned, False), distance=found)
-    made: dict[str, Any] = {"scores": scores.to_dict()}
+    made: dict[str, Any] = {"scores": scores.to_dict(), "not_run": left_out}
     if dense is not None:
         kept = scores.retention(dense, **options.judged())
         made |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
@@ -169,8 +171,6 @@ def run(options: EvaluateOptions) -> None:
         print_json(made)
         return
     _print(scores, dense, options)
-    if left_out:
-        note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from calmix.analysis.recommend import check_weights
 from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_spec
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import check_code, choose
+from calmix.evaluation.evaluate import check_code, choose, runnable
 from calmix.evaluation.generations import read_prompts
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
@@ -132,7 +132,7 @@ def request(
     prune_request(
         method=COMPRESS_METHOD, sparsity=sparsity, pattern=asked.pattern, calibration=text
     )
-    check_code(choose(asked.suite), False)
+    check_code(runnable(choose(asked.suite), False)[0], False)
     if asked.prompts is not None:
         read_prompts(asked.prompts)
     if asked.max_memory is not None:

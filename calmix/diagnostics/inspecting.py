@@ -256,7 +256,8 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
         leakage = f"checked against {guard['suite']}, {dropped} documents dropped"
     health.facts = {
         "model": manifest.get("model", {}).get("name"),
-        "made by": manifest.get("generated") or "drawing",
+        "made by": manifest.get("generated")
+        or " and ".join(["drawing", *manifest.get("written", [])]),
         "rows": f"{held.rows} of {held.length} tokens",
         "from": ", ".join(f"{name} {count}" for name, count in held.counts.items()),
         "distinct tokens": int(held.ids.unique().numel()),

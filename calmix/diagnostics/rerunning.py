@@ -14,12 +14,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from calmix.calibration import CalibrationSet, Mix, build, make_mix, open_tokenizer
+from calmix.calibration import CalibrationSet, Mix, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
+from calmix.calibration.resolving import make
 from calmix.calibration.selfgen.generators import generate
-from calmix.calibration.spec import read_generator
+from calmix.calibration.spec import Spec, read_generator
 from calmix.diagnostics.inspecting import read_manifest
 from calmix.errors import InputError, disk_errors
 from calmix.files import check_output_folder, hidden, holds_result, read_object, real_place
@@ -296,7 +297,8 @@ def _calibrate(
         make_mix(told.mix, str(path))  # as it is kept: it would round the weights
         if not math.isclose(sum(told.mix.values()), 1):
             raise InputError(f"{path} has weights that do not sum to 1")
-        made = build(Mix(told.mix), opened, packing=asked.packing, **draw)
+        spec = Spec(Mix(told.mix), own=draw.pop("own") or {})
+        made = make(spec, opened, packing=asked.packing, **draw, **how)
     else:
         settings = {k: v for k, v in told.settings.items() if not k.endswith("_sha256")}
         generator = read_generator(told.generated, settings, str(path))

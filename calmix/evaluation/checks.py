@@ -19,7 +19,7 @@ LANGUAGES = {  # words that a text of one has and the others have not
     "de": "der die das ein eine einen ist und von im in auf mit den dem hat sich himmel",
 }
 CODE = re.compile(r"```(?:[a-zA-Z0-9+]*)\s*\n(.*?)(?:```|\Z)", re.DOTALL)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)-?\.\d+")
 
 
 def short_text(text: str) -> str:
@@ -36,7 +36,14 @@ def first_line(text: str) -> str:
 
 def exact_match(answer: str, right: Sequence[str]) -> bool:
     """Tell whether the first line of an answer is one of the right ones."""
-    return short_text(first_line(answer)) in {short_text(one) for one in right}
+    given = short_text(first_line(answer))
+    return bool(given) and given in {short_text(one) for one in right}
+
+
+def same_text(answer: str, right: Sequence[str]) -> bool:
+    """Tell whether the first line of an answer is one of the right ones, letter by letter."""
+    given = first_line(answer).strip("'\"` ").replace('"', "'")
+    return given in {one.strip("'\"` ").replace('"', "'") for one in right}
 
 
 def word_f1(answer: str, right: Sequence[str]) -> float:
@@ -52,7 +59,7 @@ def word_f1(answer: str, right: Sequence[str]) -> float:
 
 def last_number(answer: str) -> float | None:
     """Return the last number an answer has."""
-    found = NUMBER.findall(answer)
+    found = NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -61,43 +68,55 @@ def same_number(answer: str, right: str) -> bool:
     return last_number(answer) == float(right.replace(",", ""))
 
 
-def same_result(answer: str, right: str) -> bool:
-    """Tell whether an answer's last boxed result, or else its last formula, is the right one
-    (normalised as by Hendrycks et al., arXiv 2103.03874)."""
-    from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
+def same_result(answer: str, solution: str) -> bool:
+    """Tell whether an answer's last boxed result, or else its last formula or number, is that of a
+    solution (normalised as by Hendrycks et al., arXiv 2103.03874)."""
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
-    boxed = last_boxed_only_string(answer)
+    plain = [re.sub(r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b", r"\1", one)
+             for one in (_result(answer), _result(solution))]  # fmt: skip
+    return bool(plain[0].strip()) and bool(is_equiv(plain[0].strip(), plain[1].strip()))
+
+
+def _result(text: str) -> str:
+    from lm_eval.tasks.hendrycks_math.utils import last_boxed_only_string, remove_boxed
+
+    boxed = last_boxed_only_string(text)
     if boxed is not None and boxed.startswith("\\boxed{"):
-        given = remove_boxed(boxed)
-    else:
-        stated = re.search(r"final answer is:?\s*\$?(.*?)\$?\.?(?: I hope|$)", answer, re.DOTALL)
-        formulas = re.findall(r"\$([^$]+)\$", answer)
-        found = last_number(answer)
-        given = (stated[1] if stated else formulas[-1] if formulas
-                 else "" if found is None else f"{found:g}")  # fmt: skip
-    return bool(is_equiv(given.strip(), right))
+        return str(remove_boxed(boxed))
+    formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
+    if formulas:
+        return next(filter(None, formulas[-1]))
+    found = NUMBER.findall(text)
+    return str(found[-1]).replace(",", "") if found else ""
 
 
 def program(answer: str, head: str, entry: str) -> str:
     """Return the program of an answer: its code, with the function's head where that is missing."""
-    blocks = CODE.findall(answer)
-    code = next((block for block in blocks if f"def {entry}" in block), None)
+    blocks, defined = CODE.findall(answer), re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
+    code = next((block for block in blocks if defined.search(block)), None)
     if code is None:
         code = blocks[0] if blocks else answer
-    if f"def {entry}" not in code:
+    if not defined.search(code):
         return head + code
-    imports = [line for line in head.splitlines() if line.startswith(("import ", "from "))]
-    return "\n".join([*imports, code])
+    before = defined.split(head)[0] if defined.search(head) else ""
+    return before + code
 
 
 def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
     """Tell whether an answer to a plain request is as its family in chat.yaml says."""
     text = answer.strip()
-    return bool(text) and all(_REQUESTED[key](text, value) for key, value in expected.items())
+    words = re.findall(r"\w+", text.lower())
+    looping = len(words) > 4 and max(Counter(words).values()) > len(words) / 2
+    return (
+        bool(text)
+        and not looping
+        and all(_REQUESTED[key](text, value) for key, value in expected.items())
+    )
 
 
 def _plain(text: str) -> str:
-    return text.strip().strip("\"'`*_ \n").rstrip(".!").strip()
+    return text.strip("\"'`*_.! \n")
 
 
 def _is(text: str, value: str) -> bool:
@@ -105,25 +124,30 @@ def _is(text: str, value: str) -> bool:
 
 
 def _same(text: str, value: str) -> bool:
-    return re.sub(r"\s+", " ", _plain(text)).lower() == _plain(value).lower()
+    given, wanted = (re.sub(r"\s+|(?<=,)(?=\S)", " ", _plain(one)) for one in (text, value))
+    return given.lower() == wanted.lower()
 
 
 def _items(text: str, comma: bool = False) -> list[str]:
-    parts = text.split(",") if comma else text.splitlines()
-    return [part for part in (re.sub(r"^\s*(?:[-*•]|\d+[.)])?\s*", "", one) for one in parts)
-            if part]  # fmt: skip
+    parts = re.split(r",| and ", text) if comma else text.splitlines()
+    named = [
+        re.sub(r"^\s*(?:[-*•]|\d+[.)]|and )?\s*", "", one).strip(" .*").lower() for one in parts
+    ]
+    return list(dict.fromkeys(filter(None, named)))  # one that is named twice is one
 
 
 def _json(text: str, value: str) -> bool:
-    blocks = CODE.findall(text)
+    found = re.search(r"\{.*\}", text, re.DOTALL)
     try:
-        return bool(json.loads(blocks[0] if blocks else text) == json.loads(value))
-    except ValueError:
+        given, wanted = (json.dumps(json.loads(one), sort_keys=True).lower()
+                         for one in (found[0] if found else "", value))  # fmt: skip
+    except (ValueError, RecursionError):
         return False
+    return given == wanted
 
 
 def _any(text: str, value: str) -> bool:
-    return any(one.lower() in text.lower() for one in value.split("|"))
+    return any(re.search(rf"\b{re.escape(one.lower())}", text.lower()) for one in value.split("|"))
 
 
 def _language(text: str, value: str) -> bool:
@@ -134,7 +158,8 @@ def _language(text: str, value: str) -> bool:
 
 
 def _sentences(text: str) -> int:
-    return len(re.findall(r"[.!?]+(?=\s|$)", text)) or 1
+    short = re.sub(r"\b(?:[a-z]\.){2,}", "", text)  # p.m.
+    return len([part for part in re.split(r"[.!?]+(?:\s+|$)", short) if part.strip()])
 
 
 _REQUESTED = {

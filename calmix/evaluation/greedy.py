@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from calmix.calibration.selfgen.writing import end_tokens
 from calmix.evaluation.scorer import attention_window
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
-from calmix.models.opening import quiet_transformers
+from calmix.models.opening import end_tokens, generating, quiet_transformers
 
 ROWS = 64  # at a time
 SHARED = 8  # tokens that all prompts of a batch begin with, to be worth a pass of their own
@@ -74,7 +73,8 @@ class _Writer:
         context = opened.context or 2**31
         self.room = [min(one.tokens, context // 2) for one in prompts]
         self.ids = [
-            list(one.ids)[-(context - room) :] for one, room in zip(prompts, self.room, strict=True)
+            (list(one.ids) or self.ends[:1].tolist() or [0])[-(context - room) :]
+            for one, room in zip(prompts, self.room, strict=True)
         ]
         self.until = [one.until for one in prompts]
         self.written: list[list[int]] = [[] for _ in prompts]
@@ -184,8 +184,9 @@ class _Writer:
             do_sample=False, num_beams=1, max_new_tokens=max(self.room[row] for row in rows),
             eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
         )  # fmt: skip
-        made = self.model.generate(
-            given, attention_mask=torch.ones_like(given), generation_config=config
-        )
+        with generating(self.model, config):
+            made = self.model.generate(
+                given, attention_mask=torch.ones_like(given), generation_config=config
+            )
         for step in made[:, given.shape[1] :].T:
             self._take(rows, step)

@@ -75,7 +75,8 @@ class TaskScores:
         tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
         needed = {len(self.gold)} if self.loglikelihoods else set()
         needed |= {len(self.bytes)} if self.loglikelihoods and self.primary == "bits" else set()
-        lengths = {len(part) for part in (self.values, self.gold, self.unigram, *tables) if part}
+        lengths = {len(part) for part in (self.values, self.gold, self.unigram, self.answers,
+                                                self.ended, *tables) if part}  # fmt: skip
         choices = [len(row) for row in tables[0]] if tables else []
         return (
             lengths | needed <= {len(self.items)}

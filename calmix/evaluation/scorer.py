@@ -270,7 +270,10 @@ def attention_window(model: Any) -> float:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "use_sliding_window", True) is False:
         return float("inf")
-    found = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    found = [
+        getattr(config, key, None)
+        for key in ("sliding_window", "window_size", "attention_chunk_size")
+    ]
     return float(min((value for value in found if isinstance(value, int)), default=float("inf")))
 
 

@@ -69,7 +69,7 @@ def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Refuse two runs whose suite, version or selection differ, with an `InputError`."""
     if (ours["name"], ours["hash"]) == (theirs["name"], theirs["hash"]):
         return
-    what = "selections (--quick, --limit, --dimension, --task) or texts of a suite"
+    what = "selections (--quick, --limit, --dimension, --task, --allow-code-execution) of a suite"
     if (ours["name"], ours["version"]) != (theirs["name"], theirs["version"]):
         what = "suites or versions"
     named = " and ".join(

@@ -34,6 +34,13 @@ def asked_tasks() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def _asked_hash() -> str:
+    folder = resources.files("calmix.evaluation").joinpath("abilities")
+    files = [f for f in folder.iterdir() if f.name.endswith(".yaml")]
+    return sha256_json([f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)])
+
+
 def benchmark_of(folder: str) -> str:
     """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
     `minerva_math_500` are parts of one, and so is MBPP in every language."""
@@ -72,6 +79,8 @@ class TaskSpec(BaseModel):
             "'asked' stands alone": asked and bool(self.archive or self.harness or self.form),
             f"metric '{self.metric}' is none of an 'asked' task": asked
             and self.metric not in WRITTEN,
+            "'shots', 'filter' and 'chance' have no effect on a task that is asked": asked
+            and any(one is not None for one in (self.shots, self.filter, self.chance)),
             "a task with 'archive' needs 'form'": rendered and self.form is None,
             "a task with 'archive' needs 'shots'": rendered and self.shots is None,
             "metric 'bits_per_byte' and form 'answer' or 'passage' go together": bits
@@ -117,7 +126,8 @@ class TaskSpec(BaseModel):
     @property
     def runs_code(self) -> bool:
         """Whether scoring runs code the model wrote."""
-        return self.metric == "pass@1"
+        asked = asked_tasks()[self.asked] if self.asked is not None else {}
+        return self.metric == "pass@1" or asked.get("check") == "program"
 
     def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
         """Return the places of the documents to score, given each one's number and group."""
@@ -185,7 +195,13 @@ class Suite(BaseModel):
     def hash(self) -> str:
         """SHA-256 of all that decides a score: the tasks, and the archive they are read from."""
         held = self.model_dump(mode="json", include={"dimensions", "version"})
-        return sha256_json({**held, "archive": assets.get_asset(ARCHIVE).sha256})
+        held["archive"] = assets.get_asset(ARCHIVE).sha256
+        asked = [
+            task.pop("asked") for tasks in held["dimensions"].values() for task in tasks.values()
+        ]
+        if any(asked):  # else as it was before tasks could be asked
+            held |= {"asked": asked, "items": _asked_hash()}
+        return sha256_json(held)
 
     def quick(self) -> Suite:
         """Return the quick slice: each task's `quick` items in place of `limit`."""

@@ -498,3 +498,23 @@ def quiet_transformers() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def end_tokens(opened: OpenModel) -> list[int]:
+    """Return the token ids that end a text: the tokenizer's, and those the model generates to."""
+    configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({one for one in [opened.tokenizer.eos_token_id, *listed] if one is not None})
+
+
+@contextlib.contextmanager
+def generating(model: Any, plain: Any) -> Iterator[None]:
+    """Put the model's own generation settings (a penalty, end tokens) aside for a while."""
+    own, training = model.generation_config, model.training
+    model.generation_config = plain
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)

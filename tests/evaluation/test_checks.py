@@ -21,6 +21,13 @@ def test_a_short_answer_is_compared_as_squad_does(answer, right, ok):
     assert checks.word_f1(answer, right) >= ok
 
 
+def test_an_exact_answer_is_compared_letter_by_letter():
+    assert checks.same_text(" 'GOOD MORNING'", ["GOOD MORNING"])
+    assert not checks.same_text("good morning", ["GOOD MORNING"])
+    assert checks.same_text('["red", "green"]', ["['red', 'green']"])
+    assert not checks.exact_match("the", ["...."])
+
+
 def test_f1_counts_words():
     assert checks.word_f1("the red big car", ["red car"]) == pytest.approx(0.8)
     assert checks.word_f1("a plane", ["red car"]) == 0
@@ -44,12 +51,14 @@ def test_the_last_number_counts(answer, right, ok):
 @pytest.mark.parametrize(
     ("answer", "right", "ok"),
     [
-        (r"so we get $\boxed{\frac{1}{2}}$.", r"\frac12", True),
-        (r"first $\boxed{3}$, then $\boxed{4}$", "4", True),
-        (r"The final answer is $-\frac{2}{3}$. I hope it is correct.", r"-\frac{2}{3}", True),
-        (r"Therefore $x = 2$ and $7$", "7", True),
-        ("the sum is 45", "45", True),
-        ("no idea", "45", False),
+        (r"so we get $\boxed{\frac{1}{2}}$.", r"It is $\boxed{\frac12}$.", True),
+        (r"first $\boxed{3}$, then $\boxed{4}$", r"\boxed{4}", True),
+        (r"The final answer is $-\frac{2}{3}$. I hope so.", r"\boxed{-\frac{2}{3}}", True),
+        (r"Therefore $x = 2$ and $7$", r"\boxed{7}", True),
+        (r"It points to \(\text{east}\)", r"\boxed{\text{east}}", True),
+        ("the sum is 1234567", r"\boxed{1,\!234,\!567}", False),
+        ("the sum is 45", r"$\boxed{45}$", True),
+        ("no idea", r"\boxed{45}", False),
     ],
 )
 def test_a_result_is_boxed_or_stated_last(answer, right, ok):
@@ -59,7 +68,12 @@ def test_a_result_is_boxed_or_stated_last(answer, right, ok):
 def test_a_program_is_taken_from_its_block_or_continues_the_head():
     head = "from typing import List\n\n\ndef f(x: int) -> int:\n"
     block = "Sure:\n```python\ndef f(x):\n    return x\n```\nDone."
-    assert checks.program(block, head, "f") == "from typing import List\ndef f(x):\n    return x\n"
+    assert (
+        checks.program(block, head, "f") == "from typing import List\n\n\ndef f(x):\n    return x\n"
+    )
+    helped = "def g():\n    return 1\n\n\n" + head
+    assert checks.program(block, helped, "f").startswith("def g():")
+    assert checks.program("def ff(x):\n    return x\n", head, "f").startswith(head)
     assert checks.program("    return x\n", head, "f") == head + "    return x\n"
     assert checks.program("```python\n    return x\n", head, "f") == head + "    return x\n"
     assert checks.entry_of('assert remove_Occ("hello","l") == "heo"') == "remove_Occ"
@@ -92,6 +106,16 @@ def test_a_program_is_taken_from_its_block_or_continues_the_head():
         ("Der Himmel ist blau.", {"language": "de"}, True),
         ("El cielo es azul.", {"language": "es"}, True),
         ("   ", {"most_words": 5}, False),
+        ("1,2,3,4,5", {"same": "1, 2, 3, 4, 5"}, True),
+        ('Here it is:\n{"a": "Red"}', {"json": '{"a": "red"}'}, True),
+        ('{"a": true}', {"json": '{"a": 1}'}, False),
+        ("[" * 5000, {"json": "{}"}, False),
+        ("red, red, red", {"commas": "3"}, False),
+        ("Red, blue and green", {"lines": 1, "commas": "3", "each_words": 4}, True),
+        ("dog dog dog dog dog dog", {"contains": "dog"}, False),
+        ("A dog is a pet. It barks", {"sentences": 1}, False),
+        ("It opens at 5 p.m. every day. Come in.", {"sentences": 2}, True),
+        ("The sum is 17.", {"contains": "7|seven"}, False),
     ],
 )  # fmt: skip
 def test_a_request_is_checked_by_what_it_asks_for(answer, expected, ok):

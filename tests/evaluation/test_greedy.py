@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from calmix.calibration.selfgen.writing import end_tokens
 from calmix.evaluation.greedy import Prompt, answers
 from calmix.models import open_model
+from calmix.models.opening import end_tokens
 from tests.tiny import ARCHITECTURES, save_tiny_model
 
 QUICK = ("llama", "gemma3_text", "gpt2", "opt", "bloom", "deepseek_v3", "mamba")

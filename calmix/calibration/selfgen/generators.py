@@ -143,7 +143,10 @@ class Chat(Generator):
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         turns = chat_turns(tokenizer)
         if turns is None:
-            raise InputError("chat has nothing to start from: this model has no chat template")
+            raise InputError(
+                "chat has nothing to start from: this model has no chat template in which a token "
+                "ends every turn"
+            )
         return {self.name: Beginnings(turns, 0.8, turns=True)}
 
 

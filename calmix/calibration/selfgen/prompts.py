@@ -18,6 +18,9 @@ Start = Literal["auto", "bos", "separator"]
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
+
+
 class Prompt(BaseModel):
     """One prompt: the beginning of a text, a request, or the start token alone."""
 
@@ -110,12 +113,17 @@ def beginnings(
 
 def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
-    user's turn, each without the token that ends the turn before; None without a chat template."""
+    user's turn, each without the token that ends the turn before; None without a chat template, or
+    where no token ends a turn."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     marks = ["one-turn", "two-turn", "three-turn"]  # of no template
     chat = [{"role": ("user", "assistant")[at % 2], "content": m} for at, m in enumerate(marks)]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    how = {"enable_thinking": False, "date_string": "1 Jan 2025"}  # the same on any day
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, **how))
+    except Exception:  # templates raise what they like
+        return None
     parts: list[str] = []
     for mark in marks:
         before, found, text = text.partition(mark)
@@ -123,8 +131,10 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
             return None
         parts.append(before)
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-    ends = set(tokenizer.all_special_ids)
-    return [first, *(ids[1:] if ids and ids[0] in ends else ids for ids in later)]
+    known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
+    if not all(len(ids) > 1 and ids[0] in known for ids in later):
+        return None
+    return [first, *(ids[1:] for ids in later)]
 
 
 def start_token(tokenizer: Any, start: Start = "auto") -> int | None:

@@ -8,8 +8,7 @@ The random numbers of a row come from its own number, so rows may be batched in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from calmix.machine import device_memory
 from calmix.manifest import versions
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
-from calmix.models.opening import quiet_transformers
+from calmix.models.opening import end_tokens, generating, quiet_transformers
 
 BATCH = 128  # rows at a time: on two cores the throughput no longer grows beyond
 MEMORY_SHARE = 0.7  # of the memory that is free, for what a batch needs
@@ -195,13 +194,6 @@ def _passed(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(place, last)
 
 
-def end_tokens(opened: OpenModel) -> list[int]:
-    """Return the token ids that end a text: the tokenizer's, and those the model generates to."""
-    configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({one for one in [opened.tokenizer.eos_token_id, *listed] if one is not None})
-
-
 def write(
     opened: OpenModel,
     request: Request,
@@ -286,7 +278,7 @@ def _batch(
     )  # fmt: skip
     if tick is not None:
         tick(len(ids))
-    with quiet_transformers(), _generating(opened.model, plain), torch.inference_mode():
+    with quiet_transformers(), generating(opened.model, plain), torch.inference_mode():
         made = opened.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -295,19 +287,6 @@ def _batch(
             **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
     return Written(made.cpu(), sampler.nll.cpu(), sampler.sampled)
-
-
-@contextmanager
-def _generating(model: Any, plain: Any) -> Iterator[None]:
-    """Put the model's own generation settings (a penalty, end tokens) aside for a while."""
-    own, training = model.generation_config, model.training
-    model.generation_config = plain
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(training)
 
 
 def _room(opened: OpenModel, length: int) -> int:

@@ -20,7 +20,7 @@ from calmix import assets
 from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, Prompt, answers
 from calmix.evaluation.records import Outcome
-from calmix.evaluation.sandbox import failure
+from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks
 from calmix.machine import cores
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from calmix.evaluation.scorer import Scorer
 
 SUMS = 120
+# Answers without thinking first, and the same prompt on any day.
+PLAIN = {"add_generation_prompt": True, "enable_thinking": False, "date_string": "1 Jan 2025"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,13 @@ def ask(scorer: Scorer, spec: TaskSpec) -> list[Outcome]:
     """Return what a model answers to the items of a task, and whether that is right."""
     task = load_asked(spec.asked or "")
     items = task.picked(spec)
+    if task.check == "program":
+        check_sandbox()
     scorer.tick.total += len(items)
     tokenizer = scorer.tokenizer
     asked = prompts(task, items, tokenizer, chat=bool(getattr(tokenizer, "chat_template", None)))
+    if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in asked):
+        scorer.truncated[task.name] += cut
     found = answers(scorer.opened, asked, tick=scorer.tick)
     with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
         right = list(pool.map(functools.partial(verdict, task), items, found))
@@ -107,7 +113,7 @@ def load_asked(name: str) -> Asked:
         value = doc[known.get("right", "right")]
         if known.get("right") == "choices":
             value = value[int(doc["gold"])]
-        return [value] if known["check"] == "text" and isinstance(value, str) else value
+        return [value] if known["check"] in ("text", "exact") and isinstance(value, str) else value
 
     def shown(doc: Mapping[str, Any]) -> str:
         return str(doc["shown"] if "shown" in doc else right(doc)[0])
@@ -193,7 +199,7 @@ def prompts(task: Asked, items: Sequence[Ask], tokenizer: Any, *, chat: bool) ->
     for item in items:
         if chat and item.chat is not None:
             turn = [{"role": "user", "content": item.chat}]
-            made = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            made = tokenizer.apply_chat_template(turn, tokenize=False, **PLAIN)
             ids = tokenizer(made, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(item.plain)["input_ids"]
@@ -214,8 +220,8 @@ def verdict(task: Asked, item: Ask, answer: Answer) -> bool:
 
 
 _CHECKS: dict[str, Callable[[str, Any], bool]] = {
-    "text": checks.exact_match, "number": checks.same_number, "result": checks.same_result,
-    "request": checks.as_requested,
+    "text": checks.exact_match, "exact": checks.same_text, "number": checks.same_number,
+    "result": checks.same_result, "request": checks.as_requested,
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
 def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(
     opened, tiny, talker, sources
 ):
-    with pytest.raises(InputError, match="this model has no chat template"):
+    with pytest.raises(InputError, match="no chat template in which a token"):
         resolve("chat", opened, rows=4, length=64, leakage="off")
     with pytest.raises(InputError, match="chat runs the model"):
         resolve(f"chat:0.5,{sources['lower']}:0.5", tiny, rows=4, length=64, leakage="off")
