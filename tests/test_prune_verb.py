@@ -251,7 +251,9 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
         patched.setattr("calmix.pruning.checkpoint.write_json", full_disk)
         ended = calmix(*command)
     assert ended.code == 2
-    assert "no space left" in ended.line
+    kept, error = ended.err.splitlines()
+    assert kept.startswith("2 blocks are kept in ")
+    assert "no space left" in error
     assert {p.name for p in output.iterdir()} == {"calmix.json", "config.json"}
     # The work is kept, and goes on when there is room.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
