@@ -151,6 +151,14 @@ def extract(parts: Mapping[str, str], target: Path) -> None:
                 shutil.copyfileobj(source, file, length=1 << 20)
 
 
+def read_arrow(name: str, member: str) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow stream that an asset holds."""
+    import pyarrow.ipc
+
+    with open_archive(name) as archive:
+        return pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
+
+
 def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines member (gzipped if it ends in .gz) of an asset."""
     with _member(name, member) as raw, gzip.open(raw) if member.endswith(".gz") else raw as lines:

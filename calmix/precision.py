@@ -32,6 +32,11 @@ def fast_half_precision(dtype: torch.dtype) -> bool:
     return False
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return a type's name as users and manifests have it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def widest(device: torch.device) -> torch.dtype:
     """Return the widest float type a device has: Apple's GPUs lack float64, and some of Intel's."""
     lacks = device.type == "mps" or (

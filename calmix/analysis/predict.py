@@ -33,6 +33,7 @@ from calmix.errors import InputError, ModelError
 from calmix.files import cache_dir, check_free, sha256_json, user_path, write_bytes
 from calmix.models import OpenModel, find_blocks
 from calmix.options import METHOD
+from calmix.precision import dtype_name
 from calmix.pruning.engine import check_pattern, prune
 from calmix.pruning.gram import Gram, Squares, output_energy
 from calmix.pruning.methods import Look, Method, Solution, get_method
@@ -90,7 +91,7 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
     """
     about = {
         "model": opened.fingerprint,
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.model.dtype),
         "ids": sha256_json(ids.tolist()),
         "layers": list(only),
     }

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.models import OpenModel, resolve_model
 from calmix.models.opening import (
     context_of,
     load_tokenizer,
-    quiet_transformers,
+    loading,
     tokenizer_fingerprint,
 )
 
@@ -37,16 +37,12 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
     """Open the tokenizer of a model by hub id, local folder, `.gguf` file or `builtin:NAME`."""
     folder = resolve_model(name)
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
-    with quiet_transformers():
+    with loading(f"{name} has no usable tokenizer"):
         from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # transformers raises anything on a damaged checkpoint
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelError(f"{name} has no usable tokenizer: {reason[:300]}") from error
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     fingerprint = tokenizer_fingerprint(tokenizer)
     return OpenTokenizer(name, folder, tokenizer, context_of(config), fingerprint)
 

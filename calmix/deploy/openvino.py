@@ -31,6 +31,7 @@ from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.opening import first_line, load_config, quiet_transformers
 from calmix.models.shards import weight_bytes
+from calmix.precision import dtype_name
 
 # Weights, and the divergence from the model (nats a token) beyond which an export is refused. A
 # right one of the builtin model has 1e-10 with its own weights and 0.01 with those of 8 bits.
@@ -133,7 +134,7 @@ def export(
     check_free(output, before // 2 if weights == "int8" else before, "the weights take")
     own = getattr(load_config(folder, name, trust_remote_code), "dtype", None) or "auto"
     opened = open_model(
-        name, dtype=str(own).removeprefix("torch."), device="cpu",
+        name, dtype=dtype_name(own), device="cpu",
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with atomic_folder(output) as beside, disk_errors(output):

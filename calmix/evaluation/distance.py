@@ -48,6 +48,7 @@ from calmix.evaluation.retention import (
 )
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
+from calmix.precision import dtype_name
 
 VERSION = 2  # raised when a reference would hold other numbers, so that cached ones are not reused
 POSITIONS = 128  # of which both models' logits are held at a time
@@ -116,7 +117,7 @@ def reference(
     # As for cached scores: with all that rounding depends on in the key, a model is at no
     # distance from itself.
     device, hidden = opened.model.device, None
-    about = opened.fingerprint, opened.tokenizer_fingerprint, _dtype(opened)
+    about = opened.fingerprint, opened.tokenizer_fingerprint, dtype_name(opened.model.dtype)
     versions = {name: version(name) for name in ("torch", "transformers")}
     rounding = [device.type, torch.get_num_threads()]
     key = sha256_json([*about, texts_hash(texts), rounding, VERSION, versions])
@@ -174,9 +175,9 @@ def distance(
             f"{opened.name} has another tokenizer than the dense model: their distance per token "
             "cannot be measured"
         )
-    if _dtype(opened) != reference.dtype:
+    if dtype_name(opened.model.dtype) != reference.dtype:
         raise InputError(
-            f"{opened.name} is open in {_dtype(opened)} and the dense model was in "
+            f"{opened.name} is open in {dtype_name(opened.model.dtype)} and the dense model was in "
             f"{reference.dtype}: open both in one --dtype"
         )
     decoder, after = decoder_and_head(opened.model)
@@ -228,10 +229,6 @@ def _total(found: list[Distance], points: list[Point]) -> Distance:
         drawn = Estimate(None, None, None)
     tokens = sum(part.tokens for part in found)
     return Distance(tokens, **means, kl_low=drawn.low, kl_high=drawn.high)
-
-
-def _dtype(opened: OpenModel) -> str:
-    return str(opened.model.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

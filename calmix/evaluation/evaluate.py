@@ -22,6 +22,7 @@ from calmix.evaluation.suites import WRITTEN, Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Item, check, item_texts, load_items, task_texts
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
+from calmix.precision import dtype_name
 
 if TYPE_CHECKING:
     from calmix.evaluation.harness import Part
@@ -130,15 +131,12 @@ def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
 
     key = sha256_json(
         [
-            model.fingerprint, model.tokenizer_fingerprint, suite.name, suite.hash, _dtype(model),
+            model.fingerprint, model.tokenizer_fingerprint, suite.name, suite.hash,
+            dtype_name(model.model.dtype),
             [model.model.device.type, torch.get_num_threads(), batch_tokens], SCORER, _versions(),
         ]
     )  # fmt: skip
     return cache_dir() / "scores" / f"{key}.json"
-
-
-def _dtype(model: OpenModel) -> str:
-    return str(model.model.dtype).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:
@@ -177,7 +175,7 @@ def _run(
             outcomes = check(spec, items, rows)
         tasks.append(_task_scores(suite, name, outcomes, scorer, floors))
     return CapabilityScores(
-        model.name, model.fingerprint, _dtype(model), describe(suite), tuple(tasks),
+        model.name, model.fingerprint, dtype_name(model.model.dtype), describe(suite), tuple(tasks),
         truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
         versions=_versions(),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from calmix.evaluation.scorer import attention_window
+from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
@@ -81,10 +82,10 @@ class _Writer:
         self.ended = [False] * len(prompts)
         known = inspect.signature(self.model.forward).parameters
         self.takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
-        self.cached = {"cache", "past_key_values"} & set(known)
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        self.padded = bool(self.cached) and kinds <= {"full_attention", "sliding_attention"}
+        self.padded = not {"cache", "past_key_values"}.isdisjoint(known)
+        self.padded &= kinds <= {"full_attention", "sliding_attention"}
         self.padded &= not getattr(self.model, "_is_stateful", False)
         # A window would count what rows are padded with.
         self.window = min(context, attention_window(self.model))
@@ -107,9 +108,7 @@ class _Writer:
             self._by_transformers(rows)
             return
         ids = [self.ids[row] for row in rows]
-        first, last = min(ids), max(ids)  # what these begin with, all in between begin with too
-        differ = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-        shared = min(next(differ, len(first)), min(map(len, ids)) - 1)
+        shared = min(shared_start(ids), min(map(len, ids)) - 1)
         shared = shared if shared >= SHARED and len(rows) > 1 else 0
         longest = max(map(len, ids)) - shared
         held = reserved_cache(self.model, shared + longest + max(self.room[row] for row in rows))
@@ -152,15 +151,17 @@ class _Writer:
         final = torch.isin(tokens, self.ends).tolist()
         over = []
         for row, token, end in zip(rows, tokens.tolist(), final, strict=True):
-            before = self.ended[row] or len(self.written[row]) >= self.room[row]
-            if not before:
+            if not self._over(row):
                 if not end:
                     self.written[row].append(token)
                 self.ended[row] = end or self._stopped(row)
-                if self.ended[row] or len(self.written[row]) >= self.room[row]:
+                if self._over(row):
                     self.tick(1)
-            over.append(self.ended[row] or len(self.written[row]) >= self.room[row])
+            over.append(self._over(row))
         return over
+
+    def _over(self, row: int) -> bool:
+        return self.ended[row] or len(self.written[row]) >= self.room[row]
 
     def _stopped(self, row: int) -> bool:
         if not self.until[row]:

@@ -25,19 +25,23 @@ WRITTEN = ("exact_match", "pass@1", "as_asked")  # metrics of answers that the m
 RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions
 BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
+_ROOT = resources.files("calmix.evaluation")
+
+
+def read_own(file: str) -> Any:
+    """Return what a YAML file that comes with the evaluation holds."""
+    return yaml.safe_load(_ROOT.joinpath(file).read_text(encoding="utf-8"))
 
 
 @functools.cache
 def asked_tasks() -> dict[str, dict[str, Any]]:
     """Return what `asked` tasks ask, by name (`abilities/tasks.yaml`)."""
-    file = resources.files("calmix.evaluation").joinpath("abilities/tasks.yaml")
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return read_own("abilities/tasks.yaml")
 
 
 @functools.cache
 def _asked_hash() -> str:
-    folder = resources.files("calmix.evaluation").joinpath("abilities")
-    files = [f for f in folder.iterdir() if f.name.endswith(".yaml")]
+    files = [f for f in _ROOT.joinpath("abilities").iterdir() if f.name.endswith(".yaml")]
     return sha256_json([f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)])
 
 
@@ -243,7 +247,6 @@ class Suite(BaseModel):
         return self.model_copy(update={"dimensions": kept})
 
 
-_ROOT = resources.files("calmix.evaluation")
 _BUILTIN = sorted(
     file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir()
     if file.name.endswith(".yaml")
@@ -252,7 +255,7 @@ _BUILTIN = sorted(
 
 @functools.cache
 def _provenance() -> dict[str, dict[str, str]]:
-    return yaml.safe_load(_ROOT.joinpath("provenance.yaml").read_text(encoding="utf-8"))
+    return read_own("provenance.yaml")
 
 
 def provenance(spec: TaskSpec) -> dict[str, str]:

@@ -156,15 +156,12 @@ def _mmlu(form: str) -> Iterator[Item]:
     """Yield MMLU's test questions in cloze form, as OLMES words it, one subject after another."""
     if form not in ("question", "answer"):
         raise InputError("MMLU's questions have one context: its form is 'question' or 'answer'")
-    import pyarrow.ipc
 
     for member in sorted(_members()):
         if not (member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow")):
             continue
         subject = member.split("/")[-3]
-        with assets.open_archive(ARCHIVE) as archive:
-            table = pyarrow.ipc.open_stream(archive.read(member)).read_all()
-        for number, row in enumerate(table.to_pylist()):
+        for number, row in enumerate(assets.read_arrow(ARCHIVE, member)):
             choices, gold = tuple(f" {choice}" for choice in row["choices"]), row["answer"]
             if form == "answer":
                 choices, gold = choices[gold : gold + 1], 0
@@ -198,7 +195,12 @@ def preamble(contexts: Sequence[str]) -> int:
     empty line; what they share beyond the last of these is their wording."""
     if len(set(contexts)) < 2:
         return 0
-    first, last = min(contexts), max(contexts)  # what these share, all in between share too
-    differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    end = first.rfind("\n\n", 0, next(differ, len(first)))
+    end = contexts[0].rfind("\n\n", 0, shared_start(contexts))
     return 0 if end < 0 else end + 2
+
+
+def shared_start(rows: Sequence[Any]) -> int:
+    """Return how many characters or tokens all texts or rows begin with alike."""
+    first, last = min(rows), max(rows)  # what these share, all in between share too
+    differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return next(differ, len(first))

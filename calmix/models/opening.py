@@ -55,6 +55,8 @@ WIDTHS = (
     "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "key_length",
     "value_length", "dimension_count",
 )  # fmt: skip
+# Of chat templates: answers without thinking first, and the same prompt on any day.
+TEMPLATE = {"enable_thinking": False, "date_string": "1 Jan 2025"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

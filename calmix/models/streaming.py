@@ -28,7 +28,7 @@ from calmix.models.opening import (
     resolve_model,
 )
 from calmix.models.shards import Shards, read_file, write_index
-from calmix.precision import fast_half_precision
+from calmix.precision import dtype_name, fast_half_precision
 
 
 class NotStreamableError(Exception):
@@ -267,7 +267,7 @@ class StreamedModel:
         if type(config) is type(model.config):
             config.architectures = [type(model).__name__]
         for part in (config, config.get_text_config(decoder=True)):
-            part.dtype = str(self.dtype).removeprefix("torch.")
+            part.dtype = dtype_name(self.dtype)
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

@@ -42,6 +42,7 @@ from calmix.manifest import (
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
+from calmix.precision import dtype_name
 from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, DensePass, from_shares, looker
 from calmix.pruning.budget import Plan, plan_for
@@ -445,7 +446,7 @@ class _Pruning:
         distributed.once(partial(write_dropped, source, dropped, folder))
         try:
             made = StreamedModel(
-                str(folder), dtype=str(source.dtype).removeprefix("torch."),
+                str(folder), dtype=dtype_name(source.dtype),
                 device=str(source.device), trust_remote_code=source.trust_remote_code,
             )  # fmt: skip
         except NotStreamableError as error:
@@ -526,7 +527,7 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
     """Return what decides the bytes of a result, as far as it is known before the draw."""
     return {
         "model": distributed.once(partial(fingerprint, source.folder)),
-        "dtype": str(source.dtype).removeprefix("torch."),
+        "dtype": dtype_name(source.dtype),
         "device": source.device.type,
         # Their shares of the rows decide in which order sums are taken.
         "processes": distributed.processes()[1],
@@ -557,7 +558,7 @@ def _manifest(
     manifest: dict[str, Any] = {
         "kind": "pruned checkpoint",
         "model": {"name": name, "sha256": model_sha256},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "device": device,
         "trust_remote_code": trusted,
         "request": None if request is None else request_record(request),

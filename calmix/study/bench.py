@@ -25,6 +25,7 @@ from calmix.evaluation.scores import load_scores
 from calmix.files import atomic_folder, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
+from calmix.precision import dtype_name
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.allocation import from_shares
 from calmix.pruning.engine import Patterns
@@ -192,7 +193,7 @@ class Bench:
             **self.how,
         )
         write_json(folder / RECOVERY, recovered.to_json())
-        kind = str(self.opened.model.dtype).removeprefix("torch.")
+        kind = dtype_name(self.opened.model.dtype)
         again = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how).model
         self._put({name: again.get_parameter(name).data for name in self._weights})
         shutil.rmtree(folder / "pruned")

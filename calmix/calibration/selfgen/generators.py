@@ -34,6 +34,7 @@ from calmix.errors import InputError
 from calmix.files import sha256_json
 from calmix.models import OpenModel
 from calmix.options import Options, option
+from calmix.precision import dtype_name
 from calmix.sources import Source, get_source
 
 ROUNDS = 8  # of writing, the later ones in place of text that cannot be used
@@ -289,7 +290,7 @@ def generate(
         "model": {
             "name": opened.name,
             "fingerprint": opened.fingerprint,
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": dtype_name(weight.dtype),
             "device": weight.device.type,
         },
         "own": own_record(own, filter(None, [generator.source])),

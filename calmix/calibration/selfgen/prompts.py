@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
+from calmix.models.opening import TEMPLATE
 from calmix.yaml_files import first_problem, read_yaml
 
 Start = Literal["auto", "bos", "separator"]
@@ -119,9 +120,8 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
         return None
     marks = ["one-turn", "two-turn", "three-turn"]  # of no template
     chat = [{"role": ("user", "assistant")[at % 2], "content": m} for at, m in enumerate(marks)]
-    how = {"enable_thinking": False, "date_string": "1 Jan 2025"}  # the same on any day
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False, **how))
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, **TEMPLATE))
     except Exception:  # templates raise what they like
         return None
     parts: list[str] = []

@@ -11,25 +11,21 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from calmix import assets
 from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, Prompt, answers
 from calmix.evaluation.records import Outcome
 from calmix.evaluation.sandbox import check_sandbox, failure
-from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks
+from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks, read_own
 from calmix.machine import cores
+from calmix.models.opening import TEMPLATE
 
 if TYPE_CHECKING:
     from calmix.evaluation.scorer import Scorer
 
 SUMS = 120
-# Answers without thinking first, and the same prompt on any day.
-PLAIN = {"add_generation_prompt": True, "enable_thinking": False, "date_string": "1 Jan 2025"}
 
 
 @dataclass(frozen=True)
@@ -92,10 +88,6 @@ def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     return found
 
 
-def _yaml(name: str) -> Any:
-    return yaml.safe_load(resources.files(__name__).joinpath(name).read_text(encoding="utf-8"))
-
-
 @functools.lru_cache(maxsize=32)
 def load_asked(name: str) -> Asked:
     """Return a task with all its items."""
@@ -141,10 +133,7 @@ def _number(doc: Mapping[str, Any], number: int) -> int:
 
 def _archive(member: str) -> list[dict[str, Any]]:
     if member.endswith(".arrow"):
-        import pyarrow.ipc
-
-        with assets.open_archive(ARCHIVE) as archive:
-            rows = pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
+        rows = assets.read_arrow(ARCHIVE, member)
         return [{**row, **row["answer"], "shown": row["answer"]["value"]} for row in rows]
     found: dict[int, dict[str, Any]] = {}
     for request in assets.read_jsonl(ARCHIVE, member):
@@ -169,16 +158,15 @@ def _small_programs(_: str) -> list[dict[str, Any]]:
     return [
         {"head": head, "question": what, "tests": tests,
          "prompt": f"def {head}:\n", "entry_point": head.partition("(")[0]}
-        for head, what, *tests in _yaml("small_programs.yaml")
+        for head, what, *tests in read_own("abilities/small_programs.yaml")
     ]  # fmt: skip
 
 
 def _requests(_: str) -> list[dict[str, Any]]:
     found = []
-    for family, one in _yaml("chat.yaml").items():
+    for family, one in read_own("abilities/chat.yaml").items():
         for fill in one["fill"]:
-            expected = {key: value.format(*fill) if isinstance(value, str) and key != "json"
-                        else fill[1] if key == "json" else value
+            expected = {key: value.format(*fill) if isinstance(value, str) else value
                         for key, value in one["expect"].items()}  # fmt: skip
             question = one["ask"].format(*fill)
             found.append({"question": question, "right": expected, "family": family})
@@ -199,13 +187,13 @@ def prompts(task: Asked, items: Sequence[Ask], tokenizer: Any, *, chat: bool) ->
     for item in items:
         if chat and item.chat is not None:
             turn = [{"role": "user", "content": item.chat}]
-            made = tokenizer.apply_chat_template(turn, tokenize=False, **PLAIN)
+            made = tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True, **TEMPLATE
+            )
             ids = tokenizer(made, add_special_tokens=False)["input_ids"]
+            found.append(Prompt(ids, task.tokens))
         else:
-            ids = tokenizer(item.plain)["input_ids"]
-        found.append(
-            Prompt(tuple(ids), task.tokens, () if chat and item.chat is not None else task.until)
-        )
+            found.append(Prompt(tokenizer(item.plain)["input_ids"], task.tokens, task.until))
     return found
 
 
