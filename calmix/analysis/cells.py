@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, Array
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import Measure, has_signal, mean_score, parts
+from calmix.evaluation.measures import Measure, has_signal, mean_score, parts, task_weights
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import check_paired
 from calmix.study.results import StudyResults, Trial
@@ -65,7 +65,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its dense model's score under the measure, and whether that is a signal."""
+    """One task: its dense model's score under the measure, whether that is a signal, and what it
+    counts in its dimension."""
 
     name: str
     dimension: str
@@ -73,6 +74,7 @@ class Task:
     items: int
     dense: float
     signal: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,15 @@ class Cells:
 
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
     """Return all quantities from those of the tasks alone, shape (..., tasks), nan left out."""
-    found = [
-        nan_mean(values[..., [at for at, task in enumerate(tasks) if task.dimension == name]], -1)
-        for name in dimensions
-    ]
+    weight = np.array([task.weight for task in tasks])
+
+    def mean(name: str) -> Array:
+        at = [at for at, task in enumerate(tasks) if task.dimension == name]
+        held, times = values[..., at], weight[at] * ~np.isnan(values[..., at])
+        total, count = np.where(times > 0, held * times, 0.0).sum(-1), times.sum(-1)
+        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+    found = [mean(name) for name in dimensions]
     stacked = np.stack(found, -1)
     return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
 
@@ -318,13 +325,13 @@ def _measured(
     """Return the tasks, the items of those with signal, and retention, shape (trials, tasks)."""
     tasks, items = [], {}
     values = np.full((len(pruned), len(dense)), np.nan)
-    for at, before in enumerate(dense):
+    for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
         signal = has_signal(before, measure)
         made = [parts(before, scores[at], measure) for scores in pruned]
         score = made[0].score
         tasks.append(
             Task(before.name, before.dimension, score, len(before.items),
-                 mean_score(before, score), signal)
+                 mean_score(before, score), signal, weight)
         )  # fmt: skip
         if signal:
             # Of bits per byte the paper's ratio is dense over pruned: its whole is the trial's own.

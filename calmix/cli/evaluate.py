@@ -473,7 +473,7 @@ def suite(options: SuiteOptions) -> None:
             "task": f"  {name}", "metric": spec.metric,
             "shots": "own" if spec.shots is None else spec.shots,
             "items": which if spec.limit is None else f"{which}, {spec.limit}",
-            "quick": spec.quick or spec.limit or "all",
+            "quick": spec.quick if spec.quick is not None else spec.limit or "all",
             "chance": spec.chance,
             "data": " ".join(part for part in (spec.harness, spec.archive, spec.asked) if part),
         }  # fmt: skip

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CUE = "Answer:"  # what stands in place of a question
 SCORER = 2  # raised when the scorer gives other numbers, so that cached scores are not reused
+FLOORS = 2  # the same of the scores without the question, which a dense model's alone hold
 
 
 def choose(
@@ -133,7 +134,8 @@ def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
         [
             model.fingerprint, model.tokenizer_fingerprint, suite.name, suite.hash,
             dtype_name(model.model.dtype),
-            [model.model.device.type, torch.get_num_threads(), batch_tokens], SCORER, _versions(),
+            [model.model.device.type, torch.get_num_threads(), batch_tokens], SCORER, FLOORS,
+            _versions(),
         ]
     )  # fmt: skip
     return cache_dir() / "scores" / f"{key}.json"
@@ -232,7 +234,7 @@ def _task_scores(
     if spec.metric in WRITTEN:
         return scores
     answers = [[answer for _, answer in one.requests] for one in outcomes]
-    floor: Floor = "none" if spec.metric == "bits_per_byte" else "context-free"
+    floor: Floor = "none" if spec.form == "passage" else "context-free"
     if any(len({context for context, _ in one.requests}) > 1 for one in outcomes):
         floor = "uniform"
     known: dict[str, float] = {}

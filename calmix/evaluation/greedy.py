@@ -24,6 +24,7 @@ ROWS = 64  # at a time
 SHARED = 8  # tokens that all prompts of a batch begin with, to be worth a pass of their own
 LEAVING = 8  # one row in so many has to have ended before the batch is made smaller
 TAIL = 16  # tokens at the end of an answer in which a stop is looked for
+LOOP, PERIOD = 64, 16  # an answer whose last tokens repeat so few is cut: greedily it never ends
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: `ended` is False where it was cut at the number of tokens it may have."""
+    """What a model wrote: `ended` is False where it was cut, at the limit or in a loop."""
 
     text: str
     tokens: int
@@ -79,7 +80,7 @@ class _Writer:
         ]
         self.until = [one.until for one in prompts]
         self.written: list[list[int]] = [[] for _ in prompts]
-        self.ended = [False] * len(prompts)
+        self.ended, self.looping = [False] * len(prompts), [False] * len(prompts)
         known = inspect.signature(self.model.forward).parameters
         self.takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
         config = self.model.config.get_text_config(decoder=True)
@@ -155,13 +156,15 @@ class _Writer:
                 if not end:
                     self.written[row].append(token)
                 self.ended[row] = end or self._stopped(row)
+                self.looping[row] = loops(self.written[row])
                 if self._over(row):
                     self.tick(1)
             over.append(self._over(row))
         return over
 
     def _over(self, row: int) -> bool:
-        return self.ended[row] or len(self.written[row]) >= self.room[row]
+        full = len(self.written[row]) >= self.room[row]
+        return self.ended[row] or self.looping[row] or full
 
     def _stopped(self, row: int) -> bool:
         if not self.until[row]:
@@ -191,3 +194,9 @@ class _Writer:
             )
         for step in made[:, given.shape[1] :].T:
             self._take(rows, step)
+
+
+def loops(ids: Sequence[int]) -> bool:
+    """Tell whether the last tokens of an answer are a short piece again and again."""
+    tail = ids[-LOOP:]
+    return len(tail) == LOOP and any(tail[n:] == tail[:-n] for n in range(1, PERIOD + 1))

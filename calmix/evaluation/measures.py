@@ -22,6 +22,7 @@ and s1 / s0 of accuracies, b0 / b1 of bits per byte.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import get_args
@@ -113,7 +114,8 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
     if score in ("accuracy", "kept"):
         return np.full(count, dense.chance)
     if score in BITS and dense.unigram:
-        return -np.asarray(dense.unigram) / LN2
+        codes = -np.asarray(dense.unigram) / LN2
+        return np.minimum(codes, _scores(dense.floors, dense, score)) if dense.floors else codes
     if score not in BITS and dense.floors:
         return _scores(dense.floors, dense, score)
     if score not in BITS and dense.floor == "uniform":
@@ -139,6 +141,19 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
         before, after = smoothed(before, floor), smoothed(after, floor)
     sign = -1.0 if score in BITS else 1.0
     return Parts(score, sign * (after - floor), sign * (before - floor))
+
+
+def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> list[float]:
+    """Return what each task counts in its dimension: 1, or where all of a dimension's tasks are
+    right or wrong what the dense model has to keep of it, which pools their items."""
+    judged = [score_of(task, measure) in ("accuracy", "kept") for task in dense]
+    mixed = {task.dimension for task, one in zip(dense, judged, strict=True) if not one
+             and has_signal(task, measure)}  # fmt: skip
+    return [
+        1.0 if measure == "ratio" or task.dimension in mixed or not has_signal(task, measure)
+        else float(parts(task, task, measure).whole.sum())
+        for task in dense
+    ]  # fmt: skip
 
 
 def is_anchored(score: Score, measure: Measure) -> bool:
@@ -176,6 +191,6 @@ def has_signal(dense: TaskScores, measure: Measure = "primary") -> bool:
     """Whether the dense model is beyond its own noise of knowing nothing (ours)."""
     judged = "accuracy" if measure == "ratio" else measure
     if judged == "accuracy" and not dense.values:
-        return True  # bits per byte of a text, without a floor
+        return measure == "ratio"  # the paper's ratio of bits per byte of a text has no floor
     whole = parts(dense, dense, judged).whole
     return float(whole.mean()) > noise(whole)

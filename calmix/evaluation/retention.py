@@ -26,6 +26,7 @@ from calmix.evaluation.measures import (
     mean_score,
     noise,
     parts,
+    task_weights,
 )
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.suites import Score
@@ -116,6 +117,10 @@ def retention(
             what the measure needs.
     """
     check_paired(dense, pruned)
+    if measure == "accuracy":
+        dense, pruned = ([task for task in tasks if task.values] for tasks in (dense, pruned))
+        if not dense:
+            raise InputError("none of the tasks has right and wrong answers: there is no accuracy")
     tasks, points = [], {}
     for before, after in zip(dense, pruned, strict=True):
         made, signal = parts(before, after, measure), has_signal(before, measure)
@@ -128,7 +133,7 @@ def retention(
                 before.accuracy, after.accuracy, noise(made.whole), signal, estimate(*point),
             )
         )  # fmt: skip
-    rolled = by_dimension(dense, points)
+    rolled = by_dimension(dense, points, task_weights(dense, measure))
     dimensions = []
     for name, point in rolled.items():
         members = [task for task in tasks if task.dimension == name]
@@ -157,7 +162,8 @@ def total_gap(
             before.name: _point(before.name, parts(before, after), has_signal(before), RESAMPLES, 0)
             for before, after in zip(dense, pruned, strict=True)
         }
-        totals.append(mean_point(list(by_dimension(dense, points).values())))
+        rolled = by_dimension(dense, points, task_weights(dense))
+        totals.append(mean_point(list(rolled.values())))
     (first, high), (second, low) = totals
     return estimate(first - second, high - low)
 
@@ -168,18 +174,25 @@ def _point(task: str, made: Parts, signal: bool, resamples: int, seed: int) -> P
     return made.retention, resampled(task, made, resamples=resamples, seed=seed)
 
 
-def by_dimension(tasks: Sequence[TaskScores], points: dict[str, Point]) -> dict[str, Point]:
-    """Return the mean over each dimension's tasks, of those that have a point."""
-    members: dict[str, list[Point]] = {}
-    for task in tasks:
+def by_dimension(
+    tasks: Sequence[TaskScores], points: dict[str, Point], weights: Sequence[float] = ()
+) -> dict[str, Point]:
+    """Return the weighted mean over each dimension's tasks, of those that have a point."""
+    members: dict[str, list[tuple[Point, float]]] = {}
+    for task, weight in zip(tasks, weights or [1.0] * len(tasks), strict=True):
         if task.name in points:
-            members.setdefault(task.dimension, []).append(points[task.name])
-    return {dimension: mean_point(held) for dimension, held in members.items()}
+            members.setdefault(task.dimension, []).append((points[task.name], weight))
+    return {name: mean_point(*zip(*held, strict=True)) for name, held in members.items()}
 
 
-def mean_point(points: Sequence[Point]) -> Point:
-    """Return the means of values and of their resamples, of those that are defined."""
-    return mean([value for value, _ in points]), column_means([drawn for _, drawn in points])
+def mean_point(points: Sequence[Point], weights: Sequence[float] = ()) -> Point:
+    """Return the weighted means of values and of their resamples, of those that are defined."""
+    rows = np.stack([np.array([value, *drawn]) for value, drawn in points])
+    known = ~np.isnan(rows)
+    times = np.asarray(weights or [1.0] * len(rows))[:, None] * known
+    total, count = (np.where(known, rows, 0.0) * times).sum(0), times.sum(0)
+    means = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    return float(means[0]), means[1:]
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
@@ -213,21 +226,6 @@ def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
     times = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
     kept, whole = times @ made.kept, times @ made.whole
     return np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean of the values that are defined; nan if none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
-
-
-def column_means(rows: Sequence[Array]) -> Array:
-    """Return for each resample the mean of the rows that are defined there."""
-    stack = np.stack(rows)
-    known = ~np.isnan(stack)
-    count = known.sum(0)
-    total = np.where(known, stack, 0.0).sum(0)
-    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def estimate(value: float, draws: Array) -> Estimate:

@@ -71,7 +71,7 @@ class TaskSpec(BaseModel):
     shots: Annotated[int, Field(ge=0)] | None = None
     items: Literal["all", "even"] = "all"
     limit: Positive | None = None
-    quick: Positive | None = None
+    quick: Annotated[int, Field(ge=0)] | None = None
     chance: Literal["choices"] | Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @model_validator(mode="after")
@@ -208,8 +208,9 @@ class Suite(BaseModel):
         return sha256_json(held)
 
     def quick(self) -> Suite:
-        """Return the quick slice: each task's `quick` items in place of `limit`."""
-        return self._changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
+        """Return the quick slice: each task's `quick` items in place of `limit`, 0 for none."""
+        some = self.only(tasks=[name for name, task in self.tasks.items() if task.quick != 0])
+        return some._changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
 
     def limited(self, limit: int) -> Suite:
         """Return the suite with at most `limit` items a task."""

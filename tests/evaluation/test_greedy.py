@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from calmix.evaluation.greedy import Prompt, answers
+from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.models import open_model
 from calmix.models.opening import end_tokens
 from tests.tiny import ARCHITECTURES, save_tiny_model
@@ -48,3 +48,10 @@ def test_answers_are_those_given_one_at_a_time(tmp_path, kind):
     found = answers(opened, asked)
     assert [one.text for one in found] == one_by_one(opened, asked)
     assert all(one.tokens <= prompt.tokens for one, prompt in zip(found, asked, strict=True))
+
+
+def test_an_answer_that_goes_round_in_a_loop_is_cut():
+    assert loops([1, 2] + [7, 8, 9] * 22)
+    assert not loops([7, 8, 9] * 20)  # too short to be sure
+    assert not loops(list(range(64)))
+    assert not loops([*range(20)] * 5)  # a list whose lines are alike is longer

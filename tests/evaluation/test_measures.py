@@ -46,8 +46,11 @@ def test_nothing_is_kept_at_the_score_without_the_question() -> None:
     for measure in ("probability", "margin"):
         assert parts(DENSE, ignorant, measure).retention == pytest.approx(0.0), measure
         assert parts(DENSE, DENSE, measure).retention == 1.0
-    single = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)
-    assert parts(DENSE, single, "bits").retention == pytest.approx(0.0)
+    worst = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)  # as a code of single tokens
+    alone = replace(DENSE, floors=())
+    assert parts(alone, worst, "bits").retention == pytest.approx(0.0)
+    assert parts(DENSE, worst, "bits").retention < 0  # the better of the two is the baseline
+    assert floor_scores(DENSE, "bits").tolist() == item_scores(ignorant, "bits").tolist()
     floor = item_scores(ignorant, "probability")
     assert floor_scores(DENSE, "probability").tolist() == floor.tolist()
 

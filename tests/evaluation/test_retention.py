@@ -16,9 +16,9 @@ from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import (
     RESAMPLES,
     TaskRetention,
-    column_means,
     estimate,
     item_weights,
+    mean_point,
     resampled,
     retention,
     total_gap,
@@ -155,23 +155,30 @@ def test_all_that_is_told_of_tasks_and_dimensions(
         for count, worse in ((40, 1.0), (30, 1.3))
     )
     found = retention(dense, pruned, measure=measure, resamples=50)
-    draws, points = [], []
-    for one, two, floor, told in zip(dense, pruned, floors, found.tasks, strict=True):
+    draws, points, whole = [], [], []
+    assert len(found.tasks) == (2 if measure == "accuracy" else 3)  # bits have no accuracy
+    for one, two, floor, told in zip(dense, pruned, floors, found.tasks, strict=False):
         made = parts(one, two, measure)
         draws.append(resampled(one.name, made, resamples=50, seed=0))
         points.append(made.retention)
+        whole.append(made.whole.sum())
         assert told == TaskRetention(
             one.name, one.dimension, made.score, len(one.items),
             None if floor is None else pytest.approx(floor),
             mean_score(one, made.score), mean_score(two, made.score),
             one.accuracy, two.accuracy, noise(made.whole), True, estimate(points[-1], draws[-1]),
         )  # fmt: skip
-    general = estimate((points[0] + points[1]) / 2, column_means(draws[:2]))
-    code = estimate(points[2], draws[2])
-    assert [one.kept for one in found.dimensions] == [general, code]
-    assert [found.of(name) for name in ("general", "code")] == [general, code]
-    both = column_means([column_means(draws[:2]), draws[2]])
-    assert found.total == estimate((points[0] + points[1] + 2 * points[2]) / 4, both)
+    shares = [1.0, 1.0] if measure == "ratio" else whole[:2]  # items are pooled but for the paper's
+    value = np.average(points[:2], weights=shares)
+    general = value, np.average(draws[:2], axis=0, weights=shares)
+    rolled = [general, *zip(points[2:], draws[2:], strict=True)]
+    for told, (value, drawn) in zip(found.dimensions, rolled, strict=True):
+        assert told.kept.value == pytest.approx(value)
+        assert told.kept.low == pytest.approx(estimate(value, drawn).low)
+        assert found.of(told.name) == told.kept
+    value, drawn = mean_point(rolled)
+    assert found.total.value == pytest.approx(value)
+    assert found.total.high == pytest.approx(estimate(value, drawn).high)
     assert (found.measure, found.resamples, found.seed) == (measure, 50, 0)
     alone = retention(dense[:1], pruned[:1], measure=measure, resamples=50)
     assert alone.tasks[0] == found.tasks[0]  # whatever its neighbours are
