@@ -23,6 +23,7 @@ from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
 from calmix.errors import CalmixError, InputError, ModelError
+from calmix.evaluation.abilities import load_asked
 from calmix.evaluation.suites import ARCHIVE, WRITTEN, Suite
 from calmix.evaluation.tasks import load_items, preamble
 from calmix.machine import device_memory, tokens_at_once, total_memory
@@ -218,7 +219,8 @@ class Timed:
         if what == "forward":
             return seconds(lambda: decoder(ids, use_cache=False), self.device) / ids.numel()
         found = decoder(ids[:, :32], use_cache=True)
-        kept = {cache_argument(decoder): found.get("cache", found.get("past_key_values"))}
+        named = cache_argument(decoder)
+        kept = {named: found.get(named)}
         return seconds(lambda: decoder(ids[:, :1], use_cache=True, **kept), self.device) / rows
 
     def forward(self, tokens: float, length: int) -> float:
@@ -258,7 +260,7 @@ class Timed:
         """Return the seconds of scoring a suite, and the distance to the dense model on texts."""
         found = self.forward(work.tokens, 512) + self.head(work.tokens / 2)
         found += self.forward(texts, 512) + self.head(2 * texts)
-        return found + self.write(work.answers * ANSWER)
+        return found + self.write(work.written)
 
     def recovery(self, request: RecoverRequest, rows: int, length: int) -> float:
         """Return the seconds of a recovery, without reading and writing files."""
@@ -310,20 +312,27 @@ def seconds(act: Callable[[], Any], device: torch.device) -> float:
 
 
 class SuiteWork(NamedTuple):
-    """What scoring a suite takes; `exact` is False where its data is not at hand."""
+    """What scoring a suite takes: tokens read and written; `exact` where its data is at hand."""
 
     items: int = 0
     tokens: int = 0
-    answers: int = 0
+    written: int = 0
     exact: bool = True
 
 
 def suite_work(suite: Suite) -> SuiteWork:
     """Return what scoring a suite takes, counted where its data is at hand, else assumed."""
-    items = tokens = answers = 0
-    exact = True
+    items = tokens = written = 0
+    exact, here = True, assets.get_asset(ARCHIVE).state == "ok"
     for spec in suite.tasks.values():
-        if spec.archive is not None and assets.get_asset(ARCHIVE).state == "ok":
+        if spec.asked is not None and here:
+            asked = load_asked(spec.asked)
+            texts = [one.chat or one.plain for one in asked.picked(spec)]
+            shared = preamble(texts)
+            count, held = len(texts), shared + sum(len(text) - shared for text in texts)
+            held = round(held / CHARACTERS)
+            written += count * asked.tokens // 2
+        elif spec.archive is not None and here:
             found = load_items(spec)
             contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
             shared = preamble(contexts)
@@ -336,8 +345,8 @@ def suite_work(suite: Suite) -> SuiteWork:
             count = min(count, spec.limit or count)
             held = count * each
         items, tokens = items + count, tokens + held
-        answers += count if spec.metric in WRITTEN else 0
-    return SuiteWork(items, tokens, answers, exact)
+        written += 0 if spec.asked or spec.metric not in WRITTEN else count * ANSWER
+    return SuiteWork(items, tokens, written, exact)
 
 
 def text_tokens(suite: Suite) -> int:

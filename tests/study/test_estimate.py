@@ -74,8 +74,8 @@ def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(
     assert model.calibration(4, 32, "mix") == 4 * 32 * 101
     assert model.calibration(4, 32, "mix", measured=False) == 0
     assert model.calibration(4, 32, "self-cal", measured=False) == 4 * 32 * 1100
-    work = SuiteWork(tokens=100, answers=2)
-    assert model.evaluation(work) == 100 + 50 * 100 + 2 * 256 * 1100
+    work = SuiteWork(tokens=100, written=20)
+    assert model.evaluation(work) == 100 + 50 * 100 + 20 * 1100
     assert model.evaluation(SuiteWork(), 10) == 10 + 20 * 100
     weights = model.block_weights
     blocks, distill = (
@@ -137,7 +137,15 @@ def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_a_suite_whose_data_is_not_here_is_assumed() -> None:
     work = suite_work(load_suite("paper"))
-    assert (work.exact, work.items > 10_000, work.answers > 0) == (False, True, True)
+    assert (work.exact, work.items > 10_000) == (False, True)
+
+
+@pytest.mark.real
+def test_answers_that_are_asked_for_are_counted() -> None:
+    work = suite_work(load_suite("abilities").only(tasks=["sums", "requests"]).limited(50))
+    assert (work.exact, work.items) == (True, 100)
+    assert work.written == 50 * (12 + 96) // 2
+    assert 500 < work.tokens < 5000
 
 
 @pytest.mark.real
