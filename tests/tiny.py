@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -138,6 +140,13 @@ def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
             elif kind == "gemma3n_text" and not parameter.any():  # nothing would come through
                 parameter.fill_(0.5)
     return model.requires_grad_(False)
+
+
+def quick(chosen: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+    """Return parameters of a test: the chosen ones, and the others for `make test-long` alone."""
+    chosen = list(chosen)
+    return [*chosen, *(pytest.param(one, marks=pytest.mark.long) for one in others
+                       if one not in chosen)]  # fmt: skip
 
 
 def tiny_ids(rows: int = 12, length: int = 32, seed: int = 1) -> torch.Tensor:

@@ -19,7 +19,7 @@ from calmix.pruning.gram import Gram
 from calmix.pruning.methods.admm import Admm
 from calmix.pruning.trace import BlockCall, Calls
 from tests.pruning.test_experts import OldMixture
-from tests.tiny import VOCABULARY, tiny_config, tiny_ids, tiny_model
+from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 FEW = 20  # times at most that the host reads numbers of an input and its layers
@@ -47,15 +47,17 @@ def numbers(reads):
 
 
 QUICK = "admm,iterations=2,refit=1"
-CASES = [
-    ("sparsegpt", HALF, "sequential"), ("sparsegpt", SemiStructured(2, 4), "block"),
-    (QUICK, HALF, "block"), ("wanda,refit=2", HALF, "sequential"), ("ria", HALF, "sequential"),
-    ("magnitude", SemiStructured(2, 4), "sequential"),
-]  # fmt: skip
+CASES = quick(
+    [(QUICK, HALF, "block"), ("wanda", SemiStructured(2, 4), "sequential")],
+    [("sparsegpt", HALF, "sequential"), ("sparsegpt", SemiStructured(2, 4), "block"),
+     ("wanda,refit=2", HALF, "sequential"), ("ria", HALF, "sequential"),
+     ("magnitude", SemiStructured(2, 4), "sequential")],
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "pattern", "propagation"), CASES, ids=str)
-def test_a_block_is_read_a_few_times_however_many_its_rows(method, pattern, propagation):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_block_is_read_a_few_times_however_many_its_rows(case):
+    method, pattern, propagation = case
     found = []
     for micro_tokens in (64, 160):
         with tracing() as traced:
@@ -72,7 +74,7 @@ def test_a_block_is_read_a_few_times_however_many_its_rows(method, pattern, prop
     assert not found[0][1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", quick(["mixtral"], ["llama"]))
 def test_a_device_sums_in_one_order(monkeypatch, kind):
     """ADMM carries the last bit of a sum into the mask."""
     ordered = []
@@ -129,11 +131,9 @@ def test_out_of_memory_a_prune_starts_over_with_fewer_rows(monkeypatch):
     assert traced.copies[("cpu", "cuda")] == copies[("cpu", "cuda")] + 7 + 4  # and ids anew
 
 
-OTHERS = [("gemma3_text", None), ("gemma4_text", None), ("gpt2", 1)]
-
-
-@pytest.mark.parametrize(("kind", "paused"), OTHERS)
-def test_other_blocks_are_read_a_few_times(kind, paused):
+@pytest.mark.parametrize("kind", quick(["gpt2"], ["gemma3_text", "gemma4_text"]))
+def test_other_blocks_are_read_a_few_times(kind):
+    paused = 1 if kind == "gpt2" else None
     with tracing() as traced:
         model = empty_model(tiny_config(kind))
         run = Run(model, find_blocks(model), get_method("wanda"), HALF, "sequential", paused)
@@ -180,12 +180,14 @@ def as_slices(model):
 
 
 @pytest.mark.parametrize(
-    ("method", "propagation", "change"),
-    [("wanda", "sequential", as_lists), ("wanda", "sequential", as_slices),
-     (QUICK, "block", as_slices)],
+    "case",
+    quick([("wanda", "sequential", as_slices)],
+          [("wanda", "sequential", as_lists), (QUICK, "block", as_slices)]),
+    ids=str,
 )  # fmt: skip
-def test_experts_are_read_a_few_times_besides_what_routing_asks(method, propagation, change):
+def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
+    method, propagation, change = case
     with tracing(None) as traced:
         model = empty_model(tiny_config("mixtral"), change=change)
         run = Run(model, find_blocks(model), get_method(method), HALF, propagation)
@@ -207,7 +209,8 @@ def test_experts_are_read_a_few_times_besides_what_routing_asks(method, propagat
     [("llama", lambda *given: DensePass(*given, "owl", [0.5])),
      ("llama", lambda *given: DensePass(*given, "error", [0.5])),
      ("llama", lambda *given: Run(*given, get_method(QUICK), HALF, "sequential")),
-     ("mixtral", lambda *given: Run(*given, get_method("sparsegpt"), HALF, "block")),
+     pytest.param("mixtral", lambda *given: Run(*given, get_method("sparsegpt"), HALF, "block"),
+                  marks=pytest.mark.long),
      ("mixtral", ScorePass)],
     ids=["owl", "error", "admm", "experts", "scores"],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
 from tests.pruning.toy import Means
+from tests.tiny import quick
 
 CUDA = torch.device("cuda")
 PATTERNS = [Unstructured(0.6), SemiStructured(2, 4), SemiStructured(16, 32)]
@@ -89,15 +91,19 @@ def test_sums_in_place_are_tried_on_a_part_of_a_matrix(monkeypatch):
         assert not gram._sums_agree(torch.device("cpu"), dtype)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    "how",
+    quick([(torch.bfloat16, PATTERNS[0]), (torch.float32, PATTERNS[1])],
+          itertools.product([torch.bfloat16, torch.float32], PATTERNS)),
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("name", [*METHODS, "sparsegpt,refit=11", "wanda,refit=1"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, pattern, dtype):
+def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, how):
     """Layers of several sizes.
 
     Nothing that is made on the way lies elsewhere: where nobody says, it would be on the CPU.
     """
-    method = get_method(name)
+    (dtype, pattern), method = how, get_method(name)
     with tracing(None) as traced, torch.inference_mode():
 
         def made(*shape, dtype=torch.float32):

@@ -17,7 +17,7 @@ from calmix.pruning import Unstructured, get_method
 from calmix.pruning.budget import Plan
 from calmix.pruning.streamed import Target, prune_streamed
 from calmix.pruning.work import WorkFolder
-from tests.tiny import VOCABULARY
+from tests.tiny import VOCABULARY, quick
 
 BATCHES, ROWS, LENGTH = 3, 2, 32
 STATES = BATCHES * ROWS * LENGTH * 32 * 4
@@ -81,11 +81,14 @@ def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
     assert {value.device.type for value in read.values()} == {"cpu"}
 
 
-@pytest.mark.parametrize("room", [2**30, STATES // BATCHES])
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda,refit=2"])
-def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, method, room):
+@pytest.mark.parametrize(
+    "case",
+    quick([("wanda", 2**30), ("wanda,refit=2", STATES // BATCHES)],
+          [("sparsegpt", 2**30), ("sparsegpt", STATES // BATCHES)]),
+)  # fmt: skip
+def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
     """Its weights come and go; hidden states stay, those there is no room for in pinned memory."""
-    streamed, pinned, waited = numberless
+    (streamed, pinned, waited), (method, room) = numberless, case
     work = WorkFolder(tmp_path / "out")
     work.claim({}, resume=False, overwrite=False)
     target = Target(

@@ -10,9 +10,9 @@ import torch
 from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.models import open_model
 from calmix.models.opening import end_tokens
-from tests.tiny import ARCHITECTURES, save_tiny_model
+from tests.tiny import ARCHITECTURES, quick, save_tiny_model
 
-QUICK = ("llama", "gemma3_text", "gpt2", "opt", "bloom", "deepseek_v3", "mamba")
+QUICK = ("gemma3_text", "opt", "bloom", "mamba")
 
 
 def prompts(count: int, shared: int, longest: int = 24) -> list[Prompt]:
@@ -37,11 +37,7 @@ def one_by_one(opened, asked: list[Prompt]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [k if k in QUICK else pytest.param(k, marks=pytest.mark.long)
-     for k in dict.fromkeys((*ARCHITECTURES, *QUICK))],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "deepseek_v3")))
 def test_answers_are_those_given_one_at_a_time(tmp_path, kind):
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
     asked = prompts(11, 10)

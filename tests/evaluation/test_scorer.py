@@ -10,7 +10,7 @@ from calmix.evaluation import scorer as module
 from calmix.evaluation.scorer import Scorer, attention_window
 from calmix.models import open_model
 from tests.evaluation.helpers import opened, quiz, reference, request
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, quick
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROW_TOKENS", 48)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", quick(["llama", "gemma2", "bloom", "opt"], ARCHITECTURES))
 def test_scores_are_the_plain_models_on_every_architecture(kind: str) -> None:
     calls: list[tuple[int, int]] = []
     model, requests = opened(kind), quiz()
@@ -91,6 +91,7 @@ def test_what_cannot_be_scored_is_one_line() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_the_builtin_model_scores_alike_in_any_batch() -> None:
     model = open_model("builtin:smollm2-135m", dtype="float32")
     requests = quiz(questions=2, shots=3)

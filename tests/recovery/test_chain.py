@@ -79,7 +79,11 @@ def both_stand():
 
 @pytest.mark.parametrize(
     "moment",
-    [partial(block_counted, 1), partial(arm, "counted", 2), both_stand],
+    [
+        pytest.param(partial(block_counted, 1), marks=pytest.mark.long),
+        partial(arm, "counted", 2),
+        both_stand,
+    ],
     ids=["pruning", "recovering", "standing"],
 )
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(calmix, place, tmp_path, moment):

@@ -11,6 +11,7 @@ from calmix.recovery.memory import Plan, Sizes, make_plan, needed_bytes
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import METHODS, command, hashes, manifest, place
+from tests.tiny import quick
 
 __all__ = ["place"]  # a fixture
 Held = namedtuple("Held", "rss")
@@ -55,7 +56,7 @@ def small(monkeypatch):
     monkeypatch.setattr(job, "make_plan", lambda *of: make_plan(*of[:-1], 0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(["blocks"], METHODS))
 def test_it_goes_on_with_as_many_rows_at_a_time(
     calmix, place, tmp_path, monkeypatch, small, method
 ):

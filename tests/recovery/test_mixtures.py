@@ -14,7 +14,7 @@ from calmix.recovery.memory import widths_of
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import hashes, manifest, tensors
-from tests.tiny import save_tiny_model, tiny_ids
+from tests.tiny import quick, save_tiny_model, tiny_ids
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
 
@@ -44,11 +44,12 @@ def command(place, kind, output, method, *more):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"),
-    [("mixtral", "blocks"), ("qwen3_moe", "distill"), ("gpt_oss", "blocks"),
-     ("sarvam_moe", "blocks"), ("sarvam_moe", "distill")],
+    "case",
+    quick([("gpt_oss", "blocks"), ("sarvam_moe", "distill")],
+          [("mixtral", "blocks"), ("qwen3_moe", "distill"), ("sarvam_moe", "blocks")]),
 )  # fmt: skip
-def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_path, kind, method):
+def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_path, case):
+    kind, method = case
     output = tmp_path / "out"
     ended = calmix(*command(place, kind, output, method))
     assert ended.code == 0, ended.err
@@ -78,9 +79,8 @@ def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_p
         assert gaps == pytest.approx([told["before"], told["after"]], rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("method", "number"), [("blocks", 1), pytest.param("distill", 2, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "number"), [("blocks", 1), ("distill", 2)])
 def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
     calmix, place, tmp_path, method, number
 ):
@@ -92,8 +92,9 @@ def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("method", "recover"), [("none", "distill"), ("magnitude", "blocks")])
-def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, method, recover):
+@pytest.mark.parametrize("case", quick([("magnitude", "blocks")], [("none", "distill")]))
+def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, case):
+    method, recover = case
     sparse = ("--sparsity", 0.5, "--method", method) if method != "none" else ()
     calibration = ("--calibration", place / "set")
     drop = ("prune", place / "mixtral", *calibration, "--drop-experts", 0.5, *sparse)

@@ -17,15 +17,14 @@ from calmix.specs import recover_request
 from calmix.study import estimate, load_study
 from calmix.study.estimate import SuiteWork, Timed, suite_work, trial_memory
 from calmix.study.trials import plan
-from tests.tiny import ARCHITECTURES, MIXTURES, save_tiny_model, tiny_model
+from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
 
 Write = Callable[..., Path]
 SPARSEGPT = get_method("sparsegpt")
-PLAIN = ("llama", "gpt2", "gemma4_text", "deepseek_v3", "gpt_oss")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "MOMENT", 0.0)
 
 
@@ -41,13 +40,7 @@ def timed(folder: Path, kind: str = "llama") -> Timed:
     return Timed(str(save_tiny_model(folder / kind, kind)))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        k if k in PLAIN else pytest.param(k, marks=pytest.mark.long)
-        for k in ARCHITECTURES + MIXTURES
-    ],
-)
+@pytest.mark.parametrize("kind", quick(["gpt2", "gpt_oss"], ARCHITECTURES + MIXTURES))
 def test_a_model_is_timed_from_its_configuration(tmp_path: Path, kind: str) -> None:
     found, model = timed(tmp_path, kind), tiny_model(kind)
     blocks = find_blocks(model)

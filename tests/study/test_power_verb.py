@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from calmix.analysis import power as module
 from calmix.analysis.power import detectable, needed
 from calmix.study import load_study, run_study
+from tests.study.conftest import writer
 from tests.study.test_running import Recorder
 
 Write = Callable[..., Path]
@@ -35,12 +37,14 @@ class Noise:
     ratio: float | None = 1.7
 
 
-@pytest.fixture
-def store(tiny_study: Write, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A finished study of two draws a set under one method."""
-    path = tiny_study((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n", name="ran.yaml")
-    run_study(load_study(path), tmp_path / "store", Recorder())
-    return tmp_path / "store"
+    folder = tmp_path_factory.mktemp("power")
+    with pytest.MonkeyPatch.context() as patch:
+        path = writer(folder, tiny_folder, patch)((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n")
+        run_study(load_study(path), folder / "store", Recorder())
+    return folder / "store"
 
 
 @pytest.fixture
@@ -86,11 +90,9 @@ def test_mistakes_are_one_line(
 def test_nothing_finished_is_one_line(
     calmix: Callable[..., Any], store: Path, tmp_path: Path
 ) -> None:
-    for folder in (store / "trials").iterdir():
-        folder.rename(tmp_path / folder.name)
-    assert (
-        "has no finished trials (6 planned): run it first" in calmix("study", "power", store).line
-    )
+    bare = shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("trials"))
+    line = calmix("study", "power", bare).line
+    assert "has no finished trials (6 planned): run it first" in line
 
 
 def test_a_plan_says_what_its_draws_will_tell_apart(

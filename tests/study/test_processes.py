@@ -17,6 +17,7 @@ from calmix.study.store import open_store
 from tests.forks import command, run, start, stopped, wait
 from tests.study.test_running import Recorder
 from tests.study.worker import write_study
+from tests.tiny import quick
 
 TABLES = ("results.csv", "results.parquet")
 
@@ -60,7 +61,7 @@ def kill_in_third_trial() -> None:
 
 
 @pytest.mark.real
-def test_a_study_killed_at_work_goes_on_where_it_was(
+def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
     undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     path, whole = undisturbed
@@ -68,29 +69,16 @@ def test_a_study_killed_at_work_goes_on_where_it_was(
     study = ("study", "run", path, "-o", store)
     stopped(kill_in_third_trial, *study)
     assert states(store).count("finished") == 2
-    ended = run(command(*study), tmp_path / "log")
-    assert ended.code == 0, ended.errors
+    logs = [tmp_path / "a", tmp_path / "b"]
+    for child, log in [(start(command(*study), log), log) for log in logs]:
+        ended = wait(child, log)
+        assert ended.code == 0, ended.errors
+    assert states(store) == ["finished"] * 6
+    assert run(command(*study), tmp_path / "log").code == 0
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
     assert not list((store / "locks").iterdir())
     assert not [f for f in (store / "trials").iterdir() if f.name.startswith(".")]
-
-
-@pytest.mark.real
-def test_two_runners_on_one_store_share_the_work(
-    undisturbed: tuple[Path, Path], tmp_path: Path
-) -> None:
-    path, whole = undisturbed
-    store = tmp_path / "store"
-    act = command("study", "run", path, "-o", store)
-    logs = [tmp_path / "a", tmp_path / "b"]
-    for child, log in [(start(act, log), log) for log in logs]:
-        ended = wait(child, log)
-        assert ended.code == 0, ended.errors
-    assert states(store) == ["finished"] * 6
-    assert run(act, tmp_path / "log").code == 0
-    for name in TABLES:
-        assert (store / name).read_bytes() == (whole / name).read_bytes()
 
 
 class Killer(Recorder):
@@ -109,8 +97,9 @@ class Killer(Recorder):
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("dies", quick([False], [True]))
 def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
-    undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:
     pytest.importorskip("ray")
     path, whole = undisturbed
@@ -119,9 +108,10 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     store = tmp_path / "store"
 
     def act() -> None:
-        seen = Killer(store)
-        _, outcome = run_study(load_study(path), store, seen, execute=on_ray(workers=2))
-        assert seen.killed is not None
+        seen = Killer(store) if dies else Recorder()
+        ray = on_ray(workers=2 if dies else 1)
+        _, outcome = run_study(load_study(path), store, seen, execute=ray)
+        assert not dies or seen.killed is not None
         assert outcome.failed == outcome.elsewhere == {}
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
