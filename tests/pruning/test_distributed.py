@@ -87,6 +87,7 @@ def test_several_targets_count_apart(calmix, tiny_folder, text_file, tmp_path):
         assert min(same) > 0.99
 
 
+@pytest.mark.long
 def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "TIDYING", timedelta(seconds=0.1))  # the first one is killed
     asked = ("prune", gemma, "--calibration", text_file, *SMALL, "-o")

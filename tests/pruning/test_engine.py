@@ -13,7 +13,7 @@ from calmix.pruning.methods import METHODS, Solution
 from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.trace import observe
 from calmix.specs import prune_request
-from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
+from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 
@@ -65,21 +65,16 @@ def reference(model, ids, method, pattern, propagation):
                 layer.assign(weight)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
-@pytest.mark.parametrize("propagation", ["sequential", "block"])
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    ("kind", "propagation", "method"),
+    [("llama", "sequential", "sparsegpt"), ("gpt2", "block", "sparsegpt"),
+     ("gemma3_text", "sequential", "wanda"), ("gpt_neox", "block", "wanda")],
+)  # fmt: skip
 def test_engine_equals_the_definition(kind, propagation, method):
     ids = tiny_ids()
     ours, theirs = tiny_model(kind), tiny_model(kind)
-    prune(
-        ours,
-        ids,
-        method=method,
-        pattern=Unstructured(0.5),
-        propagation=propagation,
-        micro_tokens=96,
-    )
-    reference(theirs, ids, method, Unstructured(0.5), propagation)
+    prune(ours, ids, method=method, pattern=HALF, propagation=propagation, micro_tokens=96)
+    reference(theirs, ids, method, HALF, propagation)
     expected = weights_of(theirs)
     for name, weight in weights_of(ours).items():
         same = (weight == 0) == (expected[name] == 0)
@@ -87,7 +82,7 @@ def test_engine_equals_the_definition(kind, propagation, method):
         torch.testing.assert_close(weight[same], expected[name][same], rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", quick(["llama", "gpt2", "phi3", "bloom"], ARCHITECTURES))
 def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
     model = tiny_model(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -111,7 +106,7 @@ def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
     assert all(layer.error is not None and 0 < layer.error < 1 for layer in report.layers)
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("kind", ["phi3", "gpt2"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_n_of_m_holds_in_every_group(kind, method):
     model = tiny_model(kind)
@@ -134,16 +129,6 @@ def test_layers_that_read_one_input_share_it():
     ]
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda", "ria", "magnitude"])
-def test_the_same_prune_twice_gives_the_same_bytes(method):
-    first, second = tiny_model("llama"), tiny_model("llama")
-    ids = None if method == "magnitude" else tiny_ids()
-    for model in (first, second):
-        prune(model, ids, method=method, pattern=Unstructured(0.6))
-    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def test_micro_batches_do_not_change_the_outcome():
     whole, parts = tiny_model("llama"), tiny_model("llama")
     prune(whole, tiny_ids(), pattern=Unstructured(0.5), micro_tokens=10_000)
@@ -155,8 +140,9 @@ def test_micro_batches_do_not_change_the_outcome():
         torch.testing.assert_close(weight, other, rtol=0.05, atol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text", "gemma4_text"])
-@pytest.mark.parametrize("paused", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "paused"), [("llama", 0), ("llama", 1), ("bloom", 2), ("gemma4_text", 1)]
+)
 def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
     """Those that do not stay paused begin the block anew; the last one is smaller."""
     all_stay, some = tiny_model(kind), tiny_model(kind)
@@ -193,8 +179,10 @@ class Replay(Run):
             self.states[number] = self._run(index, number)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "phi", "gemma3_text", "gemma4_text"])
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("llama", "wanda"), ("bloom", "sparsegpt"), ("phi", "wanda"), ("gemma4_text", "sparsegpt")],
+)
 def test_coroutines_give_the_bytes_of_a_replay(kind, method):
     """They are the optimisation: a block that pauses is a block begun anew, bit by bit."""
     ours, theirs = tiny_model(kind), tiny_model(kind)
@@ -259,8 +247,9 @@ def test_half_precision_models_keep_their_dtype_and_exact_counts():
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("pattern", "value"), [(HALF, float("nan")), (SemiStructured(2, 4), float("inf"))], ids=str
+)
 def test_a_weight_that_is_not_finite_is_named(method, pattern, value):
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight[3, 5] = value
@@ -440,10 +429,5 @@ def test_a_decoder_that_takes_long_rows_piece_by_piece_is_refused():
 
 def test_progress_counts_blocks():
     seen = []
-    prune(
-        tiny_model("llama"),
-        tiny_ids(),
-        pattern=Unstructured(0.5),
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    prune(tiny_model("llama"), tiny_ids(), pattern=HALF, progress=lambda *of: seen.append(of))
     assert seen == [(1, 2), (2, 2)]

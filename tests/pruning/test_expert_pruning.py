@@ -17,7 +17,7 @@ from calmix.specs import prune_requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import old_mixtral, routed_inputs
-from tests.tiny import load_weights, save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32)
 KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
@@ -29,7 +29,7 @@ def scores_of(model, ids):
     return look.scores
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("kind", quick(["gpt_oss"], ["mixtral", "qwen2_moe"]))
 def test_scores_are_those_of_the_definition(kind):
     model, ids = tiny_model(kind), tiny_ids(6)
     found = scores_of(model, ids)
@@ -50,14 +50,6 @@ def test_scores_are_those_of_the_definition(kind):
 def test_gates_that_cannot_be_seen_are_refused():
     with pytest.raises(ModelError, match=r"layers\.0\.mlp cannot be seen"):
         scores_of(old_mixtral(), tiny_ids(6))
-
-
-def test_a_drop_alone_is_made_again_from_its_manifest(calmix, tmp_path, text_file):
-    folder = save_tiny_model(tmp_path / "model", "qwen3_moe")
-    ended = calmix(*drop(folder, text_file, tmp_path / "out"))
-    assert ended.code == 0, ended.err
-    ended = calmix("doctor", "rerun", tmp_path / "out" / "calmix.json")
-    assert ended.code == 0, ended.err
 
 
 def drop(folder, text, output, *more, share=0.25):
@@ -110,7 +102,7 @@ def test_a_killed_drop_goes_on_to_the_same_bytes(
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(["qwen3_moe", "gpt_oss", "deepseek_v3"], KINDS))
 def test_the_smaller_checkpoint_computes_what_the_router_left_gives(
     calmix, tmp_path, text_file, kind
 ):
@@ -192,26 +184,6 @@ def test_the_choice_is_of_the_least_scores_in_every_group():
         choose([1.0] * 8, 0.5, 2, chosen=4, reach=1)
     with pytest.raises(InputError, match="drops none of the 4 experts"):
         choose([1, 2, 3, 4], 0.1, chosen=2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "share", "said"),
-    [
-        ("llama", 0.25, "--drop-experts has no effect: this model has no experts"),
-        ("mixtral", 0.75, "every token is sent to 2: drop fewer"),
-        ("mixtral", 1.5, "is not between 0 and 1"),
-        ("mixtral", 0.1, "drops none of the 4 experts"),
-    ],
-)
-def test_what_cannot_be_dropped_is_one_line(calmix, tmp_path, text_file, kind, share, said):
-    folder = save_tiny_model(tmp_path / "model", kind)
-    ended = calmix(
-        "prune", folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
-        "--drop-experts", share, "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert ended.code == 2
-    assert said in ended.line
-    assert not (tmp_path / "out.unfinished").exists()
 
 
 def test_what_has_no_effect_on_a_drop_alone_is_one_line(calmix, tmp_path, text_file):

@@ -13,7 +13,7 @@ from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import METHODS
 from calmix.pruning.trace import observe
 from tests.pruning.test_engine import input_gram, weights_of
-from tests.tiny import MIXTURES, tiny_ids, tiny_model
+from tests.tiny import MIXTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 EVERY = 3  # of how many tokens one stands for all: two of four experts, and no factor of 32
@@ -155,7 +155,10 @@ def reference(model, ids, method, pattern, propagation):
     return errors
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, "modules"])
+EVERY_KIND = quick(["mixtral", "gpt_oss", "llama4_text", "modules"], MIXTURES)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize(
     ("method", "propagation"), [("sparsegpt", "sequential"), ("wanda", "block")]
 )
@@ -176,7 +179,7 @@ def test_engine_equals_the_definition(kind, method, propagation):
         assert layer.error == (None if expected is None else pytest.approx(expected, rel=0.01))
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, "modules"])
+@pytest.mark.parametrize("kind", quick(["qwen2_moe", "granitemoe", "modules"], MIXTURES))
 def test_every_expert_is_pruned_exactly_and_routers_not_at_all(kind):
     model = model_of(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -195,7 +198,7 @@ def test_every_expert_is_pruned_exactly_and_routers_not_at_all(kind):
         assert sum(mixture.tokens) == tiny_ids().numel() * 2
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "modules"])
+@pytest.mark.parametrize("kind", quick(["gpt_oss", "modules"], ["mixtral"]))
 @pytest.mark.parametrize("method", list(METHODS))
 def test_n_of_m_holds_in_every_expert(kind, method):
     model = model_of(kind)
@@ -206,8 +209,7 @@ def test_n_of_m_holds_in_every_expert(kind, method):
         assert (zeros == 2).all(), name
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "llama4_text", "modules"])
-@pytest.mark.parametrize("paused", [0, 1])
+@pytest.mark.parametrize(("kind", "paused"), [("mixtral", 0), ("llama4_text", 1), ("modules", 1)])
 def test_waves_and_replays_change_no_bytes(kind, paused):
     """One expert at a time, with micro-batches that begin the block anew for each."""
     whole, little = model_of(kind), model_of(kind)
@@ -221,7 +223,7 @@ def test_waves_and_replays_change_no_bytes(kind, paused):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "modules", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_an_expert_without_tokens_is_pruned_on_all(kind):
     """Tokens that are all alike go to the same two experts."""
     model = model_of(kind)

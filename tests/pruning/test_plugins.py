@@ -11,8 +11,6 @@ from calmix.errors import InputError
 from calmix.models import find_blocks
 from calmix.pruning import Method, Unstructured, get_method, prune, register
 from calmix.pruning.methods import METHODS, methods
-from calmix.study import load_study
-from calmix.study.trials import plan, resolve_all
 from tests.pruning.toy import Toy
 from tests.study.conftest import tiny_study  # noqa: F401
 from tests.tiny import tiny_ids, tiny_model
@@ -88,20 +86,6 @@ def test_a_registered_method_prunes():
     assert any(not torch.equal(weights_of(other)[n], w) for n, w in weights_of(model).items())
 
 
-def test_a_stores_trials_keep_their_names(tiny_study):  # noqa: F811
-    """The request has the members it had when damping was the only option there was."""
-    study = load_study(tiny_study())
-    (trial,) = (t for t in plan(study) if (t.calibration, t.way) == ("code", "sparsegpt"))
-    (found,) = resolve_all(study, [trial])
-    request = found.request
-    assert set(request) == {
-        "format", "model", "calibration", "method", "pattern", "sparsity", "propagation",
-        "damping", "suite",
-    }  # fmt: skip
-    assert request["damping"] == 0.01
-    assert trial.condition == ("tiny", "sparsegpt", "60%", 6, 32, "sequential", 0.01)
-
-
 @pytest.mark.parametrize(
     ("method", "says"),
     [
@@ -130,6 +114,15 @@ def test_mistakes_are_one_line(shipped, method, says):
 def test_methods_that_cannot_be_loaded_are_left_out(shipped):
     assert {"toy", "late", "wanda"} < set(methods())
     assert not {"gone", "other", "none", "silent"} & set(methods())
+
+
+def test_installed_packages_are_looked_through_once(monkeypatch, tmp_path):
+    """A study asks for the method of each of its trials many times."""
+    asked = []
+    monkeypatch.setattr("calmix.pruning.methods.entry_points", lambda **of: asked.append(of) or ())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert get_method("wanda") == get_method("wanda") != get_method("sparsegpt")
+    assert len(asked) == 1
 
 
 def test_options_of_a_method_in_hand():

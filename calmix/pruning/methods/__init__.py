@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+import sys
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -101,6 +103,11 @@ def _made(found: type[Method], values: dict[str, Any]) -> Method:
 
 def _others() -> dict[str, EntryPoint]:
     """Return the methods that installed packages name."""
+    return _installed(tuple(sys.path))
+
+
+@cache
+def _installed(path: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="calmix.methods")}
 
 
