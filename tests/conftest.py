@@ -17,13 +17,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
+# Neither torch nor transformers: the process that only hands out the tests need not load them.
 from calmix.cli import main
 from tests.browser import PROGRAM, Page, browser
-from tests.tiny import save_tiny_model
 
-torch.set_num_threads(1)
 # The same examples every time, none told by a clock; `make test-long` tries more of them.
 hypothesis.settings.register_profile(
     "calmix",
@@ -100,11 +98,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random llama with a byte-level tokenizer, as a local model folder."""
+    from tests.tiny import save_tiny_model
+
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
 
 
 def write_text_file(path: Path) -> Path:
     """Write a text file of some ten thousand tokens under the tiny tokenizer."""
+    import torch
+
     words = ["apple", "bread", "candle", "dune", "prime", "sum", "return", "river"]
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(words), (2000,), generator=generator).tolist()

@@ -9,15 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
 
+from tests.tiny import quick
+
 ROOT = Path(__file__).parents[1]
 FAMILIES = (
-    "deepseek_v32",  # latent attention, an index of tokens
-    "gemma3n_text",  # several streams, shared keys and values
     "mixtral",  # fused experts, stored one by one
-    "sarvam_moe",  # several parameters stored as one
     "zamba2",  # blocks that share weights
 )
 MORE = (
+    "deepseek_v32",  # latent attention, an index of tokens
+    "gemma3n_text",  # several streams, shared keys and values
+    "sarvam_moe",  # several parameters stored as one
     "bloom",  # no rotary positions, biases
     "falcon_h1",  # attention beside a state space, multipliers everywhere
     "gemma2",  # soft caps, windows
@@ -45,9 +47,7 @@ def told():
     return (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(
-    "kind", [*FAMILIES, *(pytest.param(kind, marks=pytest.mark.long) for kind in MORE)]
-)
+@pytest.mark.parametrize("kind", quick(FAMILIES, MORE))
 def test_one_of_each_family_is_as_the_page_says(architectures, told, tmp_path, kind):
     row = architectures.sweep(kind, tmp_path)
     assert architectures.line(row) in told, architectures.reasons(row)

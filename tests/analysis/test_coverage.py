@@ -19,6 +19,7 @@ from calmix.analysis.cells import Cells, Condition, Task, rolled_up
 from calmix.analysis.differences import compare, correct
 from calmix.analysis.power import noise_of
 from calmix.analysis.ranking import shrink
+from tests.tiny import quick
 
 AT = Condition("m", "wanda", "50%", 0.5, None, 64, 512, "offline", "Wanda 50%",
                "Wanda", "Wanda 50%")  # fmt: skip
@@ -86,15 +87,14 @@ def slack(times: int, share: float = 0.05) -> float:
     return 3 * math.sqrt(share * (1 - share) / times)
 
 
-CASES = {
-    "usual": Truth(),
-    "two degrees of freedom": Truth(draws=(2, 1, 1, 1, 2, 1), draw=0.04),
-    "draws move items alone": Truth(draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0),
-    "items matter most": Truth(draws=(2, 2, 1, 1), own_items=0.6, draw=0.01),
-}
+CASES = quick(
+    [Truth(), Truth(draws=(2, 1, 1, 1, 2, 1), draw=0.04)],  # the usual, and two degrees of freedom
+    [Truth(draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0),  # draws move items alone
+     Truth(draws=(2, 2, 1, 1), own_items=0.6, draw=0.01)],  # items matter most
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("truth", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("truth", CASES)
 def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
     """Never less often than 95 %; more often only as far as 98.5 %."""
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
@@ -113,7 +113,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
 
 def test_among_equal_sets_no_more_is_claimed_than_the_level_allows() -> None:
     """Mixes, the best source (picked by its numbers) and the mean of the sources, all alike."""
-    times, claimed, found_at_all, drawn_at_all = 120, [], 0, 0
+    times, claimed, found_at_all, drawn_at_all = 60, [], 0, 0
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
     for found, _ in studies(truth, times, seed=1):
         gaps = correct(compare(found))

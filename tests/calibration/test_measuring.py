@@ -147,11 +147,7 @@ def test_intervals():
         ([], {}, "name at least one source"),
         (["few.jsonl", "few.jsonl"], {}, "is named twice"),
         (["few.jsonl"], {"draws": 0}, "--draws 0: must be 1 or more"),
-        (["few.jsonl"], {"rows": 0}, "--rows 0: must be"),
         (["few.jsonl"], {"length": 1}, "too short to predict"),
-        (["few.jsonl"], {"seed": -1}, "--seed -1: must be"),
-        (["few.jsonl"], {"rows": 999}, "tokens, but 999 rows of 32"),
-        (["nothing"], {}, "unknown source 'nothing'"),
     ],
 )
 def test_bad_requests(files, opened, specs, options, message):

@@ -8,6 +8,7 @@ from calmix import CalibrationSet
 from calmix.calibration import open_tokenizer
 from calmix.calibration.leakage import suite_items
 from calmix.calibration.selfgen.prompts import start_token
+from tests.tiny import quick
 
 pytestmark = pytest.mark.real
 
@@ -42,7 +43,7 @@ def _planted(path, text, leaks):
     path.write_text("".join(lines), encoding="utf-8")
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "humaneval", "arc_easy", "pattern"])
+@pytest.mark.parametrize("task", quick(["gsm8k"], ["humaneval", "arc_easy", "pattern"]))
 def test_a_planted_item_of_the_offline_suite_is_caught(task, calmix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)

@@ -90,25 +90,15 @@ def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> Non
     (tmp_path / "bare").mkdir()
     for arguments, words in [
         (("study", "analyse", tmp_path / "no"), "no folder"),
-        (("study", "report", tmp_path / "no"), "no folder"),
         (("study", "analyse", empty), "no finished trials"),
-        (("study", "report", empty), "no finished trials"),
-        (("study", "recommend", empty), "no finished trials"),
-        (("study", "analyse", folder, "--method", "wnada"), "did you mean wanda"),
-        (("study", "report", folder, "--sparsity", "0.7"), "known: 50%"),
         (("study", "analyse", folder, "--measure", "both"), "must be 'primary', 'probability'"),
         (("study", "analyse", folder, "--over", "mix"), "must be 'single' or 'all'"),
-        (("study", "analyse", folder, "--default", "c4"), "no finished trial has the calibration"),
-        (("study", "analyse", folder, "--seed", "-1"), "must be greater than or equal to 0"),
-        (("study", "analyse", folder, "--resamples", "0"), "greater than or equal to 1"),
         (("study", "report", folder, "-o", busy), "is not empty"),
         (("study", "recommend", folder, "--weights", "coding=1"), "did you mean code"),
         (("study", "recommend", folder, "--weights", "code=-1"), "must be a number from 0 up"),
         (("study", "recommend", folder, "--weights", "code=0,math=0"), "all weights are 0"),
         (("study", "recommend", folder, "--weights", "code"), "NAME=NUMBER"),
         (("study", "recommend", folder, "--weights", "code=1,code=2"), "gives code twice"),
-        (("study", "recommend", folder, "--top", "0"), "greater than or equal to 1"),
-        (("study", "recommend", folder, "--measure", "raw"), "must be 'primary'"),
         (("study", "recommend", folder, "--method", "gptq"), "no finished trial has the method"),
     ]:
         ended = calmix(*arguments)

@@ -100,18 +100,6 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pack_and_what_it_is_of_stay_where_they_are(pruned: Path, tmp_path: Path, calmix) -> None:
-    made = tmp_path / "pack"
-    pack(pruned, made)
-    before = {folder: files(folder) for folder in (pruned, made)}
-    for form, folder in (("pack", pruned), ("model", made)):
-        for output, what in ((folder, "is"), (folder.parent, "holds"), (folder / "o", "lies in")):
-            ended = calmix("export", folder, "--to", form, "-o", output, "--overwrite")
-            assert (ended.code, f"{output} {what} the input {folder}" in ended.line) == (2, True)
-    assert before == {folder: files(folder) for folder in (pruned, made)}
-    pack(pruned, made, overwrite=True)
-
-
 @given(data=st.data())
 def test_every_type_and_value_survives(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

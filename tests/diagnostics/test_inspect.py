@@ -4,12 +4,10 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
-from tests import synthetic
 from tests.tiny import load_weights
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
@@ -161,30 +159,6 @@ def test_what_a_recovery_read_is_not_what_a_prune_without_text_lacked(
     _, told = health(calmix, folder)
     assert not told["problems"]
     assert not told["warnings"]
-
-
-def test_a_calibration_set_is_checked_and_told(calmix, tiny_folder, text_file, tmp_path):
-    folder = tmp_path / "set"
-    assert calmix("calibrate", text_file, "-m", tiny_folder, "-o", folder, *SMALL).code == 0
-    ended, told = health(calmix, folder)
-    assert ended.code == 0
-    assert told["facts"]["rows"] == "6 of 32 tokens"
-    path = folder / "calibration.safetensors"
-    tensors = load_file(path)
-    tensors["ids"][1] = tensors["ids"][0]
-    save_file(tensors, path)
-    ended, told = health(calmix, folder)
-    assert ended.code == 2
-    assert "damaged" in ended.err
-    assert torch.equal(tensors["ids"][0], tensors["ids"][1])
-
-
-def test_exported_results_of_a_study_are_checked(calmix, tmp_path):
-    folder = synthetic.save(synthetic.study(synthetic.Plan(seeds=(0,))), tmp_path / "results")
-    assert calmix("doctor", "inspect", folder).code == 0
-    raw = (folder / "study.json").read_bytes()
-    (folder / "study.json").write_bytes(raw[: len(raw) // 2])
-    assert calmix("doctor", "inspect", folder).code == 2
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.matrix import CACHED, Place, Verb, damage, faults, vanished_cache, verbs
+from tests.tiny import quick
 
-SAMPLE = ("prune targets", "recover distill", "generate")
+SAMPLE = quick(["prune targets"], ["recover distill", "generate"])
 
 
 @pytest.fixture(scope="module")

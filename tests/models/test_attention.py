@@ -14,8 +14,9 @@ from calmix.models.attention import (
     sliced_attention,
     use_own_attention,
 )
-from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
+from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
 
+FEW = "llama", "bloom", "gemma4_text", "gpt2", "falcon"
 OTHERS = "bloom", "falcon", "gemma2"  # do not attend by transformers' interface, or not by sdpa
 SHAPES = [  # rows, heads, key heads, positions, tokens, width, value width
     (3, 6, 2, 150, 150, 16, 16), (2, 4, 4, 64, 64, 8, 12), (5, 4, 1, 33, 90, 16, 16),
@@ -101,7 +102,7 @@ def decoded(model, ids, cache):
     return torch.cat(steps, 1)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", quick(FEW, ARCHITECTURES))
 def test_models_compute_what_they_did_there_and_back_and_token_by_token(kind, slices):
     """Sliding windows of 16 and shared key heads are among the architectures."""
     ids = tiny_ids(3, 24)

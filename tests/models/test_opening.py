@@ -202,10 +202,12 @@ def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path
     ("name", "kind", "weights", "text", "follows"),
     [
         ("smollm2-135m", "llama", 134_515_008, "The capital of France is", "Paris"),
-        ("gemma3-270m", "gemma3_text", 268_098_176, "One, two, three, four,", "five"),
-        ("qwen2.5-coder-0.5b", "qwen2", 630_167_424, "def add(a, b):\n    return a +", "b"),
+        pytest.param("gemma3-270m", "gemma3_text", 268_098_176, "One, two, three, four,", "five",
+                     marks=pytest.mark.long),
+        pytest.param("qwen2.5-coder-0.5b", "qwen2", 630_167_424, "def add(a, b):\n    return a +",
+                     "b", marks=pytest.mark.long),
     ],
-)
+)  # fmt: skip
 def test_a_builtin_model_is_put_together_from_its_parts(
     name, kind, weights, text, follows, tmp_path
 ):

@@ -406,20 +406,3 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
         assert told in ended.line, (arguments, ended.line)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / "out.unfinished").exists(), arguments
-    for name in ("half", "dense"):
-        before = hashes(place / name)
-        ended = calmix(*command(place, place / name, "distill", "--overwrite"))
-        assert "is the input" in ended.line
-        assert hashes(place / name) == before
-    ended = calmix(*command(place, place / "set", "distill", "--overwrite"))
-    assert "set is the input" in ended.line
-
-
-def test_a_disk_without_room_is_told_before(calmix, place, tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("calmix.files.shutil.disk_usage", lambda path: usage)
-    for method in METHODS:
-        ended = calmix(*command(place, tmp_path / "out", method))
-        assert ended.code == 2
-        assert "no space left for" in ended.err
-        assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,6 @@ from calmix.recovery.training import (
     steps_of,
 )
 from tests import forks
-from tests.recovery import sharded
 
 
 def test_rows_train_or_are_held_out():
@@ -149,5 +148,7 @@ def test_a_state_goes_on_as_if_nothing_had_been():
 
 
 def test_masters_of_sharded_weights_are_those_of_whole_ones(tmp_path):
+    from tests.recovery import sharded  # half a second of imports
+
     ended = forks.ranks(sharded.main, 2, tmp_path / "log")
     assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]

