@@ -6,6 +6,7 @@ flags of the fields.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,9 +18,10 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
-from calmix.errors import InputError, nearest
+from calmix.errors import MEANT, InputError, nearest
 
 
 class Options(BaseModel):
@@ -125,6 +127,29 @@ def licence_option(advanced: bool = True) -> Any:
     return option(None, text, flag="--licence --license", advanced=advanced)
 
 
+ROWS_OF = re.compile(r"([^,:]+\.(?:csv|tsv|jsonl?|parquet))(?=[:,]|$)", re.IGNORECASE)
+
+
+class TextField(Options):
+    """Which field of the rows of a user's own files is read."""
+
+    text_field: str | None = option(None, "Field of your own rows, e.g. prompt or prompt+answer.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """Name the field behind every file of rows: mine.csv@prompt."""
+        if not isinstance(values, dict) or (field := values.get("text_field")) is None:
+            return values
+        key = "spec" if "spec" in values else "calibration"
+        text = ROWS_OF.sub(lambda found: f"{found[1]}@{field}", values.get(key) or "")
+        if not field or text == (values.get(key) or ""):
+            raise ValueError(
+                "--text-field reads .csv, .tsv, .json, .jsonl and .parquet files, and none is named"
+            )
+        return values | {key: text}
+
+
 class SizeOptions(Options):
     """How many tokens are drawn, and which."""
 
@@ -187,6 +212,7 @@ PRUNE = (
     *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
     "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
     "resume", "overwrite", "json", "as_json", "help", "recover", "against", "only", "skip",
+    "text_field",
 )  # fmt: skip
 
 
@@ -230,6 +256,8 @@ def mistake(error: ValidationError, model: type[Options]) -> str:
     if problem["type"] == "value_error":
         return f"{flag}: {said}" if name else said
     said = said.partition(", unable")[0].replace("Input should", "must")
+    if (meant := MEANT.get(str(problem["input"]).lower(), "")) and f"'{meant}'" in said:
+        said += f": did you mean {meant}?"
     return f"{flag} {problem['input']}: {said}"
 
 

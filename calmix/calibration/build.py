@@ -24,6 +24,7 @@ from calmix.calibration.tokenizer import (
     tokenizer_function,
 )
 from calmix.errors import InputError, SourceError
+from calmix.models.opening import TEMPLATE
 from calmix.sources import Document, Source, get_source
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
@@ -123,7 +124,8 @@ def build(
     for name, count in counts.items():
         documents = list(sources[name].documents())
         rng = np.random.default_rng(_seed_of(seed, sources[name], own))
-        stream = tokenized([documents[i] for i in rng.permutation(len(documents))], tokenize)
+        order = [documents[i] for i in rng.permutation(len(documents))]
+        stream = tokenized(order, tokenize, opened.tokenizer)
         if guard is not None:
             stream = guard.filter(name, stream)
         if packing == "concat":
@@ -186,11 +188,27 @@ def held_documents(spans: Iterable[Sequence[int]]) -> list[int]:
     return sorted({document for first, last in spans for document in range(first, last + 1)})
 
 
-def tokenized(documents: list[Document], tokenize: Tokenize) -> Iterator[Tokenized]:
-    """Yield documents with their token ids."""
+def tokenized(
+    documents: list[Document], tokenize: Tokenize, tokenizer: Any = None
+) -> Iterator[Tokenized]:
+    """Yield documents with their token ids; chats as the tokenizer's template writes them."""
     for start in range(0, len(documents), BATCH):
         batch = documents[start : start + BATCH]
-        yield from zip(batch, tokenize([document.text for document in batch]), strict=True)
+        texts = [_text(document, tokenizer) for document in batch]
+        yield from zip(batch, tokenize(texts), strict=True)
+
+
+def _text(document: Document, tokenizer: Any) -> str:
+    if document.messages is None or not getattr(tokenizer, "chat_template", None):
+        return document.text
+    try:
+        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False, **TEMPLATE)
+    except Exception as error:  # templates raise what they like
+        why = " ".join(str(error).split())[:160]
+        raise SourceError(
+            f"chat {document.id} does not fit the model's chat template: {why}"
+        ) from error
+    return str(text).removeprefix(tokenizer.bos_token or "")
 
 
 def _seed_of(seed: int, source: Source, own: Mapping[str, Source] | None) -> list[int]:

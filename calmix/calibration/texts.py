@@ -19,7 +19,8 @@ from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE
 from calmix.files import user_path
 from calmix.options import named_values
-from calmix.sources.readers import AssetText, LocalFile, Reader
+from calmix.sources.readers import AssetText, Reader
+from calmix.sources.registry import local_file
 
 ROWS, LENGTH, SEED = 8, 256, 0
 LONGEST = 16  # characters of a token, on average, of a text worth reading
@@ -40,7 +41,7 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
     named = named_values("--text", given, "NAME=PATH, such as code=mine.jsonl")
     found = {name: user_path(path) for name, path in named.items()}
     for name, path in found.items():
-        if not path.exists():
+        if not local_file(str(path)).path.exists():
             raise InputError(f"--text {name}: there is no file {path}")
     return found
 
@@ -76,7 +77,7 @@ def texts(
         for name, found in builtin_readers().items()
         if dimensions is None or name in dimensions
     }
-    readers |= {name: [LocalFile(type="file", path=path)] for name, path in (own or {}).items()}
+    readers |= {name: [local_file(str(path))] for name, path in (own or {}).items()}
     if not readers:
         raise InputError(f"no builtin text is of {', '.join(dimensions or ())}: give --text")
     length = min(length, opened.context or length)

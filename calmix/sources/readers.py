@@ -7,13 +7,14 @@ steps into every element of a list, and a paragraph whose fields are all empty i
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,15 +30,30 @@ ROWS = 1024  # of a .parquet file, held at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
 FIELD = re.compile(r"\{([\w*-]+(?:\.[\w*-]+)*)\}")
 
+TEXT = "{text}"  # the template of a user's own rows
+CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+CODE = {
+    ".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
+    ".cs", ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
+    ".lua", ".pl", ".hs", ".ml", ".vue", ".css", ".html",
+}  # fmt: skip
+LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of others' code
+
 Items = Literal["all", "odd", "even"]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text with an identifier that is unique and stable within its source."""
+    """A piece of text with an identifier that is unique and stable within its source.
+
+    `messages` are those of a chat, each with `role` and `content`; a model's template puts them in
+    place of `text`, where they stand in plain words.
+    """
 
     id: str
     text: str
+    messages: tuple[dict[str, str], ...] | None = None
 
 
 class Reader(BaseModel):
@@ -74,7 +90,7 @@ class PythonStdlib(Reader):
         root = Path(sysconfig.get_path("stdlib"))
         skip = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}
         skip |= {"ensurepip", "lib2to3", "pydoc_data"}
-        yield from _source_files(root, ["**/*.py"], skip)
+        yield from _source_files(root, _globbed(root, ["**/*.py"], skip))
 
 
 class PythonDocs(Reader):
@@ -119,7 +135,7 @@ class PackageFiles(Reader):
         self.check()
         skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
         if root := self._root():
-            yield from _source_files(root, self.files, skip)
+            yield from _source_files(root, _globbed(root, self.files, skip))
 
 
 def _version(package: str) -> str:
@@ -129,11 +145,14 @@ def _version(package: str) -> str:
         return package
 
 
-def _source_files(root: Path, patterns: list[str], skip: set[str]) -> Iterator[Document]:
-    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+def _globbed(root: Path, patterns: list[str], skip: set[str]) -> list[Path]:
+    found = sorted({path for pattern in patterns for path in root.glob(pattern)})
+    return [path for path in found if not skip & set(path.relative_to(root).parts)]
+
+
+def _source_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
+    for path in files:
         relative = path.relative_to(root)
-        if skip & set(relative.parts):
-            continue
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
@@ -273,14 +292,17 @@ class ReasoningGym(Reader):
 
 
 class LocalFile(Reader):
-    """A `.txt` (one document), `.jsonl` or `.parquet` (one a row) file, or a folder of them.
+    """A file, or a folder of them. Of text (`.txt`, `.md`) and source code each is one document, of
+    rows (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) each row. A folder with source code is read
+    as code alone.
 
-    The text of a row is its `template`, filled from the row's fields.
+    The text of a row is its `template`, filled from the row's fields, or the chat in its field
+    `messages` or `conversations`.
     """
 
     type: Literal["file"]
     path: Path
-    template: str = "{text}"
+    template: str = TEXT
 
     @property
     def version(self) -> str:
@@ -296,26 +318,36 @@ class LocalFile(Reader):
     def read(self) -> Iterator[Document]:
         path, files, empty = self.path, [self.path], True
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in FORMATS
-                     and file.is_file() and not _is_dotted(file.relative_to(path))]  # fmt: skip
+            known = {*FORMATS, *CODE}
+            files = [
+                file for file in sorted(path.rglob("*")) if file.suffix.lower() in known
+                and not _is_left(file.relative_to(path)) and file.is_file()
+            ]  # fmt: skip
+            if code := [file for file in files if file.suffix.lower() in CODE]:
+                yield from _source_files(path, code)
+                return
             if not files:
-                raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file")
+                raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file and no code")
         elif not path.is_file():
             raise SourceError(f"there is no file {path}")
         for file in files:
-            prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
-            if (reads := FORMATS.get(file.suffix.lower())) is None:
-                raise SourceError(f"cannot read {file}: known endings are {', '.join(FORMATS)}")
+            prefix, ending = "", file.suffix.lower()
+            if path.is_dir():
+                prefix = f"{file.relative_to(path).as_posix()}/"
+            reads = _read_txt if ending in CODE else FORMATS.get(ending)
+            if reads is None:
+                known_ones = f"{', '.join(FORMATS)} and those of source code"
+                raise SourceError(f"cannot read {file}: known endings are {known_ones}")
             for document in reads(file, self.template):
                 if document.text.strip():
                     empty = False
-                    yield Document(prefix + document.id, document.text)
+                    yield replace(document, id=prefix + document.id)
         if empty:
             raise SourceError(f"{path} is empty: it holds no text")
 
 
-def _is_dotted(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_left(path: Path) -> bool:
+    return any(part.startswith(".") or part in LEFT for part in path.parts)
 
 
 def _read_txt(path: Path, template: str) -> Iterator[Document]:
@@ -339,7 +371,45 @@ def _read_jsonl(path: Path, template: str) -> Iterator[Document]:
                 row = parse_json(line)
             except ValueError as error:
                 raise SourceError(f"{where} is not JSON: {error}") from error
-            yield Document(str(number), _filled(template, row, where))
+            yield _of_row(str(number), template, row, where)
+
+
+def _read_json(path: Path, template: str) -> Iterator[Document]:
+    try:
+        rows = parse_json(_decoded(path, path.read_bytes()))
+    except ValueError as error:
+        raise SourceError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise SourceError(f"{path} is not a list of rows but {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        yield _of_row(str(number), template, row, f"{path} row {number}")
+
+
+def _read_csv(path: Path, template: str) -> Iterator[Document]:
+    csv.field_size_limit(LINE)
+    where = str(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            rows = csv.DictReader(
+                _texts(file, path), delimiter=max(",;\t", key=head.count), strict=True
+            )
+            for number, row in enumerate(rows, start=1):
+                where = f"{path} row {number}"
+                row.pop(None, None)
+                yield _of_row(str(number), template, row, where)
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 text: convert it first") from error
+    except csv.Error as error:
+        raise SourceError(f"{where}: not CSV ({error})") from error
+
+
+def _texts(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for line in lines:
+        if "\0" in line:
+            raise SourceError(f"{path} is binary, not text")
+        yield line
 
 
 def _read_parquet(path: Path, template: str) -> Iterator[Document]:
@@ -350,8 +420,11 @@ def _read_parquet(path: Path, template: str) -> Iterator[Document]:
     except Exception as error:  # pyarrow raises its own classes for foreign bytes
         raise SourceError(f"{path} is not a parquet file") from error
     columns, names = fields(template), file.schema_arrow.names
+    if template == TEXT and "text" not in names:
+        columns = [name for name in CHATS if name in names][:1] or columns
     if missing := next((column for column in columns if column not in names), None):
-        raise SourceError(f"{path} has no column '{missing}' (has: {', '.join(names)})")
+        told = f"{path} has no column '{missing}' (has: {', '.join(names)})"
+        raise SourceError(told + _other_field(template, dict.fromkeys(names, "")))
     number = 0
     batches = file.iter_batches(batch_size=ROWS, columns=columns)
     while True:
@@ -361,7 +434,7 @@ def _read_parquet(path: Path, template: str) -> Iterator[Document]:
         except Exception as error:  # as above
             raise SourceError(f"{path} is damaged after row {number}") from error
         for row in rows:
-            yield Document(str(number), _filled(template, row, f"{path} row {number}"))
+            yield _of_row(str(number), template, row, f"{path} row {number}")
             number += 1
         if batch is None:
             return
@@ -369,7 +442,11 @@ def _read_parquet(path: Path, template: str) -> Iterator[Document]:
 
 FORMATS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
     ".txt": _read_txt,
+    ".md": _read_txt,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 
@@ -386,18 +463,63 @@ def _decoded(path: Path, raw: bytes, where: str = "") -> str:
     return text
 
 
-def _filled(template: str, row: Any, where: str) -> str:
+def _of_row(key: str, template: str, row: Any, where: str) -> Document:
+    """Return a row as a document: its template filled, or its chat."""
+    messages, text = None, ""
+    plain = template != TEXT or (isinstance(row, Mapping) and "text" in row)
+    named = [template[1:-1]] if plain else CHATS
     try:
-        for path in fields(template):
-            if not isinstance(value := lookup(row, path), str | list | dict | None):
-                raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
-        text = fill(template, row)
+        if isinstance(row, Mapping):
+            for name in named:
+                if name in row and (not plain or _is_chat(row[name])):
+                    messages = chat_messages(row[name], name)
+                    text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
+                    break
+        if messages is None:
+            for path in fields(template):
+                if not isinstance(value := lookup(row, path), str | list | dict | None):
+                    raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
+            text = fill(template, row)
         text.encode("utf-8")
     except SourceError as error:
-        raise SourceError(f"{where}: {error}") from error
+        names = row if isinstance(row, Mapping) and "no field" in str(error) else {}
+        raise SourceError(f"{where}: {error}{_other_field(template, names)}") from error
     except UnicodeEncodeError as error:
         raise SourceError(f"{where}: invalid Unicode: unpaired surrogate") from error
-    return text
+    return Document(key, text, messages)
+
+
+def _other_field(template: str, row: Mapping[str, Any]) -> str:
+    """Return how to read another field than `text`: the one with the longest text."""
+    texts = {name: len(value) for name, value in row.items() if isinstance(value, str)}
+    if template != TEXT or not texts:
+        return ""
+    longest = max(texts, key=texts.__getitem__)
+    return f": name one, as --text-field {longest} or FILE@{longest}"
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def chat_messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
+    """Return the messages of a chat, as `role` and `content`, from any of the usual forms.
+
+    Raises SourceError where they are in none.
+    """
+    found = []
+    for number, one in enumerate(value if isinstance(value, list) else [value]):
+        one = one if isinstance(one, Mapping) else {}
+        role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
+        if isinstance(content, list):  # parts, of which the texts count
+            content = "\n".join(str(p.get("text", "")) for p in content if isinstance(p, Mapping))
+        if not isinstance(role, str) or not isinstance(content, str | None):
+            raise SourceError(
+                f"message {number} of '{name}' has no role and content: write "
+                '{"role": "user", "content": "..."}, or name another field, --text-field FIELD'
+            )
+        found.append({"role": ROLES.get(role, role), "content": content or ""})
+    return tuple(found)
 
 
 def lookup(row: Any, path: str) -> Any:

@@ -19,7 +19,9 @@ from calmix.files import user_path
 from calmix.sources.hub import HubText
 from calmix.sources.licences import OWN, Use, use_of
 from calmix.sources.readers import (
+    CODE,
     FORMATS,
+    TEXT,
     AssetText,
     Document,
     LocalFile,
@@ -143,24 +145,25 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
 
 def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     """Return a source: one of the user's `own`, a builtin by name, a local file or folder by
-    path, or a data set on the hub by id (`owner/name`, or `owner/name@subset`).
+    path (`mine.csv@prompt`: its field prompt), or a data set on the hub by id (`owner/name`, or
+    `owner/name@subset`).
 
     Raises SourceError for another name, with the nearest ones.
     """
     known = {**builtin_sources(), **(own or {})}
     if name in known:
         return known[name]
-    path = user_path(name)
+    reader = local_file(name)
+    path = reader.path
     with suppress(OSError):  # longer than a name may be
         if path.exists():
             files = [path] if path.is_file() else path.rglob("*")
             size = sum(file.stat().st_size for file in files if file.is_file())
             return Source(
                 name=name, kind="local file" if path.is_file() else "local folder",
-                size=f"{size / 1e6:.1f} MB", description=str(path),
-                reader=LocalFile(type="file", path=path),
+                size=f"{size / 1e6:.1f} MB", description=str(path), reader=reader,
             )  # fmt: skip
-    is_file = path.suffix.lower() in FORMATS
+    is_file = path.suffix.lower() in {*FORMATS, *CODE}
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")
         return Source(
@@ -171,6 +174,17 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     if is_file or "/" in name:
         raise SourceError(f"there is no file {path}")
     raise SourceError(f"unknown source '{name}': {nearest(name, known)}")
+
+
+def local_file(name: str) -> LocalFile:
+    """Return the reader of a user's path: of `mine.csv@prompt` it reads the field prompt, of
+    `mine.csv@question+answer` two."""
+    path, template, (file, at, fields) = user_path(name), TEXT, name.rpartition("@")
+    with suppress(OSError):
+        if at and file and not path.exists() and user_path(file).exists():
+            path = user_path(file)
+            template = "\n\n".join(f"{{{one}}}" for one in fields.split("+"))
+    return LocalFile(type="file", path=path, template=template)
 
 
 def documents_hash(documents: list[Document]) -> str:

@@ -1,6 +1,9 @@
 """Drawing calibration sets."""
 
+import copy
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,25 @@ def test_too_little_text_tells_has_and_needs(sources, tiny):
         build(parse_mix(sources["lower"]), tiny, rows=100, length=64)
     with pytest.raises(SourceError, match=r"has 10 documents of 90 tokens or more, but 11 rows"):
         build(parse_mix(sources["lower"]), tiny, rows=11, length=90, packing="window")
+
+
+def test_chats_are_written_by_the_models_template(tmp_path, tiny):
+    path = tmp_path / "chats.jsonl"
+    chat = [
+        {"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "yes " * 9},
+    ]
+    path.write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    rendered = replace(tiny, tokenizer=tokenizer)
+    made = build(parse_mix(str(path)), rendered, rows=1, length=30)
+    text = tokenizer.decode(made.ids[0])
+    assert "[user]hello there[assistant]ye" in text
+    plain = build(parse_mix(str(path)), tiny, rows=1, length=30)
+    assert "user: hello there" in tiny.tokenizer.decode(plain.ids[0])
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SourceError, match=r"chat 1 does not fit .* template: roles must"):
+        build(parse_mix(str(path)), rendered, rows=1, length=30)

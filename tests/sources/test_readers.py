@@ -1,5 +1,6 @@
 """Local files, packages and generators as sources, and templates."""
 
+import csv
 import json
 import os
 import subprocess
@@ -37,13 +38,13 @@ def test_txt_jsonl_parquet_and_folders_in_order_of_path(tmp_path):
         assert _texts(tmp_path / name, template="{text}-{n.m}") == ["x-y", "z-w"]
     folder = tmp_path / "folder"
     for name, text in (
-        ("z/a.txt", "last\nline"), ("b.txt", "first"), (".hidden/a.txt", "no"), ("notes.md", "no"),
+        ("z/a.txt", "last\nline"), ("b.md", "first"), (".hidden/a.txt", "no"), ("notes.rtf", "no"),
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     documents = list(get_source(str(folder)).documents())
     assert [(d.id, d.text) for d in documents] == [
-        ("b.txt/0", "first"), ("z/a.txt/0", "last\nline"),
+        ("b.md/0", "first"), ("z/a.txt/0", "last\nline"),
     ]  # fmt: skip
 
 
@@ -60,7 +61,19 @@ def test_txt_jsonl_parquet_and_folders_in_order_of_path(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is not text but int"),
         ("a.parquet", b"PAR0", "is not a parquet file"),
         ("b.parquet", None, r"has no column 'text' \(has: body\)"),
-        ("a.csv", b"x", "known endings are .txt, .jsonl, .parquet"),
+        ("a.doc", b"x", r"known endings are .txt, .*, .parquet and those of source code"),
+        ("a.csv", b"text\na\0b", "is binary"),
+        ("a.csv", b"text\n\xff", "is not UTF-8 text"),
+        ("a.csv", b'text\n"open', "not CSV"),
+        ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\).*--text-field prompt"),
+        ("a.json", b'{"text": "x"}', "is not a list of rows but dict"),
+        ("a.jsonl", b'{"id": "1", "prompt": "xyz"}\n', "--text-field prompt or FILE@prompt"),
+        ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"x": 1}]}\n',
+            "message 0 of 'messages' has no role and content",
+        ),
         ("no.txt", None, "there is no file"),
         ("", None, r"holds no \.txt"),
     ],
@@ -73,6 +86,60 @@ def test_bad_files(tmp_path, name, content, message):
         pq.write_table(pa.table({"body": ["x"]}), path)
     with pytest.raises(SourceError, match=message):
         _texts(path)
+
+
+CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
+
+
+def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
+    rows = [{"prompt": "a, b\nc", "answer": 'say "d"'}, {"prompt": "é", "answer": "f"}]
+    (tmp_path / "r.json").write_text(json.dumps(rows), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    for name, delimiter in (("r.csv", ","), ("s.csv", ";"), ("r.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            table = csv.DictWriter(file, ["prompt", "answer"], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+    for name in ("r.json", "r.parquet", "r.csv", "s.csv", "r.tsv"):
+        one = get_source(f"{tmp_path / name}@prompt")
+        assert [d.text for d in one.documents()] == ["a, b\nc", "é"]
+        both = get_source(f"{tmp_path / name}@prompt+answer")
+        assert [d.text for d in both.documents()] == ['a, b\nc\n\nsay "d"', "é\n\nf"]
+        with pytest.raises(SourceError, match="--text-field prompt"):
+            _texts(tmp_path / name)
+    assert get_source(f"{tmp_path}/r.csv@prompt").check() == [tmp_path / "r.csv"]
+
+
+def test_chats_of_every_usual_form(tmp_path):
+    shared = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}, CHAT[1]]
+    for key, chat in (("messages", CHAT), ("conversations", shared), ("conversation", parts)):
+        path = tmp_path / f"{key}.jsonl"
+        path.write_text(json.dumps({"id": 3, key: chat}) + "\n", encoding="utf-8")
+        files = [path, f"{path}@{key}"]
+        if chat is not parts:
+            files.append(path.with_suffix(".parquet"))
+            pq.write_table(pa.Table.from_pylist([{"id": 3, key: chat}]), files[-1])
+        for file in files:
+            (document,) = get_source(str(file)).documents()
+            assert list(document.messages) == CHAT
+            assert document.text == "user: Hi?\n\nassistant: Ho."
+    both = tmp_path / "both.jsonl"
+    both.write_text(json.dumps({"text": "plain", "messages": CHAT}), encoding="utf-8")
+    assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
+    assert _texts(both, template="{messages.*.content}") == ["Hi?\n\nHo."]
+
+
+def test_a_folder_of_code_is_read_as_code_alone(tmp_path):
+    long = "x = 1\n" * 50
+    for name, text in (
+        ("src/b.py", long), ("a.rs", long), ("data.jsonl", "{}"), ("notes.txt", long),
+        ("short.py", "x"), (".git/c.py", long), ("node_modules/d.js", long), ("latin.py", None),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xff" * 300 if text is None else text.encode())
+    assert [d.id for d in get_source(str(tmp_path)).documents()] == ["a.rs", "src/b.py"]
+    assert _texts(tmp_path / "src" / "b.py") == [long]
 
 
 @pytest.mark.parametrize(
