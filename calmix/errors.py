@@ -53,10 +53,21 @@ class MissingExtraError(CalmixError):
         super().__init__(f"{what} needs an optional dependency: pip install 'calmix[{extra}]'")
 
 
+# What people call a thing, and what it is called here.
+MEANT = {
+    "fast": "quick", "faster": "quick", "small": "quick", "full": "standard", "slow": "best",
+    "ratio": "sparsity", "amount": "sparsity", "data": "calibration", "dataset": "calibration",
+    "nsamples": "rows", "samples": "rows", "seqlen": "length", "gpu": "device", "out": "output",
+    "quantize": "export", "quantise": "export", "gguf": "export", "benchmark": "evaluate",
+    "distill": "recover", "finetune": "recover", "train": "recover", "sample": "calibrate",
+}  # fmt: skip
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint naming the known names closest to `name`, or all of them if none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    meant = MEANT.get(name.lower(), name)
+    close = [meant] if meant in known else difflib.get_close_matches(name, known, 3, 0.55)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 

@@ -63,6 +63,7 @@ def calmix(
 ) -> Callable[..., Ended]:
     """Run the command line in this process and return how it ended; estimates time one call."""
     monkeypatch.setattr("calmix.study.estimate.MOMENT", 0.0)
+    monkeypatch.setattr("calmix.progress.EVERY", float("inf"))
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["calmix", *map(str, arguments)])

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
 import os
 import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from calmix.cli.common import fail
-from calmix.cli.verbs import app
-from calmix.errors import CalmixError
-from calmix.options import METHOD
+from calmix.cli.root import app
+from calmix.errors import MEANT, CalmixError
 
 # How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
 # longer than a turn of the scheduler: where another program has a core, each would wait so long.
@@ -26,7 +22,9 @@ CACHES, KERNELS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"calmix {importlib.metadata.version('calmix')}")
+        import calmix
+
+        typer.echo(f"calmix {calmix.__version__}")
         raise typer.Exit
 
 
@@ -39,21 +37,19 @@ def _options(
     """Options of no verb."""
 
 
-# Verbs register as they are imported; `calmix --help` has them in this order.
-for _name in ("compress", "prune", "calibrate", "export", "evaluate", "study", "study_report",
-              "doctor"):  # fmt: skip
-    importlib.import_module(f"calmix.cli.{_name}")
-
-
 # What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.
 UsageError: Any = typer.BadParameter.__base__
 
 
 def _refuse(error: Any) -> NoReturn:
-    if type(error).__name__ == "NoArgsIsHelpError":  # help has been shown
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.ctx.get_help())
         sys.exit(2)
+    from calmix.cli.common import fail
+
     verb = error.ctx.command_path if error.ctx else "calmix"
     if verb == "calmix prune" and (name := getattr(error, "option_name", "")):
+        from calmix.options import METHOD
         from calmix.pruning.methods import methods
 
         if name in ("--experts", "--expert-smoothing"):
@@ -64,6 +60,9 @@ def _refuse(error: Any) -> NoReturn:
         for method in sorted(methods().values(), key=lambda one: one.name != METHOD):
             if key in method.model_fields:
                 fail(f"{name} goes with its method: --method {method.name},{key}=VALUE")
+    name = getattr(error, "option_name", "").lstrip("-")
+    if (meant := MEANT.get(name)) and any(f"--{meant}" in p.opts for p in error.ctx.command.params):
+        fail(f"No such option: --{name}: did you mean --{meant}? (see {verb} --help)")
     fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")
 
 
@@ -85,6 +84,8 @@ def main() -> None:
     except UsageError as error:
         _refuse(error)
     except CalmixError as error:
+        from calmix.cli.common import fail
+
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calmix.cli.common import Bar, line, note, parse_weights, print_json, result
+from calmix.cli.common import line, note, parse_weights, print_json, result
 from calmix.cli.tables import print_table
-from calmix.cli.verbs import MAKE, group, verb
+from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder
 from calmix.options import (
@@ -20,19 +20,19 @@ from calmix.options import (
     ModelOptions,
     Share,
     SizeOptions,
+    TextField,
     licence_option,
     option,
     own_sources_option,
     path_option,
 )
+from calmix.progress import Progress
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
-calibrate = group(
-    "calibrate", MAKE, "Draw a calibration set, or let the model write it.", default="draw"
-)
+calibrate = group("calibrate", default="draw")
 
 
-class CalibrateOptions(DrawOptions, ModelOptions, Json):
+class CalibrateOptions(TextField, DrawOptions, ModelOptions, Json):
     spec: str = option(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     )
@@ -103,7 +103,7 @@ def draw(options: CalibrateOptions) -> None:
     ask(spec, context=opened.context, **options.drawn())
     if written:
         opened = open_model(model, **options.opening())
-    with Bar() as bar:
+    with Progress() as bar:
         made = resolve(spec, opened, **options.drawn(), writing=bar.writing, note=note,
                        tick=bar.each("drawing"))  # fmt: skip
     made.save(output, overwrite=options.overwrite)
@@ -158,7 +158,7 @@ def measure(options: MeasureOptions) -> None:
         opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     else:
         opened = open_model(model, **options.opening())
-    with Bar() as bar:
+    with Progress() as bar:
         made = run(names, opened, **asked, tick=bar.each("measured", len(names) * options.draws))
     if output is not None:
         made.save(output)
@@ -199,7 +199,7 @@ def predict(options: PredictOptions) -> None:
     check_request(options.calibrations, **asked)
     check_models(options.model, **options.opening())
     opened = open_model(options.model, **options.opening())
-    with Bar() as bar:
+    with Progress() as bar:
         made = run(
             opened, options.calibrations, pattern=pruned_to, weights=shares,
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
@@ -213,8 +213,8 @@ def predict(options: PredictOptions) -> None:
         | {name: f"{value:.2%}" for name, value in one.lost.items()}
         for one in made
     ]
-    print_table(rows, text=["calibration"], title="reconstruction error")
-    line("lowest first; this orders sets, it is not retention")
+    print_table(rows, text=["calibration"], title="output energy lost, lower is better")
+    line("this orders sets, it is not retention")
 
 
 @verb("sources", of=calibrate)

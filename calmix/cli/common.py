@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from calmix.errors import InputError
 from calmix.options import Json, named_values
+from calmix.progress import Progress
 
 LONGEST = 2000  # characters of the line of a mistake
 
@@ -47,6 +38,7 @@ class Terminal(Console):
 
 out = Terminal()
 err = Terminal(stderr=True)
+Progress.console = err
 
 
 def line(text: str) -> None:
@@ -82,39 +74,6 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-class Bar(Progress):
-    """Progress on the error stream; silent where that is no terminal, or not `shown`."""
-
-    def __init__(self, *, shown: bool = True) -> None:
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-        super().__init__(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True,
-            disable=not (shown and err.is_terminal),
-        )  # fmt: skip
-        self._written: dict[str, TaskID] = {}
-
-    def of(self, what: str) -> Callable[..., None]:
-        """Return what shows how much of some work is done, of how much, and a word more."""
-        task = self.add_task(what, total=None)
-
-        def show(done: int, total: int, more: str = "") -> None:
-            named = f"{what}, {more}" if more else what
-            self.update(task, completed=done, total=total, description=named)
-
-        return show
-
-    def each(self, what: str, total: int | None = None) -> Callable[[str], None]:
-        """Return what shows the name of each of some things as it is done."""
-        task = self.add_task(what, total=total)
-        return lambda name: self.update(task, description=f"{what} {name}", advance=1)
-
-    def writing(self, label: str, done: int, total: int) -> None:
-        """Show how many tokens of a text the model has written."""
-        if label not in self._written:
-            self._written[label] = self.add_task(label, total=total)
-        self.update(self._written[label], completed=done)
-
-
 def parse_weights(text: str | None) -> dict[str, float] | None:
     """Return weights by name from `general=1,code=2`."""
     if text is None:
@@ -137,11 +96,3 @@ def size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count / 1e3:.3g} kB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words: `40 s`, `12 min`, `3 h 5 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

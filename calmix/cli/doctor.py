@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix import assets
-from calmix.cli.common import Bar, line, note, print_json, result
+from calmix.cli.common import line, note, print_json, result
 from calmix.cli.tables import print_table
-from calmix.cli.verbs import MANY, group, verb
+from calmix.cli.verbs import group, verb
 from calmix.errors import AssetError, InputError
 from calmix.files import cache_dir
 from calmix.options import Json, option, path_option
+from calmix.progress import Progress
 
 if TYPE_CHECKING:
     from calmix.diagnostics.inspecting import Health
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
-doctor = group(
-    "doctor", MANY, "Check the installation; inspect or re-run a result.", default="check"
-)
+doctor = group("doctor", default="check")
 
 
 class InspectOptions(Json):
@@ -55,7 +54,7 @@ def check(options: Json) -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
     from calmix.diagnostics.doctor import examine, works
 
-    with Bar() as bar:
+    with Progress() as bar:
         checks = examine(tick=bar.each("looking at"))
     fine = works(checks)
     if options.as_json:
@@ -82,7 +81,7 @@ def inspect(options: InspectOptions) -> None:
 
     if options.plot is not None:
         check_plot(options.plot, options.path)
-    with Bar() as bar:
+    with Progress() as bar:
         health = look(options.path, tick=bar.each("checked"))
     if options.as_json:
         print_json(asdict(health))
@@ -112,7 +111,7 @@ def rerun(options: RerunOptions) -> None:
         if output is None:
             folder = tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
             output = Path(held.enter_context(folder)) / "again"
-        bar = held.enter_context(Bar())
+        bar = held.enter_context(Progress())
         made = again(
             manifest, output, trust_remote_code=options.trust_remote_code,
             progress=bar.of("making it again"), writing=bar.writing, note=note,
@@ -136,7 +135,8 @@ def _print_health(health: Health, *, each: bool) -> None:
             kinds.setdefault(layer.name if each else layer.name.rsplit(".", 1)[-1], []).append(
                 layer
             )
-        print_table([_layers(name, held) for name, held in kinds.items()])
+        rows = [_layers(name, held) for name, held in kinds.items()]
+        print_table(rows, title="error: output energy lost, lower is better")
         measured = [layer for layer in health.layers if layer.error is not None]
         worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
         if worst and not each:

@@ -9,13 +9,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import Bar, line, note, percent, print_json, result
+from calmix.cli.common import line, note, percent, print_json, result
 from calmix.cli.tables import print_table
-from calmix.cli.verbs import LEFT, group, verb
+from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.evaluation.suites import Measure
 from calmix.files import check_output_file, user_path, write_text
 from calmix.options import MODEL, Json, ModelOptions, Options, option, path_option
+from calmix.progress import Progress
 
 if TYPE_CHECKING:
     from calmix.evaluation.distance import Flipped
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
 DENSE = "Dense model, or a .json file of its scores."
-evaluate = group("evaluate", LEFT, "Score a model, and what it kept of a dense one.", default="run")
+evaluate = group("evaluate", default="run")
 
 
 class RetentionOptions(Options):
@@ -128,7 +129,7 @@ def run(options: EvaluateOptions) -> None:
     check_models(*named, **how)
 
     def score(opened: OpenModel, dense: bool) -> CapabilityScores:
-        with Bar() as bar:
+        with Progress() as bar:
             return capability.evaluate(
                 opened, chosen, batch_tokens=options.batch_tokens,
                 allow_code_execution=options.allow_code_execution,
@@ -155,7 +156,7 @@ def run(options: EvaluateOptions) -> None:
     pruned = open_model(model, **how)
     found = None
     if kept_of is not None:
-        with Bar() as bar:
+        with Progress() as bar:
             found = distance(
                 pruned, kept_of, dense=lambda: open_model(str(against), **how),
                 progress=bar.of("distance to the dense model"), **options.drawn(),
@@ -192,7 +193,7 @@ def rescore(options: RescoreOptions) -> None:
         print_json(scores.retention(dense, **options.judged()).to_dict())
 
 
-@verb("compare", LEFT)
+@verb("compare")
 def compare(options: CompareOptions) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
     from calmix.evaluation.distance import flips
@@ -396,7 +397,7 @@ def answers(options: AnswerOptions) -> None:
     named, written = [], []
     for name in models:
         opened = open_model(name, **how)
-        with Bar() as bar:
+        with Progress() as bar:
             written.append(answer(opened, asked, progress=bar.of(f"{name} answers")))
         named.append((name, opened.fingerprint))
     Answered(tuple(asked), tuple(named), tuple(written)).save(output)
@@ -409,13 +410,13 @@ def perplexity(options: PerplexityOptions) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
     from calmix.evaluation.perplexity import perplexity as measure
     from calmix.models import check_models, open_model
-    from calmix.sources.readers import LocalFile
+    from calmix.sources.registry import local_file
 
-    documents = LocalFile(type="file", path=options.text).read()
+    documents = local_file(str(options.text)).read()
     whole = options.separator.join(document.text for document in documents)
     check_models(options.model, **options.opening())
     opened = open_model(options.model, **options.opening())
-    with Bar() as bar:
+    with Progress() as bar:
         made = measure(opened, whole, length=options.length, tick=bar.of("scoring windows"))
     result(
         options, {"model": options.model, "text": str(options.text)} | asdict(made),

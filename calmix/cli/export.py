@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from calmix.cli.common import Bar, note, result, size
-from calmix.cli.verbs import MAKE, verb
+from calmix.cli.common import note, result, size
+from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, user_path
 from calmix.options import Json, option, path_option
+from calmix.progress import Progress
 
 Form = Literal["pack", "model", "openvino", "hub", "datasets", "jsonl"]
 
@@ -30,7 +31,7 @@ class ExportOptions(Json):
     )
 
 
-@verb("export", MAKE)
+@verb("export")
 def export(options: ExportOptions) -> None:
     """Write a model for another engine, a smaller pack, the hub, or a set for other tools."""
     from calmix.calibration import is_saved_set
@@ -57,7 +58,7 @@ def export(options: ExportOptions) -> None:
 def _pack(options: ExportOptions, output: Path) -> None:
     from calmix.deploy.pack import pack
 
-    with Bar() as bar:
+    with Progress() as bar:
         made = pack(Path(options.what), output, overwrite=options.overwrite,
                     progress=bar.of("packing"))  # fmt: skip
     before, after = made.sparse
@@ -72,7 +73,7 @@ def _pack(options: ExportOptions, output: Path) -> None:
 def _unpack(options: ExportOptions, output: Path) -> None:
     from calmix.deploy.pack import unpack
 
-    with Bar() as bar:
+    with Progress() as bar:
         dense = unpack(Path(options.what), output, overwrite=options.overwrite,
                        progress=bar.of("unpacking"))  # fmt: skip
     result(options, {"output": str(output), "dense": dense},
@@ -83,7 +84,7 @@ def _openvino(options: ExportOptions, output: Path) -> None:
     from calmix.deploy.openvino import STEPS
     from calmix.deploy.openvino import export as write
 
-    with Bar() as bar:
+    with Progress() as bar:
         made = write(
             options.what, output, weights=options.weights, overwrite=options.overwrite,
             trust_remote_code=options.trust_remote_code, say=bar.each("export", len(STEPS)),
@@ -99,7 +100,7 @@ def _push(options: ExportOptions, _: Path) -> None:
     from calmix.deploy.hub import CARD, push
 
     folder = Path(options.what)
-    with Bar() as bar:
+    with Progress() as bar:
         address = push(folder, str(options.repository), pack=options.pack, private=options.private,
                        say=bar.each("push"))  # fmt: skip
     if not (folder / CARD).is_file():

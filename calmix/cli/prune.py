@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calmix.cli.common import Bar, line, note, print_json
+from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_table, print_taken
-from calmix.cli.verbs import MAKE, verb
+from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
 from calmix.options import (
@@ -20,9 +20,11 @@ from calmix.options import (
     Json,
     MemoryOptions,
     ModelOptions,
+    TextField,
     option,
     path_option,
 )
+from calmix.progress import Progress
 from calmix.sources import own_sources
 from calmix.specs import prune_and_recover_requests, prune_requests, recover_request, target_name
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
 
-class WorkOptions(MemoryOptions, DrawOptions, ModelOptions, Json):
+class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
     """Long work on a calibration set that leaves a folder."""
 
     resume: bool = option(False, "Resume an interrupted run of the same request.")
@@ -95,7 +97,7 @@ class RecoverOptions(WorkOptions):
     batch: int = option(4, "Rows a step.")
 
 
-@verb("prune", MAKE)
+@verb("prune")
 def prune(options: PruneOptions) -> None:
     """Prune a model in one shot and write a checkpoint that loads anywhere.
 
@@ -123,7 +125,7 @@ def prune(options: PruneOptions) -> None:
         check_apart(target, [options.sources, shares if shares.is_file() else None])
     how = options.work()
     if options.dry_run:
-        from calmix.compress.estimate import estimate_prune
+        from calmix.compression.estimate import estimate_prune
 
         how = options.opening() | {"max_memory": how["max_memory"]}
         taken = estimate_prune(model, targets, recovery, **how)
@@ -135,7 +137,7 @@ def prune(options: PruneOptions) -> None:
     recovered: list[RecoveryReport] = []
     with distributed.launched(options.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
-        with Bar(shown=leads) as bar:
+        with Progress(shown=leads) as bar:
             pruning = bar.of("pruning blocks")
             how |= {
                 "device": own, "writing": bar.writing, "started": _started("calibrating"),
@@ -194,7 +196,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
             }
             for kind, errors in kinds.items()
         ]  # fmt: skip
-        print_table(rows)
+        print_table(rows, title="output energy lost, lower is better")
     damping = report.options.get("damping", 0)
     if raised := [layer.name for layer in report.layers if (layer.damping or 0) > damping]:
         line(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
@@ -217,7 +219,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
              f"in {report.seconds['total']:.1f} s: {path}")  # fmt: skip
 
 
-@verb("recover", MAKE)
+@verb("recover")
 def recover(options: RecoverOptions) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
@@ -232,7 +234,7 @@ def recover(options: RecoverOptions) -> None:
 
     check_apart(options.output, [options.sources])
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one prints
-    with Bar(shown=leads) as bar:
+    with Progress(shown=leads) as bar:
         report = run(
             options.pruned, options.against, request, options.output,
             started=_started("recovering", leads), progress=bar.of(options.method),

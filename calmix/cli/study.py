@@ -7,12 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calmix.cli.common import Bar, duration, line, note, percent, print_json, result, size
+from calmix.cli.common import line, note, percent, print_json, result, size
 from calmix.cli.tables import print_table
-from calmix.cli.verbs import MANY, group, verb
+from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, write_text
 from calmix.options import DeviceOptions, Json, Options, option, path_option
+from calmix.progress import Progress, duration
 
 if TYPE_CHECKING:
     from calmix.analysis.power import Reach
@@ -24,7 +25,7 @@ else:  # torch is imported once a verb needs it
     Observer = object
 
 
-studies = group("study", MANY, "Many trials from one file: run, analyse, report.")
+studies = group("study")
 
 
 class OfFile(Json):
@@ -278,17 +279,16 @@ class Watch(Observer):
     """The observer of a run: a bar on a terminal, and a line for every trial that ends."""
 
     def __init__(self) -> None:
-        self._bar = Bar()
+        self._bar = Progress()
         self._total = self._ended = 0
         self._seconds: list[float] = []
-        self._job = self._bar.add_task("reading the study", total=None)
 
     def __enter__(self) -> Watch:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+        self._bar.__exit__()
 
     def begin(self, todo: int, planned: int) -> None:
         self._total = todo
@@ -300,10 +300,8 @@ class Watch(Observer):
 
     def stage(self, trial: Resolved, what: str, done: int, total: int) -> None:
         named = f"trial {self._ended + 1} of {self._total}: {trial.planned.label} {what}".rstrip()
-        if self._seconds:
-            ahead = (self._total - self._ended) * sum(self._seconds) / len(self._seconds)
-            named += f", {duration(ahead)} left"
-        self._bar.update(self._job, description=named, completed=done, total=total)
+        ahead = (self._total - self._ended) * sum(self._seconds) / max(1, len(self._seconds))
+        self._bar.show(named, done / total if total else None, left=ahead or None)
 
     def finished(self, trial: Resolved, outcome: Trial) -> None:
         self._seconds.append(outcome.seconds.get("total", 0.0))

@@ -146,7 +146,7 @@ def recommend(options: RecommendOptions) -> None:
             for each in one.candidates[: options.top]
         ]  # fmt: skip
         print_table(rows, least=["seeds", "made", "best", "shrunken"],
-                    title=f"{one.condition}, weights {shares}")  # fmt: skip
+                    title=f"{one.condition}, weights {shares}; higher is better")  # fmt: skip
         first, *rest = one.candidates
         head = f"take {first.calibration}" if rest else f"no other set than {first.calibration}"
         tied = " or another that is tied" if len(one.best) > 1 else ""

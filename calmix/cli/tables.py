@@ -12,7 +12,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from calmix.cli.common import Terminal, duration, line, out, print_json, size
+from calmix.cli.common import Terminal, line, out, print_json, size
+from calmix.progress import duration
 
 ENDLESS, GAP = 10_000, 2  # columns where no terminal reads, and what each cell has beside it
 NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")

@@ -3,78 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
-from typer.core import TyperGroup
 
-from calmix.errors import InputError
+from calmix.cli.root import VERBS, Command, Group, app
 from calmix.options import Options, checked, flags
 
 Handler = Callable[[Any], None]
-MAKE, LEFT, MANY = "From a model to a smaller one", "What is left", "Studies and checks"
-# Where a verb of version 0.2 is now; each is refused with this line for one release.
-MOVED = {
-    "generate": "calibrate SPEC, such as calmix calibrate self-written",
-    "measure": "calibrate measure", "predict": "calibrate predict",
-    "sources": "calibrate sources, and calibrate show NAME",
-    "rescore": "evaluate rescore", "answer": "evaluate answers",
-    "perplexity": "evaluate perplexity", "suites": "evaluate suites, and evaluate suite NAME",
-    "pack": "export --to pack", "unpack": "export --to model", "hub": "export --to hub",
-    "recommend": "study recommend", "inspect": "doctor inspect", "rerun": "doctor rerun",
-    "models": "doctor models", "methods": "doctor methods", "assets": "doctor assets",
-}  # fmt: skip
 
 
-class Verbs(TyperGroup):
-    """A group that takes anything but the name of one of its commands as its `default`'s words."""
-
-    default = ""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the first word names, or the default one."""
-        if self.default and (not args or args[0] not in self.commands):
-            return self.default, self.commands[self.default], args
-        if not self.default and args and args[0] in MOVED:
-            raise InputError(f"calmix {args[0]} is now calmix {MOVED[args[0]]}")
-        return super().resolve_command(ctx, args)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Leave flags to the default command, unless they ask for the group's own help."""
-        if self.default and not (args and (args[0] in self.commands or args[0] == "--help")):
-            args = [self.default, *args]
-        return super().parse_args(ctx, args)
-
-
-app = typer.Typer(
-    name="calmix",
-    cls=Verbs,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Prune language models on calibration text you choose, and measure what survives.",
-)
-
-
-def group(name: str, panel: str, text: str, default: str = "") -> typer.Typer:
+def group(name: str, default: str = "") -> typer.Typer:
     """Add a group and return it; its `default` command needs no name."""
-    kind, more = type("Group", (Verbs,), {"default": default}) if default else TyperGroup, ""
+    text = f"{VERBS[name][1]}."
     if default:
-        more = f"\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
+        text += f"\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
     made = typer.Typer(
-        cls=kind, help=text + more, short_help=text, add_completion=False,
-        no_args_is_help=not default,
+        cls=type("Default", (Group,), {"default": default}), help=text, add_completion=False,
+        no_args_is_help=not default, rich_markup_mode=None,
     )  # fmt: skip
-    app.add_typer(made, name=name, rich_help_panel=panel)
+    app.add_typer(made, name=name)
     return made
 
 
-def verb(name: str, panel: str | None = None, *, of: typer.Typer = app) -> Callable[..., Handler]:
+def verb(name: str, *, of: typer.Typer = app) -> Callable[..., Handler]:
     """Register a function of one options model as a command: fields are flags or arguments.
 
     Values reach the model as they were written: it alone parses and checks them.
@@ -98,7 +56,7 @@ def verb(name: str, panel: str | None = None, *, of: typer.Typer = app) -> Calla
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = handler.__doc__
-        of.command(name, rich_help_panel=panel)(command)
+        of.command(name, cls=Command)(command)
         return handler
 
     return register
@@ -125,13 +83,18 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
     required, kind = field.is_required(), _bare(field.annotation)
     default = None if field.default is None or required else field.default
     listed = typing.get_origin(kind) in (list, tuple)
-    shown = extra.get("shown") or (str(default) if default not in (None, False, ()) else False)
-    how: dict[str, Any] = {"help": field.description, "show_default": shown}
+    shown = extra.get("shown") or (str(default) if default else "")
+    text = f"{(field.description or '').rstrip('.')} [{shown}]." if shown else field.description
+    how: dict[str, Any] = {"help": text, "show_default": False}
     held: Any = list[str] if listed else str
     if kind is bool:
-        held, how["show_default"] = bool, False
+        held = bool
     else:
         how["metavar"] = extra.get("metavar") or _metavar(kind)
+    if "|" in how.get("metavar", ""):
+        how["autocompletion"] = _completer(lambda: how["metavar"].split("|"))
+    elif named := [one for one in VALUES if name in one.split()]:
+        how["autocompletion"] = _completer(VALUES[named[0]])
     if extra.get("argument"):
         how["metavar"] = extra.get("metavar") or name.upper()
         info: Any = typer.Argument(**how)
@@ -143,6 +106,39 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         default=inspect.Parameter.empty if required else False if kind is bool else None,
         annotation=Annotated[held if required or kind is bool else held | None, info],
     )  # fmt: skip
+
+
+# What completes an option, by its names: file names and YAML keys, for nothing heavy is imported.
+PACKAGE = Path(__file__).parents[1]
+VALUES: dict[str, Callable[[], Iterable[str]]] = {
+    "model models against": lambda: (f"builtin:{key}" for key in _keys("models/builtin.yaml")),
+    "calibration calibrations spec specs name": lambda: _keys(
+        "sources/builtin.yaml", "sources/hub.yaml"
+    ),
+    "method": lambda: (
+        path.stem for path in sorted((PACKAGE / "pruning" / "methods").glob("[!_]*.py"))
+        if path.stem != "base"
+    ),
+    "suite": lambda: (path.stem for path in sorted((PACKAGE / "evaluation/suites").glob("*.yaml"))),
+}  # fmt: skip
+
+
+def _keys(*files: str) -> Iterator[str]:
+    for file in files:
+        text = (PACKAGE / file).read_text(encoding="utf-8")
+        yield from re.findall(r"^([\w.-]+):", text, re.MULTILINE)
+
+
+def _completer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what completes a word; of `a,b` or `uniform:a,b` its last part."""
+
+    def complete(incomplete: str) -> list[str]:
+        if found := [one for one in values() if one.startswith(incomplete)]:
+            return found
+        at = max(incomplete.rfind(","), incomplete.rfind(":")) + 1
+        return [incomplete[:at] + one for one in values() if at and one.startswith(incomplete[at:])]
+
+    return complete
 
 
 def _bare(kind: Any) -> Any:

@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,9 +59,11 @@ class Check:
 def examine(*, tick: Callable[[str], None] = lambda name: None) -> list[Check]:
     """Look at everything, in some seconds; `tick` is called with what comes next."""
     found: list[Check] = []
-    for look in (versions, machine, cache, archives, extras, registries, engine):
-        tick(look.__name__)
-        found += look()
+    with ThreadPoolExecutor(2) as pool:  # what reads files and asks others goes beside the rest
+        beside = {look: pool.submit(list, look()) for look in (archives, registries)}
+        for look in (versions, machine, cache, archives, extras, registries, engine):
+            tick(look.__name__)
+            found += beside[look].result() if look in beside else look()
     return found
 
 

@@ -17,8 +17,8 @@ import torch
 from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.compress import running
-from calmix.compress.plan import Request, stages
+from calmix.compression import running
+from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.generations import KIND as ANSWERS
 from calmix.evaluation.generations import load_answers

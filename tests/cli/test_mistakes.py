@@ -92,7 +92,8 @@ FREE = {("evaluate perplexity", "--separator")}
 
 def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every verb with its command."""
-    for key, command in group.commands.items():
+    for key in group.list_commands(None):
+        command = group.get_command(None, key)
         if hasattr(command, "commands"):
             yield from commands(command, f"{key} ")
         elif not command.hidden:

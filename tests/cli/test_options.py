@@ -6,12 +6,15 @@ import importlib.metadata
 import io
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from calmix.cli.common import Terminal
-from calmix.cli.verbs import MOVED
+from calmix.cli.root import MOVED, VERBS
+from tests.cli.test_mistakes import COMMANDS
 from tests.conftest import Ended
 
 
@@ -32,7 +35,16 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("calmix comp", ["compare", "compress"]), ("calmix calibrate sources --d", ["--dimension"])],
+    [
+        ("calmix comp", ["compare", "compress"]),
+        ("calmix calibrate sources --d", ["--dimension"]),
+        ("calmix prune builtin:g", ["builtin:gemma3-270m"]),
+        ("calmix prune x --method w", ["wanda"]),
+        ("calmix recover x --method d", ["distill"]),
+        ("calmix prune x --calibration uniform:books,sto", ["uniform:books,stories"]),
+        ("calmix evaluate x --suite off", ["offline"]),
+        ("calmix compress x --effort q", ["quick"]),
+    ],
 )
 def test_a_shell_is_told_how_a_line_may_go_on(
     calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, words: str, offered: list[str]
@@ -106,14 +118,53 @@ def test_a_verb_that_has_moved_says_where_to(calmix: Callable[..., Ended], old: 
     assert f"calmix {old} is now calmix {MOVED[old]}" in calmix(old).line
 
 
-def test_ten_verbs_and_fourteen_options_of_prune_are_shown(calmix: Callable[..., Ended]) -> None:
+def test_ten_verbs_are_at_the_top_and_fifteen_options_of_prune_are_shown(
+    calmix: Callable[..., Ended],
+) -> None:
     ended = calmix()
-    assert ended.code == 2
-    page = ended.out + ended.err
-    heads = re.findall(r"^╭─ (.*?) ─", page, re.MULTILINE)
-    assert heads[:2] == ["Options", "From a model to a smaller one"]
-    assert "Commands" not in heads  # every verb is in a group
-    assert len(re.findall(r"^│ (\w+) {2,}", page, re.MULTILINE)) == 10
-    options = set(re.findall(r"--[\w-]+", calmix("prune", "--help").out)) - {"--help"}
-    assert len(options - {"--help-all"}) == 14
+    assert (ended.code, ended.err) == (2, "")
+    top = ended.out.partition("Options:")[0]
+    assert re.findall(r"^  (\w+) {2,}", top, re.MULTILINE) == list(VERBS)
+    assert len(VERBS) == 10
+    options = set(re.findall(r"^ .*?(--[\w-]+)", calmix("prune", "--help").out, re.MULTILINE))
+    assert len(options - {"--help", "--help-all"}) == 15
     assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))
+
+
+def test_help_is_quick_for_it_imports_no_verb() -> None:
+    code = "import sys; from calmix.cli import main; sys.argv = ['calmix', '--help']\n"
+    code += "try: main()\nfinally: print({'rich', 'pydantic', 'torch'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.endswith("--effort quick\nset()\n"), ended
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_every_help_is_whole(
+    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name, command in COMMANDS.items():
+        ended = calmix(*name.split(), "--help")
+        assert ended.code == 0
+        assert max(map(len, ended.out.splitlines())) <= columns, name
+        page = "".join(ended.out.split())
+        for param in command.params:
+            if not param.hidden:
+                assert "".join(param.help.split()) in page, (name, param.name)
+                assert param.is_flag if param.metavar is None else param.metavar in page
+        assert "".join(command.help.split()) in page, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("compress", "x", "-o", "y", "--effort", "fast"), "did you mean quick?"),
+        (("prune", "x", "-o", "y", "--ratio", "0.5"), "did you mean --sparsity?"),
+        (("quantize", "x"), "did you mean export?"),
+        (("compress", "x", "-o", "y", "--seed", "fast"), "--seed fast: must be a valid integer"),
+    ],
+)
+def test_a_suggestion_is_what_is_meant(
+    calmix: Callable[..., Ended], arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in calmix(*arguments).line

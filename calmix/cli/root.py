@@ -1,0 +1,153 @@
+"""The root of the command line: where each verb is, and how help is laid out, in plain text."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from calmix.errors import InputError, nearest
+
+# What `calmix --help` shows, in this order; a verb's modules are imported when it is called.
+VERBS = {
+    "compress": (("compress",), "From a model to a smaller one and its report card"),
+    "prune": (("prune",), "Set weights to zero by SparseGPT, ADMM, Wanda, ..."),
+    "recover": (("prune",), "Distil the dense model into the remaining weights"),
+    "evaluate": (("evaluate",), "Score a model, and what it kept of a dense one"),
+    "compare": (("evaluate",), "Retention of several models next to each other"),
+    "report": (("compress",), "The report card of a compressed model, or of several"),
+    "calibrate": (("calibrate",), "Draw a calibration set, or let the model write it"),
+    "export": (("export",), "For another engine, as a pack, to the hub"),
+    "study": (("study", "study_report"), "Many sets, methods and sparsities from one file"),
+    "doctor": (("doctor",), "Check the installation; inspect or re-run a result"),
+}
+# Where a verb of version 0.2 is now; each is refused with this line for one release.
+MOVED = {
+    "generate": "calibrate SPEC, such as calmix calibrate self-written",
+    "measure": "calibrate measure", "predict": "calibrate predict",
+    "sources": "calibrate sources, and calibrate show NAME",
+    "rescore": "evaluate rescore", "answer": "evaluate answers",
+    "perplexity": "evaluate perplexity", "suites": "evaluate suites, and evaluate suite NAME",
+    "pack": "export --to pack", "unpack": "export --to model", "hub": "export --to hub",
+    "recommend": "study recommend", "inspect": "doctor inspect", "rerun": "doctor rerun",
+    "models": "doctor models", "methods": "doctor methods", "assets": "doctor assets",
+}  # fmt: skip
+
+
+class Plain:
+    """Help in plain text: the words of the usage, then lists; nothing is cut at any width."""
+
+    def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
+        """Return what follows the command's name: arguments, options it needs, the rest."""
+        listed = [one for one in self.get_params(ctx) if one.required or _argument(one)]
+        listed.sort(key=lambda one: not _argument(one))
+        pieces = [_word(one) if _argument(one) else f"{_flag(one)} {one.metavar}" for one in listed]
+        return [*pieces, *(["COMMAND"] if hasattr(self, "commands") else []), "[OPTIONS]"]
+
+    def format_options(self: Any, ctx: Any, formatter: Any) -> None:
+        """Write commands, then arguments, then options."""
+        if hasattr(self, "commands"):
+            rows = [(name, self.line_of(ctx, name)) for name in self.list_commands(ctx)]
+            self.write(formatter, "Commands", rows)
+        shown = [one for one in self.get_params(ctx) if not one.hidden]
+        self.write(formatter, "Arguments", [(_word(p), p.help) for p in shown if _argument(p)])
+        rows = [
+            (", ".join(sorted(one.opts, key=len)) + ("" if one.is_flag else f" {one.metavar}"),
+             one.help)
+            for one in shown if not _argument(one)
+        ]  # fmt: skip
+        self.write(formatter, "Options", rows)
+
+    @staticmethod
+    def write(formatter: Any, title: str, rows: list[tuple[str, str]]) -> None:
+        """Write a list under its title, if it has rows."""
+        if rows:
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=26)
+
+
+def _argument(param: Any) -> bool:
+    return bool(param.param_type_name == "argument")
+
+
+def _word(param: Any) -> str:
+    name = (param.metavar or param.name.upper()).removesuffix("...")
+    name = name if param.required else f"[{name}]"
+    return name if param.nargs == 1 else f"{name}..."
+
+
+def _flag(param: Any) -> str:
+    return str(min(param.opts, key=len))
+
+
+class Command(Plain, TyperCommand):
+    """A verb."""
+
+
+class Group(Plain, TyperGroup):
+    """A group that takes anything but the name of one of its commands as its `default`'s words."""
+
+    default = ""
+
+    def line_of(self, ctx: Any, name: str) -> str:
+        """Return the line of a command in the group's list."""
+        return str(self.commands[name].get_short_help_str(100))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first word names, or the default one."""
+        if self.default and (not args or args[0] not in self.commands):
+            return self.default, self.commands[self.default], args
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            self.refuse(ctx, args[0])
+        return super().resolve_command(ctx, args)
+
+    def refuse(self, ctx: Any, name: str) -> NoReturn:
+        """Refuse a word that is no command."""
+        ctx.fail(f"No such command '{name}': {nearest(name, self.list_commands(ctx))}")
+        raise AssertionError
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Leave flags to the default command, unless they ask for the group's own help."""
+        if self.default and not (args and (args[0] in self.commands or args[0] == "--help")):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+class Root(Group):
+    """All verbs, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all verbs."""
+        return list(VERBS)
+
+    def line_of(self, ctx: Any, name: str) -> str:
+        """Return a verb's line, without importing it."""
+        return VERBS[name][1]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a verb; None if there is none of that name."""
+        if cmd_name in VERBS and cmd_name not in self.commands:
+            for module in VERBS[cmd_name][0]:
+                importlib.import_module(f"calmix.cli.{module}")
+            self.commands = typer.main.get_group(app).commands
+        return self.commands.get(cmd_name)
+
+    def refuse(self, ctx: Any, name: str) -> NoReturn:
+        """Refuse a word that is no verb, by where it went if it was one."""
+        if name in MOVED:
+            raise InputError(f"calmix {name} is now calmix {MOVED[name]}")
+        super().refuse(ctx, name)
+
+
+app = typer.Typer(
+    name="calmix",
+    cls=Root,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prune language models on calibration text you choose, and measure what survives.",
+    epilog="calmix COMMAND --help shows more. Start with: "
+    "calmix compress builtin:smollm2-135m -o out --effort quick",
+)

@@ -1,0 +1,196 @@
+"""Progress of long work: one line in a terminal or a notebook, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+EVERY = 30.0  # seconds between lines where nobody looks on
+OFTEN = 0.2  # between changes in a notebook
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: `40 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Progress:
+    """What is done of some work, for `with`; its methods return what work takes as `progress`.
+
+    The share that is shown never falls, and is whole only at the end. Inside `Stages`, another
+    `Progress` is shown as a part of them.
+    """
+
+    console: ClassVar[Any] = None  # of the terminal, which prints above the line
+    _over: ClassVar[Stages | None] = None
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
+        self._view: _Terminal | _Notebook | None = None
+        self._last = 0.0
+        self._most: dict[str, float] = {}
+        self._since: dict[str, float] = {}
+
+    def __enter__(self) -> Any:
+        self._last = time.monotonic()
+        if self._shown and (Progress._over in (None, self)):
+            self._view = _Notebook() if _in_notebook() else _Terminal() if _watched() else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._view is not None:
+            self._view.end()
+
+    def of(self, what: str) -> Callable[..., None]:
+        """Return what shows how much of some work is done, of how much, and a word more."""
+        before = [0, 0, 0.0]  # done, total and share where the total last grew
+
+        def show(done: int, total: int, more: str = "") -> None:
+            if total != before[1]:
+                before[:] = done if before[1] else 0, total, self._most.get(what, 0.0)
+            left = total - before[0]
+            share = before[2] + (1 - before[2]) * (done - before[0]) / left if left > 0 else None
+            self.show(f"{what}, {more}" if more else what, share, what)
+
+        return show
+
+    def each(self, what: str, total: int | None = None) -> Callable[[str], None]:
+        """Return what shows the name of each of some things as it is done."""
+        done = 0
+
+        def show(name: str) -> None:
+            nonlocal done
+            done += 1
+            self.show(f"{what} {name}", done / total if total else None, what)
+
+        return show
+
+    def writing(self, label: str, done: int, total: int) -> None:
+        """Show how many tokens of a text the model has written."""
+        self.show(label, done / total if total else None)
+
+    def show(
+        self, text: str, share: float | None, key: str = "", left: float | None = None
+    ) -> None:
+        """Show a share of some work, from 0 to 1, or None where that is not known.
+
+        Args:
+            key: what the share is of, where that is not `text`.
+            left: seconds that are left, where that is known better than by the share.
+        """
+        if Progress._over is not None and Progress._over is not self:
+            Progress._over.part()
+            return
+        key, now = key or text, time.monotonic()
+        since = now - self._since.setdefault(key, now)
+        if share is not None:
+            share = self._most[key] = max(self._most.get(key, 0.0), share)
+            if left is None and share > 0.02:
+                left = since / share * (1 - share)
+        told = f"{duration(left)} left" if left is not None else ""
+        if self._view is not None:
+            self._view.draw(text, share, told)
+        elif self._shown and now - self._last >= EVERY:
+            self._last = now
+            known = [f"{share:.0%}"] if share is not None else []
+            sys.stderr.write(", ".join([text, *known, *filter(None, [told])]) + "\n")
+
+
+class Stages(Progress):
+    """The stages of some work, in one line: `3/6 recover, 4 min left`.
+
+    Args:
+        expected: seconds that each stage will take, by its name, in order.
+    """
+
+    def __init__(self, expected: Mapping[str, float], *, shown: bool = True) -> None:
+        super().__init__(shown=shown)
+        self._names, self._expected = list(expected), list(expected.values())
+        self._at, self._start, self._taken = 0, 0.0, 0.0
+
+    def __enter__(self) -> Any:
+        Progress._over = self
+        return super().__enter__()
+
+    def __exit__(self, *given: object) -> None:
+        Progress._over = None
+        super().__exit__(*given)
+
+    def begin(self, name: str) -> None:
+        """Go on to a stage."""
+        now = time.monotonic()
+        self._taken += now - self._start if self._start else 0.0
+        self._at, self._start = self._names.index(name), now
+        self.part()
+
+    def part(self) -> None:
+        """Show how far the stage will be by now."""
+        before, own = sum(self._expected[: self._at]), self._expected[self._at]
+        pace = self._taken / before if min(self._taken, before) > 1 else 1.0
+        spent = (time.monotonic() - self._start) / pace
+        done = min(0.95 * own, spent)
+        whole = sum(self._expected) or 1.0
+        text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
+        self.show(text, (before + done) / whole, "all", pace * (whole - before - done))
+
+
+def _watched() -> bool:
+    """Whether somebody looks on: FORCE_COLOR, which notebooks set, makes no file a terminal."""
+    return sys.stderr.isatty()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython")
+    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+class _Terminal:
+    """A line with a bar, which pulses while a share is not known, and goes when all is done."""
+
+    def __init__(self) -> None:
+        from rich import progress as rich
+        from rich.console import Console
+
+        columns = (
+            rich.TextColumn("{task.description}", markup=False), rich.BarColumn(None),
+            rich.TextColumn("{task.fields[told]}", markup=False), rich.TimeElapsedColumn(),
+        )  # fmt: skip
+        console = Progress.console or Console(stderr=True)
+        self.bar = rich.Progress(*columns, console=console, transient=True)
+        self.task = self.bar.add_task("", total=None, told="")
+        self.bar.start()
+
+    def draw(self, text: str, share: float | None, told: str) -> None:
+        total = None if share is None else 1.0
+        self.bar.update(self.task, description=text, total=total,
+                        completed=min(0.99, share or 0.0), told=told)  # fmt: skip
+
+    def end(self) -> None:
+        self.bar.stop()
+
+
+class _Notebook:
+    """The same in a notebook's cell."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.cell = display({"text/plain": ""}, raw=True, display_id=True)
+        self.last = 0.0
+
+    def draw(self, text: str, share: float | None, told: str) -> None:
+        if time.monotonic() - self.last < OFTEN:
+            return
+        import html
+
+        self.last, value = time.monotonic(), "" if share is None else f"value='{share:.3f}'"
+        page = f"{html.escape(text)} <progress {value}></progress> {told}"
+        self.cell.update({"text/plain": f"{text} {told}", "text/html": page}, raw=True)
+
+    def end(self) -> None:
+        self.cell.update({"text/plain": ""}, raw=True)

@@ -1,0 +1,109 @@
+"""Progress: one line, whose share never falls, in a terminal, a notebook or a file."""
+
+from __future__ import annotations
+
+import pytest
+
+from calmix import progress
+from calmix.progress import Progress, Stages
+
+
+class View:
+    """What would be drawn."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[str, float | None, str]] = []
+        self.ended = False
+
+    def draw(self, *what: object) -> None:
+        self.drawn.append(what)  # type: ignore[arg-type]
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> View:
+    made = View()
+    monkeypatch.setattr(progress, "_watched", lambda: True)
+    monkeypatch.setattr(progress, "_Terminal", lambda: made)
+    return made
+
+
+def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(view: View) -> None:
+    with Progress() as bar:
+        show = bar.of("scoring")
+        show(0, 0)
+        for done, total in ((0, 10), (10, 10), (10, 30), (20, 30), (30, 30)):
+            show(done, total)
+        each = bar.each("drawing")
+        each("news")
+    shares = [share for _, share, _ in view.drawn]
+    assert shares[0] is None
+    assert shares[-1] is None
+    known = shares[1:-1]
+    assert known == sorted(known)
+    assert known[0] == 0
+    assert view.drawn[-1][0] == "drawing news"
+    assert view.ended
+
+
+def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Stages({"draw": 10.0, "prune": 60.0, "evaluate": 30.0}) as bar:
+        bar.begin("draw")
+        now[0] += 20  # twice what was expected
+        bar.begin("prune")
+        with Progress() as inner:
+            show = inner.of("pruning blocks")
+            show(0, 4)
+            now[0] += 60
+            show(2, 4)
+    texts = [text for text, _, _ in view.drawn]
+    assert set(texts) == {"1/3 draw", "2/3 prune"}
+    assert view.drawn[0][2] == "2 min left"
+    assert view.drawn[-1][1] == pytest.approx(0.4)
+    assert view.drawn[-1][2] == "2 min left"  # 30 s and 30 s, twice
+    assert Progress._over is None
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress() as bar:
+        show = bar.of("scoring m")
+        for done in range(9):
+            show(done, 10)
+            now[0] += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring m, 30%, 70 s left", "scoring m, 60%, 40 s left",
+    ]  # fmt: skip
+    with Progress(shown=False) as bar:
+        now[0] += 100
+        bar.of("x")(1, 2)
+    assert not capsys.readouterr().err
+
+
+def test_a_notebook_shows_it_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    import IPython
+
+    cells: list[dict[str, str]] = []
+
+    class ZMQInteractiveShell:
+        pass
+
+    class Cell:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            cells.append(data)
+
+    monkeypatch.setattr(IPython, "get_ipython", ZMQInteractiveShell)
+    monkeypatch.setattr("IPython.display.display", lambda *a, **k: Cell())
+    with Progress() as bar:
+        bar.of("scoring <m>")(1, 4)
+    assert cells[0]["text/html"].startswith("scoring &lt;m&gt; <progress value='0.250'>")
+    assert cells[-1] == {"text/plain": ""}
