@@ -1,6 +1,6 @@
 """Every decoder-only architecture of the installed transformers, on the path users take.
 
-    python benchmarks/architectures.py [KIND ...] [--json FILE] [--write docs/architectures.md]
+    python benchmarks/architectures.py [KIND ...] [--json FILE] [--write docs/lab/architectures.md]
 
 A tiny random model of each is saved as bfloat16 safetensors with a tokenizer, and pruned, scored,
 recovered and packed from that folder, as the verbs do it. `CHECKS` says what each result is held
@@ -659,7 +659,7 @@ def page(rows: list[Row]) -> str:
         "last column names what stays dense and its share. Every prune reports the same (`dense` "
         "in `calmix.json`). Routers are never pruned.",
         "",
-        "    python benchmarks/architectures.py --write docs/architectures.md",
+        "    python benchmarks/architectures.py --write docs/lab/architectures.md",
         "",
         f"{datetime.date.today()}, {machine()}.",
         "",

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
+    __version__: str
     from calmix import sources as sources
     from calmix.analysis.predict import predict as predict
     from calmix.calibration import CalibrationSet as CalibrationSet
     from calmix.calibration import resolve as resolve
     from calmix.calibration.measuring import measure as measure
+    from calmix.cli.python import compress as compress
     from calmix.deploy.openvino import export as export
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from calmix.evaluation.evaluate import evaluate as evaluate
     from calmix.evaluation.scores import CapabilityScores as CapabilityScores
     from calmix.models import open_model as open_model
+    from calmix.progress import Progress as Progress
     from calmix.pruning import SemiStructured as SemiStructured
     from calmix.pruning import Unstructured as Unstructured
     from calmix.pruning import prune as prune
@@ -36,8 +39,10 @@ _HOMES = {
     "CalibrationSet": "calmix.calibration",
     "CalmixError": "calmix.errors",
     "CapabilityScores": "calmix.evaluation.scores",
+    "Progress": "calmix.progress",
     "SemiStructured": "calmix.pruning",
     "Unstructured": "calmix.pruning",
+    "compress": "calmix.cli.python",
     "evaluate": "calmix.evaluation.evaluate",
     "export": "calmix.deploy.openvino",
     "load": "calmix.deploy.pack",
@@ -55,6 +60,10 @@ __all__ = ["sources", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("calmix")
     if name == "sources":
         return importlib.import_module("calmix.sources")
     if name in _HOMES:

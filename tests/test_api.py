@@ -1,3 +1,5 @@
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -6,6 +8,7 @@ import pytest
 import torch
 
 import calmix
+from tests.cli.test_tables import scores
 from tests.tiny import save_tiny_model
 
 
@@ -34,7 +37,31 @@ def test_cuda_is_told_to_sum_in_one_order_unless_it_was_told_already(told):
 def test_the_readme_example_in_small(tmp_path, text_file):
     opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
     drawn = calmix.resolve(str(text_file), opened, rows=4, length=32)
-    pattern = calmix.Unstructured(0.5)
-    report = calmix.prune(opened.model, drawn.ids, method="sparsegpt", pattern=pattern)
+    report = calmix.prune(opened, drawn, method="sparsegpt", pattern=0.5)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert torch.isfinite(opened.model(drawn.ids).logits).all()
+    semi = calmix.prune(opened, drawn, method="wanda", pattern="2:4")
+    assert semi.pattern == "2:4"
+
+
+def test_the_version_is_told():
+    assert calmix.__version__ == importlib.metadata.version("calmix")
+
+
+def test_results_show_themselves(tmp_path, text_file):
+    opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
+    drawn = calmix.resolve(str(text_file), opened, rows=4, length=32)
+    report = calmix.prune(opened, drawn, pattern=0.5)
+    for one, rows in ((report, 14), (drawn, 1), (scores("m", 0.5), 3)):
+        assert len(repr(one).splitlines()) == 1
+        assert len(repr(one)) < 160
+        assert one._repr_html_().count("<tr") == rows + 1
+        assert len(one.to_pandas()) == rows
+    assert len(repr(opened)) < 160
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == report.to_json()
+    report.save(tmp_path / "report.csv")
+    assert (tmp_path / "report.csv").read_text().startswith("layer,weights,pruned %")
+    kept = scores("m", 0.5).retention(scores("d", 0.1), resamples=10)
+    assert repr(kept).startswith("<Retention: ")
+    assert list(kept.to_pandas()["dimension"])[-1] == "total"

@@ -32,13 +32,14 @@ from calmix.files import (
     write_text,
 )
 from calmix.manifest import SEAL, file_hashes, seal_holds, sealed, versions
+from calmix.shown import Shown
 from calmix.sources import Source
 
 TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "calibration set", 1
 
 
-@dataclass(frozen=True)
-class CalibrationSet:
+@dataclass(frozen=True, repr=False)
+class CalibrationSet(Shown):
     """Rows of token ids without padding.
 
     `ids` is int64, (rows, length); `sources` names the source of each row; `manifest` says how the
@@ -70,7 +71,16 @@ class CalibrationSet:
         raw = np.ascontiguousarray(self.ids.numpy().astype("<i8")).tobytes()
         return hashlib.sha256(raw).hexdigest()
 
-    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
+    def _line(self) -> str:
+        return f"{self.rows} rows of {self.length} tokens"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"source": name, "rows": count, "tokens": count * self.length}
+                for name, count in self.counts.items()]  # fmt: skip
+
+    def save(  # type: ignore[override]  # a folder
+        self, folder: Path | str, *, overwrite: bool = False
+    ) -> Path:
         """Write the set to a folder, all of it or nothing; the same set gives the same bytes.
 
         Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +16,10 @@ from calmix.calibration.resolving import ask, resolve
 from calmix.calibration.text_metrics import ORDERS, Ids, coverage, mismatch, of_ids
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
-from calmix.files import check_output_file, user_path, write_json, write_text
+from calmix.files import check_output_file, user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked
+from calmix.shown import Shown
 from calmix.sources import Source
 
 
@@ -65,8 +64,8 @@ class Interval:
         return f"{self.mean:.4g}" + (f"±{half:.2g}" if half > 0 else "")
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, repr=False)
+class Measurement(Shown):
     """What was measured and how.
 
     Attributes:
@@ -83,6 +82,16 @@ class Measurement:
         """Return the mean and interval of every metric of one source by name."""
         draws = self.draws[name]
         return {key: interval([draw[key] for draw in draws]) for key in draws[0]}
+
+    def _line(self) -> str:
+        return f"{len(self.draws)} texts at {self.budget['tokens']} tokens a draw"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "metric": key, **asdict(value), "budget_tokens": self.budget["tokens"],
+             "draws": len(draws)}
+            for name, draws in self.draws.items() for key, value in self[name].items()
+        ]  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
@@ -103,19 +112,8 @@ class Measurement:
 
     def save(self, path: Path | str) -> None:
         """Write to a `.json` file, or to a `.csv` file with a line a source and metric."""
-        path = Path(path)
-        check_result_file(path)
-        if path.suffix.lower() == ".json":
-            write_json(path, self.to_dict())
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", "metric", "mean", "low", "high", "budget_tokens", "draws"])
-        for name, draws in self.draws.items():
-            for key, value in self[name].items():
-                ends = value.mean, value.low, value.high
-                writer.writerow([name, key, *ends, self.budget["tokens"], len(draws)])
-        write_text(path, text.getvalue())
+        check_result_file(Path(path))
+        super().save(path)
 
 
 def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:

@@ -9,24 +9,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calmix.cli.common import duration, line, note, parse_weights, print_json, result
+from calmix.cli.common import line, note, parse_weights, print_json, result
+from calmix.cli.root import app
 from calmix.cli.tables import print_taken
-from calmix.cli.verbs import LEFT, MAKE, app, verb
-from calmix.errors import InputError
+from calmix.cli.verbs import verb
+from calmix.errors import CalmixError, InputError
 from calmix.files import check_output_file
-from calmix.options import Compression, Json, Options, option, path_option
+from calmix.options import Compression, Json, Options, TextField, option, path_option
+from calmix.progress import Stages, duration
 
 if TYPE_CHECKING:
-    from calmix.compress.plan import Stage
+    from calmix.compression.plan import Request, Stage
 
 
-class CompressOptions(Compression, Json):
+class CompressOptions(TextField, Compression, Json):
     output: Path = path_option("Folder to write, or to resume in.")
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
     keep: str | None = option(
         None, "Shares of dimensions, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
     )
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
+    resume: bool = option(False, "Resume an interrupted run; so it does anyway.", advanced=True)
 
 
 class ReportOptions(Options):
@@ -35,21 +38,17 @@ class ReportOptions(Options):
                                       shown="OUT/card.html")  # fmt: skip
 
 
-@verb("compress", MAKE)
+@verb("compress")
 def compress(options: CompressOptions) -> None:
     """Prune a model, distil into it, evaluate what is left, and write its report card.
 
     Every stage keeps its result in OUT; if interrupted, run the same command again to resume.
     """
-    from calmix.calibration import saved_set
-    from calmix.compress import plan, running
-    from calmix.compress.estimate import estimate
-    from calmix.evaluation.suites import suite_file
+    from calmix.compression import plan, running
+    from calmix.compression.estimate import estimate
 
     output, as_json = options.output, options.as_json
-    inputs = [options.model, saved_set(options.calibration), options.prompts,
-              suite_file(options.suite)]  # fmt: skip
-    running.check_place(output, inputs)
+    check_inputs(options)
     asked = plan.request(options, parse_weights(options.keep), no_corpus=options.no_corpus)
     if options.dry_run:
         running.check(asked, output)
@@ -61,14 +60,41 @@ def compress(options: CompressOptions) -> None:
             print_taken(taken, title)
         return
 
-    def say(stage: Stage, kept: bool) -> None:
-        note(f"{stage.name}: done before" if kept else f"\n$ {stage.command}")
-
-    with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
-        seconds = running.compress(asked, output, _run, say)
+    seconds = run_stages(asked, output)
     card, made = output / "card.html", output / "model"
     told = {"output": str(output), "model": str(made), "card": str(card), "seconds": seconds}
     result(options, told, f"\n{made} and its card {card}, {duration(sum(seconds.values()))}")
+
+
+def check_inputs(options: CompressOptions) -> None:
+    """Refuse an output that is an input, or that holds something else."""
+    from calmix.calibration import saved_set
+    from calmix.compression import running
+    from calmix.evaluation.suites import suite_file
+
+    inputs = [options.model, saved_set(options.calibration), options.prompts,
+              suite_file(options.suite)]  # fmt: skip
+    running.check_place(options.output, inputs)
+
+
+def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str, float]:
+    """Run what is left of a compression, its commands named; what they print is in their files."""
+    from calmix.compression import plan, running
+    from calmix.compression.estimate import estimate
+
+    listed = plan.stages(asked, output)
+    expected = dict.fromkeys((stage.name for stage in listed), 0.0)
+    with contextlib.suppress(CalmixError):  # it is for the line of progress alone
+        left = [stage for stage in listed if not running.stands(stage, output)]
+        expected |= {one.stage.name: one.seconds for one in estimate(asked, left)}
+
+    def say(stage: Stage, kept: bool) -> None:
+        if shown:
+            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
+        bar.begin(stage.name)
+
+    with Stages(expected, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
+        return running.compress(asked, output, _run, say)
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -80,7 +106,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise RuntimeError(f"calmix {arguments[0]} ended with {code}")
 
 
-@verb("report", LEFT)
+@verb("report")
 def report(options: ReportOptions) -> None:
     """Write the report card of a compressed model, or one page of several."""
     from calmix.files import write_text

@@ -17,7 +17,7 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,11 @@ class Session:
         self._request = compiled.create_infer_request()
         self._past = 0
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the logits (rows, tokens, vocabulary), float32, of ids (rows, tokens)."""
+    def __call__(self, ids: Tensor | Sequence[Any]) -> Tensor:
+        """Return the logits (rows, tokens, vocabulary), float32, of ids (rows, tokens): a tensor,
+        an array or lists; of one row also (tokens)."""
+        ids = torch.as_tensor(ids)
+        ids = ids[None] if ids.ndim == 1 else ids
         rows, tokens = ids.shape
         now = self._past + tokens
         feed = {

@@ -30,6 +30,7 @@ from calmix.evaluation.measures import (
 )
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.suites import Score
+from calmix.shown import Shown, percent
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -78,8 +79,8 @@ class DimensionRetention:
     kept: Estimate
 
 
-@dataclass(frozen=True)
-class Retention:
+@dataclass(frozen=True, repr=False)
+class Retention(Shown):
     """Retention per task, per dimension, in total (mean over dimensions) and at its worst."""
 
     measure: Measure
@@ -94,9 +95,22 @@ class Retention:
         """Return everything as JSON-serialisable data."""
         return asdict(self)
 
+    def _line(self) -> str:
+        total = percent(self.total.value)
+        return f"{total} % of the dense model kept by {self.measure}, worst {self.worst}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        named = [*((one.name, one.kept) for one in self.dimensions), ("total", self.total)]
+        return [
+            {"dimension": name, "kept %": percent(one.value), "from": percent(one.low),
+             "to": percent(one.high)}
+            for name, one in named
+        ]  # fmt: skip
+
     def of(self, dimension: str) -> Estimate:
-        """Return the retention of a dimension."""
-        return next(one.kept for one in self.dimensions if one.name == dimension)
+        """Return the retention of a dimension; all None where the measure has none."""
+        found = (one.kept for one in self.dimensions if one.name == dimension)
+        return next(found, Estimate(None, None, None))
 
 
 def retention(

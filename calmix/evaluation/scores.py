@@ -14,14 +14,15 @@ from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import Retention, retention
 from calmix.evaluation.suites import Suite
 from calmix.files import read_object, write_text
+from calmix.shown import Shown, percent
 from calmix.yaml_files import first_problem
 
 KIND = "capability scores"
 FORMAT = 2  # of the JSON file
 
 
-@dataclass(frozen=True)
-class CapabilityScores:
+@dataclass(frozen=True, repr=False)
+class CapabilityScores(Shown):
     """The scores of one model on one suite, with every item.
 
     Attributes:
@@ -55,9 +56,22 @@ class CapabilityScores:
         """Return everything as JSON-serialisable data."""
         return {"kind": KIND, "format": FORMAT, **asdict(self)}
 
-    def save(self, path: Path) -> None:
+    def _line(self) -> str:
+        items = sum(len(task.items) for task in self.tasks)
+        return (f"{self.model} on suite {self.suite['name']} version {self.suite['version']}, "
+                f"{len(self.tasks)} tasks, {items:,} items")  # fmt: skip
+
+    def _rows(self) -> list[dict[str, Any]]:
+        kept = self.retention(self, resamples=1)
+        return [
+            {"dimension": one.dimension, "task": one.name, "items": one.items,
+             "scored by": one.score, "score": one.dense, "accuracy %": percent(one.dense_accuracy)}
+            for one in kept.tasks
+        ]  # fmt: skip
+
+    def save(self, path: Path | str) -> None:
         """Write the scores as JSON, all on one line: they are long."""
-        write_text(path, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+        write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
 
 
 def describe(suite: Suite) -> dict[str, Any]:

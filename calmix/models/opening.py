@@ -72,7 +72,7 @@ class BuiltinModel:
     description: str
 
 
-@dataclass
+@dataclass(repr=False)
 class OpenModel:
     """A causal language model in memory, with its tokenizer and where it came from.
 
@@ -84,6 +84,9 @@ class OpenModel:
     model: Any
     tokenizer: Any
     trust_remote_code: bool = False
+
+    def __repr__(self) -> str:
+        return f"<OpenModel: {self.name}, {self.model.num_parameters():,} weights>"
 
     @property
     def context(self) -> int | None:

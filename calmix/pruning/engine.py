@@ -28,6 +28,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import (
     CalmixError,
     DeviceMemoryError,
@@ -38,6 +39,7 @@ from calmix.errors import (
 )
 from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
+from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import METHOD
 from calmix.precision import bfloat16_products, reproducible
@@ -56,8 +58,8 @@ T = TypeVar("T")
 
 
 def prune(
-    model: nn.Module,
-    ids: Tensor | None = None,
+    model: nn.Module | OpenModel,
+    ids: Tensor | CalibrationSet | None = None,
     *,
     method: str | Method = METHOD,
     pattern: Patterns | str | float,
@@ -75,9 +77,9 @@ def prune(
     Embeddings, the output head, norms and biases are never touched.
 
     Args:
-        model: decoder-only causal language model of transformers.
-        ids: calibration token ids, int64 (rows, length), full rows without padding; None for a
-            method that needs none.
+        model: decoder-only causal language model of transformers, or one that `open_model` opened.
+        ids: calibration token ids, int64 (rows, length), full rows without padding, or a
+            calibration set; None for a method that needs none.
         method: as `calmix.pruning.methods.get_method` takes it: a name, `NAME,option=value` or a
             `Method`.
         pattern: a sparsity such as 0.5, or `"2:4"`, as `as_pattern` takes them; or one for every
@@ -98,6 +100,9 @@ def prune(
 
     An error after the first block leaves the model partly pruned, and names the pruned blocks.
     """
+    if isinstance(model, OpenModel):
+        model = model.model
+    ids = ids.ids if isinstance(ids, CalibrationSet) else ids
     if not isinstance(model, nn.Module):
         name = model if isinstance(model, str) else "NAME"
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from calmix.models.blocks import Dense
+from calmix.shown import Shown, percent
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ PARTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass
-class PruneReport:
+@dataclass(repr=False)
+class PruneReport(Shown):
     """What a pruning run did: a report per layer, totals, and seconds by activity.
 
     `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
@@ -99,6 +100,20 @@ class PruneReport:
         """Return everything as JSON-serialisable values."""
         totals = ("weights", "pruned", "sparsity", "dense_weights")
         return asdict(self) | {name: getattr(self, name) for name in totals}
+
+    to_dict = to_json
+
+    def _line(self) -> str:
+        seconds = f", {self.seconds['total']:.0f} s" if "total" in self.seconds else ""
+        return (f"{self.method} to {self.pattern}, {self.pruned:,} of {self.weights:,} weights "
+                f"pruned ({self.sparsity:.2%}){seconds}")  # fmt: skip
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"layer": one.name, "weights": one.rows * one.columns,
+             "pruned %": percent(one.sparsity), "output energy lost %": percent(one.error)}
+            for one in self.layers
+        ]  # fmt: skip
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> PruneReport:

@@ -25,6 +25,7 @@ from calmix.pruning.work import CHECKPOINT, WorkFolder
 from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
 from calmix.recovery.pair import Pair
 from calmix.recovery.training import Masters, Rows, rows_at_once, split_rows, trained_names
+from calmix.shown import Shown
 from calmix.specs import RecoverRequest
 
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
@@ -33,8 +34,8 @@ TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 T = TypeVar("T")
 
 
-@dataclass
-class RecoveryReport:
+@dataclass(repr=False)
+class RecoveryReport(Shown):
     """What a recovery did.
 
     `before` and `after` are the loss of the held-out rows (their numbers in `held_out`): mean KL a
@@ -62,6 +63,15 @@ class RecoveryReport:
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
         return asdict(self)
+
+    to_dict = to_json
+
+    def _line(self) -> str:
+        return (f"{self.method}, loss of {len(self.held_out)} held-out rows (lower is better) "
+                f"{self.before:.4f} before, {self.after:.4f} after")  # fmt: skip
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(one) for one in self.curve]
 
 
 class Job:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.ranking import Candidate
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.compress.plan import MANIFEST as RECORD
-from calmix.compress.running import Record, read_record, stage_seconds
+from calmix.compression.plan import MANIFEST as RECORD
+from calmix.compression.running import Record, read_record, stage_seconds
 from calmix.errors import InputError
 from calmix.evaluation.distance import Flips, flips
 from calmix.evaluation.generations import Answered, Prompt, load_answers

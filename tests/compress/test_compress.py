@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import calmix as api
 from calmix.cli import compress as verb
-from calmix.compress.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
-from calmix.compress.running import read_record
+from calmix.compression.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
+from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.options import Compression
 from calmix.report.card import TEXTS, read_card
@@ -48,10 +50,10 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
     verbs = [
         line.split()[1 + (" answers " in line)] for line in read_record(whole).commands.values()
     ]
-    assert verbs == ["calibrate", "prune", "recover", "evaluate", "answers", "report"]
+    assert verbs == ["calibrate", "prune", "recover", "export", "evaluate", "answers", "report"]
     assert sorted(path.name for path in whole.iterdir()) == [
         "answers.json", "calibration", "card.html", "compress-run.json", "compress.json", "model",
-        "pruned", "scores.json",
+        "pack", "pruned", "scores.json",
     ]  # fmt: skip
     weights = load_weights(whole / "model").items()
     maps = [w for name, w in weights if ".layers." in name and w.ndim == 2]
@@ -76,7 +78,7 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
     monkeypatch.setattr(verb, "_run", run)
     ended = calmix(*command(cut))
     assert ended.code == 0, ended.err
-    assert ended.err.count("done before") == 5
+    assert ended.err.count("done before") == 6
     assert hashes(cut / "model") == hashes(whole / "model")
     told = [json.loads(f.read_text()) for f in (place / "measured.json", cut / "scores.json")]
     assert told[0]["retention"] == told[1]["retention"]
@@ -203,6 +205,31 @@ def test_the_builtin_mixes_are_what_they_are_said_to_be() -> None:
     assert {known[name].use for name in PERMISSIVE} == {"permissive"}
 
 
+def test_python_compresses_as_the_verb_does(
+    compressed: Path,
+    command: Command,
+    tmp_path: Path,
+    tiny_folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A finished folder is not made again; options are the verb's own."""
+    shutil.copytree(compressed, tmp_path / "out")
+    words = command(tmp_path / "out")
+    given = dict(itertools.pairwise(words))
+    options = {str(k).strip("-").replace("-", "_"): str(v) for k, v in given.items()
+               if str(k) in ("--effort", "--calibration", "--suite", "--sparsity")}  # fmt: skip
+    made = api.compress(tiny_folder, tmp_path / "out", shown=False, **options)
+    assert capfd.readouterr() == ("", "")
+    assert made.retention.total.value is not None
+    assert list(made.to_pandas()["dimension"])[-1] == "total"
+    assert "kept by primary" in repr(made)
+    assert made.open().model.num_parameters() > 0
+    assert made.to_dict()["card"] == str(made.card)
+    with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):
+        api.compress(tiny_folder, tmp_path / "other", efort="quick")
+    assert not (tmp_path / "other").exists()
+
+
 def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
     rows = [effort.rows for effort in EFFORTS.values()]
     assert list(EFFORTS) == ["quick", "standard", "best"]
@@ -217,7 +244,9 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
     asked = Compression(model=str(tiny_folder), pattern="2:4", trust_remote_code=True)
     written = stages(request(asked, no_corpus=True), Path("o"))
     assert written[0].arguments[:2] == ("calibrate", "self-written")
-    assert all("--trust-remote-code" in stage.arguments for stage in written[:-1])
+    assert all(
+        "--trust-remote-code" in stage.arguments for stage in written[:-1] if stage.name != "pack"
+    )
     assert {"--pattern", "2:4"} <= set(written[1].arguments)
 
 

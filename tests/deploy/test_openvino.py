@@ -71,6 +71,8 @@ def test_an_export_computes_what_the_model_does(pruned: Path, made: Path) -> Non
     scale = float(wanted.abs().max())
     assert float((whole - wanted).abs().max()) < 0.05 * scale  # 8 bits: 1/254 of a row's largest
     session.reset()
+    assert torch.equal(session(ids[0].tolist()), Session(made, **EXACT)(ids[:1].numpy()))
+    session.reset()
     parts = [session(ids[:, :20]), *(session(ids[:, at : at + 1]) for at in range(20, 24))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4 * scale, rtol=0)
     other = tiny_model("llama", seed=1)(ids).logits

@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from calmix.compress.estimate import check_room
-from calmix.compress.plan import MANIFEST, Request, Stage, stages
+from calmix.compression.estimate import check_room
+from calmix.compression.plan import MANIFEST, Request, Stage, stages
 from calmix.errors import InputError, disk_errors
 from calmix.files import (
     check_apart,
@@ -57,7 +57,7 @@ def compress(
     """Do what is left of a compression, and return the seconds of every stage done now."""
     check(asked, out)
     listed = stages(asked, out)
-    left = [stage for stage in listed if not _stands(stage, out)]
+    left = [stage for stage in listed if not stands(stage, out)]
     check_free(out, check_room(asked, left), "the checkpoints take")
     with _alone(out):
         if not (out / MANIFEST).exists():
@@ -66,7 +66,7 @@ def compress(
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         seconds: dict[str, float] = {}
         for stage in listed:
-            kept = _stands(stage, out)
+            kept = stands(stage, out)
             say(stage, kept)
             if kept:
                 continue
@@ -77,7 +77,8 @@ def compress(
     return seconds
 
 
-def _stands(stage: Stage, out: Path) -> bool:
+def stands(stage: Stage, out: Path) -> bool:
+    """Whether a stage has left its result."""
     return stage.leaves is not None and (out / stage.leaves).exists()
 
 

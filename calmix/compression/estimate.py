@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask
-from calmix.compress.plan import EFFORTS, Request, Stage
+from calmix.compression.plan import EFFORTS, Request, Stage
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.generations import EACH, TOKENS
 from calmix.models import check_models, resolve_model
@@ -28,6 +28,8 @@ from calmix.specs import (
     target_name,
 )
 from calmix.study.estimate import PROGRAM, START, SuiteWork, Timed, suite_work, text_tokens
+
+PACKED, SMALLER = 0.2e9, 0.45  # bytes a second that are packed, and what is left of them
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
         elif stage.arguments[0] == "recover":
             seconds, memory = _recovering(model, _recovery(asked, stage), rows, length, most)
             disk = model.bytes
+        elif stage.leaves == "pack":
+            seconds, memory, disk = model.bytes / PACKED, PROGRAM, SMALLER * model.bytes
         elif stage.leaves == "scores.json":
             seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), text_tokens(suite))
             disk = 160.0 * work.items
@@ -116,8 +120,9 @@ def check_room(asked: Request, listed: Sequence[Stage]) -> int:
         model, length = _model(asked), _drawn(asked)[1]
         for stage in recovered:
             _recovery_memory(model, _recovery(asked, stage), length, _most(asked))
-    made = len(recovered) + sum(stage.leaves == "pruned" for stage in listed)
-    return made * weight_bytes(resolve_model(asked.model))
+    made: float = len(recovered) + sum(stage.leaves == "pruned" for stage in listed)
+    made += SMALLER * any(stage.leaves == "pack" for stage in listed)
+    return int(made * weight_bytes(resolve_model(asked.model)))
 
 
 def _model(asked: Request) -> Timed:

@@ -207,6 +207,7 @@ def stages(asked: Request, out: Path) -> list[Stage]:
     answered = _flags(**suite, prompts=asked.prompts, **where, output=out / "answers.json")
     return [
         *found,
+        Stage("pack", ("export", made, "--to", "pack", "-o", str(out / "pack")), "pack"),
         Stage("evaluate", ("evaluate", made, *scored), "scores.json"),
         Stage("answer prompts", ("evaluate", "answers", model, made, *answered), "answers.json"),
         Stage("report card", ("report", str(out)), None),

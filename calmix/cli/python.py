@@ -1,0 +1,95 @@
+"""`calmix.compress`: the verb as a function, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calmix.cli.compress import CompressOptions, check_inputs, run_stages
+from calmix.options import checked
+from calmix.shown import Shown
+
+if TYPE_CHECKING:
+    from calmix.evaluation.retention import Retention
+    from calmix.models import OpenModel
+
+
+@dataclass(frozen=True, repr=False)
+class Compressed(Shown):
+    """A folder of `compress`: in `model` the smaller model, in `card` the report card's page."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """The model's folder, which transformers loads."""
+        return self.folder / "model"
+
+    @property
+    def card(self) -> Path:
+        """The report card, an HTML page."""
+        return self.folder / "card.html"
+
+    @property
+    def retention(self) -> Retention:
+        """What the model kept of the dense one, with intervals."""
+        from calmix.evaluation.scores import load_dense, load_scores
+
+        path = self.folder / "scores.json"
+        dense = load_dense(path)
+        assert dense is not None
+        return load_scores(path).retention(dense)
+
+    def open(self, **how: Any) -> OpenModel:
+        """Open the model; `how` is as for `calmix.open_model`."""
+        from calmix.models import open_model
+
+        return open_model(str(self.model), **how)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the paths and what was kept."""
+        kept = self.retention.to_dict()
+        return {"model": str(self.model), "card": str(self.card), "retention": kept}
+
+    def _line(self) -> str:
+        return f"{self.model}, {self.retention._line()}; {self.card}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.retention._rows()
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    *,
+    keep: Mapping[str, float] | None = None,
+    no_corpus: bool = False,
+    shown: bool = True,
+    **options: Any,
+) -> Compressed:
+    """Prune a model, distil into it, evaluate what is left, and write its report card.
+
+    If interrupted, call it again to resume.
+
+    Args:
+        model: hub id, folder, `.gguf` file or `builtin:NAME`.
+        output: folder to write, or to resume in.
+        keep: shares of dimensions in the calibration text, such as `{"code": 2, "general": 1}`.
+        no_corpus: calibrate on text the model writes itself.
+        shown: show a line of progress, in a notebook too.
+        **options: those of `calmix compress`, such as `sparsity=0.6`, `pattern="2:4"`,
+            `effort="quick"`, `calibration="mine.csv"`, `text_field="prompt"`.
+
+    Raises:
+        CalmixError: anything a user can mend, before work or download where that can be known.
+    """
+    from calmix.compression import plan
+
+    given = {key: str(one) if isinstance(one, Path) else one for key, one in options.items()}
+    asked = checked(CompressOptions, {"model": str(model), "output": Path(output), **given})
+    check_inputs(asked)
+    request = plan.request(asked, keep, no_corpus=no_corpus)
+    run_stages(request, asked.output, shown=shown)
+    return Compressed(Path(output))

@@ -1,0 +1,50 @@
+"""Results that show themselves: a line in a console, a table in a notebook, rows for pandas."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+from calmix.files import write_json, write_text
+
+
+class Shown:
+    """What a result inherits; it says itself what its line and its rows are."""
+
+    def _line(self) -> str:
+        raise NotImplementedError
+
+    def _rows(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._line()}>"
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas().to_html(index=False, na_rep="", float_format="{:.4g}".format,
+                                         max_rows=40, border=0)  # fmt: skip
+        return f"<p>{html.escape(self._line())}</p>{table}"
+
+    def to_pandas(self) -> Any:
+        """Return the table as a pandas DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self._rows())
+
+    def save(self, path: Path | str) -> None:
+        """Write all of it to a `.json` file, or its table to a `.csv` file."""
+        path = Path(path)
+        if path.suffix.lower() == ".csv":
+            write_text(path, self.to_pandas().to_csv(index=False))
+        else:
+            write_json(path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable values."""
+        raise NotImplementedError
+
+
+def percent(value: float | None) -> float | None:
+    """Return a share in per cent, to a tenth."""
+    return None if value is None else round(100 * value, 1)

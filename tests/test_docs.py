@@ -1,0 +1,113 @@
+"""What the pages say can be typed: commands parse, links lead somewhere, walks arrive."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from calmix.cli.root import MOVED
+from calmix.files import cache_dir
+from tests.cli.test_mistakes import COMMANDS
+from tests.tiny import longer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs" / "walks").iterdir()),
+]  # fmt: skip
+SAID = [page for page in PAGES if "lab" not in page.parts and page.name != "CHANGELOG.md"]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def lines_to_type(page: Path) -> Iterator[str]:
+    """Yield the commands of indented lines and of code in a line, continued ones whole."""
+    text = re.sub(r" *\\\n *", " ", page.read_text(encoding="utf-8"))
+    start = " {4}" if page.suffix == ".md" else ""
+    yield from re.findall(rf"^{start}(?:\$ )?(calmix [a-z].*)$", text, re.MULTILINE)
+    yield from re.findall(r"`(calmix [a-z][^`]* --?[a-z][^`]*)`", text)
+
+
+@pytest.mark.parametrize("page", SAID, ids=lambda page: page.name)
+def test_what_is_to_be_typed_is_understood(page: Path) -> None:
+    for said in lines_to_type(page):
+        if "..." in said or said.split()[1] in MOVED:
+            continue
+        words = shlex.split(said.partition(" && ")[0], comments=True)[1:]
+        words = [word for word in words if not word.startswith("${SUITE")]
+        name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
+        given = words[len(name.split()) :]
+        if not name:
+            group = words.pop(0)
+            assert group in ("calibrate", "evaluate", "doctor", "study"), said
+            default = {"calibrate": "draw", "evaluate": "run", "doctor": "check"}[group]
+            name, given = f"{group} {default}", words
+        known = {flag for one in COMMANDS[name].params for flag in one.opts} | {"--help"}
+        flags = {word.partition("=")[0] for word in given if re.match(r"--?[a-zA-Z]", word)}
+        assert flags <= known, (said, flags - known)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link) or not path:
+            continue
+        target = page.parent / path
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-")
+                     for head in heads}  # fmt: skip
+            assert anchor in slugs, link
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_one_version_and_one_repository() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.*)"', project, re.MULTILINE)
+    source = re.search(r'^Source = "(.*)"', project, re.MULTILINE)
+    assert version is not None
+    assert f"version: {version[1]}\n" in cited
+    assert source is not None
+    assert f"repository-code: {source[1]}\n" in cited
+    assert f"Repository: {source[1]}\n" in site
+
+
+@pytest.mark.real
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["first-card", "own-chats", "two-sets"])
+def test_a_walk_arrives(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """In small: a tiny model, a suite of a few items. The scripts say what real ones take."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    program = f'#!/bin/sh\nexec "{sys.executable}" -m calmix "$@"\n'
+    (bin_folder / "calmix").write_text(program, encoding="utf-8")
+    (bin_folder / "calmix").chmod(0o755)
+    settings = {
+        "CALMIX_CACHE": tmp_path / "cache", "MODEL": longer(tiny_folder, tmp_path / "model"),
+        "SUITE": "smoke", "PYTHONPATH": ROOT,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    ended = subprocess.run(
+        [ROOT / "docs" / "walks" / f"{name}.sh", tmp_path / "walk"],
+        env=os.environ | {key: str(value) for key, value in settings.items()},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    reached = {"first-card": "small/pack", "own-chats": "again"}.get(name, "take ")
+    assert reached in ended.stdout, ended.stdout
+    assert "arrived after" in ended.stdout.splitlines()[-1]
