@@ -6,7 +6,7 @@ RIVAL := .bench-venv
 OUT := out/demo
 MODEL := builtin:smollm2-135m
 
-.PHONY: setup demo test test-long coverage mutants test-lowest lint docs bench clean
+.PHONY: setup demo test test-long coverage mutants test-lowest lint docs release bench clean
 
 setup: $(VENV)/.ready
 	$(BIN)/calmix doctor assets --install
@@ -79,14 +79,27 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	rm -rf out/site-src && mkdir -p out/site-src
-	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs studies out/site-src
-	$(BIN)/typer calmix.cli utils docs --name calmix --title 'calmix' \
-	  --output out/site-src/docs/cli.md
-	$(BIN)/python -c 'import calmix; print("# Python", *(f"::: {home}.{name}" for name, home in \
-	  sorted(calmix._HOMES.items())), sep="\n\n")' > out/site-src/docs/api.md
+	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff LICENSE docs studies \
+	  out/site-src
+	$(BIN)/python docs/pages.py out/site-src/docs
 	$(BIN)/jupyter-nbconvert --to markdown --log-level WARN out/site-src/docs/notebooks/*.ipynb
-	sed -i.bak 's/\.ipynb)/.md)/' out/site-src/docs/tasks/*.md && rm out/site-src/docs/tasks/*.bak
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	sed -i.bak 's/\.ipynb)/.md)/' out/site-src/README.md out/site-src/docs/tasks/*.md && \
+	  find out/site-src -name '*.bak' -delete
+	NO_MKDOCS_2_WARNING=1 SITE_NAME="$$($(BIN)/calmix --version)" $(BIN)/mkdocs build
+
+# What would be uploaded: built, checked, and tried in an empty environment; nothing is uploaded.
+# On Linux that environment gets the CUDA build of PyTorch, unless pip is set to take another.
+release: $(BIN)/python
+	$(BIN)/python -m pip install -q 'build>=1.3' 'twine>=6.2'
+	rm -rf dist out/release
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv out/release
+	out/release/bin/python -m pip install -q dist/*.whl
+	cd out/release && bin/calmix --version && bin/calmix doctor && \
+	  bin/calmix compress $(MODEL) -o small --effort quick --dry-run
+	@grep -q OWNER pyproject.toml && echo "before an upload: put the owner's name for OWNER" || true
+	@echo "dist/ is ready: $(BIN)/twine upload dist/*"
 
 # llm-compressor, to measure against, lives in an environment of its own.
 $(RIVAL)/.ready:

@@ -1,0 +1,24 @@
+#!/bin/sh
+# A study of two calibration sets, from its file to its report, on two cores.
+#   docs/walks/two-sets.sh [FOLDER]
+set -eu
+began=$(date +%s)
+mkdir -p "${1:-out/two-sets}" && cd "${1:-out/two-sets}"
+cat > study.yaml <<END
+name: two-sets
+model: ${MODEL:-builtin:smollm2-135m}
+suite: ${SUITE:-smoke}
+calibrations:
+  code: ${ONE:-python-stdlib}
+  stories: ${TWO:-stories}
+methods: {sparsegpt: [0.6]}
+rows: ${ROWS:-32}
+length: ${LENGTH:-512}
+seeds: [0, 1]
+END
+calmix study validate study.yaml
+calmix study plan study.yaml
+calmix study run study.yaml -o store
+calmix study report store
+calmix study recommend store
+echo "arrived after $(($(date +%s) - began)) s"
