@@ -198,7 +198,10 @@ class Compression(MemoryOptions, DeviceOptions):
     seed: int | None = option(None, "Seed of the calibration draw.", shown="0", ge=0)
     licence: Licence = licence_option(advanced=False)
     prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
-                                  shown="a dozen of the suite's", advanced=True)  # fmt: skip
+                                  shown="ten plain questions", advanced=True)  # fmt: skip
+    allow_code_execution: bool = option(
+        False, "Run code the model writes, in a limited subprocess."
+    )
 
 
 METHOD = "sparsegpt"  # of pruning where none is named

@@ -150,7 +150,7 @@ TEXTS = """
     for (const path of text.closest("svg").querySelectorAll("g.tip path")) {
       const around = path.getBoundingClientRect();
       const fill = parts(getComputedStyle(path).fill);
-      if (fill.length >= 3 && around.width > 40 && around.height > 12 && x > around.left
+      if (fill.length >= 3 && around.width > 16 && around.height > 12 && x > around.left
           && x < around.right && y > around.top && y < around.bottom) return fill.slice(0, 3);
     }
     return null;
@@ -176,8 +176,28 @@ TEXTS = """
 """
 
 
+# Marks of visible charts that their box or their plot cuts off.
+CUT = """
+[...document.querySelectorAll("figure svg")].flatMap((svg) => {
+  if (!svg.checkVisibility()) return [];
+  const box = svg.closest(".scroll").getBoundingClientRect();
+  return [...svg.querySelectorAll("g.tip use, g.tip path:not(defs *)")].filter((mark) => {
+    const around = mark.getBoundingClientRect();
+    const clip = /#([^")]+)/.exec(mark.closest("[clip-path]")?.getAttribute("clip-path") ?? "");
+    const plot = clip && svg.getElementById(clip[1])?.querySelector("rect");
+    const [x, y] = [Number(mark.getAttribute("x")), Number(mark.getAttribute("y"))];
+    const at = plot && ["x", "y", "width", "height"].map((one) => Number(plot.getAttribute(one)));
+    return around.left < box.left - 1 || around.right > box.right + 1 || (
+      at && mark.tagName === "use" && (x < at[0] - 1 || x > at[0] + at[2] + 1
+        || y < at[1] - 1 || y > at[1] + at[3] + 1));
+  }).map((mark) => svg.textContent.trim().slice(0, 60));
+})
+"""
+
+
 def readable(page: Page, width: int, *, figures: int, texts: int) -> None:
-    """Check an open page: no error, no network, nothing wider than it, every text legible."""
+    """Check an open page: no error, no network, nothing wider than it, every mark of a chart in its
+    plot, every text legible."""
     assert page.complaints == []
     assert {address.partition(":")[0] for address in page.requests} <= {"file", "data"}
     assert page.run("document.documentElement.scrollWidth") <= width
@@ -186,7 +206,8 @@ def readable(page: Page, width: int, *, figures: int, texts: int) -> None:
         ".map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
     )
     assert len(boxes) == figures
-    assert all(wide > 300 and high > 100 for wide, high in boxes)
+    assert all(wide > 250 and high > 100 for wide, high in boxes)
+    assert page.run(CUT) == []
     found = page.run(TEXTS)
     assert len(found) > texts
     for text in found:

@@ -63,5 +63,5 @@ def test_many_models_are_a_row_each(calmix, files, tmp_path):
     more = [saved(tmp_path / f"{name}.json", [1, 0, 1, 0, 1, 0, 0, 1]) for name in names]
     shown = calmix("compare", half, *more, "--against", dense).out
     assert max(map(len, shown.splitlines())) <= 80
-    (line,) = [line for line in shown.splitlines() if line.strip().startswith("delta")]
+    (line,) = [line for line in shown.splitlines() if line.strip().startswith("delta ")]
     assert "57.1" in line

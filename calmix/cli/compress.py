@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ class CompressOptions(TextField, Compression, Json):
     )
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
     resume: bool = option(False, "Resume an interrupted run; so it does anyway.", advanced=True)
+    open: bool = option(False, "Show the card in the browser at the end.")
 
 
 class ReportOptions(Options):
@@ -46,6 +48,7 @@ def compress(options: CompressOptions) -> None:
     """
     from calmix.compression import plan, running
     from calmix.compression.estimate import estimate
+    from calmix.report.card import read_card
 
     output, as_json = options.output, options.as_json
     check_inputs(options)
@@ -61,9 +64,15 @@ def compress(options: CompressOptions) -> None:
         return
 
     seconds = run_stages(asked, output)
-    card, made = output / "card.html", output / "model"
-    told = {"output": str(output), "model": str(made), "card": str(card), "seconds": seconds}
-    result(options, told, f"\n{made} and its card {card}, {duration(sum(seconds.values()))}")
+    page, card = output / "card.html", read_card(output)
+    told = {"output": str(output), "model": str(output / "model"), "card": str(page),
+            "seconds": seconds, "behaviour": asdict(card.behaved)}  # fmt: skip
+    result(
+        options, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
+        f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
+    )  # fmt: skip
+    if options.open:
+        webbrowser.open(page.resolve().as_uri())
 
 
 def check_inputs(options: CompressOptions) -> None:

@@ -19,6 +19,7 @@ from calmix.options import MODEL, Json, ModelOptions, Options, option, path_opti
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
+    from calmix.evaluation.behaviour import Counted
     from calmix.evaluation.distance import Flipped
     from calmix.evaluation.retention import Estimate
     from calmix.evaluation.scores import CapabilityScores
@@ -81,8 +82,8 @@ class CompareOptions(RetentionOptions, Json):
 class AnswerOptions(ModelOptions):
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True)
     output: Path = path_option("JSON file to write.")
-    suite: str = option("offline", "Suite whose items are asked.")
-    prompts: Path | None = option(None, "Prompts of your own: .txt, .jsonl or .parquet.")
+    prompts: Path | None = option(None, "Prompts of your own: .txt, .jsonl or .parquet.",
+                                  shown="ten plain questions")  # fmt: skip
     overwrite: bool = option(False, "Replace the output file.")
 
 
@@ -103,6 +104,7 @@ def run(options: EvaluateOptions) -> None:
     from calmix.calibration import open_tokenizer
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.evaluation import evaluate as capability
+    from calmix.evaluation.behaviour import behaviour
     from calmix.evaluation.distance import distance, reference
     from calmix.evaluation.scores import check_same_suite, describe, load_scores
     from calmix.evaluation.suites import suite_file
@@ -161,11 +163,12 @@ def run(options: EvaluateOptions) -> None:
                 pruned, kept_of, dense=lambda: open_model(str(against), **how),
                 progress=bar.of("distance to the dense model"), **options.drawn(),
             ).to_dict()  # fmt: skip
-    scores = replace(score(pruned, False), distance=found)
-    made: dict[str, Any] = {"scores": scores.to_dict(), "not_run": left_out}
+    scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
+    made: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
         kept = scores.retention(dense, **options.judged())
-        made |= {"dense": dense.to_dict(), "retention": kept.to_dict()}
+        made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
+                 "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
     if options.as_json:
@@ -196,12 +199,15 @@ def rescore(options: RescoreOptions) -> None:
 @verb("compare")
 def compare(options: CompareOptions) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
+    from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.evaluation.distance import flips
     from calmix.evaluation.scores import load_dense, load_scores
+    from calmix.report import words
 
     files, how = options.scores, options.judged()
     # A folder of calmix compress is known by its own name.
-    names = [path.resolve().parent.name if path.stem == "scores" else path.stem for path in files]
+    names = [path.resolve().parent.name if path.stem in ("scores", "abilities") else path.stem
+             for path in files]  # fmt: skip
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
     dense = load_dense(files[0]) if options.against is None else load_scores(options.against)
@@ -214,13 +220,23 @@ def compare(options: CompareOptions) -> None:
     if options.as_json:
         print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
         return
+    found = [behaviour((dense, one)) for one in models]
+    for at, (name, one) in enumerate(zip(names, models, strict=True)):
+        told = words.verdict(found[at], likelihood(dense, one, **options.drawn()),
+                             words.measuring(one.model, dense.model))  # fmt: skip
+        if at and found[at].answers is None:  # said of the first
+            told = told[1:]
+        line(words.wrapped(f"{name}: {' '.join(told)}", rest="  "))
+    line("")
     suite, far = dense.suite, [(one.distance or {}).get("total") for one in models]
-    rows = {one.name: [interval(each.of(one.name)) for each in kept] for one in kept[0].dimensions}
+    rows = {}
+    if found[0].answers is not None:
+        rows["answers kept"] = [interval(one.answers.share) for one in found if one.answers]
+    rows |= {one.name: [interval(each.of(one.name)) for each in kept] for one in kept[0].dimensions}
     rows["total"] = [interval(each.total) for each in kept]
     rows["worst"] = [each.worst or "-" for each in kept]
-    if options.measure != "accuracy":
-        by = how | {"measure": "accuracy"}
-        rows["by accuracy"] = [interval(one.retention(dense, **by).total) for one in models]
+    if all(one.choices for one in found):
+        rows["accuracy %"] = [interval(one.choices.accuracy[1]) for one in found if one.choices]
     if any(far):
         rows["KL to dense"] = [_far(one).get("KL", "-") for one in far]
         rows["top-1 %"] = [_far(one).get("top-1 %", "-") for one in far]
@@ -230,7 +246,7 @@ def compare(options: CompareOptions) -> None:
     table: list[dict[str, str] | None] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
-            if label in ("total", "by accuracy", "KL to dense"):
+            if label in ("total", "accuracy %", "KL to dense"):
                 table.append(None)
             table.append({"": label, **dict(zip(names, cells, strict=True))})
     else:  # a row a model, the intervals but the total's left out
@@ -239,7 +255,7 @@ def compare(options: CompareOptions) -> None:
                           for label, cells in rows.items()}
             for at, name in enumerate(names)
         ]  # fmt: skip
-    least = ["by accuracy", "top-1 %", "flips %", "worst", "KL to dense"]
+    least = ["accuracy %", "top-1 %", "flips %", "worst", "KL to dense"]
     print_table(table, title=title, least=least if len(models) > BESIDE else [])
     _legend(options)
 
@@ -288,8 +304,18 @@ def _print(
 def _print_retention(
     scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions, title: str
 ) -> None:
+    from calmix.evaluation.behaviour import behaviour, likelihood
+    from calmix.report import words
+
     kept = scores.retention(dense, **options.judged())
-    other = scores.retention(dense, **options.judged() | {"measure": "accuracy"})
+    found = behaviour((dense, scores))
+    for said in words.verdict(found, likelihood(dense, scores, **options.drawn()),
+                              words.measuring(scores.model, dense.model)):  # fmt: skip
+        line(words.wrapped(said))
+    line("")
+    if found.abilities:
+        print_table([_answered(one) for one in found.abilities], title="generated answers",
+                    least=["asked", "gained"])  # fmt: skip
     rows = _headed(
         kept.tasks, lambda task: task.dimension,
         lambda task: {
@@ -303,24 +329,28 @@ def _print_retention(
     print_table(rows, title=f"{scores.model} against {dense.model}: {title}",
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
 
-    def both(name: str, tasks: str, own: Estimate, accuracy: Estimate) -> Row:
-        return {"dimension": name, "tasks": tasks, f"by {options.measure}": interval(own),
-                "by accuracy": interval(accuracy)}  # fmt: skip
-
     summary: list[Row] = [
-        both(one.name, f"{one.tasks - len(one.without_signal)} of {one.tasks}", one.kept,
-             other.of(one.name))
+        {"dimension": one.name, "tasks": f"{one.tasks - len(one.without_signal)} of {one.tasks}",
+         f"by {options.measure}": interval(one.kept)}
         for one in kept.dimensions
     ]  # fmt: skip
-    summary += [None, both("total", "", kept.total, other.total)]
-    if (worst := kept.worst) is not None:
-        summary.append(both(f"worst: {worst}", "", kept.of(worst), other.of(worst)))
+    summary += [None, {"dimension": "total", f"by {options.measure}": interval(kept.total)}]
+    if kept.worst is not None:
+        worst = kept.of(kept.worst)
+        summary.append({"dimension": f"worst: {kept.worst}",
+                        f"by {options.measure}": interval(worst)})  # fmt: skip
     print_table(summary, title="retention %, mean over tasks with signal")
     if silent := [task.name for task in kept.tasks if not task.signal]:
         line("no signal (dense score within its noise of the baseline, left out): "
              + ", ".join(silent))  # fmt: skip
     _legend(options)
     _print_distance(scores, dense, options)
+
+
+def _answered(found: Counted) -> Row:
+    return {"ability": found.name, "asked": found.asked, "dense right": found.dense,
+            "still right": found.kept, "kept %": interval(found.share),
+            "gained": found.gained}  # fmt: skip
 
 
 def _print_distance(
@@ -362,7 +392,7 @@ def _share(found: Flipped | None) -> str:
 
 
 def _legend(options: RetentionOptions) -> None:
-    line("100 = dense model, 0 = baseline without task knowledge (by accuracy: chance).")
+    line("Retention: 100 = dense model, 0 = without task knowledge (of accuracy: chance).")
     line(f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}.")
 
 
@@ -379,21 +409,22 @@ def interval(value: Estimate) -> str:
 
 @verb("answers", of=evaluate)
 def answers(options: AnswerOptions) -> None:
-    """Write what several models answer to the same prompts, greedily."""
-    from calmix.evaluation.generations import Answered, answer, read_prompts, suite_prompts
-    from calmix.evaluation.suites import load_suite, suite_file
+    """Put the answers of several models to ten plain questions side by side, greedily."""
+    from calmix.evaluation.generations import (
+        TOKENS,
+        Answered,
+        answer,
+        panel,
+        read_prompts,
+    )  # fmt: skip
     from calmix.models import check_models, open_model
+    from calmix.report import words
 
     models, prompts, output = options.models, options.prompts, options.output
-    chosen, how = load_suite(options.suite), options.opening()
-    inputs = [*models, prompts, suite_file(options.suite)]
-    check_output_file(output, inputs=inputs, overwrite=options.overwrite)
+    how = options.opening()
+    check_output_file(output, inputs=[*models, prompts], overwrite=options.overwrite)
     check_models(*models, **how)
-    asked = read_prompts(prompts) if prompts is not None else suite_prompts(chosen)
-    if not asked:
-        raise InputError(
-            f"suite {options.suite} has no items in the archive to ask: give --prompts FILE"
-        )
+    asked = panel() if prompts is None else read_prompts(prompts)
     named, written = [], []
     for name in models:
         opened = open_model(name, **how)
@@ -401,8 +432,10 @@ def answers(options: AnswerOptions) -> None:
             written.append(answer(opened, asked, progress=bar.of(f"{name} answers")))
         named.append((name, opened.fingerprint))
     Answered(tuple(asked), tuple(named), tuple(written)).save(output)
-    same = sum(len(set(texts)) == 1 for texts in zip(*written, strict=True))
-    line(f"{output}: {len(asked)} prompts, {same} with the same answer of all models")
+    line(words.beside([words.short(name, 36) for name in models]))
+    for prompt, *texts in zip(asked, *written, strict=True):
+        line(f"\n{words.wrapped(prompt.shown)}\n{words.beside(texts)}")
+    note(f"wrote {output}: greedy answers, cut at {TOKENS} tokens")
 
 
 @verb("perplexity", of=evaluate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +50,16 @@ class Compressed(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the paths and what was kept."""
-        kept = self.retention.to_dict()
-        return {"model": str(self.model), "card": str(self.card), "retention": kept}
+        from calmix.report.card import read_card
+
+        return {"model": str(self.model), "card": str(self.card),
+                "behaviour": asdict(read_card(self.folder).behaved),
+                "retention": self.retention.to_dict()}  # fmt: skip
 
     def _line(self) -> str:
-        return f"{self.model}, {self.retention._line()}; {self.card}"
+        from calmix.report.card import read_card
+
+        return f"{self.model}, {read_card(self.folder).shortly}; {self.card}"
 
     def _rows(self) -> list[dict[str, Any]]:
         return self.retention._rows()

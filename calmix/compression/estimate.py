@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask
-from calmix.compression.plan import EFFORTS, Request, Stage
-from calmix.evaluation.evaluate import choose
-from calmix.evaluation.generations import EACH, TOKENS
+from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage
+from calmix.evaluation.evaluate import choose, runnable
+from calmix.evaluation.generations import TOKENS
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import COMPRESS_METHOD
@@ -27,7 +27,16 @@ from calmix.specs import (
     recover_request,
     target_name,
 )
-from calmix.study.estimate import PROGRAM, START, SuiteWork, Timed, suite_work, text_tokens
+from calmix.study.estimate import (
+    PROGRAM,
+    START,
+    SuiteWork,
+    Timed,
+    suite_work,
+    text_tokens,
+)
+
+ASKED = 16  # answers written at once take as long as so many of a full batch
 
 PACKED, SMALLER = 0.2e9, 0.45  # bytes a second that are packed, and what is left of them
 
@@ -46,8 +55,6 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     """Return what every stage of a compression will take here, in order."""
     model, most = _model(asked), _most(asked)
     rows, length = _drawn(asked)
-    suite = choose(asked.suite, quick=EFFORTS[asked.effort].quick)
-    work = suite_work(suite)
     request = prune_request(method=COMPRESS_METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
                             calibration=asked.calibration)  # fmt: skip
     found = []
@@ -68,11 +75,15 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             disk = model.bytes
         elif stage.leaves == "pack":
             seconds, memory, disk = model.bytes / PACKED, PROGRAM, SMALLER * model.bytes
-        elif stage.leaves == "scores.json":
+        elif stage.leaves in ("scores.json", BEHAVIOUR):
+            named = BEHAVIOUR.removesuffix(".json") if stage.leaves == BEHAVIOUR else asked.suite
+            suite = choose(named, quick="--quick" in stage.arguments)
+            suite, _ = runnable(suite, asked.allow_code_execution)
+            work = suite_work(suite)
             seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), text_tokens(suite))
             disk = 160.0 * work.items
         elif stage.leaves == "answers.json":
-            seconds = model.write(8 * 2 * TOKENS * EACH * len(suite.dimensions))
+            seconds = model.write(2 * TOKENS * ASKED)
         found.append(Taken(stage, seconds, memory, disk))
     return found
 

@@ -35,23 +35,26 @@ PERMISSIVE = {
     "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
 }  # fmt: skip
 MANIFEST = "compress.json"
+BEHAVIOUR, PACK = "abilities.json", "pack"
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much time a compression may take: rows of the calibration set, recoveries one after the
-    other, epochs of the last one, and whether the suite's quick slice alone is scored."""
+    other, epochs of the last one, and whether likelihood and behaviour are scored on the quick
+    slices of their suites."""
 
     rows: int
     recoveries: tuple[str, ...]
     epochs: int
     quick: bool
+    quick_behaviour: bool
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, True),
-    "standard": Effort(64, ("distill",), 2, False),
-    "best": Effort(192, ("blocks", "distill"), 2, False),
+    "quick": Effort(32, ("distill",), 1, True, True),
+    "standard": Effort(64, ("distill",), 2, False, True),
+    "best": Effort(192, ("blocks", "distill"), 2, False, False),
 }
 
 
@@ -132,7 +135,8 @@ def request(
     prune_request(
         method=COMPRESS_METHOD, sparsity=sparsity, pattern=asked.pattern, calibration=text
     )
-    check_code(runnable(choose(asked.suite), False)[0], False)
+    allowed = asked.allow_code_execution
+    check_code(runnable(choose(asked.suite), allowed)[0], allowed)
     if asked.prompts is not None:
         read_prompts(asked.prompts)
     if asked.max_memory is not None:
@@ -203,12 +207,18 @@ def stages(asked: Request, out: Path) -> list[Stage]:
         found.append(Stage(f"recover by {way}", ("recover", str(out / before), *trained), after))
         before = after
     made = str(out / "model")
-    scored = _flags(against=model, **suite, quick=effort.quick, **where, output=out / "scores.json")
-    answered = _flags(**suite, prompts=asked.prompts, **where, output=out / "answers.json")
+    found.append(Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK))
+    code = {"allow_code_execution": asked.allow_code_execution}
+    scored = _flags(against=model, **suite, quick=effort.quick, **code, **where,
+                    output=out / "scores.json")  # fmt: skip
+    found.append(Stage("evaluate", ("evaluate", made, *scored), "scores.json"))
+    if offline:  # another suite is scored alone
+        does = _flags(against=model, suite="abilities", quick=effort.quick_behaviour, **code,
+                      **where, output=out / BEHAVIOUR)  # fmt: skip
+        found.append(Stage("evaluate behaviour", ("evaluate", made, *does), BEHAVIOUR))
+    answered = _flags(prompts=asked.prompts, **where, output=out / "answers.json")
     return [
         *found,
-        Stage("pack", ("export", made, "--to", "pack", "-o", str(out / "pack")), "pack"),
-        Stage("evaluate", ("evaluate", made, *scored), "scores.json"),
         Stage("answer prompts", ("evaluate", "answers", model, made, *answered), "answers.json"),
         Stage("report card", ("report", str(out)), None),
     ]

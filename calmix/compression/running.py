@@ -25,17 +25,21 @@ from calmix.files import (
     write_json,
 )
 from calmix.manifest import run_record, seal_holds, sealed, versions
+from calmix.models import resolve_model
+from calmix.models.shards import weight_bytes
 
 KIND, RUN = "compressed model", "compress-run.json"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What OUT says of itself: the request, and the command of every stage by its name."""
+    """What OUT says of itself: the request, the command of every stage by its name, and the bytes
+    of the dense model's weights."""
 
     request: dict[str, Any]
     commands: dict[str, str]
     versions: dict[str, str]
+    dense_bytes: int | None
 
 
 def read_record(out: Path) -> Record:
@@ -45,7 +49,8 @@ def read_record(out: Path) -> Record:
     value = read_object(path, missing)
     if value.get("kind") != KIND or not seal_holds(value):
         raise InputError(f"{path} is damaged or changed: its hash is another")
-    return Record(value["request"], value["commands"], value["versions"])
+    fields = (value["request"], value["commands"], value["versions"])
+    return Record(*fields, value.get("dense_bytes"))
 
 
 def compress(
@@ -62,7 +67,8 @@ def compress(
     with _alone(out):
         if not (out / MANIFEST).exists():
             commands = {stage.name: stage.command for stage in listed}
-            record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands}
+            record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands,
+                      "dense_bytes": weight_bytes(resolve_model(asked.model))}  # fmt: skip
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         seconds: dict[str, float] = {}
         for stage in listed:

@@ -46,17 +46,6 @@ def same_text(answer: str, right: Sequence[str]) -> bool:
     return given in {one.strip("'\"` ").replace('"', "'") for one in right}
 
 
-def word_f1(answer: str, right: Sequence[str]) -> float:
-    """Return the best F1 over words of an answer's first line with any of the right ones."""
-    given = Counter(short_text(first_line(answer)).split())
-    best = 0.0
-    for one in right:
-        wanted = Counter(short_text(one).split())
-        same = (given & wanted).total()
-        best = max(best, 2 * same / max(1, given.total() + wanted.total()))
-    return best
-
-
 def last_number(answer: str) -> float | None:
     """Return the last number an answer has."""
     found = NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))

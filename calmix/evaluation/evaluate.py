@@ -109,20 +109,20 @@ def evaluate(
     from calmix.evaluation.scorer import BATCH_TOKENS
 
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
-    chosen, _ = runnable(chosen, allow_code_execution)
+    chosen, left = runnable(chosen, allow_code_execution)
     check_code(chosen, allow_code_execution)
     if isinstance(model, str):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
     if not (cache and floors):
-        return _run(model, chosen, size, floors, progress)
+        return replace(_run(model, chosen, size, floors, progress), not_run=tuple(left))
     kept = _cache_file(model, chosen, size)
     try:
-        return load_scores(kept)
+        scores = load_scores(kept)
     except InputError:  # none there, or damaged
         scores = _run(model, chosen, size, floors, progress)
         scores.save(kept)
-        return scores
+    return replace(scores, not_run=tuple(left))
 
 
 def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:

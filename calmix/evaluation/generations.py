@@ -1,7 +1,6 @@
-"""Text that models write: in answer to tasks, and to a few prompts to be read side by side.
+"""Text that models write: in answer to tasks of the harness, and to a panel of plain questions.
 
-`generate` is the one place where text is written for scoring; what is written is checked by the
-task (`harness`). A dozen answers read side by side are no score: they show what figures do not.
+Ten answers read side by side are no score: they show what figures do not.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError, ModelError
-from calmix.evaluation.suites import Suite
-from calmix.evaluation.tasks import load_items, preamble
+from calmix.evaluation.suites import read_own
 from calmix.files import read_object, write_json
 from calmix.yaml_files import first_problem
 
@@ -24,10 +22,8 @@ if TYPE_CHECKING:
     from calmix.models import OpenModel
 
 KIND = "answers"
-EACH = 3  # prompts a dimension
-LONGEST = 600  # characters of a question worth reading
 MOST = 50  # prompts of a file
-TOKENS = 64
+TOKENS = 96
 
 
 def generate(
@@ -60,17 +56,11 @@ def generate(
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: what is `shown` of it, without worked examples, and what the model is `asked`.
+    """A question, what it is `about`, and the text that asks a model without a chat template."""
 
-    An empty line ends an answer that is `short`, beside the end token and `TOKENS`.
-    """
-
-    dimension: str
-    task: str
+    about: str
     shown: str
-    asked: str
-    expected: str | None = None
-    short: bool = False
+    plain: str
 
 
 @dataclass(frozen=True)
@@ -111,32 +101,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     texts = [text.strip() for text in texts if text.strip()]
     if len(texts) > MOST:
         raise InputError(f"{path} holds {len(texts)} prompts: {MOST} are the most")
-    return [Prompt("own", path.name, text, text) for text in texts]
+    return [Prompt(path.name, text, text) for text in texts]
 
 
-def suite_prompts(suite: Suite) -> list[Prompt]:
-    """Return a few items of each dimension, of its first tasks that have any in the archive.
-
-    The models are asked as for the scores, worked examples included; answers end at an empty line.
-    """
-    found = []
-    for dimension, tasks in suite.dimensions.items():
-        able = [(name, spec) for name, spec in tasks.items()
-                if spec.archive and spec.form in ("question", "answer")]  # fmt: skip
-        for name, spec in able[:EACH]:
-            items = load_items(spec)
-            head = preamble([item.contexts[0] for item in items])
-            short = [item for item in items if len(item.contexts[0]) - head <= LONGEST]
-            count = -(-EACH // min(EACH, len(able)))
-            for at in range(count if short else 0):
-                item = short[(2 * at + 1) * len(short) // (2 * count)]
-                text = item.contexts[0]
-                shown = text[head:].strip()
-                if spec.shots and not head:  # examples of its own: the question stands last
-                    shown = shown.rpartition("\n\n")[2]
-                right = item.choices[item.gold].strip()
-                found.append(Prompt(dimension, name, shown, text, right, short=True))
-    return found
+def panel() -> list[Prompt]:
+    """Return the ten plain questions of every report card."""
+    held = read_own("panel.yaml")
+    head = "".join(f"Question: {one}\nAnswer: {answer}\n\n" for one, answer in held["examples"])
+    return [Prompt(about, shown, f"{head}Question: {shown}\nAnswer:")
+            for about, shown in held["questions"]]  # fmt: skip
 
 
 def answer(
@@ -145,13 +118,17 @@ def answer(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, ...]:
-    """Return what a model writes after each prompt: its likeliest tokens, at most `TOKENS`."""
-    from calmix.evaluation.scorer import Scorer
+    """Return a model's likeliest answer to each prompt, in its chat template where it has one; one
+    that does not end within `TOKENS` ends in an ellipsis."""
+    from calmix.evaluation import abilities
+    from calmix.evaluation.greedy import answers
+    from calmix.evaluation.likelihood import Ticker
 
-    scorer = Scorer(opened, progress=progress)
-    room = min(TOKENS, scorer.max_length // 2)
-    texts = generate(scorer, [prompt.asked for prompt in prompts], room=room)
-    return tuple(
-        text.strip().partition("\n\n")[0].rstrip() if prompt.short else text.strip()
-        for prompt, text in zip(prompts, texts, strict=True)
-    )
+    items = tuple(abilities.Ask(str(number), number, one.shown, one.plain, None)
+                  for number, one in enumerate(prompts))  # fmt: skip
+    task = abilities.Asked("panel", "request", TOKENS, ("\nQuestion:",), items)
+    tokenizer = opened.tokenizer
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    tick = Ticker(progress, len(items))
+    found = answers(opened, abilities.prompts(task, items, tokenizer, chat=chat), tick=tick)
+    return tuple(one.text.strip() + ("" if one.ended else " …") for one in found)

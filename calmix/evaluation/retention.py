@@ -165,23 +165,6 @@ def retention(
     )
 
 
-def total_gap(
-    dense: Sequence[TaskScores], more: Sequence[TaskScores], less: Sequence[TaskScores]
-) -> Estimate:
-    """Return how much more of the total one pruned model keeps than another, items paired."""
-    totals = []
-    for pruned in (more, less):
-        check_paired(dense, pruned)
-        points = {
-            before.name: _point(before.name, parts(before, after), has_signal(before), RESAMPLES, 0)
-            for before, after in zip(dense, pruned, strict=True)
-        }
-        rolled = by_dimension(dense, points, task_weights(dense))
-        totals.append(mean_point(list(rolled.values())))
-    (first, high), (second, low) = totals
-    return estimate(first - second, high - low)
-
-
 def _point(task: str, made: Parts, signal: bool, resamples: int, seed: int) -> Point:
     if not signal:
         return math.nan, np.full(resamples, np.nan)

@@ -30,6 +30,7 @@ class CapabilityScores(Shown):
         truncated: for each task how many requests were cut to fit the model's context.
         seconds: wall time of scoring, without opening the model.
         distance: to the dense model, where measured (`calmix.evaluation.distance`).
+        not_run: tasks left out because they run code the model writes.
     """
 
     model: str
@@ -41,6 +42,7 @@ class CapabilityScores(Shown):
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     distance: dict[str, Any] | None = None
+    not_run: tuple[str, ...] = ()
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return what this model has kept of a dense one; `how` is as for `retention.retention`.

@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.ranking import Candidate
 from calmix.calibration import CalibrationSet, is_saved_set
+from calmix.compression.plan import BEHAVIOUR, PACK
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import Record, read_record, stage_seconds
 from calmix.errors import InputError
+from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import Flips, flips
-from calmix.evaluation.generations import Answered, Prompt, load_answers
-from calmix.evaluation.retention import Retention, total_gap
+from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
+from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_dense, load_scores
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import parse_json, user_path
@@ -31,15 +32,15 @@ from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
 WEIGHTS = ".safetensors"
-TEXTS = {
-    "HEADS": ["dimension", "#retention %", "#by accuracy %", "#KL", "#top-1 %", "#flips %"],
+TEXTS: dict[str, Any] = {
+    "TOKENS": TOKENS,
+    "HEADS": ["dimension", "#likelihood kept %", "#KL", "#top-1 %", "#flips %"],
+    "COUNTS": ["ability", "#asked", "#dense right", "#still right", "#kept %", "#gained"],
     "DISTANCE": "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the "
     "dense model's likeliest next one; flips: items right under one model alone",
-    "FOOTER": "Written by calmix from the files beside it. Retention: 100 % = dense model, 0 = no "
-    "task knowledge; brackets: 95 % intervals over items (docs/evaluation.md).",
-    "SMALLER": "The weights are plain dense safetensors: zeros alone make a model neither smaller "
-    "nor faster in most engines. calmix export --to pack makes the files smaller, without loss; "
-    "docs/deploy.md lists what else there is.",
+    "FOOTER": "Written by calmix from the files beside it. Kept: of the answers that the dense "
+    "model gets right, the share that is still right. Likelihood kept: 100 % = dense model, 0 = no "
+    "task knowledge. Brackets: 95 % intervals over items (docs/evaluation.md).",
 }
 
 
@@ -67,6 +68,7 @@ class Card:
     """What is known of one compressed model; `calibration` and `recoveries` are of its manifest,
     `layers` are before recovery, `tasks` are licences and origins of the scored tasks."""
 
+    out: Path
     name: str
     record: Record
     seconds: Mapping[str, float]
@@ -75,25 +77,29 @@ class Card:
     weights: int
     pruned: int
     size: int
+    packed: int
     layers: tuple[Layer, ...]
     sources: tuple[Source, ...]
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     scores: CapabilityScores
     dense: CapabilityScores
+    does: Pair | None
     answers: Answered | None
     tasks: Mapping[str, Mapping[str, str]]
     hashes: Mapping[str, str]
 
-    @cached_property
-    def kept(self) -> Retention:
-        """Retention by each task's own score."""
-        return self.scores.retention(self.dense)
+    SPEED = "unchanged; most engines do not use zeros (docs/deploy.md)"
 
     @cached_property
-    def by_accuracy(self) -> Retention:
-        """Retention of accuracy."""
-        return self.scores.retention(self.dense, measure="accuracy")
+    def kept(self) -> Retention | None:
+        """Retention of likelihood; None where the suite has no task of it."""
+        return likelihood(self.dense, self.scores)
+
+    @cached_property
+    def behaved(self) -> Behaviour:
+        """Generated answers and choices."""
+        return behaviour((self.dense, self.scores), *([self.does] if self.does else []))
 
     @cached_property
     def flipped(self) -> Flips:
@@ -117,20 +123,52 @@ class Card:
         return f"{self.scores.suite['name']} version {self.scores.suite.get('version', '-')}"
 
     @property
-    def sentence(self) -> str:
-        """What the card comes to."""
+    def named(self) -> str:
+        """The dense model's own name, without a place."""
+        return self.model.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
+
+    @property
+    def title(self) -> str:
+        """What was done to which model."""
         pattern = self.record.request["pattern"]
-        text = (
-            f"Pruned to {self.target}" if pattern else f"With {self.target} of its weights pruned"
-        )
-        if self.kept.total.value is None:
-            return f"{text}, nothing is known of what is kept: no task has signal."
-        text += (
-            f", this model keeps {words.with_span(self.kept.total)} % of {self.model}'s abilities"
-        )
-        if (worst := self.kept.worst) is not None and len(self.kept.dimensions) > 1:
-            text += f", and least of {worst}: {words.with_span(self.kept.of(worst))} %"
-        return f"{text}."
+        how = f"pruned to {pattern}" if pattern else f"with {self.target} of its weights pruned"
+        return f"{self.named} {how}"
+
+    @cached_property
+    def verdict(self) -> list[str]:
+        """What the card comes to, behaviour first."""
+        return words.verdict(self.behaved, self.kept, self.measure)
+
+    @property
+    def shortly(self) -> str:
+        """Answers kept and the worst ability, in a line of a terminal."""
+        if (all_ := self.behaved.answers) is None:
+            return "answers kept: not measured"
+        text = f"answers kept: {all_.kept} of {all_.dense} ({words.percent(all_.share.value)} %)"
+        if (worst := self.behaved.worst) is not None:
+            text += f", worst in {worst.name}: {worst.kept} of {worst.dense}"
+        return text
+
+    @property
+    def sizes(self) -> str:
+        """Bytes of the weights on disk before and after."""
+        made = [f"{size / 1e6:,.0f} MB {name}" for size, name in (
+            (self.record.dense_bytes or 0, "dense"), (self.size, "pruned"), (self.packed, "packed")
+        ) if size]  # fmt: skip
+        return ", ".join(made)
+
+    @property
+    def measure(self) -> str:
+        """The command that measures what the model writes, programs too."""
+        made = words.measuring(self.out / "model", self.model)
+        return f"{made} --allow-code-execution -o {self.out / BEHAVIOUR} --overwrite"
+
+    @property
+    def next(self) -> str:
+        """What to do next: measure what is missing, or pass the model on."""
+        if self.behaved.answers is None or self.behaved.not_run:
+            return self.measure
+        return f"calmix export {self.out / 'model'} --to hub --repository NAME/{self.out.name}"
 
     @property
     def removed(self) -> str:
@@ -152,17 +190,20 @@ class Card:
             f"{leakage['suite']} ({words.counted(dropped, 'document')} dropped)."
         )
 
-    def rows(self) -> Iterator[tuple[str, Any, Any, str, str, Any]]:
-        """Return the main table, a row a dimension, and the total: name, retention, by accuracy,
-        KL, top-1, flips."""
+    def rows(self) -> Iterator[tuple[str, Any, str, str, Any]]:
+        """Return the table of likelihood, a row a dimension, and the total: name, retention, KL,
+        top-1, flips."""
+        if self.kept is None:
+            return
         far = self.scores.distance or {"dimensions": {}}
-        total = ("total", self.kept.total, self.by_accuracy.total, far.get("total"),
-                 self.flipped.total)  # fmt: skip
-        parts = [(one.name, one.kept, self.by_accuracy.of(one.name),
-                  far["dimensions"].get(one.name), self.flipped.dimensions.get(one.name))
-                 for one in self.kept.dimensions]  # fmt: skip
-        for name, kept, accuracy, told, flipped in (*parts, total):
-            yield (name, kept, accuracy, words.number(told and told["kl_mean"]),
+        total = ("total", self.kept.total, far.get("total"), self.flipped.total)
+        parts = [
+            (one.name, one.kept, far["dimensions"].get(one.name),
+             self.flipped.dimensions.get(one.name))
+            for one in self.kept.dimensions
+        ]  # fmt: skip
+        for name, kept, told, flipped in (*parts, total):
+            yield (name, kept, words.number(told and told["kl_mean"]),
                    words.percent(told and told["top1"]),
                    flipped.share if flipped else Estimate(None))  # fmt: skip
 
@@ -180,6 +221,9 @@ def read_card(out: Path) -> Card:
     scores, dense = load_scores(out / "scores.json"), load_dense(out / "scores.json")
     if dense is None:
         raise InputError(f"{out / 'scores.json'} was scored without a dense model: evaluate again")
+    does: Pair | None = None
+    if (measured := out / BEHAVIOUR).exists() and (whole := load_dense(measured)) is not None:
+        does = whole, load_scores(measured)
     path = out / "model" / MANIFEST
     recoveries: list[Mapping[str, Any]] = []
     try:
@@ -206,17 +250,19 @@ def read_card(out: Path) -> Card:
     builtin = builtin_models().get(model.removeprefix("builtin:"))
     known = builtin if model.startswith("builtin:") else None
     try:
-        tasks = {name: provenance(spec)
-                 for name, spec in load_suite(record.request["suite"]).tasks.items()}  # fmt: skip
+        suites = [record.request["suite"], *(["abilities"] if does else [])]
+        tasks = {f"{name} ({suite})" if does else name: provenance(spec) for suite in suites
+                 for name, spec in load_suite(suite).tasks.items()}  # fmt: skip
     except InputError:  # the user's own file, which has moved
         tasks = {}
     answers = out / "answers.json"
     return Card(
-        out.resolve().name, record, stage_seconds(out),
+        out, out.resolve().name, record, stage_seconds(out),
         "see the model's own card" if known is None else known.licence,
         model if known is None else known.origin, weights, pruned,
-        sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS), layers,
-        sources, calibration, tuple(recoveries), scores, dense,
+        sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
+        sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()), layers,
+        sources, calibration, tuple(recoveries), scores, dense, does,
         load_answers(answers) if answers.exists() else None, tasks, hashes,
     )  # fmt: skip
 
@@ -252,35 +298,43 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[So
 # Charts
 
 
-def kept_chart(cards: Sequence[Card]) -> Chart:
-    """Return retention by dimension with its intervals, one mark a model in each row."""
+def kept_chart(cards: Sequence[Card]) -> Chart | None:
+    """Return answers kept by ability with their intervals, one mark a model in each row; where no
+    answers were measured, likelihood kept."""
+    answers = all(card.behaved.abilities for card in cards)
+    if not answers and any(card.kept is None for card in cards):
+        return None
 
-    def mark(number: int, card: Card, name: str | None) -> Mark | None:
-        kept = card.kept.total if name is None else card.kept.of(name)
-        if kept.value is None or kept.low is None or kept.high is None:
-            return None
-        tip = f"{card.name}, {name or 'total'}: {words.with_span(kept)} %"
-        return Mark(100 * kept.value, tip, COLOURS[number % 6], MARKERS[number % 6],
-                    100 * kept.low, 100 * kept.high)  # fmt: skip
+    def held(card: Card) -> dict[str, Any]:
+        if answers:
+            some = [*card.behaved.abilities, card.behaved.answers]
+            return {one.name: one.share for one in some if one}
+        kept = card.kept
+        assert kept is not None
+        return {one.name: one.kept for one in kept.dimensions} | {"all": kept.total}
 
-    rows = [
-        Row(
-            name or "total",
-            [[one] for number, card in enumerate(cards) if (one := mark(number, card, name))],
-        )
-        for name in (*(one.name for one in cards[0].kept.dimensions), None)
-    ]
+    def mark(number: int, card: Card, name: str) -> Iterator[Mark]:
+        kept = held(card).get(name)
+        if kept is not None and kept.low is not None:
+            tip = f"{card.name}, {name}: {words.with_span(kept)} %"
+            yield Mark(100 * kept.value, tip, COLOURS[number % 6], MARKERS[number % 6],
+                       100 * kept.low, 100 * kept.high)  # fmt: skip
+
+    rows = [Row(name, [some for number, card in enumerate(cards)
+                       if (some := list(mark(number, card, name)))])
+            for name in held(cards[0])]  # fmt: skip
     keys = [(card.name, COLOURS[at % 6], {"marker": MARKERS[at % 6], "linestyle": "none"})
             for at, card in enumerate(cards) if len(cards) > 1]  # fmt: skip
+    what = "Answers kept, by ability" if answers else "Likelihood kept, by dimension"
+    said = "; ".join(f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
+                     for name, one in held(card).items()) for card in cards)  # fmt: skip
     return Chart(
-        "kept", "What is kept, by dimension",
+        "kept",
+        what,
         "Lines: 95 % intervals over items. The dashed line is the dense model.",
-        "Retention in percent. " + "; ".join(
-            f"{card.name}: " + ", ".join(f"{one.name} {words.percent(one.kept.value)}"
-                                         for one in card.kept.dimensions) for card in cards
-        ) + ".",
-        lambda: charts.bars({"": rows}, "retention, %", keys, rule=100),
-    )  # fmt: skip
+        f"{what}, in percent. {said}.",
+        lambda: charts.bars({"": rows}, "kept, %", keys, rule=100),
+    )
 
 
 def _charts(card: Card) -> Iterator[Chart]:
@@ -382,24 +436,10 @@ def several_page(cards: Sequence[Card]) -> str:
         for at, task in enumerate(first.dense.tasks)
         for number, item in enumerate(task.items if task.values else ())
     ]  # fmt: skip
-    best = _ordered(named)
-    return render("several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named),
-                  items=items, answers=_answers(named), names=[card.name for card in named],
-                  best=f"{words.which_is_best(best)}." if best else "")  # fmt: skip
-
-
-def _ordered(cards: Sequence[Card]) -> list[Candidate]:
-    """Return the models by total, and how far each is behind the first."""
-    known = [card for card in cards if card.kept.total.value is not None]
-    known.sort(key=lambda card: -(card.kept.total.value or 0))
-    made = []
-    for card in known:
-        kept, behind = Estimate(*astuple(card.kept.total)), None
-        if card is not known[0]:
-            gap = total_gap(card.dense.tasks, known[0].scores.tasks, card.scores.tasks)
-            behind = Estimate(*astuple(gap))
-        made.append(Candidate(card.name, "", kept, kept, None, behind))
-    return made
+    return render(
+        "several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named), items=items,
+        answers=_answers(named), names=[card.name for card in named],
+    )  # fmt: skip
 
 
 def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, list[str], bool]]:

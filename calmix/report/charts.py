@@ -11,9 +11,11 @@ import importlib
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,7 +79,9 @@ SETTINGS = {
     "savefig.facecolor": PAPER,
     "hatch.linewidth": 0.6,
 }
-WIDTH = 8.6  # inches of 72 units; drawn 1.25 times as large in a page, or more
+WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
+NARROW = 3.35  # the same on a telephone
+_width = ContextVar("width", default=WIDTH)
 DOT, BAND = {"marker": "o", "linestyle": "none"}, {"linewidth": 8}
 Key = tuple[str, str, Mapping[str, Any]]  # of a legend: name, colour, look
 
@@ -150,22 +154,32 @@ class Chart:
 
     def files(self) -> dict[str, bytes]:
         """Return the chart as SVG and PNG, by ending, its title above."""
-        with self._drawn() as figure:
+        with self._drawn(WIDTH) as figure:
             figure.suptitle(self.title, x=0.012, ha="left", fontsize=12, fontweight="bold")
             wide, high = figure.get_size_inches()
             figure.set_size_inches(wide, high + 0.3)
             return {"svg": _svg(figure).encode(), "png": _png(figure)}
 
     @contextmanager
-    def _drawn(self) -> Iterator[Any]:
+    def _drawn(self, width: float) -> Iterator[Any]:
         settings = {**SETTINGS, "svg.hashsalt": self.name}
         with matplotlib().rc_context(settings), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            yield self.draw()
+            token = _width.set(width)
+            try:
+                yield self.draw()
+            finally:
+                _width.reset(token)
 
     def svg(self) -> str:
-        """Return the chart as an SVG element for a page, coloured by its theme."""
-        with self._drawn() as figure:
+        """Return the chart as SVG elements for a page, coloured by its theme: a wide one, and one
+        for narrow screens."""
+        return self._element(self.name, "wide", WIDTH) + self._element(
+            f"{self.name}-narrow", "narrow", NARROW
+        )
+
+    def _element(self, name: str, kind: str, wide: float) -> str:
+        with self._drawn(wide) as figure:
             text = _svg(figure)
         text = text[text.index("<svg") :]
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
@@ -173,21 +187,21 @@ class Chart:
         text = re.sub(r"\n\s*", " ", text)
         text = re.sub(r"font: (\d+ )?([\d.]+px) [^;\"]*", _font, text)
         text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-        for colour, name in VARIABLES.items():
-            text = text.replace(colour, f"var(--{name})")
+        for colour, variable in VARIABLES.items():
+            text = text.replace(colour, f"var(--{variable})")
         used = set(re.findall(r"#([\w-]+)", text))
         text = re.sub(
             r' id="([\w.-]+)"',
-            lambda found: f' id="{self.name}-{found[1]}"' if found[1] in used else "",
+            lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "",
             text,
         )
-        text = re.sub(r'(href="|url\()#', rf"\1#{self.name}-", text)
+        text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
         opening = (
-            f'<svg role="img" aria-labelledby="{self.name}-title {self.name}-desc" '
-            f'viewBox="0 0 {width} {height}" style="--w:{float(width):.0f}" '
+            f'<svg role="img" aria-labelledby="{name}-title {name}-desc" '
+            f'viewBox="0 0 {width} {height}" class="{kind}" style="--w:{float(width):.0f}" '
             'xmlns:xlink="http://www.w3.org/1999/xlink">'
-            f'<title id="{self.name}-title">{html.escape(self.title)}</title>'
-            f'<desc id="{self.name}-desc">{html.escape(self.described)}</desc>'
+            f'<title id="{name}-title">{html.escape(self.title)}</title>'
+            f'<desc id="{name}-desc">{html.escape(self.described)}</desc>'
         )
         return opening + text[text.index(">") + 1 :].strip()
 
@@ -228,20 +242,29 @@ def _tip(artist: Any, text: str) -> None:
         artist.set_gid(f"tip: {text}")
 
 
-def _figure(height: float, width: float = WIDTH) -> Any:
-    return matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+def _narrow() -> bool:
+    return _width.get() < WIDTH
+
+
+def _figure(height: float, width: float = 0.0) -> Any:
+    size = _width.get() if _narrow() else max(WIDTH, width), height
+    return matplotlib().figure.Figure(figsize=size, layout="constrained")
 
 
 def _legend(figure: Any, keys: Sequence[Key]) -> None:
     line = matplotlib().lines.Line2D
     handles = [line([], [], label=name, color=colour, **look) for name, colour, look in keys]
     if handles:
-        figure.legend(handles=handles, loc="outside lower left", ncols=min(5, len(handles)))
+        most = 5 if not _narrow() else 1 if max(len(name) for name, *_ in keys) > 16 else 2
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(most, len(handles)))
 
 
-def _named(axes: Any, rows: Sequence[tuple[str, str | None]]) -> None:
+def _named(axes: Any, rows: Sequence[tuple[str, str | None]], lines: int = 1) -> None:
     """Name the rows of a chart from the top, each after a dot where it has a colour."""
-    axes.set_yticks(range(len(rows)), [words.short(name, 40) for name, _ in rows])
+    wide = 15 if _narrow() else 40
+    names = ["\n".join(textwrap.wrap(words.short(name, wide * lines), wide)[:lines])
+             for name, _ in rows]  # fmt: skip
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     mpl = matplotlib()
     left = mpl.transforms.ScaledTranslation(-9 / 72, 0, axes.figure.dpi_scale_trans)
@@ -268,7 +291,7 @@ def bars(
                 y = at + 0.6 * ((number + 0.5) / len(row.lanes) - 0.5)
                 for mark in lane:
                     _mark(axes, mark, y, 0.6 / len(row.lanes))
-        _named(axes, [(row.name, row.colour) for row in rows])
+        _named(axes, [(row.name, row.colour) for row in rows], 1 + _narrow())
         axes.set_title(title)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
@@ -298,13 +321,13 @@ def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
 
 def _grid(panels: Sequence[Panel], height: float, columns: int, *, sharey: bool = False) -> Any:
     """Return a figure and the axes of each panel, titled and labelled."""
-    columns = min(columns, len(panels))
+    columns = 1 if _narrow() else min(columns, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = _figure(0.5 + height * lines)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=sharey).ravel()
     for axes, panel in zip(grid, panels, strict=False):
         axes.set_title(words.short(panel.title, 24), pad=20 if panel.note else None)
-        axes.annotate(panel.note, (0, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=9,
+        axes.annotate(panel.note, (0, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=9.5,
                       textcoords="offset points", color=MUTED)  # fmt: skip
         axes.set(xlabel=panel.below, ylabel=panel.beside)
         axes.grid()
@@ -357,8 +380,9 @@ def scatter(panels: Sequence[Panel], keys: Sequence[Key] = ()) -> Any:
         for mark in panel.content:
             right = mark.x <= math.sqrt(low * high)
             axes.annotate(
-                words.short(mark.label, 18), (mark.x, mark.y), xytext=(6 if right else -6, 8),
-                textcoords="offset points", ha="left" if right else "right", fontsize=9,
+                words.short(mark.label, 12 if _narrow() else 18), (mark.x, mark.y),
+                xytext=(6 if right else -6, 8), textcoords="offset points",
+                ha="left" if right else "right", fontsize=9.5,
             )  # fmt: skip
         rounds = [base * 10**power for power in range(-3, 9) for base in (1, 2, 3, 5)]
         shown = [x for x in rounds if low * 0.98 <= x <= high * 1.02]
@@ -382,7 +406,8 @@ def heat(
     texts = any(cell and cell.text for row in cells for cell in row)
     each = 0.55 if tilted else 1.15 if texts else 0.2
     figure = _figure((1.9 if tilted else 0.9) + 0.3 * len(rows) + 0.3 * bool(keys or shades),
-                     max(WIDTH, 2.4 + each * len(columns)))  # fmt: skip
+                     2.4 + each * len(columns))  # fmt: skip
+    small = _narrow() and len(columns) > 7  # no room for numbers
     axes = figure.subplots()
     colour = partial(_ramp, mpl.colormaps[ramp], low, high)
     for y, row in enumerate(cells):
@@ -398,8 +423,8 @@ def heat(
             if fill is None:
                 continue
             ink = _readable(mpl.colors.to_rgb(fill))
-            axes.text(x + 0.5, y, cell.text, ha="center", va="center", color=ink, fontsize=9.5,
-                      fontweight="bold" if cell.bold else "normal")  # fmt: skip
+            axes.text(x + 0.5, y, "" if small else cell.text, ha="center", va="center", color=ink,
+                      fontsize=9.5, fontweight="bold" if cell.bold else "normal")  # fmt: skip
             if cell.corner:
                 corner = [(x + 0.02, y - 0.45), (x + 0.1, y - 0.45), (x + 0.02, y - 0.12)]
                 axes.add_patch(mpl.patches.Polygon(corner, facecolor=ink, edgecolor="none"))

@@ -108,7 +108,7 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     return Chart(
         f"heat-map-{slug(found.condition.label)}",
         f"Retention by calibration set and dimension, {found.condition.label}",
-        "Percent of the dense model's ability, highest total first; corners mark each set's worst "
+        "Percent of the dense model, highest total first; corners mark each set's worst "
         "dimension. One colour scale for the whole study.",
         f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
@@ -260,7 +260,7 @@ def _correlations(
 
     return Chart(
         f"correlations{'-within' if within else ''}-{slug(found.condition.label)}",
-        f"Properties of the text and abilities kept{within}, {found.condition.label}",
+        f"Properties of the text and what is kept{within}, {found.condition.label}",
         f"Spearman's ρ over {own[0].n} calibration sets{within}; ● survives correction over "
         f"{analysis.families[among]} tests at 0.05.",
         f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
@@ -386,12 +386,12 @@ def _kept(first: Mapping[str, ConditionAnalysis]) -> Chart | None:
     }  # fmt: skip
     return Chart(
         "brief-left", "What is kept, by kind of text",
-        "Mean over abilities, with 95 % intervals. The highest set stands for its kind; the best "
+        "Mean over dimensions, with 95 % intervals. The highest set stands for its kind; the best "
         "single source counts by what to expect of it."
         + (" * holds other items of benchmarks that are scored here." if starred else ""),
         "Bars: " + "; ".join(f"{model}, {one.kind} {words.percent(one.kept.value)} %"
                              for model, told in made.items() for one in told.values()),
-        lambda: charts.bars(panels, "abilities kept, % of the dense model's"),
+        lambda: charts.bars(panels, "kept, % of the dense model's"),
     )  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def _some_abilities(analysis: Analysis, first: Mapping[str, ConditionAnalysis]) 
         return None
     made = _abilities(analysis, replace(found, ranking=tuple(seen.values())))
     return replace(
-        made, name="brief-abilities", title="Which abilities each text keeps",
+        made, name="brief-abilities", title="What each text keeps, by dimension",
         caption="In percent of the dense model's, the best text of each kind; a corner marks what "
         f"it keeps least of. {found.condition.model}, {pruned_to(found)}.",
     )  # fmt: skip
@@ -463,11 +463,12 @@ def _curves(
                 at = [(place(label), kept) for label, kept in known]
                 lines.append(_line(kind, at, look, f"{model}, {kind}: {tip}"))
         ticks = [(place(label), label.replace(" + ", " +\n")) for label, _ in along[model]]
-        panels.append(Panel(model, lines, below, "" if panels else "abilities kept, %", ticks))
+        panels.append(Panel(model, lines, below, "" if panels else "kept, %", ticks))
+    single = any(TOP in made for some in along.values() for _, made in some)
     return None if not panels else Chart(
         name, title,
-        "Mean over abilities, in percent of the dense model's; the same single sources all along."
-        + more(along),
+        "Mean over dimensions, in percent of the dense model's."
+        + (" The same single sources all along." if single else "") + more(along),
         f"Lines of {words.listed(LINES)} for {words.listed(along)}.",
         lambda: charts.lines(panels, columns=len(panels), height=3.2, sharey=True),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import APART, TOTAL, Condition
+from calmix.analysis.cells import APART, TOTAL, Condition, method_name
 from calmix.analysis.correlations import Among, TradeOff
 from calmix.analysis.differences import BEST, SINGLES
 from calmix.analysis.gains import MEAN, Gain
@@ -23,6 +23,10 @@ from calmix.report import words
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_FOUND = "undecided", "not found"
+NO_ANSWERS = (
+    "What the models write was not measured: a study with `suite: abilities` does, or calmix "
+    "evaluate MODEL --against DENSE --suite abilities."
+)
 MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
 MIXED, WROTE, TOP, AVERAGE, LOWEST = (
     "a mix of sources", "text the model wrote", "the best single source",
@@ -103,9 +107,10 @@ class Summary:
 
 def summarise(analysis: Analysis) -> Summary:
     """Return the sentences of an analysis."""
-    short = " ".join(_short(model, found) for model, found in by_model(analysis).items())
+    what = measured(analysis)
+    short = " ".join(_short(model, found, what) for model, found in by_model(analysis).items())
     return Summary(
-        _headline(analysis), short,
+        _headline(analysis), short + _unmeasured(analysis),
         tuple(_condition(analysis, each) for each in analysis.conditions), _methods(analysis),
         tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
@@ -124,18 +129,33 @@ def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis
     )  # fmt: skip
 
 
+def measured(analysis: Analysis) -> str:
+    """Name what is kept in this study: generated answers, right choices, likelihood."""
+    scores = {task.score for each in analysis.conditions for task in each.cells.tasks}
+    named = {"generated answers": scores & {"kept"}, "right choices": scores & {"accuracy"},
+             "likelihood": scores - {"kept", "accuracy"}}  # fmt: skip
+    return words.listed(name for name, some in named.items() if some)
+
+
+def _unmeasured(analysis: Analysis) -> str:
+    return "" if "answers" in measured(analysis) else f" {NO_ANSWERS}"
+
+
 def _headline(analysis: Analysis) -> str:
     main = main_condition(analysis.conditions)
-    best, where = main.ranking[0], f"After {main.condition.label}"
+    best, where = main.ranking[0], f"after {main.condition.label}"
     if best.total.value is None:
-        return f"{where} no calibration set has a retention: no task of the suite has signal."
+        return f"No calibration set has a retention {where}: no task of the suite has signal."
+    what = measured(analysis)
     if len(main.ranking) == 1:
         return (
-            f"{where}, {best.calibration} keeps {words.with_span(best.total)} % of the dense "
-            "model's abilities. It is the only calibration set: there is nothing to compare."
+            f"{best.calibration} keeps {words.with_span(best.total)} % of the dense model's "
+            f"{what} {where}. It is the only calibration set: there is nothing to compare."
+            + _unmeasured(analysis)
         )
     sets = leaders(main.ranking)
-    text = f"{where} (dense model: 100 %), {words.which_is_best(main.ranking)}."
+    text = f"{what.capitalize()} kept {where} (dense model: 100 %): "
+    text += f"{words.which_is_best(main.ranking)}."
     worst = [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
              for one in sets[:3] if one.worst is not None]  # fmt: skip
     if worst:
@@ -143,7 +163,7 @@ def _headline(analysis: Analysis) -> str:
     last = [one for one in main.ranking if one.total.value is not None][-1]
     if last not in sets:
         text += f" {last.calibration} keeps the least: {words.percent(last.total.value)} %."
-    return text
+    return text + _unmeasured(analysis)
 
 
 class Kind(NamedTuple):
@@ -190,15 +210,24 @@ def pruned_to(found: ConditionAnalysis) -> str:
     return f"{share} of its weights pruned"
 
 
-def _short(model: str, found: ConditionAnalysis) -> str:
+def _short(model: str, found: ConditionAnalysis, what: str) -> str:
     made = [one for one in kinds(found).values() if one.kind != LOWEST]
     if not made:
         return f"{model}: nothing could be measured."
     some = [f"{words.percent(one.kept.value)} % with {one.kind}" for one in made]
-    some[0] = some[0].replace("% with", "% of its abilities with")
-    text = f"With {pruned_to(found)}, {model} keeps {words.listed(some)}."
-    best = f" {words.which_is_best(found.ranking)}." if len(found.ranking) > 1 else ""
-    return text + best
+    some[0] = some[0].replace("% with", f"% of its {what} with")
+    at = found.condition
+    how = f"by {method_name(at.method)}" + (
+        f" on {at.rows} rows of {at.length} tokens" if at.rows else ""
+    )
+    text = f"With {pruned_to(found)} {how}, {model} keeps {words.listed(some)}."
+    best = found.ranking[0]
+    if best.worst is not None and len(best.dimensions) > 1:
+        text += (
+            f" Even {best.calibration} keeps only {words.percent(best.lowest.value)} % in "
+            f"{best.worst}."
+        )
+    return text + (f" {words.which_is_best(found.ranking)}." if len(found.ranking) > 1 else "")
 
 
 def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:
@@ -316,7 +345,11 @@ def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict |
     signs = {0 if not found or not gap.value else wanted if gap.value > 0 else -wanted
              for _, gap, found in some}  # fmt: skip
     verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
-    return _at(at, verdict, "; ".join(f"{name} {words.with_points(gap)}" for name, gap, _ in some))
+    return _at(at, verdict, "; ".join(
+        f"{name} {words.with_points(gap)}"
+        + (" (not after correction for the number of tests)" if gap.clear and not found else "")
+        for name, gap, found in some
+    ))  # fmt: skip
 
 
 def _made(each: ConditionAnalysis, how: str) -> set[str]:
@@ -360,7 +393,7 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
         return None
     widest = max(spread.values(), key=lambda one: one.range)
     because = (
-        f"single sources {100 * widest.range:.1f} points apart in {widest.quantity} "
+        f"single sources {words.apart(widest.range, 1)} apart in {widest.quantity} "
         f"({widest.lowest} to {widest.highest}), {100 * total.range:.1f} in total; "
         f"p {words.p_value(total.p_cancel)} against unrelated dimensions"
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from calmix.analysis.cells import APART, WORST
 from calmix.analysis.ranking import Placed, leaders
+from calmix.evaluation.behaviour import Behaviour
 
 STRATEGIES = {
     "single": "single source",
@@ -72,6 +75,12 @@ def points(value: float | None) -> str:
     return number(None if value is None else 100 * value, 1, sign=True)
 
 
+def apart(value: float, digits: int = 0) -> str:
+    """Return a distance in percentage points with its unit."""
+    text = percent(value, digits)
+    return f"{text} point{'s' * (text != '1')}"
+
+
 def rho(value: float | None) -> str:
     """Return a correlation with its sign and two decimals."""
     return number(value, 2, sign=True)
@@ -128,6 +137,48 @@ def some(names: Sequence[str]) -> str:
     return listed(names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"])
 
 
+def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
+    """Say what a model still does: generated answers, choices, and last its likelihood; `measure`
+    is the command that measures answers where they are missing."""
+    said = []
+    if (all_ := found.answers) is None:
+        said.append(f"What the model writes was not measured; this measures it: {measure}")
+    elif not all_.dense:
+        said.append(f"The dense model gets none of {all_.asked:,} generated answers right: "
+                    "nothing can be kept.")  # fmt: skip
+    else:
+        text = (
+            f"This model keeps {all_.kept} of the {counted(all_.dense, 'generated answer')} that "
+            f"the dense model gets right: {with_span(all_.share)} %"
+        )
+        if (worst := found.worst) is not None:
+            text += f", least in {worst.name}, {worst.kept} of {worst.dense}"
+        said.append(f"{text} (asked: {all_.asked:,}, gained: {all_.gained}).")
+    if found.not_run:
+        said.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
+                    "them).")  # fmt: skip
+    if (choices := found.choices) is not None:
+        before, after = choices.accuracy
+        text = (
+            f"Accuracy: {with_span(after)} % of {choices.asked:,} choices are right, "
+            f"{percent(before.value)} % under the dense model"
+        )
+        left = f" (left out, the dense model is at chance: {listed(found.at_chance)})"
+        said.append(f"{text}{left if found.at_chance else ''}.")
+    if likelihood is not None and likelihood.total.value is not None:
+        text = f"Likelihood kept: {with_span(likelihood.total)} %"
+        if (low := likelihood.worst) is not None and len(likelihood.dimensions) > 1:
+            text += f", least in {low}: {with_span(likelihood.of(low))} %"
+        said.append(f"{text}.")
+    return said
+
+
+def measuring(model: object, dense: object) -> str:
+    """Return the command that measures what a model writes."""
+    return shlex.join(["calmix", "evaluate", str(model), "--against", str(dense), "--suite",
+                       "abilities"])  # fmt: skip
+
+
 def which_is_best(placed: Sequence[Placed]) -> str:
     """Say which set keeps the most and by how much, or which are tied; one has a value at least."""
     first, *ties = sets = leaders(placed)
@@ -141,7 +192,7 @@ def which_is_best(placed: Sequence[Placed]) -> str:
     gap = ties[0].behind
     apart = "no difference expected"
     if gap and gap.value is not None:
-        apart = f"difference {with_span(gap)} points"
+        apart = f"expected difference {with_span(gap)} points"
     if len(ties) > 1:
         apart = f"{names[0]} and {names[1]}: {apart}"
     return f"{some(names)} are tied ({apart}): {listed(with_span(one.total) for one in sets[:3])} %"
@@ -171,3 +222,23 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
                          for text, width in zip(row, wide, strict=True)).rstrip()
         for row in rows
     )  # fmt: skip
+
+
+def beside(texts: Sequence[str], most: int = 8) -> str:
+    """Return texts in columns of a terminal's width, at most so many lines of each."""
+    width = (WIDTH - 2) // len(texts) - 2
+    held = []
+    for text in texts:
+        rows = [row for part in text.splitlines() or ["(nothing)"]
+                for row in textwrap.wrap(part, width) or [""]]  # fmt: skip
+        held.append(rows if len(rows) <= most else [*rows[: most - 1], "…"])
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell in row).rstrip()
+                     for row in zip_longest(*held, fillvalue=""))  # fmt: skip
+
+
+def parts(text: str) -> list[tuple[bool, str]]:
+    """Return a text in parts, each with whether it is code: what is fenced, or begins like it."""
+    pieces = re.split(r"^```.*\n?", text, flags=re.MULTILINE)
+    if len(pieces) == 1 and re.match(r"(def|class|import|from|SELECT) ", text):
+        pieces = ["", text]
+    return [(bool(at % 2), piece.strip("\n")) for at, piece in enumerate(pieces) if piece.strip()]

@@ -1,4 +1,4 @@
-"""Written answers: batched, greedy, cut at stops; prompts of a suite or a file; the saved file."""
+"""Written answers: batched, greedy, cut at stops; the panel or a file; the saved file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 from calmix.errors import InputError, ModelError
+from calmix.evaluation import greedy
 from calmix.evaluation.generations import (
     Answered,
     Prompt,
     answer,
     generate,
     load_answers,
+    panel,
     read_prompts,
-    suite_prompts,
 )
 from calmix.evaluation.scorer import Scorer
-from calmix.evaluation.suites import parse_suite
-from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import opened
 
 CONTEXTS = ["one", "two words", "three little words", "four", ""]
@@ -53,24 +52,33 @@ def test_generation_needs_an_end_token_and_room() -> None:
         generate(Scorer(model), ["a"], room=8)
 
 
-def test_a_suites_prompts_are_shown_without_worked_examples(
+def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    use_archive(monkeypatch)
-    prompts = suite_prompts(parse_suite(suite_text(), "suite"))
-    assert [(one.dimension, one.task) for one in prompts] == [("general", "quiz")] * 3 + [
-        ("code", "text")
-    ] * 3
-    assert prompts[0].shown == "Question: what is 1?\nAnswer:"
-    assert prompts[0].asked.endswith(f"\n\n{prompts[0].shown}")
-    assert (prompts[0].expected, prompts[0].short) == ("two 1", True)
+    model, seen = opened(), []
+
+    def answers(_: object, asked: list[greedy.Prompt], **more: object) -> list[greedy.Answer]:
+        seen.append(model.tokenizer.decode(asked[0].ids))
+        return [greedy.Answer(" Paris. ", 3, number > 0) for number, _ in enumerate(asked)]
+
+    monkeypatch.setattr(greedy, "answers", answers)
+    prompts = panel()
+    assert len(prompts) == len({one.shown for one in prompts}) == 10
+    written = answer(model, prompts)
+    assert written[:2] == ("Paris. …", "Paris.")
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    answer(model, prompts)
+    question = prompts[0].shown
+    assert seen[0].endswith(f"Question: {question}\nAnswer:")
+    assert seen[0].count("Answer:") == 4
+    assert seen[1] == f"<{question}>"
 
 
 def test_prompts_of_a_file_and_the_file_of_answers(tmp_path: Path) -> None:
     path, out = tmp_path / "mine.txt", tmp_path / "answers.json"
     path.write_text("first\n\n  second \n", encoding="utf-8")
     prompts = read_prompts(path)
-    assert prompts == [Prompt("own", "mine.txt", text, text) for text in ("first", "second")]
+    assert prompts == [Prompt("mine.txt", text, text) for text in ("first", "second")]
     written = answer(opened(), prompts)
     made = Answered(tuple(prompts), (("tiny", "hash"),), (written,))
     made.save(out)

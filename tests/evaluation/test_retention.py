@@ -21,7 +21,6 @@ from calmix.evaluation.retention import (
     mean_point,
     resampled,
     retention,
-    total_gap,
 )
 from tests.evaluation.helpers import accuracy, bits, choices
 
@@ -71,10 +70,6 @@ def test_tasks_and_dimensions_without_signal_do_not_count() -> None:
     assert found.worst == "general"
     silent = retention(dense[1:], dense[1:], resamples=50)
     assert (silent.total.value, silent.worst) == (None, None)
-    assert total_gap(dense, dense, pruned) == estimate(
-        1 - found.total.value, 1 - resampled("good", parts(dense[0], pruned[0]), **DRAWN)
-    )
-    assert total_gap(dense[1:], dense[1:], dense[1:]).value is None
 
 
 def test_dimension_total_and_worst() -> None:

@@ -1,0 +1,123 @@
+"""What a pruned model still does: generated answers that a program checked, and right choices.
+
+Counts of items, each paired with the dense model's; an interval is Wilson's (1927), which does not
+collapse where all or none of a few items are right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from calmix.evaluation.measures import Z, has_signal
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
+from calmix.evaluation.scores import CapabilityScores, check_same_suite
+from calmix.evaluation.suites import WRITTEN
+
+FEW = 5  # items that the dense model gets right: with fewer no ability is called the worst
+NO_LIKELIHOOD = ("kept", "accuracy")
+Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Items `asked`, and those right under the `dense` model, the `pruned` one, both (`kept`)."""
+
+    name: str
+    asked: int
+    dense: int
+    pruned: int
+    kept: int
+
+    @property
+    def gained(self) -> int:
+        """Items right under the pruned model alone."""
+        return self.pruned - self.kept
+
+    @property
+    def share(self) -> Estimate:
+        """Of the items the dense model gets right, the share that is still right."""
+        return proportion(self.kept, self.dense)
+
+    @property
+    def accuracy(self) -> tuple[Estimate, Estimate]:
+        """The share of all items that is right, of the dense and of the pruned model."""
+        return proportion(self.dense, self.asked), proportion(self.pruned, self.asked)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Generated `answers`, pooled and by ability, and `choices`, pooled over the tasks on which the
+    dense model is above chance; None where nothing was asked. Tasks `at_chance` and those `not_run`
+    are named."""
+
+    answers: Counted | None
+    abilities: tuple[Counted, ...]
+    choices: Counted | None
+    at_chance: tuple[str, ...]
+    not_run: tuple[str, ...]
+
+    @property
+    def worst(self) -> Counted | None:
+        """The ability of which least is kept, of several that the dense model has."""
+        known = [one for one in self.abilities if one.dense >= FEW]
+        return min(known, key=lambda one: one.kept / one.dense) if len(known) > 1 else None
+
+
+def behaviour(*pairs: Pair) -> Behaviour:
+    """Return what pruned models' scores say of behaviour, beside the dense model's on the same
+    suites; a task that several hold counts where it has most items."""
+    held: dict[tuple[str, bool], tuple[TaskScores, TaskScores]] = {}
+    for dense, pruned in pairs:
+        check_same_suite(pruned.suite, dense.suite)
+        check_paired(dense.tasks, pruned.tasks)
+        for before, after in zip(dense.tasks, pruned.tasks, strict=True):
+            key = before.name, before.metric in WRITTEN
+            if before.values and (key not in held or len(held[key][0].items) < len(before.items)):
+                held[key] = before, after
+    written = [one for (_, asked), one in held.items() if asked]
+    chosen = [one for (_, asked), one in held.items() if not asked]
+    known = [one for one in chosen if has_signal(one[0], "accuracy")]
+    abilities = dict.fromkeys(before.dimension for before, _ in written)
+    return Behaviour(
+        _counted("all", written),
+        tuple(
+            one for name in abilities
+            if (one := _counted(name, [two for two in written if two[0].dimension == name]))
+        ),
+        _counted("choices", known),
+        tuple(one[0].name for one in chosen if one not in known),
+        tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run)),
+    )  # fmt: skip
+
+
+def _counted(name: str, tasks: Iterable[tuple[TaskScores, TaskScores]]) -> Counted | None:
+    items = [both for before, after in tasks
+             for both in zip(before.values, after.values, strict=True)]  # fmt: skip
+    if not items:
+        return None
+    dense, pruned, kept = (sum(map(round, some)) for some in zip(
+        *((before, after, before * after) for before, after in items), strict=True
+    ))  # fmt: skip
+    return Counted(name, len(items), dense, pruned, kept)
+
+
+def proportion(right: int, of: int) -> Estimate:
+    """Return a share of items with Wilson's 95 % interval."""
+    if not of:
+        return Estimate(None, None, None)
+    share, z = right / of, Z**2 / of
+    middle = (share + z / 2) / (1 + z)
+    half = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def likelihood(dense: CapabilityScores, pruned: CapabilityScores, **how: Any) -> Retention | None:
+    """Return the retention of the tasks scored by likelihood; None where there are none."""
+    check_same_suite(pruned.suite, dense.suite)
+    places = [at for at, one in enumerate(dense.tasks) if one.primary not in NO_LIKELIHOOD]
+    own = [[one.tasks[at] for at in places] for one in (dense, pruned)]
+    return retention(*own, **how) if places else None

@@ -1,0 +1,74 @@
+"""What is kept of answers and choices, in counts of items."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from calmix.errors import InputError
+from calmix.evaluation.behaviour import behaviour, likelihood, proportion
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.scores import CapabilityScores
+from calmix.report import words
+from tests.evaluation.helpers import accuracy
+
+
+def written(name: str, dimension: str, right: list[int]) -> TaskScores:
+    one = accuracy([float(value) for value in right], name, dimension, chance=0.0)
+    return replace(one, metric="as_asked", primary="kept", answers=("x",) * len(right))
+
+
+def scored(*tasks: TaskScores, suite: str = "s", not_run: tuple[str, ...] = ()) -> CapabilityScores:
+    about = {"name": suite, "version": 1, "hash": suite}
+    return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
+
+
+def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named() -> None:
+    guessed = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
+    dense = scored(
+        written("qa", "general", [1] * 8 + [0, 0]), written("sums", "math", [1] * 6 + [0] * 4),
+        written("few", "chat", [1] * 3), accuracy([1.0] * 20, "quiz", "general"), guessed,
+    )  # fmt: skip
+    pruned = scored(
+        written("qa", "general", [1] * 6 + [0, 0, 1, 0]), written("sums", "math", [0] * 10),
+        written("few", "chat", [0] * 3), accuracy([1.0, 0.0] * 10, "quiz", "general"), guessed,
+        not_run=("humaneval",),
+    )  # fmt: skip
+    found = behaviour((dense, pruned))
+    all_ = found.answers
+    assert all_ is not None
+    assert (all_.asked, all_.dense, all_.kept, all_.gained) == (23, 17, 6, 1)
+    assert found.worst is not None
+    assert (found.worst.name, found.worst.dense, found.worst.kept) == ("math", 6, 0)
+    assert found.choices is not None
+    assert (found.choices.asked, found.choices.pruned, found.at_chance) == (20, 10, ("coin",))
+    first, code, accurate, *rest = words.verdict(found, likelihood(dense, pruned), "calmix x")
+    assert first == (
+        "This model keeps 6 of the 17 generated answers that the dense model gets right: "
+        "35.3 [17.3, 58.7] %, least in math, 0 of 6 (asked: 23, gained: 1)."
+    )
+    assert "not run (humaneval" in code
+    assert accurate.startswith("Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right, 100.0 %")
+    assert not rest  # nothing here is scored by likelihood
+
+
+def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
+    few, many = (scored(accuracy([1.0] * count, "quiz", "general"), suite=f"s{count}")
+                 for count in (10, 30))  # fmt: skip
+    for pairs in (((few, few), (many, many)), ((many, many), (few, few))):
+        found = behaviour(*pairs)
+        assert found.choices is not None
+        assert found.choices.asked == 30
+    assert "was not measured" in words.verdict(found, None, "calmix evaluate x")[0]
+    with pytest.raises(InputError, match="cannot be compared"):
+        behaviour((few, many))
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"), [(0, 13, 0.0, 0.228), (13, 48, 0.166, 0.410), (5, 5, 0.566, 1)]
+)
+def test_the_interval_of_a_share_is_wilsons(right: int, of: int, low: float, high: float) -> None:
+    found = proportion(right, of)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
+    assert proportion(0, 0).value is None
