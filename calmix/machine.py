@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from calmix.errors import first_line
-
 if TYPE_CHECKING:
     import torch
 
@@ -140,7 +138,7 @@ def tried(what: str, device: torch.device, check: Callable[..., bool], *given: o
             return True
         line = "its results are wrong"
     except Exception as error:  # a compiler and a driver may raise anything
-        line = first_line(error)
+        line = next(iter(str(error).splitlines()), type(error).__name__)
     warnings.warn(f"{what} is not used on {device}: {line}", stacklevel=2)
     return False
 

@@ -104,7 +104,7 @@ def run(options: EvaluateOptions) -> None:
     from calmix.calibration import open_tokenizer
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.evaluation import evaluate as capability
-    from calmix.evaluation.behaviour import behaviour
+    from calmix.evaluation.behaviour import NO_LIKELIHOOD, behaviour
     from calmix.evaluation.distance import distance, reference
     from calmix.evaluation.scores import check_same_suite, describe, load_scores
     from calmix.evaluation.suites import suite_file
@@ -149,7 +149,8 @@ def run(options: EvaluateOptions) -> None:
         open_tokenizer(name, trust_remote_code=options.trust_remote_code)
     if against is not None and not saved:
         whole = open_model(against, **how)
-        known = [name for name in chosen.dimensions if name in builtin_readers()]
+        by_likelihood = any(one.primary not in NO_LIKELIHOOD for one in chosen.tasks.values())
+        known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own:
             held_out = texts(whole, own, dimensions=known)
             kept_of = reference(whole, held_out, cache=not options.no_cache)
@@ -371,7 +372,7 @@ def _print_distance(
     rows += [None, row("total", far["total"] if far else None, changed.total)]
     print_table(rows, title="distance to the dense model", least=["median", "99 %", "top-1 %"])
     if far is None:
-        line("KL to the dense model needs the model itself: --against MODEL, not its scores")
+        line("KL: not measured; it takes --against MODEL, not its scores, and tasks of likelihood")
     else:
         line("KL(dense || pruned) in nats a token; flips: items right under one alone")
 

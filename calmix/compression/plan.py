@@ -41,20 +41,21 @@ BEHAVIOUR, PACK = "abilities.json", "pack"
 @dataclass(frozen=True)
 class Effort:
     """How much time a compression may take: rows of the calibration set, recoveries one after the
-    other, epochs of the last one, and whether likelihood and behaviour are scored on the quick
-    slices of their suites."""
+    other, epochs of the last one, and how much of the suites of likelihood and of behaviour is
+    scored."""
 
     rows: int
     recoveries: tuple[str, ...]
     epochs: int
-    quick: bool
-    quick_behaviour: bool
+    likelihood: Mapping[str, Any]
+    behaviour: Mapping[str, Any]
 
 
+QUICK = {"quick": True}
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, True, True),
-    "standard": Effort(64, ("distill",), 2, False, True),
-    "best": Effort(192, ("blocks", "distill"), 2, False, False),
+    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 25}, QUICK),
+    "standard": Effort(64, ("distill",), 2, {}, QUICK),
+    "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
 
 
@@ -80,11 +81,6 @@ class Request(Compression):
     def saved(self) -> bool:
         """Whether the calibration set is there already."""
         return is_saved_set(user_path(self.calibration))
-
-    @property
-    def most(self) -> int | None:
-        """Bytes of memory it may take."""
-        return None if self.max_memory is None else parse_memory(self.max_memory)
 
     @property
     def target(self) -> str:
@@ -214,11 +210,11 @@ def stages(asked: Request, out: Path) -> list[Stage]:
     made = str(out / "model")
     found.append(Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK))
     code = {"allow_code_execution": asked.allow_code_execution}
-    scored = _flags(against=model, **suite, quick=effort.quick, **code, **where,
+    scored = _flags(against=model, **suite, **effort.likelihood, **code, **where,
                     output=out / "scores.json")  # fmt: skip
     found.append(Stage("evaluate", ("evaluate", made, *scored), "scores.json"))
     if offline:  # another suite is scored alone
-        does = _flags(against=model, suite="abilities", quick=effort.quick_behaviour, **code,
+        does = _flags(against=model, suite="abilities", **effort.behaviour, **code,
                       **where, output=out / BEHAVIOUR)  # fmt: skip
         found.append(Stage("evaluate behaviour", ("evaluate", made, *does), BEHAVIOUR))
     answered = _flags(prompts=asked.prompts, **where, output=out / "answers.json")

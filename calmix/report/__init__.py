@@ -27,7 +27,7 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
 
     The same results and analysis give the same bytes.
     """
-    drawn = [*figures.brief_charts(analysis), *figures.sparsity_charts(analysis)]
+    drawn = figures.brief_charts(analysis)
     drawn += [one for each in analysis.conditions
               for one in figures.condition_charts(analysis, each)]  # fmt: skip
     with atomic_folder(folder) as beside:
@@ -70,7 +70,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             "study.html", **shared, main=main, best=leaders(main.ranking), facts=facts,
             conditions=[(each, told, figures.condition_charts(analysis, each))
                         for each, told in found],
-            across=figures.sparsity_charts(analysis), slug=figures.slug, figures=FIGURES,
+            slug=figures.slug, figures=FIGURES,
             environment=flat(environment),
         ),
         "brief.html": render("brief.html", **shared, charts=figures.brief_charts(analysis)),

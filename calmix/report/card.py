@@ -27,7 +27,7 @@ from calmix.manifest import file_hashes
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
-from calmix.report.charts import COLOURS, MARKERS, MUTED, Cell, Chart, Line, Mark, Panel, Row
+from calmix.report.charts import COLOURS, MARKERS, Cell, Chart, Mark, Row
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
@@ -338,7 +338,7 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
 
 
 def _charts(card: Card) -> Iterator[Chart]:
-    """Return where output was lost, and how each recovery went."""
+    """Return where output was lost."""
     measured = {(layer.kind, layer.block): layer.error for layer in card.layers
                 if layer.error is not None}  # fmt: skip
     if measured:
@@ -367,36 +367,6 @@ def _charts(card: Card) -> Iterator[Chart]:
                         for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
             ),
         )  # fmt: skip
-    for told in card.recoveries:
-        if told["method"] == "distill":
-            curve = told["curve"]
-            losses, held_out = curve["losses"], curve["held_out"]
-            yield _losses(
-                "distill", "Recovery of the whole model",
-                f"KL to the dense model's next-token distributions. Held-out rows: "
-                f"{told['before']:.3f} before, {told['after']:.3f} after; the weights of step "
-                f"{curve['best']} were kept.", "step", "KL, nats per token",
-                [Line("training rows, each step", range(1, len(losses) + 1), losses, MUTED,
-                      marker=""),
-                 Line("held-out rows", [step for step, _ in held_out],
-                      [loss for _, loss in held_out], COLOURS[0])],
-            )  # fmt: skip
-        elif told["method"] == "blocks":
-            at = [one["block"] for one in told["curve"]]
-            yield _losses(
-                "blocks", "Recovery block by block",
-                f"Error of each block's output on held-out rows: {told['before']:.4f} before on "
-                f"average, {told['after']:.4f} after.", "block", "relative error per token",
-                [Line(key, at, [one[key] for one in told["curve"]], colour)
-                 for key, colour in (("before", MUTED), ("after", COLOURS[2]))],
-            )  # fmt: skip
-
-
-def _losses(
-    name: str, title: str, caption: str, below: str, beside: str, lines: Sequence[Line]
-) -> Chart:
-    panel = Panel("", lines, below, beside)
-    return Chart(name, title, caption, caption, lambda: charts.lines([panel], height=2.6, least=0))
 
 
 # Pages
@@ -430,21 +400,15 @@ def several_page(cards: Sequence[Card]) -> str:
         seen[card.name] += 1
         more = f" ({seen[card.name]})" if counts[card.name] > 1 else ""
         named.append(replace(card, name=card.name + more))
-    items = [
-        (item, task.name, [one.values[number] for one in
-                           (task, *(card.scores.tasks[at] for card in named))])
-        for at, task in enumerate(first.dense.tasks)
-        for number, item in enumerate(task.items if task.values else ())
-    ]  # fmt: skip
     return render(
-        "several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named), items=items,
+        "several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named),
         answers=_answers(named), names=[card.name for card in named],
     )  # fmt: skip
 
 
-def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, list[str], bool]]:
-    """Return prompts with what the dense model and each other wrote, and whether all is the same;
-    empty where the models were not asked the same."""
+def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Return prompts with what the dense model and each other wrote; empty where the models were
+    not asked the same."""
     told = [card.answers for card in cards]
     first = told[0]
     if first is None or any(
@@ -453,5 +417,4 @@ def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, list[str], bool]]:
     ):
         return []
     texts = zip(first.answers[0], *(other.answers[1] for other in told if other), strict=True)
-    return [(prompt, list(each), len(set(each)) == 1)
-            for prompt, each in zip(first.prompts, texts, strict=True)]  # fmt: skip
+    return list(zip(first.prompts, texts, strict=True))

@@ -82,7 +82,7 @@ SETTINGS = {
 WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
 NARROW = 3.35  # the same on a telephone
 _width = ContextVar("width", default=WIDTH)
-DOT, BAND = {"marker": "o", "linestyle": "none"}, {"linewidth": 8}
+DOT = {"marker": "o", "linestyle": "none"}
 Key = tuple[str, str, Mapping[str, Any]]  # of a legend: name, colour, look
 
 
@@ -121,14 +121,13 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One pair of axes: its lines or marks, ticks with labels, a band (x, low, high) behind."""
+    """One pair of axes: its lines or marks, and ticks with labels."""
 
     title: str
     content: Sequence[Any]
     below: str = ""
     beside: str = ""
     ticks: Sequence[tuple[float, str]] = ()
-    band: Sequence[tuple[float, float, float]] = ()
     note: str = ""
 
 
@@ -292,7 +291,7 @@ def bars(
                 for mark in lane:
                     _mark(axes, mark, y, 0.6 / len(row.lanes))
         _named(axes, [(row.name, row.colour) for row in rows], 1 + _narrow())
-        axes.set_title(title)
+        axes.set_title("\n".join(textwrap.wrap(title, 36 if _narrow() else 90)))
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
         if rule is not None:
@@ -338,15 +337,13 @@ def _grid(panels: Sequence[Panel], height: float, columns: int, *, sharey: bool 
 
 
 def lines(
-    panels: Sequence[Panel], *, keys: Sequence[Key] = (), columns: int = 3, height: float = 2.6,
-    sharey: bool = False, least: float | None = None,
+    panels: Sequence[Panel], *, columns: int = 3, height: float = 2.6, sharey: bool = False,
+    least: float | None = None,
 ) -> Any:  # fmt: skip
-    """Lines with bands and intervals, a panel each; one legend for all, and more keys in it."""
+    """Lines, a panel each; one legend for all."""
     figure, grid = _grid(panels, height, columns, sharey=sharey)
     named: dict[str, Key] = {}
     for axes, panel in zip(grid, panels, strict=True):
-        if panel.band:
-            axes.fill_between(*zip(*panel.band, strict=True), color=GRID, linewidth=0)
         for line in panel.content:
             look = {"color": line.colour, "linestyle": line.dash, "marker": line.marker}
             [drawn] = axes.plot(line.x, line.y, markersize=4, linewidth=1.6, **look)
@@ -360,7 +357,7 @@ def lines(
             axes.xaxis.get_major_locator().set_params(integer=True)
         if least is not None:
             axes.set_ylim(bottom=least)
-    _legend(figure, [*named.values(), *keys])
+    _legend(figure, list(named.values()))
     return figure
 
 
@@ -405,7 +402,8 @@ def heat(
     mpl = matplotlib()
     texts = any(cell and cell.text for row in cells for cell in row)
     each = 0.55 if tilted else 1.15 if texts else 0.2
-    figure = _figure((1.9 if tilted else 0.9) + 0.3 * len(rows) + 0.3 * bool(keys or shades),
+    heads = 1.9 if tilted else 0.9 + 0.6 * _narrow()
+    figure = _figure(heads + 0.3 * len(rows) + 0.3 * bool(keys or shades),
                      2.4 + each * len(columns))  # fmt: skip
     small = _narrow() and len(columns) > 7  # no room for numbers
     axes = figure.subplots()
@@ -434,9 +432,9 @@ def heat(
     axes.set_xticks(*zip(*named, strict=True))
     if not below:
         axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelcolor=INK)
-    if tilted:
+    if tilted or (_narrow() and not below):
         for label in axes.get_xticklabels():
-            label.set(rotation=50, ha="left", rotation_mode="anchor")
+            label.set(rotation=90 if small else 50, ha="left", rotation_mode="anchor")
     axes.spines[:].set_visible(False)
     square = {"marker": "s", "markersize": 9, "linestyle": "none"}
     _legend(figure, [*keys, *((name, colour(value), square) for name, value in shades)])

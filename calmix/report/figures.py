@@ -18,11 +18,9 @@ from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import LEAST
 from calmix.report import charts, words
 from calmix.report.charts import (
-    BAND,
     COLOURS,
     DASHES,
     DOT,
-    GRID,
     INK,
     MARKERS,
     STRATEGY_COLOURS,
@@ -270,52 +268,6 @@ def _correlations(
             [[cell(metric, name) for name in columns] for metric in metrics],
             ramp="RdBu", low=-1, high=1,
         ),
-    )  # fmt: skip
-
-
-def sparsity_charts(analysis: Analysis) -> list[Chart]:
-    """Return retention against sparsity, a chart for all conditions that differ in it alone."""
-    series: dict[str, list[ConditionAnalysis]] = {}
-    for each in analysis.conditions:  # lowest sparsity first
-        if each.condition.rows and each.condition.unstructured:
-            series.setdefault(each.condition.series, []).append(each)
-    return [_sparsity(analysis, own) for own in series.values() if len(own) > 1]
-
-
-def _sparsity(analysis: Analysis, series: Sequence[ConditionAnalysis]) -> Chart:
-    made = {one.calibration: one.strategy for each in series for one in each.ranking
-            if one.strategy != "single"}  # fmt: skip
-    best = [one for one in series[-1].ranking if one.strategy == "single"][:1]
-    made |= {one.calibration: "" for one in best}
-    look = {}
-    for name, how in made.items():
-        place = [other for other in made if made[other] == how].index(name)
-        look[name] = (STRATEGY_COLOURS.get(how, INK), DASHES[place % 4])
-    shares = [100 * each.condition.sparsity for each in series]
-    panels = []
-    for at, quantity in enumerate((TOTAL, *analysis.dimensions)):
-        lines, kept = [], [each.cells.means[each.cells.of("single"), at] for each in series]
-        for name in made:
-            known = [
-                (share, estimate) for share, each in zip(shares, series, strict=True)
-                for one in each.ranking if one.calibration == name
-                and (estimate := ({TOTAL: one.total} | one.dimensions)[quantity]).value is not None
-            ]  # fmt: skip
-            tip = ", ".join(f"{share:g} % sparse {words.with_span(one)}" for share, one in known)
-            lines.append(_line(name, known, look[name], f"{name}, {quantity}: {tip}"))
-        band = [
-            (share, 100 * np.nanmin(own), 100 * np.nanmax(own))
-            for share, own in zip(shares, kept, strict=True) if not np.isnan(own).all()
-        ]  # fmt: skip
-        panels.append(Panel(quantity, lines, "sparsity, %", "retention, %", band=band,
-                            ticks=[(share, f"{share:g}") for share in shares]))  # fmt: skip
-    method = series[0].condition.series
-    return Chart(
-        f"sparsity-{slug(method)}", f"{method}: retention against sparsity",
-        "Means over seeds; the dark line is the single source with the highest total at the "
-        "highest sparsity.",
-        f"Line charts of retention at {words.listed(f'{share:g}' for share in shares)} % sparsity.",
-        lambda: charts.lines(panels, keys=[("range of the single sources", GRID, BAND)]),
     )  # fmt: skip
 
 

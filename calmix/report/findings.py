@@ -24,8 +24,8 @@ from calmix.report import words
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_FOUND = "undecided", "not found"
 NO_ANSWERS = (
-    "What the models write was not measured: a study with `suite: abilities` does, or calmix "
-    "evaluate MODEL --against DENSE --suite abilities."
+    "What the models write was not measured; calmix evaluate MODEL --against DENSE --suite "
+    "abilities measures it."
 )
 MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
 MIXED, WROTE, TOP, AVERAGE, LOWEST = (
@@ -98,7 +98,7 @@ class Summary:
     """All that is said of a study; `short` says what each model keeps."""
 
     headline: str
-    short: str
+    short: tuple[str, ...]
     conditions: tuple[Findings, ...]
     methods: Findings
     claims: tuple[Claim, ...]
@@ -108,9 +108,9 @@ class Summary:
 def summarise(analysis: Analysis) -> Summary:
     """Return the sentences of an analysis."""
     what = measured(analysis)
-    short = " ".join(_short(model, found, what) for model, found in by_model(analysis).items())
+    short = [_short(model, found, what) for model, found in by_model(analysis).items()]
     return Summary(
-        _headline(analysis), short + _unmeasured(analysis),
+        _headline(analysis), tuple(filter(None, [*short, _unmeasured(analysis).strip()])),
         tuple(_condition(analysis, each) for each in analysis.conditions), _methods(analysis),
         tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
@@ -227,7 +227,10 @@ def _short(model: str, found: ConditionAnalysis, what: str) -> str:
             f" Even {best.calibration} keeps only {words.percent(best.lowest.value)} % in "
             f"{best.worst}."
         )
-    return text + (f" {words.which_is_best(found.ranking)}." if len(found.ranking) > 1 else "")
+    first, *ties = [one.calibration for one in leaders(found.ranking)]
+    if ties:
+        text += f" {words.some([first, *ties])} are tied."
+    return text + (f" {first} keeps the most." if not ties and len(found.ranking) > 1 else "")
 
 
 def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:

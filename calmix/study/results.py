@@ -8,19 +8,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from calmix.evaluation.records import TaskScores
-from calmix.evaluation.retention import Estimate
 
 Scores = tuple[TaskScores, ...]
 Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 
 
-class Record(BaseModel):
-    """What is refused with a key too many, and does not change."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TaskOutcome(Record):
+class Interval(_Record):
+    """A retention (1.0 is all of it) with its 95 % interval over items; None where undefined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class TaskOutcome(_Record):
     """A task of a trial, by its primary score; `retention` has no value without signal."""
 
     task: str
@@ -33,10 +38,10 @@ class TaskOutcome(Record):
     dense_accuracy: float | None
     pruned_accuracy: float | None
     signal: bool
-    retention: Estimate
+    retention: Interval
 
 
-class Trial(Record):
+class Trial(_Record):
     """A finished trial: what was asked for, and what the pruned model retains.
 
     Attributes:
@@ -70,15 +75,15 @@ class Trial(Record):
     seed: int
     suite: str
     information: dict[str, float]
-    total: Estimate
+    total: Interval
     worst: str | None
-    dimensions: dict[str, Estimate]
+    dimensions: dict[str, Interval]
     tasks: tuple[TaskOutcome, ...]
     seconds: dict[str, float]
     distance: dict[str, Any] | None = None
 
 
-class FailedTrial(Record):
+class FailedTrial(_Record):
     """A trial that ended in an error."""
 
     id: str
@@ -86,7 +91,7 @@ class FailedTrial(Record):
     error: str
 
 
-class StudyResults(Record):
+class StudyResults(_Record):
     """All that analysis and report need.
 
     Attributes:

@@ -45,8 +45,8 @@ def test_builtin_suites() -> None:
 def test_offline_leaves_the_odd_items_to_the_sources() -> None:
     whole = {name for name, task in load_suite("offline").tasks.items() if task.items == "all"}
     assert whole == {
-        "mmlu", "common_knowledge", "passages", "arc_easy", "arc_challenge", "csqa", "logic", "coding",
-        "humaneval", "pattern", "gsm8k", "math500",
+        "mmlu", "common_knowledge", "passages", "arc_easy", "arc_challenge", "csqa", "logic",
+        "coding", "humaneval", "pattern", "gsm8k", "math500",
     }  # fmt: skip
     read = {
         benchmark_of(member.split("/")[2])

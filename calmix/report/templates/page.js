@@ -32,12 +32,3 @@ for (const box of document.querySelectorAll(".scroll")) {
   box.addEventListener("scroll", mark, { passive: true });
   new ResizeObserver(mark).observe(box);
 }
-
-// A filter hides what is the same everywhere; without this script all is shown.
-for (const box of document.querySelectorAll("input[data-differ]")) {
-  const alike = document.querySelectorAll(`#${box.dataset.differ} [data-same]`);
-  const mark = () => alike.forEach((each) => { each.hidden = box.checked; });
-  box.addEventListener("change", mark);
-  box.closest("label").hidden = false;
-  mark();
-}
