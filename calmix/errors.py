@@ -71,6 +71,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EEXIST, errno.ENOTDIR, errno.ELOOP,

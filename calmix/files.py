@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from filelock import BaseFileLock, FileLock
+from filelock import BaseFileLock, FileLock, Timeout
 
 from calmix.errors import DiskError, InputError, disk_errors
 
@@ -338,18 +338,18 @@ def give_back(lock: BaseFileLock) -> None:
 
 
 @contextmanager
-def made_once(path: Path) -> Iterator[None]:
-    """Hold the lock on what is to be made at `path` in the cache, waiting for whoever makes it.
-
-    What a process that was killed has left half made beside it is removed.
-    """
+def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock on what is made at `path`, waiting for whoever makes it, or else refused."""
+    path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))
-        lock.acquire()
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            line = f"another process is at work in {path}: wait for it, or stop it"
+            raise InputError(line) from None
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
-            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         give_back(lock)

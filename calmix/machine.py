@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from calmix.errors import first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -138,7 +140,7 @@ def tried(what: str, device: torch.device, check: Callable[..., bool], *given: o
             return True
         line = "its results are wrong"
     except Exception as error:  # a compiler and a driver may raise anything
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
     warnings.warn(f"{what} is not used on {device}: {line}", stacklevel=2)
     return False
 

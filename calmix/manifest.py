@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from calmix.files import is_hidden, sha256_file, sha256_json
+from calmix.errors import InputError
+from calmix.files import is_hidden, read_object, sha256_file, sha256_json
 from calmix.machine import cores
 
 SEAL = "manifest_sha256"
@@ -67,6 +68,14 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def seal_holds(manifest: Mapping[str, Any]) -> bool:
     """Tell whether a manifest is as it was sealed."""
     return sealed(manifest)[SEAL] == manifest.get(SEAL)
+
+
+def read_sealed(path: Path, missing: str) -> dict[str, Any]:
+    """Return a manifest that is as it was sealed; an InputError, where there is none `missing`."""
+    value = read_object(path, missing)
+    if not seal_holds(value):
+        raise InputError(f"{path} is damaged or changed: its hash is another")
+    return value
 
 
 def file_hashes(

@@ -86,6 +86,14 @@ class DeviceOptions(Options):
     )
 
 
+class TrialOptions(DeviceOptions):
+    """How a study's trials run, which does not change what they find."""
+
+    allow_code_execution: bool = option(
+        False, "Run code the models write, in a limited subprocess."
+    )
+
+
 class ModelOptions(DeviceOptions):
     """How a model is opened."""
 
@@ -180,6 +188,61 @@ class DrawOptions(SizeOptions):
         """Return the options of the draw that were set, by name."""
         names = [name for name in DrawOptions.model_fields if name in self.model_fields_set]
         return {name: getattr(self, name) for name in names}
+
+
+Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
+Over = Literal["single", "all"]
+
+
+class Settings(Options):
+    """How an analysis is made."""
+
+    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
+    over: Over = option("single", "Sets that count in correlations.", advanced=True)
+    default: str | None = option(
+        None, "The set that margins are over.", shown="mean of the single sources", advanced=True
+    )
+    permutations: int = option(19_999, "Permutations beyond 8 sets.", ge=1, advanced=True)
+    resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
+    seed: int = option(0, "Seed of permutations and bootstrap.", ge=0, advanced=True)
+
+
+Propagation = Literal["sequential", "block"]
+
+
+class Pruning(DrawOptions):
+    """What of a prune decides the result, beside its target and the method's own options."""
+
+    calibration: str | None = option(
+        None, "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib."
+    )
+    propagation: Propagation | None = option(
+        None, "Inputs from pruned layers, or the papers' two passes.", shown="sequential",
+        advanced=True,
+    )  # fmt: skip
+    allocation: Any = option(
+        None, "Sparsity by layer: owl, error, or a file.", shown="uniform", advanced=True
+    )
+    drop_experts: float | None = option(
+        None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1
+    )
+    only: tuple[str, ...] = option((), "Only layers of such names: '*.mlp.*'.", advanced=True)
+    skip: tuple[str, ...] = option((), "Leave layers of such names dense.", advanced=True)
+
+
+class Recovering(DrawOptions):
+    """What of a recovery decides the result."""
+
+    calibration: str = option(..., "Text to train on, as for calmix prune.")
+    method: Literal["distill", "blocks"] = option(
+        "distill", "The whole model's logits, or block by block."
+    )
+    epochs: int | None = option(None, "Passes over the rows at most.", shown="2", ge=1, le=1000)
+    lr: float | None = option(
+        None, "Peak learning rate, relative to weights' size.", shown="1e-3, blocks 3e-3",
+        gt=0, lt=1, allow_inf_nan=False,
+    )  # fmt: skip
+    batch: int = option(4, "Rows a step.", ge=1)
 
 
 class Compression(MemoryOptions, DeviceOptions):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from calmix.errors import InputError, nearest
 from calmix.options import (
@@ -13,22 +13,23 @@ from calmix.options import (
     DRAW,
     METHOD,
     PRUNE,
-    DrawOptions,
+    Propagation,
+    Pruning,
+    Recovering,
     checked,
     named_options,
     parse_share,
 )
 
 if TYPE_CHECKING:
+    from calmix.pruning.methods import Method
     from calmix.pruning.patterns import Pattern
-
-Propagation = Literal["sequential", "block"]
 
 ROWS, LENGTH, SEED = 64, 512, 0
 NONE = "none"  # the method of a request that drops experts and prunes nothing
-
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes
-UNSCORED = "--drop-experts needs --calibration: text to score the experts on"
+RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
+RECOVERY_OPTIONS = ("epochs", "lr", "batch")
 
 
 @dataclass(frozen=True)
@@ -56,192 +57,30 @@ class PruneRequest:
     skip: tuple[str, ...] = ()
     drop_experts: float | None = None
 
+    @property
+    def target(self) -> Pattern:
+        """The sparsity or pattern; half where only experts are dropped, and nothing looks at it."""
+        from calmix.pruning.patterns import as_pattern
 
-def prune_request(
-    *,
-    method: str | None = None,
-    sparsity: float | None = None,
-    pattern: Pattern | str | float | None = None,
-    **options: Any,
-) -> PruneRequest:
-    """Check the options of a prune and fill in the method's defaults."""
-    from calmix.pruning.allocation import read_allocation
-    from calmix.pruning.methods import get_method
-    from calmix.pruning.patterns import Unstructured, as_pattern
+        return as_pattern(self.pattern or self.sparsity or 0.5)
 
-    given = {name: value for name, value in options.items() if value is not None}
-    drop = given.get("drop_experts")
-    if drop is not None and not 0 < drop < 1:
-        raise InputError(f"--drop-experts {drop} is not between 0 and 1 (exclusive)")
-    if drop is not None and sparsity is None and pattern is None:
-        return _drop_alone(method, given)
-    own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
-    method = METHOD if method is None else method
-    bare = get_method(method)
-    if idle := set(own) - set(bare.options):
-        raise _no_effect(min(idle), bare.name)
-    chosen = get_method(method, **own)
-    if (sparsity is None) == (pattern is None):
-        raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
-    wanted = pattern if sparsity is None else sparsity
-    assert wanted is not None
-    asked = as_pattern(wanted)
-    if isinstance(asked, Unstructured):
-        sparsity, pattern = asked.sparsity, None
-    else:
-        pattern = str(asked)
-    allocation = read_allocation(given.pop("allocation", None), sparsity)
-    only, skip = (tuple(given.pop(key, ())) for key in ("only", "skip"))
-    if chosen.needs is None:
-        if idle := set(given) - (SCORED if drop is not None else set()):
-            raise _no_effect(min(idle), chosen.name)
-        if drop is not None and "calibration" not in given:
-            raise InputError(UNSCORED)
-        if isinstance(allocation, str):
-            raise InputError(
-                f"--allocation {allocation} looks at calibration data, which method {chosen.name} "
-                "has none of: name a file of sparsities, or choose another method"
-            )
-        return PruneRequest(
-            chosen.name,
-            sparsity,
-            pattern,
-            chosen.options,
-            calibration=given.get("calibration"),
-            draw=_draw(given),
-            allocation=allocation,
-            only=only,
-            skip=skip,
-            drop_experts=drop,
-        )
-    if "calibration" not in given:
-        raise InputError(
-            f"method {chosen.name} needs --calibration, such as "
-            "uniform:python-stdlib,encyclopedia (calmix calibrate sources), or a .txt, "
-            ".jsonl or .parquet file"
-        )
-    draw = _draw(given)
-    if drop is not None and isinstance(allocation, dict):
-        raise InputError("--drop-experts needs an --allocation that names no layers: owl or error")
-    propagation = given.get("propagation", "sequential")
-    if propagation not in get_args(Propagation):
-        known = get_args(Propagation)
-        raise InputError(f"unknown propagation '{propagation}': {nearest(propagation, known)}")
-    return PruneRequest(
-        chosen.name, sparsity, pattern, chosen.options, given["calibration"], draw, propagation,
-        allocation, only, skip, drop,
-    )  # fmt: skip
+    @property
+    def chosen(self) -> Method:
+        """The pruning method; one that only looks where only experts are dropped."""
+        from calmix.pruning.methods import Look, get_method
 
+        return Look() if self.method == NONE else get_method(self.method, **self.options)
 
-def _drop_alone(method: str | None, given: Mapping[str, Any]) -> PruneRequest:
-    """Return the request to drop experts and prune nothing."""
-    idle = sorted(
-        name for name, value in given.items() if name not in SCORED and value not in ((), [])
-    )
-    if method not in (None, NONE):
-        idle.insert(0, "method")
-    if idle:
-        option = idle[0].replace("_", "-")
-        raise InputError(
-            f"--{option} has no effect where only experts are dropped: give --sparsity or "
-            "--pattern too, or leave it out"
-        )
-    if "calibration" not in given:
-        raise InputError(UNSCORED)
-    drop, draw = given["drop_experts"], _draw(given)
-    return PruneRequest(
-        NONE, None, None, calibration=given["calibration"], draw=draw, drop_experts=drop
-    )
+    @property
+    def name(self) -> str:
+        """A folder name for the target, such as `sparsegpt-0.6` or `wanda-2of4`.
 
-
-def _no_effect(name: str, method: str) -> InputError:
-    option = name.replace("_", "-")
-    return InputError(
-        f"--{option} has no effect with method {method}: leave it out, or choose another method"
-    )
-
-
-def prune_requests(
-    *,
-    method: str | None = None,
-    sparsity: str | None = None,
-    pattern: str | None = None,
-    **options: Any,
-) -> list[PruneRequest]:
-    """Check a prune to one or several targets: every method with every sparsity or pattern."""
-    from calmix.pruning.methods import get_method
-
-    if (sparsity is None) == (pattern is None):  # only experts are dropped, or it tells what is
-        return [prune_request(method=method and _methods(method)[0], **options)]  # wrong
-    methods = _methods(METHOD if method is None else method)
-    wanted: list[dict[str, Any]] = [
-        {"sparsity": _share(text)} for text in _listed("sparsity", sparsity)
-    ] + [{"pattern": text} for text in _listed("pattern", pattern)]
-    if len(methods) == 1:
-        return [prune_request(method=methods[0], **target, **options) for target in wanted]
-    given = {name: value for name, value in options.items() if value is not None}
-    useful: dict[str, dict[str, Any]] = {}
-    for text in methods:
-        own = _own(text, given)
-        common = set(PRUNE)
-        if get_method(text, **own).needs is None:
-            common -= set(CALIBRATED) - (SCORED if "drop_experts" in given else set())
-        useful[text] = own | {k: v for k, v in given.items() if k in common}
-    idle = set(given) - {key for part in useful.values() for key in part}
-    if idle:
-        option = min(idle).replace("_", "-")
-        raise InputError(f"--{option} has no effect with methods {method}: leave it out")
-    requests = [
-        prune_request(method=text, **target, **useful[text])
-        for text in methods
-        for target in wanted
-    ]
-    names = [target_name(request) for request in requests]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two targets are the same, {name}: leave one out")
-    return requests
-
-
-def _own(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the options that are a method's own and that its text does not name."""
-    from calmix.pruning.methods import get_method
-
-    known = get_method(method).options
-    given = {k: v for k, v in options.items() if v is not None}
-    return {k: v for k, v in given.items() if k in known and f",{k}=" not in method}
-
-
-def target_name(request: PruneRequest) -> str:
-    """Return a folder name for a target, such as `sparsegpt-0.6` or `wanda-2of4`.
-
-    Options that differ from their defaults stand in it: `sparsegpt-damping=0.1-0.6`.
-    """
-    from calmix.pruning.methods import get_method
-
-    if request.method == NONE:
-        return f"drop-{request.drop_experts:g}"
-    method = get_method(request.method, **request.options).text.replace(",", "-").replace("/", "_")
-    if request.pattern is not None:
-        return f"{method}-{'of'.join(p.strip() for p in request.pattern.split(':'))}"
-    return f"{method}-{request.sparsity:g}"
-
-
-def _methods(text: str) -> list[str]:
-    """Return the methods of a list such as `sparsegpt,damping=0.1,wanda`, with their options."""
-    methods: list[str] = []
-    for part in _parts("method", text):
-        if "=" in part and methods:
-            methods[-1] += f",{part}"
-        else:
-            methods.append(part)
-    return _once("method", methods)
-
-
-RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
-EPOCHS = 1000  # at most
-BATCH = 4
-RECOVERY_OPTIONS: dict[str, type] = {"epochs": int, "lr": float, "batch": int}
+        Options that differ from their defaults stand in it: `sparsegpt-damping=0.1-0.6`.
+        """
+        if self.method == NONE:
+            return f"drop-{self.drop_experts:g}"
+        method = self.chosen.text.replace(",", "-").replace("/", "_")
+        return f"{method}-{str(self.target).replace(':', 'of')}"
 
 
 @dataclass(frozen=True)
@@ -263,117 +102,212 @@ class RecoverRequest:
     lr: float
     batch: int
 
+    @property
+    def text(self) -> str:
+        """The recovery as a user writes it, with the options that differ from their defaults."""
+        defaults = (*RECOVERIES[self.method], Recovering.model_fields["batch"].default)
+        told = (f"{key}={value!r}" for key, default in zip(RECOVERY_OPTIONS, defaults, strict=True)
+                if (value := getattr(self, key)) != default)  # fmt: skip
+        return ",".join([self.method, *told])
 
-def recover_request(
-    *,
-    calibration: str,
-    method: str = "distill",
-    epochs: int | None = None,
-    lr: float | None = None,
-    batch: int = BATCH,
-    **draw: Any,
-) -> RecoverRequest:
-    """Check the options of a recovery and fill in the method's defaults.
 
-    Args:
-        calibration: what to train on, as `calmix.calibration.resolve` takes it.
-        method: `distill` or `blocks`.
-        epochs, lr, batch: as in a `RecoverRequest`; None for the method's own.
-        **draw: those in `DRAW`; None means not given.
+def _nothing(*_: Any) -> None: ...
 
-    Raises:
-        InputError: an unknown name, or a value out of range.
+
+@dataclass(frozen=True)
+class How:
+    """How a prune or a recovery is done.
+
+    Attributes:
+        dtype, device, trust_remote_code: as for `calmix.open_model`.
+        overwrite: replace what is there, and an interrupted run's work.
+        resume: resume an interrupted run of the same request, if there is one.
+        max_memory: bytes the process may hold; None for what is free.
+        started: called with the calibration set once it is ready.
+        progress: called with blocks or steps done and in all; of a recovery with the latest loss.
+        writing, note: as for `calmix.resolve`.
     """
-    if method not in RECOVERIES:
-        raise InputError(f"unknown recovery '{method}': {nearest(method, RECOVERIES)}")
-    own = RECOVERIES[method]
-    epochs = own[0] if epochs is None else epochs
-    lr = own[1] if lr is None else lr
-    for name, value in (("epochs", epochs), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"--{name} {value} is not positive")
-    if epochs > EPOCHS:
-        raise InputError(f"--epochs {epochs} is more than {EPOCHS}")
-    if not (math.isfinite(lr) and 0 < lr < 1):
-        raise InputError(f"--lr {lr} is not between 0 and 1 (exclusive)")
-    return RecoverRequest(method, calibration, _draw(draw), epochs, lr, batch)
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    max_memory: int | None = None
+    started: Callable[..., None] = _nothing
+    progress: Callable[..., None] = _nothing
+    writing: Callable[[str, int, int], None] = _nothing
+    note: Callable[[str], None] = _nothing
+
+    @classmethod
+    def of(cls, **given: Any) -> How:
+        """Return what is given; None is the default."""
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """What `open_model` takes."""
+        return {name: getattr(self, name) for name in ("dtype", "device", "trust_remote_code")}
 
 
-def recovery_options(text: str) -> dict[str, Any]:
-    """Return what `METHOD` or `METHOD,option=value,...` says, as `recover_request` takes it."""
+def target_of(value: Any, *, share: bool = False) -> Pattern:
+    """Return what `0.6`, `60%`, or unless a `share` is asked for `2:4` or another pattern means."""
+    from calmix.pruning.patterns import Unstructured, as_pattern
+
+    if not share and not re.fullmatch(r"\s*[\d.eE+-]+\s*%?\s*", str(value)):
+        return as_pattern(value)
+    try:
+        return Unstructured(parse_share(value))
+    except ValueError as error:
+        raise InputError(f"sparsity {error}") from None
+
+
+def printed(target: Pattern) -> str:
+    """Return a target as tables have it: `60%` or `2:4`."""
+    from calmix.pruning.patterns import Unstructured
+
+    share = isinstance(target, Unstructured)
+    return f"{100 * target.sparsity:g}%" if share else str(target)
+
+
+def prune_request(
+    *,
+    method: str | None = None,
+    sparsity: float | str | None = None,
+    pattern: Pattern | str | float | None = None,
+    **options: Any,
+) -> PruneRequest:
+    """Check the options of a prune, `calmix.options.Pruning` and the method's own, and fill in the
+    method's defaults."""
+    from calmix.pruning.allocation import read_allocation
+    from calmix.pruning.methods import get_method
+    from calmix.pruning.patterns import Unstructured, as_pattern
+
+    given = {name: value for name, value in options.items() if value not in (None, (), [])}
+    own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
+    asked = checked(Pruning, given)
+    drops, named = asked.drop_experts is not None, METHOD if method is None else method
+    if drops and sparsity is None and pattern is None:
+        idle = {*own, *(given.keys() - SCORED), *({"method"} if method not in (None, NONE) else ())}
+        where = "where only experts are dropped: give --sparsity or --pattern too, or leave it out"
+        _check_idle(idle, where)
+        made = PruneRequest(NONE, None, None)
+    else:
+        if (sparsity is None) == (pattern is None):
+            raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
+        where = f"with method {get_method(named).name}: leave it out, or choose another method"
+        _check_idle(own.keys() - get_method(named).options.keys(), where)
+        chosen = get_method(named, **own)
+        _check_idle(_unread(chosen, given), where)
+        target = target_of(sparsity, share=True) if pattern is None else as_pattern(pattern)
+        share = target.sparsity if isinstance(target, Unstructured) else None
+        made = PruneRequest(
+            chosen.name, share, None if share is not None else str(target), chosen.options,
+            propagation=(asked.propagation or "sequential") if chosen.needs else None,
+            allocation=read_allocation(asked.allocation, share),
+        )  # fmt: skip
+        if chosen.needs is None and isinstance(made.allocation, str):
+            raise InputError(
+                f"--allocation {made.allocation} looks at calibration data, which method "
+                f"{chosen.name} has none of: name a file of sparsities, or choose another method"
+            )
+        if chosen.needs is not None and asked.calibration is None:
+            raise InputError(
+                f"method {chosen.name} needs --calibration, such as "
+                "uniform:python-stdlib,encyclopedia (calmix calibrate sources), or a .txt, "
+                ".jsonl or .parquet file"
+            )
+    if drops and asked.calibration is None:
+        raise InputError("--drop-experts needs --calibration: text to score the experts on")
+    if drops and isinstance(made.allocation, dict):
+        raise InputError("--drop-experts needs an --allocation that names no layers: owl or error")
+    same = ("calibration", "only", "skip", "drop_experts")
+    return replace(made, draw=asked.drawn(), **{name: getattr(asked, name) for name in same})
+
+
+def _check_idle(idle: Collection[str], where: str) -> None:
+    if idle:
+        raise InputError(f"--{min(idle).replace('_', '-')} has no effect {where}")
+
+
+def _unread(method: Method, given: Collection[str]) -> set[str]:
+    """Return the options that a method which looks at no text leaves unread."""
+    if method.needs is not None:
+        return set()
+    return set(given) & set(CALIBRATED) - (SCORED if "drop_experts" in given else set())
+
+
+def requests(
+    *,
+    method: str | None = None,
+    sparsity: str | None = None,
+    pattern: str | None = None,
+    recover: str | None = None,
+    **options: Any,
+) -> tuple[list[PruneRequest], RecoverRequest | None]:
+    """Check a prune to one or several targets, every method with every sparsity or pattern, and the
+    recovery behind each."""
+    from calmix.pruning.methods import get_method
+
+    given = {name: value for name, value in options.items() if value not in (None, (), [])}
+    recovery, used = None, set()
+    if recover is not None:
+        if "calibration" not in given:
+            raise InputError("--recover needs --calibration: the text that a recovery trains on")
+        used = given.keys() & {"calibration", *DRAW}
+        recovery = recovery_of(recover, **{name: given[name] for name in used})
+    if (sparsity is None) == (pattern is None):  # only experts are dropped, or it tells what is
+        alone = method and _methods(method)[0]  # wrong
+        return [prune_request(method=alone, sparsity=sparsity, pattern=pattern, **given)], recovery
+    methods = _methods(METHOD if method is None else method)
+    key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
+    made = []
+    for name in methods:
+        read = given.keys() - _unread(get_method(name), given)
+        used |= read
+        own = {name: given[name] for name in read}
+        made += [prune_request(method=name, **{key: each}, **own) for each in _listed(key, text)]
+    _check_idle(given.keys() - used, f"with method {','.join(methods)}: leave it out")
+    names = [one.name for one in made]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two targets are the same, {twice}: leave one out")
+    return made, recovery
+
+
+def recover_request(**options: Any) -> RecoverRequest:
+    """Check the options of a recovery, `calmix.options.Recovering`, and fill in the method's
+    defaults; an InputError for an unknown name, or a value out of range."""
+    asked = checked(Recovering, options)
+    epochs, lr = RECOVERIES[asked.method]
+    return RecoverRequest(
+        asked.method, asked.calibration, asked.drawn(), asked.epochs or epochs, asked.lr or lr,
+        asked.batch,
+    )  # fmt: skip
+
+
+def recovery_of(text: str, calibration: str = "", **draw: Any) -> RecoverRequest:
+    """Return the recovery that `METHOD` or `METHOD,option=value,...` asks for."""
     method, given = named_options("recovery", text)
     if method not in RECOVERIES:
         raise InputError(f"unknown recovery '{method}': {nearest(method, RECOVERIES)}")
-    options: dict[str, Any] = {"method": method}
-    for key, value in given.items():
+    for key in given:
         if key not in RECOVERY_OPTIONS:
             hint = nearest(key, RECOVERY_OPTIONS)
             raise InputError(f"{key} has no effect with recovery {method}: {hint}")
-        try:
-            options[key] = RECOVERY_OPTIONS[key](value)
-        except ValueError:
-            kind = "whole number" if RECOVERY_OPTIONS[key] is int else "number"
-            raise InputError(f"recovery {method}: {key} {value} is no {kind}") from None
-    return options
+    return recover_request(method=method, calibration=calibration, **given, **draw)
 
 
-def recovery_of(text: str, calibration: str = "") -> RecoverRequest:
-    """Return the recovery that a text asks for, as `recovery_options` takes it."""
-    return recover_request(calibration=calibration, **recovery_options(text))
+def _methods(text: str) -> list[str]:
+    """Return the methods of a list such as `sparsegpt,damping=0.1,wanda`, with their options."""
+    return _listed("method", text, r",(?![^,]*=)")
 
 
-def recovery_text(request: RecoverRequest) -> str:
-    """Return a recovery as a user writes it, with the options that differ from their defaults."""
-    epochs, lr = RECOVERIES[request.method]
-    defaults = {"epochs": epochs, "lr": lr, "batch": BATCH}
-    changed = {key: getattr(request, key) for key in defaults}
-    told = (f"{key}={value!r}" for key, value in changed.items() if value != defaults[key])
-    return ",".join([request.method, *told])
-
-
-def prune_and_recover_requests(
-    recover: str, *, method: str | None = None, **options: Any
-) -> tuple[list[PruneRequest], RecoverRequest]:
-    """Check a prune to one or several targets, and the recovery behind each."""
-    from calmix.pruning.methods import get_method
-
-    chosen = recovery_options(recover)
-    if options.get("calibration") is None:
-        raise InputError("--recover needs --calibration: the text that a recovery trains on")
-    chosen |= {name: options.get(name) for name in ("calibration", *DRAW)}
-    recovery = recover_request(**chosen)
-    named = _methods(METHOD if method is None else method)
-    unread = all(get_method(text, **_own(text, options)).needs is None for text in named)
-    if unread and options.get("drop_experts") is None:
-        options = {k: v for k, v in options.items() if k not in ("calibration", *DRAW)}
-    return prune_requests(method=method, **options), recovery
-
-
-def _draw(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a draw that were given, checked."""
-    return checked(DrawOptions, {name: options.get(name) for name in DRAW}).drawn()
-
-
-def _listed(option: str, text: str | None) -> list[str]:
-    return [] if text is None else _once(option, _parts(option, text))
-
-
-def _parts(option: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
+def _listed(option: str, text: str | None, between: str = ",") -> list[str]:
+    """Return what stands between commas, none of it twice."""
+    parts = [part.strip() for part in re.split(between, text or "")]
     if "" in parts:
         raise InputError(f"--{option} '{text}' has nothing between its commas")
-    return parts
-
-
-def _once(option: str, parts: list[str]) -> list[str]:
     for part in parts:
         if parts.count(part) > 1:
             raise InputError(f"--{option} names {part} twice")
     return parts
-
-
-def _share(text: str) -> float:
-    try:
-        return float(parse_share(text))
-    except ValueError as error:
-        raise InputError(f"--sparsity: {error}") from None

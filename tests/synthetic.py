@@ -15,7 +15,7 @@ from calmix.evaluation.records import TaskScores, rounded
 from calmix.files import write_json
 from calmix.study.export import FORMAT, ITEMS, KIND, RECORD
 from calmix.study.items import write_items
-from calmix.study.results import FailedTrial, Interval, StudyResults, TaskOutcome, Trial
+from calmix.study.results import Estimate, FailedTrial, StudyResults, TaskOutcome, Trial
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
 SOURCES = (
@@ -234,11 +234,11 @@ def trial(
     return Trial(**fields | changes)
 
 
-def interval(value: float | None, half: float = 0.04) -> Interval:
+def interval(value: float | None, half: float = 0.04) -> Estimate:
     """Return a value with an interval of a half-width."""
     if value is None:
-        return Interval(value=None)
-    return Interval(value=value, low=value - half, high=value + half)
+        return Estimate(None)
+    return Estimate(value, value - half, value + half)
 
 
 def save(results: StudyResults, folder: Path) -> Path:

@@ -27,7 +27,7 @@ from calmix.files import (
 )
 from calmix.manifest import file_hashes
 from calmix.pruning import checkpoint
-from calmix.specs import prune_request
+from calmix.specs import How, prune_request
 from tests import forks
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
@@ -210,7 +210,7 @@ def test_an_output_may_be_called_like_a_source_or_an_option(
     text = ("off", "--calibration", text_file.name)
     assert calmix(*common, *text, "--allocation", "owl", "-o", "owl").code == 0
     request = prune_request(sparsity=0.5, calibration="encyclopedia")
-    checkpoint.check_request(str(tiny_folder), {Path("encyclopedia"): request})
+    checkpoint.check_request(str(tiny_folder), {Path("encyclopedia"): request}, How())
     write_text(tmp_path / "encyclopedia" / "compress.json", "{}")
     ended = calmix("compress", tiny_folder, "--calibration", "encyclopedia", "-o", "encyclopedia")
     assert "compress.json is damaged" in ended.line

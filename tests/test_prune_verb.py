@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calmix.errors import SolverError
 from calmix.models import find_blocks
 from calmix.models.streaming import NotStreamableError
+from calmix.pruning.methods.wanda import Wanda
 from tests.pruning.test_streamed import interrupt_before
 from tests.tiny import load_weights, save_tiny_model, tiny_model
 
@@ -96,6 +98,38 @@ def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_
     assert [Path(told["output"]).name for told in json.loads(ended.out)] == [
         "sparsegpt-2of4", "sparsegpt-4of8",
     ]  # fmt: skip
+
+
+def test_a_mistake_with_several_targets_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
+    ended = calmix(
+        "prune", tiny_folder, "--calibration", text_file, *SMALL, "--rows", 9999, "--sparsity",
+        "0.5,0.6", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_one_target_that_cannot_be_solved_leaves_the_others(
+    calmix, tiny_folder, text_file, tmp_path, monkeypatch
+):
+    score, seen = Wanda.score, []
+
+    def fail(self, *given):
+        seen.append(1)
+        if len(seen) > 3:
+            raise SolverError("no numbers")
+        return score(self, *given)
+
+    monkeypatch.setattr(Wanda, "score", fail)
+    data = (tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    ended = calmix("prune", *data, "--method", "wanda,sparsegpt,ria", "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert re.search(r"wanda-0\.5: model\S+: no numbers; all others are done$", ended.err.strip())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "ria-0.5", "sparsegpt-0.5",
+    ]  # fmt: skip
+    assert calmix("prune", *data, "-o", tmp_path / "alone").code == 0
+    assert hashes(tmp_path / "out" / "sparsegpt-0.5") == hashes(tmp_path / "alone")
 
 
 def mistakes(tiny_folder, text_file, tmp_path):

@@ -1,14 +1,8 @@
 """What a study shows: correlations, rankings, differences, and how sure each of them is."""
 
-from calmix.analysis.analyse import Analysis, ConditionAnalysis, analyse
-from calmix.analysis.cells import Settings
-from calmix.analysis.recommend import Recommendation, recommend
-
-__all__ = [
-    "Analysis",
-    "ConditionAnalysis",
-    "Recommendation",
-    "Settings",
-    "analyse",
-    "recommend",
-]
+from calmix.analysis.analyse import Analysis as Analysis
+from calmix.analysis.analyse import ConditionAnalysis as ConditionAnalysis
+from calmix.analysis.analyse import analyse as analyse
+from calmix.analysis.recommend import Recommendation as Recommendation
+from calmix.analysis.recommend import recommend as recommend
+from calmix.options import Settings as Settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ from calmix.analysis.bootstrap import Estimate, Joint, joints
 from calmix.analysis.cells import (
     Cells,
     Condition,
-    Settings,
     dimensions_of,
     select,
     tables,
@@ -35,15 +34,22 @@ from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.analysis.statistics import corrected, least_p
 from calmix.errors import InputError, nearest
 from calmix.files import atomic_folder, write_json, write_text
+from calmix.options import Settings
 from calmix.study.results import StudyResults
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-OF_CONDITION = (
-    "ranking", "correlations", "trade_offs", "differences", "spreads", "noise", "agreements",
-)  # fmt: skip
-ACROSS = ("margins", "growths", "gains", "shifts")
+# The rows of a condition and those across conditions, with the tables they are written as.
+OF_CONDITION = {
+    "correlations": ("correlations", Correlation), "trade_offs": ("trade_offs", TradeOff),
+    "differences": ("differences", Difference), "spreads": ("spread", Spread),
+    "noise": ("noise", Noise),
+}  # fmt: skip
+ACROSS = {
+    "margins": ("margins", Margin), "growths": ("margin_growth", Growth), "gains": ("gains", Gain),
+    "shifts": ("margin_shift", Shift),
+}  # fmt: skip
 BARE = ("gap", "kept", "dimensions", "accuracy", "distance")  # name no part of a column
 
 
@@ -97,74 +103,37 @@ class Analysis:
         return {
             "kind": "analysis",
             **{name: getattr(self, name) for name in heads},
-            "settings": asdict(self.settings),
+            "settings": {name: getattr(self.settings, name) for name in Settings.model_fields},
             "conditions": [
                 {
                     **asdict(found.condition),
                     "seeds": found.cells.seeds,
-                    "points": found.points,
-                    "least_p": found.least_p,
-                    "missing": found.missing,
+                    **{name: getattr(found, name) for name in ("points", "least_p", "missing")},
                     "best": [one.calibration for one in leaders(found.ranking)],
-                    **{name: _rows(getattr(found, name)) for name in OF_CONDITION},
+                    **{name: _rows(getattr(found, name))
+                       for name in ("ranking", *OF_CONDITION, "agreements")},
                     "tasks": _rows(found.cells.tasks),
                 }
                 for found in self.conditions
             ],
             **{name: _rows(getattr(self, name)) for name in ACROSS},
-        }
+        }  # fmt: skip
 
     def tables(self) -> dict[str, DataFrame]:
         """Return the tables by name, one row for each result."""
-
-        def every(name: str, kind: type) -> DataFrame:
-            return _frame([row for found in self.conditions for row in getattr(found, name)], kind)
-
+        every = [(found, one) for found in self.conditions for one in found.ranking]
         return {
-            "ranking": _frame(self._ranking()),
-            "tasks": _frame(self._tasks()),
-            "correlations": every("correlations", Correlation),
-            "trade_offs": every("trade_offs", TradeOff),
-            "differences": every("differences", Difference),
-            "spread": every("spreads", Spread),
-            "noise": every("noise", Noise),
-            "margins": _frame(self.margins, Margin),
-            "margin_growth": _frame(self.growths, Growth),
-            "gains": _frame(self.gains, Gain),
-            "margin_shift": _frame(self.shifts, Shift),
-        }
-
-    def _ranking(self) -> list[dict[str, Any]]:
-        first = ("condition", "calibration", "strategy", "kind", "rank", "rank_worst", "total",
-                 "shrunken", "best", "worst", "lowest", "dimensions")  # fmt: skip
-        return [
-            {name: row[name] for name in first}
-            | {f"{name}_accuracy": value for name, value in row["accuracy"].items()}
-            | {f"{name}_{kind}": value for kind, far in row["distance"].items()
-               for name, value in far.items()}
-            | {"halves": row["halves"]}
-            | ({"behind": row["behind"]} if row["behind"] else {})
-            for found in self.conditions for row in _rows(found.ranking)
-        ]  # fmt: skip
-
-    def _tasks(self) -> list[dict[str, Any]]:
-        """Return a row for each set and task, and for sets without their own benchmark."""
-        rows = []
-        for found in self.conditions:
-            for one in found.ranking:
-                head = {"condition": one.condition, "calibration": one.calibration}
-                for task in found.cells.tasks:
-                    row = asdict(task)
-                    rows.append(
-                        head | {"quantity": row.pop("name")} | row
-                        | {"own_benchmark": task.name in one.halves,
-                           "kept": asdict(one.tasks[task.name])}
-                    )  # fmt: skip
-                rows += [
-                    head | {"quantity": f"{name} without its own benchmark", "kept": asdict(kept)}
-                    for name, kept in one.without_own.items()
-                ]
-        return rows
+            "ranking": _frame([_ranked(one) for _, one in every]),
+            "tasks": _frame([row for found, one in every for row in _of_tasks(found, one)]),
+            **{
+                table: _frame(
+                    [row for found in self.conditions for row in _rows(getattr(found, name))], kind
+                )
+                for name, (table, kind) in OF_CONDITION.items()
+            },
+            **{table: _frame(_rows(getattr(self, name)), kind)
+               for name, (table, kind) in ACROSS.items()},
+        }  # fmt: skip
 
     def save(self, folder: Path) -> None:
         """Write `analysis.json` and the tables as CSV into a folder, all or nothing."""
@@ -246,21 +215,40 @@ def series_of(made: Sequence[Joint]) -> list[list[Joint]]:
     return list(groups.values())
 
 
+def _ranked(one: Ranked) -> dict[str, Any]:
+    row = {"condition": one.condition} | asdict(one)
+    accuracy, distance, behind = (row.pop(name) for name in ("accuracy", "distance", "behind"))
+    for name in ("tasks", "without_own"):
+        del row[name]
+    row |= {f"{name}_accuracy": value for name, value in accuracy.items()}
+    row |= {f"{name}_{kind}": v for kind, far in distance.items() for name, v in far.items()}
+    return row | ({"behind": behind} if behind else {})
+
+
+def _of_tasks(found: ConditionAnalysis, one: Ranked) -> Iterator[dict[str, Any]]:
+    """Yield a row for each task of a set, and for the total and dimensions without its own
+    benchmark."""
+    head = {"condition": one.condition, "calibration": one.calibration}
+    for task in found.cells.tasks:
+        row = asdict(task)
+        own = {"own_benchmark": task.name in one.halves, "kept": asdict(one.tasks[task.name])}
+        yield head | {"quantity": row.pop("name")} | row | own
+    for name, kept in one.without_own.items():
+        yield head | {"quantity": f"{name} without its own benchmark", "kept": asdict(kept)}
+
+
 def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
     """Return rows as mappings, with the ratio of signal to noise."""
     return [asdict(one) | ({"ratio": one.ratio} if isinstance(one, Noise) else {}) for one in found]
 
 
-def _frame(found: Sequence[Any], kind: type | None = None) -> DataFrame:
+def _frame(rows: Sequence[dict[str, Any]], kind: type | None = None) -> DataFrame:
     """Return rows as a table; one without rows has the columns of its kind."""
     from pandas import DataFrame
 
-    rows = found if kind is None else _rows(found)
-    if not rows and kind is not None:
-        blank = asdict(Estimate(None))
-        rows = [{one.name: blank if one.name == "gap" else None for one in fields(kind)}]
-    flat = [_flat(row) for row in rows]
-    return DataFrame(flat, dtype=object)[: len(found)]
+    blank = {one.name: asdict(Estimate(None)) if one.name == "gap" else None
+             for one in (fields(kind) if kind else ())}  # fmt: skip
+    return DataFrame([_flat(row) for row in rows or [blank]], dtype=object)[: len(rows)]
 
 
 def _flat(row: dict[str, Any], name: str = "") -> dict[str, Any]:

@@ -30,19 +30,19 @@ from numpy.typing import NDArray
 
 from calmix.analysis.cells import Cells, rolled_up
 from calmix.analysis.statistics import LEVEL, Array, two_sided_p
-from calmix.evaluation.retention import item_weights
+from calmix.evaluation import retention
 from calmix.study.results import StudyResults
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A retention or a difference of retentions, with 95 % intervals; None where not known."""
+class Estimate(retention.Estimate):
+    """A retention or a difference of retentions, with 95 % intervals; None where not known.
 
-    value: float | None
-    low: float | None = None  # for other items and other seeds, where seeds are known
-    high: float | None = None
+    That from `low` to `high` is for other items and other seeds, where seeds are known.
+    """
+
     item_low: float | None = None  # for other items, with these very pruned models
     item_high: float | None = None
     draw_low: float | None = None  # for other seeds, on these very items
@@ -65,13 +65,6 @@ class Estimate:
     def clear(self) -> bool:
         """Whether the interval of a difference is known and leaves 0 out."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
-
-    @property
-    def sure(self) -> float | None:
-        """Probability of a difference above 0, for other items and seeds; None untested."""
-        if self.p is None or self.value is None:
-            return None
-        return 1 - self.p / 2 if self.value > 0 else self.p / 2
 
 
 @dataclass(frozen=True)
@@ -182,7 +175,7 @@ class Joint:
 @lru_cache(maxsize=64)
 def _times(task: str, size: int, resamples: int, seed: int) -> NDArray[np.uint8]:
     """Return `item_weights`, which all conditions share, at a byte each."""
-    return item_weights(task, size, resamples=resamples, seed=seed).astype(np.uint8)
+    return retention.item_weights(task, size, resamples=resamples, seed=seed).astype(np.uint8)
 
 
 def joint(

@@ -9,36 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
-from pydantic.dataclasses import dataclass as checked_dataclass
 
-from calmix.analysis.statistics import PERMUTATIONS, RESAMPLES, Array
+from calmix.analysis.statistics import Array
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import Measure, has_signal, mean_score, parts, task_weights
+from calmix.evaluation.measures import has_signal, mean_score, parts, task_weights
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import check_paired
+from calmix.options import Measure
+from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
 
 TOTAL, WORST = "total", "worst"
 APART = "apart"  # the total without the tasks whose benchmark either set holds a half of
-Over = Literal["single", "all"]
-
-
-@checked_dataclass(frozen=True)
-class Settings:
-    """How an analysis is made."""
-
-    measure: Measure = "primary"
-    over: Over = "single"  # sets that are points of a correlation
-    default: str | None = None  # the set that margins are over; else the mean of single sources
-    permutations: Annotated[int, Field(ge=1)] = PERMUTATIONS
-    resamples: Annotated[int, Field(ge=1)] = RESAMPLES
-    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -47,8 +34,8 @@ class Condition:
 
     model: str
     method: str
-    pattern: str
     sparsity: float
+    pattern: str
     propagation: str | None
     rows: int
     length: int
@@ -178,8 +165,7 @@ def select(
         trials = tuple(trial for trial in trials if trial.method == method)
     if sparsity is not None:
         known = sorted({trial.pattern for trial in trials})
-        share = None if ":" in sparsity else share_of(sparsity)
-        asked = sparsity.strip() if share is None else f"{100 * share:g}%"
+        asked = printed(target_of(sparsity))
         trials = tuple(trial for trial in trials if trial.pattern == asked)
         if not trials:
             raise InputError(
@@ -188,35 +174,18 @@ def select(
     return trials
 
 
-def share_of(pattern: str) -> float | None:
-    """Return the sparsity that a pattern asks for: 0.6 of `60%` or `0.6`, 0.5 of `2:4`."""
-    if found := re.fullmatch(r"([0-9]*\.?[0-9]+) ?(%?)", pattern.strip()):
-        return float(found[1]) / (100 if found[2] else 1)
-    if found := re.fullmatch(r"(\d+):(\d+)", pattern.strip()):
-        return 1 - int(found[1]) / int(found[2])
-    return None
-
-
 def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> list[Cells]:
     """Return one table a condition, by method, sparsity, and what else differs."""
     groups: dict[Condition, list[Trial]] = {}
     for trial in trials:
         key = Condition(
-            trial.model, trial.method, trial.pattern, share_of(trial.pattern) or trial.sparsity,
-            trial.propagation, trial.rows, trial.length, trial.suite,
+            trial.model, trial.method, target_of(trial.pattern).sparsity or trial.sparsity,
+            trial.pattern, trial.propagation, trial.rows, trial.length, trial.suite,
         )  # fmt: skip
         groups.setdefault(key, []).append(trial)
     labels = _labels(list(groups))
-    return [
-        _cells(labels[key], groups[key], results, measure) for key in sorted(groups, key=_order)
-    ]
-
-
-def _order(at: Condition) -> tuple[Any, ...]:
-    return (
-        at.model, at.method, at.sparsity, at.pattern, at.propagation or "", at.rows, at.length,
-        at.suite,
-    )  # fmt: skip
+    ordered = sorted(groups, key=lambda at: ["" if one is None else one for one in astuple(at)])
+    return [_cells(labels[key], groups[key], results, measure) for key in ordered]
 
 
 def method_name(method: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from calmix.analysis.cells import TOTAL, Cells, Over, Settings
+from calmix.analysis.cells import TOTAL, Cells
 from calmix.analysis.statistics import (
     ALPHA,
     LEAST,
@@ -27,6 +27,7 @@ from calmix.analysis.statistics import (
     permutation_p,
     unit_ranks,
 )
+from calmix.options import Over, Settings
 
 Among = Literal["sources", "kinds", "sets"]
 

@@ -15,18 +15,20 @@ given: seeds still to come would add some (ours: the safe side).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from calmix.analysis.bootstrap import Joint, joint
-from calmix.analysis.cells import TOTAL, Over, select, tables
+from calmix.analysis.cells import TOTAL, select, tables
 from calmix.analysis.correlations import counted
 from calmix.analysis.statistics import LEVEL, Array
-from calmix.evaluation.measures import Measure, Z
+from calmix.evaluation.measures import Z
+from calmix.options import Measure, Over
 from calmix.study.results import StudyResults
 from calmix.study.trials import Condition, Planned, condition_names
 
@@ -82,26 +84,6 @@ class Needed:
     draws: int  # seeds of each set, on these items
     draws_items: int | None  # for other items too; None where no number of seeds is enough
     items: float  # times the items at hand that are needed, with however many seeds
-
-
-@dataclass(frozen=True)
-class Power:
-    """The noise of one quantity, and what detects each difference; none where no set has two
-    seeds."""
-
-    noise: Noise
-    needed: tuple[Needed, ...]
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What a planned condition will detect in the total with so many seeds of a set, on these items
-    and for others too; None without a set of two seeds, or noise of an earlier study."""
-
-    condition: str
-    draws: int
-    on_these: float | None
-    with_items: float | None
 
 
 def noise_of(found: Joint) -> list[Noise]:
@@ -169,37 +151,20 @@ def needed(difference: float, draw: float, freedom: float, item: float) -> Neede
     """Return the seeds and items that detect a difference above 0; arguments as `detectable`."""
     on_these = 2 * (_noncentrality(freedom) * draw / difference) ** 2
     times = ((Z + Z_POWER) * item / difference) ** 2
-    return Needed(
-        difference,
-        max(1, math.ceil(on_these * (1 - 1e-12))),
-        None if times >= 1 else _least_draws(difference, draw, freedom, item),
-        times,
-    )
+    every = range(1, MOST if times < 1 else 1)
+    at = bisect_left(every, True, key=lambda k: detectable(k, draw, freedom, item) <= difference)
+    enough = every[at] if at < len(every) else None
+    return Needed(difference, max(1, math.ceil(on_these * (1 - 1e-12))), enough, times)
 
 
-def _least_draws(difference: float, draw: float, freedom: float, item: float) -> int | None:
-    """Return the least k at which a difference is detectable."""
-    low, high = 0, 1
-    while detectable(high, draw, freedom, item) > difference:
-        low, high = high, 2 * high
-        if low > MOST:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        if detectable(middle, draw, freedom, item) > difference:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def power(noises: Iterable[Noise], differences: Sequence[float]) -> list[Power]:
-    """Return what detects differences (shares) in each quantity."""
+def power(
+    noises: Iterable[Noise], differences: Sequence[float]
+) -> list[tuple[Noise, list[Needed]]]:
+    """Return the quantities whose noise of a seed is known, with what detects differences (shares)
+    in each."""
     return [
-        Power(one, () if one.draw is None else tuple(
-            needed(size, one.draw, one.freedom, one.item or 0.0) for size in differences
-        ))
-        for one in noises
+        (one, [needed(size, one.draw, one.freedom, one.item or 0.0) for size in differences])
+        for one in noises if one.draw is not None
     ]  # fmt: skip
 
 
@@ -219,9 +184,13 @@ def noises(
     ]
 
 
-def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
+def reach(planned: Sequence[Planned], results: StudyResults) -> list[dict[str, Any]]:
     """Return what planned trials will detect, by the noise that an earlier study found under the
-    same condition (model by its label); degrees of freedom are those of the plan."""
+    same condition (model by its label); degrees of freedom are those of the plan.
+
+    For each condition and number of seeds, differences in the total on these items and for others
+    too; None without a set of two seeds, or noise of the earlier study.
+    """
     found = []
     groups: dict[Condition, Counter[str]] = {}
     for trial in planned:
@@ -230,9 +199,9 @@ def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
     names = condition_names(groups)
     for condition, counts in groups.items():
         freedom = sum(count - 1 for count in counts.values())
-        alike = tuple(  # `Planned.condition` without the damping
+        alike = tuple(
             t for t in results.trials
-            if (t.model, t.method, t.pattern, t.rows, t.length, t.propagation) == condition[:-1]
+            if (t.model, t.method, t.pattern, t.rows, t.length, t.propagation) == condition
         )  # fmt: skip
         own = noises(results.model_copy(update={"trials": alike})) if alike else []
         total = next((one for one in own if one.kind == "total" and one.draw is not None), None)
@@ -241,5 +210,6 @@ def reach(planned: Sequence[Planned], results: StudyResults) -> list[Reach]:
             if total is not None and total.draw is not None and freedom:
                 ends = [detectable(draws, total.draw, freedom, item)
                         for item in (0.0, total.item or 0.0)]  # fmt: skip
-            found.append(Reach(names[condition], draws, *ends))
+            found.append({"condition": names[condition], "draws": draws, "on_these": ends[0],
+                          "with_items": ends[1]})  # fmt: skip
     return found

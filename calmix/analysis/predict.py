@@ -13,16 +13,13 @@ measured by `benchmarks/predict.py`.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
@@ -30,8 +27,9 @@ from calmix.analysis.recommend import check_weights
 from calmix.calibration import ask, is_saved_set, parse_spec, resolve
 from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError
-from calmix.files import cache_dir, check_free, sha256_json, user_path, write_bytes
+from calmix.files import cache_dir, check_free, sha256_json, user_path
 from calmix.models import OpenModel, find_blocks
+from calmix.models.shards import Place, read_header, read_tensor, write_file
 from calmix.options import METHOD
 from calmix.precision import dtype_name
 from calmix.pruning.engine import check_pattern, prune
@@ -42,8 +40,6 @@ from calmix.sources import Source, own_sources
 
 ROWS, LENGTH, EVERY = 16, 512, 7
 LEAST = 1e-12  # a share of output energy below this is rounding
-
-Lost = dict[str, dict[str, dict[str, float]]]  # by set, text and layer: share of output energy
 
 
 @dataclass(frozen=True)
@@ -87,25 +83,19 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
 
     Returns:
         A safetensors file with mean x x^T over tokens, float32 (columns, columns), by the names
-        of the layers that read x, comma-separated; its metadata say what it is of, by hash.
+        of the layers that read x, comma-separated.
     """
     about = {
-        "model": opened.fingerprint,
-        "dtype": dtype_name(opened.model.dtype),
-        "ids": sha256_json(ids.tolist()),
-        "layers": list(only),
-    }
+        "model": opened.fingerprint, "dtype": dtype_name(opened.model.dtype),
+        "ids": sha256_json(ids.tolist()), "layers": list(only),
+    }  # fmt: skip
     path = folder / f"{sha256_json(about)}.safetensors"
-    if path.is_file():
-        return path
-    from safetensors.torch import save
-
-    look = _Look(gram=True)
-    report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
-    names = iter(layer.name for layer in report.layers)
-    found = {",".join(islice(names, count)): gram / ids.numel() for count, gram in look._seen}
-    write_bytes(path, save({name: gram.cpu() for name, gram in found.items()},
-                           {"about": json.dumps(about)}))  # fmt: skip
+    if not path.is_file():
+        look = _Look(gram=True)
+        report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
+        names = iter(layer.name for layer in report.layers)
+        write_file(path, {",".join(islice(names, count)): gram / ids.numel()
+                          for count, gram in look._seen})  # fmt: skip
     return path
 
 
@@ -119,8 +109,9 @@ def lost_output(
     *,
     tokens: int = ROWS * LENGTH,
     tick: Callable[[str], None] | None = None,
-) -> Lost:
-    """Prune layers on Gram matrices alone, and return what they would lose of other texts.
+) -> dict[str, dict[str, float]]:
+    """Prune layers on Gram matrices alone, and return by set and text the share of output energy
+    they would lose, the geometric mean over layers.
 
     Args:
         only: patterns of the layers, as `keep_grams` was given.
@@ -131,36 +122,32 @@ def lost_output(
     """
     found = find_blocks(opened.model).select(only)
     layers = {layer.name: layer for at in range(len(found)) for layer in found.prunables(at)}
-    files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
-    lost: Lost = {name: {text: {} for text in held_out} for name in sets}
-    with _opened(next(iter(held_out.values()))) as first:
-        every = list(first.keys())
-    for inputs in every:
-        names = inputs.split(",")
-        weights = [layers[name].view().float() for name in names]
-        grams: dict[Path, Tensor] = {}
-        for file in files:
-            with _opened(file) as opened_file:
-                grams[file] = opened_file.get_tensor(inputs).to(weights[0].device)
-        dense = {
-            text: [float(output_energy(weight, grams[file])) for weight in weights]
-            for text, file in held_out.items()
-        }
+    headers: dict[Path, dict[str, Place]] = {}
+    for file in {*held_out.values(), *(file for parts in sets.values() for file in parts)}:
+        try:
+            headers[file] = read_header(file)
+        except ModelError as error:
+            line = f"{file} is damaged: delete it, and it is made again"
+            raise InputError(line) from error
+    logs: dict[tuple[str, str], list[float]] = {}
+    for inputs in headers[next(iter(held_out.values()))]:
+        weights = [layers[name].view().float() for name in inputs.split(",")]
+        grams = {file: read_tensor(file.parent, header[inputs]).to(weights[0].device)
+                 for file, header in headers.items()}  # fmt: skip
         for name, parts in sets.items():
-            gram = torch.zeros_like(next(iter(grams.values())))
-            for file, share in parts.items():
-                gram.add_(grams[file], alpha=tokens * share)
+            gram = sum(tokens * share * grams[file] for file, share in parts.items())
+            assert isinstance(gram, Tensor)
             statistic = gram if method.needs is Gram else gram.diagonal()
             made = method.solve(weights, statistic, [pattern] * len(weights)).weights
             for text, file in held_out.items():
-                for layer, weight, kept, whole in zip(
-                    names, weights, made, dense[text], strict=True
-                ):
-                    left = float(output_energy(weight - kept, grams[file]))
-                    lost[name][text][layer] = left / whole if whole else 0.0
+                for weight, kept in zip(weights, made, strict=True):
+                    whole = float(output_energy(weight, grams[file]))
+                    lost = float(output_energy(weight - kept, grams[file])) / (whole or 1)
+                    logs.setdefault((name, text), []).append(math.log(max(lost, LEAST)))
         if tick is not None:
             tick(inputs)
-    return lost
+    return {name: {text: math.exp(math.fsum(own := logs[name, text]) / len(own))
+                   for text in held_out} for name in sets}  # fmt: skip
 
 
 def predict(
@@ -214,33 +201,34 @@ def predict(
         held_out = texts(opened, rows=ROWS, length=LENGTH)
     share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),
                           "the held-out text")  # fmt: skip
-    drawn: dict[str, tuple[str, dict[str, Any]]] = {}
-    sets: dict[str, dict[str, float]] = {}
-    for text in calibrations:
-        for part, weight, options in _parts(text, draw):
-            key = repr((part, options))
-            drawn[key] = part, options
-            sets.setdefault(text, {})[key] = weight
+    made = {text: _parts(text, draw) for text in calibrations}
+    drawn = {repr(asked): asked for parts in made.values() for _, asked in parts}
     folder = folder or cache_dir() / "grams"
     layers = (layer for at in range(len(blocks)) for layer in blocks.prunables(at))
     room = (len(drawn) + len(held_out)) * sum(4 * layer.shape[1] ** 2 for layer in layers)
     check_free(folder / "grams", room, "Gram matrices take up to")  # each of a layer of its own
     if note is not None:
         note(f"Gram matrices take {room / 1e9:.2g} GB at most in {folder}")
-    files = {}
+    files, kept = {}, {}
     for key, (part, options) in drawn.items():
         ids = resolve(part, opened, writing=writing, **options).ids[:rows]
         files[key] = keep_grams(opened, ids, only, folder)
         tick(f"ran {part}")
-    kept = {}
     for name, ids in held_out.items():
         kept[name] = keep_grams(opened, ids, only, folder)
         tick(f"ran the text {name}")
-    made_of = {text: {files[key]: s for key, s in parts.items()} for text, parts in sets.items()}
-    lost = lost_output(opened, only, made_of, kept, chosen, pattern, tokens=rows * length,
+    sets = {text: {files[repr(asked)]: weight for weight, asked in parts}
+            for text, parts in made.items()}  # fmt: skip
+    lost = lost_output(opened, only, sets, kept, chosen, pattern, tokens=rows * length,
                        tick=lambda inputs: tick(f"solved {inputs.partition(',')[0]}"))  # fmt: skip
     return sorted((prediction(text, lost[text], share) for text in calibrations),
                   key=lambda one: one.total)  # fmt: skip
+
+
+def prediction(name: str, lost: dict[str, float], share: Mapping[str, float]) -> Prediction:
+    """Put what texts lose together, by the weights of their dimensions."""
+    total = math.fsum(share[text] * math.log(value) for text, value in lost.items())
+    return Prediction(name, math.exp(total), lost)
 
 
 def check_request(
@@ -258,39 +246,14 @@ def check_request(
         ask(text, **({} if is_saved_set(user_path(text)) else draw))
 
 
-def prediction(
-    name: str, lost: Mapping[str, Mapping[str, float]], share: Mapping[str, float]
-) -> Prediction:
-    """Put what layers lose together: over layers, then over dimensions by their weights."""
-    logs = {
-        text: math.fsum(math.log(max(value, LEAST)) for value in layers.values()) / len(layers)
-        for text, layers in lost.items()
-    }
-    total = math.fsum(share[text] * value for text, value in logs.items())
-    return Prediction(name, math.exp(total), {text: math.exp(v) for text, v in logs.items()})
-
-
-def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[str, float, dict[str, Any]]]:
-    """Return the texts a set is made of, which are run one by one, with their shares, which sum to
-    1, and the options to draw each with."""
+def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:
+    """Return the shares of the texts a set is made of, which are run one by one, each with the
+    options to draw it with."""
     if is_saved_set(user_path(text)):
-        return [(text, 1.0, {})]
+        return [(1.0, (text, {}))]
     given = {name: value for name, value in asked.items() if value is not None}
     spec = parse_spec(text, asked["sources"], asked.get("licence"))
-    names = spec.mix.weights
-    if spec.generate is not None or len(names) == 1:
-        return [(text, 1.0, given)]
+    if spec.generate is not None or len(spec.mix.weights) == 1:
+        return [(1.0, (text, given))]
     options = {**spec.fixed, **given, "sources": spec.own}
-    whole = math.fsum(names.values())
-    return [(name, weight / whole, options) for name, weight in names.items()]
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged: delete it, and it is made again") from error
+    return [(weight, (name, options)) for name, weight in spec.mix.weights.items()]

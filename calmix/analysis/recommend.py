@@ -13,7 +13,7 @@ from calmix.analysis.cells import dimensions_of, select, tables
 from calmix.analysis.ranking import Candidate, candidates, leaders
 from calmix.analysis.statistics import RESAMPLES
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import Measure
+from calmix.options import Measure
 from calmix.study.results import StudyResults
 
 

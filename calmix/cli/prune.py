@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_table, print_taken
@@ -20,19 +20,20 @@ from calmix.options import (
     Json,
     MemoryOptions,
     ModelOptions,
+    Pruning,
+    Recovering,
     TextField,
     option,
     path_option,
 )
 from calmix.progress import Progress
 from calmix.sources import own_sources
-from calmix.specs import prune_and_recover_requests, prune_requests, recover_request, target_name
+from calmix.specs import recover_request, requests
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
     from calmix.pruning import PruneReport
     from calmix.recovery import RecoveryReport
-    from calmix.specs import RecoverRequest
 
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
@@ -52,49 +53,27 @@ class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
             "max_memory": bound, "resume": self.resume, "overwrite": self.overwrite, "note": note,
         }  # fmt: skip
 
-    def draw(self) -> dict[str, Any]:
-        """Return the options of the draw that were set, with the user's own sources read."""
-        return self.drawn() | ({"sources": own_sources(self.sources)} if self.sources else {})
+    def asked(self, kind: type[DrawOptions]) -> dict[str, Any]:
+        """Return the options of a kind that were set, with the user's own sources read."""
+        names = self.model_fields_set & kind.model_fields.keys()
+        found = {name: getattr(self, name) for name in names}
+        return found | ({"sources": own_sources(self.sources)} if self.sources else {})
 
 
-class PruneOptions(WorkOptions):
+class PruneOptions(Pruning, WorkOptions):
     model: str = option(..., MODEL, argument=True)
     output: Path = path_option("Folder to write; of folders with several targets.")
     method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD)
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6.")
     pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4.")
-    calibration: str | None = option(
-        None, "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib."
-    )
     recover: str | None = option(None, "Recover too: distill or blocks,epochs=3.", metavar="METHOD")
     dry_run: bool = option(False, "Print time, memory and disk; write nothing.")
-    propagation: Literal["sequential", "block"] | None = option(
-        None, "Inputs from pruned layers, or the papers' two passes.", shown="sequential",
-        advanced=True,
-    )  # fmt: skip
-    allocation: str | None = option(
-        None, "Sparsity by layer: owl, error, or a file.", shown="uniform", advanced=True
-    )
-    drop_experts: float | None = option(
-        None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True
-    )
-    only: tuple[str, ...] = option((), "Only layers of such names: '*.mlp.*'.", advanced=True)
-    skip: tuple[str, ...] = option((), "Leave layers of such names dense.", advanced=True)
 
 
-class RecoverOptions(WorkOptions):
+class RecoverOptions(Recovering, WorkOptions):
     pruned: str = option(..., "The pruned model: what calmix prune wrote.", argument=True)
     against: str = option(..., "The dense model it was pruned from.", metavar="DENSE")
-    calibration: str = option(..., "Text to train on, as for calmix prune.")
     output: Path = path_option("Folder to write.")
-    method: Literal["distill", "blocks"] = option(
-        "distill", "The whole model's logits, or block by block."
-    )
-    epochs: int | None = option(None, "Passes over the rows at most.", shown="2")
-    lr: float | None = option(
-        None, "Peak learning rate, relative to weights' size.", shown="1e-3, blocks 3e-3"
-    )
-    batch: int = option(4, "Rows a step.")
 
 
 @verb("prune")
@@ -104,22 +83,17 @@ def prune(options: PruneOptions) -> None:
     With several methods, sparsities or patterns the model is read once, and every target gets a
     folder of its own. Under torchrun several processes, with a GPU each, prune one model together.
     """
-    names = ("method", "sparsity", "pattern", "calibration", "propagation", "allocation",
-             "drop_experts")  # fmt: skip
-    asked: dict[str, Any] = {name: getattr(options, name) for name in names} | options.draw()
-    asked |= {"only": options.only or None, "skip": options.skip or None}
-    recovery: RecoverRequest | None = None
-    if options.recover is None:
-        requests = prune_requests(**asked)
-    else:
-        requests, recovery = prune_and_recover_requests(options.recover, **asked)
+    targeted = {
+        name: getattr(options, name) for name in ("method", "sparsity", "pattern", "recover")
+    }
+    asked, recovery = requests(**targeted, **options.asked(Pruning))
     from calmix.pruning import distributed
     from calmix.pruning.checkpoint import prune_checkpoints
 
-    model, output, several = options.model, options.output, len(requests) > 1
+    model, output, several = options.model, options.output, len(asked) > 1
     if several and (output / "config.json").is_file():
         raise InputError(f"{output} is a model folder: name another one for several checkpoints")
-    targets = {output / target_name(one) if several else output: one for one in requests}
+    targets = {output / one.name if several else output: one for one in asked}
     shares = user_path(options.allocation or "")
     for target in targets:
         check_apart(target, [options.sources, shares if shares.is_file() else None])
@@ -226,10 +200,7 @@ def recover(options: RecoverOptions) -> None:
     Held-out rows decide when to stop. Under accelerate launch or torchrun, distill shares the work
     among processes.
     """
-    request = recover_request(
-        calibration=options.calibration, method=options.method, epochs=options.epochs,
-        lr=options.lr, batch=options.batch, **options.draw(),
-    )  # fmt: skip
+    request = recover_request(**options.asked(Recovering))
     from calmix.recovery import recover as run
 
     check_apart(options.output, [options.sources])

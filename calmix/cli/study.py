@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,11 +11,10 @@ from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, write_text
-from calmix.options import DeviceOptions, Json, Options, option, path_option
+from calmix.options import Json, Options, TrialOptions, option, path_option
 from calmix.progress import Progress, duration
 
 if TYPE_CHECKING:
-    from calmix.analysis.power import Reach
     from calmix.study.results import Trial
     from calmix.study.running import Execute, Observer
     from calmix.study.spec import Study
@@ -52,7 +50,7 @@ class PlanOptions(OfFile):
     )
 
 
-class RunOptions(DeviceOptions, OfFile):
+class RunOptions(TrialOptions, OfFile):
     store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE")
     only: list[str] = option(
         [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"
@@ -76,9 +74,6 @@ class RunOptions(DeviceOptions, OfFile):
     )
     retries: int | None = option(
         None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
-    )
-    allow_code_execution: bool = option(
-        False, "Run code the models write, in a limited subprocess."
     )
 
 
@@ -129,35 +124,35 @@ def plan(options: PlanOptions) -> None:
     reached = [] if options.power is None else _reach(study, options.power)
     found = estimate(study, options.device)
     if options.as_json:
-        power = {} if options.power is None else {"power": [asdict(one) for one in reached]}
-        print_json({"study": study.name, **asdict(found), **power})
+        power = {} if options.power is None else {"power": reached}
+        print_json({"study": study.name, **found, **power})
         return
     rows = []
-    for each in found.groups:
-        taken = {stage: duration(seconds) for stage, seconds in each.seconds.items()}
-        row: dict[str, object] = {
-            "model": each.model if len(study.models) > 1 else None, "trials": each.trials,
-            "method": each.method, "pattern": each.pattern,
-            "tokens": f"{each.rows}x{each.length}" if each.rows else None,
-            "prune": taken["prune"], "recover": taken.get("recover"),
-            "evaluate": taken["evaluate"], "memory": size(each.memory), "disk": size(each.disk),
-        }  # fmt: skip
-        rows.append(row)
+    for each in found["groups"]:
+        taken = {stage: duration(seconds) for stage, seconds in each["seconds"].items()}
+        rows.append({
+            "model": each["model"] if len(study.models) > 1 else None,
+            **{name: each[name] for name in ("trials", "method", "pattern")},
+            "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
+            **{stage: taken.get(stage) for stage in ("prune", "recover", "evaluate")},
+            "memory": size(each["memory"]), "disk": size(each["disk"]),
+        })  # fmt: skip
     print_table(rows, title=f"study {study.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
-        f"{found.trials} trials, {found.sets} calibration sets "
-        f"({duration(found.sets_seconds)} to make and measure), dense scores "
-        f"({duration(found.dense_seconds)}): {duration(found.seconds)} in all, one trial at a "
-        f"time; at most {size(found.memory)} of memory, {size(found.disk)} on disk"
+        f"{found['trials']} trials, {found['sets']} calibration sets "
+        f"({duration(found['sets_seconds'])} to make and measure), dense scores "
+        f"({duration(found['dense_seconds'])}): {duration(found['seconds'])} in all, one trial at "
+        f"a time; at most {size(found['memory'])} of memory, {size(found['disk'])} on disk"
     )
-    for text in found.notes:
+    for text in found["notes"]:
         line(f"note: {text}")
     if reached:
         points = [
             {
-                "condition": one.condition, "draws": one.draws,
-                "these items": percent(one.on_these), "other items too": percent(one.with_items),
+                "condition": one["condition"], "draws": one["draws"],
+                "these items": percent(one["on_these"]),
+                "other items too": percent(one["with_items"]),
             }
             for one in reached
         ]  # fmt: skip
@@ -165,7 +160,7 @@ def plan(options: PlanOptions) -> None:
         print_table(points, title=title)
 
 
-def _reach(study: Study, earlier: Path) -> list[Reach]:
+def _reach(study: Study, earlier: Path) -> list[dict[str, Any]]:
     from calmix.analysis.power import reach
     from calmix.study.export import read_results
     from calmix.study.trials import plan
@@ -182,16 +177,14 @@ def _reach(study: Study, earlier: Path) -> list[Reach]:
 @verb("run", of=studies)
 def run(options: RunOptions) -> None:
     """Run what is left of a study; if interrupted, run the same command again to resume."""
-    from calmix.study.bench import Options as How
     from calmix.study.running import run_study
     from calmix.study.spec import load_study
 
     execute = _executor(options)
     study = load_study(options.study)
-    how = How(options.device, options.trust_remote_code, options.allow_code_execution)
     with Watch() as watch:
         store, outcome = run_study(
-            study, options.store, watch, options=how, only=options.only, skip=options.skip,
+            study, options.store, watch, options=options, only=options.only, skip=options.skip,
             retry_failed=options.retry_failed, reuse=options.reuse, execute=execute,
         )  # fmt: skip
     states = [store.state(entry.id) for entry in store.entries]

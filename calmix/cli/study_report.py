@@ -6,16 +6,15 @@ import math
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from calmix.cli.common import line, parse_weights, percent, print_json
 from calmix.cli.study import studies
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
-from calmix.evaluation.suites import Measure
 from calmix.files import check_output_folder, real_place
-from calmix.options import Json, option, path_option
+from calmix.options import Json, Measure, Settings, option, path_option
 
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
@@ -34,18 +33,9 @@ class StudyOptions(Json):
     measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
 
 
-class AnalyseOptions(StudyOptions):
+class AnalyseOptions(Settings, StudyOptions):
     output: Path | None = path_option("Folder to write.", default=None, shown="in STUDY")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
-    over: Literal["single", "all"] = option(
-        "single", "Sets that count in correlations.", advanced=True
-    )
-    default: str | None = option(
-        None, "The set that margins are over.", shown="mean of the single sources", advanced=True
-    )
-    permutations: int = option(19_999, "Permutations beyond 8 sets.", ge=1, advanced=True)
-    resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
-    seed: int = option(0, "Seed of permutations and bootstrap.", ge=0, advanced=True)
 
 
 class RecommendOptions(StudyOptions):
@@ -80,16 +70,11 @@ def report(options: AnalyseOptions) -> None:
 
 
 def _analysis(options: AnalyseOptions) -> tuple[StudyResults, Analysis]:
-    from calmix.analysis import Settings
     from calmix.analysis import analyse as analysis_of
     from calmix.study import read_results
 
-    settings = Settings(
-        options.measure, options.over, options.default, options.permutations, options.resamples,
-        options.seed,
-    )  # fmt: skip
     results = read_results(options.study)
-    return results, analysis_of(results, settings, method=options.method, sparsity=options.sparsity)
+    return results, analysis_of(results, options, method=options.method, sparsity=options.sparsity)
 
 
 def _folder(options: AnalyseOptions, name: str, inside: str) -> Path:
@@ -170,29 +155,29 @@ def power(options: PowerOptions) -> None:
         read_results(options.study), method=options.method, sparsity=options.sparsity,
         measure=options.measure,
     )  # fmt: skip
-    found = [one for one in needed_for(noisy, [p / 100 for p in points]) if one.needed]
+    found = needed_for(noisy, [p / 100 for p in points])
     if not found:
         raise InputError(
             f"power needs a set with two seeds, and {options.study} has none: give the study file "
             "a second seed"
         )
     if options.as_json:
-        print_json([asdict(one) | {"ratio": one.noise.ratio} for one in found])
+        print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in needed],
+                     "ratio": noise.ratio} for noise, needed in found])  # fmt: skip
         return
-    for condition, members in groupby(found, key=lambda one: one.noise.condition):
+    for condition, members in groupby(found, key=lambda one: one[0].condition):
         own = list(members)
         rows = [
             {
                 "quantity": noise.quantity, "signal": percent(noise.signal),
                 "seed": percent(noise.draw), "items": percent(noise.item),
                 "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
-                **{f"{p:g} pt": _seeds(n) for p, n in zip(points, one.needed, strict=True)},
+                **{f"{p:g} pt": _seeds(n) for p, n in zip(points, needed, strict=True)},
             }
-            for one in own
-            for noise in [one.noise]
+            for noise, needed in own
         ]  # fmt: skip
-        print_table(rows, title=f"{condition}: {own[0].noise.sets} sets, "
-                    f"{own[0].noise.freedom} degrees of freedom")  # fmt: skip
+        print_table(rows, title=f"{condition}: {own[0][0].sets} sets, "
+                    f"{own[0][0].freedom} degrees of freedom")  # fmt: skip
     line(words.wrapped(
         "In points of retention. signal: between single sources; seed, items: noise of one seed, "
         "and of two sets' difference by their items; s/n: signal over both. N\N{NO-BREAK SPACE}pt: "

@@ -15,9 +15,7 @@ from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import COMPRESS_METHOD
 from calmix.pruning.allocation import SPREAD
-from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import planned
-from calmix.pruning.methods import get_method
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import (
     NONE,
@@ -25,7 +23,6 @@ from calmix.specs import (
     RecoverRequest,
     prune_request,
     recover_request,
-    target_name,
 )
 from calmix.study.estimate import (
     PROGRAM,
@@ -53,7 +50,7 @@ class Taken:
 
 def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     """Return what every stage of a compression will take here, in order."""
-    model, most = _model(asked), _most(asked)
+    model = Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
     rows, length = _drawn(asked)
     request = prune_request(method=COMPRESS_METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
                             calibration=asked.calibration)  # fmt: skip
@@ -68,11 +65,12 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             seconds = _pruning(model, request, rows, length)
             memory, disk = planned(
                 asked.model, {Path("pruned"): request}, rows, length, device=asked.device,
-                trust_remote_code=asked.trust_remote_code, max_memory=most,
+                trust_remote_code=asked.trust_remote_code, max_memory=asked.most,
             )  # fmt: skip
         elif stage.arguments[0] == "recover":
-            seconds, memory = _recovering(model, _recovery(asked, stage), rows, length, most)
-            disk = model.bytes
+            recovery, disk = _recovery(asked, stage), model.bytes
+            seconds = model.files + model.recovery(recovery, rows, length)
+            memory = _recovery_memory(model, recovery, length, asked.most)
         elif stage.leaves == "pack":
             seconds, memory, disk = model.bytes / PACKED, PROGRAM, SMALLER * model.bytes
         elif stage.leaves in ("scores.json", BEHAVIOUR):
@@ -116,11 +114,12 @@ def estimate_prune(
     used = rows if any(r.calibration is not None for r in targets.values()) else 0
     needed, checkpoint = planned(name, targets, used, length, max_memory=max_memory, **how)
     for request in targets.values():
-        seconds, named = start + _pruning(model, request, rows, length), target_name(request)
+        seconds, named = start + _pruning(model, request, rows, length), request.name
         start = 0.0
         found.append(Taken(Stage(f"prune, {named}", (), None), seconds, needed, checkpoint))
         if recovery is not None:
-            seconds, memory = _recovering(model, recovery, rows, length, max_memory)
+            seconds = model.files + model.recovery(recovery, rows, length)
+            memory = _recovery_memory(model, recovery, length, max_memory)
             stage = Stage(f"recover by {recovery.method}, {named}", (), None)
             found.append(Taken(stage, seconds, memory, checkpoint))
     return found
@@ -130,21 +129,13 @@ def check_room(asked: Request, listed: Sequence[Stage]) -> int:
     """Refuse stages whose recovery cannot stay within `--max-memory`; return the bytes of weights
     that they leave on disk."""
     recovered = [stage for stage in listed if stage.arguments[0] == "recover"]
-    if recovered and asked.max_memory is not None:
-        model, length = _model(asked), _drawn(asked)[1]
+    if recovered and asked.most is not None:
+        model = Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
         for stage in recovered:
-            _recovery_memory(model, _recovery(asked, stage), length, _most(asked))
+            _recovery_memory(model, _recovery(asked, stage), _drawn(asked)[1], asked.most)
     made: float = len(recovered) + sum(stage.leaves == "pruned" for stage in listed)
     made += SMALLER * any(stage.leaves == "pack" for stage in listed)
     return int(made * weight_bytes(resolve_model(asked.model)))
-
-
-def _model(asked: Request) -> Timed:
-    return Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
-
-
-def _most(asked: Request) -> int | None:
-    return None if asked.max_memory is None else parse_memory(asked.max_memory)
 
 
 def _drawn(asked: Request) -> tuple[int, int]:
@@ -165,20 +156,11 @@ def _pruning(model: Timed, request: PruneRequest, rows: int, length: int) -> flo
     """Return the seconds of a prune to one target, files and all."""
     seconds = model.files
     if request.method != NONE:
-        method = get_method(request.method, **request.options)
         spread = request.allocation if request.allocation in SPREAD else None
-        seconds += model.pruning(method, request.propagation, rows, length, spread)
+        seconds += model.pruning(request.chosen, request.propagation, rows, length, spread)
     if request.drop_experts is not None:  # a pass, and every expert's outputs once more
         seconds += model.forward(2 * rows * length, length)
     return seconds
-
-
-def _recovering(
-    model: Timed, request: RecoverRequest, rows: int, length: int, most: int | None
-) -> tuple[float, float]:
-    """Return seconds and bytes of memory of a recovery behind a prune."""
-    seconds = model.files + model.recovery(request, rows, length)
-    return seconds, _recovery_memory(model, request, length, most)
 
 
 def _recovery_memory(model: Timed, request: RecoverRequest, length: int, most: int | None) -> float:

@@ -83,6 +83,11 @@ class Request(Compression):
         return is_saved_set(user_path(self.calibration))
 
     @property
+    def most(self) -> int | None:
+        """Bytes of memory it may take."""
+        return None if self.max_memory is None else parse_memory(self.max_memory)
+
+    @property
     def target(self) -> str:
         """The sparsity or pattern, as it is printed."""
         return self.pattern or f"{100 * (self.sparsity or 0):g} %"

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from calmix.compression.estimate import check_room
 from calmix.compression.plan import MANIFEST, Request, Stage, stages
-from calmix.errors import InputError, disk_errors
+from calmix.errors import InputError
 from calmix.files import (
+    alone,
     check_apart,
     check_free,
     check_output_folder,
-    give_back,
     parse_json,
-    read_object,
-    real_place,
     write_json,
 )
-from calmix.manifest import run_record, seal_holds, sealed, versions
+from calmix.manifest import read_sealed, run_record, sealed, versions
 from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
 
@@ -44,11 +39,8 @@ class Record:
 
 def read_record(out: Path) -> Record:
     """Return what OUT says of itself; InputError if it is another folder or damaged."""
-    path = out / MANIFEST
     missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
-    value = read_object(path, missing)
-    if value.get("kind") != KIND or not seal_holds(value):
-        raise InputError(f"{path} is damaged or changed: its hash is another")
+    value = read_sealed(out / MANIFEST, missing)
     fields = (value["request"], value["commands"], value["versions"])
     return Record(*fields, value.get("dense_bytes"))
 
@@ -64,7 +56,7 @@ def compress(
     listed = stages(asked, out)
     left = [stage for stage in listed if not stands(stage, out)]
     check_free(out, check_room(asked, left), "the checkpoints take")
-    with _alone(out):
+    with alone(out, wait=False):
         if not (out / MANIFEST).exists():
             commands = {stage.name: stage.command for stage in listed}
             record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands,
@@ -94,24 +86,6 @@ def stage_seconds(out: Path) -> dict[str, float]:
         return dict(parse_json((out / RUN).read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold a folder, made if it is not there, for this process alone."""
-    place = real_place(out)
-    lock = FileLock(place.with_name(f".{place.name}.lock"))
-    with disk_errors(out):
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            line = f"another process is at work in {out}: wait for it, or stop it"
-            raise InputError(line) from None
-    try:
-        yield
-    finally:
-        give_back(lock)
 
 
 def check_place(out: Path, inputs: Iterable[object] = ()) -> None:

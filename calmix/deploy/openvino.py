@@ -25,11 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors, nearest
+from calmix.errors import (
+    InputError,
+    MissingExtraError,
+    ModelError,
+    disk_errors,
+    first_line,
+    nearest,
+)
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, check_models, open_model, resolve_model
-from calmix.models.opening import first_line, load_config, quiet_transformers
+from calmix.models.opening import load_config, quiet_transformers
 from calmix.models.shards import weight_bytes
 from calmix.precision import dtype_name
 

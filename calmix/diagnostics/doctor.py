@@ -1,7 +1,7 @@
 """What this machine and this installation can do, what is missing, and what to do about it.
 
-Nothing is fetched and nothing is written but a probe file in the cache folder. A registry that
-cannot be reached is not a failure: everything builtin works without.
+Nothing is fetched, and nothing stays that is written. A registry that cannot be reached is not a
+failure: everything builtin works without.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -28,8 +27,8 @@ import torch
 from packaging.requirements import Requirement
 
 from calmix import assets
-from calmix.errors import CalmixError
-from calmix.files import cache_dir
+from calmix.errors import CalmixError, DiskError
+from calmix.files import cache_dir, check_writable, existing
 from calmix.machine import cores, free_memory, total_memory
 from calmix.precision import capabilities
 
@@ -110,15 +109,12 @@ def cache() -> Iterator[Check]:
     """Look where the cache is, and whether it can be written."""
     folder = cache_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
-            probe.write(b"0")
-            probe.flush()
-    except OSError as error:
+        check_writable(folder / "models")
+    except DiskError as error:
         advice = "set CALMIX_CACHE to a folder you may write to; builtin models need it"
-        yield Check("cache", "missing", f"{folder}: {error.strerror}", advice)
+        yield Check("cache", "missing", str(error), advice)
         return
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing(folder / "models")).free
     small = "free some: models and sources are kept there"
     yield Check("cache", "ok", f"{folder}, {_size(free)} free", small if free < 1 << 30 else None)
 

@@ -19,13 +19,13 @@ from pydantic import TypeAdapter
 from calmix.calibration import CalibrationSet, is_saved_set
 from calmix.compression import running
 from calmix.compression.plan import Request, stages
-from calmix.errors import CalmixError, InputError
+from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation.generations import KIND as ANSWERS
 from calmix.evaluation.generations import load_answers
 from calmix.evaluation.scores import KIND as SCORES
 from calmix.evaluation.scores import load_scores
 from calmix.files import EXPORT, RESULTS, read_object, sha256_json
-from calmix.manifest import file_hashes, seal_holds
+from calmix.manifest import file_hashes, read_sealed
 from calmix.models.shards import PACK, Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
@@ -92,25 +92,9 @@ def _checked(folder: Path, name: str, health: Health, check: Check, say: Say) ->
     except (
         OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError,
     ) as error:  # fmt: skip
-        text = next(iter(str(error).strip().splitlines()), "")
-        told = f"{folder / name} cannot be checked: {type(error).__name__} {text}"
-        health.problems.append(told)
+        told = f"{type(error).__name__} {first_line(error)}"
+        health.problems.append(f"{folder / name} cannot be checked: {told}")
     return health
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a manifest."""
-    value = read_object(path, f"there is no manifest {path}")
-    if not isinstance(value.get("kind"), str):
-        raise InputError(f"{path} is no manifest of calmix")
-    return value
-
-
-def _sealed(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    if not seal_holds(manifest):
-        raise InputError(f"{path} is damaged or changed: its hash is another")
-    return manifest
 
 
 def _files(
@@ -159,7 +143,7 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
 
 def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any]]:
     """Tell the facts of a checkpoint; return its files' hashes and the pruning run's manifest."""
-    manifest = pruned = _sealed(folder / MANIFEST)
+    manifest = pruned = read_sealed(folder / MANIFEST, "")
     health.kind = health.kind.replace("checkpoint", manifest["kind"])
     recovered: list[dict[str, Any]] = []
     while pruned["kind"] == "recovered checkpoint":
@@ -238,7 +222,7 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
 
 
 def _export(folder: Path, health: Health, say: Say) -> None:
-    manifest = _sealed(folder / EXPORT)
+    manifest = read_sealed(folder / EXPORT, "")
     health.facts = {
         "model": manifest["model"]["name"],
         "engine": f"{manifest['engine']}, {manifest['weights']} weights",

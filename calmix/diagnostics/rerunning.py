@@ -7,24 +7,22 @@ checked first. What may change the last bits (versions, processor, threads) is r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from typing import Any
 
 from calmix.calibration import CalibrationSet, Mix, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
 from calmix.calibration.resolving import make
-from calmix.calibration.selfgen.generators import generate
 from calmix.calibration.spec import Spec, read_generator
-from calmix.diagnostics.inspecting import read_manifest
 from calmix.errors import InputError, disk_errors
 from calmix.files import check_output_folder, hidden, holds_result, read_object, real_place
-from calmix.manifest import SEAL, seal_holds
+from calmix.manifest import SEAL, read_sealed
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, checked
@@ -33,73 +31,14 @@ from calmix.recovery import recover
 from calmix.recovery.chain import stage_name
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
-from calmix.specs import PruneRequest, RecoverRequest, prune_request, recover_request
+from calmix.specs import PruneRequest, prune_request, recover_request
 from calmix.study.trials import differences
-from calmix.yaml_files import first_problem
 
-Some = TypeVar("Some")
-
-
-class _Kept(BaseModel):
-    """What of a manifest it takes to make its artefact again; another may have written it."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Model(_Kept):
-    name: str
-    sha256: str = ""
-    fingerprint: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-class _Drawn(_Kept):
-    sha256: str
-    sources: dict[str, Any] = {}
-
-
-class _Pruned(_Kept):
-    model: _Model
-    request: dict[str, Any]
-    calibration: _Drawn | None
-    files: dict[str, str]
-    dtype: str
-    device: str
-
-
-class _Recovered(_Pruned):
-    against: _Model
-    calibration: _Drawn
-    pruned: dict[str, Any] | None
-    processes: int
-
-
-class _Guard(_Kept):
-    suite: str
-    tokens: int
-
-
-class _Set(_Kept):
-    model: _Model
-    own: dict[str, dict[str, Any]]
-    rows: int
-    length: int
-    seed: int
-    leakage: Literal["off"] | _Guard
-    tokenizer: str
-    sha256: str
-    generated: str | None = None
-    settings: dict[str, Any] = {}
-    mix: dict[str, float] = {}
-
-
-SHAPES: dict[str, type[_Kept]] = {
-    "pruned checkpoint": _Pruned, "recovered checkpoint": _Recovered, "calibration set": _Set,
-}  # fmt: skip
-# Of the manifest and of the run record: what may differ beside the files.
-TOLD = ("versions", "calibration", "request", "pruned", "dtype", "device")
+# Of the manifest: what the work makes; of the run record: where it was done.
+MADE = ("files", "pruning", "recovery", "request_sha256", "sha256", SEAL)
 WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
+
+Progress = Callable[[int, int], None] | None
 
 
 @dataclass
@@ -110,8 +49,8 @@ class Rerun:
 
     output: str
     same: bool
-    differing: list[str] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
+    differing: list[str]
+    inputs: list[str]
 
 
 def rerun(
@@ -119,7 +58,7 @@ def rerun(
     output: Path,
     *,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Rerun:
@@ -128,28 +67,22 @@ def rerun(
     A recovery of a prune in the same run prunes again first; another needs the pruned model.
     """
     path = _found(manifest) if manifest.is_dir() else manifest
-    kept = read_manifest(path)
-    kind = kept["kind"]
-    if kind not in SHAPES:
+    missing = f"there is no manifest {path}"
+    if not isinstance(kind := read_object(path, missing).get("kind"), str):
+        raise InputError(f"{path} is no manifest of calmix")
+    if kind not in MAKERS:
         raise InputError(f"{path} is of kind '{kind}', which cannot be made again")
-    if not seal_holds(kept):
-        raise InputError(f"{path} is damaged or changed: its hash is another")
+    kept = read_sealed(path, missing)
     if kept.get("trust_remote_code") and not trust_remote_code:
         raise InputError(
             f"the model of {path} ran code of its own: --trust-remote-code to run it again"
         )
     if kind != "calibration set" and kept.get("request") is None:
         raise InputError(f"{path} holds no request: a study made it, so run the study again")
-    told = _taken(SHAPES[kind], kept, path)
     inputs = [path, path.parent if holds_result(path.parent) else None]
     check_output_folder(output, inputs=inputs)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
-    if isinstance(told, _Set):
-        return _calibrate(path, kept, told, output, **how)
-    if isinstance(told, _Recovered):
-        _recover(path, told, output, progress, **how)
-    elif isinstance(told, _Pruned):
-        _prune(path, told, output, progress, **how)
+    MAKERS[kind](path, kept, output, progress, **how)
     return _compared(path, kept, output)
 
 
@@ -165,85 +98,78 @@ def _found(folder: Path) -> Path:
     )
 
 
-def _taken(shape: type[Some], record: Any, path: Path) -> Some:
-    """Return a part of a manifest in the form it takes to make the artefact again."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Read what a manifest says, which another may have written."""
     try:
-        return TypeAdapter(shape).validate_python(record)
-    except ValidationError as error:
-        line = f"{path} lacks what it takes to make it again: {first_problem(error)}"
-        raise InputError(line) from error
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
 
 
 def _prune(
-    path: Path,
-    kept: _Pruned,
-    output: Path,
-    progress: Callable[[int, int], None] | None,
-    **how: Any,
+    path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any
 ) -> CalibrationSet | None:
     """Prune again, and return the calibration set."""
-    request = _pruning(kept, path)
-    _check_model(kept.model.name, kept.model.sha256)
+    with _reading(path):
+        request, name, told = _pruning(kept, path), kept["model"]["name"], kept["calibration"]
+        how |= {"dtype": kept["dtype"], "device": kept["device"]}
+        _check_model(kept["model"])
     drawn: list[CalibrationSet | None] = []
 
     def started(made: CalibrationSet | None) -> None:
         drawn.append(made)
-        if made is not None and kept.calibration is not None:
-            _check_set(kept.calibration, made)
+        if made is not None:
+            _check_set(told or {}, made)
 
-    prune_checkpoints(
-        kept.model.name, {output: request}, started=started, progress=progress,
-        dtype=kept.dtype, device=kept.device, **how,
-    )  # fmt: skip
+    prune_checkpoints(name, {output: request}, started=started, progress=progress, **how)
     return drawn[0]
 
 
 def _recover(
-    path: Path,
-    kept: _Recovered,
-    output: Path,
-    progress: Callable[[int, int], None] | None,
-    **how: Any,
+    path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any
 ) -> None:
     """Recover again; where one run pruned and recovered, prune again first."""
-    if kept.processes > 1:
-        raise InputError(
-            f"{path} was recovered by {kept.processes} processes, which decides how sums round: "
-            "recover again under the same launcher, and compare the hashes in calmix.json"
-        )
-    _taken(RecoverRequest, kept.request, path)
-    request = recover_request(**_options(kept.request, path))
-    _check_model(kept.against.name, kept.against.sha256)
+    with _reading(path):
+        if kept["processes"] > 1:
+            raise InputError(
+                f"{path} was recovered by {kept['processes']} processes, which decides how sums "
+                "round: recover again under the same launcher, and compare the hashes in "
+                "calmix.json"
+            )
+        request = recover_request(**_options(kept["request"], path))
+        model, dense, told = kept["model"], kept["against"]["name"], kept["calibration"]
+        own = {"dtype": kept["dtype"], "device": kept["device"], "called": model["name"]}
+        _check_model(kept["against"])
+        pruned = kept.get("pruned") or {}
+        once = bool(pruned.get("kind") == "pruned checkpoint" and pruned.get("request"))
+        once = once and model["name"] == stage_name(pruned["model"]["name"], _pruning(pruned, path))
+        if not once:
+            _check_model(model)
 
     def again(name: str, drawn: CalibrationSet | None) -> None:
         recover(
-            name, kept.against.name, request, output, drawn=drawn, called=kept.model.name,
-            started=lambda made: _check_set(kept.calibration, made),
+            name, dense, request, output, drawn=drawn,
+            started=lambda made: _check_set(told, made),
             progress=lambda done, total, loss: progress(done, total) if progress else None,
-            dtype=kept.dtype, device=kept.device, **how,
+            **own, **how,
         )  # fmt: skip
 
-    pruned = kept.pruned or {}
-    if pruned.get("kind") == "pruned checkpoint" and pruned.get("request"):
-        stage = _taken(_Pruned, pruned, path)
-        if kept.model.name == stage_name(stage.model.name, _pruning(stage, path)):
-            with disk_errors(output):
-                output.parent.mkdir(parents=True, exist_ok=True)
-            with hidden(real_place(output)) as folder:
-                drawn = _prune(path, stage, folder / "pruned", progress, **how)
-                again(str(folder / "pruned"), drawn)
-            return
-    _check_model(kept.model.name, kept.model.sha256)
-    again(kept.model.name, None)
+    if not once:
+        return again(model["name"], None)
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with hidden(real_place(output)) as folder:
+        drawn = _prune(path, pruned, folder / "pruned", progress, **how)
+        again(str(folder / "pruned"), drawn)
 
 
-def _pruning(kept: _Pruned, path: Path) -> PruneRequest:
-    _taken(PruneRequest, kept.request, path)
-    options = _options(kept.request, path)
+def _pruning(kept: dict[str, Any], path: Path) -> PruneRequest:
+    options = _options(kept["request"], path)
     return prune_request(**options.pop("options"), **options)
 
 
-def _options(request: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _options(request: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a request's options by name, those of the calibration set among the others."""
     options = {name: value for name, value in request.items() if name != "draw"} | request["draw"]
     if "sources" in options:
@@ -257,69 +183,70 @@ def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     return parse_sources(entries, Path.cwd() / path.name)
 
 
+def _calibrate(
+    path: Path, kept: dict[str, Any], output: Path, _: Progress, *, trust_remote_code: bool,
+    **how: Any,
+) -> None:  # fmt: skip
+    with _reading(path):
+        model, name, tokenizer = kept["model"], kept["model"]["name"], kept["tokenizer"]
+        where = {key: model.get(key, "auto") for key in ("dtype", "device")}
+        guard: Any = kept["leakage"] if kept["leakage"] != "off" else {"suite": "off", "tokens": 0}
+        suite, tokens, own = guard["suite"], guard["tokens"], _own(kept["own"], path)
+        sizes = {key: kept.get(key) for key in ("rows", "length", "seed", "packing")}
+        draw = checked(DrawOptions, sizes)
+        if kept.get("generated") is None:
+            make_mix(kept["mix"], str(path))  # used as it is kept: this would round the weights
+            if not math.isclose(sum(kept["mix"].values()), 1):
+                raise InputError(f"{path} has weights that do not sum to 1")
+            spec = Spec(Mix(kept["mix"]), own)
+        else:
+            settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
+            spec = Spec(Mix({}), own, {}, read_generator(kept["generated"], settings, str(path)))
+        if "fingerprint" in model:
+            _check_model({"name": name, "sha256": model["fingerprint"]})
+    opened: Any
+    if "fingerprint" in model:
+        opened = open_model(name, trust_remote_code=trust_remote_code, **where)
+    else:
+        opened = open_tokenizer(name, trust_remote_code=trust_remote_code)
+    if opened.tokenizer_fingerprint != tokenizer:
+        raise InputError(f"the tokenizer of {name} has changed since {path} was written")
+    made = make(
+        spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed, packing=draw.packing,
+        guard=guard_of(suite, tokens, opened), **how,
+    )  # fmt: skip
+    made.save(output)
+
+
 def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
-    """Compare a new checkpoint with the manifest of an old one."""
-    new, files = read_manifest(output / MANIFEST), kept["files"]
-    differing = sorted(n for n in {*files, *new["files"]} if files.get(n) != new["files"].get(n))
-    inputs = [line for key in TOLD for line in differences(kept.get(key), new.get(key), key)]
+    """Compare a new artefact with the manifest of an old one."""
+    own = next(name for name in (MANIFEST, SET_MANIFEST) if (output / name).is_file())
+    new = read_sealed(output / own, "")
+    then, now = (one.get("files") or {TENSORS: one["sha256"], SET_MANIFEST: one[SEAL]}
+                 for one in (kept, new))  # fmt: skip
+    differing = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+    inputs = [d for d in differences(kept, new) if re.split(r"[.:]", d)[0] not in MADE]
     if (path.parent / RUN).is_file():
         then, now = (read_object(one / RUN, "") for one in (path.parent, output))
         inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
     return Rerun(str(output), not differing, differing, inputs)
 
 
-def _calibrate(
-    path: Path,
-    kept: dict[str, Any],
-    told: _Set,
-    output: Path,
-    trust_remote_code: bool,
-    **how: Any,
-) -> Rerun:
-    model = told.model
-    asked = checked(DrawOptions, {k: kept.get(k) for k in ("rows", "length", "seed", "packing")})
-    guard = told.leakage if isinstance(told.leakage, _Guard) else _Guard(suite="off", tokens=0)
-    opened: Any
-    if model.fingerprint is None:
-        opened = open_tokenizer(model.name, trust_remote_code=trust_remote_code)
-    else:
-        _check_model(model.name, model.fingerprint)
-        opened = open_model(
-            model.name, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code
+def _check_model(told: dict[str, str]) -> None:
+    if fingerprint(resolve_model(told["name"])) != told["sha256"]:
+        raise InputError(
+            f"the model {told['name']} has changed: its files have another hash than then"
         )
-    if opened.tokenizer_fingerprint != told.tokenizer:
-        raise InputError(f"the tokenizer of {model.name} has changed since {path} was written")
-    draw: dict[str, Any] = {
-        "rows": asked.rows, "length": asked.length, "seed": asked.seed,
-        "guard": guard_of(guard.suite, guard.tokens, opened), "own": _own(told.own, path),
-    }  # fmt: skip
-    if told.generated is None:
-        make_mix(told.mix, str(path))  # as it is kept: it would round the weights
-        if not math.isclose(sum(told.mix.values()), 1):
-            raise InputError(f"{path} has weights that do not sum to 1")
-        spec = Spec(Mix(told.mix), own=draw.pop("own") or {})
-        made = make(spec, opened, packing=asked.packing, **draw, **how)
-    else:
-        settings = {k: v for k, v in told.settings.items() if not k.endswith("_sha256")}
-        generator = read_generator(told.generated, settings, str(path))
-        made = generate(generator, opened, **draw, **how)
-    made.save(output)
-    new = read_manifest(output / SET_MANIFEST)
-    differing = [SET_MANIFEST] if new[SEAL] != kept[SEAL] else []
-    if made.sha256 != told.sha256:
-        differing.insert(0, TENSORS)
-    inputs = [line for line in differences(kept, new) if not line.startswith((SEAL, "sha256"))]
-    return Rerun(str(output), not differing, differing, inputs)
 
 
-def _check_model(name: str, sha256: str) -> None:
-    if fingerprint(resolve_model(name)) != sha256:
-        raise InputError(f"the model {name} has changed: its files have another hash than then")
-
-
-def _check_set(told: _Drawn, made: CalibrationSet) -> None:
-    if made.sha256 == told.sha256:  # a saved set's manifest says more than a drawn one's
+def _check_set(told: dict[str, Any], made: CalibrationSet) -> None:
+    if made.sha256 == told.get("sha256"):  # a saved set's manifest says more than a drawn one's
         return
-    found = (d for d in differences(told.model_dump(), made.manifest) if d[:6] != "sha256")
+    found = (d for d in differences(told, made.manifest) if d[:6] != "sha256")
     what = next(found, "its ids")
     raise InputError(f"the calibration set changed ({what}), so hashes cannot match")
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "pruned checkpoint": _prune, "recovered checkpoint": _recover, "calibration set": _calibrate,
+}  # fmt: skip

@@ -43,8 +43,8 @@ class Estimate:
     """A value with its 95 % interval; None where it is not defined."""
 
     value: float | None
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

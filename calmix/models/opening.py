@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +26,12 @@ import yaml
 from torch import Tensor
 
 from calmix import assets
-from calmix.errors import DiskError, InputError, ModelError, disk_errors, nearest
+from calmix.errors import DiskError, InputError, ModelError, disk_errors, first_line, nearest
 from calmix.files import (
+    alone,
     atomic_folder,
     cache_dir,
-    made_once,
+    hidden,
     sha256_file,
     sha256_json,
     user_path,
@@ -210,29 +210,18 @@ def resolve_model(name: str) -> Path:
     else:
         return found
     folder = cache_dir() / "models" / f"gguf-{key[:16]}"
-    if not (folder / "config.json").is_file():
-        with made_once(folder), contextlib.ExitStack() as stack:
-            if not (folder / "config.json").is_file():
-                if isinstance(found, BuiltinModel):
-                    found = stack.enter_context(_extracted(found, folder))
-                _dequantise(found, folder)
+    if (folder / "config.json").is_file():
+        return folder
+    with alone(folder), disk_errors(folder), hidden(folder) as beside:
+        if not (folder / "config.json").is_file():
+            if isinstance(found, BuiltinModel):
+                for asset in found.parts:
+                    assets.install(asset)
+                name = Path(next(iter(found.parts.values()))).name.partition(".gguf")[0]
+                assets.extract(found.parts, beside / f"{name}.gguf")
+                found = beside / f"{name}.gguf"
+            _dequantise(found, folder)
     return folder
-
-
-@contextlib.contextmanager
-def _extracted(model: BuiltinModel, beside: Path) -> Iterator[Path]:
-    """Yield a builtin model's GGUF file, for a while."""
-    for asset in model.parts:
-        assets.install(asset)
-    prefix = f".{beside.name}.partial-"
-    with (
-        disk_errors(beside),
-        tempfile.TemporaryDirectory(dir=beside.parent, prefix=prefix) as temporary,
-    ):
-        name = Path(next(iter(model.parts.values()))).name.partition(".gguf")[0]
-        file = Path(temporary) / f"{name}.gguf"
-        assets.extract(model.parts, file)
-        yield file
 
 
 @contextlib.contextmanager
@@ -498,11 +487,6 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def end_tokens(opened: OpenModel) -> list[int]:

@@ -32,12 +32,10 @@ from calmix.precision import dtype_name, fast_half_precision
 
 
 class NotStreamableError(Exception):
-    """The checkpoint's tensors, the first being `name`, are not the model's own: open it whole."""
+    """The checkpoint's tensors are not the model's own, and why: open it whole."""
 
-    def __init__(
-        self, name: str, why: str = "transformers converts its weights while it loads them"
-    ) -> None:
-        super().__init__(f"{why} (first {name})")
+
+CONVERTED = "transformers converts its weights while it loads them (first {})"
 
 
 class StreamedModel:
@@ -70,7 +68,7 @@ class StreamedModel:
         self.blocks: DecoderBlocks = find_blocks(self.model)
         for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
-                raise NotStreamableError(pair[0], "its blocks share weights")
+                raise NotStreamableError(f"its blocks share weights (first {pair[0]})")
         self._conversions = Conversions(
             self.model, {n: (p.dtype, p.shape) for n, p in self.shards.places.items()}
         )
@@ -85,7 +83,7 @@ class StreamedModel:
         lacking = [name for name in own if name not in self._parts and name not in tied]
         lacking += [name for name in buffers if name not in self.buffers]
         if lacking:
-            raise NotStreamableError(lacking[0])
+            raise NotStreamableError(CONVERTED.format(lacking[0]))
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # A device copies in a queue of its own what the next block needs.
@@ -105,7 +103,7 @@ class StreamedModel:
         }
         shapes = {name: place.shape for name, place in self.shards.places.items()}
         if (name := self._conversions.faulty(held.values(), shapes)) is not None:
-            raise NotStreamableError(name)
+            raise NotStreamableError(CONVERTED.format(name))
         return held
 
     @property

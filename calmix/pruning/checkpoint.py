@@ -7,10 +7,10 @@ keys). What was done stands beside the weights: `calmix.json`, the same for the 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,15 @@ from calmix.calibration import (
     resolve,
     saved_set,
 )
-from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import atomic_folder, check_free, check_output_folder, sha256_json, write_json
+from calmix.errors import InputError, ModelError, SolverError, disk_errors
+from calmix.files import (
+    atomic_folder,
+    check_free,
+    check_output_folder,
+    read_object,
+    sha256_json,
+    write_json,
+)
 from calmix.manifest import (
     asked_record,
     deciding_versions,
@@ -48,13 +55,13 @@ from calmix.pruning.allocation import SPREAD, DensePass, from_shares, looker
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, check_pattern, with_room
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
-from calmix.pruning.methods import Look, Method, get_method
-from calmix.pruning.patterns import Unstructured, as_pattern
+from calmix.pruning.methods import Method
+from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.streamed import Target, pass_through, prune_streamed
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
-from calmix.specs import NONE, PruneRequest, RecoverRequest
+from calmix.specs import NONE, How, PruneRequest, RecoverRequest
 
 # Of models of images or sound, opened as models of text.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
@@ -62,19 +69,7 @@ MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
 
 def prune_checkpoints(
-    name: str,
-    targets: Mapping[Path, PruneRequest],
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    max_memory: int | None = None,
-    started: Callable[[CalibrationSet | None], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    writing: Callable[[str, int, int], None] | None = None,
-    note: Callable[[str], None] | None = None,
+    name: str, targets: Mapping[Path, PruneRequest], **how: Any
 ) -> list[PruneReport]:
     """Draw a model's calibration set, prune the model block by block and write checkpoints.
 
@@ -86,39 +81,31 @@ def prune_checkpoints(
         name: the model, as `open_model` takes it.
         targets: what to do, from `prune_request`, by the folder to write; each folder appears
             whole or not at all. All that calibrate do so on one set, the first one's.
-        overwrite: replace what is there, and an interrupted run's work.
-        resume: resume an interrupted run of the same request, if there is one.
-        max_memory: bytes the process may hold; None for what is free.
-        started: called once the calibration set is ready.
-        progress: called with (blocks done, blocks), those of all targets.
-        writing, note: as for `calmix.calibration.resolve`.
+        **how: as in `calmix.specs.How`.
 
     Returns:
         A report for each target, in order.
     """
-    how: dict[str, Any] = {
-        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    say = note if note is not None and distributed.processes()[0] == 0 else (lambda line: None)
-    distributed.once(
-        lambda: check_request(name, targets, resume=resume, overwrite=overwrite, **how)
-    )
-    work = _Pruning(name, targets, max_memory, how, say)
+    run = How.of(**how)
+    if distributed.processes()[0] != 0:
+        run = replace(run, note=How.note, started=How.started)
+    distributed.once(lambda: check_request(name, targets, run))
+    work = _Pruning(name, targets, run)
     try:
-        done = distributed.once(work.finished) if resume else {}
+        done = distributed.once(work.finished) if run.resume else {}
         for output in done:
-            say(f"{output} was finished by an earlier run")
+            run.note(f"{output} was finished by an earlier run")
         work.jobs = [job for job in work.jobs if job.output not in done]
         try:
             if work.jobs:
-                work.claim(resume, overwrite)
-                work.draw(writing, note, started)
-                done |= work.prune(progress)
+                work.claim()
+                work.draw()
+                done |= work.prune()
         except BaseException as error:
             for job in work.jobs:
                 if job.work.claimed and job.work.leave(error):
                     what = f"{job.work.done} blocks" if job.work.done else "the experts' scores"
-                    say(f"{what} are kept in {job.work.path}: resume with --resume")
+                    run.note(f"{what} are kept in {job.work.path}: resume with --resume")
             raise
     finally:
         work.source.close()
@@ -128,11 +115,8 @@ def prune_checkpoints(
 def check_request(
     name: str,
     targets: Mapping[Path, PruneRequest],
+    run: How,
     recovery: RecoverRequest | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    **how: Any,
 ) -> Asked | None:
     """Refuse what can be known to go wrong before a model is fetched or text is drawn."""
     calibrated = (request for request in targets.values() if request.calibration is not None)
@@ -140,37 +124,25 @@ def check_request(
     inputs: list[object] = [name]
     if request is not None:
         inputs.append(saved_set(request.calibration))
-        if not resume:
+        if not run.resume:
             asked = ask(str(request.calibration), **request.draw)
             inputs += asked.files
     for output in targets:
-        finished = resume and (output / MANIFEST).is_file()
-        check_output_folder(output, inputs=inputs, overwrite=overwrite or finished)
-    check_models(name, **how)
+        finished = run.resume and (output / MANIFEST).is_file()
+        check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
+    check_models(name, **run.opening)
     return asked
 
 
 def planned(
-    name: str,
-    targets: Mapping[Path, PruneRequest],
-    rows: int,
-    length: int,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    max_memory: int | None = None,
+    name: str, targets: Mapping[Path, PruneRequest], rows: int, length: int, **how: Any
 ) -> tuple[int, int]:
     """Return the bytes that pruning will hold at its peak, and those of a checkpoint, unpruned.
 
-    Nothing is written, and only headers are read, unless the model must be opened whole.
-
-    Args:
-        rows, length: of the calibration set; 0 without one.
-        name, targets, dtype, device, trust_remote_code, max_memory: as for `prune_checkpoints`.
+    Nothing is written, and only headers are read, unless the model must be opened whole. Rows and
+    length are of the calibration set, 0 without one; the others as for `prune_checkpoints`.
     """
-    how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    work = _Pruning(name, targets, max_memory, how, lambda line: None)
+    work = _Pruning(name, targets, How.of(**how))
     try:
         return work.plan((rows, length)).needed, work.checkpoint_bytes
     finally:
@@ -189,27 +161,20 @@ class Job(Target):
 class _Pruning:
     """A call of `prune_checkpoints`: the model, the targets and what they share."""
 
-    def __init__(
-        self,
-        name: str,
-        targets: Mapping[Path, PruneRequest],
-        max_memory: int | None,
-        how: dict[str, Any],
-        say: Callable[[str], None],
-    ) -> None:
-        self.max_memory, self.how, self.say = max_memory, how, say
+    def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
+        self.run, self.say = run, run.note
         self.began = time.perf_counter()
         self.drawn: CalibrationSet | None = None
         self.source: WeightSource
         try:
-            self.source = StreamedModel(name, **how)
+            self.source = StreamedModel(name, **run.opening)
         except NotStreamableError as error:
-            if max_memory is not None:
+            if run.max_memory is not None:
                 raise InputError(
                     f"{name} cannot be pruned block by block, because {error}: leave out "
                     "--max-memory"
                 ) from error
-            self.source = WholeModel(name, **how)
+            self.source = WholeModel(name, **run.opening)
         try:
             alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
             if len(alike) > 1:
@@ -240,22 +205,19 @@ class _Pruning:
         """Return the reports of outputs that an earlier run of the same requests has finished."""
         found = {}
         for job in self.jobs:
-            try:
-                manifest = json.loads((job.output / MANIFEST).read_text(encoding="utf-8"))
-                if manifest["request_sha256"] != sha256_json(job.asked):
-                    continue
-                run = json.loads((job.output / RUN).read_text(encoding="utf-8"))
-                found[job.output] = told_report(manifest, run)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            job.work.remove_leftover(job.asked)
+            told = [read_told(job.output / name) for name in (MANIFEST, RUN)]
+            with suppress(KeyError, TypeError):
+                if told[0]["request_sha256"] == sha256_json(job.asked):
+                    found[job.output] = told_report(*told)
+                    job.work.remove_leftover(job.asked)
         return found
 
-    def claim(self, resume: bool, overwrite: bool) -> None:
+    def claim(self) -> None:
         """Take the work folders, and refuse what there is no room for."""
+        how = {"resume": self.run.resume, "overwrite": self.run.overwrite}
 
         def take(job: Job) -> tuple[dict[str, Any], bool]:
-            return job.work.claim(job.asked, resume=resume, overwrite=overwrite), job.work.resumes
+            return job.work.claim(job.asked, **how), job.work.resumes
 
         for job in self.jobs:
             job.work.kept, job.work.resumes = distributed.once(partial(take, job))
@@ -285,8 +247,8 @@ class _Pruning:
             )
         plans = distributed.everyone(
             plan_for(
-                self.source, shape, [job.method for job in jobs] + looks, budget=self.max_memory,
-                sequential=bool(looks)
+                self.source, shape, [job.method for job in jobs] + looks,
+                budget=self.run.max_memory, sequential=bool(looks)
                 or any(job.propagation == "sequential" and job.method.needs for job in jobs),
                 targets=len(jobs), rows_at_once=max(earlier, default=0),
             )
@@ -318,31 +280,17 @@ class _Pruning:
         distributed.once(check)
         return plan
 
-    def draw(
-        self,
-        writing: Callable[[str, int, int], None] | None,
-        note: Callable[[str], None] | None,
-        started: Callable[[CalibrationSet | None], None] | None,
-    ) -> None:
+    def draw(self) -> None:
         """Take the set the targets share from work that is resumed, or draw it, and keep it."""
         trusted = self.source.trust_remote_code
         self.tokenizer = open_tokenizer(self.source.name, trust_remote_code=trusted)
         calibrated = [job for job in self.jobs if job.request.calibration is not None]
         if calibrated:
-            self.drawn = distributed.once(lambda: self._drawn(calibrated, writing, note))
+            self.drawn = distributed.once(lambda: self._drawn(calibrated))
             embeddings = self.source.model.get_input_embeddings()
             check_ids(self.source.name, embeddings, self.drawn.ids)
-        if started is not None and distributed.processes()[0] == 0:
-            self.started = started
-        else:
-            self.started = lambda drawn: None
 
-    def _drawn(
-        self,
-        calibrated: Sequence[Job],
-        writing: Callable[[str, int, int], None] | None,
-        note: Callable[[str], None] | None,
-    ) -> CalibrationSet:
+    def _drawn(self, calibrated: Sequence[Job]) -> CalibrationSet:
         kept = next((job.work for job in calibrated if job.work.resumes), None)
         if kept is not None:
             made = kept.calibration()
@@ -352,14 +300,15 @@ class _Pruning:
             opened: OpenModel | OpenTokenizer = self.tokenizer
             asked = ask(request.calibration, context=self.tokenizer.context, **request.draw)
             if asked.runs_model:
-                opened = self.source.opened or open_model(self.source.name, **self.how)
-            made = resolve(request.calibration, opened, writing=writing, note=note, **request.draw)
+                opened = self.source.opened or open_model(self.source.name, **self.run.opening)
+            how = {"writing": self.run.writing, "note": self.run.note, **request.draw}
+            made = resolve(request.calibration, opened, **how)
         for job in calibrated:
             if not job.work.resumes:
                 job.work.keep_calibration(made)
         return made
 
-    def prune(self, progress: Callable[[int, int], None] | None) -> dict[Path, PruneReport]:
+    def prune(self) -> dict[Path, PruneReport]:
         """Do the work and write the outputs; return their reports."""
         ids = None if self.drawn is None else self.drawn.ids
         dropped: list[Dropped] = []
@@ -368,7 +317,7 @@ class _Pruning:
             dropped = self._drop(ids)
         shape = (0, 0) if ids is None else (len(ids), ids.shape[1])
         plan = self.checked_plan(shape)
-        self.started(self.drawn)
+        self.run.started(self.drawn)
         for work in self.works:
             if work.upgraded:
                 self.say(work.upgraded)
@@ -377,24 +326,29 @@ class _Pruning:
         if self.drops_alone:
             assert ids is not None
             seconds = {"total": time.perf_counter() - self.began}
-            reports = [
+            reports: list[PruneReport | SolverError] = [
                 PruneReport("reap", "none", None, ids.numel(), rows=len(ids), seconds=seconds)
                 for _ in self.jobs
             ]
         else:
             named = () if self.drawn is None else self.drawn.sources
 
-            def pruned(own: Plan) -> list[PruneReport]:
-                jobs = self._allocated(ids, own)
-                return prune_streamed(self.source, ids, jobs, own, sources=named, progress=progress)
+            def pruned(own: Plan) -> list[PruneReport | SolverError]:
+                jobs, tick = self._allocated(ids, own), self.run.progress
+                return prune_streamed(self.source, ids, jobs, own, sources=named, progress=tick)
 
             reports = self._with_room(pruned, plan, shape)
         done = {}
         for job, report in zip(self.jobs, reports, strict=True):
+            if isinstance(report, SolverError):
+                continue
             report.dropped = dropped
             if distributed.processes()[0] == 0:
                 self._finish(job, report)
             done[job.output] = report
+        for job, report in zip(self.jobs, reports, strict=True):
+            if isinstance(report, SolverError):
+                raise SolverError(f"{job.output}: {report}; all others are done") from report
         return done
 
     def _with_room(self, act: Callable[[Plan], Any], plan: Plan, shape: tuple[int, int]) -> Any:
@@ -504,13 +458,8 @@ class _Pruning:
 
 def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
     """Return what a request means for a model; a look at the model may decide its pattern yet."""
-    # Where only experts are dropped these are not looked at.
-    alone = request.method == NONE
-    method = Look() if alone else get_method(request.method, **request.options)
-    pattern: Patterns = Unstructured(request.sparsity or 0.5)
-    if request.pattern is not None:
-        pattern = as_pattern(request.pattern)
-    allocation = request.allocation
+    method, allocation = request.chosen, request.allocation
+    pattern: Patterns = request.target
     if isinstance(allocation, dict):
         assert request.sparsity is not None
         pattern = from_shares(allocation, source.blocks, request.sparsity, method)
@@ -536,6 +485,14 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
         "skip": list(request.skip),
         "versions": deciding_versions(),
     }
+
+
+def read_told(path: Path) -> dict[str, Any]:
+    """Return what a manifest or run record holds; {} where there is none."""
+    try:
+        return read_object(path, "")
+    except InputError:
+        return {}
 
 
 def told_report(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> PruneReport:

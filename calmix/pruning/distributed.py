@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calmix.errors import CalmixError, InputError
+from calmix.errors import CalmixError, InputError, first_line
 from calmix.pruning.gram import Statistic
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
 TIDYING = timedelta(seconds=20)  # a launcher waits for 30 s before it kills
-_hosts: list[Any] = []  # the group of hosts, if there are several processes
+_hosts: list[Any] = []  # the group of hosts, once several processes have used it
 
 
 class PeerError(CalmixError):
@@ -45,7 +45,7 @@ def launched(device: str) -> Iterator[str]:
         store, rank, world = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"WORLD_SIZE is set, but there is no launcher: {_first_line(error)}"
+            f"WORLD_SIZE is set, but there is no launcher: {first_line(error)}"
         ) from error
     try:
         kind, own = _own_device(device)
@@ -53,7 +53,7 @@ def launched(device: str) -> Iterator[str]:
             dist.get_default_backend_for_device(kind), timeout=WAIT, store=store, rank=rank,
             world_size=world,
         )  # fmt: skip
-        _hosts.append(dist.new_group(backend="gloo", timeout=WAIT))
+        _host()
         yield own
         dist.destroy_process_group()
     except Exception:
@@ -64,10 +64,6 @@ def launched(device: str) -> Iterator[str]:
         raise
     finally:
         _hosts.clear()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def _own_device(name: str) -> tuple[str, str]:
@@ -114,6 +110,13 @@ def _leave(store: Any, rank: int) -> None:
             store.wait(["calmix/tidy"], TIDYING)
 
 
+def _host() -> Any:
+    """Return the group of hosts, which all processes make together."""
+    if not _hosts:
+        _hosts.append(dist.new_group(backend="gloo", timeout=WAIT))
+    return _hosts[0]
+
+
 def processes() -> tuple[int, int]:
     """Return this process's number and how many share the work: (0, 1) without a group."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -138,7 +141,7 @@ def once(act: Callable[[], T]) -> T:
             box[0] = act()
         except CalmixError as error:
             box[1] = error
-    _together(lambda: dist.broadcast_object_list(box, 0, _hosts[0], torch.device("cpu")))
+    _together(lambda: dist.broadcast_object_list(box, 0, _host(), torch.device("cpu")))
     if box[1] is not None:
         raise box[1]
     return box[0]
@@ -150,7 +153,7 @@ def everyone(value: T) -> list[T]:
     if world == 1:
         return [value]
     found: list[Any] = [None] * world
-    _together(lambda: dist.all_gather_object(found, value, _hosts[0]))
+    _together(lambda: dist.all_gather_object(found, value, _host()))
     return found
 
 
@@ -160,7 +163,7 @@ def _together(act: Callable[[], Any]) -> None:
         act()
     except RuntimeError as error:
         raise PeerError(
-            f"another process has ended before the work was done: {_first_line(error)}"
+            f"another process has ended before the work was done: {first_line(error)}"
         ) from error
 
 

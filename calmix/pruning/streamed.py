@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from calmix.errors import SolverError
 from calmix.machine import free_memory
 from calmix.models.streaming import WeightSource
 from calmix.pruning import distributed
@@ -53,16 +54,18 @@ def prune_streamed(
     *,
     sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> list[PruneReport]:
+) -> list[PruneReport | SolverError]:
     """Prune a model into the targets' work folders, each from its first block that is not done.
 
     A block is read once and pruned for every target. What is the same for all is done once: the
-    decoder's part before the blocks, and the statistic of the first input.
+    decoder's part before the blocks, and the statistic of the first input. Of several targets
+    those that a method cannot solve end with its error, and the others go on.
     """
     blocks, layout = source.blocks, list(source.layout.items())
     began = time.perf_counter()
     shared: dict[tuple[type[Statistic], int], Tensor] = {}
     runs: list[Run] = []
+    failed: dict[Run, SolverError] = {}
     for target in targets:
         check_pattern(blocks, target.pattern)
         run = Run(
@@ -88,7 +91,8 @@ def prune_streamed(
         progress(finished, len(runs) * len(blocks))
     for index in range(len(blocks)):
         name = _file(source, layout[index][0])
-        left = [(target, run) for target, run in both if target.work.done <= index]
+        left = [(target, run) for target, run in both
+                if target.work.done <= index and run not in failed]  # fmt: skip
         replayed = [(target, run) for target, run in calibrated if target.work.done > index]
         if left:
             source.fetch(index, ahead=plan.overlap)
@@ -97,7 +101,13 @@ def prune_streamed(
         for target, run in left:
             for parameter, weight in dense.items():
                 parameter.copy_(weight)
-            run.block(index)
+            try:
+                run.block(index)
+            except SolverError as error:
+                if len(failed) == len(runs) - 1:
+                    raise
+                failed[run] = error
+                continue
             run.report.seconds["total"] = spent + time.perf_counter() - began
             if target.work.claimed:
                 target.work.save(name, source.weights(index))
@@ -114,7 +124,7 @@ def prune_streamed(
         source.drop(index)
     for run in runs:
         run.report.seconds["total"] = spent + time.perf_counter() - began
-    return [run.report for run in runs]
+    return [failed.get(run, run.report) for run in runs]
 
 
 def _file(source: WeightSource, name: str) -> str:

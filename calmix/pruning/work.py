@@ -74,7 +74,7 @@ class WorkFolder:
         self.kept: dict[str, Any] = {}
         self.resumes, self.upgraded = False, ""
         self._asked: dict[str, Any] = {}
-        self._overwrite = False
+        self._overwrite, self._new = False, not self.output.parent.exists()
         place = self.output.with_name(f".{self.output.name}.lock")
         self._lock = FileLock(place, thread_local=False)
 
@@ -184,7 +184,12 @@ class WorkFolder:
         """
         path = self.path / name
         wanted = self.kept.get("files", {}).get(name)
-        if not path.is_file() or wanted != sha256_file(path):
+        if not path.is_file():
+            raise InputError(
+                f"there is no {path}: several processes need one disk; else start over with "
+                "--overwrite"
+            )
+        if wanted != sha256_file(path):
             raise damaged(path)
         return read_file(path)
 
@@ -229,6 +234,9 @@ class WorkFolder:
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""
         give_back(self._lock)
+        if self._new:  # of several targets the last one removes the folder of all
+            with contextlib.suppress(OSError):
+                self.output.parent.rmdir()
 
     def abandon(self) -> None:
         """Remove the folder and let go of it."""

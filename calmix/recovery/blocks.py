@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -68,20 +67,6 @@ class Stream:
             self.states[number] = self.run(index, number, keep=True)
 
 
-@dataclass
-class BlockReport:
-    """Mean relative errors a token of a block: of the held-out rows `before` and `after`; by epoch
-    of the training rows (`losses`) and of the others. `epochs` is the one that was kept, or 0.
-    """
-
-    block: int
-    before: float
-    after: float
-    losses: list[float]
-    held_out: list[float]
-    epochs: int
-
-
 def tune(
     stream: Stream,
     index: int,
@@ -95,12 +80,14 @@ def tune(
     at_once: int,
     seed: int,
     keep: Callable[[], None],
-) -> BlockReport:
+) -> dict[str, Any]:
     """Train one block until its epochs are over or the held-out rows no longer get better.
 
     `stream` is the pruned one, `targets` the dense stream behind the dense block. `groups` are the
     numbers of the micro-batches that train, those together that share a step whatever their size;
     `sizes` the tokens of every micro-batch. `keep` is called whenever the masters are the best.
+    Returned are mean relative errors a token: of the held-out rows `before` and `after`; by epoch
+    of the training rows (`losses`) and of the others. `epochs` is the one that was kept, or 0.
     """
 
     def error(numbers: Sequence[int], *, learn: bool) -> Tensor:
@@ -142,7 +129,8 @@ def tune(
             keep()
         if due:
             break
-    return BlockReport(index, before, readings[best], losses, readings[1:], best)
+    return {"block": index, "before": before, "after": readings[best], "losses": losses,
+            "held_out": readings[1:], "epochs": best}  # fmt: skip
 
 
 def recover_blocks(job: Job) -> tuple[float, float, Any]:
@@ -160,7 +148,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         numbers.append(list(range(len(groups), len(groups) + len(parts))))
         groups += parts
     sizes = [len(group) * ids.shape[1] for group in groups]
-    reports = [BlockReport(**report) for report in work.kept.get("blocks", [])]
+    reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
     dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
     files = list(pair.pruned.layout)
     for index in range(len(found)):
@@ -186,7 +174,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
             del masters
             made = job.write(files[index], best)
             del best
-            job.keep(index + 1, blocks=[asdict(report) for report in reports])
+            job.keep(index + 1, blocks=reports)
         del own
         pair.pruned.refill(index, made)
         del made
@@ -195,12 +183,12 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
             parameter.data = parameter.data.to(dtype)
         pruned.advance(index)
         pair.pruned.drop(index)
-        job.progress(index + 1, len(found), f"error {reports[index].after:.4f}")
+        job.progress(index + 1, len(found), f"error {reports[index]['after']:.4f}")
     for file in files[len(found) :]:
         job.write(file, {})
-    first = sum(report.before for report in reports) / len(reports)
-    last = sum(report.after for report in reports) / len(reports)
-    return first, last, [asdict(report) for report in reports]
+    first, last = (sum(report[at] for report in reports) / len(reports)
+                   for at in ("before", "after"))  # fmt: skip
+    return first, last, reports
 
 
 def _keep(job: Job, masters: Masters, best: dict[str, Tensor]) -> None:

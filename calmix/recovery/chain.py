@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from calmix.pruning.checkpoint import (
     asked_of,
     check_request,
     prune_checkpoints,
+    read_told,
     told_report,
 )
 from calmix.pruning.work import SET, SUFFIX
@@ -33,7 +35,7 @@ from calmix.recovery.checkpoint import finished_report, recover, streamed
 from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.memory import BEHIND, Sizes, sizes_of
 from calmix.recovery.training import split_rows
-from calmix.specs import PruneRequest, RecoverRequest, target_name
+from calmix.specs import How, PruneRequest, RecoverRequest
 
 STAGES, PRUNED = ".stages", "pruned"
 Done = tuple[PruneReport, RecoveryReport]
@@ -44,53 +46,39 @@ def prune_and_recover(
     targets: Mapping[Path, PruneRequest],
     recovery: RecoverRequest,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    max_memory: int | None = None,
-    started: Callable[[CalibrationSet | None], None] | None = None,
     pruning: Callable[[int, int], None] | None = None,
     recovering: Callable[[int, int, str], None] | None = None,
-    writing: Callable[[str, int, int], None] | None = None,
-    note: Callable[[str], None] | None = None,
+    **how: Any,
 ) -> list[Done]:
     """Prune a model to one or several targets, and recover each on the same calibration set.
 
     The outputs are those of `prune_checkpoints` and `recover` in a row, but for what the manifest
     calls the pruned model, which is then gone. Interrupted at any moment, it resumes with
-    `resume`. All arguments are as for these two; the recovery computes in `dtype` too, or in what
-    it can train in.
+    `resume`. `how` is as for these two; the recovery computes in that dtype too, or in what it can
+    train in.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "--recover also prunes, in one process: start it without a launcher, or run calmix "
             "recover under one afterwards"
         )
-    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    both = how | {
-        "max_memory": max_memory, "resume": resume, "overwrite": overwrite, "writing": writing,
-        "note": note,
-    }  # fmt: skip
-    trained_in = "auto" if dtype == "float16" else dtype
-    asked = check_request(
-        name, targets, recovery, resume=resume, overwrite=overwrite, dtype=dtype, **how
-    )
+    run = How.of(**how)
+    training = replace(run, dtype="auto") if run.dtype == "float16" else run
+    asked = check_request(name, targets, run, recovery)
     if asked is not None:
         split_rows([""] * asked.draw.rows, recovery.batch, 0)  # whether there are enough
-    source = streamed(name, dtype, device, trust_remote_code)
+    source = streamed(name, run.opening)
     try:
         done: dict[Path, Done] = {}
         jobs: list[tuple[Job, Sizes]] = []
         for output, request in targets.items():
-            job = Job(recovery, output, dtype=trained_in, max_memory=max_memory, note=note, **how)
-            if resume and (found := _finished(job, request, source)) is not None:
+            job = Job(recovery, output, training)
+            if run.resume and (found := _finished(job, request, source)) is not None:
                 done[output] = found
                 _remove(_stages(output))
                 continue
-            check_output_folder(output, overwrite=overwrite)
-            if (stage := _stages(output)).exists() and not (resume or overwrite):
+            check_output_folder(output, overwrite=run.overwrite)
+            if (stage := _stages(output)).exists() and not (run.resume or run.overwrite):
                 raise InputError(
                     f"{stage} holds an interrupted run: resume it with --resume, start over with "
                     "--overwrite, or name another output"
@@ -110,17 +98,14 @@ def prune_and_recover(
                 job.check_memory(sizes, made.length, BEHIND)
             for output in left:
                 made.save(_stages(output) / SET, overwrite=True)
-        if started is not None:
-            started(made)
+        run.started(made)
 
     try:
         with disk_errors(next(iter(targets))):
             for output in left:
                 _stages(output).mkdir(parents=True, exist_ok=True)
         stages = {_stages(output) / PRUNED: request for output, request in left.items()}
-        reports = prune_checkpoints(
-            name, stages, dtype=dtype, started=drawn, progress=pruning, **both,
-        )  # fmt: skip
+        reports = prune_checkpoints(name, stages, **how | {"started": drawn, "progress": pruning})
     except BaseException:
         for output in left:
             if not any((_stages(output) / (PRUNED + end)).exists() for end in ("", SUFFIX)):
@@ -132,9 +117,10 @@ def prune_and_recover(
             held = CalibrationSet.open(stage / SET)
             manifest = read_object(stage / PRUNED / MANIFEST, f"{stage} is damaged")["calibration"]
             made = CalibrationSet(held.ids, held.sources, manifest)
+        own = {"dtype": training.dtype, "progress": recovering, "started": None}
         recovered = recover(
-            str(stage / PRUNED), name, recovery, output, dtype=trained_in, progress=recovering,
-            drawn=made, called=stage_name(name, request), **both,
+            str(stage / PRUNED), name, recovery, output, drawn=made,
+            called=stage_name(name, request), **how | own,
         )  # fmt: skip
         _remove(stage)
         done[output] = report, recovered
@@ -143,7 +129,7 @@ def prune_and_recover(
 
 def stage_name(name: str, request: PruneRequest) -> str:
     """Return what the manifest calls the pruned model, which is gone once the rest stands."""
-    return f"{name}, {target_name(request)}"
+    return f"{name}, {request.name}"
 
 
 def _stages(output: Path) -> Path:
@@ -153,13 +139,13 @@ def _stages(output: Path) -> Path:
 
 def _finished(job: Job, request: PruneRequest, source: StreamedModel) -> Done | None:
     """Return the reports of an output that an earlier run of the same request has finished."""
+    manifest, run = (read_told(job.output / one) for one in (MANIFEST, RUN))
     try:
-        manifest, run = (read_object(job.output / one, "") for one in (MANIFEST, RUN))
         if manifest["pruned"]["request_sha256"] != sha256_json(asked_of(request, source)):
             return None
         report = told_report(manifest["pruned"], run["pruned"])
         asked = job.asked(manifest["model"]["sha256"], manifest["against"]["sha256"])
-    except (InputError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     recovered = finished_report(job, asked)
     return None if recovered is None else (report, recovered)

@@ -7,7 +7,6 @@ as for a pruning run: `calmix.json`, the same for the same inputs, and `calmix-r
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,22 @@ from calmix.calibration import (
     saved_set,
 )
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import check_output_folder, read_object, sha256_json, write_json
+from calmix.files import check_output_folder, sha256_json, write_json
 from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
 from calmix.models import open_model
 from calmix.models.opening import check_ids, check_models, fingerprint
 from calmix.models.shards import write_index
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.precision import reproducible
-from calmix.pruning.checkpoint import MANIFEST, RUN
+from calmix.pruning.checkpoint import MANIFEST, RUN, read_told
+from calmix.pruning.distributed import everyone, once
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
 from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.memory import sizes_of
 from calmix.recovery.pair import compare
 from calmix.recovery.training import split_rows
-from calmix.specs import RecoverRequest
+from calmix.specs import How, RecoverRequest
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of weights a model
 
@@ -45,18 +45,9 @@ def recover(
     request: RecoverRequest,
     output: Path | str,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    max_memory: int | None = None,
-    started: Callable[[CalibrationSet], None] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-    writing: Callable[[str, int, int], None] | None = None,
-    note: Callable[[str], None] | None = None,
     drawn: CalibrationSet | None = None,
     called: str | None = None,
+    **how: Any,
 ) -> RecoveryReport:
     """Train what pruning has left, on a calibration set, and write a checkpoint.
 
@@ -67,41 +58,33 @@ def recover(
     Args:
         pruned: the model to recover, as `open_model` takes it.
         against: the dense model it was pruned from.
-        request: what to do, from `calmix.specs.recover_request`.
+        request: what to do, from `calmix.recover_request`.
         output: the folder to write; it appears whole or not at all.
-        dtype: what to compute in: `bfloat16` or `float32`; `auto`: bfloat16 where it is fast.
-        overwrite, resume: as for `prune_checkpoints`.
-        max_memory: bytes the process may hold; what is needed is reported before the work starts.
-        started: called once the calibration set is ready.
-        progress: called with steps or blocks done, their number and the latest loss.
-        writing, note: as for `calmix.calibration.resolve`.
         drawn: the calibration set that is asked for, if it is there already.
         called: what the manifest calls the pruned model, if not `pruned`.
+        **how: as in `calmix.specs.How`; the dtype is what to compute in, `bfloat16` or `float32`,
+            `auto` for bfloat16 where it is fast.
 
     Raises:
         CalmixError: anything a user can mend, before an output is touched.
     """
-    job = Job(
-        request, Path(output), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-        max_memory=max_memory, note=note, progress=progress,
-    )  # fmt: skip
-    work, finished = job.work, resume and (job.output / MANIFEST).is_file()
+    run = How.of(**how)
+    job, trust = Job(request, Path(output), run), run.trust_remote_code
+    work, finished = job.work, run.resume and (job.output / MANIFEST).is_file()
 
     def check() -> None:
         inputs: list[object] = [pruned, against, saved_set(request.calibration)]
-        if drawn is None and not resume:  # else what it was drawn from may be gone
+        if drawn is None and not run.resume:  # else what it was drawn from may be gone
             made_of = ask(request.calibration, **request.draw)
             split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
             inputs += made_of.files
-        check_output_folder(job.output, inputs=inputs, overwrite=overwrite or finished)
-        check_models(pruned, against, trust_remote_code=trust_remote_code)
+        check_output_folder(job.output, inputs=inputs, overwrite=run.overwrite or finished)
+        check_models(pruned, against, trust_remote_code=trust)
 
-    job.together(check)
-    models = [
-        streamed(n, job.type_name, str(job.device), trust_remote_code) for n in (pruned, against)
-    ]
+    once(check)
+    models = [streamed(name, job.opening) for name in (pruned, against)]
     try:
-        tokenizers = [open_tokenizer(m.name, trust_remote_code=trust_remote_code) for m in models]
+        tokenizers = [open_tokenizer(one.name, trust_remote_code=trust) for one in models]
         job.pair = pair = compare(*models)
         if tokenizers[0].tokenizer_fingerprint != tokenizers[1].tokenizer_fingerprint:
             raise InputError(
@@ -119,15 +102,15 @@ def recover(
         asked = job.asked(*(fingerprint(one.folder) for one in models))
         if finished and (report := finished_report(job, asked)) is not None:
             return report
-        work.kept = job.together(lambda: work.claim(asked, resume=resume, overwrite=overwrite))
+        take = {"resume": run.resume, "overwrite": run.overwrite}
+        work.kept = once(lambda: work.claim(asked, **take))
         try:
-            calibration = job.together(lambda: _calibration(job, tokenizers[1], drawn, writing))
+            calibration = once(lambda: _calibration(job, tokenizers[1], drawn))
             embeddings = pair.pruned.model.get_input_embeddings()
             check_ids(pair.pruned.name, embeddings, calibration.ids)
             job.begin(calibration)
             job.check_memory(sizes_of(pair.pruned, request.method, job.dtype), calibration.length)
-            if started is not None:
-                started(calibration)
+            run.started(calibration)
             if work.upgraded:
                 job.say(work.upgraded)
             if work.done:
@@ -142,7 +125,7 @@ def recover(
             )  # fmt: skip
             if job.main:
                 _finish(job, asked, report, called or pair.pruned.name)
-            job.wait()
+            everyone(None)
         except BaseException as error:
             if work.claimed and work.leave(error):
                 kept = f"{work.done} {work.unit} are kept in {work.path}"
@@ -154,19 +137,16 @@ def recover(
             one.close()
 
 
-def streamed(name: str, dtype: str, device: str, trust_remote_code: bool) -> StreamedModel:
+def streamed(name: str, opening: dict[str, Any]) -> StreamedModel:
     """Open a model block by block, as it has to be for a recovery (else ModelError)."""
     try:
-        return StreamedModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return StreamedModel(name, **opening)
     except NotStreamableError as error:
         raise ModelError(f"{name} cannot be recovered, because {error}") from error
 
 
 def _calibration(
-    job: Job,
-    tokenizer: OpenTokenizer,
-    drawn: CalibrationSet | None,
-    writing: Callable[[str, int, int], None] | None,
+    job: Job, tokenizer: OpenTokenizer, drawn: CalibrationSet | None
 ) -> CalibrationSet:
     """Return the set of the work that is resumed, or draw it; the dense model writes text."""
     request = job.request
@@ -176,8 +156,9 @@ def _calibration(
         job.check_room(asked.draw.rows * asked.draw.length)
         opened: Any = tokenizer
         if asked.runs_model:
-            opened = open_model(job.pair.dense.name, device=str(job.device), **job.how)
-        made = resolve(request.calibration, opened, writing=writing, note=job.say, **request.draw)
+            opened = open_model(job.pair.dense.name, **job.opening | {"dtype": "auto"})
+        how = {"writing": job.run.writing, "note": job.say, **request.draw}
+        made = resolve(request.calibration, opened, **how)
     else:
         job.check_room(made.ids.numel())
     if not job.work.resumes:
@@ -189,7 +170,7 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str
     """Write what stands beside the weights, and turn the work into the output."""
     place, pruned = job.work.checkpoint, job.pair.pruned
     done = report.to_json()
-    run = run_record(done.pop("seconds")) | {"pruned": _read(pruned.folder / RUN)}
+    run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
     manifest = {
         "kind": "recovered checkpoint",
         "model": {"name": called, "sha256": asked["pruned"]},
@@ -200,11 +181,11 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str
         "request": request_record(job.request),
         "calibration": job.calibration.manifest,
         "recovery": done,
-        "pruned": _read(pruned.folder / MANIFEST),
+        "pruned": read_told(pruned.folder / MANIFEST) or None,
         "versions": versions() | asked["versions"],
         "request_sha256": sha256_json(asked),
     }
-    kinds = (*BESIDE, "*.py") if job.how["trust_remote_code"] else BESIDE
+    kinds = (*BESIDE, "*.py") if job.run.trust_remote_code else BESIDE
     with disk_errors(place):
         for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
             if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
@@ -216,17 +197,9 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str
     job.work.complete()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return what the pruned model's manifest or run record holds; None if it has none."""
-    try:
-        return read_object(path, "")
-    except InputError:
-        return None
-
-
 def finished_report(job: Job, asked: dict[str, Any]) -> RecoveryReport | None:
     """Return the report of an output that an earlier run of the same request has finished."""
-    manifest, run = (_read(job.output / name) or {} for name in (MANIFEST, RUN))
+    manifest, run = (read_told(job.output / name) for name in (MANIFEST, RUN))
     if manifest.get("request_sha256") != sha256_json(asked):
         return None
     try:

@@ -24,6 +24,7 @@ from calmix.evaluation.likelihood import Head, decoder_and_head
 from calmix.models import find_blocks
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.shards import read_file, write_file
+from calmix.pruning.distributed import everyone, once
 from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
 from calmix.recovery.pair import same_head
@@ -201,7 +202,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         now = time.monotonic()
         over = progress.stopped or progress.done == progress.steps
         due = not over and now - saved >= SAVING * took
-        if job.together(functools.partial(bool, due)):
+        if once(functools.partial(bool, due)):
             state = 1 - counted[0]
             own = f"state-{state}/{job.rank}"
             work.save(own, masters.state())
@@ -225,12 +226,12 @@ def _dense_states(job: Job, shared: bool) -> tuple[Path, Head | None]:
 
     Each process makes its share. Returns the folder, and the head if it is not the pruned model's.
     """
-    folder, ids = job.together(lambda: job.work.scratch("dense")), job.calibration.ids
+    folder, ids = once(lambda: job.work.scratch("dense")), job.calibration.ids
     decoder, head = decoder_and_head(job.open(job.pair.dense.name))
     for part in grouped(range(job.rank, len(ids), job.processes), job.plan.rows):
         with torch.inference_mode():
             hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
         for row, value in zip(part, hidden, strict=True):
             write_file(folder / str(row), {"hidden": value})
-    job.wait()
+    everyone(None)
     return folder, None if shared else head

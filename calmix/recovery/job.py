@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet
-from calmix.errors import CalmixError, InputError
+from calmix.errors import InputError
 from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import asked_record, deciding_versions
 from calmix.models import open_model
 from calmix.models.opening import device_of
 from calmix.precision import fast_half_precision
+from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
 from calmix.pruning.work import CHECKPOINT, WorkFolder
 from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
 from calmix.recovery.pair import Pair
 from calmix.recovery.training import Masters, Rows, rows_at_once, split_rows, trained_names
 from calmix.shown import Shown
-from calmix.specs import RecoverRequest
+from calmix.specs import How, RecoverRequest
 
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-T = TypeVar("T")
 
 
 @dataclass(repr=False)
@@ -40,8 +39,8 @@ class RecoveryReport(Shown):
 
     `before` and `after` are the loss of the held-out rows (their numbers in `held_out`): mean KL a
     token in nats (distill), or the mean relative error a token, over blocks (blocks). `curve` has
-    the losses on the way, as `Progress` or a `BlockReport` a block. Of the `weights` of the linear
-    maps, `zeros` are and stay zero.
+    the losses on the way, as `Progress` or as `tune` returns them of each block. Of the `weights`
+    of the linear maps, `zeros` are and stay zero.
     """
 
     method: str
@@ -81,23 +80,12 @@ class Job:
     calibration: CalibrationSet
     rows: Rows
     plan: Plan
+    accelerator: Any
 
-    def __init__(
-        self,
-        request: RecoverRequest,
-        output: Path,
-        *,
-        dtype: str,
-        device: str,
-        trust_remote_code: bool,
-        max_memory: int | None,
-        note: Callable[[str], None] | None,
-        progress: Callable[[int, int, str], None] | None = None,
-    ) -> None:
-        self.request, self.output, self.max_memory = request, output, max_memory
-        self.how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        self.progress = progress or (lambda done, total, loss: None)
-        self.accelerator: Any = None
+    def __init__(self, request: RecoverRequest, output: Path, run: How) -> None:
+        self.request, self.output, self.run = request, output, run
+        self.progress, self.accelerator = run.progress, None
+        device, dtype = run.device, run.dtype
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and request.method == "blocks":
             raise InputError("recovery by blocks runs in one process: start it without a launcher")
@@ -128,12 +116,13 @@ class Job:
         if dtype not in TYPES:
             raise InputError(f"--dtype {dtype} cannot train: use bfloat16 or float32")
         self.type_name, self.dtype = dtype, TYPES[dtype]
-        self.say = note if note is not None and self.main else (lambda line: None)
+        self.opening = run.opening | {"dtype": dtype, "device": str(self.device)}
+        self.say = run.note if self.main else How.note
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
 
     def open(self, name: str) -> Any:
         """Open a model whole, in what this computes in."""
-        return open_model(name, dtype=self.type_name, device=str(self.device), **self.how).model
+        return open_model(name, **self.opening).model
 
     def asked(self, pruned: str, against: str) -> dict[str, Any]:
         """Return what decides the bytes of the result beside the text, models by hash."""
@@ -146,28 +135,6 @@ class Job:
             **asked_record(self.request),
             "versions": deciding_versions("accelerate"),
         }
-
-    def together(self, act: Callable[[], T]) -> T:
-        """Let the main process act, and return what came of it, or raise it, in all."""
-        if self.processes == 1:
-            return act()
-        from accelerate.utils import broadcast_object_list
-
-        box: list[Any] = [None, None]
-        if self.main:
-            try:
-                box[0] = act()
-            except CalmixError as error:
-                box[1] = error
-        broadcast_object_list(box)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
-
-    def wait(self) -> None:
-        """Wait for the other processes."""
-        if self.processes > 1:
-            self.accelerator.wait_for_everyone()
 
     def begin(self, calibration: CalibrationSet) -> None:
         """Take the calibration set, hold rows out of it, and start the clock where it was left."""
@@ -193,15 +160,15 @@ class Job:
         held += more
         rows = rows_at_once(self.request.batch // self.processes, length)
         room = int(ROOM * free) // self.processes
-        if self.max_memory is None:
+        if (most := self.run.max_memory) is None:
             rows = rows[:1]
         else:
             held = -(-held // (GIB // 4)) * (GIB // 4)
-            room = self.max_memory - held
+            room = most - held
         if begun := self.work.kept.get("rows_at_once"):
             rows = [begun]
         self.plan = make_plan(self.request.method, sizes, length, rows, room)
-        self.say("recovery " + check_memory(self.plan.needed, held, self.max_memory, free))
+        self.say("recovery " + check_memory(self.plan.needed, held, most, free))
 
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery on so many tokens for whose files the disk has no room."""
@@ -221,11 +188,8 @@ class Job:
     def keep(self, done: int, *own: str, **facts: Any) -> None:
         """Make count what is done, with the files that each process has saved as its `own`."""
         files = self.work.kept.setdefault("files", {})
-        if self.processes > 1:
-            from accelerate.utils import gather_object
-
-            for part in gather_object([{name: files[name] for name in own}]):
-                files |= part
+        for part in distributed.everyone({name: files[name] for name in own}):
+            files |= part
         self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
 
     def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,19 @@ from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import Reference, distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate
-from calmix.evaluation.retention import Estimate, Retention
+from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_scores
 from calmix.files import atomic_folder, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, find_blocks, open_model
+from calmix.options import TrialOptions
 from calmix.precision import dtype_name
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.allocation import from_shares
 from calmix.pruning.engine import Patterns
-from calmix.pruning.patterns import as_pattern
 from calmix.recovery import recover
 from calmix.recovery.training import trained_names
-from calmix.study.results import Interval, TaskOutcome, Trial
+from calmix.study.results import TaskOutcome, Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
 from calmix.study.trials import Key, Planned, Resolved, halves_of, kind_of
@@ -46,26 +46,11 @@ CHECKPOINT = "checkpoint"
 Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
 
 
-@dataclass(frozen=True)
-class Options:
-    """How trials run, which does not change what they find.
-
-    Attributes:
-        device: torch device, or `auto`.
-        trust_remote_code: run modelling code shipped with a model.
-        allow_code_execution: run code the models write, in a limited subprocess.
-    """
-
-    device: str = "auto"
-    trust_remote_code: bool = False
-    allow_code_execution: bool = False
-
-
 class Bench:
     """Runs trials of a study one after another in this process."""
 
-    def __init__(self, study: Study, store: Store, options: Options) -> None:
-        self.study, self.store, self.options = study, store, options
+    def __init__(self, study: Study, store: Store, options: TrialOptions) -> None:
+        self.study, self.store, self.allows = study, store, options.allow_code_execution
         self.how: dict[str, Any] = {
             "device": options.device, "trust_remote_code": options.trust_remote_code,
         }  # fmt: skip
@@ -99,8 +84,8 @@ class Bench:
                 self._dense = load_scores(path)
             except InputError:  # none there, of an older format, or damaged
                 self._dense = evaluate(
-                    opened, suite, allow_code_execution=self.options.allow_code_execution,
-                    cache=True, progress=lambda *of: stage("scoring the dense model", *of),
+                    opened, suite, allow_code_execution=self.allows, cache=True,
+                    progress=lambda *of: stage("scoring the dense model", *of),
                 )  # fmt: skip
                 self._dense.save(path)
         named = dict(opened.model.named_parameters())
@@ -132,8 +117,7 @@ class Bench:
             elif self.study.file.keep_checkpoints:
                 self._keep(report, made, folder / CHECKPOINT)
             scores = evaluate(
-                self.opened, self.study.suite, floors=False,
-                allow_code_execution=self.options.allow_code_execution,
+                self.opened, self.study.suite, floors=False, allow_code_execution=self.allows,
                 progress=lambda *of: stage("scoring", *of),
             )  # fmt: skip
             if self._reference is not None:
@@ -208,7 +192,7 @@ class Bench:
             return self._pruned[1]
         self._restore()
         model, request, method = self.opened.model, planned.request, planned.method
-        pattern: Patterns = as_pattern(request.pattern or request.sparsity or 0.0)
+        pattern: Patterns = request.target
         if isinstance(request.allocation, str):
             assert made is not None
             pattern = allocate(
@@ -269,10 +253,6 @@ def describe(
     seconds: dict[str, float],
 ) -> Trial:
     """Return the record of a finished trial."""
-
-    def interval(value: Estimate) -> Interval:
-        return Interval(**asdict(value))
-
     planned = trial.planned
     same = set(TaskOutcome.model_fields) - {"task", "retention"}
     return Trial(
@@ -286,13 +266,12 @@ def describe(
         propagation=planned.request.propagation,
         suite=study.suite.name,
         information=information,
-        total=interval(kept.total),
+        total=kept.total,
         worst=kept.worst,
-        dimensions={one.name: interval(one.kept) for one in kept.dimensions},
+        dimensions={one.name: one.kept for one in kept.dimensions},
         tasks=tuple(
             TaskOutcome(
-                task=task.name, retention=interval(task.kept),
-                **{name: getattr(task, name) for name in same},
+                task=task.name, retention=task.kept, **{name: getattr(task, name) for name in same}
             )
             for task in kept.tasks
         ),

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from calmix import machine
-from calmix.errors import CalmixError, InputError, MissingExtraError
+from calmix.errors import CalmixError, InputError, MissingExtraError, first_line
 from calmix.models.opening import device_of
-from calmix.study.bench import Bench, Options
+from calmix.options import TrialOptions
+from calmix.study.bench import Bench
 from calmix.study.estimate import check_memory, largest, passing_memory, trial_memory
 from calmix.study.results import Trial
 from calmix.study.running import Execute, Observer, Outcome, run_one
@@ -42,10 +43,10 @@ def on_ray(
         import ray
     except ImportError:
         raise MissingExtraError("running on Ray", "ray") from None
-    how: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    start: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = max(machine.cores(), round((workers or 0) * cpus))
-        how |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
+        start |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
     elif address != "auto":  # at once: Ray itself tries for a minute
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
@@ -57,21 +58,22 @@ def on_ray(
             ) from error
 
     def execute(
-        study: Study, store: Store, todo: Sequence[Resolved], options: Options, observer: Observer
+        study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
     ) -> Outcome:
         if not todo:
             return Outcome()
         try:
-            ray.init(address=address or "local", **how)
+            ray.init(address=address or "local", **start)
         except Exception as error:  # Ray raises anything
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-            raise InputError(f"Ray does not start ({reason}): check --address") from error
+            raise InputError(
+                f"Ray does not start ({first_line(error)}): check --address"
+            ) from error
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             given = gpus
             if given is None:
                 given = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
-            held = passing_memory if given and options.device != "cpu" else trial_memory
+            held = passing_memory if given and how.device != "cpu" else trial_memory
             label, memory = largest(study, [trial.planned for trial in todo], "cpu", held)
             most = room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
             count = min(most, workers or most, len(todo))
@@ -80,7 +82,7 @@ def on_ray(
                 num_cpus=cpus, num_gpus=given, memory=memory or None,
                 max_restarts=-1, max_task_retries=retries,
             )(Worker)  # fmt: skip
-            shared = Path.cwd(), study, Store(store.path.absolute(), store.index), options
+            shared = Path.cwd(), study, Store(store.path.absolute(), store.index), how
             outcome, died = _run([actor.remote(*shared) for _ in range(count)], todo, observer)
         finally:
             ray.shutdown()
@@ -110,10 +112,10 @@ def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], label
 class Worker:
     """A process that runs trials of one study; an actor of Ray."""
 
-    def __init__(self, folder: Path, study: Study, store: Store, options: Options) -> None:
+    def __init__(self, folder: Path, study: Study, store: Store, how: TrialOptions) -> None:
         if folder.is_dir():  # paths in the study are relative to where it was started
             os.chdir(folder)
-        self.bench, self.device = Bench(study, store, options), device_of(options.device)
+        self.bench, self.device = Bench(study, store, how), device_of(how.device)
 
     def run(self, trial: Resolved) -> tuple[Resolved, Trial | None, Outcome]:
         """Run one trial, and return what came of it."""
@@ -138,7 +140,7 @@ def _run(workers: list[Any], todo: Sequence[Resolved], observer: Observer) -> tu
                 raise InputError(str(error.cause)) from None
             raise
         except ray.exceptions.RayActorError as error:
-            died = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            died = first_line(error)
             continue
         outcome.finished += made.finished
         outcome.failed |= made.failed

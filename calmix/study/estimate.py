@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -22,14 +21,14 @@ from calmix import assets
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
-from calmix.errors import CalmixError, InputError, ModelError
+from calmix.errors import CalmixError, InputError
 from calmix.evaluation.abilities import load_asked
 from calmix.evaluation.suites import ARCHIVE, WRITTEN, Suite
 from calmix.evaluation.tasks import load_items, preamble
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import cache_argument, use_own_attention
-from calmix.models.opening import DTYPES, device_of, known_model, quiet_transformers
+from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.precision import fast_half_precision
 from calmix.pruning import prune
 from calmix.pruning.allocation import SPREAD, looker
@@ -77,19 +76,15 @@ class Timed:
 
         self.device = device_of(device)
         place = name if known_model(name) is None else resolve_model(name)
-        with quiet_transformers():
-            try:
-                trust = {"trust_remote_code": trust_remote_code}
-                config = AutoConfig.from_pretrained(place, **trust)
-                chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
-                slow = self.device.type == "cpu" and not fast_half_precision(chosen)
-                self.dtype: torch.dtype = torch.float32 if dtype == "auto" and slow else chosen
-                with init_empty_weights(include_buffers=False):
-                    model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
-                model.tie_weights()
-            except Exception as error:  # transformers raises anything
-                line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise ModelError(f"cannot read the configuration of {name}: {line}") from error
+        trust = {"trust_remote_code": trust_remote_code}
+        with loading(f"cannot read the configuration of {name}"):
+            config = AutoConfig.from_pretrained(place, **trust)
+            chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+            slow = self.device.type == "cpu" and not fast_half_precision(chosen)
+            self.dtype: torch.dtype = torch.float32 if dtype == "auto" and slow else chosen
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
+            model.tie_weights()
         self.model: Any = model.requires_grad_(False).eval()
         use_own_attention(self.model)
         self.blocks = find_blocks(self.model)
@@ -115,7 +110,7 @@ class Timed:
 
     def block_bytes(self, index: int) -> int:
         """Return the bytes of a block's weights."""
-        return sum(p.numel() * p.element_size() for p in self.blocks.blocks[index].parameters())
+        return sum(p.nbytes for p in self.blocks.blocks[index].parameters())
 
     @cached_property
     def _kinds(self) -> list[tuple[Any, float]]:
@@ -354,42 +349,13 @@ def text_tokens(suite: Suite) -> int:
     return TEXT_ROWS * TEXT_LENGTH * sum(name in builtin_readers() for name in suite.dimensions)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Trials that take the same, and what each of them takes: seconds by stage, bytes."""
+def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
+    """Return what a study will take on this machine, one trial at a time.
 
-    model: str
-    method: str
-    pattern: str
-    rows: int
-    length: int
-    trials: int
-    seconds: dict[str, float]
-    memory: float
-    disk: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a study will take, one trial at a time: seconds, and bytes of memory and on disk.
-
-    `sets_seconds` make and measure the calibration sets, `dense_seconds` score the dense models,
-    and `notes` say what was assumed and what does not fit.
+    In all seconds, and bytes of memory and on disk; `sets_seconds` make and measure the calibration
+    sets, `dense_seconds` score the dense models. `groups` are of trials that take the same, with
+    what each takes, `notes` say what was assumed and what does not fit.
     """
-
-    trials: int
-    seconds: float
-    memory: float
-    disk: float
-    sets: int
-    sets_seconds: float
-    dense_seconds: float
-    groups: list[Group]
-    notes: list[str]
-
-
-def estimate(study: Study, device: str = "auto") -> Estimate:
-    """Return what a study will take on this machine."""
     models = {label: Timed(m.name, m.dtype, device) for label, m in study.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
     groups: dict[tuple[Any, ...], list[Planned]] = {}
@@ -401,7 +367,8 @@ def estimate(study: Study, device: str = "auto") -> Estimate:
         if trial.rows:
             size = trial.model, trial.calibration, trial.rows, trial.length, trial.seed
             sets.setdefault(size, trial)
-    found, notes = [], []
+    found: list[dict[str, Any]] = []
+    notes = []
     if not work.exact:
         notes.append(
             f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
@@ -411,19 +378,17 @@ def estimate(study: Study, device: str = "auto") -> Estimate:
         like, model = members[0], models[members[0].model]
         allocation = like.request.allocation if like.request.allocation in SPREAD else None
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
-        taken = {
-            "prune": pruned
-            * model.pruning(
-                like.method, like.request.propagation, like.rows, like.length, allocation
-            ),
-            "evaluate": model.evaluation(work, texts),
-        }
+        shape = like.rows, like.length
+        once = model.pruning(like.method, like.request.propagation, *shape, allocation)
+        taken = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
         if like.recovery is not None:
-            taken["recover"] = model.recovery(like.recovery, like.rows, like.length)
-        disk = 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000
-        sizes = like.rows, like.length, len(members)
+            taken["recover"] = model.recovery(like.recovery, *shape)
         memory = trial_memory(model, like)
-        found.append(Group(like.model, like.way, like.pattern, *sizes, taken, memory, disk))
+        found.append({
+            "model": like.model, "method": like.way, "pattern": like.pattern, "rows": like.rows,
+            "length": like.length, "trials": len(members), "seconds": taken, "memory": memory,
+            "disk": 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000,
+        })  # fmt: skip
         there = device_memory(model.device)[2] or total_memory()
         if memory > there:
             notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
@@ -432,15 +397,15 @@ def estimate(study: Study, device: str = "auto") -> Estimate:
         for one in sets.values()
     )
     dense = sum(model.evaluation(work) for model in models.values())
-    return Estimate(
-        trials=sum(group.trials for group in found),
-        seconds=made + dense + sum(g.trials * sum(g.seconds.values()) for g in found),
-        memory=max(group.memory for group in found),
-        disk=sum(8.0 * one.rows * one.length for one in sets.values())
-        + sum(group.trials * group.disk for group in found),
-        sets=len(sets), sets_seconds=made, dense_seconds=dense, groups=found,
-        notes=list(dict.fromkeys(notes)),
-    )  # fmt: skip
+    run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
+    kept = sum(group["trials"] * group["disk"] for group in found)
+    return {
+        "trials": sum(group["trials"] for group in found), "seconds": made + dense + run,
+        "memory": max(group["memory"] for group in found),
+        "disk": kept + sum(8.0 * one.rows * one.length for one in sets.values()),
+        "sets": len(sets), "sets_seconds": made, "dense_seconds": dense, "groups": found,
+        "notes": list(dict.fromkeys(notes)),
+    }  # fmt: skip
 
 
 def trial_memory(model: Timed, trial: Planned) -> float:

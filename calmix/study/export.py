@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, text_metrics
-from calmix.errors import InputError
+from calmix.errors import InputError, first_line
 from calmix.evaluation.scores import load_scores
 from calmix.files import (
     check_apart,
@@ -19,7 +19,7 @@ from calmix.files import (
     write_text,
 )
 from calmix.study.items import read_items, write_items
-from calmix.study.results import Interval, StudyResults, Trial
+from calmix.study.results import Estimate, StudyResults, Trial
 from calmix.study.store import Run, Store, is_store, open_store
 
 KIND, FORMAT = "study results", 2
@@ -51,8 +51,8 @@ def read_results(path: Path | str) -> StudyResults:
             scores, dense = read_items(path / ITEMS)
             return results.model_copy(update={"scores": scores, "dense": dense})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise InputError(f"{path / RECORD} does not hold a study's results: {reason}") from error
+        line = f"{path / RECORD} does not hold a study's results: {first_line(error)}"
+        raise InputError(line) from error
     raise InputError(
         f"{path / RECORD} has format {found}, but this calmix reads format {FORMAT}: export again"
     )
@@ -95,7 +95,7 @@ def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
     same study gives the same table wherever and however often it is run.
     """
 
-    def interval(name: str, one: Interval) -> dict[str, float | None]:
+    def interval(name: str, one: Estimate) -> dict[str, float | None]:
         return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
 
     def distance(head: str, one: dict[str, Any] | None) -> dict[str, float | None]:
@@ -143,7 +143,7 @@ def _of_store(store: Store) -> StudyResults:
         trials=tuple(trials),
         failed=tuple(failed),
         environment=environment([record.run for record in kept.values()]),
-        suite=store.index.suite.model_dump(),
+        suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
         dense={label: load_scores(store.dense(key)).tasks for label, key in dense.items()},
     )

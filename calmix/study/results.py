@@ -8,24 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from calmix.evaluation.records import TaskScores
+from calmix.evaluation.retention import Estimate
 
 Scores = tuple[TaskScores, ...]
 Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What is refused with a key too many, and does not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Interval(_Record):
-    """A retention (1.0 is all of it) with its 95 % interval over items; None where undefined."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-class TaskOutcome(_Record):
+class TaskOutcome(Record):
     """A task of a trial, by its primary score; `retention` has no value without signal."""
 
     task: str
@@ -38,10 +33,10 @@ class TaskOutcome(_Record):
     dense_accuracy: float | None
     pruned_accuracy: float | None
     signal: bool
-    retention: Interval
+    retention: Estimate
 
 
-class Trial(_Record):
+class Trial(Record):
     """A finished trial: what was asked for, and what the pruned model retains.
 
     Attributes:
@@ -75,15 +70,15 @@ class Trial(_Record):
     seed: int
     suite: str
     information: dict[str, float]
-    total: Interval
+    total: Estimate
     worst: str | None
-    dimensions: dict[str, Interval]
+    dimensions: dict[str, Estimate]
     tasks: tuple[TaskOutcome, ...]
     seconds: dict[str, float]
     distance: dict[str, Any] | None = None
 
 
-class FailedTrial(_Record):
+class FailedTrial(Record):
     """A trial that ended in an error."""
 
     id: str
@@ -91,7 +86,7 @@ class FailedTrial(_Record):
     error: str
 
 
-class StudyResults(_Record):
+class StudyResults(Record):
     """All that analysis and report need.
 
     Attributes:

@@ -12,12 +12,13 @@ from typing import Any
 
 from filelock import Timeout
 
-from calmix.errors import CalmixError, DiskError, InputError
+from calmix.errors import CalmixError, DiskError, InputError, first_line
 from calmix.evaluation.evaluate import check_code
 from calmix.files import check_free
 from calmix.models.opening import check_models, device_of
+from calmix.options import TrialOptions
 from calmix.pruning.allocation import from_shares
-from calmix.study.bench import Bench, Options
+from calmix.study.bench import Bench
 from calmix.study.estimate import Timed, check_memory
 from calmix.study.export import KEYS, MIXED, read_results, write_tables
 from calmix.study.results import Trial
@@ -27,25 +28,14 @@ from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resol
 
 
 class Observer:
-    """Receives progress events of a run; this one ignores them."""
+    """Is told how a run goes; this one ignores it.
 
-    def begin(self, todo: int, planned: int) -> None:
-        """The run begins: trials to run, and all that the study asks for."""
+    `begin(todo, planned)`, `note(text)`, and of a trial `started(trial)`, `stage(trial, what, done,
+    total)`, `finished(trial, outcome)` and `failed(trial, error)`.
+    """
 
-    def started(self, trial: Resolved) -> None:
-        """A trial begins."""
-
-    def stage(self, trial: Resolved, what: str, done: int, total: int) -> None:
-        """A trial does something, so far `done` of `total`."""
-
-    def finished(self, trial: Resolved, outcome: Trial) -> None:
-        """A trial has finished."""
-
-    def failed(self, trial: Resolved, error: str) -> None:
-        """A trial has failed."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 @dataclass
@@ -57,7 +47,7 @@ class Outcome:
     elsewhere: dict[str, str] = field(default_factory=dict)
 
 
-Execute = Callable[[Study, Store, Sequence[Resolved], Options, Observer], Outcome]
+Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Observer], Outcome]
 
 
 def run_study(
@@ -65,7 +55,7 @@ def run_study(
     path: Path,
     observer: Observer,
     *,
-    options: Options | None = None,
+    options: TrialOptions | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     retry_failed: bool = False,
@@ -73,7 +63,7 @@ def run_study(
     execute: Execute | None = None,
 ) -> tuple[Store, Outcome]:
     """Run what is left of a study and keep it in the store at `path`."""
-    options = options or Options()
+    options = options or TrialOptions()
     check_folder(path, study.files)
     check_code(study.suite, options.allow_code_execution)
     others = [open_store(other) for other in reuse]
@@ -157,11 +147,11 @@ def check_allocations(
 
 
 def run_locally(
-    study: Study, store: Store, todo: Sequence[Resolved], options: Options, observer: Observer
+    study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
 ) -> Outcome:
     """Run trials one after another in this process; what another one runs is left to it."""
-    check_memory(study, [trial.planned for trial in todo], device_of(options.device))
-    bench, outcome = Bench(study, store, options), Outcome()
+    check_memory(study, [trial.planned for trial in todo], device_of(how.device))
+    bench, outcome = Bench(study, store, how), Outcome()
     for trial in todo:
         run_one(bench, trial, observer, outcome)
     for trial in todo:  # what others ran may have been given up meanwhile
@@ -192,8 +182,7 @@ def run_one(bench: Bench, trial: Resolved, observer: Observer, outcome: Outcome)
             except Exception as error:
                 line = " ".join(str(error).split())
                 if not isinstance(error, CalmixError):
-                    first = next(iter(str(error).strip().splitlines()), "")
-                    line = f"{type(error).__name__}: {first}"
+                    line = f"{type(error).__name__}: {first_line(error)}"
                 store.fail(trial, line, traceback.format_exc())
                 outcome.failed[label] = line
                 observer.failed(trial, line)

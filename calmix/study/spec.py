@@ -15,7 +15,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -27,20 +26,19 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.suites import Suite, load_suite
 from calmix.files import user_path
 from calmix.models.opening import known_model
-from calmix.options import parse_share
+from calmix.options import Propagation
 from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Unstructured, as_pattern
+from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
-from calmix.specs import SEED, Propagation, recovery_of, recovery_text
-from calmix.study.results import Strategy
+from calmix.specs import SEED, recovery_of, target_of
+from calmix.study.results import Record, Strategy
 from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # the calibration of a method that needs none, and no recovery
 UNIFORM = "uniform"  # the allocation that does not look at the model
-Target = float | str  # a share of weights, or N:M
 
 
 def _by(act: Callable[[Any], Any]) -> AfterValidator:
@@ -53,12 +51,6 @@ def _by(act: Callable[[Any], Any]) -> AfterValidator:
             raise ValueError(str(error)) from None
 
     return AfterValidator(check)
-
-
-def _target(value: Any) -> Target:
-    if isinstance(value, str) and ":" in value:
-        return str(as_pattern(value))
-    return Unstructured(parse_share(value)).sparsity
 
 
 def _allocation(value: str) -> str:
@@ -76,24 +68,18 @@ def _listed(value: Any) -> Any:
 Count = Annotated[int, Field(ge=1, strict=True)]
 Listed = BeforeValidator(_listed)
 Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,damping=0.1`
-Recovery = Annotated[
-    str, _by(lambda text: NONE if text == NONE else recovery_text(recovery_of(text)))
-]
-Targets = Annotated[list[Annotated[Any, _by(_target)]], Listed]
+Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of(text).text)]
+Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Strict):
+class Model(Record):
     """A model by its name, as `open_model` takes it."""
 
     name: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-class _Draw(_Strict):
+class _Draw(Record):
     """How rows are drawn; what is not given is left to `calmix.calibration.resolve`."""
 
     rows: Count | None = None
@@ -138,18 +124,17 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-class _Pruning(_Strict):
+class _Pruning(Record):
     """What is done with each calibration set, and with which seeds of it.
 
-    `damping` is an option of every method that has it and does not set it. `allocation` (`uniform`,
-    `owl`, `error`, or a file of sparsities by layer) and `recovery` (`none`, or as for `prune
-    --recover`) may list several; methods without a calibration set have neither.
+    `allocation` (`uniform`, `owl`, `error`, or a file of sparsities by layer) and `recovery`
+    (`none`, or as for `prune --recover`) may list several; methods without a calibration set have
+    neither.
     """
 
     methods: dict[Method, Targets] | None = None
     seeds: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
     propagation: Propagation | None = None
-    damping: Annotated[float, Field(gt=0)] | None = None
     allocation: Annotated[list[Annotated[str, _by(_allocation)]], Listed] | None = None
     recovery: Annotated[list[Recovery], Listed] | None = None
 
@@ -190,8 +175,8 @@ class StudyFile(_Draw, _Pruning):
     quick: bool = False
     limit: Count | None = None
     calibrations: Annotated[dict[str, Calibration], _under("from")]
-    sources: dict[str, Any] = {}
-    grids: list[Grid] = []
+    sources: dict[str, Any] = Field(default={})
+    grids: list[Grid] = Field(default=[])
     perplexity: bool = True
     keep_checkpoints: bool = False
 
@@ -246,11 +231,11 @@ class Study:
             "models": list(own.models), "calibrations": list(own.calibrations),
             "methods": own.methods or {}, "rows": own.rows, "length": own.length,
             "seeds": [SEED] if own.seeds is None else own.seeds,
-            "propagation": own.propagation, "damping": own.damping,
-            "allocation": own.allocation or [UNIFORM], "recovery": own.recovery or [NONE],
+            "propagation": own.propagation, "allocation": own.allocation or [UNIFORM],
+            "recovery": own.recovery or [NONE],
         }  # fmt: skip
         return [
-            Grid.model_validate(top | grid.model_dump(exclude_none=True))
+            Grid.model_construct(**top | {key: value for key, value in grid if value is not None})
             for grid in own.grids or [Grid()]
         ]
 
@@ -344,14 +329,9 @@ def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
         for method, targets in (part.methods or {}).items():
             if not targets:
                 yield [*at, "methods", method], f"{where}methods.{method} names no sparsity"
-        named = [*methods]
-        if part is file:
-            named += [method for grid in file.grids for method in grid.methods or ()]
-        damped = any("damping" in get_method(name).options for name in named)
-        if part.damping is not None and named and not damped:
-            yield [*at, "damping"], f"{where}damping has no effect with {', '.join(named)}"
         calibrated = [name for name in methods if get_method(name).needs is not None]
-        fixed = [t for name in calibrated for t in methods[name] if isinstance(t, str)]
+        fixed = [t for name in calibrated for t in methods[name]
+                 if not isinstance(t, Unstructured)]  # fmt: skip
         for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
             given = getattr(part, key)
             used = given if given is not None else getattr(file, key)

@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from filelock import SoftFileLease, Timeout
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
-from calmix.evaluation.scores import CapabilityScores, load_scores
+from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, write_json
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
@@ -61,23 +61,15 @@ class Entry(_Kept):
     set: Id | None
 
 
-class SuiteRecord(_Kept):
-    """The suite that scores were made with."""
-
-    name: str
-    version: int
-    hash: str = ""
-    dimensions: list[str]
-
-
 class Index(_Kept):
-    """The study as last run: its name, the text of its file, and its trials in order."""
+    """The study as last run: its name, the text of its file, and its trials in order; of the suite
+    that scores were made with name, version, hash and dimensions."""
 
     kind: str = KIND
     format: int = FORMAT
     name: str
     text: str
-    suite: SuiteRecord
+    suite: dict[str, Any]
     trials: list[Entry]
 
 
@@ -294,8 +286,7 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
     suite, new = study.suite, {trial.planned.key: trial for trial in resolved}
     store = Store(path, Index(
         name=study.name, text=study.text,
-        suite=SuiteRecord(name=suite.name, version=suite.version, hash=suite.hash,
-                          dimensions=list(suite.dimensions)),
+        suite={**describe(suite), "dimensions": list(suite.dimensions)},
         trials=[Entry(id=t.id, label=t.planned.label, key=list(key), set=t.calibration_id)
                 for key, t in new.items()],
     ))  # fmt: skip

@@ -25,17 +25,12 @@ from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
 from calmix.pruning.methods import Method, get_method
+from calmix.pruning.patterns import Pattern
 from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
-from calmix.specs import (
-    PruneRequest,
-    RecoverRequest,
-    prune_request,
-    recovery_of,
-    recovery_text,
-)
+from calmix.specs import PruneRequest, RecoverRequest, printed, prune_request, recovery_of
 from calmix.study.results import Strategy
-from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study, Target
+from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 
@@ -49,7 +44,6 @@ class Planned:
 
     Attributes:
         request: as the command line's; `request.draw` is passed to `calmix.calibration.resolve`.
-        pattern: as printed: `60%` or `2:4`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
         allocation: `owl`, `error` or a file of the study's; None for the same everywhere.
         named: the name of its condition among those of its study, of `condition_names`.
@@ -59,7 +53,6 @@ class Planned:
     calibration: str
     strategy: Strategy
     request: PruneRequest
-    pattern: str
     rows: int = 0
     length: int = 0
     seed: int = 0
@@ -70,20 +63,22 @@ class Planned:
     @property
     def method(self) -> Method:
         """The pruning method."""
-        return get_method(self.request.method, **self.request.options)
+        return self.request.chosen
+
+    @property
+    def pattern(self) -> str:
+        """What is pruned, as printed: `60%` or `2:4`."""
+        return printed(self.request.target)
 
     @property
     def sparsity(self) -> float:
         """Share of weights to prune."""
-        if self.request.pattern is None:
-            return self.request.sparsity or 0.0
-        n, m = map(int, self.request.pattern.split(":"))
-        return 1 - n / m
+        return self.request.target.sparsity
 
     @property
     def way(self) -> str:
         """Method, allocation and recovery: `sparsegpt + owl + distill,epochs=1`."""
-        recovery = "" if self.recovery is None else recovery_text(self.recovery)
+        recovery = None if self.recovery is None else self.recovery.text
         return " + ".join(filter(None, (self.method.text, self.allocation, recovery)))
 
     @property
@@ -91,7 +86,6 @@ class Planned:
         """All that is asked for but the calibration set and the seed."""
         return (
             self.model, self.way, self.pattern, self.rows, self.length, self.request.propagation,
-            self.request.options.get("damping"),
         )  # fmt: skip
 
     @property
@@ -102,10 +96,9 @@ class Planned:
     @property
     def key(self) -> Key:
         """Identifies the trial within its study."""
-        model, way, pattern, rows, length, propagation, damping = self.condition
-        return (
-            model, self.calibration, way, pattern, rows, length, self.seed, propagation, damping,
-        )  # fmt: skip
+        model, *how, propagation = self.condition
+        damping = self.request.options.get("damping")  # stores have always had it
+        return model, self.calibration, *how, self.seed, propagation, damping
 
     @property
     def label(self) -> str:
@@ -145,7 +138,7 @@ def condition_names(conditions: Collection[Condition]) -> dict[Condition, str]:
     """Return names of conditions: method and pattern, and what else tells them apart."""
 
     def parts(condition: Condition) -> tuple[str, ...]:
-        model, _, _, rows, length, propagation, _ = condition
+        model, _, _, rows, length, propagation = condition
         return model, f"{rows} x {length}", f"{propagation} propagation"
 
     named = {}
@@ -158,20 +151,19 @@ def condition_names(conditions: Collection[Condition]) -> dict[Condition, str]:
 
 
 def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
-    listed: list[tuple[Method, Target]] = []
-    for name, targets in (grid.methods or {}).items():
-        damped = "damping" in get_method(name).options and "damping=" not in name
-        own = {"damping": grid.damping} if damped and grid.damping is not None else {}
-        listed += [(get_method(name, **own), target) for target in targets]
+    listed: list[tuple[Method, Pattern]] = [
+        (get_method(name), target) for name, each in (grid.methods or {}).items() for target in each
+    ]
     calibrated = [one for one in listed if one[0].needs is not None]
     for model in grid.models or ():
         for method, target in listed:
             if method.needs is None:
-                yield Planned(model, NONE, "none", *_request(method, target))
+                asked = prune_request(method=method.text, pattern=target)
+                yield Planned(model, NONE, "none", asked)
         for seed, label in product(grid.seeds or (), grid.calibrations or ()):
             entry = study.calibrations[label]
-            asked, draw = _asked(study, entry, grid, seed)
-            saved, size = asked.saved, asked.draw
+            made, draw = _asked(study, entry, grid, seed)
+            saved, size = made.saved, made.draw
             drawn = size.seed if saved is None else saved.manifest.get("seed") or 0
             sizes = size.rows, size.length, drawn
             how = {"calibration": entry.written, "propagation": grid.propagation, **draw}
@@ -180,17 +172,10 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
                 spread = None if allocation == UNIFORM else allocation
                 how["allocation"] = study.allocations.get(allocation, spread)
                 yield Planned(
-                    model, label, entry.strategy or _strategy(asked),
-                    *_request(method, target, **how), *sizes, spread,
+                    model, label, entry.strategy or _strategy(made),
+                    prune_request(method=method.text, pattern=target, **how), *sizes, spread,
                     None if recovery == NONE else recovery_of(recovery),
                 )  # fmt: skip
-
-
-def _request(method: Method, target: Target, **how: Any) -> tuple[PruneRequest, str]:
-    """Return the request for a target of a method, and its pattern as printed."""
-    if isinstance(target, str):
-        return prune_request(method=method.text, pattern=target, **how), target
-    return prune_request(method=method.text, sparsity=target, **how), f"{100 * target:g}%"
 
 
 def _asked(study: Study, entry: Calibration, grid: Grid, seed: int) -> tuple[Asked, dict[str, Any]]:

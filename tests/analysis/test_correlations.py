@@ -60,7 +60,7 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone() -> None:
     (one,) = [c for c in correlate(cells, settings) if c.among == "sources"
               and (c.metric, c.quantity) == ("perplexity", "code")]  # fmt: skip
     assert (one.n, one.rho) == (16, pytest.approx(stats.spearmanr(x, y).statistic))
-    every = correlate(cells, replace(settings, over="all"))
+    every = correlate(cells, settings.model_copy(update={"over": "all"}))
     assert {c.n for c in every if c.among == "sources"} == {22}
 
 

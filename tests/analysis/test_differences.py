@@ -167,7 +167,7 @@ def test_accuracy_is_read_beside_the_primary_scores() -> None:
     results = study(Plan(seeds=(0,), sources=("a", "b")))
     found, by_accuracy = (
         {one.calibration: one for one in analyse(results, settings).conditions[0].ranking}
-        for settings in (QUICK, replace(QUICK, measure="accuracy"))
+        for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"}))
     )
     for name, one in found.items():
         other = by_accuracy[name]
@@ -238,7 +238,10 @@ def test_bits_per_byte_resample_as_the_ratio_they_are() -> None:
     """The paper's ratio of bits has the trial's own bits below: its interval is the ratio's."""
     results = study(Plan(seeds=(0,), sources=("a",)))
     ours = (
-        analyse(results, replace(EXACT, measure="ratio")).conditions[0].ranking[0].tasks["code_b"]
+        analyse(results, EXACT.model_copy(update={"measure": "ratio"}))
+        .conditions[0]
+        .ranking[0]
+        .tasks["code_b"]
     )
     only = results.trials[0]
     made = retention(results.dense[only.model], results.scores[only.id], measure="ratio",

@@ -13,7 +13,7 @@ from calmix.models import find_blocks
 from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, choose
 from calmix.pruning.work import WorkFolder
-from calmix.specs import prune_requests
+from calmix.specs import requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import old_mixtral, routed_inputs
@@ -203,12 +203,12 @@ def test_what_has_no_effect_on_a_drop_alone_is_one_line(calmix, tmp_path, text_f
 
 def test_a_method_without_data_prunes_what_a_drop_leaves(calmix, text_file):
     given = {"sparsity": "0.5", "calibration": str(text_file), "drop_experts": 0.25}
-    one, other = prune_requests(method="magnitude,wanda", **given)
+    (one, other), _ = requests(method="magnitude,wanda", **given)
     assert one.drop_experts == other.drop_experts == 0.25
     assert one.calibration == other.calibration == str(text_file)
-    assert prune_requests(method="magnitude", **given) == [one]
+    assert requests(method="magnitude", **given) == ([one], None)
     with pytest.raises(InputError, match="propagation has no effect with method magnitude"):
-        prune_requests(method="magnitude", propagation="block", **given)
+        requests(method="magnitude", propagation="block", **given)
     del given["calibration"]
     with pytest.raises(InputError, match="--drop-experts needs --calibration"):
-        prune_requests(method="magnitude", **given)
+        requests(method="magnitude", **given)

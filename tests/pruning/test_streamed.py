@@ -154,7 +154,7 @@ def test_blocks_that_share_weights_make_the_model_be_opened_whole(tmp_path):
     with pytest.raises(NotStreamableError, match=r"share weights \(first model\.layers\.3\."):
         StreamedModel(str(folder))
     with pytest.raises(ModelError, match="cannot be recovered, because its blocks share weights"):
-        streamed_for_recovery(str(folder), "float32", "cpu", trust_remote_code=False)
+        streamed_for_recovery(str(folder), {"dtype": "float32", "device": "cpu"})
 
 
 @pytest.mark.parametrize(

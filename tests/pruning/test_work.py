@@ -85,7 +85,8 @@ def test_a_damaged_file_is_one_line(cut, how):
         path.unlink()
     else:
         work.kept["files"] = {}
-    with pytest.raises(InputError, match="safetensors is damaged"):
+    told = "there is no .*one disk" if how == "missing" else "safetensors is damaged"
+    with pytest.raises(InputError, match=told):
         work.load(SHARD)
     assert not work.leave(InputError("damaged"))
     assert work.path.exists()  # an earlier run's work stays

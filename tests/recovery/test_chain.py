@@ -120,9 +120,9 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
     for more, told in (
         (("--recover", "distil"), "did you mean distill"),
         (("--recover", "distill,epoch=1"), "epoch has no effect with recovery distill"),
-        (("--recover", "distill,epochs=two"), "epochs two is no whole number"),
+        (("--recover", "distill,epochs=two"), "--epochs two: must be a valid integer"),
         (("--recover", "blocks,epochs"), "'epochs' is not of the form option=value"),
-        (("--recover", "blocks,lr=0"), "--lr 0.0 is not between 0 and 1"),
+        (("--recover", "blocks,lr=0"), "--lr 0: must be greater than 0"),
         (("--recover", "blocks", "--drop-experts", 0.5), "this model has no experts"),
         (few, "set of 4 rows is too small to recover on"),
         (("--recover", "distill", "--max-memory", "1MiB"), "of memory cannot hold one block"),

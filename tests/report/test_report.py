@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -126,7 +125,7 @@ def test_what_the_study_says_is_shown_and_never_run() -> None:
         Plan(), trials=trials, name=evil, text=evil, environment={evil: evil}, suite={},
         failed=(failed("x").model_copy(update={"error": evil}),),
     )  # fmt: skip
-    found = analyse(results, replace(QUICK, default=f"a{evil}"))
+    found = analyse(results, QUICK.model_copy(update={"default": f"a{evil}"}))
     for name in ("report.html", "brief.html"):
         page = pages(results, found)[name]
         assert page.count("<script>") == 1

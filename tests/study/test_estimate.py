@@ -85,18 +85,15 @@ def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(
 def test_a_plan_counts_what_is_shared_once(tiny_study: Write, known: None) -> None:
     study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
     found = estimate.estimate(study, "cpu")
-    assert (found.trials, found.sets, len(found.groups)) == (36, 6, 6)
-    assert [group.seconds["prune"] > 0 for group in found.groups] == [True, False, False] * 2
-    assert [group.seconds.get("recover", 0) > 0 for group in found.groups] == [
-        False,
-        True,
-        True,
-    ] * 2
-    assert found.sets_seconds == 6 * (6 * 32) * 101
-    assert [note[:24] for note in found.notes] == ["the data of suite made i"]
-    parts = sum(group.trials * sum(group.seconds.values()) for group in found.groups)
-    assert found.seconds == parts + found.sets_seconds + found.dense_seconds
-    assert found.disk > 36 * 50_000
+    groups = found["groups"]
+    assert (found["trials"], found["sets"], len(groups)) == (36, 6, 6)
+    assert [group["seconds"]["prune"] > 0 for group in groups] == [True, False, False] * 2
+    assert [group["seconds"].get("recover", 0) > 0 for group in groups] == [False, True, True] * 2
+    assert found["sets_seconds"] == 6 * (6 * 32) * 101
+    assert [note[:24] for note in found["notes"]] == ["the data of suite made i"]
+    parts = sum(group["trials"] * sum(group["seconds"].values()) for group in groups)
+    assert found["seconds"] == parts + found["sets_seconds"] + found["dense_seconds"]
+    assert found["disk"] > 36 * 50_000
 
 
 def test_trials_an_accelerator_cannot_hold_are_refused(
@@ -116,7 +113,7 @@ def test_trials_an_accelerator_cannot_hold_are_refused(
     monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
     with pytest.raises(InputError, match=r"seed 0 needs .* GB of 0\.0 GB: use fewer or shorter"):
         estimate.check_memory(study, trials, cpu)
-    (_, note, *_) = estimate.estimate(study, "cpu").notes
+    (_, note, *_) = estimate.estimate(study, "cpu")["notes"]
     assert note.startswith("tiny sparsegpt 60% needs ")
 
 

@@ -20,13 +20,13 @@ from calmix.calibration.measuring import measure
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.models import find_blocks, open_model
+from calmix.options import TrialOptions
 from calmix.pruning import Unstructured, allocate, prune
 from calmix.pruning.allocation import spread
 from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import export_results, load_study, read_results, run_study
-from calmix.study.bench import Options
 from calmix.study.running import Observer, chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
@@ -242,7 +242,7 @@ def test_a_changed_study_is_refused_and_says_what_differs(
         (("leakage: off", "leakage: off\npacking: window"), r"packing: concat, now window"),
         (("rows: 6", "rows: 7"), "no longer asks for"),
         (("name: tiny", "name: tiny\nlimit: 2"), r"\(suite.hash: "),
-        (("name: tiny", "name: tiny\ndamping: 0.1"), "no longer asks for"),
+        (("{sparsegpt: ", "{'sparsegpt,damping=0.1': "), "no longer asks for"),
     ]
     for number, (change, says) in enumerate(changes):
         with pytest.raises(InputError, match=says):
@@ -451,7 +451,7 @@ def test_checkpoints_are_kept_if_asked(tiny_study: Write, tmp_path: Path) -> Non
 def test_a_suite_that_runs_code_needs_leave(tiny_study: Write, tmp_path: Path) -> None:
     path = tiny_study((f"suite: {tmp_path / 'suite.yaml'}", "suite: programs"))
     with pytest.raises(InputError, match="--allow-code-execution"):
-        run(path, tmp_path / "store", options=Options())
+        run(path, tmp_path / "store", options=TrialOptions())
     assert not (tmp_path / "store").exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from calmix.errors import InputError
+from calmix.pruning.patterns import Pattern
 from calmix.study.spec import check_study, load_study, parse_study
 from calmix.study.trials import differences, plan, resolve_all
 
@@ -123,14 +124,14 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
             (6, "calibrations.b: give exactly one of"),
             (7, "calibrations.c.form: unknown key: did you mean from"),
             (8, "calibrations.d.packing: Input should be 'concat' or 'window'"),
-            (10, "methods.sparsegpt.0: 1.6 is above 1: did you mean 0.016?"),
+            (10, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
             (11, "methods.wandda: unknown method 'wandda': did you mean wanda"),
-            (12, "methods.wanda: '4-2' is not a share"),
+            (12, "methods.wanda: sparsity '4-2' is not a share"),
             (13, "seeds.0: Input should be greater than or equal to 0"),
             (15, "grids.0.sedes: unknown key: did you mean seeds"),
             (16, "grids.1.propagation: Input should be 'sequential' or 'block'"),
             (17, "allocation.0: unknown allocation 'olw': did you mean owl"),
-            (18, "recovery: --epochs 0 is not positive"),
+            (18, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
             (3, "models.m: unknown builtin model 'smollm': did you mean smollm2-135m"),
@@ -154,10 +155,6 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
 
 def test_what_has_no_effect_is_told_with_its_line() -> None:
     for text, wanted in (
-        ("damping: 0.2\nmethods:\n  wanda: 0.5\ngrids:\n  - {}\n"
-         "  - {methods: {magnitude: 0.5}, damping: 0.1}\n",
-         ["4: damping has no effect with wanda, magnitude",
-          "9: grids.1.damping has no effect with magnitude"]),
         ("methods: {wanda: 0.5}\ngrids:\n"
          "  - {recovery: []}\n  - {methods: {magnitude: 0.5}, recovery: distill}\n"
          "  - {methods: {wanda: 2:4}, allocation: owl}\n  - {recovery: none}\n",
@@ -171,13 +168,28 @@ def test_what_has_no_effect_is_told_with_its_line() -> None:
     assert line.endswith("damping has no effect with method wanda: known: refit")
 
 
+class Third(Pattern):
+    """A pattern of somebody else's."""
+
+    sparsity = 1 / 3
+    __str__ = count = mask = lambda self, *_: "a third"  # type: ignore[assignment]
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern | None:
+        return cls() if text == "a third" else None
+
+
+def test_a_pattern_of_any_class_is_a_target() -> None:
+    (trial,) = plan(parsed(NEWS + "methods: {wanda: a third}\n"))
+    assert (trial.label, trial.sparsity) == ("a wanda a third seed 0", 1 / 3)
+
+
 def test_methods_may_have_options_of_their_own() -> None:
     study = parsed(
-        NEWS + "damping: 0.2\nmethods:\n  sparsegpt: 0.5\n"
-        "  sparsegpt,damping=0.1: 0.5\n  wanda: 0.5\n"
+        NEWS + "methods:\n  sparsegpt: 0.5\n  sparsegpt,damping=0.1: 0.5\n  wanda: 0.5\n"
     )
     assert [(trial.way, trial.request.options.get("damping")) for trial in plan(study)] == [
-        ("sparsegpt,damping=0.2", 0.2), ("sparsegpt,damping=0.1", 0.1), ("wanda", None),
+        ("sparsegpt", 0.01), ("sparsegpt,damping=0.1", 0.1), ("wanda", None),
     ]  # fmt: skip
 
 
