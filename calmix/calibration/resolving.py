@@ -13,15 +13,24 @@ import torch
 from calmix.calibration.build import Packing, build
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.leakage import guard_of
-from calmix.calibration.selfgen.generators import Generator, generate
+from calmix.calibration.selfgen.generators import Chat, Generator, generate
+from calmix.calibration.selfgen.prompts import chat_turns, count_turns
 from calmix.calibration.spec import YAML, Mix, Spec, make_mix, parse_spec, rows_per_source
 from calmix.calibration.tokenizer import HasTokenizer, check_length
 from calmix.errors import InputError
 from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked
-from calmix.sources import get_source, own_sources
+from calmix.sources import builtin_sources, get_source, own_sources
 from calmix.sources.licences import refuse
+from calmix.sources.registry import MIXES
+
+# Of the manifest of written text, what does not hold for a mix that it is a part of.
+OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
+CHATLESS = (
+    "has no row in this model's chat format, and a model pruned on it forgets how to answer: give "
+    "chats a share, such as chat:0.25 beside the others"
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,16 @@ class Asked:
     def runs_model(self) -> bool:
         """Whether making it takes the model, and not its tokenizer alone."""
         return self.spec.generator is not None or bool(self.spec.written)
+
+    def chatless(self, tokenizer: Any) -> bool:
+        """Whether the set is known to hold no chats, and the model has a chat template."""
+        if self.saved is not None:
+            return count_turns(self.saved.ids, tokenizer) == 0
+        spec = self.spec
+        if getattr(spec.generator, "chat", 0) or "chat" in (spec.generate, *spec.written):
+            return False
+        known = all(name in builtin_sources() and name not in spec.own for name in spec.sources)
+        return known and chat_turns(tokenizer) is not None
 
 
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
@@ -70,7 +89,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         load_suite(draw.leakage)
     files = [path] if path.suffix.lower() in YAML else []
     if spec.generator is not None:
-        if "packing" in draw.model_fields_set:
+        if draw.packing != DrawOptions().packing:
             raise InputError(f"'packing' has no effect with {spec.generate}: leave it out")
         files += spec.generator.check(spec.own)
     for name in spec.sources:
@@ -107,14 +126,18 @@ def resolve(
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
     asked = ask(text, context=opened.context, **options)
-    if asked.saved is not None:
-        return CalibrationSet.open(user_path(text), opened)
     spec, draw = asked.spec, asked.draw
-    guard = guard_of(draw.leakage, draw.leakage_tokens, opened)
-    return make(
-        spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed, packing=draw.packing,
-        guard=guard, tick=tick, writing=writing, note=note,
-    )  # fmt: skip
+    if asked.saved is not None:
+        made = CalibrationSet.open(user_path(text), opened)
+    else:
+        made = make(
+            spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed,
+            packing=draw.packing, guard=guard_of(draw.leakage, draw.leakage_tokens, opened),
+            tick=tick, writing=writing, note=note,
+        )  # fmt: skip
+    if note is not None and count_turns(made.ids, opened.tokenizer) == 0:
+        note(f"warning: {text} {CHATLESS}")
+    return made
 
 
 def make(
@@ -140,39 +163,48 @@ def make(
         how = {"own": spec.own, "packing": packing, "tick": tick, **draw}
         return build(mix, opened, rows=rows, **how)
 
+    parts: dict[str, CalibrationSet] = {}
     if spec.generator is not None:
-        return written(spec.generator, rows)
-    if not spec.written:
-        return drawn(spec.mix, rows)
-    counts = rows_per_source(spec.mix, rows)
-    parts = {n: written(one, counts[n]) for n, one in spec.written.items() if counts[n]}
-    if rest := {name: float(counts[name]) for name in spec.sources if counts[name]}:
-        parts = {
-            "sources": drawn(make_mix(rest, str(spec.mix)), round(sum(rest.values()))),
-            **parts,
-        }
-    return _together(parts, spec, draw["seed"])
+        share = getattr(spec.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
+        counts = rows_per_source(Mix({"own": 1 - share, "chat": share}), rows)
+        if counts["own"]:
+            parts["own"] = written(spec.generator, counts["own"])
+        if counts["chat"]:
+            parts["chat"] = written(Chat(batch=spec.generator.batch), counts["chat"])
+    else:
+        counts = rows_per_source(spec.mix, rows)
+        if rest := {name: float(counts[name]) for name in spec.sources if counts[name]}:
+            mix = make_mix(rest, str(spec.mix)) if spec.written else spec.mix
+            parts["own"] = drawn(mix, round(sum(rest.values())))
+        parts |= {n: written(one, counts[n]) for n, one in spec.written.items() if counts[n]}
+    made = _together(parts, spec, draw["seed"])
+    if (turns := count_turns(made.ids, opened.tokenizer)) is not None:
+        made.manifest["chat_turns"] = turns
+    return made
 
 
 def _together(parts: Mapping[str, CalibrationSet], spec: Spec, seed: int) -> CalibrationSet:
-    """Return the rows of sets of one mix as one set, shuffled; each set's rows keep their order."""
-    owner = np.repeat(list(parts), [part.rows for part in parts.values()])
+    """Return the parts of a set as one, shuffled; the rows of each keep their order."""
+    each = list(parts.values())
+    if len(each) == 1 and not spec.written:
+        return each[0]
+    first, last = each[0].manifest, each[-1].manifest
+    if spec.generator is None:
+        first = {key: value for key, value in first.items() if key not in OF_TEXT}
+        first["mix"] = spec.mix.weights
+    owner = np.repeat(list(parts), [part.rows for part in each])
     owner = np.random.default_rng(seed).permutation(owner)
     left = {name: iter(range(part.rows)) for name, part in parts.items()}
     places = [(name, next(left[name])) for name in owner.tolist()]
-    names = tuple(parts[name].sources[at] if name == "sources" else name for name, at in places)
-    of_text = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
-    first, model = next(iter(parts.values())).manifest, list(parts.values())[-1].manifest["model"]
-    manifest = {
-        **{key: value for key, value in first.items() if key not in of_text},
-        "model": model,
-        "mix": spec.mix.weights,
+    manifest = first | {
+        "model": last["model"],
         "rows": len(places),
-        "written": {name: part.manifest for name, part in parts.items() if name != "sources"},
+        "leakage": last["leakage"],
+        "written": {name: part.manifest for name, part in parts.items() if name != "own"},
     }
-    made = CalibrationSet(
-        torch.stack([parts[name].ids[at] for name, at in places]), names, manifest
-    )
+    names = tuple(parts[name].sources[at] if name == "own" else name for name, at in places)
+    ids = torch.stack([parts[name].ids[at] for name, at in places])
+    made = CalibrationSet(ids, names, manifest)
     manifest["sha256"] = made.sha256
     return made
 
@@ -183,8 +215,8 @@ def _saved(path: Path, given: Mapping[str, Any], licence: str | None) -> Calibra
         if isinstance(source, dict):
             refuse(name, source.get("licence", "unstated"), licence)
     seeds = (found.manifest.get("settings") or {}).get("seeds")
-    if licence is not None and seeds is not None:
-        refuse(seeds, get_source(seeds).licence, licence)
+    for seed in [] if seeds is None else MIXES.get(seeds, [seeds]):
+        refuse(seed, get_source(seed).licence, licence)
     has = dict(found.manifest)
     if isinstance(guard := has.get("leakage"), dict):
         has |= {"leakage": guard["suite"], "leakage_tokens": guard["tokens"]}

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from calmix.calibration.selfgen.generators import GENERATORS, Generator
+from calmix.calibration.selfgen.generators import GENERATORS, WITHOUT_CHATS, Generator
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.options import DrawOptions, checked, named_options
 from calmix.sources import Source, get_source, offline_sources
 from calmix.sources.licences import allowed, check_licence, refuse
-from calmix.sources.registry import parse_sources
+from calmix.sources.registry import MIXES, parse_sources
 from calmix.yaml_files import first_problem, read_yaml
 
 YAML = (".yaml", ".yml")
@@ -119,9 +119,9 @@ class Spec:
 
     @property
     def written(self) -> dict[str, Generator]:
-        """The generators that have a share in the mix, by name."""
-        names = set(GENERATORS) - set(self.own)
-        return {name: GENERATORS[name]() for name in self.mix.weights if name in names}
+        """The generators that have a share in the mix, by name; chats have a share of their own."""
+        names = [name for name in self.mix.weights if name in GENERATORS and name not in self.own]
+        return {n: WITHOUT_CHATS if n == "self-written" else GENERATORS[n]() for n in names}
 
     @property
     def sources(self) -> list[str]:
@@ -139,14 +139,14 @@ def parse_spec(
 ) -> Spec:
     """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `self-written,temperature=0.8` or a YAML path.
 
-    Among the names, `offline` stands for every builtin source that needs no hub.
+    Among the names, those of `MIXES` stand for their sources, and `offline` for every builtin
+    source that needs no hub.
     """
     check_licence(licence)
     spec = _parsed(text, dict(own or {}))
     named = spec.fixed.pop("licence", None)
-    if spec.generator is not None and spec.generator.source is not None and (licence or named):
-        seeds = spec.generator.source
-        refuse(seeds, get_source(seeds, spec.own).licence, licence or named)
+    for name in [] if spec.generator is None else spec.generator.sources:
+        refuse(name, get_source(name, spec.own).licence, licence or named)
     return replace(spec, mix=_grouped(spec.mix, spec.own, text, licence or named))
 
 
@@ -191,18 +191,19 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
-    """Put the members in the place of a group, and refuse what the licence leaves out."""
+    """Put the members in the place of a named mix, and refuse what the licence leaves out."""
     weights: dict[str, float] = {}
     for name, weight in mix.weights.items():
-        if name != GROUP or name in own:
-            if wanted is not None and (name not in GENERATORS or name in own):
-                refuse(name, get_source(name, own).licence, wanted)
-            members = [name]
-        else:
+        members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
+        if name == GROUP and name not in own:
             held = offline_sources()
-            members = [member for member in held if allowed(held[member].licence, wanted)]
-        for member in members:
+            members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
+        elif name == "mix-8-apart" and name not in own:
+            raise InputError("mix-8-apart is now mix-clean, of better sources: name that")
+        for member, share in members.items():
+            if wanted is not None and (member not in GENERATORS or member in own):
+                refuse(member, get_source(member, own).licence, wanted)
             if member in weights or (member in mix.weights and member != name):
-                raise InputError(f"calibration '{text}' names '{member}' twice: {GROUP} holds it")
-            weights[member] = weight / len(members)
+                raise InputError(f"calibration '{text}' names '{member}' twice: {name} holds it")
+            weights[member] = weight * share / sum(members.values())
     return mix if list(weights) == list(mix.weights) else Mix(weights)

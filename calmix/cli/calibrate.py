@@ -113,13 +113,21 @@ def draw(options: CalibrateOptions) -> None:
             "dropped": {name: len(entries) for name, entries in leakage["dropped"].items()}
         }  # fmt: skip
         print_json(
-            {"folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts}
+            {
+                "folder": str(output),
+                "rows": made.rows,
+                "length": made.length,
+                "counts": made.counts,
+                "chat_turns": manifest.get("chat_turns"),
+            }
             | {key: manifest[key] for key in WRITTEN if key in manifest}
             | {"sha256": made.sha256, "leakage": dropped}
         )
         return
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
+    if turns := manifest.get("chat_turns"):
+        line(f"{turns} user's turns in the model's chat format")
     if "generated" in manifest:
         told = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
         line(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {told}")
@@ -222,6 +230,7 @@ def list_sources(options: ListOptions) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
     from calmix.sources import builtin_sources, own_sources
     from calmix.sources.licences import allowed, short
+    from calmix.sources.registry import MIXES
 
     known = {**builtin_sources(), **own_sources(options.sources)}
     dimensions = {source.dimension for source in known.values()}
@@ -243,14 +252,23 @@ def list_sources(options: ListOptions) -> None:
     ]  # fmt: skip
     print_table(rows, as_json=options.as_json, text=["licence", "available"],
                 least=["available", "licence"])  # fmt: skip
+    if not options.as_json:
+        line(f"mixes of them: {', '.join(MIXES)}, and offline: all that need no hub")
 
 
 @verb("show", of=calibrate)
 def show_source(options: ShowOptions) -> None:
     """Show a source's entry and the beginning of its first documents."""
+    from calmix.calibration import Mix
     from calmix.sources import get_source, own_sources
+    from calmix.sources.registry import MIXES
 
-    source = get_source(options.name, own_sources(options.sources))
+    own = own_sources(options.sources)
+    if options.name in MIXES and options.name not in own:
+        weights = MIXES[options.name]
+        result(options, {"mix": weights}, f"{options.name}: {Mix(weights)}")
+        return
+    source = get_source(options.name, own)
     source.check()
     shown: list[dict[str, Any]] = [
         {"id": one.id, "characters": len(one.text), "text": one.text[: options.characters]}

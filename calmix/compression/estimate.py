@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import ask
+from calmix.calibration import Mix, ask
+from calmix.calibration.spec import Spec
 from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS
@@ -60,7 +61,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
         if stage.leaves == "calibration":
             disk = 8.0 * rows * length
             memory = memory if asked.generated else PROGRAM
-            seconds = model.calibration(rows, length, asked.calibration, measured=False)
+            seconds = model.calibration(rows, length, ask(asked.calibration).spec, measured=False)
         elif stage.leaves == "pruned":
             seconds = _pruning(model, request, rows, length)
             memory, disk = planned(
@@ -100,14 +101,14 @@ def estimate_prune(
     """Return what a prune to one or several targets will take here, and recovery behind each."""
     check_models(name, **how)
     asked = recovery or next((r for r in targets.values() if r.calibration is not None), None)
-    rows, length, strategy, start = 0, 0, "", START
+    rows, length, spec, start = 0, 0, Spec(Mix({})), START
     found: list[Taken] = []
     if asked is not None:
         drawn = ask(asked.calibration or "", **asked.draw)
         rows, length = drawn.draw.rows, drawn.draw.length
-        strategy = drawn.spec.generate or ""
+        spec = drawn.spec
     model = Timed(name, **how)
-    if seconds := model.calibration(rows, length, strategy, measured=False):
+    if seconds := model.calibration(rows, length, spec, measured=False):
         stage = Stage("write the calibration set", (), None)
         found.append(Taken(stage, start + seconds, model.bytes + PROGRAM, 0.0))
         start = 0.0

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis.recommend import check_weights
-from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_spec
+from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix, parse_spec
+from calmix.calibration.selfgen.generators import CHAT
+from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import check_code, choose, runnable
 from calmix.evaluation.generations import read_prompts
@@ -24,7 +26,8 @@ from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.specs import LENGTH, SEED, prune_request
 
-# Two sources a dimension of those that need neither network nor extra; mathematics has one.
+# Two sources a dimension of those that need neither network nor extra; mathematics has one. Chats
+# come with them where the model has a chat template.
 # docs/methods.md has what such a mix keeps.
 MIX = {
     "encyclopedia": 1.0, "books": 1.0, "stories": 1.0, "procedures": 1.0,
@@ -74,8 +77,8 @@ class Request(Compression):
 
     @property
     def generated(self) -> bool:
-        """Whether the model writes the calibration text."""
-        return self.calibration == "self-written"
+        """Whether the model writes calibration text."""
+        return ask(self.calibration).runs_model
 
     @property
     def saved(self) -> bool:
@@ -149,7 +152,11 @@ def request(
         parse_memory(asked.max_memory)
     trust = asked.trust_remote_code
     check_models(asked.model, device=asked.device, trust_remote_code=trust)
-    context = open_tokenizer(asked.model, trust_remote_code=trust).context
+    tokenizer = open_tokenizer(asked.model, trust_remote_code=trust)
+    if given is None and not no_corpus and chat_turns(tokenizer.tokenizer) is not None:
+        rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).weights.items()}
+        text = str(Mix({"chat": CHAT} | rest))
+    context = tokenizer.context
     return Request(**{name: getattr(asked, name) for name in Compression.model_fields} | {
         "sparsity": sparsity, "calibration": text, "seed": asked.seed or SEED,
         "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),

@@ -276,7 +276,8 @@ def _layer(told: Mapping[str, Any]) -> Layer:
 def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[Source, ...]:
     """Return the parts of the set; of text the model wrote, one a dimension."""
     told: Mapping[str, Any] = manifest.get("sources") or {}
-    counts = {name: int(one["rows"]) for name, one in told.items()}
+    written = {} if "generated" in manifest else manifest.get("written") or {}
+    counts = {name: int(one["rows"]) for name, one in {**told, **written}.items()}
     if not counts:
         places = out / "calibration", user_path(str(record.request["calibration"]))
         held = next((place for place in places if is_saved_set(place)), None)
@@ -285,7 +286,7 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[So
 
     def source(name: str, rows: int) -> Source:
         tokens = rows * int(manifest["length"])
-        if "generated" in manifest:
+        if "generated" in manifest or name in written:
             return Source(name, name, rows, tokens, "written by the model", "")
         one = told[name]
         dimension = own.get(name, {}).get("dimension", "-")

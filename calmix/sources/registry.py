@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,10 +38,22 @@ AnyReader = Annotated[
     Field(discriminator="type"),
 ]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+DATA = "CALMIX_DATA"  # names a folder of texts, read in place of the hub
+# Mixes by name, with relative weights. `mix-clean` has no other half of a benchmark that a suite
+# scores; the web mixes are the usual text of calibration, without choice.
+MIXES: dict[str, dict[str, float]] = {
+    "mix-8": dict.fromkeys(("encyclopedia", "books", "stories", "activities", "python-stdlib",
+                            "code-compiled", "math-solutions", "word-problems"), 1.0),
+    "mix-clean": {"encyclopedia": 2.0, "papers": 1.0, "stories": 2.0, "python-stdlib": 1.0,
+                  "python-algorithms": 1.0, "cpp-headers": 1.0, "word-problems": 2.0},
+    "web-mix": dict.fromkeys(("c4", "github-code", "gutenberg", "stackexchange"), 1.0),
+    "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
+}  # fmt: skip
 
 
 class Source(BaseModel):
-    """A named source of text. `dimension` is the capability dimension it leans to, if known."""
+    """A named source of text. `dimension` is the capability dimension it leans to, if known;
+    `local` the file below the folder CALMIX_DATA, if set, that is read in place of the hub."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,6 +63,7 @@ class Source(BaseModel):
     licence: str = OWN
     size: str = "-"
     description: str = ""
+    local: str | None = None
     reader: AnyReader
 
     @property
@@ -79,14 +93,27 @@ class Source(BaseModel):
         try:
             yield
         except SourceError as error:
-            if self.name in str(error):
+            hub = self.local is not None and isinstance(self.reader, HubText)
+            hint = f"; or name in {DATA} a folder with {self.local}" if hub else ""
+            if self.name in str(error) and not hint:
                 raise
-            raise SourceError(f"source {self.name}: {error}") from error
+            raise SourceError(f"source {self.name}: {error}{hint}") from error
+
+    def placed(self) -> Source:
+        """Return the source as it is read here: from the folder CALMIX_DATA, if that is set."""
+        if self.local is None or not (root := os.environ.get(DATA)):
+            return self
+        reader = LocalFile(type="file", path=Path(root).expanduser() / self.local)
+        return self.model_copy(update={"reader": reader})
+
+
+def builtin_sources() -> dict[str, Source]:
+    """Return the builtin sources by name, those that work offline first."""
+    return {name: one.placed() for name, one in _entries().items()}
 
 
 @functools.cache
-def builtin_sources() -> dict[str, Source]:
-    """Return the builtin sources by name, those that work offline first."""
+def _entries() -> dict[str, Source]:
     found: dict[str, Source] = {}
     for file in ("builtin.yaml", "hub.yaml"):
         text = resources.files("calmix.sources").joinpath(file).read_text(encoding="utf-8")
@@ -97,7 +124,7 @@ def builtin_sources() -> dict[str, Source]:
 
 def offline_sources() -> dict[str, Source]:
     """Return the builtin sources that need no hub, by name."""
-    return {name: one for name, one in builtin_sources().items() if one.reader.origin != "hub"}
+    return {name: one for name, one in _entries().items() if one.reader.origin != "hub"}
 
 
 def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
@@ -152,7 +179,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     """
     known = {**builtin_sources(), **(own or {})}
     if name in known:
-        return known[name]
+        return known[name].placed()
     reader = local_file(name)
     path = reader.path
     with suppress(OSError):  # longer than a name may be

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from calmix import assets
+from calmix.calibration import ask, open_tokenizer
+from calmix.calibration.resolving import CHATLESS
+from calmix.calibration.spec import Spec
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
@@ -245,11 +248,13 @@ class Timed:
             each += self.prune(looker(allocation), None, length)[1]
         return fixed + rows * length * each
 
-    def calibration(self, rows: int, length: int, strategy: str, measured: bool = True) -> float:
+    def calibration(self, rows: int, length: int, spec: Spec, measured: bool = True) -> float:
         """Return the seconds of writing a calibration set's text and measuring its perplexity."""
         tokens = rows * length
         found = self.forward(tokens, length) + self.head(tokens) if measured else 0.0
-        return found + self.write(PASSES.get(strategy, 0.0) * tokens)
+        parts = {name: spec.mix.weights[name] for name in spec.written}
+        parts |= {} if spec.generate is None else {spec.generate: 1.0}
+        return found + self.write(sum(PASSES[name] * part for name, part in parts.items()) * tokens)
 
     def evaluation(self, work: SuiteWork, texts: float = 0.0) -> float:
         """Return the seconds of scoring a suite, and the distance to the dense model on texts."""
@@ -392,10 +397,15 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         there = device_memory(model.device)[2] or total_memory()
         if memory > there:
             notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
-    made = sum(
-        models[one.model].calibration(one.rows, one.length, one.strategy, study.file.perplexity)
-        for one in sets.values()
-    )
+    made, chatless = 0.0, dict[str, list[str]]()
+    for one in sets.values():
+        asked = ask(one.request.calibration or "", sources=study.own, **one.request.draw)
+        measured = study.file.perplexity
+        made += models[one.model].calibration(one.rows, one.length, asked.spec, measured)
+        if asked.chatless(_tokenizer(study.models[one.model].name)):
+            chatless.setdefault(one.model, []).append(one.calibration)
+    notes += [f"{model}: {', '.join(dict.fromkeys(named))} {CHATLESS}"
+              for model, named in chatless.items()]  # fmt: skip
     dense = sum(model.evaluation(work) for model in models.values())
     run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
     kept = sum(group["trials"] * group["disk"] for group in found)
@@ -406,6 +416,14 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         "sets": len(sets), "sets_seconds": made, "dense_seconds": dense, "groups": found,
         "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
+
+
+@cache
+def _tokenizer(name: str) -> Any:
+    try:
+        return open_tokenizer(name).tokenizer
+    except CalmixError:  # the configuration alone is at hand
+        return None
 
 
 def trial_memory(model: Timed, trial: Planned) -> float:

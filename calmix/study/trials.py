@@ -16,6 +16,7 @@ from typing import Any
 
 from calmix.calibration import ask, is_saved_set, parse_spec
 from calmix.calibration.resolving import Asked
+from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import SCORER
@@ -200,8 +201,8 @@ def _strategy(asked: Asked) -> Strategy:
     if asked.saved is not None:
         method, names = asked.saved.manifest.get("generated"), asked.saved.manifest["names"]
     else:
-        method, names = asked.spec.generate, asked.spec.mix.weights
-    if method == "chat":
+        method, names = asked.spec.generate, asked.spec.sources
+    if method == "chat" or not (method or names):
         return "self-written"
     return method or ("mix" if len(names) > 1 else "single")
 
@@ -270,16 +271,22 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
     if made.leakage != "off":
         options["leakage"] = load_suite(made.leakage).hash
         options["leakage_tokens"] = made.leakage_tokens
-    if spec.generator is not None:
-        chosen = spec.generator.record()
+
+    def settings(generator: Generator) -> dict[str, Any]:
+        chosen = generator.record()
         chosen.pop("prompts", None)  # known by its content, wherever it lies
-        if "seeds" in chosen:
-            chosen["seeds"] = {chosen["seeds"]: described(chosen["seeds"])}
+        if chosen.get("chat") == 0:  # as before there were any
+            chosen.pop("chat")
+        seeds = {"seeds": {name: described(name) for name in generator.sources}}
+        return chosen | (seeds if generator.sources else {})
+
+    if spec.generator is not None:
+        chosen = settings(spec.generator)
         return {"generated": spec.generate, "version": VERSION, "settings": chosen} | options
     options |= {"packing": made.packing, "select": "random"}  # there was a choice once
     sources = {name: described(name) for name in spec.sources}
     if spec.written:
-        options["written"] = {name: one.record() for name, one in spec.written.items()}
+        options["written"] = {name: settings(one) for name, one in spec.written.items()}
         options["writing"] = VERSION
     return {"mix": spec.mix.weights, "sources": sources, **options}
 

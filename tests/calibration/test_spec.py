@@ -12,8 +12,10 @@ from calmix.calibration import (
     rows_per_source,
 )
 from calmix.errors import InputError, SourceError
+from calmix.evaluation.suites import asked_tasks, benchmark_of, load_suite
 from calmix.options import DrawOptions
-from calmix.sources import load_sources
+from calmix.sources import get_source, load_sources
+from calmix.sources.registry import MIXES
 
 
 def drawn(spec, opened, **options):
@@ -38,6 +40,31 @@ def test_mixes(text, expected):
     assert parse_mix(text).weights == expected
 
 
+def test_a_named_mix_stands_for_its_sources():
+    web = {"c4": 0.7, "github-code": 0.1, "gutenberg": 0.1, "stackexchange": 0.1}
+    assert parse_spec("web-mix-70").mix.weights == pytest.approx(web)
+    mix = parse_spec("chat:1,web-mix:3").mix.weights
+    assert mix == {"chat": 0.25} | dict.fromkeys(web, 0.1875)
+    eight = "encyclopedia,books,stories,activities,python-stdlib,code-compiled,math-solutions"
+    assert parse_spec("mix-8") == parse_spec(f"uniform:{eight},word-problems")
+    with pytest.raises(InputError, match="names 'c4' twice: web-mix holds it"):
+        parse_spec("uniform:c4,web-mix")
+    with pytest.raises(InputError, match="mix-8-apart is now mix-clean"):
+        parse_spec("mix-8-apart")
+
+
+def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
+    sources = [get_source(name) for name in MIXES["mix-clean"]]
+    assert {source.dimension for source in sources} == {"general", "commonsense", "code", "math"}
+    read = {benchmark_of(member.split("/")[2]) for source in sources
+            for member in getattr(source.reader, "members", [])}  # fmt: skip
+    for suite in ("offline", "abilities"):
+        for name, task in load_suite(suite).tasks.items():
+            file = "" if task.asked is None else asked_tasks()[task.asked]["from"]
+            scored = {task.benchmark, *(benchmark_of(part) for part in file.split("/"))}
+            assert not scored & read, (suite, name)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -53,7 +80,7 @@ def test_mixes(text, expected):
         ("uniform:", "names no source"),
         ("igsp,temperatur=1", "unknown option 'temperatur': did you mean temperature"),
         ("igsp,temperature=hot", "calibration 'igsp,temperature=hot': --temperature hot: must"),
-        ("self-cal,start=end", "--start end: must be 'auto', 'bos' or 'separator'"),
+        ("self-cal,start=end", "--start end: must be 'prompts', 'auto', 'bos' or 'separator'"),
         ("igsp,stories", "'stories' is not of the form option=value"),
         ("igsp,piece=90,piece=80", "gives piece twice"),
         ("igsp,candidates=0.5", "--candidates 0.5: must be greater than or equal to 1"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import calmix as api
+from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
 from calmix.compression.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
 from calmix.compression.running import read_record
@@ -21,8 +22,9 @@ from calmix.errors import InputError
 from calmix.options import Compression
 from calmix.report.card import TEXTS, read_card
 from calmix.sources import builtin_sources
+from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.conftest import Ended
-from tests.tiny import load_weights
+from tests.tiny import load_weights, tiny_tokenizer
 
 Run = Callable[..., Ended]
 Command = Callable[..., tuple[str, ...]]
@@ -257,6 +259,26 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
     assert {"--pattern", "2:4"} <= set(written[1].arguments)
 
 
+def test_a_model_with_a_chat_template_has_chats_in_its_mix(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    assert "chat" not in request(Compression(model=str(tiny_folder))).calibration
+    folder = shutil.copytree(tiny_folder, tmp_path / "talker")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    asked = request(Compression(model=str(folder)))
+    mix = parse_mix(asked.calibration).weights
+    assert mix == {"chat": 0.25} | {name: 0.75 * weight / 8 for name, weight in MIX.items()}
+    assert asked.generated
+    kept = request(Compression(model=str(folder)), {"code": 1})
+    assert parse_mix(kept.calibration).weights == {
+        "chat": 0.25, "python-stdlib": 0.375, "code-compiled": 0.375
+    }  # fmt: skip
+    given = request(Compression(model=str(folder), calibration="python-docs"))
+    assert (given.calibration, given.generated) == ("python-docs", False)
+
+
 def test_a_saved_set_and_the_users_prompts(
     calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, place: Path
 ) -> None:
@@ -280,12 +302,14 @@ def test_a_saved_set_and_the_users_prompts(
     manifest = out / "model" / "calmix.json"
     told = json.loads(manifest.read_text(encoding="utf-8"))
     told["recovery"]["zeros"] += 9  # which the dense model had before
+    told["pruned"]["calibration"]["written"] = {"chat": {"rows": 4}}
     manifest.write_text(json.dumps(told), encoding="utf-8")
     card = read_card(out)
     assert card.pruned * 2 == card.weights
     assert card.answers is not None
     assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
-    assert sum(one.tokens for one in card.sources) == 16 * 64
+    assert sum(one.tokens for one in card.sources) == (16 + 4) * 64
+    assert (card.sources[-1].name, card.sources[-1].licence) == ("chat", "written by the model")
     page = (out / "card.html").read_text(encoding="utf-8")
     assert "one &lt;b&gt;&amp; two" in page
     assert "<b>& two" not in page

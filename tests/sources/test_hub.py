@@ -62,6 +62,7 @@ def mirror(tmp_path, monkeypatch):
     root = tmp_path / "mirror"
     root.mkdir()
     monkeypatch.setenv("CALMIX_HUB_DIR", str(root))
+    monkeypatch.delenv("CALMIX_DATA", raising=False)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     return root
@@ -111,7 +112,8 @@ def test_what_cannot_be_read_is_named(mirror):
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
-    monkeypatch.delenv("CALMIX_HUB_DIR", raising=False)
+    for name in ("CALMIX_HUB_DIR", "CALMIX_DATA"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(SourceError, match="the hub cannot be reached for allenai/c4") as caught:
         list(get_source("c4").documents())
     assert "CALMIX_HUB_DIR" in str(caught.value)

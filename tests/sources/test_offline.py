@@ -60,4 +60,5 @@ def test_the_guard_lets_every_source_pass(suite):
         documents = texts(name)
         step = max(1, len(documents) // 100)
         assert list(guard.filter(name, tokenized(documents[::step], tokenize)))
-        guard.verdict(name, guard.filter(name, tokenized(documents, tokenize)))
+        rest = [one for at, one in enumerate(documents) if at % step]  # none is counted twice
+        guard.verdict(name, guard.filter(name, tokenized(rest, tokenize)))

@@ -1,6 +1,8 @@
 """The registry: builtin entries, the user's own, and what a name may mean."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +63,10 @@ def test_an_own_file_of_sources(tmp_path, calmix):
     listed = json.loads(calmix("calibrate", "sources", "--sources", file, "--json").out)
     assert {"name", "dimension", "kind", "licence", "size", "from", "available"} <= set(listed[0])
     assert (listed[-1]["name"], listed[-1]["available"]) == ("mine", "missing")
-    assert "python-stdlib" in calmix("calibrate", "sources").out
+    listed = calmix("calibrate", "sources").out
+    assert "python-stdlib" in listed
+    assert "mix-clean" in listed
+    assert "c4:7" in calmix("calibrate", "show", "web-mix-70").out
     assert calmix("calibrate", "show", tmp_path / "notes.jsonl").code == 2
     assert "hello" in calmix("calibrate", "show", "notes", "--sources", file).out
     assert "did you mean" in calmix("calibrate", "show", "pyton-docs").line
@@ -90,6 +95,29 @@ def test_a_wrong_file_of_sources(tmp_path, text, message):
         file.write_bytes(text)
     with pytest.raises(InputError, match=message):
         load_sources(file)
+
+
+def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
+    monkeypatch.delenv("CALMIX_DATA", raising=False)
+    with pytest.raises(SourceError, match="CALMIX_DATA a folder with general/c4"):
+        list(get_source("c4").documents())
+    monkeypatch.setenv("CALMIX_DATA", str(tmp_path))
+    with pytest.raises(SourceError, match=r"there is no file .*c4-train"):
+        get_source("c4").check()
+    (tmp_path / "general").mkdir()
+    (tmp_path / "general/c4-train.jsonl").write_text('{"text": "web"}\n', encoding="utf-8")
+    assert [one.text for one in get_source("c4").documents()] == ["web"]
+    assert builtin_sources()["c4"].reader.availability == "offline"
+    assert "c4" not in offline_sources()  # `offline` is the same mix everywhere
+
+
+@pytest.mark.skipif("CALMIX_DATA" not in os.environ, reason="CALMIX_DATA names no folder of texts")
+def test_the_folder_of_data_holds_the_web_mixes():
+    for name in ("c4", "github-code", "gutenberg", "stackexchange"):
+        source = get_source(name)
+        assert source.reader.path == Path(os.environ["CALMIX_DATA"]) / source.local
+        assert sum(len(one.text) for one in source.documents()) > 500_000, name
 
 
 def test_what_a_name_may_mean(tmp_path):

@@ -89,7 +89,8 @@ def test_a_set_may_be_drawn_in_its_own_way() -> None:
 def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path) -> None:
     spec = tmp_path / "bos.yaml"
     spec.write_text("generate: self-cal\noptions: {start: bos}\n", encoding="utf-8")
-    study = load_study(tiny_study(("letters: ", f"auto: self-cal\n  bos: {spec}\n  letters: ")))
+    sets = f"auto: self-cal,start=auto\n  bos: {spec}\n  letters: "
+    study = load_study(tiny_study(("letters: ", sets)))
     auto, bos = resolve_all(study, [t for t in plan(study) if t.calibration in ("auto", "bos")])[
         ::2
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from calmix.calibration.dataset import CalibrationSet, own_record
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen.prompts import (
     Beginnings,
-    Start,
     beginnings,
     chat_turns,
     load_prompts,
+    prompts_hash,
     start_token,
 )
 from calmix.calibration.selfgen.selection import ORDER, objective, select_rows
@@ -31,16 +31,17 @@ from calmix.calibration.selfgen.writing import Request, Written, write
 from calmix.calibration.text_metrics import aggregation, row_aggregation
 from calmix.calibration.tokenizer import begin_token, check_length, tokenizer_function
 from calmix.errors import InputError
-from calmix.files import sha256_json
 from calmix.models import OpenModel
 from calmix.options import Options, option
 from calmix.precision import dtype_name
 from calmix.sources import Source, get_source
+from calmix.sources.registry import MIXES
 
 ROUNDS = 8  # of writing, the later ones in place of text that cannot be used
 ANOTHER = 1_000_003  # between the seeds of two rounds
 TURNS = 64  # openers a row has at hand
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
+CHAT = 0.25  # of rows: chats in what a model with a chat template writes, and in default mixes
 
 Own = Mapping[str, Source] | None
 # Token ids (pieces, length), the dimension of each piece, and over its sampled tokens the negative
@@ -74,9 +75,9 @@ class Generator(Options):
         return cls.defaults | values
 
     @property
-    def source(self) -> str | None:
-        """The source of text that the generator reads, if any."""
-        return None
+    def sources(self) -> list[str]:
+        """The names of the sources of text that the generator reads."""
+        return []
 
     def check(self, own: Own) -> list[Path]:
         """Return the user's own files that are read; raise CalmixError where one cannot be."""
@@ -98,13 +99,15 @@ class Generator(Options):
 class SelfWritten(Generator):
     """Pieces of about 170 tokens after prompts of several dimensions; those that loop are not used.
 
-    Pieces, not rows, are written: a long text drifts away from its prompt's dimension.
+    Pieces, not rows, are written: a long text drifts away from its prompt's dimension. A share of
+    the rows are conversations where the model has a chat template.
     """
 
     name = "self-written"
     defaults: ClassVar[dict[str, Any]] = {"piece": 170, "repeats": 0.2}
 
     prompts: Path | None = option(None, "YAML file of prompts by dimension.", metavar="FILE")
+    chat: float = option(CHAT, "Share of rows that are chats, e.g. 0.25.", ge=0, lt=1)
 
     def check(self, own: Own) -> list[Path]:
         load_prompts(self.prompts)
@@ -115,9 +118,7 @@ class SelfWritten(Generator):
         return beginnings(load_prompts(self.prompts), tokenizer, where)
 
     def record(self) -> dict[str, Any]:
-        held = load_prompts(self.prompts)
-        dumped = {name: one.model_dump(exclude_none=True) for name, one in held.items()}
-        return super().record() | {"prompts_sha256": sha256_json(dumped)}
+        return super().record() | {"prompts_sha256": prompts_hash(self.prompts)}
 
 
 class Igsp(SelfWritten):
@@ -125,6 +126,7 @@ class Igsp(SelfWritten):
     repeated 4-grams and of perplexity in balance across dimensions."""
 
     name = "igsp"
+    defaults: ClassVar[dict[str, Any]] = SelfWritten.defaults | {"chat": 0}
 
     candidates: float = option(
         3.0, "Texts written per text used, e.g. 3.", ge=1, allow_inf_nan=False
@@ -152,14 +154,20 @@ class Chat(Generator):
 
 
 class SelfCal(Generator):
-    """Self-Cal (arXiv 2410.17170): rows sampled from the begin token alone, or from the document
-    separator where that is a token of chats. Its temperatures were not available to us."""
+    """Self-Cal (arXiv 2410.17170): rows sampled at temperature 1, after the prompts of several
+    dimensions; with another `start` from one token alone, as there. Its temperatures were not
+    available to us."""
 
     name = "self-cal"
 
-    start: Start = option("auto", "Token that begins a text: bos or separator.")
+    start: Literal["prompts", "auto", "bos", "separator"] = option(
+        "prompts", "What begins a text: prompts, auto, bos or separator."
+    )
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+        if self.start == "prompts":
+            held = beginnings(load_prompts(), tokenizer, "prompts.yaml")
+            return {name: Beginnings(one.openers, 1.0) for name, one in held.items()}
         begin = start_token(tokenizer, self.start)
         if begin is None:
             what = "begin token or document separator" if self.start == "auto" else self.start
@@ -168,48 +176,58 @@ class SelfCal(Generator):
             )
         return {self.name: Beginnings([[begin]], 1.0)}
 
+    def record(self) -> dict[str, Any]:
+        own = {"prompts_sha256": prompts_hash()} if self.start == "prompts" else {}
+        return super().record() | own
+
 
 class Sgs(Generator):
     """SGS (arXiv 2410.17711, after its public code): the first two tokens of documents continued,
     without the fifth of the rows that has the highest perplexity. Dropping rows in place of texts
-    that are joined and cut again is ours."""
+    that are joined and cut again is ours, and so is that of a mix each dimension has its rows."""
 
     name = "sgs"
     defaults: ClassVar[dict[str, Any]] = {
         "temperature": 0.6, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2,
     }  # fmt: skip
 
-    seeds: str = option("encyclopedia", "Source of seed texts, e.g. c4.")
+    seeds: str = option("mix-clean", "Source or named mix of seed texts, e.g. c4.")
     candidates: float = option(
         1.25, "Texts written per text used, e.g. 1.25.", ge=1, allow_inf_nan=False
     )
 
     @property
-    def source(self) -> str:
-        return self.seeds
+    def sources(self) -> list[str]:
+        return list(MIXES.get(self.seeds, [self.seeds]))
 
     def check(self, own: Own) -> list[Path]:
-        return get_source(self.seeds, own).check()
+        return [path for name in self.sources for path in get_source(name, own).check()]
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
-        documents = list(get_source(self.seeds, own).documents())
-        order = np.random.default_rng(seed).permutation(len(documents))[:PREFIXES]
-        texts = tokenizer_function(tokenizer)([documents[i].text for i in order])
         begin = begin_token(tokenizer)
         head = [] if begin is None else [begin]
-        prefixes = [(head + ids)[:PREFIX] for ids in texts if ids]
-        if not prefixes:
+        found: dict[str, list[list[int]]] = {}
+        for source in [get_source(name, own) for name in self.sources]:
+            documents = list(source.documents())
+            order = np.random.default_rng(seed).permutation(len(documents))
+            order = order[: PREFIXES // len(self.sources)]
+            texts = tokenizer_function(tokenizer)([documents[i].text for i in order])
+            kind = source.dimension if len(self.sources) > 1 else self.name
+            found.setdefault(kind, []).extend((head + ids)[:PREFIX] for ids in texts if ids)
+        if not all(found.values()):
             raise InputError("sgs has no seed text: every document of its source becomes no token")
-        return {self.name: Beginnings(prefixes, 1.0)}
+        return {kind: Beginnings(prefixes, 1.0) for kind, prefixes in found.items()}
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        _, _, nll, tokens = pieces
-        return np.argsort(nll / tokens, kind="stable")[: quota[self.name]].tolist()
+        _, groups, nll, tokens = pieces
+        order = np.argsort(nll / tokens, kind="stable")
+        return [i for kind, count in quota.items() for i in order[groups[order] == kind][:count]]
 
 
 GENERATORS: dict[str, type[Generator]] = {
     one.name: one for one in (SelfWritten, Igsp, Chat, SelfCal, Sgs)
 }
+WITHOUT_CHATS = SelfWritten(chat=0)
 
 
 def generate(
@@ -293,7 +311,7 @@ def generate(
             "dtype": dtype_name(weight.dtype),
             "device": weight.device.type,
         },
-        "own": own_record(own, filter(None, [generator.source])),
+        "own": own_record(own, generator.sources),
         "rows": rows,
         "length": length,
         "seed": seed,

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
+from calmix.files import sha256_json
 from calmix.models.opening import TEMPLATE
 from calmix.yaml_files import first_problem, read_yaml
 
@@ -77,6 +79,12 @@ def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
     return found
 
 
+def prompts_hash(path: Path | None = None) -> str:
+    """Return the SHA-256 of the prompts of a file, or of calmix's own."""
+    held = load_prompts(path)
+    return sha256_json({name: one.model_dump(exclude_none=True) for name, one in held.items()})
+
+
 def beginnings(
     dimensions: Mapping[str, Dimension], tokenizer: Any, where: str
 ) -> dict[str, Beginnings]:
@@ -135,6 +143,16 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     if not all(len(ids) > 1 and ids[0] in known for ids in later):
         return None
     return [first, *(ids[1:] for ids in later)]
+
+
+def count_turns(ids: Tensor, tokenizer: Any) -> int | None:
+    """Return how many user's turns rows of ids hold, in the model's own chat format; None where
+    `chat_turns` finds no such format."""
+    turns = chat_turns(tokenizer)
+    if turns is None:
+        return None
+    head = tokenizer.decode(turns[-1]).strip()
+    return sum(text.count(head) for text in tokenizer.batch_decode(ids.tolist()))
 
 
 def start_token(tokenizer: Any, start: Start = "auto") -> int | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from calmix.calibration import CalibrationSet, resolve
+from calmix.calibration import CalibrationSet, ask, resolve
+from calmix.calibration.measuring import measure
 from calmix.calibration.selfgen.prompts import chat_turns
+from calmix.diagnostics.rerunning import rerun
 from calmix.errors import InputError
 from calmix.models import open_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -43,6 +45,48 @@ def test_a_row_is_a_conversation(talker):
         assert heads == ["u:", "a:"] * (len(heads) // 2) + ["u:"] * (len(heads) % 2)
 
 
+def test_a_quarter_of_what_a_chat_model_writes_are_chats(talker, opened, tmp_path):
+    made = resolve("self-written", talker, rows=8, length=64, leakage="off")
+    assert made.counts["chat"] == 2
+    assert len(made.counts) == 5
+    assert made.manifest["generated"] == "self-written"
+    assert made.manifest["written"]["chat"]["rows"] == 2
+    texts = talker.tokenizer.batch_decode(made.ids.tolist())
+    assert made.manifest["chat_turns"] == sum(text.count("u:") for text in texts) >= 2
+    alone = resolve("self-written,chat=0", talker, rows=6, length=64, leakage="off")
+    rest = made.ids[[name != "chat" for name in made.sources]]
+    assert sorted(rest.tolist()) == sorted(alone.ids.tolist())
+    plain = resolve("self-written", opened, rows=8, length=64, leakage="off")
+    assert "chat" not in plain.counts  # no chat template
+    assert "chat_turns" not in plain.manifest
+    made.save(tmp_path / "set")
+    assert rerun(tmp_path / "set", tmp_path / "again").same
+
+
+def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
+    lower, lines = sources["lower"], []
+    how = {"rows": 4, "length": 64, "leakage": "off", "note": lines.append}
+    made = resolve(lower, talker, **how)
+    assert made.manifest["chat_turns"] == 0
+    assert len(lines) == 1
+    assert lines[0].startswith(f"warning: {lower} has no row in this model's chat format")
+    resolve(str(made.save(tmp_path / "set")), talker, note=lines.append)
+    assert len(lines) == 2
+    resolve(f"chat:0.5,{lower}:0.5", talker, **how)
+    resolve("self-written", talker, **how)
+    resolve(lower, opened, **how)
+    written = tmp_path / "mine.jsonl"
+    written.write_text('{"text": "u:hello a:hello u:bye a:bye"}\n' * 40, encoding="utf-8")
+    resolve(str(written), talker, **how)
+    assert len(lines) == 2
+    tokenizer = talker.tokenizer
+    bare = ("mix-8", "igsp", "self-written,chat=0", str(tmp_path / "set"))
+    assert all(ask(text).chatless(tokenizer) for text in bare)
+    assert not any(ask(text).chatless(opened.tokenizer) for text in bare[:3])
+    held = ("chat", "self-written", "chat:1,news:3", str(written))
+    assert not any(ask(text).chatless(tokenizer) for text in held)
+
+
 def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
     lower = sources["lower"]
     text = f"chat:0.25,{lower}:0.75"
@@ -54,6 +98,13 @@ def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
     made.save(tmp_path / "set")
     assert CalibrationSet.open(tmp_path / "set", talker).counts == made.counts
     assert made.manifest["written"]["chat"]["generated"] == "chat"
+
+
+def test_what_the_model_writes_is_measured_at_the_usual_packing(talker):
+    found = measure(["chat"], talker, rows=2, length=64, draws=1, perplexity=False)
+    assert found["chat"]["tokens"].mean == 128
+    with pytest.raises(InputError, match="'packing' has no effect with chat"):
+        measure(["chat"], talker, rows=2, length=64, draws=1, packing="window")
 
 
 def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(

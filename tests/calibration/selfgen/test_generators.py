@@ -14,6 +14,7 @@ from calmix.calibration.selfgen.generators import GENERATORS, generate
 from calmix.calibration.selfgen.prompts import beginnings, load_prompts, start_token
 from calmix.calibration.selfgen.writing import Written
 from calmix.errors import InputError
+from calmix.sources import get_source
 from tests.tiny import tiny_tokenizer
 
 SMALL = ("--rows", 4, "--length", 40, "--leakage", "off")
@@ -163,13 +164,23 @@ def test_igsp_writes_more_and_chooses_by_j(made):
 
 
 def test_self_cal_samples_rows_from_the_start_token(made):
-    found = made("self-cal")
+    found = made("self-cal", start="auto")
     (request,) = made.requests
     assert request.openers == [[[1]]] * 8
     assert (request.length, set(request.temperatures), request.top_k) == (32, {1.0}, None)
     assert found.counts == {"self-cal": 8}
     made("self-cal", start="separator")
     assert made.requests[0].openers == [[[2]]] * 8
+
+
+def test_self_cal_begins_with_the_prompts_of_self_written_text(made, opened):
+    found = made("self-cal", length=200)
+    (request,) = made.requests
+    ours = beginnings(load_prompts(), opened.tokenizer, "")
+    assert found.counts == dict.fromkeys(ours, 2)
+    for row, name in zip(request.openers, [*ours] * 2, strict=True):
+        assert row[0] in ours[name].openers
+    assert (request.length, set(request.temperatures)) == (200, {1.0})
 
 
 def test_sgs_continues_documents_and_drops_the_least_likely_fifth(made, text_file, opened):
@@ -187,6 +198,27 @@ def test_sgs_continues_documents_and_drops_the_least_likely_fifth(made, text_fil
     assert 9 not in found.ids
 
 
+def test_sgs_takes_a_mix_of_seeds_by_dimension_and_drops_the_least_likely_of_each(
+    made, text_file, monkeypatch
+):
+    own = {"a": "code", "b": "code", "c": "math"}
+    sources = {n: get_source(str(text_file)).model_copy(update={"name": n, "dimension": d})
+               for n, d in own.items()}  # fmt: skip
+    monkeypatch.setitem(generators.MIXES, "three", dict.fromkeys(own, 1.0))
+
+    def fill(ids, nll):
+        nll[[0, 1]] += 5  # one of each dimension
+        ids[[0, 1]] = 9
+
+    found = made("sgs", fill=fill, seeds="three", own=sources)
+    assert found.counts == {"code": 4, "math": 4}
+    assert 9 not in found.ids
+    assert set(found.manifest["own"]) == set(own)
+    assert {generators.get_source(n).dimension for n in GENERATORS["sgs"]().sources} == {
+        "general", "commonsense", "code", "math"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [name for name in GENERATORS if name != "chat"])
 def test_sets_of_a_tiny_model(name, opened, text_file):
     options = {"seeds": str(text_file)} if name == "sgs" else {}
@@ -200,7 +232,7 @@ def test_sets_of_a_tiny_model(name, opened, text_file):
     assert manifest["generated"] == name
     assert manifest["model"]["fingerprint"] == opened.fingerprint
     assert 0 <= manifest["aggregation_4"] < 1
-    several = name in ("self-written", "igsp")
+    several = name in ("self-written", "igsp", "self-cal")
     assert sets[0].counts == (dict.fromkeys(sets[0].counts, 1) if several else {name: 4})
 
 
@@ -263,7 +295,7 @@ def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
     assert start_token(chat, "separator") is None
     bare = chat_tokenizer(None, None, None)
     with pytest.raises(InputError, match="nothing to start from: this model's tokenizer has no"):
-        GENERATORS["self-cal"]().beginnings(bare, 0, None)
+        GENERATORS["self-cal"](start="auto").beginnings(bare, 0, None)
     path = tmp_path / "prompts.yaml"
     path.write_text("general: [{begin: true}]", encoding="utf-8")
     with pytest.raises(InputError, match="without begin token and document separator"):
