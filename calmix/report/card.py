@@ -14,7 +14,7 @@ from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
 from calmix.compression.plan import BEHAVIOUR, PACK
 from calmix.compression.plan import MANIFEST as RECORD
-from calmix.compression.running import Record, read_record, stage_seconds
+from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import Flips, flips
@@ -27,7 +27,7 @@ from calmix.manifest import file_hashes
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
-from calmix.report.charts import COLOURS, MARKERS, Cell, Chart, Mark, Row
+from calmix.report.charts import COLOURS, MARKERS, Chart, Mark, Row
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
@@ -55,30 +55,20 @@ class Source(NamedTuple):
     version: str
 
 
-class Layer(NamedTuple):
-    """A pruned layer: its block, kind, and the share of output energy that pruning lost."""
-
-    block: int
-    kind: str
-    error: float | None
-
-
 @dataclass(frozen=True)
 class Card:
     """What is known of one compressed model; `calibration` and `recoveries` are of its manifest,
-    `layers` are before recovery, `tasks` are licences and origins of the scored tasks."""
+    `tasks` are licences and origins of the scored tasks."""
 
     out: Path
     name: str
     record: Record
-    seconds: Mapping[str, float]
     licence: str
     origin: str
     weights: int
     pruned: int
     size: int
     packed: int
-    layers: tuple[Layer, ...]
     sources: tuple[Source, ...]
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
@@ -233,7 +223,6 @@ def read_card(out: Path) -> Card:
             manifest = manifest["pruned"]
         done, calibration = manifest["pruning"], manifest["calibration"]
         weights, pruned = int(done["weights"]), int(done["pruned"])
-        layers = tuple(map(_layer, done["layers"]))
         sources = _sources(out, record, calibration)
         hashes = {
             f"dense model {model}": str(manifest["model"]["sha256"]),
@@ -257,20 +246,14 @@ def read_card(out: Path) -> Card:
         tasks = {}
     answers = out / "answers.json"
     return Card(
-        out, out.resolve().name, record, stage_seconds(out),
+        out, out.resolve().name, record,
         "see the model's own card" if known is None else known.licence,
         model if known is None else known.origin, weights, pruned,
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
-        sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()), layers,
+        sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
         sources, calibration, tuple(recoveries), scores, dense, does,
         load_answers(answers) if answers.exists() else None, tasks, hashes,
     )  # fmt: skip
-
-
-def _layer(told: Mapping[str, Any]) -> Layer:
-    parts = str(told["name"]).split(".")
-    block = next((int(part) for part in parts if part.isdigit()), 0)
-    return Layer(block, parts[-1], None if told["error"] is None else float(told["error"]))
 
 
 def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[Source, ...]:
@@ -338,44 +321,12 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
     )
 
 
-def _charts(card: Card) -> Iterator[Chart]:
-    """Return where output was lost."""
-    measured = {(layer.kind, layer.block): layer.error for layer in card.layers
-                if layer.error is not None}  # fmt: skip
-    if measured:
-        kinds = list(dict.fromkeys(kind for kind, _ in measured))
-        blocks = sorted({block for _, block in measured})
-        worst = max(measured, key=lambda at: measured[at])
-        most, mean = measured[worst] or 1.0, sum(measured.values()) / len(measured)
-        cells = [
-            [None if (error := measured.get((kind, block))) is None else
-             Cell(error, "", f"block {block}, {kind}: {words.percent(error)} % of its output")
-             for block in blocks]
-            for kind in kinds
-        ]  # fmt: skip
-        step = max(1, len(blocks) // 10)
-        yield Chart(
-            "lost", "Where output was lost",
-            "Share of each layer's output energy lost to pruning on the calibration set, before "
-            f"recovery: {words.percent(mean)} % on average.",
-            f"Map of {len(kinds)} kinds of layer by {len(blocks)} blocks. Most was lost in block "
-            f"{worst[1]}, {worst[0]}: {words.percent(measured[worst])} %.",
-            lambda: charts.heat(
-                [(kind, None) for kind in kinds],
-                ["" if at % step else str(block) for at, block in enumerate(blocks)], cells,
-                ramp="YlOrBr", high=most, below="block",
-                shades=[(f"{words.percent(share * most)} %", share * most)
-                        for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
-            ),
-        )  # fmt: skip
-
-
 # Pages
 
 
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
-    return render("card.html", **TEXTS, card=card, charts=_charts(card), kept=kept_chart([card]),
+    return render("card.html", **TEXTS, card=card, kept=kept_chart([card]),
                   answers=_answers([card]), names=["pruned"])  # fmt: skip
 
 

@@ -393,25 +393,19 @@ def scatter(panels: Sequence[Panel], keys: Sequence[Key] = ()) -> Any:
 
 def heat(
     rows: Sequence[tuple[str, str | None]], columns: Sequence[str],
-    cells: Sequence[Sequence[Cell | None]], *, ramp: str = "YlGnBu", low: float = 0.0,
-    high: float = 1.0, keys: Sequence[Key] = (), shades: Sequence[tuple[str, float]] = (),
-    tilted: bool = False, below: str = "",
+    cells: Sequence[Sequence[Cell]], *, ramp: str = "YlGnBu", low: float = 0.0,
+    high: float = 1.0, keys: Sequence[Key] = (), tilted: bool = False,
 ) -> Any:  # fmt: skip
-    """A map of coloured cells, rows by columns; a column without a name has no tick, and `shades`
-    name values whose colours the legend shows."""
+    """A map of coloured cells, rows by columns."""
     mpl = matplotlib()
-    texts = any(cell and cell.text for row in cells for cell in row)
-    each = 0.55 if tilted else 1.15 if texts else 0.2
     heads = 1.9 if tilted else 0.9 + 0.6 * _narrow()
-    figure = _figure(heads + 0.3 * len(rows) + 0.3 * bool(keys or shades),
-                     2.4 + each * len(columns))  # fmt: skip
+    figure = _figure(heads + 0.3 * len(rows) + 0.3 * bool(keys),
+                     2.4 + (0.55 if tilted else 1.15) * len(columns))  # fmt: skip
     small = _narrow() and len(columns) > 7  # no room for numbers
     axes = figure.subplots()
     colour = partial(_ramp, mpl.colormaps[ramp], low, high)
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            if cell is None:
-                continue
             fill = None if cell.value is None else colour(cell.value)
             box = mpl.patches.Rectangle(
                 (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=fill or "none", linewidth=0,
@@ -427,17 +421,16 @@ def heat(
                 corner = [(x + 0.02, y - 0.45), (x + 0.1, y - 0.45), (x + 0.02, y - 0.12)]
                 axes.add_patch(mpl.patches.Polygon(corner, facecolor=ink, edgecolor="none"))
     _named(axes, rows)
-    axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5), xlabel=below)
-    named = [(x + 0.5, words.short(name, 22)) for x, name in enumerate(columns) if name]
-    axes.set_xticks(*zip(*named, strict=True))
-    if not below:
-        axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelcolor=INK)
-    if tilted or (_narrow() and not below):
+    axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xticks(
+        [at + 0.5 for at in range(len(columns))], [words.short(name, 22) for name in columns]
+    )
+    axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelcolor=INK)
+    if tilted or _narrow():
         for label in axes.get_xticklabels():
             label.set(rotation=90 if small else 50, ha="left", rotation_mode="anchor")
     axes.spines[:].set_visible(False)
-    square = {"marker": "s", "markersize": 9, "linestyle": "none"}
-    _legend(figure, [*keys, *((name, colour(value), square) for name, value in shades)])
+    _legend(figure, keys)
     return figure
 
 

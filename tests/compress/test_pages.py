@@ -19,7 +19,7 @@ def test_pages_are_readable_and_sort(
     several = tmp_path / "several.html"
     assert calmix("report", compressed, compressed, "-o", several).code == 0
     for path, every, figures, texts in (
-        (compressed / "card.html", True, 2, 60), (several, True, 1, 40),
+        (compressed / "card.html", True, 1, 60), (several, True, 1, 40),
         (whole / "report.html", False, 6, 200), (whole / "brief.html", True, 3, 100),
     ):  # fmt: skip
         backs = set()
