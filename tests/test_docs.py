@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+import calmix
 from calmix.cli.root import MOVED
-from calmix.files import cache_dir
+from calmix.pruning.methods import METHODS
+from calmix.study.spec import StudyFile
 from tests.cli.test_mistakes import COMMANDS
-from tests.tiny import longer
+from tests.tiny import tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -85,26 +88,37 @@ def test_one_version_and_one_repository() -> None:
     assert f"Repository: {source[1]}\n" in site
 
 
+def test_the_method_of_its_page_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calmix.pruning.methods.METHODS", dict(METHODS))
+    page = (ROOT / "docs" / "tasks" / "add-method.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    exec(compile(code, "my_method.py", "exec"), {"__name__": "my_method"})
+    report = calmix.prune(
+        tiny_model("llama"), tiny_ids(4, 16), method="rooted", pattern=0.5, power=0.7
+    )
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("page", ["studies.md", "tasks/compare-sets.md", "walks/two-sets.sh"])
+def test_the_studies_of_the_pages_are_studies(page: str) -> None:
+    text = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    found = re.findall(r"^name: .*?(?=^```|^END)", text, re.DOTALL | re.MULTILINE)
+    assert found
+    for one in found:
+        StudyFile.model_validate(yaml.safe_load(one))
+
+
 @pytest.mark.real
-@pytest.mark.long
+@pytest.mark.long  # minutes each: the builtin model
 @pytest.mark.parametrize("name", ["first-card", "own-chats", "two-sets"])
-def test_a_walk_arrives(name: str, tiny_folder: Path, tmp_path: Path) -> None:
-    """In small: a tiny model, a suite of a few items. The scripts say what real ones take."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    program = f'#!/bin/sh\nexec "{sys.executable}" -m calmix "$@"\n'
-    (bin_folder / "calmix").write_text(program, encoding="utf-8")
-    (bin_folder / "calmix").chmod(0o755)
-    settings = {
-        "CALMIX_CACHE": tmp_path / "cache", "MODEL": longer(tiny_folder, tmp_path / "model"),
-        "SUITE": "smoke", "PYTHONPATH": ROOT,
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
+def test_a_walk_arrives(name: str, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "calmix"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m calmix "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    path = {"PYTHONPATH": str(ROOT), "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
     ended = subprocess.run(
-        [ROOT / "docs" / "walks" / f"{name}.sh", tmp_path / "walk"],
-        env=os.environ | {key: str(value) for key, value in settings.items()},
+        [ROOT / "docs" / "walks" / f"{name}.sh", tmp_path / "walk"], env=os.environ | path,
         capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -6,7 +6,7 @@ began=$(date +%s)
 mkdir -p "${1:-out/two-sets}" && cd "${1:-out/two-sets}"
 cat > study.yaml <<END
 name: two-sets
-model: ${MODEL:-builtin:smollm2-135m}
+models: ["${MODEL:-builtin:smollm2-135m}"]
 suite: ${SUITE:-smoke}
 calibrations:
   code: ${ONE:-python-stdlib}
