@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 # Read when CUDA starts: without it the same product may be summed in another order.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# What tqdm says in notebooks without ipywidgets, when transformers is imported.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     __version__: str

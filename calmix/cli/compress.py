@@ -91,10 +91,9 @@ def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str,
     from calmix.compression import plan, running
     from calmix.compression.estimate import estimate
 
-    listed = plan.stages(asked, output)
-    expected = dict.fromkeys((stage.name for stage in listed), 0.0)
+    left = running.left_to_do(asked, output)
+    expected = {stage.name: 0.0 for stage in plan.stages(asked, output)}
     with contextlib.suppress(CalmixError):  # it is for the line of progress alone
-        left = [stage for stage in listed if not running.stands(stage, output)]
         expected |= {one.stage.name: one.seconds for one in estimate(asked, left)}
 
     def say(stage: Stage, kept: bool) -> None:

@@ -31,7 +31,6 @@ doctor = group("doctor", default="check")
 class InspectOptions(Json):
     path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT")
     layers: bool = option(False, "One row for every layer.")
-    plot: Path | None = option(None, "Draw sparsity and error to a .png or .svg.")
 
 
 class RerunOptions(Json):
@@ -77,10 +76,7 @@ def inspect(options: InspectOptions) -> None:
     Exit code 2 if a file is missing, damaged or changed.
     """
     from calmix.diagnostics.inspecting import inspect as look
-    from calmix.diagnostics.plotting import check_plot, plot
 
-    if options.plot is not None:
-        check_plot(options.plot, options.path)
     with Progress() as bar:
         health = look(options.path, tick=bar.each("checked"))
     if options.as_json:
@@ -90,10 +86,6 @@ def inspect(options: InspectOptions) -> None:
     if health.problems:
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
         raise InputError(f"{health.problems[0]}{more}: make it again")
-    if options.plot is not None:
-        plot(health, options.plot)
-        if not options.as_json:
-            line(f"drawn to {options.plot}")
 
 
 @verb("rerun", of=doctor)

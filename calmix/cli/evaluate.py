@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from calmix.evaluation.suites import TaskSpec
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
+UNITS = "Bits and smoothed: bits per byte, lower is better; other scores: higher."
 DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
@@ -243,7 +244,8 @@ def compare(options: CompareOptions) -> None:
         rows["top-1 %"] = [_far(one).get("top-1 %", "-") for one in far]
     rows["flips %"] = [_share(flips(dense.tasks, one.tasks, **options.drawn()).total)
                        for one in models]  # fmt: skip
-    title = f"retention %, suite {suite['name']} version {suite['version']}, by {options.measure}"
+    title = (f"retention %, suite {suite['name']} version {suite['version']}, by "
+             f"{options.measure}; higher is better, of KL and flips lower")  # fmt: skip
     table: list[dict[str, str] | None] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
@@ -300,6 +302,7 @@ def _print(
     )  # fmt: skip
     print_table(rows, title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
                 least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
+    line(UNITS)
 
 
 def _print_retention(
@@ -315,8 +318,8 @@ def _print_retention(
         line(words.wrapped(said))
     line("")
     if found.abilities:
-        print_table([_answered(one) for one in found.abilities], title="generated answers",
-                    least=["asked", "gained"])  # fmt: skip
+        rows = [_answered(one) for one in found.abilities]
+        print_table(rows, title="generated answers, higher is better", least=["asked", "gained"])
     rows = _headed(
         kept.tasks, lambda task: task.dimension,
         lambda task: {
@@ -340,7 +343,7 @@ def _print_retention(
         worst = kept.of(kept.worst)
         summary.append({"dimension": f"worst: {kept.worst}",
                         f"by {options.measure}": interval(worst)})  # fmt: skip
-    print_table(summary, title="retention %, mean over tasks with signal")
+    print_table(summary, title="retention %, higher is better, mean over tasks with signal")
     if silent := [task.name for task in kept.tasks if not task.signal]:
         line("no signal (dense score within its noise of the baseline, left out): "
              + ", ".join(silent))  # fmt: skip
@@ -370,7 +373,8 @@ def _print_distance(
     names = dict.fromkeys([*parts, *changed.dimensions])
     rows = [row(name, parts.get(name), changed.dimensions.get(name)) for name in names]
     rows += [None, row("total", far["total"] if far else None, changed.total)]
-    print_table(rows, title="distance to the dense model", least=["median", "99 %", "top-1 %"])
+    print_table(rows, title="distance to the dense model, lower is better; of top-1 higher",
+                least=["median", "99 %", "top-1 %"])  # fmt: skip
     if far is None:
         line("KL: not measured; it takes --against MODEL, not its scores, and tasks of likelihood")
     else:
@@ -393,6 +397,7 @@ def _share(found: Flipped | None) -> str:
 
 
 def _legend(options: RetentionOptions) -> None:
+    line(UNITS)
     line("Retention: 100 = dense model, 0 = without task knowledge (of accuracy: chance).")
     line(f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}.")
 
@@ -455,7 +460,7 @@ def perplexity(options: PerplexityOptions) -> None:
     result(
         options, {"model": options.model, "text": str(options.text)} | asdict(made),
         f"perplexity {made.perplexity:.3f}, {made.bits_per_byte:.4f} bits per byte "
-        f"(context {made.length}, {made.windows} windows)",
+        f"(lower is better; context {made.length}, {made.windows} windows)",
     )  # fmt: skip
 
 

@@ -52,10 +52,8 @@ def compress(
     say: Callable[[Stage, bool], None],
 ) -> dict[str, float]:
     """Do what is left of a compression, and return the seconds of every stage done now."""
-    check(asked, out)
     listed = stages(asked, out)
-    left = [stage for stage in listed if not stands(stage, out)]
-    check_free(out, check_room(asked, left), "the checkpoints take")
+    left_to_do(asked, out)
     with alone(out, wait=False):
         if not (out / MANIFEST).exists():
             commands = {stage.name: stage.command for stage in listed}
@@ -64,7 +62,7 @@ def compress(
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         seconds: dict[str, float] = {}
         for stage in listed:
-            kept = stands(stage, out)
+            kept = _stands(stage, out)
             say(stage, kept)
             if kept:
                 continue
@@ -75,8 +73,15 @@ def compress(
     return seconds
 
 
-def stands(stage: Stage, out: Path) -> bool:
-    """Whether a stage has left its result."""
+def left_to_do(asked: Request, out: Path) -> list[Stage]:
+    """Return the stages that have left no result, checked before any of them begins."""
+    check(asked, out)
+    left = [stage for stage in stages(asked, out) if not _stands(stage, out)]
+    check_free(out, check_room(asked, left), "the checkpoints take")
+    return left
+
+
+def _stands(stage: Stage, out: Path) -> bool:
     return stage.leaves is not None and (out / stage.leaves).exists()
 
 

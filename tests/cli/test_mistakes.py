@@ -46,7 +46,7 @@ VERBS = {
     "calibrate show": "{text}",
     "evaluate run": "{model} --against {other} --suite {suite}",
     "evaluate rescore": "{scores}",
-    "evaluate answers": "{model} {other} --suite {suite}",
+    "evaluate answers": "{model} {other}",
     "evaluate perplexity": "{model} --text {text}",
     "evaluate suites": "",
     "evaluate suite": "{suite}",
@@ -79,7 +79,7 @@ OUTPUTS = {
     "evaluate run": ("-o", ".json"), "evaluate answers": ("-o", ".json"),
     "report": ("-o", ".html"), "study init": ("", ".yaml"), "study run": ("-o", ""),
     "study export": ("-o", ""), "study analyse": ("-o", ""), "study report": ("-o", ""),
-    "doctor inspect": ("--plot", ".png"), "doctor rerun": ("-o", ""),
+    "doctor rerun": ("-o", ""),
 }  # fmt: skip
 # What takes room on the disk that is known before.
 DISK = (

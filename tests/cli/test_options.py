@@ -38,12 +38,14 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
     [
         ("calmix comp", ["compare", "compress"]),
         ("calmix calibrate sources --d", ["--dimension"]),
-        ("calmix prune builtin:g", ["builtin:gemma3-270m"]),
+        ("calmix prune builtin:g", ["gemma3-270m"]),
         ("calmix prune x --method w", ["wanda"]),
         ("calmix recover x --method d", ["distill"]),
-        ("calmix prune x --calibration uniform:books,sto", ["uniform:books,stories"]),
+        ("calmix prune x --calibration uniform:books,sto", ["books,stories"]),
         ("calmix evaluate x --suite off", ["offline"]),
         ("calmix compress x --effort q", ["quick"]),
+        ("calmix compress builtin : sm", ["smollm2-135m"]),  # as bash hands it over
+        ("calmix prune x --calibration uniform : books,sto", ["books,stories"]),
     ],
 )
 def test_a_shell_is_told_how_a_line_may_go_on(

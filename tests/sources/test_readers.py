@@ -105,7 +105,7 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
         assert [d.text for d in one.documents()] == ["a, b\nc", "é"]
         both = get_source(f"{tmp_path / name}@prompt+answer")
         assert [d.text for d in both.documents()] == ['a, b\nc\n\nsay "d"', "é\n\nf"]
-        with pytest.raises(SourceError, match="--text-field prompt"):
+        with pytest.raises(SourceError, match=r"--text-field (prompt|answer) or FILE@"):
             _texts(tmp_path / name)
     assert get_source(f"{tmp_path}/r.csv@prompt").check() == [tmp_path / "r.csv"]
 
