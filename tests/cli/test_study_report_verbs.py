@@ -30,7 +30,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix: Run, folder: Path) -> None:
     ended = calmix("study", "analyse", folder, *QUICK)
     assert ended.code == 0, ended.err
-    assert "(dense model: 100 %), " in " ".join(ended.out.split())
+    assert "(dense model: 100 %): " in " ".join(ended.out.split())
     assert "not found" in ended.out
     assert (folder / "analysis" / "analysis.json").is_file()
     assert (folder / "analysis" / "correlations.csv").is_file()
