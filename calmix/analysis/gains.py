@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from calmix.analysis.bootstrap import Contrast, Estimate, Joint
 from calmix.analysis.differences import SINGLES, between, leads_over
@@ -54,7 +53,9 @@ def gains(made: Sequence[Joint], default: str | None) -> tuple[list[Gain], list[
     moved: list[Shift] = []
     for pair in itertools.combinations(made, 2):
         common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
-        if not common or len({_rest(one) for one in pair}) > 1:
+        rest = ("model", "pattern", "propagation", "rows", "length", "suite")
+        if not common or any(len({getattr(one.cells.condition, name) for one in pair}) > 1
+                             for name in rest):  # fmt: skip
             continue
         asked = [(name, [name]) for name in common] + [(MEAN, common)]
         ordered = [each for each in (pair, pair[::-1]) if _recovered(*each)]
@@ -73,12 +74,6 @@ def gains(made: Sequence[Joint], default: str | None) -> tuple[list[Gain], list[
             for (name, quantity), gap in between(ours, theirs).items()
         ]
     return kept, moved
-
-
-def _rest(one: Joint) -> tuple[Any, ...]:
-    """Return all of a condition but its method."""
-    at = one.cells.condition
-    return at.model, at.pattern, at.propagation, at.rows, at.length, at.suite
 
 
 def _recovered(more: Joint, less: Joint) -> bool:

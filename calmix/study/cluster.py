@@ -19,8 +19,7 @@ from calmix.models.opening import device_of
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench
 from calmix.study.estimate import check_memory, largest, passing_memory, trial_memory
-from calmix.study.results import Trial
-from calmix.study.running import Execute, Observer, Outcome, run_one
+from calmix.study.running import Ended, Execute, Observer, Outcome, run_one
 from calmix.study.spec import Study
 from calmix.study.store import Store
 from calmix.study.trials import Resolved
@@ -89,8 +88,7 @@ def on_ray(
         for trial in todo if died else ():
             if store.state(trial.id) in ("pending", "running"):
                 line = f"its worker died {retries + 1} times, last: {died}"
-                outcome.failed[trial.planned.label] = line
-                observer.failed(trial, line)
+                outcome.add(trial, ("failed", line), observer)
         return outcome
 
     return execute
@@ -117,11 +115,10 @@ class Worker:
             os.chdir(folder)
         self.bench, self.device = Bench(study, store, how), device_of(how.device)
 
-    def run(self, trial: Resolved) -> tuple[Resolved, Trial | None, Outcome]:
+    def run(self, trial: Resolved) -> tuple[Resolved, Ended]:
         """Run one trial, and return what came of it."""
         check_memory(self.bench.study, [trial.planned], self.device)
-        outcome = Outcome()
-        return trial, run_one(self.bench, trial, Observer(), outcome), outcome
+        return trial, run_one(self.bench, trial, Observer())
 
 
 def _run(workers: list[Any], todo: Sequence[Resolved], observer: Observer) -> tuple[Outcome, str]:
@@ -134,7 +131,7 @@ def _run(workers: list[Any], todo: Sequence[Resolved], observer: Observer) -> tu
         pool.submit(lambda worker, one: worker.run.remote(one), trial)
     while pool.has_next():
         try:
-            trial, found, made = pool.get_next_unordered()
+            trial, ended = pool.get_next_unordered()
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, CalmixError):
                 raise InputError(str(error.cause)) from None
@@ -142,11 +139,5 @@ def _run(workers: list[Any], todo: Sequence[Resolved], observer: Observer) -> tu
         except ray.exceptions.RayActorError as error:
             died = first_line(error)
             continue
-        outcome.finished += made.finished
-        outcome.failed |= made.failed
-        outcome.elsewhere |= made.elsewhere
-        if found is not None:
-            observer.finished(trial, found)
-        for line in made.failed.values():
-            observer.failed(trial, line)
+        outcome.add(trial, ended, observer)
     return outcome, died

@@ -21,7 +21,6 @@ from calmix.pruning.allocation import from_shares
 from calmix.study.bench import Bench
 from calmix.study.estimate import Timed, check_memory
 from calmix.study.export import KEYS, MIXED, read_results, write_tables
-from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, Store, check_folder, claim_store, is_store, open_store
 from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resolve_all
@@ -40,13 +39,26 @@ class Observer:
 
 @dataclass
 class Outcome:
-    """What a run did: trials finished, failed and left to other processes, by label."""
+    """What a run did not finish: trials that failed or are left to other processes, by label."""
 
-    finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
 
+    def add(self, trial: Resolved, ended: Ended, observer: Observer) -> None:
+        """Take what came of a trial, and tell the observer."""
+        (how, what), label = ended, trial.planned.label
+        self.elsewhere.pop(label, None)
+        if how == "finished":
+            observer.finished(trial, what)
+        elif how == "failed":
+            self.failed[label] = what
+            observer.failed(trial, what)
+        elif how == "elsewhere":
+            self.elsewhere[label] = what
 
+
+# `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
+Ended = tuple[str, Any]
 Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Observer], Outcome]
 
 
@@ -153,17 +165,16 @@ def run_locally(
     check_memory(study, [trial.planned for trial in todo], device_of(how.device))
     bench, outcome = Bench(study, store, how), Outcome()
     for trial in todo:
-        run_one(bench, trial, observer, outcome)
+        outcome.add(trial, run_one(bench, trial, observer), observer)
     for trial in todo:  # what others ran may have been given up meanwhile
         if trial.planned.label in outcome.elsewhere and store.state(trial.id) == "pending":
-            del outcome.elsewhere[trial.planned.label]
-            run_one(bench, trial, observer, outcome)
+            outcome.add(trial, run_one(bench, trial, observer), observer)
     return outcome
 
 
-def run_one(bench: Bench, trial: Resolved, observer: Observer, outcome: Outcome) -> Trial | None:
+def run_one(bench: Bench, trial: Resolved, observer: Observer) -> Ended:
     """Run one trial under its lock and keep what comes of it, a failure too."""
-    store, label = bench.store, trial.planned.label
+    store = bench.store
 
     def stage(what: str, done: int, total: int) -> None:
         observer.stage(trial, what, done, total)
@@ -171,12 +182,12 @@ def run_one(bench: Bench, trial: Resolved, observer: Observer, outcome: Outcome)
     try:
         with store.lock(trial.id).acquire(timeout=0):
             if (store.trial(trial.id) / RESULT).is_file():  # finished a moment ago
-                return None
+                return "", None
             observer.started(trial)
             # A model that does not open or cannot be scored fails every trial alike.
             bench.ready(trial.planned.model, stage)
             try:
-                found = bench.run(trial, stage)
+                return "finished", bench.run(trial, stage)
             except DiskError:
                 raise
             except Exception as error:
@@ -184,12 +195,6 @@ def run_one(bench: Bench, trial: Resolved, observer: Observer, outcome: Outcome)
                 if not isinstance(error, CalmixError):
                     line = f"{type(error).__name__}: {first_line(error)}"
                 store.fail(trial, line, traceback.format_exc())
-                outcome.failed[label] = line
-                observer.failed(trial, line)
-                return None
-            outcome.finished.append(label)
-            observer.finished(trial, found)
-            return found
+                return "failed", line
     except Timeout:
-        outcome.elsewhere[label] = store.runner(trial.id) or "another process"
-        return None
+        return "elsewhere", store.runner(trial.id) or "another process"
