@@ -481,8 +481,6 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
         # Their shares of the rows decide in which order sums are taken.
         "processes": distributed.processes()[1],
         **asked_record(request),
-        "only": list(request.only),
-        "skip": list(request.skip),
         "versions": deciding_versions(),
     }
 
@@ -548,25 +546,16 @@ def _write_beside(
 
 
 def write_checkpoint(
-    opened: OpenModel,
-    output: Path,
-    report: PruneReport,
-    calibration: CalibrationSet | None,
-    request: PruneRequest | None = None,
+    opened: OpenModel, output: Path, report: PruneReport, calibration: CalibrationSet | None
 ) -> None:
     """Write model, tokenizer, manifest and run record to a folder, whole or not at all."""
     model = opened.model
+    check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
     manifest, seconds = _manifest(
         opened.name, opened.fingerprint, model.dtype, model.device.type, report, calibration,
-        request, opened.trust_remote_code,
+        None, opened.trust_remote_code,
     )  # fmt: skip
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
         _write_beside(folder, opened, manifest, run_record(seconds))
-
-
-def check_space(opened: OpenModel, output: Path) -> None:
-    """Refuse before the work starts if the checkpoint will not fit on the disk."""
-    needed = sum(p.numel() * p.element_size() for p in opened.model.parameters())
-    check_free(output, needed, "the checkpoint takes")

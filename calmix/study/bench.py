@@ -29,6 +29,7 @@ from calmix.options import TrialOptions
 from calmix.precision import dtype_name
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.allocation import from_shares
+from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Patterns
 from calmix.recovery import recover
 from calmix.recovery.training import trained_names
@@ -115,7 +116,7 @@ class Bench:
                 self._recover(trial, report, made, folder, stage)
                 lap("recover")
             elif self.study.file.keep_checkpoints:
-                self._keep(report, made, folder / CHECKPOINT)
+                write_checkpoint(self.opened, folder / CHECKPOINT, report, made)
             scores = evaluate(
                 self.opened, self.study.suite, floors=False, allow_code_execution=self.allows,
                 progress=lambda *of: stage("scoring", *of),
@@ -148,12 +149,6 @@ class Bench:
         for name, value in weights.items():
             self.opened.model.get_parameter(name).data.copy_(value)
 
-    def _keep(self, report: PruneReport, made: CalibrationSet | None, folder: Path) -> None:
-        from calmix.pruning.checkpoint import check_space, write_checkpoint
-
-        check_space(self.opened, folder)
-        write_checkpoint(self.opened, folder, report, made)
-
     def _recover(
         self,
         trial: Resolved,
@@ -166,7 +161,7 @@ class Bench:
         assert trial.planned.recovery is not None
         assert trial.calibration_id is not None
         held = str(self.store.calibration(trial.calibration_id))
-        self._keep(report, made, folder / "pruned")
+        write_checkpoint(self.opened, folder / "pruned", report, made)
         self._pruned = None
         recovered = recover(
             str(folder / "pruned"),
