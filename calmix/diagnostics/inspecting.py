@@ -258,16 +258,14 @@ def _store(folder: Path, health: Health, say: Say) -> None:
     counts = dict(Counter(states.values()))
     health.facts = {"study": store.index.name, "trials": len(states)} | counts
 
-    def finished(place: Path, part: Health, say: Say) -> None:
-        store.result(place.name)
-        store.scores(place.name)
-
     for trial, state in states.items():
         if state == "failed":
             health.warnings.append(f"{store.read_failure(trial).label} failed")
-        if state == "finished":
-            part = Health(str(folder), "")
-            health.problems += _checked(store.trial(trial), "", part, finished, say).problems
+        for read in (store.result, store.scores) if state == "finished" else ():
+            try:
+                read(trial)
+            except CalmixError as error:
+                health.problems.append(str(error))
         say(trial)
     for place in (
         *sorted(folder.glob("trials/*/checkpoint")), *sorted(folder.glob("calibration/[!.]*")),

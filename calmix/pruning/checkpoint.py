@@ -272,12 +272,10 @@ class _Pruning:
         what = "the checkpoint takes" if not tokens else "checkpoint and hidden states take"
         needed = len(self.jobs) * (self.checkpoint_bytes + states)
 
-        def check() -> None:
-            files = [path for one in self.works for path in one.path.rglob("*") if path.is_file()]
-            held = sum(path.stat().st_blocks * 512 for path in files)
-            check_free(self.works[0].output, needed - held, what)
-
-        distributed.once(check)
+        first = self.works[0].output
+        distributed.once(
+            lambda: check_free(first, needed - sum(one.bytes for one in self.works), what)
+        )
         return plan
 
     def draw(self) -> None:

@@ -89,6 +89,11 @@ class WorkFolder:
         return int(self.kept.get("done", 0))
 
     @property
+    def bytes(self) -> int:
+        """Bytes on the disk of what is in the folder."""
+        return sum(p.stat().st_blocks * 512 for p in self.path.rglob("*") if p.is_file())
+
+    @property
     def begun(self) -> bool:
         """Whether there is something to resume."""
         return bool(self.done or self.kept.get("dropped"))

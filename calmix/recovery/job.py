@@ -182,8 +182,7 @@ class Job:
             needed += states + 2 * (12 + 4) * trained
         else:
             needed += 2 * states
-        held = sum(p.stat().st_blocks * 512 for p in self.work.path.rglob("*") if p.is_file())
-        check_free(self.output, needed - held, "checkpoint and states take up to")
+        check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")
 
     def keep(self, done: int, *own: str, **facts: Any) -> None:
         """Make count what is done, with the files that each process has saved as its `own`."""
