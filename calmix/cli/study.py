@@ -125,19 +125,19 @@ def plan(options: PlanOptions) -> None:
     found = estimate(study, options.device)
     if options.as_json:
         power = {} if options.power is None else {"power": reached}
-        print_json({"study": study.name, **found, **power})
+        print_json({"study": study.file.name, **found, **power})
         return
     rows = []
     for each in found["groups"]:
         taken = {stage: duration(seconds) for stage, seconds in each["seconds"].items()}
         rows.append({
-            "model": each["model"] if len(study.models) > 1 else None,
+            "model": each["model"] if len(study.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
             **{stage: taken.get(stage) for stage in ("prune", "recover", "evaluate")},
             "memory": size(each["memory"]), "disk": size(each["disk"]),
         })  # fmt: skip
-    print_table(rows, title=f"study {study.name}, each trial",
+    print_table(rows, title=f"study {study.file.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
         f"{found['trials']} trials, {found['sets']} calibration sets "

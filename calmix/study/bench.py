@@ -70,7 +70,7 @@ class Bench:
         stage("opening the model", 0, 1)
         self._label = self.opened = self._set = self._pruned = self._reference = None
         self._weights = {}  # before the next model takes their place in memory
-        entry, suite = self.study.models[label], self.study.suite
+        entry, suite = self.study.file.models[label], self.study.suite
         self.opened = opened = open_model(entry.name, dtype=entry.dtype, **self.how)
         self._changed = False
         known = [name for name in suite.dimensions if name in builtin_readers()]
@@ -165,7 +165,7 @@ class Bench:
         self._pruned = None
         recovered = recover(
             str(folder / "pruned"),
-            self.study.models[trial.planned.model].name,
+            self.study.file.models[trial.planned.model].name,
             replace(trial.planned.recovery, calibration=held),
             folder / CHECKPOINT,
             progress=lambda done, total, loss: stage("recovering", done, total),

@@ -361,7 +361,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     sets, `dense_seconds` score the dense models. `groups` are of trials that take the same, with
     what each takes, `notes` say what was assumed and what does not fit.
     """
-    models = {label: Timed(m.name, m.dtype, device) for label, m in study.models.items()}
+    models = {label: Timed(m.name, m.dtype, device) for label, m in study.file.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
     groups: dict[tuple[Any, ...], list[Planned]] = {}
     prunes: dict[Any, Planned] = {}  # what differs in recovery alone is pruned once
@@ -402,7 +402,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         asked = ask(one.request.calibration or "", sources=study.own, **one.request.draw)
         measured = study.file.perplexity
         made += models[one.model].calibration(one.rows, one.length, asked.spec, measured)
-        if asked.chatless(_tokenizer(study.models[one.model].name)):
+        if asked.chatless(_tokenizer(study.file.models[one.model].name)):
             chatless.setdefault(one.model, []).append(one.calibration)
     notes += [f"{model}: {', '.join(dict.fromkeys(named))} {CHATLESS}"
               for model, named in chatless.items()]  # fmt: skip
@@ -457,7 +457,7 @@ def largest(
     found = "", 0.0
     for label in dict.fromkeys(trial.model for trial in trials):
         try:
-            model = Timed(study.models[label].name, study.models[label].dtype, device)
+            model = Timed(study.file.models[label].name, study.file.models[label].dtype, device)
         except CalmixError:
             continue
         kinds = {trial.condition: trial for trial in trials if trial.model == label}

@@ -83,7 +83,7 @@ def run_study(
     wanted = chosen_trials(planned, only, skip)
     if execute is None:  # a cluster has devices of its own
         device_of(options.device)
-    models = (model.name for model in study.models.values())
+    models = (model.name for model in study.file.models.values())
     check_models(*models, trust_remote_code=options.trust_remote_code)
     resolved = resolve_all(study, planned)
     names: dict[str, str] = {}
@@ -147,7 +147,7 @@ def check_allocations(
 
     @cache
     def blocks(label: str) -> Any:
-        return Timed(study.models[label].name, trust_remote_code=trust_remote_code).blocks
+        return Timed(study.file.models[label].name, trust_remote_code=trust_remote_code).blocks
 
     for trial in trials:
         if isinstance(shares := trial.request.allocation, dict):

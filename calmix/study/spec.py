@@ -200,26 +200,11 @@ class Study:
     allocations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
-    def models(self) -> dict[str, Model]:
-        """The models by label."""
-        return self.file.models
-
-    @property
-    def calibrations(self) -> dict[str, Calibration]:
-        """The calibration sets by label."""
-        return self.file.calibrations
-
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.file.name
-
-    @property
     def files(self) -> list[object]:
         """What is read: the study, its models and allocations, and what its sets are made of."""
-        found: list[object] = [self.path, *(model.name for model in self.models.values())]
+        found: list[object] = [self.path, *(model.name for model in self.file.models.values())]
         found += [self.path.parent / user_path(name) for name in self.allocations]
-        for entry in self.calibrations.values():
+        for entry in self.file.calibrations.values():
             found += ask(entry.written, sources=self.own, **entry.given()).files
         return found
 

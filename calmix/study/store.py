@@ -285,7 +285,7 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
     check_folder(path)
     suite, new = study.suite, {trial.planned.key: trial for trial in resolved}
     store = Store(path, Index(
-        name=study.name, text=study.text,
+        name=study.file.name, text=study.text,
         suite={**describe(suite), "dimensions": list(suite.dimensions)},
         trials=[Entry(id=t.id, label=t.planned.label, key=list(key), set=t.calibration_id)
                 for key, t in new.items()],

@@ -162,7 +162,7 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
                 asked = prune_request(method=method.text, pattern=target)
                 yield Planned(model, NONE, "none", asked)
         for seed, label in product(grid.seeds or (), grid.calibrations or ()):
-            entry = study.calibrations[label]
+            entry = study.file.calibrations[label]
             made, draw = _asked(study, entry, grid, seed)
             saved, size = made.saved, made.draw
             drawn = size.seed if saved is None else saved.manifest.get("seed") or 0
@@ -213,7 +213,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
 
     @cache
     def model_of(label: str) -> dict[str, Any]:
-        entry = study.models[label]
+        entry = study.file.models[label]
         return {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
 
     def one(trial: Planned) -> Resolved:
@@ -247,7 +247,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
     """Return the bytes of weights that trials leave on disk, or hold there for a while."""
-    size = cache(lambda label: weight_bytes(resolve_model(study.models[label].name)))
+    size = cache(lambda label: weight_bytes(resolve_model(study.file.models[label].name)))
     kept = sum(size(t.model) for t in trials) if study.file.keep_checkpoints else 0
     return kept + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
 

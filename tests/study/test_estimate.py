@@ -104,7 +104,7 @@ def test_trials_an_accelerator_cannot_hold_are_refused(
 ) -> None:
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials, cpu = plan(study), torch.device("cpu")
-    model = Timed(study.models["tiny"].name)
+    model = Timed(study.file.models["tiny"].name)
     needed = [trial_memory(model, trial) for trial in trials]
     label, most = estimate.largest(study, trials, "cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # what this process holds is in it

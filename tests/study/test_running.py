@@ -103,16 +103,16 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran: Ran) -> None:
     # The fifth of six: what came before must leave no trace in the model.
     trial = results.trials[4]
     assert (trial.calibration, trial.method, trial.pattern) == ("mix", "sparsegpt", "60%")
-    opened = open_model(study.models["tiny"].name)
+    opened = open_model(study.file.models["tiny"].name)
     dense = evaluate(opened, study.suite)
-    text = study.calibrations["mix"].written
+    text = study.file.calibrations["mix"].written
     drawn = resolve(text, opened, rows=6, length=32, leakage="off")
     prune(opened.model, drawn.ids, method="sparsegpt", pattern=Unstructured(0.6))
     kept = evaluate(opened, study.suite).retention(dense)
     assert (trial.total.value, trial.total.low) == (kept.total.value, kept.total.low)
     assert [task.pruned for task in trial.tasks] == [task.pruned for task in kept.tasks]
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
-    found = measure([text], open_model(study.models["tiny"].name), rows=6, length=32, draws=1)
+    found = measure([text], open_model(study.file.models["tiny"].name), rows=6, length=32, draws=1)
     for name, value in found[text].items():
         name = "perplexity" if name == "distortion" else name
         assert trial.information[name] == pytest.approx(value.mean), name
@@ -488,8 +488,8 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     assert told[0] == told[1] != told[2] == told[3]
 
     study = load_study(path)
-    text = study.calibrations["mix"].written
-    opened = open_model(study.models["tiny"].name)
+    text = study.file.calibrations["mix"].written
+    opened = open_model(study.file.models["tiny"].name)
     dense = evaluate(opened, study.suite)
     made = resolve(text, opened, rows=16, length=32, leakage="off")
     made.save(tmp_path / "set")
@@ -498,7 +498,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     opened.model.save_pretrained(tmp_path / "pruned")
     opened.tokenizer.save_pretrained(tmp_path / "pruned")
     asked = recover_request(calibration=str(tmp_path / "set"), epochs=1)
-    name = study.models["tiny"].name
+    name = study.file.models["tiny"].name
     report = recover(str(tmp_path / "pruned"), name, asked, tmp_path / "recovered")
     told = json.loads((store.trial(last.id) / "recovery.json").read_text(encoding="utf-8"))
     assert (told["before"], told["after"]) == (report.before, report.after)
