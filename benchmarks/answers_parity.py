@@ -1,0 +1,89 @@
+"""Our greedy answers against lm-evaluation-harness's own generation: the same, and how much faster?
+
+    python benchmarks/answers_parity.py [--model builtin:smollm2-135m] [--items 48]
+        [--batch-sizes 8,16,32,64] [--tasks sums,gsm8k]
+
+Both answer the same items of suite `abilities`, as plain text with worked examples, with the same
+model in memory, one task after the other. HFLM runs each batch size on the first task's items and
+then all tasks with its fastest. Times are the process's processor seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from common import machine
+from lm_eval.models.huggingface import HFLM
+
+from calmix.evaluation.abilities import load_asked, prompts
+from calmix.evaluation.greedy import answers
+from calmix.evaluation.harness import quiet_harness
+from calmix.evaluation.suites import load_suite
+from calmix.models import open_model
+from calmix.models.opening import quiet_transformers
+
+TASKS = "common_knowledge,sums,gsm8k,small_programs,requests"
+
+
+def ours(opened: Any, name: str, count: int) -> tuple[float, list[str]]:
+    """Processor seconds and answers."""
+    task, items = chosen(name, count)
+    start = time.process_time()
+    found = answers(opened, prompts(task, items, opened.tokenizer, chat=False))
+    return time.process_time() - start, [one.text for one in found]
+
+
+def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:
+    """The same of HFLM."""
+    task, items = chosen(name, count)
+    how = {"until": list(task.until), "max_gen_toks": task.tokens, "do_sample": False}
+    requests: Any = [SimpleNamespace(args=(item.plain, dict(how))) for item in items]
+    start = time.process_time()
+    with quiet_harness(), quiet_transformers():
+        found = lm.generate_until(requests, disable_tqdm=True)
+    return time.process_time() - start, found
+
+
+def chosen(name: str, count: int) -> tuple[Any, Any]:
+    """A task, and so many of its items."""
+    spec = load_suite("abilities").limited(count).tasks[name]
+    task = load_asked(name)
+    return task, task.picked(spec)
+
+
+def main() -> None:
+    """Print a line a task."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--batch-sizes", default="8,16,32,64")
+    parser.add_argument("--tasks", default=TASKS)
+    options = parser.parse_args()
+    opened = open_model(options.model, dtype="float32")
+    names = options.tasks.split(",")
+    print(machine())
+    tried = {}
+    for size in map(int, options.batch_sizes.split(",")):
+        with quiet_harness():
+            lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
+        tried[size] = theirs(lm, names[0], options.items)[0]
+        print(f"HFLM, batches of {size}: {tried[size]:.1f} s for {names[0]}", flush=True)
+    size = min(tried, key=lambda size: tried[size])
+    with quiet_harness():
+        lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
+    whole = [0.0, 0.0]
+    for name in names:
+        own, found = ours(opened, name, options.items)
+        other, wanted = theirs(lm, name, options.items)
+        same = sum(a.strip() == b.strip() for a, b in zip(found, wanted, strict=True))
+        whole = [whole[0] + own, whole[1] + other]
+        print(f"{name}: {own:.1f} s, HFLM {other:.1f} s: {other / own:.1f} times; "
+              f"{same} of {len(found)} answers the same", flush=True)  # fmt: skip
+    print(f"all: {whole[0]:.1f} s, HFLM {whole[1]:.1f} s: {whole[1] / whole[0]:.1f} times")
+
+
+if __name__ == "__main__":
+    main()
