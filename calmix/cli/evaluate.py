@@ -19,7 +19,6 @@ from calmix.options import MODEL, Json, ModelOptions, Options, option, path_opti
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
-    from calmix.evaluation.behaviour import Counted
     from calmix.evaluation.distance import Flipped
     from calmix.evaluation.retention import Estimate
     from calmix.evaluation.scores import CapabilityScores
@@ -245,7 +244,7 @@ def compare(options: CompareOptions) -> None:
     rows["flips %"] = [_share(flips(dense.tasks, one.tasks, **options.drawn()).total)
                        for one in models]  # fmt: skip
     title = (f"retention %, suite {suite['name']} version {suite['version']}, by "
-             f"{options.measure}; higher is better, of KL and flips lower")  # fmt: skip
+             f"{options.measure}; KL and flips: lower is better")  # fmt: skip
     table: list[dict[str, str] | None] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
@@ -318,8 +317,10 @@ def _print_retention(
         line(words.wrapped(said))
     line("")
     if found.abilities:
-        rows = [_answered(one) for one in found.abilities]
-        print_table(rows, title="generated answers, higher is better", least=["asked", "gained"])
+        counts = [{"ability": one.name, "asked": one.asked, "dense right": one.dense,
+                   "still right": one.kept, "kept %": interval(one.share), "gained": one.gained}
+                  for one in found.abilities]  # fmt: skip
+        print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
     rows = _headed(
         kept.tasks, lambda task: task.dimension,
         lambda task: {
@@ -351,12 +352,6 @@ def _print_retention(
     _print_distance(scores, dense, options)
 
 
-def _answered(found: Counted) -> Row:
-    return {"ability": found.name, "asked": found.asked, "dense right": found.dense,
-            "still right": found.kept, "kept %": interval(found.share),
-            "gained": found.gained}  # fmt: skip
-
-
 def _print_distance(
     scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions
 ) -> None:
@@ -376,7 +371,7 @@ def _print_distance(
     print_table(rows, title="distance to the dense model, lower is better; of top-1 higher",
                 least=["median", "99 %", "top-1 %"])  # fmt: skip
     if far is None:
-        line("KL: not measured; it takes --against MODEL, not its scores, and tasks of likelihood")
+        line("KL: not measured; it takes --against MODEL, not scores, and likelihood tasks")
     else:
         line("KL(dense || pruned) in nats a token; flips: items right under one alone")
 

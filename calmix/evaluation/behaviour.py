@@ -99,10 +99,8 @@ def _counted(name: str, tasks: Iterable[tuple[TaskScores, TaskScores]]) -> Count
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
     if not items:
         return None
-    dense, pruned, kept = (sum(map(round, some)) for some in zip(
-        *((before, after, before * after) for before, after in items), strict=True
-    ))  # fmt: skip
-    return Counted(name, len(items), dense, pruned, kept)
+    dense, pruned = (sum(map(round, some)) for some in zip(*items, strict=True))
+    return Counted(name, len(items), dense, pruned, sum(round(a * b) for a, b in items))
 
 
 def proportion(right: int, of: int) -> Estimate:

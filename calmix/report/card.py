@@ -113,16 +113,11 @@ class Card:
         return f"{self.scores.suite['name']} version {self.scores.suite.get('version', '-')}"
 
     @property
-    def named(self) -> str:
-        """The dense model's own name, without a place."""
-        return self.model.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-
-    @property
     def title(self) -> str:
         """What was done to which model."""
         pattern = self.record.request["pattern"]
         how = f"pruned to {pattern}" if pattern else f"with {self.target} of its weights pruned"
-        return f"{self.named} {how}"
+        return f"{self.model.rstrip('/').rpartition('/')[2].removeprefix('builtin:')} {how}"
 
     @cached_property
     def verdict(self) -> list[str]:
