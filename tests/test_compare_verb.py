@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from calmix.evaluation.records import TaskScores
-from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.scores import CapabilityScores, load_scores
 from tests.evaluation.helpers import bits
 
 
@@ -42,6 +43,9 @@ def test_models_stand_side_by_side(calmix, files):
 def test_mistakes_are_one_line(calmix, files, tmp_path):
     dense, half = files
     other = saved(tmp_path / "other.json", [1, 0], suite="t")
+    foreign = tmp_path / "foreign.json"
+    against = replace(load_scores(dense), model="other", fingerprint="o").to_dict()
+    foreign.write_text(json.dumps({**load_scores(half).to_dict(), "dense": against}))
     (tmp_path / "x").mkdir()
     twin = saved(tmp_path / "x" / "half.json", [1, 0, 1, 0, 1, 0, 0, 1])
     for arguments, words in [
@@ -49,6 +53,10 @@ def test_mistakes_are_one_line(calmix, files, tmp_path):
         ((other, "--against", dense), "cannot be compared"),
         ((half, twin, "--against", dense), "two files are called half:"),
         ((half,), "was scored without a dense model"),
+        (
+            (half, foreign, "--against", dense),
+            "foreign.json was scored against other, which is not",
+        ),
         ((half, "--against", dense, "--resamples", 0), "must be greater"),
         ((half, "--against", dense, "--seed", -1), "must be greater"),
     ]:

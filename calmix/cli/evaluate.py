@@ -217,6 +217,13 @@ def compare(options: CompareOptions) -> None:
             f"{files[0]} was scored without a dense model: name its file with --against"
         )
     models = [load_scores(path) for path in files]
+    for path in files:  # each may have been scored against another
+        own = load_dense(path)
+        if own is not None and own.fingerprint != dense.fingerprint:
+            raise InputError(
+                f"{path} was scored against {own.model}, which is not the dense model of the "
+                f"others ({dense.model}): compare it by itself"
+            )
     kept = [one.retention(dense, **how) for one in models]
     if options.as_json:
         print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})

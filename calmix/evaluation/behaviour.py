@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from calmix.errors import InputError
 from calmix.evaluation.measures import Z, has_signal
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
@@ -90,7 +91,8 @@ def behaviour(*pairs: Pair) -> Behaviour:
         ),
         _counted("choices", known),
         tuple(one[0].name for one in chosen if one not in known),
-        tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run)),
+        tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
+                            if not any(name == known for known, _ in held))),
     )  # fmt: skip
 
 
@@ -118,4 +120,7 @@ def likelihood(dense: CapabilityScores, pruned: CapabilityScores, **how: Any) ->
     check_same_suite(pruned.suite, dense.suite)
     places = [at for at, one in enumerate(dense.tasks) if one.primary not in NO_LIKELIHOOD]
     own = [[one.tasks[at] for at in places] for one in (dense, pruned)]
-    return retention(*own, **how) if places else None
+    try:
+        return retention(*own, **how) if places else None
+    except InputError:  # the dense model's baselines were not kept
+        return None

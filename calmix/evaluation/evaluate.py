@@ -22,6 +22,7 @@ from calmix.evaluation.suites import WRITTEN, Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Item, check, item_texts, load_items, task_texts
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
+from calmix.models.opening import end_tokens
 from calmix.precision import dtype_name
 
 if TYPE_CHECKING:
@@ -132,13 +133,20 @@ def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
 
     key = sha256_json(
         [
-            model.fingerprint, model.tokenizer_fingerprint, suite.name, suite.hash,
+            model.fingerprint, model.tokenizer_fingerprint, form_of(model, suite), suite.hash,
             dtype_name(model.model.dtype),
             [model.model.device.type, torch.get_num_threads(), batch_tokens], SCORER, FLOORS,
             _versions(),
         ]
     )  # fmt: skip
     return cache_dir() / "scores" / f"{key}.json"
+
+
+def form_of(model: OpenModel, suite: Suite) -> list[Any]:
+    """Return what decides, beside weights and tokenizer, how a model is asked and when it ends."""
+    if not any(task.asked for task in suite.tasks.values()):
+        return []
+    return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
 
 
 def _versions() -> dict[str, str]:

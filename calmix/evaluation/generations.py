@@ -128,7 +128,6 @@ def answer(
                   for number, one in enumerate(prompts))  # fmt: skip
     task = abilities.Asked("panel", "request", TOKENS, ("\nQuestion:",), items)
     tokenizer = opened.tokenizer
-    chat = bool(getattr(tokenizer, "chat_template", None))
     tick = Ticker(progress, len(items))
-    found = answers(opened, abilities.prompts(task, items, tokenizer, chat=chat), tick=tick)
+    found = answers(opened, abilities.prompts(task, items, tokenizer, chat=True), tick=tick)
     return tuple(one.text.strip() + ("" if one.ended else " …") for one in found)

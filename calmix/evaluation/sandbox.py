@@ -79,7 +79,11 @@ def watch(event, arguments, leave=os._exit, isinstance=isinstance, int=int, str=
 write = os.write
 sys.addaudithook(watch)
 sys.argv, sys.stdin = ["program.py"], None
-exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+try:
+    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+except Exception as error:
+    write(report, f"{type(error).__name__}: {error}".rstrip(": ").encode()[:200])
+    raise
 write(report, token.encode())
 """
 
@@ -98,7 +102,8 @@ def failure(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> s
     ):
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # kept, it would fill our memory
                 cwd=folder, pass_fds=[writing], start_new_session=True,
                 env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
@@ -107,20 +112,21 @@ def failure(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> s
         with process:
             try:
                 raw = f"{token}\n{source}".encode("utf-8", "surrogatepass")
-                _, errors = process.communicate(raw, timeout=seconds)
+                process.communicate(raw, timeout=seconds)
             except subprocess.TimeoutExpired:
                 return f"still running after {seconds:g} s"
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-        if report.read(64).decode(errors="replace").strip() == token:
-            return ""
-    code, lines = process.returncode, errors[-2000:].decode(errors="replace").strip().splitlines()
+        told = " ".join(report.read(200).decode(errors="replace").split())
+    if told == token:
+        return ""
+    code = process.returncode
     if code == 13:
         return "tried to write a file, start a process or use the network"
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
-    return lines[-1][:200] if code and lines else f"left early with exit code {code}"
+    return told if code and told else f"left early with exit code {code}"
 
 
 @functools.cache

@@ -489,6 +489,21 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def in_chat(tokenizer: Any, request: str) -> str | None:
+    """Return a request in a model's chat template, up to the answer; None without a template, or
+    where that refuses a turn of the user's alone."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": request}]
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **TEMPLATE
+        )
+    except Exception:  # templates raise what they like
+        return None
+    return str(text) if request.strip() in str(text) else None
+
+
 def end_tokens(opened: OpenModel) -> list[int]:
     """Return the token ids that end a text: the tokenizer's, and those the model generates to."""
     configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)

@@ -19,7 +19,7 @@ from calmix.calibration.measuring import distortion, measure_set
 from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import Reference, distance, reference
-from calmix.evaluation.evaluate import SCORER, evaluate
+from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_scores
 from calmix.files import atomic_folder, sha256_json, write_json
@@ -77,7 +77,7 @@ class Bench:
         if known:
             self._reference = reference(opened, texts(opened, dimensions=known), cache=True)
         kind = [str(opened.model.dtype), opened.model.device.type, SCORER]
-        files = [opened.fingerprint, opened.tokenizer_fingerprint]
+        files = [opened.fingerprint, opened.tokenizer_fingerprint, *form_of(opened, suite)]
         self._key = sha256_json([*files, suite.hash, kind])
         path = self.store.dense(self._key)
         with self.store.lock(f"dense-{self._key[:32]}"):

@@ -60,6 +60,19 @@ def test_every_item_that_is_made_here_has_a_right_answer():
     assert solved >= 80
 
 
+def test_a_template_that_refuses_a_lone_user_is_gone_without(tmp_path):
+    tokenizer = open_model(str(save_tiny_model(tmp_path / "m"))).tokenizer
+    task = load_asked("requests")
+    for template in (
+        "{{ raise_exception('a system turn comes first') }}",
+        "{{ messages | length }}",
+    ):
+        tokenizer.chat_template = template
+        assert prompts(task, task.items[:3], tokenizer, chat=True) == prompts(
+            task, task.items[:3], tokenizer, chat=False
+        )
+
+
 def test_small_programs_can_be_written():
     task = load_asked("small_programs")
     bodies = {

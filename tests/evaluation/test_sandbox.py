@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -109,3 +110,10 @@ def test_the_harness_gets_our_metric_and_only_while_loading() -> None:
     with code_eval_in_sandbox():
         assert isinstance(evaluate.load("code_eval"), CodeEval)
     assert evaluate.load is before
+
+
+def test_what_a_program_prints_fills_no_memory_of_ours():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    endless = "import sys\nwhile True: sys.stderr.write('x' * 100_000)"
+    assert failure(endless, seconds=1) == "still running after 1 s"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB

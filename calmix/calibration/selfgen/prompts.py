@@ -13,7 +13,7 @@ from torch import Tensor
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
 from calmix.files import sha256_json
-from calmix.models.opening import TEMPLATE
+from calmix.models.opening import TEMPLATE, in_chat
 from calmix.yaml_files import first_problem, read_yaml
 
 Start = Literal["auto", "bos", "separator"]
@@ -138,6 +138,9 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
         if not found:
             return None
         parts.append(before)
+    if (asked := in_chat(tokenizer, marks[0])) is None:
+        return None
+    parts[1] = asked.partition(marks[0])[2]  # thinking models are told there not to think
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
     if not all(len(ids) > 1 and ids[0] in known for ids in later):
@@ -176,21 +179,14 @@ def _of_text(tokenizer: Any, token: int | None) -> bool:
     """Tell whether there is such a token, and it is none of chats."""
     if token is None:
         return False
-    return _in_chat(tokenizer, "Hello").strip().rfind(tokenizer.convert_ids_to_tokens(token)) <= 0
+    whole = in_chat(tokenizer, "Hello") or ""
+    return whole.strip().rfind(tokenizer.convert_ids_to_tokens(token)) <= 0
 
 
 def _asked(tokenizer: Any, request: str) -> str:
     """Return a request as the model's chat template puts it, from the user's words on."""
     if not request.strip():
         return ""
-    whole = _in_chat(tokenizer, request)
+    whole = in_chat(tokenizer, request) or ""
     at = whole.rfind(request)
     return whole[at:] if at >= 0 else f"{request}\n\n"
-
-
-def _in_chat(tokenizer: Any, request: str) -> str:
-    """Return a request in the model's chat template, up to the answer; empty without one."""
-    chat = [{"role": "user", "content": request}]
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -20,7 +20,7 @@ from calmix.evaluation.records import Outcome
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks, read_own
 from calmix.machine import cores
-from calmix.models.opening import TEMPLATE
+from calmix.models.opening import in_chat
 
 if TYPE_CHECKING:
     from calmix.evaluation.scorer import Scorer
@@ -64,7 +64,7 @@ def ask(scorer: Scorer, spec: TaskSpec) -> list[Outcome]:
         check_sandbox()
     scorer.tick.total += len(items)
     tokenizer = scorer.tokenizer
-    asked = prompts(task, items, tokenizer, chat=bool(getattr(tokenizer, "chat_template", None)))
+    asked = prompts(task, items, tokenizer, chat=True)
     if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in asked):
         scorer.truncated[task.name] += cut
     found = answers(scorer.opened, asked, tick=scorer.tick)
@@ -185,11 +185,8 @@ def prompts(task: Asked, items: Sequence[Ask], tokenizer: Any, *, chat: bool) ->
     """Return what a model is asked: in its chat template, or by worked examples."""
     found = []
     for item in items:
-        if chat and item.chat is not None:
-            turn = [{"role": "user", "content": item.chat}]
-            made = tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True, **TEMPLATE
-            )
+        made = in_chat(tokenizer, item.chat) if chat and item.chat is not None else None
+        if made is not None:
             ids = tokenizer(made, add_special_tokens=False)["input_ids"]
             found.append(Prompt(ids, task.tokens))
         else:
