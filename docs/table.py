@@ -21,7 +21,7 @@ from calmix.evaluation.scores import load_dense, load_scores
 README = Path(__file__).parents[1] / "README.md"
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 HEAD = ["model, pruned to", "size, packed", "generated answers kept %", "worst ability",
-        "likelihood kept %"]  # fmt: skip
+        "likelihood kept %", "suites"]  # fmt: skip
 
 
 def span(one: Estimate) -> str:
@@ -38,19 +38,20 @@ def row(folder: Path) -> list[str]:
     """Return the cells of a folder."""
     asked = read_record(folder).request
     target = asked["pattern"] or f"{asked['sparsity']:.0%}"
-    pairs = []
+    pairs, suites = [], []
     for path in (folder / "scores.json", folder / "abilities.json"):
         dense = load_dense(path) if path.is_file() else None
         if dense is not None:
             pairs.append((dense, load_scores(path)))
+            suites.append(f"{dense.suite['name']} {dense.suite['version']}")
     found, kept = behaviour(*pairs), pairs[0][1].retention(pairs[0][0])
     packed = size(weights(folder / "pack"))
     answers = found.answers
     worst = "–" if found.worst is None else f"{found.worst.name} {span(found.worst.share)}"
     return [
-        f"{asked['model']}, {target}", f"{size(weights(folder / 'model'))}, {packed}",
+        f"{asked['model']}, {target}, effort {asked['effort']}", f"{size(weights(folder / 'model'))}, {packed}",
         "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}", worst,
-        span(kept.total),
+        span(kept.total), ", ".join(suites),
     ]  # fmt: skip
 
 
