@@ -49,7 +49,8 @@ def row(folder: Path) -> list[str]:
     answers = found.answers
     worst = "–" if found.worst is None else f"{found.worst.name} {span(found.worst.share)}"
     return [
-        f"{asked['model']}, {target}, effort {asked['effort']}", f"{size(weights(folder / 'model'))}, {packed}",
+        f"{asked['model']}, {target}, effort {asked['effort']}",
+        f"{size(weights(folder / 'model'))}, {packed}",
         "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}", worst,
         span(kept.total), ", ".join(suites),
     ]  # fmt: skip

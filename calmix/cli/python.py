@@ -13,7 +13,6 @@ from calmix.shown import Shown
 
 if TYPE_CHECKING:
     from calmix.evaluation.retention import Retention
-    from calmix.models import OpenModel
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,12 +40,6 @@ class Compressed(Shown):
         dense = load_dense(path)
         assert dense is not None
         return load_scores(path).retention(dense)
-
-    def open(self, **how: Any) -> OpenModel:
-        """Open the model; `how` is as for `calmix.open_model`."""
-        from calmix.models import open_model
-
-        return open_model(str(self.model), **how)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the paths and what was kept."""

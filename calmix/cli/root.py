@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -99,14 +99,12 @@ class Group(Plain, TyperGroup):
         """Return the command that the first word names, or the default one."""
         if self.default and (not args or args[0] not in self.commands):
             return self.default, self.commands[self.default], args
-        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            self.refuse(ctx, args[0])
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            if ctx.parent is None and name in MOVED:
+                raise InputError(f"calmix {name} is now calmix {MOVED[name]}")
+            ctx.fail(f"No such command '{name}': {nearest(name, self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
-
-    def refuse(self, ctx: Any, name: str) -> NoReturn:
-        """Refuse a word that is no command."""
-        ctx.fail(f"No such command '{name}': {nearest(name, self.list_commands(ctx))}")
-        raise AssertionError
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Leave flags to the default command, unless they ask for the group's own help."""
@@ -133,12 +131,6 @@ class Root(Group):
                 importlib.import_module(f"calmix.cli.{module}")
             self.commands = typer.main.get_group(app).commands
         return self.commands.get(cmd_name)
-
-    def refuse(self, ctx: Any, name: str) -> NoReturn:
-        """Refuse a word that is no verb, by where it went if it was one."""
-        if name in MOVED:
-            raise InputError(f"calmix {name} is now calmix {MOVED[name]}")
-        super().refuse(ctx, name)
 
 
 app = typer.Typer(
