@@ -89,10 +89,10 @@ class Progress:
         key, now = key or text, time.monotonic()
         since = now - self._since.setdefault(key, now)
         if share is not None:
-            share = self._most[key] = max(self._most.get(key, 0.0), share)
+            share = self._most[key] = max(self._most.get(key, 0.0), min(0.99, share))
             if left is None and share > 0.02:
                 left = since / share * (1 - share)
-        told = f"{duration(left)} left" if left is not None else ""
+        told = f"{duration(left)} left" if left is not None and left >= 1 else ""
         if self._view is not None:
             self._view.draw(text, share, told)
         elif self._shown and now - self._last >= EVERY:
@@ -168,7 +168,7 @@ class _Terminal:
     def draw(self, text: str, share: float | None, told: str) -> None:
         total = None if share is None else 1.0
         self.bar.update(self.task, description=text, total=total,
-                        completed=min(0.99, share or 0.0), told=told)  # fmt: skip
+                        completed=share or 0.0, told=told)  # fmt: skip
 
     def end(self) -> None:
         self.bar.stop()
