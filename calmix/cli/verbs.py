@@ -93,7 +93,7 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         how["metavar"] = extra.get("metavar") or _metavar(kind)
     if "|" in how.get("metavar", ""):
         how["autocompletion"] = _completer(lambda: how["metavar"].split("|"))
-    elif named := [one for one in VALUES if name in one.split()]:
+    elif named := [key for key in VALUES if {name, model.__name__} & set(key.split())]:
         how["autocompletion"] = _completer(VALUES[named[0]])
     if extra.get("argument"):
         how["metavar"] = extra.get("metavar") or name.upper()
@@ -112,6 +112,9 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
 PACKAGE = Path(__file__).parents[1]
 VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "model models against": lambda: (f"builtin:{key}" for key in _keys("models/builtin.yaml")),
+    "suite SuiteOptions": lambda: (
+        path.stem for path in sorted((PACKAGE / "evaluation/suites").glob("*.yaml"))
+    ),
     "calibration calibrations spec specs name": lambda: _keys(
         "sources/builtin.yaml", "sources/hub.yaml"
     ),
@@ -119,7 +122,6 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
         path.stem for path in sorted((PACKAGE / "pruning" / "methods").glob("[!_]*.py"))
         if path.stem != "base"
     ),
-    "suite": lambda: (path.stem for path in sorted((PACKAGE / "evaluation/suites").glob("*.yaml"))),
 }  # fmt: skip
 
 
