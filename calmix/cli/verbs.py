@@ -108,27 +108,23 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
     )  # fmt: skip
 
 
-# What completes an option, by its names: file names and YAML keys, for nothing heavy is imported.
-PACKAGE = Path(__file__).parents[1]
+def _found(pattern: str, *files: str) -> Iterator[str]:
+    """Yield what a pattern finds in files of the package, which take long to import."""
+    for path in (path for file in files for path in sorted(Path(__file__).parents[1].glob(file))):
+        yield from re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+KEY = r"^([\w.-]+):"
+# What completes an option, by names of it.
 VALUES: dict[str, Callable[[], Iterable[str]]] = {
-    "model models against": lambda: (f"builtin:{key}" for key in _keys("models/builtin.yaml")),
-    "suite SuiteOptions": lambda: (
-        path.stem for path in sorted((PACKAGE / "evaluation/suites").glob("*.yaml"))
-    ),
-    "calibration calibrations spec specs name": lambda: _keys(
-        "sources/builtin.yaml", "sources/hub.yaml"
-    ),
-    "method": lambda: (
-        path.stem for path in sorted((PACKAGE / "pruning" / "methods").glob("[!_]*.py"))
-        if path.stem != "base"
-    ),
+    "model models against": lambda: (f"builtin:{k}" for k in _found(KEY, "models/builtin.yaml")),
+    "suite SuiteOptions": lambda: _found(r"^name: ([\w-]+)", "evaluation/suites/*.yaml"),
+    "calibration calibrations spec specs name": lambda: [
+        *_found(KEY, "sources/*.yaml"), *_found(r'^    "([\w-]+)":', "sources/registry.py"),
+        *_found(r'^    name = "([\w-]+)"', "calibration/selfgen/generators.py"),
+    ],
+    "method": lambda: _found(r'^    name, title = "([\w-]+)"', "pruning/methods/*.py"),
 }  # fmt: skip
-
-
-def _keys(*files: str) -> Iterator[str]:
-    for file in files:
-        text = (PACKAGE / file).read_text(encoding="utf-8")
-        yield from re.findall(r"^([\w.-]+):", text, re.MULTILINE)
 
 
 def _completer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:

@@ -45,6 +45,8 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
         ("calmix evaluate x --suite off", ["offline"]),
         ("calmix compress x --effort q", ["quick"]),
         ("calmix evaluate suite prog", ["programs"]),
+        ("calmix prune x --calibration mix-c", ["mix-clean"]),
+        ("calmix calibrate self-w", ["self-written"]),
         ("calmix compress builtin : sm", ["smollm2-135m"]),  # as bash hands it over
         ("calmix prune x --calibration uniform : books,sto", ["books,stories"]),
     ],
