@@ -253,7 +253,7 @@ def list_sources(options: ListOptions) -> None:
     print_table(rows, as_json=options.as_json, text=["licence", "available"],
                 least=["available", "licence"])  # fmt: skip
     if not options.as_json:
-        line(f"mixes of them: {', '.join(MIXES)}, and offline: all that need no hub")
+        line(f"mixes: {', '.join(MIXES)}; offline: all that need no hub")
 
 
 @verb("show", of=calibrate)
