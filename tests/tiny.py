@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -172,6 +173,12 @@ def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **settings
     tiny_model(kind, seed, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return hashes of all files but the run record, which holds date and seconds."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()
+            if p.name != "calmix-run.json"}  # fmt: skip
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ QUICK = ("--permutations", 99, "--resamples", 20)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    plan = full_plan(sources=SOURCES[:6], conditions=CONDITIONS[1:], others={}, seeds=(0, 1))
+    plan = full_plan(sources=SOURCES[:5], conditions=CONDITIONS[1:], others={}, seeds=(0, 1),
+                     dimensions=("general", "code"))  # fmt: skip
     return save(study(plan), tmp_path_factory.mktemp("made") / "study")
 
 

@@ -71,7 +71,8 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_before(patch, 1)
             calmix(*prune, "--sparsity", 0.5, *more, "-o", base / name)
-    results = synthetic.save(synthetic.study(synthetic.Plan(seeds=(0,))), base / "results")
+    few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
+    results = synthetic.save(synthetic.study(few), base / "results")
     quick = ("--permutations", 99, "--resamples", 20)
     calmix("study", "analyse", results, "-o", base / "analysis", *quick)
     calmix("study", "report", results, "-o", base / "report", *quick)

@@ -57,7 +57,6 @@ CASES = [
     Case("wanda,refit=2", Unstructured(0.5), "block", trust=True),
     Case("sparsegpt", Unstructured(0.5), kind="mixtral", experts=16),
     Case("sparsegpt", SemiStructured(2, 4), "block", True, "qwen3_moe", 16),
-    Case("wanda", Unstructured(0.5), kind="qwen3_moe", experts=4),
 ]
 
 

@@ -15,15 +15,8 @@ from calmix.pruning import prune
 from calmix.pruning.budget import Plan
 from tests.forks import stopped
 from tests.pruning.stopper import arm
-from tests.pruning.test_streamed import HALF, hashes, streamed_prune, target
-from tests.tiny import (
-    MIXTURES,
-    load_weights,
-    save_tiny_model,
-    tiny_config,
-    tiny_ids,
-    tiny_tokenizer,
-)
+from tests.pruning.test_streamed import HALF, streamed_prune, target
+from tests.tiny import MIXTURES, hashes, load_weights, save_tiny_model, tiny_ids
 
 SMALL = ("--rows", 6, "--length", 32)
 
@@ -91,12 +84,7 @@ def test_a_checkpoint_that_lacks_an_expert_is_no_model(tmp_path):
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep") / "model"
-    torch.manual_seed(0)
-    config = tiny_config("qwen3_moe")
-    config.num_hidden_layers = 4
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny_model(folder, "qwen3_moe", num_hidden_layers=4)
 
 
 def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_path):

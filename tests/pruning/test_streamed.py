@@ -1,7 +1,6 @@
 """Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -30,27 +29,17 @@ from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.tiny import (
     ARCHITECTURES,
+    hashes,
     load_weights,
     quick,
     save_tiny_model,
-    tiny_config,
     tiny_ids,
-    tiny_tokenizer,
 )
 
 SMALL = ("--rows", 6, "--length", 32)
 HALF = Unstructured(0.5)
 PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
-
-
-def hashes(folder):
-    """Hashes of all files but the run record, which holds date and seconds."""
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.iterdir()
-        if p.name != "calmix-run.json"
-    }
 
 
 def target(output, method="sparsegpt", pattern=HALF, propagation="sequential"):
@@ -253,19 +242,10 @@ def test_the_largest_block_decides_the_plan(tmp_path, monkeypatch):
     opened.close()
 
 
-def deep_model(folder):
-    """A tiny llama of five blocks, so that there is a middle to end in."""
-    torch.manual_seed(0)
-    config = tiny_config("llama")
-    config.num_hidden_layers = 5
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    return deep_model(tmp_path_factory.mktemp("deep") / "model")
+    """A tiny llama of five blocks, so that there is a middle to end in."""
+    return save_tiny_model(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=5)
 
 
 @pytest.mark.parametrize(
@@ -409,28 +389,6 @@ def test_weights_that_are_not_finite_leave_nothing(calmix, text_file, tmp_path):
     last = ended.err.splitlines()[-1]
     assert last == "error: model.layers.1.mlp.up_proj: its weights are not finite"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
-
-
-def test_a_budget_that_cannot_hold_one_block(calmix, deep, text_file, tmp_path):
-    ended = calmix(
-        "prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
-        "-o", tmp_path / "out", "--max-memory", "100MiB",
-    )  # fmt: skip
-    assert ended.code == 2
-    assert "0.10 GiB of memory cannot hold one block at work" in ended.line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
-
-
-def test_a_truncated_file_is_refused_before_the_work(calmix, tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    ended = calmix(
-        "prune", folder, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"
-    )
-    assert ended.code == 2
-    assert "is cut short" in ended.line
-    assert not (tmp_path / "out.unfinished").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

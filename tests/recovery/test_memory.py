@@ -10,8 +10,8 @@ from calmix.recovery import job
 from calmix.recovery.memory import Plan, Sizes, make_plan, needed_bytes
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import METHODS, command, hashes, manifest, place
-from tests.tiny import quick
+from tests.recovery.test_recover import METHODS, command, manifest, place
+from tests.tiny import hashes, quick
 
 __all__ = ["place"]  # a fixture
 Held = namedtuple("Held", "rss")

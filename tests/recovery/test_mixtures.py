@@ -13,8 +13,8 @@ from calmix.models.streaming import StreamedModel
 from calmix.recovery.memory import widths_of
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import hashes, manifest, tensors
-from tests.tiny import quick, save_tiny_model, tiny_ids
+from tests.recovery.test_recover import manifest, tensors
+from tests.tiny import hashes, quick, save_tiny_model, tiny_ids
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
 
