@@ -183,7 +183,6 @@ def as_slices(model):
     "case",
     quick([("wanda", "sequential", as_slices)],
           [("wanda", "sequential", as_lists), (QUICK, "block", as_slices)]),
-    ids=str,
 )  # fmt: skip
 def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""

@@ -10,12 +10,19 @@ from filelock import FileLock
 
 from calmix.analysis import Settings, analyse
 from calmix.report import write_report
+from calmix.report.charts import Chart
 from tests.synthetic import OTHERS, SOURCES, failed, full_plan, study
 
 SMALL = {
     "sources": SOURCES[6:14], "others": {name: OTHERS[name] for name in ("mix-8", "igsp")},
     "conditions": [("sparsegpt", "50%"), ("sparsegpt", "60%")], "seeds": (0, 1),
 }  # fmt: skip
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without their drawings, which take most of the time."""
+    monkeypatch.setattr(Chart, "svg", lambda self: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

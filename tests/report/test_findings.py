@@ -80,6 +80,7 @@ def answers(results: StudyResults) -> list[list[str]]:
     return best
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_near_tie_is_one_and_a_clear_lead_is_none() -> None:
     kept = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
     assert answers(made(kept, (0, 1))) == [["top", "near"]]
@@ -96,6 +97,7 @@ def test_a_part_of_a_study_has_the_answer_of_the_whole() -> None:
         assert recommend(results, sparsity=sparsity)[0] == recommend(results)[at]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_dimension_without_signal_is_left_out_of_both_answers() -> None:
     quiet = [
         trial(name, "single", "sparsegpt", "60%", 0, {"general": value, "code": None},
@@ -191,6 +193,7 @@ def test_a_default_and_sparsities_have_their_claims(planted: StudyResults) -> No
         assert one.because.startswith("30 % to 60 %: mix-8 ")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_models_stand_side_by_side() -> None:
     pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
     one = study(Plan(sources=("a", "b"), conditions=pairs, others=LIFTS, noise=0.0, draw=0.005))

@@ -134,6 +134,7 @@ def test_what_the_study_says_is_shown_and_never_run() -> None:
         assert "&lt;script&gt;" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_missing_or_failed_is_on_the_page(whole: Path) -> None:
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "Not complete:" in page
@@ -170,6 +171,7 @@ def test_dimensions_and_metrics_without_values_have_a_report() -> None:
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known() -> None:
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
@@ -193,6 +195,7 @@ def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
     assert "kept after Wanda 2:4 (dense model: 100\N{NO-BREAK SPACE}%): s0 " in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
     kept = {"general": 0.5, "code": 0.6}
     trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]

@@ -43,17 +43,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
     path = write_study(folder, tiny_folder, rows=30)
     # In this process, so that what it imports need not be imported in every fork.
     run_study(load_study(path), folder / "store", Recorder())
-    assert states(folder / "store") == ["finished"] * 6
+    assert states(folder / "store") == ["finished"] * 3
     return path, folder / "store"
 
 
-def kill_in_third_trial() -> None:
+def kill_in_second_trial() -> None:
     prune, seen = Bench._prune, []
 
     def pruned(self: Bench, *given: Any) -> Any:
         made = prune(self, *given)
         seen.append(made)
-        if len(seen) == 3:
+        if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
@@ -67,13 +67,13 @@ def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
     path, whole = undisturbed
     store = tmp_path / "store"
     study = ("study", "run", path, "-o", store)
-    stopped(kill_in_third_trial, *study)
-    assert states(store).count("finished") == 2
+    stopped(kill_in_second_trial, *study)
+    assert states(store).count("finished") == 1
     logs = [tmp_path / "a", tmp_path / "b"]
     for child, log in [(start(command(*study), log), log) for log in logs]:
         ended = wait(child, log)
         assert ended.code == 0, ended.errors
-    assert states(store) == ["finished"] * 6
+    assert states(store) == ["finished"] * 3
     assert run(command(*study), tmp_path / "log").code == 0
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
@@ -117,7 +117,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
 
     ended = run(act, tmp_path / "log")  # Ray leaves threads behind, which no fork may have
     assert ended.code == 0, ended.errors
-    assert states(store) == ["finished"] * 6
+    assert states(store) == ["finished"] * 3
     for name in TABLES:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
 

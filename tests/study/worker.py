@@ -27,5 +27,6 @@ def write_study(folder: Path, model: Path, *, rows: int = 6) -> Path:
     longer(model, folder / "model")
     text = STUDY.format(model=folder / "model", suite=folder / "suite.yaml", texts=folder / "texts")
     path = folder / "study.yaml"
-    path.write_text(text.replace("rows: 6", f"rows: {rows}"), encoding="utf-8")
+    text = text.replace("rows: 6", f"rows: {rows}").replace(', wanda: ["2:4"]', "")
+    path.write_text(text, encoding="utf-8")
     return path
