@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,25 @@ SEAL = "manifest_sha256"
 DECIDING = ("calmix", "torch", "transformers", "tokenizers")
 
 
+version = cache(importlib.metadata.version)  # a package's metadata is read through for it
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what computes: Python, calmix and the libraries under it."""
-    found = {name: importlib.metadata.version(name) for name in (*DECIDING, "safetensors")}
+    found = {name: version(name) for name in (*DECIDING, "safetensors")}
     return {"python": platform.python_version()} | found
 
 
 def deciding_versions(*more: str) -> dict[str, str]:
     """Return the versions that may change the bytes of a result: `DECIDING`, and others by name."""
-    return {name: importlib.metadata.version(name) for name in (*DECIDING, *more)}
+    return {name: version(name) for name in (*DECIDING, *more)}
 
 
 def other_versions(deciding: Collection[str]) -> dict[str, str]:
     """Return the versions of Python and of all that calmix depends on, but for the deciding."""
     told = importlib.metadata.requires("calmix") or []
     names = {re.split(r"[^\w.-]", line)[0] for line in told if "extra ==" not in line}
-    found = {name: importlib.metadata.version(name) for name in sorted(names - set(deciding))}
+    found = {name: version(name) for name in sorted(names - set(deciding))}
     return {"python": platform.python_version()} | found
 
 

@@ -22,6 +22,8 @@ import pytest
 from calmix.cli import main
 from tests.browser import PROGRAM, Page, browser
 
+# Nor does a test wait for the disk; `tests/test_files.py` sees what is asked to be written to it.
+os.fsync = lambda handle: None
 # The same examples every time, none told by a clock; `make test-long` tries more of them.
 hypothesis.settings.register_profile(
     "calmix",

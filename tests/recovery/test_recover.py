@@ -153,7 +153,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
         assert "another request (epochs: 2, now 3)" in ended.line
     real = importlib.metadata.version
     with monkeypatch.context() as patched:
-        patched.setattr(importlib.metadata, "version", lambda n: others.get(n) or real(n))
+        patched.setattr("calmix.manifest.version", lambda n: others.get(n) or real(n))
         if unfinished:
             ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
             assert "another request (accelerate: " in ended.line
