@@ -97,7 +97,7 @@ def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> Non
         (("study", "report", folder, "-o", busy), "is not empty"),
         (("study", "recommend", folder, "--weights", "coding=1"), "did you mean code"),
         (("study", "recommend", folder, "--weights", "code=-1"), "must be a number from 0 up"),
-        (("study", "recommend", folder, "--weights", "code=0,math=0"), "all weights are 0"),
+        (("study", "recommend", folder, "--weights", "code=0,general=0"), "all weights are 0"),
         (("study", "recommend", folder, "--weights", "code"), "NAME=NUMBER"),
         (("study", "recommend", folder, "--weights", "code=1,code=2"), "gives code twice"),
         (("study", "recommend", folder, "--method", "gptq"), "no finished trial has the method"),
