@@ -136,7 +136,7 @@ def pass_through(
     source: WeightSource, ids: Tensor, look: Pass, work: WorkFolder, plan: Plan
 ) -> Pass:
     """Take a run that changes nothing through all blocks, its hidden states in a work folder."""
-    folder = _states(source, [(work, look)], plan)
+    folder = _states(source, ids, [(work, look)], plan)
     source.fetch_outside()
     source.fetch(0)
     for number, hidden in look.record(ids, plan.micro_tokens):
@@ -154,7 +154,7 @@ def _first_states(
     source: WeightSource, ids: Tensor, plan: Plan, at: Sequence[tuple[Target, Run]]
 ) -> None:
     """Record what the decoder hands to its blocks, and give each run its first hidden states."""
-    _states(source, [(target.work, run) for target, run in at], plan)
+    _states(source, ids, [(target.work, run) for target, run in at], plan)
     source.fetch_outside()
     source.fetch(0)
     (_, first), *others = at
@@ -166,8 +166,11 @@ def _first_states(
     source.drop_outside()
 
 
-def _states(source: WeightSource, at: Sequence[tuple[WorkFolder, Run]], plan: Plan) -> Path:
+def _states(
+    source: WeightSource, ids: Tensor, at: Sequence[tuple[WorkFolder, Run]], plan: Plan
+) -> Path:
     """Give runs empty hidden states that share the room there is; return the last one's folder."""
+    distributed.own_rows(ids)  # too few are refused before there is a folder of one's own
     host = 0
     if source.device.type in ("cuda", "xpu"):
         host = int(HOST_SHARE * free_memory()) // distributed.here() // len(at)
