@@ -195,7 +195,6 @@ def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
     assert "kept after Wanda 2:4 (dense model: 100\N{NO-BREAK SPACE}%): s0 " in page
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
     kept = {"general": 0.5, "code": 0.6}
     trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]
