@@ -29,9 +29,8 @@ from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, micro_bytes, solver_bytes
 from calmix.pruning.budget import Sizes as Held
 from calmix.pruning.gram import Gram, Squares
-from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import Pattern, SemiStructured
-from calmix.pruning.solvers import columns
+from calmix.pruning.solvers import columns, surgeon
 
 
 class Sizes(NamedTuple):
@@ -103,7 +102,7 @@ def check_kernel(device: torch.device) -> list[tuple[str, bool, str]]:
     """Whether SparseGPT's column loop is one kernel: it is tried beside the plain way."""
     found = []
     for m, go in ((0, 0), (4, 2)):
-        used = columns.usable(device, sparsegpt.BLOCK, m, go, sparsegpt._kernel_agrees)
+        used = columns.usable(device, surgeon.BLOCK, m, go, surgeon.kernel_agrees)
         told = "is used" if used else "is not used, the plain way is taken"
         found.append((f"SparseGPT's kernel, M = {m}", used or device.type != "cuda", told))
     return found

@@ -58,7 +58,7 @@ MEANT = {
     "fast": "quick", "faster": "quick", "small": "quick", "full": "standard", "slow": "best",
     "ratio": "sparsity", "amount": "sparsity", "data": "calibration", "dataset": "calibration",
     "nsamples": "rows", "samples": "rows", "seqlen": "length", "gpu": "device", "out": "output",
-    "quantize": "export", "quantise": "export", "gguf": "export", "benchmark": "evaluate",
+    "quantize": "prune", "quantise": "prune", "gguf": "export", "benchmark": "evaluate",
     "distill": "recover", "finetune": "recover", "train": "recover", "sample": "calibrate",
 }  # fmt: skip
 

@@ -268,6 +268,7 @@ class Compression(MemoryOptions, DeviceOptions):
 
 
 METHOD = "sparsegpt"  # of pruning where none is named
+BITS_METHOD = "ecq"  # where bits are asked for, and no sparsity
 COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 
 # What draws a calibration set beside its specification; what a method that looks at data takes;

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.errors import InputError, nearest
 from calmix.options import (
+    BITS_METHOD,
     CALIBRATED,
     DRAW,
     METHOD,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from calmix.pruning.patterns import Pattern
 
 ROWS, LENGTH, SEED = 64, 512, 0
+BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
 NONE = "none"  # the method of a request that drops experts and prunes nothing
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes
 RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
@@ -80,7 +82,7 @@ class PruneRequest:
         if self.method == NONE:
             return f"drop-{self.drop_experts:g}"
         method = self.chosen.text.replace(",", "-").replace("/", "_")
-        return f"{method}-{str(self.target).replace(':', 'of')}"
+        return f"{method}-{str(self.target).replace(':', 'of').replace(' ', '')}"
 
 
 @dataclass(frozen=True)
@@ -186,20 +188,22 @@ def prune_request(
     given = {name: value for name, value in options.items() if value not in (None, (), [])}
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
     asked = checked(Pruning, given)
-    drops, named = asked.drop_experts is not None, METHOD if method is None else method
-    if drops and sparsity is None and pattern is None:
+    drops, bare = asked.drop_experts is not None, sparsity is None and pattern is None
+    named = method or (BITS_METHOD if bare and "bits" in own else METHOD)
+    if drops and bare and "bits" not in own:
         idle = {*own, *(given.keys() - SCORED), *({"method"} if method not in (None, NONE) else ())}
         where = "where only experts are dropped: give --sparsity or --pattern too, or leave it out"
         _check_idle(idle, where)
         made = PruneRequest(NONE, None, None)
     else:
-        if (sparsity is None) == (pattern is None):
-            raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
+        if sparsity is not None and pattern is not None:
+            raise InputError(BOTH)
         where = f"with method {get_method(named).name}: leave it out, or choose another method"
         _check_idle(own.keys() - get_method(named).options.keys(), where)
-        chosen = get_method(named, **own)
+        wanted = as_pattern(pattern) if pattern is not None else None
+        wanted = target_of(sparsity, share=True) if sparsity is not None else wanted
+        chosen, target = get_method(named, **own).aim(wanted)
         _check_idle(_unread(chosen, given), where)
-        target = target_of(sparsity, share=True) if pattern is None else as_pattern(pattern)
         share = target.sparsity if isinstance(target, Unstructured) else None
         made = PruneRequest(
             chosen.name, share, None if share is not None else str(target), chosen.options,
@@ -242,11 +246,12 @@ def requests(
     method: str | None = None,
     sparsity: str | None = None,
     pattern: str | None = None,
+    bits: str | None = None,
     recover: str | None = None,
     **options: Any,
 ) -> tuple[list[PruneRequest], RecoverRequest | None]:
-    """Check a prune to one or several targets, every method with every sparsity or pattern, and the
-    recovery behind each."""
+    """Check a prune to one or several targets, every method with every sparsity or pattern and all
+    numbers of bits, and the recovery behind each."""
     from calmix.pruning.methods import get_method
 
     given = {name: value for name, value in options.items() if value not in (None, (), [])}
@@ -256,17 +261,23 @@ def requests(
             raise InputError("--recover needs --calibration: the text that a recovery trains on")
         used = given.keys() & {"calibration", *DRAW}
         recovery = recovery_of(recover, **{name: given[name] for name in used})
-    if (sparsity is None) == (pattern is None):  # only experts are dropped, or it tells what is
-        alone = method and _methods(method)[0]  # wrong
-        return [prune_request(method=alone, sparsity=sparsity, pattern=pattern, **given)], recovery
-    methods = _methods(METHOD if method is None else method)
+    if sparsity is not None and pattern is not None:
+        raise InputError(BOTH)
+    bare = sparsity is None and pattern is None
+    if bare and bits is None and "drop_experts" in given:  # only experts are dropped
+        return [prune_request(method=method and _methods(method)[0], **given)], recovery
+    methods = _methods(method or (BITS_METHOD if bare and bits is not None else METHOD))
     key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
+    targets: list[dict[str, Any]] = [{}] if bare else [{key: each} for each in _listed(key, text)]
+    rates = [{}] if bits is None else [{"bits": each} for each in _listed("bits", bits)]
     made = []
     for name in methods:
-        read = given.keys() - _unread(get_method(name), given)
+        joint = rates[0] if "bits" in get_method(name).options else {}
+        read = given.keys() - _unread(get_method(name, **joint), given)
         used |= read
         own = {name: given[name] for name in read}
-        made += [prune_request(method=name, **{key: each}, **own) for each in _listed(key, text)]
+        made += [prune_request(method=name, **target, **rate, **own)
+                 for target in targets for rate in rates]  # fmt: skip
     _check_idle(given.keys() - used, f"with method {','.join(methods)}: leave it out")
     names = [one.name for one in made]
     if twice := next((name for name in names if names.count(name) > 1), None):

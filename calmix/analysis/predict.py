@@ -196,7 +196,7 @@ def predict(
     pattern = as_pattern(0.6 if pattern is None else pattern)
     only = every_block(opened, every)
     blocks = find_blocks(opened.model).select(only)
-    check_pattern(blocks, pattern)
+    check_pattern(blocks, pattern, chosen)
     if held_out is None:
         held_out = texts(opened, rows=ROWS, length=LENGTH)
     share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),

@@ -155,6 +155,8 @@ def _layers(name: str, held: list[LayerReport]) -> dict[str, Any]:
         "damping": max((f"{layer.damping:g}" for layer in held if layer.damping is not None),
                        key=float, default=""),
         "dead inputs": sum(layer.dead_inputs for layer in held),
+        **({"bits": f"{sum(layer.bits or 0 for layer in held) / len(held):.2f}"}
+           if held[0].bits is not None else {}),
     }  # fmt: skip
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from calmix.cli.common import note, result, size
 from calmix.cli.verbs import verb
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, check_output_folder, user_path
 from calmix.options import Json, option, path_option
 from calmix.progress import Progress
 
-Form = Literal["pack", "model", "openvino", "hub", "datasets", "jsonl"]
+Form = Literal["pack", "model", "gguf", "openvino", "hub", "datasets", "jsonl", "imatrix"]
+SETS = ("datasets", "jsonl", "imatrix")
 
 
 class ExportOptions(Json):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Form to write.", shown="pack; of a set datasets or jsonl")
-    output: Path | None = path_option("Folder or .jsonl file to write.", default=None)
-    weights: Literal["int8", "own"] = option("int8", "OpenVINO: 8-bit weights, or the model's own.")
+    output: Path | None = path_option("Folder, .jsonl or .gguf file to write.", default=None)
+    weights: Literal["int8", "own", "f16", "q8_0", "q4_0", "q4_1"] | None = option(
+        None, "OpenVINO: int8 or own. GGUF: f16, q8_0, q4_0, q4_1.", shown="int8; of GGUF f16"
+    )
+    like: Path | None = option(None, "GGUF: a file of the same model.", metavar="FILE")
     repository: str | None = option(None, "Hub: repository to push to, e.g. me/small.")
     pack: bool = option(False, "Hub: push a pack, lossless and smaller.")
     private: bool = option(False, "Hub: create the repository private.")
@@ -39,7 +44,7 @@ def export(options: ExportOptions) -> None:
     of_set, output = is_saved_set(user_path(options.what)), options.output
     text = output is not None and output.suffix.lower() == ".jsonl"
     form: str = options.to or (("jsonl" if text else "datasets") if of_set else "pack")
-    if of_set != (form in ("datasets", "jsonl")):
+    if of_set != (form in SETS):
         kind = "a calibration set" if of_set else "no saved calibration set"
         raise InputError(f"{options.what} is {kind}: it cannot be exported to {form}")
     act, own = FORMS[form]
@@ -62,7 +67,7 @@ def _pack(options: ExportOptions, output: Path) -> None:
         made = pack(Path(options.what), output, overwrite=options.overwrite,
                     progress=bar.of("packing"))  # fmt: skip
     before, after = made.sparse
-    sparse = f", {after / before:.3f} where weights are pruned" if before else ""
+    sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
     result(
         options, {"dense": made.dense, "packed": made.packed, "sparse": list(made.sparse)},
         f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
@@ -80,13 +85,49 @@ def _unpack(options: ExportOptions, output: Path) -> None:
            f"{dense / 1e6:,.1f} MB of weights: {output}")  # fmt: skip
 
 
+def _weights(options: ExportOptions, known: Collection[str]) -> str:
+    """Return how weights are stored: the first that a form knows, if none is asked for."""
+    first = next(iter(known))
+    asked: str = options.weights or first
+    if asked not in known:
+        raise InputError(f"--to {options.to} has no --weights {asked}: {nearest(asked, known)}")
+    return asked
+
+
+def _gguf(options: ExportOptions, output: Path) -> None:
+    from calmix.deploy.gguf import TYPES, export
+
+    with Progress() as bar:
+        made = export(
+            options.what, output, weights=_weights(options, TYPES), like=options.like,
+            overwrite=options.overwrite, say=bar.each("export", 2),
+        )  # fmt: skip
+    kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
+    result(
+        options, asdict(made),
+        f"{size(made.before)} of weights in {size(made.after)} ({kinds}; {made.ours} with the "
+        f"levels of calmix), KL to the model {made.kl:.2g} nats a token: {output}",
+    )  # fmt: skip
+
+
+def _imatrix(options: ExportOptions, output: Path) -> None:
+    from calmix.deploy.gguf import export_imatrix
+
+    count = export_imatrix(
+        user_path(options.what), str(options.model), output, overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    result(options, {"output": str(output), "matrices": count},
+           f"importance of the inputs of {count} matrices: {output}")  # fmt: skip
+
+
 def _openvino(options: ExportOptions, output: Path) -> None:
-    from calmix.deploy.openvino import STEPS
+    from calmix.deploy.openvino import STEPS, WEIGHTS
     from calmix.deploy.openvino import export as write
 
     with Progress() as bar:
         made = write(
-            options.what, output, weights=options.weights, overwrite=options.overwrite,
+            options.what, output, weights=_weights(options, WEIGHTS), overwrite=options.overwrite,
             trust_remote_code=options.trust_remote_code, say=bar.each("export", len(STEPS)),
         )  # fmt: skip
     result(
@@ -132,6 +173,7 @@ def _set(options: ExportOptions, output: Path) -> None:
 PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}
 FORMS = {  # who writes a form, and which options it has
     "pack": (_pack, PLACE), "model": (_unpack, PLACE),
+    "gguf": (_gguf, PLACE | {"weights", "like"}), "imatrix": (_imatrix, SET),
     "openvino": (_openvino, PLACE | {"weights", "trust_remote_code"}),
     "hub": (_push, {"repository", "pack", "private"}),
     "datasets": (_set, SET), "jsonl": (_set, SET),

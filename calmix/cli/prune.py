@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json
+from calmix.cli.common import line, note, print_json, size
 from calmix.cli.tables import print_table, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
@@ -66,6 +66,7 @@ class PruneOptions(Pruning, WorkOptions):
     method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD)
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6.")
     pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4.")
+    bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3.")
     recover: str | None = option(None, "Recover too: distill or blocks,epochs=3.", metavar="METHOD")
     dry_run: bool = option(False, "Print time, memory and disk; write nothing.")
 
@@ -84,7 +85,8 @@ def prune(options: PruneOptions) -> None:
     folder of its own. Under torchrun several processes, with a GPU each, prune one model together.
     """
     targeted = {
-        name: getattr(options, name) for name in ("method", "sparsity", "pattern", "recover")
+        name: getattr(options, name)
+        for name in ("method", "sparsity", "pattern", "bits", "recover")
     }
     asked, recovery = requests(**targeted, **options.asked(Pruning))
     from calmix.pruning import distributed
@@ -159,15 +161,18 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     from calmix.pruning.experts import starved
 
     kinds: dict[str, list[float]] = {}
+    bits: dict[str, list[float]] = {}
     for layer in report.layers:
         if layer.error is not None:
             kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer.error)
+        if layer.bits is not None:
+            bits.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer.bits)
     if kinds and not brief:
         rows = [
             {
                 "layer": kind, "blocks": len(errors),
                 "mean error": f"{sum(errors) / len(errors):.2%}", "worst": f"{max(errors):.2%}",
-            }
+            } | ({"bits": f"{sum(bits[kind]) / len(bits[kind]):.2f}"} if bits else {})
             for kind, errors in kinds.items()
         ]  # fmt: skip
         print_table(rows, title="output energy lost, lower is better")
@@ -188,7 +193,11 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         after = sum(len(one.kept) for one in report.dropped)
         alone = "" if report.layers else f" in {report.seconds['total']:.1f} s: {path}"
         line(f"{before - after} of {before} experts dropped (calmix.json){alone}")
-    if report.layers:
+    if report.bits is not None:
+        line(f"{report.bits:.2f} bits a weight, {report.sparsity:.1%} zeros: "
+             f"{size(2 * report.weights)} in {size(report.weights * report.bits / 8)} once packed "
+             f"(calmix export --to pack), in {report.seconds['total']:.1f} s: {path}")  # fmt: skip
+    elif report.layers:
         line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
              f"in {report.seconds['total']:.1f} s: {path}")  # fmt: skip
 

@@ -11,10 +11,11 @@ from calmix.errors import InputError, disk_errors
 from calmix.files import hidden, real_place
 from calmix.models.opening import check_folder
 from calmix.models.shards import PACK
+from calmix.pruning.solvers.grids import SCALES
 
 CARD = "README.md"
 # What a repository held before must not be taken for a part of what it holds now.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", PACK]
+REPLACED = ["*.safetensors", "*.safetensors.index.json", PACK, f"{SCALES}/*"]
 
 
 def push(

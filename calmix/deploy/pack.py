@@ -6,6 +6,10 @@ byte planes: each value is rotated left by one bit, so that a float's exponent c
 sign last, and its bytes go to one plane each. Mask and planes are compressed with zstandard where
 that helps: exponents shrink to a third, mantissas do not.
 
+Of a quantised tensor, whose scales lie beside the weights, levels are stored in its place, two to a
+byte where nearly all are small, and Huffman-coded by zstandard. Weights that are not what level and
+scale give, to the bit, are stored beside.
+
 A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
 all other files as they were, in subfolders too. Nothing in it can run. Memory is bounded: a tensor
 is packed, and a chunk unpacked, at a time. SHA-256 shows that the bytes are those that were packed.
@@ -43,21 +47,26 @@ from calmix.models.shards import (
     weight_files,
     with_length,
 )
+from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, read_grids
 
-FORMAT = 1
+FORMATS = 1, 2  # without and with levels
 CHUNK = 1 << 22  # values that are compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bits
 HELPS = 0.98  # compressed parts are kept where they are smaller by this factor
 LEVEL = 3  # zstandard's; higher levels do not shrink exponents further
+RARE = 5e-4  # share of levels beyond half a byte, and
+ASTRAY = 1e-2  # share of weights off the grid, up to which levels are stored so
 MAGIC = b"\x28\xb5\x2f\xfd"  # how a zstandard frame begins
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 Words = NDArray[Any]
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Bytes of the weight files `dense` and `packed`; `sparse`: both, of tensors with a mask."""
+    """Bytes of the weight files `dense` and `packed`; `sparse`: both, of tensors with a mask or
+    levels."""
 
     dense: int
     packed: int
@@ -82,7 +91,8 @@ def pack(
     if (folder / PACK).is_file():
         raise InputError(f"{folder} is a pack already")
     check_folder(folder)
-    files = weight_files(folder)
+    files = [*_scale_files(folder), *weight_files(folder)]
+    grids = read_grids(folder)
     others = _other_files(folder, files)
     places = {name: _in_order(folder / name) for name in files}
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
@@ -92,15 +102,17 @@ def pack(
     with atomic_folder(output) as beside, ThreadPoolExecutor(cores()) as pool, disk_errors(output):
         weights: dict[str, Any] = {}
         for name in files:
+            (beside / name).parent.mkdir(exist_ok=True)
             made = _Writer(beside / name)
             made.add("header", [header_bytes(folder / name)])
             tensors: dict[str, Any] = {}
             with (folder / name).open("rb") as source:
                 for tensor, place in places[name]:
                     before = made.size
-                    tensors[tensor] = _pack_tensor(made, source, tensor, place, pool)
+                    grid = grids.get(tensor)
+                    tensors[tensor] = _pack_tensor(made, source, tensor, place, pool, grid)
                     done += place.size
-                    if tensors[tensor]["mask"]:
+                    if tensors[tensor]["mask"] or "levels" in tensors[tensor]:
                         sparse[0] += place.size
                         sparse[1] += made.size - before
                     if progress is not None:
@@ -109,10 +121,13 @@ def pack(
             packed += (beside / name).stat().st_size
             hashes = {"sha256": sha256_file(folder / name), "packed": sha256_file(beside / name)}
             weights[name] = hashes | {"tensors": tensors}
+        levels = any(
+            "levels" in one for file in weights.values() for one in file["tensors"].values()
+        )
         kept = {name: _copy(folder / name, beside / name) for name in others}
         write_json(
             beside / PACK,
-            {"format": FORMAT, "versions": versions(), "weights": weights, "files": kept},
+            {"format": FORMATS[levels], "versions": versions(), "weights": weights, "files": kept},
         )
     return Packed(total, packed, (sparse[0], sparse[1]))
 
@@ -127,9 +142,9 @@ def unpack(
     """
     manifest = _manifest(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    total = 0
+    total, grids = 0, _grids(folder, manifest)
     for name, entry in manifest["weights"].items():
-        header = next(_unpacked(folder / name, entry))
+        header = next(_unpacked(folder / name, entry, grids))
         places = _places(header, folder / name)
         total += len(header) + sum(place.size for _, place in places)
     check_free(output, total, "the weights take")
@@ -139,8 +154,9 @@ def unpack(
             _check(_copy(folder / name, beside / name) == expected, folder / name)
         for name, entry in manifest["weights"].items():
             found = hashlib.sha256()
+            (beside / name).parent.mkdir(exist_ok=True)
             with (beside / name).open("wb") as file:
-                for part in _unpacked(folder / name, entry):
+                for part in _unpacked(folder / name, entry, grids):
                     file.write(part)
                     found.update(part)
                     done += len(part)
@@ -172,7 +188,11 @@ def load(
     state: dict[str, torch.Tensor] = {}
     for name, entry in manifest["weights"].items():
         _check(sha256_file(folder / name) == entry["packed"], folder / name)
-        parts = _unpacked(folder / name, entry)
+    grids = _grids(folder, manifest)
+    for name, entry in manifest["weights"].items():
+        if name.startswith(SCALES):
+            continue
+        parts = _unpacked(folder / name, entry, grids)
         for tensor, place in _places(next(parts), folder / name):
             state[tensor] = torch.empty(place.shape, dtype=place.dtype)
             flat, at = tensor_bytes(state[tensor]), 0
@@ -211,6 +231,27 @@ def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
     return found
 
 
+def _scale_files(folder: Path) -> list[str]:
+    """Return the files of scales beside a model's weights."""
+    return [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
+
+
+def _grids(folder: Path, manifest: dict[str, Any]) -> dict[str, Grid]:
+    """Return the grids of a pack's quantised tensors."""
+    found: dict[str, torch.Tensor] = {}
+    for name, entry in manifest["weights"].items():
+        if not name.startswith(SCALES):
+            continue
+        _check(sha256_file(folder / name) == entry["packed"], folder / name)
+        parts = _unpacked(folder / name, entry, {})
+        header = next(parts)
+        held = header + b"".join(parts)
+        for tensor, place in _places(header, folder / name):
+            part = bytearray(held[place.start : place.start + place.size])
+            found[tensor] = torch.frombuffer(part, dtype=place.dtype).view(place.shape)
+    return as_grids(found)
+
+
 def _copy(source: Path, target: Path) -> str:
     """Copy a file; return its SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -222,14 +263,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / PACK
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in FORMATS:
             raise InputError(
-                f"{folder} is a pack of format {manifest['format']}, this calmix reads {FORMAT}: "
-                "unpack it with the version that made it"
+                f"{folder} is a pack of format {manifest['format']}, this calmix reads up to "
+                f"{FORMATS[-1]}: unpack it with the version that made it"
             )
         for name in (*manifest["weights"], *manifest["files"]):
             parts = name.split("/")
-            if {"", ".", ".."} & {*parts} or (parts[1:] and name in manifest["weights"]):
+            nested = parts[1:] and parts[:-1] != [SCALES] and name in manifest["weights"]
+            if {"", ".", ".."} & {*parts} or nested:
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it")
@@ -292,12 +334,21 @@ def _in_order(path: Path) -> list[tuple[str, Place]]:
 
 
 def _pack_tensor(
-    made: _Writer, source: BinaryIO, name: str, place: Place, pool: ThreadPoolExecutor
+    made: _Writer,
+    source: BinaryIO,
+    name: str,
+    place: Place,
+    pool: ThreadPoolExecutor,
+    grid: Grid | None,
 ) -> dict[str, Any]:
     width = place.dtype.itemsize
     source.seek(place.start)
     count = place.size // width
-    raw = np.frombuffer(source.read(place.size), f"u{width}")
+    raw = np.frombuffer(bytearray(source.read(place.size)), f"u{width}")
+    if grid is not None:
+        quantised = _pack_levels(made, raw, name, place, pool, grid)
+        if quantised is not None:
+            return quantised
     zeros = count - np.count_nonzero(raw)
     masked = place.dtype.is_floating_point and bool(count) and bool(zeros >= SPARSE * count)
     chunks = [raw[at : at + CHUNK] for at in range(0, count, CHUNK)]
@@ -307,6 +358,63 @@ def _pack_tensor(
         kind = "mask" if masked and not part else str(part - masked)
         entry["sizes"][kind] = made.add(f"{name}|{kind}", [chunk[part] for chunk in coded])
     return entry
+
+
+def _pack_levels(
+    made: _Writer, raw: Words, name: str, place: Place, pool: ThreadPoolExecutor, grid: Grid
+) -> dict[str, Any] | None:
+    """Write a tensor's levels; None, and nothing, where too many weights are off the grid."""
+    rows, columns = place.shape
+    step = max(1, CHUNK // columns)
+    spans = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+    def read(span: slice) -> tuple[Words, Words]:
+        own = raw[span.start * columns : span.stop * columns]
+        weight = torch.from_numpy(own.view(f"i{own.itemsize}")).view(place.dtype).view(-1, columns)
+        part = grid.part(span)
+        levels = part.levels(weight)
+        return levels.numpy().reshape(-1), own != _words(part.values(levels), place.dtype)
+
+    found = list(pool.map(read, spans))
+    astray = np.flatnonzero(np.concatenate([off for _, off in found]))
+    levels = np.concatenate([own for own, _ in found])
+    far = np.flatnonzero((levels < -8) | (levels > 7))
+    small = grid.codebook is None and len(far) <= RARE * len(levels)
+    if small:
+        astray = np.union1d(astray, far)
+    elif grid.codebook is None:
+        astray = np.union1d(astray, np.flatnonzero((levels < -128) | (levels > 127)))
+    if len(astray) > ASTRAY * len(levels):
+        return None
+    if small:
+        np.clip(levels, -8, 7, out=levels)
+        levels += 8
+    ends = [(span.start * columns, span.stop * columns) for span in spans]
+    coded = list(pool.map(lambda end: _coded(levels[end[0] : end[1]], small), ends))
+    kind = "half" if small else "whole"
+    sizes = {kind: made.add(f"{name}|{kind}", coded)}
+    beside = [_squeezed(astray.astype("<u4").tobytes()), _squeezed(raw[astray].tobytes())]
+    sizes["astray"] = made.add(f"{name}|astray", beside)
+    return {"count": len(raw), "mask": False, "levels": kind, "astray": len(astray), "sizes": sizes}
+
+
+def _coded(levels: Words, small: bool) -> bytes:
+    """Return levels as bytes, two of 0 to 15 in each or the lowest bits of each, compressed."""
+    low: Words = levels.astype(np.uint8)
+    if small:
+        low = np.pad(low, (0, len(low) % 2))
+        low = low[::2] | (low[1::2] << 4)
+    # Levels hardly repeat in long runs: matches of zstandard would cost more than they save.
+    how = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
+    part = low.tobytes()
+    made = zstandard.ZstdCompressor(compression_params=how).compress(part)
+    return made if len(made) < HELPS * len(part) or part.startswith(MAGIC) else part
+
+
+def _words(values: torch.Tensor, dtype: torch.dtype) -> Words:
+    """Return weights as words of their bits."""
+    flat = values.to(dtype).reshape(-1)
+    return flat.view(INTEGERS[dtype.itemsize]).numpy().view(f"u{dtype.itemsize}")
 
 
 def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
@@ -341,6 +449,21 @@ def _expanded(part: bytes, size: int) -> Words:
     return np.frombuffer(part, np.uint8)
 
 
+def _values(part: bytes, small: bool, grid: Grid, shape: tuple[int, int], place: Place) -> Words:
+    """Return the words of some rows of a quantised tensor."""
+    count = shape[0] * shape[1]
+    low = _expanded(part, -(-count // 2) if small else count)
+    if small:
+        both = np.empty((len(low), 2), np.uint8)
+        np.bitwise_and(low, 15, out=both[:, 0])
+        np.right_shift(low, 4, out=both[:, 1])
+        levels = torch.from_numpy(both.reshape(-1)[:count].view(np.int8)).sub_(8)
+    else:
+        levels = torch.from_numpy(low.copy())
+        levels = levels if grid.codebook is not None else levels.view(torch.int8)
+    return _words(grid.values(levels.view(shape)), place.dtype)
+
+
 def _decode(parts: list[bytes], masked: bool, count: int, dtype: torch.dtype) -> bytes:
     """Return the bytes of a chunk of `count` values."""
     kept, width = count, dtype.itemsize
@@ -361,7 +484,7 @@ def _decode(parts: list[bytes], masked: bool, count: int, dtype: torch.dtype) ->
     return whole.tobytes()
 
 
-def _unpacked(path: Path, entry: dict[str, Any]) -> Iterator[bytes]:
+def _unpacked(path: Path, entry: dict[str, Any], grids: dict[str, Grid]) -> Iterator[bytes]:
     """Yield a packed file's original bytes: its header, then chunk by chunk in order.
 
     Raises InputError where the file is cut or altered, as far as that shows before its hash.
@@ -375,18 +498,59 @@ def _unpacked(path: Path, entry: dict[str, Any]) -> Iterator[bytes]:
             yield header
             waiting: list[Future[bytes]] = []
             for name, place in places:
-                for job in _jobs(file, held, name, place, entry["tensors"][name]):
-                    waiting.append(pool.submit(_decode, *job))
+                own = entry["tensors"][name]
+                if "levels" in own:
+                    jobs = _level_jobs(file, held, name, place, own, grids[name], pool)
+                else:
+                    jobs = (pool.submit(_decode, *job)
+                            for job in _jobs(file, held, name, place, own))  # fmt: skip
+                for job in jobs:
+                    waiting.append(job)
                     if len(waiting) > 2 * cores():
                         yield waiting.pop(0).result()
             for one in waiting:
                 yield one.result()
-    except (KeyError, ValueError, TypeError, OSError, ModelError, zstandard.ZstdError) as error:
+    except (
+        KeyError, ValueError, TypeError, OSError, RuntimeError, ModelError, zstandard.ZstdError,
+    ) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError(
             f"{path} is not what it was packed as ({type(error).__name__}): fetch the pack again"
         ) from error
+
+
+def _level_jobs(
+    file: BinaryIO,
+    held: dict[str, Place],
+    name: str,
+    place: Place,
+    entry: dict[str, Any],
+    grid: Grid,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Future[bytes]]:
+    """Yield the work that makes the bytes of each chunk of a quantised tensor."""
+    rows, columns = place.shape
+    step, kind = max(1, CHUNK // columns), entry["levels"]
+    file.seek(held[f"{name}|astray"].start)
+    words = f"<u{place.dtype.itemsize}"
+    where, value = (file.read(size) for size in entry["sizes"]["astray"])
+    astray = _expanded(where, 4 * entry["astray"]).view("<u4")
+    put = _expanded(value, place.dtype.itemsize * entry["astray"]).view(words)
+    at = held[f"{name}|{kind}"].start
+
+    def made(part: bytes, first: int, count: int) -> bytes:
+        own = slice(first, first + count)
+        found = _values(part, kind == "half", grid.part(own), (count, columns), place)
+        low, high = np.searchsorted(astray, [first * columns, (first + count) * columns])
+        found[astray[low:high] - first * columns] = put[low:high]
+        return found.tobytes()
+
+    for number, first in enumerate(range(0, rows, step)):
+        file.seek(at)
+        size = entry["sizes"][kind][number]
+        at += size
+        yield pool.submit(made, file.read(size), first, min(step, rows - first))
 
 
 def _jobs(

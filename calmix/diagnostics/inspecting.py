@@ -168,6 +168,7 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         "calibration": drawn or "none",
         "weights": done["weights"],
         "pruned": done["pruned"],
+        **({"bits a weight": f"{done['bits']:.3f}"} if done.get("bits") else {}),
         **({"experts dropped": gone} if gone else {}),
         "versions": _versions(manifest),
     }

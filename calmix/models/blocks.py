@@ -69,6 +69,11 @@ class Prunable:
         """Identity of the parameter."""
         return id(self.module._parameters[self.parameter])
 
+    @property
+    def whole_matrix(self) -> bool:
+        """Whether the parameter is this matrix, as it lies."""
+        return not (self.transposed or self.fused) and self.rows == slice(None)
+
     def whole(self) -> Tensor:
         """Return the module's own parameter, of which this may be a part."""
         weight: Tensor = self.module._parameters[self.parameter].data

@@ -462,7 +462,7 @@ def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
         assert request.sparsity is not None
         pattern = from_shares(allocation, source.blocks, request.sparsity, method)
         allocation = "given"
-    check_pattern(source.blocks, pattern)
+    check_pattern(source.blocks, pattern, method)
     return Job(
         work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
         propagation=request.propagation or "sequential", output=output, request=request,

@@ -41,14 +41,15 @@ from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
-from calmix.options import METHOD
+from calmix.options import BITS_METHOD, METHOD
 from calmix.precision import bfloat16_products, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Gram, Statistic, relative_error
 from calmix.pruning.methods import Method, Solution, get_method
-from calmix.pruning.patterns import Pattern, as_pattern, check_columns
+from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
+from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, BlockCall, Calls, SharedInput, observe_block
 
 Propagation = Literal["sequential", "block"]
@@ -61,8 +62,8 @@ def prune(
     model: nn.Module | OpenModel,
     ids: Tensor | CalibrationSet | None = None,
     *,
-    method: str | Method = METHOD,
-    pattern: Patterns | str | float,
+    method: str | Method | None = None,
+    pattern: Patterns | str | float | None = None,
     propagation: Propagation = "sequential",
     micro_tokens: int | None = None,
     paused: int | None = None,
@@ -81,16 +82,16 @@ def prune(
         ids: calibration token ids, int64 (rows, length), full rows without padding, or a
             calibration set; None for a method that needs none.
         method: as `calmix.pruning.methods.get_method` takes it: a name, `NAME,option=value` or a
-            `Method`.
-        pattern: a sparsity such as 0.5, or `"2:4"`, as `as_pattern` takes them; or one for every
-            layer, by its name.
+            `Method`; SparseGPT, or ECQ where `bits` stands alone.
+        pattern: a sparsity such as 0.5, or `"2:4"` or `"2.8 bits"`, as `as_pattern` takes them; or
+            one for every layer, by its name.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         micro_tokens: tokens that run through a block at a time; None for what suits the device.
         paused: micro-batches that may hold a block's activations at a time; None for all.
         only, skip: patterns of layers' names: those to be pruned, and those to be left dense.
         sources: of each calibration row, to report which experts it reaches.
         progress: called with (blocks done, blocks) after every block.
-        **options: the method's own, such as `damping=0.1`.
+        **options: the method's own, such as `damping=0.1` or `bits=4`.
 
     Raises:
         ModelError: the architecture cannot be pruned.
@@ -109,13 +110,14 @@ def prune(
             f"prune needs an open model, not {type(model).__name__}: open it first, with "
             f"calmix.open_model('{name}').model"
         )
+    alone = pattern is None and options.get("bits")
+    chosen = get_method(method or (BITS_METHOD if alone else METHOD), **options)
     if isinstance(pattern, Mapping):
         pattern = {name: as_pattern(one) for name, one in pattern.items()}
     else:
-        pattern = as_pattern(pattern)
-    chosen = get_method(method, **options)
+        chosen, pattern = chosen.aim(None if pattern is None else as_pattern(pattern))
     found = find_blocks(model).select(only, skip)
-    check_pattern(found, pattern)
+    check_pattern(found, pattern, chosen)
     device = next(model.parameters()).device
     first = [] if device.type == "cpu" else [(p, p.view().cpu()) for p in found.prunables(0)]
     count = length = 1
@@ -206,13 +208,13 @@ def run_through(
     run.report.seconds["total"] = time.perf_counter() - began
 
 
-def check_pattern(found: DecoderBlocks, pattern: Patterns) -> None:
-    """Refuse patterns that do not fit the layers."""
+def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> None:
+    """Refuse patterns that do not fit the layers, or the method."""
     layers = [layer for index in range(len(found)) for layer in found.prunables(index)]
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
     for layer in layers:
-        check_columns(_of_layer(pattern, layer.name), layer.shape[1], layer.name)
+        method.check(_of_layer(pattern, layer.name), layer.shape[1], layer.name)
 
 
 def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
@@ -316,6 +318,7 @@ class Run:
         self._by_row: dict[str, Tensor] = {}
         self._tiny: tuple[Tensor, list[BlockCall]] | None = None
         self._laps = Laps(torch.device("cpu"))
+        self.grids: dict[str, Grid] = {}  # of the block at hand, by parameter
 
     @property
     def needs_ids(self) -> bool:
@@ -366,6 +369,7 @@ class Run:
         self.report.dense += self.found.dense(index)
         self._counts.clear()
         self._by_row.clear()
+        self.grids.clear()
         with torch.inference_mode(), reproducible(device):
             if self.needs_ids:
                 self._with_states(index)
@@ -637,13 +641,19 @@ class Run:
             for layer, weight in zip(layers, solved.weights, strict=True):
                 layer.assign(weight)
             _check_finite(layers, "its pruned weights are not finite")
-        for layer, pruned, error in zip(layers, solved.pruned, solved.errors, strict=True):
+        grids: Sequence[Grid | None] = solved.grids or [None] * len(layers)
+        for layer, pruned, error, grid in zip(
+            layers, solved.pruned, solved.errors, grids, strict=True
+        ):
             rows, columns = layer.shape
+            if grid is not None and layer.whole_matrix:
+                self.grids[layer.parameter_name] = grid
             precision = None if solved.dtype is None else str(solved.dtype)[6:]
             self.report.layers.append(
                 LayerReport(
                     layer.name, rows, columns, pruned, pruned / (rows * columns), error,
                     solved.damping, precision, solved.dead, tokens,
+                    None if grid is None else grid.bits,
                 )
             )  # fmt: skip
 

@@ -15,7 +15,7 @@ class LayerReport:
     """What happened to one layer.
 
     `error` is the share of its output energy that was lost, `tokens` how many were routed to it
-    if it is an expert's.
+    if it is an expert's, `bits` what a quantised weight takes: levels, scales and mask.
     """
 
     name: str
@@ -28,6 +28,7 @@ class LayerReport:
     factor_dtype: str | None
     dead_inputs: int
     tokens: int | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,21 @@ class PruneReport(Shown):
         return self.pruned / self.weights if self.weights else 0.0
 
     @property
+    def bits(self) -> float | None:
+        """Bits a weight in the quantised layers; None if there is none."""
+        quantised = [layer for layer in self.layers if layer.bits is not None]
+        size = sum(layer.rows * layer.columns for layer in quantised)
+        taken = sum(layer.rows * layer.columns * (layer.bits or 0) for layer in quantised)
+        return taken / size if size else None
+
+    @property
     def dense_weights(self) -> int:
         """Number of weights in matrices of the blocks that stayed as they were."""
         return sum(dense.weights for dense in self.dense)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
-        totals = ("weights", "pruned", "sparsity", "dense_weights")
+        totals = ("weights", "pruned", "sparsity", "bits", "dense_weights")
         return asdict(self) | {name: getattr(self, name) for name in totals}
 
     to_dict = to_json

@@ -25,6 +25,7 @@ from calmix.pruning.engine import Patterns, Propagation, Run, check_ids, check_p
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import Method
 from calmix.pruning.report import PruneReport
+from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.states import States
 from calmix.pruning.work import CHECKPOINT, WorkFolder
 
@@ -67,7 +68,7 @@ def prune_streamed(
     runs: list[Run] = []
     failed: dict[Run, SolverError] = {}
     for target in targets:
-        check_pattern(blocks, target.pattern)
+        check_pattern(blocks, target.pattern, target.method)
         run = Run(
             source.model, blocks, target.method, target.pattern, target.propagation,
             plan.paused, shared if len(targets) > 1 else None,
@@ -111,6 +112,8 @@ def prune_streamed(
             run.report.seconds["total"] = spent + time.perf_counter() - began
             if target.work.claimed:
                 target.work.save(name, source.weights(index))
+                if run.grids:
+                    target.work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.grids))
             target.work.keep(done=index + 1, report=run.report.to_json())
             finished += 1
             if progress is not None:

@@ -153,7 +153,7 @@ def test_mistakes_are_one_line(
         assert (ended.code, words in ended.line) == (2, True), ended.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
-    refused("--to gguf: must be 'pack'", pruned, "-o", out, "--to", "gguf")
+    refused("--to onnx: must be 'pack'", pruned, "-o", out, "--to", "onnx")
     refused("--weights int4: must be 'int8'", pruned, "-o", out, "--weights", "int4")
     refused("exists and is not empty", pruned, "-o", full)
     refused("has no config.json: it is not a model folder", full, "-o", out)

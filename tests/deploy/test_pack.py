@@ -19,6 +19,8 @@ from calmix.errors import InputError, ModelError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK
+from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.specs import prune_request
 from tests.conftest import Ended
 from tests.tiny import save_tiny_model
 
@@ -160,7 +162,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
         refused("is not what it was packed as", changed)
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
         refused("is not what it was packed as", whole[:at])
-    refused("is a pack of format 2, this calmix reads 1", format=2)
+    refused("is a pack of format 3, this calmix reads up to 2", format=3)
     for name in ("../evil", "a/../../evil", "/evil"):
         refused("names a file outside the pack", files={name: "0"})
     refused("names a file outside the pack", weights={"sub/model.safetensors": {}})
@@ -184,3 +186,69 @@ def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
     assert "not empty" in export(pruned, "pack", "p").line
     assert export("p", "model", "back").code == 0
     assert same(pruned, tmp_path / "back")
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_folder, tmp_path_factory) -> Path:
+    """Four quantised models: their levels take half a byte, a byte, or are a codebook's."""
+    folder = tmp_path_factory.mktemp("quantised")
+    (folder / "text.txt").write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+    drawn = {"calibration": str(folder / "text.txt"), "rows": 6, "length": 32}
+    targets = {folder / name: prune_request(**asked, **drawn) for name, asked in QUANTISED.items()}
+    prune_checkpoints(str(tiny_folder), targets)
+    return folder
+
+
+QUANTISED = {
+    "ecq": {"bits": 2.8},
+    "fine": {"bits": 7},
+    "kmeans": {"method": "gptq,levels=kmeans,bits=4"},
+    "joint": {"sparsity": 0.5, "bits": 4},
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "CHUNK", 500)  # several chunks a tensor
+    model = quantised / name
+    made = pack(model, tmp_path / "pack")
+    entries = json.loads((tmp_path / "pack" / PACK).read_text())["weights"]
+    levels = [
+        one for file in entries.values() for one in file["tensors"].values() if "levels" in one
+    ]
+    assert len(levels) == 14
+    kinds = {one["levels"] for one in levels}
+    assert kinds == {"whole"} if name in ("fine", "kmeans") else "half" in kinds
+    assert sum(one["astray"] for one in levels) < 0.01 * sum(one["count"] for one in levels)
+    assert unpack(tmp_path / "pack", tmp_path / "back") == made.dense
+    assert same(model, tmp_path / "back")
+    dense, loaded = open_model(str(model)).model.state_dict(), load(tmp_path / "pack").state_dict()
+    assert all(torch.equal(dense[key], value) for key, value in loaded.items())
+
+
+def test_weights_that_have_left_the_grid_are_packed_as_they_are(quantised, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(quantised / "ecq", model)
+    for number, file in enumerate(sorted(model.glob("*.safetensors"))):
+        weights = load_file(file)
+        for value in weights.values():
+            if value.ndim == 2:  # one weight, or all
+                (value[:1, :1] if number % 2 else value).mul_(1.1)
+        save_file(weights, file, metadata={"format": "pt"})
+    pack(model, tmp_path / "pack")
+    unpack(tmp_path / "pack", tmp_path / "back")
+    assert same(model, tmp_path / "back")
+
+
+def test_scales_of_another_pack_are_refused(quantised, tmp_path):
+    for name in ("ecq", "joint"):
+        pack(quantised / name, tmp_path / name)
+    scales = next((tmp_path / "joint" / "calmix-scales").iterdir())
+    shutil.copy(scales, tmp_path / "ecq" / "calmix-scales" / scales.name)
+    for act in (lambda: load(tmp_path / "ecq"), lambda: unpack(tmp_path / "ecq", tmp_path / "x")):
+        with pytest.raises(InputError, match="is not what it was packed as"):
+            act()
+    assert not (tmp_path / "x").exists()
+    scales.unlink()
+    with pytest.raises(InputError, match="lacks calmix-scales"):
+        load(tmp_path / "joint")

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.traced import tracing
 from calmix.pruning import SemiStructured, Unstructured, get_method
-from calmix.pruning.methods import sparsegpt
 from calmix.pruning.patterns import clear
 from calmix.pruning.solvers import columns as fused
+from calmix.pruning.solvers import surgeon
 from tests.device import compiled
 
 pytest.importorskip("triton")
@@ -43,7 +43,7 @@ def test_the_kernel_does_what_the_plain_loop_does(pattern, size, outputs):
     mask = (torch.rand(size, outputs, generator=torch.Generator().manual_seed(1)) > 0.4).float()
     semi = isinstance(pattern, SemiStructured)
     plain, expected = given.clone(), torch.empty_like(mask) if semi else mask.clone()
-    wanted = sparsegpt._block(plain, expected, upper, inverse, leverage, pattern, at_once=False)
+    wanted = surgeon.prune_block(plain, expected, upper, inverse, leverage, pattern, at_once=False)
     weights, found = given.clone(), torch.empty_like(mask) if semi else mask.clone()
     m, go = (pattern.m, pattern.m - pattern.n) if semi else (0, 0)
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def test_the_kernel_does_what_the_plain_loop_does(pattern, size, outputs):
 def test_a_layer_is_solved_by_it(monkeypatch):
     """Layers of several heights, and a last block that is not whole; the kernel agrees at once."""
     monkeypatch.setattr(fused, "usable", lambda device, *at: at[-1](device, *at[:-1]))
-    monkeypatch.setattr(sparsegpt, "_block", as_on_a_device(sparsegpt._block))
+    monkeypatch.setattr(surgeon, "prune_block", as_on_a_device(surgeon.prune_block))
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(400, 160, generator=generator)
     weights = [torch.randn(rows, 160, generator=generator) for rows in (9, 4)]
@@ -73,9 +73,9 @@ def test_a_layer_is_solved_by_it(monkeypatch):
 
 
 def as_on_a_device(block):
-    def there(weights, mask, upper, inverse, leverage, pattern):
+    def there(weights, mask, upper, inverse, leverage, pattern, rounding=None):
         m, go = (4, 2) if isinstance(pattern, SemiStructured) else (0, 0)
-        if fused.usable(weights.device, len(weights), m, go, sparsegpt._kernel_agrees):
+        if fused.usable(weights.device, len(weights), m, go, surgeon.kernel_agrees):
             return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
         return block(weights, mask, upper, inverse, leverage, pattern, at_once=True)
 

@@ -12,9 +12,9 @@ from benchmarks.traced import tracing
 from calmix.pruning import gram
 from calmix.pruning.engine import solve
 from calmix.pruning.gram import Gram, Squares
-from calmix.pruning.methods import METHODS, get_method
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
-from tests.pruning.toy import Means
+from tests.pruning.toy import SPARSE, Means
 from tests.tiny import quick
 
 CUDA = torch.device("cuda")
@@ -97,7 +97,7 @@ def test_sums_in_place_are_tried_on_a_part_of_a_matrix(monkeypatch):
           itertools.product([torch.bfloat16, torch.float32], PATTERNS)),
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("name", [*METHODS, "sparsegpt,refit=11", "wanda,refit=1"])
+@pytest.mark.parametrize("name", [*SPARSE, "sparsegpt,refit=11", "wanda,refit=1"])
 def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, how):
     """Layers of several sizes.
 

@@ -125,7 +125,7 @@ def make(folder: Path) -> None:
     scores.save(folder / "scores.json")
     scores.save(folder / "dense.json")
     _store(folder / "store", results, scores)
-    _gguf(folder / "tiny.gguf")
+    tiny_gguf(folder / "tiny.gguf")
 
 
 def _parquet(path: Path) -> None:
@@ -184,7 +184,7 @@ def _store(folder: Path, results: Any, scores: CapabilityScores) -> None:
     write_json(folder / "store.json", index)
 
 
-def _gguf(path: Path) -> None:
+def tiny_gguf(path: Path) -> None:
     """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary."""
     from gguf import GGUFWriter, TokenType
 

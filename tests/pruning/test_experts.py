@@ -10,9 +10,9 @@ from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.experts import SMOOTHING, Routed
 from calmix.pruning.gram import Gram, relative_error
-from calmix.pruning.methods import METHODS
 from calmix.pruning.trace import observe
 from tests.pruning.test_engine import input_gram, weights_of
+from tests.pruning.toy import SPARSE
 from tests.tiny import MIXTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -199,7 +199,7 @@ def test_every_expert_is_pruned_exactly_and_routers_not_at_all(kind):
 
 
 @pytest.mark.parametrize("kind", quick(["gpt_oss", "modules"], ["mixtral"]))
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", SPARSE)
 def test_n_of_m_holds_in_every_expert(kind, method):
     model = model_of(kind)
     ids = None if method == "magnitude" else tiny_ids(4)

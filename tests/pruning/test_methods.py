@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from calmix.pruning.gram import Gram, inverse_factor
-from calmix.pruning.methods import METHODS, get_method, sparsegpt
+from calmix.pruning.methods import get_method
 from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.methods.sparsegpt import SparseGPT
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
-from tests.pruning.toy import Elsewhere
+from calmix.pruning.solvers import surgeon
+from tests.pruning.toy import SPARSE, Elsewhere
 
 
 def problem(rows=24, columns=40, tokens=400, seed=0):
@@ -144,7 +145,9 @@ def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, colum
         if isinstance(pattern, Unstructured):
             score = (weights * inverse).abs().view(1, -1)
             mask.copy_(smallest(score, pattern.count(score.numel())).view(mask.shape))
-        errors = sparsegpt._block(weights, mask, upper, inverse, inverse, pattern, at_once=at_once)
+        errors = surgeon.prune_block(
+            weights, mask, upper, inverse, inverse, pattern, at_once=at_once
+        )
         made.append((mask, errors, weights))
     (mask, errors, weights), (same, close, corrected) = made
     assert torch.equal(mask, same)
@@ -157,22 +160,22 @@ def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, colum
 
 
 def test_sparsegpt_kernel_is_given_the_block_on_an_accelerator(monkeypatch):
-    asked, most = [], sparsegpt.fused.LARGEST
-    monkeypatch.setattr(sparsegpt.fused, "usable", lambda _, *at: asked.append(at) or True)
-    monkeypatch.setattr(sparsegpt.fused, "prune_columns", lambda *given: given)
-    monkeypatch.setattr(sparsegpt, "_block_at_once", lambda *given: "at once")
+    asked, most = [], surgeon.fused.LARGEST
+    monkeypatch.setattr(surgeon.fused, "usable", lambda _, *at: asked.append(at) or True)
+    monkeypatch.setattr(surgeon.fused, "prune_columns", lambda *given: given)
+    monkeypatch.setattr(surgeon, "prune_at_once", lambda *given: "at once")
     upper = torch.eye(8)
     given = [torch.rand(8, 3), torch.zeros(8, 3), upper, torch.ones(8, 1), torch.ones(8, 1)]
     there = [given[0].as_subclass(Elsewhere), *given[1:]]
     all_numbers = [(0, 0), (4, 3), (most, most - 1)]
     patterns = [Unstructured(0.5), SemiStructured(1, 4), SemiStructured(1, most)]
     for pattern, numbers in zip(patterns, all_numbers, strict=True):
-        told = sparsegpt._block(*there, pattern)
+        told = surgeon.prune_block(*there, pattern)
         assert all(one is other for one, other in zip(told, there, strict=False))
         assert told[5:] == numbers
-    assert asked == [(8, *numbers, sparsegpt._kernel_agrees) for numbers in all_numbers]
-    assert sparsegpt._block(*there, SemiStructured(1, 2 * most)) == "at once"
-    assert isinstance(sparsegpt._block(*given, Unstructured(0.5)), torch.Tensor)
+    assert asked == [(8, *numbers, surgeon.kernel_agrees) for numbers in all_numbers]
+    assert surgeon.prune_block(*there, SemiStructured(1, 2 * most)) == "at once"
+    assert isinstance(surgeon.prune_block(*given, Unstructured(0.5)), torch.Tensor)
 
 
 def test_sparsegpt_counts_are_exact_in_every_block():
@@ -192,7 +195,7 @@ def test_sparsegpt_corrects_what_its_mask_loses():
     assert output_error(weight, made, gram) < 0.8 * output_error(weight, masked, gram)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SPARSE)
 def test_methods_take_parameters_and_patterns_as_users_write_them(name):
     weight, gram = problem()
     w, h = as_tensors(weight, gram)

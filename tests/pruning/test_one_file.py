@@ -57,7 +57,10 @@ def test_a_method_is_one_file(installed, calmix, tiny_folder, text_file, tmp_pat
     )
     assert ended.code == 0, ended.err
     told = json.loads((tmp_path / "out" / "calmix.json").read_text())["pruning"]
-    assert (told["method"], told["options"]) == ("tempered", {"refit": 0, "strength": 3.0})
+    assert (told["method"], told["options"]) == (
+        "tempered",
+        {"bits": 0, "group": 64, "refit": 0, "strength": 3.0},
+    )
     opened = open_model(str(tiny_folder))
     ids = api.resolve(str(text_file), opened, rows=6, length=32).ids
     report = api.prune(opened.model, ids, method="tempered", pattern=0.5, strength=3)

@@ -6,8 +6,11 @@ import torch
 from pydantic import Field
 
 from calmix.pruning.gram import Statistic
-from calmix.pruning.methods import Method, Solution
+from calmix.pruning.methods import METHODS, Method, Solution
+from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import clear
+
+SPARSE = [name for name, kind in METHODS.items() if not issubclass(kind, Quantiser)]
 
 
 class Means(Statistic):

@@ -166,7 +166,7 @@ def test_what_has_no_effect_is_told_with_its_line() -> None:
     ):  # fmt: skip
         assert problems(NEWS + text) == [f"s.yaml line {line}" for line in wanted]
     (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
-    assert line.endswith("damping has no effect with method wanda: known: refit")
+    assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
 
 
 class Third(Pattern):

@@ -34,7 +34,7 @@ from torch.nn import functional
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import Gram, inverse_factor, squared
-from calmix.pruning.methods.base import Method, Solution
+from calmix.pruning.methods.base import Joint, Solution
 from calmix.pruning.patterns import Pattern, check_columns, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
@@ -44,7 +44,7 @@ POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
 SAMPLE = 2**14  # weights of which a bound is taken
 
 
-class Admm(Method):
+class Admm(Joint):
     """Prune by alternating directions on the Gram matrix, and refit the kept weights."""
 
     name, title = "admm", "ADMM"
@@ -94,7 +94,8 @@ class Admm(Method):
             for number, weight in enumerate(weights)
         ]
         counts = self.counts(weights, patterns)
-        return Solution(made, counts, [], used, torch.float32, scaled.dead)
+        solution = Solution(made, counts, [], used, torch.float32, scaled.dead)
+        return self.quantised(solution, statistic) if self.bits else solution
 
     def _reflector(self, gram: Tensor, order: Tensor, m: int) -> tuple[Tensor, float]:
         """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping it took."""

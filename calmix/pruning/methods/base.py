@@ -13,14 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from calmix.pruning.gram import Gram, Squares, Statistic
-from calmix.pruning.patterns import Pattern, as_pattern, clear
+from calmix.errors import InputError
+from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
+from calmix.pruning.patterns import Pattern, Rate, as_pattern, check_columns, clear
 from calmix.pruning.solvers import refit
+from calmix.pruning.solvers.grids import Grid, Rounding, Symmetric, check_group
+from calmix.pruning.solvers.surgeon import solve_columns
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of factorisations
+DAMPING = 0.01  # of a rounding with the mask held, as SparseGPT's
 CACHED = 2**18  # weights worked on at a time on a CPU: larger buffers are asked of the system anew
 
 
@@ -37,6 +41,7 @@ class Solution:
         damping: damping that was used, None if the method has none.
         dtype: precision of the factorisation, None if there is none.
         dead: inputs that were zero on every token.
+        grids: the levels and scales of quantised layers; empty where none is.
     """
 
     weights: list[Tensor]
@@ -45,6 +50,7 @@ class Solution:
     damping: float | None = None
     dtype: torch.dtype | None = None
     dead: int = 0
+    grids: list[Grid] = field(default_factory=list)
 
 
 class Method(BaseModel, ABC):
@@ -94,6 +100,21 @@ class Method(BaseModel, ABC):
     def needs(self) -> type[Statistic] | None:
         """The statistic with these options."""
         return self.statistic
+
+    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
+        """Return the method and what it is to reach; InputError where that is not given."""
+        if pattern is None:
+            raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
+        return self, pattern
+
+    def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
+        """Refuse a pattern that the method has no use for, or that does not fit a layer's width."""
+        if isinstance(pattern, Rate):
+            raise InputError(
+                f"method {self.name} takes a sparsity, not {pattern} alone: give --sparsity, or "
+                "choose --method ecq or gptq"
+            )
+        check_columns(pattern, columns, name)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return the comparison groups of a layer, as (how many, entries each).
@@ -169,7 +190,123 @@ class Look(Method):
         return Gram if self.gram else Squares
 
 
-class Refitted(Method):
+class Quantiser(Method):
+    """A method that rounds weights to a grid; it is asked for bits a weight."""
+
+    statistic = Gram
+    work = 7, 12  # the factor and what makes it; the weights transposed, and a group's scales
+
+    bits: float = Field(
+        default=0, ge=0, le=8, description="Bits a weight, as --bits says; 0: not said."
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        allow_inf_nan=False,
+        description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
+    )
+
+    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
+        if pattern is None and not self.bits:
+            raise InputError(f"method {self.name} needs --bits, such as 4")
+        if pattern is not None and self.bits:
+            raise InputError(f"method {self.name} takes --bits alone; sparsegpt takes both")
+        bare = type(self)(**self.changed | {"bits": 0})
+        return bare, Rate(self.bits) if pattern is None else self.rate(pattern)
+
+    def rate(self, pattern: Pattern) -> Rate:
+        """Return the pattern, or refuse one that is no rate."""
+        if not isinstance(pattern, Rate):
+            raise InputError(
+                f"method {self.name} takes --bits, not {pattern}: for zeros and bits together "
+                "choose --method sparsegpt"
+            )
+        return pattern
+
+    def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
+        self.rate(pattern)
+
+    @abstractmethod
+    def round(
+        self, weights: Sequence[Tensor], factor: Factor, bits: float | None
+    ) -> tuple[list[Tensor], list[Grid]]:
+        """Return weights of layers that share an input on their grids, float32, and the grids."""
+
+    def solve(
+        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Quantise layers; those of one rate together."""
+        assert statistic is not None
+        factor = inverse_factor(statistic, self.damping)
+        made: dict[int, tuple[Tensor, Grid]] = {}
+        for rate in dict.fromkeys(patterns):
+            self.check(rate, len(statistic))
+            places = [i for i, own in enumerate(patterns) if own == rate]
+            done = self.round([weights[i] for i in places], factor, self.rate(rate).bits)
+            made |= dict(zip(places, zip(*done, strict=True), strict=True))
+        kept, grids = zip(*(made[i] for i in range(len(weights))), strict=True)
+        zeros = [int((weight == 0).sum()) for weight in kept]
+        dead = int(factor.dead.sum())
+        return Solution(list(kept), zeros, [], factor.damping, factor.dtype, dead, list(grids))
+
+
+class Joint(Method):
+    """A method that prunes, and may quantise what it keeps.
+
+    With `bits` the Gram matrix is gathered, whatever the mask alone looks at.
+    """
+
+    bits: int = Field(
+        default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: as it is stored."
+    )
+    group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
+
+    @field_validator("bits")
+    @classmethod
+    def _more_than_one(cls, bits: int) -> int:
+        if bits == 1:
+            raise ValueError("a kept weight takes at least 2 bits")
+        return bits
+
+    def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
+        super().check(pattern, columns, name)
+        if self.bits:
+            check_group(self.group, columns, name)
+
+    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
+        if pattern is None and self.bits:
+            raise InputError(
+                f"method {self.name} takes a sparsity, not bits alone: give --sparsity, or choose "
+                "--method ecq or gptq"
+            )
+        return super().aim(pattern)
+
+    def quantised(self, solution: Solution, statistic: Tensor) -> Solution:
+        """Return a solution with kept weights on a grid: GPTQ's loop with the mask held."""
+        rounding = Symmetric(solution.weights, self.group, self.bits)
+        factor = inverse_factor(statistic, DAMPING)
+        made = solve_columns(solution.weights, factor, None, rounding, held=True)
+        return replace(solution, weights=made, grids=self.grids(rounding, made, solution.pruned))
+
+    def grids(
+        self, rounding: Rounding, weights: Sequence[Tensor], pruned: Sequence[int]
+    ) -> list[Grid]:
+        """Return the grids of pruned layers after their loop."""
+        pairs = zip(weights, pruned, strict=True)
+        return rounding.grids(weights, [count / weight.numel() for weight, count in pairs])
+
+    @property
+    def needs(self) -> type[Statistic] | None:
+        """The Gram matrix where weights are quantised, else the method's own statistic."""
+        return Gram if self.bits else self.statistic
+
+    def memory(self, columns: int, outputs: int) -> int:
+        """The mask's, or what the rounding works on."""
+        rounding = Gram.memory(columns) + 7 * columns**2 + 20 * columns * outputs
+        return max(super().memory(columns, outputs), rounding if self.bits else 0)
+
+
+class Refitted(Joint):
     """A method whose mask may be followed by conjugate gradients on the kept weights.
 
     With `refit` the Gram matrix is gathered, whatever the mask alone looks at, and no layer's
@@ -193,18 +330,22 @@ class Refitted(Method):
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, and refit what is kept if that was asked for."""
-        if not self.refit:
+        if not (self.refit or self.bits):
             return self.choose(weights, statistic, patterns)
         assert statistic is not None
         own = statistic if self.statistic is Gram else statistic.diagonal()
         chosen = self.choose(weights, own, patterns)
-        made = refit.refit(weights, chosen.weights, statistic, steps=self.refit)
-        return replace(chosen, weights=made.weights, dead=made.dead)
+        if self.refit:
+            made = refit.refit(weights, chosen.weights, statistic, steps=self.refit)
+            chosen = replace(chosen, weights=made.weights, dead=made.dead)
+        if self.bits and not chosen.grids:
+            chosen = self.quantised(chosen, statistic)
+        return chosen
 
     @property
     def needs(self) -> type[Statistic] | None:
-        """The Gram matrix for a refit, else the method's own statistic."""
-        return Gram if self.refit else self.statistic
+        """The Gram matrix for a refit or bits, else the method's own statistic."""
+        return Gram if self.refit else super().needs
 
     def memory(self, columns: int, outputs: int) -> int:
         """The mask's, or what the refit works on."""

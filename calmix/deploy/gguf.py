@@ -1,0 +1,386 @@
+"""GGUF for llama.cpp: a model in the form of a file it came from, and importance matrices.
+
+Everything but the weights comes from a template, a GGUF file of the same model: metadata,
+tokenizer, names, the order of rows. Layers whose grid is one of GGUF's keep their levels: Q4_0 for
+up to 4 symmetric bits, Q8_0 for up to 8, with groups that blocks of 32 divide. The file is read
+back by transformers and compared with the model before it takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calmix import assets
+from calmix.calibration import CalibrationSet, open_tokenizer
+from calmix.errors import InputError, ModelError, disk_errors
+from calmix.files import check_output_file, hidden, read_object, real_place, replacing
+from calmix.models import OpenModel, check_models, open_model, resolve_model
+from calmix.models.blocks import Prunable, find_blocks
+from calmix.models.opening import BuiltinModel, known_model, loading
+from calmix.models.shards import weight_bytes
+from calmix.pruning.checkpoint import MANIFEST
+from calmix.pruning.engine import Run, run_through
+from calmix.pruning.methods import Look
+from calmix.pruning.patterns import Unstructured
+from calmix.pruning.solvers.grids import Grid, read_grids
+
+# How weights without a grid of GGUF's are stored, and the divergence from the model (nats a token)
+# beyond which a file is refused.
+TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # of general.file_type
+BLOCK = 32  # weights of a block of Q4_0, Q4_1 and Q8_0
+TOKENS = 64  # of a vocabulary that are compared with the template's
+
+
+@dataclass(frozen=True)
+class Written:
+    """Bytes of the model's weight files and of the file, tensors by type, how many have `ours`,
+    levels of a grid, and KL(model || file) in nats a token on random ids."""
+
+    before: int
+    after: int
+    types: dict[str, int]
+    ours: int
+    kl: float
+
+
+def export(
+    name: str,
+    output: Path,
+    *,
+    weights: str = "f16",
+    like: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda step: None,
+) -> Written:
+    """Write a model as a GGUF file, and check it against the model.
+
+    Args:
+        name: hub id, local folder, `.gguf` file, or `builtin:NAME`; held in memory whole.
+        output: the new file.
+        weights: of `TYPES`, for matrices that have no grid of GGUF's.
+        like: a GGUF file of the same model; the one it came from if that is known.
+        say: called with each step as it begins.
+
+    Raises:
+        InputError: no template, or one of another model; `output` cannot be written.
+        ModelError: the model cannot be opened, or what was written is another model.
+    """
+    from gguf import GGUFReader
+
+    template = str(like) if like is not None else _origin(name)
+    check_output_file(output, inputs=[name, template], overwrite=overwrite)
+    check_models(name)
+    with _file_of(template, output) as file, disk_errors(output):
+        with loading(f"cannot read {template}"):
+            reader = GGUFReader(file)
+        say("convert")
+        opened, folder = open_model(name, device="cpu"), resolve_model(name)
+        places = _places(opened, reader, template)
+        grids = read_grids(folder)
+        with hidden(real_place(output), Path.touch) as beside:
+            types, ours = _write(beside, reader, opened, places, grids, weights)
+            say("check")
+            kl = _divergence(opened, beside)
+            if not kl <= TYPES[weights]:
+                raise ModelError(
+                    f"the GGUF file of {name} is another model (KL {kl:.3g} nats a token, at most "
+                    f"{TYPES[weights]:g} with {weights} weights): nothing was written"
+                )
+            beside.chmod(0o644)
+            beside.replace(real_place(output))
+    return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl)
+
+
+def _origin(name: str) -> str:
+    """Return the GGUF file or builtin model that a model is, or was pruned from."""
+    found = known_model(name)
+    if isinstance(found, Path) and found.is_dir():
+        manifest: Any = {}
+        with contextlib.suppress(InputError):
+            manifest = read_object(found / MANIFEST, "")
+        while isinstance(manifest, dict) and "pruned" in manifest:
+            manifest = manifest["pruned"]
+        name = str(((manifest or {}).get("model") or {}).get("name") or "")
+        found = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
+    if found is None:
+        raise InputError(
+            "--to gguf needs a GGUF file of the same model, for its tokenizer and names: --like "
+            "FILE.gguf"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def _file_of(template: str, beside: Path) -> Iterator[Path]:
+    found = known_model(template)
+    if isinstance(found, BuiltinModel):
+        with hidden(real_place(beside)) as folder:
+            for asset in found.parts:
+                assets.install(asset)
+            assets.extract(found.parts, folder / "model.gguf")
+            yield folder / "model.gguf"
+    elif isinstance(found, Path) and found.is_file():
+        yield found
+    else:
+        raise InputError(f"{template} is not a GGUF file")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the template comes from: hf.flat[i] = gguf.flat[order[i]] + offset."""
+
+    parameter: str
+    order: np.ndarray[Any, Any] | None
+    offset: float
+
+
+def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
+    """Return what transformers does to a GGUF file's tensors, and their names in the model."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=opened.model.config.to_dict())
+    with loading(f"{opened.name} has no form in GGUF that transformers reads"):
+        return processor, dict(get_gguf_hf_weights_map(opened.model, processor))
+
+
+def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, _Place]:
+    """Return the places of the template's tensors; InputError if it is another model's."""
+    state = opened.model.state_dict()
+    architecture = str(reader.get_field("general.architecture").contents())
+    other = f"{template} is not of the same model as {opened.name}"
+    try:
+        processor, names = _mapped(opened, architecture)
+    except ModelError as error:
+        raise InputError(f"{other}: {error}") from error
+    found, covered = {}, set()
+    for tensor in reader.tensors:
+        parameter = names.get(tensor.name)
+        if parameter is None or parameter not in state:
+            continue
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        order, offset = _order(processor, tensor.name, shape)
+        wanted = tuple(state[parameter].shape)
+        if wanted != (shape if order is None else order.shape):
+            raise InputError(f"{other}: {tensor.name} is {shape}, {parameter} {wanted}")
+        found[tensor.name] = _Place(parameter, order, offset)
+        covered.add(state[parameter].data_ptr())
+    for parameter, value in opened.model.named_parameters():
+        if value.data_ptr() not in covered:
+            raise InputError(f"{other}: it has no tensor for {parameter}")
+    if (field := reader.get_field("tokenizer.ggml.tokens")) is not None:
+        size = min(len(field.data), len(opened.tokenizer))
+        ids = list(range(0, size, max(1, size // TOKENS)))
+        own = opened.tokenizer.convert_ids_to_tokens(ids)
+        alike = sum(field.contents(at) == token for at, token in zip(ids, own, strict=True))
+        if alike < 0.8 * len(ids):
+            raise InputError(f"{other}: it has other tokens")
+    return found
+
+
+def _order(
+    processor: Any, name: str, shape: tuple[int, ...]
+) -> tuple[np.ndarray[Any, Any] | None, float]:
+    """Return how transformers orders a tensor's entries, None if as they lie, and what it adds."""
+
+    def read(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        more: dict[str, Any] = {"tensor_key_mapping": {}, "parsed_parameters": {"tensors": {}}}
+        made = processor.process(weights=values, name=name, **more).weights
+        if made is None:
+            raise ModelError(f"{name} is part of a parameter: GGUF of such models is not written")
+        return np.asarray(made)
+
+    offset = float(read(np.zeros(shape)).flat[0])
+    plain = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    order = (read(plain.copy()) - offset).astype(np.int64)
+    same = order.shape == shape and np.array_equal(order, plain)
+    return (None if same else order), offset
+
+
+def _write(
+    path: Path,
+    reader: Any,
+    opened: OpenModel,
+    places: dict[str, _Place],
+    grids: dict[str, Grid],
+    weights: str,
+) -> tuple[dict[str, int], int]:
+    """Write the file; return its tensors by type, and how many have levels of a grid."""
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+
+    kinds, state, ours = GGMLQuantizationType, opened.model.state_dict(), 0
+    made: dict[str, tuple[np.ndarray[Any, Any], Any]] = {}
+    for tensor in reader.tensors:
+        place = places.get(tensor.name)
+        if place is None:  # what belongs to the architecture, not to the weights
+            made[tensor.name] = np.asarray(tensor.data), tensor.tensor_type
+            continue
+        weight = state[place.parameter]
+        if place.parameter in grids and not place.offset:
+            levels = _levels(weight, grids[place.parameter], place.order)
+            if levels is not None:
+                made[tensor.name] = levels
+                ours += 1
+                continue
+        value = weight.float().numpy() - np.float32(place.offset)
+        if place.order is not None:
+            lying = np.empty(value.size, np.float32)
+            lying[place.order.reshape(-1)] = value.reshape(-1)
+            value = lying.reshape(tuple(int(size) for size in reversed(tensor.shape)))
+        kind = kinds.F32
+        if tensor.tensor_type != kinds.F32 or value.ndim > 1:
+            fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
+            kind = kinds[weights.upper()] if fits else kinds.F16
+        made[tensor.name] = quants.quantize(value, kind), kind
+    types = Counter(kind.name for _, kind in made.values())
+    writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value = field.contents()
+        if field.name == "general.file_type":
+            common = max((kind for kind in types if kind in FILE_TYPES), key=types.__getitem__)
+            value = FILE_TYPES[common]
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, value, field.types[0], inner)
+    for name, (data, kind) in made.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    _close(writer)
+    return dict(types), ours
+
+
+def _close(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _levels(
+    weight: Tensor, grid: Grid, order: np.ndarray[Any, Any] | None
+) -> tuple[np.ndarray[Any, Any], Any] | None:
+    """Return a matrix in blocks of GGUF that have the levels of its grid; None if none can."""
+    from gguf import GGMLQuantizationType
+
+    rows, columns = weight.shape
+    group = columns // grid.scale.shape[1]
+    if grid.codebook is not None or grid.octaves is not None or group % BLOCK:
+        return None
+    levels, half = grid.levels(weight), grid.scale.half()
+    if not torch.equal(half.float(), grid.scale):
+        return None
+    if not torch.equal(grid.values(levels).to(weight.dtype), weight):
+        return None
+    blocks = levels.numpy().reshape(rows, -1, BLOCK)
+    scales = half.repeat_interleave(group // BLOCK, 1).numpy()
+    if order is not None:
+        row = order[:, 0] // columns
+        if not np.array_equal(order, row[:, None] * columns + np.arange(columns)):
+            return None
+        back = np.argsort(row)
+        blocks, scales = blocks[back], scales[back]
+    if -8 <= blocks.min() <= blocks.max() <= 7:
+        own = (blocks + 8).astype(np.uint8)
+        data, kind = own[..., :16] | (own[..., 16:] << 4), GGMLQuantizationType.Q4_0
+    elif -128 <= blocks.min() <= blocks.max() <= 127:
+        data, kind = blocks.astype(np.int8).view(np.uint8), GGMLQuantizationType.Q8_0
+    else:
+        return None
+    head = np.ascontiguousarray(scales[..., None]).view(np.uint8)
+    return np.concatenate([head, data], axis=-1).reshape(rows, -1), kind
+
+
+def _divergence(opened: OpenModel, path: Path) -> float:
+    """Return KL(model || file) in nats a token, on random ids."""
+    from transformers import AutoModelForCausalLM
+
+    vocabulary = opened.model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    with loading(f"cannot read {path.name} back"), torch.no_grad():
+        read = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        after = read.eval()(ids).logits.double().log_softmax(-1)
+        del read
+        before = opened.model.float()(ids).logits.double().log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+class _Sums(Run):
+    """A pass that keeps the sums of squares of every layer's inputs, and changes nothing."""
+
+    def __init__(self, opened: OpenModel) -> None:
+        found = find_blocks(opened.model)
+        super().__init__(opened.model, found, Look(), Unstructured(0.5), "sequential")
+        self.sums: dict[str, Tensor] = {}
+
+    def _prune(
+        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
+    ) -> None:
+        assert statistic is not None
+        for layer in layers:
+            self.sums[layer.parameter_name] = statistic.clone()
+
+
+def export_imatrix(
+    folder: Path, model: str, output: Path, *, overwrite: bool = False, **how: Any
+) -> int:
+    """Write the importance matrix of a saved calibration set, as llama.cpp's quantiser takes it.
+
+    For every matrix of the blocks: the sum of squares of each of its inputs over the set's tokens.
+
+    Args:
+        folder: the saved set.
+        model, **how: as for `open_model`.
+        output: the new file.
+
+    Returns:
+        The number of matrices.
+
+    Raises:
+        InputError: the set is another model's, or `output` cannot be written.
+        ModelError: the model cannot be opened, has experts, or matrices without a name in GGUF.
+    """
+    from gguf import GGUFWriter
+
+    CalibrationSet.open(folder)
+    check_output_file(output, inputs=[folder, model], overwrite=overwrite)
+    check_models(model, **how)
+    drawn = CalibrationSet.open(folder, open_tokenizer(model))
+    opened = open_model(model, **how)
+    look = _Sums(opened)
+    if any(look.found.mixtures(index) for index in range(len(look.found))):
+        raise ModelError("--to imatrix does not work with mixtures of experts yet")
+    names = {hf: name for name, hf in _mapped(opened, opened.model.config.model_type)[1].items()}
+    layers = [one for index in range(len(look.found)) for one in look.found.prunables(index)]
+    for layer in layers:
+        if layer.parameter_name not in names:
+            raise ModelError(f"{layer.name} has no name in GGUF: no importance matrix is written")
+    run_through(look, drawn.ids)
+    with replacing(output) as file:
+        writer = GGUFWriter(file.name, "")
+        writer.kv_data[0].clear()  # an importance matrix has no architecture
+        writer.add_string("general.type", "imatrix")
+        writer.add_array("imatrix.datasets", list(drawn.counts))
+        writer.add_uint32("imatrix.chunk_count", drawn.rows)
+        writer.add_uint32("imatrix.chunk_size", drawn.length)
+        for layer in layers:
+            name, sums = names[layer.parameter_name], look.sums[layer.parameter_name]
+            writer.add_tensor(f"{name}.in_sum2", sums.float().cpu().numpy()[None])
+            writer.add_tensor(f"{name}.counts", np.full((1, 1), drawn.ids.numel(), np.float32))
+        _close(writer)
+    return len(layers)

@@ -1,0 +1,316 @@
+"""Grids: the values that quantised weights may take, how they are rounded to, what they cost.
+
+A weight is `level * scale`, or `codebook[level] * scale`; scales are bfloat16 values, one for a
+group of inputs of an output row. Bits a weight count levels, scales and the mask.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calmix.errors import InputError
+from calmix.models.shards import read_file
+from calmix.pruning.patterns import clear
+
+SCALES = "calmix-scales"  # the folder, beside the weights of a model, of a file a block
+SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # of the largest weight, tried for a scale
+FINE = 6  # bits from which the largest weight decides
+DEAD_ZONE = 0.42  # what is added before a magnitude is cut to a level: 0.5 would be rounding
+SAMPLE = 2**15  # weights that a codebook is learnt from
+STEPS = 16  # of Lloyd's iterations
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of one layer's weights.
+
+    Attributes:
+        scale: float32 (rows, groups) of bfloat16 values, or (1, 1).
+        bits: a weight takes, all counted.
+        octaves: int8 (columns,), by how many quarter octaves an input's scale is larger; or None.
+        codebook: float32, ascending; None where levels are whole numbers.
+    """
+
+    scale: Tensor
+    bits: float
+    octaves: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def levels(self, weight: Tensor) -> Tensor:
+        """Return the levels (rows, columns), int16, of weights that lie on the grid."""
+        scaled = weight.float() * _inverse(self._spread(weight.shape[1]))
+        if self.codebook is not None:
+            return nearest(scaled, self.codebook).to(torch.int16)
+        return scaled.round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+
+    def values(self, levels: Tensor) -> Tensor:
+        """Return the weights of levels, float32."""
+        value = levels.float() if self.codebook is None else self.codebook[levels.int()]
+        groups = value.view(len(value), self.scale.shape[1], -1)
+        value = (groups * self.scale[:, :, None]).view(value.shape)
+        if self.octaves is not None:
+            value.mul_(factors(self.octaves))
+        return value.add_(0.0)  # no -0.0
+
+    def part(self, rows: slice) -> Grid:
+        """Return the grid of some rows."""
+        return replace(self, scale=self.scale[rows]) if len(self.scale) > 1 else self
+
+    def _spread(self, columns: int) -> Tensor:
+        """Return the scale of every weight, (rows or 1, columns)."""
+        whole = self.scale.repeat_interleave(columns // self.scale.shape[1], 1)
+        return whole if self.octaves is None else whole * factors(self.octaves)
+
+
+def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    """Return what makes the grids of parameters, as tensors of a file in `SCALES`."""
+    made = {}
+    for name, grid in grids.items():
+        scale = grid.scale.bfloat16()  # of one group it may be a view with gaps
+        made[f"{name}|scale"] = scale.clone(memory_format=torch.contiguous_format)
+        if grid.octaves is not None:
+            made[f"{name}|octaves"] = grid.octaves
+        if grid.codebook is not None:
+            made[f"{name}|codebook"] = grid.codebook
+    return made
+
+
+def as_grids(tensors: Mapping[str, Tensor]) -> dict[str, Grid]:
+    """Return the grids that were `stored`, by parameter; their bits are not known."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, kind = name.rpartition("|")
+        parts.setdefault(parameter, {})[kind] = value if kind == "octaves" else value.float()
+    return {name: Grid(bits=0.0, **values) for name, values in parts.items()}
+
+
+def read_grids(folder: Path) -> dict[str, Grid]:
+    """Return the grids of a model folder's quantised parameters; none where it has no scales."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((folder / SCALES).glob("[!.]*")):
+        found |= read_file(path)
+    return as_grids(found)
+
+
+def factors(octaves: Tensor) -> Tensor:
+    """Return 2^(octaves / 4), to three bits and the same everywhere, float32."""
+    quarters = torch.tensor([1.0, 1.1875, 1.40625, 1.6875], device=octaves.device)
+    whole = octaves.int()
+    return torch.ldexp(quarters[whole & 3], whole >> 2)
+
+
+def nearest(values: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the nearest entry of an ascending codebook."""
+    return torch.bucketize(values.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
+
+
+def entropy(levels: Tensor) -> float:
+    """Return the bits a level takes of an ideal coder that knows how often each occurs."""
+    low = levels.min()
+    counts = torch.bincount((levels - low).flatten().int()).double()
+    share = counts[counts > 0] / levels.numel()
+    return float(-(share * share.log2()).sum())
+
+
+def mask_bits(sparsity: float) -> float:
+    """Return the bits a weight that say which weights are kept."""
+    parts = (sparsity, 1 - sparsity)
+    return -sum(part * math.log2(part) for part in parts if part)
+
+
+def check_group(group: int, columns: int, name: str = "a layer") -> int:
+    """Return how many inputs share a scale: a row if it is no longer than a group."""
+    if columns % min(group, columns):
+        raise InputError(
+            f"groups of {group} do not divide the {columns} inputs of {name}: choose another "
+            "group, such as group=32, or leave such layers dense with --skip"
+        )
+    return min(group, columns)
+
+
+class Rounding(ABC):
+    """Rounds the columns of layers that share an input, in the loop of `surgeon.solve_columns`.
+
+    Args:
+        weights: matrices (rows, columns) of the layers.
+        group: columns that share a scale, which is found as the loop comes to the first of them.
+    """
+
+    bits: int
+    top: float  # the level of a group's largest weight
+
+    def __init__(self, weights: Sequence[Tensor], group: int) -> None:
+        columns, outputs = weights[0].shape[1], sum(map(len, weights))
+        self.group = check_group(group, columns)
+        self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
+        self._start, self._masked = 0, False
+        self._inverse: dict[int, Tensor] = {}
+
+    def fit(self, values: Tensor, importance: Tensor) -> Tensor:
+        """Return the scales (outputs,) of a group of columns (group, outputs).
+
+        By its scale the largest weight comes to the level `top`, or beyond it: of a few, the scale
+        that loses least.
+
+        Args:
+            importance: (group, 1), what a squared error in a column counts.
+        """
+        scale = _largest(values, 0)[0] / self.top
+        if self.bits >= FINE:
+            return scale
+        best, least = scale, torch.full_like(scale, math.inf)
+        for shrink in SHRINKS:
+            tried = (scale * shrink).bfloat16().float()
+            lost = self.nearest(values * _inverse(tried)).mul_(tried).sub_(values).square_()
+            error = lost.mul_(importance).sum(0)
+            best = torch.where(error < least, tried, best)
+            least = torch.minimum(error, least)
+        return best
+
+    @abstractmethod
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """Move weights in units of their scale to the grid, in place."""
+
+    def begin(
+        self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
+    ) -> None:
+        """Find the scales of groups that begin in a block of columns.
+
+        Args:
+            start: the block's first column.
+            stacked: all columns (columns, outputs), corrected as far as the loop is.
+            mask: the block's, 1.0 where a weight is known to go.
+            leverage: 1 / U_jj of the block's columns, (block, 1).
+            masked: whether any weight goes.
+        """
+        self._start, self._masked = start, masked
+        stop = start + len(leverage)
+        for at in range(-(-start // self.group) * self.group, stop, self.group):
+            here = slice(at - start, at - start + self.group)
+            values = stacked[at : at + self.group]
+            if masked:
+                values = values.clone()
+                clear(values[: len(mask[here])], mask[here])
+            own = leverage[here].square()
+            importance = own.new_ones(len(values), 1).mul_(own.mean())
+            importance[: len(own)] = own
+            number = at // self.group
+            self.scales[number] = self.fit(values, importance).bfloat16()
+            self._inverse[number] = _inverse(self.scales[number])
+
+    def step(
+        self, number: int, column: Tensor, mask: Tensor, inverse: Tensor, wrong: Tensor
+    ) -> None:
+        """Round a column of a block in place, and write its scaled error."""
+        group = (self._start + number) // self.group
+        scale, level = self.scales[group], self.nearest(column * self._inverse[group])
+        if self._masked:
+            clear(level, mask)
+        torch.addcmul(column, level, scale, value=-1, out=wrong).mul_(inverse)
+        torch.mul(level, scale, out=column)
+
+    def grids(self, weights: Sequence[Tensor], sparsities: Sequence[float]) -> list[Grid]:
+        """Return the layers' grids after the loop; where a share is pruned its mask counts."""
+        parts = self.scales.split([len(weight) for weight in weights], dim=1)
+        return [
+            self.grid(weight, part.T.contiguous(), sparsity)
+            for weight, part, sparsity in zip(weights, parts, sparsities, strict=True)
+        ]
+
+    @abstractmethod
+    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
+        """Return the grid of a layer; `scale` (rows, groups)."""
+
+
+class Symmetric(Rounding):
+    """2^bits evenly spaced levels from -2^(bits-1), the largest weight's, as GGUF's Q4_0 has them.
+
+    So a scale may be negative.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
+        super().__init__(weights, group)
+        self.bits, self._half = bits, 2 ** (bits - 1)
+        self.top: float = -self._half
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        return scaled.round_().clamp_(-self._half, self._half - 1)
+
+    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
+        own = 16 * scale.numel() / weight.numel()
+        return Grid(scale, self.bits * (1 - sparsity) + mask_bits(sparsity) + own)
+
+
+class Codebook(Rounding):
+    """2^bits levels that k-means finds for all weights, each divided by its group's largest."""
+
+    def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
+        super().__init__(weights, group)
+        self.bits, self.top = bits, -1.0
+        groups = torch.cat([weight.float().reshape(-1, self.group) for weight in weights])
+        sample = (groups * -_inverse(_largest(groups, 1))).flatten()
+        sample = sample[:: max(1, len(sample) // SAMPLE)].sort().values
+        places = torch.linspace(0, len(sample) - 1, 2**bits, device=sample.device)
+        self.codebook = sample[places.long()].unique()
+        for _ in range(STEPS):
+            own = nearest(sample, self.codebook)
+            count = torch.zeros_like(self.codebook).index_add_(0, own, torch.ones_like(sample))
+            total = torch.zeros_like(self.codebook).index_add_(0, own, sample)
+            self.codebook = torch.where(count > 0, total / count, self.codebook).sort().values
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        return self.codebook[nearest(scaled, self.codebook)]
+
+    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
+        own = (16 * scale.numel() + 32 * self.codebook.numel()) / weight.numel()
+        return Grid(scale, self.bits + own, codebook=self.codebook)
+
+
+class DeadZone(Rounding):
+    """Whole levels, as many as it takes, of one step a layer; zero reaches further than others.
+
+    Args:
+        steps: of each layer.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], steps: Sequence[float]) -> None:
+        super().__init__(weights, weights[0].shape[1])
+        parts = [torch.full((len(w),), step) for w, step in zip(weights, steps, strict=True)]
+        self._steps = torch.cat(parts).to(self.scales)
+
+    def fit(self, values: Tensor, importance: Tensor) -> Tensor:
+        return self._steps
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        return dead_zone(scaled)
+
+    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
+        levels = (weight * _inverse(scale[:1])).round_()
+        return Grid(scale[:1].clone(), entropy(levels) + self.beside(weight))
+
+    @staticmethod
+    def beside(weight: Tensor) -> float:
+        """Return the bits a weight that the step and the columns' scales take."""
+        return 16 / weight.numel() + 8 / len(weight)
+
+
+def _largest(values: Tensor, dim: int) -> Tensor:
+    return values.gather(dim, values.abs().argmax(dim, keepdim=True))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Return 1 / scale, zero where that is zero."""
+    return torch.where(scale != 0, scale.reciprocal(), 0)
+
+
+def dead_zone(scaled: Tensor) -> Tensor:
+    """Move weights in units of a step to whole ones, sign(w) floor(|w| + 0.42), in place."""
+    zone = torch.full((), DEAD_ZONE, device=scaled.device)
+    return scaled.add_(torch.copysign(zone, scaled)).trunc_()

@@ -1,0 +1,204 @@
+"""The loop of SparseGPT and GPTQ: prune or round column by column, correcting those that follow.
+
+Both are optimal brain surgeon (arXiv 2301.00774, arXiv 2210.17323): a column goes to its place on a
+grid, which for pruned weights is zero, and U, the factor of the inverse Gram matrix, says what the
+columns behind it make good.
+
+Weights are held transposed, one input a contiguous row, because every step works on one input
+of all output rows: with row-major weights the same loop is some seventy times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calmix.precision import large_products
+from calmix.pruning.gram import Factor
+from calmix.pruning.patterns import Pattern, SemiStructured, Unstructured, clear
+from calmix.pruning.solvers import columns as fused
+from calmix.pruning.solvers.grids import Rounding
+
+BLOCK = 128  # columns that choose their mask together (SparseGPT's B_s)
+PANEL = 16  # columns corrected one by one before a matrix product corrects the others
+AT_ONCE = 32  # on an accelerator: columns whose errors one call solves for, half as many calls
+
+
+def solve_columns(
+    weights: Sequence[Tensor],
+    factor: Factor,
+    patterns: Sequence[Pattern] | None,
+    rounding: Rounding | None = None,
+    *,
+    held: bool = False,
+) -> list[Tensor]:
+    """Return pruned, or rounded, float32 weights of layers that share one input.
+
+    Args:
+        weights: matrices (rows, columns) of any float type.
+        factor: of their input's Gram matrix.
+        patterns: what to prune of each: shares, or one N:M for all; None to prune nothing.
+        rounding: the grid of kept weights; without it they are only corrected.
+        held: keep the zeros that there are, without patterns.
+    """
+    upper = factor.upper
+    columns = upper.shape[0]
+    heights = [len(weight) for weight in weights]
+    stacked = torch.empty(columns, sum(heights), device=upper.device)
+    layers = stacked.split(heights, dim=1)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.copy_(weight.T)
+    first = patterns[0] if patterns else Unstructured(0.5)  # any that has no groups
+    size = _multiple(BLOCK, first)
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
+        # Inputs that never fired carry nothing: their weights are the first to go.
+        leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
+        # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
+        mask = torch.zeros_like(stacked[start:stop])
+        for i, part in enumerate(mask.split(heights, dim=1)):
+            if held:
+                part.copy_(weights[i][:, start:stop].T == 0)
+            elif patterns and first.group == 1:
+                part.copy_(patterns[i].mask((layers[i][start:stop] * leverage).abs_()))
+        local = upper[start:stop, start:stop]
+        if rounding is not None:
+            rounding.begin(start, stacked, mask, leverage, held or bool(patterns))
+        errors = prune_block(
+            stacked[start:stop], mask, local, inverse, leverage, first, rounding=rounding
+        )
+        clear(stacked[start:stop], mask)
+        with large_products():
+            stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    if rounding is not None:
+        stacked.add_(0.0)  # no -0.0
+    return [layer.T for layer in layers]
+
+
+def prune_block(
+    weights: Tensor,
+    mask: Tensor,
+    upper: Tensor,
+    inverse: Tensor,
+    leverage: Tensor,
+    pattern: Pattern,
+    *,
+    at_once: bool | None = None,
+    rounding: Rounding | None = None,
+) -> Tensor:
+    """Prune one block in place and return its scaled errors (what is lost / U_jj), same shape.
+
+    `weights` is (columns of the block, rows of all layers). `mask` is given (unstructured) or
+    filled group by group from the corrected weights times `leverage` (N:M). A column is
+    corrected by all before it in its group at once, just before it is pruned. Pruned entries
+    are left for the caller to clear: no later step reads them.
+
+    A CPU goes column by column, and every device where weights are rounded. Otherwise an
+    accelerator, where starting a kernel takes longer than a column's arithmetic, has one kernel do
+    that, or where it is not `usable` takes many columns `at_once`.
+    """
+    semi = pattern.group > 1
+    if at_once is None and rounding is None:
+        at_once = weights.device.type != "cpu"
+        m, go = (pattern.group, pattern.count(pattern.group)) if semi else (0, 0)
+        at = weights.device, len(weights), m, go
+        if at_once and m <= fused.LARGEST and fused.usable(*at, kernel_agrees):
+            return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
+    if at_once:
+        return prune_at_once(weights, mask, upper, leverage, pattern)
+    size = len(weights)
+    panel = _multiple(PANEL, pattern)
+    width = pattern.group if semi else panel
+    errors = torch.empty_like(weights)
+    # Views are made once: a step's arithmetic takes no longer than making one.
+    before, across = errors.T, upper.T.contiguous().unbind()
+    columns, wrong = weights.unbind(), errors.unbind()
+    for start in range(0, size, panel):
+        stop = min(start + panel, size)
+        for group in range(start, stop, width):
+            last = min(group + width, stop)
+            if group > start:
+                seen = upper[start:group, group:last].T
+                weights[group:last].addmm_(seen, errors[start:group], alpha=-1)
+            if semi:
+                score = (weights[group:last] * leverage[group:last]).abs_()
+                mask[group:last] = pattern.group_mask(score)
+            if rounding is None:
+                torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
+            for j in range(group, last):
+                if j > group:
+                    seen = across[j].narrow(0, group, j - group)
+                    columns[j].addmv_(before.narrow(1, group, j - group), seen, alpha=-1)
+                if rounding is None:
+                    wrong[j].mul_(columns[j])
+                else:
+                    rounding.step(j, columns[j], mask[j], inverse[j], wrong[j])
+        if stop < size:
+            weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    return errors
+
+
+def prune_at_once(
+    weights: Tensor, mask: Tensor, upper: Tensor, leverage: Tensor, pattern: Pattern
+) -> Tensor:
+    """Do what `prune_block` does in few kernels: for all columns whose mask is known at once."""
+    size, semi = len(weights), pattern.group > 1
+    width = pattern.group if semi else AT_ONCE
+    panel = _multiple(AT_ONCE, pattern)
+    errors = torch.empty_like(weights)
+    strict, identity = upper.triu(1), torch.eye(width, device=upper.device)
+    for start in range(0, size, panel):
+        stop = min(start + panel, size)
+        for group in range(start, stop, width):
+            last = min(group + width, stop)
+            here = weights[group:last]
+            if semi:
+                if group > start:
+                    here.addmm_(strict[start:group, group:last].T, errors[start:group], alpha=-1)
+                mask[group:last] = pattern.group_mask((here * leverage[group:last]).abs_())
+            own, ones = upper[group:last, group:last], identity[: last - group, : last - group]
+            errors[group:last] = _errors(here, mask[group:last], own, ones)
+            if semi:
+                here.addmm_(strict[group:last, group:last].T, errors[group:last], alpha=-1)
+        behind = stop if semi else start  # the columns of a group themselves are corrected too
+        if behind < size:
+            weights[behind:].addmm_(strict[start:stop, behind:].T, errors[start:stop], alpha=-1)
+    return errors
+
+
+def _errors(weights: Tensor, mask: Tensor, upper: Tensor, identity: Tensor) -> Tensor:
+    """Return the scaled errors of a group of columns whose mask is known, all at once.
+
+    The column's rule e_j = m_j (w_j - sum_{i<j} e_i U_ij) / U_jj is, for one output, the
+    triangular system e A = m w, where A takes the columns of U that are pruned and those of the
+    identity elsewhere. The systems of all outputs are solved in one call.
+    """
+    system = torch.where(mask.T[:, None, :] > 0, upper, identity)
+    right = (weights * mask).T[:, None, :]
+    return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
+
+
+def kernel_agrees(device: torch.device, size: int, m: int, go: int) -> bool:
+    """Tell whether the kernel does on a device what the plain way does, on an example."""
+    outputs = fused.OUTPUTS + 8  # of two programs, one of which is not full
+    generator = torch.Generator().manual_seed(0)
+    given = torch.rand(size, outputs, generator=generator).to(device)
+    upper = torch.rand(size, size, generator=generator).triu_().to(device)
+    upper.diagonal().add_(size)
+    inverse = upper.diagonal().reciprocal()[:, None]
+    pattern = SemiStructured(m - go, m) if m else Unstructured(0.5)
+    plain, mask = given.clone(), (given > 0.5).float()
+    expected = prune_at_once(plain, mask, upper, inverse, pattern)
+    weights, found = given.clone(), (given > 0.5).float()
+    errors = fused.prune_columns(weights, found, upper, inverse, inverse, m, go)
+    pairs = ((errors, expected), (clear(weights, found), clear(plain, mask)))
+    near = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+    return near and torch.equal(found, mask)
+
+
+def _multiple(size: int, pattern: Pattern) -> int:
+    """Round a block or panel size up to a whole number of N:M groups."""
+    return -(-size // pattern.group) * pattern.group
