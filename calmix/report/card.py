@@ -127,8 +127,8 @@ class Card:
     @property
     def shortly(self) -> str:
         """Answers kept and the worst ability, in a line of a terminal."""
-        if (all_ := self.behaved.answers) is None:
-            return "answers kept: not measured"
+        if (all_ := self.behaved.answers) is None or not all_.dense:
+            return "answers kept: not measured" if all_ is None else self.verdict[0]
         text = f"answers kept: {all_.kept} of {all_.dense} ({words.percent(all_.share.value)} %)"
         if (worst := self.behaved.worst) is not None:
             text += f", worst in {worst.name}: {worst.kept} of {worst.dense}"
@@ -146,7 +146,7 @@ class Card:
     def measure(self) -> str:
         """The command that measures what the model writes, programs too."""
         made = words.measuring(self.out / "model", self.model)
-        return f"{made} --allow-code-execution -o {self.out / BEHAVIOUR} --overwrite"
+        return f"{made} --quick --allow-code-execution -o {self.out / BEHAVIOUR} --overwrite"
 
     @property
     def next(self) -> str:

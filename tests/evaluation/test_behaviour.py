@@ -51,6 +51,8 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named() -> No
     assert "not run (humaneval" in code
     assert accurate.startswith("Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right, 100.0 %")
     assert not rest  # nothing here is scored by likelihood
+    knows_nothing = replace(found, answers=replace(all_, dense=0, kept=0))
+    assert words.verdict(knows_nothing, None, "")[0].startswith("The dense model gets none of 23")
 
 
 def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
