@@ -173,7 +173,7 @@ class SizeOptions(Options):
 class DrawOptions(SizeOptions):
     """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
 
-    leakage: str = option("offline", "Suite to share no text with; off: no check.", advanced=True)
+    leakage: str = option("offline", "Suites to share no text with; off: no check.", advanced=True)
     leakage_tokens: int = option(
         13, "Tokens in a row that count as shared text.", ge=2, advanced=True
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from calmix.calibration.tokenizer import HasTokenizer, tokenizer_function
 from calmix.errors import SourceError
 from calmix.sources import Document
+
+if TYPE_CHECKING:
+    from calmix.evaluation.suites import Suite
 
 TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
@@ -156,7 +159,7 @@ class Guard:
 
 
 def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
-    """Return the guard against the items of a suite; None for `off`."""
+    """Return the guard against the items of a suite, or of several with commas; None for `off`."""
     if suite == "off":
         return None
     items = tuple(suite_items(suite))
@@ -168,8 +171,14 @@ def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
 
 
 def suite_items(suite: str) -> list[Item]:
-    """Return task, item id and text of every item a suite scores."""
+    """Return task, item id and text of every item that a suite scores, or several with commas."""
     from calmix.evaluation.evaluate import suite_items as items_of
+
+    return [item for one in guarded_suites(suite) for item in items_of(one)]
+
+
+def guarded_suites(suite: str) -> list[Suite]:
+    """Return the suites that a guard is against."""
     from calmix.evaluation.suites import load_suite
 
-    return list(items_of(load_suite(suite)))
+    return [load_suite(name) for name in suite.split(",")]

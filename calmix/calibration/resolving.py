@@ -12,7 +12,7 @@ import torch
 
 from calmix.calibration.build import Packing, build
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
-from calmix.calibration.leakage import guard_of
+from calmix.calibration.leakage import guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import Chat, Generator, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns
 from calmix.calibration.spec import YAML, Mix, Spec, make_mix, parse_spec, rows_per_source
@@ -84,9 +84,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     draw = DrawOptions(**(spec.fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
-        from calmix.evaluation.suites import load_suite
-
-        load_suite(draw.leakage)
+        guarded_suites(draw.leakage)
     files = [path] if path.suffix.lower() in YAML else []
     if spec.generator is not None:
         if draw.packing != DrawOptions().packing:

@@ -55,6 +55,13 @@ class Effort:
 
 
 QUICK = {"quick": True}
+
+
+def guarded(suite: str) -> str:
+    """Return the suites whose items no calibration text may share: all that are scored."""
+    return suite if suite == "abilities" else f"{suite},abilities"
+
+
 EFFORTS = {
     "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 25}, QUICK),
     "standard": Effort(64, ("distill",), 2, {}, QUICK),
@@ -135,7 +142,7 @@ def request(
         text = str(Mix(weighed(text, keep)))
     draw: dict[str, Any] = {
         "rows": EFFORTS[asked.effort].rows,
-        "leakage": asked.suite,
+        "leakage": guarded(asked.suite),
         "seed": asked.seed,
     }
     ask(text, licence=asked.licence, **({} if saved else draw))
@@ -198,7 +205,7 @@ def stages(asked: Request, out: Path) -> list[Stage]:
         named = "write the calibration set" if asked.generated else "draw the calibration set"
         draw = _flags(
             model=model, rows=effort.rows, length=asked.length, seed=asked.seed,
-            leakage=suite["suite"], licence=asked.licence,
+            leakage=guarded(asked.suite), licence=asked.licence,
             **where if asked.generated else trust, output=held,
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), "calibration"))

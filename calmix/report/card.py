@@ -170,9 +170,10 @@ class Card:
         if not isinstance(leakage, dict):
             return "The calibration text was not checked for items of the suite."
         dropped = sum(len(entries) for entries in leakage.get("dropped", {}).values())
+        suites = leakage["suite"].replace(",", " or ")
         return (
             f"No calibration row shares {leakage['tokens']} tokens in a row with an item of suite "
-            f"{leakage['suite']} ({words.counted(dropped, 'document')} dropped)."
+            f"{suites} ({words.counted(dropped, 'document')} dropped)."
         )
 
     def rows(self) -> Iterator[tuple[str, Any, str, str, Any]]:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask, is_saved_set, parse_spec
+from calmix.calibration.leakage import guarded_suites
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import SCORER
-from calmix.evaluation.suites import benchmark_of, load_suite
+from calmix.evaluation.suites import benchmark_of
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
@@ -269,7 +270,7 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
     options: dict[str, Any] = {k: v for k, v in draw.items() if k == "licence"}
     options |= {"rows": made.rows, "length": made.length, "seed": made.seed, "leakage": "off"}
     if made.leakage != "off":
-        options["leakage"] = load_suite(made.leakage).hash
+        options["leakage"] = ",".join(one.hash for one in guarded_suites(made.leakage))
         options["leakage_tokens"] = made.leakage_tokens
 
     def settings(generator: Generator) -> dict[str, Any]:
