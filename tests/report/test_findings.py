@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from calmix.report.findings import (
     Summary,
     claims,
     kinds,
+    measured,
 )
 from calmix.study.results import StudyResults
 from tests.analysis.test_gains import BETTER, KEPT, PLAIN, TUNED, analysed
@@ -368,3 +370,12 @@ def test_each_method_against_the_one_that_keeps_next_less() -> None:
     (line,) = summarise(analysed(few, default="mix")).methods.not_found
     assert line.startswith("ADMM 60% against SparseGPT 60%: ")
     assert line.endswith(" points in total, of mix.")
+
+
+def test_what_is_kept_is_named_by_what_was_scored() -> None:
+    def study_of(*scores: str) -> Any:
+        tasks = [SimpleNamespace(score=score) for score in scores]
+        return SimpleNamespace(conditions=[SimpleNamespace(cells=SimpleNamespace(tasks=tasks))])
+
+    assert measured(study_of("smoothed", "bits")) == "likelihood"
+    assert measured(study_of("kept", "accuracy")) == "generated answers and right choices"
