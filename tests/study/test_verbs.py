@@ -44,7 +44,7 @@ def test_a_study_from_its_first_file_to_its_table(
 def test_the_file_to_start_from_is_a_study(calmix: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     assert calmix("study", "init", path).code == 0
-    assert load_study(path).name == "my-study"
+    assert load_study(path).file.name == "my-study"
     assert "exists" in calmix("study", "init", path).line
     assert calmix("study", "init", path, "--overwrite").code == 0
     assert "name a .yaml file" in calmix("study", "init", tmp_path / "mine.txt").line
@@ -85,7 +85,7 @@ def test_every_mistake_is_one_line(
     empty = tiny_study(("methods: ", "seeds: []\nmethods: "), name="empty.yaml")
     wrong = tiny_study(("rows: 6", "rows: six"), name="wrong.yaml")
     gone = tiny_study(
-        (f"tiny: {load_study(path).models['tiny'].name}", "tiny: /none"), name="g.yaml"
+        (f"tiny: {load_study(path).file.models['tiny'].name}", "tiny: /none"), name="g.yaml"
     )
     other = tmp_path / "other"
     other.mkdir()
