@@ -125,6 +125,9 @@ class TaskSpec(BaseModel):
     @property
     def benchmark(self) -> str | None:
         """The benchmark the archive's items are of (`benchmark_of`)."""
+        if self.asked is not None:
+            parts = asked_tasks()[self.asked]["from"].split("/")
+            return benchmark_of(parts[2]) if len(parts) > 2 else None  # else made here
         return None if self.archive is None else benchmark_of(self.archive.split("/")[0])
 
     @property
