@@ -189,7 +189,8 @@ def prune_request(
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
     asked = checked(Pruning, given)
     drops, bare = asked.drop_experts is not None, sparsity is None and pattern is None
-    named = method or (BITS_METHOD if bare and "bits" in own else METHOD)
+    default = BITS_METHOD if bare and "bits" in own else METHOD
+    named = default if method is None else method
     if drops and bare and "bits" not in own:
         idle = {*own, *(given.keys() - SCORED), *({"method"} if method not in (None, NONE) else ())}
         where = "where only experts are dropped: give --sparsity or --pattern too, or leave it out"
@@ -266,7 +267,8 @@ def requests(
     bare = sparsity is None and pattern is None
     if bare and bits is None and "drop_experts" in given:  # only experts are dropped
         return [prune_request(method=method and _methods(method)[0], **given)], recovery
-    methods = _methods(method or (BITS_METHOD if bare and bits is not None else METHOD))
+    default = BITS_METHOD if bare and bits is not None else METHOD
+    methods = _methods(default if method is None else method)
     key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
     targets: list[dict[str, Any]] = [{}] if bare else [{key: each} for each in _listed(key, text)]
     rates = [{}] if bits is None else [{"bits": each} for each in _listed("bits", bits)]

@@ -110,8 +110,8 @@ def prune(
             f"prune needs an open model, not {type(model).__name__}: open it first, with "
             f"calmix.open_model('{name}').model"
         )
-    alone = pattern is None and options.get("bits")
-    chosen = get_method(method or (BITS_METHOD if alone else METHOD), **options)
+    default = BITS_METHOD if pattern is None and options.get("bits") else METHOD
+    chosen = get_method(default if method is None else method, **options)
     if isinstance(pattern, Mapping):
         pattern = {name: as_pattern(one) for name, one in pattern.items()}
     else:
