@@ -140,6 +140,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Prune language models on calibration text you choose, and measure what survives.",
-    epilog="calmix COMMAND --help shows more. Start with: "
-    "calmix compress builtin:smollm2-135m -o out --effort quick",
+    epilog="\b\ncalmix COMMAND --help shows more. Start with:\n"
+    "  calmix compress builtin:smollm2-135m -o out --effort quick",
 )
