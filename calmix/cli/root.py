@@ -13,13 +13,13 @@ from calmix.errors import InputError, nearest
 # What `calmix --help` shows, in this order; a verb's modules are imported when it is called.
 VERBS = {
     "compress": (("compress",), "From a model to a smaller one and its report card"),
-    "prune": (("prune",), "Set weights to zero by SparseGPT, ADMM, Wanda, ..."),
+    "prune": (("prune",), "Prune or quantise by SparseGPT, ADMM, Wanda, GPTQ, ..."),
     "recover": (("prune",), "Distil the dense model into the remaining weights"),
     "evaluate": (("evaluate",), "Score a model, and what it kept of a dense one"),
     "compare": (("evaluate",), "Retention of several models next to each other"),
     "report": (("compress",), "The report card of a compressed model, or of several"),
     "calibrate": (("calibrate",), "Draw a calibration set, or let the model write it"),
-    "export": (("export",), "For another engine, as a pack, to the hub"),
+    "export": (("export",), "As a pack, GGUF or OpenVINO, to the hub; sets and imatrix"),
     "study": (("study", "study_report"), "Many sets, methods and sparsities from one file"),
     "doctor": (("doctor",), "Check the installation; inspect or re-run a result"),
 }

@@ -49,7 +49,10 @@ def verb(name: str, *, of: typer.Typer = app) -> Callable[..., Handler]:
 
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
         parameters.sort(
-            key=lambda one: (one.default is not inspect.Parameter.empty, one.name not in own)
+            key=lambda one: (
+                one.default is not inspect.Parameter.empty,
+                one.name not in (*own, "calibration"),
+            )
         )
         if any((field.json_schema_extra or {}).get("advanced") for field in fields.values()):
             parameters.append(HELP_ALL)
