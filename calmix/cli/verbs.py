@@ -14,9 +14,23 @@ import typer
 from pydantic.fields import FieldInfo
 
 from calmix.cli.root import VERBS, Command, Group, app
-from calmix.options import Options, checked, flags
+from calmix.options import (
+    DrawOptions,
+    Json,
+    MemoryOptions,
+    ModelOptions,
+    Options,
+    TextField,
+    checked,
+    flags,
+)
 
 Handler = Callable[[Any], None]
+# Options that many verbs have come after a verb's own.
+COMMON = {
+    name for model in (DrawOptions, ModelOptions, MemoryOptions, TextField, Json)
+    for name in model.model_fields
+} | {"resume", "overwrite"}  # fmt: skip
 
 
 def group(name: str, default: str = "") -> typer.Typer:
@@ -49,11 +63,9 @@ def verb(name: str, *, of: typer.Typer = app) -> Callable[..., Handler]:
 
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
         parameters.sort(
-            key=lambda one: (
-                one.default is not inspect.Parameter.empty,
-                one.name not in (*own, "calibration"),
-            )
-        )
+            key=lambda one: (one.default is not inspect.Parameter.empty,
+                             one.name in COMMON and one.name not in own)
+        )  # fmt: skip
         if any((field.json_schema_extra or {}).get("advanced") for field in fields.values()):
             parameters.append(HELP_ALL)
         command.__annotations__ = {one.name: one.annotation for one in parameters}
