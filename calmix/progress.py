@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -178,8 +179,7 @@ class _Notebook:
     """The same in a notebook's cell."""
 
     def __init__(self) -> None:
-        from IPython.display import display
-
+        display = importlib.import_module("IPython.display").display  # there, in a notebook
         self.cell = display({"text/plain": ""}, raw=True, display_id=True)
         self.last = 0.0
 
