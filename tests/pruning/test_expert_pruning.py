@@ -75,7 +75,7 @@ def scored():
     ("moment", "more"),
     [
         (scored, ()),
-        (partial(arm, "counted", 0), ("--sparsity", 0.5)),
+        pytest.param(partial(arm, "counted", 0), ("--sparsity", 0.5), marks=pytest.mark.long),
         pytest.param(partial(arm, "renamed", 0), (), marks=pytest.mark.long),
         pytest.param(scored, ("--sparsity", 0.5), marks=pytest.mark.long),
     ],

@@ -14,9 +14,9 @@ description: a few items
 dimensions:
   general:
     sciq:
-      {archive: sciq/rc, form: question, metric: acc_norm, shots: 0, limit: 6, chance: choices}
+      {archive: sciq/rc, form: question, metric: acc_norm, shots: 0, limit: 3, chance: choices}
   code:
-    mbpp: {archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0, limit: 3}
+    mbpp: {archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0, limit: 2}
 """
 
 
