@@ -7,7 +7,7 @@ collapse where all or none of a few items are right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,15 @@ Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
 
 @dataclass(frozen=True)
 class Counted:
-    """Items `asked`, and those right under the `dense` model, the `pruned` one, both (`kept`)."""
+    """Items `asked`, and those right under the `dense` model, the `pruned` one, both (`kept`);
+    `chance` is the share that a guess gets right."""
 
     name: str
     asked: int
     dense: int
     pruned: int
     kept: int
+    chance: float = 0.0
 
     @property
     def gained(self) -> int:
@@ -96,13 +98,14 @@ def behaviour(*pairs: Pair) -> Behaviour:
     )  # fmt: skip
 
 
-def _counted(name: str, tasks: Iterable[tuple[TaskScores, TaskScores]]) -> Counted | None:
+def _counted(name: str, tasks: Sequence[tuple[TaskScores, TaskScores]]) -> Counted | None:
     items = [both for before, after in tasks
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
     if not items:
         return None
     dense, pruned = (sum(map(round, some)) for some in zip(*items, strict=True))
-    return Counted(name, len(items), dense, pruned, sum(round(a * b) for a, b in items))
+    guessed = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
+    return Counted(name, len(items), dense, pruned, sum(round(a * b) for a, b in items), guessed)
 
 
 def proportion(right: int, of: int) -> Estimate:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.compression.plan import BEHAVIOUR, PACK
+from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import Flips, flips
+from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_dense, load_scores
@@ -32,7 +33,9 @@ from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
 WEIGHTS = ".safetensors"
+BY_MODEL = "written by the model"
 TEXTS: dict[str, Any] = {
+    "BY_MODEL": BY_MODEL,
     "TOKENS": TOKENS,
     "HEADS": ["dimension", "#likelihood kept %", "#KL", "#top-1 %", "#flips %"],
     "COUNTS": ["ability", "#asked", "#dense right", "#still right", "#kept %", "#gained"],
@@ -81,6 +84,11 @@ class Card:
 
     SPEED = "unchanged; most engines do not use zeros (docs/deploy.md)"
 
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Scores of both models on each suite."""
+        return ((self.dense, self.scores), *([self.does] if self.does else []))
+
     @cached_property
     def kept(self) -> Retention | None:
         """Retention of likelihood; None where the suite has no task of it."""
@@ -89,7 +97,7 @@ class Card:
     @cached_property
     def behaved(self) -> Behaviour:
         """Generated answers and choices."""
-        return behaviour((self.dense, self.scores), *([self.does] if self.does else []))
+        return behaviour(*self.pairs)
 
     @cached_property
     def flipped(self) -> Flips:
@@ -109,8 +117,9 @@ class Card:
 
     @property
     def suite(self) -> str:
-        """Name and version of the suite."""
-        return f"{self.scores.suite['name']} version {self.scores.suite.get('version', '-')}"
+        """Name, version and slice of each suite that was scored, behaviour first."""
+        named = zip((self.record.request["suite"], "abilities"), self.pairs, strict=False)
+        return " and ".join([_slice(name, scores) for name, (_, scores) in named][::-1])
 
     @property
     def title(self) -> str:
@@ -145,8 +154,13 @@ class Card:
     @property
     def measure(self) -> str:
         """The command that measures what the model writes, programs too."""
-        made = words.measuring(self.out / "model", self.model)
-        return f"{made} --quick --allow-code-execution -o {self.out / BEHAVIOUR} --overwrite"
+        asked = self.record.request
+        how = ["--trust-remote-code"] if asked["trust_remote_code"] else []
+        how += [] if asked["device"] == "auto" else ["--device", asked["device"]]
+        return words.measuring(
+            self.out / "model", self.model, "--quick", "--allow-code-execution", *how,
+            "-o", self.out / BEHAVIOUR, "--overwrite",
+        )  # fmt: skip
 
     @property
     def next(self) -> str:
@@ -210,6 +224,11 @@ def read_card(out: Path) -> Card:
     does: Pair | None = None
     if (measured := out / BEHAVIOUR).exists() and (whole := load_dense(measured)) is not None:
         does = whole, load_scores(measured)
+        if [one.fingerprint for one in does] != [dense.fingerprint, scores.fingerprint]:
+            raise InputError(
+                f"{measured} is of other models than {out / 'scores.json'}: delete it, and measure "
+                f"again: {words.measuring(out / 'model', model, '--quick', '-o', measured)}"
+            )
     path = out / "model" / MANIFEST
     recoveries: list[Mapping[str, Any]] = []
     try:
@@ -235,10 +254,11 @@ def read_card(out: Path) -> Card:
     builtin = builtin_models().get(model.removeprefix("builtin:"))
     known = builtin if model.startswith("builtin:") else None
     try:
-        suites = [record.request["suite"], *(["abilities"] if does else [])]
-        tasks = {f"{name} ({suite})" if does else name: provenance(spec) for suite in suites
-                 for name, spec in load_suite(suite).tasks.items()}  # fmt: skip
-    except InputError:  # the user's own file, which has moved
+        suites = {record.request["suite"]: scores} | ({"abilities": does[1]} if does else {})
+        tasks = {f"{one.name} ({suite})" if does else one.name:
+                 provenance(load_suite(suite).tasks[one.name])
+                 for suite, scored in suites.items() for one in scored.tasks}  # fmt: skip
+    except (InputError, KeyError):  # the user's own file, which has moved or changed
         tasks = {}
     answers = out / "answers.json"
     return Card(
@@ -250,6 +270,23 @@ def read_card(out: Path) -> Card:
         sources, calibration, tuple(recoveries), scores, dense, does,
         load_answers(answers) if answers.exists() else None, tasks, hashes,
     )  # fmt: skip
+
+
+def _slice(name: str, scores: CapabilityScores) -> str:
+    """Return name and version of a suite, and how much of it was scored."""
+    try:
+        quick = any(
+            runnable(choose(name, **how), code)[0].hash == scores.suite["hash"]
+            for how in (QUICK, EFFORTS["quick"].likelihood) for code in (False, True)
+        )  # fmt: skip
+    except InputError:  # the user's own file, which has moved
+        quick = False
+    items = sum(len(one.items) for one in scores.tasks)
+    return (
+        f"{scores.suite['name']} version {scores.suite.get('version', '-')} "
+        f"({'quick slice, ' if quick else ''}{words.counted(items, 'item')} of "
+        f"{words.counted(len(scores.tasks), 'task')})"
+    )
 
 
 def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[Source, ...]:
@@ -266,7 +303,7 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[So
     def source(name: str, rows: int) -> Source:
         tokens = rows * int(manifest["length"])
         if "generated" in manifest or name in written:
-            return Source(name, name, rows, tokens, "written by the model", "")
+            return Source(name, name, rows, tokens, BY_MODEL, "")
         one = told[name]
         dimension = own.get(name, {}).get("dimension", "-")
         return Source(name, known[name].dimension if name in known else dimension, rows, tokens,
@@ -338,7 +375,14 @@ def several_page(cards: Sequence[Card]) -> str:
     """Return a page that puts several models side by side."""
     first = cards[0]
     for card in cards[1:]:
-        check_same_suite(card.scores.suite, first.scores.suite)
+        if len(card.pairs) != len(first.pairs):
+            less, beside = sorted((card, first), key=lambda one: len(one.pairs))
+            raise InputError(
+                f"{less.name} lacks {BEHAVIOUR}, which {beside.name} has: leave it out, or measure "
+                f"it alike: {less.measure}"
+            )
+        for (_, ours), (_, theirs) in zip(card.pairs, first.pairs, strict=True):
+            check_same_suite(ours.suite, theirs.suite)
         if card.dense.fingerprint != first.dense.fingerprint:
             raise InputError(
                 f"{card.name} is of another dense model than {first.name}: compare models of one"

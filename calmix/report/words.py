@@ -161,11 +161,16 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         before, after = choices.accuracy
         text = (
             f"Accuracy: {with_span(after)} % of {choices.asked:,} choices are right, "
-            f"{percent(before.value)} % under the dense model"
+            f"{percent(before.value)} % under the dense model, "
+            f"{percent(choices.chance)} % by chance"
         )
         left = f" (left out, the dense model is at chance: {listed(found.at_chance)})"
         said.append(f"{text}{left if found.at_chance else ''}.")
-    if likelihood is not None and likelihood.total.value is not None:
+    elif found.at_chance:
+        said.append(f"Accuracy: the dense model is at chance ({listed(found.at_chance)}).")
+    if likelihood is not None and likelihood.total.value is None:
+        said.append("Likelihood: the dense model is not above its baseline: nothing can be kept.")
+    elif likelihood is not None:
         text = f"Likelihood kept: {with_span(likelihood.total)} %"
         if (low := likelihood.worst) is not None and len(likelihood.dimensions) > 1:
             text += f", least in {low}: {with_span(likelihood.of(low))} %"
@@ -173,10 +178,10 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
     return said
 
 
-def measuring(model: object, dense: object) -> str:
-    """Return the command that measures what a model writes."""
-    return shlex.join(["calmix", "evaluate", str(model), "--against", str(dense), "--suite",
-                       "abilities"])  # fmt: skip
+def measuring(model: object, dense: object, *more: object) -> str:
+    """Return the command that measures what a model writes, with more options."""
+    line = ["calmix", "evaluate", model, "--against", dense, "--suite", "abilities", *more]
+    return shlex.join(map(str, line))
 
 
 def which_is_best(placed: Sequence[Placed]) -> str:

@@ -9,7 +9,9 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +21,15 @@ from calmix.cli import compress as verb
 from calmix.compression.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
+from calmix.evaluation.evaluate import choose, runnable
+from calmix.evaluation.scores import describe
+from calmix.evaluation.suites import Suite
 from calmix.options import Compression
-from calmix.report.card import TEXTS, read_card
+from calmix.report.card import TEXTS, card_page, read_card
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.conftest import Ended
+from tests.evaluation.test_behaviour import written
 from tests.tiny import load_weights, tiny_tokenizer
 
 Run = Callable[..., Ended]
@@ -130,6 +136,40 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix: Run, compressed: Path
         assert stage in readme
     assert "src=" not in page
     assert "http" not in re.sub(r"http://www\.w3\.org[^\"]*", "", page)
+
+
+def test_the_card_says_of_which_questions_it_is(
+    calmix: Run, compressed: Path, tmp_path: Path
+) -> None:
+    """Of the suites and slices that were scored, of one pair of models, and side by side of one."""
+    out, other = (Path(shutil.copytree(compressed, tmp_path / name)) for name in ("out", "other"))
+    card = read_card(out)
+    suite = runnable(choose("abilities", quick=True), False)[0]
+
+    def measured(folder: Path, suite: Suite = suite, **changed: Any) -> None:
+        pair = {name: replace(one, suite=describe(suite), tasks=(written("sums", "math", [1] * 8),))
+                for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
+        pair["scores"] = replace(pair["scores"], **changed)
+        told = {name: one.to_dict() for name, one in pair.items()}
+        (folder / "abilities.json").write_text(json.dumps(told), encoding="utf-8")
+
+    measured(out)
+    card = read_card(out)
+    first, second = card.suite.split(" and ")
+    assert first == "abilities version 1 (quick slice, 8 items of 1 task)"
+    assert second.startswith("made version 1 (")
+    assert {"sums (abilities)"} == {name for name in card.tasks if name.endswith("(abilities)")}
+    asked = {**card.record.request, "trust_remote_code": True, "device": "cuda:1"}
+    line = replace(card, record=replace(card.record, request=asked)).measure
+    assert "--trust-remote-code --device cuda:1 -o " in line
+    both = ("report", out, other, "-o", tmp_path / "both.html")
+    assert "other lacks abilities.json, which out has" in calmix(*both).line
+    measured(other, suite.limited(3))
+    assert "cannot be compared" in calmix(*both).line
+    measured(other)
+    assert calmix(*both).code == 0
+    measured(other, fingerprint="0")
+    assert "abilities.json is of other models than" in calmix("report", other).line
 
 
 def test_a_dry_run_writes_nothing(
@@ -309,6 +349,7 @@ def test_a_saved_set_and_the_users_prompts(
     assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
     assert sum(one.tokens for one in card.sources) == (16 + 4) * 64
     assert (card.sources[-1].name, card.sources[-1].licence) == ("chat", "written by the model")
+    assert 'written by the model</td><td class="">–<' in card_page(card)
     page = (out / "card.html").read_text(encoding="utf-8")
     assert "one &lt;b&gt;&amp; two" in page
     assert "<b>& two" not in page

@@ -44,6 +44,7 @@ def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # once is enough
     monkeypatch.setattr("calmix.calibration.texts.builtin_readers", dict)
     monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
+    monkeypatch.setattr("calmix.compression.plan.guarded", str)  # of the made-up suite alone
     monkeypatch.setattr(module, "_members", lambda: names)
     monkeypatch.setattr(
         assets, "read_jsonl", lambda _, member: requests("/".join(member.split("/")[2:4]))

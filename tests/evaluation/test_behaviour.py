@@ -11,7 +11,7 @@ from calmix.evaluation.behaviour import behaviour, likelihood, proportion
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scores import CapabilityScores
 from calmix.report import words
-from tests.evaluation.helpers import accuracy
+from tests.evaluation.helpers import accuracy, bits
 
 
 def written(name: str, dimension: str, right: list[int]) -> TaskScores:
@@ -49,8 +49,15 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named() -> No
         "35.3 [17.3, 58.7] %, least in math, 0 of 6 (asked: 23, gained: 1)."
     )
     assert "not run (humaneval" in code
-    assert accurate.startswith("Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right, 100.0 %")
+    assert accurate == (
+        "Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right, 100.0 % under the dense model, "
+        "25.0 % by chance (left out, the dense model is at chance: coin)."
+    )
     assert not rest  # nothing here is scored by likelihood
+    guesses = behaviour((scored(guessed), scored(guessed)))
+    assert words.verdict(guesses, None, "x")[1] == "Accuracy: the dense model is at chance (coin)."
+    lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the code of single tokens
+    assert words.verdict(found, likelihood(lost, lost), "x")[-1].startswith("Likelihood: the dense")
     knows_nothing = replace(found, answers=replace(all_, dense=0, kept=0))
     assert words.verdict(knows_nothing, None, "")[0].startswith("The dense model gets none of 23")
 
