@@ -23,6 +23,7 @@ from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked
 from calmix.sources import builtin_sources, get_source, own_sources
 from calmix.sources.licences import refuse
+from calmix.sources.readers import LocalFile
 from calmix.sources.registry import MIXES
 
 # Of the manifest of written text, what does not hold for a mix that it is a part of.
@@ -30,6 +31,10 @@ OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggr
 CHATLESS = (
     "has no row in this model's chat format, and a model pruned on it forgets how to answer: give "
     "chats a share, such as chat:0.25 beside the others"
+)
+UNWRITABLE = (
+    "calmix finds no token that ends a turn in this model's template, so it writes no chats. "
+    "A model pruned without them forgets how to answer: give your own (rows with 'messages')"
 )
 
 
@@ -133,8 +138,16 @@ def resolve(
             packing=draw.packing, guard=guard_of(draw.leakage, draw.leakage_tokens, opened),
             tick=tick, writing=writing, note=note,
         )  # fmt: skip
-    if note is not None and count_turns(made.ids, opened.tokenizer) == 0:
-        note(f"warning: {text} {CHATLESS}")
+    if note is not None:
+        for name in spec.sources:
+            reader = get_source(name, spec.own).reader
+            if isinstance(reader, LocalFile) and reader.left:
+                note(f"{name}: left out are {reader.left}")
+        turns = count_turns(made.ids, opened.tokenizer)
+        if turns == 0:
+            note(f"warning: {text} {CHATLESS}")
+        elif turns is None and getattr(opened.tokenizer, "chat_template", None):
+            note(f"warning: {UNWRITABLE}")
     return made
 
 

@@ -27,7 +27,7 @@ class CompressOptions(TextField, Compression, Json):
     output: Path = path_option("Folder to write, or to resume in.")
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
     keep: str | None = option(
-        None, "Shares of dimensions, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
+        None, "Dimensions' shares beside chats, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
     )
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
     resume: bool = option(False, "Resume an interrupted run; so it does anyway.", advanced=True)

@@ -127,8 +127,8 @@ def request(
         raise InputError("--no-corpus and --calibration exclude each other: leave one out")
     if no_corpus and keep is not None:
         raise InputError(
-            "--keep has no effect with --no-corpus: the model writes equally many rows of each "
-            "dimension"
+            "--keep has no effect with --no-corpus: the model writes a quarter of the rows "
+            "as chats, if it can, and equally many of each dimension"
         )
     if no_corpus and asked.licence is not None:
         raise InputError("--licence has no effect with --no-corpus: the text is the model's own")

@@ -245,7 +245,7 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
         or " and ".join(["drawing", *manifest.get("written", [])]),
         "rows": f"{held.rows} of {held.length} tokens",
         "from": ", ".join(f"{name} {count}" for name, count in held.counts.items()),
-        "user's turns": manifest.get("chat_turns", "no chat template"),
+        "user's turns": manifest.get("chat_turns", "not counted"),
         "distinct tokens": int(held.ids.unique().numel()),
         "leakage": leakage,
     }

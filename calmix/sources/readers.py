@@ -38,6 +38,7 @@ CODE = {
     ".cs", ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
     ".lua", ".pl", ".hs", ".ml", ".vue", ".css", ".html",
 }  # fmt: skip
+PAGES = {".css", ".html"}  # which lie beside notes too
 LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of others' code
 
 Items = Literal["all", "odd", "even"]
@@ -293,8 +294,8 @@ class ReasoningGym(Reader):
 
 class LocalFile(Reader):
     """A file, or a folder of them. Of text (`.txt`, `.md`) and source code each is one document, of
-    rows (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) each row. A folder with source code is read
-    as code alone.
+    rows (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) each row. A folder with more source code
+    (but `.css` and `.html`) than other files is read as code alone, another without it.
 
     The text of a row is its `template`, filled from the row's fields, or the chat in its field
     `messages` or `conversations`.
@@ -316,18 +317,45 @@ class LocalFile(Reader):
         next(self.read(), None)
 
     def read(self) -> Iterator[Document]:
-        path, files, empty = self.path, [self.path], True
+        empty = True
+        for document in self._documents():
+            if document.text.strip():
+                empty = False
+                yield document
+        if empty:
+            is_code = self.path.is_dir() and self._files()[2]
+            short = f", and no source file of {SHORTEST} characters" if is_code else ""
+            raise SourceError(f"{self.path} is empty: it holds no text{short}")
+
+    @property
+    def left(self) -> str:
+        """Which files of a folder are not read, in a few words; nothing where all are."""
+        _, left, are_code = self._files()
+        kind = "other files than source code" if are_code else "files of source code"
+        return f"{kind} ({len(left)})" if left else ""
+
+    def _files(self) -> tuple[list[Path], list[Path], bool]:
+        """Return the files of the folder that are read, those that are not, and whether the first
+        are source code."""
+        files = [
+            file for file in sorted(self.path.rglob("*"))
+            if file.suffix.lower() in {*FORMATS, *CODE}
+            and not _is_left(file.relative_to(self.path)) and file.is_file()
+        ]  # fmt: skip
+        code = [file for file in files if file.suffix.lower() in CODE]
+        rest = [file for file in files if file.suffix.lower() in FORMATS]
+        are_code = not rest or sum(file.suffix.lower() not in PAGES for file in code) > len(rest)
+        return (code, rest, True) if are_code else (rest, code, False)
+
+    def _documents(self) -> Iterator[Document]:
+        path, files = self.path, [self.path]
         if path.is_dir():
-            known = {*FORMATS, *CODE}
-            files = [
-                file for file in sorted(path.rglob("*")) if file.suffix.lower() in known
-                and not _is_left(file.relative_to(path)) and file.is_file()
-            ]  # fmt: skip
-            if code := [file for file in files if file.suffix.lower() in CODE]:
-                yield from _source_files(path, code)
-                return
+            files, _, are_code = self._files()
             if not files:
                 raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file and no code")
+            if are_code:
+                yield from _source_files(path, files)
+                return
         elif not path.is_file():
             raise SourceError(f"there is no file {path}")
         for file in files:
@@ -339,11 +367,7 @@ class LocalFile(Reader):
                 known_ones = f"{', '.join(FORMATS)} and those of source code"
                 raise SourceError(f"cannot read {file}: known endings are {known_ones}")
             for document in reads(file, self.template):
-                if document.text.strip():
-                    empty = False
-                    yield replace(document, id=prefix + document.id)
-        if empty:
-            raise SourceError(f"{path} is empty: it holds no text")
+                yield replace(document, id=prefix + document.id)
 
 
 def _is_left(path: Path) -> bool:

@@ -104,7 +104,10 @@ class Source(BaseModel):
         if self.local is None or not (root := os.environ.get(DATA)):
             return self
         reader = LocalFile(type="file", path=Path(root).expanduser() / self.local)
-        return self.model_copy(update={"reader": reader})
+        return self.model_copy(update={
+            "reader": reader, "licence": f"unstated (read from {DATA})", "size": "-",
+            "description": f"{self.local} below the folder {DATA}",
+        })  # fmt: skip
 
 
 def builtin_sources() -> dict[str, Source]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from calmix.calibration import open_tokenizer, resolve
 from calmix.errors import SourceError
 from calmix.sources import get_source
 from calmix.sources.readers import (
@@ -140,6 +141,23 @@ def test_a_folder_of_code_is_read_as_code_alone(tmp_path):
         (tmp_path / name).write_bytes(b"\xff" * 300 if text is None else text.encode())
     assert [d.id for d in get_source(str(tmp_path)).documents()] == ["a.rs", "src/b.py"]
     assert _texts(tmp_path / "src" / "b.py") == [long]
+    assert LocalFile(type="file", path=tmp_path).left == "other files than source code (2)"
+
+
+def test_a_folder_of_notes_with_a_page_is_read_as_notes(tmp_path, tiny_folder):
+    for name in ("a.md", "b.txt", "style.css", "index.html", "more.css", "one.py"):
+        (tmp_path / name).write_text(f"{name}\n" * 200, encoding="utf-8")
+    lines = []
+    how = {"rows": 2, "length": 16, "leakage": "off", "note": lines.append}
+    resolve(str(tmp_path), open_tokenizer(str(tiny_folder)), **how)
+    assert [d.id for d in get_source(str(tmp_path)).documents()] == ["a.md/0", "b.txt/0"]
+    assert lines == [f"{tmp_path}: left out are files of source code (4)"]
+
+
+def test_a_folder_of_short_code_holds_no_text(tmp_path):
+    (tmp_path / "short.py").write_text("x", encoding="utf-8")
+    with pytest.raises(SourceError, match="holds no text, and no source file of 200 characters"):
+        get_source(str(tmp_path)).check()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "general/c4-train.jsonl").write_text('{"text": "web"}\n', encoding="utf-8")
     assert [one.text for one in get_source("c4").documents()] == ["web"]
     assert builtin_sources()["c4"].reader.availability == "offline"
+    assert get_source("c4").use == "unstated"
+    assert get_source("c4").description == "general/c4-train.jsonl below the folder CALMIX_DATA"
     assert "c4" not in offline_sources()  # `offline` is the same mix everywhere
 
 

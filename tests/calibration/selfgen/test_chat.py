@@ -87,6 +87,14 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
     assert not any(ask(text).chatless(tokenizer) for text in held)
 
 
+def test_a_template_in_which_no_chat_can_be_written_is_warned_of(talker, sources):
+    talker.tokenizer.chat_template = TEMPLATE.replace("</s>{% endfor", "{% endfor")
+    assert chat_turns(talker.tokenizer) is None
+    lines = []
+    resolve(sources["lower"], talker, rows=4, length=64, leakage="off", note=lines.append)
+    assert [line.partition(" that")[0] for line in lines] == ["warning: calmix finds no token"]
+
+
 def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
     lower = sources["lower"]
     text = f"chat:0.25,{lower}:0.75"
