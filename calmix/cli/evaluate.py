@@ -400,7 +400,7 @@ def _share(found: Flipped | None) -> str:
 
 def _legend(options: RetentionOptions) -> None:
     line(UNITS)
-    line("Retention: 100 = dense model, 0 = without task knowledge (of accuracy: chance).")
+    line("Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept.")
     line(f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}.")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.cli.compress import CompressOptions, check_inputs, run_stages
 from calmix.options import checked
-from calmix.shown import Shown
+from calmix.shown import Shown, percent
 
 if TYPE_CHECKING:
     from calmix.evaluation.retention import Retention
@@ -33,7 +33,7 @@ class Compressed(Shown):
 
     @property
     def retention(self) -> Retention:
-        """What the model kept of the dense one, with intervals."""
+        """What the suite's scores say is kept, with intervals: likelihood, of most suites."""
         from calmix.evaluation.scores import load_dense, load_scores
 
         path = self.folder / "scores.json"
@@ -55,7 +55,16 @@ class Compressed(Shown):
         return f"{self.model}, {read_card(self.folder).shortly}; {self.card}"
 
     def _rows(self) -> list[dict[str, Any]]:
-        return self.retention._rows()
+        from calmix.report.card import read_card
+
+        card = read_card(self.folder)
+        answers = [
+            {"kept": "answers", "dimension": one.name, "kept %": percent(one.share.value),
+             "from": percent(one.share.low), "to": percent(one.share.high)}
+            for one in card.behaved.abilities
+        ]  # fmt: skip
+        likelihood = card.kept._rows() if card.kept else []
+        return [*answers, *({"kept": "likelihood", **row} for row in likelihood)]
 
 
 def compress(

@@ -55,13 +55,14 @@ class Counted:
 class Behaviour:
     """Generated `answers`, pooled and by ability, and `choices`, pooled over the tasks on which the
     dense model is above chance; None where nothing was asked. Tasks `at_chance` and those `not_run`
-    are named."""
+    are named; `form` is that of `CapabilityScores`."""
 
     answers: Counted | None
     abilities: tuple[Counted, ...]
     choices: Counted | None
     at_chance: tuple[str, ...]
     not_run: tuple[str, ...]
+    form: str
 
     @property
     def worst(self) -> Counted | None:
@@ -77,6 +78,11 @@ def behaviour(*pairs: Pair) -> Behaviour:
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
+        if dense.form and pruned.form and dense.form != pruned.form:
+            raise InputError(
+                "one model was asked in its chat template, the other by worked examples: give "
+                "both the same tokenizer and template, and evaluate again"
+            )
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
             key = before.name, before.metric in WRITTEN
             if before.values and (key not in held or len(held[key][0].items) < len(before.items)):
@@ -95,6 +101,7 @@ def behaviour(*pairs: Pair) -> Behaviour:
         tuple(one[0].name for one in chosen if one not in known),
         tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
                             if not any(name == known for known, _ in held))),
+        next((pruned.form for _, pruned in pairs if pruned.form), ""),
     )  # fmt: skip
 
 

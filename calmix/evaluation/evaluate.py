@@ -116,14 +116,15 @@ def evaluate(
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
     if not (cache and floors):
-        return replace(_run(model, chosen, size, floors, progress), not_run=tuple(left))
+        scores = _run(model, chosen, size, floors, progress)
+        return replace(scores, not_run=tuple(left), form=_form(model, chosen))
     kept = _cache_file(model, chosen, size)
     try:
         scores = load_scores(kept)
     except InputError:  # none there, or damaged
         scores = _run(model, chosen, size, floors, progress)
         scores.save(kept)
-    return replace(scores, not_run=tuple(left))
+    return replace(scores, not_run=tuple(left), form=_form(model, chosen))
 
 
 def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
@@ -147,6 +148,12 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     if not any(task.asked for task in suite.tasks.values()):
         return []
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
+
+
+def _form(model: OpenModel, suite: Suite) -> str:
+    if not any(task.asked for task in suite.tasks.values()):
+        return ""
+    return "chat template" if getattr(model.tokenizer, "chat_template", None) else "worked examples"
 
 
 def _versions() -> dict[str, str]:

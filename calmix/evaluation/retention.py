@@ -96,8 +96,9 @@ class Retention(Shown):
         return asdict(self)
 
     def _line(self) -> str:
-        total = percent(self.total.value)
-        return f"{total} % of the dense model kept by {self.measure}, worst {self.worst}"
+        named = {"kept": "answers", "accuracy": "accuracy"}
+        of = dict.fromkeys(named.get(one.score, "likelihood") for one in self.tasks)
+        return f"{' and '.join(of)} kept: {percent(self.total.value)} %, worst {self.worst}"
 
     def _rows(self) -> list[dict[str, Any]]:
         named = [*((one.name, one.kept) for one in self.dimensions), ("total", self.total)]

@@ -31,6 +31,7 @@ class CapabilityScores(Shown):
         seconds: wall time of scoring, without opening the model.
         distance: to the dense model, where measured (`calmix.evaluation.distance`).
         not_run: tasks left out because they run code the model writes.
+        form: what the model's questions stand in, `chat template` or `worked examples`.
     """
 
     model: str
@@ -43,6 +44,7 @@ class CapabilityScores(Shown):
     versions: dict[str, str] = field(default_factory=dict)
     distance: dict[str, Any] | None = None
     not_run: tuple[str, ...] = ()
+    form: str = ""
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return what this model has kept of a dense one; `how` is as for `retention.retention`.

@@ -41,6 +41,10 @@ METRICS = {
     "granularity": "tokens per document",
 }
 QUANTITIES = {WORST: "worst dimension", APART: "total on other benchmarks"}
+FORMS = {
+    "chat template": " in its chat template, short answers by worked examples",
+    "worked examples": " by worked examples",
+}
 MINUS, HOLD = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 WIDTH = 80  # columns of a terminal
 
@@ -153,7 +157,8 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         )
         if (worst := found.worst) is not None:
             text += f", least in {worst.name}, {worst.kept} of {worst.dense}"
-        said.append(f"{text} (asked: {all_.asked:,}, gained: {all_.gained}).")
+        how = FORMS.get(found.form, "")
+        said.append(f"{text} (asked: {all_.asked:,}{how}, gained: {all_.gained}).")
     if found.not_run:
         said.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
                     "them).")  # fmt: skip

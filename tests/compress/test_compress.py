@@ -18,6 +18,7 @@ import pytest
 import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
+from calmix.cli.python import Compressed
 from calmix.compression.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
@@ -159,6 +160,9 @@ def test_the_card_says_of_which_questions_it_is(
     assert first == "abilities version 1 (quick slice, 8 items of 1 task)"
     assert second.startswith("made version 1 (")
     assert {"sums (abilities)"} == {name for name in card.tasks if name.endswith("(abilities)")}
+    assert Compressed(out)._rows()[0] == {
+        "kept": "answers", "dimension": "math", "kept %": 100.0, "from": 67.6, "to": 100.0
+    }  # fmt: skip
     asked = {**card.record.request, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, record=replace(card.record, request=asked)).measure
     assert "--trust-remote-code --device cuda:1 -o " in line
@@ -267,7 +271,8 @@ def test_python_compresses_as_the_verb_does(
     made = api.compress(tiny_folder, tmp_path / "out", shown=False, **options)
     assert capfd.readouterr() == ("", "")
     assert made.retention.total.value is not None
-    assert list(made.to_pandas()["dimension"])[-1] == "total"
+    assert made.to_pandas().iloc[-1][["kept", "dimension"]].tolist() == ["likelihood", "total"]
+    assert repr(made.retention).startswith("<Retention: likelihood kept: ")
     assert "answers kept: not measured" in repr(made)
     assert made.to_dict()["card"] == str(made.card)
     with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):

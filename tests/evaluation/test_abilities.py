@@ -107,7 +107,9 @@ def test_an_asked_task_is_scored_and_its_answers_are_kept(tmp_path, monkeypatch)
         lambda model, asked, tick: [Answer(str(n % 3), 1, n % 4 > 0) for n in range(len(asked))],
     )  # fmt: skip
     suite = load_suite("abilities").only(tasks=["sums"]).limited(30)
-    (task,) = evaluate(opened, suite).tasks
+    scores = evaluate(opened, suite)
+    (task,) = scores.tasks
+    assert scores.form == "worked examples"
     assert len(task.items) == len(task.answers) == len(task.ended) == 30
     assert sum(task.ended) == 22
     assert set(task.values) <= {0.0, 1.0}

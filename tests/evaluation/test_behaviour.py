@@ -58,6 +58,10 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named() -> No
     assert words.verdict(guesses, None, "x")[1] == "Accuracy: the dense model is at chance (coin)."
     lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the code of single tokens
     assert words.verdict(found, likelihood(lost, lost), "x")[-1].startswith("Likelihood: the dense")
+    formed = words.verdict(replace(found, form="worked examples"), None, "")[0]
+    assert "(asked: 23 by worked examples, gained: 1)" in formed
+    with pytest.raises(InputError, match="in its chat template, the other by worked"):
+        behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
     knows_nothing = replace(found, answers=replace(all_, dense=0, kept=0))
     assert words.verdict(knows_nothing, None, "")[0].startswith("The dense model gets none of 23")
 
