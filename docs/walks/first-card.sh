@@ -1,10 +1,10 @@
 #!/bin/sh
-# From a wheel to a report card, in at most 6 minutes of two idle cores and the time of downloads.
+# From a wheel to a report card: about 6 minutes on two idle cores, plus the downloads.
 #   docs/walks/first-card.sh [FOLDER]
-# WHEEL names the wheel to install into an environment of its own; without it the calmix on the
-# path is used.
+# WHEEL=FILE installs that wheel into a new environment; otherwise the calmix on the path runs.
 set -eu
 began=$(date +%s)
+[ -z "${WHEEL:-}" ] || WHEEL=$(realpath "$WHEEL")
 mkdir -p "${1:-out/first-card}" && cd "${1:-out/first-card}"
 MODEL=${MODEL:-builtin:smollm2-135m}
 if [ -n "${WHEEL:-}" ]; then

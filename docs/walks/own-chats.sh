@@ -1,9 +1,10 @@
 #!/bin/sh
-# From your own chats to a smaller model, in about 6 minutes of two idle cores.
+# From your own chats to a smaller model: about 6 minutes on two idle cores.
 #   docs/walks/own-chats.sh [FOLDER]
-# CHATS names a .jsonl file of yours with a field `messages`; without it a few are made up.
+# CHATS=FILE names your .jsonl file with a field `messages`; otherwise the script makes some up.
 set -eu
 began=$(date +%s)
+[ -z "${CHATS:-}" ] || CHATS=$(realpath "$CHATS")
 mkdir -p "${1:-out/own-chats}" && cd "${1:-out/own-chats}"
 MODEL=${MODEL:-builtin:smollm2-135m}
 if [ -z "${CHATS:-}" ]; then

@@ -1,5 +1,6 @@
 #!/bin/sh
-# A study of two calibration sets, from its file to its report, on two cores.
+# A study of two calibration sets, from its file to its report: `study plan` estimates about
+# half an hour on two cores with the builtin model.
 #   docs/walks/two-sets.sh [FOLDER]
 set -eu
 began=$(date +%s)
@@ -7,7 +8,8 @@ mkdir -p "${1:-out/two-sets}" && cd "${1:-out/two-sets}"
 cat > study.yaml <<END
 name: two-sets
 models: ["${MODEL:-builtin:smollm2-135m}"]
-suite: ${SUITE:-smoke}
+suite: ${SUITE:-offline}
+quick: true
 calibrations:
   code: ${ONE:-python-stdlib}
   stories: ${TWO:-stories}
