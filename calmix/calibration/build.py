@@ -125,7 +125,7 @@ def build(
         documents = list(sources[name].documents())
         rng = np.random.default_rng(_seed_of(seed, sources[name], own))
         order = [documents[i] for i in rng.permutation(len(documents))]
-        stream = tokenized(order, tokenize, opened.tokenizer)
+        stream = tokenized(order, tokenize, opened.tokenizer, name)
         if guard is not None:
             stream = guard.filter(name, stream)
         if packing == "concat":
@@ -189,16 +189,16 @@ def held_documents(spans: Iterable[Sequence[int]]) -> list[int]:
 
 
 def tokenized(
-    documents: list[Document], tokenize: Tokenize, tokenizer: Any = None
+    documents: list[Document], tokenize: Tokenize, tokenizer: Any = None, name: str = ""
 ) -> Iterator[Tokenized]:
     """Yield documents with their token ids; chats as the tokenizer's template writes them."""
     for start in range(0, len(documents), BATCH):
         batch = documents[start : start + BATCH]
-        texts = [_text(document, tokenizer) for document in batch]
+        texts = [_text(document, tokenizer, name) for document in batch]
         yield from zip(batch, tokenize(texts), strict=True)
 
 
-def _text(document: Document, tokenizer: Any) -> str:
+def _text(document: Document, tokenizer: Any, name: str) -> str:
     if document.messages is None or not getattr(tokenizer, "chat_template", None):
         return document.text
     try:
@@ -206,7 +206,8 @@ def _text(document: Document, tokenizer: Any) -> str:
     except Exception as error:  # templates raise what they like
         why = " ".join(str(error).split())[:160]
         raise SourceError(
-            f"chat {document.id} does not fit the model's chat template: {why}"
+            f"source {name}: chat {document.id} does not fit the model's chat template ({why}): "
+            "change the roles or the order of its messages, or remove it"
         ) from error
     return str(text).removeprefix(tokenizer.bos_token or "")
 

@@ -427,10 +427,12 @@ def answers(options: AnswerOptions) -> None:
     )  # fmt: skip
     from calmix.models import check_models, open_model
     from calmix.report import words
+    from calmix.sources.registry import local_file
 
     models, prompts, output = options.models, options.prompts, options.output
     how = options.opening()
-    check_output_file(output, inputs=[*models, prompts], overwrite=options.overwrite)
+    read = None if prompts is None else local_file(str(prompts)).path
+    check_output_file(output, inputs=[*models, read], overwrite=options.overwrite)
     check_models(*models, **how)
     asked = panel() if prompts is None else read_prompts(prompts)
     named, written = [], []

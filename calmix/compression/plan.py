@@ -24,6 +24,7 @@ from calmix.models.opening import fingerprint
 from calmix.options import COMPRESS_METHOD, Compression
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
+from calmix.sources.registry import local_file
 from calmix.specs import LENGTH, SEED, prune_request
 
 # Two sources a dimension of those that need neither network nor extra; mathematics has one. Chats
@@ -164,10 +165,11 @@ def request(
         rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).weights.items()}
         text = str(Mix({"chat": CHAT} | rest))
     context = tokenizer.context
+    prompts = None if asked.prompts is None else local_file(str(asked.prompts)).path
     return Request(**{name: getattr(asked, name) for name in Compression.model_fields} | {
         "sparsity": sparsity, "calibration": text, "seed": asked.seed or SEED,
         "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
-        "prompts_sha256": None if asked.prompts is None else sha256_file(asked.prompts),
+        "prompts_sha256": prompts and sha256_file(prompts),
     })  # fmt: skip
 
 

@@ -92,16 +92,17 @@ def load_answers(path: Path) -> Answered:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a `.txt` file, one a line, or of a `.jsonl` or `.parquet` file."""
-    from calmix.sources.readers import LocalFile
+    """Return the prompts of a `.txt` file, one a line, or of a file of rows (FILE@FIELD)."""
+    from calmix.sources.registry import local_file
 
-    texts = [document.text for document in LocalFile(type="file", path=path).read()]
-    if path.suffix.lower() == ".txt":
+    reader = local_file(str(path))
+    texts = [document.text for document in reader.read()]
+    if reader.path.suffix.lower() == ".txt":
         texts = [line for text in texts for line in text.splitlines()]
     texts = [text.strip() for text in texts if text.strip()]
     if len(texts) > MOST:
         raise InputError(f"{path} holds {len(texts)} prompts: {MOST} are the most")
-    return [Prompt(path.name, text, text) for text in texts]
+    return [Prompt(reader.path.name, text, text) for text in texts]
 
 
 def panel() -> list[Prompt]:

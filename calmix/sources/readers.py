@@ -1,8 +1,9 @@
 """Readers: how the documents of a source are read, one class per kind of place.
 
 A reader yields its documents in a fixed order: the same source gives the same documents on the
-same machine. Text of a record comes from a template: `{a.b}` is the value at a dotted path, `*`
-steps into every element of a list, and a paragraph whose fields are all empty is left out.
+same machine. Text of a record comes from a template: `{a.b}` is the field of that name or the
+value at a dotted path, `*` steps into every element of a list, and a paragraph whose fields are
+all empty is left out.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import csv
 import importlib.util
 import platform
 import re
+import shlex
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +31,7 @@ from calmix.files import parse_json
 LINE = 64 << 20  # bytes of a line of .jsonl
 ROWS = 1024  # of a .parquet file, held at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
-FIELD = re.compile(r"\{([\w*-]+(?:\.[\w*-]+)*)\}")
+FIELD = re.compile(r"\{([^{}\n]+)\}")
 
 TEXT = "{text}"  # the template of a user's own rows
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
@@ -443,12 +446,16 @@ def _read_parquet(path: Path, template: str) -> Iterator[Document]:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises its own classes for foreign bytes
         raise SourceError(f"{path} is not a parquet file") from error
-    columns, names = fields(template), file.schema_arrow.names
+    names = file.schema_arrow.names
+    columns = fields(template, names)
     if template == TEXT and "text" not in names:
         columns = [name for name in CHATS if name in names][:1] or columns
     if missing := next((column for column in columns if column not in names), None):
         told = f"{path} has no column '{missing}' (has: {', '.join(names)})"
-        raise SourceError(told + _other_field(template, dict.fromkeys(names, "")))
+        kinds = {one.name: str(one.type) for one in file.schema_arrow}
+        row = {name: "" for name, kind in kinds.items() if kind.endswith("string")}
+        row |= {name: [{}] for name, kind in kinds.items() if re.match(r"\w*list<.*struct<", kind)}
+        raise SourceError(told + _other_field(template, row))
     number = 0
     batches = file.iter_batches(batch_size=ROWS, columns=columns)
     while True:
@@ -495,12 +502,12 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     try:
         if isinstance(row, Mapping):
             for name in named:
-                if name in row and (not plain or _is_chat(row[name])):
-                    messages = chat_messages(row[name], name)
+                if name in row and (_is_chat(chat := _chat(row[name])) or not plain):
+                    messages = chat_messages(chat, name)
                     text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
                     break
         if messages is None:
-            for path in fields(template):
+            for path in fields(template, row if isinstance(row, Mapping) else ()):
                 if not isinstance(value := lookup(row, path), str | list | dict | None):
                     raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
             text = fill(template, row)
@@ -514,16 +521,27 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
 
 
 def _other_field(template: str, row: Mapping[str, Any]) -> str:
-    """Return how to read another field than `text`: the one with the longest text."""
+    """Return how to read another field than `text`: a chat, or the one with the longest text."""
+    chats = [name for name, value in row.items() if _is_chat(_chat(value))]
     texts = {name: len(value) for name, value in row.items() if isinstance(value, str)}
-    if template != TEXT or not texts:
+    if template != TEXT or not (chats or texts):
         return ""
-    longest = max(texts, key=texts.__getitem__)
-    return f": name one, as --text-field {longest} or FILE@{longest}"
+    named = chats[0] if chats else max(texts, key=texts.__getitem__)
+    return f": name one, as {shlex.quote(f'FILE@{named}')}"
 
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _chat(value: Any) -> Any:
+    """Return the chat that a string holds as JSON; any other value as it is."""
+    with suppress(ValueError):
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            held = parse_json(value)
+            if _is_chat(held) and {"role", "from"} & held[0].keys():
+                return held
+    return value
 
 
 def chat_messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
@@ -540,14 +558,16 @@ def chat_messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
         if not isinstance(role, str) or not isinstance(content, str | None):
             raise SourceError(
                 f"message {number} of '{name}' has no role and content: write "
-                '{"role": "user", "content": "..."}, or name another field, --text-field FIELD'
+                '{"role": "user", "content": "..."}, or name another field, FILE@FIELD'
             )
         found.append({"role": ROLES.get(role, role), "content": content or ""})
     return tuple(found)
 
 
 def lookup(row: Any, path: str) -> Any:
-    """Return the value at a dotted path of nested mappings; `*` maps over a list."""
+    """Return the value of a field, or at a dotted path of nested mappings; `*` maps over a list."""
+    if isinstance(row, Mapping) and path in row:
+        return row[path]
     value: Any = row
     parts = path.split(".")
     for at, part in enumerate(parts):
@@ -573,9 +593,11 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     return "\n\n".join(kept)
 
 
-def fields(template: str) -> list[str]:
-    """Return the top-level names of the fields a template uses, in order, each once."""
-    return list(dict.fromkeys(path.split(".")[0] for path in FIELD.findall(template)))
+def fields(template: str, names: Collection[str] = ()) -> list[str]:
+    """Return the fields of a row that a template uses, in order, each once: the one of a path's
+    own name, if `names` has it, or that of its first part."""
+    paths = FIELD.findall(template)
+    return list(dict.fromkeys(path if path in names else path.split(".")[0] for path in paths))
 
 
 def _text(value: Any) -> str:

@@ -213,6 +213,8 @@ def local_file(name: str) -> LocalFile:
     with suppress(OSError):
         if at and file and not path.exists() and user_path(file).exists():
             path = user_path(file)
+            if not all(fields.split("+")):
+                raise SourceError(f"{name}: name a field after the @, such as {file}@text")
             template = "\n\n".join(f"{{{one}}}" for one in fields.split("+"))
     return LocalFile(type="file", path=path, template=template)
 

@@ -142,5 +142,5 @@ def test_chats_are_written_by_the_models_template(tmp_path, tiny):
     plain = build(parse_mix(str(path)), tiny, rows=1, length=30)
     assert "user: hello there" in tiny.tokenizer.decode(plain.ids[0])
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(SourceError, match=r"chat 1 does not fit .* template: roles must"):
+    with pytest.raises(SourceError, match=r"chats.jsonl: chat 1 .* \(roles must.*: change"):
         build(parse_mix(str(path)), rendered, rows=1, length=30)

@@ -91,6 +91,9 @@ def test_prompts_of_a_file_and_the_file_of_answers(tmp_path: Path) -> None:
         out.write_text(json.dumps(value | wrong), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             load_answers(out)
+    rows = tmp_path / "mine.csv"
+    rows.write_text("ask\nfirst\n", encoding="utf-8")
+    assert read_prompts(Path(f"{rows}@ask")) == [Prompt("mine.csv", "first", "first")]
     path.write_text("line\n" * 51, encoding="utf-8")
     with pytest.raises(InputError, match="holds 51 prompts: 50 are the most"):
         read_prompts(path)

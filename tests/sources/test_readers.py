@@ -66,9 +66,9 @@ def test_txt_jsonl_parquet_and_folders_in_order_of_path(tmp_path):
         ("a.csv", b"text\na\0b", "is binary"),
         ("a.csv", b"text\n\xff", "is not UTF-8 text"),
         ("a.csv", b'text\n"open', "not CSV"),
-        ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\).*--text-field prompt"),
+        ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\): .* FILE@prompt"),
         ("a.json", b'{"text": "x"}', "is not a list of rows but dict"),
-        ("a.jsonl", b'{"id": "1", "prompt": "xyz"}\n', "--text-field prompt or FILE@prompt"),
+        ("a.jsonl", b'{"id": "1", "prompt": "xyz"}\n', "as FILE@prompt"),
         ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
         (
             "a.jsonl",
@@ -106,7 +106,7 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
         assert [d.text for d in one.documents()] == ["a, b\nc", "é"]
         both = get_source(f"{tmp_path / name}@prompt+answer")
         assert [d.text for d in both.documents()] == ['a, b\nc\n\nsay "d"', "é\n\nf"]
-        with pytest.raises(SourceError, match=r"--text-field (prompt|answer) or FILE@"):
+        with pytest.raises(SourceError, match=r"name one, as FILE@(prompt|answer)"):
             _texts(tmp_path / name)
     assert get_source(f"{tmp_path}/r.csv@prompt").check() == [tmp_path / "r.csv"]
 
@@ -129,6 +129,37 @@ def test_chats_of_every_usual_form(tmp_path):
     both.write_text(json.dumps({"text": "plain", "messages": CHAT}), encoding="utf-8")
     assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
     assert _texts(both, template="{messages.*.content}") == ["Hi?\n\nHo."]
+
+
+def test_fields_of_any_name(tmp_path):
+    row = {"Customer message": "hi", "Text (en)": "ho", "body.text": "he", "body": {"text": "no"}}
+    rows = tmp_path / "r.jsonl"
+    rows.write_text(json.dumps(row), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "r.parquet")
+    for file in (rows, tmp_path / "r.parquet"):
+        for name in ("Customer message", "Text (en)", "body.text"):
+            assert [d.text for d in get_source(f"{file}@{name}").documents()] == [row[name]]
+        with pytest.raises(SourceError, match=r"no (field|column) 'nosuch col'"):
+            list(get_source(f"{file}@nosuch col").documents())
+        for empty in ("@", "@body+"):
+            with pytest.raises(SourceError, match="name a field after the @"):
+                get_source(f"{file}{empty}")
+        with pytest.raises(SourceError, match="as 'FILE@Customer message'"):
+            _texts(file)
+
+
+def test_a_chat_as_json_in_a_string_or_under_another_name(tmp_path):
+    path = tmp_path / "c.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(CHAT)]])
+    (document,) = get_source(str(path)).documents()
+    assert list(document.messages) == CHAT
+    rows = [{"long": "x" * 99, "dialog": CHAT}]
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in ("d.json", "d.parquet"):
+        with pytest.raises(SourceError, match="name one, as FILE@dialog"):
+            _texts(tmp_path / name)
 
 
 def test_a_folder_of_code_is_read_as_code_alone(tmp_path):
