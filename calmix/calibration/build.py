@@ -137,11 +137,14 @@ def build(
         if len(packed.rows) < count:
             has, need = sum(len(ids) + (end is not None) for _, ids in packed.used), count * body
             what = f"{has} tokens, but {count} rows of {length} need {need}"
-            hint = "or give it less weight"
+            hint = "give it less weight in a mix"
             if packing == "window":
                 what = f"{len(packed.used)} documents of {body} tokens or more, but {count} rows"
-                hint = "or --packing concat"
-            raise SourceError(f"source {name} has {what}: ask for fewer or shorter rows, {hint}")
+                hint = "use --packing concat"
+            raise SourceError(
+                f"source {name} has {what}: add text, {hint}, or ask for fewer rows "
+                "(--rows; of compress, --effort quick)"
+            )
         described[name] = {
             "rows": count,
             "version": sources[name].reader.version,

@@ -10,7 +10,7 @@ from typing import Any
 
 from calmix.compression.estimate import check_room
 from calmix.compression.plan import MANIFEST, Request, Stage, stages
-from calmix.errors import InputError
+from calmix.errors import CalmixError, InputError
 from calmix.files import (
     alone,
     check_apart,
@@ -67,10 +67,21 @@ def compress(
             if kept:
                 continue
             began = time.perf_counter()
-            run(stage.arguments)
+            try:
+                run(stage.arguments)
+            except CalmixError:
+                _forget(out)
+                raise
             seconds[stage.name] = time.perf_counter() - began
             write_json(out / RUN, run_record(stage_seconds(out) | seconds))
     return seconds
+
+
+def _forget(out: Path) -> None:
+    """Remove a record that stands alone: no stage has left anything for it to describe."""
+    if [path.name for path in out.iterdir()] == [MANIFEST]:
+        (out / MANIFEST).unlink()
+        out.rmdir()
 
 
 def left_to_do(asked: Request, out: Path) -> list[Stage]:
