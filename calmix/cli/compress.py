@@ -51,7 +51,7 @@ def compress(options: CompressOptions) -> None:
     from calmix.report.card import read_card
 
     output, as_json = options.output, options.as_json
-    check_inputs(options)
+    check_inputs(options, output)
     asked = plan.request(options, parse_weights(options.keep), no_corpus=options.no_corpus)
     if options.dry_run:
         running.check(asked, output)
@@ -75,7 +75,7 @@ def compress(options: CompressOptions) -> None:
         webbrowser.open(page.resolve().as_uri())
 
 
-def check_inputs(options: CompressOptions) -> None:
+def check_inputs(options: Compression, output: Path) -> None:
     """Refuse an output that is an input, or that holds something else."""
     from calmix.calibration import saved_set
     from calmix.compression import running
@@ -83,7 +83,7 @@ def check_inputs(options: CompressOptions) -> None:
 
     inputs = [options.model, saved_set(options.calibration), options.prompts,
               suite_file(options.suite)]  # fmt: skip
-    running.check_place(options.output, inputs)
+    running.check_place(output, inputs)
 
 
 def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str, float]:

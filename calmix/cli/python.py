@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.compress import CompressOptions, check_inputs, run_stages
-from calmix.options import checked
+from calmix.cli.common import parse_weights
+from calmix.cli.compress import check_inputs, run_stages
+from calmix.options import Compression, TextField, checked
 from calmix.shown import Shown, percent
 
 if TYPE_CHECKING:
@@ -67,11 +68,15 @@ class Compressed(Shown):
         return [*answers, *({"kept": "likelihood", **row} for row in likelihood)]
 
 
+class Asked(TextField, Compression):
+    """The options of `compress` that decide its result."""
+
+
 def compress(
     model: str | Path,
     output: str | Path,
     *,
-    keep: Mapping[str, float] | None = None,
+    keep: Mapping[str, float] | str | None = None,
     no_corpus: bool = False,
     shown: bool = True,
     **options: Any,
@@ -83,11 +88,12 @@ def compress(
     Args:
         model: hub id, folder, `.gguf` file or `builtin:NAME`.
         output: folder to write, or to resume in.
-        keep: shares of dimensions in the calibration text, such as `{"code": 2, "general": 1}`.
+        keep: shares of dimensions in the calibration text, such as `{"code": 2, "general": 1}`
+            or `"code=2,general=1"`.
         no_corpus: calibrate on text the model writes itself.
         shown: show a line of progress, in a notebook too.
-        **options: those of `calmix compress`, such as `sparsity=0.6`, `pattern="2:4"`,
-            `effort="quick"`, `calibration="mine.csv"`, `text_field="prompt"`.
+        **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
+            `pattern="2:4"`, `effort="quick"`, `calibration="mine.csv"`, `text_field="prompt"`.
 
     Raises:
         CalmixError: anything a user can mend, before work or download where that can be known.
@@ -95,8 +101,9 @@ def compress(
     from calmix.compression import plan
 
     given = {key: str(one) if isinstance(one, Path) else one for key, one in options.items()}
-    asked = checked(CompressOptions, {"model": str(model), "output": Path(output), **given})
-    check_inputs(asked)
-    request = plan.request(asked, keep, no_corpus=no_corpus)
-    run_stages(request, asked.output, shown=shown)
-    return Compressed(Path(output))
+    asked, folder = checked(Asked, {"model": str(model), **given}), Path(output)
+    check_inputs(asked, folder)
+    weights = parse_weights(keep) if isinstance(keep, str) else keep
+    request = plan.request(asked, weights, no_corpus=no_corpus)
+    run_stages(request, folder, shown=shown)
+    return Compressed(folder)
