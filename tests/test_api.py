@@ -44,6 +44,18 @@ def test_the_readme_example_in_small(tmp_path, text_file):
     assert semi.pattern == "2:4"
 
 
+def test_models_may_be_paths_and_a_bare_word_is_no_list(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    opened = calmix.open_model(folder)
+    assert opened.name == str(folder)
+    with pytest.raises(calmix.CalmixError, match="'stories' is one name: give a list of them"):
+        calmix.measure("stories", opened)
+    with pytest.raises(calmix.CalmixError, match="none"):
+        calmix.evaluate(tmp_path / "none", "smoke")
+    with pytest.raises(calmix.CalmixError, match="model"):
+        calmix.export(str(folder), str(folder))
+
+
 def test_the_version_is_told():
     assert calmix.__version__ == importlib.metadata.version("calmix")
 

@@ -62,7 +62,7 @@ def test_a_model_compressed_on_its_own_text(ran: Ran, tmp_path: Path) -> None:
     card = read_card(tmp_path / "out" / "no-corpus")
     assert {source.licence for source in card.sources} == {"written by the model"}
     assert sum(source.rows for source in card.sources) == 32
-    assert card.zeros / card.weights == pytest.approx(0.6, abs=0.001)
+    assert card.pruned / card.weights == pytest.approx(0.6, abs=0.001)
     assert "$ calmix calibrate self-written" in told[1]
     assert "| commonsense |" in told[2]
     assert "pruned:" in told[3]

@@ -210,6 +210,8 @@ def check_request(
     specs: Sequence[str], *, draws: int, perplexity: bool, reference: str | None, **draw: Any
 ) -> list[Path]:
     """Check what `measure` is asked for, without the model; return the files that are read."""
+    if isinstance(specs, str):
+        raise InputError(f"'{specs}' is one name: give a list of them, ['{specs}']")
     if not specs:
         raise InputError("name at least one source to measure")
     if doubles := sorted({spec for spec in specs if list(specs).count(spec) > 1}):

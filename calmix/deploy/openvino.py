@@ -110,8 +110,8 @@ class Session:
 
 
 def export(
-    name: str,
-    output: Path,
+    name: str | Path,
+    output: Path | str,
     *,
     weights: str = "int8",
     overwrite: bool = False,
@@ -132,6 +132,7 @@ def export(
         ModelError: the model cannot be opened, the library cannot convert it, or what it made
             is another model.
     """
+    name, output = str(name), Path(output)
     if weights not in WEIGHTS:
         raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
     check_output_folder(output, inputs=[name], overwrite=overwrite)

@@ -74,7 +74,11 @@ class Packed:
 
 
 def pack(
-    folder: Path, output: Path, *, overwrite: bool = False, progress: Progress | None = None
+    folder: Path | str,
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Packed:
     """Write a model folder as a pack.
 
@@ -88,6 +92,7 @@ def pack(
             back byte for byte; `output` cannot be written.
         ModelError: a weight file is damaged.
     """
+    folder, output = Path(folder), Path(output)
     if (folder / PACK).is_file():
         raise InputError(f"{folder} is a pack already")
     check_folder(folder)
@@ -133,13 +138,18 @@ def pack(
 
 
 def unpack(
-    folder: Path, output: Path, *, overwrite: bool = False, progress: Progress | None = None
+    folder: Path | str,
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> int:
     """Write the model folder a pack was made of, byte for byte; return its weights' bytes.
 
     Raises InputError where `folder` is not a pack, of another format, cut or altered, or `output`
     cannot be written; nothing is left there then.
     """
+    folder, output = Path(folder), Path(output)
     manifest = _manifest(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total, grids = 0, _grids(folder, manifest)

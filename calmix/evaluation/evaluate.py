@@ -69,7 +69,7 @@ def check_code(suite: Suite, allowed: bool) -> None:
 
 
 def evaluate(
-    model: OpenModel | str,
+    model: OpenModel | str | Path,
     suite: Suite | str | Path = "offline",
     *,
     dimensions: Sequence[str] = (),
@@ -112,7 +112,7 @@ def evaluate(
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
     chosen, left = runnable(chosen, allow_code_execution)
     check_code(chosen, allow_code_execution)
-    if isinstance(model, str):
+    if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
     if not (cache and floors):

@@ -246,7 +246,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def open_model(
-    name: str,
+    name: str | Path,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -265,7 +265,7 @@ def open_model(
         ModelError: the model cannot be found, is pickled, quantised or not a causal LM.
         InputError: unknown dtype or device.
     """
-    target, chosen = device_of(device), dtype_of(dtype)
+    name, target, chosen = str(name), device_of(device), dtype_of(dtype)
     folder = resolve_model(name)
     model = _load(folder, name, chosen, target, trust_remote_code)
     embeddings = model.get_input_embeddings()

@@ -277,7 +277,23 @@ def test_python_compresses_as_the_verb_does(
     assert made.to_dict()["card"] == str(made.card)
     with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):
         api.compress(tiny_folder, tmp_path / "other", efort="quick")
+    for name in ("dry_run", "as_json", "open"):  # what the verb prints, Python has no word for
+        with pytest.raises(InputError, match=f"unknown option '{name}'"):
+            api.compress(tiny_folder, tmp_path / "other", **{name: True})
+    with pytest.raises(InputError, match="the calibration set has no dimension 'cod'"):
+        api.compress(tiny_folder, tmp_path / "other", keep="cod=2")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_first_stage_that_is_refused_leaves_nothing(
+    calmix: Run, command: Command, tmp_path: Path, text_file: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("A short text of a few words.\n")
+    out = tmp_path / "out"
+    ended = calmix(*command(out, "--calibration", tmp_path / "short.txt"))
+    assert ended.code == 2
+    assert "add text, give it less weight in a mix, or ask for fewer rows" in ended.err
+    assert not out.exists()
 
 
 def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:

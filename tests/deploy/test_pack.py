@@ -188,6 +188,13 @@ def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
     assert same(pruned, tmp_path / "back")
 
 
+def test_places_may_be_plain_strings(pruned: Path, tmp_path: Path) -> None:
+    pack(str(pruned), str(tmp_path / "p"))
+    unpack(str(tmp_path / "p"), str(tmp_path / "back"))
+    assert same(pruned, tmp_path / "back")
+    assert load(str(tmp_path / "p")).config.model_type == "llama"
+
+
 @pytest.fixture(scope="module")
 def quantised(tiny_folder, tmp_path_factory) -> Path:
     """Four quantised models: their levels take half a byte, a byte, or are a codebook's."""
