@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 EVERY = 30.0  # seconds between lines where nobody looks on
@@ -106,12 +106,13 @@ class Stages(Progress):
     """The stages of some work, in one line: `3/6 recover, 4 min left`.
 
     Args:
-        expected: seconds that each stage will take, by its name, in order.
+        names: of the stages, in order.
     """
 
-    def __init__(self, expected: Mapping[str, float], *, shown: bool = True) -> None:
+    def __init__(self, names: Iterable[str], *, shown: bool = True) -> None:
         super().__init__(shown=shown)
-        self._names, self._expected = list(expected), list(expected.values())
+        self._names = list(names)
+        self.expect({})
         self._at, self._start, self._taken = 0, 0.0, 0.0
 
     def __enter__(self) -> Any:
@@ -121,6 +122,10 @@ class Stages(Progress):
     def __exit__(self, *given: object) -> None:
         Progress._over = None
         super().__exit__(*given)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Take the seconds that each stage will take, by its name; one that is missing takes 0."""
+        self._expected = [seconds.get(name, 0.0) for name in self._names]
 
     def begin(self, name: str) -> None:
         """Go on to a stage."""
@@ -135,9 +140,12 @@ class Stages(Progress):
         pace = self._taken / before if min(self._taken, before) > 1 else 1.0
         spent = (time.monotonic() - self._start) / pace
         done = min(0.95 * own, spent)
-        whole = sum(self._expected) or 1.0
+        whole = sum(self._expected)
         text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
-        self.show(text, (before + done) / whole, "all", pace * (whole - before - done))
+        if whole:
+            self.show(text, (before + done) / whole, "all", pace * (whole - before - done))
+        else:  # nothing is known of the time
+            self.show(text, None)
 
 
 def _watched() -> bool:
@@ -147,7 +155,8 @@ def _watched() -> bool:
 
 def _in_notebook() -> bool:
     shell = sys.modules.get("IPython")
-    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    names = [kind.__name__ for kind in type(shell.get_ipython()).__mro__] if shell else []
+    return "ZMQInteractiveShell" in names  # Colab's shell is a subclass
 
 
 class _Terminal:
@@ -167,9 +176,9 @@ class _Terminal:
         self.bar.start()
 
     def draw(self, text: str, share: float | None, told: str) -> None:
-        total = None if share is None else 1.0
-        self.bar.update(self.task, description=text, total=total,
-                        completed=share or 0.0, told=told)  # fmt: skip
+        for task in self.bar.tasks:  # an update takes a total of None as no change
+            task.total = None if share is None else 1.0
+        self.bar.update(self.task, description=text, completed=share or 0.0, told=told)
 
     def end(self) -> None:
         self.bar.stop()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from calmix import progress
 from calmix.progress import Progress, Stages
@@ -53,7 +56,9 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with Stages({"draw": 10.0, "prune": 60.0, "evaluate": 30.0}) as bar:
+    with Stages(["draw", "prune", "evaluate"]) as bar:
+        bar.show("estimating", None)
+        bar.expect({"draw": 10.0, "prune": 60.0, "evaluate": 30.0})
         bar.begin("draw")
         now[0] += 20  # twice what was expected
         bar.begin("prune")
@@ -63,11 +68,28 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(
             now[0] += 60
             show(2, 4)
     texts = [text for text, _, _ in view.drawn]
-    assert set(texts) == {"1/3 draw", "2/3 prune"}
-    assert view.drawn[0][2] == "2 min left"
+    assert texts[0] == "estimating"
+    assert set(texts[1:]) == {"1/3 draw", "2/3 prune"}
+    assert view.drawn[1][2] == "2 min left"
     assert view.drawn[-1][1] == pytest.approx(0.4)
     assert view.drawn[-1][2] == "2 min left"  # 30 s and 30 s, twice
     assert Progress._over is None
+
+
+def test_stages_of_unknown_length_have_no_share_and_nothing_left(view: View) -> None:
+    with Stages(["draw", "prune"]) as bar:
+        bar.begin("draw")
+        bar.part()
+    assert view.drawn == [("1/2 draw", None, "")] * 2
+
+
+def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
+    line = progress._Terminal()
+    for share, total in ((None, None), (0.5, 1.0), (None, None)):
+        line.draw("x", share, "")
+        assert line.bar.tasks[0].total == total
+    line.end()
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(
@@ -97,11 +119,14 @@ def test_a_notebook_shows_it_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> Non
     class ZMQInteractiveShell:
         pass
 
+    class Shell(ZMQInteractiveShell):  # as Colab's
+        pass
+
     class Cell:
         def update(self, data: dict[str, str], raw: bool) -> None:
             cells.append(data)
 
-    monkeypatch.setattr(IPython, "get_ipython", ZMQInteractiveShell)
+    monkeypatch.setattr(IPython, "get_ipython", Shell)
     monkeypatch.setattr("IPython.display.display", lambda *a, **k: Cell())
     with Progress() as bar:
         bar.of("scoring <m>")(1, 4)

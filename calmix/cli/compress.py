@@ -92,16 +92,17 @@ def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str,
     from calmix.compression.estimate import estimate
 
     left = running.left_to_do(asked, output)
-    expected = {stage.name: 0.0 for stage in plan.stages(asked, output)}
-    with contextlib.suppress(CalmixError):  # it is for the line of progress alone
-        expected |= {one.stage.name: one.seconds for one in estimate(asked, left)}
+    names = [stage.name for stage in plan.stages(asked, output)]
 
     def say(stage: Stage, kept: bool) -> None:
         if shown:
             note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
         bar.begin(stage.name)
 
-    with Stages(expected, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
+    with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
+        bar.show("estimating", None)
+        with contextlib.suppress(CalmixError):  # it is for the line of progress alone
+            bar.expect({one.stage.name: one.seconds for one in estimate(asked, left)})
         return running.compress(asked, output, _run, say)
 
 
