@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.errors import MEANT, InputError, nearest
+from calmix.errors import InputError, nearest
 
 
 class Options(BaseModel):
@@ -131,7 +131,7 @@ Licence = Literal["permissive"] | None
 
 def licence_option(advanced: bool = True) -> Any:
     """Return the field `--licence`, or `--license`."""
-    text = "Only sources with such a licence."
+    text = "Only sources whose licence is of this kind."
     return option(None, text, flag="--licence --license", advanced=advanced)
 
 
@@ -226,8 +226,8 @@ class Pruning(DrawOptions):
     drop_experts: float | None = option(
         None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1
     )
-    only: tuple[str, ...] = option((), "Only layers of such names: '*.mlp.*'.", advanced=True)
-    skip: tuple[str, ...] = option((), "Leave layers of such names dense.", advanced=True)
+    only: tuple[str, ...] = option((), "Only layers whose names match: '*.mlp.*'.", advanced=True)
+    skip: tuple[str, ...] = option((), "No layers whose names match: '*.down_proj'.", advanced=True)
 
 
 class Recovering(DrawOptions):
@@ -323,8 +323,9 @@ def mistake(error: ValidationError, model: type[Options]) -> str:
     if problem["type"] == "value_error":
         return f"{flag}: {said}" if name else said
     said = said.partition(", unable")[0].replace("Input should", "must")
-    if (meant := MEANT.get(str(problem["input"]).lower(), "")) and f"'{meant}'" in said:
-        said += f": did you mean {meant}?"
+    hint = nearest(str(problem["input"]), re.findall(r"'([^']+)'", said))
+    if problem["type"] == "literal_error" and hint.startswith("did"):
+        said += f": {hint}"
     return f"{flag} {problem['input']}: {said}"
 
 

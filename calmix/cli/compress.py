@@ -30,7 +30,9 @@ class CompressOptions(TextField, Compression, Json):
         None, "Dimensions' shares beside chats, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
     )
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
-    resume: bool = option(False, "Resume an interrupted run; so it does anyway.", advanced=True)
+    resume: bool = option(
+        False, "Resume an interrupted run, as compress always does.", advanced=True
+    )
     open: bool = option(False, "Show the card in the browser at the end.")
 
 

@@ -42,10 +42,12 @@ class RerunOptions(Json):
 
 
 class AssetOptions(Json):
-    names: tuple[str, ...] = option((), "Archives; all that are needed.", argument=True)
+    names: tuple[str, ...] = option(
+        (), "Names of archives.", shown="all that are needed", argument=True
+    )
     install: bool = option(False, "Fetch them into the cache.")
     verify: bool = option(False, "Check hashes; exit code 2 if one is bad.")
-    path: bool = option(False, "Print where one lies.")
+    path: bool = option(False, "Print the path of an archive.")
 
 
 @verb("check", of=doctor)

@@ -20,7 +20,7 @@ SETS = ("datasets", "jsonl", "imatrix")
 
 class ExportOptions(Json):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
-    to: Form | None = option(None, "Form to write.", shown="pack; of a set datasets or jsonl")
+    to: Form | None = option(None, "Form to write.", shown="pack; for a set datasets or jsonl")
     output: Path | None = path_option("Folder, .jsonl or .gguf file to write.", default=None)
     weights: Literal["int8", "own", "f16", "q8_0", "q4_0", "q4_1"] | None = option(
         None, "OpenVINO: int8 or own. GGUF: f16, q8_0, q4_0, q4_1.", shown="int8; of GGUF f16"

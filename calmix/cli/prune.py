@@ -62,7 +62,7 @@ class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
 
 class PruneOptions(Pruning, WorkOptions):
     model: str = option(..., MODEL, argument=True)
-    output: Path = path_option("Folder to write; of folders with several targets.")
+    output: Path = path_option("Folder to write; several targets get folders inside it.")
     method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD)
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6.")
     pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4.")
@@ -79,7 +79,7 @@ class RecoverOptions(Recovering, WorkOptions):
 
 @verb("prune")
 def prune(options: PruneOptions) -> None:
-    """Prune a model in one shot and write a checkpoint that loads anywhere.
+    """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
 
     With several methods, sparsities or patterns the model is read once, and every target gets a
     folder of its own. Under torchrun several processes, with a GPU each, prune one model together.

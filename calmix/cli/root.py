@@ -108,13 +108,29 @@ class Group(Plain, TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Leave flags to the default command, unless they ask for the group's own help."""
-        if self.default and not (args and (args[0] in self.commands or args[0] == "--help")):
+        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        if self.default and not named and (args or not ctx.resilient_parsing):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Return the commands that a word may become, and what the default one may take there."""
+        found = super().shell_complete(ctx, incomplete)
+        if self.default:
+            default = self.commands[self.default]
+            inner = default.make_context(self.default, [], parent=ctx, resilient_parsing=True)
+            words = [one for one in default.params if _argument(one)][:1]
+            for one in [default] if incomplete.startswith("-") else words:
+                found += one.shell_complete(inner, incomplete)
+        return found
 
 
 class Root(Group):
     """All verbs, each imported when it is asked for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Read `calmix help VERB` as `calmix VERB --help`."""
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all verbs."""
@@ -139,6 +155,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models on calibration text you choose, and measure what survives.",
     epilog="\b\ncalmix COMMAND --help shows more. Start with:\n"
     "  calmix compress builtin:smollm2-135m -o out --effort quick",

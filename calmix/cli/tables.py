@@ -66,7 +66,7 @@ def print_table(
     for head in heads[:1]:
         narrow[head] = max([narrow[head], *map(cell_len, headings)])
     spare = limit - sum(narrow[head] + GAP for head in heads)
-    wanted = {h: max([cell_len(h), *map(cell_len, cells[h])]) - narrow[h] for h in heads}
+    wanted = {h: max(map(cell_len, [h, *cells[h], " " * narrow[h]])) - narrow[h] for h in heads}
     for number, head in enumerate(sorted(heads, key=wanted.__getitem__)):  # the narrowest first
         more = min(wanted[head], max(0, spare) // (len(heads) - number))
         narrow[head] += more

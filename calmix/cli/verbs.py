@@ -66,8 +66,8 @@ def verb(name: str, *, of: typer.Typer = app) -> Callable[..., Handler]:
             key=lambda one: (one.default is not inspect.Parameter.empty,
                              one.name in COMMON and one.name not in own)
         )  # fmt: skip
-        if any((field.json_schema_extra or {}).get("advanced") for field in fields.values()):
-            parameters.append(HELP_ALL)
+        more = any((field.json_schema_extra or {}).get("advanced") for field in fields.values())
+        parameters.append(_help_all(hidden=not more))
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = handler.__doc__
@@ -85,11 +85,12 @@ def _show_all(ctx: typer.Context, asked: bool) -> None:
         raise typer.Exit
 
 
-HELP_ALL = inspect.Parameter(
-    "help_all", inspect.Parameter.KEYWORD_ONLY, default=False,
-    annotation=Annotated[bool, typer.Option("--help-all", callback=_show_all, is_eager=True,
-                                            help="Show advanced options too, and exit.")],
-)  # fmt: skip
+def _help_all(hidden: bool) -> inspect.Parameter:
+    told = "Show advanced options too, and exit."
+    asked = typer.Option("--help-all", callback=_show_all, is_eager=True, hidden=hidden, help=told)
+    return inspect.Parameter(
+        "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, asked]
+    )
 
 
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
@@ -98,7 +99,7 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
     required, kind = field.is_required(), _bare(field.annotation)
     default = None if field.default is None or required else field.default
     listed = typing.get_origin(kind) in (list, tuple)
-    shown = extra.get("shown") or (str(default) if default else "")
+    shown = extra.get("shown") or (str(default) if default or type(default) is int else "")
     text = f"{(field.description or '').rstrip('.')} [{shown}]." if shown else field.description
     how: dict[str, Any] = {"help": text, "show_default": False}
     held: Any = list[str] if listed else str
@@ -106,7 +107,9 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         held = bool
     else:
         how["metavar"] = extra.get("metavar") or _metavar(kind)
-    if "|" in how.get("metavar", ""):
+    if typing.get_origin(kind) is Literal:
+        how["autocompletion"] = _completer(lambda: map(str, typing.get_args(kind)))
+    elif "|" in how.get("metavar", ""):
         how["autocompletion"] = _completer(lambda: how["metavar"].split("|"))
     elif named := [key for key in VALUES if {name, model.__name__} & set(key.split())]:
         how["autocompletion"] = _completer(VALUES[named[0]])
@@ -138,6 +141,9 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
         *_found(KEY, "sources/*.yaml"), *_found(r'^    "([\w-]+)":', "sources/registry.py"),
         *_found(r'^    name = "([\w-]+)"', "calibration/selfgen/generators.py"),
     ],
+    "recover": lambda: ("distill", "blocks"),
+    "allocation": lambda: ("owl", "error"),
+    "dimension": lambda: sorted({*_found(r"^  dimension: (\w+)", "sources/*.yaml")}),
     "method": lambda: _found(r'^    name, title = "([\w-]+)"', "pruning/methods/*.py"),
 }  # fmt: skip
 

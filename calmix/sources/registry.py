@@ -49,6 +49,7 @@ MIXES: dict[str, dict[str, float]] = {
     "web-mix": dict.fromkeys(("c4", "github-code", "gutenberg", "stackexchange"), 1.0),
     "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
 }  # fmt: skip
+WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # a model's text, which others draw
 
 
 class Source(BaseModel):
@@ -203,7 +204,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
         )  # fmt: skip
     if is_file or "/" in name:
         raise SourceError(f"there is no file {path}")
-    raise SourceError(f"unknown source '{name}': {nearest(name, known)}")
+    raise SourceError(f"unknown source '{name}': {nearest(name, [*known, *MIXES, *WRITTEN])}")
 
 
 def local_file(name: str) -> LocalFile:

@@ -47,6 +47,12 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
         ("calmix evaluate suite prog", ["programs"]),
         ("calmix prune x --calibration mix-c", ["mix-clean"]),
         ("calmix calibrate self-w", ["self-written"]),
+        ("calmix doctor ins", ["inspect"]),
+        ("calmix evaluate an", ["answers"]),
+        ("calmix prune x --recover b", ["blocks"]),
+        ("calmix prune x --allocation o", ["owl"]),
+        ("calmix calibrate sources --dimension m", ["math"]),
+        ("calmix calibrate sources --licence p", ["permissive"]),
         ("calmix compress builtin : sm", ["smollm2-135m"]),  # as bash hands it over
         ("calmix prune x --calibration uniform : books,sto", ["books,stories"]),
     ],
@@ -116,6 +122,21 @@ def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(
     assert calmix("--version").code == 0
     assert tuple(map(os.environ.get, names)) == told
     assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_help_is_given_however_it_is_asked_for(calmix: Callable[..., Ended]) -> None:
+    for words in (("-h",), ("help",), ("help", "report"), ("report", "-h"), ("doctor", "-h"),
+                  ("report", "--help-all"), ("study", "plan", "--help-all")):  # fmt: skip
+        ended = calmix(*words)
+        assert ended.code == 0, words
+        assert ended.out.startswith("Usage: calmix"), words
+    assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
+
+
+def test_a_choice_that_is_nearly_right_is_suggested(calmix: Callable[..., Ended]) -> None:
+    ended = calmix("compress", "x", "-o", "y", "--effort", "quik")
+    assert ended.code == 2
+    assert ended.line.endswith("did you mean quick?")
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -58,6 +58,13 @@ def test_columns_are_left_out_before_anything_is_broken(
         assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
 
 
+def test_a_heading_of_a_group_does_not_narrow_other_columns(
+    columns: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(["a heading of a group", {"task": "x", "scored": "probability", "n": "1"}])
+    check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
+
+
 def test_without_a_terminal_a_table_is_as_wide_as_it_likes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
 from calmix.sources import builtin_sources, get_source, load_sources, offline_sources
 from calmix.sources.hub import HubText
 from calmix.sources.readers import AssetText, LocalFile
+from calmix.sources.registry import WRITTEN
 
 DIMENSIONS = {"general", "commonsense", "code", "math"}
 
@@ -122,6 +124,10 @@ def test_the_folder_of_data_holds_the_web_mixes():
         assert sum(len(one.text) for one in source.documents()) > 500_000, name
 
 
+def test_the_names_of_generators_are_known():
+    assert set(WRITTEN) == set(GENERATORS)
+
+
 def test_what_a_name_may_mean(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("x", encoding="utf-8")
@@ -131,6 +137,7 @@ def test_what_a_name_may_mean(tmp_path):
     assert (reader.id, reader.subset) == ("owner/data", "part")
     for name, line in (
         ("pyton-stdlib", "did you mean python-stdlib"), ("missing/file.txt", "there is no file"),
+        ("self-writen", "self-written"), ("mix8", "mix-8"), ("web-mx", "web-mix"),
         ("/no/such/place", "there is no file"), ("x" * 300, "unknown source"),
     ):  # fmt: skip
         with pytest.raises(SourceError, match=line):
