@@ -83,8 +83,8 @@ class ShowOptions(Json):
 def draw(options: CalibrateOptions) -> None:
     """Draw a calibration set from sources and save it; or let the model write it.
 
-    SPEC may be self-written, chat, igsp, self-cal or sgs, with settings:
-    self-written,temperature=0.8.
+    SPEC may be self-written, chat, igsp, self-cal or sgs, and take settings:
+    igsp,candidates=2.
     """
     from calmix.calibration import ask, open_tokenizer, resolve
     from calmix.models import check_models, open_model

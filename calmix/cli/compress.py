@@ -46,7 +46,7 @@ class ReportOptions(Options):
 def compress(options: CompressOptions) -> None:
     """Prune a model, distil into it, evaluate what is left, and write its report card.
 
-    Every stage keeps its result in OUT; if interrupted, run the same command again to resume.
+    Every stage keeps its result in the output folder. Run the same command again to resume.
     """
     from calmix.compression import plan, running
     from calmix.compression.estimate import estimate
