@@ -262,6 +262,13 @@ def check_output_file(
         check_writable(path)
 
 
+def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:
+    """Raise InputError where the ending is neither .json nor .csv, or no file can be written."""
+    if path.suffix.lower() not in (".json", ".csv"):
+        raise InputError(f"cannot write results to {path}: name a .json or .csv file")
+    check_output_file(path, inputs=inputs, overwrite=True)
+
+
 def holds_result(folder: Path) -> bool:
     """Tell whether a folder is a result of calmix, which may be replaced when that is asked for."""
     found = (names for kind, names in RESULTS.items() if kind not in KEPT)

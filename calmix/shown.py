@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from calmix.files import write_json, write_text
+from calmix.files import check_result_file, write_json, write_text
 
 
 class Shown:
@@ -33,8 +33,9 @@ class Shown:
         return pandas.DataFrame(self._rows())
 
     def save(self, path: Path | str) -> None:
-        """Write all of it to a `.json` file, or its table to a `.csv` file."""
+        """Write all of it to a `.json` file, or its table to a `.csv` file, and nothing else."""
         path = Path(path)
+        check_result_file(path)
         if path.suffix.lower() == ".csv":
             write_text(path, self.to_pandas().to_csv(index=False))
         else:

@@ -74,6 +74,11 @@ def test_results_show_themselves(tmp_path, text_file):
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_json()
     report.save(tmp_path / "report.csv")
     assert (tmp_path / "report.csv").read_text().startswith("layer,weights,pruned %")
+    with pytest.raises(calmix.CalmixError, match=r"name a \.json or \.csv file"):
+        report.save(tmp_path / "report.xlsx")
+    scores("m", 0.5).save(tmp_path / "scores.csv")
+    assert "," in (tmp_path / "scores.csv").read_text().splitlines()[0]
+    assert "{" not in (tmp_path / "scores.csv").read_text()
     kept = scores("m", 0.5).retention(scores("d", 0.1), resamples=10)
     assert repr(kept).startswith("<Retention: ")
     assert list(kept.to_pandas()["dimension"])[-1] == "total"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from calmix.calibration.resolving import ask, resolve
 from calmix.calibration.text_metrics import ORDERS, Ids, coverage, mismatch, of_ids
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
-from calmix.files import check_output_file, user_path
+from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked
 from calmix.shown import Shown
@@ -109,18 +109,6 @@ class Measurement(Shown):
                 for name, draws in self.draws.items()
             ],
         }
-
-    def save(self, path: Path | str) -> None:
-        """Write to a `.json` file, or to a `.csv` file with a line a source and metric."""
-        check_result_file(Path(path))
-        super().save(path)
-
-
-def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:
-    """Raise InputError where the ending is neither .json nor .csv, or no file can be written."""
-    if path.suffix.lower() not in (".json", ".csv"):
-        raise InputError(f"cannot write results to {path}: name a .json or .csv file")
-    check_output_file(path, inputs=inputs, overwrite=True)
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -11,7 +11,7 @@ from calmix.cli.common import line, note, parse_weights, print_json, result
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
-from calmix.files import check_output_folder
+from calmix.files import check_output_folder, check_result_file
 from calmix.options import (
     METHOD,
     DrawOptions,
@@ -146,7 +146,7 @@ def draw(options: CalibrateOptions) -> None:
 def measure(options: MeasureOptions) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
-    from calmix.calibration.measuring import check_request, check_result_file, table
+    from calmix.calibration.measuring import check_request, table
     from calmix.calibration.measuring import measure as run
     from calmix.models import check_models, open_model
     from calmix.sources import offline_sources

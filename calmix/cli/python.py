@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from calmix.shown import Shown, percent
 
 if TYPE_CHECKING:
     from calmix.evaluation.retention import Retention
+    from calmix.report.card import Card
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,23 +44,24 @@ class Compressed(Shown):
         assert dense is not None
         return load_scores(path).retention(dense)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the paths and what was kept."""
+    @cached_property
+    def _told(self) -> Card:
+        """The card, read once: that hashes the whole model."""
         from calmix.report.card import read_card
 
+        return read_card(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the paths and what was kept."""
         return {"model": str(self.model), "card": str(self.card),
-                "behaviour": asdict(read_card(self.folder).behaved),
+                "behaviour": asdict(self._told.behaved),
                 "retention": self.retention.to_dict()}  # fmt: skip
 
     def _line(self) -> str:
-        from calmix.report.card import read_card
-
-        return f"{self.model}, {read_card(self.folder).shortly}; {self.card}"
+        return f"{self.model}, {self._told.shortly}; {self.card}"
 
     def _rows(self) -> list[dict[str, Any]]:
-        from calmix.report.card import read_card
-
-        card = read_card(self.folder)
+        card = self._told
         answers = [
             {"kept": "answers", "dimension": one.name, "kept %": percent(one.share.value),
              "from": percent(one.share.low), "to": percent(one.share.high)}

@@ -74,8 +74,11 @@ class CapabilityScores(Shown):
         ]  # fmt: skip
 
     def save(self, path: Path | str) -> None:
-        """Write the scores as JSON, all on one line: they are long."""
-        write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+        """Write the scores as JSON, all on one line: they are long; or their table as CSV."""
+        if Path(path).suffix.lower() == ".json":
+            write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+        else:
+            super().save(path)
 
 
 def describe(suite: Suite) -> dict[str, Any]:

@@ -43,7 +43,7 @@ TEXTS: dict[str, Any] = {
     "dense model's likeliest next one; flips: items right under one model alone",
     "FOOTER": "Written by calmix from the files beside it. Kept: of the answers that the dense "
     "model gets right, the share that is still right. Likelihood kept: 100 % = dense model, 0 = no "
-    "task knowledge. Brackets: 95 % intervals over items (docs/evaluation.md).",
+    "task knowledge. Brackets: 95 % intervals over items.",
 }
 
 
@@ -82,7 +82,7 @@ class Card:
     tasks: Mapping[str, Mapping[str, str]]
     hashes: Mapping[str, str]
 
-    SPEED = "unchanged; most engines do not use zeros (docs/deploy.md)"
+    SPEED = "unchanged; most engines do not use zeros (for other forms: calmix export --help)"
 
     @property
     def pairs(self) -> tuple[Pair, ...]:

@@ -112,6 +112,7 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix: Run, compressed: Path
     told = json.loads(calmix("evaluate", "rescore", out / "scores.json", "--json").out)
     page = (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model" / "README.md").read_text(encoding="utf-8")
+    assert "docs/" not in page + readme  # who installs a wheel has no documents
     table = page[page.index("<h2>Likelihood</h2>") : page.index("Task by task")]
     lines = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")
@@ -274,6 +275,9 @@ def test_python_compresses_as_the_verb_does(
     assert made.to_pandas().iloc[-1][["kept", "dimension"]].tolist() == ["likelihood", "total"]
     assert repr(made.retention).startswith("<Retention: likelihood kept: ")
     assert "answers kept: not measured" in repr(made)
+    with pytest.MonkeyPatch.context() as patch:  # the card is read once, not at every look
+        patch.setattr("calmix.report.card.read_card", None)
+        assert "answers kept: not measured" in repr(made)
     assert made.to_dict()["card"] == str(made.card)
     with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):
         api.compress(tiny_folder, tmp_path / "other", efort="quick")
