@@ -187,7 +187,7 @@ def layers(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, x
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"ecq", "gptq"}))  # these take bits alone
 @given(layer=layers(), pattern=st.sampled_from(PATTERNS))
 def test_every_method_prunes_just_what_is_asked(
     name: str, layer: tuple[torch.Tensor, torch.Tensor], pattern: Unstructured | SemiStructured

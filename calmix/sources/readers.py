@@ -158,7 +158,7 @@ def _source_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
     for path in files:
         relative = path.relative_to(root)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (UnicodeDecodeError, OSError):
             continue
         if len(text) >= SHORTEST:
@@ -484,7 +484,7 @@ FORMATS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
 
 def _decoded(path: Path, raw: bytes, where: str = "") -> str:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # a mark that some editors set is no text
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{path}{where} is not UTF-8 text (byte {error.start}): convert it first"

@@ -296,3 +296,9 @@ def test_fields_of_a_template():
     for template in ("{missing}", "{a.missing}", "{a.b.c}", "{turns.*.no}"):
         with pytest.raises(SourceError, match=r"there is no field .* \(has: "):
             fill(template, ROW)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "hello there"}\n'), ("b.txt", "hello there")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [d.text for d in get_source(str(tmp_path / name)).documents()] == ["hello there"]
