@@ -29,9 +29,9 @@ def span(one: Estimate) -> str:
     return f"{percent(one.value)} [{percent(one.low)}, {percent(one.high)}]"
 
 
-def weights(folder: Path) -> int:
-    """Return the bytes of a folder's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weights(folder: Path, files: str = "*.safetensors") -> int:
+    """Return the bytes of a folder's weights, or of other files."""
+    return sum(path.stat().st_size for path in folder.rglob(files) if path.is_file())
 
 
 def row(folder: Path) -> list[str]:
@@ -45,7 +45,7 @@ def row(folder: Path) -> list[str]:
             pairs.append((dense, load_scores(path)))
             suites.append(f"{dense.suite['name']} {dense.suite['version']}")
     found, kept = behaviour(*pairs), pairs[0][1].retention(pairs[0][0])
-    packed = size(weights(folder / "pack"))
+    packed = size(weights(folder / "pack", "*"))
     answers = found.answers
     worst = "–" if found.worst is None else f"{found.worst.name} {span(found.worst.share)}"
     return [
