@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from calmix.evaluation.behaviour import proportion
+from calmix.evaluation.behaviour import counted
 from calmix.evaluation.suites import WRITTEN
 from calmix.study import read_results
 
@@ -28,26 +28,20 @@ def main() -> None:
         pairs = list(zip(results.dense[trial.model], results.scores[trial.id], strict=True))
         written = [(a, b) for a, b in pairs if a.metric in WRITTEN]
         chosen = [(a, b) for a, b in pairs if a.metric not in WRITTEN]
-
-        def count(name: str | None, written: list = written) -> tuple[int, int, int]:
-            items = [
-                (x, y) for a, b in written if name in (None, a.dimension)
-                for x, y in zip(a.values, b.values, strict=True)
-            ]  # fmt: skip
-            kept, right = sum(x * y for x, y in items), sum(x for x, _ in items)
-            return round(kept), round(right), round(sum(y for _, y in items) - kept)
-
-        kept, right, gained = count(None)
-        share = proportion(kept, right)
+        whole = counted("all", written)
+        parts = [counted(name, [two for two in written if two[0].dimension == name])
+                 for name in asked]  # fmt: skip
+        assert whole is not None
+        share = whole.share
         ended = [one for _, b in written for one in b.ended]
-        choices = [round(sum(sum(t.values) for t in side)) for side in zip(*chosen, strict=True)]
-        total = sum(len(a.values) for a, _ in chosen)
-        cells = ["{}/{}".format(*count(name)[:2]) for name in asked]
+        choices = counted("choices", chosen)
+        assert choices is not None
+        cells = [f"{part.kept}/{part.dense}" if part else "-" for part in parts]
         print(
             f"| {trial.model} | {trial.calibration} | {trial.method} {trial.pattern} | {trial.seed}"
             f" | {100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
-            f" | {' | '.join(cells)} | {gained} | {100 * sum(ended) / len(ended):.0f}"
-            f" | {choices[1]} of {total}, dense {choices[0]} |"
+            f" | {' | '.join(cells)} | {whole.gained} | {100 * sum(ended) / len(ended):.0f}"
+            f" | {choices.pruned} of {choices.asked}, dense {choices.dense} |"
         )
 
 

@@ -13,10 +13,8 @@ import sys
 from pathlib import Path
 
 from calmix.cli.common import percent, size
-from calmix.compression.running import read_record
-from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.retention import Estimate
-from calmix.evaluation.scores import load_dense, load_scores
+from calmix.report.card import read_card
 
 README = Path(__file__).parents[1] / "README.md"
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -29,30 +27,18 @@ def span(one: Estimate) -> str:
     return f"{percent(one.value)} [{percent(one.low)}, {percent(one.high)}]"
 
 
-def weights(folder: Path, files: str = "*.safetensors") -> int:
-    """Return the bytes of a folder's weights, or of other files."""
-    return sum(path.stat().st_size for path in folder.rglob(files) if path.is_file())
-
-
 def row(folder: Path) -> list[str]:
     """Return the cells of a folder."""
-    asked = read_record(folder).request
+    card = read_card(folder)
+    asked, answers, worst = card.record.request, card.behaved.answers, card.behaved.worst
     target = asked["pattern"] or f"{asked['sparsity']:.0%}"
-    pairs, suites = [], []
-    for path in (folder / "scores.json", folder / "abilities.json"):
-        dense = load_dense(path) if path.is_file() else None
-        if dense is not None:
-            pairs.append((dense, load_scores(path)))
-            suites.append(f"{dense.suite['name']} {dense.suite['version']}")
-    found, kept = behaviour(*pairs), pairs[0][1].retention(pairs[0][0])
-    packed = size(weights(folder / "pack", "*"))
-    answers = found.answers
-    worst = "–" if found.worst is None else f"{found.worst.name} {span(found.worst.share)}"
     return [
         f"{asked['model']}, {target}, effort {asked['effort']}",
-        f"{size(weights(folder / 'model'))}, {packed}",
-        "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}", worst,
-        span(kept.total), ", ".join(suites),
+        f"{size(card.size)}, {size(card.packed)}",
+        "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}",
+        "–" if worst is None else f"{worst.name} {span(worst.share)}",
+        "–" if card.kept is None else span(card.kept.total),
+        ", ".join(f"{dense.suite['name']} {dense.suite['version']}" for dense, _ in card.pairs),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from calmix.analysis.statistics import Array
 from calmix.errors import InputError, nearest
 from calmix.evaluation.measures import has_signal, mean_score, parts, task_weights
 from calmix.evaluation.records import TaskScores
-from calmix.evaluation.retention import check_paired
+from calmix.evaluation.retention import check_paired, nan_mean
 from calmix.options import Measure
 from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
@@ -117,25 +117,11 @@ class Cells:
 
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
     """Return all quantities from those of the tasks alone, shape (..., tasks), nan left out."""
-    weight = np.array([task.weight for task in tasks])
-
-    def mean(name: str) -> Array:
-        at = [at for at, task in enumerate(tasks) if task.dimension == name]
-        held, times = values[..., at], weight[at] * ~np.isnan(values[..., at])
-        total, count = np.where(times > 0, held * times, 0.0).sum(-1), times.sum(-1)
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-    found = [mean(name) for name in dimensions]
-    stacked = np.stack(found, -1)
+    weights = np.array([task.weight for task in tasks])
+    places = [[at for at, task in enumerate(tasks) if task.dimension == name]
+              for name in dimensions]  # fmt: skip
+    stacked = np.stack([nan_mean(values[..., at], -1, weights[at]) for at in places], -1)
     return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
-
-
-def nan_mean(values: Array, axis: int) -> Array:
-    """Return the mean of what is not nan along an axis; nan where nothing is."""
-    known = ~np.isnan(values)
-    count = known.sum(axis)
-    total = np.where(known, values, 0.0).sum(axis)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def dimensions_of(results: StudyResults) -> tuple[str, ...]:

@@ -141,9 +141,11 @@ def resolve(
     if note is not None:
         for name in spec.sources:
             reader = get_source(name, spec.own).reader
-            if isinstance(reader, LocalFile) and reader.left:
-                note(f"{name}: left out are {reader.left}")
-        turns = count_turns(made.ids, opened.tokenizer)
+            if isinstance(reader, LocalFile) and (left := reader.left):
+                note(f"{name}: left out are {left}")
+        turns = made.manifest.get("chat_turns")
+        if turns is None:  # a set of before they were counted, or of a model without chats
+            turns = count_turns(made.ids, opened.tokenizer)
         if turns == 0:
             note(f"warning: {text} {CHATLESS}")
         elif turns is None and getattr(opened.tokenizer, "chat_template", None):

@@ -104,8 +104,9 @@ def run(options: EvaluateOptions) -> None:
     from calmix.calibration import open_tokenizer
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.evaluation import evaluate as capability
-    from calmix.evaluation.behaviour import NO_LIKELIHOOD, behaviour
+    from calmix.evaluation.behaviour import behaviour
     from calmix.evaluation.distance import distance, reference
+    from calmix.evaluation.measures import RIGHT_OR_WRONG
     from calmix.evaluation.scores import check_same_suite, describe, load_scores
     from calmix.evaluation.suites import suite_file
     from calmix.models import OpenModel, check_models, open_model
@@ -149,7 +150,7 @@ def run(options: EvaluateOptions) -> None:
         open_tokenizer(name, trust_remote_code=options.trust_remote_code)
     if against is not None and not saved:
         whole = open_model(against, **how)
-        by_likelihood = any(one.primary not in NO_LIKELIHOOD for one in chosen.tasks.values())
+        by_likelihood = any(one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own:
             held_out = texts(whole, own, dimensions=known)

@@ -357,7 +357,6 @@ def export_imatrix(
     """
     from gguf import GGUFWriter
 
-    CalibrationSet.open(folder)
     check_output_file(output, inputs=[folder, model], overwrite=overwrite)
     check_models(model, **how)
     drawn = CalibrationSet.open(folder, open_tokenizer(model))

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import Z, has_signal
+from calmix.evaluation.measures import RIGHT_OR_WRONG, Z, has_signal
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
 from calmix.evaluation.scores import CapabilityScores, check_same_suite
 from calmix.evaluation.suites import WRITTEN
 
 FEW = 5  # items that the dense model gets right: with fewer no ability is called the worst
-NO_LIKELIHOOD = ("kept", "accuracy")
 Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
 
 
@@ -92,12 +91,12 @@ def behaviour(*pairs: Pair) -> Behaviour:
     known = [one for one in chosen if has_signal(one[0], "accuracy")]
     abilities = dict.fromkeys(before.dimension for before, _ in written)
     return Behaviour(
-        _counted("all", written),
+        counted("all", written),
         tuple(
             one for name in abilities
-            if (one := _counted(name, [two for two in written if two[0].dimension == name]))
+            if (one := counted(name, [two for two in written if two[0].dimension == name]))
         ),
-        _counted("choices", known),
+        counted("choices", known),
         tuple(one[0].name for one in chosen if one not in known),
         tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
                             if not any(name == known for known, _ in held))),
@@ -105,7 +104,7 @@ def behaviour(*pairs: Pair) -> Behaviour:
     )  # fmt: skip
 
 
-def _counted(name: str, tasks: Sequence[tuple[TaskScores, TaskScores]]) -> Counted | None:
+def counted(name: str, tasks: Sequence[tuple[TaskScores, TaskScores]]) -> Counted | None:
     items = [both for before, after in tasks
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
     if not items:
@@ -128,7 +127,7 @@ def proportion(right: int, of: int) -> Estimate:
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores, **how: Any) -> Retention | None:
     """Return the retention of the tasks scored by likelihood; None where there are none."""
     check_same_suite(pruned.suite, dense.suite)
-    places = [at for at, one in enumerate(dense.tasks) if one.primary not in NO_LIKELIHOOD]
+    places = [at for at, one in enumerate(dense.tasks) if one.primary not in RIGHT_OR_WRONG]
     own = [[one.tasks[at] for at in places] for one in (dense, pruned)]
     try:
         return retention(*own, **how) if places else None

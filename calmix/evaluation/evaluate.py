@@ -22,7 +22,7 @@ from calmix.evaluation.suites import WRITTEN, Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Item, check, item_texts, load_items, task_texts
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import end_tokens
+from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
 
 if TYPE_CHECKING:
@@ -115,15 +115,15 @@ def evaluate(
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
-    if not (cache and floors):
+    if cache and floors:
+        kept = _cache_file(model, chosen, size)
+        try:
+            scores = load_scores(kept)
+        except InputError:  # none there, or damaged
+            scores = _run(model, chosen, size, floors, progress)
+            scores.save(kept)
+    else:
         scores = _run(model, chosen, size, floors, progress)
-        return replace(scores, not_run=tuple(left), form=_form(model, chosen))
-    kept = _cache_file(model, chosen, size)
-    try:
-        scores = load_scores(kept)
-    except InputError:  # none there, or damaged
-        scores = _run(model, chosen, size, floors, progress)
-        scores.save(kept)
     return replace(scores, not_run=tuple(left), form=_form(model, chosen))
 
 
@@ -145,15 +145,15 @@ def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
 
 def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     """Return what decides, beside weights and tokenizer, how a model is asked and when it ends."""
-    if not any(task.asked for task in suite.tasks.values()):
+    if not suite.asks:
         return []
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
 
 
 def _form(model: OpenModel, suite: Suite) -> str:
-    if not any(task.asked for task in suite.tasks.values()):
+    if not suite.asks:
         return ""
-    return "chat template" if getattr(model.tokenizer, "chat_template", None) else "worked examples"
+    return "worked examples" if in_chat(model.tokenizer, "Hello") is None else "chat template"
 
 
 def _versions() -> dict[str, str]:

@@ -90,9 +90,8 @@ class _Writer:
         self.padded &= not getattr(self.model, "_is_stateful", False)
         # A window would count what rows are padded with, and so would a model that knows where a
         # token stands by counting alone.
-        self.window = min(context, attention_window(self.model))
-        if "position_ids" not in known:
-            self.window = 0
+        window = min(context, attention_window(self.model))
+        self.window = window if "position_ids" in known else 0
 
     def batches(self) -> Iterator[list[int]]:
         """Yield rows to answer together: of about one length, the longest first."""

@@ -38,6 +38,7 @@ Array = NDArray[np.float64]
 
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
+RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept")  # scores of answers that are either
 BITS: tuple[Score, ...] = ("bits", "smoothed")  # the less the better; per byte as they are printed
 
 
@@ -78,7 +79,7 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
 def item_scores(task: TaskScores, score: Score) -> Array:
     """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte nor
     smoothed. An `InputError` says where the scores hold no log-likelihoods."""
-    if score in ("accuracy", "kept"):
+    if score in RIGHT_OR_WRONG:
         return np.asarray(task.values, dtype=float)
     if not task.loglikelihoods:
         raise InputError(
@@ -111,7 +112,7 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
     An `InputError` says where the scores hold no floors.
     """
     count = len(dense.items)
-    if score in ("accuracy", "kept"):
+    if score in RIGHT_OR_WRONG:
         return np.full(count, dense.chance)
     if score in BITS and dense.unigram:
         codes = -np.asarray(dense.unigram) / LN2
@@ -146,14 +147,11 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
 def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> list[float]:
     """Return what each task counts in its dimension: 1, or where all of a dimension's tasks are
     right or wrong what the dense model has to keep of it, which pools their items."""
-    judged = [score_of(task, measure) in ("accuracy", "kept") for task in dense]
-    mixed = {task.dimension for task, one in zip(dense, judged, strict=True) if not one
-             and has_signal(task, measure)}  # fmt: skip
-    return [
-        1.0 if measure == "ratio" or task.dimension in mixed or not has_signal(task, measure)
-        else float(parts(task, task, measure).whole.sum())
-        for task in dense
-    ]  # fmt: skip
+    known = [task for task in dense if measure != "ratio" and has_signal(task, measure)]
+    mixed = {task.dimension for task in known if score_of(task, measure) not in RIGHT_OR_WRONG}
+    pooled = {task.name: float(parts(task, task, measure).whole.sum())
+              for task in known if task.dimension not in mixed}  # fmt: skip
+    return [pooled.get(task.name, 1.0) for task in dense]
 
 
 def is_anchored(score: Score, measure: Measure) -> bool:

@@ -186,11 +186,16 @@ def by_dimension(
 def mean_point(points: Sequence[Point], weights: Sequence[float] = ()) -> Point:
     """Return the weighted means of values and of their resamples, of those that are defined."""
     rows = np.stack([np.array([value, *drawn]) for value, drawn in points])
-    known = ~np.isnan(rows)
-    times = np.asarray(weights or [1.0] * len(rows))[:, None] * known
-    total, count = (np.where(known, rows, 0.0) * times).sum(0), times.sum(0)
-    means = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    means = nan_mean(rows, 0, np.asarray(weights or [1.0] * len(rows))[:, None])
     return float(means[0]), means[1:]
+
+
+def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
+    """Return the weighted mean of what is not nan along an axis; nan where nothing is."""
+    known = ~np.isnan(values)
+    times = weights * known
+    total, count = (np.where(known, values, 0.0) * times).sum(axis), times.sum(axis)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:

@@ -194,6 +194,11 @@ class Suite(BaseModel):
         """Every task by name, in the order written."""
         return {name: task for tasks in self.dimensions.values() for name, task in tasks.items()}
 
+    @property
+    def asks(self) -> bool:
+        """Whether any task asks for answers."""
+        return any(task.asked for task in self.tasks.values())
+
     def dimension_of(self, task: str) -> str:
         """Return the dimension a task belongs to."""
         return next(name for name, tasks in self.dimensions.items() if task in tasks)

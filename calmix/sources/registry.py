@@ -181,7 +181,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
 
     Raises SourceError for another name, with the nearest ones.
     """
-    known = {**builtin_sources(), **(own or {})}
+    known = {**_entries(), **(own or {})}
     if name in known:
         return known[name].placed()
     reader = local_file(name)

@@ -110,6 +110,8 @@ def test_an_asked_task_is_scored_and_its_answers_are_kept(tmp_path, monkeypatch)
     scores = evaluate(opened, suite)
     (task,) = scores.tasks
     assert scores.form == "worked examples"
+    opened.tokenizer.chat_template = "{{ raise_exception('a system turn comes first') }}"
+    assert evaluate(opened, suite).form == "worked examples"
     assert len(task.items) == len(task.answers) == len(task.ended) == 30
     assert sum(task.ended) == 22
     assert set(task.values) <= {0.0, 1.0}

@@ -10,7 +10,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -24,7 +24,15 @@ from calmix.pruning.solvers.grids import Grid, Rounding, Symmetric, check_group
 from calmix.pruning.solvers.surgeon import solve_columns
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of factorisations
-DAMPING = 0.01  # of a rounding with the mask held, as SparseGPT's
+DAMPING = 0.01
+Damping = Annotated[
+    float,
+    Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
+    ),
+]
 CACHED = 2**18  # weights worked on at a time on a CPU: larger buffers are asked of the system anew
 
 
@@ -199,12 +207,7 @@ class Quantiser(Method):
     bits: float = Field(
         default=0, ge=0, le=8, description="Bits a weight, as --bits says; 0: not said."
     )
-    damping: float = Field(
-        default=0.01,
-        gt=0,
-        allow_inf_nan=False,
-        description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
-    )
+    damping: Damping = DAMPING
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
         if pattern is None and not self.bits:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor
 
 from calmix.pruning.gram import Gram, inverse_factor
-from calmix.pruning.methods.base import Refitted, Solution
+from calmix.pruning.methods.base import DAMPING, Damping, Refitted, Solution
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers.grids import Grid, Symmetric
 from calmix.pruning.solvers.surgeon import BLOCK, solve_columns
@@ -27,12 +26,7 @@ class SparseGPT(Refitted):
     statistic = Gram
     work = 7, 8  # the factor and what makes it; the weights transposed, and a block's masks
 
-    damping: float = Field(
-        default=0.01,
-        gt=0,
-        allow_inf_nan=False,
-        description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
-    )
+    damping: Damping = DAMPING
 
     def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
