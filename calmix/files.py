@@ -33,7 +33,7 @@ RESULTS = {
     "calibration set": ("manifest.json", "calibration.safetensors"),
     "study results": ("study.json",),
     "study analysis": ("analysis.json", "ranking.csv"),
-    "study report": ("report.html", "brief.html"),
+    "study report": ("report.html", "summary.txt"),
 }
 KEPT = ("study store", "compressed model", "study results")  # which no --overwrite replaces
 

@@ -60,7 +60,7 @@ def analyse(options: AnalyseOptions) -> None:
 
 @verb("report", of=studies)
 def report(options: AnalyseOptions) -> None:
-    """One HTML page with figures, tables and a summary, and a brief one to pass on."""
+    """One HTML page with figures, tables and a summary."""
     from calmix.report import write_report
 
     folder = _folder(options, "report", "report.html")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from calmix.analysis import Analysis
 from calmix.analysis.cells import TOTAL
@@ -27,9 +26,8 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
 
     The same results and analysis give the same bytes.
     """
-    drawn = figures.brief_charts(analysis)
-    drawn += [one for each in analysis.conditions
-              for one in figures.condition_charts(analysis, each)]  # fmt: skip
+    drawn = [one for each in analysis.conditions
+             for one in figures.condition_charts(analysis, each)]  # fmt: skip
     with atomic_folder(folder) as beside:
         for name, text in pages(results, analysis).items():
             write_text(beside / name, text)
@@ -42,14 +40,10 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     """Return a report's texts by file name.
 
-    `report.html` has everything, `brief.html` a page of it; `summary.txt` is the same in words.
+    `report.html` has everything; `summary.txt` is the same in words.
     """
     summary = summarise(analysis)
     main = main_condition(analysis.conditions)
-    shared: dict[str, Any] = {
-        "results": results, "analysis": analysis, "summary": summary, "marks": MARKS,
-        "waiting": max(0, analysis.planned - analysis.finished - analysis.failed),
-    }  # fmt: skip
     seeds = max(len(each.cells.seeds) for each in analysis.conditions)
     facts = [
         *dict.fromkeys(each.condition.model for each in analysis.conditions),
@@ -67,13 +61,13 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     }  # fmt: skip
     return {
         "report.html": render(
-            "study.html", **shared, main=main, best=leaders(main.ranking), facts=facts,
+            "study.html", results=results, analysis=analysis, summary=summary, marks=MARKS,
+            waiting=max(0, analysis.planned - analysis.finished - analysis.failed),
+            main=main, best=leaders(main.ranking), facts=facts,
             conditions=[(each, told, figures.condition_charts(analysis, each))
                         for each, told in found],
-            slug=figures.slug, figures=FIGURES,
-            environment=flat(environment),
+            slug=figures.slug, figures=FIGURES, environment=flat(environment),
         ),
-        "brief.html": render("brief.html", **shared, charts=figures.brief_charts(analysis)),
         "summary.txt": summary_text(analysis) + "\n",
     }  # fmt: skip
 

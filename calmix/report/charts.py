@@ -1,4 +1,4 @@
-"""The chart kit: bars and dots, lines, heat maps, scatter plots; in a page and as files.
+"""The chart kit: bars and dots, heat maps, scatter plots; in a page and as files.
 
 Matplotlib draws with plain colours. In a page those of the theme become CSS variables, so that one
 drawing is right in light and dark. What an artist's tip says is carried by its group id.
@@ -26,7 +26,6 @@ INK, MUTED, GRID, PAPER = "#1a2230", "#5c6675", "#dde2e9", "#fefefe"
 # Okabe and Ito's colours, darkened a little for marks on white.
 COLOURS = ("#0a6fb1", "#b8730a", "#0b8a63", "#b0558e", "#8a6d00", "#c1440e")
 MARKERS = ("o", "s", "D", "^", "v", "P")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 STRATEGY_COLOURS = {
     "single": "#8a96a8",
     "mix": "#e07b1a",
@@ -108,26 +107,13 @@ class Row(NamedTuple):
     colour: str | None = None
 
 
-class Line(NamedTuple):
-    """A line of a chart, and what the mouse says over it."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str
-    dash: Any = "-"
-    marker: str = "o"
-    tip: str = ""
-
-
 class Panel(NamedTuple):
-    """One pair of axes: its lines or marks, and ticks with labels."""
+    """One pair of axes and its marks."""
 
     title: str
-    content: Sequence[Any]
+    content: Sequence[Mark]
     below: str = ""
     beside: str = ""
-    ticks: Sequence[tuple[float, str]] = ()
     note: str = ""
 
 
@@ -318,12 +304,12 @@ def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
                   solid_capstyle="butt")  # fmt: skip
 
 
-def _grid(panels: Sequence[Panel], height: float, columns: int, *, sharey: bool = False) -> Any:
+def _grid(panels: Sequence[Panel]) -> Any:
     """Return a figure and the axes of each panel, titled and labelled."""
-    columns = 1 if _narrow() else min(columns, len(panels))
+    columns = 1 if _narrow() else min(2 if len(panels) in (2, 4) else 3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = _figure(0.5 + height * lines)
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=sharey).ravel()
+    figure = _figure(0.5 + 2.75 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, panel in zip(grid, panels, strict=False):
         axes.set_title(words.short(panel.title, 24), pad=20 if panel.note else None)
         axes.annotate(panel.note, (0, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=9.5,
@@ -336,34 +322,9 @@ def _grid(panels: Sequence[Panel], height: float, columns: int, *, sharey: bool 
     return figure, grid[: len(panels)]
 
 
-def lines(
-    panels: Sequence[Panel], *, columns: int = 3, height: float = 2.6, sharey: bool = False,
-    least: float | None = None,
-) -> Any:  # fmt: skip
-    """Lines, a panel each; one legend for all."""
-    figure, grid = _grid(panels, height, columns, sharey=sharey)
-    named: dict[str, Key] = {}
-    for axes, panel in zip(grid, panels, strict=True):
-        for line in panel.content:
-            look = {"color": line.colour, "linestyle": line.dash, "marker": line.marker}
-            [drawn] = axes.plot(line.x, line.y, markersize=4, linewidth=1.6, **look)
-            _tip(drawn, line.tip)
-            named.setdefault(line.name, (words.short(line.name), line.colour,
-                                         {"linestyle": line.dash, "marker": line.marker,
-                                          "markersize": 4}))  # fmt: skip
-        if panel.ticks:
-            axes.set_xticks(*zip(*panel.ticks, strict=True))
-        else:
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        if least is not None:
-            axes.set_ylim(bottom=least)
-    _legend(figure, list(named.values()))
-    return figure
-
-
 def scatter(panels: Sequence[Panel], keys: Sequence[Key] = ()) -> Any:
     """Dots over a logarithmic axis, hollow or filled, some with their name beside them."""
-    figure, grid = _grid(panels, 2.75, 2 if len(panels) in (2, 4) else 3)
+    figure, grid = _grid(panels)
     for axes, panel in zip(grid, panels, strict=True):
         axes.margins(y=0.12)
         axes.set_xscale("log")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from calmix.analysis.statistics import LEAST
 from calmix.report import charts, words
 from calmix.report.charts import (
     COLOURS,
-    DASHES,
     DOT,
     INK,
     MARKERS,
@@ -27,30 +26,10 @@ from calmix.report.charts import (
     Cell,
     Chart,
     Key,
-    Line,
     Mark,
     Panel,
     Row,
 )
-from calmix.report.findings import (
-    AVERAGE,
-    MIXED,
-    TOP,
-    WROTE,
-    Kind,
-    by_model,
-    kinds,
-    pruned_to,
-)
-
-NEAR = 0.005  # half a point: text of any size that keeps this near the most keeps enough
-LINES: dict[str, tuple[str, Any]] = {
-    MIXED: (STRATEGY_COLOURS["mix"], "-"),
-    WROTE: (STRATEGY_COLOURS["igsp"], "-"),
-    TOP: (INK, "-"),
-    AVERAGE: (STRATEGY_COLOURS["single"], DASHES[1]),
-}
-Points = Mapping[str, Sequence[tuple[str, ConditionAnalysis]]]  # by model: label and condition
 
 
 def slug(text: str) -> str:
@@ -268,159 +247,4 @@ def _correlations(
             [[cell(metric, name) for name in columns] for metric in metrics],
             ramp="RdBu", low=-1, high=1,
         ),
-    )  # fmt: skip
-
-
-def _line(
-    name: str, known: Sequence[tuple[float, Estimate]], look: tuple[str, Any], tip: str
-) -> Line:
-    return Line(name, [x for x, _ in known], [100 * (one.value or 0) for _, one in known], *look,
-                tip=tip)  # fmt: skip
-
-
-# The brief page's
-
-
-def brief_charts(analysis: Analysis) -> list[Chart]:
-    """Return the brief page's charts, without those that the study has nothing for."""
-    first = by_model(analysis)
-
-    def alike(found: ConditionAnalysis, *free: str) -> list[ConditionAnalysis]:
-        """Return the conditions that differ from one in these alone."""
-        fields = {"method", "pattern", "propagation", "rows", "length", "suite", "model"} - {*free}
-        return [each for each in analysis.conditions if each.condition.rows
-                and all(getattr(each.condition, name) == getattr(found.condition, name)
-                        for name in fields)]  # fmt: skip
-
-    sparser = {
-        model: [
-            (f"{100 * each.condition.sparsity:g}", each)
-            for each in alike(found, "pattern")
-            if each.condition.unstructured
-        ]
-        for model, found in first.items()
-    }
-    better = {
-        model: [
-            (each.condition.series.replace(f", {model}", ""), each)
-            for each in alike(found, "method", "propagation")
-        ]
-        for model, found in first.items()
-    }
-    more = {model: [(str(each.condition.rows), each) for each in alike(found, "rows")]
-            for model, found in first.items()}  # fmt: skip
-    made = [
-        _kept(first),
-        _some_abilities(analysis, first),
-        _curves("brief-sparser", "What is kept as more is pruned", "weights pruned, %", sparser,
-                float),
-        _curves("brief-better", "What is kept by each method", "", better, _order(better).index),
-        _curves("brief-more", "What is kept by how much text", "rows of text", more,
-                lambda rows: math.log2(int(rows)), _enough),
-    ]  # fmt: skip
-    return [one for one in made if one is not None]
-
-
-def _kept(first: Mapping[str, ConditionAnalysis]) -> Chart | None:
-    made = {model: kinds(found) for model, found in first.items()}
-    if max(map(len, made.values())) < 2:
-        return None
-    own = {one.calibration for found in first.values() for one in found.ranking if one.halves}
-    starred = any(one.name in own for told in made.values() for one in told.values())
-    panels = {
-        f"{model}, {pruned_to(first[model])}": [
-            Row(f"{one.kind} ({words.short(one.name)}{'*' * (one.name in own)})",
-                [[_mark(one.kept, f"{model}, {one.kind} ({one.name})",
-                        STRATEGY_COLOURS[one.strategy], "bar")]])
-            for one in told.values()
-        ]
-        for model, told in made.items()
-    }  # fmt: skip
-    return Chart(
-        "brief-left", "What is kept, by kind of text",
-        "Mean over dimensions, with 95 % intervals. The highest set stands for its kind; the best "
-        "single source counts by what to expect of it."
-        + (" * holds other items of benchmarks that are scored here." if starred else ""),
-        "Bars: " + "; ".join(f"{model}, {one.kind} {words.percent(one.kept.value)} %"
-                             for model, told in made.items() for one in told.values()),
-        lambda: charts.bars(panels, "kept, % of the dense model's"),
-    )  # fmt: skip
-
-
-def _some_abilities(analysis: Analysis, first: Mapping[str, ConditionAnalysis]) -> Chart | None:
-    """The best set of each way and kind under the first model, by dimension."""
-    found = next(iter(first.values()))
-    seen: dict[tuple[str, str], Ranked] = {}
-    for one in found.ranking:
-        seen.setdefault((one.strategy, one.kind if one.strategy == "single" else ""), one)
-    if len(seen) < 2 or len(analysis.dimensions) < 2:
-        return None
-    made = _abilities(analysis, replace(found, ranking=tuple(seen.values())))
-    return replace(
-        made, name="brief-abilities", title="What each text keeps, by dimension",
-        caption="In percent of the dense model's, the best text of each kind; a corner marks what "
-        f"it keeps least of. {found.condition.model}, {pruned_to(found)}.",
-    )  # fmt: skip
-
-
-def _order(points: Points) -> list[str]:
-    """Return methods in one order for all models: by what sets that were run with all of them keep,
-    the least first."""
-    kept: dict[str, list[float]] = {}
-    for some in points.values():
-        names = [{one.calibration for one in each.ranking} for _, each in some]
-        common = set.intersection(*names)
-        for way, each in some:
-            kept.setdefault(way, []).extend(one.total.value or 0.0 for one in each.ranking
-                                            if one.calibration in common)  # fmt: skip
-    return sorted(kept, key=lambda way: sum(kept[way]) / max(1, len(kept[way])))
-
-
-Along = dict[str, list[tuple[str, dict[str, Kind]]]]  # by model: label and kinds of text
-
-
-def _enough(along: Along) -> str:
-    """Say how few rows keep nearly the most of any."""
-    enough = []
-    for model, some in along.items():
-        for kind in LINES:
-            kept = [(made[kind].kept.value or 0, rows) for rows, made in some if kind in made]
-            if len(kept) > 1:
-                rows = next(rows for value, rows in kept if value >= max(kept)[0] - NEAR)
-                enough.append(f"{model}, {kind}, {rows} rows")
-    return f" Fewest rows within half a point of the most: {words.listed(enough)}."
-
-
-def _curves(
-    name: str, title: str, below: str, points: Points, place: Callable[[str], float],
-    more: Callable[[Along], str] = lambda along: "",
-) -> Chart | None:  # fmt: skip
-    """Draw what is kept with each kind of text along an axis, a panel a model; single sources are
-    those that every condition has."""
-    panels: list[Panel] = []
-    along: Along = {}
-    for model, some in points.items():
-        if len(some) < 2:
-            continue
-        names = [{one.calibration for one in each.ranking if one.strategy == "single"}
-                 for _, each in some]  # fmt: skip
-        common = set.intersection(*filter(None, names)) if any(names) else set()
-        along[model] = [(label, kinds(each, common))
-                        for label, each in sorted(some, key=lambda one: place(one[0]))]  # fmt: skip
-        lines = []
-        for kind, look in LINES.items():
-            known = [(label, made[kind].kept) for label, made in along[model] if kind in made]
-            tip = ", ".join(f"{label} {words.with_span(kept)} %" for label, kept in known)
-            if known:
-                at = [(place(label), kept) for label, kept in known]
-                lines.append(_line(kind, at, look, f"{model}, {kind}: {tip}"))
-        ticks = [(place(label), label.replace(" + ", " +\n")) for label, _ in along[model]]
-        panels.append(Panel(model, lines, below, "" if panels else "kept, %", ticks))
-    single = any(TOP in made for some in along.values() for _, made in some)
-    return None if not panels else Chart(
-        name, title,
-        "Mean over dimensions, in percent of the dense model's."
-        + (" The same single sources all along." if single else "") + more(along),
-        f"Lines of {words.listed(LINES)} for {words.listed(along)}.",
-        lambda: charts.lines(panels, columns=len(panels), height=3.2, sharey=True),
     )  # fmt: skip

@@ -7,13 +7,12 @@ two claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import APART, TOTAL, Condition, method_name
+from calmix.analysis.cells import APART, TOTAL, Condition
 from calmix.analysis.correlations import Among, TradeOff
 from calmix.analysis.differences import BEST, SINGLES
 from calmix.analysis.gains import MEAN, Gain
@@ -28,10 +27,6 @@ NO_ANSWERS = (
     "abilities measures it."
 )
 MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
-MIXED, WROTE, TOP, AVERAGE, LOWEST = (
-    "a mix of sources", "text the model wrote", "the best single source",
-    "an average source", "the worst source",
-)  # fmt: skip
 COMPARED = (  # sets made one way, against sets made another way or a contender among the sources
     ("A mix keeps more than the best single source", "mix", BEST, TOTAL),
     ("The same on the benchmarks that neither holds text of", "mix", BEST, APART),
@@ -81,12 +76,12 @@ class Claim:
 
 @dataclass
 class Findings:
-    """Sentences about one condition or across several; `brief` says which set is best."""
+    """Sentences about one condition or across several; `best` says which set is best."""
 
     about: str
     found: list[str] = field(default_factory=list)
     not_found: list[str] = field(default_factory=list)
-    brief: str = ""
+    best: str = ""
 
     def say(self, found: bool, text: str) -> None:
         """Add a sentence to what was found or to what was not."""
@@ -95,10 +90,9 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is said of a study; `short` says what each model keeps."""
+    """All that is said of a study."""
 
     headline: str
-    short: tuple[str, ...]
     conditions: tuple[Findings, ...]
     methods: Findings
     claims: tuple[Claim, ...]
@@ -107,12 +101,9 @@ class Summary:
 
 def summarise(analysis: Analysis) -> Summary:
     """Return the sentences of an analysis."""
-    what = measured(analysis)
-    short = [_short(model, found, what) for model, found in by_model(analysis).items()]
     return Summary(
-        _headline(analysis), tuple(filter(None, [*short, _unmeasured(analysis).strip()])),
-        tuple(_condition(analysis, each) for each in analysis.conditions), _methods(analysis),
-        tuple(claims(analysis)), tuple(_certainty(analysis)),
+        _headline(analysis), tuple(_condition(analysis, each) for each in analysis.conditions),
+        _methods(analysis), tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
 
 
@@ -166,79 +157,12 @@ def _headline(analysis: Analysis) -> str:
     return text + _unmeasured(analysis)
 
 
-class Kind(NamedTuple):
-    """What is kept with one kind of text: the set that stands for it, and how it was made."""
-
-    kind: str
-    name: str
-    strategy: str
-    kept: Estimate
-
-
-def kinds(found: ConditionAnalysis, among: Collection[str] | None = None) -> dict[str, Kind]:
-    """Return what is kept with each kind of text, the highest set standing for its kind; `among`
-    are the single sources to look at. The best of them counts by its shrunken total."""
-    known = [one for one in found.ranking if one.total.value is not None]
-    sources = [one for one in known if one.strategy == "single"
-               and (among is None or one.calibration in among)]  # fmt: skip
-    made = []
-    for kind, how in ((MIXED, ("mix",)), (WROTE, ("self-written", "igsp", "self-cal", "sgs"))):
-        for one in [one for one in known if one.strategy in how][:1]:
-            made.append(Kind(kind, one.calibration, one.strategy, one.total))
-    for one in sources[:1]:
-        made.append(Kind(TOP, one.calibration, "single", one.shrunken))
-    if len(sources) > 1:
-        sets = [found.cells.sets.index(one.calibration) for one in sources]
-        kept = found.joint.estimate(found.joint.mean(sets, 0))
-        made.append(Kind(AVERAGE, words.counted(len(sources), "source"), "single", kept))
-        made.append(Kind(LOWEST, sources[-1].calibration, "single", sources[-1].total))
-    return {one.kind: one for one in made}
-
-
-def by_model(analysis: Analysis) -> dict[str, ConditionAnalysis]:
-    """Return the condition to look at first of every model."""
-    models: dict[str, list[ConditionAnalysis]] = {}
-    for each in analysis.conditions:
-        models.setdefault(each.condition.model, []).append(each)
-    return {model: main_condition(own) for model, own in models.items()}
-
-
-def pruned_to(found: ConditionAnalysis) -> str:
-    """Say what share of the weights is pruned."""
-    at = found.condition
-    share = f"{100 * at.sparsity:g} %" if at.unstructured else at.pattern.replace(":", " of ")
-    return f"{share} of its weights pruned"
-
-
-def _short(model: str, found: ConditionAnalysis, what: str) -> str:
-    made = [one for one in kinds(found).values() if one.kind != LOWEST]
-    if not made:
-        return f"{model}: nothing could be measured."
-    some = [f"{words.percent(one.kept.value)} % with {one.kind}" for one in made]
-    some[0] = some[0].replace("% with", f"% of its {what} with")
-    at = found.condition
-    how = f"by {method_name(at.method)}" + (
-        f" on {at.rows} rows of {at.length} tokens" if at.rows else ""
-    )
-    text = f"With {pruned_to(found)} {how}, {model} keeps {words.listed(some)}."
-    best = found.ranking[0]
-    if best.worst is not None and len(best.dimensions) > 1:
-        text += (
-            f" Even {best.calibration} keeps only {words.percent(best.lowest.value)} % in "
-            f"{best.worst}."
-        )
-    first, *ties = [one.calibration for one in leaders(found.ranking)]
-    if ties:
-        text += f" {words.some([first, *ties])} are tied."
-    return text + (f" {first} keeps the most." if not ties and len(found.ranking) > 1 else "")
-
-
 def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:
     told = Findings(each.condition.label)
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
-        told.brief = f"{words.which_is_best(ranked)}."
-        told.say(len(leaders(ranked)) == 1, told.brief)
+        told.best = f"{words.which_is_best(ranked)}."
+        told.say(len(leaders(ranked)) == 1, told.best)
     _contest(each, told)
     if len(each.ranking) > 1 and each.points and not each.correlations:
         kind = "single source" if analysis.settings.over == "single" else "calibration set"

@@ -20,7 +20,7 @@ def test_pages_are_readable_and_sort(
     assert calmix("report", compressed, compressed, "-o", several).code == 0
     for path, every, figures, texts in (
         (compressed / "card.html", True, 1, 60), (several, True, 1, 40),
-        (whole / "report.html", False, 6, 200), (whole / "brief.html", True, 3, 100),
+        (whole / "report.html", False, 6, 200),
     ):  # fmt: skip
         backs = set()
         for width, dark in ((1280, True), (1280, False), (390, False), (390, True)):

@@ -147,8 +147,8 @@ def test_a_report_that_lacks_a_page_and_what_is_no_result(
 ) -> None:
     copy = tmp_path / "report"
     shutil.copytree(made / "report", copy)
-    (copy / "brief.html").unlink()
-    assert "brief.html is missing" in calmix("doctor", "inspect", copy).line
+    (copy / "summary.txt").unlink()
+    assert "summary.txt is missing" in calmix("doctor", "inspect", copy).line
     assert "is no file that can be checked" in calmix("doctor", "inspect", made / "text.txt").line
     assert "holds nothing calmix has written" in calmix("doctor", "inspect", copy / "figures").line
 

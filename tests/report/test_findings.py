@@ -10,18 +10,7 @@ import pytest
 from calmix.analysis import Settings, analyse, recommend
 from calmix.analysis.ranking import leaders
 from calmix.report import MANY, pages, summarise, summary_text, words
-from calmix.report.findings import (
-    AVERAGE,
-    LOWEST,
-    MIXED,
-    TOP,
-    WROTE,
-    Claim,
-    Summary,
-    claims,
-    kinds,
-    measured,
-)
+from calmix.report.findings import Claim, Summary, claims, measured
 from calmix.study.results import StudyResults
 from tests.analysis.test_gains import BETTER, KEPT, PLAIN, TUNED, analysed
 from tests.synthetic import OTHERS, SLOPES, Plan, failed, full_plan, save, study, trial
@@ -65,19 +54,15 @@ def answers(results: StudyResults) -> list[list[str]]:
         best.append([one.calibration for one in sets])
         assert tuple(best[-1]) == advice.best
         sentence = words.which_is_best(each.ranking)
-        assert sentence in told.brief
+        assert sentence in told.best
         assert (sentence + "." in told.found, sentence + "." in told.not_found) == (
             len(sets) == 1, len(sets) > 1,
         )  # fmt: skip
         assert ("keeps the most" in sentence) == (len(sets) == 1)
         if each is found.conditions[0]:  # the main one here
             assert sentence in summary.headline
-            leads = [texts[name].split('<p class="lead">')[1].split("</p>")[0]
-                     for name in ("report.html", "brief.html")]  # fmt: skip
-            assert sentence in leads[0].replace(words.HOLD, " ")
-            assert ("tied" in leads[1], "keeps the most" in leads[1]) == (
-                len(sets) > 1, len(sets) == 1,
-            )  # fmt: skip
+            lead = texts["report.html"].split('<p class="lead">')[1].split("</p>")[0]
+            assert sentence in lead.replace(words.HOLD, " ")
             assert ("tied for the best total" in texts["report.html"]) == (len(sets) > 1)
     return best
 
@@ -256,25 +241,6 @@ def test_equal_sets_are_not_set_apart() -> None:
     told = of(study(small)).conditions[0]  # it is the items that leave it open
     assert any("but perhaps not on others" in line and "mix-8 (+" in line
                for line in told.not_found)  # fmt: skip
-
-
-def test_what_stands_for_a_kind_of_text() -> None:
-    lifts = LIFTS | {"igsp": ("igsp", 0.15)}
-    found = analyse(study(Plan(sources=("a", "b", "c"), others=lifts, seeds=(0,))), QUICK)
-    told = kinds(found.conditions[0])
-    assert list(told) == [MIXED, WROTE, TOP, AVERAGE, LOWEST]
-    assert (told[MIXED].name, told[WROTE].name) == ("mix-8", "igsp")
-    singles = [one for one in found.conditions[0].ranking if one.strategy == "single"]
-    assert told[TOP].kept == singles[0].shrunken
-    assert told[LOWEST].kept == singles[-1].total
-    mean = sum(one.total.value or 0 for one in singles) / len(singles)
-    assert told[AVERAGE].kept.value == pytest.approx(mean)
-    short = " ".join(summarise(found).short)
-    how = "With 60 % of its weights pruned by SparseGPT on 64 rows of 512 tokens"
-    assert short.startswith(f"{how}, builtin:smollm2-135m keeps ")
-    mixed = words.percent(told[MIXED].kept.value)
-    assert f"{mixed} % of its likelihood with a mix of sources" in short
-    assert "What the models write was not measured" in short
 
 
 def test_an_unfinished_study_says_so() -> None:

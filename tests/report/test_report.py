@@ -17,7 +17,6 @@ from tests.synthetic import SOURCES, Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
 KINDS = ("heat-map", "tasks", "ranking", "perplexity", "correlations", "correlations-within")
-BRIEF = ("left", "abilities", "sparser")
 
 
 def page_of(results: StudyResults) -> str:
@@ -27,12 +26,10 @@ def page_of(results: StudyResults) -> str:
 def test_every_figure_is_there_as_png_and_svg_and_in_the_page(whole: Path) -> None:
     labels = ("sparsegpt-50pct", "sparsegpt-60pct")
     names = {f"{kind}-{label}" for kind in KINDS for label in labels}
-    pages = dict.fromkeys(names, "report.html")
-    pages |= {f"brief-{kind}": "brief.html" for kind in BRIEF}
     kept = {path.name for path in (whole / "figures").iterdir()}
-    assert kept == {f"{name}.{kind}" for name in pages for kind in ("svg", "png")}
-    for name, page in pages.items():
-        text = (whole / page).read_text(encoding="utf-8")
+    assert kept == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    text = (whole / "report.html").read_text(encoding="utf-8")
+    for name in names:
         assert f'aria-labelledby="{name}-title {name}-desc"' in text
         root = ElementTree.parse(whole / "figures" / f"{name}.svg").getroot()
         assert root.findall(".//{http://www.w3.org/2000/svg}text")
@@ -106,8 +103,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
     one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
-    brief = len(BRIEF) - 1  # one sparsity alone
-    assert len(one) == 3 + 2 * (len(KINDS) + brief)
+    assert len(one) == 2 + 2 * len(KINDS)
     for path in one:
         twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == twin.read_bytes(), path.name
@@ -126,12 +122,11 @@ def test_what_the_study_says_is_shown_and_never_run() -> None:
         failed=(failed("x").model_copy(update={"error": evil}),),
     )  # fmt: skip
     found = analyse(results, QUICK.model_copy(update={"default": f"a{evil}"}))
-    for name in ("report.html", "brief.html"):
-        page = pages(results, found)[name]
-        assert page.count("<script>") == 1
-        assert "<script>alert" not in page
-        assert "<!--" not in page
-        assert "&lt;script&gt;" in page
+    page = pages(results, found)["report.html"]
+    assert page.count("<script>") == 1
+    assert "<script>alert" not in page
+    assert "<!--" not in page
+    assert "&lt;script&gt;" in page
 
 
 @pytest.mark.usefixtures("undrawn")
