@@ -31,11 +31,10 @@ RESULTS = {
     "checkpoint": ("calmix.json", "config.json"),
     "export": (EXPORT,),
     "calibration set": ("manifest.json", "calibration.safetensors"),
-    "study results": ("study.json",),
     "study analysis": ("analysis.json", "ranking.csv"),
     "study report": ("report.html", "summary.txt"),
 }
-KEPT = ("study store", "compressed model", "study results")  # which no --overwrite replaces
+KEPT = ("study store", "compressed model")  # which no --overwrite replaces
 
 
 def cache_dir() -> Path:

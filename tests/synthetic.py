@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from calmix.evaluation.records import TaskScores, rounded
+from calmix.evaluation.scores import CapabilityScores
 from calmix.files import write_json
-from calmix.study.export import FORMAT, ITEMS, KIND, RECORD
-from calmix.study.items import write_items
 from calmix.study.results import Estimate, FailedTrial, StudyResults, TaskOutcome, Trial
+from calmix.study.store import Entry, Index
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
 SOURCES = (
@@ -242,11 +242,33 @@ def interval(value: float | None, half: float = 0.04) -> Estimate:
 
 
 def save(results: StudyResults, folder: Path) -> Path:
-    """Write results as an export does, tables left out."""
-    folder.mkdir()
-    record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
-    write_json(folder / RECORD, record)
-    write_items(results, folder / ITEMS)
+    """Write results as the store of a study that ran, calibration sets left out."""
+    suite = {"hash": "h", **results.suite}
+    run = {"finished": "2026-01-01", "machine": "m", "system": "s", "threads": 1, "device": "cpu",
+           "dtype": "float32", "seconds": {"total": 1.0}, "versions": {}}  # fmt: skip
+
+    def keep(model: str, tasks: Any, path: Path, distance: Any = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        CapabilityScores(model, "f", "float32", suite, tasks, distance=distance).save(path)
+
+    dense = {model: f"d{number}" for number, model in enumerate(results.dense)}
+    for model, key in dense.items():
+        keep(model, results.dense[model], folder / f"dense/{key}.json")
+    for one in results.trials:
+        place = folder / "trials" / one.id
+        keep(one.model, results.scores[one.id], place / "scores.json", one.distance)
+        trial = one.model_dump(mode="json")
+        write_json(place / "result.json", {"trial": trial, "run": run, "dense": dense[one.model]})
+    for bad in results.failed:
+        (folder / "trials" / bad.id).mkdir(parents=True)
+        write_json(folder / "trials" / bad.id / "error.json", bad.model_dump(mode="json"))
+    entries = [Entry(id=one.id, label=one.id, key=[one.model, one.calibration], set=None)
+               for one in results.trials]  # fmt: skip
+    entries += [Entry(id=bad.id, label=bad.label, key=["m", "c"], set=None)
+                for bad in results.failed]  # fmt: skip
+    index = Index(name=results.name, text=results.text, suite=suite, trials=entries)
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "store.json", index.model_dump())
     return folder
 
 

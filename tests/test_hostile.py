@@ -1,20 +1,15 @@
 """Files made to do harm: refused in one line, quickly, and nothing outside is read or written."""
 
-import io
 import json
 import shutil
 import time
-import zipfile
 
-import numpy as np
 import pytest
 
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
 from calmix.models.shards import read_header, weight_files
 from calmix.sources.readers import LINE, LocalFile
-from calmix.study import items
-from calmix.study.items import SHARED, read_items
 from calmix.study.store import open_store
 
 DEEP = "[" * 20_000
@@ -137,26 +132,6 @@ def test_code_beside_a_model_does_not_run_unasked(calmix, tmp_path, model):
     assert ended.line
     assert calmix("calibrate", "python-docs", "-m", model, "-o", tmp_path / "set").code == 2
     assert not harm.exists()
-
-
-def test_exported_scores_hold_no_pickles_and_do_not_unpack_without_end(tmp_path, monkeypatch):
-    array = io.BytesIO()
-    np.save(array, np.array([print, 1], dtype=object), allow_pickle=True)
-    shared = {"models": {"m": [{"name": "t", "dimension": "d", "metric": "acc", "items": ["a"]}]}}
-    path = tmp_path / "items.npz"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(SHARED, json.dumps(shared | {"trials": {}}))
-        archive.writestr("dense/m/t/values.npy", array.getvalue())
-        archive.writestr("dense/m/t/loglikelihoods.npy", array.getvalue())
-    with pytest.raises(InputError):
-        read_items(path)
-    assert items.LARGEST == 1 << 30
-    monkeypatch.setattr(items, "LARGEST", 1 << 20)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(SHARED, json.dumps({"models": {}, "trials": {}}))
-        archive.writestr("big", bytes(1 << 20))
-    with pytest.raises(InputError, match="unpacks to"):
-        read_items(path)
 
 
 def store(path, **changes):

@@ -222,8 +222,8 @@ def _cells(
                 f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
                 f"differ in nothing the analysis knows (one is {trial.id})"
             )
-    dense = _scores(results, results.dense, condition.model)
-    pruned = [_scores(results, results.scores, trial.id) for trial in trials]
+    dense = results.dense[condition.model]
+    pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:
         check_paired(dense, scores)
     tasks, items, values = _measured(dense, pruned, measure)
@@ -253,14 +253,6 @@ def _cells(
          for name, field in (("kl", "kl_mean"), ("top1", "top1"))} | {"flips": mean(flips)},
         metrics, nan_mean(table(information), 1),
     )  # fmt: skip
-
-
-def _scores(results: StudyResults, kept: Any, name: str) -> tuple[TaskScores, ...]:
-    if name not in kept:
-        raise InputError(
-            f"study {results.name} holds no items' scores of {name}: run or export it again"
-        )
-    return kept[name]
 
 
 def _distance(trials: Sequence[Trial], dimensions: Sequence[str], field: str) -> list[list[float]]:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -30,7 +29,6 @@ from calmix.analysis.statistics import LEVEL, Array
 from calmix.evaluation.measures import Z
 from calmix.options import Measure, Over
 from calmix.study.results import StudyResults
-from calmix.study.trials import Condition, Planned, condition_names
 
 POWER = 0.80
 Z_POWER = 0.8416212335729143  # normal quantile of it
@@ -182,34 +180,3 @@ def noises(
         for cells in tables(results, trials, measure)
         for one in noise_of(joint(cells, resamples=2, seed=0))  # noise needs no resamples
     ]
-
-
-def reach(planned: Sequence[Planned], results: StudyResults) -> list[dict[str, Any]]:
-    """Return what planned trials will detect, by the noise that an earlier study found under the
-    same condition (model by its label); degrees of freedom are those of the plan.
-
-    For each condition and number of seeds, differences in the total on these items and for others
-    too; None without a set of two seeds, or noise of the earlier study.
-    """
-    found = []
-    groups: dict[Condition, Counter[str]] = {}
-    for trial in planned:
-        if trial.rows:
-            groups.setdefault(trial.condition, Counter())[trial.calibration] += 1
-    names = condition_names(groups)
-    for condition, counts in groups.items():
-        freedom = sum(count - 1 for count in counts.values())
-        alike = tuple(
-            t for t in results.trials
-            if (t.model, t.method, t.pattern, t.rows, t.length, t.propagation) == condition
-        )  # fmt: skip
-        own = noises(results.model_copy(update={"trials": alike})) if alike else []
-        total = next((one for one in own if one.kind == "total" and one.draw is not None), None)
-        for draws in sorted(set(counts.values())):
-            ends: list[float | None] = [None, None]
-            if total is not None and total.draw is not None and freedom:
-                ends = [detectable(draws, total.draw, freedom, item)
-                        for item in (0.0, total.item or 0.0)]  # fmt: skip
-            found.append({"condition": names[condition], "draws": draws, "on_these": ends[0],
-                          "with_items": ends[1]})  # fmt: skip
-    return found

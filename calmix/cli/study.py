@@ -1,4 +1,4 @@
-"""`study`: many trials from one file: written, checked, run and exported."""
+"""`study`: many trials from one file: written, checked, planned and run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calmix.cli.common import line, note, percent, print_json, result, size
+from calmix.cli.common import line, note, print_json, result, size
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, write_text
-from calmix.options import Json, Options, TrialOptions, option, path_option
+from calmix.options import Json, Options, TrialOptions, option
 from calmix.progress import Progress, duration
 
 if TYPE_CHECKING:
     from calmix.study.results import Trial
     from calmix.study.running import Execute, Observer
-    from calmix.study.spec import Study
     from calmix.study.trials import Resolved
 else:  # torch is imported once a verb needs it
     Observer = object
@@ -45,9 +44,6 @@ class InitOptions(Options):
 
 class PlanOptions(OfFile):
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1.")
-    power: Path | None = option(
-        None, "An earlier study, whose noise says what seeds resolve.", metavar="STUDY"
-    )
 
 
 class RunOptions(TrialOptions, OfFile):
@@ -75,11 +71,6 @@ class RunOptions(TrialOptions, OfFile):
     retries: int | None = option(
         None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
     )
-
-
-class ExportOptions(Options):
-    store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE")
-    output: Path = path_option("Folder to write to.")
 
 
 @verb("init", of=studies)
@@ -121,11 +112,9 @@ def plan(options: PlanOptions) -> None:
     from calmix.study.spec import load_study
 
     study = load_study(options.study)
-    reached = [] if options.power is None else _reach(study, options.power)
     found = estimate(study, options.device)
     if options.as_json:
-        power = {} if options.power is None else {"power": reached}
-        print_json({"study": study.file.name, **found, **power})
+        print_json({"study": study.file.name, **found})
         return
     rows = []
     for each in found["groups"]:
@@ -147,31 +136,6 @@ def plan(options: PlanOptions) -> None:
     )
     for text in found["notes"]:
         line(f"note: {text}")
-    if reached:
-        points = [
-            {
-                "condition": one["condition"], "draws": one["draws"],
-                "these items": percent(one["on_these"]),
-                "other items too": percent(one["with_items"]),
-            }
-            for one in reached
-        ]  # fmt: skip
-        title = "differences of totals that 80 % of studies detect, in points (-: unknown)"
-        print_table(points, title=title)
-
-
-def _reach(study: Study, earlier: Path) -> list[dict[str, Any]]:
-    from calmix.analysis.power import reach
-    from calmix.study.export import read_results
-    from calmix.study.trials import plan
-
-    results = read_results(earlier)
-    if results.suite.get("hash") != study.suite.hash:
-        raise InputError(
-            f"the noise in {earlier} is of another suite ({results.suite.get('name')}) or version "
-            f"of it: this study has {study.suite.name}"
-        )
-    return reach(plan(study), results)
 
 
 @verb("run", of=studies)
@@ -247,15 +211,6 @@ def status(options: OfStore) -> None:
     print_table(rows, title=f"study {name}", text=["trial", "note"], least=[])
     work = f"; {duration(ahead)} of work left" if left and ahead is not None else ""
     line(", ".join(f"{count} {name}" for name, count in counts.items() if count) + work)
-
-
-@verb("export", of=studies)
-def export(options: ExportOptions) -> None:
-    """Write the results to a folder that needs no store: study.json and the table."""
-    from calmix.study.export import export_results
-
-    for path in export_results(options.store, options.output):
-        note(f"wrote {path}")
 
 
 def outcome_line(trial: Trial) -> str:

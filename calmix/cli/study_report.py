@@ -27,7 +27,7 @@ MANY = 999  # seeds, or times the items: more are not counted out
 class StudyOptions(Json):
     """Which trials of a study are looked at, and by what."""
 
-    study: Path = option(..., "A study's folder, running or exported.", argument=True)
+    study: Path = option(..., "A study's results folder.", argument=True)
     method: str | None = option(None, "Only trials of this pruning method.")
     sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")
     measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")

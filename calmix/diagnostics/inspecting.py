@@ -33,7 +33,6 @@ from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX
 from calmix.pruning.work import read_record as read_work
 from calmix.recovery.chain import PRUNED, STAGES
-from calmix.study.export import read_results
 from calmix.study.store import open_store
 
 CARD = "README.md"  # written beside a model later, by whoever describes it
@@ -275,11 +274,6 @@ def _store(folder: Path, health: Health, say: Say) -> None:
         health.problems += inspect(place, tick=say).problems
 
 
-def _results(folder: Path, health: Health, say: Say) -> None:
-    found = read_results(folder)
-    health.facts = {"study": found.name, "trials": len(found.trials), "planned": found.planned}
-
-
 def _analysis(folder: Path, health: Health, say: Say) -> None:
     found = read_object(folder / "analysis.json", f"there is no analysis in {folder}")
     health.facts = {
@@ -387,7 +381,6 @@ CHECKS: dict[str, Check] = {
     "checkpoint": _checkpoint,
     "export": _export,
     "calibration set": _calibration,
-    "study results": _results,
     "study analysis": _analysis,
     "study report": _report,
     "unfinished work": _work,

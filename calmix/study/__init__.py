@@ -1,6 +1,5 @@
 """Studies: a grid of trials from one file, run here or on a cluster, kept in a store."""
 
-from calmix.study.export import export_results as export_results
 from calmix.study.export import read_results as read_results
 from calmix.study.results import StudyResults as StudyResults
 from calmix.study.running import run_study as run_study

@@ -1,4 +1,4 @@
-"""Read what a study found, from its store or an exported folder, and write it as one table."""
+"""Read what a study found from its store, and write it as one table."""
 
 from __future__ import annotations
 
@@ -8,23 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, text_metrics
-from calmix.errors import InputError, first_line
 from calmix.evaluation.scores import load_scores
-from calmix.files import (
-    check_apart,
-    check_writable,
-    parse_json,
-    write_bytes,
-    write_json,
-    write_text,
-)
-from calmix.study.items import read_items, write_items
+from calmix.files import write_bytes, write_text
 from calmix.study.results import Estimate, StudyResults, Trial
-from calmix.study.store import Run, Store, is_store, open_store
+from calmix.study.store import Run, Store, open_store
 
-KIND, FORMAT = "study results", 2
-RECORD, CSV, PARQUET = "study.json", "results.csv", "results.parquet"
-ITEMS = "items.npz"
+CSV, PARQUET = "results.csv", "results.parquet"
 KEYS = ("machine", "system", "threads", "device", "dtype")  # of a run
 MIXED = ", "  # between values of what differed
 OF_TRIAL = (
@@ -38,46 +27,34 @@ OF_TASK = (
 
 
 def read_results(path: Path | str) -> StudyResults:
-    """Return what a study has found so far, from its store or from an exported folder."""
-    path = Path(path)
-    if is_store(path) or not (path / RECORD).is_file():
-        return _of_store(open_store(path))
-    try:
-        kept = parse_json((path / RECORD).read_text(encoding="utf-8"))
-        if kept.pop("kind") != KIND:
-            raise ValueError("it is of another kind")
-        if (found := kept.pop("format")) == FORMAT:
-            results = StudyResults.model_validate(kept)
-            scores, dense = read_items(path / ITEMS)
-            return results.model_copy(update={"scores": scores, "dense": dense})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        line = f"{path / RECORD} does not hold a study's results: {first_line(error)}"
-        raise InputError(line) from error
-    raise InputError(
-        f"{path / RECORD} has format {found}, but this calmix reads format {FORMAT}: export again"
+    """Return what a study has found so far, from its store."""
+    store = open_store(Path(path))
+    states = {entry.id: store.state(entry.id) for entry in store.entries}
+    done = [entry for entry in store.entries if states[entry.id] == "finished"]
+    kept = {entry.id: store.result(entry.id) for entry in done}
+    scored = {entry.id: store.scores(entry.id) for entry in done}
+    extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
+    trials = []
+    for entry in done:
+        trial, distance = kept[entry.id].trial, scored[entry.id].distance
+        information = trial.information | extra.get(entry.set or "", {})
+        trials.append(trial.model_copy(update={"information": information, "distance": distance}))
+    failed = [store.read_failure(name) for name, state in states.items() if state == "failed"]
+    dense = {record.trial.model: record.dense for record in kept.values()}
+    return StudyResults(
+        name=store.index.name,
+        text=store.index.text,
+        planned=len(store.entries),
+        trials=tuple(trials),
+        failed=tuple(failed),
+        environment=environment([record.run for record in kept.values()]),
+        suite=store.index.suite,
+        scores={name: one.tasks for name, one in scored.items()},
+        dense={label: load_scores(store.dense(key)).tasks for label, key in dense.items()},
     )
 
 
-def export_results(store: Path | str, folder: Path | str) -> list[Path]:
-    """Write a study's results to a folder, and return the files.
-
-    `study.json` and `items.npz` (log-likelihoods of every choice) are all of `StudyResults`, from
-    which `read_results` reads without the store; `results.csv` and `results.parquet` have a row
-    per trial and task. The same results give the same bytes.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: name a folder for the results")
-    check_apart(folder, [store])
-    check_writable(folder / RECORD)
-    results = read_results(store)
-    record = {"kind": KIND, "format": FORMAT, **results.model_dump(mode="json")}
-    write_json(folder / RECORD, record)
-    write_items(results, folder / ITEMS)
-    return [folder / RECORD, folder / ITEMS, *write_tables(results, folder)]
-
-
-def write_tables(results: StudyResults, folder: Path) -> list[Path]:
+def write_tables(results: StudyResults, folder: Path) -> None:
     """Write the table of `tidy` as `results.csv` and `results.parquet`."""
     import pandas as pd
 
@@ -85,7 +62,6 @@ def write_tables(results: StudyResults, folder: Path) -> list[Path]:
     write_text(folder / CSV, table.to_csv(index=False))
     table.to_parquet(content, index=False)
     write_bytes(folder / PARQUET, content.getvalue())
-    return [folder / CSV, folder / PARQUET]
 
 
 def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
@@ -121,32 +97,6 @@ def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
                 **distance("dimension_", far["dimensions"].get(task.dimension)),
                 **information,
             }
-
-
-def _of_store(store: Store) -> StudyResults:
-    states = {entry.id: store.state(entry.id) for entry in store.entries}
-    done = [entry for entry in store.entries if states[entry.id] == "finished"]
-    kept = {entry.id: store.result(entry.id) for entry in done}
-    scored = {entry.id: store.scores(entry.id) for entry in done}
-    extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
-    trials = []
-    for entry in done:
-        trial, distance = kept[entry.id].trial, scored[entry.id].distance
-        information = trial.information | extra.get(entry.set or "", {})
-        trials.append(trial.model_copy(update={"information": information, "distance": distance}))
-    failed = [store.read_failure(name) for name, state in states.items() if state == "failed"]
-    dense = {record.trial.model: record.dense for record in kept.values()}
-    return StudyResults(
-        name=store.index.name,
-        text=store.index.text,
-        planned=len(store.entries),
-        trials=tuple(trials),
-        failed=tuple(failed),
-        environment=environment([record.run for record in kept.values()]),
-        suite=store.index.suite,
-        scores={name: one.tasks for name, one in scored.items()},
-        dense={label: load_scores(store.dense(key)).tasks for label, key in dense.items()},
-    )
 
 
 def environment(runs: list[Run]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The records of a study, the same from a live store and from an exported folder."""
+"""The records of a study."""
 
 from __future__ import annotations
 

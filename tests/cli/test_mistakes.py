@@ -57,7 +57,6 @@ VERBS = {
     "study plan": "{study}",
     "study run": "{study}",
     "study status": "{results}",
-    "study export": "{results}",
     "study power": "{results}",
     "study analyse": "{results}",
     "study report": "{results}",
@@ -78,7 +77,7 @@ OUTPUTS = {
     "calibrate draw": ("-o", ""), "calibrate measure": ("-o", ".json"),
     "evaluate run": ("-o", ".json"), "evaluate answers": ("-o", ".json"),
     "report": ("-o", ".html"), "study init": ("", ".yaml"), "study run": ("-o", ""),
-    "study export": ("-o", ""), "study analyse": ("-o", ""), "study report": ("-o", ""),
+    "study analyse": ("-o", ""), "study report": ("-o", ""),
     "doctor rerun": ("-o", ""),
 }  # fmt: skip
 # What takes room on the disk that is known before.
@@ -230,7 +229,7 @@ def wrong_outputs(verb: str, words: list[str], files: dict[str, Path]) -> Iterat
     given = [Path(word) for word in words if word in set(map(str, files.values()))]
     for path in given:
         if verb == "report":
-            yield at(path / "study.json"), "is the input"
+            yield at(path / "store.json"), "is the input"
         elif path.is_dir() or path.suffix == ending:
             yield at(path / f"x{ending}" if path.is_dir() else path), "the input"
         if not ending and verb != "study run":

@@ -35,7 +35,7 @@ KINDS = {
     "cut": ("unfinished prune", None),
     "both.stages": ("unfinished prune and recovery", "calibration/calibration.safetensors"),
     "measured.json": ("measurement", None),
-    "results": ("study results", "study.json"),
+    "results": ("study store", "store.json"),
     "analysis": ("study analysis", None),
     "report": ("study report", None),
 }

@@ -117,7 +117,6 @@ def make(folder: Path) -> None:
     results = synthetic.study(
         synthetic.Plan(sources=synthetic.SOURCES[:2], seeds=(0,), dimensions=("general", "code"))
     )
-    synthetic.save(results, folder / "export")
     name, tasks = next(iter(results.dense.items()))
     versions = {"calmix": "0"}
     suite_told = {"name": "made", "version": 1, "hash": "0" * 64}
@@ -354,8 +353,6 @@ KINDS = {
     "store": Kind("store/store.json", "json", _read_results("store")),
     "result": Kind("store/trials/t0/result.json", "json", _read_results("store")),
     "trial-scores": Kind("store/trials/t0/scores.json", "json", _read_results("store")),
-    "export": Kind("export/study.json", "json", _read_results("export")),
-    "items": Kind("export/items.npz", "binary", _read_results("export")),
     "gguf": Kind("tiny.gguf", "binary", _dequantised, 0.5),
     "safetensors": Kind("model/model.safetensors", "binary", _model),
     "config": Kind("model/config.json", "json", _model),

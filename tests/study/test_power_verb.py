@@ -1,4 +1,4 @@
-"""`study power` and `study plan --power`: what they print, and one line for every mistake."""
+"""`study power`: what it prints, and one line for every mistake."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from calmix.analysis import power as module
-from calmix.analysis.power import detectable, needed
+from calmix.analysis.power import needed
 from calmix.study import load_study, run_study
 from tests.study.conftest import writer
 from tests.study.test_running import Recorder
@@ -93,28 +93,6 @@ def test_nothing_finished_is_one_line(
     bare = shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("trials"))
     line = calmix("study", "power", bare).line
     assert "has no finished trials (6 planned): run it first" in line
-
-
-def test_a_plan_says_what_its_draws_will_tell_apart(
-    calmix: Callable[..., Any], store: Path, tiny_study: Write, made_up: list[Noise]
-) -> None:
-    path = tiny_study(
-        more="grids: [{seeds: [0]}, {seeds: [1, 2], calibrations: [mix, code]}]\n", name="new.yaml"
-    )
-    ended = calmix("study", "plan", path, "--power", store)
-    assert ended.code == 0, ended.err
-    lines = [line.split() for line in ended.out.rstrip().splitlines()[-4:]]
-    # Four degrees of freedom: two sets of three draws, one of one.
-    on_these, other = (100 * detectable(3, 0.012, 4, item) for item in (0.0, 0.003))
-    assert lines[0][:3] == ["sparsegpt", "60%", "1"]
-    assert lines[1] == ["sparsegpt", "60%", "3", f"{on_these:.1f}", f"{other:.1f}"]
-    # Wanda was not run: nothing is made up.
-    assert lines[3] == ["wanda", "2:4", "3", "-", "-"]
-    told = json.loads(calmix("study", "plan", path, "--power", store, "--json").out)
-    assert told["power"][1]["on_these"] == pytest.approx(on_these / 100)
-    other_suite = tiny_study(("name: tiny", "name: tiny\nlimit: 2"), name="other.yaml")
-    ended = calmix("study", "plan", other_suite, "--power", store)
-    assert "is of another suite (made)" in ended.line
 
 
 def test_the_noise_of_a_real_study(calmix: Callable[..., Any], store: Path) -> None:

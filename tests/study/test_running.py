@@ -26,7 +26,7 @@ from calmix.pruning.allocation import spread
 from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
-from calmix.study import export_results, load_study, read_results, run_study
+from calmix.study import load_study, read_results, run_study
 from calmix.study.running import Observer, chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
@@ -353,35 +353,21 @@ def test_patterns_choose_trials(ran: Ran) -> None:
         chosen_trials(trials, ["x"], [])
 
 
-def test_results_read_the_same_from_an_exported_folder(ran: Ran, tmp_path: Path) -> None:
-    store = ran[1]
-    files = export_results(store, tmp_path / "out")
-    assert [file.name for file in files] == [
-        "study.json", "items.npz", "results.csv", "results.parquet",
-    ]  # fmt: skip
-    assert read_results(tmp_path / "out") == read_results(store)
-    export_results(store, tmp_path / "again")
-    for file in files:
-        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+def test_results_are_a_table_beside_the_store(ran: Ran, tmp_path: Path) -> None:
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    store = ran[1]
+    rows = pyarrow.parquet.read_table(store / "results.parquet").to_pylist()
     assert len(rows) == 6 * 3
     first = read_results(store).trials[0]
     assert [row["task"] for row in rows[:3]] == [task.task for task in first.tasks]
     assert rows[0]["total"] == first.total.value
     assert rows[0]["info_perplexity"] == first.information["perplexity"]
-    lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    lines = (store / "results.csv").read_text().splitlines()
     assert len(lines) == 19
     assert lines[0].split(",")[:4] == ["study", "id", "model", "calibration"]
     with pytest.raises(InputError, match="not a study store"):
         read_results(tmp_path)
-    (tmp_path / "out" / "study.json").write_text('{"kind": "study results", "format": 7}')
-    with pytest.raises(InputError, match="has format 7"):
-        read_results(tmp_path / "out")
-    (tmp_path / "out" / "study.json").write_text("{}")
-    with pytest.raises(InputError, match="does not hold a study"):
-        read_results(tmp_path / "out")
 
 
 def test_coverage_and_mismatch_compare_with_the_single_sources(

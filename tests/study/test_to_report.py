@@ -27,7 +27,7 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(
     assert strategies == {"single", "mix"}
     assert calmix("study", "recommend", store).out.count("take ") == 1
     assert "finished: 6" in calmix("doctor", "inspect", store).out
-    # A distance to the dense model beside the scores goes with the trial, here into the export.
+    # A distance to the dense model beside the scores goes with the trial, here into the table.
     one = sorted((store / "trials").iterdir())[0]
     scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))
     assert scores["distance"] is None  # the tiny suite has no texts
@@ -36,8 +36,8 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(
                           "total": {"kl_mean": 1.75, "top1": 0.5}}  # fmt: skip
     (one / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     # What was written lies inside the store, and the store stays one.
-    assert calmix("study", "export", store, "-o", tmp_path / "out").code == 0
-    again = json.loads(calmix("study", "analyse", tmp_path / "out", "--json").out)
+    assert "0 of 6 trials to run" in calmix("study", "run", path, "-o", store).err
+    again = json.loads(calmix("study", "analyse", store, "--json").out)
     rows = [row for each in again["conditions"] for row in each["ranking"]]
     far = [row["distance"]["kl"]["total"] for row in rows]
     assert [value for value in far if value is not None] == [1.75]
@@ -45,11 +45,10 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(
         for row in each["ranking"]:
             del row["distance"]
     assert again == told
-    with (tmp_path / "out" / "results.csv").open() as file:
+    with (store / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     kept = [(row["kl"], row["dimension_kl"], row["dimension_top1"]) for row in rows
             if row["id"] == one.name]  # fmt: skip
     assert kept
     assert set(kept) == {("1.75", "1.25", "0.5")}
     assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
-    assert "0 of 6 trials to run" in calmix("study", "run", path, "-o", store).err
