@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 EVERY = 30.0  # seconds between lines where nobody looks on
 OFTEN = 0.2  # between changes in a notebook
+WIDE = 32  # characters of what is done inside a stage
 
 
 def duration(seconds: float) -> str:
@@ -85,7 +87,7 @@ class Progress:
             left: seconds that are left, where that is known better than by the share.
         """
         if Progress._over is not None and Progress._over is not self:
-            Progress._over.part()
+            Progress._over.part(text)
             return
         key, now = key or text, time.monotonic()
         since = now - self._since.setdefault(key, now)
@@ -134,14 +136,16 @@ class Stages(Progress):
         self._at, self._start = self._names.index(name), now
         self.part()
 
-    def part(self) -> None:
-        """Show how far the stage will be by now."""
+    def part(self, inside: str = "") -> None:
+        """Show how far the stage will be by now, and what is done inside it."""
         before, own = sum(self._expected[: self._at]), self._expected[self._at]
         pace = self._taken / before if min(self._taken, before) > 1 else 1.0
         spent = (time.monotonic() - self._start) / pace
-        done = min(0.95 * own, spent)
+        # Past 70 % of its time a stage slows down and never stands: it may take longer than thought.
+        done = spent if spent <= 0.7 * own else own * spent / (spent + 0.3 * own)
         whole = sum(self._expected)
         text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
+        text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
         if whole:
             self.show(text, (before + done) / whole, "all", pace * (whole - before - done))
         else:  # nothing is known of the time

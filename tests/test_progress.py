@@ -69,11 +69,27 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(
             show(2, 4)
     texts = [text for text, _, _ in view.drawn]
     assert texts[0] == "estimating"
-    assert set(texts[1:]) == {"1/3 draw", "2/3 prune"}
+    assert set(texts[1:]) == {"1/3 draw", "2/3 prune", "2/3 prune: pruning blocks"}
     assert view.drawn[1][2] == "2 min left"
     assert view.drawn[-1][1] == pytest.approx(0.4)
     assert view.drawn[-1][2] == "2 min left"  # 30 s and 30 s, twice
     assert Progress._over is None
+
+
+def test_a_stage_that_takes_longer_than_thought_never_stands_still(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Stages(["prune", "evaluate"]) as bar:
+        bar.expect({"prune": 10.0, "evaluate": 10.0})
+        bar.begin("prune")
+        for _ in range(8):
+            now[0] += 5
+            bar.part("a text of the block that is now pruned, and more")
+    shares = [share for _, share, _ in view.drawn]
+    assert all(a < b < 0.5 for a, b in zip(shares, shares[1:], strict=False))
+    assert view.drawn[-1][0] == "1/2 prune: a text of the block that is..."
 
 
 def test_stages_of_unknown_length_have_no_share_and_nothing_left(view: View) -> None:

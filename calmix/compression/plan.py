@@ -56,6 +56,7 @@ class Effort:
 
 
 QUICK = {"quick": True}
+LITTLE = {"quick": True, "limit": 25}
 
 
 def guarded(suite: str) -> str:
@@ -64,7 +65,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 25}, QUICK),
+    "quick": Effort(32, ("distill",), 1, LITTLE, LITTLE),
     "standard": Effort(64, ("distill",), 2, {}, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
