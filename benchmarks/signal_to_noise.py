@@ -2,12 +2,12 @@
 
     python benchmarks/signal_to_noise.py STORE [--sparsity 0.6] [--agreement 0.5] [--method ...]
 
-STORE is a study, run or exported, with sets that were drawn twice or more. First, for the suite's
-own scores: signal (spread of the sets), noise of one draw and of the items, their ratio, and the
-draws of each set that tell 2 points and 1 point apart (80 % power), of the total, the dimensions
-and the tasks. Then, for every task with choices, the ratio under each score it could be judged
-by, and how far that score puts the sets in the order in which accuracy puts them (Spearman), at
-the sparsity `--agreement`, where accuracy has most to tell. Signal is over all sets.
+STORE is a study with sets that were drawn twice or more. First, for the suite's own scores: signal
+(spread of the single sources), noise of one draw and of the items, their ratio, and the draws of
+each set that tell 2 points and 1 point apart (80 % power), of the total, the dimensions and the
+tasks. Then, for every task with choices, the ratio under each score it could be judged by, and how
+far that score puts the sets in the order in which accuracy puts them (Spearman), at the sparsity
+`--agreement`, where accuracy has most to tell.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SCORES: tuple[Score, ...] = ("bits", "smoothed", "probability", "margin", "accur
 
 
 def ratio(noise: Noise) -> float | None:
-    """Signal between all sets over the noise of one trial: its draw and its items."""
-    if noise.signal_all is None or noise.draw is None or noise.item is None:
+    """Signal between single sources over the noise of one trial: its draw and its items."""
+    if noise.signal is None or noise.draw is None or noise.item is None:
         return None
-    return noise.signal_all / math.sqrt(noise.draw**2 + noise.item**2 / 2)
+    return noise.signal / math.sqrt(noise.draw**2 + noise.item**2 / 2)
 
 
 def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
@@ -56,7 +56,7 @@ def overview(results: StudyResults, method: str, sparsity: str, measure: Measure
         name = one.quantity if one.kind != "task" else f"  {one.quantity}"
         print(
             form.format(
-                name, one.items, number(one.signal_all, 1, 100), number(one.draw, 2, 100),
+                name, one.items, number(one.signal, 1, 100), number(one.draw, 2, 100),
                 number(one.item, 2, 100), number(ratio(one)), draws(one, 2), draws(one, 1),
             )
         )  # fmt: skip
@@ -135,7 +135,7 @@ def overview_total(results: StudyResults, method: str, sparsity: str, measure: M
     found = noises(results, method=method, sparsity=sparsity, measure=measure)
     total = next(one for one in found if one.kind == "total")
     print(
-        f"the total by {measure}: signal {number(total.signal_all, 1, 100)}, draw "
+        f"the total by {measure}: signal {number(total.signal, 1, 100)}, draw "
         f"{number(total.draw, 2, 100)}, item {number(total.item, 2, 100)}, "
         f"s/n {number(ratio(total))}"
     )

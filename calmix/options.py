@@ -174,9 +174,6 @@ class DrawOptions(SizeOptions):
     """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
 
     leakage: str = option("offline", "Suites to share no text with; off: no check.", advanced=True)
-    leakage_tokens: int = option(
-        13, "Tokens in a row that count as shared text.", ge=2, advanced=True
-    )
     licence: Licence = licence_option()
 
     @field_validator("leakage", mode="before")
@@ -191,14 +188,12 @@ class DrawOptions(SizeOptions):
 
 
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
-Over = Literal["single", "all"]
 
 
 class Settings(Options):
     """How an analysis is made."""
 
     measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
-    over: Over = option("single", "Sets that count in correlations.", advanced=True)
     default: str | None = option(
         None, "The set that margins are over.", shown="mean of the single sources", advanced=True
     )

@@ -22,7 +22,6 @@ from calmix.analysis.correlations import (
     TradeOff,
     agreements,
     correlate,
-    counted,
     points,
     spreads,
     trade_offs,
@@ -95,7 +94,7 @@ class Analysis:
     growths: tuple[Growth, ...]
     gains: tuple[Gain, ...]
     shifts: tuple[Shift, ...]
-    families: dict[str, int]  # correlations corrected together: `sources`, `tasks of sources`, ...
+    families: dict[str, int]  # correlations corrected together, by `among`
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
@@ -162,7 +161,7 @@ def analyse(
     made = joints(results, tables(results, trials, asked.measure), asked.resamples, asked.seed)
     correlations = corrected(
         [one for found in made for one in correlate(found.cells, asked)],
-        lambda one: one.family,
+        lambda one: one.among,
         p_corrected=lambda one: one.p,
     )
     differences = correct([one for found in made for one in compare(found)])
@@ -171,7 +170,7 @@ def analyse(
     for found in made:
         cells, label = found.cells, found.cells.condition.label
         own = tuple(one for one in correlations if one.condition == label)
-        groups = points(cells, asked.over)
+        groups = points(cells)
         conditions.append(
             ConditionAnalysis(
                 found,
@@ -182,7 +181,7 @@ def analyse(
                 tuple(spreads(cells, asked)),
                 tuple(noise_of(found)),
                 tuple(agreements(cells, asked)),
-                len(counted(cells, asked.over)),
+                len(cells.of("single")),
                 {among: least_p([len(group) for group in groups[among]], asked.permutations)
                  for among in dict.fromkeys(one.among for one in own)},
                 tuple((name, seed) for at, name in enumerate(cells.sets)
@@ -194,8 +193,7 @@ def analyse(
     kept, moved = gains(made, asked.default)
     families: dict[str, int] = {}
     for one in correlations:
-        name = f"tasks of {one.among}" if one.task else one.among
-        families[name] = families.get(name, 0) + (one.p is not None)
+        families[one.among] = families.get(one.among, 0) + (one.p is not None)
     return Analysis(
         results.name, results.planned, len(results.trials), len(results.failed), asked, dimensions,
         tuple(conditions), tuple(one for leads, _ in series for one in leads),

@@ -1,8 +1,8 @@
 """What goes with what a set keeps: metrics of its text, its KL, and one dimension with another.
 
 Method section 5. A calibration set is one point; its seeds are averaged first, since they are not
-independent points. By default only single sources count: a mix is made of them, and would count
-its parts twice. Correlations within kinds of text (prose, code, math) are ours: over all sources a
+independent points. Only single sources count: a mix is made of them, and would count its parts
+twice. Correlations within kinds of text (prose, code, math) are ours: over all sources a
 metric may only tell code from prose.
 """
 
@@ -27,9 +27,10 @@ from calmix.analysis.statistics import (
     permutation_p,
     unit_ranks,
 )
-from calmix.options import Over, Settings
+from calmix.options import Settings
 
 Among = Literal["sources", "kinds", "sets"]
+Over = Literal["single", "all"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Correlation:
     metric: str
     aliases: tuple[str, ...]  # that order the sets alike; `-` before one that turns the order round
     quantity: str
-    task: bool  # whether the quantity is a task
     among: Among  # all sources; ranked and permuted within kinds of source; or all sets (KL)
     n: int  # sets counted
     rho: float | None = None  # None where metric or retention do not vary
@@ -48,17 +48,12 @@ class Correlation:
     high: float | None = None
     p: float | None = None  # two-sided; exact if all orders were counted
     exact: bool = False
-    p_corrected: float | None = None  # over one `among` of all conditions, tasks by themselves
+    p_corrected: float | None = None  # over one `among` of all conditions
 
     @property
     def significant(self) -> bool:
         """Whether it survives correction at 0.05."""
         return self.p_corrected is not None and self.p_corrected <= ALPHA
-
-    @property
-    def family(self) -> tuple[Among, bool]:
-        """What it is corrected with."""
-        return self.among, self.task
 
     @property
     def agrees(self) -> bool:
@@ -101,12 +96,7 @@ class Spread:
     p_cancel: float | None  # one-sided p of so small a deviation then, dimensions dealt anew (ours)
 
 
-def counted(cells: Cells, over: Over) -> list[int]:
-    """Return the positions of the calibration sets that count as points."""
-    return cells.of("single") if over == "single" else list(range(len(cells.sets)))
-
-
-def points(cells: Cells, over: Over) -> dict[Among, list[list[int]]]:
+def points(cells: Cells) -> dict[Among, list[list[int]]]:
     """Return the positions of the sets that count, in the groups that are permuted by themselves.
 
     Without `kinds` if fewer than two kinds have two sources, or those are fewer than four sources.
@@ -115,7 +105,7 @@ def points(cells: Cells, over: Over) -> dict[Among, list[list[int]]]:
     kinds = dict.fromkeys(cells.kinds[at] for at in singles if cells.kinds[at])
     groups = [[at for at in singles if cells.kinds[at] == kind] for kind in kinds]
     groups = [group for group in groups if len(group) > 1]
-    found: dict[Among, list[list[int]]] = {"sources": [counted(cells, over)]}
+    found: dict[Among, list[list[int]]] = {"sources": [singles]}
     if len(groups) > 1 and sum(map(len, groups)) >= LEAST:
         found["kinds"] = groups
     return found
@@ -150,8 +140,8 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
 def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
     """Correlate every metric with every quantity of one condition, p not corrected yet; with fewer
     than four sets there is nothing."""
-    names, made = [*cells.quantities, *(task.name for task in cells.tasks)], []
-    for among, every in points(cells, settings.over).items():
+    made = []
+    for among, every in points(cells).items():
         chosen = [at for group in every for at in group]
         for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
             x = cells.information[:, column]
@@ -160,11 +150,12 @@ def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
                 [at for group in groups for at in group],
                 [len(one) for one in groups if one],
             )
-            found = _rhos(x[own], cells.means[own].T, sizes, settings)
+            kept = cells.means[own][:, : len(cells.quantities)]
+            found = _rhos(x[own], kept.T, sizes, settings)
             made += [
-                Correlation(cells.condition.label, cells.metrics[column], aliases, name,
-                            at >= len(cells.quantities), among, len(own), **found.get(at, {}))
-                for at, name in enumerate(names)
+                Correlation(cells.condition.label, cells.metrics[column], aliases, name, among,
+                            len(own), **found.get(at, {}))
+                for at, name in enumerate(cells.quantities)
             ]  # fmt: skip
     return made
 
@@ -192,7 +183,7 @@ def trade_offs(correlations: Sequence[Correlation], dimensions: Sequence[str]) -
     strong = [
         (one, one.rho, one.p_corrected) for one in correlations
         if one.rho is not None and one.p_corrected is not None and one.p_corrected <= ALPHA
-        and not one.task and one.quantity in dimensions
+        and one.quantity in dimensions
     ]  # fmt: skip
     return [
         TradeOff(up.condition, up.metric, up.among, up.quantity, rise, p, down.quantity, fall, q)
@@ -211,7 +202,7 @@ def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
         x, y = both[:, ~np.isnan(both).any(0)]
         if len(x) >= LEAST:
             found = _rhos(x, y[None], [len(x)], settings).get(0, {})
-            made.append(Correlation(cells.condition.label, "kl", (), name, False, "sets", len(x),
+            made.append(Correlation(cells.condition.label, "kl", (), name, "sets", len(x),
                                     **found))  # fmt: skip
     return made
 
@@ -232,7 +223,7 @@ def spreads(cells: Cells, settings: Settings) -> list[Spread]:
     are two or more."""
     found = []
     for over in get_args(Over):
-        chosen = counted(cells, over)
+        chosen = cells.of("single") if over == "single" else list(range(len(cells.sets)))
         means = cells.means[chosen][:, : len(cells.quantities)]
         parts = means[:, 1:][:, ~np.isnan(means[:, 1:]).any(0)]
         for quantity, values in zip(cells.quantities, means.T, strict=True):

@@ -18,16 +18,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from calmix.analysis.bootstrap import Joint, joint
 from calmix.analysis.cells import TOTAL, select, tables
-from calmix.analysis.correlations import counted
 from calmix.analysis.statistics import LEVEL, Array
 from calmix.evaluation.measures import Z
-from calmix.options import Measure, Over
+from calmix.options import Measure
 from calmix.study.results import StudyResults
 
 POWER = 0.80
@@ -51,7 +50,7 @@ class Noise:
             over all pairs, without what seeds do to single items. None with one set.
         items: test items behind the quantity, tasks with signal only.
         signal: standard deviation between single sources, noise taken out of its square, at least
-            0; None where `draw` is, or with fewer than two sources. `signal_all`, of all sets.
+            0; None where `draw` is, or with fewer than two sources.
     """
 
     condition: str
@@ -63,7 +62,6 @@ class Noise:
     item: float | None
     items: int
     signal: float | None
-    signal_all: float | None
 
     @property
     def ratio(self) -> float | None:
@@ -106,8 +104,7 @@ def noise_of(found: Joint) -> list[Noise]:
                 cells.condition.label, name, kind, count, draw, found.freedom,
                 math.sqrt(float(np.median(apart))) if count > 1 else None,
                 int(sizes[weight > 0].sum()),
-                *(_signal(counted(cells, over), values, found.counts, draw, pairs)
-                  for over in get_args(Over)),
+                _signal(cells.of("single"), values, found.counts, draw, pairs),
             )
         )  # fmt: skip
     return made

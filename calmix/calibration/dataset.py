@@ -22,7 +22,6 @@ from torch import Tensor
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
 from calmix.files import (
-    EXPORT,
     atomic_folder,
     check_output_folder,
     parse_json,
@@ -31,7 +30,7 @@ from calmix.files import (
     write_json,
     write_text,
 )
-from calmix.manifest import SEAL, file_hashes, seal_holds, sealed, versions
+from calmix.manifest import SEAL, seal_holds, sealed
 from calmix.shown import Shown
 from calmix.sources import Source
 
@@ -197,45 +196,3 @@ def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None
     texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
     rows = [{"text": t, "source": s} for t, s in zip(texts, made.sources, strict=True)]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def export_datasets(
-    made: CalibrationSet, tokenizer: Any, folder: Path | str, *, overwrite: bool = False
-) -> None:
-    """Write a folder that `datasets.load_from_disk` opens: `input_ids` (the very ids),
-    `attention_mask` (all ones), `text` and `source`; with a manifest beside them.
-    """
-    import datasets
-
-    folder = Path(folder)
-    check_output_folder(folder, overwrite=overwrite)
-    kinds = {"input_ids": "int32", "attention_mask": "int8"}
-    features = {name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()}
-    features |= {name: datasets.Value("string") for name in ("text", "source")}
-    ids = made.ids.numpy().astype(np.int32)
-    columns = {
-        "input_ids": ids.tolist(),
-        "attention_mask": np.ones_like(ids, dtype=np.int8).tolist(),
-        "text": tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True),
-        "source": list(made.sources),
-    }
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        rows._fingerprint = made.sha256[:16]  # else random, and the folder never the same twice
-        with atomic_folder(folder) as beside:
-            rows.save_to_disk(beside)
-            manifest = {
-                "kind": "export",
-                "engine": "datasets",
-                "weights": "no",
-                "model": made.manifest["model"],
-                "calibration": made.sha256,
-                "versions": versions() | {"datasets": datasets.__version__},
-                "files": file_hashes(beside),
-            }
-            write_json(beside / EXPORT, sealed(manifest))
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

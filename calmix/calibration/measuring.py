@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from calmix.calibration.build import held_documents
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.resolving import ask, resolve
 from calmix.calibration.text_metrics import ORDERS, Ids, coverage, mismatch, of_ids
@@ -132,21 +129,18 @@ def measure(
     draws: int = 3,
     seed: int = 0,
     packing: str = "concat",
-    reference: str | None = None,
     perplexity: bool = True,
     sources: Mapping[str, Source] | Path | None = None,
     tick: Callable[[str], None] | None = None,
 ) -> Measurement:
     """Measure sources, mixes and saved sets, all at the budget of `rows` x `length` tokens.
 
-    Draw i uses seed + i. A saved set is one draw; if it has more rows than asked, each draw is
-    a seeded choice among them. Coverage and mismatch compare with the other specs pooled (the
-    same draw of each), or with `reference`; with neither they are absent.
+    Draw i uses seed + i; a saved set, of just that size, is one draw. Coverage and mismatch compare
+    with the other specs pooled (the same draw of each), and are absent without any.
 
     Args:
         specs: sources, mixes, YAML files or saved folders, as for `resolve`.
         opened: the model; its tokenizer alone will do without perplexity.
-        reference: a spec to compare with, drawn at the same budget.
         sources: the user's own, by name or as a YAML file.
         tick: called with the name of a spec after each of its draws.
 
@@ -155,25 +149,19 @@ def measure(
         SourceError: a source is unknown, unreadable or too small.
     """
     draw: dict[str, Any] = {"rows": rows, "length": length, "packing": packing, "sources": sources}
-    check_request(specs, draws=draws, perplexity=perplexity, reference=reference, seed=seed, **draw)
+    check_request(specs, draws=draws, perplexity=perplexity, seed=seed, **draw)
     if perplexity and not isinstance(opened, OpenModel):
         raise InputError("perplexity needs the model, not its tokenizer alone")
 
-    def drawn(spec: str, number: int) -> CalibrationSet:
-        path = user_path(spec)
-        if is_saved_set(path):
-            return _part(CalibrationSet.open(path, opened), rows, seed + number)
-        return resolve(spec, opened, seed=seed + number, leakage="off", **draw)
-
-    saved = [spec for spec in specs if is_saved_set(user_path(spec))]
-    whole = {spec for spec in saved if CalibrationSet.open(user_path(spec)).rows == rows}
+    saved = {spec: CalibrationSet.open(path, opened) for spec in specs
+             if is_saved_set(path := user_path(spec))}  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
-        sets = [drawn(spec, number) for spec in specs]
-        target = None if reference is None else drawn(reference, number).ids.numpy()
-        compared = _compared([made.ids.numpy() for made in sets], target)
+        sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
+                for spec in specs]  # fmt: skip
+        compared = _compared([made.ids.numpy() for made in sets])
         for spec, made, extra in zip(specs, sets, compared, strict=True):
-            if number and spec in whole:
+            if number and spec in saved:
                 continue
             found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
             if tick is not None:
@@ -185,18 +173,15 @@ def measure(
         "draws": draws,
         "seed": seed,
         "packing": packing,
-        "reference": reference or ("all others pooled" if len(specs) > 1 else None),
+        "reference": "all others pooled" if len(specs) > 1 else None,
         "vocabulary": len(opened.tokenizer),
         "model": opened.name,
         "tokenizer": opened.tokenizer_fingerprint,
     }
-    note = "a saved set of just this size: one draw"
-    return Measurement(budget, found, dict.fromkeys(whole if draws > 1 else (), note))
+    return Measurement(budget, found, dict.fromkeys(saved if draws > 1 else (), "saved: one draw"))
 
 
-def check_request(
-    specs: Sequence[str], *, draws: int, perplexity: bool, reference: str | None, **draw: Any
-) -> list[Path]:
+def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw: Any) -> list[Path]:
     """Check what `measure` is asked for, without the model; return the files that are read."""
     if isinstance(specs, str):
         raise InputError(f"'{specs}' is one name: give a list of them, ['{specs}']")
@@ -210,49 +195,30 @@ def check_request(
     if perplexity and asked.length < 2:
         raise InputError(f"length {asked.length} is too short to predict anything")
     files: list[Path] = []
-    for spec in specs if reference is None else [*specs, reference]:
+    for spec in specs:
         path = user_path(spec)
         if not is_saved_set(path):
             files += ask(spec, **asked.drawn()).files
             continue
         files.append(path)
         held = CalibrationSet.open(path)
-        if held.length != asked.length or held.rows < asked.rows:
+        if (held.rows, held.length) != (asked.rows, asked.length):
             raise InputError(
                 f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
                 f"{asked.rows} of {asked.length}: measure everything with --rows "
-                f"{min(asked.rows, held.rows)} --length {held.length}"
+                f"{held.rows} --length {held.length}"
             )
     return files
 
 
-def _part(found: CalibrationSet, rows: int, seed: int) -> CalibrationSet:
-    """Return a seeded choice among a saved set's rows, with the documents of those rows."""
-    if found.rows == rows:
-        return found
-    chosen = np.sort(np.random.default_rng(seed).permutation(found.rows)[:rows]).tolist()
-    documents = {}
-    for name, described in found.manifest.get("sources", {}).items():
-        own = [row for row, source in enumerate(found.sources) if source == name]
-        spans = dict(zip(own, described["spans"], strict=True))
-        held = held_documents(spans[row] for row in chosen if row in spans)
-        documents[name] = {
-            "drawn": [described["drawn"][document] for document in held],
-            "drawn_tokens": sum(described["lengths"][document] for document in held),
-        }
-    manifest = {**found.manifest, "sources": documents}
-    return CalibrationSet(found.ids[chosen], tuple(found.sources[i] for i in chosen), manifest)
-
-
-def _compared(sets: list[Ids], target: Ids | None) -> list[dict[str, float]]:
-    """Return coverage and mismatch of every set: against the target, or against the others."""
-    if target is None and len(sets) < 2:
+def _compared(sets: list[Ids]) -> list[dict[str, float]]:
+    """Return coverage and mismatch of every set against the others."""
+    if len(sets) < 2:
         return [{}]
-    reference = None if target is None else [target]
-    shares = {f"coverage_{n}": coverage(sets, n, reference) for n in ORDERS}
+    shares = {f"coverage_{n}": coverage(sets, n) for n in ORDERS}
     found = []
     for number, ids in enumerate(sets):
-        others = reference or [other for at, other in enumerate(sets) if at != number]
+        others = [other for at, other in enumerate(sets) if at != number]
         values = {key: share[number] for key, share in shares.items()}
         found.append(values | {"mismatch": mismatch(ids, others)})
     return found

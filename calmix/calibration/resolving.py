@@ -12,7 +12,7 @@ import torch
 
 from calmix.calibration.build import Packing, build
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
-from calmix.calibration.leakage import guard_of, guarded_suites
+from calmix.calibration.leakage import TOKENS, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import Chat, Generator, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns
 from calmix.calibration.spec import YAML, Mix, Spec, make_mix, parse_spec, rows_per_source
@@ -135,7 +135,7 @@ def resolve(
     else:
         made = make(
             spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed,
-            packing=draw.packing, guard=guard_of(draw.leakage, draw.leakage_tokens, opened),
+            packing=draw.packing, guard=guard_of(draw.leakage, TOKENS, opened),
             tick=tick, writing=writing, note=note,
         )  # fmt: skip
     if note is not None:
@@ -232,7 +232,7 @@ def _saved(path: Path, given: Mapping[str, Any], licence: str | None) -> Calibra
         refuse(seed, get_source(seed).licence, licence)
     has = dict(found.manifest)
     if isinstance(guard := has.get("leakage"), dict):
-        has |= {"leakage": guard["suite"], "leakage_tokens": guard["tokens"]}
+        has |= {"leakage": guard["suite"]}
     for key, value in given.items():
         if has.get(key) != value:
             raise InputError(

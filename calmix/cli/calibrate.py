@@ -47,7 +47,6 @@ class MeasureOptions(SizeOptions, ModelOptions, Json):
     model: str = option(..., "The model whose tokens count.", flag="--model -m")
     rows: int = option(32, "Rows of the budget.", ge=1)
     draws: int = option(3, "Draws, each with its own seed.", ge=1)
-    reference: str | None = option(None, "SPEC for coverage and mismatch.", advanced=True)
     no_perplexity: bool = option(False, "Skip what runs the model.")
     output: Path | None = path_option("A .json or .csv file to write.", default=None)
 
@@ -154,7 +153,7 @@ def measure(options: MeasureOptions) -> None:
     model, output = options.model, options.output
     specs = [offline_sources() if one == "offline" else [one] for one in options.specs]
     names = [name for some in specs for name in some]
-    fields = ("rows", "length", "draws", "seed", "packing", "reference", "sources")
+    fields = ("rows", "length", "draws", "seed", "packing", "sources")
     asked: dict[str, Any] = {name: getattr(options, name) for name in fields}
     asked["perplexity"] = not options.no_perplexity
     files = check_request(names, **asked)

@@ -14,8 +14,7 @@ from calmix import assets
 from calmix.cli.common import line, note, print_json, result
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
-from calmix.errors import AssetError, InputError
-from calmix.files import cache_dir
+from calmix.errors import InputError
 from calmix.options import Json, option, path_option
 from calmix.progress import Progress
 
@@ -46,8 +45,6 @@ class AssetOptions(Json):
         (), "Names of archives.", shown="all that are needed", argument=True
     )
     install: bool = option(False, "Fetch them into the cache.")
-    verify: bool = option(False, "Check hashes; exit code 2 if one is bad.")
-    path: bool = option(False, "Print the path of an archive.")
 
 
 @verb("check", of=doctor)
@@ -222,34 +219,18 @@ def methods(options: Json) -> None:
 
 @verb("assets", of=doctor)
 def archives(options: AssetOptions) -> None:
-    """List, fetch or check the data archives in the cache."""
-    names = list(options.names) or assets.needed()
-    found = [assets.get_asset(name) for name in names]
+    """List the data archives in the cache, checked by hash, or fetch them."""
     if options.install:
-        for name in names:
+        for name in options.names or assets.needed():
             line(f"{name}: {assets.install(name)}")
-    elif options.path:
-        for one in found:
-            if one.state != "ok":
-                advice = f"run 'calmix doctor assets {one.name} --install'"
-                raise AssetError(f"asset {one.name} is {one.state}: {advice}")
-            line(str(one.path))
-    elif options.verify:
-        states = {one.name: one.state for one in found}
-        result(options, {"cache": str(cache_dir()), "assets": states},
-               *(f"{name}: {state}" for name, state in states.items()))  # fmt: skip
-        if bad := [name for name, state in states.items() if state != "ok"]:
-            raise AssetError(
-                f"missing or damaged: {', '.join(bad)}; run 'calmix doctor assets --install'"
-            )
-    else:
-        rows = [
-            {
-                "name": one.name, "package": f"{one.distribution} {one.version}",
-                "size": f"{one.size / 1e6:.0f} MB", "state": one.state, "licence": one.licence,
-                "purpose": one.purpose,
-            }
-            for one in (found if options.names else assets.assets().values())
-        ]  # fmt: skip
-        print_table(rows, as_json=options.as_json, text=["package", "licence", "purpose"],
-                    least=["package", "licence"])  # fmt: skip
+        return
+    rows = [
+        {
+            "name": one.name, "package": f"{one.distribution} {one.version}",
+            "size": f"{one.size / 1e6:.0f} MB", "state": one.state, "licence": one.licence,
+            "purpose": one.purpose,
+        }
+        for one in map(assets.get_asset, options.names or assets.assets())
+    ]  # fmt: skip
+    print_table(rows, as_json=options.as_json, text=["package", "licence", "purpose"],
+                least=["package", "licence"])  # fmt: skip

@@ -10,17 +10,17 @@ from typing import Literal
 from calmix.cli.common import note, result, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
-from calmix.files import check_output_file, check_output_folder, user_path
+from calmix.files import check_output_file, user_path
 from calmix.options import Json, option, path_option
 from calmix.progress import Progress
 
-Form = Literal["pack", "model", "gguf", "openvino", "hub", "datasets", "jsonl", "imatrix"]
-SETS = ("datasets", "jsonl", "imatrix")
+Form = Literal["pack", "model", "gguf", "openvino", "hub", "jsonl", "imatrix"]
+SETS = ("jsonl", "imatrix")
 
 
 class ExportOptions(Json):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
-    to: Form | None = option(None, "Form to write.", shown="pack; for a set datasets or jsonl")
+    to: Form | None = option(None, "Form to write.", shown="pack; of a set jsonl")
     output: Path | None = path_option("Folder, .jsonl or .gguf file to write.", default=None)
     weights: Literal["int8", "own", "f16", "q8_0", "q4_0", "q4_1"] | None = option(
         None, "OpenVINO: int8 or own. GGUF: f16, q8_0, q4_0, q4_1.", shown="int8; of GGUF f16"
@@ -42,8 +42,7 @@ def export(options: ExportOptions) -> None:
     from calmix.calibration import is_saved_set
 
     of_set, output = is_saved_set(user_path(options.what)), options.output
-    text = output is not None and output.suffix.lower() == ".jsonl"
-    form: str = options.to or (("jsonl" if text else "datasets") if of_set else "pack")
+    form: str = options.to or ("jsonl" if of_set else "pack")
     if of_set != (form in SETS):
         kind = "a calibration set" if of_set else "no saved calibration set"
         raise InputError(f"{options.what} is {kind}: it cannot be exported to {form}")
@@ -149,23 +148,18 @@ def _push(options: ExportOptions, _: Path) -> None:
     result(options, {"address": address}, address)
 
 
-def _set(options: ExportOptions, output: Path) -> None:
+def _jsonl(options: ExportOptions, output: Path) -> None:
     from calmix.calibration import CalibrationSet, open_tokenizer
-    from calmix.calibration.dataset import export_datasets, export_jsonl
+    from calmix.calibration.dataset import export_jsonl
     from calmix.models import check_models
 
     folder, model = user_path(options.what), str(options.model)
-    text = output.suffix.lower() == ".jsonl"
     CalibrationSet.open(folder)
-    check = check_output_file if text else check_output_folder
-    check(output, inputs=[folder, model], overwrite=options.overwrite)
+    check_output_file(output, inputs=[folder, model], overwrite=options.overwrite)
     check_models(model, trust_remote_code=options.trust_remote_code)
     opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     made = CalibrationSet.open(folder, opened)
-    if text:
-        export_jsonl(made, opened.tokenizer, output)
-    else:
-        export_datasets(made, opened.tokenizer, output, overwrite=options.overwrite)
+    export_jsonl(made, opened.tokenizer, output)
     result(options, {"output": str(output), "rows": made.rows, "length": made.length},
            f"{output}: {made.rows} rows of {made.length} tokens")  # fmt: skip
 
@@ -176,5 +170,5 @@ FORMS = {  # who writes a form, and which options it has
     "gguf": (_gguf, PLACE | {"weights", "like"}), "imatrix": (_imatrix, SET),
     "openvino": (_openvino, PLACE | {"weights", "trust_remote_code"}),
     "hub": (_push, {"repository", "pack", "private"}),
-    "datasets": (_set, SET), "jsonl": (_set, SET),
+    "jsonl": (_jsonl, SET),
 }  # fmt: skip

@@ -278,7 +278,7 @@ def _levels(
 
     rows, columns = weight.shape
     group = columns // grid.scale.shape[1]
-    if grid.codebook is not None or grid.octaves is not None or group % BLOCK:
+    if grid.octaves is not None or group % BLOCK:
         return None
     levels, half = grid.levels(weight), grid.scale.half()
     if not torch.equal(half.float(), grid.scale):

@@ -389,10 +389,10 @@ def _pack_levels(
     astray = np.flatnonzero(np.concatenate([off for _, off in found]))
     levels = np.concatenate([own for own, _ in found])
     far = np.flatnonzero((levels < -8) | (levels > 7))
-    small = grid.codebook is None and len(far) <= RARE * len(levels)
+    small = len(far) <= RARE * len(levels)
     if small:
         astray = np.union1d(astray, far)
-    elif grid.codebook is None:
+    else:
         astray = np.union1d(astray, np.flatnonzero((levels < -128) | (levels > 127)))
     if len(astray) > ASTRAY * len(levels):
         return None
@@ -469,8 +469,7 @@ def _values(part: bytes, small: bool, grid: Grid, shape: tuple[int, int], place:
         np.right_shift(low, 4, out=both[:, 1])
         levels = torch.from_numpy(both.reshape(-1)[:count].view(np.int8)).sub_(8)
     else:
-        levels = torch.from_numpy(low.copy())
-        levels = levels if grid.codebook is not None else levels.view(torch.int8)
+        levels = torch.from_numpy(low.copy()).view(torch.int8)
     return _words(grid.values(levels.view(shape)), place.dtype)
 
 

@@ -1,7 +1,6 @@
 """What this machine and this installation can do, what is missing, and what to do about it.
 
-Nothing is fetched, and nothing stays that is written. A registry that cannot be reached is not a
-failure: everything builtin works without.
+Nothing is fetched, and nothing stays that is written.
 """
 
 from __future__ import annotations
@@ -10,16 +9,9 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +24,6 @@ from calmix.files import cache_dir, check_writable, existing
 from calmix.machine import cores, free_memory, total_memory
 from calmix.precision import capabilities
 
-SECONDS = 3.0  # to wait for a registry
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
 WHAT_FOR = {
     "export": "calmix export",
@@ -49,7 +40,7 @@ class Check:
     """
 
     name: str
-    state: Literal["ok", "missing", "offline", "failed"]
+    state: Literal["ok", "missing", "failed"]
     found: str
     advice: str | None = None
     core: bool = False
@@ -58,11 +49,9 @@ class Check:
 def examine(*, tick: Callable[[str], None] = lambda name: None) -> list[Check]:
     """Look at everything, in some seconds; `tick` is called with what comes next."""
     found: list[Check] = []
-    with ThreadPoolExecutor(2) as pool:  # what reads files and asks others goes beside the rest
-        beside = {look: pool.submit(list, look()) for look in (archives, registries)}
-        for look in (versions, machine, cache, archives, extras, registries, engine):
-            tick(look.__name__)
-            found += beside[look].result() if look in beside else look()
+    for look in (versions, machine, cache, archives, extras, engine):
+        tick(look.__name__)
+        found += look()
     return found
 
 
@@ -141,58 +130,6 @@ def extras() -> Iterator[Check]:
             yield Check(f"extra {extra}", "missing", ", ".join(wrong), advice)
         else:
             yield Check(f"extra {extra}", "ok", what)
-
-
-def registries() -> Iterator[Check]:
-    """Ask whether the hub and the package index answer."""
-    asked = {"package index": (_index(), "what pip has fetched keeps working")}
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        advice = "unset HF_HUB_OFFLINE to fetch models and sources by hub id"
-        yield Check("hub", "offline", "switched off by HF_HUB_OFFLINE", advice)
-    else:
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        asked["hub"] = hub, "models and sources by hub id work once fetched"
-    said: dict[str, str] = {}
-    # Threads that nobody waits for: a name server can let a look-up hang beyond any time-out.
-    threads = [
-        threading.Thread(target=lambda n=name: said.update({n: _answer(asked[n][0])}), daemon=True)
-        for name in asked
-    ]
-    for thread in threads:
-        thread.start()
-    until = time.monotonic() + SECONDS + 1
-    for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
-    for name, (address, meanwhile) in asked.items():
-        shown = address.split("@")[-1].removeprefix("https://")  # a password stays unsaid
-        answer = said.get(name, f"no answer within {SECONDS:g} s")
-        if answer == "answers":
-            yield Check(name, "ok", f"{shown} answers")
-        else:
-            advice = f"go online when you need it; {meanwhile}"
-            yield Check(name, "offline", f"{shown}: {answer}", advice)
-
-
-def _index() -> str:
-    """Return the package index pip fetches archives from, by all of its settings."""
-    command = [sys.executable, "-m", "pip", "download", "--help"]
-    wide = os.environ | {"COLUMNS": "9999"}  # an address is not broken into lines
-    told = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
-    found = re.search(r"Python Package Index \(default (\S+)\)", told.stdout)
-    return found[1] if found else ""
-
-
-def _answer(address: str) -> str:
-    """Return `answers`, with whatever status, or why an address does not."""
-    try:
-        request = urllib.request.Request(address, method="HEAD")
-        urllib.request.urlopen(request, timeout=SECONDS).close()
-    except urllib.error.HTTPError:
-        return "answers"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return " ".join(str(getattr(reason, "strerror", None) or reason).split())[:60]
-    return "answers"
 
 
 def engine() -> Iterator[Check]:

@@ -13,7 +13,7 @@ import numpy as np
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import Among, Correlation, counted
+from calmix.analysis.correlations import Among, Correlation
 from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import LEAST
 from calmix.report import charts, words
@@ -57,7 +57,7 @@ def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart
                 made.append(_perplexity(analysis, found, name, x))
                 break
     for among in words.AMONG:
-        own = [one for one in found.correlations if one.among == among and not one.task]
+        own = [one for one in found.correlations if one.among == among]
         if any(one.rho is not None for one in own):
             made.append(_correlations(analysis, found, own))
     return made
@@ -163,7 +163,7 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
 
 def _perplexity(analysis: Analysis, found: ConditionAnalysis, metric: str, x: Any) -> Chart:
     cells = found.cells
-    inside = set(counted(cells, analysis.settings.over))
+    inside = set(cells.of("single"))
     told = {one.quantity: one for one in of_metric(found, metric)}
     panels = []
     for number, name in enumerate(analysis.dimensions):
@@ -180,12 +180,11 @@ def _perplexity(analysis: Analysis, found: ConditionAnalysis, metric: str, x: An
         panels.append(Panel(name, marks, "perplexity (log)", "retention, %",
                             note=_correlation(told.get(name))))  # fmt: skip
     outside = [one for one in found.ranking if cells.sets.index(one.calibration) not in inside]
-    over = "single sources only" if analysis.settings.over == "single" else "all sets"
-    how = f"Too few sets for a correlation (over {over}, at least {LEAST})."
+    how = f"Too few sets for a correlation (over single sources only, at least {LEAST})."
     if told:
         how = (
-            f"ρ is Spearman's, over {over}, with its 95 % bootstrap interval; q: p corrected over "
-            f"{analysis.families['sources']} tests. Hollow dots do not count."
+            "ρ is Spearman's, over single sources only, with its 95 % bootstrap interval; q: p "
+            f"corrected over {analysis.families['sources']} tests. Hollow dots do not count."
         )
     return Chart(
         f"perplexity-{slug(found.condition.label)}",
@@ -209,7 +208,7 @@ def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
     """Return the correlations of a metric over all sources, be it another's alias."""
     told = []
     for one in found.correlations:
-        if one.among != "sources" or one.task:
+        if one.among != "sources":
             continue
         if metric in (one.metric, *one.aliases):
             told.append(one)

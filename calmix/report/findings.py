@@ -165,9 +165,9 @@ def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:
         told.say(len(leaders(ranked)) == 1, told.best)
     _contest(each, told)
     if len(each.ranking) > 1 and each.points and not each.correlations:
-        kind = "single source" if analysis.settings.over == "single" else "calibration set"
-        told.say(False, f"With {words.counted(each.points, kind)} no metric can be correlated with "
-                 f"retention (at least {LEAST}, with metrics that differ).")  # fmt: skip
+        sources = words.counted(each.points, "single source")
+        told.say(False, f"With {sources} no metric can be correlated with retention "
+                 f"(at least {LEAST}, with metrics that differ).")  # fmt: skip
     for one in each.agreements:
         if one.quantity == TOTAL and one.rho is not None:
             does = "orders" if one.agrees else "does not order"
@@ -328,7 +328,7 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
 
 
 def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
-    tested = [one for one in each.correlations if one.among == among and not one.task]
+    tested = [one for one in each.correlations if one.among == among]
     if not tested:
         return None
     n = words.counted(max(one.n for one in tested), "source")
@@ -414,14 +414,11 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     tested = [each for each in found if each.correlations]
     if tested:
         numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
-        kind = "single sources only (a mix would count its parts twice)"
-        if analysis.settings.over == "all":
-            kind = "all calibration sets; mixes are not independent of their parts"
         families = words.listed(f"{n} tests ({name})" for name, n in analysis.families.items())
         yield (
-            f"Correlations are over {numbers} points, seeds averaged first: {kind}. p is "
-            f"two-sided, by permutation, corrected over {families} (Benjamini-Hochberg at "
-            f"{ALPHA:g})."
+            f"Correlations are over {numbers} points, seeds averaged first: single sources only (a "
+            f"mix would count its parts twice). p is two-sided, by permutation, corrected over "
+            f"{families} (Benjamini-Hochberg at {ALPHA:g})."
         )
         weak = [p for each in tested for p in each.least_p.values() if p > ALPHA]
         if weak:

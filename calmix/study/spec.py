@@ -86,7 +86,6 @@ class _Draw(Record):
     length: Count | None = None
     packing: Literal["concat", "window"] | None = None
     leakage: str | None = None
-    leakage_tokens: Annotated[int, Field(ge=2, strict=True)] | None = None
     licence: Licence | None = None
 
     @field_validator("leakage", mode="before")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask, is_saved_set, parse_spec
-from calmix.calibration.leakage import guarded_suites
+from calmix.calibration.leakage import TOKENS, guarded_suites
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
@@ -271,7 +271,7 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
     options |= {"rows": made.rows, "length": made.length, "seed": made.seed, "leakage": "off"}
     if made.leakage != "off":
         options["leakage"] = ",".join(one.hash for one in guarded_suites(made.leakage))
-        options["leakage_tokens"] = made.leakage_tokens
+        options["leakage_tokens"] = TOKENS
 
     def settings(generator: Generator) -> dict[str, Any]:
         chosen = generator.record()

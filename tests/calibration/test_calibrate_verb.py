@@ -31,8 +31,6 @@ def test_a_set_is_made_exported_and_read_back(calibrate, calmix, sources, tiny_f
     assert len(text.read_text(encoding="utf-8").splitlines()) == 4
     again = calmix("export", tmp_path / "out", "-m", tiny_folder, "-o", text)
     assert "exists: choose another file" in again.line
-    assert calmix("export", tmp_path / "out", "-m", tiny_folder, "-o", tmp_path / "ds").code == 0
-    assert (tmp_path / "ds" / "state.json").is_file()
 
 
 def test_people_are_told(calibrate, sources):

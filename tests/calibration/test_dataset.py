@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from calmix import CalibrationSet
 from calmix.calibration import build, open_tokenizer, parse_mix
-from calmix.calibration.dataset import export_datasets, export_jsonl
+from calmix.calibration.dataset import export_jsonl
 from calmix.errors import InputError
 from calmix.files import sha256_json
 
@@ -120,35 +120,23 @@ def test_jsonl(made, tiny, tmp_path):
         export_jsonl(made, tiny.tokenizer, tmp_path)
 
 
-def test_datasets_folder(made, tiny, tmp_path):
-    import datasets
-
-    export_datasets(made, tiny.tokenizer, tmp_path / "a")
-    rows = datasets.load_from_disk(str(tmp_path / "a"))
-    assert rows["input_ids"][:] == made.ids.tolist()
-    assert rows["attention_mask"][:] == [[1] * 32] * 6
-    assert rows["source"][:] == list(made.sources)
-    export_datasets(made, tiny.tokenizer, tmp_path / "b")
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
-    with pytest.raises(InputError, match="exists and is not empty"):
-        export_datasets(made, tiny.tokenizer, tmp_path / "a")
-
-
 RIVAL = """
     import sys
-    from datasets import load_from_disk
+    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model_folder, set_folder = sys.argv[1:]
+    from safetensors.torch import load_file
+
+    model_folder, set_file = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    rows = load_from_disk(set_folder)
+    ids = load_file(set_file)["ids"].tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(model_folder),
-        dataset=rows.select_columns(["input_ids", "attention_mask"]),
+        dataset=rows,
         num_calibration_samples=len(rows),
         max_seq_length=len(rows[0]["input_ids"]),
         recipe=SparseGPTModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"]),
@@ -163,11 +151,11 @@ RIVAL = """
     reason="CALMIX_RIVAL_PYTHON names no Python with llm-compressor",
 )
 def test_llm_compressor_prunes_with_an_exported_set(made, tiny, tiny_folder, tmp_path):
-    export_datasets(made, tiny.tokenizer, tmp_path / "set")
+    made.save(tmp_path / "set")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run(
         [os.environ["CALMIX_RIVAL_PYTHON"], "-c", textwrap.dedent(RIVAL), tiny_folder,
-         tmp_path / "set"],
+         tmp_path / "set" / "calibration.safetensors"],
         capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

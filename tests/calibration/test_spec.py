@@ -194,7 +194,6 @@ def test_a_wrong_yaml_file(text, message, tmp_path):
         ({"seed": -1}, "--seed -1: must be greater than or equal to 0"),
         ({"rows": 0}, "--rows 0: must be greater than or equal to 1"),
         ({"length": -1}, "--length -1: must be greater than or equal to 1"),
-        ({"leakage_tokens": 1}, "--leakage-tokens 1: must be greater than or equal to 2"),
         ({"packing": "windows"}, "--packing windows: must be 'concat' or 'window'"),
         ({"length": 257}, "length 257 is beyond the model's context of 256 tokens"),
         ({"licence": "free"}, "--licence free: must be 'permissive'"),

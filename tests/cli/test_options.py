@@ -92,8 +92,8 @@ def test_an_interrupt_is_said_and_has_its_own_code(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calmix.cli.doctor.result", stopped)
-    ended = calmix("doctor", "assets", "--verify", "--json")
+    monkeypatch.setattr("calmix.cli.doctor.print_table", stopped)
+    ended = calmix("doctor", "assets", "--json")
     assert (ended.code, ended.err) == (130, "interrupted\n")
 
 

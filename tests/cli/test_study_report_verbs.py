@@ -93,7 +93,6 @@ def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> Non
         (("study", "analyse", tmp_path / "no"), "no folder"),
         (("study", "analyse", empty), "no finished trials"),
         (("study", "analyse", folder, "--measure", "both"), "must be 'primary', 'probability'"),
-        (("study", "analyse", folder, "--over", "mix"), "must be 'single' or 'all'"),
         (("study", "report", folder, "-o", busy), "is not empty"),
         (("study", "recommend", folder, "--weights", "coding=1"), "did you mean code"),
         (("study", "recommend", folder, "--weights", "code=-1"), "must be a number from 0 up"),

@@ -197,7 +197,7 @@ def test_places_may_be_plain_strings(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def quantised(tiny_folder, tmp_path_factory) -> Path:
-    """Four quantised models: their levels take half a byte, a byte, or are a codebook's."""
+    """Three quantised models: their levels take half a byte, or a byte."""
     folder = tmp_path_factory.mktemp("quantised")
     (folder / "text.txt").write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
     drawn = {"calibration": str(folder / "text.txt"), "rows": 6, "length": 32}
@@ -209,7 +209,6 @@ def quantised(tiny_folder, tmp_path_factory) -> Path:
 QUANTISED = {
     "ecq": {"bits": 2.8},
     "fine": {"bits": 7},
-    "kmeans": {"method": "gptq,levels=kmeans,bits=4"},
     "joint": {"sparsity": 0.5, "bits": 4},
 }
 
@@ -225,7 +224,7 @@ def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, m
     ]
     assert len(levels) == 14
     kinds = {one["levels"] for one in levels}
-    assert kinds == {"whole"} if name in ("fine", "kmeans") else "half" in kinds
+    assert kinds == {"whole"} if name == "fine" else "half" in kinds
     assert sum(one["astray"] for one in levels) < 0.01 * sum(one["count"] for one in levels)
     assert unpack(tmp_path / "pack", tmp_path / "back") == made.dense
     assert same(model, tmp_path / "back")

@@ -61,20 +61,6 @@ def test_gptq_equals_a_slow_loop_on_its_scales(bits, group):
     assert -half <= levels.min() <= levels.max() < half
 
 
-def test_a_codebook_is_rounded_to():
-    weight, gram = problem(rows=10)
-    w, h = as_tensors(weight, gram)
-    solved = get_method("gptq,levels=kmeans,group=8").solve([w], h, [Rate(3)])
-    (grid,) = solved.grids
-    scale, codebook = np.repeat(grid.scale.numpy(), 8, 1), grid.codebook.numpy()
-    assert len(codebook) == 8
-
-    def nearest(row, j, value):
-        return codebook[np.abs(codebook - value / scale[row, j]).argmin()] * scale[row, j]
-
-    agree(solved.weights[0], slow(weight, gram, nearest))
-
-
 @pytest.mark.parametrize("bits", [1.3, 2.4])
 def test_ecq_equals_a_slow_loop_with_its_steps(bits):
     weight, gram = problem(rows=64)
@@ -120,7 +106,7 @@ def test_ecq_hits_its_rate_and_loses_less_with_more():
     assert get_method("ecq,step=1").solve([w], h, [Rate(None)]).grids[0].bits < fixed.bits - 0.8
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptq,levels=kmeans", "sparsegpt,bits={}"])
+@pytest.mark.parametrize("method", ["gptq", "sparsegpt,bits={}"])
 def test_more_bits_lose_less(method):
     weight, gram = problem(rows=48, columns=128, tokens=1000)
     w, h = as_tensors(weight, gram)
@@ -154,7 +140,7 @@ def test_bits_behind_a_mask_keep_it(text, pattern):
     assert torch.equal(grid.values(grid.levels(solved.weights[0])), solved.weights[0])
 
 
-@pytest.mark.parametrize("text", ["gptq 3 bits", "gptq,levels=kmeans 4 bits", "ecq 2.8 bits",
+@pytest.mark.parametrize("text", ["gptq 3 bits", "ecq 2.8 bits",
                                   "sparsegpt,bits=3 0.5", "sparsegpt,bits=4 2:4"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_levels_are_read_off_stored_weights(text, dtype):

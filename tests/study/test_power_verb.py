@@ -33,7 +33,6 @@ class Noise:
     item: float | None = 0.003
     items: int = 2000
     signal: float | None = 0.021
-    signal_all: float | None = 0.019
     ratio: float | None = 1.7
 
 

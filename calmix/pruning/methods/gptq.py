@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -12,27 +11,21 @@ from calmix.errors import InputError
 from calmix.pruning.gram import Factor
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.solvers.grids import Codebook, Grid, Symmetric, check_group
+from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.surgeon import solve_columns
-
-KINDS = {"symmetric": Symmetric, "kmeans": Codebook}
 
 
 class Gptq(Quantiser):
     """Quantise to 2 to 8 bits, with a scale for every group of inputs of an output row.
 
     Columns are taken in their order. Scales are found as the loop comes to their group: of a few,
-    the one that loses least. With `levels=kmeans` the levels are learnt, one codebook for layers
-    that share an input. Both are ours.
+    the one that loses least (ours).
     """
 
     name, title = "gptq", "GPTQ"
     paper = "arXiv 2210.17323"
 
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
-    levels: Literal["symmetric", "kmeans"] = Field(
-        default="symmetric", description="Evenly spaced levels, or learnt ones (kmeans)."
-    )
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         """Refuse other rates than whole ones, and groups that do not divide a row."""
@@ -46,6 +39,6 @@ class Gptq(Quantiser):
     def round(
         self, weights: Sequence[Tensor], factor: Factor, bits: float | None
     ) -> tuple[list[Tensor], list[Grid]]:
-        rounding = KINDS[self.levels](weights, self.group, int(bits or 0))
+        rounding = Symmetric(weights, self.group, int(bits or 0))
         made = solve_columns(weights, factor, None, rounding)
         return made, rounding.grids(made, [0.0] * len(made))

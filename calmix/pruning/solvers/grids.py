@@ -1,6 +1,6 @@
 """Grids: the values that quantised weights may take, how they are rounded to, what they cost.
 
-A weight is `level * scale`, or `codebook[level] * scale`; scales are bfloat16 values, one for a
+A weight is `level * scale`; scales are bfloat16 values, one for a
 group of inputs of an output row. Bits a weight count levels, scales and the mask.
 """
 
@@ -23,8 +23,6 @@ SCALES = "calmix-scales"  # the folder, beside the weights of a model, of a file
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # of the largest weight, tried for a scale
 FINE = 6  # bits from which the largest weight decides
 DEAD_ZONE = 0.42  # what is added before a magnitude is cut to a level: 0.5 would be rounding
-SAMPLE = 2**15  # weights that a codebook is learnt from
-STEPS = 16  # of Lloyd's iterations
 
 
 @dataclass(frozen=True)
@@ -35,26 +33,21 @@ class Grid:
         scale: float32 (rows, groups) of bfloat16 values, or (1, 1).
         bits: a weight takes, all counted.
         octaves: int8 (columns,), by how many quarter octaves an input's scale is larger; or None.
-        codebook: float32, ascending; None where levels are whole numbers.
     """
 
     scale: Tensor
     bits: float
     octaves: Tensor | None = None
-    codebook: Tensor | None = None
 
     def levels(self, weight: Tensor) -> Tensor:
         """Return the levels (rows, columns), int16, of weights that lie on the grid."""
         scaled = weight.float() * _inverse(self._spread(weight.shape[1]))
-        if self.codebook is not None:
-            return nearest(scaled, self.codebook).to(torch.int16)
         return scaled.round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the weights of levels, float32."""
-        value = levels.float() if self.codebook is None else self.codebook[levels.int()]
-        groups = value.view(len(value), self.scale.shape[1], -1)
-        value = (groups * self.scale[:, :, None]).view(value.shape)
+        groups = levels.float().view(len(levels), self.scale.shape[1], -1)
+        value = (groups * self.scale[:, :, None]).view(levels.shape)
         if self.octaves is not None:
             value.mul_(factors(self.octaves))
         return value.add_(0.0)  # no -0.0
@@ -77,8 +70,6 @@ def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
         made[f"{name}|scale"] = scale.clone(memory_format=torch.contiguous_format)
         if grid.octaves is not None:
             made[f"{name}|octaves"] = grid.octaves
-        if grid.codebook is not None:
-            made[f"{name}|codebook"] = grid.codebook
     return made
 
 
@@ -104,11 +95,6 @@ def factors(octaves: Tensor) -> Tensor:
     quarters = torch.tensor([1.0, 1.1875, 1.40625, 1.6875], device=octaves.device)
     whole = octaves.int()
     return torch.ldexp(quarters[whole & 3], whole >> 2)
-
-
-def nearest(values: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of the nearest entry of an ascending codebook."""
-    return torch.bucketize(values.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
 
 
 def entropy(levels: Tensor) -> float:
@@ -246,31 +232,6 @@ class Symmetric(Rounding):
     def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
         own = 16 * scale.numel() / weight.numel()
         return Grid(scale, self.bits * (1 - sparsity) + mask_bits(sparsity) + own)
-
-
-class Codebook(Rounding):
-    """2^bits levels that k-means finds for all weights, each divided by its group's largest."""
-
-    def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
-        super().__init__(weights, group)
-        self.bits, self.top = bits, -1.0
-        groups = torch.cat([weight.float().reshape(-1, self.group) for weight in weights])
-        sample = (groups * -_inverse(_largest(groups, 1))).flatten()
-        sample = sample[:: max(1, len(sample) // SAMPLE)].sort().values
-        places = torch.linspace(0, len(sample) - 1, 2**bits, device=sample.device)
-        self.codebook = sample[places.long()].unique()
-        for _ in range(STEPS):
-            own = nearest(sample, self.codebook)
-            count = torch.zeros_like(self.codebook).index_add_(0, own, torch.ones_like(sample))
-            total = torch.zeros_like(self.codebook).index_add_(0, own, sample)
-            self.codebook = torch.where(count > 0, total / count, self.codebook).sort().values
-
-    def nearest(self, scaled: Tensor) -> Tensor:
-        return self.codebook[nearest(scaled, self.codebook)]
-
-    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
-        own = (16 * scale.numel() + 32 * self.codebook.numel()) / weight.numel()
-        return Grid(scale, self.bits + own, codebook=self.codebook)
 
 
 class DeadZone(Rounding):
