@@ -10,20 +10,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Triton's kernels run on the CPU: decided when Triton is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 
 # Neither torch nor transformers: the process that only hands out the tests need not load them.
+from calmix import machine
 from calmix.cli import main
 from tests.browser import PROGRAM, Page, browser
 
-# Nor does a test wait for the disk; `tests/test_files.py` sees what is asked to be written to it.
+# Nor does a test wait for the disk, or for garbage to be collected; `tests/test_files.py` and
+# `tests/test_machine.py` see that both are asked for.
 os.fsync = lambda handle: None
+machine.gc = SimpleNamespace(collect=lambda: 0)
 # The same examples every time, none told by a clock; `make test-long` tries more of them.
 hypothesis.settings.register_profile(
     "calmix",
@@ -79,6 +84,11 @@ def calmix(
         return Ended(code, captured.out, captured.err)
 
     return run
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of every collection of garbage."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -130,9 +132,17 @@ def tiny_config(kind: str) -> Any:
 
 def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
     """Return a tiny random model in float32, its weights large enough to matter."""
+    model, state = _made(kind, seed, json.dumps(settings))
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _made(kind: str, seed: int, settings: str) -> tuple[Any, torch.Tensor]:
+    """The model, and the state that making it has left the generator in."""
     torch.manual_seed(seed)
     config = tiny_config(kind)
-    config.update(settings)
+    config.update(json.loads(settings))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -140,7 +150,7 @@ def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
             elif kind == "gemma3n_text" and not parameter.any():  # nothing would come through
                 parameter.fill_(0.5)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False), torch.get_rng_state()
 
 
 def quick(chosen: Iterable[Any], others: Iterable[Any]) -> list[Any]:

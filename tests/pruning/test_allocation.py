@@ -22,7 +22,7 @@ from calmix.pruning.allocation import (
 from calmix.pruning.engine import run_through
 from tests.tiny import hashes, load_weights, tiny_ids, tiny_model
 
-SMALL = ("--rows", 6, "--length", 32)
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
 
 def layers_of(model):

@@ -19,7 +19,7 @@ from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import old_mixtral, routed_inputs
 from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
-SMALL = ("--rows", 6, "--length", 32)
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
 
 

@@ -18,7 +18,7 @@ from tests.pruning.stopper import arm
 from tests.pruning.test_streamed import HALF, streamed_prune, target
 from tests.tiny import MIXTURES, hashes, load_weights, save_tiny_model, tiny_ids
 
-SMALL = ("--rows", 6, "--length", 32)
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
 
 def in_memory(folder, output, **options):

@@ -22,7 +22,7 @@ class Unregistered(Toy):
     name = "unregistered"
 
 
-SMALL = ("--rows", 6, "--length", 32)
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 HALF = Unstructured(0.5)
 
 

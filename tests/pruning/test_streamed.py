@@ -36,7 +36,7 @@ from tests.tiny import (
     tiny_ids,
 )
 
-SMALL = ("--rows", 6, "--length", 32)
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 HALF = Unstructured(0.5)
 PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch

@@ -15,7 +15,7 @@ dimensions:
   general:
     sciq:
       {archive: sciq/rc, form: question, metric: acc_norm, shots: 0, limit: 3, chance: choices}
-  code:
+  programs:
     mbpp: {archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0, limit: 2}
 """
 
