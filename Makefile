@@ -44,7 +44,7 @@ test: setup
 
 # What takes too long for every change: more kills and Ray, ten thousand mutated files, the fault
 # matrix.
-test-long: setup
+test-long: setup docs
 	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest -m long
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz 10000
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults

@@ -1,6 +1,8 @@
 """Screenshots of pages at 1280 and 390 pixels, light and dark: a card, a study's report, the site.
 
-python benchmarks/screens.py out/card.html out/site/index.html -o out/screens
+python benchmarks/screens.py out/card.html out/site -o out/screens
+
+A folder is served to this machine, and its first page is shown.
 """
 
 from __future__ import annotations
@@ -8,11 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.browser import PROGRAM, browser
+from tests.browser import PROGRAM, browser, served
 
 
 def main() -> None:
@@ -24,11 +27,17 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     if PROGRAM is None:
         parser.error("no Chromium is installed")
-    with tempfile.TemporaryDirectory() as profile, browser(PROGRAM, Path(profile)) as page:
+    with ExitStack() as several:
+        profile = several.enter_context(tempfile.TemporaryDirectory())
+        page = several.enter_context(browser(PROGRAM, Path(profile)))
         for path in options.pages:
+            if path.is_dir():
+                address: Path | str = several.enter_context(served(path))
+            else:
+                address = path
             for width in (1280, 390):
                 for dark in (False, True):
-                    page.open(path, width=width, dark=dark)
+                    page.open(address, width=width, dark=dark)
                     name = f"{path.parent.name}-{path.stem}-{width}-{'dark' if dark else 'light'}"
                     page.screenshot(options.output / f"{name}.png", whole=not options.first)
                     wide = page.run("document.documentElement.scrollWidth")

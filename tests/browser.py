@@ -10,7 +10,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -39,7 +42,7 @@ class Page:
 
     Attributes:
         complaints: console errors and warnings, uncaught exceptions and failed requests so far.
-        requests: addresses the page asked for.
+        requests: addresses that the open page asked for.
     """
 
     def __init__(self, socket: Any) -> None:
@@ -75,16 +78,24 @@ class Page:
         elif method == "Network.requestWillBeSent":
             self.requests.append(about["request"]["url"])
 
-    def open(self, path: Path, *, width: int, dark: bool = False, scale: float = 1) -> None:
-        """Open a file at a width, in light or dark, and wait until it has loaded."""
+    def open(self, page: Path | str, *, width: int, dark: bool = False, scale: float = 1) -> None:
+        """Open a file or address at a width, in light or dark, and wait until it has loaded."""
+        # A site remembers the theme it was last seen in, and looks for changes of it.
+        self.run("location.protocol === 'http:' && localStorage.clear()")
+        self._go("about:blank")
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=900, deviceScaleFactor=scale, mobile=False,
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.send("Emulation.setScrollbarsHidden", hidden=True)
+        self.requests.clear()
+        self._go(page if isinstance(page, str) else page.resolve().as_uri())
+
+    def _go(self, url: str) -> None:
         self._loaded = False
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=url)
         while not self._loaded:
             self._event(json.loads(self._socket.recv(timeout=30)))
 
@@ -161,7 +172,8 @@ TEXTS = """
     const element = walk.currentNode.parentElement;
     const words = walk.currentNode.textContent.trim();
     if (!words || ["SCRIPT", "STYLE", "title", "desc"].includes(element.tagName)) continue;
-    if (!element.checkVisibility() || !element.getClientRects().length) continue;
+    if (!element.checkVisibility({opacityProperty: true})) continue;
+    if (!element.getClientRects().length) continue;
     const style = getComputedStyle(element);
     const svg = element.ownerSVGElement;
     const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
@@ -195,11 +207,26 @@ CUT = """
 """
 
 
-def readable(page: Page, width: int, *, figures: int, texts: int) -> None:
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Yield the address at which a folder is served to this machine."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = partial(Handler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def readable(page: Page, width: int, *, figures: int, texts: int, home: str = "file:") -> None:
     """Check an open page: no error, no network, nothing wider than it, every mark of a chart in its
     plot, every text legible."""
     assert page.complaints == []
-    assert {address.partition(":")[0] for address in page.requests} <= {"file", "data"}
+    assert all(address.startswith((home, "data:")) for address in page.requests)
     assert page.run("document.documentElement.scrollWidth") <= width
     boxes = page.run(
         "[...document.querySelectorAll('figure svg')].filter(e => e.checkVisibility())"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
@@ -88,7 +89,7 @@ def test_a_stage_that_takes_longer_than_thought_never_stands_still(
             now[0] += 5
             bar.part("a text of the block that is now pruned, and more")
     shares = [share for _, share, _ in view.drawn]
-    assert all(a < b < 0.5 for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a < b < 0.5 for a, b in pairwise(shares))
     assert view.drawn[-1][0] == "1/2 prune: a text of the block that is..."
 
 
