@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.analysis.bootstrap import Estimate, Joint, joints
+from calmix.analysis.bootstrap import Joint, joints
 from calmix.analysis.cells import (
     Cells,
     Condition,
@@ -40,16 +40,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # The rows of a condition and those across conditions, with the tables they are written as.
-OF_CONDITION = {
-    "correlations": ("correlations", Correlation), "trade_offs": ("trade_offs", TradeOff),
-    "differences": ("differences", Difference), "spreads": ("spread", Spread),
-    "noise": ("noise", Noise),
-}  # fmt: skip
-ACROSS = {
-    "margins": ("margins", Margin), "growths": ("margin_growth", Growth), "gains": ("gains", Gain),
-    "shifts": ("margin_shift", Shift),
-}  # fmt: skip
-BARE = ("gap", "kept", "dimensions", "accuracy", "distance")  # name no part of a column
+OF_CONDITION = {name: name for name in ("correlations", "trade_offs", "differences", "noise")}
+OF_CONDITION |= {"spreads": "spread"}
+ACROSS = {"margins": "margins", "growths": "margin_growth", "gains": "gains",
+          "shifts": "margin_shift"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,25 +115,27 @@ class Analysis:
     def tables(self) -> dict[str, DataFrame]:
         """Return the tables by name, one row for each result."""
         every = [(found, one) for found in self.conditions for one in found.ranking]
+        apart = ("tasks", "without_own")  # in a table of their own
+        ranking = [{k: v for k, v in asdict(one).items() if k not in apart} for _, one in every]
         return {
-            "ranking": _frame([_ranked(one) for _, one in every]),
+            "ranking": _frame(ranking),
             "tasks": _frame([row for found, one in every for row in _of_tasks(found, one)]),
             **{
                 table: _frame(
-                    [row for found in self.conditions for row in _rows(getattr(found, name))], kind
+                    [row for found in self.conditions for row in _rows(getattr(found, name))]
                 )
-                for name, (table, kind) in OF_CONDITION.items()
+                for name, table in OF_CONDITION.items()
             },
-            **{table: _frame(_rows(getattr(self, name)), kind)
-               for name, (table, kind) in ACROSS.items()},
-        }  # fmt: skip
+            **{table: _frame(_rows(getattr(self, name))) for name, table in ACROSS.items()},
+        }
 
     def save(self, folder: Path) -> None:
         """Write `analysis.json` and the tables as CSV into a folder, all or nothing."""
         with atomic_folder(folder) as beside:
             write_json(beside / "analysis.json", self.to_dict())
             for name, table in self.tables().items():
-                write_text(beside / f"{name}.csv", table.to_csv(index=False))
+                if len(table):
+                    write_text(beside / f"{name}.csv", table.to_csv(index=False))
 
 
 def analyse(
@@ -213,26 +209,15 @@ def series_of(made: Sequence[Joint]) -> list[list[Joint]]:
     return list(groups.values())
 
 
-def _ranked(one: Ranked) -> dict[str, Any]:
-    row = {"condition": one.condition} | asdict(one)
-    accuracy, distance, behind = (row.pop(name) for name in ("accuracy", "distance", "behind"))
-    for name in ("tasks", "without_own"):
-        del row[name]
-    row |= {f"{name}_accuracy": value for name, value in accuracy.items()}
-    row |= {f"{name}_{kind}": v for kind, far in distance.items() for name, v in far.items()}
-    return row | ({"behind": behind} if behind else {})
-
-
 def _of_tasks(found: ConditionAnalysis, one: Ranked) -> Iterator[dict[str, Any]]:
     """Yield a row for each task of a set, and for the total and dimensions without its own
     benchmark."""
     head = {"condition": one.condition, "calibration": one.calibration}
     for task in found.cells.tasks:
-        row = asdict(task)
         own = {"own_benchmark": task.name in one.halves, "kept": asdict(one.tasks[task.name])}
-        yield head | {"quantity": row.pop("name")} | row | own
+        yield head | asdict(task) | own
     for name, kept in one.without_own.items():
-        yield head | {"quantity": f"{name} without its own benchmark", "kept": asdict(kept)}
+        yield head | {"name": f"{name} without its own benchmark", "kept": asdict(kept)}
 
 
 def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
@@ -240,22 +225,8 @@ def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
     return [asdict(one) | ({"ratio": one.ratio} if isinstance(one, Noise) else {}) for one in found]
 
 
-def _frame(rows: Sequence[dict[str, Any]], kind: type | None = None) -> DataFrame:
-    """Return rows as a table; one without rows has the columns of its kind."""
-    from pandas import DataFrame
+def _frame(rows: Sequence[dict[str, Any]]) -> DataFrame:
+    """Return rows as a table, their parts as columns with joined names."""
+    from pandas import json_normalize
 
-    blank = {one.name: asdict(Estimate(None)) if one.name == "gap" else None
-             for one in (fields(kind) if kind else ())}  # fmt: skip
-    return DataFrame([_flat(row) for row in rows or [blank]], dtype=object)[: len(rows)]
-
-
-def _flat(row: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """Return a row with its parts as columns, names joined."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        own = f"{name}_{key}" if name else key
-        if isinstance(value, dict):
-            flat |= _flat(value, name if key in BARE else own)
-        else:
-            flat[own] = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    return flat
+    return json_normalize(list(rows), sep="_").astype(object)

@@ -1,4 +1,4 @@
-"""`export`: a model for another engine or the hub, a calibration set for other tools."""
+"""`export`: a model for another engine, a calibration set for other tools."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from calmix.cli.common import note, result, size
+from calmix.cli.common import result, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, user_path
 from calmix.options import Json, option, path_option
 from calmix.progress import Progress
 
-Form = Literal["pack", "model", "gguf", "openvino", "hub", "jsonl", "imatrix"]
+Form = Literal["pack", "model", "gguf", "openvino", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
 
 
 class ExportOptions(Json):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Form to write.", shown="pack; of a set jsonl")
-    output: Path | None = path_option("Folder, .jsonl or .gguf file to write.", default=None)
+    output: Path = path_option("Folder, .jsonl or .gguf file to write.")
     weights: Literal["int8", "own", "f16", "q8_0", "q4_0", "q4_1"] | None = option(
         None, "OpenVINO: int8 or own. GGUF: f16, q8_0, q4_0, q4_1.", shown="int8; of GGUF f16"
     )
     like: Path | None = option(None, "GGUF: a file of the same model.", metavar="FILE")
-    repository: str | None = option(None, "Hub: repository to push to, e.g. me/small.")
-    pack: bool = option(False, "Hub: push a pack, lossless and smaller.")
-    private: bool = option(False, "Hub: create the repository private.")
     model: str | None = option(None, "Set: the model it is for.", flag="--model -m")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
     trust_remote_code: bool = option(
@@ -38,7 +35,7 @@ class ExportOptions(Json):
 
 @verb("export")
 def export(options: ExportOptions) -> None:
-    """Write a model for another engine, a smaller pack, the hub, or a set for other tools."""
+    """Write a model for another engine, a smaller pack, or a set for other tools."""
     from calmix.calibration import is_saved_set
 
     of_set, output = is_saved_set(user_path(options.what)), options.output
@@ -51,12 +48,9 @@ def export(options: ExportOptions) -> None:
     if idle:
         flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
-    needed = "repository" if form == "hub" else "output"
-    if getattr(options, needed) is None:
-        raise InputError(f"--to {form} needs --{needed}")
     if of_set and options.model is None:
         raise InputError(f"{options.what} is a calibration set: name the model it is for: --model")
-    act(options, output or Path())
+    act(options, output)
 
 
 def _pack(options: ExportOptions, output: Path) -> None:
@@ -136,18 +130,6 @@ def _openvino(options: ExportOptions, output: Path) -> None:
     )  # fmt: skip
 
 
-def _push(options: ExportOptions, _: Path) -> None:
-    from calmix.deploy.hub import CARD, push
-
-    folder = Path(options.what)
-    with Progress() as bar:
-        address = push(folder, str(options.repository), pack=options.pack, private=options.private,
-                       say=bar.each("push"))  # fmt: skip
-    if not (folder / CARD).is_file():
-        note(f"{folder} has no {CARD}: pushed without a card (calmix report writes one)")
-    result(options, {"address": address}, address)
-
-
 def _jsonl(options: ExportOptions, output: Path) -> None:
     from calmix.calibration import CalibrationSet, open_tokenizer
     from calmix.calibration.dataset import export_jsonl
@@ -169,6 +151,5 @@ FORMS = {  # who writes a form, and which options it has
     "pack": (_pack, PLACE), "model": (_unpack, PLACE),
     "gguf": (_gguf, PLACE | {"weights", "like"}), "imatrix": (_imatrix, SET),
     "openvino": (_openvino, PLACE | {"weights", "trust_remote_code"}),
-    "hub": (_push, {"repository", "pack", "private"}),
     "jsonl": (_jsonl, SET),
 }  # fmt: skip

@@ -19,7 +19,7 @@ VERBS = {
     "compare": (("evaluate",), "Retention of several models next to each other"),
     "report": (("compress",), "The report card of a compressed model, or of several"),
     "calibrate": (("calibrate",), "Draw a calibration set, or let the model write it"),
-    "export": (("export",), "As a pack, GGUF or OpenVINO, to the hub; sets and imatrix"),
+    "export": (("export",), "As a pack, GGUF or OpenVINO; sets and imatrix"),
     "study": (("study", "study_report"), "Many sets, methods and sparsities from one file"),
     "doctor": (("doctor",), "Check the installation; inspect or re-run a result"),
 }
@@ -30,7 +30,7 @@ MOVED = {
     "sources": "calibrate sources, and calibrate show NAME",
     "rescore": "evaluate rescore", "answer": "evaluate answers",
     "perplexity": "evaluate perplexity", "suites": "evaluate suites, and evaluate suite NAME",
-    "pack": "export --to pack", "unpack": "export --to model", "hub": "export --to hub",
+    "pack": "export --to pack", "unpack": "export --to model",
     "recommend": "study recommend", "inspect": "doctor inspect", "rerun": "doctor rerun",
     "models": "doctor models", "methods": "doctor methods", "assets": "doctor assets",
 }  # fmt: skip

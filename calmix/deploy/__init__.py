@@ -1,1 +1,1 @@
-"""A model in the form that others run or fetch: packs, OpenVINO, the hub."""
+"""A model in the form that others run or fetch: packs, GGUF, OpenVINO."""

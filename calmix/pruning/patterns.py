@@ -120,22 +120,22 @@ class SemiStructured(Pattern):
 
 @dataclass(frozen=True)
 class Rate(Pattern):
-    """So many bits a weight, all counted, whatever becomes zero; None: what the method makes."""
+    """So many bits a weight, all counted, whatever becomes zero."""
 
-    bits: float | None
+    bits: float
     sparsity = 0.0
 
     def __post_init__(self) -> None:
-        if self.bits is not None and not 0.1 <= self.bits <= 8:
+        if not 0.1 <= self.bits <= 8:
             raise InputError(f"{self.bits:g} bits a weight is not between 0.1 and 8")
 
     def __str__(self) -> str:
-        return "own bits" if self.bits is None else f"{self.bits:g} bits"
+        return f"{self.bits:g} bits"
 
     @classmethod
     def parse(cls, text: str) -> Rate | None:
-        match = re.fullmatch(r"\s*(own|\d+\.?\d*)\s*bits?\s*", text)
-        return match and cls(None if match[1] == "own" else float(match[1]))
+        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text)
+        return match and cls(float(match[1]))
 
     def count(self, size: int) -> int:
         return 0

@@ -22,7 +22,7 @@ MANY = 4  # conditions: of more, a terminal shows each one's best set and the cl
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
-    """Write a study's report into a folder, all or nothing: `pages`, and figures as SVG and PNG.
+    """Write a study's report into a folder, all or nothing: `pages`, and figures as SVG.
 
     The same results and analysis give the same bytes.
     """
@@ -33,8 +33,7 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
             write_text(beside / name, text)
         (beside / FIGURES).mkdir()
         for chart in drawn:
-            for kind, content in chart.files().items():
-                (beside / FIGURES / f"{chart.name}.{kind}").write_bytes(content)
+            write_text(beside / FIGURES / f"{chart.name}.svg", chart.file())
 
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:

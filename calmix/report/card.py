@@ -167,7 +167,7 @@ class Card:
         """What to do next: measure what is missing, or pass the model on."""
         if self.behaved.answers is None or self.behaved.not_run:
             return self.measure
-        return f"calmix export {self.out / 'model'} --to hub --repository NAME/{self.out.name}"
+        return f"hf upload NAME/{self.out.name} {self.out / 'model'}"
 
     @property
     def removed(self) -> str:

@@ -137,13 +137,13 @@ class Chart:
     described: str
     draw: Callable[[], Any]
 
-    def files(self) -> dict[str, bytes]:
-        """Return the chart as SVG and PNG, by ending, its title above."""
+    def file(self) -> str:
+        """Return the chart as a file of SVG, its title above."""
         with self._drawn(WIDTH) as figure:
             figure.suptitle(self.title, x=0.012, ha="left", fontsize=12, fontweight="bold")
             wide, high = figure.get_size_inches()
             figure.set_size_inches(wide, high + 0.3)
-            return {"svg": _svg(figure).encode(), "png": _png(figure)}
+            return _svg(figure)
 
     @contextmanager
     def _drawn(self, width: float) -> Iterator[Any]:
@@ -199,7 +199,7 @@ def _font(found: re.Match[str]) -> str:
 def matplotlib() -> Any:
     """Return matplotlib; it is slow to import, and few verbs draw."""
     found = importlib.import_module("matplotlib")
-    for name in ("figure", "backends.backend_agg", "backends.backend_svg"):
+    for name in ("figure", "backends.backend_svg"):
         importlib.import_module(f"matplotlib.{name}")
     return found
 
@@ -209,17 +209,8 @@ def _svg(figure: Any) -> str:
     target, nothing = io.BytesIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
     canvas = matplotlib().backends.backend_svg.FigureCanvasSVG(figure)
     canvas.print_svg(target, metadata=nothing)
-    figure.set_layout_engine("none")  # laid out once, for the PNG too
     tips = r'<g class="tip"><title>\1</title>'
     return re.sub(r'<g id="tip: ([^"]*)">', tips, target.getvalue().decode())
-
-
-def _png(figure: Any) -> bytes:
-    target = io.BytesIO()
-    figure.set_dpi(160)
-    canvas = matplotlib().backends.backend_agg.FigureCanvasAgg(figure)
-    canvas.print_png(target, metadata={"Software": None})
-    return target.getvalue()
 
 
 def _tip(artist: Any, text: str) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, text_metrics
 from calmix.evaluation.scores import load_scores
-from calmix.files import write_bytes, write_text
+from calmix.files import write_text
 from calmix.study.results import Estimate, StudyResults, Trial
 from calmix.study.store import Run, Store, open_store
 
-CSV, PARQUET = "results.csv", "results.parquet"
+CSV = "results.csv"
 KEYS = ("machine", "system", "threads", "device", "dtype")  # of a run
 MIXED = ", "  # between values of what differed
 OF_TRIAL = (
@@ -54,14 +53,11 @@ def read_results(path: Path | str) -> StudyResults:
     )
 
 
-def write_tables(results: StudyResults, folder: Path) -> None:
-    """Write the table of `tidy` as `results.csv` and `results.parquet`."""
+def write_table(results: StudyResults, folder: Path) -> None:
+    """Write the table of `tidy` as `results.csv`."""
     import pandas as pd
 
-    table, content = pd.DataFrame(list(tidy(results))), io.BytesIO()
-    write_text(folder / CSV, table.to_csv(index=False))
-    table.to_parquet(content, index=False)
-    write_bytes(folder / PARQUET, content.getvalue())
+    write_text(folder / CSV, pd.DataFrame(list(tidy(results))).to_csv(index=False))
 
 
 def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from calmix.options import TrialOptions
 from calmix.pruning.allocation import from_shares
 from calmix.study.bench import Bench
 from calmix.study.estimate import Timed, check_memory
-from calmix.study.export import KEYS, MIXED, read_results, write_tables
+from calmix.study.export import KEYS, MIXED, read_results, write_table
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, Store, check_folder, claim_store, is_store, open_store
 from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resolve_all
@@ -114,7 +114,7 @@ def run_study(
                 f"finished trials were computed with different {key} ({value}): their figures may "
                 "differ by rounding or more"
             )
-    write_tables(results, path)
+    write_table(results, path)
     return store, outcome
 
 

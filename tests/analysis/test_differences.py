@@ -205,7 +205,7 @@ def test_a_sets_own_benchmark_is_marked_and_left_out_beside() -> None:
     )
     table = found.tables()["tasks"]
     (marked,) = table[table["own_benchmark"].eq(True)].to_dict("records")
-    assert (marked["condition"], marked["calibration"], marked["quantity"]) == (
+    assert (marked["condition"], marked["calibration"], marked["name"]) == (
         "Wanda 50%", "a", "code_a",
     )  # fmt: skip
 

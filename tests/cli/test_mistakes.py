@@ -36,7 +36,6 @@ VERBS = {
     "export --to pack": "{model}",
     "export --to model": "{pack}",
     "export --to openvino": "{model}",
-    "export --to hub": "{model} --repository me/small",
     "export --to jsonl": "{set} --model {model}",
     "calibrate draw": "{text} --model {model} --length 64",
     "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32",

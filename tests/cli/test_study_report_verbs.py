@@ -49,7 +49,7 @@ def test_report_writes_one_page_and_its_figures(calmix: Run, folder: Path, tmp_p
     ended = calmix("study", "report", folder, "-o", tmp_path / "r", "--sparsity", "60%", *QUICK)
     assert ended.code == 0, ended.err
     assert (tmp_path / "r" / "report.html").is_file()
-    assert (tmp_path / "r" / "figures" / "heat-map-sparsegpt-60pct.png").is_file()
+    assert (tmp_path / "r" / "figures" / "heat-map-sparsegpt-60pct.svg").is_file()
     assert "report.html" in ended.out
 
 

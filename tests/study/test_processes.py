@@ -19,7 +19,7 @@ from tests.study.test_running import Recorder
 from tests.study.worker import write_study
 from tests.tiny import quick
 
-TABLES = ("results.csv", "results.parquet")
+TABLES = ("results.csv",)
 
 
 def states(store: Path) -> list[str]:

@@ -231,7 +231,7 @@ class Quantiser(Method):
 
     @abstractmethod
     def round(
-        self, weights: Sequence[Tensor], factor: Factor, bits: float | None
+        self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
         """Return weights of layers that share an input on their grids, float32, and the grids."""
 

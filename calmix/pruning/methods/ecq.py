@@ -16,13 +16,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from calmix.errors import InputError
 from calmix.pruning.gram import Factor
-from calmix.pruning.methods.base import Method, Quantiser
-from calmix.pruning.patterns import Pattern, Rate
+from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.solvers.grids import DeadZone, Grid, dead_zone, entropy, factors
 from calmix.pruning.solvers.surgeon import solve_columns
 
@@ -43,24 +40,8 @@ class Ecq(Quantiser):
     name, title = "ecq", "ECQ"
     paper = "arXiv 2210.17323; the entropy-coded grid is ours"
 
-    step: float = Field(
-        default=0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Step in deviations of a layer's weights, in place of --bits.",
-    )
-
-    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
-        if self.step and pattern is None and not self.bits:
-            return self, Rate(None)
-        return super().aim(pattern)
-
-    def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        if bool(self.step) == (self.rate(pattern).bits is not None):
-            raise InputError("method ecq takes either --bits or a step, such as ecq,step=0.5")
-
     def round(
-        self, weights: Sequence[Tensor], factor: Factor, bits: float | None
+        self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
         own = factor.upper.diagonal()
         wanted = 4 * POWER * (own.log2() - own.log2().mean())
@@ -74,11 +55,9 @@ class Ecq(Quantiser):
         grids = [replace(one, octaves=octaves) for one in rounding.grids(made, [0.0] * len(made))]
         return [weight.mul_(column) for weight in made], grids
 
-    def _steps(self, weights: Sequence[Tensor], factor: Factor, bits: float | None) -> list[float]:
-        """Return the layers' steps: the one that is set, or those that take so many bits."""
+    def _steps(self, weights: Sequence[Tensor], factor: Factor, bits: float) -> list[float]:
+        """Return the layers' steps, those that take so many bits."""
         size = [float(weight.square().mean().sqrt()) or 1.0 for weight in weights]
-        if bits is None:
-            return [self.step * one for one in size]
         goals = [max(bits - DeadZone.beside(weight), 0.0) for weight in weights]
         pairs = list(zip(weights, goals, strict=True))
         ends = [[one * 2**end for end in STEPS] for one in size]

@@ -37,8 +37,8 @@ class Gptq(Quantiser):
         check_group(self.group, columns, name)
 
     def round(
-        self, weights: Sequence[Tensor], factor: Factor, bits: float | None
+        self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
-        rounding = Symmetric(weights, self.group, int(bits or 0))
+        rounding = Symmetric(weights, self.group, int(bits))
         made = solve_columns(weights, factor, None, rounding)
         return made, rounding.grids(made, [0.0] * len(made))
