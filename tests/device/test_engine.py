@@ -46,7 +46,7 @@ def numbers(reads):
     return reads.pop("tolist", 0) + reads.pop("_local_scalar_dense", 0)
 
 
-QUICK = "admm,iterations=2,refit=1"
+QUICK = "admm,iterations=1,refit=1"
 CASES = quick(
     [(QUICK, HALF, "block"), ("wanda", SemiStructured(2, 4), "sequential")],
     [("sparsegpt", HALF, "sequential"), ("sparsegpt", SemiStructured(2, 4), "block"),

@@ -32,7 +32,7 @@ def block(size, outputs, seed=0):
 
 @pytest.mark.parametrize(
     ("pattern", "size", "outputs"),
-    [(Unstructured(0.6), 128, 70), (Unstructured(0.5), 41, 8), (SemiStructured(2, 4), 128, 33),
+    [(Unstructured(0.6), 64, 40), (Unstructured(0.5), 41, 8), (SemiStructured(2, 4), 64, 33),
      (SemiStructured(1, 3), 129, 5)],
     ids=str,
 )  # fmt: skip
@@ -58,8 +58,8 @@ def test_a_layer_is_solved_by_it(monkeypatch):
     monkeypatch.setattr(fused, "usable", lambda device, *at: at[-1](device, *at[:-1]))
     monkeypatch.setattr(surgeon, "prune_block", as_on_a_device(surgeon.prune_block))
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(400, 160, generator=generator)
-    weights = [torch.randn(rows, 160, generator=generator) for rows in (9, 4)]
+    x = torch.randn(400, 136, generator=generator)
+    weights = [torch.randn(rows, 136, generator=generator) for rows in (5, 4)]
     method = get_method("sparsegpt")
     for pattern in (Unstructured(0.5), SemiStructured(2, 4)):
         found = method.solve(weights, x.T @ x, [pattern] * 2)

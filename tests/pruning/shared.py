@@ -2,11 +2,12 @@
 
     torchrun --standalone --nproc-per-node 2 -m tests.pruning.shared
 
-Ends well if every process ends with the masks of one process, and with its own peers' weights.
+Ends well if the first process ends with the masks of one process, and all with its weights.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -52,7 +53,6 @@ class Case:
 
 
 CASES = [
-    Case("sparsegpt", Unstructured(0.6)),
     Case("admm,iterations=4,refit=2", SemiStructured(2, 4), trust=True),
     Case("wanda,refit=2", Unstructured(0.5), "block", trust=True),
     Case("sparsegpt", Unstructured(0.5), kind="mixtral", experts=16),
@@ -73,9 +73,9 @@ def pruned(case: Case) -> tuple[dict[str, torch.Tensor], PruneReport]:
 
 
 def scores() -> dict[str, list[float]]:
-    model = CASES[3].model()
+    model = CASES[2].model()
     look = ScorePass(model, find_blocks(model))
-    run_through(look, CASES[3].ids())
+    run_through(look, CASES[2].ids())
     return look.scores
 
 
@@ -84,7 +84,8 @@ def main() -> None:
     exact = partial(precision.bfloat16_products, allowed=False)
     for module in (precision, admm):
         module.bfloat16_products = lambda allowed=True: exact()
-    expected, alone = [pruned(case) for case in CASES], scores()
+    first = os.environ["RANK"] == "0"
+    expected, alone = [pruned(case) if first else None for case in CASES], scores()
     dist.init_process_group("gloo")
     for case, before in zip(CASES, expected, strict=True):
         check(case, before)
@@ -122,17 +123,20 @@ def alike() -> None:
         torch.testing.assert_close(matrix, whole.T @ whole * SMOOTHING / len(whole))
 
 
-def check(case: Case, expected: tuple[dict[str, torch.Tensor], PruneReport]) -> None:
-    """Prune together, and compare with what a process has done alone and with the other's."""
-    alone, told = expected
+def check(case: Case, expected: tuple[dict[str, torch.Tensor], PruneReport] | None) -> None:
+    """Prune together, and compare with the first process's and with what that has done alone."""
     together, report = pruned(case)
+    for value in together.values():
+        other = value.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, value), case
+    if expected is None:
+        return
+    alone, told = expected
     # Sums in another order move an error of alternating directions by up to 3 % (40 orders).
     masks, rows_kept, errors = (0.98, 0.8, 0.2) if "admm" in case.method else (0.995, 0.9, 1e-3)
     assert report.tokens == told.tokens == case.ids().numel()
     for name, value in together.items():
-        other = value.detach().clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(other, value), (case, name)
         same = (value == 0) == (alone[name] == 0)
         assert same.float().mean() > masks, (case, name, same.float().mean())
         # A row corrects its own weights only: one whose mask is the same is the same.

@@ -60,16 +60,16 @@ def small(monkeypatch):
 def test_it_goes_on_with_as_many_rows_at_a_time(
     calmix, place, tmp_path, monkeypatch, small, method
 ):
-    within = ("--max-memory", "64GiB")
+    within = ("--epochs", 1, "--max-memory", "64GiB")
     assert calmix(*command(place, tmp_path / "whole", method, *within)).code == 0
     stopped(partial(arm, "counted", 1), *command(place, tmp_path / "cut", method, *within))
     monkeypatch.setattr(job, "make_plan", make_plan)
-    ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
+    ended = calmix(*command(place, tmp_path / "cut", method, *within[:2], "--resume"))
     assert ended.code == 0, ended.err
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     # The same but for the order of sums; without a bound as many run at a time as may.
     monkeypatch.undo()
-    assert calmix(*command(place, tmp_path / "plenty", method)).code == 0
+    assert calmix(*command(place, tmp_path / "plenty", method, *within[:2])).code == 0
     few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
     assert few["rows_at_once"] == 1 < many["rows_at_once"]
     assert few["after"] == pytest.approx(many["after"], rel=0.02)

@@ -24,8 +24,8 @@ def page_of(results: StudyResults) -> str:
 
 
 def test_every_figure_is_there_as_a_file_and_in_the_page(whole: Path) -> None:
-    labels = ("sparsegpt-50pct", "sparsegpt-60pct")
-    names = {f"{kind}-{label}" for kind in KINDS for label in labels}
+    names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
+    names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:4]}  # of few sets
     kept = {path.name for path in (whole / "figures").iterdir()}
     assert kept == {f"{name}.svg" for name in names}
     text = (whole / "report.html").read_text(encoding="utf-8")
@@ -96,13 +96,13 @@ def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[8:12], others={},
+    few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[8:11], others={},
                     dimensions=("general", "code"))  # fmt: skip
     results = study(few)
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
     one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(one) == 2 + len(KINDS)
+    assert len(one) == 2 + len(KINDS[:4])
     for path in one:
         twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == twin.read_bytes(), path.name

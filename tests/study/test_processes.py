@@ -40,7 +40,7 @@ def running_process(store: Path) -> int | None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Path]:
     """A study with trials long enough to be met at work, and its store after a plain run."""
     folder = tmp_path_factory.mktemp("plain")
-    path = write_study(folder, tiny_folder, rows=30)
+    path = write_study(folder, tiny_folder, rows=12)
     # In this process, so that what it imports need not be imported in every fork.
     run_study(load_study(path), folder / "store", Recorder())
     assert states(folder / "store") == ["finished"] * 3
