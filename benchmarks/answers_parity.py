@@ -15,12 +15,11 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from common import machine
+from common import machine, quiet_harness
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.abilities import load_asked, prompts
 from calmix.evaluation.greedy import answers
-from calmix.evaluation.harness import quiet_harness
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model
 from calmix.models.opening import quiet_transformers

@@ -21,11 +21,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from common import commit, machine
+from common import commit, machine, quiet_harness
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.evaluate import choose
-from calmix.evaluation.harness import quiet_harness
 from calmix.evaluation.scorer import Request, Scorer
 from calmix.evaluation.suites import Suite
 from calmix.evaluation.tasks import check, load_items

@@ -520,7 +520,7 @@ def suite(options: SuiteOptions) -> None:
             "items": which if spec.limit is None else f"{which}, {spec.limit}",
             "quick": spec.quick if spec.quick is not None else spec.limit or "all",
             "chance": spec.chance,
-            "data": " ".join(part for part in (spec.harness, spec.archive, spec.asked) if part),
+            "data": spec.archive or spec.asked,
         }  # fmt: skip
 
     print_table(

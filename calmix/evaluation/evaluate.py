@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.records import Floor, Outcome, TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
-from calmix.evaluation.suites import WRITTEN, Suite, TaskSpec, load_suite
+from calmix.evaluation.suites import Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Item, check, item_texts, load_items, task_texts
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
@@ -26,7 +26,6 @@ from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
 
 if TYPE_CHECKING:
-    from calmix.evaluation.harness import Part
     from calmix.evaluation.scorer import Scorer
 
 CUE = "Answer:"  # what stands in place of a question
@@ -52,7 +51,7 @@ def choose(
 def runnable(suite: Suite, allowed: bool) -> tuple[Suite, list[str]]:
     """Return what of a suite is run, and the tasks left out: those that ask for programs, unless
     these may be run."""
-    left = [name for name, one in suite.tasks.items() if one.asked and one.runs_code]
+    left = [name for name, one in suite.tasks.items() if one.runs_code]
     rest = [name for name in suite.tasks if name not in left]
     return (suite, []) if allowed or not left or not rest else (suite.only(tasks=rest), left)
 
@@ -173,23 +172,17 @@ def _run(
     loaded = {name: _load(name, spec) for name, spec in suite.tasks.items() if not spec.asked}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
-    rendered = {name: items for name, (items, parts) in loaded.items() if not parts}
-    asked = [Request(name, *one) for name in rendered for i in rendered[name] for one in i.requests]
+    asked = [Request(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = (value for value, _ in scorer.loglikelihood(asked))
     tasks = []
     for name, spec in suite.tasks.items():
-        items, parts = loaded.get(name, ([], []))
         if spec.asked is not None:
             from calmix.evaluation.abilities import ask
 
             outcomes = ask(scorer, spec)
-        elif parts:
-            from calmix.evaluation.harness import score_parts
-
-            outcomes = score_parts(scorer, name, spec, parts)
         else:
-            rows = [list(islice(answers, len(item.requests))) for item in items]
-            outcomes = check(spec, items, rows)
+            rows = [list(islice(answers, len(item.requests))) for item in loaded[name]]
+            outcomes = check(spec, loaded[name], rows)
         tasks.append(_task_scores(suite, name, outcomes, scorer, floors))
     return CapabilityScores(
         model.name, model.fingerprint, dtype_name(model.model.dtype), describe(suite), tuple(tasks),
@@ -198,33 +191,23 @@ def _run(
     )  # fmt: skip
 
 
-def _load(name: str, spec: TaskSpec) -> tuple[list[Item], list[Part]]:
-    """Return a task's items in the archive, and of a harness task the parts it consists of."""
+def _load(name: str, spec: TaskSpec) -> list[Item]:
+    """Return a task's items in the archive."""
     try:
-        items = [] if spec.archive is None else load_items(spec)
-        if spec.harness is None:
-            return items, []
-        from calmix.evaluation.harness import load_parts
-
-        return items, load_parts(spec, items or None)
+        return load_items(spec)
     except CalmixError as error:
         raise type(error)(f"task {name}: {error}") from error
 
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
-    """Yield task, id and text of every item a suite scores, without worked examples.
-
-    Items of a harness task need the task's data set, from the hub if not cached.
-    """
+    """Yield task, id and text of every item a suite scores, without worked examples."""
     for name, spec in suite.tasks.items():
         if spec.asked is not None:
             from calmix.evaluation.abilities import asked_texts
 
             yield from ((name, *one) for one in asked_texts(spec))
-        elif spec.archive is not None:
-            yield from ((name, *one) for one in item_texts(spec))
         else:
-            yield from ((name, *one) for part in _load(name, spec)[1] for one in part.texts())
+            yield from ((name, *one) for one in item_texts(spec))
 
 
 def _task_scores(
@@ -246,8 +229,6 @@ def _task_scores(
             answers=tuple(one.answer or "" for one in outcomes),
             ended=tuple(int(one.ended) for one in outcomes),
         )
-    if spec.metric in WRITTEN:
-        return scores
     answers = [[answer for _, answer in one.requests] for one in outcomes]
     floor: Floor = "none" if spec.form == "passage" else "context-free"
     if any(len({context for context, _ in one.requests}) > 1 for one in outcomes):
@@ -258,9 +239,7 @@ def _task_scores(
         if floor == "context-free":
             known = _without_question(scorer, name, answers)
         right = [row[one.gold] for row, one in zip(answers, outcomes, strict=True)]
-        questions = [one.requests[0][0] for one in outcomes]
-        texts = questions if spec.archive is None else task_texts(spec)
-        unigram = _single_tokens(scorer.tokenizer, texts, right)
+        unigram = _single_tokens(scorer.tokenizer, task_texts(spec), right)
     return replace(
         scores,
         gold=tuple(one.gold for one in outcomes),

@@ -1,4 +1,4 @@
-"""Text that models write: in answer to tasks of the harness, and to a panel of plain questions.
+"""Text that models write in answer to a panel of plain questions.
 
 Ten answers read side by side are no score: they show what figures do not.
 """
@@ -12,46 +12,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.evaluation.suites import read_own
 from calmix.files import read_object, write_json
 from calmix.yaml_files import first_problem
 
 if TYPE_CHECKING:
-    from calmix.evaluation.scorer import Scorer
     from calmix.models import OpenModel
 
 KIND = "answers"
 MOST = 50  # prompts of a file
 TOKENS = 96
-
-
-def generate(
-    scorer: Scorer, contexts: Sequence[str], *, task: str = "", stops: Sequence[str] = (),
-    room: int = TOKENS,
-) -> list[str]:  # fmt: skip
-    """Return what a model writes after each context, up to a stop, the end token or `room` tokens.
-
-    Contexts too long are cut on the left.
-    """
-    from calmix.evaluation.greedy import Prompt as Asked
-    from calmix.evaluation.greedy import answers
-
-    name = scorer.opened.name
-    if scorer.tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {name} has no end-of-text token")
-    limit = scorer.max_length - room
-    if limit <= 0:
-        raise ModelError(
-            f"task {task} generates up to {room} tokens, but the context of {name} is "
-            f"{scorer.max_length}: leave that task out"
-        )
-    scorer.tick.total += len(contexts)
-    encoded = [ids or [scorer.prefix] for ids in scorer.encode(list(contexts))]
-    if cut := sum(len(ids) > limit for ids in encoded):
-        scorer.truncated[task] += cut
-    asked = [Asked(ids[-limit:], room, tuple(filter(None, stops))) for ids in encoded]
-    return [one.text for one in answers(scorer.opened, asked, tick=scorer.tick)]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class TaskScores:
     """What one model did on one task, item by item.
 
     Attributes:
-        metric: lm-evaluation-harness's metric, which `values` are: accuracies from 0 to 1, none
+        metric: the suite's, which `values` are: accuracies from 0 to 1, none
             for a task of single answers.
         primary: the score that retention of this task is about, unless another is asked for.
         chance: expected accuracy of a guess; 0 where there is no accuracy.

@@ -17,12 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from calmix.errors import InputError
-from calmix.machine import cores
 
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes of address space
@@ -137,38 +133,3 @@ def check_sandbox() -> None:
     reason = failure("import math, collections\nassert math.gcd(4, 6) == 2\n")
     if reason or not failure("assert 1 == 2\n"):
         raise InputError(f"generated code cannot be run here: {reason or 'nothing fails'}")
-
-
-class CodeEval:
-    """Stands in for the `code_eval` metric of the `evaluate` package, in our own subprocess."""
-
-    def compute(
-        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], **how: Any
-    ) -> tuple[dict[str, float]]:
-        """Return pass@1, the share of each problem's candidates that pass, over problems."""
-        check_sandbox()
-        with ThreadPoolExecutor(min(4, cores())) as pool:
-            running = [
-                [pool.submit(failure, f"{candidate}\n{test}\n") for candidate in tried]
-                for test, tried in zip(references, predictions, strict=True)
-            ]
-        shares = [sum(not one.result() for one in row) / len(row) for row in running]
-        return ({"pass@1": sum(shares) / len(shares)},)
-
-
-@contextlib.contextmanager
-def code_eval_in_sandbox() -> Iterator[None]:
-    """Give lm-evaluation-harness our own `code_eval` while its code tasks load, which ask for the
-    metric by name: from the hub, to run programs without limits on memory or files."""
-    import evaluate
-
-    original = evaluate.load
-
-    def load(path: str, *args: Any, **kwargs: Any) -> Any:
-        return CodeEval() if path == "code_eval" else original(path, *args, **kwargs)
-
-    evaluate.load = load
-    try:
-        yield
-    finally:
-        evaluate.load = original

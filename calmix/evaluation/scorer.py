@@ -47,7 +47,7 @@ class Request(NamedTuple):
 
 
 class Scorer:
-    """An open model that gives likelihoods; `generations.generate` writes with it.
+    """An open model that gives likelihoods.
 
     Speed and memory depend on `batch_tokens`, the tokens in one forward pass; scores do not.
     `progress` is called with the number of requests done and in all, `truncated` counts each

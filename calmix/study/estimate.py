@@ -26,7 +26,7 @@ from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.abilities import load_asked
-from calmix.evaluation.suites import ARCHIVE, WRITTEN, Suite
+from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items, preamble
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
@@ -49,18 +49,11 @@ START = 8.0  # seconds until they are imported
 FILES = 0.3e9  # bytes of a checkpoint a second, read, hashed, written and hashed again
 MOMENT = 0.15  # seconds that each timing takes, at least
 BATCH = 64  # rows written at a time
-ANSWER = 256  # tokens an answer may have
 VOCABULARY = 16_384  # rows of the output head that are timed
 CHARACTERS = 3.6  # a token, in English text and code
 # Tokens written for each that is kept.
 PASSES = {"self-written": 1.2, "chat": 1.3, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
-# Items and tokens an item of public test sets, for suites whose data is not at hand.
-KNOWN_TASKS = {
-    "mmlu": (14042, 150), "boolq": (3270, 180), "piqa": (1838, 90), "hellaswag": (10042, 160),
-    "winogrande": (1267, 50), "arc_easy": (2376, 60), "arc_challenge": (1172, 60),
-    "openbookqa": (500, 40), "humaneval": (164, 160), "mbpp": (500, 500), "gsm8k": (1319, 900),
-    "minerva_math": (5000, 700),
-}  # fmt: skip
+ITEMS, EACH = 1000, 300  # of a task whose data is not at hand, and tokens of each
 
 
 class Timed:
@@ -332,7 +325,7 @@ def suite_work(suite: Suite) -> SuiteWork:
             count, held = len(texts), shared + sum(len(text) - shared for text in texts)
             held = round(held / CHARACTERS)
             written += count * asked.tokens // 2
-        elif spec.archive is not None and here:
+        elif here:
             found = load_items(spec)
             contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
             shared = preamble(contexts)
@@ -341,11 +334,9 @@ def suite_work(suite: Suite) -> SuiteWork:
             count, held = len(found), round(characters / CHARACTERS)
         else:
             exact = False
-            count, each = KNOWN_TASKS.get(spec.harness or "", (1000, 300))
-            count = min(count, spec.limit or count)
-            held = count * each
+            count = min(ITEMS, spec.limit or ITEMS)
+            held = count * EACH
         items, tokens = items + count, tokens + held
-        written += 0 if spec.asked or spec.metric not in WRITTEN else count * ANSWER
     return SuiteWork(items, tokens, written, exact)
 
 

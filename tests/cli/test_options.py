@@ -44,7 +44,7 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
         ("calmix prune x --calibration uniform:books,sto", ["books,stories"]),
         ("calmix evaluate x --suite off", ["offline"]),
         ("calmix compress x --effort q", ["quick"]),
-        ("calmix evaluate suite prog", ["programs"]),
+        ("calmix evaluate suite pap", ["paper"]),
         ("calmix prune x --calibration mix-c", ["mix-clean"]),
         ("calmix calibrate self-w", ["self-written"]),
         ("calmix doctor ins", ["inspect"]),

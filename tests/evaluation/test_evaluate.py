@@ -14,6 +14,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as module
+from calmix.evaluation import greedy
 from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
@@ -22,7 +23,6 @@ from calmix.evaluation.tasks import load_items
 from calmix.models import OpenModel, open_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import reference, request
-from tests.tiny import longer
 
 
 @pytest.fixture
@@ -170,12 +170,12 @@ def test_different_suites_versions_and_selections_are_not_compared() -> None:
 
 
 def test_code_runs_only_if_allowed(tiny: OpenModel) -> None:
-    for name in ("programs", "paper"):
-        with pytest.raises(InputError, match=r"task humaneval, mbpp .* --allow-code-execution"):
-            evaluate(tiny, name)
+    code = load_suite("paper").only(dimensions=["code"])
+    with pytest.raises(InputError, match=r"task humaneval, mbpp .* --allow-code-execution"):
+        evaluate(tiny, code)
 
 
-def test_the_harness_is_imported_for_its_own_tasks_alone() -> None:
+def test_no_suite_needs_the_harness_until_it_is_scored() -> None:
     code = (
         "import sys, calmix.cli, calmix.evaluation.suites as s; s.load_suite('offline');"
         "print([m for m in ('lm_eval', 'datasets', 'transformers.models') if m in sys.modules]);"
@@ -198,21 +198,24 @@ def test_the_builtin_model_on_the_smoke_suite() -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("builtin", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_programs_are_written_run_and_scored(
-    builtin: bool, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calmix.evaluation import sandbox as execution
+    from calmix.evaluation import abilities
 
     tried: list[str] = []
-    real = execution.failure
+    real = abilities.failure
 
     def kept(source: str, **options: Any) -> Any:
         tried.append(source)
         return real(source, **options)
 
-    monkeypatch.setattr(execution, "failure", kept)
-    name = "builtin:smollm2-135m" if builtin else str(longer(tiny_folder, tmp_path / "model"))
-    suite = load_suite("programs").limited(1).only(tasks=["humaneval"])
+    monkeypatch.setattr(abilities, "failure", kept)
+    name = "builtin:smollm2-135m" if builtin else str(tiny_folder)
+    if not builtin:  # whose answers never end
+        written = [greedy.Answer("    return True", 4, True)]
+        monkeypatch.setattr(abilities, "answers", lambda *_, **__: written)
+    suite = load_suite("paper").limited(1).only(tasks=["humaneval"])
     scores = evaluate(open_model(name), suite, allow_code_execution=True)
-    assert scores.tasks[0].items == ("codex_humaneval/0",)
+    assert scores.tasks[0].items == ("humaneval/0",)
     assert set(scores.tasks[0].values) <= {0.0, 1.0}
     assert any("check(" in source for source in tried)

@@ -113,7 +113,7 @@ def test_a_file_is_scored_anew_by_another_measure(
         (("--suite", "none.yaml"), "there is no file none.yaml"),
         (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
         (("--limit", "-3"), "--limit -3: must be greater"),
-        (("--suite", "paper"), "--allow-code-execution"),
+        (("--suite", "paper", "--dimension", "code"), "--allow-code-execution"),
         (("--resamples", "0"), "--resamples 0: must be greater"),
         (("--batch-tokens", "0"), "--batch-tokens 0: must be greater"),
         (("--against", "none.json"), "there is no file none.json"),

@@ -7,49 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.evaluation import greedy
 from calmix.evaluation.generations import (
     Answered,
     Prompt,
     answer,
-    generate,
     load_answers,
     panel,
     read_prompts,
 )
-from calmix.evaluation.scorer import Scorer
 from tests.evaluation.helpers import opened
-
-CONTEXTS = ["one", "two words", "three little words", "four", ""]
-
-
-def test_generation_is_batched_greedy_and_stops() -> None:
-    model = opened()
-    together = generate(Scorer(model), CONTEXTS, room=12)
-    assert together == [generate(Scorer(model, batch_tokens=1), [c], room=12)[0] for c in CONTEXTS]
-    assert len(set(together)) > 1
-    stop = together[0][3:5]
-    assert generate(Scorer(model), ["one"], stops=[stop], room=12) == [together[0].split(stop)[0]]
-
-
-def test_long_contexts_are_cut_on_the_left_and_counted() -> None:
-    seen: list[tuple[int, int]] = []
-    scorer = Scorer(opened(), progress=lambda *of: seen.append(of))
-    text = "abcdefghij" * 40  # 400 tokens, the context is 256
-    cut, same, short = generate(scorer, [text, text[-246:], "a"], room=10, task="writes")
-    assert cut == same != short
-    assert scorer.truncated == {"writes": 1}
-    assert seen[-1] == (3, 3)
-
-
-def test_generation_needs_an_end_token_and_room() -> None:
-    model = opened()
-    with pytest.raises(ModelError, match="task x generates up to 256 tokens"):
-        generate(Scorer(model), ["a"], room=256, task="x")
-    model.tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="no end-of-text token"):
-        generate(Scorer(model), ["a"], room=8)
 
 
 def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(

@@ -38,7 +38,6 @@ def test_builtin_suites() -> None:
     assert set(suites["paper"].tasks) == {*wanted.split(), "gsm8k", "math"}
     assert all(len(tasks) >= 3 for tasks in suites["offline"].dimensions.values())
     for task in suites["offline"].tasks.values():
-        assert task.harness is None
         assert (task.quick or 0) < (task.limit or 0)
 
 
@@ -96,8 +95,8 @@ def test_selections_have_hashes_of_their_own() -> None:
         ("form: question", "form: essay", 8, "dimensions.general.sciq.form: Input should be"),
         ("      form: question\n", "", 6, "needs 'form'"),
         ("      shots: 5\n", "", 6, "needs 'shots'"),
-        ("      archive: sciq/rc\n", "", 6, "needs 'archive', 'harness' or 'asked'"),
-        ("metric: acc_norm", "metric: pass@1", 6, "needs a 'harness' task"),
+        ("      archive: sciq/rc\n", "", 6, "needs 'archive' or 'asked'"),
+        ("metric: acc_norm", "metric: pass@1", 6, "needs an 'asked' task"),
         ("metric: acc_norm", "metric: bits_per_byte", 6, "'answer' or 'passage' go together"),
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
         ("shots: 5", "shots: 5\n      shots: 4", 11, "'shots' is given twice"),

@@ -1,10 +1,10 @@
-"""Tasks: items of the archive, how they are checked, and the harness's own tasks."""
+"""Tasks: items of the archive, and how they are checked."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +12,9 @@ from lm_eval.api.task import ConfigurableTask
 
 from calmix import assets
 from calmix.errors import InputError
-from calmix.evaluation import harness
-from calmix.evaluation.evaluate import evaluate, suite_items
-from calmix.evaluation.harness import gold_of, registry, registry_of
-from calmix.evaluation.suites import Suite, TaskSpec, load_suite, parse_suite, spread
+from calmix.evaluation.evaluate import suite_items
+from calmix.evaluation.suites import TaskSpec, load_suite, parse_suite, spread
 from calmix.evaluation.tasks import check, load_items, preamble
-from calmix.models import open_model
 from tests.evaluation.archive import suite_text, use_archive
 
 
@@ -81,7 +78,8 @@ def test_answers_are_checked_as_the_harness_checks_them(metric: str) -> None:
 
     items = load_items(spec(metric=metric))
     docs = [{"q": i.contexts[0], "c": [c[1:] for c in i.choices], "g": i.gold} for i in items]
-    with harness.quiet_harness():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         task = ConfigurableTask(config={
             "task": "quiz", "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
             "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "q",
@@ -123,91 +121,9 @@ def test_what_the_archive_lacks_is_one_line(fields: dict[str, Any], says: str) -
         load_items(spec(**fields))
 
 
-def of_harness(task: str, **fields: str) -> Suite:
-    head = suite_text().partition("dimensions:")[0]
-    rest = "".join(f", {key}: {value}" for key, value in fields.items())
-    return parse_suite(f"{head}dimensions:\n  general:\n    x: {{harness: '{task}'{rest}}}\n", "s")
-
-
-@pytest.fixture
-def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry of one folder in place of all, which takes seconds to read."""
-    folder = Path(harness.lm_eval.tasks.__file__).parent / "hellaswag"
-    monkeypatch.setattr(harness, "registry", lambda own=None: registry(own or folder))
-
-
-@pytest.mark.usefixtures("few_tasks")
-@pytest.mark.parametrize("name", ["helaswag", "../tasks/piqa/piqa", "**"])
-def test_an_unknown_task_of_the_harness_is_one_line(name: str) -> None:
-    with pytest.raises(InputError, match=r"task x: .* has no task") as caught:
-        list(suite_items(of_harness(name, metric="acc", chance="0.25")))
-    assert name != "helaswag" or "did you mean hellaswag" in str(caught.value)
-
-
-def test_tasks_of_suites_are_found_without_the_whole_registry(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = registry.__wrapped__
-    monkeypatch.setattr(harness, "registry", lambda folder: whole(folder))
-    for task in load_suite("programs").tasks.values():
-        assert task.harness in registry_of(str(task.harness)).task_index
-
-
-def test_a_data_set_out_of_reach_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"task x: the data of piqa cannot be fetched") as caught:
-        list(suite_items(of_harness("piqa", metric="acc", chance="0.5")))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_task_of_the_harness_on_its_own_data(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    rows = [
-        {"goal": f"goal {n}", "sol1": f"way {n}", "sol2": "none", "label": n % 2} for n in range(9)
-    ]
-    made = datasets.Dataset.from_list(rows)
-    split = {"train": made, "validation": made, "test": made}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: split)
-    fields = {"metric": "acc_norm", "shots": "1", "items": "even", "limit": "3"}
-    mine = of_harness("piqa", **fields, chance="choices")
-    model = open_model(str(tiny_folder), dtype="float32", device="cpu")
-    scores = evaluate(model, mine).tasks[0]
-    assert scores.items == ("piqa/0", "piqa/2", "piqa/6")
-    assert (scores.chance, scores.floor, scores.gold) == (0.5, "context-free", (0, 0, 0))
-    assert [len(row) for row in scores.loglikelihoods] == [2, 2, 2]
-    assert scores.bytes[0] == (len(" way 0"), len(" none"))
-    items = list(suite_items(mine))
-    assert [identifier for _, identifier, _ in items] == list(scores.items)
-    assert "goal 2" in items[1][2]
-    wrong = of_harness("piqa", **{**fields, "metric": "exact_match"}, chance="choices")
-    with pytest.raises(InputError, match=r"task x has no metric 'exact_match' \(has: acc"):
-        evaluate(model, wrong)
-    wrong = of_harness("piqa", **fields, chance="choices", filter="strict")
-    with pytest.raises(InputError, match="task x: there is no filter 'strict'"):
-        evaluate(model, wrong)
-
-
-def test_the_right_choice_among_contexts_is_the_harness_tasks_own() -> None:
-    class Task:
-        multiple_input = 2
-
-        def doc_to_text(self, doc: Any) -> int:
-            return 1
-
-    row = {"doc": {}, "target": "is hot.",
-           "arguments": [("The moon", " is hot."), ("The sun", " is hot.")]}  # fmt: skip
-    assert gold_of(Task(), row) == 1
-    assert gold_of(None, row | {"target": 1}) == 1
-    assert gold_of(None, row) == 0
-    with pytest.raises(InputError, match="its right answer in no choice: 'is cold'"):
-        gold_of(None, row | {"target": "is cold"})
-
-
 @pytest.mark.real
 def test_the_real_archive_gives_every_offline_task_its_items() -> None:
-    for name in ("offline", "smoke", "programs"):
+    for name in ("offline", "smoke"):
         for task in load_suite(name).tasks.values():
             items = load_items(task)
             assert len({item.id for item in items}) == len(items)

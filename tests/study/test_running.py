@@ -432,7 +432,7 @@ def test_checkpoints_are_kept_if_asked(tiny_study: Write, tmp_path: Path) -> Non
 
 
 def test_a_suite_that_runs_code_needs_leave(tiny_study: Write, tmp_path: Path) -> None:
-    path = tiny_study((f"suite: {tmp_path / 'suite.yaml'}", "suite: programs"))
+    path = tiny_study((f"suite: {tmp_path / 'suite.yaml'}", "suite: paper"))
     with pytest.raises(InputError, match="--allow-code-execution"):
         run(path, tmp_path / "store", options=TrialOptions())
     assert not (tmp_path / "store").exists()
