@@ -34,16 +34,6 @@ class RetentionOptions(Options):
     """How retention is computed from scores."""
 
     measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
-    resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
-    seed: int = option(0, "Seed of the bootstrap.", ge=0, advanced=True)
-
-    def drawn(self) -> dict[str, int]:
-        """Return how the bootstrap draws, by name."""
-        return {"resamples": self.resamples, "seed": self.seed}
-
-    def judged(self) -> dict[str, Any]:
-        """Return measure, resamples and seed by name."""
-        return {"measure": self.measure} | self.drawn()
 
 
 class EvaluateOptions(RetentionOptions, ModelOptions, Json):
@@ -163,12 +153,12 @@ def run(options: EvaluateOptions) -> None:
         with Progress() as bar:
             found = distance(
                 pruned, kept_of, dense=lambda: open_model(str(against), **how),
-                progress=bar.of("distance to the dense model"), **options.drawn(),
+                progress=bar.of("distance to the dense model"),
             ).to_dict()  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
     made: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
-        kept = scores.retention(dense, **options.judged())
+        kept = scores.retention(dense, measure=options.measure)
         made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                  "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
@@ -195,7 +185,7 @@ def rescore(options: RescoreOptions) -> None:
     elif dense is None:
         print_json(score_rows(scores, options.measure))
     else:
-        print_json(scores.retention(dense, **options.judged()).to_dict())
+        print_json(scores.retention(dense, measure=options.measure).to_dict())
 
 
 @verb("compare")
@@ -206,7 +196,7 @@ def compare(options: CompareOptions) -> None:
     from calmix.evaluation.scores import load_dense, load_scores
     from calmix.report import words
 
-    files, how = options.scores, options.judged()
+    files = options.scores
     # A folder of calmix compress is known by its own name.
     names = [path.resolve().parent.name if path.stem in ("scores", "abilities") else path.stem
              for path in files]  # fmt: skip
@@ -225,13 +215,13 @@ def compare(options: CompareOptions) -> None:
                 f"{path} was scored against {own.model}, which is not the dense model of the "
                 f"others ({dense.model}): compare it by itself"
             )
-    kept = [one.retention(dense, **how) for one in models]
+    kept = [one.retention(dense, measure=options.measure) for one in models]
     if options.as_json:
         print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
         return
     found = [behaviour((dense, one)) for one in models]
     for at, (name, one) in enumerate(zip(names, models, strict=True)):
-        told = words.verdict(found[at], likelihood(dense, one, **options.drawn()),
+        told = words.verdict(found[at], likelihood(dense, one),
                              words.measuring(one.model, dense.model))  # fmt: skip
         if at and found[at].answers is None:  # said of the first
             told = told[1:]
@@ -249,8 +239,7 @@ def compare(options: CompareOptions) -> None:
     if any(far):
         rows["KL to dense"] = [_far(one).get("KL", "-") for one in far]
         rows["top-1 %"] = [_far(one).get("top-1 %", "-") for one in far]
-    rows["flips %"] = [_share(flips(dense.tasks, one.tasks, **options.drawn()).total)
-                       for one in models]  # fmt: skip
+    rows["flips %"] = [_share(flips(dense.tasks, one.tasks).total) for one in models]
     title = (f"retention %, suite {suite['name']} version {suite['version']}, by "
              f"{options.measure}; KL and flips: lower is better")  # fmt: skip
     table: list[dict[str, str] | None] = []
@@ -267,7 +256,7 @@ def compare(options: CompareOptions) -> None:
         ]  # fmt: skip
     least = ["accuracy %", "top-1 %", "flips %", "worst", "KL to dense"]
     print_table(table, title=title, least=least if len(models) > BESIDE else [])
-    _legend(options)
+    _legend()
 
 
 def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any]]:
@@ -318,9 +307,9 @@ def _print_retention(
     from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.report import words
 
-    kept = scores.retention(dense, **options.judged())
+    kept = scores.retention(dense, measure=options.measure)
     found = behaviour((dense, scores))
-    for said in words.verdict(found, likelihood(dense, scores, **options.drawn()),
+    for said in words.verdict(found, likelihood(dense, scores),
                               words.measuring(scores.model, dense.model)):  # fmt: skip
         line(words.wrapped(said))
     line("")
@@ -356,17 +345,15 @@ def _print_retention(
     if silent := [task.name for task in kept.tasks if not task.signal]:
         line("no signal (dense score within its noise of the baseline, left out): "
              + ", ".join(silent))  # fmt: skip
-    _legend(options)
-    _print_distance(scores, dense, options)
+    _legend()
+    _print_distance(scores, dense)
 
 
-def _print_distance(
-    scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions
-) -> None:
+def _print_distance(scores: CapabilityScores, dense: CapabilityScores) -> None:
     """Print KL to the dense model on texts, if measured, and flips on items."""
     from calmix.evaluation.distance import flips
 
-    changed = flips(dense.tasks, scores.tasks, **options.drawn())
+    changed = flips(dense.tasks, scores.tasks)
     far = scores.distance
     parts = far["dimensions"] if far else {}
 
@@ -399,10 +386,12 @@ def _share(found: Flipped | None) -> str:
     return "-" if found is None else interval(found.share)
 
 
-def _legend(options: RetentionOptions) -> None:
+def _legend() -> None:
+    from calmix.evaluation.retention import RESAMPLES
+
     line(UNITS)
     line("Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept.")
-    line(f"Brackets: 95 %, over items, {options.resamples} resamples, seed {options.seed}.")
+    line(f"Brackets: 95 %, over items, {RESAMPLES} resamples, seed 0.")
 
 
 def _number(value: float | None) -> str:

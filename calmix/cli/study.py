@@ -53,9 +53,6 @@ class RunOptions(TrialOptions, OfFile):
     )
     skip: list[str] = option([], "Not these trials (repeat).", metavar="PATTERN")
     retry_failed: bool = option(False, "Run failed trials again.")
-    reuse: list[Path] = option(
-        [], "Another study's store to copy shared results from (repeat).", metavar="STORE"
-    )
     executor: Literal["local", "ray"] = option("local", "In this process, or on a Ray cluster.")
     address: str | None = option(
         None, "Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", shown="one on this machine",
@@ -149,7 +146,7 @@ def run(options: RunOptions) -> None:
     with Watch() as watch:
         store, outcome = run_study(
             study, options.store, watch, options=options, only=options.only, skip=options.skip,
-            retry_failed=options.retry_failed, reuse=options.reuse, execute=execute,
+            retry_failed=options.retry_failed, execute=execute,
         )  # fmt: skip
     states = [store.state(entry.id) for entry in store.entries]
     done = states.count("finished")

@@ -25,7 +25,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,13 +54,6 @@ class Parts:
         """The task's retention; nan where the dense model has nothing to keep."""
         whole = float(self.whole.sum())
         return float(self.kept.sum()) / whole if whole > 0 else math.nan
-
-
-def check_measure(measure: str) -> Measure:
-    """Return a measure by its name; an `InputError` where there is none of that name."""
-    if measure not in get_args(Measure):
-        raise InputError(f"the measure is {', '.join(get_args(Measure))}, not '{measure}'")
-    return measure  # type: ignore[return-value]
 
 
 def score_of(task: TaskScores, measure: Measure) -> Score:

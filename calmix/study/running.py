@@ -71,14 +71,12 @@ def run_study(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     retry_failed: bool = False,
-    reuse: Sequence[Path] = (),
     execute: Execute | None = None,
 ) -> tuple[Store, Outcome]:
     """Run what is left of a study and keep it in the store at `path`."""
     options = options or TrialOptions()
     check_folder(path, study.files)
     check_code(study.suite, options.allow_code_execution)
-    others = [open_store(other) for other in reuse]
     planned = plan(study)
     wanted = chosen_trials(planned, only, skip)
     if execute is None:  # a cluster has devices of its own
@@ -98,9 +96,6 @@ def run_study(
             and (done is None or done.state(t.id) != "finished")]  # fmt: skip
     check_free(path, checkpoint_bytes(study, left), "checkpoints take")
     store = claim_store(path, study, resolved)
-    for other in others:
-        if taken := store.take(other):
-            observer.note(f"{taken} trials were taken from {other.path}")
     states = ("pending", "running", "failed") if retry_failed else ("pending", "running")
     todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in states]
     observer.begin(len(todo), len(resolved))

@@ -7,12 +7,12 @@
     STORE/dense/ID.json         scores of a dense model
     STORE/locks/                which process works on what
 
-A trial's folder appears whole: it is written beside its place and renamed.
+A trial's folder appears whole: it is written beside its place and renamed. `trials`, `calibration`
+and `dense` may be copied from other stores: a study takes of them what it asks for.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +33,7 @@ from calmix.yaml_files import first_problem
 KIND, FORMAT = "study store", 2
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 SCORES = "scores.json"
+PARTS = ("trials", "calibration", "dense", "locks")
 BEAT, SILENCE = 10.0, 120.0  # seconds: a lock's holder renews it; one silent so long is gone
 
 State = Literal["finished", "failed", "running", "pending"]
@@ -204,38 +205,6 @@ class Store:
         with self.writing(trial) as folder:
             write_json(folder / ERROR, content)
 
-    def take(self, other: Store) -> int:
-        """Copy what another store has of this study, and return how many trials that were.
-
-        Copied are finished trials with the dense scores they are compared with, and calibration
-        sets. What is here stays.
-        """
-        if other.path.resolve() == self.path.resolve():
-            raise InputError(f"--reuse {other.path} is the store itself: name another, or none")
-        sets = {entry.set for entry in self.entries if entry.set is not None}
-        sets = {one for one in sets if other.calibration(one).is_dir()}
-        trials = [e.id for e in self.entries if other.state(e.id) == "finished"]
-        if not sets and not trials:
-            raise InputError(
-                f"{other.path} has no finished trial and no calibration set of this study: "
-                "leave it out of --reuse"
-            )
-        missing = [one for one in trials if self.state(one) != "finished"]
-        for one in missing:  # damaged files stay where they are
-            other.scores(one)
-            dense = other.result(one).dense
-            if not self.dense(dense).exists():
-                load_scores(other.dense(dense)).save(self.dense(dense))
-        for name, folder, place in (
-            *((f"set-{one}", other.calibration(one), self.calibration(one)) for one in sets),
-            *((one, other.trial(one), self.trial(one)) for one in missing),
-        ):
-            with self.lock(name):
-                if not place.exists() or (place / ERROR).exists():
-                    with atomic_folder(place) as beside:
-                        shutil.copytree(folder, beside, dirs_exist_ok=True)
-        return len(missing)
-
 
 def is_store(path: Path) -> bool:
     """Return whether a folder looks like a store."""
@@ -257,7 +226,7 @@ def open_store(path: Path) -> Store:
             f"store {path} has format {found.get('format')}, but this calmix reads format "
             f"{FORMAT}: name another folder, or use the calmix that made it"
         )
-    for part in ("trials", "calibration", "dense", "locks"):
+    for part in PARTS:
         for place in (path / part, *(path / part).glob("*")):
             if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
                 raise InputError(f"{place} is a link out of the store: put there what it leads to")
@@ -273,7 +242,8 @@ def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
         return
     check_apart(path, inputs)
     check_writable(path / INDEX)
-    if path.is_dir() and any(not f.name.startswith(f".{INDEX}.") for f in path.iterdir()):
+    left = {f.name for f in path.iterdir()} - set(PARTS) if path.is_dir() else set()
+    if any(not name.startswith(f".{INDEX}.") for name in left):
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
 
 

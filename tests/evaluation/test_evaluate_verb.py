@@ -114,7 +114,6 @@ def test_a_file_is_scored_anew_by_another_measure(
         (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
         (("--limit", "-3"), "--limit -3: must be greater"),
         (("--suite", "paper", "--dimension", "code"), "--allow-code-execution"),
-        (("--resamples", "0"), "--resamples 0: must be greater"),
         (("--batch-tokens", "0"), "--batch-tokens 0: must be greater"),
         (("--against", "none.json"), "there is no file none.json"),
         (("--dtype", "int8", "--task", "mbpp"), "--dtype int8: must be 'auto'"),

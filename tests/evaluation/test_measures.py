@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import (
-    check_measure,
     floor_scores,
     has_signal,
     item_scores,
@@ -105,8 +104,6 @@ def test_what_a_record_lacks_is_said() -> None:
     with pytest.raises(InputError, match="no score without the knowledge"):
         parts(pruned_alone, DENSE)
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no floors
-    with pytest.raises(InputError, match=r"the measure is primary, .*, not 'f1'"):
-        check_measure("f1")
 
 
 def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing() -> None:

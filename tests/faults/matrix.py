@@ -88,9 +88,7 @@ def verbs(files: Path) -> dict[str, Verb]:
     opened.model.save_pretrained(files / "pruned")
     opened.tokenizer.save_pretrained(files / "pruned")
 
-    calmix.evaluate(
-        str(files / "model"), files / "suite.yaml", limit=1
-    )  # imports all
+    calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imports all
 
     def kept(verb: str, *options: object, resume: bool = True) -> Verb:
         more = ("--resume",) if resume else ()

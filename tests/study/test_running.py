@@ -272,7 +272,7 @@ def test_a_set_or_model_can_be_named_anew(tiny_study: Write, tmp_path: Path) -> 
     assert [trial.total for trial in kept] == [before[trial.id].total for trial in kept]
 
 
-def test_what_two_studies_ask_for_is_taken_from_the_one_that_has_it(
+def test_what_two_studies_ask_for_may_be_copied_from_the_one_that_has_it(
     tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
@@ -280,35 +280,15 @@ def test_what_two_studies_ask_for_is_taken_from_the_one_that_has_it(
     before = {trial.id: trial for trial in read_results(first).trials}
     other = tiny_study(("name: tiny", "name: more"), ("  code: ", "  python: "), name="more.yaml")
     monkeypatch.setattr(bench_module, "resolve", None)  # no set is drawn again
-    seen = run(other, second, reuse=[first], only=["letters", "python*"])
+    for part in ("trials", "calibration", "dense"):
+        shutil.copytree(first / part, second / part)
+    seen = run(other, second, only=["letters", "python*"])
     assert seen.ran == ["python sparsegpt 60% seed 0"]
-    assert seen.notes == [f"3 trials were taken from {first}"]
     assert "scoring the dense model" not in seen.stages
     results = read_results(second)
     assert sorted(trial.calibration for trial in results.trials) == ["letters"] * 2 + ["python"] * 2
     taken = [trial for trial in results.trials if trial.id in before]
     assert [trial.total for trial in taken] == [before[trial.id].total for trial in taken]
-    again = run(other, second, reuse=[first], only=["letters", "python*"])
-    assert (again.ran, again.notes) == ([], [])
-
-
-def test_a_store_to_take_from_that_has_nothing_of_it_or_is_damaged(
-    tiny_study: Write, tmp_path: Path
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    run(tiny_study(), first, only=["code*wanda*"])
-    other = tiny_study(("rows: 6", "rows: 7"), name="more.yaml")
-    with pytest.raises(InputError, match="no finished trial and no calibration set of this study"):
-        run(other, second, reuse=[first])
-    with pytest.raises(InputError, match="is the store itself"):
-        run(tiny_study(), first, reuse=[first])
-    with pytest.raises(InputError, match="there is no study store"):
-        run(other, second, reuse=[tmp_path / "none"])
-    (trial,) = (first / "trials").iterdir()
-    (trial / "scores.json").write_text("{")
-    with pytest.raises(InputError, match=r"scores\.json"):
-        run(tiny_study(), tmp_path / "third", reuse=[first])
-    assert not list((tmp_path / "third" / "trials").glob("*"))
 
 
 def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
