@@ -28,7 +28,6 @@ from calmix.models import OpenModel, find_blocks, open_model
 from calmix.options import TrialOptions
 from calmix.precision import dtype_name
 from calmix.pruning import PruneReport, allocate, prune
-from calmix.pruning.allocation import from_shares
 from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Patterns
 from calmix.recovery import recover
@@ -193,9 +192,6 @@ class Bench:
             pattern = allocate(
                 model, made.ids, planned.sparsity, request.allocation, method=method.text
             )
-        elif request.allocation is not None:
-            blocks = find_blocks(model)
-            pattern = from_shares(request.allocation, blocks, planned.sparsity, method)
         self._changed = True
         report = prune(
             model, None if made is None else made.ids, method=method.text, pattern=pattern,

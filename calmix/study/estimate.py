@@ -34,7 +34,7 @@ from calmix.models.attention import cache_argument, use_own_attention
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.precision import fast_half_precision
 from calmix.pruning import prune
-from calmix.pruning.allocation import SPREAD, looker
+from calmix.pruning.allocation import looker
 from calmix.pruning.budget import plan_for
 from calmix.pruning.methods import Method
 from calmix.pruning.patterns import Unstructured
@@ -372,10 +372,9 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         )
     for members in groups.values():
         like, model = members[0], models[members[0].model]
-        allocation = like.request.allocation if like.request.allocation in SPREAD else None
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
         shape = like.rows, like.length
-        once = model.pruning(like.method, like.request.propagation, *shape, allocation)
+        once = model.pruning(like.method, like.request.propagation, *shape, like.allocation)
         taken = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
         if like.recovery is not None:
             taken["recover"] = model.recovery(like.recovery, *shape)

@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from calmix.evaluation.evaluate import check_code
 from calmix.files import check_free
 from calmix.models.opening import check_models, device_of
 from calmix.options import TrialOptions
-from calmix.pruning.allocation import from_shares
 from calmix.study.bench import Bench
-from calmix.study.estimate import Timed, check_memory
+from calmix.study.estimate import check_memory
 from calmix.study.export import KEYS, MIXED, read_results, write_table
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, Store, check_folder, claim_store, is_store, open_store
@@ -89,7 +87,6 @@ def run_study(
         first, own = names.setdefault(trial.id, trial.planned.label), trial.planned.label
         if first != own:
             raise InputError(f"'{first}' and '{own}' are the same trial: name it once")
-    check_allocations(study, wanted, trust_remote_code=options.trust_remote_code)
     chosen = {trial.key for trial in wanted}
     done = open_store(path) if is_store(path) else None
     left = [t.planned for t in resolved if t.planned.key in chosen
@@ -133,24 +130,6 @@ def chosen_trials(
     if not kept:
         raise InputError("--only and --skip together leave no trial")
     return kept
-
-
-def check_allocations(
-    study: Study, trials: Sequence[Planned], *, trust_remote_code: bool = False
-) -> None:
-    """Refuse a file of sparsities by layer that does not fit a model, before any trial runs."""
-
-    @cache
-    def blocks(label: str) -> Any:
-        return Timed(study.file.models[label].name, trust_remote_code=trust_remote_code).blocks
-
-    for trial in trials:
-        if isinstance(shares := trial.request.allocation, dict):
-            try:
-                from_shares(shares, blocks(trial.model), trial.sparsity, trial.method)
-            except InputError as error:
-                line = f"{trial.allocation} does not fit {trial.model}: {error}"
-                raise InputError(line) from error
 
 
 def run_locally(

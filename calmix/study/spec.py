@@ -1,7 +1,7 @@
 """The study file: a grid of trials in YAML, checked with the line of every mistake.
 
-Paths in it are relative to where calmix runs, as on the command line; only those in `sources` and
-of files of sparsities by layer are relative to the file's own folder.
+Paths in it are relative to where calmix runs, as on the command line; only those in `sources` are
+relative to the file's own folder.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from pydantic import (
 from calmix.calibration import ask
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.suites import Suite, load_suite
-from calmix.files import user_path
 from calmix.models.opening import known_model
 from calmix.options import Propagation
-from calmix.pruning.allocation import SPREAD, read_allocation
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source
@@ -51,14 +49,6 @@ def _by(act: Callable[[Any], Any]) -> AfterValidator:
             raise ValueError(str(error)) from None
 
     return AfterValidator(check)
-
-
-def _allocation(value: str) -> str:
-    """Return an allocation's name, or the path of a file: it has a suffix."""
-    known = (UNIFORM, *SPREAD)
-    if value not in known and not Path(value).suffix:
-        raise InputError(f"unknown allocation '{value}': {nearest(value, known)}")
-    return value
 
 
 def _listed(value: Any) -> Any:
@@ -126,15 +116,14 @@ class Calibration(_Draw):
 class _Pruning(Record):
     """What is done with each calibration set, and with which seeds of it.
 
-    `allocation` (`uniform`, `owl`, `error`, or a file of sparsities by layer) and `recovery`
-    (`none`, or as for `prune --recover`) may list several; methods without a calibration set have
-    neither.
+    `allocation` and `recovery` (`none`, or as for `prune --recover`) may list several; methods
+    without a calibration set have neither.
     """
 
     methods: dict[Method, Targets] | None = None
     seeds: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
     propagation: Propagation | None = None
-    allocation: Annotated[list[Annotated[str, _by(_allocation)]], Listed] | None = None
+    allocation: Annotated[list[Literal["uniform", "owl", "error"]], Listed] | None = None
     recovery: Annotated[list[Recovery], Listed] | None = None
 
 
@@ -188,7 +177,6 @@ class Study:
         file: its content; `text` as written, `path` where it lies.
         own: the user's own sources by name.
         suite: as it is to be run.
-        allocations: sparsities by layer, by the file as the study names it.
     """
 
     file: StudyFile
@@ -196,13 +184,11 @@ class Study:
     path: Path
     own: dict[str, Source]
     suite: Suite
-    allocations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def files(self) -> list[object]:
-        """What is read: the study, its models and allocations, and what its sets are made of."""
+        """What is read: the study, its models, and what its sets are made of."""
         found: list[object] = [self.path, *(model.name for model in self.file.models.values())]
-        found += [self.path.parent / user_path(name) for name in self.allocations]
         for entry in self.file.calibrations.values():
             found += ask(entry.written, sources=self.own, **entry.given()).files
         return found
@@ -211,7 +197,7 @@ class Study:
     def grids(self) -> list[Grid]:
         """The grids, with what each leaves open filled in from the top of the file."""
         own = self.file
-        top = {
+        top: dict[str, Any] = {
             "models": list(own.models), "calibrations": list(own.calibrations),
             "methods": own.methods or {}, "rows": own.rows, "length": own.length,
             "seeds": [SEED] if own.seeds is None else own.seeds,
@@ -264,12 +250,6 @@ def parse_study(text: str, path: Path) -> Checked:
 
     own = check(["sources"], parse_sources, file.sources, path) or {}
     suite = check(["suite"], _suite, file)
-    allocations: dict[str, dict[str, float]] = {}
-    for at, part in _parts(file):
-        for name in set(part.allocation or ()) - {UNIFORM, *SPREAD}:
-            allocations[name] = check(
-                [*at, "allocation"], read_allocation, path.parent / user_path(name), 0.5
-            )
     for label, model in file.models.items():
         check(["models", label], known_model, model.name)  # of the hub's, opening it says
     for label, entry in file.calibrations.items():
@@ -277,7 +257,7 @@ def parse_study(text: str, path: Path) -> Checked:
     problems += [f"{yaml.at(at)}: {line}" for at, line in _faults(file)]
     if problems:
         return Checked(None, sorted(problems, key=_line))
-    return Checked(Study(file, text, path, own, suite, allocations))
+    return Checked(Study(file, text, path, own, suite))
 
 
 def _keys(path: Sequence[Any]) -> list[str]:

@@ -47,7 +47,7 @@ class Planned:
     Attributes:
         request: as the command line's; `request.draw` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
-        allocation: `owl`, `error` or a file of the study's; None for the same everywhere.
+        allocation: `owl` or `error`; None for the same everywhere.
         named: the name of its condition among those of its study, of `condition_names`.
     """
 
@@ -172,7 +172,7 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
             ways = product(grid.allocation or (), grid.recovery or (), calibrated)
             for allocation, recovery, (method, target) in ways:
                 spread = None if allocation == UNIFORM else allocation
-                how["allocation"] = study.allocations.get(allocation, spread)
+                how["allocation"] = spread
                 yield Planned(
                     model, label, entry.strategy or _strategy(made),
                     prune_request(method=method.text, pattern=target, **how), *sizes, spread,
@@ -235,8 +235,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
         if trial.allocation is not None:
-            shares = study.allocations.get(trial.allocation)
-            request["allocation"] = trial.allocation if shares is None else sha256_json(shares)
+            request["allocation"] = trial.allocation
         if trial.recovery is not None:
             chosen = asdict(trial.recovery)
             request["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}

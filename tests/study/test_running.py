@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import shutil
 import socket
@@ -20,10 +19,9 @@ from calmix.calibration import text_metrics as metrics
 from calmix.calibration.measuring import measure
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
-from calmix.models import find_blocks, open_model
+from calmix.models import open_model
 from calmix.options import TrialOptions
 from calmix.pruning import Unstructured, allocate, prune
-from calmix.pruning.allocation import spread
 from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
@@ -473,46 +471,3 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
     alone = read_results(tmp_path / "again").trials[0]
     first = next(t for t in read_results(tmp_path / "store").trials if t.id == alone.id)
     assert alone.total == first.total
-
-
-def test_a_file_of_sparsities_is_pruned_by_or_refused_before_any_trial(
-    tiny_study: Write, tiny_folder: Path, tmp_path: Path
-) -> None:
-    methods = '{sparsegpt: [0.6], wanda: ["2:4"]}'
-    path = tiny_study((methods, "{wanda: 0.6}"), more="allocation: by-layer.json\n")
-    blocks = find_blocks(open_model(str(tiny_folder)).model)
-    layers = [layer for at in range(len(blocks)) for layer in blocks.prunables(at)]
-    sizes = [math.prod(layer.shape) for layer in layers]
-    shares = dict(zip(
-        [layer.name for layer in layers], spread(range(len(layers)), sizes, 0.6, 0.2), strict=True
-    ))  # fmt: skip
-    (tmp_path / "by-layer.json").write_text(json.dumps(shares), encoding="utf-8")
-    seen = run(path, tmp_path / "store", only=["mix*"])
-    assert (seen.ran, seen.errors) == (["mix wanda + by-layer.json 60% seed 0"], {})
-    store = open_store(tmp_path / "store")
-    (entry,) = [e for e in store.entries if e.label == seen.ran[0]]
-    told = json.loads((store.trial(entry.id) / "pruning.json").read_text(encoding="utf-8"))
-    for layer in told["layers"]:
-        step = 1 / layer["columns"]  # of Wanda's rows; a layer is moved by two at most
-        assert layer["sparsity"] == pytest.approx(shares[layer["name"]], abs=2.5 * step)
-    pruned = sum(round(0.6 * columns) * rows for rows, columns in (la.shape for la in layers))
-    assert sum(layer["pruned"] for layer in told["layers"]) == pruned
-
-    def refused(shares: dict[str, float], sparsity: float) -> str:
-        (tmp_path / "by-layer.json").write_text(json.dumps(shares), encoding="utf-8")
-        study = load_study(
-            tiny_study((methods, f"{{wanda: {sparsity}}}"), more="allocation: by-layer.json\n")
-        )
-        with pytest.raises(InputError) as error:
-            run_study(study, tmp_path / "none", Recorder())
-        assert not (tmp_path / "none").exists()
-        return str(error.value)
-
-    assert refused(shares, 0.5) == (
-        "by-layer.json does not fit tiny: the allocation adds up to a sparsity of 0.6000 over all "
-        "weights, and 0.5 is asked for"
-    )
-    del shares[layers[1].name]
-    assert refused(shares, 0.6) == (
-        f"by-layer.json does not fit tiny: the allocation misses the layer {layers[1].name}"
-    )
