@@ -1,4 +1,4 @@
-"""Check what calmix has written, each kind against its own manifest, and summarise it.
+"""Check what calmix has written with a manifest, each kind against its own, and summarise it.
 
 A file that is missing, changed or damaged is a problem; what is whole but unusual is a warning.
 """
@@ -274,23 +274,6 @@ def _store(folder: Path, health: Health, say: Say) -> None:
         health.problems += inspect(place, tick=say).problems
 
 
-def _analysis(folder: Path, health: Health, say: Say) -> None:
-    found = read_object(folder / "analysis.json", f"there is no analysis in {folder}")
-    health.facts = {
-        "study": found["study"],
-        "trials": f"{found['finished']} of {found['planned']} finished",
-        **{f"best, {one['label']}": ", ".join(one["best"]) for one in found["conditions"]},
-    }
-
-
-def _report(folder: Path, health: Health, say: Say) -> None:
-    """A report has no manifest: whether its parts are there is all there is to check."""
-    pages = (*RESULTS["study report"], "summary.txt")
-    health.facts = {"pages": ", ".join(pages), "figures": len(list(folder.glob("figures/*.svg")))}
-    missing = [folder / name for name in pages if not (folder / name).is_file()]
-    health.problems = [f"{path} is missing" for path in missing]
-
-
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check every stage's result, and say what is left to do."""
     asked = Request(**running.read_record(folder).request)
@@ -355,11 +338,6 @@ def _answers(path: Path, health: Health, say: Say) -> None:
     health.facts = {"models": names, "prompts": len(found.prompts)}
 
 
-def _measurement(path: Path, health: Health, say: Say) -> None:
-    held = read_object(path, f"there is nothing at {path}")
-    health.facts = {"of": ", ".join(one["name"] for one in held["results"])}
-
-
 def _scores(path: Path, health: Health, say: Say) -> None:
     found = load_scores(path)
     health.facts = {
@@ -381,14 +359,12 @@ CHECKS: dict[str, Check] = {
     "checkpoint": _checkpoint,
     "export": _export,
     "calibration set": _calibration,
-    "study analysis": _analysis,
-    "study report": _report,
     "unfinished work": _work,
     "unfinished prune and recovery": _stages,
 }
-MARKS = {names[0]: kind for kind, names in RESULTS.items()} | {
+MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS} | {
     RECORD: "unfinished work",
     PRUNED: "unfinished prune and recovery",
     PRUNED + SUFFIX: "unfinished prune and recovery",
 }
-FILES: dict[str, Check] = {SCORES: _scores, ANSWERS: _answers, "measurement": _measurement}
+FILES: dict[str, Check] = {SCORES: _scores, ANSWERS: _answers}

@@ -34,10 +34,7 @@ KINDS = {
     "cut.unfinished": ("unfinished prune", "calibration/calibration.safetensors"),
     "cut": ("unfinished prune", None),
     "both.stages": ("unfinished prune and recovery", "calibration/calibration.safetensors"),
-    "measured.json": ("measurement", None),
     "results": ("study store", "store.json"),
-    "analysis": ("study analysis", None),
-    "report": ("study report", None),
 }
 
 
@@ -72,10 +69,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             interrupt_before(patch, 1)
             calmix(*prune, "--sparsity", 0.5, *more, "-o", base / name)
     few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
-    results = synthetic.save(synthetic.study(few), base / "results")
-    quick = ("--permutations", 99, "--resamples", 20)
-    calmix("study", "analyse", results, "-o", base / "analysis", *quick)
-    calmix("study", "report", results, "-o", base / "report", *quick)
+    synthetic.save(synthetic.study(few), base / "results")
     return base
 
 
@@ -142,15 +136,12 @@ def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_
     assert "lacks the weights of layers.1" in problem
 
 
-def test_a_report_that_lacks_a_page_and_what_is_no_result(
-    calmix: Run, made: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "report"
-    shutil.copytree(made / "report", copy)
-    (copy / "summary.txt").unlink()
-    assert "summary.txt is missing" in calmix("doctor", "inspect", copy).line
-    assert "is no file that can be checked" in calmix("doctor", "inspect", made / "text.txt").line
-    assert "holds nothing calmix has written" in calmix("doctor", "inspect", copy / "figures").line
+def test_what_is_no_result_or_has_no_manifest_is_one_line(calmix: Run, made: Path) -> None:
+    for name in ("text.txt", "measured.json"):
+        assert "is no file that can be checked" in calmix("doctor", "inspect", made / name).line
+    empty = made / "results" / "locks"
+    empty.mkdir(exist_ok=True)
+    assert "holds nothing calmix has written" in calmix("doctor", "inspect", empty).line
 
 
 @pytest.mark.parametrize("name", ["dropped", "pack", "written"])
@@ -163,7 +154,7 @@ def test_what_has_a_request_is_made_again(calmix: Run, made: Path, name: str) ->
     ("name", "line"),
     [
         ("several", "sparsegpt-0.4"), ("dense-pack", "neither calmix.json nor manifest.json"),
-        ("results", "name a pruned or recovered checkpoint"), ("report", "holds neither"),
+        ("results", "name a pruned or recovered checkpoint"),
         ("measured.json", "which cannot be made again"), ("nothing", "there is no manifest"),
     ],
 )  # fmt: skip
