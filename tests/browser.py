@@ -1,20 +1,15 @@
 """A headless Chromium driven over its DevTools protocol, for what only a browser can tell."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import pytest
 
@@ -27,14 +22,13 @@ FLAGS = (
 START_S = 60
 
 
-def chromium() -> str | None:
+def chromium():
     """Return the path of an installed Chromium, if there is one."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 PROGRAM = chromium()
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
-WIDTHS = (390, 768, 1280, 1600)
 
 
 class Page:
@@ -45,16 +39,16 @@ class Page:
         requests: addresses that the open page asked for.
     """
 
-    def __init__(self, socket: Any) -> None:
+    def __init__(self, socket):
         self._socket = socket
         self._number = 0
         self._loaded = False
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
+        self.complaints = []
+        self.requests = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
-    def send(self, method: str, **parameters: Any) -> Any:
+    def send(self, method, **parameters):
         """Send one command and return its result."""
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
@@ -65,7 +59,7 @@ class Page:
                 return told["result"]
             self._event(told)
 
-    def _event(self, told: dict[str, Any]) -> None:
+    def _event(self, told):
         method, about = told.get("method", ""), told.get("params", {})
         if method == "Page.loadEventFired":
             self._loaded = True
@@ -78,7 +72,7 @@ class Page:
         elif method == "Network.requestWillBeSent":
             self.requests.append(about["request"]["url"])
 
-    def open(self, page: Path | str, *, width: int, dark: bool = False, scale: float = 1) -> None:
+    def open(self, page, *, width, dark=False, scale=1):
         """Open a file or address at a width, in light or dark, and wait until it has loaded."""
         # A site remembers the theme it was last seen in, and looks for changes of it.
         self.run("location.protocol === 'http:' && localStorage.clear()")
@@ -93,27 +87,27 @@ class Page:
         self.requests.clear()
         self._go(page if isinstance(page, str) else page.resolve().as_uri())
 
-    def _go(self, url: str) -> None:
+    def _go(self, url):
         self._loaded = False
         self.send("Page.navigate", url=url)
         while not self._loaded:
             self._event(json.loads(self._socket.recv(timeout=30)))
 
-    def run(self, script: str) -> Any:
+    def run(self, script):
         """Return the value of a JavaScript expression."""
         told = self.send("Runtime.evaluate", expression=script, returnByValue=True,
                          awaitPromise=True)  # fmt: skip
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
+    def screenshot(self, path, *, whole=False):
         """Write what is shown, or the whole page, as PNG."""
         told = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(told["data"]))
 
 
 @contextmanager
-def browser(program: str, profile: Path) -> Iterator[Page]:
+def browser(program, profile):
     """Yield a page of a fresh browser that keeps its profile in an empty folder."""
     from websockets.sync.client import connect
 
@@ -208,11 +202,11 @@ CUT = """
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder):
     """Yield the address at which a folder is served to this machine."""
 
     class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_):
             pass
 
     handler = partial(Handler, directory=folder)
@@ -222,7 +216,7 @@ def served(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def readable(page: Page, width: int, *, figures: int, texts: int, home: str = "file:") -> None:
+def readable(page, width, *, figures, texts, home="file:"):
     """Check an open page: no error, no network, nothing wider than it, every mark of a chart in its
     plot, every text legible."""
     assert page.complaints == []

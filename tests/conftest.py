@@ -10,11 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Triton's kernels run on the CPU: decided when Triton is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import atexit
 import gc
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
@@ -23,7 +22,7 @@ import pytest
 # Neither torch nor transformers: the process that only hands out the tests need not load them.
 from calmix import machine
 from calmix.cli import main
-from tests.browser import PROGRAM, Page, browser
+from tests.browser import PROGRAM, browser
 
 # Nor does a test wait for the disk, or for garbage to be collected; `tests/test_files.py` and
 # `tests/test_machine.py` see that both are asked for.
@@ -56,7 +55,7 @@ class Ended:
     err: str
 
     @property
-    def line(self) -> str:
+    def line(self):
         """The one line a mistake must give."""
         lines = self.err.strip().splitlines()
         assert len(lines) == 1, self.err
@@ -65,14 +64,12 @@ class Ended:
 
 
 @pytest.fixture
-def calmix(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
+def calmix(monkeypatch, capfd):
     """Run the command line in this process and return how it ended; estimates time one call."""
     monkeypatch.setattr("calmix.study.estimate.MOMENT", 0.0)
     monkeypatch.setattr("calmix.progress.EVERY", float("inf"))
 
-    def run(*arguments: object) -> Ended:
+    def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["calmix", *map(str, arguments)])
         capfd.readouterr()
         code = 0
@@ -86,12 +83,13 @@ def calmix(
     return run
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Leave what is loaded by now out of every collection of garbage."""
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """Leave out what only `make test-long` runs."""
     if not os.environ.get("CALMIX_LONG"):
         skipped = pytest.mark.skip(reason="runs in make test-long (CALMIX_LONG=1)")
@@ -101,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def page(tmp_path_factory):
     """A page of a real browser; for tests that need one."""
     assert PROGRAM is not None
     with browser(PROGRAM, tmp_path_factory.mktemp("profile")) as opened:
@@ -109,14 +107,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tmp_path_factory):
     """A tiny random llama with a byte-level tokenizer, as a local model folder."""
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
 
 
-def write_text_file(path: Path) -> Path:
+def write_text_file(path):
     """Write a text file of some ten thousand tokens under the tiny tokenizer."""
     import torch
 
@@ -128,6 +126,6 @@ def write_text_file(path: Path) -> Path:
 
 
 @pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def text_file(tmp_path):
     """A text file of some ten thousand tokens under the tiny tokenizer."""
     return write_text_file(tmp_path / "text.txt")

@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,25 +33,23 @@ class Ended:
     seconds: float
 
     @property
-    def line(self) -> bool:
+    def line(self):
         """Whether it ended with one line that says what is wrong."""
         lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
         return self.code == 2 and len(lines) == 1 and "Traceback" not in self.errors
 
 
-def command(*arguments: object) -> Callable[[], None]:
+def command(*arguments):
     """Return what runs the command line."""
 
-    def act() -> None:
+    def act():
         sys.argv = ["calmix", *map(str, arguments)]
         main()
 
     return act
 
 
-def start(
-    act: Callable[[], object], log: Path, after: float | None = None, how: str = "kill"
-) -> int:
+def start(act, log, after=None, how="kill"):
     """Fork, act in the child, and return its process id.
 
     Args:
@@ -91,24 +88,22 @@ def start(
         os._exit(code)
 
 
-def wait(child: int, log: Path) -> Ended:
+def wait(child, log):
     """Return how a run has ended, once it has."""
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return Ended(code, log.read_text(errors="replace"), usage.ru_utime + usage.ru_stime)
 
 
-def run(
-    act: Callable[[], object], log: Path, after: float | None = None, how: str = "kill"
-) -> Ended:
+def run(act, log, after=None, how="kill"):
     """Act in a fork, to its end or to the moment `after`."""
     return wait(start(act, log, after, how), log)
 
 
-def stopped(arm: Callable[[], None], *arguments: object) -> None:
+def stopped(arm, *arguments):
     """Run the command line in a fork that ends itself by SIGKILL; `arm` has set where."""
 
-    def act() -> None:
+    def act():
         arm()
         command(*arguments)()
 
@@ -117,11 +112,11 @@ def stopped(arm: Callable[[], None], *arguments: object) -> None:
     assert ended.code == -signal.SIGKILL, ended.errors
 
 
-def ranks(act: Callable[[], object], count: int, log: Path) -> list[Ended]:
+def ranks(act, count, log):
     """Act in forks that see what `torchrun` tells its processes, and wait for all of them."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
 
-    def ranked(rank: int) -> None:
+    def ranked(rank):
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",

@@ -8,8 +8,6 @@ machine's products: they are compared exactly where the capabilities are those o
 left out, with a line, elsewhere.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib
@@ -19,9 +17,7 @@ import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -40,7 +36,7 @@ FAMILIES = (
 METHODS = (
     "sparsegpt", "sparsegpt,damping=0.1", "admm", "wanda", "ria", "magnitude", "wanda,refit=2",
 )  # fmt: skip
-PATTERNS: dict[str, Any] = {
+PATTERNS = {
     "50%": calmix.Unstructured(0.5),
     "70%": calmix.Unstructured(0.7),
     "2:4": calmix.SemiStructured(2, 4),
@@ -54,7 +50,7 @@ SETS = (
 )
 
 
-def masks() -> dict[str, str]:
+def masks():
     """Hashes of the masks of every method and pattern on a tiny model of each family."""
     found = {}
     for family in FAMILIES:
@@ -73,12 +69,12 @@ def masks() -> dict[str, str]:
     return found
 
 
-def studies() -> dict[str, Any]:
+def studies():
     """Retention with its intervals, and leads, of both committed studies."""
     from calmix.analysis import analyse
     from calmix.study.export import read_results
 
-    found: dict[str, Any] = {}
+    found = {}
     for study in ("smollm2-offline", "two-models"):
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(RESULTS / study / "store.tar.xz") as packed:
@@ -101,13 +97,13 @@ def studies() -> dict[str, Any]:
     return found
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value):
     if isinstance(value, dict):
         return {key: _numbers(one) for key, one in value.items()}
     return value if isinstance(value, (float, int)) else None
 
 
-def drawn() -> dict[str, str]:
+def drawn():
     """Hashes of the token ids of drawn calibration sets."""
     opened = calmix.open_model(MODEL)
     found = {}
@@ -118,7 +114,7 @@ def drawn() -> dict[str, str]:
     return found
 
 
-def scores() -> dict[str, Any]:
+def scores():
     """Scores of fifty items a task of the real model."""
     made = calmix.evaluate(MODEL, "offline", limit=50)
     return {
@@ -127,13 +123,13 @@ def scores() -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+PARTS = {
     "masks": masks, "studies": studies, "drawn": drawn, "scores": scores,
 }  # fmt: skip
 OF_THE_MACHINE = ("masks", "scores")
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one, other):
     """Compare numbers to 1e-9 and everything else exactly."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
@@ -144,7 +140,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--write", action="store_true")

@@ -6,8 +6,6 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -60,18 +58,18 @@ OTHERS = {
 CONDITIONS = (("sparsegpt", "50%"), ("sparsegpt", "60%"), ("wanda", "50%"))
 
 
-def full_plan(**changes: Any) -> Plan:
+def full_plan(**changes):
     """A study of the size of the real one, with a planted trade-off."""
-    fields: dict[str, Any] = {"conditions": CONDITIONS, "slopes": SLOPES, "others": OTHERS}
+    fields = {"conditions": CONDITIONS, "slopes": SLOPES, "others": OTHERS}
     return Plan(**fields | changes)
 
 
-def study(plan: Plan, **changes: Any) -> StudyResults:
+def study(plan, **changes):
     """Return the results of a made-up study."""
     rng = np.random.default_rng(plan.seed)
     slopes = plan.slopes or {}
     heights = rng.permutation(np.linspace(-1.5, 1.5, len(plan.sources)))
-    sets: dict[str, tuple[str, float]] = {
+    sets = {
         name: ("single", float(height)) for name, height in zip(plan.sources, heights, strict=True)
     }
     kinds = dict(zip(SOURCES, KINDS, strict=True))
@@ -114,7 +112,7 @@ def study(plan: Plan, **changes: Any) -> StudyResults:
                         kind=kinds.get(name, "") if made == "single" else "",
                     )
                 )
-    fields: dict[str, Any] = {
+    fields = {
         "name": "made-up",
         "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
         "planned": len(trials),
@@ -138,7 +136,7 @@ def study(plan: Plan, **changes: Any) -> StudyResults:
     return StudyResults(**fields)
 
 
-def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
+def scores(task, of):
     """Return a task's scores by the dense model, or by a trial's, with exactly its retention.
 
     Tasks on `_a` are multiple choice, of which 0.9 times the retention of probabilities is kept in
@@ -163,7 +161,7 @@ def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
     gold = {"gold": (0,) * COUNT}
     if task.task.endswith("_a"):
 
-        def choices(p: np.ndarray) -> Any:
+        def choices(p):
             rest = np.log((1 - p) / 3)
             return rounded(np.stack([np.log(p), rest, rest, rest], 1).tolist())
 
@@ -182,16 +180,7 @@ def scores(task: TaskOutcome, of: Trial | None) -> TaskScores:
     )  # fmt: skip
 
 
-def trial(
-    calibration: str,
-    strategy: Any,
-    method: str,
-    pattern: str,
-    seed: int,
-    kept: Mapping[str, float | None],
-    information: Mapping[str, float] | None = None,
-    **changes: Any,
-) -> Trial:
+def trial(calibration, strategy, method, pattern, seed, kept, information=None, **changes):
     """Return one finished trial with the retention given by dimension."""
     known = {name: value for name, value in kept.items() if value is not None}
     total = sum(known.values()) / len(known) if known else None
@@ -209,7 +198,7 @@ def trial(
            for name, value in known.items()}  # fmt: skip
     means = {key: sum(one[key] for one in far.values()) / len(far)
              for key in ("kl_mean", "top1")} if far else {}  # fmt: skip
-    fields: dict[str, Any] = {
+    fields = {
         "id": f"{calibration}-{method}-{pattern}-{seed}".replace("%", ""),
         "model": "builtin:smollm2-135m",
         "calibration": calibration,
@@ -234,20 +223,20 @@ def trial(
     return Trial(**fields | changes)
 
 
-def interval(value: float | None, half: float = 0.04) -> Estimate:
+def interval(value, half=0.04):
     """Return a value with an interval of a half-width."""
     if value is None:
         return Estimate(None)
     return Estimate(value, value - half, value + half)
 
 
-def save(results: StudyResults, folder: Path) -> Path:
+def save(results, folder):
     """Write results as the store of a study that ran, calibration sets left out."""
     suite = {"hash": "h", **results.suite}
     run = {"finished": "2026-01-01", "machine": "m", "system": "s", "threads": 1, "device": "cpu",
            "dtype": "float32", "seconds": {"total": 1.0}, "versions": {}}  # fmt: skip
 
-    def keep(model: str, tasks: Any, path: Path, distance: Any = None) -> None:
+    def keep(model, tasks, path, distance=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         CapabilityScores(model, "f", "float32", suite, tasks, distance=distance).save(path)
 
@@ -272,6 +261,6 @@ def save(results: StudyResults, folder: Path) -> Path:
     return folder
 
 
-def failed(name: str) -> FailedTrial:
+def failed(name):
     """Return a trial that failed."""
     return FailedTrial(id=name, label=f"{name} sparsegpt 60%", error="no space left on the disk")

@@ -57,8 +57,6 @@ def test_mistakes_are_one_line(calmix, files, tmp_path):
             (half, foreign, "--against", dense),
             "foreign.json was scored against other, which is not",
         ),
-        ((half, "--against", dense, "--resamples", 0), "must be greater"),
-        ((half, "--against", dense, "--seed", -1), "must be greater"),
     ]:
         ended = calmix("compare", *arguments)
         assert ended.code == 2

@@ -1,13 +1,10 @@
 """What the pages say can be typed: commands parse, links lead somewhere, walks arrive."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +26,7 @@ SAID = [page for page in PAGES if "lab" not in page.parts and page.name != "CHAN
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
-def lines_to_type(page: Path) -> Iterator[str]:
+def lines_to_type(page):
     """Yield the commands of indented lines and of code in a line, continued ones whole."""
     text = re.sub(r" *\\\n *", " ", page.read_text(encoding="utf-8"))
     start = " {4}" if page.suffix == ".md" else ""
@@ -38,7 +35,7 @@ def lines_to_type(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", SAID, ids=lambda page: page.name)
-def test_what_is_to_be_typed_is_understood(page: Path) -> None:
+def test_what_is_to_be_typed_is_understood(page):
     for said in lines_to_type(page):
         if "..." in said or said.split()[1] in MOVED:
             continue
@@ -57,7 +54,7 @@ def test_what_is_to_be_typed_is_understood(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         if re.match(r"\w+:", link) or not path:
@@ -71,11 +68,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, link
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_one_version_and_one_repository() -> None:
+def test_one_version_and_one_repository():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
@@ -88,7 +85,7 @@ def test_one_version_and_one_repository() -> None:
     assert f"Repository: {source[1]}\n" in site
 
 
-def test_the_method_of_its_page_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_of_its_page_prunes(monkeypatch):
     monkeypatch.setattr("calmix.pruning.methods.METHODS", dict(METHODS))
     page = (ROOT / "docs" / "tasks" / "add-method.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
@@ -100,7 +97,7 @@ def test_the_method_of_its_page_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", ["studies.md", "tasks/compare-sets.md", "walks/two-sets.sh"])
-def test_the_studies_of_the_pages_are_studies(page: str) -> None:
+def test_the_studies_of_the_pages_are_studies(page):
     text = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     found = re.findall(r"^name: .*?(?=^```|^END)", text, re.DOTALL | re.MULTILINE)
     assert found
@@ -108,7 +105,7 @@ def test_the_studies_of_the_pages_are_studies(page: str) -> None:
         StudyFile.model_validate(yaml.safe_load(one))
 
 
-def test_a_walk_takes_a_file_beside_it(tmp_path: Path) -> None:
+def test_a_walk_takes_a_file_beside_it(tmp_path):
     made = "mkdir -p small again; : > small/card.html\n"
     (tmp_path / "calmix").write_text(f'#!/bin/sh\n[ "$2" != show ] || cat "$3" || exit\n{made}')
     (tmp_path / "calmix").chmod(0o755)
@@ -121,7 +118,7 @@ def test_a_walk_takes_a_file_beside_it(tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.long  # minutes each: the builtin model
 @pytest.mark.parametrize("name", ["first-card", "own-chats", "two-sets"])
-def test_a_walk_arrives(name: str, tmp_path: Path) -> None:
+def test_a_walk_arrives(name, tmp_path):
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "calmix"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m calmix "$@"\n', encoding="utf-8")

@@ -1,14 +1,10 @@
 """Where results may go, decided before the work; writing that a full disk or power loss ends."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +30,7 @@ MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path):
     """A small disk mounted in a folder."""
     if os.geteuid():
         pytest.skip("mounting a small disk needs root")
@@ -48,14 +44,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def synced(monkeypatch):
     """Names of what was synced, and `> NAME` of what was renamed to a name, in order."""
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("this system does not tell which file is synced")
-    seen: list[str] = []
+    seen = []
     fsync = os.fsync
 
-    def sync(handle: int) -> None:
+    def sync(handle):
         seen.append(Path(f"/proc/self/fd/{handle}").readlink().name)
         fsync(handle)
 
@@ -63,7 +59,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("rename", "replace"):
         step = getattr(Path, name)
 
-        def renamed(path: Path, to: Path, step: Any = step) -> Any:
+        def renamed(path, to, step=step):
             seen.append(f"> {Path(to).name}")
             return step(path, to)
 
@@ -71,7 +67,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 

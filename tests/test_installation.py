@@ -1,7 +1,5 @@
 """What `pip install calmix` brings: all that the package imports, but for three extras."""
 
-from __future__ import annotations
-
 import ast
 import shutil
 import subprocess
@@ -18,7 +16,7 @@ EXTRAS = {"nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
 BROUGHT = {"triton"}  # by PyTorch's wheels for GPUs; where it is missing there is another way
 
 
-def imported(path: Path) -> set[str]:
+def imported(path):
     """Return the top-level names a file imports anywhere, relative imports left out."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -29,7 +27,7 @@ def imported(path: Path) -> set[str]:
     return found - set(sys.stdlib_module_names) - {"calmix"}
 
 
-def test_all_that_is_imported_is_required() -> None:
+def test_all_that_is_imported_is_required():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = {Requirement(line).name.lower() for line in project["dependencies"]}
     brought = [Requirement(line) for name in required for line in requires(name) or ()]
@@ -43,7 +41,7 @@ def test_all_that_is_imported_is_required() -> None:
     assert set(project["optional-dependencies"]) >= set(EXTRAS.values())
 
 
-def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+def test_a_wheel_holds_every_file_of_the_package(tmp_path):
     source, ignored = tmp_path / "source", shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "calmix", source / "calmix", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):

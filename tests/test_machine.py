@@ -1,11 +1,8 @@
 """Memory and cores are those of the process's control groups, where they are less."""
 
-from __future__ import annotations
-
 import gc
 import os
 import platform
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -20,12 +17,12 @@ UNLIMITED = 9223372036854771712  # what version 1 says
 
 
 @pytest.fixture
-def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def groups(tmp_path, monkeypatch):
     """Make up the files of control groups."""
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "OWN", tmp_path / "own")
 
-    def make(own: str, **files: object) -> None:
+    def make(own, **files):
         (tmp_path / "own").write_text(own, encoding="utf-8")
         for name, content in files.items():
             path = tmp_path / "cgroup" / name
@@ -141,9 +138,9 @@ def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, 
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to")
-def test_what_was_freed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_freed_is_given_back(monkeypatch):
     monkeypatch.setattr(machine, "gc", gc)
-    held: list[object] = [bytearray(100_000) for _ in range(2000)]
+    held = [bytearray(100_000) for _ in range(2000)]
     before, last = psutil.Process().memory_info().rss, held.pop()  # keeps the heap as high as it is
     held.append(held)
     del held

@@ -1,10 +1,7 @@
 """The notebooks run from top to bottom, on a tiny model; what is kept in them is a real run's."""
 
-from __future__ import annotations
-
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -17,10 +14,9 @@ from tests.tiny import longer
 
 ROOT = Path(__file__).parents[1]
 BOOKS = ROOT / "docs" / "notebooks"
-Ran = Callable[..., list[str]]
 
 
-def outputs(book: nbformat.NotebookNode) -> list[str]:
+def outputs(book):
     """Return the text that each code cell leaves."""
     return [
         "".join(
@@ -33,7 +29,7 @@ def outputs(book: nbformat.NotebookNode) -> list[str]:
 
 
 @pytest.fixture
-def ran(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ran:
+def ran(tmp_path, tiny_folder, monkeypatch):
     """Run a notebook in a folder of its own and return what its code cells leave."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
@@ -44,7 +40,7 @@ def ran(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
         "PYTHONPATH": ROOT,
     }
 
-    def run(name: str, **more: object) -> list[str]:
+    def run(name, **more):
         for key, value in {**settings, **more}.items():
             monkeypatch.setenv(key, str(value))
         book = nbformat.read(BOOKS / name, 4)
@@ -57,7 +53,7 @@ def ran(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
 
 @pytest.mark.real
 @pytest.mark.long  # a minute of processor time, and tests/compress has all it does
-def test_a_model_compressed_on_its_own_text(ran: Ran, tmp_path: Path) -> None:
+def test_a_model_compressed_on_its_own_text(ran, tmp_path):
     told = ran("compress.ipynb", CALMIX_NOTEBOOK_SUITE="smoke")
     card = read_card(tmp_path / "out" / "no-corpus")
     assert {source.licence for source in card.sources} == {"written by the model"}
@@ -70,7 +66,7 @@ def test_a_model_compressed_on_its_own_text(ran: Ran, tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.long  # a quarter of a minute, most of it a kernel's imports
-def test_two_sets_compared_and_a_mix_built(ran: Ran, tmp_path: Path) -> None:
+def test_two_sets_compared_and_a_mix_built(ran, tmp_path):
     told = ran(
         "compare-sets.ipynb",
         CALMIX_NOTEBOOK_ROWS=8,
@@ -87,7 +83,7 @@ def test_two_sets_compared_and_a_mix_built(ran: Ran, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(BOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_what_is_kept_is_a_run_elsewhere_than_here(path: Path) -> None:
+def test_what_is_kept_is_a_run_elsewhere_than_here(path):
     told = outputs(nbformat.read(path, 4))
     assert all(told[1:]), "executed once, with the builtin model"
     text = path.read_text(encoding="utf-8")

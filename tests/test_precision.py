@@ -1,7 +1,5 @@
 """Which products may be rounded, and that settings are what they were."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

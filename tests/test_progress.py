@@ -1,7 +1,5 @@
 """Progress: one line, whose share never falls, in a terminal, a notebook or a file."""
 
-from __future__ import annotations
-
 import io
 from itertools import pairwise
 
@@ -15,26 +13,26 @@ from calmix.progress import Progress, Stages
 class View:
     """What would be drawn."""
 
-    def __init__(self) -> None:
-        self.drawn: list[tuple[str, float | None, str]] = []
+    def __init__(self):
+        self.drawn = []
         self.ended = False
 
-    def draw(self, *what: object) -> None:
-        self.drawn.append(what)  # type: ignore[arg-type]
+    def draw(self, *what):
+        self.drawn.append(what)
 
-    def end(self) -> None:
+    def end(self):
         self.ended = True
 
 
 @pytest.fixture
-def view(monkeypatch: pytest.MonkeyPatch) -> View:
+def view(monkeypatch):
     made = View()
     monkeypatch.setattr(progress, "_watched", lambda: True)
     monkeypatch.setattr(progress, "_Terminal", lambda: made)
     return made
 
 
-def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(view: View) -> None:
+def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(view):
     with Progress() as bar:
         show = bar.of("scoring")
         show(0, 0)
@@ -52,9 +50,7 @@ def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(vie
     assert view.ended
 
 
-def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(
-    view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with Stages(["draw", "prune", "evaluate"]) as bar:
@@ -77,9 +73,7 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(
     assert Progress._over is None
 
 
-def test_a_stage_that_takes_longer_than_thought_never_stands_still(
-    view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with Stages(["prune", "evaluate"]) as bar:
@@ -93,14 +87,14 @@ def test_a_stage_that_takes_longer_than_thought_never_stands_still(
     assert view.drawn[-1][0] == "1/2 prune: a text of the block that is..."
 
 
-def test_stages_of_unknown_length_have_no_share_and_nothing_left(view: View) -> None:
+def test_stages_of_unknown_length_have_no_share_and_nothing_left(view):
     with Stages(["draw", "prune"]) as bar:
         bar.begin("draw")
         bar.part()
     assert view.drawn == [("1/2 draw", None, "")] * 2
 
 
-def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch):
     monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
     line = progress._Terminal()
     for share, total in ((None, None), (0.5, 1.0), (None, None)):
@@ -109,9 +103,7 @@ def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch: pytest.Monk
     line.end()
 
 
-def test_without_a_terminal_a_line_comes_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_terminal_a_line_comes_now_and_then(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with Progress() as bar:
@@ -128,10 +120,10 @@ def test_without_a_terminal_a_line_comes_now_and_then(
     assert not capsys.readouterr().err
 
 
-def test_a_notebook_shows_it_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_shows_it_in_its_cell(monkeypatch):
     import IPython
 
-    cells: list[dict[str, str]] = []
+    cells = []
 
     class ZMQInteractiveShell:
         pass
@@ -140,7 +132,7 @@ def test_a_notebook_shows_it_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
     class Cell:
-        def update(self, data: dict[str, str], raw: bool) -> None:
+        def update(self, data, raw):
             cells.append(data)
 
     monkeypatch.setattr(IPython, "get_ipython", Shell)

@@ -1,7 +1,5 @@
 """What must hold for any input: mixes, packing, metrics, solvers, statistics."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter
@@ -23,7 +21,7 @@ from calmix.analysis.statistics import (
     spearman,
     two_sided_p,
 )
-from calmix.calibration import Mix, make_mix, parse_mix, rows_per_source
+from calmix.calibration import make_mix, parse_mix, rows_per_source
 from calmix.calibration import text_metrics as metrics
 from calmix.calibration.build import pack_concat, pack_window
 from calmix.evaluation.measures import Parts
@@ -39,14 +37,14 @@ SEEDS = st.integers(0, 10_000)
 
 
 @st.composite
-def mixes(draw: st.DrawFn) -> Mix:
+def mixes(draw):
     names = draw(NAMES)
     weights = [draw(st.sampled_from([0.1, 0.2, 0.3, 0.5, 1, 1 / 3, 7])) for _ in names]
     return make_mix(dict(zip(names, weights, strict=True)), "")
 
 
 @given(mix=mixes(), rows=st.integers(0, 500))
-def test_rows_are_shared_out_by_the_largest_remainders(mix: Mix, rows: int) -> None:
+def test_rows_are_shared_out_by_the_largest_remainders(mix, rows):
     counts = rows_per_source(mix, rows)
     assert list(counts) == list(mix.weights)
     assert sum(counts.values()) == rows
@@ -59,7 +57,7 @@ def test_rows_are_shared_out_by_the_largest_remainders(mix: Mix, rows: int) -> N
 
 
 @given(names=NAMES, parts=st.lists(st.integers(1, 99), min_size=6, max_size=6))
-def test_a_mix_is_what_is_written(names: list[str], parts: list[int]) -> None:
+def test_a_mix_is_what_is_written(names, parts):
     weights = dict(zip(names, parts, strict=False))
     whole = sum(weights.values())
     read = parse_mix(" , ".join(f"{name}:{part}" for name, part in weights.items()))
@@ -70,7 +68,7 @@ def test_a_mix_is_what_is_written(names: list[str], parts: list[int]) -> None:
 
 
 @st.composite
-def documents(draw: st.DrawFn) -> list[tuple[Document, list[int]]]:
+def documents(draw):
     """Documents in which no token occurs twice, so that every one tells where it is from."""
     sizes = draw(st.lists(st.integers(0, 30), max_size=8))
     ends = itertools.accumulate(sizes, initial=0)
@@ -81,9 +79,7 @@ def documents(draw: st.DrawFn) -> list[tuple[Document, list[int]]]:
 
 
 @given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), joined=st.booleans())
-def test_joined_rows_are_the_text_cut_up(
-    texts: list[tuple[Document, list[int]]], rows: int, length: int, joined: bool
-) -> None:
+def test_joined_rows_are_the_text_cut_up(texts, rows, length, joined):
     end = -1 if joined else None
     packed = pack_concat(iter(texts), rows, length, end)
     stream = [(t, n) for n, (_, ids) in enumerate(texts) for t in [*ids, *([-1] if joined else [])]]
@@ -100,9 +96,7 @@ def test_joined_rows_are_the_text_cut_up(
 
 
 @given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), seed=SEEDS)
-def test_windows_are_runs_of_documents_of_their_own(
-    texts: list[tuple[Document, list[int]]], rows: int, length: int, seed: int
-) -> None:
+def test_windows_are_runs_of_documents_of_their_own(texts, rows, length, seed):
     packed = pack_window(iter(texts), rows, length, np.random.default_rng(seed))
     enough = [pair for pair in texts if len(pair[1]) >= length]
     assert packed.used == enough[:rows]
@@ -113,7 +107,7 @@ def test_windows_are_runs_of_documents_of_their_own(
         assert packed.used[span[0]][1] == packed.used[span[1]][1] == ids
 
 
-def test_every_window_of_a_document_is_drawn() -> None:
+def test_every_window_of_a_document_is_drawn():
     text = [(Document(id="a", text="x"), list(range(6)))]
     found = {
         pack_window(iter(text), 1, 4, np.random.default_rng(seed)).rows[0][0] for seed in range(60)
@@ -122,18 +116,18 @@ def test_every_window_of_a_document_is_drawn() -> None:
 
 
 @st.composite
-def token_rows(draw: st.DrawFn) -> np.ndarray:
+def token_rows(draw):
     shape = draw(st.integers(1, 6)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(SEEDS))
     return rng.integers(0, draw(st.integers(1, 12)), shape)
 
 
-def grams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
+def grams(ids, n):
     return [tuple(row[i : i + n]) for row in ids.tolist() for i in range(len(row) - n + 1)]
 
 
 @given(ids=token_rows(), other=token_rows(), n=st.integers(1, 4))
-def test_metrics_are_those_of_a_plain_count(ids: np.ndarray, other: np.ndarray, n: int) -> None:
+def test_metrics_are_those_of_a_plain_count(ids, other, n):
     total, distinct = grams(ids, n), set(grams(ids, n))
     expected = 1 - len(distinct) / len(total) if total else 0.0
     assert metrics.aggregation(ids, n) == expected
@@ -156,7 +150,7 @@ def test_metrics_are_those_of_a_plain_count(ids: np.ndarray, other: np.ndarray, 
 
 
 @given(left=token_rows(), right=token_rows())
-def test_mismatch_is_a_bounded_symmetric_divergence(left: np.ndarray, right: np.ndarray) -> None:
+def test_mismatch_is_a_bounded_symmetric_divergence(left, right):
     found = metrics.mismatch(left, [right])
     assert found == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
     p, q = (np.bincount(part.ravel(), minlength=12) / part.size for part in (left, right))
@@ -166,7 +160,7 @@ def test_mismatch_is_a_bounded_symmetric_divergence(left: np.ndarray, right: np.
     assert metrics.mismatch(left, [right + 100]) == pytest.approx(1)
 
 
-def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+def jensen_shannon(p, q):
     middle = (p + q) / 2
     return float(stats.entropy(p, middle, base=2) + stats.entropy(q, middle, base=2)) / 2
 
@@ -175,7 +169,7 @@ PATTERNS = (Unstructured(0.3), Unstructured(0.5), SemiStructured(2, 4), SemiStru
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+def layers(draw):
     """Weights and inputs, some of which are zero on every token."""
     rows, columns = draw(st.integers(1, 9)), 4 * draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(SEEDS))
@@ -189,9 +183,7 @@ def layers(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {"ecq", "gptq"}))  # these take bits alone
 @given(layer=layers(), pattern=st.sampled_from(PATTERNS))
-def test_every_method_prunes_just_what_is_asked(
-    name: str, layer: tuple[torch.Tensor, torch.Tensor], pattern: Unstructured | SemiStructured
-) -> None:
+def test_every_method_prunes_just_what_is_asked(name, layer, pattern):
     weight, x = layer
     method = get_method(name)
     statistic = None
@@ -221,9 +213,7 @@ def test_every_method_prunes_just_what_is_asked(
 
 
 @given(layer=layers(), pattern=st.sampled_from(PATTERNS))
-def test_a_refit_never_loses_more(
-    layer: tuple[torch.Tensor, torch.Tensor], pattern: Unstructured | SemiStructured
-) -> None:
+def test_a_refit_never_loses_more(layer, pattern):
     weight, x = layer
     start = weight.masked_fill(pattern.mask(weight.abs()), 0)
     found = refit([weight], [start], x.T @ x).weights[0]
@@ -233,7 +223,7 @@ def test_a_refit_never_loses_more(
 
 
 @given(score=layers(), n=st.integers(1, 3))
-def test_masks_take_the_smallest(score: tuple[torch.Tensor, torch.Tensor], n: int) -> None:
+def test_masks_take_the_smallest(score, n):
     saliency = score[0].abs()
     for pattern in (SemiStructured(n, 4), Unstructured(n / 4)):
         check_columns(pattern, saliency.shape[1])
@@ -250,7 +240,7 @@ NUMBERS = st.lists(st.integers(0, 5), min_size=4, max_size=6)
 
 
 @given(x=NUMBERS, seed=SEEDS)
-def test_rank_correlation_and_its_p_are_scipys(x: list[int], seed: int) -> None:
+def test_rank_correlation_and_its_p_are_scipys(x, seed):
     a = np.array(x, float)
     b = np.random.default_rng(seed).integers(0, 5, len(x)).astype(float)
     assume(len(set(x)) > 1 and len(set(b)) > 1)
@@ -266,7 +256,7 @@ def test_rank_correlation_and_its_p_are_scipys(x: list[int], seed: int) -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3))
-def test_orders_stay_within_their_strata(sizes: list[int]) -> None:
+def test_orders_stay_within_their_strata(sizes):
     ends = list(itertools.accumulate(sizes, initial=0))
     found = orders(tuple(sizes), 10, 0)
     assert len(found) == math.prod(map(math.factorial, sizes))
@@ -276,7 +266,7 @@ def test_orders_stay_within_their_strata(sizes: list[int]) -> None:
     assert least_p(sizes) == 2 / len(found)
 
 
-def test_more_orders_than_are_counted_are_drawn() -> None:
+def test_more_orders_than_are_counted_are_drawn():
     strata = (9,)
     found = orders(strata, 500, 3)
     assert found.shape == (500, 9)
@@ -296,7 +286,7 @@ def test_more_orders_than_are_counted_are_drawn() -> None:
 
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))
-def test_corrected_ps_are_the_step_up_ones(p: list[float]) -> None:
+def test_corrected_ps_are_the_step_up_ones(p):
     found = benjamini_hochberg(p)
     order = sorted(range(len(p)), key=lambda i: p[i])
     expected = [
@@ -307,7 +297,7 @@ def test_corrected_ps_are_the_step_up_ones(p: list[float]) -> None:
 
 
 @given(value=st.floats(-5, 5), error=st.floats(0.01, 3), freedom=st.sampled_from([1, 4, math.inf]))
-def test_two_sided_ps(value: float, error: float, freedom: float) -> None:
+def test_two_sided_ps(value, error, freedom):
     t = stats.norm if math.isinf(freedom) else stats.t(freedom)
     expected = 2 * t.cdf(-abs(value / error))
     assert two_sided_p(value, error, freedom) == pytest.approx(expected, rel=1e-9)
@@ -315,7 +305,7 @@ def test_two_sided_ps(value: float, error: float, freedom: float) -> None:
 
 
 @given(count=st.integers(1, 12), seed=SEEDS, name=st.text(max_size=5))
-def test_resamples_draw_items_with_replacement(count: int, seed: int, name: str) -> None:
+def test_resamples_draw_items_with_replacement(count, seed, name):
     times = item_weights(name, count, resamples=20, seed=seed)
     assert times.shape == (20, count)
     assert (times.sum(1) == count).all()
@@ -333,7 +323,7 @@ def test_resamples_draw_items_with_replacement(count: int, seed: int, name: str)
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.5, math.nan]), min_size=3, max_size=3),
                 min_size=1, max_size=4))  # fmt: skip
-def test_means_leave_out_what_is_not_defined(rows: list[list[float]]) -> None:
+def test_means_leave_out_what_is_not_defined(rows):
     first, rest = mean_point([(row[0], np.array(row[1:])) for row in rows])
     for column, told in zip(zip(*rows, strict=True), (first, *rest), strict=True):
         known = [one for one in column if not math.isnan(one)]
@@ -341,7 +331,7 @@ def test_means_leave_out_what_is_not_defined(rows: list[list[float]]) -> None:
 
 
 @given(draws=st.lists(st.floats(-3, 3), max_size=40), lost=st.integers(0, 3))
-def test_an_estimate_is_the_central_share_of_its_draws(draws: list[float], lost: int) -> None:
+def test_an_estimate_is_the_central_share_of_its_draws(draws, lost):
     found = estimate(0.7, np.array([*draws, *[math.nan] * lost]))
     assert found.value == 0.7
     if draws:

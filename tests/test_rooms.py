@@ -1,16 +1,13 @@
 """Imports point down the floors of docs/architecture.md, those inside functions too."""
 
-from __future__ import annotations
-
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
-def floors() -> dict[str, int]:
+def floors():
     """Return the floor of every room and root module by name, as the page's table has them."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
@@ -18,7 +15,7 @@ def floors() -> dict[str, int]:
     return {name.removesuffix(".py"): floor for floor, row in enumerate(rows) for name in row}
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+def imports(path):
     """Yield line and name of what of calmix a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -32,7 +29,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             )
 
 
-def test_imports_point_down() -> None:
+def test_imports_point_down():
     known, climbing = floors(), []
     for path in (ROOT / "calmix").rglob("*.py"):
         own = path.relative_to(ROOT / "calmix").with_suffix("").parts[0]

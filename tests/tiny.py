@@ -1,16 +1,11 @@
 """Tiny random models of many architectures, built from configurations; no download."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,10 +50,10 @@ MIXTURES = (
 )
 
 
-def tiny_config(kind: str) -> Any:
+def tiny_config(kind):
     """Return a configuration of width 32 with two blocks (four where kinds alternate)."""
     blocks = 4 if kind.startswith("gemma") else 2
-    wanted: dict[str, Any] = {
+    wanted = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -130,7 +125,7 @@ def tiny_config(kind: str) -> Any:
     return AutoConfig.for_model(kind, **{k: v for k, v in wanted.items() if k in known})
 
 
-def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
+def tiny_model(kind, seed=0, **settings):
     """Return a tiny random model in float32, its weights large enough to matter."""
     model, state = _made(kind, seed, json.dumps(settings))
     torch.set_rng_state(state)
@@ -138,7 +133,7 @@ def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
 
 
 @functools.cache
-def _made(kind: str, seed: int, settings: str) -> tuple[Any, torch.Tensor]:
+def _made(kind, seed, settings):
     """The model, and the state that making it has left the generator in."""
     torch.manual_seed(seed)
     config = tiny_config(kind)
@@ -153,20 +148,20 @@ def _made(kind: str, seed: int, settings: str) -> tuple[Any, torch.Tensor]:
     return model.requires_grad_(False), torch.get_rng_state()
 
 
-def quick(chosen: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+def quick(chosen, others):
     """Return parameters of a test: the chosen ones, and the others for `make test-long` alone."""
     chosen = list(chosen)
     return [*chosen, *(pytest.param(one, marks=pytest.mark.long) for one in others
                        if one not in chosen)]  # fmt: skip
 
 
-def tiny_ids(rows: int = 12, length: int = 32, seed: int = 1) -> torch.Tensor:
+def tiny_ids(rows=12, length=32, seed=1):
     """Return random token ids (rows, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer():
     """Return a byte-level tokenizer whose ids fit the tiny models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
@@ -178,25 +173,25 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **settings: Any) -> Path:
+def save_tiny_model(folder, kind="llama", seed=0, **settings):
     """Save a tiny model with its tokenizer and return the folder."""
     tiny_model(kind, seed, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def hashes(folder):
     """Return hashes of all files but the run record, which holds date and seconds."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()
             if p.name != "calmix-run.json"}  # fmt: skip
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder):
     """Return all tensors of a model folder, of however many files."""
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def longer(model: Path, folder: Path) -> Path:
+def longer(model, folder):
     """Copy a tiny model with room for real text, which takes more bytes than it has positions."""
     shutil.copytree(model, folder)
     config = folder / "config.json"

@@ -1,11 +1,8 @@
 """The whole analysis: small and unfinished studies, files, recommendation, mistakes."""
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +10,12 @@ from calmix.analysis import Settings, analyse, recommend
 from calmix.analysis.cells import select
 from calmix.errors import InputError
 from calmix.study.export import read_results
-from calmix.study.results import StudyResults
 from tests.synthetic import SOURCES, Plan, failed, full_plan, save, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
 
 
-def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
+def test_everything_is_written_and_the_same_every_time(tmp_path):
     results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
     found = analyse(results, QUICK)
     found.save(tmp_path / "one")
@@ -57,14 +53,14 @@ def test_everything_is_written_and_the_same_every_time(tmp_path: Path) -> None:
     assert not len(replace(found, conditions=tuple(bare)).tables()["correlations"])
 
 
-def test_a_store_gives_the_analysis_of_its_results(tmp_path: Path) -> None:
+def test_a_store_gives_the_analysis_of_its_results(tmp_path):
     results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
     again = read_results(save(results, tmp_path / "once"))
     assert analyse(again, QUICK).to_dict() == analyse(results, QUICK).to_dict()
 
 
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (2, (0, 1)), (3, (0,)), (4, (0, 1))])
-def test_tiny_studies_say_what_they_can(sources: int, seeds: tuple[int, ...]) -> None:
+def test_tiny_studies_say_what_they_can(sources, seeds):
     names = [f"s{number}" for number in range(sources)]
     found = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
     only = found.conditions[0]
@@ -76,7 +72,7 @@ def test_tiny_studies_say_what_they_can(sources: int, seeds: tuple[int, ...]) ->
     assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
 
 
-def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best() -> None:
+def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best():
     kept = {"general": 0.44, "math": 0.40}
     trials = tuple(trial(name, "single", "wanda", "50%", 0, kept) for name in "abc")
     for ranked in analyse(study(Plan(), trials=trials), QUICK).conditions[0].ranking:
@@ -85,7 +81,7 @@ def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best() -> None:
     assert alone.ranking[0].best is None
 
 
-def test_a_dimension_without_signal_has_no_value_anywhere() -> None:
+def test_a_dimension_without_signal_has_no_value_anywhere():
     trials = tuple(
         trial(f"s{n}", "single", "sparsegpt", "60%", 0, {"general": 0.4 + n / 50, "math": None},
               {"perplexity": 5.0 + n})
@@ -99,7 +95,7 @@ def test_a_dimension_without_signal_has_no_value_anywhere() -> None:
     assert all(one.rho is None and one.p_corrected is None for one in silent)
 
 
-def test_a_study_in_progress_is_analysed_and_tells_its_gaps() -> None:
+def test_a_study_in_progress_is_analysed_and_tells_its_gaps():
     whole = study(full_plan(conditions=[("wanda", "50%")], seeds=(0, 1)))
     part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})
     found = analyse(part, QUICK)
@@ -107,7 +103,7 @@ def test_a_study_in_progress_is_analysed_and_tells_its_gaps() -> None:
     assert found.conditions[0].missing == (("igsp", 1),)
 
 
-def test_mistakes_are_one_line() -> None:
+def test_mistakes_are_one_line():
     results = study(full_plan(seeds=(0,)))
     twin = results.trials[0].model_copy(update={"id": "again"})
     with pytest.raises(InputError, match="two trials of encyclopedia at seed 0"):
@@ -122,13 +118,13 @@ def test_mistakes_are_one_line() -> None:
         (QUICK.model_copy(update={"default": "c4"}), {}, "calibration set 'c4'"),
     ]:
         with pytest.raises(InputError, match=words):
-            analyse(results, settings, **filters)  # type: ignore[arg-type]
+            analyse(results, settings, **filters)
     for wrong in ({"measure": "both"}, {"seed": -1}, {"permutations": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Settings(**wrong)  # type: ignore[arg-type]
+            Settings(**wrong)
 
 
-def test_a_sparsity_can_be_written_in_several_ways() -> None:
+def test_a_sparsity_can_be_written_in_several_ways():
     plan = full_plan(seeds=(0,), sources=("a",), others={}, conditions=[
         ("sparsegpt", "50%"), ("sparsegpt", "60%"), ("sparsegpt", "2:4"),
     ])  # fmt: skip
@@ -139,7 +135,7 @@ def test_a_sparsity_can_be_written_in_several_ways() -> None:
     assert {one.pattern for one in select(results, sparsity="0.5")} == {"50%"}
 
 
-def weighted() -> StudyResults:
+def weighted():
     kept = {
         ("coder", "single"): {"general": 0.3, "code": 0.8},
         ("reader", "single"): {"general": 0.9, "code": 0.2},
@@ -154,7 +150,7 @@ def weighted() -> StudyResults:
     return study(Plan(), trials=trials)
 
 
-def test_the_recommendation_follows_the_weights() -> None:
+def test_the_recommendation_follows_the_weights():
     results = weighted()
     best = {
         name: recommend(results, weights)[0].candidates[0]
@@ -172,7 +168,7 @@ def test_the_recommendation_follows_the_weights() -> None:
     assert code.shrunken.value < code.total.value
 
 
-def test_the_lead_over_the_runner_up_is_told_with_its_doubt() -> None:
+def test_the_lead_over_the_runner_up_is_told_with_its_doubt():
     only = recommend(weighted())[0]
     assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
     assert sum(c.best or 0 for c in only.candidates) == pytest.approx(1)
@@ -186,7 +182,7 @@ def test_the_lead_over_the_runner_up_is_told_with_its_doubt() -> None:
     assert recommend(alone)[0].candidates[0].behind is None
 
 
-def test_without_signal_in_a_wanted_dimension_nothing_is_recommended() -> None:
+def test_without_signal_in_a_wanted_dimension_nothing_is_recommended():
     blind = trial("blind", "single", "sparsegpt", "60%", 0, {"general": 0.99, "code": None})
     nobody = study(Plan(), trials=(blind,))
     assert recommend(nobody)[0].weights == {"general": 1.0, "code": 0.0}

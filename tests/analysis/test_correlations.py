@@ -1,36 +1,31 @@
 """Planted correlations are recovered; noise stays noise; distances and spreads."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.analyse import ConditionAnalysis
 from calmix.analysis.cells import select, tables
-from calmix.analysis.correlations import Correlation, cancellation, correlate, trade_offs
+from calmix.analysis.correlations import cancellation, correlate, trade_offs
 from calmix.analysis.statistics import benjamini_hochberg, corrected, permutation_p
 from calmix.evaluation.distance import flips
-from calmix.study.results import StudyResults
 from tests.synthetic import DIMENSIONS, SLOPES, Plan, full_plan, study, trial
 
 QUICK = Settings(permutations=1999, resamples=200)
 
 
-def of(results: StudyResults) -> ConditionAnalysis:
+def of(results):
     return analyse(results, QUICK).conditions[0]
 
 
-def by_name(found: ConditionAnalysis) -> dict[tuple[str, str], Correlation]:
+def by_name(found):
     return {(one.metric, one.quantity): one for one in found.correlations if one.among == "sources"}
 
 
-def test_a_planted_trade_off_is_found_with_its_signs() -> None:
+def test_a_planted_trade_off_is_found_with_its_signs():
     found = of(study(Plan(slopes=SLOPES, noise=0.02)))
     known = by_name(found)
     for dimension, sign in {"general": 1, "code": -1, "math": -1}.items():
@@ -45,7 +40,7 @@ def test_a_planted_trade_off_is_found_with_its_signs() -> None:
     assert not any(metric == "tokens" for metric, _ in known)  # the same for all sets
 
 
-def test_rho_is_that_of_the_seed_means_of_single_sources_alone() -> None:
+def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     results = study(full_plan(conditions=[("wanda", "50%")]))
     cells = tables(results, select(results, method="wanda"), "primary")[0]
     singles = cells.of("single")
@@ -59,7 +54,7 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone() -> None:
     assert (one.n, one.rho) == (16, pytest.approx(stats.spearmanr(x, y).statistic))
 
 
-def test_among_planted_effects_false_discoveries_stay_below_nominal() -> None:
+def test_among_planted_effects_false_discoveries_stay_below_nominal():
     rng = np.random.default_rng(12)
     shares, power = [], []
     for _ in range(100):
@@ -77,7 +72,7 @@ def test_among_planted_effects_false_discoveries_stay_below_nominal() -> None:
     assert np.mean(power) > 0.9
 
 
-def test_whole_studies_of_noise_have_no_trade_off() -> None:
+def test_whole_studies_of_noise_have_no_trade_off():
     alarms = 0
     for seed in range(12):
         results = study(Plan(seed=seed, seeds=(0,), noise=0.1))
@@ -88,7 +83,7 @@ def test_whole_studies_of_noise_have_no_trade_off() -> None:
     assert alarms <= 1
 
 
-def test_each_family_is_the_whole_study() -> None:
+def test_each_family_is_the_whole_study():
     results = study(full_plan(seeds=(0,)))
     whole = analyse(results, QUICK)
     every = [one for found in whole.conditions for one in found.correlations]
@@ -102,7 +97,7 @@ def test_each_family_is_the_whole_study() -> None:
     assert part.families == {name: count // 3 for name, count in whole.families.items()}
 
 
-def test_what_only_tells_kinds_apart_is_no_correlation_within_them() -> None:
+def test_what_only_tells_kinds_apart_is_no_correlation_within_them():
     """Code is of low perplexity and keeps code: over all sources, not within a kind."""
     trials = []
     for one in study(Plan(noise=0.03, draw=0.002)).trials:
@@ -124,7 +119,7 @@ def test_what_only_tells_kinds_apart_is_no_correlation_within_them() -> None:
     assert (abs(kinds.rho) < 0.45, kinds.p > 0.05, kinds.n) == (True, True, 16)
 
 
-def test_metrics_that_order_the_sets_alike_are_one_test() -> None:
+def test_metrics_that_order_the_sets_alike_are_one_test():
     whole = study(Plan(seeds=(0,)))
     trials = []
     for one in whole.trials:
@@ -139,7 +134,7 @@ def test_metrics_that_order_the_sets_alike_are_one_test() -> None:
     assert aliases == ("bits_per_byte", "-volume")
 
 
-def changed(results: StudyResults, number: int, **distance: Any) -> StudyResults:
+def changed(results, number, **distance):
     """Return results with another distance of one trial."""
     trials = list(results.trials)
     kept = trials[number].distance or {}
@@ -147,11 +142,11 @@ def changed(results: StudyResults, number: int, **distance: Any) -> StudyResults
     return results.model_copy(update={"trials": tuple(trials)})
 
 
-def test_flips_are_those_of_two_models_compared() -> None:
+def test_flips_are_those_of_two_models_compared():
     results = study(Plan(sources=("a", "b"), seeds=(0,)))
     rng = np.random.default_rng(0)
 
-    def judged(tasks: Any) -> Any:
+    def judged(tasks):
         return tuple(
             replace(task, values=tuple((rng.random(len(task.items)) < 0.6).astype(float).tolist()))
             if task.values else task for task in tasks
@@ -171,7 +166,7 @@ def test_flips_are_those_of_two_models_compared() -> None:
         assert 0.2 < expected.total.share.value < 0.8
 
 
-def test_kl_that_orders_as_retention_does_is_said_to() -> None:
+def test_kl_that_orders_as_retention_does_is_said_to():
     results = study(Plan(seeds=(0, 1)))
     first = of(results)
     own = [one.distance for one in results.trials
@@ -193,7 +188,7 @@ def test_kl_that_orders_as_retention_does_is_said_to() -> None:
     assert found["code"].rho == pytest.approx(-1)
 
 
-def test_distances_not_measured_or_on_other_texts_are_left_out() -> None:
+def test_distances_not_measured_or_on_other_texts_are_left_out():
     results = study(Plan(seeds=(0,)))
     gone = results.trials[0].model_copy(update={"distance": None})
     part = of(results.model_copy(update={"trials": (gone, *results.trials[1:])}))
@@ -207,7 +202,7 @@ def test_distances_not_measured_or_on_other_texts_are_left_out() -> None:
     assert not of(study(Plan(sources=("a", "b", "c")))).agreements
 
 
-def test_the_averaging_artefact_is_planted_and_found() -> None:
+def test_the_averaging_artefact_is_planted_and_found():
     opposite = {"general": 0.1, "commonsense": 0.0, "code": -0.1, "math": 0.0}
     found = of(study(Plan(slopes=opposite, noise=0.005)))
     spread = {one.quantity: one for one in found.spreads if one.over == "single"}
@@ -216,7 +211,7 @@ def test_the_averaging_artefact_is_planted_and_found() -> None:
     assert spread["total"].deviation < 0.5 * spread["total"].if_independent
 
 
-def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not() -> None:
+def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
     rng = np.random.default_rng(4)
     gain = rng.standard_normal(16)
     quiet = 0.1 * rng.standard_normal((16, 4))

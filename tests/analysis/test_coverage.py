@@ -8,13 +8,12 @@ together, and single items under one trial.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from calmix.analysis.bootstrap import Joint, joint
+from calmix.analysis.bootstrap import joint
 from calmix.analysis.cells import Cells, Condition, Task, rolled_up
 from calmix.analysis.differences import compare, correct
 from calmix.analysis.power import noise_of
@@ -42,7 +41,7 @@ class Truth:
     others: int = 0  # of the sets, the last so many are no single sources
 
 
-def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
+def made(truth, rng):
     """Return a study's cells, and what its sets would keep of these items over all draws."""
     count = len(truth.draws)
     trials = [(at, seed) for at, draws in enumerate(truth.draws) for seed in range(draws)]
@@ -50,7 +49,7 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
     kept = np.broadcast_to(truth.kept, (count, len(TASKS)))
     moved = {name: truth.draw * rng.standard_normal(len(trials)) for name in "ab"}
     both = 0.5 * truth.draw * rng.standard_normal(len(trials))
-    items: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    items = {}
     values, expected = [], []
     for at, task in enumerate(TASKS):
         whole = 0.5 + rng.random(task.items)
@@ -75,14 +74,14 @@ def made(truth: Truth, rng: np.random.Generator) -> tuple[Cells, np.ndarray]:
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
 
 
-def studies(truth: Truth, times: int, seed: int = 0) -> Iterator[tuple[Joint, np.ndarray]]:
+def studies(truth, times, seed=0):
     rng = np.random.default_rng(seed)
     for number in range(times):
         cells, expected = made(truth, rng)
         yield joint(cells, resamples=RESAMPLES, seed=number % 8), expected
 
 
-def slack(times: int, share: float = 0.05) -> float:
+def slack(times, share=0.05):
     """Three standard errors of a share in so many studies."""
     return 3 * math.sqrt(share * (1 - share) / times)
 
@@ -95,7 +94,7 @@ CASES = quick(
 
 
 @pytest.mark.parametrize("truth", CASES)
-def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
+def test_intervals_cover_the_truth_as_often_as_they_say(truth):
     """Never less often than 95 %; more often only as far as 98.5 %."""
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
     for found, expected in studies(truth, times):
@@ -111,7 +110,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth: Truth) -> None:
         assert 0.95 - slack(times) <= np.mean(told) <= 0.985 + slack(times, 0.015), name
 
 
-def test_among_equal_sets_no_more_is_claimed_than_the_level_allows() -> None:
+def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
     """Mixes, the best source (picked by its numbers) and the mean of the sources, all alike."""
     times, claimed, found_at_all, drawn_at_all = 60, [], 0, 0
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
@@ -128,7 +127,7 @@ def test_among_equal_sets_no_more_is_claimed_than_the_level_allows() -> None:
     assert drawn_at_all / times <= 0.05 + slack(times)
 
 
-def test_a_planted_difference_is_found() -> None:
+def test_a_planted_difference_is_found():
     kept = np.full((8, 4), 0.5)
     kept[-1] = 0.6  # the third mix: 5 standard errors
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 3), kept=kept, others=3)
@@ -140,7 +139,7 @@ def test_a_planted_difference_is_found() -> None:
     assert np.mean(hits) > 0.9
 
 
-def test_the_one_that_was_picked_is_not_favoured() -> None:
+def test_the_one_that_was_picked_is_not_favoured():
     """The raw total of the highest of 12 sources lies too high, the shrunken one does not."""
     rng = np.random.default_rng(4)
     for spread in (0.0, 0.03):
@@ -160,7 +159,7 @@ def test_the_one_that_was_picked_is_not_favoured() -> None:
         assert abs(np.mean(drawn)) < 0.3 * np.mean(raw)
 
 
-def test_noise_is_what_was_planted() -> None:
+def test_noise_is_what_was_planted():
     rng = np.random.default_rng(5)
     found = []
     for _ in range(60):

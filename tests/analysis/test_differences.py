@@ -1,22 +1,16 @@
 """Differences, margins against sparsity, ranking, names of conditions."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.analyse import ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import APART, TOTAL, WORST, method_name
 from calmix.analysis.differences import BEST, SINGLES, Difference, correct
 from calmix.evaluation.retention import retention
-from calmix.study.results import Trial
 from tests.synthetic import Plan, full_plan, interval, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
@@ -24,17 +18,17 @@ EXACT = Settings(permutations=199, resamples=2000)
 SPARSE = [("sparsegpt", "60%")]
 
 
-def of(trials: tuple[Trial, ...]) -> ConditionAnalysis:
+def of(trials):
     return analyse(study(Plan(), trials=trials), QUICK).conditions[0]
 
 
-def gap(found: ConditionAnalysis, left: str, right: str, quantity: str = TOTAL) -> Difference:
+def gap(found, left, right, quantity=TOTAL):
     (one,) = [one for one in found.differences
               if (one.left, one.right, one.quantity) == (left, right, quantity)]  # fmt: skip
     return one
 
 
-def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread() -> None:
+def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     """One mean of 3 seeds less 16 such means, by the spread of all sets over their seeds."""
     found = analyse(study(full_plan(conditions=SPARSE)), EXACT).conditions[0]
     one = gap(found, "mix-8", SINGLES, "code").gap
@@ -54,7 +48,7 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread() -> None:
     assert sum(side.startswith(BEST) for side in sides) == 1
 
 
-def test_sets_of_unequal_seeds_are_compared_by_the_pooled_spread() -> None:
+def test_sets_of_unequal_seeds_are_compared_by_the_pooled_spread():
     """As in a study that spends its seeds where they matter: sources once, mixes three times."""
     whole = study(full_plan(conditions=SPARSE))
     kept = tuple(one for one in whole.trials if one.seed == 0 or one.strategy != "single")
@@ -64,7 +58,7 @@ def test_sets_of_unequal_seeds_are_compared_by_the_pooled_spread() -> None:
     assert None not in (one.gap.draw_low, one.p_corrected)
 
 
-def test_from_single_seeds_a_difference_is_about_items_alone() -> None:
+def test_from_single_seeds_a_difference_is_about_items_alone():
     found = analyse(study(full_plan(seeds=(0,), conditions=[("wanda", "50%")])), QUICK)
     one = gap(found.conditions[0], "mix-8", SINGLES)
     assert (one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)
@@ -72,7 +66,7 @@ def test_from_single_seeds_a_difference_is_about_items_alone() -> None:
     assert one.p_corrected is not None
 
 
-def test_worst_is_each_sides_own_lowest_mean() -> None:
+def test_worst_is_each_sides_own_lowest_mean():
     """Of seeds that each have another lowest dimension, the means decide."""
     kept = [{"general": 0.3, "code": 0.5}, {"general": 0.6, "code": 0.5}]
     found = of(tuple(
@@ -86,7 +80,7 @@ def test_worst_is_each_sides_own_lowest_mean() -> None:
     assert gap(found, "a", "b", WORST).gap.value == pytest.approx(0.1, abs=1e-3)
 
 
-def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers() -> None:
+def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
     """Wholly shrunken to the mean of the sources, code would be its worst; it is not."""
     own = {"a": (0.5, 0.9), "b": (0.9, 0.1), "c": (0.9, 0.1), "m": (0.7, 0.71)}
     found = of(tuple(
@@ -101,7 +95,7 @@ def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers() -> Non
     assert worst == pytest.approx(general)
 
 
-def test_the_margin_grows_with_sparsity_as_planted() -> None:
+def test_the_margin_grows_with_sparsity_as_planted():
     pairs = [("sparsegpt", f"{share}%") for share in (30, 50, 60)]
     results = study(full_plan(conditions=pairs, draw=0.003, noise=0.005))
     found = analyse(results, QUICK)
@@ -116,12 +110,12 @@ def test_the_margin_grows_with_sparsity_as_planted() -> None:
     assert {m.default for m in named.margins} == {"news"}
 
 
-def test_margins_are_over_the_sources_of_every_sparsity() -> None:
+def test_margins_are_over_the_sources_of_every_sparsity():
     """A lead does not grow because other sources were run."""
     plan = full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")], seeds=(0,))
     whole = study(plan)
 
-    def without(patterns: set[str]) -> list[float | None]:
+    def without(patterns):
         left = [t for t in whole.trials
                 if t.calibration not in ("news", "books") or t.pattern not in patterns]  # fmt: skip
         found = analyse(whole.model_copy(update={"trials": tuple(left)}), QUICK)
@@ -132,7 +126,7 @@ def test_margins_are_over_the_sources_of_every_sparsity() -> None:
     assert without({"50%"}) != pytest.approx(without(set()))
 
 
-def test_patterns_of_n_in_m_have_margins_and_are_no_point_on_the_sparsity_axis() -> None:
+def test_patterns_of_n_in_m_have_margins_and_are_no_point_on_the_sparsity_axis():
     pairs = [("sparsegpt", "2:4"), ("sparsegpt", "50%"), ("sparsegpt", "60%")]
     found = analyse(study(full_plan(conditions=pairs, seeds=(0,))), QUICK)
     named = [f"SparseGPT {pattern}" for _, pattern in pairs]
@@ -144,7 +138,7 @@ def test_patterns_of_n_in_m_have_margins_and_are_no_point_on_the_sparsity_axis()
         assert own.gap.value == pytest.approx(gap(each, "mix-8", SINGLES).gap.value)
 
 
-def test_ranking_by_total_and_by_worst_dimension() -> None:
+def test_ranking_by_total_and_by_worst_dimension():
     kept = {
         "even": ("mix", 0.5, 0.5),
         "lopsided": ("single", 0.9, 0.3),
@@ -162,7 +156,7 @@ def test_ranking_by_total_and_by_worst_dimension() -> None:
     assert sum(one.best for one in ranking) == pytest.approx(1)
 
 
-def test_accuracy_is_read_beside_the_primary_scores() -> None:
+def test_accuracy_is_read_beside_the_primary_scores():
     """The made-up tasks keep 0.9 of that in accuracy; texts have none."""
     results = study(Plan(seeds=(0,), sources=("a", "b")))
     found, by_accuracy = (
@@ -179,13 +173,13 @@ def test_accuracy_is_read_beside_the_primary_scores() -> None:
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
 
 
-def halved(ways: Mapping[str, tuple[str, Mapping[str, float]]], of_half: str) -> tuple[Trial, ...]:
+def halved(ways, of_half):
     """Trials of two seeds by strategy and retention of tasks; one set read half of code_a."""
     trials = []
     for name, (strategy, parts) in ways.items():
         for seed in (0, 1):
             one = trial(name, strategy, "wanda", "50%", seed, {"general": 0.5, "code": 0.6})
-            changed: dict[str, Any] = {"tasks": tuple(
+            changed = {"tasks": tuple(
                 task.model_copy(update={"retention": interval(parts.get(task.task, 0.5))})
                 for task in one.tasks
             ), "halves": ("code_a",) if name == of_half else ()}  # fmt: skip
@@ -193,7 +187,7 @@ def halved(ways: Mapping[str, tuple[str, Mapping[str, float]]], of_half: str) ->
     return tuple(trials)
 
 
-def test_a_sets_own_benchmark_is_marked_and_left_out_beside() -> None:
+def test_a_sets_own_benchmark_is_marked_and_left_out_beside():
     parts = {"code_a": 0.9, "code_b": 0.3}
     trials = halved({"a": ("single", parts), "b": ("single", parts)}, "a")
     found = analyse(study(Plan(), trials=trials), QUICK)
@@ -210,7 +204,7 @@ def test_a_sets_own_benchmark_is_marked_and_left_out_beside() -> None:
     )  # fmt: skip
 
 
-def test_sets_are_also_compared_on_the_benchmarks_that_neither_holds_a_half_of() -> None:
+def test_sets_are_also_compared_on_the_benchmarks_that_neither_holds_a_half_of():
     """The mix leads by the task whose other half it read; without it the written text does."""
     ways = {"m": ("mix", {"code_a": 0.9, "code_b": 0.2}), "w": ("igsp", {"code_b": 0.5}),
             "s": ("single", {}), "t": ("single", {"code_a": 0.4})}  # fmt: skip
@@ -226,7 +220,7 @@ def test_sets_are_also_compared_on_the_benchmarks_that_neither_holds_a_half_of()
     assert APART not in {one.quantity for one in alone}
 
 
-def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart() -> None:
+def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart():
     one = Difference("c", "a", "b", TOTAL, Estimate(0.1, p=0.03, draw_p=0.2))
     other = replace(one, quantity=APART, gap=Estimate(0.1, p=0.001, draw_p=0.3))
     found = correct([one, other, replace(one, gap=Estimate(0.1))])
@@ -234,7 +228,7 @@ def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart() -> None:
     assert [each.draw_p_corrected for each in found] == [0.2, 0.3, None]
 
 
-def test_bits_per_byte_resample_as_the_ratio_they_are() -> None:
+def test_bits_per_byte_resample_as_the_ratio_they_are():
     """The paper's ratio of bits has the trial's own bits below: its interval is the ratio's."""
     results = study(Plan(seeds=(0,), sources=("a",)))
     ours = (
@@ -252,7 +246,7 @@ def test_bits_per_byte_resample_as_the_ratio_they_are() -> None:
     assert ours.high - ours.low > 0.01
 
 
-def test_conditions_are_named_by_what_differs() -> None:
+def test_conditions_are_named_by_what_differs():
     names = ["admm", "admm,refit=5 + distill", "ours + distill"]
     assert [method_name(name) for name in names] == [
         "ADMM", "ADMM,refit=5 + distill", "ours + distill",

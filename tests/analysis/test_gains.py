@@ -1,14 +1,9 @@
 """What one method keeps more of than another, and what becomes of leads between them."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-
 import pytest
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.analyse import Analysis
-from calmix.analysis.gains import MEAN, Gain, Shift
+from calmix.analysis.gains import MEAN
 from tests.synthetic import Plan, study, trial
 
 QUICK = Settings(permutations=9, resamples=400)
@@ -21,12 +16,7 @@ KEPT = {  # of general and code
 }
 
 
-def analysed(
-    kept: Mapping[str, Mapping[str, tuple[float, float]]],
-    *,
-    seeds: int = 1,
-    default: str | None = "prose",
-) -> Analysis:
+def analysed(kept, *, seeds=1, default="prose"):
     trials = tuple(
         trial(name, MADE[name], method, "60%", seed,
               {"general": general + 0.01 * seed, "code": code + 0.01 * seed})
@@ -37,20 +27,20 @@ def analysed(
     return analyse(study(Plan(), trials=trials), settings)
 
 
-def gain(found: Analysis, more: str, less: str, name: str, quantity: str = "total") -> Gain:
+def gain(found, more, less, name, quantity="total"):
     (one,) = [each for each in found.gains
               if (each.more, each.less) == (f"{more} 60%", f"{less} 60%")
               and (each.calibration, each.quantity) == (name, quantity)]  # fmt: skip
     return one
 
 
-def shift(found: Analysis, more: str, less: str, quantity: str = "total") -> Shift:
+def shift(found, more, less, quantity="total"):
     asked = f"{more} 60%", f"{less} 60%", quantity
     (one,) = [each for each in found.shifts if (each.more, each.less, each.quantity) == asked]
     return one
 
 
-def test_every_two_methods_are_compared_set_by_set() -> None:
+def test_every_two_methods_are_compared_set_by_set():
     found = analysed(KEPT)
     assert {(one.more, one.less) for one in found.gains} == {
         ("ADMM 60%", "SparseGPT 60%"),
@@ -69,7 +59,7 @@ def test_every_two_methods_are_compared_set_by_set() -> None:
     assert not gain(found, "ADMM + distill,epochs=4", "SparseGPT", MEAN).recovered
 
 
-def test_items_and_seeds_are_the_same_on_both_sides() -> None:
+def test_items_and_seeds_are_the_same_on_both_sides():
     """A gap of two methods is as sure as what they have in common lets it be."""
     once, twice = analysed(KEPT), analysed(KEPT, seeds=2)
     gap = gain(once, "ADMM", "SparseGPT", "mix").gap
@@ -84,7 +74,7 @@ def test_items_and_seeds_are_the_same_on_both_sides() -> None:
     assert gap.draw_high - gap.draw_low < 0.1 * (total.draw_high - total.draw_low)
 
 
-def test_leads_over_the_default_are_followed_from_method_to_method() -> None:
+def test_leads_over_the_default_are_followed_from_method_to_method():
     found = analysed(KEPT)
     one = shift(found, "ADMM", "SparseGPT")
     assert (one.calibration, one.default, one.recovered) == ("mix", "prose", False)
@@ -98,7 +88,7 @@ def test_leads_over_the_default_are_followed_from_method_to_method() -> None:
     assert worst.gap.value == pytest.approx((0.8 - 0.3) - (0.6 - 0.3), abs=1e-3)
 
 
-def test_without_a_default_leads_are_over_the_sources_of_both() -> None:
+def test_without_a_default_leads_are_over_the_sources_of_both():
     found = analysed(KEPT, default=None)
     one, of_prose = (
         shift(found, "ADMM", "SparseGPT"),
@@ -108,7 +98,7 @@ def test_without_a_default_leads_are_over_the_sources_of_both() -> None:
     assert of_prose.gap.value == pytest.approx((0.9 - 0.65) - (0.8 - 0.45), abs=1e-3)
 
 
-def test_only_conditions_alike_but_for_the_method_are_compared() -> None:
+def test_only_conditions_alike_but_for_the_method_are_compared():
     plans = [
         Plan(sources=("a", "b"), conditions=[("sparsegpt", pattern), ("admm", "60%")])
         for pattern in ("50%", "60%")
@@ -125,7 +115,7 @@ def test_only_conditions_alike_but_for_the_method_are_compared() -> None:
     assert analyse(both, QUICK).gains == ()
 
 
-def test_a_recovery_is_one_whatever_it_keeps_and_an_allocation_is_none() -> None:
+def test_a_recovery_is_one_whatever_it_keeps_and_an_allocation_is_none():
     mean = gain(analysed({BETTER: KEPT[BETTER], TUNED: KEPT[PLAIN]}), "ADMM + distill,epochs=4",
                 "ADMM", MEAN)  # fmt: skip
     assert (mean.recovered, mean.gap.value) == (True, pytest.approx(-0.1, abs=1e-3))

@@ -1,7 +1,5 @@
 """Power: what is called detectable is detected in 80 % of simulated studies."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -11,7 +9,7 @@ from scipy import stats
 from calmix.analysis.power import detectable, needed
 
 
-def detected(difference: float, draws: int, draw: float, freedom: int, item: float) -> float:
+def detected(difference, draws, draw, freedom, item):
     """The share of simulated studies whose 95 % interval leaves out 0."""
     rng = np.random.default_rng([draws, freedom])
     count = 200_000
@@ -26,7 +24,7 @@ def detected(difference: float, draws: int, draw: float, freedom: int, item: flo
     ("draws", "freedom", "item"),
     [(2, 2, 0.0), (9, 6, 0.0), (2, 40, 0.0), (3, 6, 0.004), (3, 6, 0.02), (3, 40, 0.01)],
 )
-def test_what_is_detectable_is_detected_in_80_percent(draws: int, freedom: int, item: float):
+def test_what_is_detectable_is_detected_in_80_percent(draws, freedom, item):
     found = detectable(draws, 0.012, freedom, item)
     assert found >= detectable(draws, 0.012, freedom)
     assert detected(found, draws, 0.012, freedom, item) == pytest.approx(
@@ -35,7 +33,7 @@ def test_what_is_detectable_is_detected_in_80_percent(draws: int, freedom: int, 
 
 
 @pytest.mark.parametrize("difference", [0.01, 0.02, 0.03])
-def test_the_least_draws_are_enough_and_one_less_is_not(difference: float) -> None:
+def test_the_least_draws_are_enough_and_one_less_is_not(difference):
     draw, freedom, item = 0.015, 12, 0.003
     found = needed(difference, draw, freedom, item)
     assert found.draws_items >= found.draws > 1
@@ -44,13 +42,13 @@ def test_the_least_draws_are_enough_and_one_less_is_not(difference: float) -> No
         assert detectable(draws - 1, draw, freedom, other) > difference
 
 
-def test_by_hand_with_much_freedom() -> None:
+def test_by_hand_with_much_freedom():
     # (1.96 + 0.84)^2 x 2 x s^2 / d^2 = 7.849 x 2
     assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
     assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
 
 
-def test_where_items_are_the_limit_more_draws_do_not_help() -> None:
+def test_where_items_are_the_limit_more_draws_do_not_help():
     found = needed(0.01, 0.001, 12, 0.01)
     assert (found.draws_items, found.items) == (None, pytest.approx(7.849, rel=1e-3))
     # With so many times the items, seeds without number just detect it.
@@ -60,7 +58,7 @@ def test_where_items_are_the_limit_more_draws_do_not_help() -> None:
     assert enough.draws_items is not None
 
 
-def test_draws_that_do_not_differ_need_one() -> None:
+def test_draws_that_do_not_differ_need_one():
     assert needed(0.01, 0.0, 3, 0.0).draws == 1
     assert needed(0.01, 0.0, 3, 0.001).draws_items == 1
     assert detectable(2, 0.0, 3) == 0

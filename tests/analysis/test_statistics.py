@@ -3,8 +3,6 @@
 `tests/test_properties.py` has what must hold for any input.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -24,12 +22,12 @@ from calmix.analysis.statistics import (
 APART = np.repeat([0.0, 9.0], [5, 7])  # two clouds far apart, in the strata (5, 7)
 
 
-def pair(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def pair(n, seed):
     x, y = np.random.default_rng(seed).standard_normal((2, n))
     return x, y
 
 
-def test_the_sampled_p_nears_the_t_approximation_and_is_seeded() -> None:
+def test_the_sampled_p_nears_the_t_approximation_and_is_seeded():
     x, y = pair(30, 3)
     y = y + 0.5 * x
     ours, exact = permutation_p(x, y)
@@ -40,14 +38,14 @@ def test_the_sampled_p_nears_the_t_approximation_and_is_seeded() -> None:
     assert permutation_p(x, y, seed=1)[0] != ours
 
 
-def test_the_least_p_is_that_of_a_perfect_order() -> None:
+def test_the_least_p_is_that_of_a_perfect_order():
     for n in (4, 6, 8):
         assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(least_p([n]))
     assert permutation_p(np.arange(20), np.arange(20), permutations=999)[0] == 1 / 1000
     assert (least_p([20], 999), least_p([2, 3])) == (1 / 1000, 2 / 12)
 
 
-def test_what_does_not_vary_has_no_correlation() -> None:
+def test_what_does_not_vary_has_no_correlation():
     x = np.ones(6)
     assert math.isnan(spearman(x, np.arange(6.0)))
     assert math.isnan(permutation_p(x, np.arange(6.0))[0])
@@ -55,7 +53,7 @@ def test_what_does_not_vary_has_no_correlation() -> None:
 
 
 @pytest.mark.parametrize(("strata", "apart"), [(None, 0.0), ((5, 7), APART)])
-def test_the_p_of_noise_is_uniform(strata: tuple[int, ...] | None, apart: np.ndarray) -> None:
+def test_the_p_of_noise_is_uniform(strata, apart):
     found = [
         float(permutation_p(x + apart, y + apart, strata, permutations=499)[0])
         for x, y in np.random.default_rng(7).standard_normal((300, 2, 12))
@@ -64,7 +62,7 @@ def test_the_p_of_noise_is_uniform(strata: tuple[int, ...] | None, apart: np.nda
     assert stats.kstest(found, "uniform").pvalue > 0.01
 
 
-def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
     truth, covered, trials = 6 / math.pi * math.asin(0.6 / 2), 0, 200
     rng = np.random.default_rng(5)
     for seed in range(trials):
@@ -75,11 +73,11 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> 
 
 
 @pytest.mark.parametrize("strata", [None, (3, 2)])
-def test_the_bootstrap_is_a_plain_one(strata: tuple[int, ...] | None) -> None:
+def test_the_bootstrap_is_a_plain_one(strata):
     """One resample after the other, among them such as have ties only, half of them or more."""
     runs = [range(5)] if strata is None else [range(3), range(3, 5)]
 
-    def ranks(values: np.ndarray) -> np.ndarray:
+    def ranks(values):
         parts = [stats.rankdata(values[list(run)]) for run in runs]
         return np.concatenate([part - part.mean() for part in parts])
 
@@ -104,20 +102,20 @@ def test_the_bootstrap_is_a_plain_one(strata: tuple[int, ...] | None) -> None:
                             for seed in ({}, {"seed": 0})), equal_nan=True)  # fmt: skip
 
 
-def test_no_end_is_beyond_one() -> None:
+def test_no_end_is_beyond_one():
     for sign in (1, -1):
         ends = [bootstrap_intervals(x, sign * x, resamples=40)
                 for x, _ in (pair(n, n) for n in range(4, 30))]  # fmt: skip
         assert np.max(sign * np.array(ends)) == 1.0
 
 
-def test_correction_leaves_out_what_has_no_p() -> None:
+def test_correction_leaves_out_what_has_no_p():
     found = benjamini_hochberg([0.001, None, 0.02, 0.03, 0.5])
     assert found == pytest.approx([0.004, None, 0.04, 0.04, 0.5])
     assert benjamini_hochberg([]) == []
 
 
-def test_within_strata_a_difference_between_them_counts_for_nothing() -> None:
+def test_within_strata_a_difference_between_them_counts_for_nothing():
     x, y = np.random.default_rng(6).standard_normal((2, 12))
     assert spearman(x + APART, y + APART) > 0.6
     assert spearman(x + APART, y + APART, (5, 7)) == pytest.approx(spearman(x, y, (5, 7)))
@@ -127,7 +125,7 @@ def test_within_strata_a_difference_between_them_counts_for_nothing() -> None:
     assert permutation_p(few, few, (3, 3)) == (pytest.approx(2 / 36), True)
 
 
-def test_the_exact_p_within_strata_is_counted_out() -> None:
+def test_the_exact_p_within_strata_is_counted_out():
     """Values of the strata lie between one another: ranks over all would give another p."""
     x, row = np.random.default_rng(9).standard_normal((2, 7))
     found, exact = permutation_p(x, row, (3, 4))
@@ -140,7 +138,7 @@ def test_the_exact_p_within_strata_is_counted_out() -> None:
     assert found == pytest.approx(np.mean(np.array(drawn) >= reached))
 
 
-def test_many_rows_are_tested_as_each_alone() -> None:
+def test_many_rows_are_tested_as_each_alone():
     x, *y = np.random.default_rng(8).standard_normal((4, 9))
     together = permutation_p(x, np.stack(y), permutations=99)[0]
     assert together == pytest.approx(

@@ -1,24 +1,21 @@
 """Tiny tokenizers and sources for calibration tests."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
-from calmix.calibration import OpenTokenizer, open_tokenizer
+from calmix.calibration import open_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_folder: Path) -> OpenTokenizer:
+def tiny(tiny_folder):
     """The tiny model's tokenizer: one token a byte, no begin token."""
     return open_tokenizer(str(tiny_folder))
 
 
 @pytest.fixture(scope="session")
-def foreign_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+def foreign_folder(tmp_path_factory, tiny_folder):
     """The tiny model with another tokenizer: one more token."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
@@ -30,7 +27,7 @@ def foreign_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) 
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> dict[str, str]:
+def sources(tmp_path):
     """Two JSON-lines sources of 60 documents of 40 to 99 bytes, in letters of their own."""
     found = {}
     for name, letters in (("lower", "abcdefgh"), ("upper", "ABCDEFGH")):

@@ -130,7 +130,7 @@ def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
 
 
 @pytest.mark.real
-def test_a_guard_may_be_against_several_suites() -> None:
+def test_a_guard_may_be_against_several_suites():
     both = suite_items("smoke,abilities")
     assert len(both) == len(suite_items("smoke")) + len(suite_items("abilities"))
     with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):

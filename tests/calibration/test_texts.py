@@ -1,9 +1,6 @@
 """Texts to measure distance on: the user's own, and that the builtin ones are held out."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -18,16 +15,16 @@ from calmix.calibration.texts import builtin_readers, parse_texts, texts
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.distance import texts_hash
 from calmix.sources import offline_sources
-from calmix.sources.readers import Document, LocalFile
+from calmix.sources.readers import LocalFile
 from tests.evaluation.helpers import opened
 
 
 @pytest.fixture
-def no_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_archive(monkeypatch):
     monkeypatch.setattr(module, "builtin_readers", dict)
 
 
-def test_own_texts_become_full_rows(tmp_path: Path, no_archive: None) -> None:
+def test_own_texts_become_full_rows(tmp_path, no_archive):
     (tmp_path / "a.txt").write_text("abcd" * 100, encoding="utf-8")
     rows = [json.dumps({"text": f"document {n}"}) for n in range(40)]
     (tmp_path / "b.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -45,9 +42,7 @@ def test_own_texts_become_full_rows(tmp_path: Path, no_archive: None) -> None:
     assert texts_hash(found) != texts_hash({"code": found["law"], "law": found["code"]})
 
 
-def test_rows_are_no_longer_than_the_context_and_fewer_where_the_text_ends(
-    tmp_path: Path, no_archive: None
-) -> None:
+def test_rows_are_no_longer_than_the_context_and_fewer_where_the_text_ends(tmp_path, no_archive):
     (tmp_path / "a.txt").write_text("x" * 600, encoding="utf-8")
     assert texts(opened(), {"x": tmp_path / "a.txt"}, length=1000)["x"].shape == (2, 256)
 
@@ -61,16 +56,14 @@ def test_rows_are_no_longer_than_the_context_and_fewer_where_the_text_ends(
         (["code=nowhere.txt"], "--text code: there is no file nowhere.txt"),
     ],
 )
-def test_mistakes_in_naming_a_text(
-    given: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_in_naming_a_text(given, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("here.txt").write_text("x", encoding="utf-8")
     with pytest.raises(InputError, match=line):
         parse_texts(given)
 
 
-def test_mistakes_in_a_text(tmp_path: Path, no_archive: None) -> None:
+def test_mistakes_in_a_text(tmp_path, no_archive):
     (tmp_path / "a.txt").write_text("x" * 20, encoding="utf-8")
     (tmp_path / "a.doc").write_text("x" * 20, encoding="utf-8")
     with pytest.raises(InputError, match=r"the text code has 20 tokens, less than one row of 32"):
@@ -86,7 +79,7 @@ def test_mistakes_in_a_text(tmp_path: Path, no_archive: None) -> None:
 class Runs:
     """Every run of thirteen words of some documents; words are numbered in `known`."""
 
-    def __init__(self, documents: Iterable[Document], known: dict[str, int]) -> None:
+    def __init__(self, documents, known):
         texts = [document.text.lower().split() for document in documents]
         self.words = [word for text in texts for word in text]
         ids = np.array([known.setdefault(word, len(known)) for word in self.words], np.int64)
@@ -96,11 +89,11 @@ class Runs:
         self.hashes = hashes[self.at]
 
     @cached_property
-    def sorted(self) -> np.ndarray:
+    def sorted(self):
         """The runs' hashes, each once."""
         return np.unique(self.hashes)
 
-    def shared(self, other: Runs) -> list[list[str]]:
+    def shared(self, other):
         """Return the other's runs that are here too, as they count for the leakage guard: not
         `} } } }`."""
         place = np.minimum(np.searchsorted(self.sorted, other.hashes), len(self.sorted) - 1)
@@ -111,10 +104,10 @@ class Runs:
 
 @pytest.mark.real
 @pytest.mark.long
-def test_no_source_hands_out_what_the_builtin_texts_are_drawn_from() -> None:
+def test_no_source_hands_out_what_the_builtin_texts_are_drawn_from():
     """No document of any offline source shares thirteen words or is the same."""
     documents = [d for readers in builtin_readers().values() for r in readers for d in r.read()]
-    known: dict[str, int] = {}
+    known = {}
     runs = Runs(documents, known)
     whole = {" ".join(document.text.split()) for document in documents}
     assert len(documents) > 8000
@@ -129,7 +122,7 @@ def test_no_source_hands_out_what_the_builtin_texts_are_drawn_from() -> None:
 
 
 @pytest.mark.real
-def test_the_builtin_texts_have_eight_rows_a_dimension() -> None:
+def test_the_builtin_texts_have_eight_rows_a_dimension():
     tokenizer = open_tokenizer("builtin:smollm2-135m")
     found = texts(tokenizer)
     assert list(found) == ["general", "commonsense", "code", "math"]
@@ -141,9 +134,7 @@ def test_the_builtin_texts_have_eight_rows_a_dimension() -> None:
     assert torch.equal(ids, found["math"])
 
 
-def test_an_own_text_stands_in_place_of_the_builtin_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_own_text_stands_in_place_of_the_builtin_one(tmp_path, monkeypatch):
     (tmp_path / "built.txt").write_text("b" * 600, encoding="utf-8")
     (tmp_path / "own.txt").write_text("o" * 600, encoding="utf-8")
     reader = LocalFile(type="file", path=tmp_path / "built.txt")

@@ -3,13 +3,9 @@
 Nothing is fetched, computed or written on the way to it.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +16,10 @@ import calmix
 from calmix.cli import app
 from calmix.deploy.pack import pack
 from calmix.evaluation.scores import CapabilityScores
-from tests.conftest import Ended, write_text_file
+from tests.conftest import write_text_file
 from tests.synthetic import Plan, save, study
 from tests.tiny import save_tiny_model
 
-Run = Callable[..., Ended]
 WRONG = "no-such-thing"
 # A right call of each verb, short of its output, or of each of its forms; names in braces are of
 # the files below.
@@ -87,7 +82,7 @@ DISK = (
 FREE = {("evaluate perplexity", "--separator")}
 
 
-def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def commands(group, name=""):
     """Yield every verb with its command."""
     for key in group.list_commands(None):
         command = group.get_command(None, key)
@@ -101,7 +96,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(tmp_path_factory):
     """Small right inputs of every kind."""
     at = tmp_path_factory.mktemp("inputs")
     found = {
@@ -145,12 +140,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def parameters(verb: str) -> list[Any]:
+def parameters(verb):
     command = COMMANDS[verb.partition(" --")[0]]
     return list(command.get_params(command.make_context(verb, [], resilient_parsing=True)))
 
 
-def right(verb: str, files: dict[str, Path]) -> list[str]:
+def right(verb, files):
     """Return the arguments of a right call, its output among them."""
     words = [word.format(**files) for word in VERBS[verb].split()]
     option, ending = OUTPUTS.get(verb, ("", None))
@@ -159,18 +154,18 @@ def right(verb: str, files: dict[str, Path]) -> list[str]:
     return words
 
 
-def without(words: list[str], names: list[str]) -> list[str]:
+def without(words, names):
     """Return arguments without an option and its value."""
     at = next((i for i, word in enumerate(words) if word in names), None)
     return words if at is None else words[:at] + words[at + 2 :]
 
 
-def numeric(param: Any) -> bool:
+def numeric(param):
     kind = str(param.type_descriptor.annotation)
     return any(word in f"{kind} {param.metavar}" for word in ("int", "float", "NUMBER"))
 
 
-def mistakes(verb: str, files: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
+def mistakes(verb, files):
     """Yield wrong arguments, and words of which the line must have one."""
     words, params = right(verb, files), parameters(verb)
     yield [*words, "--no-such-option"], "--no-such-option"
@@ -199,7 +194,7 @@ def mistakes(verb: str, files: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
     yield from wrong_outputs(verb, words, files)
 
 
-def wrong_words(verb: str, words: list[str], files: dict[str, Path]) -> Iterator[Any]:
+def wrong_words(verb, words, files):
     """Yield calls in which one of the inputs is not there, or is of another kind."""
     known = set(map(str, files.values()))
     for at, word in enumerate(words):
@@ -211,7 +206,7 @@ def wrong_words(verb: str, words: list[str], files: dict[str, Path]) -> Iterator
                 yield [*words[:at], model, *words[at + 1 :]], model.partition(":")[2] or model
 
 
-def wrong_outputs(verb: str, words: list[str], files: dict[str, Path]) -> Iterator[Any]:
+def wrong_outputs(verb, words, files):
     """Yield calls whose output is, holds or lies in an input, or cannot be written."""
     if verb not in OUTPUTS:
         return
@@ -219,7 +214,7 @@ def wrong_outputs(verb: str, words: list[str], files: dict[str, Path]) -> Iterat
     output = str(files["text"].parent / f"out{ending}")
     more = ["--overwrite"] if any("--overwrite" in p.opts for p in parameters(verb)) else []
 
-    def at(path: Path) -> list[str]:
+    def at(path):
         return [str(path) if word == output else word for word in words] + more
 
     for name in ("/proc/out", str(files["text"].parent / "file" / "out")):
@@ -236,10 +231,10 @@ def wrong_outputs(verb: str, words: list[str], files: dict[str, Path]) -> Iterat
 
 
 @pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def idle(monkeypatch, tmp_path):
     """A cache that is empty, and no way to fetch, to compute, or to draw."""
 
-    def worked(*given: object, **more: object) -> None:
+    def worked(*given, **more):
         raise AssertionError("work was done before the mistake was found")
 
     for name in (
@@ -253,19 +248,17 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tree(folder: Path) -> dict[Path, tuple[int, int]]:
+def tree(folder):
     return {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(folder.rglob("*"))}
 
 
-def test_there_are_hundreds_of_mistakes_over_all_verbs(files: dict[str, Path]) -> None:
+def test_there_are_hundreds_of_mistakes_over_all_verbs(files):
     assert {verb.partition(" --")[0] for verb in VERBS} == set(COMMANDS)
     assert sum(len(list(mistakes(verb, files))) for verb in VERBS) > 800
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_mistake_is_one_line_and_nothing_else(
-    calmix: Run, files: dict[str, Path], idle: Path, verb: str
-) -> None:
+def test_each_mistake_is_one_line_and_nothing_else(calmix, files, idle, verb):
     root = files["text"].parent
     before = tree(root)
     for words, *named in mistakes(verb, files):
@@ -277,9 +270,7 @@ def test_each_mistake_is_one_line_and_nothing_else(
         assert not list(idle.iterdir()), words
 
 
-def test_what_is_not_installed_is_told_before_the_work(
-    calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_installed_is_told_before_the_work(calmix, files, idle, monkeypatch):
     for name in ("openvino", "ray", "reasoning_gym"):
         monkeypatch.setitem(sys.modules, name, None)
     for extra, verb, more in (
@@ -294,17 +285,15 @@ def test_what_is_not_installed_is_told_before_the_work(
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "calibrate draw"])
 def test_rows_too_long_for_the_model_are_told_before_its_weights_are_read(
-    calmix: Run, files: dict[str, Path], idle: Path, verb: str
-) -> None:
+    calmix, files, idle, verb
+):
     words = [word.replace(str(files["text"]), "igsp") for word in right(verb, files)]
     ended = calmix(*verb.split(), *words, "--length", 9999)
     assert ended.line == "error: length 9999 is beyond the model's context of 256 tokens"
 
 
 @pytest.mark.parametrize("verb", DISK)
-def test_a_full_disk_is_told_before_the_work(
-    calmix: Run, files: dict[str, Path], idle: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
+def test_a_full_disk_is_told_before_the_work(calmix, files, idle, monkeypatch, verb):
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     before = tree(files["text"].parent)

@@ -1,31 +1,25 @@
 """What the command line does before and beside its verbs: options, mistakes, an interrupt."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import io
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
 from calmix.cli.common import Terminal
 from calmix.cli.root import MOVED, VERBS
 from tests.cli.test_mistakes import COMMANDS
-from tests.conftest import Ended
 
 
-def test_the_version_is_that_of_the_package(calmix: Callable[..., Ended]) -> None:
+def test_the_version_is_that_of_the_package(calmix):
     ended = calmix("--version")
     assert (ended.code, ended.out) == (0, f"calmix {importlib.metadata.version('calmix')}\n")
 
 
-def test_a_file_is_no_terminal_whatever_the_environment_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_file_is_no_terminal_whatever_the_environment_says(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = Terminal(file=io.StringIO())
     assert not console.is_terminal
@@ -57,9 +51,7 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
         ("calmix prune x --calibration uniform : books,sto", ["books,stories"]),
     ],
 )
-def test_a_shell_is_told_how_a_line_may_go_on(
-    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, words: str, offered: list[str]
-) -> None:
+def test_a_shell_is_told_how_a_line_may_go_on(calmix, monkeypatch, words, offered):
     monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
@@ -78,18 +70,14 @@ def test_a_shell_is_told_how_a_line_may_go_on(
         ),
     ],
 )
-def test_what_the_parser_refuses_is_one_line(
-    calmix: Callable[..., Ended], arguments: tuple[str, ...], said: str
-) -> None:
+def test_what_the_parser_refuses_is_one_line(calmix, arguments, said):
     ended = calmix(*arguments)
     assert ended.code == 2
     assert ended.line.startswith(said)
 
 
-def test_an_interrupt_is_said_and_has_its_own_code(
-    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(*_: object, **__: object) -> None:
+def test_an_interrupt_is_said_and_has_its_own_code(calmix, monkeypatch):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("calmix.cli.doctor.print_table", stopped)
@@ -105,12 +93,7 @@ def test_an_interrupt_is_said_and_has_its_own_code(
         ({"OMP_WAIT_POLICY": "passive"}, ("64", "64", None)),
     ],
 )
-def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(
-    calmix: Callable[..., Ended],
-    monkeypatch: pytest.MonkeyPatch,
-    given: dict[str, str],
-    told: tuple[str | None, ...],
-) -> None:
+def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(calmix, monkeypatch, given, told):
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
     # A kernel of another environment hands its backend of figures down; it need not be here.
     monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend_inline")
@@ -124,7 +107,7 @@ def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(
     assert os.environ["MPLBACKEND"] == "agg"
 
 
-def test_help_is_given_however_it_is_asked_for(calmix: Callable[..., Ended]) -> None:
+def test_help_is_given_however_it_is_asked_for(calmix):
     for words in (("-h",), ("help",), ("help", "report"), ("report", "-h"), ("doctor", "-h"),
                   ("report", "--help-all"), ("study", "plan", "--help-all")):  # fmt: skip
         ended = calmix(*words)
@@ -133,20 +116,18 @@ def test_help_is_given_however_it_is_asked_for(calmix: Callable[..., Ended]) -> 
     assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
 
 
-def test_a_choice_that_is_nearly_right_is_suggested(calmix: Callable[..., Ended]) -> None:
+def test_a_choice_that_is_nearly_right_is_suggested(calmix):
     ended = calmix("compress", "x", "-o", "y", "--effort", "quik")
     assert ended.code == 2
     assert ended.line.endswith("did you mean quick?")
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_a_verb_that_has_moved_says_where_to(calmix: Callable[..., Ended], old: str) -> None:
+def test_a_verb_that_has_moved_says_where_to(calmix, old):
     assert f"calmix {old} is now calmix {MOVED[old]}" in calmix(old).line
 
 
-def test_ten_verbs_are_at_the_top_and_sixteen_options_of_prune_are_shown(
-    calmix: Callable[..., Ended],
-) -> None:
+def test_ten_verbs_are_at_the_top_and_sixteen_options_of_prune_are_shown(calmix):
     ended = calmix()
     assert (ended.code, ended.err) == (2, "")
     top = ended.out.partition("Options:")[0]
@@ -157,7 +138,7 @@ def test_ten_verbs_are_at_the_top_and_sixteen_options_of_prune_are_shown(
     assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))
 
 
-def test_help_is_quick_for_it_imports_no_verb() -> None:
+def test_help_is_quick_for_it_imports_no_verb():
     code = "import sys; from calmix.cli import main; sys.argv = ['calmix', '--help']\n"
     code += "try: main()\nfinally: print({'rich', 'pydantic', 'torch'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -165,9 +146,7 @@ def test_help_is_quick_for_it_imports_no_verb() -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 60])
-def test_every_help_is_whole(
-    calmix: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, columns: int
-) -> None:
+def test_every_help_is_whole(calmix, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     for name, command in COMMANDS.items():
         ended = calmix(*name.split(), "--help")
@@ -190,7 +169,5 @@ def test_every_help_is_whole(
         (("compress", "x", "-o", "y", "--seed", "fast"), "--seed fast: must be a valid integer"),
     ],
 )
-def test_a_suggestion_is_what_is_meant(
-    calmix: Callable[..., Ended], arguments: tuple[str, ...], said: str
-) -> None:
+def test_a_suggestion_is_what_is_meant(calmix, arguments, said):
     assert said in calmix(*arguments).line

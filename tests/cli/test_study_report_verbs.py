@@ -1,34 +1,28 @@
 """`study analyse`, `study report` and `recommend` on exported results."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ended
 from tests.synthetic import CONDITIONS, SOURCES, failed, full_plan, save, study, trial
 
-Run = Callable[..., Ended]
 QUICK = ("--permutations", 99, "--resamples", 20)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory):
     plan = full_plan(sources=SOURCES[:5], conditions=CONDITIONS[1:], others={}, seeds=(0, 1),
                      dimensions=("general", "code"))  # fmt: skip
     return save(study(plan), tmp_path_factory.mktemp("made") / "study")
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
+def folder(made, tmp_path):
     return shutil.copytree(made, tmp_path / "study")
 
 
-def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix: Run, folder: Path) -> None:
+def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix, folder):
     ended = calmix("study", "analyse", folder, *QUICK)
     assert ended.code == 0, ended.err
     assert "(dense model: 100 %): " in " ".join(ended.out.split())
@@ -45,7 +39,7 @@ def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix: Run, fol
     assert written == told
 
 
-def test_report_writes_one_page_and_its_figures(calmix: Run, folder: Path, tmp_path: Path) -> None:
+def test_report_writes_one_page_and_its_figures(calmix, folder, tmp_path):
     ended = calmix("study", "report", folder, "-o", tmp_path / "r", "--sparsity", "60%", *QUICK)
     assert ended.code == 0, ended.err
     assert (tmp_path / "r" / "report.html").is_file()
@@ -53,7 +47,7 @@ def test_report_writes_one_page_and_its_figures(calmix: Run, folder: Path, tmp_p
     assert "report.html" in ended.out
 
 
-def test_recommend_names_the_best_and_its_doubt(calmix: Run, tmp_path: Path) -> None:
+def test_recommend_names_the_best_and_its_doubt(calmix, tmp_path):
     kept = {"coder": {"general": 0.3, "code": 0.8}, "reader": {"general": 0.9, "code": 0.2}}
     trials = tuple(
         trial(name, "single", "sparsegpt", "60%", seed,
@@ -82,7 +76,7 @@ def test_recommend_names_the_best_and_its_doubt(calmix: Run, tmp_path: Path) -> 
     assert "no other set than coder: " in calmix("study", "recommend", alone).out
 
 
-def test_mistakes_are_one_line(calmix: Run, folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(calmix, folder, tmp_path):
     nothing = study(full_plan(seeds=(0,)), trials=(), failed=(failed("x"),))
     empty = save(nothing, tmp_path / "empty")
     busy = tmp_path / "busy"

@@ -1,11 +1,7 @@
 """Tables at 80 columns: nothing is cut, no word or number is broken, and no line is wider."""
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -14,11 +10,8 @@ from calmix.cli.common import Terminal
 from calmix.cli.tables import print_table
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
-from tests.conftest import Ended
 from tests.evaluation.helpers import bits, choices
 
-Run = Callable[..., Ended]
-ROOT = Path(__file__).parents[2]
 HEADS = ("task", "scored by", "retention %", "what it is about")
 ROWS = [
     {"task": "common_knowledge", "scored by": "smoothed", "retention %": "65.9 [58.9, 71.0]",
@@ -29,13 +22,13 @@ ROWS = [
 
 
 @pytest.fixture(params=[80, 60, 40])
-def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def columns(request, monkeypatch):
     """A width of the terminal."""
     monkeypatch.setenv("COLUMNS", str(request.param))
     return int(request.param)
 
 
-def check(printed: str, columns: int, *whole: object) -> None:
+def check(printed, columns, *whole):
     """Every line fits, and what must be whole stands in one line."""
     assert "…" not in printed
     lines = printed.splitlines()
@@ -44,9 +37,7 @@ def check(printed: str, columns: int, *whole: object) -> None:
         assert any(str(text) in line for line in lines), (text, printed)
 
 
-def test_columns_are_left_out_before_anything_is_broken(
-    columns: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_are_left_out_before_anything_is_broken(columns, capsys):
     print_table(ROWS, text=HEADS[-1:], least=["scored by", HEADS[-1]])
     printed = capsys.readouterr().out
     numbers = [row["retention %"] for row in ROWS]
@@ -58,16 +49,12 @@ def test_columns_are_left_out_before_anything_is_broken(
         assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
 
 
-def test_a_heading_of_a_group_does_not_narrow_other_columns(
-    columns: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_heading_of_a_group_does_not_narrow_other_columns(columns, capsys):
     print_table(["a heading of a group", {"task": "x", "scored": "probability", "n": "1"}])
     check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
 
 
-def test_without_a_terminal_a_table_is_as_wide_as_it_likes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert tables.room() is None
     print_table([{f"column {n}": f"value {n}" * 3 for n in range(12)}])
@@ -80,9 +67,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(
     assert second.rstrip() == " y       -  w"
 
 
-def test_what_no_terminal_has_room_for_is_not_cut(
-    columns: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_no_terminal_has_room_for_is_not_cut(columns, capsys):
     name = "model.layers.10.self_attention.query_key_value_projection" * 2
     title = "a title of more words than there are columns in it, by far" * 2
     print_table([{"a": name, "b": "1.25"}], title=title)
@@ -95,7 +80,7 @@ def test_what_no_terminal_has_room_for_is_not_cut(
      ("evaluate", "suites"), ("evaluate", "suite", "offline"), ("evaluate", "suite", "paper")],
     ids=" ".join,
 )  # fmt: skip
-def test_lists_fit(calmix: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str]) -> None:
+def test_lists_fit(calmix, monkeypatch, arguments):
     monkeypatch.setenv("COLUMNS", "80")
     ended = calmix(*arguments)
     assert ended.code == 0, ended.err
@@ -105,7 +90,7 @@ def test_lists_fit(calmix: Run, monkeypatch: pytest.MonkeyPatch, arguments: tupl
     check(below or ended.out, 80, *first)
 
 
-def scores(model: str, nats: float) -> CapabilityScores:
+def scores(model, nats):
     """Made-up scores with names and numbers as wide as they come."""
     task = "a_rather_long_name_of_it"
     return CapabilityScores(
@@ -123,9 +108,7 @@ def scores(model: str, nats: float) -> CapabilityScores:
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_retention_fits(
-    calmix: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     monkeypatch.setenv("COLUMNS", "80")
     dense = tmp_path / "dense.json"
     scores("builtin:smollm2-135m", 0.1).save(dense)
@@ -150,7 +133,7 @@ def test_retention_fits(
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
 
-def test_sources_are_listed_by_dimension_and_licence(calmix: Run) -> None:
+def test_sources_are_listed_by_dimension_and_licence(calmix):
     told = json.loads(calmix("calibrate", "sources", "--dimension", "code", "--json").out)
     assert {row["dimension"] for row in told} == {"code"}
     both = calmix("calibrate", "sources", "--dimension", "general", "--licence", "permissive",
@@ -160,7 +143,7 @@ def test_sources_are_listed_by_dimension_and_licence(calmix: Run) -> None:
     assert "no source is of dimension 'cod': did you mean code" in line
 
 
-def test_a_terminal_is_asked_for_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_is_asked_for_its_width(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(Terminal, "is_terminal", True)
     monkeypatch.setattr(Terminal, "width", 72)
@@ -168,8 +151,8 @@ def test_a_terminal_is_asked_for_its_width(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_a_prune_did_and_what_is_wrong_with_it_fit(
-    calmix: Run, tiny_folder: Path, text_file: Path, tmp_path: Path, columns: int
-) -> None:
+    calmix, tiny_folder, text_file, tmp_path, columns
+):
     pruned = tmp_path / "pruned"
     ended = calmix(
         "prune", tiny_folder, "-o", pruned, "--calibration", text_file, "--sparsity", 0.5,

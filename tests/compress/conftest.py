@@ -1,11 +1,7 @@
 """A place to compress in: a tiny model, a text, a suite over a made-up archive, and one result."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -13,11 +9,9 @@ from calmix.cli import app
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
 
-Command = Callable[..., tuple[str, ...]]
-
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A folder with a text and a suite."""
     folder = tmp_path_factory.mktemp("place")
     write_text_file(folder / "text.txt")
@@ -26,10 +20,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command(place: Path, tiny_folder: Path) -> Command:
+def command(place, tiny_folder):
     """Return the arguments of a compression into a folder, with more of them at the end."""
 
-    def made(output: Path, *more: object) -> tuple[str, ...]:
+    def made(output, *more):
         base = (
             "compress", tiny_folder, "-o", output, "--effort", "quick", "--calibration",
             place / "text.txt", "--suite", place / "made.yaml",
@@ -39,7 +33,7 @@ def command(place: Path, tiny_folder: Path) -> Command:
     return made
 
 
-def prepare(place: Path, patch: pytest.MonkeyPatch) -> None:
+def prepare(place, patch):
     """The made-up archive, and a cache of its own; a bar that times nothing beforehand."""
     patch.setenv("CALMIX_CACHE", str(place / "cache"))
     patch.setattr("calmix.study.estimate.Timed._measure", lambda *_: 1e-9)
@@ -47,12 +41,12 @@ def prepare(place: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def archive(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def archive(place, monkeypatch):
     prepare(place, monkeypatch)
 
 
 @pytest.fixture(scope="session")
-def compressed(place: Path, command: Command) -> Path:
+def compressed(place, command):
     """A finished compression, not to be changed.
 
     A random model knows nothing that could be kept: in `scores.json` both have been given answers

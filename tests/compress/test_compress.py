@@ -1,17 +1,13 @@
 """From a model to its card: every stage, a stop after each of them, and every mistake."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,20 +20,15 @@ from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import describe
-from calmix.evaluation.suites import Suite
 from calmix.options import Compression
 from calmix.report.card import TEXTS, card_page, read_card
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
-from tests.conftest import Ended
 from tests.evaluation.test_behaviour import written
 from tests.tiny import load_weights, tiny_tokenizer
 
-Run = Callable[..., Ended]
-Command = Callable[..., tuple[str, ...]]
 
-
-def hashes(folder: Path) -> dict[str, str]:
+def hashes(folder):
     """Hashes of a model's files but the run record."""
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
@@ -47,13 +38,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_a_stop_after_every_stage_goes_on_to_the_same_model(
-    calmix: Run,
-    command: Command,
-    compressed: Path,
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    calmix, command, compressed, place, tmp_path, monkeypatch
+):
     whole, cut = compressed, tmp_path / "cut"
     verbs = [
         line.split()[1 + (" answers " in line)] for line in read_record(whole).commands.values()
@@ -69,7 +55,7 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
     assert abs(zeros / total - 0.6) < 0.001
     run, limit = verb._run, 0
 
-    def stopped(arguments: list[str]) -> None:
+    def stopped(arguments):
         nonlocal limit
         if not limit:
             raise KeyboardInterrupt
@@ -106,7 +92,7 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
         assert (ended.code, words in ended.line) == (2, True), ended.err
 
 
-def test_the_cards_numbers_are_those_of_the_scores(calmix: Run, compressed: Path) -> None:
+def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
     """The page, the model's own card, and what another verb makes of the file of scores."""
     out = compressed
     told = json.loads(calmix("evaluate", "rescore", out / "scores.json", "--json").out)
@@ -140,15 +126,13 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix: Run, compressed: Path
     assert "http" not in re.sub(r"http://www\.w3\.org[^\"]*", "", page)
 
 
-def test_the_card_says_of_which_questions_it_is(
-    calmix: Run, compressed: Path, tmp_path: Path
-) -> None:
+def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     """Of the suites and slices that were scored, of one pair of models, and side by side of one."""
     out, other = (Path(shutil.copytree(compressed, tmp_path / name)) for name in ("out", "other"))
     card = read_card(out)
     suite = runnable(choose("abilities", quick=True), False)[0]
 
-    def measured(folder: Path, suite: Suite = suite, **changed: Any) -> None:
+    def measured(folder, suite=suite, **changed):
         pair = {name: replace(one, suite=describe(suite), tasks=(written("sums", "math", [1] * 8),))
                 for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
         pair["scores"] = replace(pair["scores"], **changed)
@@ -177,9 +161,7 @@ def test_the_card_says_of_which_questions_it_is(
     assert "abilities.json is of other models than" in calmix("report", other).line
 
 
-def test_a_dry_run_writes_nothing(
-    calmix: Run, command: Command, tmp_path: Path, place: Path
-) -> None:
+def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     before = sorted(place.glob("*"))
     ended = calmix(*command(tmp_path / "out", "--dry-run"))
     assert ended.code == 0, ended.err
@@ -194,16 +176,14 @@ def test_a_dry_run_writes_nothing(
     assert sorted(place.glob("*")) == before
 
 
-def test_mistakes_are_one_line_before_any_work(
-    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, text_file: Path
-) -> None:
+def test_mistakes_are_one_line_before_any_work(calmix, command, tmp_path, tiny_folder, text_file):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
     out = tmp_path / "out"
     base = ("compress", tiny_folder, "-o", out)
-    cases: list[tuple[tuple[object, ...], str]] = [
+    cases = [
         ((*base, "--keep", "cod=1"), "the calibration set has no dimension 'cod': did you mean"),
         ((*base, "--keep", "code=0"), "all weights are 0"),
         ((*base, "--keep", "code=-1"), "must be a number from 0 up"),
@@ -230,7 +210,7 @@ def test_mistakes_are_one_line_before_any_work(
     assert [p.name for p in thesis.iterdir()] == ["thesis.txt"]
 
 
-def test_keep_weighs_the_set_by_dimension() -> None:
+def test_keep_weighs_the_set_by_dimension():
     mix = ",".join(f"{name}:{weight:g}" for name, weight in MIX.items())
     found = weighed(mix, {"code": 2, "general": 1})
     assert found == pytest.approx(
@@ -243,7 +223,7 @@ def test_keep_weighs_the_set_by_dimension() -> None:
         weighed("stories", {"math": 1})
 
 
-def test_the_builtin_mixes_are_what_they_are_said_to_be() -> None:
+def test_the_builtin_mixes_are_what_they_are_said_to_be():
     known = builtin_sources()
     for mix in (MIX, PERMISSIVE):
         weights = Counter[str]()
@@ -256,13 +236,7 @@ def test_the_builtin_mixes_are_what_they_are_said_to_be() -> None:
     assert {known[name].use for name in PERMISSIVE} == {"permissive"}
 
 
-def test_python_compresses_as_the_verb_does(
-    compressed: Path,
-    command: Command,
-    tmp_path: Path,
-    tiny_folder: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_python_compresses_as_the_verb_does(compressed, command, tmp_path, tiny_folder, capfd):
     """A finished folder is not made again; options are the verb's own."""
     shutil.copytree(compressed, tmp_path / "out")
     words = command(tmp_path / "out")
@@ -289,9 +263,7 @@ def test_python_compresses_as_the_verb_does(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_first_stage_that_is_refused_leaves_nothing(
-    calmix: Run, command: Command, tmp_path: Path, text_file: Path
-) -> None:
+def test_a_first_stage_that_is_refused_leaves_nothing(calmix, command, tmp_path, text_file):
     (tmp_path / "short.txt").write_text("A short text of a few words.\n")
     out = tmp_path / "out"
     ended = calmix(*command(out, "--calibration", tmp_path / "short.txt"))
@@ -300,7 +272,7 @@ def test_a_first_stage_that_is_refused_leaves_nothing(
     assert not out.exists()
 
 
-def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
+def test_every_effort_asks_more_than_the_one_before(tiny_folder):
     rows = [effort.rows for effort in EFFORTS.values()]
     assert list(EFFORTS) == ["quick", "standard", "best"]
     assert rows == sorted(set(rows))
@@ -323,9 +295,7 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder: Path) -> None:
     assert {"--pattern", "2:4"} <= set(written[1].arguments)
 
 
-def test_a_model_with_a_chat_template_has_chats_in_its_mix(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
+def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder):
     assert "chat" not in request(Compression(model=str(tiny_folder))).calibration
     folder = shutil.copytree(tiny_folder, tmp_path / "talker")
     tokenizer = tiny_tokenizer()
@@ -343,9 +313,7 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(
     assert (given.calibration, given.generated) == ("python-docs", False)
 
 
-def test_a_saved_set_and_the_users_prompts(
-    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path, place: Path
-) -> None:
+def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folder, place):
     kept = tmp_path / "set"
     text_file = str(place / "text.txt")
     made = calmix(
@@ -387,7 +355,7 @@ def test_a_saved_set_and_the_users_prompts(
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
 
 
-def test_inspect_tells_of_every_stage(calmix: Run, compressed: Path, tmp_path: Path) -> None:
+def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compressed, out)
     for name in ("", "scores.json", "answers.json"):

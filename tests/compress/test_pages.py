@@ -1,11 +1,6 @@
 """Every page in a real browser: readable at any width and in both themes, tables sort."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
-from tests.browser import Page, needs_chromium, readable
+from tests.browser import needs_chromium, readable
 from tests.report.conftest import whole
 
 __all__ = ["whole"]
@@ -13,9 +8,7 @@ OPEN = "document.querySelectorAll('details').forEach(e => e.open = true)"
 
 
 @needs_chromium
-def test_pages_are_readable_and_sort(
-    page: Page, whole: Path, calmix: Any, compressed: Path, tmp_path: Path
-) -> None:
+def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
     several = tmp_path / "several.html"
     assert calmix("report", compressed, compressed, "-o", several).code == 0
     for path, every, figures, texts in (

@@ -1,12 +1,10 @@
 """The home page of the documentation as `make docs` has built it, in a real browser."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
-from tests.browser import Page, needs_chromium, readable, served
+from tests.browser import needs_chromium, readable, served
 
 SITE = Path(__file__).parents[2] / "out/site"
 
@@ -14,7 +12,7 @@ SITE = Path(__file__).parents[2] / "out/site"
 @needs_chromium
 @pytest.mark.long
 @pytest.mark.skipif(not (SITE / "index.html").exists(), reason="make docs has built no site")
-def test_the_home_page_is_readable(page: Page) -> None:
+def test_the_home_page_is_readable(page):
     backs = set()
     with served(SITE) as address:
         for width, dark in ((1280, True), (1280, False), (390, False), (390, True)):

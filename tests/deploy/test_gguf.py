@@ -1,9 +1,6 @@
 """GGUF files with the levels of a grid, read back by other libraries; importance matrices."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +25,7 @@ ASKED = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory):
     """A tiny model from a GGUF file, and what it was quantised to."""
     folder = tmp_path_factory.mktemp("gguf")
     tiny_gguf(folder / "tiny.gguf")
@@ -113,7 +110,7 @@ def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(calmix, made, text
     ended = calmix("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out)
     assert ended.code == 0, ended.err
     assert "14 matrices" in ended.out
-    sums: dict[str, torch.Tensor] = {}
+    sums = {}
     for number, block in enumerate(opened.model.model.layers):
         for name, layer in (("attn_q", block.self_attn.q_proj), ("ffn_down", block.mlp.down_proj)):
 

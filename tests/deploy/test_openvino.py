@@ -1,15 +1,11 @@
 """Exports: what another engine computes is what the model does, and nothing else is written."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +20,7 @@ from calmix.errors import ModelError
 from calmix.files import sha256_file
 from calmix.manifest import seal_holds
 from calmix.models.opening import fingerprint
-from tests.conftest import Ended
 from tests.tiny import VOCABULARY, save_tiny_model, tiny_ids, tiny_model
-
-Run = Callable[..., Ended]
 
 needs_openvino = pytest.mark.skipif(
     not (find_spec("openvino") and find_spec("nncf"))
@@ -38,7 +31,7 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(tmp_path_factory):
     """A tiny model of one block, six tenths of its weights zero."""
     folder = save_tiny_model(tmp_path_factory.mktemp("model") / "pruned", num_hidden_layers=1)
     opened = calmix.open_model(str(folder))
@@ -49,7 +42,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(pruned, tmp_path_factory):
     """Its export, by the command line, which says one line whatever the libraries have to say."""
     output = tmp_path_factory.mktemp("made") / "export"
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -63,7 +56,7 @@ def made(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_openvino
-def test_an_export_computes_what_the_model_does(pruned: Path, made: Path) -> None:
+def test_an_export_computes_what_the_model_does(pruned, made):
     """Rows it was not traced with, at once and token by token."""
     ids = tiny_ids(3, 24, seed=7)
     wanted = calmix.open_model(str(pruned)).model(ids).logits
@@ -81,9 +74,7 @@ def test_an_export_computes_what_the_model_does(pruned: Path, made: Path) -> Non
 
 
 @needs_openvino
-def test_an_export_is_small_keeps_zeros_and_says_what_it_is_of(
-    pruned: Path, made: Path, tmp_path: Path, calmix: Run
-) -> None:
+def test_an_export_is_small_keeps_zeros_and_says_what_it_is_of(pruned, made, tmp_path, calmix):
     import openvino
 
     weights = [
@@ -115,7 +106,7 @@ def test_an_export_is_small_keeps_zeros_and_says_what_it_is_of(
 @needs_openvino
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "olmo2", "phi3", "mixtral"])
-def test_with_its_own_weights_an_export_is_the_model(kind: str, tmp_path: Path) -> None:
+def test_with_its_own_weights_an_export_is_the_model(kind, tmp_path):
     """Beyond the window of those with one, and in more steps than the export was checked with."""
     folder = save_tiny_model(tmp_path / "model", kind)
     found = export(str(folder), tmp_path / "out", weights="own")
@@ -128,9 +119,7 @@ def test_with_its_own_weights_an_export_is_the_model(kind: str, tmp_path: Path) 
     torch.testing.assert_close(parts, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
 
-def test_what_is_another_model_is_not_written(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_another_model_is_not_written(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(exported, "_library", lambda name: None)
     monkeypatch.setattr(exported, "_convert", lambda opened, weights, folder: None)
     for kl in (0.5, float("nan")):
@@ -140,15 +129,13 @@ def test_what_is_another_model_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_line(
-    pruned: Path, tmp_path: Path, calmix: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_one_line(pruned, tmp_path, calmix, monkeypatch):
     full, out = tmp_path / "full", tmp_path / "out"
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
     (inside := pruned.parent / "model").symlink_to(pruned)
 
-    def refused(words: str, *arguments: object) -> None:
+    def refused(words, *arguments):
         ended = calmix("export", "--to", "openvino", *arguments)
         assert (ended.code, words in ended.line) == (2, True), ended.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]

@@ -1,11 +1,8 @@
 """Packs: the same bytes again whatever the types, fewer of them, and nothing altered passes."""
 
-from __future__ import annotations
-
 import filecmp
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +18,11 @@ from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.specs import prune_request
-from tests.conftest import Ended
 from tests.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(tmp_path_factory):
     """A tiny model in bfloat16 of which most weights are zero."""
     folder = tmp_path_factory.mktemp("model") / "pruned"
     save_tiny_model(folder, "llama")
@@ -43,18 +39,18 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def files(folder: Path) -> list[Path]:
+def files(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def same(one: Path, two: Path) -> bool:
+def same(one, two):
     names = files(one)
     assert names == files(two)
     return all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
 
 
-def test_a_model_comes_back_byte_for_byte_and_loads(pruned: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path):
+    seen = []
     made = pack(pruned, tmp_path / "pack", progress=lambda *of: seen.append(of))
     before, after = made.sparse
     assert after < 0.5 * before  # tiny tensors: the masks and planes of a real one are in docs
@@ -72,9 +68,7 @@ def test_a_model_comes_back_byte_for_byte_and_loads(pruned: Path, tmp_path: Path
         open_model(str(tmp_path / "pack"))
 
 
-def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
-    pruned: Path, tmp_path: Path
-) -> None:
+def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(pruned, model)
     for name in ("1_Pooling/config.json", "code/a/b.py", "code/model.safetensors", ".hidden"):
@@ -103,9 +97,7 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(
 
 
 @given(data=st.data())
-def test_every_type_and_value_survives(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_every_type_and_value_survives(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8]
     tensors = {}
@@ -132,18 +124,16 @@ def test_every_type_and_value_survives(
     assert same(folder / "model", folder / "back")
 
 
-def test_a_plane_that_looks_like_a_frame_is_told_from_one() -> None:
+def test_a_plane_that_looks_like_a_frame_is_told_from_one():
     raw = b"\x28\xb5\x2f\xfd" + bytes(range(200))
     assert packed._expanded(packed._squeezed(raw), len(raw)).tobytes() == raw
 
 
-def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
-    pruned: Path, tmp_path: Path
-) -> None:
+def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_path):
     pack(pruned, tmp_path / "pack")
     whole = (tmp_path / "pack" / "model.safetensors").read_bytes()
 
-    def refused(match: str, content: bytes | None = None, **manifest: object) -> None:
+    def refused(match, content=None, **manifest):
         folder = tmp_path / "bad"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "pack", folder)
@@ -172,10 +162,10 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(
     refused("is not what it was packed as", weights={"model.safetensors": {"packed": "0"}})
 
 
-def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
+def test_bad_folders_are_one_line(pruned, tmp_path, calmix):
     (tmp_path / "empty").mkdir()
 
-    def export(folder: str | Path, form: str, output: str) -> Ended:
+    def export(folder, form, output):
         return calmix("export", tmp_path / folder, "--to", form, "-o", tmp_path / output)
 
     assert export("empty", "pack", "p").line.endswith("not a model folder")
@@ -188,7 +178,7 @@ def test_bad_folders_are_one_line(pruned: Path, tmp_path: Path, calmix) -> None:
     assert same(pruned, tmp_path / "back")
 
 
-def test_places_may_be_plain_strings(pruned: Path, tmp_path: Path) -> None:
+def test_places_may_be_plain_strings(pruned, tmp_path):
     pack(str(pruned), str(tmp_path / "p"))
     unpack(str(tmp_path / "p"), str(tmp_path / "back"))
     assert same(pruned, tmp_path / "back")
@@ -196,7 +186,7 @@ def test_places_may_be_plain_strings(pruned: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def quantised(tiny_folder, tmp_path_factory) -> Path:
+def quantised(tiny_folder, tmp_path_factory):
     """Three quantised models: their levels take half a byte, or a byte."""
     folder = tmp_path_factory.mktemp("quantised")
     (folder / "text.txt").write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))

@@ -6,8 +6,6 @@ Prints a line of JSON for each: bytes of machine code, registers a thread, bytes
 spilt, shared bytes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -1,7 +1,5 @@
 """The engine on a device that is not there: a few reads a layer, and no copy between devices."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """The kernel of SparseGPT: in Triton's interpreter beside the plain loop, and compiled."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

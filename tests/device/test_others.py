@@ -3,8 +3,6 @@
 Gradients are given, not computed: a CPU build keeps no graph of what another device does.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Solvers, statistics and patterns on a device that is not there: types, shapes, devices, reads."""
 
-from __future__ import annotations
-
 import itertools
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """The prune from disk to disk on a device that is not there: what is copied and when it is read."""
 
-from __future__ import annotations
-
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import nullcontext

@@ -1,12 +1,8 @@
 """`inspect` of everything calmix writes: what it is, and what is wrong with it; `rerun` beside."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,11 +11,10 @@ from calmix.cli import app
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
 from tests import synthetic
-from tests.conftest import Ended, write_text_file
+from tests.conftest import write_text_file
 from tests.pruning.test_streamed import interrupt_before
 from tests.tiny import save_tiny_model
 
-Run = Callable[..., Ended]
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 # By name: what it is, and a file of it that is checked by its bytes; None where none is.
 KINDS = {
@@ -39,13 +34,13 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tiny_folder, tmp_path_factory):
     """A folder with a result of every kind, named as in `KINDS`."""
     base = tmp_path_factory.mktemp("made")
     text = write_text_file(base / "text.txt")
     mixture = save_tiny_model(base / "mixture", "qwen3_moe")
 
-    def calmix(*arguments: object) -> None:
+    def calmix(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["calmix", *map(str, arguments)])
             app([str(one) for one in arguments], standalone_mode=False)
@@ -74,7 +69,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_is_told_what_it_is_and_that_it_is_whole(calmix: Run, made: Path, name: str) -> None:
+def test_it_is_told_what_it_is_and_that_it_is_whole(calmix, made, name):
     ended = calmix("doctor", "inspect", made / name)
     assert ended.code == 0, ended.err
     lines = ended.out.strip().splitlines()
@@ -86,7 +81,7 @@ def test_it_is_told_what_it_is_and_that_it_is_whole(calmix: Run, made: Path, nam
 
 
 @pytest.mark.parametrize("name", [name for name, (_, file) in KINDS.items() if file])
-def test_a_changed_byte_is_found(calmix: Run, made: Path, tmp_path: Path, name: str) -> None:
+def test_a_changed_byte_is_found(calmix, made, tmp_path, name):
     copy = tmp_path / name
     shutil.copytree(made / name, copy)
     file = copy / str(KINDS[name][1])
@@ -97,16 +92,14 @@ def test_a_changed_byte_is_found(calmix: Run, made: Path, tmp_path: Path, name: 
     assert str(file.parent) in ended.line
 
 
-def test_what_is_left_of_unfinished_work_is_told(calmix: Run, made: Path) -> None:
+def test_what_is_left_of_unfinished_work_is_told(calmix, made):
     for name in ("cut", "both.stages"):
         told = json.loads(calmix("doctor", "inspect", made / name, "--json").out)
         assert told["facts"]["blocks done"] == 1
         assert "--resume" in told["facts"]["to finish it"]
 
 
-def test_a_packs_model_is_held_against_its_manifest(
-    calmix: Run, made: Path, tmp_path: Path
-) -> None:
+def test_a_packs_model_is_held_against_its_manifest(calmix, made, tmp_path):
     """A pack that is whole by itself, beside the manifest of another model."""
     copy = tmp_path / "pack"
     shutil.copytree(made / "pack", copy)
@@ -121,7 +114,7 @@ def test_a_packs_model_is_held_against_its_manifest(
     )
 
 
-def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_path: Path) -> None:
+def test_lacking_weights_are_not_taken_for_experts(calmix, made, tmp_path):
     copy = tmp_path / "lacking"
     shutil.copytree(made / "pruned", copy)
     file, path = copy / "model-00002-of-00004.safetensors", copy / "calmix.json"
@@ -136,7 +129,7 @@ def test_lacking_weights_are_not_taken_for_experts(calmix: Run, made: Path, tmp_
     assert "lacks the weights of layers.1" in problem
 
 
-def test_what_is_no_result_or_has_no_manifest_is_one_line(calmix: Run, made: Path) -> None:
+def test_what_is_no_result_or_has_no_manifest_is_one_line(calmix, made):
     for name in ("text.txt", "measured.json"):
         assert "is no file that can be checked" in calmix("doctor", "inspect", made / name).line
     empty = made / "results" / "locks"
@@ -145,7 +138,7 @@ def test_what_is_no_result_or_has_no_manifest_is_one_line(calmix: Run, made: Pat
 
 
 @pytest.mark.parametrize("name", ["dropped", "pack", "written"])
-def test_what_has_a_request_is_made_again(calmix: Run, made: Path, name: str) -> None:
+def test_what_has_a_request_is_made_again(calmix, made, name):
     ended = calmix("doctor", "rerun", made / name)
     assert ended.code == 0, ended.err
 
@@ -158,7 +151,7 @@ def test_what_has_a_request_is_made_again(calmix: Run, made: Path, name: str) ->
         ("measured.json", "which cannot be made again"), ("nothing", "there is no manifest"),
     ],
 )  # fmt: skip
-def test_what_has_none_is_one_line(calmix: Run, made: Path, name: str, line: str) -> None:
+def test_what_has_none_is_one_line(calmix, made, name, line):
     ended = calmix("doctor", "rerun", made / name)
     assert ended.code == 2
     assert line in ended.line

@@ -1,22 +1,15 @@
 """A made-up archive of rendered requests, in the shape of the real one."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
-
-import pytest
-
 from calmix import assets
 from calmix.evaluation import tasks as module
 
 HEAD = "Question: what is one?\nAnswer: 1\n\nQuestion: what is nine?\nAnswer: 9\n\n"
 
 
-def requests(folder: str) -> Iterator[dict[str, Any]]:
+def requests(folder):
     """The requests of one folder of the archive."""
 
-    def request(doc: int, idx: int, context: str, answer: str, label: int | None) -> dict[str, Any]:
+    def request(doc, idx, context, answer, label):
         asked = {"context": context, "continuation": answer}
         return {"doc_id": doc, "idx": idx, "label": label, "doc": {}, "request": asked}
 
@@ -37,7 +30,7 @@ def requests(folder: str) -> Iterator[dict[str, Any]]:
             yield {**one, "doc": {"task_id": n + 11}}
 
 
-def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_archive(monkeypatch):
     """Put the made-up archive in place of the real one."""
     folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
     names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
@@ -52,7 +45,7 @@ def use_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_archive_items", items)
 
 
-def suite_text() -> str:
+def suite_text():
     """A suite over the made-up archive."""
     return """\
 name: made

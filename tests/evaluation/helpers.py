@@ -1,9 +1,6 @@
 """What the tests of evaluation share: requests, a reference scorer, made-up task scores."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,17 +11,17 @@ from calmix.models import OpenModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-def opened(kind: str = "llama", seed: int = 0) -> OpenModel:
+def opened(kind="llama", seed=0):
     """A tiny model in memory, as `open_model` would give it."""
     return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
 
 
-def request(context: str, answer: str, task: str = "task") -> Request:
+def request(context, answer, task="task"):
     """One answer whose likelihood is asked for."""
     return Request(task, context, answer)
 
 
-def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Request]:
+def quiz(questions=6, shots=3, seed=0):
     """Questions with choices behind a shared preamble, some of them alike, and odd ones out."""
     rng = random.Random(seed)
     words = ["red", "blue", "green", "seven", "plus", "cat", "dog", "of"]
@@ -39,11 +36,7 @@ def quiz(questions: int = 6, shots: int = 3, seed: int = 0) -> list[Request]:
     return requests
 
 
-def reference(
-    model: OpenModel,
-    requests: Sequence[Request],
-    pairs: Sequence[tuple[list[int], list[int]]] | None = None,
-) -> list[tuple[float, bool]]:
+def reference(model, requests, pairs=None):
     """Score one request at a time with the whole model and no tricks."""
     answers, tokenizer = [], model.tokenizer
     for number, (_, context, answer) in enumerate(requests):
@@ -61,21 +54,13 @@ def reference(
     return answers
 
 
-def accuracy(
-    values: Sequence[float], name: str = "quiz", dimension: str = "general", chance: float = 0.25
-) -> TaskScores:
+def accuracy(values, name="quiz", dimension="general", chance=0.25):
     """Made-up accuracies of answers a model wrote."""
     items = tuple(map(str, range(len(values))))
     return TaskScores(name, dimension, "acc", "accuracy", chance, items, tuple(values))
 
 
-def bits(
-    nats: Sequence[float],
-    sizes: Sequence[int],
-    name: str = "text",
-    dimension: str = "code",
-    floor: float = 3.0,
-) -> TaskScores:
+def bits(nats, sizes, name="text", dimension="code", floor=3.0):
     """Made-up likelihoods of single answers; `floor` is in nats a byte."""
     items = tuple(map(str, range(len(nats))))
     return TaskScores(
@@ -87,12 +72,7 @@ def bits(
     )  # fmt: skip
 
 
-def choices(
-    values: Sequence[Sequence[float]],
-    gold: Sequence[int],
-    floors: Sequence[Sequence[float]] = (),
-    name: str = "choice",
-) -> TaskScores:
+def choices(values, gold, floors=(), name="choice"):
     """Made-up log-likelihoods of choices, four bytes each."""
     right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
     return TaskScores(

@@ -1,7 +1,5 @@
 """The suite `abilities`: what is asked, in which form, and what is right."""
 
-from __future__ import annotations
-
 import pytest
 
 from calmix.evaluation import abilities

@@ -1,30 +1,27 @@
 """What is kept of answers and choices, in counts of items."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import behaviour, likelihood, proportion
-from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scores import CapabilityScores
 from calmix.report import words
 from tests.evaluation.helpers import accuracy, bits
 
 
-def written(name: str, dimension: str, right: list[int]) -> TaskScores:
+def written(name, dimension, right):
     one = accuracy([float(value) for value in right], name, dimension, chance=0.0)
     return replace(one, metric="as_asked", primary="kept", answers=("x",) * len(right))
 
 
-def scored(*tasks: TaskScores, suite: str = "s", not_run: tuple[str, ...] = ()) -> CapabilityScores:
+def scored(*tasks, suite="s", not_run=()):
     about = {"name": suite, "version": 1, "hash": suite}
     return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
 
 
-def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named() -> None:
+def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     guessed = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
     dense = scored(
         written("qa", "general", [1] * 8 + [0, 0]), written("sums", "math", [1] * 6 + [0] * 4),
@@ -66,7 +63,7 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named() -> No
     assert words.verdict(knows_nothing, None, "")[0].startswith("The dense model gets none of 23")
 
 
-def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
+def test_a_task_of_two_suites_counts_where_it_has_most_items():
     few, many = (scored(accuracy([1.0] * count, "quiz", "general"), suite=f"s{count}")
                  for count in (10, 30))  # fmt: skip
     for pairs in (((few, few), (many, many)), ((many, many), (few, few))):
@@ -81,7 +78,7 @@ def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
 @pytest.mark.parametrize(
     ("right", "of", "low", "high"), [(0, 13, 0.0, 0.228), (13, 48, 0.166, 0.410), (5, 5, 0.566, 1)]
 )
-def test_the_interval_of_a_share_is_wilsons(right: int, of: int, low: float, high: float) -> None:
+def test_the_interval_of_a_share_is_wilsons(right, of, low, high):
     found = proportion(right, of)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     assert proportion(0, 0).value is None

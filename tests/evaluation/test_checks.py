@@ -1,7 +1,5 @@
 """What counts as right: short answers, numbers, results, programs and plain requests."""
 
-from __future__ import annotations
-
 import pytest
 
 from calmix.evaluation import checks

@@ -1,11 +1,8 @@
 """Distance to the dense model: against whole logits of both in float64, and through the disk."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +11,14 @@ import torch
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import distance as module
 from calmix.evaluation.distance import distance, flips, head_hash, reference
-from calmix.models import OpenModel, open_model
+from calmix.models import open_model
 from tests.evaluation.helpers import accuracy, bits, opened
 from tests.tiny import save_tiny_model, tiny_ids
 
 TEXTS = {"code": tiny_ids(6, 24), "math": tiny_ids(5, 40, seed=2)}
 
 
-def pair(kind: str = "llama") -> tuple[OpenModel, OpenModel]:
+def pair(kind="llama"):
     """A dense model, and one with half the weights of its blocks gone."""
     dense = opened(kind)
     settings = {"gemma2": "final_logit_softcapping", "granite": "logits_scaling"}
@@ -40,7 +37,7 @@ def pair(kind: str = "llama") -> tuple[OpenModel, OpenModel]:
     return dense, pruned
 
 
-def whole(dense: OpenModel, pruned: OpenModel, ids: torch.Tensor) -> tuple[np.ndarray, float]:
+def whole(dense, pruned, ids):
     """KL by row and position, and agreement, of whole logits in float64."""
     with torch.inference_mode():
         logits = [m.model(input_ids=ids).logits[:, :-1].double() for m in (dense, pruned)]
@@ -50,7 +47,7 @@ def whole(dense: OpenModel, pruned: OpenModel, ids: torch.Tensor) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox", "modernbert-decoder"])
-def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distance_is_that_of_whole_logits(kind, monkeypatch):
     monkeypatch.setattr(module, "POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # of a few positions
@@ -78,7 +75,7 @@ def test_distance_is_that_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_is_at_no_distance_from_itself(dtype: torch.dtype) -> None:
+def test_a_model_is_at_no_distance_from_itself(dtype):
     dense = opened()
     dense.fingerprint = "dense"
     dense.model.to(dtype)
@@ -87,7 +84,7 @@ def test_a_model_is_at_no_distance_from_itself(dtype: torch.dtype) -> None:
         assert astuple(one)[1:] == (0, 0, 0, 1, 0, 0)
 
 
-def test_one_row_has_no_interval() -> None:
+def test_one_row_has_no_interval():
     dense, pruned = pair()
     found = distance(pruned, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
     assert [one.kl_low is None for one in (*found.dimensions.values(), found.total)] == [
@@ -95,12 +92,10 @@ def test_one_row_has_no_interval() -> None:
     ]  # fmt: skip
 
 
-def test_the_cache_gives_the_same_reference_without_the_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_gives_the_same_reference_without_the_blocks(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     dense = open_model(str(save_tiny_model(tmp_path / "m")))
-    seen: list[tuple[int, int]] = []
+    seen = []
     made = reference(dense, TEXTS, cache=True, progress=lambda *n: seen.append(n))
     assert seen[-1] == (11, 11)
     (kept,) = (tmp_path / "cache" / "reference").iterdir()
@@ -114,7 +109,7 @@ def test_the_cache_gives_the_same_reference_without_the_blocks(
         reference(dense, TEXTS, cache=True)
 
 
-def test_another_head_needs_the_dense_one() -> None:
+def test_another_head_needs_the_dense_one():
     dense, pruned = pair("gpt_neox")  # its head is no embedding
     made = reference(dense, TEXTS)
     pruned.model.get_output_embeddings().weight.mul_(1.5)
@@ -134,7 +129,7 @@ def test_another_head_needs_the_dense_one() -> None:
     assert head_hash(other.model) != head_hash(capped.model)
 
 
-def test_what_does_not_compare_is_refused() -> None:
+def test_what_does_not_compare_is_refused():
     dense, pruned = pair()
     made = reference(dense, TEXTS)
     with pytest.raises(InputError, match="pruned has another tokenizer"):
@@ -149,7 +144,7 @@ def test_what_does_not_compare_is_refused() -> None:
         distance(pruned, made)
 
 
-def test_flips_are_counted_both_ways() -> None:
+def test_flips_are_counted_both_ways():
     dense = [
         accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a", "general"),
         accuracy([1, 0], "b", "general"),
@@ -176,7 +171,7 @@ def test_flips_are_counted_both_ways() -> None:
     assert flips(dense, pruned, seed=1).tasks["a"].share != a.share
 
 
-def test_flips_of_texts_alone_or_of_other_items() -> None:
+def test_flips_of_texts_alone_or_of_other_items():
     texts = [bits([3.0], [2])]
     assert flips(texts, texts).total is None
     with pytest.raises(InputError, match="different items of task quiz"):

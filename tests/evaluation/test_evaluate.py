@@ -1,14 +1,10 @@
 """Evaluating: scores with every item, the dense cache, refused comparisons, code if allowed."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,30 +14,30 @@ from calmix.evaluation import greedy
 from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
-from calmix.evaluation.suites import Suite, load_suite, parse_suite
+from calmix.evaluation.suites import load_suite, parse_suite
 from calmix.evaluation.tasks import load_items
-from calmix.models import OpenModel, open_model
+from calmix.models import open_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import reference, request
 
 
 @pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
+def suite(monkeypatch, tmp_path):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     use_archive(monkeypatch)
     return parse_suite(suite_text(), "suite")
 
 
 @pytest.fixture
-def tiny(tiny_folder: Path) -> OpenModel:
+def tiny(tiny_folder):
     return open_model(str(tiny_folder), dtype="float32", device="cpu")
 
 
-def plain(model: OpenModel, context: str, answers: tuple[str, ...]) -> list[float]:
+def plain(model, context, answers):
     return [value for value, _ in reference(model, [request(context, a) for a in answers])]
 
 
-def test_scores_are_those_of_the_plain_model(suite: Suite, tiny: OpenModel) -> None:
+def test_scores_are_those_of_the_plain_model(suite, tiny):
     scores = evaluate(tiny, suite)
     assert [(t.name, t.dimension, t.primary, t.floor) for t in scores.tasks] == [
         ("quiz", "general", "probability", "context-free"),
@@ -74,7 +70,7 @@ def test_scores_are_those_of_the_plain_model(suite: Suite, tiny: OpenModel) -> N
     assert text.bytes == ((9,),) * 4
 
 
-def test_a_text_without_knowledge_is_a_code_of_single_tokens(suite: Suite, tiny: OpenModel) -> None:
+def test_a_text_without_knowledge_is_a_code_of_single_tokens(suite, tiny):
     text = evaluate(tiny, suite, tasks=["text"]).tasks[0]
     items = load_items(suite.tasks["text"])
     ids = [tiny.tokenizer(t)["input_ids"] for i in items for t in (*i.contexts, *i.choices)]
@@ -87,7 +83,7 @@ def test_a_text_without_knowledge_is_a_code_of_single_tokens(suite: Suite, tiny:
     assert evaluate(tiny, suite, tasks=["text"], limit=2).tasks[0].unigram == text.unigram[::2]
 
 
-def test_a_pruned_models_scores_need_no_floors(suite: Suite, tiny: OpenModel) -> None:
+def test_a_pruned_models_scores_need_no_floors(suite, tiny):
     dense, pruned = evaluate(tiny, suite), evaluate(tiny, suite, floors=False)
     assert all(not task.floors and not task.unigram for task in pruned.tasks)
     kept = pruned.retention(dense, resamples=10)
@@ -98,9 +94,7 @@ def test_a_pruned_models_scores_need_no_floors(suite: Suite, tiny: OpenModel) ->
         dense.retention(pruned)
 
 
-def test_selections_and_the_way_through_a_file(
-    suite: Suite, tiny: OpenModel, tmp_path: Path
-) -> None:
+def test_selections_and_the_way_through_a_file(suite, tiny, tmp_path):
     assert len(evaluate(tiny, suite, quick=True).tasks[0].items) == 3
     scores = evaluate(tiny, suite, limit=2)
     assert [len(task.items) for task in scores.tasks] == [2, 2, 2]
@@ -120,7 +114,7 @@ def test_selections_and_the_way_through_a_file(
         (None, "there is no file"),
     ],
 )
-def test_files_that_are_no_scores(tmp_path: Path, content: str | None, says: str) -> None:
+def test_files_that_are_no_scores(tmp_path, content, says):
     path = tmp_path / "scores.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")
@@ -128,13 +122,11 @@ def test_files_that_are_no_scores(tmp_path: Path, content: str | None, says: str
         load_scores(path)
 
 
-def test_dense_scores_are_kept_by_model_suite_and_dtype(
-    suite: Suite, tiny: OpenModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs: list[str] = []
+def test_dense_scores_are_kept_by_model_suite_and_dtype(suite, tiny, tiny_folder, monkeypatch):
+    runs = []
     real = module._run
 
-    def counted(model: OpenModel, chosen: Suite, *rest: Any) -> CapabilityScores:
+    def counted(model, chosen, *rest):
         runs.append(chosen.hash)
         return real(model, chosen, *rest)
 
@@ -153,12 +145,12 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(
     assert json.loads(kept.read_text(encoding="utf-8"))["kind"] == "capability scores"
 
 
-def scored(suite: Suite) -> CapabilityScores:
+def scored(suite):
     task = TaskScores("a", "general", "acc", "accuracy", 0.0, ("1", "2"), (1.0, 1.0))
     return CapabilityScores("m", "f", "float32", describe(suite), (task,))
 
 
-def test_different_suites_versions_and_selections_are_not_compared() -> None:
+def test_different_suites_versions_and_selections_are_not_compared():
     suite = parse_suite(suite_text(), "suite")
     for old, new in (("version: 1", "version: 2"), ("name: made", "name: other")):
         other = parse_suite(suite_text().replace(old, new), "suite")
@@ -169,13 +161,13 @@ def test_different_suites_versions_and_selections_are_not_compared() -> None:
     assert scored(suite).retention(scored(suite), measure="ratio").total.value == 1.0
 
 
-def test_code_runs_only_if_allowed(tiny: OpenModel) -> None:
+def test_code_runs_only_if_allowed(tiny):
     code = load_suite("paper").only(dimensions=["code"])
     with pytest.raises(InputError, match=r"task humaneval, mbpp .* --allow-code-execution"):
         evaluate(tiny, code)
 
 
-def test_no_suite_needs_the_harness_until_it_is_scored() -> None:
+def test_no_suite_needs_the_harness_until_it_is_scored():
     code = (
         "import sys, calmix.cli, calmix.evaluation.suites as s; s.load_suite('offline');"
         "print([m for m in ('lm_eval', 'datasets', 'transformers.models') if m in sys.modules]);"
@@ -187,7 +179,7 @@ def test_no_suite_needs_the_harness_until_it_is_scored() -> None:
 
 
 @pytest.mark.real
-def test_the_builtin_model_on_the_smoke_suite() -> None:
+def test_the_builtin_model_on_the_smoke_suite():
     scores = evaluate("builtin:smollm2-135m", load_suite("smoke").limited(4))
     assert len(scores.tasks) == 4
     assert scores.retention(scores).of("code").value == 1.0
@@ -197,15 +189,13 @@ def test_the_builtin_model_on_the_smoke_suite() -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("builtin", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_programs_are_written_run_and_scored(
-    builtin: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_are_written_run_and_scored(builtin, tiny_folder, monkeypatch):
     from calmix.evaluation import abilities
 
-    tried: list[str] = []
+    tried = []
     real = abilities.failure
 
-    def kept(source: str, **options: Any) -> Any:
+    def kept(source, **options):
         tried.append(source)
         return real(source, **options)
 

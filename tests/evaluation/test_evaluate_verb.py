@@ -1,23 +1,16 @@
 """The verbs `evaluate` and `suites`: tables and JSON, and one line for every mistake."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ended
 from tests.evaluation.archive import suite_text, use_archive
-
-Run = Callable[..., Ended]
 
 
 @pytest.fixture
-def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def suite_file(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")  # into a pipe, tables are as wide as they come
     use_archive(monkeypatch)
@@ -26,9 +19,7 @@ def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_retention_against_a_dense_model_or_its_file(
-    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
-) -> None:
+def test_retention_against_a_dense_model_or_its_file(calmix, tiny_folder, suite_file, tmp_path):
     arguments, path = ("evaluate", tiny_folder, "--suite", suite_file), tmp_path / "out/dense.json"
     ended = calmix(*arguments, "-o", path)
     assert ended.code == 0, ended.err
@@ -51,8 +42,8 @@ def test_retention_against_a_dense_model_or_its_file(
 
 
 def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
-    calmix: Run, tiny_folder: Path, suite_file: Path, text_file: Path, tmp_path: Path
-) -> None:
+    calmix, tiny_folder, suite_file, text_file, tmp_path
+):
     from tests.tiny import save_tiny_model
 
     other, out = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "scores.json"
@@ -76,9 +67,7 @@ def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
     assert (wrong.code, wrong.out) == (2, "")
 
 
-def test_a_file_is_scored_anew_by_another_measure(
-    calmix: Run, tiny_folder: Path, suite_file: Path, tmp_path: Path
-) -> None:
+def test_a_file_is_scored_anew_by_another_measure(calmix, tiny_folder, suite_file, tmp_path):
     path, alone = tmp_path / "both.json", tmp_path / "alone.json"
     arguments = ("evaluate", tiny_folder, "--suite", suite_file)
     assert calmix(*arguments, "--against", tiny_folder, "-o", path).code == 0
@@ -119,18 +108,14 @@ def test_a_file_is_scored_anew_by_another_measure(
         (("--dtype", "int8", "--task", "mbpp"), "--dtype int8: must be 'auto'"),
     ],
 )
-def test_each_mistake_is_one_line(
-    calmix: Run, tiny_folder: Path, arguments: tuple[str, ...], says: str
-) -> None:
+def test_each_mistake_is_one_line(calmix, tiny_folder, arguments, says):
     ended = calmix("evaluate", tiny_folder, *arguments)
     assert ended.code == 2
     assert says in ended.line
     assert ended.out == ""
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_any_work(
-    calmix: Run, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(calmix, tiny_folder, tmp_path):
     taken = tmp_path / "taken.json"
     taken.write_text("kept", encoding="utf-8")
     for path, says in [
@@ -144,14 +129,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     assert taken.read_text(encoding="utf-8") == "kept"
 
 
-def test_a_mistake_in_a_suite_file_names_line_and_key(calmix: Run, suite_file: Path) -> None:
+def test_a_mistake_in_a_suite_file_names_line_and_key(calmix, suite_file):
     suite_file.write_text(suite_text().replace("metric: acc,", "metric: ac,"), encoding="utf-8")
     ended = calmix("evaluate", "suite", suite_file)
     assert ended.code == 2
     assert "made.yaml line 7: dimensions.general.which.metric" in ended.line
 
 
-def test_suites_are_listed_and_shown(calmix: Run) -> None:
+def test_suites_are_listed_and_shown(calmix):
     listed = calmix("evaluate", "suites", "--json")
     assert {row["name"] for row in json.loads(listed.out)} >= {"offline", "paper", "smoke"}
     assert "offline" in calmix("evaluate", "suites").out
@@ -165,8 +150,8 @@ def test_suites_are_listed_and_shown(calmix: Run) -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_one_line(
-    calmix: Run, tiny_folder: Path, suite_file: Path, text_file: Path, tmp_path: Path
-) -> None:
+    calmix, tiny_folder, suite_file, text_file, tmp_path
+):
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     file = model / "tokenizer.json"
     file.write_text(re.sub(r'("a": )\d+', r"\g<1>5000", file.read_text(encoding="utf-8")))

@@ -1,7 +1,5 @@
 """Written answers: batched, greedy, cut at stops; the panel or a file; the saved file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -20,12 +18,10 @@ from calmix.evaluation.generations import (
 from tests.evaluation.helpers import opened
 
 
-def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(monkeypatch):
     model, seen = opened(), []
 
-    def answers(_: object, asked: list[greedy.Prompt], **more: object) -> list[greedy.Answer]:
+    def answers(_, asked, **more):
         seen.append(model.tokenizer.decode(asked[0].ids))
         return [greedy.Answer(" Paris. ", 3, number > 0) for number, _ in enumerate(asked)]
 
@@ -42,7 +38,7 @@ def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(
     assert seen[1] == f"<{question}>"
 
 
-def test_prompts_of_a_file_and_the_file_of_answers(tmp_path: Path) -> None:
+def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
     path, out = tmp_path / "mine.txt", tmp_path / "answers.json"
     path.write_text("first\n\n  second \n", encoding="utf-8")
     prompts = read_prompts(path)

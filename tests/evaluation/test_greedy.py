@@ -1,7 +1,5 @@
 """Greedy answers: those of transformers one at a time, in batches that share and shrink."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -15,7 +13,7 @@ from tests.tiny import ARCHITECTURES, quick, save_tiny_model
 QUICK = ("gemma3_text", "opt", "bloom", "mamba")
 
 
-def prompts(count: int, shared: int, longest: int = 24) -> list[Prompt]:
+def prompts(count, shared, longest=24):
     rng = random.Random(count)
     head = [rng.randrange(5, 300) for _ in range(shared)]
     return [
@@ -25,7 +23,7 @@ def prompts(count: int, shared: int, longest: int = 24) -> list[Prompt]:
     ]  # fmt: skip
 
 
-def one_by_one(opened, asked: list[Prompt]) -> list[str]:
+def one_by_one(opened, asked):
     found = []
     for one in asked:
         ids = torch.tensor([one.ids])

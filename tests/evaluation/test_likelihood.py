@@ -1,15 +1,10 @@
 """Logits in two steps: those of the model's own forward, whatever it does behind its head."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import likelihood
@@ -32,13 +27,13 @@ OWN = {
 }  # fmt: skip
 
 
-def divergence(before: Any, after: Any) -> float:
+def divergence(before, after):
     p, q = (logits.double().log_softmax(-1) for logits in (before, after))
     return float((p.exp() * (p - q)).sum())
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, *OWN])
-def test_logits_are_those_of_the_models_own_forward(kind: str) -> None:
+def test_logits_are_those_of_the_models_own_forward(kind):
     model = tiny_model(kind, **(PLAIN | OWN)[kind])
     if kind == "mamba2":  # whose decoder returns float32 whatever its weights are
         model.bfloat16()
@@ -60,21 +55,21 @@ def test_logits_are_those_of_the_models_own_forward(kind: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_what_is_behind_the_decoder_is_named() -> None:
+def test_what_is_behind_the_decoder_is_named():
     names = behind(tiny_model("modernbert-decoder"))
     assert set(names) == {"lm_head.dense.weight", "lm_head.norm.weight"}
     assert not behind(tiny_model("llama"))
 
 
-def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line() -> None:
+def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line():
     model = tiny_model("llama")
     run = model.forward
     model.forward = lambda **kwargs: run(**kwargs, attention_mask=object())
     with pytest.raises(ModelError, match="gives no logits for token ids in float32"):
         row_nll(model, tiny_ids())
 
-    def adding(look: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+    def adding(look):
+        def forward(input_ids, **kwargs):
             result = run(input_ids=input_ids, **kwargs)
             result.logits = result.logits + look(input_ids)[..., None]
             return result
@@ -89,7 +84,7 @@ def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line() -> None:
         row_nll(model, tiny_ids())
 
 
-def test_perplexity_is_of_whole_windows() -> None:
+def test_perplexity_is_of_whole_windows():
     model, calls = opened(), list[tuple[int, int]]()
     text = "the river runs " * 5
     found = perplexity(model, text, length=32, tick=lambda *of: calls.append(of))

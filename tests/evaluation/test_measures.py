@@ -1,7 +1,5 @@
 """Measures: each score by hand, anchors, nothing clipped, and what a record must hold for them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -24,11 +22,11 @@ from tests.evaluation.helpers import accuracy, bits, choices
 DENSE = choices([[-1.0, -3.0, -2.0], [-4.0, -2.0, -2.5]], [0, 1], [[-2.0] * 3, [-2.0, -3.0, -4.0]])
 
 
-def softmax(row: list[float], at: int) -> float:
+def softmax(row, at):
     return math.exp(row[at]) / sum(map(math.exp, row))
 
 
-def test_every_score_by_hand() -> None:
+def test_every_score_by_hand():
     assert item_scores(DENSE, "probability").tolist() == pytest.approx(
         [softmax([-1, -3, -2], 0), softmax([-4, -2, -2.5], 1)]
     )
@@ -40,7 +38,7 @@ def test_every_score_by_hand() -> None:
     assert item_scores(DENSE, "accuracy").tolist() == [1, 1]
 
 
-def test_nothing_is_kept_at_the_score_without_the_question() -> None:
+def test_nothing_is_kept_at_the_score_without_the_question():
     ignorant = replace(DENSE, loglikelihoods=DENSE.floors)
     for measure in ("probability", "margin"):
         assert parts(DENSE, ignorant, measure).retention == pytest.approx(0.0), measure
@@ -54,7 +52,7 @@ def test_nothing_is_kept_at_the_score_without_the_question() -> None:
     assert floor_scores(DENSE, "probability").tolist() == floor.tolist()
 
 
-def test_a_score_below_the_floor_is_less_than_nothing() -> None:
+def test_a_score_below_the_floor_is_less_than_nothing():
     dense = accuracy([1.0] * 75 + [0.0] * 25)
     worse = accuracy([1.0] * 10 + [0.0] * 90)
     assert parts(dense, worse).retention == pytest.approx((0.10 - 0.25) / (0.75 - 0.25))
@@ -63,14 +61,14 @@ def test_a_score_below_the_floor_is_less_than_nothing() -> None:
     assert parts(text, gone).retention == pytest.approx((80 - 180) / (80 - 40))
 
 
-def test_bits_by_the_papers_reading_are_dense_over_pruned() -> None:
+def test_bits_by_the_papers_reading_are_dense_over_pruned():
     dense, pruned = bits([10.0, 30.0], [20, 20]), bits([20.0, 60.0], [20, 20])
     for measure in ("accuracy", "ratio"):
         assert parts(dense, pruned, measure).retention == pytest.approx(0.5)
     assert parts(dense, pruned).retention == pytest.approx((120 - 80) / (120 - 40))
 
 
-def test_smoothed_bits_lose_one_bit_at_most_on_an_answer() -> None:
+def test_smoothed_bits_lose_one_bit_at_most_on_an_answer():
     dense, gone = bits([10, 30], [20, 20], floor=2.0), bits([900, 30], [20, 20])
     assert parts(dense, gone, "bits").retention < 0
     gain = [30 / math.log(2), 10 / math.log(2)]  # of the dense model over the floor, in bits
@@ -82,7 +80,7 @@ def test_smoothed_bits_lose_one_bit_at_most_on_an_answer() -> None:
     assert mean_score(dense, "smoothed") == mean_score(dense, "bits")  # printed as they are
 
 
-def test_which_score_judges_which_task() -> None:
+def test_which_score_judges_which_task():
     assert score_of(DENSE, "primary") == "probability"
     assert score_of(DENSE, "margin") == "margin"
     assert score_of(DENSE, "ratio") == "accuracy"
@@ -95,7 +93,7 @@ def test_which_score_judges_which_task() -> None:
     assert floor_scores(contexts, "margin").tolist() == [0.0]
 
 
-def test_what_a_record_lacks_is_said() -> None:
+def test_what_a_record_lacks_is_said():
     old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floor="none", floors=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
     with pytest.raises(InputError, match=r"hold no log-likelihoods.*--measure accuracy"):
@@ -106,7 +104,7 @@ def test_what_a_record_lacks_is_said() -> None:
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no floors
 
 
-def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing() -> None:
+def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing():
     rng = np.random.default_rng(0)
     rows = rng.normal(-3, 0.1, (60, 4))
     blind = choices(rows.tolist(), [0] * 60, rows.tolist())
@@ -122,9 +120,7 @@ def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing() -> None:
     st.lists(st.lists(st.floats(-50, -0.1), min_size=3, max_size=3), min_size=1, max_size=20),
     st.floats(-5, 5),
 )
-def test_a_probability_does_not_change_with_what_all_choices_share(
-    rows: list[list[float]], shift: float
-) -> None:
+def test_a_probability_does_not_change_with_what_all_choices_share(rows, shift):
     gold = [0] * len(rows)
     moved = [[value + shift for value in row] for row in rows]
     a = item_scores(choices(rows, gold), "probability")

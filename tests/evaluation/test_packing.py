@@ -1,7 +1,5 @@
 """Packing: every token scored once, no shared token twice, rows within their size."""
 
-from __future__ import annotations
-
 import random
 
 from hypothesis import given
@@ -10,9 +8,9 @@ from hypothesis import strategies as st
 from calmix.evaluation.packing import Row, Scored, Target, fill_rows, plan
 
 
-def restored(sequences: list[Scored], row_tokens: int) -> dict[int, list[tuple[list[int], int]]]:
+def restored(sequences, row_tokens):
     """For each sequence the (tokens before, token) of its targets, read back from the plan."""
-    found: dict[int, list[tuple[list[int], int]]] = {i: [] for i in range(len(sequences))}
+    found = {i: [] for i in range(len(sequences))}
     for run in plan(sequences, row_tokens=row_tokens):
         for row in run.rows:
             visible = row.visible()
@@ -24,7 +22,7 @@ def restored(sequences: list[Scored], row_tokens: int) -> dict[int, list[tuple[l
     return found
 
 
-def made(seed: int, count: int, alphabet: int, prefix: int) -> list[Scored]:
+def made(seed, count, alphabet, prefix):
     rng = random.Random(seed)
     head = [rng.randrange(alphabet) for _ in range(prefix)]
     sequences = []
@@ -41,15 +39,15 @@ def made(seed: int, count: int, alphabet: int, prefix: int) -> list[Scored]:
     st.sampled_from([8, 32, 100]),
 )  # fmt: skip
 def test_every_token_is_predicted_from_what_stands_before_it(
-    seed: int, count: int, alphabet: int, prefix: int, row_tokens: int
-) -> None:
+    seed, count, alphabet, prefix, row_tokens
+):
     sequences = made(seed, count, alphabet, prefix)
     for index, targets in restored(sequences, row_tokens).items():
         ids, start = sequences[index].ids, sequences[index].start
         assert targets == [(ids[:at], ids[at]) for at in range(start, len(ids))]
 
 
-def test_rows_keep_their_size_and_shared_tokens_run_once() -> None:
+def test_rows_keep_their_size_and_shared_tokens_run_once():
     rng = random.Random(0)
     preamble = [rng.randrange(100) for _ in range(200)]
     sequences = []
@@ -64,7 +62,7 @@ def test_rows_keep_their_size_and_shared_tokens_run_once() -> None:
     assert sum(map(len, runs[0].rows)) == 30 * (20 + 4)
 
 
-def test_two_tasks_keep_their_own_prefix() -> None:
+def test_two_tasks_keep_their_own_prefix():
     tasks = [[1] * 60, [2] * 90]
     sequences = [
         Scored([*head, *range(10 * i, 10 * i + 10)], len(head) + 5)
@@ -74,7 +72,7 @@ def test_two_tasks_keep_their_own_prefix() -> None:
     assert [run.prefix for run in plan(sequences, row_tokens=64)] == tasks
 
 
-def test_the_plan_does_not_depend_on_the_order_of_arrival() -> None:
+def test_the_plan_does_not_depend_on_the_order_of_arrival():
     sequences = made(3, 50, 4, 60)
     other = list(reversed(sequences))
     one, two = plan(sequences, row_tokens=64), plan(other, row_tokens=64)
@@ -83,7 +81,7 @@ def test_the_plan_does_not_depend_on_the_order_of_arrival() -> None:
     ]
 
 
-def test_rows_are_filled_closely() -> None:
+def test_rows_are_filled_closely():
     trees = [Row([1] * n, [-1] * n, [0] * n, [Target(n, n - 1, 5)]) for n in (60, 40, 30, 70, 100)]
     rows = fill_rows(trees, 100)
     assert sorted(map(len, rows)) == [100, 100, 100]

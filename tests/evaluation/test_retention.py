@@ -1,7 +1,5 @@
 """Retention: the definitions, self-comparison, signal, and what the bootstrap must satisfy."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 
@@ -11,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import Measure, Parts, mean_score, noise, parts
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import Parts, mean_score, noise, parts
 from calmix.evaluation.retention import (
-    RESAMPLES,
     TaskRetention,
     estimate,
     item_weights,
@@ -24,14 +20,12 @@ from calmix.evaluation.retention import (
 )
 from tests.evaluation.helpers import accuracy, bits, choices
 
-DRAWN = {"resamples": RESAMPLES, "seed": 0}
+
+def right(count, of, **fields):
+    return accuracy([1.0] * count + [0.0] * (of - count), **fields)
 
 
-def right(count: int, of: int, **fields: object) -> TaskScores:
-    return accuracy([1.0] * count + [0.0] * (of - count), **fields)  # type: ignore[arg-type]
-
-
-def suite(seed: int) -> list[TaskScores]:
+def suite(seed):
     rng = np.random.default_rng(seed)
     a = (rng.random(80) < 0.7).astype(float).tolist()
     b = (rng.random(50) < 0.3).astype(float).tolist()
@@ -45,7 +39,7 @@ def suite(seed: int) -> list[TaskScores]:
 
 
 @given(st.integers(0, 1000))
-def test_retention_against_itself_is_exactly_one(seed: int) -> None:
+def test_retention_against_itself_is_exactly_one(seed):
     scores = suite(seed)
     found = retention(scores, scores, resamples=200)
     for one in (*(t.kept for t in found.tasks if t.signal), *(d.kept for d in found.dimensions)):
@@ -53,7 +47,7 @@ def test_retention_against_itself_is_exactly_one(seed: int) -> None:
     assert (found.total.value, found.total.low, found.total.high) == (1.0, 1.0, 1.0)
 
 
-def test_tasks_and_dimensions_without_signal_do_not_count() -> None:
+def test_tasks_and_dimensions_without_signal_do_not_count():
     dense = [
         right(80, 100, name="good"),
         right(27, 100, name="weak"),
@@ -72,7 +66,7 @@ def test_tasks_and_dimensions_without_signal_do_not_count() -> None:
     assert (silent.total.value, silent.worst) == (None, None)
 
 
-def test_dimension_total_and_worst() -> None:
+def test_dimension_total_and_worst():
     dense = [right(80, 100, name="a"), right(80, 100, name="b", dimension="math")]
     pruned = [right(69, 100, name="a"), right(36, 100, name="b", dimension="math")]
     found = retention(dense, pruned, resamples=100)
@@ -81,7 +75,7 @@ def test_dimension_total_and_worst() -> None:
     assert found.worst == "math"
 
 
-def test_the_bootstrap_is_seeded_and_paired() -> None:
+def test_the_bootstrap_is_seeded_and_paired():
     dense, pruned = suite(1)[0], accuracy([0.0, 1.0] * 40, "a")
     made = parts(dense, pruned)
     one, two, other = (resampled("a", made, resamples=300, seed=seed) for seed in (5, 5, 6))
@@ -92,7 +86,7 @@ def test_the_bootstrap_is_seeded_and_paired() -> None:
     assert np.nanmin(same) == np.nanmax(same) == 1.0
 
 
-def test_the_accuracy_of_every_task_stands_beside_its_score() -> None:
+def test_the_accuracy_of_every_task_stands_beside_its_score():
     rng = np.random.default_rng(0)
     rows = rng.normal(-3, 1, (80, 4))
     rows[:, 0] += 2
@@ -105,7 +99,7 @@ def test_the_accuracy_of_every_task_stands_beside_its_score() -> None:
     assert 0 < found.kept.low < found.kept.value < found.kept.high < 1
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered, trials = 0, 200
     rng = np.random.default_rng(3)
     for _ in range(trials):
@@ -119,7 +113,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.90 <= covered / trials <= 0.99
 
 
-def test_other_tasks_or_items_are_refused() -> None:
+def test_other_tasks_or_items_are_refused():
     a, b, c = (right(5, 10, name=name) for name in "abc")
     for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
         with pytest.raises(InputError, match=rf"different tasks \(first: {first}\)$"):
@@ -136,9 +130,7 @@ def test_other_tasks_or_items_are_refused() -> None:
         ("ratio", (None, None, None)),
     ],
 )
-def test_all_that_is_told_of_tasks_and_dimensions(
-    measure: Measure, floors: tuple[float | None, ...]
-) -> None:
+def test_all_that_is_told_of_tasks_and_dimensions(measure, floors):
     rng = np.random.default_rng(0)
     nats, sizes = rng.uniform(2, 6, 40).tolist(), rng.integers(9, 20, 40).tolist()
     dense, pruned = (
@@ -183,7 +175,7 @@ def test_all_that_is_told_of_tasks_and_dimensions(
     assert told["tasks"][1]["name"] == "b"
 
 
-def test_signal_is_that_of_the_measure() -> None:
+def test_signal_is_that_of_the_measure():
     """The right choice is likely, but seldom the likeliest: no more often than by chance."""
     rows = [[0.0, -4.0, -4.0, -4.0]] * 25 + [[0.0, 0.1, -4.0, -4.0]] * 75
     dense = choices(rows, [0] * 100)
@@ -192,7 +184,7 @@ def test_signal_is_that_of_the_measure() -> None:
     assert signal == {"primary": True, "accuracy": False, "ratio": False}
 
 
-def test_draws_are_those_of_seed_name_and_count() -> None:
+def test_draws_are_those_of_seed_name_and_count():
     """On every machine and in every version: what is published can be told again."""
     digest = hashlib.sha256(b"quiz").digest()
     rng = np.random.default_rng([3, int.from_bytes(digest[:8], "little")])
@@ -202,7 +194,7 @@ def test_draws_are_those_of_seed_name_and_count() -> None:
     assert found.dtype == float
 
 
-def test_a_resample_with_nothing_to_keep_has_no_value() -> None:
+def test_a_resample_with_nothing_to_keep_has_no_value():
     made = Parts("accuracy", np.array([0.5, 0.0]), np.array([1.0, 0.0]))
     times = item_weights("quiz", 2, resamples=20, seed=0)[:, 0]
     assert {0.0, 1.0, 2.0} == set(times)

@@ -1,10 +1,7 @@
 """Generated code: right programs pass, and every way to go wrong is a plain failure."""
 
-from __future__ import annotations
-
 import os
 import resource
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX
         "import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ",
     ],
 )
-def test_right_programs_pass(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_programs_pass(source, monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_USER", "x")
     assert not failure(source)
 
@@ -59,7 +56,7 @@ def test_right_programs_pass(source: str, monkeypatch: pytest.MonkeyPatch) -> No
         ("raise ValueError('\\ud800')", ""),
     ],
 )
-def test_everything_else_is_a_plain_failure(source: str, reason: str) -> None:
+def test_everything_else_is_a_plain_failure(source, reason):
     # What ends by itself gets time to, however busy the machine is.
     found = failure(source, seconds=0.6 if reason == "still running" else 30)
     assert found
@@ -67,7 +64,7 @@ def test_everything_else_is_a_plain_failure(source: str, reason: str) -> None:
     assert "\n" not in found
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     failure(f"open({str(tmp_path / 'target.txt')!r}, 'w').write('x')")
     failure("while True:\n    pass", seconds=0.5)

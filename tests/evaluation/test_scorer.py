@@ -1,7 +1,5 @@
 """The scorer: the plain model's numbers on every architecture, whatever the batch size."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -14,13 +12,13 @@ from tests.tiny import ARCHITECTURES, quick
 
 
 @pytest.fixture(autouse=True)
-def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_rows(monkeypatch):
     monkeypatch.setattr(module, "ROW_TOKENS", 48)
 
 
 @pytest.mark.parametrize("kind", quick(["llama", "gemma2", "bloom", "opt"], ARCHITECTURES))
-def test_scores_are_the_plain_models_on_every_architecture(kind: str) -> None:
-    calls: list[tuple[int, int]] = []
+def test_scores_are_the_plain_models_on_every_architecture(kind):
+    calls = []
     model, requests = opened(kind), quiz()
     scorer = Scorer(model, batch_tokens=200, progress=lambda *of: calls.append(of))
     found, wanted = scorer.loglikelihood(requests), reference(model, requests)
@@ -41,14 +39,14 @@ def test_scores_are_the_plain_models_on_every_architecture(kind: str) -> None:
         ("bloom", False, float("inf")),  # its positions come from a mask of two dimensions
     ],
 )
-def test_which_models_run_packed_rows_and_how_long(kind: str, packed: bool, window: float) -> None:
+def test_which_models_run_packed_rows_and_how_long(kind, packed, window):
     model = opened(kind)
     assert Scorer(model).packed is packed
     assert attention_window(model.model) == window
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_do_not_depend_on_the_batch_size(dtype: torch.dtype) -> None:
+def test_scores_do_not_depend_on_the_batch_size(dtype):
     model, requests = opened(), quiz(questions=12)
     model.model.to(dtype)
     runs = [Scorer(model, batch_tokens=n).loglikelihood(requests) for n in (1, 64, 500, 10_000)]
@@ -58,14 +56,14 @@ def test_scores_do_not_depend_on_the_batch_size(dtype: torch.dtype) -> None:
         assert [value for value, _ in run] == pytest.approx(wanted, rel=tolerance)
 
 
-def test_single_token_choices_share_one_position() -> None:
+def test_single_token_choices_share_one_position():
     model = opened()
     requests = [request("Pick:", letter) for letter in "abcd"]
     found = Scorer(model).loglikelihood(requests)
     assert [v for v, _ in found] == pytest.approx([v for v, _ in reference(model, requests)])
 
 
-def test_long_contexts_are_cut_on_the_left_and_counted() -> None:
+def test_long_contexts_are_cut_on_the_left_and_counted():
     model = opened()
     text = "abcdefghij" * 40  # 400 tokens, the context is 256
     scorer = Scorer(model)
@@ -75,7 +73,7 @@ def test_long_contexts_are_cut_on_the_left_and_counted() -> None:
     assert scorer.truncated == {"long": 1}
 
 
-def test_what_cannot_be_scored_is_one_line() -> None:
+def test_what_cannot_be_scored_is_one_line():
     model = opened()
     for answer, says in (
         ("b" * 300, r"task x has an answer of 300 tokens, .* is 256"),
@@ -92,7 +90,7 @@ def test_what_cannot_be_scored_is_one_line() -> None:
 
 @pytest.mark.real
 @pytest.mark.long
-def test_the_builtin_model_scores_alike_in_any_batch() -> None:
+def test_the_builtin_model_scores_alike_in_any_batch():
     model = open_model("builtin:smollm2-135m", dtype="float32")
     requests = quiz(questions=2, shots=3)
     few = Scorer(model, batch_tokens=64).loglikelihood(requests)

@@ -1,9 +1,5 @@
 """Suites: the builtin ones, selections, and one clear line for every mistake in a file."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from calmix.analysis.cells import APART, TOTAL, WORST
@@ -30,7 +26,7 @@ dimensions:
 """
 
 
-def test_builtin_suites() -> None:
+def test_builtin_suites():
     suites = builtin_suites()
     for name in ("offline", "paper", "smoke"):
         assert list(suites[name].dimensions) == ["general", "commonsense", "code", "math"]
@@ -41,7 +37,7 @@ def test_builtin_suites() -> None:
         assert (task.quick or 0) < (task.limit or 0)
 
 
-def test_offline_leaves_the_odd_items_to_the_sources() -> None:
+def test_offline_leaves_the_odd_items_to_the_sources():
     whole = {name for name, task in load_suite("offline").tasks.items() if task.items == "all"}
     assert whole == {
         "mmlu", "common_knowledge", "passages", "arc_easy", "arc_challenge", "csqa", "logic",
@@ -56,7 +52,7 @@ def test_offline_leaves_the_odd_items_to_the_sources() -> None:
     assert parts == {"math500"}  # of which its source leaves out all that is close
 
 
-def test_a_users_own_file(tmp_path: Path) -> None:
+def test_a_users_own_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD, encoding="utf-8")
     suite = load_suite(path)
@@ -67,7 +63,7 @@ def test_a_users_own_file(tmp_path: Path) -> None:
         load_suite(path)
 
 
-def test_selections_have_hashes_of_their_own() -> None:
+def test_selections_have_hashes_of_their_own():
     suite = parse_suite(GOOD, "mine")
     variants = [suite, suite.quick(), suite.limited(3), suite.only(dimensions=["code"])]
     assert len({variant.hash for variant in variants}) == 4
@@ -104,9 +100,7 @@ def test_selections_have_hashes_of_their_own() -> None:
         ("name: mine", "name: a b", 1, "name: String should match"),
     ],
 )  # fmt: skip
-def test_each_mistake_gives_one_line_with_line_and_key(
-    old: str, new: str, line: int, says: str
-) -> None:
+def test_each_mistake_gives_one_line_with_line_and_key(old, new, line, says):
     assert old in GOOD
     with pytest.raises(InputError) as caught:
         parse_suite(GOOD.replace(old, new, 1), "mine.yaml")
@@ -126,12 +120,12 @@ def test_each_mistake_gives_one_line_with_line_and_key(
           for name in (TOTAL, WORST, APART)),
     ],
 )  # fmt: skip
-def test_what_is_no_suite(text: str, says: str) -> None:
+def test_what_is_no_suite(text, says):
     with pytest.raises(InputError, match=says):
         parse_suite(text, "mine.yaml")
 
 
-def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
+def test_unknown_names_come_with_the_nearest(tmp_path):
     with pytest.raises(InputError, match="unknown suite 'offlin': did you mean offline"):
         load_suite("offlin")
     with pytest.raises(InputError, match="there is no file"):

@@ -1,11 +1,7 @@
 """Tasks: items of the archive, and how they are checked."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from lm_eval.api.task import ConfigurableTask
@@ -18,7 +14,7 @@ from calmix.evaluation.tasks import check, load_items, preamble
 from tests.evaluation.archive import suite_text, use_archive
 
 
-def test_spread_is_even_within_and_over_groups() -> None:
+def test_spread_is_even_within_and_over_groups():
     assert spread([""] * 10, 5) == [0, 2, 4, 6, 8]
     assert spread([""] * 3, 9) == spread([""] * 3, None) == [0, 1, 2]
     groups = ["a"] * 100 + ["b"] * 10 + ["c"] * 2
@@ -28,17 +24,17 @@ def test_spread_is_even_within_and_over_groups() -> None:
 
 
 @pytest.fixture
-def archive(monkeypatch: pytest.MonkeyPatch) -> None:
+def archive(monkeypatch):
     use_archive(monkeypatch)
 
 
-def spec(**fields: Any) -> TaskSpec:
+def spec(**fields):
     base = {"archive": "quiz/rc", "form": "question", "metric": "acc_norm", "shots": 2}
     return TaskSpec(**{**base, "chance": "choices", **fields})
 
 
 @pytest.mark.usefixtures("archive")
-def test_items_are_conditional_and_even_if_asked() -> None:
+def test_items_are_conditional_and_even_if_asked():
     assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
     assert [item.number for item in load_items(spec(items="even"))] == [0, 2, 4, 6, 8]
     assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
@@ -50,10 +46,10 @@ def test_items_are_conditional_and_even_if_asked() -> None:
 
 
 @pytest.mark.usefixtures("archive")
-def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
     texts = ["one two three four five", "one two three four five", "word " * 500]
 
-    def read(_: str, member: str) -> Iterator[dict[str, Any]]:
+    def read(_, member):
         for number, text in enumerate(texts):
             asked = {"context": f"{text}\nQuestion: why?\nAnswer:", "continuation": " no"}
             yield {"doc_id": number, "idx": 0, "label": 0, "doc": {}, "request": asked}
@@ -73,7 +69,7 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("archive")
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
-def test_answers_are_checked_as_the_harness_checks_them(metric: str) -> None:
+def test_answers_are_checked_as_the_harness_checks_them(metric):
     from datasets import Dataset
 
     items = load_items(spec(metric=metric))
@@ -93,7 +89,7 @@ def test_answers_are_checked_as_the_harness_checks_them(metric: str) -> None:
 
 
 @pytest.mark.usefixtures("archive")
-def test_the_text_for_the_leakage_check_leaves_worked_examples_out() -> None:
+def test_the_text_for_the_leakage_check_leaves_worked_examples_out():
     items = list(suite_items(parse_suite(suite_text(), "suite")))
     texts = {identifier: text for _, identifier, text in items}
     assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
@@ -101,7 +97,7 @@ def test_the_text_for_the_leakage_check_leaves_worked_examples_out() -> None:
     assert texts["mbpp/1"] == "Write 12.\nreturn 12"
 
 
-def test_preamble_ends_with_the_last_shared_example() -> None:
+def test_preamble_ends_with_the_last_shared_example():
     assert preamble(["a\n\nb\n\nQ: x", "a\n\nb\n\nQ: y"]) == len("a\n\nb\n\n")
     assert preamble(["Q: x", "Q: y"]) == preamble(["same\n\ntext"] * 2) == preamble([]) == 0
 
@@ -116,13 +112,13 @@ def test_preamble_ends_with_the_last_shared_example() -> None:
         ({"archive": "which/rc", "shots": 0}, "are of form 'contexts'"),
     ],
 )
-def test_what_the_archive_lacks_is_one_line(fields: dict[str, Any], says: str) -> None:
+def test_what_the_archive_lacks_is_one_line(fields, says):
     with pytest.raises(InputError, match=says):
         load_items(spec(**fields))
 
 
 @pytest.mark.real
-def test_the_real_archive_gives_every_offline_task_its_items() -> None:
+def test_the_real_archive_gives_every_offline_task_its_items():
     for name in ("offline", "smoke"):
         for task in load_suite(name).tasks.values():
             items = load_items(task)

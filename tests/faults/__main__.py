@@ -3,8 +3,6 @@
 COUNT is how often each verb is killed (50); NAME the beginning of the verbs' names.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -13,14 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults.matrix import Row, everything, verbs
+from tests.faults.matrix import everything, verbs
 
 
-def main() -> None:
+def main():
     """Exit code 1 if a fault is not survived."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     only = sys.argv[2] if len(sys.argv) > 2 else ""
-    rows: list[Row] = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, verb in verbs(Path(folder) / "files").items():
             if name.startswith(only):
@@ -31,7 +29,7 @@ def main() -> None:
     sys.exit(any(row.found for row in rows))
 
 
-def _tell(row: Row) -> None:
+def _tell(row):
     print(f"{row.what}, {row.fault}: {row.survived} of {row.tried}", flush=True)
     for line in row.found:
         print(f"  {line}", flush=True)

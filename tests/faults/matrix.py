@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import calmix.pruning.checkpoint
 import calmix.study.running  # imported once, for every fork
 from calmix.files import cache_dir
 from calmix.recovery import distill
-from tests.forks import Ended, command, run, start, wait
+from tests.forks import command, run, start, wait
 from tests.study.worker import write_study
 from tests.tiny import save_tiny_model
 
@@ -53,7 +53,7 @@ class Row:
     found: list[str] = field(default_factory=list)
 
     @property
-    def survived(self) -> int:
+    def survived(self):
         """How many ended as they must."""
         return self.tried - len(self.found)
 
@@ -75,7 +75,7 @@ class Verb:
     anew: tuple[str, ...] = ("--overwrite",)
 
 
-def verbs(files: Path) -> dict[str, Verb]:
+def verbs(files):
     """Return the commands, over tiny files that are written to `files`."""
     model = save_tiny_model(files / "short")
     text = files / "text.txt"
@@ -90,7 +90,7 @@ def verbs(files: Path) -> dict[str, Verb]:
 
     calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imports all
 
-    def kept(verb: str, *options: object, resume: bool = True) -> Verb:
+    def kept(verb, *options, resume=True):
         more = ("--resume",) if resume else ()
         return Verb(
             lambda at: (verb, *options, "-o", at / "out", *more),
@@ -123,7 +123,7 @@ def verbs(files: Path) -> dict[str, Verb]:
     return found
 
 
-def tree(folder: Path, without: Sequence[str] = ()) -> Mapping[str, bytes]:
+def tree(folder, without=()):
     """Return every file below a folder by its path, hidden ones too."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -132,22 +132,20 @@ def tree(folder: Path, without: Sequence[str] = ()) -> Mapping[str, bytes]:
     }
 
 
-def _scores(folder: Path) -> Mapping[str, object]:
+def _scores(folder):
     value = json.loads((folder / "out.json").read_text())
     return {"scores": _timeless(value), "files": sorted(tree(folder))}
 
 
-def _timeless(value: object) -> object:
+def _timeless(value):
     if isinstance(value, dict):
         return {key: _timeless(held) for key, held in value.items() if key != "seconds"}
     return [_timeless(held) for held in value] if isinstance(value, list) else value
 
 
-def _study(folder: Path) -> Mapping[str, object]:
+def _study(folder):
     store = folder / "out"
-    kept: dict[str, object] = {
-        name: held for name, held in tree(store).items() if name.endswith("safetensors")
-    }
+    kept = {name: held for name, held in tree(store).items() if name.endswith("safetensors")}
     for path in sorted(store.glob("trials/*/scores.json")):
         kept[str(path.relative_to(store))] = _timeless(json.loads(path.read_text()))
     return {**kept, "files": sorted(tree(folder))}
@@ -156,7 +154,7 @@ def _study(folder: Path) -> Mapping[str, object]:
 class Place:
     """Where a verb is tried: its folders, and what an undisturbed run gives."""
 
-    def __init__(self, name: str, verb: Verb, folder: Path) -> None:
+    def __init__(self, name, verb, folder):
         self.name, self.verb, self.folder = name, verb, folder
         self.log = folder / "log"
         self.assets = cache_dir() / "assets"  # asked here: a fork has this verb's own cache
@@ -165,7 +163,7 @@ class Place:
         assert not self.whole.code, f"undisturbed: {self.whole.errors[-300:]}"
         self.wanted = verb.result(clean)
 
-    def fresh(self, name: str) -> Path:
+    def fresh(self, name):
         """Return an empty folder; the cache is empty too."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,32 +171,32 @@ class Place:
         self.empty_cache()
         return folder
 
-    def empty_cache(self) -> None:
+    def empty_cache(self):
         """Remove all that is in the verb's cache but the archives."""
         cache = self.folder / "cache"
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(exist_ok=True)
         (cache / "assets").symlink_to(self.assets)
 
-    def run(self, at: Path, *options: object, **how: object) -> Ended:
+    def run(self, at, *options, **how):
         """Run the verb in a fork."""
-        return run(self.acts(at, *options), self.log, **how)  # type: ignore[arg-type]
+        return run(self.acts(at, *options), self.log, **how)
 
-    def acts(self, at: Path, *options: object) -> Callable[[], None]:
+    def acts(self, at, *options):
         """Return what runs the verb, with the cache of its own."""
 
-        def act() -> None:
+        def act():
             os.environ["CALMIX_CACHE"] = str(self.folder / "cache")
             distill.SAVING = 0  # every state is kept: there is something to damage
             command(*self.verb.arguments(at), *options)()
 
         return act
 
-    def moment(self, rng: random.Random) -> float:
+    def moment(self, rng):
         """Return processor seconds at which a run is at work, or has just ended."""
         return rng.uniform(0, 1.05) * self.whole.seconds
 
-    def judged(self, at: Path, again: Ended) -> str | None:
+    def judged(self, at, again):
         """Return what is wrong with the result of the verb asked again; None if nothing."""
         if again.code and not (again.line and "exists" in again.errors):
             return again.errors[-300:]
@@ -209,12 +207,12 @@ class Place:
         told = f"; files {got['files']}" if "files" in names else ""
         return f"differs in {sorted(names)[:6]}{told[:300]}"
 
-    def seeded(self, fault: str, number: int) -> random.Random:
+    def seeded(self, fault, number):
         """Return what decides a try."""
         return random.Random(zlib.crc32(f"{self.name}/{fault}/0/{number}".encode()))
 
 
-def faults(place: Place, count: int, how: str) -> Row:
+def faults(place, count, how):
     """End a verb at `count` seeded moments, up to three times in a row, and ask for it again."""
     row = Row(place.name, "SIGKILL" if how == "kill" else "SIGINT")
     for number in range(count):
@@ -234,7 +232,7 @@ def faults(place: Place, count: int, how: str) -> Row:
     return row
 
 
-def damage(place: Place, count: int) -> Row:
+def damage(place, count):
     """End a verb, damage one file of what it has left, and ask for it again or read it.
 
     Bytes are cut off or flipped, or two files are swapped. Of a whole result, `inspect` must tell;
@@ -268,7 +266,7 @@ def damage(place: Place, count: int) -> Row:
     return row
 
 
-def _damage(rng: random.Random, files: Sequence[Path]) -> str:
+def _damage(rng, files):
     path = rng.choice(files)
     content = bytearray(path.read_bytes())
     way = rng.choice(["cut", "flip", "swap"])
@@ -286,14 +284,14 @@ def _damage(rng: random.Random, files: Sequence[Path]) -> str:
     return f"{path.name} {way} at {at}"
 
 
-def vanished_cache(place: Place, count: int) -> Row:
+def vanished_cache(place, count):
     """Remove the cache while a verb is at work: it ends as ever, or in one line."""
     row = Row(place.name, "vanished cache")
     for number in range(count):
         folder = place.fresh("tried")
 
-        def act(folder: Path = folder) -> None:
-            def vanish(*_: object) -> None:
+        def act(folder=folder):
+            def vanish(*_):
                 place.empty_cache()
 
             signal.signal(signal.SIGVTALRM, vanish)
@@ -310,7 +308,7 @@ def vanished_cache(place: Place, count: int) -> Row:
     return row
 
 
-def clock_step(place: Place, count: int) -> Row:
+def clock_step(place, count):
     """Step the clock by a day while two processes are at work: stamps of files move with it."""
     row = Row(place.name, "clock step")
     for number in range(count):
@@ -320,7 +318,7 @@ def clock_step(place: Place, count: int) -> Row:
     return row
 
 
-def two_at_once(place: Place, count: int) -> Row:
+def two_at_once(place, count):
     """Start a verb twice on one output: one makes it, the other stops in one line or finds it."""
     row = Row(place.name, "two processes")
     for number in range(count):
@@ -329,7 +327,7 @@ def two_at_once(place: Place, count: int) -> Row:
     return row
 
 
-def one_cache(place: Place, count: int) -> Row:
+def one_cache(place, count):
     """Start a verb twice on two outputs and one cache: both have what one alone would."""
     row = Row(place.name, "one cache")
     for number in range(count):
@@ -344,12 +342,12 @@ def one_cache(place: Place, count: int) -> Row:
     return row
 
 
-def _both(place: Place, folders: Sequence[Path], step: float = 0, at: float = 0) -> list[Ended]:
-    def act(folder: Path) -> None:
+def _both(place, folders, step=0, at=0):
+    def act(folder):
         if step:
             real = time.time
 
-            def stepped(*_: object) -> None:
+            def stepped(*_):
                 time.time = lambda: real() + step
                 for path in folder.rglob("*"):
                     if path.suffix == ".lock":
@@ -365,7 +363,7 @@ def _both(place: Place, folders: Sequence[Path], step: float = 0, at: float = 0)
     return [wait(child, log) for child, log in zip(children, logs, strict=True)]
 
 
-def _two(place: Place, row: Row, number: int, step: float = 0, at: float = 0) -> list[str]:
+def _two(place, row, number, step=0, at=0):
     folder = place.fresh("tried")
     ended = _both(place, [folder, folder], step, at)
     row.ended += 1
@@ -376,7 +374,7 @@ def _two(place: Place, row: Row, number: int, step: float = 0, at: float = 0) ->
     return [f"{number}: {wrong}"] if wrong else []
 
 
-def small_disk(place: Place, *, read_only: bool) -> Row | None:
+def small_disk(place, *, read_only):
     """Write to a tmpfs too small for the result, or to one that takes nothing, and then to more.
 
     None if this process may not mount one.
@@ -405,7 +403,7 @@ def small_disk(place: Place, *, read_only: bool) -> Row | None:
     return row
 
 
-def dying_workers(place: Place, count: int) -> Row:
+def dying_workers(place, count):
     """Run a study on Ray and kill workers at work, up to three a run: the others take over.
 
     Moments are drawn by the clock: processor time of another process sends no signal.
@@ -430,14 +428,14 @@ def dying_workers(place: Place, count: int) -> Row:
     return row
 
 
-def _on_ray(place: Place, study: object, store: Path, waits: Sequence[float], met: Path) -> None:
+def _on_ray(place, study, store, waits, met):
     os.environ |= {
         "CALMIX_CACHE": str(place.folder / "cache"),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "RAY_worker_niceness": "0",
     }
 
-    def kill() -> None:
+    def kill():
         left, known = list(waits), {os.getpid()}
         while left:
             for lock in store.glob("locks/*.lock"):
@@ -460,14 +458,12 @@ def _on_ray(place: Place, study: object, store: Path, waits: Sequence[float], me
     command("study", "run", study, "-o", store, *options)()
 
 
-def everything(
-    name: str, verb: Verb, folder: Path, count: int, tell: Callable[[Row], None]
-) -> list[Row]:
+def everything(name, verb, folder, count, tell):
     """Bring every fault upon a verb: `count` kills and damaged files, less of the others."""
     torch.set_num_threads(1)
     place = Place(name, verb, folder)
     few, fewer = -(-count // 5), -(-count // 25)
-    tried: list[Callable[[], Row | None]] = [
+    tried = [
         partial(faults, place, count, "kill"),
         partial(faults, place, few, "interrupt"),
         partial(damage, place, count),

@@ -9,7 +9,7 @@ from tests.fuzz.readers import KINDS
 from tests.fuzz.running import run
 
 
-def main() -> None:
+def main():
     """Exit code 1 if any mutation is neither read nor refused in one line."""
     count, seed, only = (*sys.argv[1:], *(None,) * 3)[:3]
     with tempfile.TemporaryDirectory() as folder:

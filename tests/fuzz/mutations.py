@@ -1,16 +1,11 @@
 """Seeded mutations of bytes, of JSON values, and of lines of text."""
 
-from __future__ import annotations
-
 import json
-import random
-from collections.abc import Callable
-from typing import Any
 
 from calmix.manifest import SEAL, sealed
 
 NESTED = "[" * 5000 + "]" * 5000
-VALUES: tuple[Any, ...] = (
+VALUES = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "\ud800", "\x00", "\x1b[2J", "../../x", "/etc/passwd",
     "<script>alert(1)</script>", "[/bold]", "x" * 100_000, "{a.b}", "%s", "off", "2:4", "0.5",
@@ -30,7 +25,7 @@ LINES = (
 )  # fmt: skip
 
 
-def mutated(raw: bytes, kind: str, rng: random.Random) -> bytes:
+def mutated(raw, kind, rng):
     """Return a mutation of a file's bytes.
 
     Args:
@@ -39,7 +34,7 @@ def mutated(raw: bytes, kind: str, rng: random.Random) -> bytes:
             `binary`; bytes of all are damaged blindly as well.
         rng: decides everything.
     """
-    ways: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
+    ways = {
         "json": [_json, _json, _bytes],
         "sealed": [_sealed, _sealed, _sealed, _bytes],
         "jsonl": [_jsonl, _bytes],
@@ -51,7 +46,7 @@ def mutated(raw: bytes, kind: str, rng: random.Random) -> bytes:
     return raw
 
 
-def _bytes(raw: bytes, rng: random.Random) -> bytes:
+def _bytes(raw, rng):
     content = bytearray(raw)
     if not content:
         return b"\x00"
@@ -80,7 +75,7 @@ def _bytes(raw: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def _words(raw: bytes, rng: random.Random) -> bytes:
+def _words(raw, rng):
     """Put an extreme integer of four or eight bytes somewhere in the first kilobytes."""
     content = bytearray(raw)
     size = rng.choice([4, 8])
@@ -92,7 +87,7 @@ def _words(raw: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def _numbers(raw: bytes, rng: random.Random) -> bytes:
+def _numbers(raw, rng):
     """Replace a digit by another kind of value."""
     places = [at for at, byte in enumerate(raw[:65536]) if 48 <= byte < 58]
     if not places:
@@ -104,7 +99,7 @@ def _numbers(raw: bytes, rng: random.Random) -> bytes:
     return raw[:at] + value + raw[at + 1 :]
 
 
-def _json(raw: bytes, rng: random.Random) -> bytes:
+def _json(raw, rng):
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -114,7 +109,7 @@ def _json(raw: bytes, rng: random.Random) -> bytes:
     return json.dumps(_changed(value, rng)).encode()
 
 
-def _sealed(raw: bytes, rng: random.Random) -> bytes:
+def _sealed(raw, rng):
     try:
         value = json.loads(_json(raw, rng))
     except (ValueError, RecursionError):
@@ -124,7 +119,7 @@ def _sealed(raw: bytes, rng: random.Random) -> bytes:
     return json.dumps(value).encode()
 
 
-def _changed(value: Any, rng: random.Random) -> Any:
+def _changed(value, rng):
     """Return a JSON value with one of its parts, however deep, replaced, dropped or added."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
@@ -145,14 +140,14 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-def _jsonl(raw: bytes, rng: random.Random) -> bytes:
+def _jsonl(raw, rng):
     lines = raw.split(b"\n")
     at = rng.randrange(len(lines))
     lines[at] = _json(lines[at], rng)
     return b"\n".join(lines)
 
 
-def _lines(raw: bytes, rng: random.Random) -> bytes:
+def _lines(raw, rng):
     lines = raw.decode("utf-8", "replace").split("\n")
     at = rng.randrange(len(lines))
     way = rng.choice(["insert", "replace", "value", "delete", "double", "indent"])

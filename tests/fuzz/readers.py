@@ -97,7 +97,7 @@ class Kind:
     weight: float = 1.0
 
 
-def make(folder: Path) -> None:
+def make(folder):
     """Write a good file of every kind."""
     folder.mkdir(parents=True)
     save_tiny_model(folder / "model")
@@ -127,7 +127,7 @@ def make(folder: Path) -> None:
     tiny_gguf(folder / "tiny.gguf")
 
 
-def _parquet(path: Path) -> None:
+def _parquet(path):
     import pyarrow
     import pyarrow.parquet
 
@@ -135,7 +135,7 @@ def _parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(rows), path)
 
 
-def _set(folder: Path) -> None:
+def _set(folder):
     ids = torch.arange(3 * 8).reshape(3, 8)
     tokenizer = open_tokenizer(str(folder / "model")).tokenizer_fingerprint
     source = {"licence": "MIT", "sha256": "0" * 64, "spans": [[0, 0]], "lengths": [24]}
@@ -147,7 +147,7 @@ def _set(folder: Path) -> None:
     CalibrationSet(ids, ("mine",) * 3, manifest).save(folder / "set")
 
 
-def _checkpoints(folder: Path) -> None:
+def _checkpoints(folder):
     from calmix.pruning.checkpoint import prune_checkpoints
     from calmix.recovery import recover
     from calmix.specs import prune_request, recover_request
@@ -161,7 +161,7 @@ def _checkpoints(folder: Path) -> None:
     recover(str(folder / "pruned"), model, asked, folder / "recovered")
 
 
-def _store(folder: Path, results: Any, scores: CapabilityScores) -> None:
+def _store(folder, results, scores):
     entries = []
     for number, trial in enumerate(results.trials):
         place = folder / "trials" / f"t{number}"
@@ -183,7 +183,7 @@ def _store(folder: Path, results: Any, scores: CapabilityScores) -> None:
     write_json(folder / "store.json", index)
 
 
-def tiny_gguf(path: Path) -> None:
+def tiny_gguf(path):
     """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary."""
     from gguf import GGUFWriter, TokenType
 
@@ -228,20 +228,20 @@ def tiny_gguf(path: Path) -> None:
     writer.close()
 
 
-def _study(folder: Path) -> None:
+def _study(folder):
     checked = check_study(folder / "study.yaml")
     assert all("\n" not in problem for problem in checked.problems)
     if checked.study is not None:
         plan(checked.study)
 
 
-def _suite(folder: Path) -> None:
+def _suite(folder):
     suite = load_suite(folder / "suite.yaml")
     assert suite.hash
     suite.quick().limited(2)
 
 
-def _sources(folder: Path) -> None:
+def _sources(folder):
     for name, source in load_sources(folder / "sources.yaml").items():
         assert get_source(name, {name: source}) is source
         assert isinstance(source.reader.availability, str)
@@ -249,7 +249,7 @@ def _sources(folder: Path) -> None:
             list(source.documents())
 
 
-def _mix(folder: Path) -> None:
+def _mix(folder):
     spec = parse_spec(str(folder / "mix.yaml"))
     for name in spec.mix.weights:
         source = get_source(name, spec.own)
@@ -260,8 +260,8 @@ def _mix(folder: Path) -> None:
 _TINY = tiny_tokenizer()
 
 
-def _text(name: str) -> Callable[[Path], None]:
-    def read(folder: Path) -> None:
+def _text(name):
+    def read(folder):
         template = "{q}: {a}" if name.endswith("jsonl") else "{text}"
         documents = list(LocalFile(type="file", path=folder / name, template=template).read())
         documents_hash(documents)
@@ -270,15 +270,15 @@ def _text(name: str) -> Callable[[Path], None]:
     return read
 
 
-def _calibration(folder: Path) -> None:
+def _calibration(folder):
     inspect(folder / "set")
     opened = OpenTokenizer("", folder, _TINY, None, tokenizer_fingerprint(_TINY))
     CalibrationSet.open(folder / "set")
     CalibrationSet.open(folder / "set", opened)
 
 
-def _rerun(name: str) -> Callable[[Path], None]:
-    def read(folder: Path) -> None:
+def _rerun(name):
+    def read(folder):
         again = folder / "again"
         try:
             rerun(folder / name, again)
@@ -288,7 +288,7 @@ def _rerun(name: str) -> Callable[[Path], None]:
     return read
 
 
-def _scores(folder: Path) -> None:
+def _scores(folder):
     inspect(folder / "scores.json")
     load_dense(folder / "scores.json")
     scores = load_scores(folder / "scores.json")
@@ -297,22 +297,22 @@ def _scores(folder: Path) -> None:
             scores.retention(load_scores(folder / "dense.json"), measure=measure, resamples=5)
 
 
-def _read_results(name: str) -> Callable[[Path], None]:
-    def read(folder: Path) -> None:
+def _read_results(name):
+    def read(folder):
         inspect(folder / name)
         read_results(folder / name)
 
     return read
 
 
-def _tokenizer(folder: Path) -> None:
+def _tokenizer(folder):
     opened = open_tokenizer(str(folder / "model"))
     ids = opened.tokenizer(["hello world"]).input_ids
     opened.tokenizer.save_pretrained(folder / "saved")
     opened.tokenizer.batch_decode(ids)
 
 
-def _model(folder: Path) -> None:
+def _model(folder):
     name = str(folder / "model")
     fingerprint(resolve_model(name))
     try:
@@ -321,7 +321,7 @@ def _model(folder: Path) -> None:
         open_model(name)
 
 
-def _dequantised(folder: Path) -> None:
+def _dequantised(folder):
     shutil.rmtree(folder / "cache" / "models", ignore_errors=True)
     resolve_model(str(folder / "tiny.gguf"))
 

@@ -10,10 +10,8 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -43,7 +41,7 @@ class HangError(BaseException):
     """It took longer than `SECONDS`."""
 
 
-def run(folder: Path, count: int, seed: int = 0, only: str | None = None) -> Found:
+def run(folder, count, seed=0, only=None):
     """Run `count` mutations, shared out over the kinds; the same seed gives the same ones.
 
     The cache must be `folder`/files/cache.
@@ -71,7 +69,7 @@ def run(folder: Path, count: int, seed: int = 0, only: str | None = None) -> Fou
     return found
 
 
-def _outcome(read: Any, folder: Path, size: int) -> BaseException | None:
+def _outcome(read, folder, size):
     try:
         with _limited(size):
             read(folder)
@@ -85,10 +83,10 @@ def _outcome(read: Any, folder: Path, size: int) -> BaseException | None:
 
 
 @contextlib.contextmanager
-def _limited(size: int) -> Iterator[None]:
+def _limited(size):
     """Hold the body to the time and memory that it may take; the alarm wakes Python code alone."""
 
-    def hang(signum: int, frame: Any) -> None:
+    def hang(signum, frame):
         raise HangError
 
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -109,7 +107,7 @@ def _limited(size: int) -> Iterator[None]:
         raise HangError
 
 
-def _note(found: Found, name: str, which: str, error: BaseException) -> None:
+def _note(found, name, which, error):
     trace = traceback.extract_tb(error.__traceback__)
     ours = next((f for f in reversed(trace) if "/calmix/" in f.filename), None)
     where = "its line" if ours is None else f"{Path(ours.filename).name}:{ours.lineno}"

@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.experts import SMOOTHING, Gathering
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import admm, get_method
-from calmix.pruning.report import PruneReport
 from tests.pruning.toy import Toy
 from tests.tiny import tiny_ids, tiny_model
 
@@ -60,7 +58,7 @@ CASES = [
 ]
 
 
-def pruned(case: Case) -> tuple[dict[str, torch.Tensor], PruneReport]:
+def pruned(case):
     Run.trusts = lambda self, device: case.trust
     model, ids = case.model(), case.ids()
     run = Run(
@@ -72,14 +70,14 @@ def pruned(case: Case) -> tuple[dict[str, torch.Tensor], PruneReport]:
     return dict(model.named_parameters()), run.report
 
 
-def scores() -> dict[str, list[float]]:
+def scores():
     model = CASES[2].model()
     look = ScorePass(model, find_blocks(model))
     run_through(look, CASES[2].ids())
     return look.scores
 
 
-def main() -> None:
+def main():
     # Alternating directions make much of last bits: matrix units are not to round factors here.
     exact = partial(precision.bfloat16_products, allowed=False)
     for module in (precision, admm):
@@ -100,7 +98,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def alike() -> None:
+def alike():
     """What all experts see alike is summed of one of them, in every process."""
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(2, 5, 4, generator=generator)
@@ -109,13 +107,11 @@ def alike() -> None:
         for expert in experts:
             add(expert, args[0])
 
-    routed: Any = SimpleNamespace(
+    routed = SimpleNamespace(
         kind="indexed", device=torch.device("cpu"), everything=everything, name="mixture",
         collect=lambda *given: None,
     )  # fmt: skip
-    step: Any = SimpleNamespace(
-        columns=4, layers={expert: [expert] for expert in range(3)}, common=True
-    )
+    step = SimpleNamespace(columns=4, layers={expert: [expert] for expert in range(3)}, common=True)
     gathering = Gathering(routed, step, range(3), Gram)
     gathering.collect(torch.arange(5), (parts[dist.get_rank()],), {})
     whole = parts.flatten(0, 1)
@@ -123,7 +119,7 @@ def alike() -> None:
         torch.testing.assert_close(matrix, whole.T @ whole * SMOOTHING / len(whole))
 
 
-def check(case: Case, expected: tuple[dict[str, torch.Tensor], PruneReport] | None) -> None:
+def check(case, expected):
     """Prune together, and compare with the first process's and with what that has done alone."""
     together, report = pruned(case)
     for value in together.values():

@@ -1,7 +1,5 @@
 """Several processes for one model: the masks of one process, and mistakes told once."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

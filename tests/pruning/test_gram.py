@@ -168,7 +168,7 @@ def test_precision_is_what_it_was_whatever_way_it_was_set(setting, monkeypatch):
             backend.fp32_precision = "none"
 
 
-def correlated(columns: int, tokens: int) -> torch.Tensor:
+def correlated(columns, tokens):
     x = torch.randn(tokens, columns, dtype=torch.float64) @ torch.randn(
         columns, columns, dtype=torch.float64
     )

@@ -18,7 +18,7 @@ from calmix.pruning.patterns import (
 from tests.pruning.toy import Elsewhere
 
 
-def stable_mask(score: np.ndarray, count: int, axis: int) -> np.ndarray:
+def stable_mask(score, count, axis):
     """Textbook: a stable sort, so that of equal scores the lower index comes first."""
     rank = score.argsort(axis=axis, kind="stable").argsort(axis=axis, kind="stable")
     return rank < count

@@ -12,7 +12,7 @@ from calmix.pruning import prune
 from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, Unstructured, as_pattern
-from calmix.pruning.solvers.grids import Grid, read_grids
+from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request, requests
 from tests.pruning.test_methods import as_tensors, problem
 from tests.tiny import load_weights, tiny_ids, tiny_model
@@ -32,7 +32,7 @@ def slow(weight, gram, nearest, keep=None, damping=0.01):
     return made
 
 
-def spread(grid: Grid, columns: int) -> np.ndarray:
+def spread(grid, columns):
     return grid._spread(columns).expand(-1, columns).numpy().astype(np.float64)
 
 

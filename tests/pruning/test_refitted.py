@@ -1,7 +1,5 @@
 """Methods with a refit: the same mask, never a larger error, and what it needs is planned for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -15,14 +13,14 @@ from calmix.specs import prune_request
 from tests.tiny import tiny_ids, tiny_model
 
 
-def problem(rows: int = 24, columns: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(rows=24, columns=48):
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(columns, columns, generator=generator)
     x = torch.randn(400, columns, generator=generator) @ mixing
     return torch.randn(rows, columns, generator=generator), x.T @ x
 
 
-def error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
+def error(weight, pruned, gram):
     lost = (weight - pruned).double()
     return float((lost @ gram.double() * lost).sum())
 

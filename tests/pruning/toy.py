@@ -16,15 +16,15 @@ SPARSE = [name for name, kind in METHODS.items() if not issubclass(kind, Quantis
 class Means(Statistic):
     """Mean of |x| of every input."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns, device):
         self.sum, self.tokens = torch.zeros(columns, device=device), 0
 
-    def add(self, inputs: torch.Tensor) -> None:
+    def add(self, inputs):
         flat = inputs.reshape(-1, inputs.shape[-1]).float()
         self.sum += flat.abs().sum(0)
         self.tokens += len(flat)
 
-    def matrix(self) -> torch.Tensor:
+    def matrix(self):
         return self.sum / self.tokens
 
 

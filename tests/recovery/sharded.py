@@ -3,8 +3,6 @@
 Ends well if masters, zeros and loss are those of a model that is whole.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -43,7 +41,7 @@ def trained(student, ids, target, own):
     return losses, dict(masters.full())
 
 
-def main() -> None:
+def main():
     dist.init_process_group("gloo")
     ids = tiny_ids(4, 16)
     with torch.no_grad():

@@ -4,29 +4,26 @@ A moment is `written` (all that that block or step takes is on the disk, but not
 (the record tells of it) or `renamed` (the output stands, the work folder too).
 """
 
-from __future__ import annotations
-
 import os
 import signal
-from typing import Any
 
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import distill
 
 
-def stop() -> None:
+def stop():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(moment: str, number: int) -> None:
+def arm(moment, number):
     """Patch the place where the process is to end; a distillation keeps every state."""
     distill.SAVING = 0
     if moment == "renamed":
-        WorkFolder.abandon = lambda self: stop()  # type: ignore[method-assign]
+        WorkFolder.abandon = lambda self: stop()
         return
     keep = WorkFolder.keep
 
-    def kept(self: WorkFolder, **facts: Any) -> None:
+    def kept(self, **facts):
         due = "rows_at_once" in facts and facts["done"] >= number  # a recovery's
         if due and moment == "written":
             stop()
@@ -34,4 +31,4 @@ def arm(moment: str, number: int) -> None:
         if due:
             stop()
 
-    WorkFolder.keep = kept  # type: ignore[method-assign]
+    WorkFolder.keep = kept

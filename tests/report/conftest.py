@@ -1,9 +1,6 @@
 """One report of a study of the real one's parts, written once for all tests and their processes."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -21,13 +18,13 @@ FEW = ("trivia", "stories", "mix-8")  # the sets of the second condition
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def undrawn(monkeypatch):
     """Pages without their drawings, which take most of the time."""
     monkeypatch.setattr(Chart, "svg", lambda self: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     """The folder of a report: two conditions, one of few sets; some trials missing, one failed."""
     base = tmp_path_factory.getbasetemp()
     at = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all processes

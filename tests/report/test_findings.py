@@ -1,17 +1,13 @@
 """Findings say what was planted, and a tie is never a win."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from calmix.analysis import Settings, analyse, recommend
 from calmix.analysis.ranking import leaders
 from calmix.report import MANY, pages, summarise, summary_text, words
-from calmix.report.findings import Claim, Summary, claims, measured
-from calmix.study.results import StudyResults
+from calmix.report.findings import claims, measured
 from tests.analysis.test_gains import BETTER, KEPT, PLAIN, TUNED, analysed
 from tests.report.conftest import SMALL
 from tests.synthetic import SLOPES, Plan, failed, full_plan, save, study, trial
@@ -22,18 +18,18 @@ LIFTS = {"mix-8": ("mix", 0.2), "igsp": ("igsp", 0.1), "self-cal": ("self-cal", 
 METRIC = "A metric of the text raises one dimension and lowers another"
 
 
-def of(results: StudyResults, **settings: Any) -> Summary:
+def of(results, **settings):
     return summarise(analyse(results, QUICK.model_copy(update=settings)))
 
 
-def said(results: StudyResults, **settings: Any) -> dict[str, Claim]:
+def said(results, **settings):
     return {claim.text: claim for claim in of(results, **settings).claims}
 
 
 # Which set is best
 
 
-def made(kept: dict[str, float], seeds: tuple[int, ...] = (0,)) -> StudyResults:
+def made(kept, seeds=(0,)):
     """Return results of sets with a retention each, in both dimensions."""
     trials = tuple(
         trial(name, "single", "sparsegpt", "60%", seed,
@@ -43,7 +39,7 @@ def made(kept: dict[str, float], seeds: tuple[int, ...] = (0,)) -> StudyResults:
     return study(Plan(), trials=trials)
 
 
-def answers(results: StudyResults) -> list[list[str]]:
+def answers(results):
     """Return the best sets of every condition, after having looked for another answer."""
     found = analyse(results, QUICK)
     summary, texts = summarise(found), pages(results, found)
@@ -69,14 +65,14 @@ def answers(results: StudyResults) -> list[list[str]]:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_near_tie_is_one_and_a_clear_lead_is_none() -> None:
+def test_a_near_tie_is_one_and_a_clear_lead_is_none():
     kept = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
     assert answers(made(kept, (0, 1))) == [["top", "near"]]
     assert answers(made(kept | {"top": 0.9}, (0, 1))) == [["top"]]
     assert answers(made({"lower": 0.600, "higher": 0.604})) == [["higher", "lower"]]
 
 
-def test_a_part_of_a_study_has_the_answer_of_the_whole() -> None:
+def test_a_part_of_a_study_has_the_answer_of_the_whole():
     results = study(full_plan(**SMALL, seed=3))
     whole = analyse(results, QUICK)
     for at, sparsity in enumerate(("50%", "60%")):
@@ -86,7 +82,7 @@ def test_a_part_of_a_study_has_the_answer_of_the_whole() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_dimension_without_signal_is_left_out_of_both_answers() -> None:
+def test_a_dimension_without_signal_is_left_out_of_both_answers():
     quiet = [
         trial(name, "single", "sparsegpt", "60%", 0, {"general": value, "code": None},
               model="quiet", id=f"quiet-{name}")
@@ -97,7 +93,7 @@ def test_a_dimension_without_signal_is_left_out_of_both_answers() -> None:
     assert sorted(answers(results)) == [["a"], ["b"]]
 
 
-def test_recommend_says_a_tie(calmix: Any, tmp_path: Any) -> None:
+def test_recommend_says_a_tie(calmix, tmp_path):
     folder = save(made({"lower": 0.600, "higher": 0.604}), tmp_path / "tied")
     text = " ".join(calmix("study", "recommend", folder).out.split())
     assert "take higher or another that is tied: expect " in text
@@ -109,11 +105,11 @@ def test_recommend_says_a_tie(calmix: Any, tmp_path: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def planted() -> StudyResults:
+def planted():
     return study(Plan(others=LIFTS, noise=0.01, draw=0.004, slopes=SLOPES))
 
 
-def test_claims_say_what_was_planted(planted: StudyResults) -> None:
+def test_claims_say_what_was_planted(planted):
     found = said(planted)
     assert {text: claim.tally for text, claim in found.items()} == {
         "A mix keeps more than the best single source": "holds",
@@ -136,7 +132,7 @@ def test_claims_say_what_was_planted(planted: StudyResults) -> None:
     assert "code −" in one.because
 
 
-def test_the_opposite_and_a_part_of_it() -> None:
+def test_the_opposite_and_a_part_of_it():
     lifts = {"igsp": ("igsp", -0.2), "mixed": ("self-cal", 0.2), "mix-a": ("mix", 0.2),
              "mix-b": ("mix", -0.2)}  # fmt: skip
     found = said(study(Plan(others=lifts, noise=0.01, draw=0.004)))
@@ -148,7 +144,7 @@ def test_the_opposite_and_a_part_of_it() -> None:
     assert one.because.startswith("mix-a over igsp +")
 
 
-def test_a_lead_from_the_benchmarks_themselves_has_claims_of_its_own(planted: StudyResults) -> None:
+def test_a_lead_from_the_benchmarks_themselves_has_claims_of_its_own(planted):
     halves = tuple(
         one.model_copy(update={"halves": ("code_a",)}) if one.strategy == "mix" else one
         for one in planted.trials
@@ -161,7 +157,7 @@ def test_a_lead_from_the_benchmarks_themselves_has_claims_of_its_own(planted: St
     assert {found[text].tally for text in apart} == {"holds"}
 
 
-def test_few_sources_leave_signs_open_and_noise_has_none() -> None:
+def test_few_sources_leave_signs_open_and_noise_has_none():
     few = said(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))
     assert few[METRIC].tally == "undecided"
     assert few[METRIC].verdicts[0].because.endswith("; 4 sources")
@@ -171,7 +167,7 @@ def test_few_sources_leave_signs_open_and_noise_has_none() -> None:
     assert "A mix keeps more than the best single source" not in noise
 
 
-def test_a_default_and_sparsities_have_their_claims(planted: StudyResults) -> None:
+def test_a_default_and_sparsities_have_their_claims(planted):
     assert said(planted, default="news")["A mix keeps more than news"].tally == "holds"
     pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
     for lift, verdict in ((0.2, "holds"), (0.0, "undecided")):
@@ -182,7 +178,7 @@ def test_a_default_and_sparsities_have_their_claims(planted: StudyResults) -> No
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_models_stand_side_by_side() -> None:
+def test_models_stand_side_by_side():
     pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
     one = study(Plan(sources=("a", "b"), conditions=pairs, others=LIFTS, noise=0.0, draw=0.005))
     more = [
@@ -208,7 +204,7 @@ def test_models_stand_side_by_side() -> None:
 # Sentences
 
 
-def test_sets_against_the_best_and_the_mean_source() -> None:
+def test_sets_against_the_best_and_the_mean_source():
     lifts = {"mix-8": ("mix", 0.2), "self-cal": ("self-cal", -0.2)}
     for seeds, end in (((0,), " (one seed each)."), ((0, 1), "sources.")):
         plan = Plan(others=lifts, noise=0.01, draw=0.002, seeds=seeds)
@@ -219,7 +215,7 @@ def test_sets_against_the_best_and_the_mean_source() -> None:
         assert line.endswith(end)
 
 
-def test_whether_kl_could_stand_in_for_the_benchmarks() -> None:
+def test_whether_kl_could_stand_in_for_the_benchmarks():
     results = study(Plan())
     assert any("orders 16 sets as total retention does (ρ −1.00" in line
                for line in of(results).conditions[0].found)  # fmt: skip
@@ -232,7 +228,7 @@ def test_whether_kl_could_stand_in_for_the_benchmarks() -> None:
     assert any("does not order 16 sets" in line for line in told.not_found)
 
 
-def test_equal_sets_are_not_set_apart() -> None:
+def test_equal_sets_are_not_set_apart():
     told = of(study(Plan(others={"mix-8": ("mix", 0.0)}, noise=0.0, draw=0.02))).conditions[0]
     text = "\n".join(told.not_found)
     assert " are tied (" in text
@@ -244,7 +240,7 @@ def test_equal_sets_are_not_set_apart() -> None:
                for line in told.not_found)  # fmt: skip
 
 
-def test_an_unfinished_study_says_so() -> None:
+def test_an_unfinished_study_says_so():
     whole = study(full_plan(**SMALL))
     part = whole.model_copy(update={"trials": whole.trials[:29], "failed": (failed("x"),)})
     told = of(part).certainty
@@ -253,7 +249,7 @@ def test_an_unfinished_study_says_so() -> None:
     assert "to come" not in " ".join(of(whole).certainty)
 
 
-def test_conditions_of_one_seed_are_named_without_their_model_where_all_are() -> None:
+def test_conditions_of_one_seed_are_named_without_their_model_where_all_are():
     pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
     one = study(Plan(sources=("a", "b", "c", "d"), conditions=pairs, seeds=(0, 1)))
     both = [
@@ -270,7 +266,7 @@ def test_conditions_of_one_seed_are_named_without_their_model_where_all_are() ->
         assert line.startswith(f"Every set has one seed in {name}:")
 
 
-def test_little_is_said_of_little() -> None:
+def test_little_is_said_of_little():
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone.headline
     assert alone.conditions[0].found == []
@@ -283,7 +279,7 @@ def test_little_is_said_of_little() -> None:
     assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,))).headline
 
 
-def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together() -> None:
+def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together():
     found = analyse(study(full_plan(conditions=SMALL["conditions"])), QUICK)
     told, lines = summarise(found), summary_text(found).splitlines()
     assert max(map(len, lines)) <= 80
@@ -318,16 +314,14 @@ def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together(
         ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, "undecided"),
     ],
 )
-def test_whether_recovery_evens_texts_out_is_a_claim(
-    tuned: dict[str, tuple[float, float]], verdict: str
-) -> None:
+def test_whether_recovery_evens_texts_out_is_a_claim(tuned, verdict):
     made = {one.text: one.verdicts for one in claims(analysed({**KEPT, TUNED: tuned}))}
     (one,) = made["The lead of a mix shrinks with recovery"]
     assert (one.way, one.verdict) == ("ADMM + distill,epochs=4 60%", verdict)
     assert one.because.startswith("mix over prose ")
 
 
-def test_each_method_against_the_one_that_keeps_next_less() -> None:
+def test_each_method_against_the_one_that_keeps_next_less():
     told = summarise(analysed(KEPT)).methods.found
     assert [line.split(":")[0] for line in told] == [
         "ADMM 60% against SparseGPT 60%", "ADMM + distill,epochs=4 60% against ADMM 60%",
@@ -339,8 +333,8 @@ def test_each_method_against_the_one_that_keeps_next_less() -> None:
     assert line.endswith(" points in total, of mix.")
 
 
-def test_what_is_kept_is_named_by_what_was_scored() -> None:
-    def study_of(*scores: str) -> Any:
+def test_what_is_kept_is_named_by_what_was_scored():
+    def study_of(*scores):
         tasks = [SimpleNamespace(score=score) for score in scores]
         return SimpleNamespace(conditions=[SimpleNamespace(cells=SimpleNamespace(tasks=tasks))])
 

@@ -1,10 +1,7 @@
 """The report's files: complete, self-contained, safe, small, and the same every time."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,18 +9,17 @@ import pytest
 from calmix.analysis import Settings, analyse
 from calmix.report import pages, write_report
 from calmix.report.charts import VARIABLES
-from calmix.study.results import StudyResults
 from tests.synthetic import SOURCES, Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
 KINDS = ("heat-map", "tasks", "ranking", "perplexity", "correlations", "correlations-within")
 
 
-def page_of(results: StudyResults) -> str:
+def page_of(results):
     return pages(results, analyse(results, QUICK))["report.html"]
 
 
-def test_every_figure_is_there_as_a_file_and_in_the_page(whole: Path) -> None:
+def test_every_figure_is_there_as_a_file_and_in_the_page(whole):
     names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
     names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:4]}  # of few sets
     kept = {path.name for path in (whole / "figures").iterdir()}
@@ -35,7 +31,7 @@ def test_every_figure_is_there_as_a_file_and_in_the_page(whole: Path) -> None:
         assert root.findall(".//{http://www.w3.org/2000/svg}text")
 
 
-def test_the_page_needs_nothing_from_outside_and_is_small(whole: Path) -> None:
+def test_the_page_needs_nothing_from_outside_and_is_small(whole):
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert len(page) < 3_000_000
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -50,12 +46,12 @@ class _Strict(HTMLParser):
 
     VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.open: list[str] = []
-        self.ids: set[str] = set()
+        self.open = []
+        self.ids = set()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         if tag not in self.VOID:
             self.open.append(tag)
         name = dict(attrs).get("id")
@@ -63,16 +59,16 @@ class _Strict(HTMLParser):
             assert name not in self.ids, name
             self.ids.add(name)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attrs):
         name = dict(attrs).get("id")
         assert name is None or name not in self.ids
         self.ids.add(name or "")
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_well_formed_and_ids_are_unique(whole: Path) -> None:
+def test_the_page_is_well_formed_and_ids_are_unique(whole):
     page = (whole / "report.html").read_text(encoding="utf-8")
     parser = _Strict()
     parser.feed(page)
@@ -83,7 +79,7 @@ def test_the_page_is_well_formed_and_ids_are_unique(whole: Path) -> None:
         assert set(pair.split()) <= parser.ids
 
 
-def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
+def test_drawings_take_their_colours_from_the_theme(whole):
     page = (whole / "report.html").read_text(encoding="utf-8")
     drawn = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
     for colour in VARIABLES:
@@ -95,7 +91,7 @@ def test_drawings_take_their_colours_from_the_theme(whole: Path) -> None:
         assert f"--{name}:" in dark
 
 
-def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_results_give_the_same_bytes(tmp_path):
     few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[8:11], others={},
                     dimensions=("general", "code"))  # fmt: skip
     results = study(few)
@@ -108,7 +104,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == twin.read_bytes(), path.name
 
 
-def test_what_the_study_says_is_shown_and_never_run() -> None:
+def test_what_the_study_says_is_shown_and_never_run():
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
     kept = {"general": 0.5, evil: 0.4}
     trials = tuple(
@@ -129,7 +125,7 @@ def test_what_the_study_says_is_shown_and_never_run() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_is_missing_or_failed_is_on_the_page(whole: Path) -> None:
+def test_what_is_missing_or_failed_is_on_the_page(whole):
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "Not complete:" in page
     assert "no space left on the disk" in page
@@ -145,14 +141,14 @@ def test_what_is_missing_or_failed_is_on_the_page(whole: Path) -> None:
     ("sources", "dimensions"),
     [(1, ("math",)), (1, ("general", "code", "math")), (2, ("math",)), (3, ("general", "math"))],
 )
-def test_tiny_studies_have_a_report(sources: int, dimensions: tuple[str, ...]) -> None:
+def test_tiny_studies_have_a_report(sources, dimensions):
     names = [f"s{number}" for number in range(sources)]
     page = page_of(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)))
     assert "nothing" in page or "tied" in page or "keeps the most" in page
     assert "Retention by calibration set and dimension" in page
 
 
-def test_dimensions_and_metrics_without_values_have_a_report() -> None:
+def test_dimensions_and_metrics_without_values_have_a_report():
     trials = tuple(
         trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None},
               {"perplexity": 4.0 + n} if n else {})
@@ -166,7 +162,7 @@ def test_dimensions_and_metrics_without_values_have_a_report() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known() -> None:
+def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known():
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
     assert "order 4 sets as total retention does (ρ\N{NO-BREAK SPACE}−1.00" in page
@@ -178,7 +174,7 @@ def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known() -> None
     assert "Distance to the dense model" not in page
 
 
-def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
+def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line():
     trials = tuple(
         trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
         for n in range(2)
@@ -189,7 +185,7 @@ def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line() -> None:
     assert "kept after Wanda 2:4 (dense model: 100\N{NO-BREAK SPACE}%): s0 " in page
 
 
-def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
+def test_what_a_set_shares_with_a_benchmark_is_marked():
     kept = {"general": 0.5, "code": 0.6}
     trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]
     trials[0] = trials[0].model_copy(update={"halves": ("code_a",)})
@@ -202,7 +198,7 @@ def test_what_a_set_shares_with_a_benchmark_is_marked() -> None:
     assert "without its own benchmark" not in plain
 
 
-def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(whole: Path) -> None:
+def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(whole):
     page = (whole / "report.html").read_text(encoding="utf-8")
     section = page[page.index('<details class="condition"') :]
     assert section.index("<summary>Ranking") < section.index("<figure>")

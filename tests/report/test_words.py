@@ -1,7 +1,5 @@
 """How numbers are written."""
 
-from __future__ import annotations
-
 import pytest
 
 from calmix.report import words
@@ -11,11 +9,11 @@ from calmix.report import words
     ("value", "text"),
     [(0.5004, "50.0"), (None, "–"), (-0.001, "−0.1"), (-0.0001, "0.0"), (1.234, "123.4")],
 )
-def test_percent(value: float | None, text: str) -> None:
+def test_percent(value, text):
     assert words.percent(value) == text
 
 
-def test_signs_and_small_p() -> None:
+def test_signs_and_small_p():
     assert [words.points(value) for value in (0.012, -0.012, 0.0)] == ["+1.2", "−1.2", "0.0"]
     assert [words.percent(value, 0) for value in (-0.046, -0.001, 0.5)] == ["−5", "0", "50"]
     assert [words.rho(value) for value in (0.5, -0.5, -0.001)] == ["+0.50", "−0.50", "0.00"]
@@ -23,7 +21,7 @@ def test_signs_and_small_p() -> None:
     assert [words.sure(value) for value in (0.9999, 0.5, 0.0)] == ["99 %", "50 %", "1 %"]
 
 
-def test_a_line_break_parts_no_number_from_its_unit_or_interval() -> None:
+def test_a_line_break_parts_no_number_from_its_unit_or_interval():
     for length in range(50, 90):
         lines = words.wrapped(
             f"{'x' * length} 48.6 [47.7, 49.4] % and ρ −0.9, p <0.001", "- ", "  "
@@ -34,7 +32,7 @@ def test_a_line_break_parts_no_number_from_its_unit_or_interval() -> None:
         assert len(whole) == 3, lines
 
 
-def test_names() -> None:
+def test_names():
     assert words.metric_name("aggregation_4") == "4-gram aggregation"
     assert words.metric_name("own_metric") == "own metric"
     assert words.listed(["a", "b", "c"]) == "a, b and c"

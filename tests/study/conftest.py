@@ -1,11 +1,7 @@
 """A tiny study: three text files, a tiny model, a suite over a made-up archive."""
 
-from __future__ import annotations
-
 import json
 import random
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +27,7 @@ methods: {{sparsegpt: [0.6], wanda: ["2:4"]}}
 """
 
 
-def write_texts(folder: Path) -> None:
+def write_texts(folder):
     """Three files of many short documents."""
     folder.mkdir(exist_ok=True)
     for name, words in WORDS.items():
@@ -41,7 +37,7 @@ def write_texts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def writer(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def writer(folder, model, monkeypatch):
     """Return what writes a study file to a folder, text replaced or added, and returns its path."""
     monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
     use_archive(monkeypatch)
@@ -49,7 +45,7 @@ def writer(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     suite = folder / "suite.yaml"
     suite.write_text(suite_text(), encoding="utf-8")
 
-    def write(*changes: tuple[str, str], more: str = "", name: str = "study.yaml") -> Path:
+    def write(*changes, more="", name="study.yaml"):
         text = STUDY.format(model=model, suite=suite, texts=folder / "texts")
         for old, new in changes:
             assert old in text
@@ -62,8 +58,6 @@ def writer(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 
 @pytest.fixture
-def tiny_study(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
+def tiny_study(tmp_path, tiny_folder, monkeypatch):
     """What writes a study file, its text replaced or extended."""
     return writer(tmp_path, tiny_folder, monkeypatch)

@@ -1,10 +1,5 @@
 """The estimator: what it reads off a configuration, and what it makes of one timed block."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -21,29 +16,28 @@ from calmix.study.trials import plan
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model, tiny_tokenizer
 
-Write = Callable[..., Path]
 SPARSEGPT = get_method("sparsegpt")
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch):
     monkeypatch.setattr(estimate, "MOMENT", 0.0)
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
+def known(monkeypatch):
     """Every block, token, position and weight takes a time that is easy to add up."""
     rates = {"forward": 1.0, "train": 10.0, "head": 100.0, "write": 1e3, "step": 1e6}
     monkeypatch.setattr(Timed, "_measure", lambda self, what, length: rates[what])
     monkeypatch.setattr(Timed, "_prune", lambda *of: (7.0, 0.5))
 
 
-def timed(folder: Path, kind: str = "llama") -> Timed:
+def timed(folder, kind="llama"):
     return Timed(str(save_tiny_model(folder / kind, kind)))
 
 
 @pytest.mark.parametrize("kind", quick(["gpt2", "gpt_oss"], ARCHITECTURES + MIXTURES))
-def test_a_model_is_timed_from_its_configuration(tmp_path: Path, kind: str) -> None:
+def test_a_model_is_timed_from_its_configuration(tmp_path, kind):
     found, model = timed(tmp_path, kind), tiny_model(kind)
     blocks = find_blocks(model)
     assert found.weights == sum(p.numel() for p in model.parameters())
@@ -60,9 +54,7 @@ def test_a_model_is_timed_from_its_configuration(tmp_path: Path, kind: str) -> N
     assert found.bytes < memory[0] < memory[1]
 
 
-def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(
-    tmp_path: Path, known: None
-) -> None:
+def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(tmp_path, known):
     model = timed(tmp_path)
     assert model.pruning(SPARSEGPT, "sequential", 4, 32) == 7 + 0.5 * 4 * 32
     assert model.pruning(SPARSEGPT, None, 4, 32, "error") == 2 * (7 + 0.5 * 4 * 32)
@@ -86,7 +78,7 @@ def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(
     )
 
 
-def test_a_plan_counts_what_is_shared_once(tiny_study: Write, known: None) -> None:
+def test_a_plan_counts_what_is_shared_once(tiny_study, known):
     study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
     found = estimate.estimate(study, "cpu")
     groups = found["groups"]
@@ -100,9 +92,7 @@ def test_a_plan_counts_what_is_shared_once(tiny_study: Write, known: None) -> No
     assert found["disk"] > 36 * 50_000
 
 
-def test_a_plan_names_the_sets_without_chats_for_a_chat_model(
-    tiny_study: Write, known: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_names_the_sets_without_chats_for_a_chat_model(tiny_study, known, monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr(estimate, "_tokenizer", lambda name: tokenizer)
@@ -112,9 +102,7 @@ def test_a_plan_names_the_sets_without_chats_for_a_chat_model(
     assert note.startswith("tiny: plain has no row in this model's chat format")
 
 
-def test_trials_an_accelerator_cannot_hold_are_refused(
-    tiny_study: Write, known: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkeypatch):
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials, cpu = plan(study), torch.device("cpu")
     model = Timed(study.file.models["tiny"].name)
@@ -133,7 +121,7 @@ def test_trials_an_accelerator_cannot_hold_are_refused(
     assert note.startswith("tiny sparsegpt 60% needs ")
 
 
-def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     for name in (str(tmp_path), "owner/name"):
@@ -141,16 +129,14 @@ def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
             Timed(name)
 
 
-def test_a_suite_whose_data_is_not_here_is_assumed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_suite_whose_data_is_not_here_is_assumed(monkeypatch, tmp_path):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     work = suite_work(load_suite("paper").limited(100))
     assert (work.exact, work.items) == (False, 1200)
 
 
 @pytest.mark.real
-def test_answers_that_are_asked_for_are_counted() -> None:
+def test_answers_that_are_asked_for_are_counted():
     work = suite_work(load_suite("abilities").only(tasks=["sums", "requests"]).limited(50))
     assert (work.exact, work.items) == (True, 100)
     assert work.written == 50 * (12 + 96) // 2
@@ -158,7 +144,7 @@ def test_answers_that_are_asked_for_are_counted() -> None:
 
 
 @pytest.mark.real
-def test_the_tokens_of_a_suite_are_counted_about_right() -> None:
+def test_the_tokens_of_a_suite_are_counted_about_right():
     from calmix.calibration import open_tokenizer
 
     suite = load_suite("offline").only(tasks=["logic", "gsm8k"])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +13,6 @@ from calmix.analysis.power import needed
 from calmix.study import load_study, run_study
 from tests.study.conftest import writer
 from tests.study.test_running import Recorder
-
-Write = Callable[..., Path]
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Noise:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+def store(tmp_path_factory, tiny_folder):
     """A finished study of two draws a set under one method."""
     folder = tmp_path_factory.mktemp("power")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,16 +42,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> list[Noise]:
+def made_up(monkeypatch):
     """The noise that is found, to be changed at will."""
     found = [Noise(), Noise(quantity="arc_challenge_of_24_ch", kind="task", item=0.02, draw=0.03)]
     monkeypatch.setattr(module, "noises", lambda *_, **__: found)
     return found
 
 
-def test_the_table_fits_80_columns_and_says_what_tells_so_many_points(
-    calmix: Callable[..., Any], store: Path, made_up: list[Noise]
-) -> None:
+def test_the_table_fits_80_columns_and_says_what_tells_so_many_points(calmix, store, made_up):
     ended = calmix("study", "power", store)
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
@@ -74,9 +67,7 @@ def test_the_table_fits_80_columns_and_says_what_tells_so_many_points(
     assert [one["difference"] for one in told[0]["needed"]] == [0.025]
 
 
-def test_mistakes_are_one_line(
-    calmix: Callable[..., Any], store: Path, tmp_path: Path, made_up: list[Noise]
-) -> None:
+def test_mistakes_are_one_line(calmix, store, tmp_path, made_up):
     for text in ("x", "1,,2", "0", "-1", "nan", "inf", ""):
         assert "points above 0" in calmix("study", "power", store, "--difference", text).line
     assert "given twice" in calmix("study", "power", store, "--difference", "1,1.0").line
@@ -86,15 +77,13 @@ def test_mistakes_are_one_line(
     assert "power needs a set with two seeds" in calmix("study", "power", store).line
 
 
-def test_nothing_finished_is_one_line(
-    calmix: Callable[..., Any], store: Path, tmp_path: Path
-) -> None:
+def test_nothing_finished_is_one_line(calmix, store, tmp_path):
     bare = shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("trials"))
     line = calmix("study", "power", bare).line
     assert "has no finished trials (6 planned): run it first" in line
 
 
-def test_the_noise_of_a_real_study(calmix: Callable[..., Any], store: Path) -> None:
+def test_the_noise_of_a_real_study(calmix, store):
     told = json.loads(calmix("study", "power", store, "--json").out)
     total = told[0]["noise"]
     assert (total["quantity"], total["sets"], total["freedom"]) == ("total", 3, 3)

@@ -1,11 +1,8 @@
 """Studies in processes that die: the table is that of an undisturbed run, here and on Ray."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,12 +19,12 @@ from tests.tiny import quick
 TABLES = ("results.csv",)
 
 
-def states(store: Path) -> list[str]:
+def states(store):
     found = open_store(store)
     return [found.state(entry.id) for entry in found.entries]
 
 
-def running_process(store: Path) -> int | None:
+def running_process(store):
     """The process that holds a trial's lock."""
     found = open_store(store)
     for entry in found.entries:
@@ -37,7 +34,7 @@ def running_process(store: Path) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Path]:
+def undisturbed(tmp_path_factory, tiny_folder):
     """A study with trials long enough to be met at work, and its store after a plain run."""
     folder = tmp_path_factory.mktemp("plain")
     path = write_study(folder, tiny_folder, rows=12)
@@ -47,23 +44,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
     return path, folder / "store"
 
 
-def kill_in_second_trial() -> None:
+def kill_in_second_trial():
     prune, seen = Bench._prune, []
 
-    def pruned(self: Bench, *given: Any) -> Any:
+    def pruned(self, *given):
         made = prune(self, *given)
         seen.append(made)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
-    Bench._prune = pruned  # type: ignore[method-assign]
+    Bench._prune = pruned
 
 
 @pytest.mark.real
 def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
-    undisturbed: tuple[Path, Path], tmp_path: Path
-) -> None:
+    undisturbed, tmp_path
+):
     path, whole = undisturbed
     store = tmp_path / "store"
     study = ("study", "run", path, "-o", store)
@@ -84,12 +81,12 @@ def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
 class Killer(Recorder):
     """Kills the worker it finds at work once the first trial has finished."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store):
         super().__init__()
         self.store = store
-        self.killed: int | None = None
+        self.killed = None
 
-    def finished(self, trial: Any, outcome: Any) -> None:
+    def finished(self, trial, outcome):
         while self.killed is None and {"pending", "running"} & set(states(self.store)):
             if (found := running_process(self.store)) is not None and found != os.getpid():
                 os.kill(found, signal.SIGKILL)
@@ -99,15 +96,15 @@ class Killer(Recorder):
 @pytest.mark.real
 @pytest.mark.parametrize("dies", quick([False], [True]))
 def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
-    undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
-) -> None:
+    undisturbed, tmp_path, monkeypatch, dies
+):
     pytest.importorskip("ray")
     path, whole = undisturbed
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine never gets round to it
     store = tmp_path / "store"
 
-    def act() -> None:
+    def act():
         seen = Killer(store) if dies else Recorder()
         ray = on_ray(workers=2 if dies else 1)
         _, outcome = run_study(load_study(path), store, seen, execute=ray)
@@ -122,7 +119,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
         assert (store / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_no_machine_gets_more_workers_than_it_can_hold() -> None:
+def test_no_machine_gets_more_workers_than_it_can_hold():
     nodes = [
         {"CPU": 8, "memory": 40e9, "GPU": 2},
         {"CPU": 32, "memory": 25e9},
@@ -139,7 +136,7 @@ def test_no_machine_gets_more_workers_than_it_can_hold() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "host:x"])
-def test_an_address_nobody_answers_at(address: str) -> None:
+def test_an_address_nobody_answers_at(address):
     pytest.importorskip("ray")
     with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}'"):
         on_ray(address)

@@ -1,16 +1,11 @@
 """Running a study: what a trial finds, what is shared, what is run again, and what is refused."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,55 +26,51 @@ from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
 from tests.study.conftest import writer
 
-Write = Callable[..., Path]
-
 
 class Recorder(Observer):
     """Remembers what an observer receives."""
 
-    def __init__(self) -> None:
-        self.ran: list[str] = []
-        self.errors: dict[str, str] = {}
-        self.stages: list[str] = []
-        self.notes: list[str] = []
+    def __init__(self):
+        self.ran = []
+        self.errors = {}
+        self.stages = []
+        self.notes = []
 
-    def begin(self, todo: int, planned: int) -> None:
+    def begin(self, todo, planned):
         self.todo, self.planned = todo, planned
 
-    def started(self, trial: Any) -> None:
+    def started(self, trial):
         self.ran.append(trial.planned.label)
 
-    def stage(self, trial: Any, what: str, done: int, total: int) -> None:
+    def stage(self, trial, what, done, total):
         if what not in self.stages[-1:]:
             self.stages.append(what)
 
-    def failed(self, trial: Any, error: str) -> None:
+    def failed(self, trial, error):
         self.errors[trial.planned.label] = error
 
-    def note(self, text: str) -> None:
+    def note(self, text):
         self.notes.append(text)
 
 
-def run(path: Path, store: Path, **options: Any) -> Recorder:
+def run(path, store, **options):
     seen = Recorder()
     run_study(load_study(path), store, seen, **options)
     return seen
 
 
 @pytest.fixture(scope="module")
-def ran(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
-) -> Iterator[tuple[Path, Path, Recorder, list[Any]]]:
+def ran(tmp_path_factory, tiny_folder):
     """A study, its store after a run, what was observed, and which sets and models were made."""
     folder, made = tmp_path_factory.mktemp("ran"), []
     with pytest.MonkeyPatch.context() as patch:
         path = writer(folder, tiny_folder, patch)()
 
-        def resolved(text: str, *rest: Any, **options: Any) -> Any:
+        def resolved(text, *rest, **options):
             made.append(text)
             return resolve(text, *rest, **options)
 
-        def scored(*rest: Any, **options: Any) -> Any:
+        def scored(*rest, **options):
             made.append("dense" if options.get("cache") else "pruned")
             return evaluate(*rest, **options)
 
@@ -91,10 +82,7 @@ def ran(
         yield path, folder / "store", seen, made
 
 
-Ran = tuple[Path, Path, Recorder, list[Any]]
-
-
-def test_a_trial_finds_what_its_steps_find_by_hand(ran: Ran) -> None:
+def test_a_trial_finds_what_its_steps_find_by_hand(ran):
     path, store, seen, made = ran
     assert (len(seen.ran), seen.todo, seen.planned) == (6, 5, 6)
     results, study = read_results(store), load_study(path)
@@ -124,9 +112,7 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran: Ran) -> None:
     assert not list((store / "locks").iterdir())
 
 
-def test_finished_trials_are_not_run_again_and_more_may_be_added(
-    tiny_study: Write, tmp_path: Path
-) -> None:
+def test_finished_trials_are_not_run_again_and_more_may_be_added(tiny_study, tmp_path):
     path, store = tiny_study(), tmp_path / "store"
     assert len(run(path, store, skip=["mix"]).ran) == 4
     assert run(path, store).ran == ["mix sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
@@ -139,7 +125,7 @@ def test_finished_trials_are_not_run_again_and_more_may_be_added(
     assert before[4].information["perplexity"] != after[6].information["perplexity"]
 
 
-def test_a_lock_is_a_processs_and_goes_with_it(tiny_study: Write, tmp_path: Path) -> None:
+def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path):
     path, store = tiny_study(), tmp_path / "store"
     run(path, store, only=["mix wanda*"])
     kept = open_store(store)
@@ -160,9 +146,7 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study: Write, tmp_path: Path
     assert kept.runner(pending) == "pid 1 on elsewhere"
 
 
-def test_failed_trials_keep_their_error_and_are_retried_on_demand(
-    tiny_study: Write, tmp_path: Path
-) -> None:
+def test_failed_trials_keep_their_error_and_are_retried_on_demand(tiny_study, tmp_path):
     text = tmp_path / "texts" / "letters.jsonl"
     path, store = tiny_study(), tmp_path / "store"
     kept = text.read_text()
@@ -182,12 +166,10 @@ def test_failed_trials_keep_their_error_and_are_retried_on_demand(
     assert read_results(store).failed == ()
 
 
-def test_a_defect_in_one_trial_does_not_stop_the_others(
-    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_defect_in_one_trial_does_not_stop_the_others(tiny_study, tmp_path, monkeypatch):
     real = bench_module.prune
 
-    def broken(model: Any, ids: Any, **options: Any) -> Any:
+    def broken(model, ids, **options):
         if options["method"] == "wanda":
             real(model, ids, **options)
             raise RuntimeError("out of\nmemory")
@@ -206,14 +188,12 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(
     assert [t.total for t in alone] == [t.total for t in read_results(store).trials]
 
 
-def test_an_interrupt_leaves_a_consistent_store(
-    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
     path, whole, store = ran[0], ran[1], tmp_path / "store"
-    calls: list[int] = []
+    calls = []
     real = bench_module.evaluate
 
-    def evaluate(*rest: Any, **options: Any) -> Any:
+    def evaluate(*rest, **options):
         calls.append(1)
         if len(calls) == 4:  # the dense model, two trials, and within the third
             raise KeyboardInterrupt
@@ -229,9 +209,7 @@ def test_an_interrupt_leaves_a_consistent_store(
     assert (store / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
 
 
-def test_a_changed_study_is_refused_and_says_what_differs(
-    tiny_study: Write, tmp_path: Path
-) -> None:
+def test_a_changed_study_is_refused_and_says_what_differs(tiny_study, tmp_path):
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
     changes = [
@@ -253,7 +231,7 @@ def test_a_changed_study_is_refused_and_says_what_differs(
         run(tiny_study(), store)
 
 
-def test_a_set_or_model_can_be_named_anew(tiny_study: Write, tmp_path: Path) -> None:
+def test_a_set_or_model_can_be_named_anew(tiny_study, tmp_path):
     """Even if another set has its old name now."""
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
@@ -271,8 +249,8 @@ def test_a_set_or_model_can_be_named_anew(tiny_study: Write, tmp_path: Path) -> 
 
 
 def test_what_two_studies_ask_for_may_be_copied_from_the_one_that_has_it(
-    tiny_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_study, tmp_path, monkeypatch
+):
     first, second = tmp_path / "first", tmp_path / "second"
     run(tiny_study(), first, only=["letters", "code*wanda*"])
     before = {trial.id: trial for trial in read_results(first).trials}
@@ -289,7 +267,7 @@ def test_what_two_studies_ask_for_may_be_copied_from_the_one_that_has_it(
     assert [trial.total for trial in taken] == [before[trial.id].total for trial in taken]
 
 
-def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
+def test_folders_that_are_no_store(tiny_study, tmp_path):
     path = tiny_study()
     other = tmp_path / "other"
     other.mkdir()
@@ -315,7 +293,7 @@ def test_folders_that_are_no_store(tiny_study: Write, tmp_path: Path) -> None:
         run(path, index.parent)
 
 
-def test_patterns_choose_trials(ran: Ran) -> None:
+def test_patterns_choose_trials(ran):
     trials = plan(load_study(ran[0]))
     chosen = chosen_trials(trials, ["l*", "mix wanda*"], ["letters w*"])
     assert [trial.label for trial in chosen] == [
@@ -331,7 +309,7 @@ def test_patterns_choose_trials(ran: Ran) -> None:
         chosen_trials(trials, ["x"], [])
 
 
-def test_results_are_a_table_beside_the_store(ran: Ran, tmp_path: Path) -> None:
+def test_results_are_a_table_beside_the_store(ran, tmp_path):
     store = ran[1]
     with (store / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -345,9 +323,7 @@ def test_results_are_a_table_beside_the_store(ran: Ran, tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_coverage_and_mismatch_compare_with_the_single_sources(
-    tiny_study: Write, tmp_path: Path
-) -> None:
+def test_coverage_and_mismatch_compare_with_the_single_sources(tiny_study, tmp_path):
     store = tmp_path / "store"
     twin = tmp_path / "texts" / "twin.jsonl"
     twin.write_bytes((tmp_path / "texts" / "code.jsonl").read_bytes())
@@ -366,7 +342,7 @@ def test_coverage_and_mismatch_compare_with_the_single_sources(
     assert found["mix"]["coverage_2"] == share
 
 
-def test_a_study_may_do_without_perplexity(tiny_study: Write, tmp_path: Path) -> None:
+def test_a_study_may_do_without_perplexity(tiny_study, tmp_path):
     store = tmp_path / "store"
     run(tiny_study(("suite:", "perplexity: false\nsuite:")), store, only=["*wanda*"])
     before = {trial.id: trial for trial in read_results(store).trials}
@@ -382,13 +358,13 @@ def test_a_study_may_do_without_perplexity(tiny_study: Write, tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
 
 
-def test_two_names_for_one_trial_are_refused(tiny_study: Write, tmp_path: Path) -> None:
+def test_two_names_for_one_trial_are_refused(tiny_study, tmp_path):
     path = tiny_study(("  mix:", f"  twin: {tmp_path}/texts/code.jsonl\n  mix:"))
     with pytest.raises(InputError, match=r"'code sparsegpt.*' and 'twin sparsegpt.*' are the same"):
         run(path, tmp_path / "store")
 
 
-def test_other_versions_are_announced(ran: Ran, tmp_path: Path) -> None:
+def test_other_versions_are_announced(ran, tmp_path):
     store = shutil.copytree(ran[1], tmp_path / "store")
     file = store / "trials" / open_store(store).entries[0].id / "result.json"
     record = json.loads(file.read_text())
@@ -399,7 +375,7 @@ def test_other_versions_are_announced(ran: Ran, tmp_path: Path) -> None:
     assert "1.0" in read_results(store).environment["versions"]["torch"]
 
 
-def test_checkpoints_are_kept_if_asked(tiny_study: Write, tmp_path: Path) -> None:
+def test_checkpoints_are_kept_if_asked(tiny_study, tmp_path):
     store = tmp_path / "store"
     run(tiny_study(more="keep_checkpoints: true\n"), store, only=["code"])
     entry = next(e for e in open_store(store).entries if e.label == "code wanda 2:4 seed 0")
@@ -409,16 +385,14 @@ def test_checkpoints_are_kept_if_asked(tiny_study: Write, tmp_path: Path) -> Non
     assert again.tasks == load_scores(folder / "scores.json").tasks
 
 
-def test_a_suite_that_runs_code_needs_leave(tiny_study: Write, tmp_path: Path) -> None:
+def test_a_suite_that_runs_code_needs_leave(tiny_study, tmp_path):
     path = tiny_study((f"suite: {tmp_path / 'suite.yaml'}", "suite: paper"))
     with pytest.raises(InputError, match="--allow-code-execution"):
         run(path, tmp_path / "store", options=TrialOptions())
     assert not (tmp_path / "store").exists()
 
 
-def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(
-    tiny_study: Write, tmp_path: Path
-) -> None:
+def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study, tmp_path):
     ways = "allocation: [uniform, owl]\nrecovery: [none, 'distill,epochs=1,lr=0.001']\n"
     path = tiny_study(
         ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{wanda: [0.6], magnitude: 0.5}"),

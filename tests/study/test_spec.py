@@ -1,7 +1,5 @@
 """Study files: what they mean, and every mistake with its line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -15,21 +13,21 @@ HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
 
 
-def parsed(text: str, path: Path = Path("s.yaml")):
+def parsed(text, path=Path("s.yaml")):
     checked = parse_study(text, path)
     assert not checked.problems, checked.problems
     return checked.study
 
 
-def problems(text: str) -> list[str]:
+def problems(text):
     return parse_study(text, Path("s.yaml")).problems
 
 
-def labels(text: str) -> list[str]:
+def labels(text):
     return [trial.label for trial in plan(parsed(text))]
 
 
-def test_the_grid_is_every_combination_and_one_set_stands_together() -> None:
+def test_the_grid_is_every_combination_and_one_set_stands_together():
     study = parsed(
         HEAD + "calibrations: {a: news, b: 'uniform:news,books'}\n"
         "methods: {sparsegpt: [50%, 2:4], wanda: 0.5, magnitude: 0.5}\nseeds: [0, 1]\n"
@@ -45,7 +43,7 @@ def test_the_grid_is_every_combination_and_one_set_stands_together() -> None:
     assert (first.calibration, first.request.calibration, first.rows) == ("none", None, 0)
 
 
-def test_grids_replace_what_they_name_and_what_they_share_comes_once() -> None:
+def test_grids_replace_what_they_name_and_what_they_share_comes_once():
     study = parsed(
         HEAD + "calibrations: {a: news, b: books, igsp: igsp}\nmethods: {sparsegpt: 0.6}\n"
         "rows: 8\ngrids:\n  - {}\n  - {seeds: [0, 1], calibrations: [b]}\n"
@@ -60,7 +58,7 @@ def test_grids_replace_what_they_name_and_what_they_share_comes_once() -> None:
     assert plan(study)[2].strategy == "igsp"
 
 
-def test_labels_tell_models_and_sizes_apart() -> None:
+def test_labels_tell_models_and_sizes_apart():
     assert labels(
         "name: s\nmodels: {one: a/b, two: c/d}\ncalibrations: {a: news}\n"
         "methods: {wanda: 0.5, magnitude: 0.5}\nrows: 8\n"
@@ -71,7 +69,7 @@ def test_labels_tell_models_and_sizes_apart() -> None:
     ]  # fmt: skip
 
 
-def test_a_set_may_be_drawn_in_its_own_way() -> None:
+def test_a_set_may_be_drawn_in_its_own_way():
     study = parsed(
         HEAD + "calibrations:\n  a: {from: news, rows: 3, packing: window, leakage: off}\n"
         "  b: {mix: {news: 3, books: 1}}\n  c: {from: igsp}\n"
@@ -86,7 +84,7 @@ def test_a_set_may_be_drawn_in_its_own_way() -> None:
     assert c.draw == {"length": 40, "seed": 0}
 
 
-def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path) -> None:
+def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
     spec = tmp_path / "bos.yaml"
     spec.write_text("generate: self-cal\noptions: {start: bos}\n", encoding="utf-8")
     sets = f"auto: self-cal,start=auto\n  bos: {spec}\n  letters: "
@@ -101,7 +99,7 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path: Path
     assert auto.calibration_id != bos.calibration_id
 
 
-def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
+def test_every_mistake_is_told_with_its_line(tmp_path):
     form = (
         "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"
         "calibrations:\n  b: {mix: {x: 1}, uniform: [y]}\n  c: {form: x}\n"
@@ -153,7 +151,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
             assert line.startswith(f"s.yaml line {number}: {words}"), line
 
 
-def test_what_has_no_effect_is_told_with_its_line() -> None:
+def test_what_has_no_effect_is_told_with_its_line():
     for text, wanted in (
         ("methods: {wanda: 0.5}\ngrids:\n"
          "  - {recovery: []}\n  - {methods: {magnitude: 0.5}, recovery: distill}\n"
@@ -172,19 +170,19 @@ class Third(Pattern):
     """A pattern of somebody else's."""
 
     sparsity = 1 / 3
-    __str__ = count = mask = lambda self, *_: "a third"  # type: ignore[assignment]
+    __str__ = count = mask = lambda self, *_: "a third"
 
     @classmethod
-    def parse(cls, text: str) -> Pattern | None:
+    def parse(cls, text):
         return cls() if text == "a third" else None
 
 
-def test_a_pattern_of_any_class_is_a_target() -> None:
+def test_a_pattern_of_any_class_is_a_target():
     (trial,) = plan(parsed(NEWS + "methods: {wanda: a third}\n"))
     assert (trial.label, trial.sparsity) == ("a wanda a third seed 0", 1 / 3)
 
 
-def test_methods_may_have_options_of_their_own() -> None:
+def test_methods_may_have_options_of_their_own():
     study = parsed(
         NEWS + "methods:\n  sparsegpt: 0.5\n  sparsegpt,damping=0.1: 0.5\n  wanda: 0.5\n"
     )
@@ -206,7 +204,7 @@ def test_methods_may_have_options_of_their_own() -> None:
         (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),
     ],
 )
-def test_empty_grids_and_broken_files(tmp_path: Path, text: str, says: str) -> None:
+def test_empty_grids_and_broken_files(tmp_path, text, says):
     path = tmp_path / "s.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=says):
@@ -215,7 +213,7 @@ def test_empty_grids_and_broken_files(tmp_path: Path, text: str, says: str) -> N
         check_study(tmp_path / "none.yaml")
 
 
-def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path: Path) -> None:
+def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path):
     (tmp_path / "notes.txt").write_text("a b c", encoding="utf-8")
     own = "sources:\n  mine: {reader: {type: file, path: notes.txt}}\n"
     text = HEAD + own + "calibrations: {a: mine}\nmethods: {wanda: 0.5}\n"
@@ -226,7 +224,7 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path: Path) -> None:
     assert "source 'mine'" in line
 
 
-def test_what_differs_in_recovery_alone_comes_right_after_its_prune() -> None:
+def test_what_differs_in_recovery_alone_comes_right_after_its_prune():
     assert labels(
         HEAD + "calibrations: {a: news, b: stories}\nmethods: {sparsegpt: [0.5, 0.6]}\n"
         "grids:\n  - {calibrations: [a, b]}\n"
@@ -238,7 +236,7 @@ def test_what_differs_in_recovery_alone_comes_right_after_its_prune() -> None:
 
 
 @pytest.mark.real
-def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path: Path) -> None:
+def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     text = (
         NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\nallocation: [owl, error]\n"
         "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"

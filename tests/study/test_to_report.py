@@ -1,18 +1,10 @@
 """From a study file to its report, nothing made up."""
 
-from __future__ import annotations
-
 import csv
 import json
-from collections.abc import Callable
-from pathlib import Path
-
-from tests.conftest import Ended
 
 
-def test_a_study_run_here_is_analysed_reported_and_recommended_from(
-    calmix: Callable[..., Ended], tiny_study: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_study_run_here_is_analysed_reported_and_recommended_from(calmix, tiny_study, tmp_path):
     path = tiny_study((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n")
     store = tmp_path / "store"
     assert calmix("study", "run", path, "-o", store).code == 0

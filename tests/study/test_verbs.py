@@ -1,20 +1,11 @@
 """The verbs of a study: what they print, and one line for every mistake."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from calmix.study import load_study
 
-Write = Callable[..., Path]
 
-
-def test_a_study_from_its_first_file_to_its_table(
-    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path
-) -> None:
+def test_a_study_from_its_first_file_to_its_table(calmix, tiny_study, tmp_path):
     path, store = tiny_study(), tmp_path / "store"
     ended = calmix("study", "validate", path)
     assert ended.code == 0
@@ -34,7 +25,7 @@ def test_a_study_from_its_first_file_to_its_table(
     assert (store / "results.csv").is_file()
 
 
-def test_the_file_to_start_from_is_a_study(calmix: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
     path = tmp_path / "mine.yaml"
     assert calmix("study", "init", path).code == 0
     assert load_study(path).file.name == "my-study"
@@ -43,7 +34,7 @@ def test_the_file_to_start_from_is_a_study(calmix: Callable[..., Any], tmp_path:
     assert "name a .yaml file" in calmix("study", "init", tmp_path / "mine.txt").line
 
 
-def test_a_plan_in_words_and_as_json(calmix: Callable[..., Any], tiny_study: Write) -> None:
+def test_a_plan_in_words_and_as_json(calmix, tiny_study):
     path = tiny_study()
     ended = calmix("study", "plan", path)
     assert ended.code == 0, ended.err
@@ -59,7 +50,7 @@ def test_a_plan_in_words_and_as_json(calmix: Callable[..., Any], tiny_study: Wri
     assert [group["trials"] for group in told["groups"]] == [3, 3]
 
 
-def test_validate_lists_every_mistake(calmix: Callable[..., Any], tiny_study: Write) -> None:
+def test_validate_lists_every_mistake(calmix, tiny_study):
     path = tiny_study(("rows: 6", "row: 6"), ("length: 32", "length: x"))
     ended = calmix("study", "validate", path)
     assert ended.code == 2
@@ -71,9 +62,7 @@ def test_validate_lists_every_mistake(calmix: Callable[..., Any], tiny_study: Wr
     assert told["problems"] == [first, second]
 
 
-def test_every_mistake_is_one_line(
-    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path
-) -> None:
+def test_every_mistake_is_one_line(calmix, tiny_study, tmp_path):
     path, store = tiny_study(), tmp_path / "store"
     empty = tiny_study(("methods: ", "seeds: []\nmethods: "), name="empty.yaml")
     wrong = tiny_study(("rows: 6", "rows: six"), name="wrong.yaml")
@@ -109,9 +98,7 @@ def test_every_mistake_is_one_line(
         assert words in ended.line, (arguments, ended.line)
 
 
-def test_a_failed_trial_is_told_and_the_rest_is_run(
-    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path
-) -> None:
+def test_a_failed_trial_is_told_and_the_rest_is_run(calmix, tiny_study, tmp_path):
     path = tiny_study()
     (tmp_path / "texts" / "code.jsonl").write_text('{"text": "x"}')
     ended = calmix("study", "run", path, "-o", tmp_path / "store")
@@ -123,9 +110,7 @@ def test_a_failed_trial_is_told_and_the_rest_is_run(
     assert calmix("study", "run", path, "-o", tmp_path / "store", "--retry-failed").code == 0
 
 
-def test_ray_is_optional(
-    calmix: Callable[..., Any], tiny_study: Write, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_ray_is_optional(calmix, tiny_study, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     ended = calmix("study", "run", tiny_study(), "-o", tmp_path / "s", "--executor", "ray")
     assert "pip install 'calmix[ray]'" in ended.line

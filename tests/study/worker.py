@@ -1,9 +1,5 @@
 """What the tests that need processes of their own share: a study over the real archive."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 from tests.study.conftest import STUDY, write_texts
 from tests.tiny import longer
 
@@ -20,7 +16,7 @@ dimensions:
 """
 
 
-def write_study(folder: Path, model: Path, *, rows: int = 6) -> Path:
+def write_study(folder, model, *, rows=6):
     """Write texts, suite and study; return the study's path."""
     write_texts(folder / "texts")
     (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")

@@ -1,7 +1,5 @@
 """Conversations the model writes, alone and as a part of a mix."""
 
-from __future__ import annotations
-
 import pytest
 
 from calmix.calibration import CalibrationSet, ask, resolve
