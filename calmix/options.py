@@ -63,9 +63,9 @@ def option(
 
 def parse_share(value: Any) -> Any:
     """Return `0.6` or `60%` as a share; a ValueError asks whether 60 is meant as per cent."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        return float(value.strip()[:-1]) / 100
     try:
+        if isinstance(value, str) and value.strip().endswith("%"):
+            return float(value.strip()[:-1]) / 100
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"'{value}' is not a share, such as 0.6 or 60%") from None

@@ -7,7 +7,7 @@ collapse where all or none of a few items are right.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from calmix.evaluation.suites import WRITTEN
 
 FEW = 5  # items that the dense model gets right: with fewer no ability is called the worst
 Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
+TaskPair = tuple[TaskScores, TaskScores]
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,10 @@ class Behaviour:
 def behaviour(*pairs: Pair) -> Behaviour:
     """Return what pruned models' scores say of behaviour, beside the dense model's on the same
     suites; a task that several hold counts where it has most items."""
-    held: dict[tuple[str, bool], tuple[TaskScores, TaskScores]] = {}
-    for dense, pruned in pairs:
-        check_same_suite(pruned.suite, dense.suite)
-        check_paired(dense.tasks, pruned.tasks)
-        if dense.form and pruned.form and dense.form != pruned.form:
-            raise InputError(
-                "one model was asked in its chat template, the other by worked examples: give "
-                "both the same tokenizer and template, and evaluate again"
-            )
-        for before, after in zip(dense.tasks, pruned.tasks, strict=True):
-            key = before.name, before.metric in WRITTEN
-            if before.values and (key not in held or len(held[key][0].items) < len(before.items)):
-                held[key] = before, after
-    written = [one for (_, asked), one in held.items() if asked]
-    chosen = [one for (_, asked), one in held.items() if not asked]
+    check_pairs(pairs)
+    written = held(pairs, lambda task: bool(task.values) and task.metric in WRITTEN)
+    chosen = held(pairs, lambda task: bool(task.values) and task.metric not in WRITTEN)
+    run = {before.name for before, _ in (*written, *chosen)}
     known = [one for one in chosen if has_signal(one[0], "accuracy")]
     abilities = dict.fromkeys(before.dimension for before, _ in written)
     return Behaviour(
@@ -99,12 +89,35 @@ def behaviour(*pairs: Pair) -> Behaviour:
         counted("choices", known),
         tuple(one[0].name for one in chosen if one not in known),
         tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
-                            if not any(name == known for known, _ in held))),
+                            if name not in run)),
         next((pruned.form for _, pruned in pairs if pruned.form), ""),
     )  # fmt: skip
 
 
-def counted(name: str, tasks: Sequence[tuple[TaskScores, TaskScores]]) -> Counted | None:
+def check_pairs(pairs: Sequence[Pair]) -> None:
+    """Refuse scores of two models that were not asked the same, with an `InputError`."""
+    for dense, pruned in pairs:
+        check_same_suite(pruned.suite, dense.suite)
+        check_paired(dense.tasks, pruned.tasks)
+        if dense.form and pruned.form and dense.form != pruned.form:
+            raise InputError(
+                "one model was asked in its chat template, the other by worked examples: give "
+                "both the same tokenizer and template, and evaluate again"
+            )
+
+
+def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
+    """Return both models' scores of the tasks that fit, each from where it has most items."""
+    found: dict[str, TaskPair] = {}
+    for dense, pruned in pairs:
+        for before, after in zip(dense.tasks, pruned.tasks, strict=True):
+            most = len(found[before.name][0].items) if before.name in found else 0
+            if fits(before) and len(before.items) > most:
+                found[before.name] = before, after
+    return list(found.values())
+
+
+def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     items = [both for before, after in tasks
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
     if not items:

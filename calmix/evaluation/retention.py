@@ -40,7 +40,7 @@ Point = tuple[float, Array]  # a value, and what it is in each resample; nan whe
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; None where it is not defined."""
+    """A value with its interval, of 95 % unless another was asked; None where not defined."""
 
     value: float | None
     low: float | None = None
@@ -121,11 +121,12 @@ def retention(
     measure: Measure = "primary",
     resamples: int = RESAMPLES,
     seed: int = 0,
+    level: float = LEVEL,
 ) -> Retention:
     """Compare two models' scores on the same items (definitions: docs/evaluation.md).
 
-    Intervals are from a paired bootstrap over items: each resample draws items with
-    replacement, the same ones for both models, task by task, and recomputes every mean.
+    Intervals hold a central `level` of a paired bootstrap over items: each resample draws items
+    with replacement, the same ones for both models, task by task, and recomputes every mean.
 
     Raises:
         InputError: the models were not scored on the same tasks and items, or the scores lack
@@ -145,7 +146,7 @@ def retention(
                 before.name, before.dimension, made.score, len(before.items),
                 mean_floor(before, made.score, measure),
                 mean_score(before, made.score), mean_score(after, made.score),
-                before.accuracy, after.accuracy, noise(made.whole), signal, estimate(*point),
+                before.accuracy, after.accuracy, noise(made.whole), signal, estimate(*point, level),
             )
         )  # fmt: skip
     rolled = by_dimension(dense, points, task_weights(dense, measure))
@@ -153,13 +154,13 @@ def retention(
     for name, point in rolled.items():
         members = [task for task in tasks if task.dimension == name]
         silent = tuple(task.name for task in members if not task.signal)
-        dimensions.append(DimensionRetention(name, len(members), silent, estimate(*point)))
+        dimensions.append(DimensionRetention(name, len(members), silent, estimate(*point, level)))
     known = [name for name, (value, _) in rolled.items() if not math.isnan(value)]
     return Retention(
         measure,
         tuple(tasks),
         tuple(dimensions),
-        estimate(*mean_point(list(rolled.values()))),
+        estimate(*mean_point(list(rolled.values())), level),
         min(known, key=lambda name: rolled[name][0]) if known else None,
         resamples,
         seed,
@@ -231,13 +232,13 @@ def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
     return np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
 
 
-def estimate(value: float, draws: Array) -> Estimate:
-    """Return a value with the central 95 % of its resamples."""
+def estimate(value: float, draws: Array, level: float = LEVEL) -> Estimate:
+    """Return a value with the central part of its resamples, 95 % unless another is asked."""
     if math.isnan(value):
         return Estimate(None, None, None)
     known = draws[~np.isnan(draws)]
     if not len(known):
         return Estimate(value, None, None)
-    tail = (1 - LEVEL) / 2
+    tail = (1 - level) / 2
     low, high = np.quantile(known, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))

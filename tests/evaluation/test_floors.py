@@ -1,0 +1,174 @@
+"""What must be kept: floors as they are written, bounds by hand, and what cannot be proven."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from scipy.stats import binom
+
+from calmix.errors import InputError
+from calmix.evaluation.floors import (
+    Verdict,
+    expected,
+    judge,
+    lower_bound,
+    needed,
+    parse_floors,
+    provable,
+)
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.retention import retention
+from calmix.evaluation.scores import CapabilityScores
+from tests.evaluation.helpers import accuracy, bits
+
+
+def written(right: int, of: int, name: str = "code", kept: int | None = None) -> TaskScores:
+    """Answers of which the first are right, or the first of those still."""
+    held = right if kept is None else kept
+    one = accuracy([1.0] * held + [0.0] * (of - held), f"{name} task", name, chance=0.0)
+    return replace(one, metric="as_asked", primary="kept", answers=("x",) * of)
+
+
+def scored(*tasks: TaskScores, suite: str = "s", not_run: tuple[str, ...] = ()) -> CapabilityScores:
+    about = {"name": suite, "version": 1, "hash": suite}
+    return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
+
+
+def judged(text: str, dense: CapabilityScores, pruned: CapabilityScores) -> Verdict:
+    return judge(parse_floors(text), [(dense, pruned)])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("0.9", {"": 0.9}),
+        ("90%", {"": 0.9}),
+        ("code=0.9, general=80%", {"code": 0.9, "general": 0.8}),
+        ("0.8,code=0.9", {"": 0.8, "code": 0.9}),
+    ],
+)
+def test_floors_are_read(text: str, found: dict[str, float]) -> None:
+    assert parse_floors(text) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("60", "60 is above 1: did you mean 0.6"),
+        ("code=90", "did you mean 0.9"),
+        ("150%", "between 0 and 1"),
+        ("1", "between 0 and 1"),
+        ("code=0", "between 0 and 1"),
+        ("-0.5", "between 0 and 1"),
+        ("nan", "between 0 and 1"),
+        ("much", "'much' is not a share"),
+        ("x%", "'x%' is not a share"),
+        ("", "not of the form"),
+        ("code=", "not of the form"),
+        ("=0.9", "not of the form"),
+        ("0.9,", "not of the form"),
+        ("code=0.9,code=0.8", "gives code twice"),
+        ("0.9,0.8", "gives a floor of all abilities twice"),
+    ],
+)
+def test_other_floors_are_refused(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        parse_floors(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_bounds_are_exact() -> None:
+    assert lower_bound(0, 20) == 0
+    assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20))
+    assert lower_bound(1, 20) == pytest.approx(1 - 0.95 ** (1 / 20))
+    for kept, of, confidence in ((17, 20, 0.95), (45, 60, 0.9), (3, 7, 0.99)):
+        bound = lower_bound(kept, of, confidence)  # there so many or more are as rare as that
+        assert binom.sf(kept - 1, of, bound) == pytest.approx(1 - confidence)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_what_a_number_of_right_answers_can_prove(confidence: float) -> None:
+    for floor in (0.5, 0.77, 0.9, 0.95):
+        few = needed(floor, confidence)
+        assert provable(few, confidence) >= floor > provable(few - 1, confidence)
+    assert needed(0.9) == 29
+    assert needed(provable(40)) == 40
+    assert provable(0) == 0
+
+
+def test_each_ability_is_judged_by_the_first_measure_it_has() -> None:
+    answered = written(100, 120), written(100, 120, kept=97)
+    chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
+    likely = [bits([0.5 + more * (n % 3) for n in range(60)], [2] * 60, "passages", "prose")
+              for more in (0.0, 0.01)]  # fmt: skip
+    more = bits([0.5] * 60, [2] * 60, "answers", "code")  # of an ability whose answers are known
+    dense = scored(answered[0], chosen[0], likely[0], more)
+    pruned = scored(answered[1], chosen[1], likely[1], more, not_run=("humaneval",))
+    verdict = judged("0.9", dense, pruned)
+    code, general, prose = verdict.tested
+    assert (code.ability, code.measure, code.items) == ("code", "generated answers", 100)
+    assert (code.kept, code.bound) == (0.97, lower_bound(97, 100))
+    assert (general.measure, general.items) == ("accuracy", 280)
+    assert general.kept == pytest.approx((275 - 75) / (280 - 75))
+    assert 0.93 < general.bound < general.kept
+    kept = retention([likely[0]], [likely[1]], level=0.9).of("prose")
+    assert (prose.measure, prose.items, prose.kept) == ("likelihood", 60, kept.value)
+    assert prose.bound == pytest.approx(min(kept.low or 0, provable(60)))
+    assert verdict.passed
+    first, left_out = verdict.lines()
+    assert first.startswith("Kept at 95 % confidence, at least: code 90.0 %, general 90.0 %, prose")
+    assert "Not run: humaneval" in left_out
+    strict = judged("code=0.95", dense, pruned)
+    assert not strict.passed
+    assert [one.ability for one in strict.tested] == ["code"]
+    assert strict.promise.startswith(
+        "Not kept at 95 % confidence: code keeps 97.0 %, proven 92.4 %, asked 95.0 % (more items"
+    )
+    assert strict.to_dict()["tested"][0]["passed"] is strict.to_dict()["passed"] is False
+
+
+def test_no_bound_is_above_what_the_items_can_prove() -> None:
+    for task in (written(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)):
+        one = scored(task)
+        (best,), (found,) = expected({"": 0.5}, [one]), judged("0.5", one, one).tested
+        assert best.possible
+        assert found.kept == 1
+        assert found.bound == pytest.approx(best.provable, abs=0.03)
+        assert found.bound <= best.provable < 1
+        assert judged(f"{best.provable - 0.03}", one, one).passed
+
+
+def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
+    few, many = scored(written(30, 30), suite="a"), scored(written(50, 50), suite="b")
+    for pairs in ([(few, few), (many, many)], [(many, many), (few, few)]):
+        assert judge({"code": 0.9}, pairs).tested[0].items == 50
+    with pytest.raises(InputError, match="cannot be compared"):
+        judge({"code": 0.9}, [(few, many)])
+
+
+def test_what_cannot_be_proven_is_said_with_the_nearest_that_can() -> None:
+    guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
+    dense = scored(written(12, 60), written(90, 90, "chat"), written(2, 60, "math"), guessed)
+    assert judged("0.75", dense, dense).untested == ("math", "logic")
+    for text, said in (
+        ("cod=0.9", "names 'cod', which the scores lack: they have code, chat, math, logic"),
+        ("math=0.9", "math=0.9: the dense model has no signal in math"),
+        ("logic=0.9", "no signal in logic"),
+        ("0.9", "code=0.9 needs 29 right answers and has 12; .* --keep-at-least 0.9,code=0.77$"),
+        ("code=0.95,chat=0.9", "needs 59 .* ask for --keep-at-least code=0.77,chat=0.9$"),
+    ):
+        with pytest.raises(InputError, match=said) as refused:
+            judged(text, dense, dense)
+        assert "\n" not in str(refused.value)
+    assert judged("0.9,code=0.77", dense, dense).passed  # as it was said
+    with pytest.raises(InputError, match="no signal in any ability"):
+        judged("0.9", scored(guessed), scored(guessed))
+    lost = bits([0.5] * 20, [2] * 20)
+    with pytest.raises(InputError, match="code=0.9 needs 29 items and has 20"):
+        judged("0.9", scored(lost), scored(lost))
+    strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
+    (found,) = expected({"": 0.9}, [strict])
+    assert found.provable == pytest.approx(1 - 2 * (1 - provable(50)))
+    assert found.needed == needed(0.95)
+    assert not found.possible
