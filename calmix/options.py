@@ -246,6 +246,9 @@ class Compression(MemoryOptions, DeviceOptions):
     model: str = option(..., MODEL, argument=True)
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
     pattern: str | None = option(None, "N:M in place of a sparsity: 2:4.")
+    bits: float | None = option(
+        None, "Bits a weight: 2.8; with a sparsity, of what is kept.", gt=0, le=8
+    )
     effort: Literal["quick", "standard", "best"] = option(
         "standard", "Time for quality: rows, recovery, evaluation."
     )

@@ -141,7 +141,7 @@ class Stages(Progress):
         before, own = sum(self._expected[: self._at]), self._expected[self._at]
         pace = self._taken / before if min(self._taken, before) > 1 else 1.0
         spent = (time.monotonic() - self._start) / pace
-        # Past 70 % of its time a stage slows down and never stands: it may take longer than thought.
+        # Past 70 % of its time a stage slows down and never stands: it may take longer.
         done = spent if spent <= 0.7 * own else own * spent / (spent + 0.3 * own)
         whole = sum(self._expected)
         text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"

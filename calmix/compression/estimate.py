@@ -14,7 +14,6 @@ from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
-from calmix.options import COMPRESS_METHOD
 from calmix.pruning.allocation import SPREAD
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
@@ -53,8 +52,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     """Return what every stage of a compression will take here, in order."""
     model = Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
     rows, length = _drawn(asked)
-    request = prune_request(method=COMPRESS_METHOD, sparsity=asked.sparsity, pattern=asked.pattern,
-                            calibration=asked.calibration)  # fmt: skip
+    request = prune_request(**asked.aim, calibration=asked.calibration)
     found = []
     for stage in listed:
         seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
@@ -62,7 +60,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             disk = 8.0 * rows * length
             memory = memory if asked.generated else PROGRAM
             seconds = model.calibration(rows, length, ask(asked.calibration).spec, measured=False)
-        elif stage.leaves == "pruned":
+        elif stage.arguments[0] == "prune":
             seconds = _pruning(model, request, rows, length)
             memory, disk = planned(
                 asked.model, {Path("pruned"): request}, rows, length, device=asked.device,
@@ -134,7 +132,7 @@ def check_room(asked: Request, listed: Sequence[Stage]) -> int:
         model = Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
         for stage in recovered:
             _recovery_memory(model, _recovery(asked, stage), _drawn(asked)[1], asked.most)
-    made: float = len(recovered) + sum(stage.leaves == "pruned" for stage in listed)
+    made: float = len(recovered) + sum(stage.arguments[0] == "prune" for stage in listed)
     made += SMALLER * any(stage.leaves == "pack" for stage in listed)
     return int(made * weight_bytes(resolve_model(asked.model)))
 

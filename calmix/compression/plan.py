@@ -21,7 +21,7 @@ from calmix.evaluation.generations import read_prompts
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.options import COMPRESS_METHOD, Compression
+from calmix.options import BITS_METHOD, COMPRESS_METHOD, Compression
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.sources.registry import local_file
@@ -100,9 +100,29 @@ class Request(Compression):
         return None if self.max_memory is None else parse_memory(self.max_memory)
 
     @property
+    def aim(self) -> dict[str, Any]:
+        """The method and what it is asked for, as a prune takes them."""
+        return _aim(self.sparsity, self.pattern, self.bits)
+
+    @property
     def target(self) -> str:
-        """The sparsity or pattern, as it is printed."""
-        return self.pattern or f"{100 * (self.sparsity or 0):g} %"
+        """What is asked for, as it is printed: `60 %`, `2:4`, `2.8 bits`, `50 %, 4 bits`."""
+        return target(self.model_dump())
+
+
+def target(asked: Mapping[str, Any]) -> str:
+    """Return what a request asks for, as it is printed."""
+    share = None if asked["sparsity"] is None else f"{100 * asked['sparsity']:g} %"
+    bits = None if asked.get("bits") is None else f"{asked['bits']:g} bits"
+    return ", ".join(filter(None, (asked["pattern"] or share, bits)))
+
+
+def _aim(sparsity: float | None, pattern: str | None, bits: float | None) -> dict[str, Any]:
+    sparse = (sparsity, pattern) != (None, None)
+    return {
+        "method": COMPRESS_METHOD if sparse else BITS_METHOD, "sparsity": sparsity,
+        "pattern": pattern, "bits": None if bits is None else f"{bits:g}",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,10 +169,9 @@ def request(
     }
     ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
-    sparsity = 0.6 if (asked.sparsity, asked.pattern) == (None, None) else asked.sparsity
-    prune_request(
-        method=COMPRESS_METHOD, sparsity=sparsity, pattern=asked.pattern, calibration=text
-    )
+    bare = (asked.sparsity, asked.pattern, asked.bits) == (None, None, None)
+    sparsity = 0.6 if bare else asked.sparsity
+    prune_request(**_aim(sparsity, asked.pattern, asked.bits), calibration=text)
     allowed = asked.allow_code_execution
     check_code(runnable(choose(asked.suite), allowed)[0], allowed)
     if asked.prompts is not None:
@@ -212,15 +231,16 @@ def stages(asked: Request, out: Path) -> list[Stage]:
             **where if asked.generated else trust, output=held,
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), "calibration"))
+    # Levels are not trained: a recovery would move weights off their grid.
+    recoveries = effort.recoveries if asked.bits is None else ()
+    before = "pruned" if recoveries else "model"
     pruned = _flags(
-        method=COMPRESS_METHOD, pattern=asked.pattern,
-        sparsity=None if asked.pattern else asked.sparsity,
-        calibration=held, licence=asked.licence if asked.saved else None, **work,
-        output=out / "pruned",
+        **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,
+        output=out / before,
     )  # fmt: skip
-    found.append(Stage("prune", ("prune", model, *pruned), "pruned"))
-    before = "pruned"
-    for way in effort.recoveries:
+    named = "quantise" if asked.aim["method"] == BITS_METHOD else "prune"
+    found.append(Stage(named, ("prune", model, *pruned), before))
+    for way in recoveries:
         last = way == effort.recoveries[-1]
         after = "model" if last else way
         trained = _flags(

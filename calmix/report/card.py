@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK
+from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK, target
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
@@ -70,6 +70,7 @@ class Card:
     origin: str
     weights: int
     pruned: int
+    bits: float | None
     size: int
     packed: int
     sources: tuple[Source, ...]
@@ -82,7 +83,7 @@ class Card:
     tasks: Mapping[str, Mapping[str, str]]
     hashes: Mapping[str, str]
 
-    SPEED = "unchanged; most engines do not use zeros (for other forms: calmix export --help)"
+    SPEED = "unchanged: plain 16-bit weights (for forms that engines use: calmix export --help)"
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -106,9 +107,8 @@ class Card:
 
     @property
     def target(self) -> str:
-        """The sparsity or pattern, as it is printed."""
-        asked = self.record.request
-        return str(asked["pattern"] or f"{100 * asked['sparsity']:g} %")
+        """What was asked for, as it is printed."""
+        return target(self.record.request)
 
     @property
     def model(self) -> str:
@@ -124,9 +124,13 @@ class Card:
     @property
     def title(self) -> str:
         """What was done to which model."""
-        pattern = self.record.request["pattern"]
-        how = f"pruned to {pattern}" if pattern else f"with {self.target} of its weights pruned"
-        return f"{self.model.rstrip('/').rpartition('/')[2].removeprefix('builtin:')} {how}"
+        asked = self.record.request
+        how = [self.model.rstrip("/").rpartition("/")[2].removeprefix("builtin:")]
+        if asked["pattern"]:
+            how.append(f"pruned to {asked['pattern']}")
+        elif asked["sparsity"]:
+            how.append(f"with {100 * asked['sparsity']:g} % of its weights pruned")
+        return " ".join([*how, *([f"at {asked['bits']:g} bits a weight"] if self.bits else [])])
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -171,10 +175,11 @@ class Card:
 
     @property
     def removed(self) -> str:
-        """How many weights are pruned."""
+        """How many weights are zeros, and the bits that one takes."""
+        rate = f", and take {self.bits:.2f} bits each once packed" if self.bits else ""
         return (
-            f"{self.pruned:,} of {self.weights:,} weights of its linear layers are pruned "
-            f"({self.pruned / self.weights:.2%})."
+            f"{self.pruned:,} of {self.weights:,} weights of its linear layers are zeros "
+            f"({self.pruned / self.weights:.2%}){rate}."
         )
 
     @property
@@ -242,8 +247,9 @@ def read_card(out: Path) -> Card:
         hashes = {
             f"dense model {model}": str(manifest["model"]["sha256"]),
             "calibration set": str(calibration["sha256"]),
-            "pruned model, before recovery": str(recovered["model"]["sha256"]),
         }
+        if recoveries:
+            hashes["pruned model, before recovery"] = str(recovered["model"]["sha256"])
     except FileNotFoundError:
         raise InputError(f"{path} is missing: make {out / 'model'} again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -265,6 +271,7 @@ def read_card(out: Path) -> Card:
         out, out.resolve().name, record,
         "see the model's own card" if known is None else known.licence,
         model if known is None else known.origin, weights, pruned,
+        done.get("bits"),
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
         sources, calibration, tuple(recoveries), scores, dense, does,

@@ -37,7 +37,8 @@ from calmix.pruning import prune
 from calmix.pruning.allocation import looker
 from calmix.pruning.budget import plan_for
 from calmix.pruning.methods import Method
-from calmix.pruning.patterns import Unstructured
+from calmix.pruning.methods.base import Quantiser
+from calmix.pruning.patterns import Rate, Unstructured
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
 from calmix.specs import RecoverRequest
@@ -163,7 +164,8 @@ class Timed:
                 for name, value in before.items():
                     find_blocks(model).blocks.get_parameter(name).data.copy_(value)
                 found = prune(
-                    model, ids, method=method, pattern=Unstructured(0.5),
+                    model, ids, method=method,
+                    pattern=Rate(3) if isinstance(method, Quantiser) else Unstructured(0.5),
                     propagation="block" if propagation == "block" else "sequential",
                 )  # fmt: skip
                 reports.append(found.seconds)

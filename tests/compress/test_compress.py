@@ -355,6 +355,28 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
 
 
+def test_bits_take_the_place_of_a_sparsity_or_stand_beside_it(calmix, command, tmp_path, tiny_folder):
+    """A model of levels is not trained further; its card says what a weight takes."""
+    out = tmp_path / "out"
+    ended = calmix(*command(out, "--bits", 3))
+    assert ended.code == 0, ended.err
+    assert "quantise" in (out / "compress.json").read_text()
+    assert not (out / "pruned").exists()
+    card = read_card(out)
+    assert card.title.endswith("at 3 bits a weight")
+    assert (card.target, card.recoveries) == ("3 bits", ())
+    assert card.bits == pytest.approx(3, abs=0.3)
+    assert 0 < card.packed < card.size
+    assert "bits each once packed" in (out / "model" / "README.md").read_text(encoding="utf-8")
+    assert "left to do" not in calmix("doctor", "inspect", out, "--json").out
+    both = request(Compression(model=str(tiny_folder), bits=4, pattern="2:4"))
+    assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")
+    ended = calmix(*command(tmp_path / "no", "--bits", 2.5, "--sparsity", 0.5))
+    assert (ended.code, "bits 2.5: Input should be a valid integer" in ended.line) == (2, True)
+    assert calmix(*command(tmp_path / "no", "--bits", 9)).code == 2
+    assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
+
+
 def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compressed, out)
