@@ -249,6 +249,12 @@ class Compression(MemoryOptions, DeviceOptions):
     bits: float | None = option(
         None, "Bits a weight: 2.8; with a sparsity, of what is kept.", gt=0, le=8
     )
+    keep_at_least: str | None = option(
+        None, "The smallest that keeps this, proven: code=0.9,math=0.7.", metavar="FLOORS"
+    )
+    confidence: float | None = option(
+        None, "Of what is proven to be kept.", shown="0.95", gt=0.5, lt=1, advanced=True
+    )
     effort: Literal["quick", "standard", "best"] = option(
         "standard", "Time for quality: rows, recovery, evaluation."
     )

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from calmix.cli.common import line, note, parse_weights, print_json, result
 from calmix.cli.root import app
-from calmix.cli.tables import print_taken
+from calmix.cli.tables import print_table, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import CalmixError, InputError
 from calmix.files import check_output_file
@@ -20,6 +22,7 @@ from calmix.options import Compression, Json, Options, TextField, option, path_o
 from calmix.progress import Stages, duration
 
 if TYPE_CHECKING:
+    from calmix.compression.ladder import Ladder
     from calmix.compression.plan import Request, Stage
 
 
@@ -28,6 +31,9 @@ class CompressOptions(TextField, Compression, Json):
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
     keep: str | None = option(
         None, "Dimensions' shares beside chats, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
+    )
+    within: str | None = option(
+        None, "With --keep-at-least: time to look for it, e.g. 2h.", advanced=True
     )
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
     resume: bool = option(
@@ -48,23 +54,46 @@ def compress(options: CompressOptions) -> None:
 
     Every stage keeps its result in the output folder. Run the same command again to resume.
     """
-    from calmix.compression import plan, running
+    from calmix.compression import ladder, plan, running
     from calmix.compression.estimate import estimate
+    from calmix.report import words
     from calmix.report.card import read_card
 
     output, as_json = options.output, options.as_json
     check_inputs(options, output)
     asked = plan.request(options, parse_weights(options.keep), no_corpus=options.no_corpus)
+    within = None if options.within is None else ladder.parse_duration(options.within)
+    if within is not None and asked.keep_at_least is None:
+        raise InputError("--within has no effect without --keep-at-least: leave it out")
     if options.dry_run:
-        running.check(asked, output)
-        taken = estimate(asked, plan.stages(asked, output))
+        if asked.keep_at_least is None:
+            running.check(asked, output)
+            taken = estimate(asked, plan.stages(asked, output))
+            title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
+        else:
+            ladder.read_ladder(asked, output)
+            taken = estimate(asked, ladder.whole(asked, output))
+            title = f"{asked.model} to keep {asked.keep_at_least}, if no candidate fails"
         if as_json:
             print_json([asdict(one) | {"command": one.stage.command} for one in taken])
         else:
-            title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
             print_taken(taken, title)
+            if asked.keep_at_least is not None:
+                line(ladder.provable(asked))
         return
 
+    if asked.keep_at_least is not None:
+        found = walk_ladder(asked, output, within)
+        if not as_json:
+            print_table(found.rows(), title="candidates: kept % (proven %)")
+            line(words.wrapped(found.why()))
+        if found.bits is None:
+            if as_json:
+                print_json({"output": str(output), "model": None, "ladder": asdict(found)})
+            else:
+                line(words.wrapped(f"refused: no candidate keeps what is asked. {ladder.HELPS}"))
+            raise typer.Exit(1)
+        asked = ladder.at(asked, found.bits)
     seconds = run_stages(asked, output)
     page, card = output / "card.html", read_card(output)
     told = {"output": str(output), "model": str(output / "model"), "card": str(page),
@@ -106,6 +135,35 @@ def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str,
         with contextlib.suppress(CalmixError):  # it is for the line of progress alone
             bar.expect({one.stage.name: one.seconds for one in estimate(asked, left)})
         return running.compress(asked, output, _run, say)
+
+
+def walk_ladder(
+    asked: Request, output: Path, within: float | None = None, *, shown: bool = True
+) -> Ladder:
+    """Look for the smallest model that keeps what is asked for."""
+    from calmix.compression import ladder
+    from calmix.compression.estimate import estimate
+
+    names = [stage.name for stage in ladder.whole(asked, output)]
+
+    def say(stage: Stage, kept: bool) -> None:
+        if shown:
+            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
+        bar.begin(stage.name)
+
+    with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
+        bar.show("estimating", None)
+        first = 0.0
+        with contextlib.suppress(CalmixError):
+            taken = estimate(asked, ladder.whole(asked, output))
+            bar.expect({one.stage.name: one.seconds for one in taken})
+            first = sum(one.seconds for one in taken[:3])
+        if within is not None and first > within:
+            raise InputError(
+                f"--within {duration(within)} is too short: the first candidate takes about "
+                f"{duration(first)} here"
+            )
+        return ladder.walk(asked, output, _run, say, within=within)
 
 
 def _run(arguments: Sequence[str]) -> None:

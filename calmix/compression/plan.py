@@ -17,6 +17,7 @@ from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import check_code, choose, runnable
+from calmix.evaluation.floors import parse_floors
 from calmix.evaluation.generations import read_prompts
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
@@ -169,9 +170,18 @@ def request(
     }
     ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
-    bare = (asked.sparsity, asked.pattern, asked.bits) == (None, None, None)
+    sized = {name: getattr(asked, name) for name in ("sparsity", "pattern", "bits")}
+    if asked.keep_at_least is None and asked.confidence is not None:
+        raise InputError("--confidence has no effect without --keep-at-least: leave it out")
+    if asked.keep_at_least is not None:
+        parse_floors(asked.keep_at_least)
+        for name, value in sized.items():
+            if value is not None:
+                raise InputError(f"--keep-at-least finds the size: leave out --{name}")
+    bare = set(sized.values()) == {None} and asked.keep_at_least is None
     sparsity = 0.6 if bare else asked.sparsity
-    prune_request(**_aim(sparsity, asked.pattern, asked.bits), calibration=text)
+    if asked.keep_at_least is None:
+        prune_request(**_aim(sparsity, asked.pattern, asked.bits), calibration=text)
     allowed = asked.allow_code_execution
     check_code(runnable(choose(asked.suite), allowed)[0], allowed)
     if asked.prompts is not None:
@@ -213,17 +223,19 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     return {name: weight for name, weight in found.items() if weight > 0}
 
 
-def stages(asked: Request, out: Path) -> list[Stage]:
-    """Return what is done, in order."""
+def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
+    """Return what is done, in order; on the set in folder `held`, if it is there already."""
     effort, model = EFFORTS[asked.effort], asked.model
     trust = {"trust_remote_code": asked.trust_remote_code}
     where = {"device": None if asked.device == "auto" else asked.device, **trust}
     work = where | {"max_memory": asked.max_memory, "resume": True}
     offline = asked.suite == "offline"
     suite = {"suite": None if offline else asked.suite}
-    held = asked.calibration if asked.saved else str(out / "calibration")
     found: list[Stage] = []
-    if not asked.saved:
+    if held is None and asked.saved:
+        held = asked.calibration
+    elif held is None:
+        held = str(out / "calibration")
         named = "write the calibration set" if asked.generated else "draw the calibration set"
         draw = _flags(
             model=model, rows=effort.rows, length=asked.length, seed=asked.seed,
@@ -232,7 +244,8 @@ def stages(asked: Request, out: Path) -> list[Stage]:
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), "calibration"))
     # Levels are not trained: a recovery would move weights off their grid.
-    recoveries = effort.recoveries if asked.bits is None else ()
+    levels = asked.bits is not None or asked.keep_at_least is not None
+    recoveries = () if levels else effort.recoveries
     before = "pruned" if recoveries else "model"
     pruned = _flags(
         **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,

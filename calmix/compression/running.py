@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
 
 KIND, RUN = "compressed model", "compress-run.json"
+LADDER = "ladder.json"  # candidates of a model that keeps what is asked for
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def stage_seconds(out: Path) -> dict[str, float]:
 def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
     """Refuse an output folder that is or holds anything but the work of a compression."""
     check_apart(out, inputs)
-    if (out / MANIFEST).exists():
+    if (out / MANIFEST).exists() or (out / LADDER).exists():
         return
     if out.is_dir() and any(out.iterdir()):
         raise InputError(
@@ -121,9 +122,13 @@ def check(asked: Request, out: Path) -> None:
     check_place(out)
     if not (out / MANIFEST).exists():
         return
-    held, now = read_record(out).request, asked.model_dump(mode="json")
-    differs = [key for key in now if held.get(key) != now[key]]
-    if differs:
+    check_same(asked, read_record(out).request, out)
+
+
+def check_same(asked: Request, held: Mapping[str, Any], out: Path) -> None:
+    """Refuse a request that is not the one OUT was made by."""
+    now = asked.model_dump(mode="json")
+    if differs := [key for key in now if held.get(key) != now[key]]:
         raise InputError(
             f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
             f"{now[differs[0]]}): ask for the same, or name another folder"
