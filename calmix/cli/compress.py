@@ -72,7 +72,7 @@ def compress(options: CompressOptions) -> None:
             title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
         else:
             ladder.read_ladder(asked, output)
-            taken = estimate(asked, ladder.whole(asked, output))
+            taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
             title = f"{asked.model} to keep {asked.keep_at_least}, if no candidate fails"
         if as_json:
             print_json([asdict(one) | {"command": one.stage.command} for one in taken])
@@ -144,7 +144,7 @@ def walk_ladder(
     from calmix.compression import ladder
     from calmix.compression.estimate import estimate
 
-    names = [stage.name for stage in ladder.whole(asked, output)]
+    names = [stage.name for stage in ladder.whole(asked, output, ladder.SUITES)]
 
     def say(stage: Stage, kept: bool) -> None:
         if shown:
@@ -153,17 +153,18 @@ def walk_ladder(
 
     with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
         bar.show("estimating", None)
-        first = 0.0
-        with contextlib.suppress(CalmixError):
-            taken = estimate(asked, ladder.whole(asked, output))
+        taken = []
+        with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
+            taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
             bar.expect({one.stage.name: one.seconds for one in taken})
-            first = sum(one.seconds for one in taken[:3])
-        if within is not None and first > within:
+        first = sum(one.seconds for one in taken if not one.stage.name[0].isdigit())
+        each = sum(one.seconds for one in taken if one.stage.name[0].isdigit()) / len(ladder.RUNGS)
+        if within is not None and first + each > within:
             raise InputError(
                 f"--within {duration(within)} is too short: the first candidate takes about "
-                f"{duration(first)} here"
+                f"{duration(first + each)} here"
             )
-        return ladder.walk(asked, output, _run, say, within=within)
+        return ladder.walk(asked, output, _run, say, within=within, first=each)
 
 
 def _run(arguments: Sequence[str]) -> None:

@@ -72,15 +72,16 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             memory = _recovery_memory(model, recovery, length, asked.most)
         elif stage.leaves == "pack":
             seconds, memory, disk = model.bytes / PACKED, PROGRAM, SMALLER * model.bytes
-        elif stage.leaves in ("scores.json", BEHAVIOUR):
-            effort, does = EFFORTS[asked.effort], stage.leaves == BEHAVIOUR
+        elif (scored := str(stage.leaves).removeprefix("dense-")) in ("scores.json", BEHAVIOUR):
+            effort, does = EFFORTS[asked.effort], scored == BEHAVIOUR
             named, part = (
                 ("abilities", effort.behaviour) if does else (asked.suite, effort.likelihood)
             )
             suite, _ = runnable(choose(named, **part), asked.allow_code_execution)
             work = suite_work(suite)
-            texts = 0 if does else text_tokens(suite)
-            seconds = 2 * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
+            both = asked.model in stage.arguments[2:]  # the dense model is scored with it
+            texts = text_tokens(suite) if both and not does else 0
+            seconds = (1 + both) * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
             disk = 160.0 * work.items
         elif stage.leaves == "answers.json":
             seconds = model.write(2 * TOKENS * ASKED)

@@ -7,6 +7,7 @@ Lehmacher, 1995). Nothing else is chosen by the items: all of them decide.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -32,6 +33,7 @@ from calmix.manifest import read_sealed, sealed
 
 RUNGS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.6, 2.3, 2.0)  # bits a weight
 FOLDER, SCORES, KIND = "candidates", "scores.json", "ladder of candidates"
+SUITES = (BEHAVIOUR, SCORES)  # that may decide
 HELPS = (
     "What may help: a lower floor, more items (--effort best), more rows, or text of the abilities "
     "that failed (--keep)."
@@ -95,9 +97,9 @@ class Ladder:
         return f"{last.bits:g} bits fail: {told}"
 
 
-def whole(asked: Request, out: Path) -> list[Stage]:
+def whole(asked: Request, out: Path, suites: Sequence[str] = ()) -> list[Stage]:
     """Return all stages of a walk on which no candidate fails."""
-    suites = suites_of(asked)
+    suites = suites or suites_of(asked)
     found = [*drawing(asked, out), *scoring(asked, out, suites)]
     return found + [one for bits in RUNGS for one in building(asked, out, bits, suites)]
 
@@ -201,12 +203,12 @@ def walk(
     found = read_ladder(asked, out)
     folder = out / FOLDER
     with alone(out, wait=False):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
         def keep(ladder: Ladder) -> Ladder:
-            told = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
-                    "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
-            write_json(out / LADDER, sealed(told))
+            value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
+                     "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
+            write_json(out / LADDER, sealed(value))
             return ladder
 
         def do(listed: Sequence[Stage], place: Path) -> None:
@@ -217,14 +219,14 @@ def walk(
                     run(stage.arguments)
 
         keep(found)
-        suites = suites_of(asked)
+        dense: list[CapabilityScores] = []
         if found.left:
+            suites = suites_of(asked)
             do(drawing(asked, out), out)
             do(scoring(asked, out, suites), folder)
             suites = suites_of(asked, load_scores(folder / f"dense-{suites[0]}"))
-            do(scoring(asked, out, suites), folder)
-        dense = [load_scores(folder / f"dense-{one}") for one in suites] if found.left else []
-        if found.left:
+            do(scoring(asked, out, suites[1:]), folder)
+            dense = [load_scores(folder / f"dense-{one}") for one in suites]
             check_possible(expected(floors, dense, confidence), floors, confidence)
         for bits in found.left:
             place = folder / f"{bits:g}"
@@ -237,7 +239,8 @@ def walk(
             do(building(asked, out, bits, suites), place)
             scored = [load_scores(place / one) for one in suites]
             verdict = judge(floors, list(zip(dense, scored, strict=True)), confidence)
-            rung = Rung(bits, round(time.monotonic() - start, 1), verdict.to_dict())
+            told = json.loads(json.dumps(verdict.to_dict()))
+            rung = Rung(bits, round(time.monotonic() - start, 1), told)
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
             found = keep(Ladder((*found.rungs, rung), ended))
             for other in found.rungs:  # the smallest that is good stays

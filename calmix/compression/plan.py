@@ -15,7 +15,7 @@ from calmix.analysis.recommend import check_weights
 from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix, parse_spec
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import check_code, choose, runnable
 from calmix.evaluation.floors import parse_floors
 from calmix.evaluation.generations import read_prompts
@@ -174,7 +174,14 @@ def request(
     if asked.keep_at_least is None and asked.confidence is not None:
         raise InputError("--confidence has no effect without --keep-at-least: leave it out")
     if asked.keep_at_least is not None:
-        parse_floors(asked.keep_at_least)
+        both = ("offline", "abilities") if asked.suite == "offline" else (asked.suite,)
+        known = dict.fromkeys(name for suite in both for name in choose(suite).dimensions)
+        for name in parse_floors(asked.keep_at_least):
+            if name and name not in known:
+                raise InputError(
+                    f"--keep-at-least names '{name}', which suite {asked.suite} lacks: "
+                    f"{nearest(name, known)}"
+                )
         for name, value in sized.items():
             if value is not None:
                 raise InputError(f"--keep-at-least finds the size: leave out --{name}")

@@ -1,0 +1,205 @@
+"""The smallest model that keeps what is asked for: the walk, its ends, a stop, a refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calmix.cli import compress as verb
+from calmix.compression import ladder
+from calmix.compression.ladder import RUNGS, Ladder, parse_duration, walk
+from calmix.compression.plan import Request, request
+from calmix.errors import InputError
+from calmix.evaluation.scores import CapabilityScores
+from calmix.options import Compression
+from tests.conftest import Ended
+from tests.evaluation.test_behaviour import written
+
+Run = Callable[..., Ended]
+Command = Callable[..., tuple[str, ...]]
+SUITE = {"name": "abilities", "version": 1, "hash": "0" * 64}
+
+
+def asked(model: Path, text: Path, **more: Any) -> Request:
+    return request(
+        Compression(model=str(model), calibration=str(text), keep_at_least="math=0.8", **more)
+    )
+
+
+def scores(kept: int) -> CapabilityScores:
+    """Of a hundred sums so many are right."""
+    task = written("sums", "math", [1] * kept + [0] * (100 - kept))
+    return CapabilityScores("m", f"{kept}", "float32", SUITE, (replace(task, chance=0.0),))
+
+
+class Fake:
+    """Runs nothing: a candidate of so many bits keeps what it is said to."""
+
+    def __init__(self, out: Path, kept: dict[float, int]) -> None:
+        self.out, self.kept = out, kept
+        self.run_: list[str] = []
+
+    def __call__(self, words: Sequence[str]) -> None:
+        self.run_.append(words[0])
+        place = Path(words[words.index("-o") + 1])
+        if words[0] == "evaluate":
+            if "--against" not in words:
+                scores(100).save(place)
+                return
+            told = {"scores": scores(self.kept[float(place.parent.name)]).to_dict(),
+                    "dense": scores(100).to_dict()}  # fmt: skip
+            place.write_text(json.dumps(told), encoding="utf-8")
+            return
+        place.mkdir(parents=True)
+        (place / "made").write_text(str(words), encoding="utf-8")
+
+
+def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Even if a smaller one would pass again."""
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    run = Fake(out, {6.0: 100, 5.0: 98, 4.0: 92, 3.5: 84, 3.0: 100})
+    said: list[tuple[str, bool]] = []
+    found = walk(want, out, run, lambda stage, there: said.append((stage.name, there)))
+    assert [one.bits for one in found.rungs] == [6, 5, 4, 3.5]
+    assert (found.bits, found.ended, found.left) == (4, "failed", ())
+    assert (out / "model/made").read_text().count("'4'")
+    assert not list((out / ladder.FOLDER).glob("*/model"))
+    assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
+    assert found.why().startswith("3.5 bits fail: math keeps 84.0 % of 100 items by generated ")
+    assert [row["math"].split()[0] for row in found.rows()] == ["100.0", "98.0", "92.0", "84.0"]
+    assert [row["kept"] for row in found.rows()] == ["yes", "yes", "yes", "no"]
+    assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * 4]
+    assert said[2] == ("6 bits, quantise", False)
+    again = walk(want, out, Fake(out, {}), lambda *_: pytest.fail("nothing is left to do"))
+    assert again == found
+    with pytest.raises(InputError, match="is of another request"):
+        walk(asked(tiny_folder, text_file, seed=1), out, run, lambda *_: None)
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_a_stop_goes_on_to_the_same_ladder(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, after: int
+) -> None:
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    kept = dict.fromkeys(RUNGS, 97) | {5.0: 96, 4.0: 20}
+    run, left = Fake(out, kept), after
+
+    def stopped(words: Sequence[str]) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        run(words)
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(want, out, stopped, lambda *_: None)
+    found = walk(want, out, run, lambda *_: None)
+    assert (found.bits, found.ended, len(found.rungs)) == (5, "failed", 3)
+    assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * 3]
+
+
+def test_all_may_pass_none_may_pass_and_time_may_end(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    want = asked(tiny_folder, text_file)
+    out = tmp_path / "all"
+    found = walk(want, out, Fake(out, dict.fromkeys(RUNGS, 95)), lambda *_: None)
+    assert (found.bits, found.ended) == (RUNGS[-1], "bottom")
+    assert "are the fewest" in found.why()
+    out = tmp_path / "none"
+    found = walk(want, out, Fake(out, dict.fromkeys(RUNGS, 60)), lambda *_: None)
+    assert (found.bits, found.ended, len(found.rungs)) == (None, "failed", 1)
+    assert not (out / "model").exists()
+    out = tmp_path / "time"
+    run = Fake(out, dict.fromkeys(RUNGS, 95))
+    found = walk(want, out, run, lambda *_: None, within=1e-6)
+    assert (found.rungs, found.ended, found.bits) == ((), "time", None)
+    assert "the time given was over" in found.why()
+
+
+def test_what_cannot_be_proven_is_said_before_anything_is_built(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out, run = tmp_path / "out", Fake(tmp_path / "out", {})
+    want = asked(tiny_folder, text_file).model_copy(update={"keep_at_least": "math=0.99"})
+    with pytest.raises(InputError, match="needs 299 right answers and has 100"):
+        walk(want, out, run, lambda *_: None)
+    assert run.run_ == ["calibrate", "evaluate"]
+
+
+def test_the_verb_builds_tests_and_ends_with_a_card(
+    calmix: Run, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = verb._run
+
+    def planted(words: Sequence[str]) -> None:
+        """A random model knows nothing: both are given answers that they know better."""
+        run(words)
+        if words[0] != "evaluate" or not str(words[words.index("-o") + 1]).endswith("scores.json"):
+            return
+        path = Path(words[words.index("-o") + 1])
+        told = json.loads(path.read_text(encoding="utf-8"))
+        name = path.parent.name
+        lost = {"6": 1.05, "5": 1.1}.get(name, 1.1 if name == "out" else 300.0)
+        whole = {"dense": 1.0, "scores": lost} if "dense" in told else {"scores": 1.0}
+        for whose, nats in whole.items():
+            held = told.get(whose, told)
+            for task in held["tasks"]:
+                for row, gold in zip(task["loglikelihoods"], task["gold"], strict=True):
+                    row[gold] = -nats
+        path.write_text(json.dumps(told), encoding="utf-8")
+
+    monkeypatch.setattr(verb, "_run", planted)
+    out = tmp_path / "out"
+    words = [one for one in command(out) if one not in ("--sparsity",)]
+    ended = calmix(*words, "--keep-at-least", "code=0.4")
+    assert ended.code == 0, ended.err
+    assert "4 bits fail: code keeps" in ended.out.replace("\n", " ")
+    assert "card: " in ended.out
+    assert json.loads((out / "compress.json").read_text())["request"]["bits"] == 5
+    assert "at 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
+    before = (out / "ladder.json").read_bytes()
+    assert calmix(*words, "--keep-at-least", "code=0.4").code == 0
+    assert (out / "ladder.json").read_bytes() == before
+    ended = calmix(*words, "--keep-at-least", "code=0.45")
+    assert (ended.code, "is of another request (keep_at_least" in ended.line) == (2, True)
+    other = [str(tmp_path / "no") if one == str(out) else one for one in words]
+    monkeypatch.setattr(ladder, "RUNGS", (3.5, 3.0))
+    ended = calmix(*other, "--keep-at-least", "code=0.4")
+    assert ended.code == 1
+    assert "refused: no candidate keeps what is asked" in ended.out
+    assert not (tmp_path / "no/model").exists()
+    ended = calmix(*other, "--keep-at-least", "code=0.4", "--json")
+    assert (ended.code, json.loads(ended.out)["model"]) == (1, None)
+    third = [str(tmp_path / "dry") if one == str(out) else one for one in words]
+    ended = calmix(*third, "--keep-at-least", "code=0.4", "--dry-run")
+    assert ended.code == 0
+    assert "3.5 bits, quantise" in ended.out
+    assert "must get right at least: 4 in code" in ended.out
+    assert not (tmp_path / "dry").exists()
+
+
+def test_mistakes_are_one_line(
+    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path
+) -> None:
+    words = command(tmp_path / "out")
+    for more, said in (
+        (("--keep-at-least", "1.2"), "did you mean 0.012"),
+        (("--keep-at-least", "code=0.4", "--bits", 3), "finds the size: leave out --bits"),
+        (("--keep-at-least", "code=0.4", "--sparsity", 0.5), "leave out --sparsity"),
+        (("--keep-at-least", "cod=0.4"), "which suite"),
+        (("--keep-at-least", "code=0.4", "--within", "2 days"), "is no time, such as 90m or 2h"),
+        (("--within", "2h"), "has no effect without --keep-at-least"),
+        (("--confidence", "0.9"), "has no effect without --keep-at-least"),
+    ):  # fmt: skip
+        ended = calmix(*words, *more)
+        assert (ended.code, said in ended.line) == (2, True), (more, ended.err)
+    assert (parse_duration("90s"), parse_duration("1.5h")) == (90, 5400)
+    assert Ladder().bits is None
