@@ -18,6 +18,10 @@ class CalmixError(Exception):
     """A mistake the user can correct, described in one line."""
 
 
+class NotKeptError(CalmixError):
+    """No candidate keeps what was asked for: a result, not a mistake."""
+
+
 class InputError(CalmixError):
     """An option, specification or file that cannot be used as given."""
 

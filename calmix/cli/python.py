@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import parse_weights
-from calmix.cli.compress import check_inputs, run_stages
+from calmix.cli.compress import check_inputs, run_stages, walk_ladder
+from calmix.errors import NotKeptError
 from calmix.options import Compression, TextField, checked
 from calmix.shown import Shown, percent
 
@@ -96,9 +97,11 @@ def compress(
         no_corpus: calibrate on text the model writes itself.
         shown: show a line of progress, in a notebook too.
         **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
-            `pattern="2:4"`, `effort="quick"`, `calibration="mine.csv"`, `text_field="prompt"`.
+            `bits=2.8`, `keep_at_least="code=0.9"`, `pattern="2:4"`, `effort="quick"`,
+            `calibration="mine.csv"`, `text_field="prompt"`.
 
     Raises:
+        NotKeptError: no candidate keeps what `keep_at_least` asks for.
         CalmixError: anything a user can mend, before work or download where that can be known.
     """
     from calmix.compression import plan
@@ -108,5 +111,12 @@ def compress(
     check_inputs(asked, folder)
     weights = parse_weights(keep) if isinstance(keep, str) else keep
     request = plan.request(asked, weights, no_corpus=no_corpus)
+    if request.keep_at_least is not None:
+        from calmix.compression.ladder import at
+
+        found = walk_ladder(request, folder, shown=shown)
+        if found.bits is None:
+            raise NotKeptError(f"no candidate keeps {request.keep_at_least}: {found.why()}")
+        request = at(request, found.bits)
     run_stages(request, folder, shown=shown)
     return Compressed(folder)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+import calmix as api
 from calmix.cli import compress as verb
 from calmix.compression import ladder
 from calmix.compression.ladder import RUNGS, Ladder, parse_duration, walk
 from calmix.compression.plan import Request, request
-from calmix.errors import InputError
+from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.scores import CapabilityScores
 from calmix.options import Compression
 from tests.conftest import Ended
@@ -178,6 +179,11 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     assert not (tmp_path / "no/model").exists()
     ended = calmix(*other, "--keep-at-least", "code=0.4", "--json")
     assert (ended.code, json.loads(ended.out)["model"]) == (1, None)
+    with pytest.raises(NotKeptError, match=r"keeps code=0\.4: 3\.5 bits fail: code keeps"):
+        api.compress(
+            other[1], tmp_path / "no", effort="quick", calibration=other[7], suite=other[9],
+            keep_at_least="code=0.4", shown=False,
+        )  # fmt: skip
     third = [str(tmp_path / "dry") if one == str(out) else one for one in words]
     ended = calmix(*third, "--keep-at-least", "code=0.4", "--dry-run")
     assert ended.code == 0
