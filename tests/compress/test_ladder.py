@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ import calmix as api
 from calmix.cli import compress as verb
 from calmix.compression import ladder
 from calmix.compression.ladder import RUNGS, Ladder, parse_duration, walk
-from calmix.compression.plan import Request, request
+from calmix.compression.plan import request
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.scores import CapabilityScores
 from calmix.options import Compression
@@ -26,13 +25,13 @@ Command = Callable[..., tuple[str, ...]]
 SUITE = {"name": "abilities", "version": 1, "hash": "0" * 64}
 
 
-def asked(model: Path, text: Path, **more: Any) -> Request:
+def asked(model, text, **more):
     return request(
         Compression(model=str(model), calibration=str(text), keep_at_least="math=0.8", **more)
     )
 
 
-def scores(kept: int) -> CapabilityScores:
+def scores(kept):
     """Of a hundred sums so many are right."""
     task = written("sums", "math", [1] * kept + [0] * (100 - kept))
     return CapabilityScores("m", f"{kept}", "float32", SUITE, (replace(task, chance=0.0),))
@@ -41,11 +40,11 @@ def scores(kept: int) -> CapabilityScores:
 class Fake:
     """Runs nothing: a candidate of so many bits keeps what it is said to."""
 
-    def __init__(self, out: Path, kept: dict[float, int]) -> None:
+    def __init__(self, out, kept):
         self.out, self.kept = out, kept
-        self.run_: list[str] = []
+        self.run_ = []
 
-    def __call__(self, words: Sequence[str]) -> None:
+    def __call__(self, words):
         self.run_.append(words[0])
         place = Path(words[words.index("-o") + 1])
         if words[0] == "evaluate":
@@ -61,12 +60,12 @@ class Fake:
 
 
 def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+    tiny_folder, text_file, tmp_path
+):
     """Even if a smaller one would pass again."""
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     run = Fake(out, {6.0: 100, 5.0: 98, 4.0: 92, 3.5: 84, 3.0: 100})
-    said: list[tuple[str, bool]] = []
+    said = []
     found = walk(want, out, run, lambda stage, there: said.append((stage.name, there)))
     assert [one.bits for one in found.rungs] == [6, 5, 4, 3.5]
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
@@ -85,14 +84,12 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
 
 
 @pytest.mark.parametrize("after", range(7))
-def test_a_stop_goes_on_to_the_same_ladder(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, after: int
-) -> None:
+def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, after):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     kept = dict.fromkeys(RUNGS, 97) | {5.0: 96, 4.0: 20}
     run, left = Fake(out, kept), after
 
-    def stopped(words: Sequence[str]) -> None:
+    def stopped(words):
         nonlocal left
         if not left:
             raise KeyboardInterrupt
@@ -106,9 +103,7 @@ def test_a_stop_goes_on_to_the_same_ladder(
     assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * 3]
 
 
-def test_all_may_pass_none_may_pass_and_time_may_end(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp_path):
     want = asked(tiny_folder, text_file)
     out = tmp_path / "all"
     found = walk(want, out, Fake(out, dict.fromkeys(RUNGS, 95)), lambda *_: None)
@@ -125,9 +120,7 @@ def test_all_may_pass_none_may_pass_and_time_may_end(
     assert "the time given was over" in found.why()
 
 
-def test_what_cannot_be_proven_is_said_before_anything_is_built(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_proven_is_said_before_anything_is_built(tiny_folder, text_file, tmp_path):
     out, run = tmp_path / "out", Fake(tmp_path / "out", {})
     want = asked(tiny_folder, text_file).model_copy(update={"keep_at_least": "math=0.99"})
     with pytest.raises(InputError, match="needs 299 right answers and has 100"):
@@ -135,12 +128,10 @@ def test_what_cannot_be_proven_is_said_before_anything_is_built(
     assert run.run_ == ["calibrate", "evaluate"]
 
 
-def test_the_verb_builds_tests_and_ends_with_a_card(
-    calmix: Run, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, monkeypatch):
     run = verb._run
 
-    def planted(words: Sequence[str]) -> None:
+    def planted(words):
         """A random model knows nothing: both are given answers that they know better."""
         run(words)
         if words[0] != "evaluate" or not str(words[words.index("-o") + 1]).endswith("scores.json"):
@@ -192,9 +183,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     assert not (tmp_path / "dry").exists()
 
 
-def test_mistakes_are_one_line(
-    calmix: Run, command: Command, tmp_path: Path, tiny_folder: Path
-) -> None:
+def test_mistakes_are_one_line(calmix, command, tmp_path, tiny_folder):
     words = command(tmp_path / "out")
     for more, said in (
         (("--keep-at-least", "1.2"), "did you mean 0.012"),
