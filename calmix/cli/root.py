@@ -23,6 +23,8 @@ VERBS = {
     "study": (("study", "study_report"), "Many sets, methods and sparsities from one file"),
     "doctor": (("doctor",), "Check the installation; inspect or re-run a result"),
 }
+# Verbs that are called, completed and documented, but not listed.
+CALLED = {"check": (("check",), "Test whether a compressed model keeps what it must")}
 # Where a verb of version 0.2 is now; each is refused with this line for one release.
 MOVED = {
     "generate": "calibrate SPEC, such as calmix calibrate self-written",
@@ -49,7 +51,8 @@ class Plain:
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
         """Write commands, then arguments, then options."""
         if hasattr(self, "commands"):
-            rows = [(name, self.line_of(ctx, name)) for name in self.list_commands(ctx)]
+            rows = [(name, self.line_of(ctx, name)) for name in self.list_commands(ctx)
+                    if name not in CALLED]  # fmt: skip
             self.write(formatter, "Commands", rows)
         shown = [one for one in self.get_params(ctx) if not one.hidden]
         self.write(formatter, "Arguments", [(_word(p), p.help) for p in shown if _argument(p)])
@@ -134,16 +137,17 @@ class Root(Group):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all verbs."""
-        return list(VERBS)
+        return [*VERBS, *CALLED]
 
     def line_of(self, ctx: Any, name: str) -> str:
         """Return a verb's line, without importing it."""
-        return VERBS[name][1]
+        return (VERBS | CALLED)[name][1]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a verb; None if there is none of that name."""
-        if cmd_name in VERBS and cmd_name not in self.commands:
-            for module in VERBS[cmd_name][0]:
+        known = VERBS | CALLED
+        if cmd_name in known and cmd_name not in self.commands:
+            for module in known[cmd_name][0]:
                 importlib.import_module(f"calmix.cli.{module}")
             self.commands = typer.main.get_group(app).commands
         return self.commands.get(cmd_name)

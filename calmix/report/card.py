@@ -16,6 +16,7 @@ from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK, target
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
+from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import Flips, flips
 from calmix.evaluation.evaluate import choose, runnable
@@ -24,7 +25,7 @@ from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_dense, load_scores
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import parse_json, user_path
-from calmix.manifest import file_hashes
+from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
@@ -82,6 +83,7 @@ class Card:
     answers: Answered | None
     tasks: Mapping[str, Mapping[str, str]]
     hashes: Mapping[str, str]
+    checked: str = ""
 
     SPEED = "unchanged: plain 16-bit weights (for forms that engines use: calmix export --help)"
 
@@ -276,7 +278,23 @@ def read_card(out: Path) -> Card:
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
         sources, calibration, tuple(recoveries), scores, dense, does,
         load_answers(answers) if answers.exists() else None, tasks, hashes,
+        _checked(out, dense, scores),
     )  # fmt: skip
+
+
+def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> str:
+    """Return what `calmix check` found of this model; empty if it was not called."""
+    path = out / floors.FILE
+    if not path.exists():
+        return ""
+    again = f"run calmix check {out} {floors.FLAG} FLOORS again"
+    try:
+        value = read_sealed(path, "")
+        if (value["dense"], value["model"]) != (dense.fingerprint, scores.fingerprint):
+            return f"{path.name} is of another model: {again}."
+        return str(value["lines"][0])
+    except (InputError, KeyError, IndexError, TypeError):
+        return f"{path.name} is damaged: {again}."
 
 
 def _slice(name: str, scores: CapabilityScores) -> str:

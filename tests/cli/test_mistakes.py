@@ -44,6 +44,7 @@ VERBS = {
     "evaluate suites": "",
     "evaluate suite": "{suite}",
     "compare": "{scores}",
+    "check": "{scores} --keep-at-least 0.5",
     "report": "{results}",
     "study init": "",
     "study validate": "{study}",
@@ -69,7 +70,8 @@ OUTPUTS = {
     "export --to jsonl": ("-o", ".jsonl"),
     "calibrate draw": ("-o", ""), "calibrate measure": ("-o", ".json"),
     "evaluate run": ("-o", ".json"), "evaluate answers": ("-o", ".json"),
-    "report": ("-o", ".html"), "study init": ("", ".yaml"), "study run": ("-o", ""),
+    "check": ("-o", ".json"), "report": ("-o", ".html"), "study init": ("", ".yaml"),
+    "study run": ("-o", ""),
     "study analyse": ("-o", ""), "study report": ("-o", ""),
     "doctor rerun": ("-o", ""),
 }  # fmt: skip

@@ -20,6 +20,8 @@ from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import describe
+from calmix.files import write_json
+from calmix.manifest import sealed
 from calmix.options import Compression
 from calmix.report.card import TEXTS, card_page, read_card
 from calmix.sources import builtin_sources
@@ -402,3 +404,26 @@ def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
     record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
     (out / "compress.json").write_text(json.dumps(record | {"versions": {}}), encoding="utf-8")
     assert "compress.json" in calmix("doctor", "inspect", out).line
+
+
+def test_a_check_stands_on_the_card_of_its_model_alone(calmix, compressed, tmp_path):
+    out = Path(shutil.copytree(compressed, tmp_path / "out"))
+    assert not read_card(out).checked
+    ended = calmix("check", out, "--keep-at-least", "0.05")
+    assert ended.code in (0, 1), ended.err
+    assert "calmix report" in ended.err
+    made = json.loads((out / "check.json").read_text(encoding="utf-8"))
+    calmix("report", out)
+    for page in (out / "card.html", out / "model" / "README.md"):
+        assert made["lines"][0] in page.read_text(encoding="utf-8").replace(
+            "\N{NO-BREAK SPACE}", " "
+        )
+    for changed, said in (
+        (sealed(made | {"model": "0"}), "check.json is of another model: run calmix check"),
+        (made | {"passed": None}, "check.json is damaged"),
+        (sealed({"kind": "check"}), "check.json is damaged"),
+    ):
+        write_json(out / "check.json", changed)
+        assert read_card(out).checked.startswith(said)
+    (out / "scores.json").unlink()
+    assert "is not finished" in calmix("check", out, "--keep-at-least", "0.5").line

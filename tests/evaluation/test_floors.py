@@ -1,7 +1,5 @@
 """What must be kept: floors as they are written, bounds by hand, and what cannot be proven."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -9,7 +7,6 @@ from scipy.stats import binom
 
 from calmix.errors import InputError
 from calmix.evaluation.floors import (
-    Verdict,
     expected,
     judge,
     lower_bound,
@@ -17,25 +14,19 @@ from calmix.evaluation.floors import (
     parse_floors,
     provable,
 )
-from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import retention
-from calmix.evaluation.scores import CapabilityScores
 from tests.evaluation.helpers import accuracy, bits
+from tests.evaluation.test_behaviour import scored
 
 
-def written(right: int, of: int, name: str = "code", kept: int | None = None) -> TaskScores:
+def written(right, of, name="code", kept=None):
     """Answers of which the first are right, or the first of those still."""
     held = right if kept is None else kept
     one = accuracy([1.0] * held + [0.0] * (of - held), f"{name} task", name, chance=0.0)
     return replace(one, metric="as_asked", primary="kept", answers=("x",) * of)
 
 
-def scored(*tasks: TaskScores, suite: str = "s", not_run: tuple[str, ...] = ()) -> CapabilityScores:
-    about = {"name": suite, "version": 1, "hash": suite}
-    return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
-
-
-def judged(text: str, dense: CapabilityScores, pruned: CapabilityScores) -> Verdict:
+def judged(text, dense, pruned):
     return judge(parse_floors(text), [(dense, pruned)])
 
 
@@ -48,7 +39,7 @@ def judged(text: str, dense: CapabilityScores, pruned: CapabilityScores) -> Verd
         ("0.8,code=0.9", {"": 0.8, "code": 0.9}),
     ],
 )
-def test_floors_are_read(text: str, found: dict[str, float]) -> None:
+def test_floors_are_read(text, found):
     assert parse_floors(text) == pytest.approx(found)
 
 
@@ -72,13 +63,13 @@ def test_floors_are_read(text: str, found: dict[str, float]) -> None:
         ("0.9,0.8", "gives a floor of all abilities twice"),
     ],
 )
-def test_other_floors_are_refused(text: str, said: str) -> None:
+def test_other_floors_are_refused(text, said):
     with pytest.raises(InputError, match=said) as refused:
         parse_floors(text)
     assert "\n" not in str(refused.value)
 
 
-def test_bounds_are_exact() -> None:
+def test_bounds_are_exact():
     assert lower_bound(0, 20) == 0
     assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20))
     assert lower_bound(1, 20) == pytest.approx(1 - 0.95 ** (1 / 20))
@@ -88,7 +79,7 @@ def test_bounds_are_exact() -> None:
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-def test_what_a_number_of_right_answers_can_prove(confidence: float) -> None:
+def test_what_a_number_of_right_answers_can_prove(confidence):
     for floor in (0.5, 0.77, 0.9, 0.95):
         few = needed(floor, confidence)
         assert provable(few, confidence) >= floor > provable(few - 1, confidence)
@@ -97,7 +88,7 @@ def test_what_a_number_of_right_answers_can_prove(confidence: float) -> None:
     assert provable(0) == 0
 
 
-def test_each_ability_is_judged_by_the_first_measure_it_has() -> None:
+def test_each_ability_is_judged_by_the_first_measure_it_has():
     answered = written(100, 120), written(100, 120, kept=97)
     chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
     likely = [bits([0.5 + more * (n % 3) for n in range(60)], [2] * 60, "passages", "prose")
@@ -128,7 +119,7 @@ def test_each_ability_is_judged_by_the_first_measure_it_has() -> None:
     assert strict.to_dict()["tested"][0]["passed"] is strict.to_dict()["passed"] is False
 
 
-def test_no_bound_is_above_what_the_items_can_prove() -> None:
+def test_no_bound_is_above_what_the_items_can_prove():
     for task in (written(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)):
         one = scored(task)
         (best,), (found,) = expected({"": 0.5}, [one]), judged("0.5", one, one).tested
@@ -139,7 +130,7 @@ def test_no_bound_is_above_what_the_items_can_prove() -> None:
         assert judged(f"{best.provable - 0.03}", one, one).passed
 
 
-def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
+def test_a_task_of_two_suites_counts_where_it_has_most_items():
     few, many = scored(written(30, 30), suite="a"), scored(written(50, 50), suite="b")
     for pairs in ([(few, few), (many, many)], [(many, many), (few, few)]):
         assert judge({"code": 0.9}, pairs).tested[0].items == 50
@@ -147,7 +138,7 @@ def test_a_task_of_two_suites_counts_where_it_has_most_items() -> None:
         judge({"code": 0.9}, [(few, many)])
 
 
-def test_what_cannot_be_proven_is_said_with_the_nearest_that_can() -> None:
+def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
     guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
     dense = scored(written(12, 60), written(90, 90, "chat"), written(2, 60, "math"), guessed)
     assert judged("0.75", dense, dense).untested == ("math", "logic")
@@ -165,7 +156,7 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can() -> None:
     with pytest.raises(InputError, match="no signal in any ability"):
         judged("0.9", scored(guessed), scored(guessed))
     lost = bits([0.5] * 20, [2] * 20)
-    with pytest.raises(InputError, match="code=0.9 needs 29 items and has 20"):
+    with pytest.raises(InputError, match="29 items and has 20"):
         judged("0.9", scored(lost), scored(lost))
     strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
     (found,) = expected({"": 0.9}, [strict])

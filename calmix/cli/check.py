@@ -1,0 +1,111 @@
+"""`check`: whether a compressed model keeps what it must, as a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from calmix.cli.common import line, note, percent, print_json
+from calmix.cli.tables import print_table
+from calmix.cli.verbs import verb
+from calmix.errors import InputError
+from calmix.files import check_output_file, write_json
+from calmix.options import Json, Share, option, path_option
+
+if TYPE_CHECKING:
+    from calmix.evaluation.behaviour import Pair
+
+
+class CheckOptions(Json):
+    results: tuple[Path, ...] = option(
+        ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True
+    )
+    keep_at_least: str = option(
+        ..., "Shares to keep, e.g. 0.9 or code=0.9,general=80%.", metavar="FLOORS"
+    )
+    confidence: Share = option(0.95, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999)
+    output: Path | None = path_option("JSON file to write.", default=None,
+                                      shown="OUT/check.json")  # fmt: skip
+    overwrite: bool = option(False, "Replace the output file.")
+
+
+@verb("check")
+def check(options: CheckOptions) -> None:
+    """Test whether a model keeps what it must; the exit code is 1 if it does not.
+
+    No model is opened: the scores that compress, or evaluate --against, has written are read.
+    """
+    from calmix.evaluation.floors import FILE, judge, parse_floors
+    from calmix.manifest import sealed, versions
+
+    floors = parse_floors(options.keep_at_least)
+    folders, files = [path for path in options.results if path.is_dir()], options.results
+    if folders:
+        if len(options.results) > 1:
+            raise InputError("a folder is checked by itself: name one folder, or files alone")
+        files = _measured(folders[0])
+    output, overwrite = options.output, options.overwrite
+    if output is None and folders:
+        output, overwrite = folders[0] / FILE, True
+    if output is not None:
+        check_output_file(output, inputs=files, overwrite=overwrite)
+    pairs = _pairs(files)
+    verdict = judge(floors, pairs, options.confidence)
+    dense, pruned = pairs[0]
+    made = sealed({
+        "kind": "check", "floors": floors, **verdict.to_dict(),
+        "model": pruned.fingerprint, "dense": dense.fingerprint,
+        "suites": [one.suite for _, one in pairs], "versions": versions(),
+    })  # fmt: skip
+    if output is not None:
+        write_json(output, made)
+    if options.as_json:
+        print_json(made)
+    else:
+        rows = [
+            {"ability": one.ability, "measure": one.measure, "items": one.items,
+             "kept %": percent(one.kept), "proven %": percent(one.bound),
+             "asked %": percent(one.floor), "": "kept" if one.passed else "not kept"}
+            for one in verdict.tested
+        ]  # fmt: skip
+        print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
+        for said in verdict.lines():
+            line(said)
+        if output is not None:
+            note(f"wrote {output}")
+        if folders and options.output is None:
+            note(f"next: calmix report {folders[0]} puts it on the card")
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _measured(folder: Path) -> tuple[Path, ...]:
+    """Return the files of scores in a folder of `calmix compress`."""
+    from calmix.compression.plan import BEHAVIOUR
+    from calmix.compression.running import read_record
+
+    read_record(folder)
+    scores, answers = folder / "scores.json", folder / BEHAVIOUR
+    if not scores.exists():
+        raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
+                         "compress again")  # fmt: skip
+    return (scores, answers) if answers.exists() else (scores,)
+
+
+def _pairs(files: Sequence[Path]) -> list[Pair]:
+    """Return the scores of both models in each file, all of the same two."""
+    from calmix.evaluation.scores import load_dense, load_scores
+
+    pairs: list[Pair] = []
+    for path in files:
+        pruned, dense = load_scores(path), load_dense(path)
+        if dense is None:
+            raise InputError(f"{path} was scored without a dense model: evaluate with --against")
+        first = pairs[0] if pairs else (dense, pruned)
+        if [one.fingerprint for one in first] != [dense.fingerprint, pruned.fingerprint]:
+            raise InputError(f"{path} is of other models than {files[0]}: check each by itself")
+        pairs.append((dense, pruned))
+    return pairs

@@ -1,0 +1,98 @@
+"""`calmix check`: a gate on files of scores and on a folder of calmix compress."""
+
+import json
+
+import pytest
+
+from calmix.manifest import seal_holds
+from tests.evaluation.test_behaviour import scored
+from tests.evaluation.test_floors import written
+
+
+def saved(path, dense, pruned, **changed):
+    """A file of `calmix evaluate --against -o`."""
+    told = {"scores": pruned.to_dict(), "dense": dense.to_dict()}
+    told["scores"] |= {"fingerprint": "pruned"} | changed
+    path.write_text(json.dumps(told), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files of a model that keeps 97 of 100 answers, of another's, and of none's."""
+    code, chat = written(100, 120), written(60, 60, "chat")
+    found = {
+        "code": saved(tmp_path / "code.json", scored(code), scored(written(100, 120, kept=97))),
+        "chat": saved(tmp_path / "chat.json", scored(chat, suite="t"), scored(chat, suite="t")),
+        "other": saved(tmp_path / "other.json", scored(chat), scored(chat), fingerprint="x"),
+        "alone": tmp_path / "alone.json",
+        "broken": tmp_path / "broken.json",
+        "folder": tmp_path / "folder",
+    }
+    found["alone"].write_text(json.dumps(scored(code).to_dict()), encoding="utf-8")
+    found["broken"].write_text("{", encoding="utf-8")
+    found["folder"].mkdir()
+    return found
+
+
+def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
+    both, out = (files["code"], files["chat"]), tmp_path / "check.json"
+    ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out)
+    assert ended.code == 0, ended.err
+    assert "Kept at 95 % confidence, at least: code 90.0 %, chat 90.0 %. This holds" in ended.out
+    made = json.loads(out.read_text(encoding="utf-8"))
+    assert seal_holds(made)
+    assert made["kind"] == "check"
+    assert (made["floors"], made["confidence"], made["passed"]) == ({"": 0.9}, 0.95, True)
+    assert (made["dense"], made["model"]) == ("f", "pruned")
+    assert [one["hash"] for one in made["suites"]] == ["s", "t"]
+    assert [one["items"] for one in made["tested"]] == [100, 60]
+    ended = calmix("check", *both, "--keep-at-least", "code=0.95", "--confidence", "90%", "--json")
+    assert ended.code == 1
+    told = json.loads(ended.out)
+    assert (told["passed"], told["confidence"]) == (False, 0.9)
+    assert told["tested"][0]["bound"] < 0.95
+    assert told["lines"][0].startswith("Not kept at 90 % confidence: code keeps 97.0 %")
+    ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out)
+    assert (ended.code, "exists" in ended.line) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "floors", "said"),
+    [
+        (["code"], "90", "did you mean 0.9"),
+        (["code"], "maths=0.9", "the scores lack: they have code"),
+        (["code"], "0.99", "code=0.99 needs 299 right answers and has 100"),
+        (["code", "other"], "0.9", "other.json is of other models than"),
+        (["alone"], "0.9", "without a dense model"),
+        (["broken"], "0.9", "broken.json"),
+        (["folder"], "0.9", "is no folder that calmix compress made"),
+        (["folder", "code"], "0.9", "a folder is checked by itself"),
+        (["code"], None, "Missing option"),
+        ([], "0.9", "Missing argument"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names, floors, said):
+    out = tmp_path / "out.json"
+    asked = [] if floors is None else ["--keep-at-least", floors]
+    ended = calmix("check", *(files[name] for name in names), *asked, "-o", out)
+    assert (ended.code, said in ended.line) == (2, True), ended.err
+    assert not out.exists()
+    assert not list(files["folder"].iterdir())
+
+
+@pytest.mark.parametrize("confidence", ["95", "0.5", "1", "sure"])
+def test_a_confidence_is_a_share(calmix, files, confidence):
+    ended = calmix("check", files["code"], "--keep-at-least", "0.9", "--confidence", confidence)
+    assert (ended.code, "--confidence" in ended.line) == (2, True)
+
+
+def test_it_is_called_and_completed_but_not_listed(calmix, monkeypatch):
+    assert "check" not in calmix("--help").out.partition("Start with")[0].split("\n  ")
+    assert "--keep-at-least FLOORS" in calmix("check", "--help").out
+    assert "did you mean check?" in calmix("chek").line
+    monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    for words, offered in (("calmix che", "check"), ("calmix check --k", "--keep-at-least")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        assert calmix().out.split() == [offered]
