@@ -25,7 +25,7 @@ AT = Condition("m", "wanda", 0.5, "50%", None, 64, 512, "offline", "Wanda 50%",
 TASKS = tuple(
     Task(name, name[0], "probability", 60, 0.6, True) for name in ("a1", "a2", "b1", "b2")
 )
-RESAMPLES = 400
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)

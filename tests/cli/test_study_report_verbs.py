@@ -39,6 +39,7 @@ def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix, folder):
     assert written == told
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_writes_one_page_and_its_figures(calmix, folder, tmp_path):
     ended = calmix("study", "report", folder, "-o", tmp_path / "r", "--sparsity", "60%", *QUICK)
     assert ended.code == 0, ended.err

@@ -58,7 +58,7 @@ def test_right_programs_pass(source, monkeypatch):
 )
 def test_everything_else_is_a_plain_failure(source, reason):
     # What ends by itself gets time to, however busy the machine is.
-    found = failure(source, seconds=0.6 if reason == "still running" else 30)
+    found = failure(source, seconds=0.3 if reason == "still running" else 30)
     assert found
     assert reason in found
     assert "\n" not in found

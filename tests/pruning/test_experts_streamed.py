@@ -112,7 +112,7 @@ def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_p
 
 def test_starved_experts_are_told(calmix, tmp_path, text_file):
     folder = save_tiny_model(tmp_path / "model", "qwen3_moe")
-    few = ("--rows", 1, "--length", 16)
+    few = ("--rows", 1, "--length", 16, "--leakage", "off")
     output = tmp_path / "out"
     ended = calmix(
         "prune", folder, "--calibration", text_file, *few, "--sparsity", 0.5, "-o", output

@@ -7,7 +7,6 @@ from filelock import FileLock
 
 from calmix.analysis import Settings, analyse
 from calmix.report import write_report
-from calmix.report.charts import Chart
 from tests.synthetic import OTHERS, SOURCES, failed, full_plan, study
 
 SMALL = {
@@ -15,12 +14,6 @@ SMALL = {
     "conditions": [("sparsegpt", "50%"), ("sparsegpt", "60%")], "seeds": (0, 1),
 }  # fmt: skip
 FEW = ("trivia", "stories", "mix-8")  # the sets of the second condition
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pages without their drawings, which take most of the time."""
-    monkeypatch.setattr(Chart, "svg", lambda self: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

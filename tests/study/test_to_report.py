@@ -3,7 +3,10 @@
 import csv
 import json
 
+import pytest
 
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_run_here_is_analysed_reported_and_recommended_from(calmix, tiny_study, tmp_path):
     path = tiny_study((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n")
     store = tmp_path / "store"
