@@ -357,9 +357,7 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
 
 
-def test_bits_stand_for_a_sparsity_or_beside_it(
-    calmix, command, tmp_path, tiny_folder
-):
+def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_folder):
     """A model of levels is not trained further; its card says what a weight takes."""
     out = tmp_path / "out"
     ended = calmix(*command(out, "--bits", 3))
