@@ -86,6 +86,7 @@ class PerplexityOptions(ModelOptions, Json):
 
 class SuiteOptions(Json):
     name: str = option(..., "Suite by name, or a YAML file.", argument=True)
+    new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows.")
 
 
 @verb("run", of=evaluate)
@@ -493,6 +494,17 @@ def suite(options: SuiteOptions) -> None:
     """Show a suite's tasks, which also checks a file of your own."""
     from calmix.evaluation.suites import load_suite
 
+    if options.new:
+        from calmix.evaluation.own import template
+
+        name = Path(options.name).with_suffix("")
+        files = {name.with_name(file): text for file, text in template(name.name).items()}
+        for path in files:
+            check_output_file(path, inputs=[], overwrite=False)
+        for path, text in files.items():
+            write_text(path, text)
+        line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {name}.yaml checks them")
+        return
     shown = load_suite(options.name)
     whose = {name: _whose(spec) for name, spec in shown.tasks.items()}
     if options.as_json:
@@ -509,7 +521,7 @@ def suite(options: SuiteOptions) -> None:
             "items": which if spec.limit is None else f"{which}, {spec.limit}",
             "quick": spec.quick if spec.quick is not None else spec.limit or "all",
             "chance": spec.chance,
-            "data": spec.archive or spec.asked,
+            "data": spec.archive or spec.asked or spec.file,
         }  # fmt: skip
 
     print_table(

@@ -169,14 +169,14 @@ def _run(
     from calmix.evaluation.scorer import Request, Scorer
 
     start = time.perf_counter()
-    loaded = {name: _load(name, spec) for name, spec in suite.tasks.items() if not spec.asked}
+    loaded = {name: _load(name, spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
     asked = [Request(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = (value for value, _ in scorer.loglikelihood(asked))
     tasks = []
     for name, spec in suite.tasks.items():
-        if spec.asked is not None:
+        if spec.writes:
             from calmix.evaluation.abilities import ask
 
             outcomes = ask(scorer, spec)
@@ -202,7 +202,7 @@ def _load(name: str, spec: TaskSpec) -> list[Item]:
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
     """Yield task, id and text of every item a suite scores, without worked examples."""
     for name, spec in suite.tasks.items():
-        if spec.asked is not None:
+        if spec.writes:
             from calmix.evaluation.abilities import asked_texts
 
             yield from ((name, *one) for one in asked_texts(spec))
@@ -223,7 +223,7 @@ def _task_scores(
         tuple(one.id for one in outcomes),
         tuple(one.value for one in outcomes if one.value is not None),
     )  # fmt: skip
-    if spec.asked is not None:
+    if spec.writes:
         return replace(
             scores,
             answers=tuple(one.answer or "" for one in outcomes),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
+from calmix.evaluation.own import METRICS, content_hash, read_rows
 from calmix.files import sha256_json, user_path
 from calmix.options import Measure as Measure
 from calmix.yaml_files import parse_model, read_text
@@ -55,7 +56,8 @@ class TaskSpec(BaseModel):
     """One task of a suite: what its requests are, and what of an answer counts.
 
     docs/evaluation.md says what each key means. A task is of the `archive` (its requests are of a
-    `form`), or one of `calmix.evaluation.abilities` (`asked`), whose answers a program checks.
+    `form`), one of `calmix.evaluation.abilities` (`asked`), whose answers a program checks, or a
+    `file` of the user's own rows of one `kind` (`calmix.evaluation.own`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +65,8 @@ class TaskSpec(BaseModel):
     archive: str | None = None
     form: Literal["question", "contexts", "answer", "passage"] | None = None
     asked: str | None = None
+    file: str | None = None
+    kind: Literal["choices", "answers", "numbers", "programs"] | None = None
     metric: Metric
     score: Score | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
@@ -71,10 +75,24 @@ class TaskSpec(BaseModel):
     quick: Annotated[int, Field(ge=0)] | None = None
     chance: Literal["choices"] | Annotated[float, Field(ge=0, lt=1)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_rows(cls, values: Any) -> Any:
+        """Fill in what the kind of a user's rows decides."""
+        if not isinstance(values, dict) or values.get("file") is None:
+            return values
+        if (kind := values.get("kind")) not in METRICS:
+            raise ValueError(f"'file' needs 'kind': {', '.join(METRICS)}")
+        choices = {"form": "question", "chance": "choices", "shots": 0} if kind == "choices" else {}
+        return {"metric": METRICS[kind], **choices, **values}
+
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
         bits, asked = self.metric == "bits_per_byte", self.asked is not None
+        if self.file is not None:
+            return self._consistent_rows()
         rules = {
+            "'kind' is of a task with 'file'": self.kind is not None,
             "a task needs 'archive' or 'asked'": not asked and self.archive is None,
             "'asked' stands alone": asked and bool(self.archive or self.form),
             f"metric '{self.metric}' is none of an 'asked' task": asked
@@ -103,6 +121,28 @@ class TaskSpec(BaseModel):
             raise ValueError(f"unknown asked task '{self.asked}': {known}")
         return self
 
+    def _consistent_rows(self) -> TaskSpec:
+        rules = {
+            "'file' stands alone": self.archive is not None or self.asked is not None,
+            f"kind '{self.kind}' is scored by {METRICS[str(self.kind)]}": self.metric
+            != METRICS[str(self.kind)]
+            and (self.kind, self.metric) != ("choices", "acc"),
+            f"'score' of such a task is {' or '.join(self._scores)}": self.score is not None
+            and self.score not in self._scores,
+            "'shots' of choices must be 0: they stand alone": self.kind == "choices"
+            and self.shots != 0,
+            "'chance' is of choices": self.kind != "choices" and self.chance is not None,
+        }
+        for rule, broken in rules.items():
+            if broken:
+                raise ValueError(rule)
+        return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes answers, which a program checks."""
+        return self.asked is not None or (self.kind or "choices") != "choices"
+
     @property
     def _scores(self) -> tuple[Score, ...]:
         if self.form in BITS_FORMS:
@@ -120,6 +160,8 @@ class TaskSpec(BaseModel):
     @property
     def benchmark(self) -> str | None:
         """The benchmark the archive's items are of (`benchmark_of`)."""
+        if self.file is not None:
+            return None
         if self.asked is not None:
             parts = asked_tasks()[self.asked]["from"].split("/")
             return benchmark_of(parts[2]) if len(parts) > 2 else None  # else made here
@@ -128,6 +170,8 @@ class TaskSpec(BaseModel):
     @property
     def runs_code(self) -> bool:
         """Whether scoring runs code the model wrote."""
+        if self.file is not None:
+            return self.kind == "programs"
         return self.asked is not None and asked_tasks()[self.asked]["check"] == "program"
 
     def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
@@ -191,7 +235,7 @@ class Suite(BaseModel):
     @property
     def asks(self) -> bool:
         """Whether any task asks for answers."""
-        return any(task.asked for task in self.tasks.values())
+        return any(task.writes for task in self.tasks.values())
 
     def dimension_of(self, task: str) -> str:
         """Return the dimension a task belongs to."""
@@ -205,6 +249,9 @@ class Suite(BaseModel):
         asked = []
         for task in (task for tasks in held["dimensions"].values() for task in tasks.values()):
             asked.append(task.pop("asked"))
+            rows = {key: task.pop(key) for key in ("file", "kind")}
+            if rows["file"] is not None:
+                task |= {"rows": content_hash(rows["file"]), "kind": rows["kind"]}
             task |= {"harness": None, "filter": None}  # as when there were tasks of the harness
         if any(asked):  # else as it was before tasks could be asked
             held |= {"asked": asked, "items": _asked_hash()}
@@ -221,7 +268,7 @@ class Suite(BaseModel):
             raise InputError(f"the limit must be at least 1 item a task, not {limit}")
         return self._changed(lambda task: {"limit": min(limit, task.limit or limit)})
 
-    def _changed(self, change: Callable[[TaskSpec], dict[str, int | None]]) -> Suite:
+    def _changed(self, change: Callable[[TaskSpec], dict[str, Any]]) -> Suite:
         dimensions = {
             dimension: {name: task.model_copy(update=change(task)) for name, task in tasks.items()}
             for dimension, tasks in self.dimensions.items()
@@ -292,7 +339,13 @@ def load_suite(name: str | Path) -> Suite:
         raise InputError(
             f"unknown suite '{text}': {nearest(text, _BUILTIN)} (or the path of a .yaml file)"
         )
-    return parse_suite(read_text(path), str(path))
+    suite = parse_suite(read_text(path), str(path))
+    beside = suite._changed(lambda task: {} if task.file is None else {
+        "file": str(path.parent / user_path(task.file))})  # fmt: skip
+    for task in beside.tasks.values():
+        if task.file is not None:
+            read_rows(task.file, str(task.kind))
+    return beside
 
 
 def suite_file(name: str | Path) -> Path | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calmix import assets
 from calmix.errors import InputError, nearest
+from calmix.evaluation.own import read_rows
 from calmix.evaluation.records import Outcome
 from calmix.evaluation.suites import ARCHIVE, TaskSpec
 
@@ -73,12 +75,26 @@ def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
 
 def load_items(spec: TaskSpec) -> list[Item]:
     """Return the items of the archive that a task scores, in order."""
-    assert spec.archive is not None
-    items = _archive_items(spec.archive, spec.form or "answer", spec.shots)
+    if spec.file is not None:
+        items = _own_items(spec.file)
+    else:
+        items = _archive_items(str(spec.archive), spec.form or "answer", spec.shots)
     picked = spec.pick([item.number for item in items], [item.group for item in items])
     if not picked:
         raise InputError("no items are left to score")
     return [items[at] for at in picked]
+
+
+def _own_items(path: str) -> list[Item]:
+    """Return the choices of a user's own file, asked as OLMES words them."""
+    name = Path(path).stem
+    return [
+        Item(
+            f"{name}/{number}", number, "", (f"Question: {row['question'].strip()}\nAnswer:",),
+            tuple(f" {choice.strip()}" for choice in row["choices"]), row["answer"], row,
+        )
+        for number, row in enumerate(read_rows(path, "choices"))
+    ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
 from calmix.errors import CalmixError, InputError
-from calmix.evaluation.abilities import load_asked
+from calmix.evaluation.abilities import task_of
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items, preamble
 from calmix.machine import device_memory, tokens_at_once, total_memory
@@ -320,14 +320,14 @@ def suite_work(suite: Suite) -> SuiteWork:
     items = tokens = written = 0
     exact, here = True, assets.get_asset(ARCHIVE).state == "ok"
     for spec in suite.tasks.values():
-        if spec.asked is not None and here:
-            asked = load_asked(spec.asked)
+        if spec.writes and (here or spec.file is not None):
+            asked = task_of(spec)
             texts = [one.chat or one.plain for one in asked.picked(spec)]
             shared = preamble(texts)
             count, held = len(texts), shared + sum(len(text) - shared for text in texts)
             held = round(held / CHARACTERS)
             written += count * asked.tokens // 2
-        elif here:
+        elif here or spec.file is not None:
             found = load_items(spec)
             contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
             shared = preamble(contexts)

@@ -11,11 +11,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix import assets
 from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, Prompt, answers
+from calmix.evaluation.own import asked_of
 from calmix.evaluation.records import Outcome
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks, read_own
@@ -58,7 +60,7 @@ class Asked:
 
 def ask(scorer: Scorer, spec: TaskSpec) -> list[Outcome]:
     """Return what a model answers to the items of a task, and whether that is right."""
-    task = load_asked(spec.asked or "")
+    task = task_of(spec)
     items = task.picked(spec)
     if task.check == "program":
         check_sandbox()
@@ -79,7 +81,7 @@ def ask(scorer: Scorer, spec: TaskSpec) -> list[Outcome]:
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     """Return id and text of the items that a task scores: the question and what is right."""
     found = []
-    for item in load_asked(spec.asked or "").picked(spec):
+    for item in task_of(spec).picked(spec):
         doc = item.more
         right = doc.get("canonical_solution") or doc.get("code") or doc.get("solution")
         right = right or doc.get("answer") or item.right
@@ -88,11 +90,22 @@ def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     return found
 
 
+def task_of(spec: TaskSpec) -> Asked:
+    """Return a task with all its items."""
+    if spec.file is not None:
+        name = Path(spec.file).stem
+        return _asked(name, *asked_of(spec.file, str(spec.kind), spec.shots or 0))
+    return load_asked(str(spec.asked))
+
+
 @functools.lru_cache(maxsize=32)
 def load_asked(name: str) -> Asked:
-    """Return a task with all its items."""
+    """Return a task that comes with the evaluation."""
     known = asked_tasks()[name]
-    docs = list(_MADE.get(known["from"], _archive)(known["from"]))
+    return _asked(name, known, list(_MADE.get(known["from"], _archive)(known["from"])))
+
+
+def _asked(name: str, known: Mapping[str, Any], docs: list[dict[str, Any]]) -> Asked:
     held = docs[len(docs) - known["examples"] :] if known.get("examples") else []
     docs = docs[: len(docs) - len(held)]
 

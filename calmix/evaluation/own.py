@@ -1,0 +1,167 @@
+"""Tasks of the user's own: a .jsonl file whose rows are of one kind.
+
+choices    {"question": ..., "choices": [..., ...], "answer": the place of the right one, from 0}
+answers    {"question": ..., "answer": "..." or a list of right ones}
+numbers    {"question": ..., "answer": 42}
+programs   {"head": "double(x)", "question": "returns x times two.", "tests": ["double(4) == 8"]}
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calmix.errors import InputError
+from calmix.files import sha256_file
+
+KINDS = ("choices", "answers", "numbers", "programs")
+METRICS = {"choices": "acc_norm", "answers": "as_asked", "numbers": "as_asked",
+           "programs": "pass@1"}  # fmt: skip
+TOKENS = {"answers": 32, "numbers": 256, "programs": 320}
+ENDS = {"answers": ("\n",), "numbers": ("\n\n", "\nQuestion"),
+        "programs": ("\ndef ", "\nclass ", "\n#", "\nprint", "\nif ", "\n\n\n")}  # fmt: skip
+CHECKS = {"answers": "text", "numbers": "number", "programs": "program"}
+# Rows of each kind for `calmix evaluate suite --new`.
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "choices": [
+        {"question": "Which of these is a fruit?", "choices": ["a stone", "an apple"], "answer": 1},
+        {"question": "What do bees make?", "choices": ["honey", "milk", "silk"], "answer": 0},
+    ],
+    "answers": [
+        {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"},
+        {"question": "What is the opposite of up? Answer with one word.",
+         "answer": ["down", "downwards"]},
+    ],
+    "numbers": [
+        {"question": "A shop sells pens in packs of 6. How many pens are in 7 packs?",
+         "answer": 42},
+        {"question": "What is 120 minus 45?", "answer": 75},
+    ],
+    "programs": [
+        {"head": "double(x)", "question": "returns x times two.",
+         "tests": ["double(4) == 8", "double(0) == 0"]},
+        {"head": "is_even(n)", "question": "returns True if n is even, else False.",
+         "tests": ["is_even(4)", "not is_even(7)"]},
+    ],
+}  # fmt: skip
+
+
+def read_rows(path: str, kind: str) -> list[dict[str, Any]]:
+    """Return the checked rows of a file; an InputError names the first line that is not right."""
+    return _rows(path, kind, content_hash(path))
+
+
+def content_hash(path: str) -> str:
+    """Return the SHA-256 of a file of items."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}, which a task of the suite names")
+    return sha256_file(Path(path))
+
+
+@functools.lru_cache(maxsize=32)
+def _rows(path: str, kind: str, _: str) -> list[dict[str, Any]]:
+    found = []
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise InputError(f"{path}, line {number}: it is no JSON") from None
+        wrong = "it is no JSON object" if not isinstance(row, dict) else _MISTAKES[kind](row)
+        if not wrong and not _text(row.get("question")):
+            wrong = "'question' must be a text"
+        if wrong:
+            raise InputError(f"{path}, line {number}: {wrong} (a row of kind {kind} is such as "
+                             f"{json.dumps(EXAMPLES[kind][0])})")  # fmt: skip
+        found.append(row)
+    if not found:
+        raise InputError(f"{path} holds no rows")
+    return found
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_text, value))
+
+
+def _choice(row: dict[str, Any]) -> str:
+    choices, answer = row.get("choices"), row.get("answer")
+    if not _texts(choices) or len(set(choices or [])) < 2:
+        return "'choices' must be two texts or more"
+    if type(answer) is not int or not 0 <= answer < len(choices or []):
+        return "'answer' must be the place of the right choice, from 0"
+    return ""
+
+
+def _answer(row: dict[str, Any]) -> str:
+    given = row.get("answer")
+    return "" if _text(given) or _texts(given) else "'answer' must be a text, or a list of texts"
+
+
+def _number(row: dict[str, Any]) -> str:
+    given = row.get("answer")
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    return "" if number else "'answer' must be a number"
+
+
+def _program(row: dict[str, Any]) -> str:
+    head = row.get("head")
+    if not _text(head) or not str(head).partition("(")[0].strip().isidentifier():
+        return "'head' must be a function's, such as double(x)"
+    return "" if _texts(row.get("tests")) else "'tests' must be a list of expressions"
+
+
+_MISTAKES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "choices": _choice, "answers": _answer, "numbers": _number, "programs": _program,
+}  # fmt: skip
+
+
+def asked_of(path: str, kind: str, shots: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return how a file's questions are asked, as `abilities/tasks.yaml` has it, and its rows."""
+    program = kind == "programs"
+    known = {
+        "check": CHECKS[kind], "tokens": TOKENS[kind], "until": ENDS[kind], "examples": shots,
+        "chat": "{question}", "plain": "Question: {question}\nAnswer:",
+    }  # fmt: skip
+    rows = read_rows(path, kind)
+    if program:
+        known |= {
+            "chat": "Write a Python function {head} that {question} Write only the function, in a "
+            "code block.",
+            "plain": "# {head}: {question}\ndef {head}:\n",
+        }
+    docs = []
+    for row in rows:
+        doc = {"question": row["question"]}
+        if program:
+            head = row["head"].strip()
+            doc |= {"head": head, "tests": row["tests"], "prompt": f"def {head}:\n",
+                    "entry_point": head.partition("(")[0].strip()}  # fmt: skip
+        else:
+            right = row["answer"]
+            doc["right"] = f"{right:.12g}" if kind == "numbers" else right
+            doc["shown"] = right[0] if isinstance(right, list) else str(right)
+        docs.append(doc)
+    return known, docs
+
+
+def template(name: str) -> dict[str, str]:
+    """Return the files of a suite to start from: its YAML, and a file of rows a kind."""
+    rows = {kind: "".join(json.dumps(one) + "\n" for one in EXAMPLES[kind]) for kind in KINDS}
+    tasks = "".join(f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n"
+                    for kind in KINDS if kind != "programs")  # fmt: skip
+    suite = (
+        f"# calmix evaluate suite {name}.yaml checks this file; rows are in the .jsonl beside it.\n"
+        f"name: {name}\nversion: 1\ndescription: tasks of our own\ndimensions:\n"
+        f"  support:  # an ability: any name\n{tasks}"
+        f"  code:\n    my_programs: {{file: {name}-programs.jsonl, kind: programs}}\n"
+    )
+    return {f"{name}.yaml": suite} | {f"{name}-{kind}.jsonl": text for kind, text in rows.items()}

@@ -1,0 +1,130 @@
+"""Tasks of the user's own rows: read, refused, hashed, scored, and judged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from calmix.errors import InputError
+from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.abilities import prompts, task_of, verdict
+from calmix.evaluation.greedy import Answer
+from calmix.evaluation.own import EXAMPLES, KINDS, read_rows, template
+from calmix.evaluation.suites import load_suite
+from calmix.evaluation.tasks import load_items
+from tests.tiny import tiny_tokenizer
+
+
+def said(text, ended=True):
+    return Answer(text, 1, ended)
+
+
+@pytest.fixture
+def suite(tmp_path):
+    for name, text in template("mine").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return load_suite(tmp_path / "mine.yaml")
+
+
+def test_the_template_is_a_suite_whose_examples_are_right(suite):
+    assert list(suite.dimensions) == ["support", "code"]
+    assert [one.metric for one in suite.tasks.values()] == [
+        "acc_norm", "as_asked", "as_asked", "pass@1"
+    ]  # fmt: skip
+    items = load_items(suite.tasks["my_choices"])
+    assert items[0].choices == (" a stone", " an apple")
+    assert items[0].requests[items[0].gold][1] == " an apple"
+    right = {
+        "my_answers": ["Paris.", "Downwards"], "my_numbers": ["That is 42 pens.", "75"],
+        "my_programs": ["```python\ndef double(x):\n    return 2 * x\n```",
+                        "    return n % 2 == 0"],
+    }  # fmt: skip
+    for name, texts in right.items():
+        task = task_of(suite.tasks[name])
+        for item, text, other in zip(task.items, texts, texts[::-1], strict=True):
+            assert verdict(task, item, said(text)), (name, text)
+            assert not verdict(task, item, said(other)), (name, other)
+            assert not verdict(task, item, said(text, ended=False))
+        assert len(prompts(task, task.items, tiny_tokenizer(), chat=True)) == 2
+
+
+def test_the_hash_is_of_the_rows_and_not_of_their_place(suite, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, text in template("mine").items():
+        (other / name).write_text(text, encoding="utf-8")
+    assert load_suite(other / "mine.yaml").hash == suite.hash
+    with (other / "mine-numbers.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"question": "What is 1 plus 1?", "answer": 2}) + "\n")
+    assert load_suite(other / "mine.yaml").hash != suite.hash
+
+
+def test_the_last_rows_are_worked_examples_if_asked_for(suite, tmp_path):
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    text = text.replace("kind: answers", "kind: answers, shots: 1")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    (only,) = task_of(load_suite(tmp_path / "mine.yaml").tasks["my_answers"]).items
+    assert only.plain.startswith("Question: What is the opposite of up?")
+    assert " down\n\nQuestion: What is the capital" in only.plain
+
+
+def test_a_model_is_scored_on_all_kinds(suite, tiny_folder, tmp_path, calmix):
+    scores = evaluate(tiny_folder, suite, allow_code_execution=True)
+    assert [len(one.items) for one in scores.tasks] == [2, 2, 2, 2]
+    assert scores.tasks[0].loglikelihoods
+    assert scores.tasks[3].answers
+    shown = calmix("evaluate", "suite", tmp_path / "mine.yaml")
+    assert (shown.code, "mine-programs.jsonl" in shown.out.replace("\n", "")) == (0, True)
+
+
+def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
+    ended = calmix("evaluate", "suite", tmp_path / "ours", "--new")
+    assert ended.code == 0
+    assert load_suite(tmp_path / "ours.yaml").name == "ours"
+    assert calmix("evaluate", "suite", tmp_path / "ours.yaml", "--new").code == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "said"),
+    [
+        ("choices", "{", "line 2: it is no JSON"),
+        ("choices", "[1]", "it is no JSON object"),
+        ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two texts or more"),
+        ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the place of"),
+        ("choices", {"question": "x", "choices": ["a", "b"], "answer": True}, "the place of"),
+        ("answers", {"question": "x", "answer": []}, "a text, or a list"),
+        ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
+        ("numbers", {"question": "x", "answer": "4"}, "must be a number"),
+        ("programs", {"question": "x", "head": "1(x)", "tests": ["a"]}, "such as double"),
+        ("programs", {"question": "x", "head": "f(x)", "tests": "a"}, "list of expressions"),
+    ],
+)
+def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
+    path = tmp_path / "rows.jsonl"
+    text = row if isinstance(row, str) else json.dumps(row)
+    path.write_text(json.dumps(EXAMPLES[kind][0]) + "\n" + text + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=said) as error:
+        read_rows(str(path), kind)
+    assert "line 2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("{file: a.jsonl}", "'file' needs 'kind': choices"),
+        ("{file: a.jsonl, kind: answers}", "there is no file"),
+        ("{file: a.jsonl, kind: answers, archive: x}", "'file' stands alone"),
+        ("{file: a.jsonl, kind: answers, metric: acc}", "is scored by as_asked"),
+        ("{asked: sums, metric: as_asked, kind: answers}", "'kind' is of a task with 'file'"),
+    ],
+)
+def test_a_task_that_is_wrong_is_one_line(tmp_path, task, said):
+    path = tmp_path / "s.yaml"
+    path.write_text(f"name: s\nversion: 1\ndescription: d\ndimensions:\n  a:\n    t: {task}\n")
+    with pytest.raises(InputError, match=said):
+        load_suite(path)
+
+
+def test_every_kind_has_examples():
+    assert set(EXAMPLES) == set(KINDS)
