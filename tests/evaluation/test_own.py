@@ -7,8 +7,8 @@ import json
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.abilities import prompts, task_of, verdict
+from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.greedy import Answer
 from calmix.evaluation.own import EXAMPLES, KINDS, read_rows, template
 from calmix.evaluation.suites import load_suite
