@@ -38,8 +38,7 @@ def check(options: CheckOptions) -> None:
 
     No model is opened: the scores that compress, or evaluate --against, has written are read.
     """
-    from calmix.evaluation.floors import FILE, judge, parse_floors
-    from calmix.manifest import sealed, versions
+    from calmix.evaluation.floors import FILE, judge, parse_floors, record
 
     floors = parse_floors(options.keep_at_least)
     folders, files = [path for path in options.results if path.is_dir()], options.results
@@ -55,11 +54,7 @@ def check(options: CheckOptions) -> None:
     pairs = _pairs(files)
     verdict = judge(floors, pairs, options.confidence)
     dense, pruned = pairs[0]
-    made = sealed({
-        "kind": "check", "floors": floors, **verdict.to_dict(),
-        "model": pruned.fingerprint, "dense": dense.fingerprint,
-        "suites": [one.suite for _, one in pairs], "versions": versions(),
-    })  # fmt: skip
+    made = record(verdict, floors, pairs)
     if output is not None:
         write_json(output, made)
     if options.as_json:

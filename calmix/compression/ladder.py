@@ -21,11 +21,13 @@ from calmix.compression.running import LADDER, check_place, check_same
 from calmix.errors import InputError
 from calmix.evaluation.floors import (
     CONFIDENCE,
+    FILE,
     check_possible,
     expected,
     judge,
     needed,
     parse_floors,
+    record,
 )
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import alone, write_json
@@ -238,7 +240,9 @@ def walk(
             place.mkdir(exist_ok=True)
             do(building(asked, out, bits, suites), place)
             scored = [load_scores(place / one) for one in suites]
-            verdict = judge(floors, list(zip(dense, scored, strict=True)), confidence)
+            pairs = list(zip(dense, scored, strict=True))
+            verdict = judge(floors, pairs, confidence)
+            write_json(place / FILE, record(verdict, floors, pairs))
             told = json.loads(json.dumps(verdict.to_dict()))
             rung = Rung(bits, round(time.monotonic() - start, 1), told)
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
@@ -254,10 +258,11 @@ def walk(
 
 
 def _place(chosen: Path, out: Path) -> None:
-    """Move a candidate to OUT, with its scores of behaviour."""
-    if (chosen / BEHAVIOUR).exists() and not (out / BEHAVIOUR).exists():
-        shutil.copy2(chosen / BEHAVIOUR, out / f".{BEHAVIOUR}")
-        (out / f".{BEHAVIOUR}").replace(out / BEHAVIOUR)
+    """Move a candidate to OUT, with its scores of behaviour and what was tested."""
+    for name in (BEHAVIOUR, FILE):
+        if (chosen / name).exists() and not (out / name).exists():
+            shutil.copy2(chosen / name, out / f".{name}")
+            (out / f".{name}").replace(out / name)
     if (chosen / "model").exists():
         (chosen / "model").rename(out / "model")
 

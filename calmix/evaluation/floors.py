@@ -29,6 +29,7 @@ from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import retention
 from calmix.evaluation.scores import CapabilityScores
 from calmix.evaluation.suites import WRITTEN
+from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
 CONFIDENCE = 0.95
@@ -129,6 +130,16 @@ class Verdict:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
         return asdict(self) | {"tested": rows, "passed": self.passed, "lines": self.lines()}
+
+
+def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return what a check leaves as a file, sealed by its hash."""
+    dense, pruned = pairs[0]
+    return sealed({
+        "kind": "check", "floors": dict(floors), **verdict.to_dict(),
+        "model": pruned.fingerprint, "dense": dense.fingerprint,
+        "suites": [one.suite for _, one in pairs], "versions": versions(),
+    })  # fmt: skip
 
 
 def parse_floors(text: str) -> dict[str, float]:
