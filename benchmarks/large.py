@@ -1,7 +1,7 @@
 """A model larger than memory: a random checkpoint of a large model's shape pruned in a budget.
 
     python benchmarks/large.py --folder DIR [--shape llama-3.1-8b] [--blocks 32]
-        [--max-memory 6GiB] [--kill-after 3] [--recover blocks,epochs=1]
+        [--max-memory 6GiB] [--kill-after 3]
 
 Shapes: llama-3.1-8b (16 GB, DIR needs about 40), mixtral-8x7b (2.9 GB a block), qwen3-30b-a3b
 (1.2 GB a block), small-mixture (27 MB a block of 32 experts, each with a number of tokens of its
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--kill-after", type=int)
-    parser.add_argument("--recover", help="as `calmix prune` takes it")
     options = parser.parse_args()
     model = options.folder / f"{options.shape}-{options.blocks}"
     output = options.folder / "pruned"
@@ -203,7 +202,6 @@ def main() -> None:
         str(text), "--rows", str(options.rows), "--length", str(options.length), "--sparsity",
         "0.6", "--method", options.method, "--dtype", "bfloat16", "--leakage", "off",
         "--max-memory", options.max_memory, "--overwrite",
-        *(("--recover", options.recover) if options.recover else ()),
     ]  # fmt: skip
     dry = subprocess.run(
         [*command, "--dry-run", "--json"], capture_output=True, text=True, check=True
@@ -213,8 +211,7 @@ def main() -> None:
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**30
     print(f"commit {commit()}, {machine()}")
     print(f"{options.blocks} blocks, {size:.1f} GiB of weights, {options.rows} x {options.length} "
-          f"tokens, {options.method} 60 %, {options.recover or 'no'} recovery, --max-memory "
-          f"{options.max_memory}\n")  # fmt: skip
+          f"tokens, {options.method} 60 %, --max-memory {options.max_memory}\n")  # fmt: skip
     work = output.with_name(output.name + ".unfinished")
     began = time.perf_counter()
     peak, times, killed = run(command, work, options.kill_after)

@@ -2,10 +2,10 @@
 
     python benchmarks/recovery.py -o DIR [--model builtin:smollm2-135m] [--ways ...]
 
-Each way is one `calmix prune` in a process of its own, on the same 64 x 512 tokens of a mix of
-four at 60 %: `sparsegpt`, `admm`, and ADMM with `--recover blocks` and `distill`. Its seconds and
-its peak resident memory (the operating system's) stand beside those that `--dry-run` told right
-before.
+Each way is a `calmix prune` in a process of its own, on the same 64 x 512 tokens of a mix of four
+at 60 %: `sparsegpt`, `admm`, and ADMM with a `calmix recover` by `blocks` and `distill` behind it.
+Seconds and peak resident memory (the operating system's) stand beside those that `--dry-run` told
+right before, and those that a study's plan would tell of the recovery.
 Floors, by plain transformers and PyTorch in this process: one forward pass of the blocks and one
 Gram matrix per distinct input (as in speed.py), and for an epoch of recovery one pass there and
 back. Prints Markdown tables.
@@ -31,7 +31,8 @@ from speed import MIX, floor
 
 from calmix.calibration import build, parse_mix
 from calmix.models import find_blocks, open_model
-from calmix.specs import RECOVERIES
+from calmix.specs import RECOVERIES, recover_request
+from calmix.study.estimate import PROGRAM, Timed
 
 WAYS = {
     "sparsegpt": ("sparsegpt", None),
@@ -61,30 +62,41 @@ def there_and_back(model: str, ids: torch.Tensor) -> float:
 
 
 def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
-    """Run a way's prune; return what was told before, and what it took."""
+    """Run a way; return what was told before, and what it took."""
     method, recovery = WAYS[way]
-    output = options.output / way
-    command = [
-        sys.executable, "-m", "calmix", "prune", options.model, "-o", str(output), "--method",
-        method, "--sparsity", "0.6", "--calibration", MIX, "--rows", str(options.rows),
-        "--overwrite", *(("--recover", recovery) if recovery else ()),
-    ]  # fmt: skip
-    shutil.rmtree(output, ignore_errors=True)
-    told = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True)
-    stages = json.loads(told.stdout)
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    pruned, output = options.output / f"{way}-pruned", options.output / way
+    program, rows = [sys.executable, "-m", "calmix"], str(options.rows)
+    drawn = ["--calibration", MIX, "--rows", rows, "--overwrite"]
+    prune = [*program, "prune", options.model, "-o", str(pruned), "--method", method,
+             "--sparsity", "0.6", *drawn]  # fmt: skip
+    commands, last = [prune], 0.0
+    dry = subprocess.run([*prune, "--dry-run", "--json"], capture_output=True, check=True)
+    stages = json.loads(dry.stdout)
+    told, memory = (
+        sum(stage["seconds"] for stage in stages), max(stage["memory"] for stage in stages),
+    )  # fmt: skip
+    if recovery:
+        commands.append([*program, "recover", str(pruned), "--against", options.model, "-o",
+                         str(output), "--method", recovery, *drawn])  # fmt: skip
+        timed, asked = Timed(options.model), recover_request(method=recovery, calibration=MIX)
+        last = timed.files + timed.recovery(asked, options.rows, 512)
+        told += last
+        memory = max(memory, timed.recovery_memory(asked, 512) + PROGRAM)
+    began, peak = time.perf_counter(), 0.0
+    for command in commands:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        peak = max(peak, usage.ru_maxrss / 2**20)
+        if os.waitstatus_to_exitcode(status):
+            sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
     took = time.perf_counter() - began
-    if os.waitstatus_to_exitcode(status):
-        sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    run = json.loads((output / "calmix-run.json").read_text(encoding="utf-8"))
-    shutil.rmtree(output)
+    made = output if recovery else pruned
+    run = json.loads((made / "calmix-run.json").read_text(encoding="utf-8"))
+    for folder in (pruned, output):
+        shutil.rmtree(folder, ignore_errors=True)
     return {
-        "told": sum(stage["seconds"] for stage in stages), "took": took,
-        "last": stages[-1]["seconds"], "run": run["seconds"]["total"],
-        "memory": max(stage["memory"] for stage in stages) / 2**30,
-        "peak": usage.ru_maxrss / 2**20,
+        "told": told, "took": took, "last": last, "run": run["seconds"]["total"],
+        "memory": memory / 2**30, "peak": peak,
     }  # fmt: skip
 
 

@@ -282,7 +282,7 @@ CALIBRATED = ("calibration", "propagation", "drop_experts", *DRAW)
 PRUNE = (
     *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
     "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
-    "resume", "overwrite", "json", "as_json", "help", "recover", "against", "only", "skip",
+    "resume", "overwrite", "json", "as_json", "help", "only", "skip",
     "text_field",
 )  # fmt: skip
 

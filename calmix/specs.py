@@ -248,25 +248,19 @@ def requests(
     sparsity: str | None = None,
     pattern: str | None = None,
     bits: str | None = None,
-    recover: str | None = None,
     **options: Any,
-) -> tuple[list[PruneRequest], RecoverRequest | None]:
+) -> list[PruneRequest]:
     """Check a prune to one or several targets, every method with every sparsity or pattern and all
-    numbers of bits, and the recovery behind each."""
+    numbers of bits."""
     from calmix.pruning.methods import get_method
 
     given = {name: value for name, value in options.items() if value not in (None, (), [])}
-    recovery, used = None, set()
-    if recover is not None:
-        if "calibration" not in given:
-            raise InputError("--recover needs --calibration: the text that a recovery trains on")
-        used = given.keys() & {"calibration", *DRAW}
-        recovery = recovery_of(recover, **{name: given[name] for name in used})
+    used: set[str] = set()
     if sparsity is not None and pattern is not None:
         raise InputError(BOTH)
     bare = sparsity is None and pattern is None
     if bare and bits is None and "drop_experts" in given:  # only experts are dropped
-        return [prune_request(method=method and _methods(method)[0], **given)], recovery
+        return [prune_request(method=method and _methods(method)[0], **given)]
     default = BITS_METHOD if bare and bits is not None else METHOD
     methods = _methods(default if method is None else method)
     key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
@@ -284,7 +278,7 @@ def requests(
     names = [one.name for one in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two targets are the same, {twice}: leave one out")
-    return made, recovery
+    return made
 
 
 def recover_request(**options: Any) -> RecoverRequest:

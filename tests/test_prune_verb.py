@@ -331,3 +331,30 @@ def test_a_real_mix_prunes_the_real_model_better_than_magnitude(calmix, tmp_path
     )
     dense = json.loads(told.out)["perplexity"]
     assert dense < scores["wanda"] < scores["magnitude"]
+
+
+@pytest.mark.parametrize(("kind", "more", "stages"), [
+    ("llama", ("--sparsity", "0.4,0.6", "--allocation", "owl"), [
+        "prune, sparsegpt-0.4", "prune, sparsegpt-0.6",
+    ]),
+    ("mixtral", ("--drop-experts", 0.25), ["prune, drop-0.25"]),
+    ("mixtral", ("--drop-experts", 0.25, "--sparsity", 0.5), ["prune, sparsegpt-0.5"]),
+])  # fmt: skip
+def test_a_dry_run_tells_what_it_takes_and_writes_nothing(
+    calmix, tmp_path, text_file, kind, more, stages
+):
+    model = save_tiny_model(tmp_path / "model", kind)
+    before = sorted(tmp_path.iterdir())
+    asked = ("prune", model, "--calibration", text_file, *SMALL, *more, "--dry-run",
+             "-o", tmp_path / "out")  # fmt: skip
+    ended = calmix(*asked, "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert [one["stage"] for one in told] == stages
+    stored = (model / "model.safetensors").stat().st_size
+    for one in told:
+        assert one["seconds"] > 0
+        assert one["memory"] > 0.2e9
+        assert 0.9 * stored < one["disk"] < stored
+    assert "cannot hold one block" in calmix(*asked, "--max-memory", "1MiB").line
+    assert sorted(tmp_path.iterdir()) == before

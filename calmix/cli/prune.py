@@ -67,7 +67,6 @@ class PruneOptions(Pruning, WorkOptions):
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6.")
     pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4.")
     bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3.")
-    recover: str | None = option(None, "Recover too: distill or blocks,epochs=3.", metavar="METHOD")
     dry_run: bool = option(False, "Print time, memory and disk; write nothing.")
 
 
@@ -84,11 +83,8 @@ def prune(options: PruneOptions) -> None:
     With several methods, sparsities or patterns the model is read once, and every target gets a
     folder of its own. Under torchrun several processes, with a GPU each, prune one model together.
     """
-    targeted = {
-        name: getattr(options, name)
-        for name in ("method", "sparsity", "pattern", "bits", "recover")
-    }
-    asked, recovery = requests(**targeted, **options.asked(Pruning))
+    targeted = {name: getattr(options, name) for name in ("method", "sparsity", "pattern", "bits")}
+    asked = requests(**targeted, **options.asked(Pruning))
     from calmix.pruning import distributed
     from calmix.pruning.checkpoint import prune_checkpoints
 
@@ -104,45 +100,30 @@ def prune(options: PruneOptions) -> None:
         from calmix.compression.estimate import estimate_prune
 
         how = options.opening() | {"max_memory": how["max_memory"]}
-        taken = estimate_prune(model, targets, recovery, **how)
+        taken = estimate_prune(model, targets, **how)
         if options.as_json:
             print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
         else:
             print_taken(taken, f"{model}, on this machine")
         return
-    recovered: list[RecoveryReport] = []
     with distributed.launched(options.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
         with Progress(shown=leads) as bar:
-            pruning = bar.of("pruning blocks")
             how |= {
                 "device": own, "writing": bar.writing, "started": _started("calibrating"),
             }  # fmt: skip
-            if recovery is None:
-                reports = prune_checkpoints(model, targets, progress=pruning, **how)
-            else:
-                from calmix.recovery.chain import prune_and_recover
-
-                made = prune_and_recover(
-                    model, targets, recovery, pruning=pruning, recovering=bar.of(recovery.method),
-                    **how,
-                )  # fmt: skip
-                reports, recovered = [one for one, _ in made], [one for _, one in made]
+            reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
     if not leads:
         return
     told = [
         {"output": str(path)} | report.to_json()
         for path, report in zip(targets, reports, strict=True)
     ]
-    for one, again in zip(told, recovered, strict=False):
-        one["recovery"] = again.to_json()
     if options.as_json:
         print_json(told if several else told[0])
         return
     for path, report in zip(targets, reports, strict=True):
         _print_pruned(path, report, brief=several)
-    for path, again in zip(targets, recovered, strict=False):
-        _print_recovered(path, again)
 
 
 def _started(what: str, shown: bool = True) -> Callable[[CalibrationSet | None], None]:

@@ -141,7 +141,6 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
         *_found(KEY, "sources/*.yaml"), *_found(r'^    "([\w-]+)":', "sources/registry.py"),
         *_found(r'^    name = "([\w-]+)"', "calibration/selfgen/generators.py"),
     ],
-    "recover": lambda: ("distill", "blocks"),
     "allocation": lambda: ("owl", "error"),
     "dimension": lambda: sorted({*_found(r"^  dimension: (\w+)", "sources/*.yaml")}),
     "method": lambda: _found(r'^    name, title = "([\w-]+)"', "pruning/methods/*.py"),

@@ -92,14 +92,13 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
 def estimate_prune(
     name: str,
     targets: Mapping[Path, PruneRequest],
-    recovery: RecoverRequest | None,
     *,
     max_memory: int | None = None,
     **how: Any,
 ) -> list[Taken]:
-    """Return what a prune to one or several targets will take here, and recovery behind each."""
+    """Return what a prune to one or several targets will take here."""
     check_models(name, **how)
-    asked = recovery or next((r for r in targets.values() if r.calibration is not None), None)
+    asked = next((r for r in targets.values() if r.calibration is not None), None)
     rows, length, spec, start = 0, 0, Spec(Mix({})), START
     found: list[Taken] = []
     if asked is not None:
@@ -111,17 +110,11 @@ def estimate_prune(
         stage = Stage("write the calibration set", (), None)
         found.append(Taken(stage, start + seconds, model.bytes + PROGRAM, 0.0))
         start = 0.0
-    used = rows if any(r.calibration is not None for r in targets.values()) else 0
-    needed, checkpoint = planned(name, targets, used, length, max_memory=max_memory, **how)
+    needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     for request in targets.values():
         seconds, named = start + _pruning(model, request, rows, length), request.name
         start = 0.0
         found.append(Taken(Stage(f"prune, {named}", (), None), seconds, needed, checkpoint))
-        if recovery is not None:
-            seconds = model.files + model.recovery(recovery, rows, length)
-            memory = _recovery_memory(model, recovery, length, max_memory)
-            stage = Stage(f"recover by {recovery.method}, {named}", (), None)
-            found.append(Taken(stage, seconds, memory, checkpoint))
     return found
 
 

@@ -32,7 +32,6 @@ from calmix.pruning.experts import starved
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX
 from calmix.pruning.work import read_record as read_work
-from calmix.recovery.chain import PRUNED, STAGES
 from calmix.study.store import open_store
 
 CARD = "README.md"  # written beside a model later, by whoever describes it
@@ -63,11 +62,10 @@ def inspect(path: Path, *, tick: Say | None = None) -> Health:
     """Check anything calmix has written, finished or not: a folder, its manifest, or a file."""
     say = tick or (lambda name: None)
     if not path.exists():
-        unfinished = (path.with_name(path.name + end) for end in (SUFFIX, STAGES))
-        found = next((folder for folder in unfinished if folder.is_dir()), None)
-        if found is None:
+        unfinished = path.with_name(path.name + SUFFIX)
+        if not unfinished.is_dir():
             raise InputError(f"there is nothing at {path}")
-        path = found
+        path = unfinished
     if path.is_file() and path.name not in MARKS:
         return _file(path, say)
     folder = path.parent if path.is_file() else path
@@ -313,12 +311,6 @@ def _work(folder: Path, health: Health, say: Say) -> None:
         health.problems += inspect(folder / SET, tick=say).problems
 
 
-def _stages(folder: Path, health: Health, say: Say) -> None:
-    names = [PRUNED, SET] if is_saved_set(folder / SET) else [PRUNED]
-    parts = _parts(folder, names, health, say)
-    health.facts |= parts[PRUNED].facts | RESUME
-
-
 def _file(path: Path, say: Say) -> Health:
     """Check a file of results by the kind that it says it is."""
     kind = ""
@@ -360,11 +352,7 @@ CHECKS: dict[str, Check] = {
     "export": _export,
     "calibration set": _calibration,
     "unfinished work": _work,
-    "unfinished prune and recovery": _stages,
 }
-MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS} | {
-    RECORD: "unfinished work",
-    PRUNED: "unfinished prune and recovery",
-    PRUNED + SUFFIX: "unfinished prune and recovery",
-}
+MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS}
+MARKS[RECORD] = "unfinished work"
 FILES: dict[str, Check] = {SCORES: _scores, ANSWERS: _answers}

@@ -20,18 +20,17 @@ from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
 from calmix.calibration.resolving import make
 from calmix.calibration.spec import Spec, read_generator
-from calmix.errors import InputError, disk_errors
-from calmix.files import check_output_folder, hidden, holds_result, read_object, real_place
+from calmix.errors import InputError
+from calmix.files import check_output_folder, holds_result, read_object
 from calmix.manifest import SEAL, read_sealed
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, checked
 from calmix.pruning.checkpoint import MANIFEST, RUN, prune_checkpoints
 from calmix.recovery import recover
-from calmix.recovery.chain import stage_name
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
-from calmix.specs import PruneRequest, prune_request, recover_request
+from calmix.specs import prune_request, recover_request
 from calmix.study.trials import differences
 
 # Of the manifest: what the work makes; of the run record: where it was done.
@@ -64,7 +63,7 @@ def rerun(
 ) -> Rerun:
     """Make a pruned or recovered checkpoint, or a calibration set, again.
 
-    A recovery of a prune in the same run prunes again first; another needs the pruned model.
+    A recovery is made again from the pruned model.
     """
     path = _found(manifest) if manifest.is_dir() else manifest
     missing = f"there is no manifest {path}"
@@ -107,29 +106,24 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
 
 
-def _prune(
-    path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any
-) -> CalibrationSet | None:
-    """Prune again, and return the calibration set."""
+def _prune(path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any) -> None:
     with _reading(path):
-        request, name, told = _pruning(kept, path), kept["model"]["name"], kept["calibration"]
+        name, told = kept["model"]["name"], kept["calibration"]
+        options = _options(kept["request"], path)
+        request = prune_request(**options.pop("options"), **options)
         how |= {"dtype": kept["dtype"], "device": kept["device"]}
         _check_model(kept["model"])
-    drawn: list[CalibrationSet | None] = []
 
     def started(made: CalibrationSet | None) -> None:
-        drawn.append(made)
         if made is not None:
             _check_set(told or {}, made)
 
     prune_checkpoints(name, {output: request}, started=started, progress=progress, **how)
-    return drawn[0]
 
 
 def _recover(
     path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any
 ) -> None:
-    """Recover again; where one run pruned and recovered, prune again first."""
     with _reading(path):
         if kept["processes"] > 1:
             raise InputError(
@@ -139,34 +133,13 @@ def _recover(
             )
         request = recover_request(**_options(kept["request"], path))
         model, dense, told = kept["model"], kept["against"]["name"], kept["calibration"]
-        own = {"dtype": kept["dtype"], "device": kept["device"], "called": model["name"]}
+        how |= {"dtype": kept["dtype"], "device": kept["device"]}
         _check_model(kept["against"])
-        pruned = kept.get("pruned") or {}
-        once = bool(pruned.get("kind") == "pruned checkpoint" and pruned.get("request"))
-        once = once and model["name"] == stage_name(pruned["model"]["name"], _pruning(pruned, path))
-        if not once:
-            _check_model(model)
-
-    def again(name: str, drawn: CalibrationSet | None) -> None:
-        recover(
-            name, dense, request, output, drawn=drawn,
-            started=lambda made: _check_set(told, made),
-            progress=lambda done, total, loss: progress(done, total) if progress else None,
-            **own, **how,
-        )  # fmt: skip
-
-    if not once:
-        return again(model["name"], None)
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with hidden(real_place(output)) as folder:
-        drawn = _prune(path, pruned, folder / "pruned", progress, **how)
-        again(str(folder / "pruned"), drawn)
-
-
-def _pruning(kept: dict[str, Any], path: Path) -> PruneRequest:
-    options = _options(kept["request"], path)
-    return prune_request(**options.pop("options"), **options)
+        _check_model(model)
+    recover(
+        model["name"], dense, request, output, started=lambda made: _check_set(told, made),
+        progress=lambda done, total, loss: progress(done, total) if progress else None, **how,
+    )  # fmt: skip
 
 
 def _options(request: dict[str, Any], path: Path) -> dict[str, Any]:

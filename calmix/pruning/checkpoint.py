@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import (
-    Asked,
     CalibrationSet,
     OpenTokenizer,
     ask,
@@ -61,7 +60,7 @@ from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.streamed import Target, pass_through, prune_streamed
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
-from calmix.specs import NONE, How, PruneRequest, RecoverRequest
+from calmix.specs import NONE, How, PruneRequest
 
 # Of models of images or sound, opened as models of text.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
@@ -112,26 +111,19 @@ def prune_checkpoints(
     return [done[output] for output in targets]
 
 
-def check_request(
-    name: str,
-    targets: Mapping[Path, PruneRequest],
-    run: How,
-    recovery: RecoverRequest | None = None,
-) -> Asked | None:
+def check_request(name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
     """Refuse what can be known to go wrong before a model is fetched or text is drawn."""
     calibrated = (request for request in targets.values() if request.calibration is not None)
-    request, asked = next(calibrated, None) or recovery, None
+    request = next(calibrated, None)
     inputs: list[object] = [name]
     if request is not None:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
-            asked = ask(str(request.calibration), **request.draw)
-            inputs += asked.files
+            inputs += ask(str(request.calibration), **request.draw).files
     for output in targets:
         finished = run.resume and (output / MANIFEST).is_file()
         check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
     check_models(name, **run.opening)
-    return asked
 
 
 def planned(

@@ -44,9 +44,6 @@ def recover(
     against: str,
     request: RecoverRequest,
     output: Path | str,
-    *,
-    drawn: CalibrationSet | None = None,
-    called: str | None = None,
     **how: Any,
 ) -> RecoveryReport:
     """Train what pruning has left, on a calibration set, and write a checkpoint.
@@ -60,8 +57,6 @@ def recover(
         against: the dense model it was pruned from.
         request: what to do, from `calmix.recover_request`.
         output: the folder to write; it appears whole or not at all.
-        drawn: the calibration set that is asked for, if it is there already.
-        called: what the manifest calls the pruned model, if not `pruned`.
         **how: as in `calmix.specs.How`; the dtype is what to compute in, `bfloat16` or `float32`,
             `auto` for bfloat16 where it is fast.
 
@@ -74,7 +69,7 @@ def recover(
 
     def check() -> None:
         inputs: list[object] = [pruned, against, saved_set(request.calibration)]
-        if drawn is None and not run.resume:  # else what it was drawn from may be gone
+        if not run.resume:  # else what it was drawn from may be gone
             made_of = ask(request.calibration, **request.draw)
             split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
             inputs += made_of.files
@@ -105,7 +100,7 @@ def recover(
         take = {"resume": run.resume, "overwrite": run.overwrite}
         work.kept = once(lambda: work.claim(asked, **take))
         try:
-            calibration = once(lambda: _calibration(job, tokenizers[1], drawn))
+            calibration = once(lambda: _calibration(job, tokenizers[1]))
             embeddings = pair.pruned.model.get_input_embeddings()
             check_ids(pair.pruned.name, embeddings, calibration.ids)
             job.begin(calibration)
@@ -124,7 +119,7 @@ def recover(
                 pair.weights, pair.zeros, curve, {"total": job.seconds},
             )  # fmt: skip
             if job.main:
-                _finish(job, asked, report, called or pair.pruned.name)
+                _finish(job, asked, report)
             everyone(None)
         except BaseException as error:
             if work.claimed and work.leave(error):
@@ -145,35 +140,31 @@ def streamed(name: str, opening: dict[str, Any]) -> StreamedModel:
         raise ModelError(f"{name} cannot be recovered, because {error}") from error
 
 
-def _calibration(
-    job: Job, tokenizer: OpenTokenizer, drawn: CalibrationSet | None
-) -> CalibrationSet:
+def _calibration(job: Job, tokenizer: OpenTokenizer) -> CalibrationSet:
     """Return the set of the work that is resumed, or draw it; the dense model writes text."""
     request = job.request
-    made = job.work.calibration() if job.work.resumes else drawn
-    if made is None:
-        asked = ask(request.calibration, context=tokenizer.context, **request.draw)
-        job.check_room(asked.draw.rows * asked.draw.length)
-        opened: Any = tokenizer
-        if asked.runs_model:
-            opened = open_model(job.pair.dense.name, **job.opening | {"dtype": "auto"})
-        how = {"writing": job.run.writing, "note": job.say, **request.draw}
-        made = resolve(request.calibration, opened, **how)
-    else:
+    if job.work.resumes and (made := job.work.calibration()) is not None:
         job.check_room(made.ids.numel())
-    if not job.work.resumes:
-        job.work.keep_calibration(made)
+        return made
+    asked = ask(request.calibration, context=tokenizer.context, **request.draw)
+    job.check_room(asked.draw.rows * asked.draw.length)
+    opened: Any = tokenizer
+    if asked.runs_model:
+        opened = open_model(job.pair.dense.name, **job.opening | {"dtype": "auto"})
+    how = {"writing": job.run.writing, "note": job.say, **request.draw}
+    made = resolve(request.calibration, opened, **how)
+    job.work.keep_calibration(made)
     return made
 
 
-def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport, called: str) -> None:
+def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
     """Write what stands beside the weights, and turn the work into the output."""
     place, pruned = job.work.checkpoint, job.pair.pruned
     done = report.to_json()
     run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
     manifest = {
         "kind": "recovered checkpoint",
-        "model": {"name": called, "sha256": asked["pruned"]},
+        "model": {"name": pruned.name, "sha256": asked["pruned"]},
         "against": {"name": job.pair.dense.name, "sha256": asked["against"]},
         "dtype": asked["dtype"],
         "device": asked["device"],

@@ -149,15 +149,14 @@ class Job:
         """The seconds so far."""
         return time.perf_counter() - self._began
 
-    def check_memory(self, sizes: Sizes, length: int, more: int = 0) -> None:
+    def check_memory(self, sizes: Sizes, length: int) -> None:
         """Say what memory is needed, and decide what to spare to stay within what is allowed.
 
-        What the process holds, `more` bytes included, is rounded up to a quarter of a GiB, so that
-        the same budget gives the same plan.
+        What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
+        the same plan.
         """
         give_memory_back()
         held, free, _ = device_memory(self.device)
-        held += more
         rows = rows_at_once(self.request.batch // self.processes, length)
         room = int(ROOM * free) // self.processes
         if (most := self.run.max_memory) is None:

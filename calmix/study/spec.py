@@ -116,7 +116,7 @@ class Calibration(_Draw):
 class _Pruning(Record):
     """What is done with each calibration set, and with which seeds of it.
 
-    `allocation` and `recovery` (`none`, or as for `prune --recover`) may list several; methods
+    `allocation` and `recovery` (`none`, or as `blocks,epochs=3`) may list several; methods
     without a calibration set have neither.
     """
 

@@ -27,7 +27,6 @@ VERBS = {
     "compress": "{model}",
     "prune": "{model} --calibration {text} --sparsity 0.5 --length 64",
     "recover": "{model} --against {other} --calibration {text} --length 64",
-    "prune --recover distill": "{model} --calibration {text} --sparsity 0.5 --length 64",
     "export --to pack": "{model}",
     "export --to model": "{pack}",
     "export --to openvino": "{model}",
@@ -65,7 +64,7 @@ VERBS = {
 # Where a verb writes: the option (or the argument), and the ending of a file; folders have none.
 OUTPUTS = {
     "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""),
-    "prune --recover distill": ("-o", ""), "export --to pack": ("-o", ""),
+    "export --to pack": ("-o", ""),
     "export --to model": ("-o", ""), "export --to openvino": ("-o", ""),
     "export --to jsonl": ("-o", ".jsonl"),
     "calibrate draw": ("-o", ""), "calibrate measure": ("-o", ".json"),
@@ -77,7 +76,7 @@ OUTPUTS = {
 }  # fmt: skip
 # What takes room on the disk that is known before.
 DISK = (
-    "compress", "prune", "prune --recover distill", "recover", "export --to openvino",
+    "compress", "prune", "recover", "export --to openvino",
     "export --to model", "study run",
 )  # fmt: skip
 # Options that take any text there is.

@@ -43,7 +43,6 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(monkeypatch):
         ("calmix calibrate self-w", ["self-written"]),
         ("calmix doctor ins", ["inspect"]),
         ("calmix evaluate an", ["answers"]),
-        ("calmix prune x --recover b", ["blocks"]),
         ("calmix prune x --allocation o", ["owl"]),
         ("calmix calibrate sources --dimension m", ["math"]),
         ("calmix calibrate sources --licence p", ["permissive"]),
@@ -127,14 +126,14 @@ def test_a_verb_that_has_moved_says_where_to(calmix, old):
     assert f"calmix {old} is now calmix {MOVED[old]}" in calmix(old).line
 
 
-def test_ten_verbs_are_at_the_top_and_sixteen_options_of_prune_are_shown(calmix):
+def test_ten_verbs_are_at_the_top_and_fifteen_options_of_prune_are_shown(calmix):
     ended = calmix()
     assert (ended.code, ended.err) == (2, "")
     top = ended.out.partition("Options:")[0]
     assert re.findall(r"^  (\w+) {2,}", top, re.MULTILINE) == list(VERBS)
     assert len(VERBS) == 10
     options = set(re.findall(r"^ .*?(--[\w-]+)", calmix("prune", "--help").out, re.MULTILINE))
-    assert len(options - {"--help", "--help-all"}) == 16
+    assert len(options - {"--help", "--help-all"}) == 15
     assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))
 
 

@@ -28,7 +28,6 @@ KINDS = {
     "written": ("calibration set", "calibration.safetensors"),
     "cut.unfinished": ("unfinished prune", "calibration/calibration.safetensors"),
     "cut": ("unfinished prune", None),
-    "both.stages": ("unfinished prune and recovery", "calibration/calibration.safetensors"),
     "results": ("study store", "store.json"),
 }
 
@@ -59,10 +58,9 @@ def made(tiny_folder, tmp_path_factory):
     calmix("calibrate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
     calmix("calibrate", "measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32,
            "--draws", 1, "-o", base / "measured.json")  # fmt: skip
-    for name, more in (("cut", ()), ("both", ("--recover", "blocks"))):
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_before(patch, 1)
-            calmix(*prune, "--sparsity", 0.5, *more, "-o", base / name)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_before(patch, 1)
+        calmix(*prune, "--sparsity", 0.5, "-o", base / "cut")
     few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
     synthetic.save(synthetic.study(few), base / "results")
     return base
@@ -93,10 +91,9 @@ def test_a_changed_byte_is_found(calmix, made, tmp_path, name):
 
 
 def test_what_is_left_of_unfinished_work_is_told(calmix, made):
-    for name in ("cut", "both.stages"):
-        told = json.loads(calmix("doctor", "inspect", made / name, "--json").out)
-        assert told["facts"]["blocks done"] == 1
-        assert "--resume" in told["facts"]["to finish it"]
+    told = json.loads(calmix("doctor", "inspect", made / "cut", "--json").out)
+    assert told["facts"]["blocks done"] == 1
+    assert "--resume" in told["facts"]["to finish it"]
 
 
 def test_a_packs_model_is_held_against_its_manifest(calmix, made, tmp_path):

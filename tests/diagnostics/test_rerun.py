@@ -59,18 +59,14 @@ def test_one_of_several_targets_on_a_generated_set_is_made_again(calmix, model, 
 LARGER = ("--rows", 16, *SMALL[2:])  # a recovery holds rows out
 
 
-@pytest.mark.parametrize("one_run", [False, True], ids=["two verbs", "one run"])
 def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
-    calmix, model, sources, tmp_path, one_run
+    calmix, model, sources, tmp_path
 ):
     drawn = ("--calibration", "mine", "--sources", sources, *LARGER)
     first = tmp_path / "first"
-    if one_run:
-        prune(calmix, model, first, *drawn, "--recover", "blocks,epochs=1")
-    else:
-        prune(calmix, model, tmp_path / "pruned", *drawn)
-        how = ("--against", model, *drawn, "--epochs", 1, "-o", first)
-        assert calmix("recover", tmp_path / "pruned", *how).code == 0
+    prune(calmix, model, tmp_path / "pruned", *drawn)
+    how = ("--against", model, *drawn, "--epochs", 1, "-o", first)
+    assert calmix("recover", tmp_path / "pruned", *how).code == 0
     before = sorted(tmp_path.iterdir())
     ended = calmix("doctor", "rerun", first, "-o", tmp_path / "new" / "second", "--json")
     assert ended.code == 0, ended.err
@@ -87,16 +83,13 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
         return calmix("doctor", "rerun", first)
 
     other = {"sha256": "0" * 64}
-    if one_run:
-        told = changed(
-            pruned=kept["pruned"] | {"versions": {"torch": "1.0"}},
-            files=kept["files"] | {"model-00001-of-00004.safetensors": "0" * 64},
-        )
-        assert "not the same: model-00001-of-00004.safetensors" in told.err
-        assert "pruned.versions.torch: 1.0, now" in told.out
-        drawn = kept["calibration"] | other
-        assert "the calibration set changed" in changed(calibration=drawn).err
-        return
+    told = changed(
+        pruned=kept["pruned"] | {"versions": {"torch": "1.0"}},
+        files=kept["files"] | {"model-00001-of-00004.safetensors": "0" * 64},
+    )
+    assert "not the same: model-00001-of-00004.safetensors" in told.err
+    assert "pruned.versions.torch: 1.0, now" in told.out
+    assert "the calibration set changed" in changed(calibration=kept["calibration"] | other).err
     assert "by 2 processes" in changed(processes=2).line
     assert "holds no request" in changed(request=None).line
     for name in ("against", "model"):

@@ -164,9 +164,9 @@ def test_python_and_requests_take_bits_in_place_of_a_sparsity():
     joint = prune(tiny_model("llama"), tiny_ids(), pattern=0.5, bits=4)
     assert (joint.method, joint.sparsity) == ("sparsegpt", 0.5)
     assert 2 + 1 + 16 / 64 < joint.bits < 2 + 1 + 16 / 32  # rows of 32 and 64 inputs
-    made, _ = requests(bits="2.4,3", calibration="x")
+    made = requests(bits="2.4,3", calibration="x")
     assert [one.name for one in made] == ["ecq-2.4bits", "ecq-3bits"]
-    made, _ = requests(method="wanda,magnitude", sparsity="0.5", bits="4", calibration="x")
+    made = requests(method="wanda,magnitude", sparsity="0.5", bits="4", calibration="x")
     assert [one.name for one in made] == ["wanda-bits=4-0.5", "magnitude-bits=4-0.5"]
     both = prune_request(method="gptq,bits=4,group=32", calibration="x")
     assert (both.pattern, both.options["bits"]) == ("4 bits", 0)

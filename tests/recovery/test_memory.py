@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from calmix.recovery import job
-from calmix.recovery.memory import Plan, Sizes, make_plan, needed_bytes
+from calmix.recovery.memory import Sizes, make_plan, needed_bytes
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import METHODS, command, manifest, place
@@ -73,32 +73,3 @@ def test_it_goes_on_with_as_many_rows_at_a_time(
     few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
     assert few["rows_at_once"] == 1 < many["rows_at_once"]
     assert few["after"] == pytest.approx(many["after"], rel=0.02)
-
-
-def test_what_a_prune_leaves_is_counted_before_it(calmix, place, tmp_path, monkeypatch):
-    """Else a recovery that was promised its memory would be refused once the prune is done."""
-    held, given = [], []
-    check = job.check_memory
-    monkeypatch.setattr(job, "check_memory", lambda *of: held.append(of[1]) or check(*of))
-    monkeypatch.setattr(job, "give_memory_back", lambda: given.append(len(held)))
-    monkeypatch.setattr("psutil.Process.memory_info", lambda self: Held(2**30))
-    ended = calmix(
-        "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",
-        "blocks", "--max-memory", "64GiB", "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-    assert held == [2**30 + 2**29, 2**30]  # with what it leaves, to a quarter; then as it is
-    assert given == [0, 1]
-
-
-def test_a_recovery_that_cannot_fit_is_refused_before_the_prune(
-    calmix, place, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(job, "make_plan", lambda *of: Plan(1, True, 1 << 50))
-    monkeypatch.setattr("calmix.pruning.checkpoint.prune_streamed", None)
-    ended = calmix(
-        "prune", place / "dense", "--calibration", place / "set", "--sparsity", 0.5, "--recover",
-        "blocks", "--max-memory", "64GiB", "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert "64.00 GiB of memory are not enough: 10485" in ended.line
-    assert not list(tmp_path.iterdir())
