@@ -249,6 +249,9 @@ class Compression(MemoryOptions, DeviceOptions):
     bits: float | None = option(
         None, "Bits a weight: 2.8; with a sparsity, of what is kept.", gt=0, le=8
     )
+    size: str | None = option(
+        None, "Size of the packed weights: 120MB, or 0.25 of the dense ones; sets --bits."
+    )
     keep_at_least: str | None = option(
         None, "The smallest that keeps this, proven: code=0.9,math=0.7.", metavar="FLOORS"
     )

@@ -15,6 +15,7 @@ from calmix.analysis.recommend import check_weights
 from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix, parse_spec
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
+from calmix.compression.sizes import bits_for, parse_size
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import check_code, choose, runnable
 from calmix.evaluation.floors import parse_floors
@@ -170,7 +171,11 @@ def request(
     }
     ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
-    sized = {name: getattr(asked, name) for name in ("sparsity", "pattern", "bits")}
+    sized = {name: getattr(asked, name) for name in ("sparsity", "pattern", "bits", "size")}
+    if asked.size is not None:
+        if (asked.sparsity, asked.pattern, asked.bits) != (None, None, None):
+            raise InputError("--size sets the bits: leave out --sparsity, --pattern and --bits")
+        parse_size(asked.size, 2**62)
     if asked.keep_at_least is None and asked.confidence is not None:
         raise InputError("--confidence has no effect without --keep-at-least: leave it out")
     if asked.keep_at_least is not None:
@@ -187,7 +192,7 @@ def request(
                 raise InputError(f"--keep-at-least finds the size: leave out --{name}")
     bare = set(sized.values()) == {None} and asked.keep_at_least is None
     sparsity = 0.6 if bare else asked.sparsity
-    if asked.keep_at_least is None:
+    if asked.keep_at_least is None and asked.size is None:
         prune_request(**_aim(sparsity, asked.pattern, asked.bits), calibration=text)
     allowed = asked.allow_code_execution
     check_code(runnable(choose(asked.suite), allowed)[0], allowed)
@@ -203,8 +208,9 @@ def request(
         text = str(Mix({"chat": CHAT} | rest))
     context = tokenizer.context
     prompts = None if asked.prompts is None else local_file(str(asked.prompts)).path
+    bits = asked.bits if asked.size is None else bits_for(asked.model, asked.size, trust)
     return Request(**{name: getattr(asked, name) for name in Compression.model_fields} | {
-        "sparsity": sparsity, "calibration": text, "seed": asked.seed or SEED,
+        "sparsity": sparsity, "bits": bits, "calibration": text, "seed": asked.seed or SEED,
         "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
         "prompts_sha256": prompts and sha256_file(prompts),
     })  # fmt: skip

@@ -90,12 +90,13 @@ class Plan:
     states: int = 0
 
 
-def parse_memory(text: str) -> int:
-    """Return bytes from `6GiB`, `512MB` or `8000000000`."""
+def parse_memory(text: str, what: str = "") -> int:
+    """Return bytes from `6GiB`, `512MB` or `8000000000`; an InputError says of `what`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
     value = float(match[1]) * UNITS[match[2] or ""] if match else 0
     if value < 1:
-        raise InputError(f"'{text}' is not an amount of memory: write 6GiB, 512MB or bytes")
+        named = f"{what} '{text}' is no size" if what else f"'{text}' is not an amount of memory"
+        raise InputError(f"{named}: write 6GiB, 512MB or bytes")
     return int(value)
 
 

@@ -379,6 +379,33 @@ def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
 
 
+def test_a_size_becomes_bits_and_the_pack_has_it(calmix, command, tmp_path):
+    out = tmp_path / "out"
+    low, high = re.search(r"has from ([\d,]+) to ([\d,]+) kB", calmix(
+        *command(out, "--size", "1kB")).line).groups()  # fmt: skip
+    wanted = (int(low.replace(",", "")) + int(high.replace(",", ""))) // 2
+    ended = calmix(*command(out, "--size", f"{wanted}kB"))
+    assert ended.code == 0, ended.err
+    card = read_card(out)
+    assert card.record.request["bits"] == pytest.approx(card.bits, abs=0.1)
+    packed = sum(path.stat().st_size for path in (out / "pack").glob("*.safetensors"))
+    assert 0.8 * wanted < packed / 1000 < 1.2 * wanted
+
+
+def test_a_size_out_of_reach_or_of_no_form_is_one_line(calmix, command, tmp_path):
+    for more, said in (
+        (("--size", "1kB"), "is out of reach: packed, "),
+        (("--size", "900GB"), "is out of reach"),
+        (("--size", "12 apples"), "--size '12 apples' is no size: write"),
+        (("--size", "12"), "12 is above 1: did you mean 0.12?"),
+        (("--size", "0.3", "--bits", 3), "--size sets the bits: leave out"),
+        (("--size", "0.3", "--keep-at-least", "code=0.4"), "leave out --size"),
+    ):
+        ended = calmix(*command(tmp_path / "no", *more))
+        assert (ended.code, said in ended.line) == (2, True), (more, ended.err)
+    assert not (tmp_path / "no").exists()
+
+
 def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compressed, out)
