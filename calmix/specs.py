@@ -292,7 +292,7 @@ def recover_request(**options: Any) -> RecoverRequest:
     )  # fmt: skip
 
 
-def recovery_of(text: str, calibration: str = "", **draw: Any) -> RecoverRequest:
+def recovery_of(text: str) -> RecoverRequest:
     """Return the recovery that `METHOD` or `METHOD,option=value,...` asks for."""
     method, given = named_options("recovery", text)
     if method not in RECOVERIES:
@@ -301,7 +301,7 @@ def recovery_of(text: str, calibration: str = "", **draw: Any) -> RecoverRequest
         if key not in RECOVERY_OPTIONS:
             hint = nearest(key, RECOVERY_OPTIONS)
             raise InputError(f"{key} has no effect with recovery {method}: {hint}")
-    return recover_request(method=method, calibration=calibration, **given, **draw)
+    return recover_request(method=method, calibration="", **given)
 
 
 def _methods(text: str) -> list[str]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +155,11 @@ class WorkFolder:
     def _record(self) -> dict[str, Any]:
         return sealed(self._asked | {"kept": self.kept})
 
-    def keep(self, *, drop: Iterable[str] = (), **facts: Any) -> None:
-        """Make saved files and JSON-serialisable facts count, then remove the files in `drop`."""
+    def keep(self, **facts: Any) -> None:
+        """Make saved files and JSON-serialisable facts count."""
         self.kept |= facts
-        files = self.kept.get("files", {})
-        gone = [name for name in drop if files.pop(name, None) is not None]
-        if not self.claimed:
-            return
-        write_json(self.path / RECORD, self._record())
-        for name in gone:
-            (self.path / name).unlink(missing_ok=True)
+        if self.claimed:
+            write_json(self.path / RECORD, self._record())
 
     def keep_calibration(self, drawn: CalibrationSet) -> None:
         """Keep the calibration set, so that it need not be drawn again."""

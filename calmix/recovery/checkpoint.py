@@ -143,7 +143,8 @@ def streamed(name: str, opening: dict[str, Any]) -> StreamedModel:
 def _calibration(job: Job, tokenizer: OpenTokenizer) -> CalibrationSet:
     """Return the set of the work that is resumed, or draw it; the dense model writes text."""
     request = job.request
-    if job.work.resumes and (made := job.work.calibration()) is not None:
+    if job.work.resumes:
+        made = job.work.calibration()
         job.check_room(made.ids.numel())
         return made
     asked = ask(request.calibration, context=tokenizer.context, **request.draw)

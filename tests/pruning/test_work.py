@@ -141,17 +141,6 @@ def test_work_whose_files_became_the_output_is_not_resumed(cut):
     again.abandon()
 
 
-def test_dropped_files_go_once_the_record_no_longer_names_them(tmp_path):
-    work = claimed(tmp_path / "out")
-    work.save("best-1", TENSORS)
-    work.keep(done=1)
-    work.save("best-2", TENSORS)
-    work.keep(done=2, drop=["best-1"])
-    assert list(work.kept["files"]) == ["best-2"]
-    assert not (work.path / "best-1").exists()
-    work.abandon()
-
-
 @pytest.mark.parametrize("moment", ["write_json", "write_file", "abandon"])
 def test_killed_at_any_moment_it_starts_over_or_resumes(tmp_path, tmp_path_factory, moment):
     """While it is claimed, while a file is saved, after the output has its name."""
