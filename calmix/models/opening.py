@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import math
@@ -402,7 +403,13 @@ def _dequantise(file: Path, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         where, name, dtype = file.parent, file.name, _gguf_dtype(file)
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
+        gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+        bar = getattr(gguf, "tqdm", None)
+        gguf.tqdm = lambda tensors, **_: tensors  # its own bar stands beside our line of progress
+        try:
+            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
+        finally:
+            gguf.tqdm = bar
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     # transformers keeps a dequantised model marked as quantised and would not save it.
     model.hf_quantizer, model.is_quantized = None, False
