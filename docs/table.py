@@ -18,7 +18,7 @@ from calmix.report.card import read_card
 
 README = Path(__file__).parents[1] / "README.md"
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
-HEAD = ["model, pruned to", "size, packed", "generated answers kept %", "worst ability",
+HEAD = ["model, compressed to", "size, packed", "generated answers kept %", "worst ability",
         "likelihood kept %", "suites"]  # fmt: skip
 
 
@@ -31,9 +31,8 @@ def row(folder: Path) -> list[str]:
     """Return the cells of a folder."""
     card = read_card(folder)
     asked, answers, worst = card.record.request, card.behaved.answers, card.behaved.worst
-    target = asked["pattern"] or f"{asked['sparsity']:.0%}"
     return [
-        f"{asked['model']}, {target}, effort {asked['effort']}",
+        f"{asked['model']}, {card.target}, effort {asked['effort']}",
         f"{size(card.size)}, {size(card.packed)}",
         "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}",
         "–" if worst is None else f"{worst.name} {span(worst.share)}",

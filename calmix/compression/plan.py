@@ -58,7 +58,6 @@ class Effort:
 
 
 QUICK = {"quick": True}
-LITTLE = {"quick": True, "limit": 25}
 
 
 def guarded(suite: str) -> str:
@@ -67,7 +66,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, LITTLE, LITTLE),
+    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, QUICK),
     "standard": Effort(64, ("distill",), 2, {}, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
