@@ -1,0 +1,252 @@
+"""How often a proven floor is broken, and how much the bounds give away.
+
+    python benchmarks/floors.py [STORE ...] [--splits 200]
+
+STORE is a study's store or its archive (all that are committed). Each checkpoint's items are split
+into two halves, again and again: a floor is broken where one half proves it and the other keeps
+less. Then planted models, whose true share is known: how often the bound is above it, and the
+median of true share less bound, in points, beside that of the best bound there could be (answers:
+the randomised one of Stevens 1950; else the normal one of a spread that is known).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta, binom
+
+from calmix.errors import InputError
+from calmix.evaluation import retention
+from calmix.evaluation.behaviour import Pair
+from calmix.evaluation.floors import (
+    ACCURACY,
+    ANSWERS,
+    FITS,
+    LIKELIHOOD,
+    Tested,
+    expected,
+    judge,
+    lower_bound,
+)
+from calmix.evaluation.measures import Measure, Parts, has_signal, parts
+from calmix.evaluation.records import TaskScores
+from calmix.evaluation.scores import CapabilityScores
+from calmix.study import StudyResults, read_results
+
+STORES = Path(__file__).parents[1] / "studies" / "results"
+FLOORS = np.arange(0.5, 0.951, 0.05)
+ONE_SIDED, DRAWS = 1.6448536269514722, 400
+PARTS = ("items", "values", "gold", "loglikelihoods", "bytes", "floors", "unigram", "answers",
+         "ended")  # fmt: skip
+Scores = Sequence[TaskScores]
+
+
+def some(task: TaskScores, at: Any) -> TaskScores:
+    """A task's scores on some of its items, each as often as it is named."""
+    chosen: dict[str, Any] = {
+        name: tuple(value[i] for i in at) for name in PARTS if (value := getattr(task, name))
+    }
+    return replace(task, **chosen | {"items": tuple(map(str, range(len(at))))})
+
+
+def pair(dense: Scores, pruned: Scores) -> Pair:
+    one, other = (CapabilityScores("", "", "", {"name": "", "version": 1, "hash": ""}, tuple(of))
+                  for of in (dense, pruned))  # fmt: skip
+    return one, other
+
+
+def tested(dense: Scores, pruned: Scores) -> dict[str, Tested]:
+    """Every ability that can be tested, by its name."""
+    try:
+        found = judge({"": 1e-6}, [pair(dense, pruned)]).tested
+    except InputError:  # no signal in any
+        return {}
+    return {one.ability: one for one in found}
+
+
+def halves(results: StudyResults, splits: int, told: dict[str, list[Any]]) -> None:
+    """Add (proven, broken) of checkpoints, abilities and floors to what is told of each measure."""
+    for model, dense in results.dense.items():
+        pruned = [results.scores[one.id] for one in results.trials if one.model == model]
+        for measure, fits in FITS.items():
+            at = [i for i, task in enumerate(dense) if fits(task)]
+            # Alone, so that each measure is tested on whatever has it.
+            bare: dict[str, Any] = {"values": ()} if measure == LIKELIHOOD else {}
+            own = [replace(dense[i], **bare) for i in at]
+            theirs = [[replace(of[i], **bare) for i in at] for of in pruned]
+            score: Measure = "accuracy" if measure == ACCURACY else "primary"
+            made = [[parts(task, of[i], score) for of in theirs] for i, task in enumerate(own)]
+            for seed in range(splits if at else 0):
+                split(own, theirs, made, measure, seed, told[measure])
+
+
+def split(own: Scores, theirs: Sequence[Scores], made: Sequence[Sequence[Parts]], measure: str,
+          seed: int, told: list[Any]) -> None:  # fmt: skip
+    """One split of the items of one dense model and its checkpoints, all at once."""
+    rng = np.random.default_rng(seed)
+    cuts = [np.array_split(rng.permutation(len(task.items)), 2) for task in own]
+    first = [some(task, cut[0]) for task, cut in zip(own, cuts, strict=True)]
+    score: Measure = "accuracy" if measure == ACCURACY else "primary"
+    for one in expected({"": 0.5}, [pair(first, first)[0]]):
+        if one.measure != measure:
+            continue
+        use = [i for i, task in enumerate(first) if task.dimension == one.ability
+               and (measure == ANSWERS or has_signal(task, score))]  # fmt: skip
+        kept, whole = ({i: [np.stack([getattr(of, name)[cut] for of in made[i]])
+                            for cut in cuts[i]] for i in use}
+                       for name in ("kept", "whole"))  # fmt: skip
+        sums = [np.stack([one[i][1].sum(1) for i in use]) for one in (kept, whole)]
+        if measure == LIKELIHOOD:
+            shares = (sums[0] / sums[1]).mean(0)
+        else:  # pooled
+            shares = sums[0].sum(0) / sums[1].sum(0)
+        if measure == ANSWERS:
+            count, of = (sum(one[i][0].sum(1) for i in use) for one in (kept, whole))
+            bounds = np.array(
+                [lower_bound(*map(round, two)) for two in zip(count, of, strict=True)]
+            )
+        else:
+            most = max(use, key=lambda i: len(first[i].items))
+            drawn, weights = [], []
+            for i in use:
+                k, w = kept[i][0], whole[i][0]
+                if measure == ACCURACY and i == most:
+                    chance = first[i].chance
+                    k = np.hstack([k, np.full((len(k), 1), -chance)])
+                    w = np.hstack([w, np.full((len(w), 1), 1 - chance)])
+                times = retention.item_weights(own[i].name, k.shape[1], resamples=2000, seed=0)
+                drawn.append((times @ k.T) / (times @ w.T))
+                weights.append(1.0 if measure == LIKELIHOOD else float(w[0].sum()))
+            bounds = np.quantile(np.average(drawn, 0, weights), 0.05, axis=0)
+        bounds = np.minimum(bounds, one.provable)
+        if not seed:  # this is the test that calmix makes
+            cut = [some(task, cut[0]) for task, cut in zip(theirs[0], cuts, strict=True)]
+            assert abs(tested(first, cut)[one.ability].bound - bounds[0]) < 1e-9
+        proven = bounds[:, None] >= FLOORS
+        told.append(np.stack([proven, proven & (shares[:, None] < FLOORS)]))
+
+
+def best_share(kept: np.ndarray, of: int, rng: np.random.Generator) -> np.ndarray:
+    """Stevens' randomised lower bounds of shares, by bisection."""
+    low, high, luck = np.zeros(len(kept)), np.ones(len(kept)), rng.random(len(kept))
+    for _ in range(50):
+        middle = (low + high) / 2
+        rare = binom.sf(kept, of, middle) + luck * binom.pmf(kept, of, middle) < 0.05
+        low, high = np.where(rare, middle, low), np.where(rare, high, middle)
+    return low
+
+
+def row(what: str, true: float, bounds: Any, best: float) -> None:
+    bounds = np.asarray(bounds)
+    slack = float(np.median(true - bounds))
+    print(f"| {what} | {100 * true:.1f} | {100 * np.mean(bounds > true + 1e-9):.1f} "
+          f"| {100 * slack:.1f} | {100 * best:.1f} |", flush=True)  # fmt: skip
+
+
+def planted_answers(rng: np.random.Generator) -> None:
+    for of in (30, 60, 120, 240):
+        for true in (0.6, 0.8, 0.9, 0.95):
+            kept = rng.binomial(of, true, 50 * DRAWS)
+            bounds = np.where(kept, beta.ppf(0.05, np.maximum(kept, 1), of - kept + 1), 0)
+            best = float(np.median(true - best_share(kept, of, rng)))
+            row(f"{ANSWERS}, {of} right", true, bounds, best)
+
+
+def planted(what: str, true: float, draw: Callable[[], tuple[Scores, Scores]]) -> None:
+    found = [one for _ in range(DRAWS) for one in tested(*draw()).values()]
+    spread = float(np.std([one.kept for one in found]))
+    row(what, true, [one.bound for one in found], ONE_SIDED * spread)
+
+
+def choices(right: np.ndarray) -> list[TaskScores]:
+    items = tuple(map(str, range(len(right))))
+    return [TaskScores("quiz", "all", "acc", "accuracy", 0.25, items, tuple(map(float, right)))]
+
+
+def drawn_choices(
+    rng: np.random.Generator, count: int, known: float, lost: float, gained: float
+) -> tuple[Scores, Scores]:
+    dense, luck = rng.random(count) < known, rng.random(count)
+    return choices(dense), choices(np.where(dense, luck >= lost, luck < gained))
+
+
+def planted_choices(rng: np.random.Generator) -> None:
+    for count in (100, 400):
+        for known, lost, gained in ((0.6, 0.02, 0.0), (0.6, 0.1, 0.05), (0.8, 0.02, 0.02),
+                                    (0.8, 0.05, 0.0), (0.8, 0.2, 0.1)):  # fmt: skip
+            kept = known * (1 - lost) + (1 - known) * gained - 0.25
+            what = f"{ACCURACY}, {count} choices, {lost:.0%} lost, {gained:.0%} gained"
+            draw = functools.partial(drawn_choices, rng, count, known, lost, gained)
+            planted(what, kept / (known - 0.25), draw)
+
+
+def planted_likelihood(results: StudyResults, rng: np.random.Generator) -> None:
+    """A checkpoint's items are the world, and as many or a quarter are drawn of them."""
+
+    def draw(share: float, own: Sequence[Scores]) -> tuple[Scores, Scores]:
+        counts = [len(task.items) for task in own[0]]
+        places = [rng.integers(0, count, round(share * count)) for count in counts]
+        dense, pruned = ([some(task, at) for task, at in zip(of, places, strict=True)]
+                         for of in own)  # fmt: skip
+        return dense, pruned
+
+    for trial in results.trials[:: max(1, len(results.trials) // 3)][:3]:
+        dense, pruned = results.dense[trial.model], results.scores[trial.id]
+        for name in dict.fromkeys(task.dimension for task in dense):
+            own = [[replace(task, values=()) for task in of if task.dimension == name]
+                   for of in (dense, pruned)]  # fmt: skip
+            whole = tested(own[0], own[1]).get(name)
+            for share in (0.25, 1.0) if whole and whole.measure == LIKELIHOOD else ():
+                items = round(share * whole.items) if whole else 0
+                planted(f"{LIKELIHOOD}, {name}, {items} items", whole.kept if whole else 0.0,
+                        functools.partial(draw, share, own))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stores", type=Path, nargs="*")
+    parser.add_argument("--splits", type=int, default=200)
+    options = parser.parse_args()
+    retention.item_weights = functools.cache(retention.item_weights)
+    rng, told, largest = np.random.default_rng(0), defaultdict[str, list[Any]](list), None
+    with tempfile.TemporaryDirectory() as place:
+        for path in options.stores or sorted(STORES.glob("*/store.tar.xz")):
+            if path.is_file():
+                with tarfile.open(path) as archive:
+                    archive.extractall(Path(place) / path.parent.name, filter="data")
+                path = next((Path(place) / path.parent.name).iterdir())
+            results = read_results(path)
+            counts = [len(task.items) for task in results.dense[results.trials[0].model]]
+            if largest is None or sum(counts) > largest[0]:
+                largest = sum(counts), results
+            halves(results, options.splits, told)
+            print(f"{results.name}: {len(results.trials)} checkpoints", flush=True)
+    print("\n| measure | cases | proven, % | broken, % | broken of proven, % | worst floor, % |")
+    print("|---|---:|---:|---:|---:|---:|")
+    told["all"] = [one for some in list(told.values()) for one in some]
+    for measure, found in told.items():
+        if not found:
+            continue
+        proven, broken = np.concatenate(found, 1)
+        print(f"| {measure} | {proven.size:,} | {100 * proven.mean():.1f} "
+              f"| {100 * broken.mean():.2f} | {100 * broken.sum() / max(1, proven.sum()):.1f} "
+              f"| {100 * broken.mean(0).max():.2f} |")  # fmt: skip
+    print("\n| planted | true, % | bound above it, % | slack, points | best possible |")
+    print("|---|---:|---:|---:|---:|")
+    planted_answers(rng)
+    planted_choices(rng)
+    assert largest is not None
+    planted_likelihood(largest[1], rng)
+
+
+if __name__ == "__main__":
+    main()
