@@ -124,9 +124,14 @@ def split(own: Scores, theirs: Sequence[Scores], made: Sequence[Sequence[Parts]]
                     k = np.hstack([k, np.full((len(k), 1), -chance)])
                     w = np.hstack([w, np.full((len(w), 1), 1 - chance)])
                 times = retention.item_weights(own[i].name, k.shape[1], resamples=2000, seed=0)
-                drawn.append((times @ k.T) / (times @ w.T))
+                of = times @ w.T
+                drawn.append(
+                    np.divide(times @ k.T, of, out=np.full(of.shape, np.nan), where=of > 0)
+                )
                 weights.append(1.0 if measure == LIKELIHOOD else float(w[0].sum()))
-            bounds = np.quantile(np.average(drawn, 0, weights), 0.05, axis=0)
+            means = retention.nan_mean(np.stack(drawn), 0, np.array(weights)[:, None, None])
+            quantile = np.nanquantile if np.isnan(means).any() else np.quantile
+            bounds = quantile(means, 0.05, axis=0)
         bounds = np.minimum(bounds, one.provable)
         if not seed:  # this is the test that calmix makes
             cut = [some(task, cut[0]) for task, cut in zip(theirs[0], cuts, strict=True)]
@@ -224,7 +229,11 @@ def main() -> None:
                 with tarfile.open(path) as archive:
                     archive.extractall(Path(place) / path.parent.name, filter="data")
                 path = next((Path(place) / path.parent.name).iterdir())
-            results = read_results(path)
+            try:
+                results = read_results(path)
+            except InputError as error:  # of dense scores that were not kept
+                print(f"left out: {error}")
+                continue
             counts = [len(task.items) for task in results.dense[results.trials[0].model]]
             if largest is None or sum(counts) > largest[0]:
                 largest = sum(counts), results

@@ -5,14 +5,12 @@ An ability is judged by the first measure that its suites hold:
     generated answers   of those the dense model gets right, the share still right; exact lower
                         bound of a binomial share (Clopper and Pearson 1934)
     accuracy            of choices above chance, tasks with signal pooled; quantile of the bootstrap
-                        over the items and one more that is lost, without which it is too high
-                        where few are (ours: the same step takes a binomial's bootstrap to within
-                        a tenth of an item of the exact bound)
+                        over the items and one more that is lost (ours: without it the bound is too
+                        high where few are lost; with it, it is within an item of the exact one)
     likelihood          retention of the primary score; quantile of the bootstrap
 
-No bound is above what as many items would prove if all were kept. A set of floors is kept if each
-bound reaches its floor: an intersection-union test, which needs no correction for the number of
-abilities (Berger 1982).
+No bound is above what as many items would prove if all were kept. All abilities must pass, so the
+number of them needs no correction (intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from typing import Any
 
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import FEW, Pair, TaskPair, check_pairs, counted, held
-from calmix.evaluation.measures import RIGHT_OR_WRONG, has_signal, parts
+from calmix.evaluation.measures import RIGHT_OR_WRONG, Measure, has_signal, parts
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import retention
 from calmix.evaluation.scores import CapabilityScores
@@ -81,6 +79,12 @@ class Tested:
         """Whether the bound reaches the floor."""
         return self.bound >= self.floor
 
+    @property
+    def basis(self) -> str:
+        """What the bound rests on, in words."""
+        of = {ANSWERS: ANSWERS, ACCURACY: "right choices"}.get(self.measure, "items by likelihood")
+        return f"{self.items} {of}"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -102,14 +106,16 @@ class Verdict:
         """One line: what is proven of which abilities, or which are not."""
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
-            kept = ", ".join(f"{one.ability} {_percent(one.floor)}" for one in self.tested)
+            kept = ", ".join(f"{one.ability} {100 * one.floor:g} % ({one.basis})"
+                             for one in self.tested)  # fmt: skip
             return (
                 f"Kept at {sure}, at least: {kept}. This holds for items like these and for this "
                 "checkpoint; another draw of calibration text may keep more or less."
             )
         missed = ", ".join(
-            f"{one.ability} keeps {_percent(one.kept)}, proven {_percent(one.bound)}, asked "
-            f"{_percent(one.floor)}{' (more items may prove it)' * (one.kept > one.floor)}"
+            f"{one.ability} (keeps {_percent(one.kept)}, proven {_percent(one.bound)}, asked "
+            f"{100 * one.floor:g} %; {one.basis}"
+            f"{'; more items may prove it' * (one.kept > one.floor)})"
             for one in self.tested if not one.passed
         )  # fmt: skip
         return f"Not kept at {sure}: {missed}. This holds for items like these and this checkpoint."
@@ -243,7 +249,7 @@ def check_possible(
             f"{'items' if one.measure == LIKELIHOOD else 'right answers'} and has {one.items}"
             for one in few
         )
-        nearest = dict(floors) | {one.ability: _down(one.provable) for one in few}
+        nearest = dict(floors) | {one.ability: math.floor(100 * one.provable) / 100 for one in few}
         asked = ",".join(f"{name}={floor:g}" if name else f"{floor:g}"
                          for name, floor in nearest.items())  # fmt: skip
         raise InputError(
@@ -260,26 +266,23 @@ def _planned(
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     for name in floors:
         if name and name not in known:
+            left = {task for both in pairs for one in both for task in one.not_run}
+            more = f" (not run without --allow-code-execution: {', '.join(sorted(left))})"
             raise InputError(f"{FLAG} names '{name}', which the scores lack: they have "
-                             f"{', '.join(known)}")  # fmt: skip
+                             f"{', '.join(known)}{more if left else ''}")  # fmt: skip
     planned = []
     for ability in known if "" in floors else [name for name in known if name in floors]:
         floor = floors.get(ability, floors.get("", 0.0))
         for measure, of in tasks.items():
-            some = [one for one in of if one[0].dimension == ability and _heard(one[0], measure)]
+            score: Measure = "accuracy" if measure == ACCURACY else "primary"
+            some = [one for one in of if one[0].dimension == ability
+                    and (measure == ANSWERS or has_signal(one[0], score))]  # fmt: skip
             if some:
                 planned.append((_at_best(ability, measure, floor, some, confidence), some))
                 break
         else:
             planned.append((Expected(ability, None, floor, 0, needed(floor, confidence), 0.0), []))
     return planned
-
-
-def _heard(task: TaskScores, measure: str) -> bool:
-    """Whether a task says anything of what the dense model can do; answers are pooled first."""
-    if measure == ANSWERS:
-        return True
-    return has_signal(task, "accuracy" if measure == ACCURACY else "primary")
 
 
 def _at_best(
@@ -331,10 +334,6 @@ def _one_more_lost(tasks: Sequence[TaskPair]) -> list[TaskPair]:
         return replace(task, items=(*task.items, ""), values=(*task.values, value))
 
     return [(more(both[0], 1.0), more(both[1], 0.0)) if both is most else both for both in tasks]
-
-
-def _down(floor: float) -> float:
-    return math.floor(100 * floor) / 100
 
 
 def _percent(share: float) -> str:

@@ -39,7 +39,10 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
     both, out = (files["code"], files["chat"]), tmp_path / "check.json"
     ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out)
     assert ended.code == 0, ended.err
-    assert "Kept at 95 % confidence, at least: code 90.0 %, chat 90.0 %. This holds" in ended.out
+    assert (
+        "Kept at 95 % confidence, at least: code 90 % (100 generated answers), chat 90 %"
+        in ended.out
+    )
     made = json.loads(out.read_text(encoding="utf-8"))
     assert seal_holds(made)
     assert made["kind"] == "check"
@@ -52,7 +55,7 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
     told = json.loads(ended.out)
     assert (told["passed"], told["confidence"]) == (False, 0.9)
     assert told["tested"][0]["bound"] < 0.95
-    assert told["lines"][0].startswith("Not kept at 90 % confidence: code keeps 97.0 %")
+    assert told["lines"][0].startswith("Not kept at 90 % confidence: code (keeps 97.0 %")
     ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out)
     assert (ended.code, "exists" in ended.line) == (2, True)
 

@@ -158,7 +158,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     assert json.loads((out / "compress.json").read_text())["request"]["bits"] == 5
     told = json.loads((out / "check.json").read_text(encoding="utf-8"))
     assert (told["passed"], told["floors"]) == (True, {"code": 0.4})
-    assert "Kept at 95 % confidence, at least: code 40.0 %" in (
+    assert "Kept at 95 % confidence, at least: code 40 %" in (
         out / "model/README.md").read_text(encoding="utf-8")  # fmt: skip
     assert "at 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
     before = (out / "ladder.json").read_bytes()

@@ -108,13 +108,17 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     assert prose.bound == pytest.approx(min(kept.low or 0, provable(60)))
     assert verdict.passed
     first, left_out = verdict.lines()
-    assert first.startswith("Kept at 95 % confidence, at least: code 90.0 %, general 90.0 %, prose")
+    assert first.startswith(
+        "Kept at 95 % confidence, at least: code 90 % (100 generated answers), general 90 % (280 "
+        "right choices), prose 90 % (60 items by likelihood). This holds for items like these"
+    )
     assert "Not run: humaneval" in left_out
     strict = judged("code=0.95", dense, pruned)
     assert not strict.passed
     assert [one.ability for one in strict.tested] == ["code"]
     assert strict.promise.startswith(
-        "Not kept at 95 % confidence: code keeps 97.0 %, proven 92.4 %, asked 95.0 % (more items"
+        "Not kept at 95 % confidence: code (keeps 97.0 %, proven 92.4 %, asked 95 %; 100 "
+        "generated answers; more items may prove it)."
     )
     assert strict.to_dict()["tested"][0]["passed"] is strict.to_dict()["passed"] is False
 
@@ -153,6 +157,8 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
             judged(text, dense, dense)
         assert "\n" not in str(refused.value)
     assert judged("0.9,code=0.77", dense, dense).passed  # as it was said
+    with pytest.raises(InputError, match="not run without --allow-code-execution: mbpp"):
+        judged("sql=0.9", dense, replace(dense, not_run=("mbpp",)))
     with pytest.raises(InputError, match="no signal in any ability"):
         judged("0.9", scored(guessed), scored(guessed))
     lost = bits([0.5] * 20, [2] * 20)
@@ -163,3 +169,17 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
     assert found.provable == pytest.approx(1 - 2 * (1 - provable(50)))
     assert found.needed == needed(0.95)
     assert not found.possible
+
+
+def test_a_bound_is_above_the_truth_in_one_of_twenty_at_most():
+    for of in (20, 47):
+        bounds = [lower_bound(kept, of) for kept in range(of + 1)]
+        for true in (0.5, 0.8, 0.9, 0.97):
+            chances = binom.pmf(range(of + 1), of, true)
+            assert sum(p for p, bound in zip(chances, bounds, strict=True) if bound > true) <= 0.05
+    for kept in (100, 99, 97, 90, 60):  # the bootstrap's bound, where a guess is never right
+        both = [scored(accuracy([1.0] * right + [0.0] * (100 - right), chance=0.0))
+                for right in (100, kept)]  # fmt: skip
+        (found,) = judged("0.1", *both).tested
+        assert found.measure == "accuracy"
+        assert found.bound == pytest.approx(lower_bound(kept, 100), abs=0.01)
