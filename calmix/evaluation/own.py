@@ -8,6 +8,7 @@ programs   {"head": "double(x)", "question": "returns x times two.", "tests": ["
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from calmix.errors import InputError
 from calmix.files import sha256_file
 
 KINDS = ("choices", "answers", "numbers", "programs")
+LARGEST = 1e15  # below it a float tells every whole number
 METRICS = {"choices": "acc_norm", "answers": "as_asked", "numbers": "as_asked",
            "programs": "pass@1"}  # fmt: skip
 TOKENS = {"answers": 32, "numbers": 256, "programs": 320}
@@ -49,9 +51,13 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def read_rows(path: str, kind: str) -> list[dict[str, Any]]:
+def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
     """Return the checked rows of a file; an InputError names the first line that is not right."""
-    return _rows(path, kind, content_hash(path))
+    rows = _rows(path, kind, content_hash(path))
+    if len(rows) <= shots:
+        raise InputError(f"{path} has {len(rows)} rows, all of them worked examples: add rows, or "
+                         f"lower 'shots', which is {shots}")  # fmt: skip
+    return rows
 
 
 def content_hash(path: str) -> str:
@@ -64,7 +70,10 @@ def content_hash(path: str) -> str:
 @functools.lru_cache(maxsize=32)
 def _rows(path: str, kind: str, _: str) -> list[dict[str, Any]]:
     found = []
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -108,15 +117,24 @@ def _answer(row: dict[str, Any]) -> str:
 
 def _number(row: dict[str, Any]) -> str:
     given = row.get("answer")
-    number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    return "" if number else "'answer' must be a number"
+    number = type(given) in (int, float) and abs(given or 0) < LARGEST
+    return "" if number else f"'answer' must be a number below {LARGEST:g}"
 
 
 def _program(row: dict[str, Any]) -> str:
-    head = row.get("head")
-    if not _text(head) or not str(head).partition("(")[0].strip().isidentifier():
+    head, tests = row.get("head"), row.get("tests")
+    if not _text(head) or not _parses(f"def {str(head).strip()}: pass", "exec"):
         return "'head' must be a function's, such as double(x)"
-    return "" if _texts(row.get("tests")) else "'tests' must be a list of expressions"
+    if not _texts(tests) or not all(_parses(one.strip(), "eval") for one in tests or []):
+        return "'tests' must be a list of expressions"
+    return ""
+
+
+def _parses(code: str, mode: str) -> bool:
+    try:
+        return bool(ast.parse(code, mode=mode))
+    except (SyntaxError, ValueError):
+        return False
 
 
 _MISTAKES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -131,7 +149,7 @@ def asked_of(path: str, kind: str, shots: int) -> tuple[dict[str, Any], list[dic
         "check": CHECKS[kind], "tokens": TOKENS[kind], "until": ENDS[kind], "examples": shots,
         "chat": "{question}", "plain": "Question: {question}\nAnswer:",
     }  # fmt: skip
-    rows = read_rows(path, kind)
+    rows = read_rows(path, kind, shots)
     if program:
         known |= {
             "chat": "Write a Python function {head} that {question} Write only the function, in a "
@@ -147,7 +165,7 @@ def asked_of(path: str, kind: str, shots: int) -> tuple[dict[str, Any], list[dic
                     "entry_point": head.partition("(")[0].strip()}  # fmt: skip
         else:
             right = row["answer"]
-            doc["right"] = f"{right:.12g}" if kind == "numbers" else right
+            doc["right"] = str(right) if kind == "numbers" else right
             doc["shown"] = right[0] if isinstance(right, list) else str(right)
         docs.append(doc)
     return known, docs

@@ -344,7 +344,7 @@ def load_suite(name: str | Path) -> Suite:
         "file": str(path.parent / user_path(task.file))})  # fmt: skip
     for task in beside.tasks.values():
         if task.file is not None:
-            read_rows(task.file, str(task.kind))
+            read_rows(task.file, str(task.kind), task.shots or 0)
     return beside
 
 

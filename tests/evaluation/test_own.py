@@ -96,7 +96,11 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
         ("answers", {"question": "x", "answer": []}, "a text, or a list"),
         ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
         ("numbers", {"question": "x", "answer": "4"}, "must be a number"),
+        ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
+        ("numbers", {"question": "x", "answer": 10**400}, r"must be a number below 1e\+15"),
         ("programs", {"question": "x", "head": "1(x)", "tests": ["a"]}, "such as double"),
+        ("programs", {"question": "x", "head": "f", "tests": ["f(1)"]}, "such as double"),
+        ("programs", {"question": "x", "head": "f(x)", "tests": ["f(1) ="]}, "of expressions"),
         ("programs", {"question": "x", "head": "f(x)", "tests": "a"}, "list of expressions"),
     ],
 )
@@ -123,6 +127,27 @@ def test_a_task_that_is_wrong_is_one_line(tmp_path, task, said):
     path = tmp_path / "s.yaml"
     path.write_text(f"name: s\nversion: 1\ndescription: d\ndimensions:\n  a:\n    t: {task}\n")
     with pytest.raises(InputError, match=said):
+        load_suite(path)
+
+
+def test_rows_hold_any_text_and_long_numbers(suite, tmp_path):
+    """A line separator within a text ends no row."""
+    path, long = tmp_path / "mine-numbers.jsonl", 123456789012345
+    row = {"question": "one\u2028line\x85?", "answer": long}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    task = task_of(suite.tasks["my_numbers"])
+    assert verdict(task, task.items[0], said(f"It is {long}."))
+    assert not verdict(task, task.items[0], said(f"It is {long + 1}."))
+    path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
+    with pytest.raises(InputError, match="is not UTF-8 at byte 17: save it as UTF-8"):
+        read_rows(str(path), "numbers")
+
+
+def test_examples_leave_rows_to_score(suite, tmp_path):
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("kind: answers", "kind: answers, shots: 3"), encoding="utf-8")
+    with pytest.raises(InputError, match="has 2 rows, all of them worked examples"):
         load_suite(path)
 
 
