@@ -255,9 +255,10 @@ class Compression(MemoryOptions, DeviceOptions):
     keep_at_least: str | None = option(
         None, "The smallest that keeps this, proven: code=0.9,math=0.7.", metavar="FLOORS"
     )
-    confidence: float | None = option(
-        None, "Of what is proven to be kept.", shown="0.95", gt=0.5, lt=1, advanced=True
-    )
+    confidence: Share | None = option(
+        None, "Confidence of --keep-at-least, e.g. 0.99.", shown="0.95", ge=0.8, le=0.999,
+        advanced=True,
+    )  # fmt: skip
     effort: Literal["quick", "standard", "best"] = option(
         "standard", "Time for quality: rows, recovery, evaluation."
     )

@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -82,22 +82,24 @@ def compress(options: CompressOptions) -> None:
                 line(ladder.provable(asked))
         return
 
+    told: dict[str, Any] = {}
     if asked.keep_at_least is not None:
         found = walk_ladder(asked, output, within)
+        told = {"ladder": asdict(found)}
         if not as_json:
             print_table(found.rows(), title="candidates: kept % (proven %)")
             line(words.wrapped(found.why()))
         if found.bits is None:
             if as_json:
-                print_json({"output": str(output), "model": None, "ladder": asdict(found)})
+                print_json({"output": str(output), "model": None} | told)
             else:
                 line(words.wrapped(f"refused: no candidate keeps what is asked. {ladder.HELPS}"))
             raise typer.Exit(1)
         asked = ladder.at(asked, found.bits)
     seconds = run_stages(asked, output)
     page, card = output / "card.html", read_card(output)
-    told = {"output": str(output), "model": str(output / "model"), "card": str(page),
-            "seconds": seconds, "behaviour": asdict(card.behaved)}  # fmt: skip
+    told |= {"output": str(output), "model": str(output / "model"), "card": str(page),
+             "seconds": seconds, "behaviour": asdict(card.behaved)}  # fmt: skip
     result(
         options, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
         f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
@@ -144,7 +146,8 @@ def walk_ladder(
     from calmix.compression import ladder
     from calmix.compression.estimate import estimate
 
-    names = [stage.name for stage in ladder.whole(asked, output, ladder.SUITES)]
+    names = [stage.name for stage in ladder.whole(asked, output)]
+    begun = ladder.read_ladder(asked, output)
 
     def say(stage: Stage, kept: bool) -> None:
         if shown:
@@ -157,9 +160,10 @@ def walk_ladder(
         with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
             taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
             bar.expect({one.stage.name: one.seconds for one in taken})
-        first = sum(one.seconds for one in taken if not one.stage.name[0].isdigit())
+        first = sum(one.seconds for one in taken if not one.stage.name[0].isdigit()
+                    and not Path(one.stage.arguments[-1]).exists())  # fmt: skip
         each = sum(one.seconds for one in taken if one.stage.name[0].isdigit()) / len(ladder.RUNGS)
-        if within is not None and first + each > within:
+        if within is not None and not begun.rungs and first + each > within:
             raise InputError(
                 f"--within {duration(within)} is too short: the first candidate takes about "
                 f"{duration(first + each)} here"

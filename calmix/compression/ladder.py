@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.compression.plan import BEHAVIOUR, Request, Stage, stages
-from calmix.compression.running import LADDER, check_place, check_same
+from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage, stages
+from calmix.compression.running import LADDER, check, check_same, read_ladder_file
 from calmix.errors import InputError
+from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.floors import (
     CONFIDENCE,
     FILE,
@@ -29,13 +30,12 @@ from calmix.evaluation.floors import (
     parse_floors,
     record,
 )
-from calmix.evaluation.scores import CapabilityScores, load_scores
+from calmix.evaluation.scores import load_scores
 from calmix.files import alone, write_json
-from calmix.manifest import read_sealed, sealed
+from calmix.manifest import sealed
 
 RUNGS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.6, 2.3, 2.0)  # bits a weight
 FOLDER, SCORES, KIND = "candidates", "scores.json", "ladder of candidates"
-SUITES = (BEHAVIOUR, SCORES)  # that may decide
 HELPS = (
     "What may help: a lower floor, more items (--effort best), more rows, or text of the abilities "
     "that failed (--keep)."
@@ -87,7 +87,10 @@ class Ladder:
     def why(self) -> str:
         """Return in a sentence why the walk ended where it did."""
         if self.ended == "time":
-            return "the time given was over before the next candidate"
+            return (
+                "the time given was over before the next candidate: for a smaller one, name "
+                "another folder and more time"
+            )
         if self.ended == "bottom":
             return f"{RUNGS[-1]:g} bits are the fewest that are tried"
         last = self.rungs[-1]
@@ -99,9 +102,9 @@ class Ladder:
         return f"{last.bits:g} bits fail: {told}"
 
 
-def whole(asked: Request, out: Path, suites: Sequence[str] = ()) -> list[Stage]:
+def whole(asked: Request, out: Path) -> list[Stage]:
     """Return all stages of a walk on which no candidate fails."""
-    suites = suites or suites_of(asked)
+    suites = suites_of(asked)
     found = [*drawing(asked, out), *scoring(asked, out, suites)]
     return found + [one for bits in RUNGS for one in building(asked, out, bits, suites)]
 
@@ -158,24 +161,28 @@ def at(asked: Request, bits: float) -> Request:
     return asked.model_copy(update={"bits": bits})
 
 
-def suites_of(asked: Request, dense: CapabilityScores | None = None) -> list[str]:
-    """Return the files of scores that decide: of behaviour, and of likelihood where an ability has
-    nothing else."""
+def suites_of(asked: Request) -> list[str]:
+    """Return the files of scores that decide: of behaviour, and of likelihood where an ability is
+    not judged by generated answers, so that `calmix check OUT` sees the same items."""
     if asked.suite != "offline":
         return [SCORES]
-    floors = parse_floors(asked.keep_at_least or "")
-    known = set() if dense is None else {one.dimension for one in dense.tasks if one.values}
-    more = dense is not None and (bool(dense.not_run) if "" in floors else bool({*floors} - known))
-    return [BEHAVIOUR, *([SCORES] if more else [])]
+    held = choose("abilities", **EFFORTS[asked.effort].behaviour)
+    suite, _ = runnable(held, asked.allow_code_execution)
+    written = {suite.dimension_of(name) for name, task in suite.tasks.items() if task.writes}
+    floors = {*parse_floors(asked.keep_at_least or "")}
+    named = floors if "" not in floors else {*suite.dimensions, *choose("offline").dimensions}
+    return [BEHAVIOUR, SCORES] if named - written else [BEHAVIOUR]
 
 
 def read_ladder(asked: Request, out: Path) -> Ladder:
     """Return what is known of a walk in OUT; InputError if it is of another request."""
-    check_place(out)
     if not (out / LADDER).exists():
+        check(asked, out)
         return Ladder()
-    held = read_sealed(out / LADDER, f"there is no file {out / LADDER}")
-    check_same(asked, held["request"], out)
+    held = read_ladder_file(out)
+    # Before there is a candidate, nothing in OUT depends on what is to be kept.
+    free = () if held["rungs"] else ("keep_at_least", "confidence")
+    check_same(asked, held["request"], out, free)
     return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"])
 
 
@@ -213,6 +220,11 @@ def walk(
             write_json(out / LADDER, sealed(value))
             return ladder
 
+        def drop(ladder: Ladder) -> None:
+            for other in ladder.rungs:  # the smallest that is good stays
+                if other.bits != ladder.bits:
+                    shutil.rmtree(folder / f"{other.bits:g}" / "model", ignore_errors=True)
+
         def do(listed: Sequence[Stage], place: Path) -> None:
             for stage in listed:
                 there = (place / str(stage.leaves)).exists()
@@ -221,19 +233,21 @@ def walk(
                     run(stage.arguments)
 
         keep(found)
-        dense: list[CapabilityScores] = []
+        suites, dense = suites_of(asked), []
         if found.left:
-            suites = suites_of(asked)
             do(drawing(asked, out), out)
             do(scoring(asked, out, suites), folder)
-            suites = suites_of(asked, load_scores(folder / f"dense-{suites[0]}"))
-            do(scoring(asked, out, suites[1:]), folder)
             dense = [load_scores(folder / f"dense-{one}") for one in suites]
             check_possible(expected(floors, dense, confidence), floors, confidence)
         for bits in found.left:
             place = folder / f"{bits:g}"
             due = found.rungs[-1].seconds if found.rungs else first
             if within is not None and time.monotonic() - began + due > within:
+                if not found.rungs:
+                    raise InputError(
+                        "the time given is over before the first candidate: run the same command "
+                        "again with more of it (--within)"
+                    )
                 found = keep(Ladder(found.rungs, "time"))
                 break
             start = time.monotonic()
@@ -247,11 +261,10 @@ def walk(
             rung = Rung(bits, round(time.monotonic() - start, 1), told)
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
             found = keep(Ladder((*found.rungs, rung), ended))
-            for other in found.rungs:  # the smallest that is good stays
-                if other.bits != found.bits:
-                    shutil.rmtree(folder / f"{other.bits:g}" / "model", ignore_errors=True)
+            drop(found)
             if not rung.kept:
                 break
+        drop(found)
         if found.bits is not None:
             _place(folder / f"{found.bits:g}", out)
     return found

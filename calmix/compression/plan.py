@@ -6,6 +6,7 @@ Printing, the manifest, resuming and the dry run all read that list; nothing her
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.compression.sizes import bits_for, parse_size
 from calmix.errors import InputError, nearest
-from calmix.evaluation.evaluate import check_code, choose, runnable
-from calmix.evaluation.floors import parse_floors
+from calmix.evaluation.evaluate import check_code, choose, runnable, suite_items
+from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.generations import read_prompts
+from calmix.evaluation.suites import suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
@@ -178,14 +180,7 @@ def request(
     if asked.keep_at_least is None and asked.confidence is not None:
         raise InputError("--confidence has no effect without --keep-at-least: leave it out")
     if asked.keep_at_least is not None:
-        both = ("offline", "abilities") if asked.suite == "offline" else (asked.suite,)
-        known = dict.fromkeys(name for suite in both for name in choose(suite).dimensions)
-        for name in parse_floors(asked.keep_at_least):
-            if name and name not in known:
-                raise InputError(
-                    f"--keep-at-least names '{name}', which suite {asked.suite} lacks: "
-                    f"{nearest(name, known)}"
-                )
+        _check_floors(asked)
         for name, value in sized.items():
             if value is not None:
                 raise InputError(f"--keep-at-least finds the size: leave out --{name}")
@@ -213,6 +208,31 @@ def request(
         "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
         "prompts_sha256": prompts and sha256_file(prompts),
     })  # fmt: skip
+
+
+def _check_floors(asked: Compression) -> None:
+    """Refuse floors of abilities that are not scored, or of which a user's own rows are too few."""
+    effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
+    parts = {asked.suite: effort.likelihood} | ({"abilities": effort.behaviour} if offline else {})
+    scored = [runnable(choose(name, **part), asked.allow_code_execution)[0]
+              for name, part in parts.items()]  # fmt: skip
+    whole = dict.fromkeys(name for suite in parts for name in choose(suite).dimensions)
+    rows = None if suite_file(asked.suite) is None else Counter(
+        scored[0].dimension_of(task) for task, *_ in suite_items(scored[0]))  # fmt: skip
+    for name, floor in parse_floors(asked.keep_at_least or "").items():
+        said = f"--keep-at-least names '{name}', "
+        if name and name not in whole:
+            raise InputError(f"{said}which suite {asked.suite} lacks: {nearest(name, whole)}")
+        if name and not any(name in suite.dimensions for suite in scored):
+            raise InputError(
+                f"{said}whose tasks are not run: pass --allow-code-execution, or a larger --effort"
+            )
+        least = needed(floor, asked.confidence or CONFIDENCE)
+        if name and rows is not None and rows[name] < least:
+            raise InputError(
+                f"--keep-at-least {name}={floor:g} needs {least} items that the dense model gets "
+                f"right, and {asked.suite} has {rows[name]} of {name}: add rows, or lower the floor"
+            )
 
 
 def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:

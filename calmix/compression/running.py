@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Record:
 def read_record(out: Path) -> Record:
     """Return what OUT says of itself; InputError if it is another folder or damaged."""
     missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
+    if (out / LADDER).exists():
+        missing = f"{out} has no model yet: run its calmix compress again"
     value = read_sealed(out / MANIFEST, missing)
     fields = (value["request"], value["commands"], value["versions"])
     return Record(*fields, value.get("dense_bytes"))
@@ -120,15 +122,23 @@ def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
 def check(asked: Request, out: Path) -> None:
     """Refuse an output folder that holds another request's work, or files of somebody else."""
     check_place(out)
-    if not (out / MANIFEST).exists():
-        return
-    check_same(asked, read_record(out).request, out)
+    if (out / MANIFEST).exists():
+        check_same(asked, read_record(out).request, out)
+    elif (out / LADDER).exists():
+        check_same(asked, read_ladder_file(out)["request"], out, but=("bits",))
 
 
-def check_same(asked: Request, held: Mapping[str, Any], out: Path) -> None:
-    """Refuse a request that is not the one OUT was made by."""
+def read_ladder_file(out: Path) -> dict[str, Any]:
+    """Return what a walk has left in OUT so far."""
+    return read_sealed(out / LADDER, f"there is no file {out / LADDER}")
+
+
+def check_same(
+    asked: Request, held: Mapping[str, Any], out: Path, but: Collection[str] = ()
+) -> None:
+    """Refuse a request that is not the one OUT was made by, except in what `but` names."""
     now = asked.model_dump(mode="json")
-    if differs := [key for key in now if held.get(key) != now[key]]:
+    if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
         raise InputError(
             f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
             f"{now[differs[0]]}): ask for the same, or name another folder"

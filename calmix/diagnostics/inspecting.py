@@ -289,6 +289,19 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
         health.facts["method"] = parts["model"].facts.get("method")
 
 
+def _ladder(folder: Path, health: Health, say: Say) -> None:
+    """Check the candidates of a walk that has chosen none, and say how far it is."""
+    held = running.read_ladder_file(folder)
+    asked, tested = Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
+    health.facts = {
+        "dense model": asked.model, "to keep": asked.keep_at_least,
+        "bits tested": ", ".join(tested) or "none", "ended": held["ended"] or "not yet",
+    }  # fmt: skip
+    names = [path.relative_to(folder) for path in sorted(folder.glob("candidates/*/model"))]
+    set_ = ["calibration"] if is_saved_set(folder / "calibration") else []
+    _parts(folder, [*set_, *map(str, names)], health, say)
+
+
 def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict[str, Health]:
     """Check what lies in a folder, part by part."""
     parts = {name: inspect(folder / name, tick=say) for name in names}
@@ -351,8 +364,9 @@ CHECKS: dict[str, Check] = {
     "checkpoint": _checkpoint,
     "export": _export,
     "calibration set": _calibration,
+    "ladder of candidates": _ladder,
     "unfinished work": _work,
 }
 MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS}
-MARKS[RECORD] = "unfinished work"
+MARKS |= {running.LADDER: "ladder of candidates", RECORD: "unfinished work"}
 FILES: dict[str, Check] = {SCORES: _scores, ANSWERS: _answers}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +16,11 @@ from calmix.cli import compress as verb
 from calmix.compression import ladder
 from calmix.compression.ladder import RUNGS, Ladder, parse_duration, walk
 from calmix.compression.plan import request
+from calmix.compression.running import check
 from calmix.errors import InputError, NotKeptError
+from calmix.evaluation.own import template
 from calmix.evaluation.scores import CapabilityScores
+from calmix.manifest import sealed
 from calmix.options import Compression
 from tests.conftest import Ended
 from tests.evaluation.test_behaviour import written
@@ -103,7 +108,7 @@ def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, aft
     assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * 3]
 
 
-def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp_path):
+def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp_path, monkeypatch):
     want = asked(tiny_folder, text_file)
     out = tmp_path / "all"
     found = walk(want, out, Fake(out, dict.fromkeys(RUNGS, 95)), lambda *_: None)
@@ -115,9 +120,14 @@ def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp
     assert not (out / "model").exists()
     out = tmp_path / "time"
     run = Fake(out, dict.fromkeys(RUNGS, 95))
-    found = walk(want, out, run, lambda *_: None, within=1e-6)
-    assert (found.rungs, found.ended, found.bits) == ((), "time", None)
+    with pytest.raises(InputError, match="over before the first candidate: run the same command"):
+        walk(want, out, run, lambda *_: None, within=1e-6)
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    found = walk(want, out, run, lambda *_: None, within=45)
+    assert (len(found.rungs), found.ended, found.bits) == (1, "time", 6)
     assert "the time given was over" in found.why()
+    assert walk(want, out, run, lambda *_: None).ended == "time"
 
 
 def test_what_cannot_be_proven_is_said_before_anything_is_built(tiny_folder, text_file, tmp_path):
@@ -126,6 +136,78 @@ def test_what_cannot_be_proven_is_said_before_anything_is_built(tiny_folder, tex
     with pytest.raises(InputError, match="needs 299 right answers and has 100"):
         walk(want, out, run, lambda *_: None)
     assert run.run_ == ["calibrate", "evaluate"]
+    lower = want.model_copy(update={"keep_at_least": "math=0.9"})  # as the error offers
+    run = Fake(out, dict.fromkeys(RUNGS, 80) | {6.0: 100})
+    assert walk(lower, out, run, lambda *_: None).bits == 6
+    assert run.run_ == ["prune", "evaluate"] * 2
+    with pytest.raises(InputError, match="is of another request"):
+        walk(want, out, run, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("floors", "code", "found"),
+    [
+        ("math=0.8", False, ["abilities.json"]),
+        ("code=0.8,chat=0.8", False, ["abilities.json"]),
+        ("math=0.8,commonsense=0.8", True, ["abilities.json", "scores.json"]),
+        ("0.8", True, ["abilities.json", "scores.json"]),
+    ],
+)
+def test_choices_are_those_of_both_suites_as_check_has_them(
+    tiny_folder, text_file, floors, code, found
+):
+    want = asked(tiny_folder, text_file, allow_code_execution=code)
+    assert ladder.suites_of(want.model_copy(update={"keep_at_least": floors})) == found
+
+
+def test_a_folder_is_of_one_request(calmix, tiny_folder, text_file, tmp_path):
+    """Neither goes on in the other's folder: a walk, and a compression of a given size."""
+    out, want = tmp_path / "walk", asked(tiny_folder, text_file)
+    with pytest.raises(KeyboardInterrupt):
+        walk(want, out, stop, lambda *_: None)
+    plain = request(Compression(model=str(tiny_folder), calibration=str(text_file), bits=3))
+    with pytest.raises(InputError, match=r"of another request .keep_at_least: math=0\.8, now None"):
+        check(plain, out)
+    check(ladder.at(want, 4), out)
+    for words in (("report", out), ("check", out, "--keep-at-least", "0.9")):
+        assert "walk has no model yet: run its calmix compress again" in calmix(*words).line
+    shown = calmix("doctor", "inspect", out)
+    assert (shown.code, "walk: ladder of candidates" in shown.out) == (0, True)
+    other = tmp_path / "plain"
+    other.mkdir()
+    record = {"request": plain.model_dump(mode="json"), "commands": {}, "versions": {}}
+    (other / "compress.json").write_text(json.dumps(sealed(record)), encoding="utf-8")
+    with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
+        walk(want, other, stop, lambda *_: None)
+
+
+def stop(words):
+    raise KeyboardInterrupt
+
+
+def test_models_that_a_kill_left_go(tiny_folder, text_file, tmp_path):
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    run = Fake(out, dict.fromkeys(RUNGS, 60) | {6.0: 100})
+    walk(want, out, run, lambda *_: None)
+    left = out / ladder.FOLDER / "5/model"
+    left.mkdir()
+    walk(want, out, run, lambda *_: None)
+    assert not left.exists()
+    assert (out / "model").exists()
+
+
+def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in template("mine").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    words = command(tmp_path / "out", "--suite", "mine.yaml")
+    for floors, said in (
+        ("code=0.9", "names 'code', whose tasks are not run: pass --allow-code-execution"),
+        ("support=0.9", "needs 29 items that the dense model gets right, and mine.yaml has 6"),
+    ):
+        for more in ((), ("--dry-run",)):
+            assert said in calmix(*words, "--keep-at-least", floors, *more).line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, monkeypatch):
@@ -162,7 +244,8 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
         out / "model/README.md").read_text(encoding="utf-8")  # fmt: skip
     assert "at 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
     before = (out / "ladder.json").read_bytes()
-    assert calmix(*words, "--keep-at-least", "code=0.4").code == 0
+    ended = calmix(*words, "--keep-at-least", "code=0.4", "--within", "1s", "--json")
+    assert (ended.code, len(json.loads(ended.out)["ladder"]["rungs"])) == (0, 3)
     assert (out / "ladder.json").read_bytes() == before
     ended = calmix(*words, "--keep-at-least", "code=0.45")
     assert (ended.code, "is of another request (keep_at_least" in ended.line) == (2, True)
@@ -196,7 +279,8 @@ def test_mistakes_are_one_line(calmix, command, tmp_path, tiny_folder):
         (("--keep-at-least", "cod=0.4"), "which suite"),
         (("--keep-at-least", "code=0.4", "--within", "2 days"), "is no time, such as 90m or 2h"),
         (("--within", "2h"), "has no effect without --keep-at-least"),
-        (("--confidence", "0.9"), "has no effect without --keep-at-least"),
+        (("--confidence", "90%"), "has no effect without --keep-at-least"),
+        (("--keep-at-least", "code=0.4", "--confidence", 0.6), "greater than or equal to 0.8"),
     ):  # fmt: skip
         ended = calmix(*words, *more)
         assert (ended.code, said in ended.line) == (2, True), (more, ended.err)
