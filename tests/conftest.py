@@ -54,9 +54,15 @@ class Ended:
     out: str
     err: str
 
+    def ok(self):
+        """Itself, once it is sure that it ended well."""
+        assert self.code == 0, self.err
+        return self
+
     @property
     def line(self):
-        """The one line a mistake must give."""
+        """The one line a mistake must give, and exit code 2."""
+        assert self.code == 2, self.err
         lines = self.err.strip().splitlines()
         assert len(lines) == 1, self.err
         assert lines[0].startswith("error: ")

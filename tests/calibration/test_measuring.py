@@ -132,8 +132,7 @@ def test_perplexity_needs_the_model(files, tiny_folder):
 
 def test_the_verb(calmix, files, tiny_folder, tmp_path):
     arguments = ["-m", tiny_folder, "--rows", 4, "--length", 32, "--draws", 2]
-    ended = calmix("calibrate", "measure", *files, *arguments, "-o", "out.json", "--json")
-    assert ended.code == 0, ended.err
+    ended = calmix("calibrate", "measure", *files, *arguments, "-o", "out.json", "--json").ok()
     assert json.loads(ended.out) == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     shown = calmix("calibrate", "measure", *files, *arguments, "--no-perplexity").out
     assert "128 tokens a draw" in shown
@@ -150,6 +149,5 @@ def test_many_sources_get_a_compact_table(calmix, files, tiny_folder):
     mixes = [f"few.jsonl:{i},many.jsonl:1" for i in range(1, 5)]
     ended = calmix("calibrate", "measure", *files, *mixes, "-m", tiny_folder,
                    "--rows", 4, "--length", 32,
-                   "--draws", 1, "--no-perplexity")  # fmt: skip
-    assert ended.code == 0
+                   "--draws", 1, "--no-perplexity").ok()  # fmt: skip
     assert "cover.1" in ended.out

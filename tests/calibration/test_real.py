@@ -49,8 +49,7 @@ def test_a_planted_item_of_the_offline_suite_is_caught(task, calmix, tmp_path, m
     item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
     arguments = ["--model", "builtin:smollm2-135m", "--rows", 110, "--length", 50]
     _planted(tmp_path / "few.jsonl", item[2], 3)
-    ended = calmix("calibrate", "few.jsonl", *arguments, "-o", "out", "--packing", "window")
-    assert ended.code == 0, ended.err
+    ended = calmix("calibrate", "few.jsonl", *arguments, "-o", "out", "--packing", "window").ok()
     dropped = CalibrationSet.open("out").manifest["leakage"]["dropped"]["few.jsonl"]
     assert {entry["task"] for entry in dropped} == {task}
     assert 1 <= len(dropped) <= 3

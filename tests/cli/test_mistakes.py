@@ -264,7 +264,6 @@ def test_each_mistake_is_one_line_and_nothing_else(calmix, files, idle, verb):
     before = tree(root)
     for words, *named in mistakes(verb, files):
         ended = calmix(*verb.split(), *words)
-        assert ended.code == 2, (words, ended)
         assert any(word.lower() in ended.line.lower() for word in named), (words, ended)
         assert verb == "doctor inspect" or not ended.out, words  # it tells of damage
         assert tree(root) == before, words

@@ -82,8 +82,7 @@ def test_what_no_terminal_has_room_for_is_not_cut(columns, capsys):
 )  # fmt: skip
 def test_lists_fit(calmix, monkeypatch, arguments):
     monkeypatch.setenv("COLUMNS", "80")
-    ended = calmix(*arguments)
-    assert ended.code == 0, ended.err
+    ended = calmix(*arguments).ok()
     below = ended.out.rpartition("builtin:smollm2-135m: ")[0] if arguments[-1] == "models" else ""
     told = json.loads(calmix(*arguments, "--json").out)
     first = told["provenance"] if isinstance(told, dict) else [next(iter(r.values())) for r in told]
@@ -157,8 +156,7 @@ def test_what_a_prune_did_and_what_is_wrong_with_it_fit(
     ended = calmix(
         "prune", tiny_folder, "-o", pruned, "--calibration", text_file, "--sparsity", 0.5,
         "--rows", 8, "--length", 32, "--leakage", "off",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
+    ).ok()  # fmt: skip
     table, _, _ = ended.out.rpartition(" weights pruned")
     errors = re.findall(r"\d+\.\d\d%", table)
     assert len(errors) == 2 * 7 if columns == 80 else len(errors) >= 7

@@ -8,8 +8,7 @@ from calmix.diagnostics import doctor
 
 def test_a_working_installation_is_told_so(calmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    ended = calmix("doctor")
-    assert ended.code == 0, ended.err
+    ended = calmix("doctor").ok()
     assert "pruning works" in ended.out
     table = ended.out.split("\nextra ")[0].split("\nasset ")[0]
     assert max(map(len, table.splitlines())) <= 80

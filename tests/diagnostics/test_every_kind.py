@@ -68,8 +68,7 @@ def made(tiny_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_is_told_what_it_is_and_that_it_is_whole(calmix, made, name):
-    ended = calmix("doctor", "inspect", made / name)
-    assert ended.code == 0, ended.err
+    ended = calmix("doctor", "inspect", made / name).ok()
     lines = ended.out.strip().splitlines()
     assert lines[0].endswith(f": {KINDS[name][0]}")
     fine = ("every file matches its manifest", "nothing missing or damaged")
@@ -86,7 +85,6 @@ def test_a_changed_byte_is_found(calmix, made, tmp_path, name):
     raw = file.read_bytes()
     file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
     ended = calmix("doctor", "inspect", copy)
-    assert ended.code == 2
     assert str(file.parent) in ended.line
 
 
@@ -136,8 +134,7 @@ def test_what_is_no_result_or_has_no_manifest_is_one_line(calmix, made):
 
 @pytest.mark.parametrize("name", ["dropped", "pack", "written"])
 def test_what_has_a_request_is_made_again(calmix, made, name):
-    ended = calmix("doctor", "rerun", made / name)
-    assert ended.code == 0, ended.err
+    calmix("doctor", "rerun", made / name).ok()
 
 
 @pytest.mark.parametrize(
@@ -150,5 +147,4 @@ def test_what_has_a_request_is_made_again(calmix, made, name):
 )  # fmt: skip
 def test_what_has_none_is_one_line(calmix, made, name, line):
     ended = calmix("doctor", "rerun", made / name)
-    assert ended.code == 2
     assert line in ended.line

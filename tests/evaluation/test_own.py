@@ -1,7 +1,5 @@
 """Tasks of the user's own rows: read, refused, hashed, scored, and judged."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -79,8 +77,7 @@ def test_a_model_is_scored_on_all_kinds(suite, tiny_folder, tmp_path, calmix):
 
 
 def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
-    ended = calmix("evaluate", "suite", tmp_path / "ours", "--new")
-    assert ended.code == 0
+    calmix("evaluate", "suite", tmp_path / "ours", "--new").ok()
     assert load_suite(tmp_path / "ours.yaml").name == "ours"
     assert calmix("evaluate", "suite", tmp_path / "ours.yaml", "--new").code == 2
 

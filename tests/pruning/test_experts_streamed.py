@@ -92,11 +92,9 @@ def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_p
                "-o")  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stopped(partial(arm, "solved", 2), *command, cut)
-    ended = calmix(*command, cut, "--resume")
-    assert ended.code == 0, ended.err
+    ended = calmix(*command, cut, "--resume").ok()
     assert "resuming after" in ended.err
-    ended = calmix(*command, whole)
-    assert ended.code == 0, ended.err
+    ended = calmix(*command, whole).ok()
     assert hashes(cut) == hashes(whole)
     told = json.loads((whole / "calmix.json").read_text())["pruning"]
     assert [mixture["name"] for mixture in told["experts"]] == [
@@ -106,8 +104,7 @@ def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_p
         assert sum(mixture["tokens"]) == 6 * 32 * 2
         assert mixture["tokens"] == next(iter(mixture["sources"].values()))
     assert {dense["reason"] for dense in told["dense"]} == {"router"}
-    checked = calmix("doctor", "inspect", whole)
-    assert checked.code == 0, checked.err
+    calmix("doctor", "inspect", whole).ok()
 
 
 def test_starved_experts_are_told(calmix, tmp_path, text_file):
@@ -116,8 +113,7 @@ def test_starved_experts_are_told(calmix, tmp_path, text_file):
     output = tmp_path / "out"
     ended = calmix(
         "prune", folder, "--calibration", text_file, *few, "--sparsity", 0.5, "-o", output
-    )
-    assert ended.code == 0, ended.err
+    ).ok()
     assert "of 8 experts see fewer tokens than they have inputs" in ended.out
     assert "rows would do" in ended.out
     assert (
@@ -140,18 +136,16 @@ def test_what_makes_no_sense_is_one_line(calmix, deep, text_file, tmp_path, opti
     ended = calmix(
         "prune", deep, "--calibration", text_file, *SMALL, *share, *options, "-o", tmp_path / "out"
     )
-    assert ended.code == 2
     assert said in ended.line
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
     output = tmp_path / "out"
-    ended = calmix(
+    calmix(
         "prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", output,
         "--only", "*.mlp.*", "--skip", r"re:experts\.3\.", "--skip", "*.layers.0.*",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
+    ).ok()  # fmt: skip
     before, after = (load_weights(f) for f in (deep, output))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

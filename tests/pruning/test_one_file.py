@@ -52,10 +52,9 @@ def installed(tmp_path, monkeypatch):
 def test_a_method_is_one_file(installed, calmix, tiny_folder, text_file, tmp_path):
     assert len(FILE.splitlines()) <= 25
     common = ("prune", tiny_folder, "--calibration", text_file, "--rows", 6, "--length", 32)
-    ended = calmix(
+    calmix(
         *common, "--sparsity", 0.5, "--method", "tempered,strength=3", "-o", tmp_path / "out"
-    )
-    assert ended.code == 0, ended.err
+    ).ok()
     told = json.loads((tmp_path / "out" / "calmix.json").read_text())["pruning"]
     assert (told["method"], told["options"]) == (
         "tempered",

@@ -174,7 +174,6 @@ def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, te
         (("--method", "strength=1,toy"), "unknown method 'strength=1'"),
     ]:
         ended = calmix(*common, "-o", tmp_path / "out", *how)
-        assert ended.code == 2
         assert says in ended.line
         assert not (tmp_path / "out").exists()
 

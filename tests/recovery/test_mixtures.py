@@ -51,8 +51,7 @@ def command(place, kind, output, method, *more):
 def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_path, case):
     kind, method = case
     output = tmp_path / "out"
-    ended = calmix(*command(place, kind, output, method))
-    assert ended.code == 0, ended.err
+    calmix(*command(place, kind, output, method)).ok()
     before, after = map(tensors, (place / f"{kind}-pruned", output))
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
     models = [
@@ -85,8 +84,7 @@ def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
     calmix, place, tmp_path, method, number
 ):
     stopped(partial(arm, "counted", number), *command(place, "mixtral", tmp_path / "cut", method))
-    ended = calmix(*command(place, "mixtral", tmp_path / "cut", method, "--resume"))
-    assert ended.code == 0, ended.err
+    ended = calmix(*command(place, "mixtral", tmp_path / "cut", method, "--resume")).ok()
     assert "resuming after" in ended.err
     assert calmix(*command(place, "mixtral", tmp_path / "whole", method)).code == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
@@ -99,11 +97,10 @@ def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, case):
     calibration = ("--calibration", place / "set")
     drop = ("prune", place / "mixtral", *calibration, "--drop-experts", 0.5, *sparse)
     assert calmix(*drop, "-o", tmp_path / "dropped").code == 0
-    ended = calmix(
+    calmix(
         "recover", tmp_path / "dropped", "--against", place / "mixtral", *calibration,
         "--method", recover, "--lr", 0.003, "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
+    ).ok()  # fmt: skip
     told = manifest(tmp_path / "out")["recovery"]
     assert told["after"] < told["before"]
     assert told["zeros"] == (0 if method == "none" else told["weights"] // 2)
@@ -117,7 +114,6 @@ def test_other_shapes_than_a_drop_leaves_are_refused(calmix, place, tmp_path):
         "recover", place / "mixtral-pruned", "--against", tmp_path / "wider", "--calibration",
         place / "set", "-o", tmp_path / "out",
     )  # fmt: skip
-    assert ended.code == 2
     assert "was not pruned from" in ended.line
 
 

@@ -50,8 +50,7 @@ def made_up(monkeypatch):
 
 
 def test_the_table_fits_80_columns_and_says_what_tells_so_many_points(calmix, store, made_up):
-    ended = calmix("study", "power", store)
-    assert ended.code == 0, ended.err
+    ended = calmix("study", "power", store).ok()
     lines = ended.out.splitlines()
     assert "SparseGPT 60%: 14 sets, 21 degrees of freedom" in lines[0]
     table = [line for line in lines if "/" in line and not line.startswith("In points")]

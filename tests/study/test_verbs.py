@@ -7,11 +7,9 @@ from calmix.study import load_study
 
 def test_a_study_from_its_first_file_to_its_table(calmix, tiny_study, tmp_path):
     path, store = tiny_study(), tmp_path / "store"
-    ended = calmix("study", "validate", path)
-    assert ended.code == 0
+    ended = calmix("study", "validate", path).ok()
     assert "6 trials over 3 calibration sets" in ended.out
-    ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json")
-    assert ended.code == 0, ended.err
+    ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json").ok()
     told = json.loads(ended.out)
     assert (told["planned"], told["finished"], told["failed"]) == (6, 2, {})
     assert "2 of 6 trials to run" in ended.err
@@ -36,8 +34,7 @@ def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
 
 def test_a_plan_in_words_and_as_json(calmix, tiny_study):
     path = tiny_study()
-    ended = calmix("study", "plan", path)
-    assert ended.code == 0, ended.err
+    ended = calmix("study", "plan", path).ok()
     assert "6 trials, 3 calibration sets" in ended.out
     assert "recover" not in ended.out
     both = tiny_study(("wanda:", "admm:"), more="recovery: [none, distill]\n", name="both.yaml")
@@ -53,7 +50,6 @@ def test_a_plan_in_words_and_as_json(calmix, tiny_study):
 def test_validate_lists_every_mistake(calmix, tiny_study):
     path = tiny_study(("rows: 6", "row: 6"), ("length: 32", "length: x"))
     ended = calmix("study", "validate", path)
-    assert ended.code == 2
     assert ended.line == f"error: {path} has 2 mistakes"
     first, second = ended.out.splitlines()
     assert first.startswith(f"{path} line 4: row: unknown key: did you mean rows")
@@ -94,7 +90,6 @@ def test_every_mistake_is_one_line(calmix, tiny_study, tmp_path):
     ]
     for arguments, words in cases:
         ended = calmix("study", *arguments)
-        assert ended.code == 2, arguments
         assert words in ended.line, (arguments, ended.line)
 
 
