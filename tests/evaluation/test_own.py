@@ -67,11 +67,12 @@ def test_the_last_rows_are_worked_examples_if_asked_for(suite, tmp_path):
     assert " down\n\nQuestion: What is the capital" in only.plain
 
 
-def test_a_model_is_scored_on_all_kinds(suite, tiny_folder, tmp_path, calmix):
+def test_a_model_is_scored_on_all_kinds(suite, tiny_folder, tmp_path, calmix, monkeypatch):
     scores = evaluate(tiny_folder, suite, allow_code_execution=True)
     assert [len(one.items) for one in scores.tasks] == [2, 2, 2, 2]
     assert scores.tasks[0].loglikelihoods
     assert scores.tasks[3].answers
+    monkeypatch.setenv("COLUMNS", "300")  # a path as long as it is
     shown = calmix("evaluate", "suite", tmp_path / "mine.yaml")
     assert (shown.code, "mine-programs.jsonl" in shown.out.replace("\n", "")) == (0, True)
 
