@@ -118,7 +118,8 @@ def run(options: EvaluateOptions) -> None:
     how = options.opening()
     named = [model] if against is None or saved else [model, against]
     if output is not None:
-        inputs = [model, against, suite_file(options.suite), *own.values()]
+        rows = [task.file for task in chosen.tasks.values()]
+        inputs = [model, against, suite_file(options.suite), *own.values(), *rows]
         check_output_file(output, inputs=inputs, overwrite=options.overwrite)
     check_models(*named, **how)
 

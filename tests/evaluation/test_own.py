@@ -73,6 +73,10 @@ def test_a_model_is_scored_on_all_kinds(suite, tiny_folder, tmp_path, calmix, mo
     assert scores.tasks[0].loglikelihoods
     assert scores.tasks[3].answers
     monkeypatch.setenv("COLUMNS", "300")  # a path as long as it is
+    rows = tmp_path / "mine-numbers.jsonl"
+    how = ("--suite", tmp_path / "mine.yaml", "-o", rows, "--overwrite", "--allow-code-execution")
+    assert "is the input" in calmix("evaluate", tiny_folder, *how).line
+    assert rows.read_text(encoding="utf-8").count("answer")
     shown = calmix("evaluate", "suite", tmp_path / "mine.yaml")
     assert (shown.code, "mine-programs.jsonl" in shown.out.replace("\n", "")) == (0, True)
 
