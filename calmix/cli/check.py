@@ -39,6 +39,7 @@ def check(options: CheckOptions) -> None:
     No model is opened: the scores that compress, or evaluate --against, has written are read.
     """
     from calmix.evaluation.floors import FILE, judge, parse_floors, record
+    from calmix.report import words
 
     floors = parse_floors(options.keep_at_least)
     folders, files = [path for path in options.results if path.is_dir()], options.results
@@ -68,7 +69,7 @@ def check(options: CheckOptions) -> None:
         ]  # fmt: skip
         print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
         for said in verdict.lines():
-            line(said)
+            line(words.wrapped(said))
         if output is not None:
             note(f"wrote {output}")
         if folders and options.output is None:

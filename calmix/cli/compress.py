@@ -62,9 +62,7 @@ def compress(options: CompressOptions) -> None:
     output, as_json = options.output, options.as_json
     check_inputs(options, output)
     asked = plan.request(options, parse_weights(options.keep), no_corpus=options.no_corpus)
-    within = None if options.within is None else ladder.parse_duration(options.within)
-    if within is not None and asked.keep_at_least is None:
-        raise InputError("--within has no effect without --keep-at-least: leave it out")
+    within = check_within(options.within, asked)
     if options.dry_run:
         if asked.keep_at_least is None:
             running.check(asked, output)
@@ -79,7 +77,7 @@ def compress(options: CompressOptions) -> None:
         else:
             print_taken(taken, title)
             if asked.keep_at_least is not None:
-                line(ladder.provable(asked))
+                line(words.wrapped(ladder.provable(asked)))
         return
 
     told: dict[str, Any] = {}
@@ -117,6 +115,15 @@ def check_inputs(options: Compression, output: Path) -> None:
     inputs = [options.model, saved_set(options.calibration), options.prompts,
               suite_file(options.suite)]  # fmt: skip
     running.check_place(output, inputs)
+
+
+def check_within(text: str | None, asked: Request) -> float | None:
+    """Return the seconds of `--within`."""
+    from calmix.compression.ladder import parse_duration
+
+    if text is not None and asked.keep_at_least is None:
+        raise InputError("--within has no effect without --keep-at-least: leave it out")
+    return None if text is None else parse_duration(text)
 
 
 def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import parse_weights
-from calmix.cli.compress import check_inputs, run_stages, walk_ladder
+from calmix.cli.compress import check_inputs, check_within, run_stages, walk_ladder
 from calmix.errors import NotKeptError
 from calmix.options import Compression, TextField, checked
 from calmix.shown import Shown, percent
@@ -82,6 +82,7 @@ def compress(
     *,
     keep: Mapping[str, float] | str | None = None,
     no_corpus: bool = False,
+    within: str | None = None,
     shown: bool = True,
     **options: Any,
 ) -> Compressed:
@@ -95,6 +96,7 @@ def compress(
         keep: shares of dimensions in the calibration text, such as `{"code": 2, "general": 1}`
             or `"code=2,general=1"`.
         no_corpus: calibrate on text the model writes itself.
+        within: with `keep_at_least`, time to look for it, such as `"2h"`.
         shown: show a line of progress, in a notebook too.
         **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
             `bits=2.8`, `keep_at_least="code=0.9"`, `pattern="2:4"`, `effort="quick"`,
@@ -111,10 +113,11 @@ def compress(
     check_inputs(asked, folder)
     weights = parse_weights(keep) if isinstance(keep, str) else keep
     request = plan.request(asked, weights, no_corpus=no_corpus)
+    seconds = check_within(within, request)
     if request.keep_at_least is not None:
         from calmix.compression.ladder import at
 
-        found = walk_ladder(request, folder, shown=shown)
+        found = walk_ladder(request, folder, seconds, shown=shown)
         if found.bits is None:
             raise NotKeptError(f"no candidate keeps {request.keep_at_least}: {found.why()}")
         request = at(request, found.bits)

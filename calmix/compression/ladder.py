@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage, stages
-from calmix.compression.running import LADDER, check, check_same, read_ladder_file
-from calmix.errors import InputError
+from calmix.compression.running import (
+    CANDIDATES,
+    LADDER,
+    check,
+    check_same,
+    forget,
+    read_ladder_file,
+)
+from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.floors import (
     CONFIDENCE,
@@ -35,7 +42,7 @@ from calmix.files import alone, write_json
 from calmix.manifest import sealed
 
 RUNGS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.6, 2.3, 2.0)  # bits a weight
-FOLDER, SCORES, KIND = "candidates", "scores.json", "ladder of candidates"
+FOLDER, SCORES, KIND = CANDIDATES, "scores.json", "ladder of candidates"
 HELPS = (
     "What may help: a lower floor, more items (--effort best), more rows, or text of the abilities "
     "that failed (--keep)."
@@ -77,10 +84,9 @@ class Ladder:
     def rows(self) -> list[dict[str, Any]]:
         """Return a record a candidate: what it keeps of every ability, and what is proven."""
         return [
-            {"bits": f"{rung.bits:g}"}
+            {"bits": f"{rung.bits:g}", "kept": "yes" if rung.kept else "no"}
             | {one["ability"]: f"{100 * one['kept']:.1f} ({100 * one['bound']:.1f})"
                for one in rung.verdict["tested"]}
-            | {"kept": "yes" if rung.kept else "no"}
             for rung in self.rungs
         ]  # fmt: skip
 
@@ -230,7 +236,11 @@ def walk(
                 there = (place / str(stage.leaves)).exists()
                 say(stage, there)
                 if not there:
-                    run(stage.arguments)
+                    try:
+                        run(stage.arguments)
+                    except CalmixError:
+                        forget(out)
+                        raise
 
         keep(found)
         suites, dense = suites_of(asked), []

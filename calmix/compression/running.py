@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
 
 KIND, RUN = "compressed model", "compress-run.json"
-LADDER = "ladder.json"  # candidates of a model that keeps what is asked for
+LADDER, CANDIDATES = "ladder.json", "candidates"  # of a model that keeps what is asked for
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,20 @@ def compress(
             try:
                 run(stage.arguments)
             except CalmixError:
-                _forget(out)
+                forget(out)
                 raise
             seconds[stage.name] = time.perf_counter() - began
             write_json(out / RUN, run_record(stage_seconds(out) | seconds))
     return seconds
 
 
-def _forget(out: Path) -> None:
+def forget(out: Path) -> None:
     """Remove a record that stands alone: no stage has left anything for it to describe."""
-    if [path.name for path in out.iterdir()] == [MANIFEST]:
-        (out / MANIFEST).unlink()
-        out.rmdir()
+    held, folder = {path.name for path in out.iterdir()}, out / CANDIDATES
+    if len(held - {CANDIDATES}) == 1 and held <= {MANIFEST, LADDER, CANDIDATES}:
+        if folder.exists() and any(folder.iterdir()):
+            return
+        shutil.rmtree(out)
 
 
 def left_to_do(asked: Request, out: Path) -> list[Stage]:

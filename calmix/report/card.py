@@ -153,7 +153,7 @@ class Card:
     def sizes(self) -> str:
         """Bytes of the weights on disk before and after."""
         made = [f"{size / 1e6:,.0f} MB {name}" for size, name in (
-            (self.record.dense_bytes or 0, "dense"), (self.size, "pruned"), (self.packed, "packed")
+            (self.record.dense_bytes or 0, "dense"), (self.size, self.done), (self.packed, "packed")
         ) if size]  # fmt: skip
         return ", ".join(made)
 
@@ -178,11 +178,17 @@ class Card:
     @property
     def removed(self) -> str:
         """How many weights are zeros, and the bits that one takes."""
-        rate = f", and take {self.bits:.2f} bits each once packed" if self.bits else ""
+        rate = f" Once packed, a weight takes {self.bits:.2f} bits." if self.bits else ""
         return (
             f"{self.pruned:,} of {self.weights:,} weights of its linear layers are zeros "
-            f"({self.pruned / self.weights:.2%}){rate}."
+            f"({self.pruned / self.weights:.2%}).{rate}"
         )
+
+    @property
+    def done(self) -> str:
+        """What was done to the weights, in a word."""
+        asked = self.record.request
+        return "pruned" if asked["sparsity"] or asked["pattern"] else "quantised"
 
     @property
     def guarded(self) -> str:
@@ -385,7 +391,7 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
     return render("card.html", **TEXTS, card=card, kept=kept_chart([card]),
-                  answers=_answers([card]), names=["pruned"])  # fmt: skip
+                  answers=_answers([card]), names=[card.done])  # fmt: skip
 
 
 def model_card(card: Card) -> str:

@@ -57,6 +57,9 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
     assert told["lines"][0].startswith("Not kept at 90 % confidence: code (keeps 97.0 %")
     ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out)
     assert (ended.code, "exists" in ended.line) == (2, True)
+    wide = [one for one in calmix("check", *both, "--keep-at-least", "0.9").out.splitlines()
+            if len(one) > 80]  # fmt: skip
+    assert not wide
 
 
 @pytest.mark.parametrize(

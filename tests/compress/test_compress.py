@@ -363,7 +363,8 @@ def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_
     assert (card.target, card.recoveries) == ("3 bits", ())
     assert card.bits == pytest.approx(3, abs=0.3)
     assert 0 < card.packed < card.size
-    assert "bits each once packed" in (out / "model" / "README.md").read_text(encoding="utf-8")
+    told = (out / "model/README.md").read_text(encoding="utf-8")
+    assert "Once packed, a weight takes" in told
     assert "left to do" not in calmix("doctor", "inspect", out, "--json").out
     both = request(Compression(model=str(tiny_folder), bits=4, pattern="2:4"))
     assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")

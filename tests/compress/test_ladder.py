@@ -185,6 +185,25 @@ def stop(words):
     raise KeyboardInterrupt
 
 
+def test_a_first_stage_that_fails_leaves_no_record(tiny_folder, text_file, tmp_path):
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+
+    def refuse(words):
+        raise InputError("no such text")
+
+    with pytest.raises(InputError, match="no such text"):
+        walk(want, out, refuse, lambda *_: None)
+    assert not out.exists()
+    run = Fake(out, {})
+
+    def refuse_scores(words):
+        (refuse if words[0] == "evaluate" else run)(words)
+
+    with pytest.raises(InputError, match="no such text"):
+        walk(want, out, refuse_scores, lambda *_: None)
+    assert (out / "calibration/made").exists()
+
+
 def test_models_that_a_kill_left_go(tiny_folder, text_file, tmp_path):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     run = Fake(out, dict.fromkeys(RUNGS, 60) | {6.0: 100})
@@ -243,6 +262,10 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     assert "Kept at 95 % confidence, at least: code 40 %" in (
         out / "model/README.md").read_text(encoding="utf-8")  # fmt: skip
     assert "at 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
+    told = (out / "model/README.md").read_text(encoding="utf-8")
+    assert "tags: [quantized, calmix]" in told
+    assert " MB quantised, " in told
+    assert "Once packed, a weight takes 5.0" in told
     before = (out / "ladder.json").read_bytes()
     ended = calmix(*words, "--keep-at-least", "code=0.4", "--within", "1s", "--json")
     assert (ended.code, len(json.loads(ended.out)["ladder"]["rungs"])) == (0, 3)
@@ -262,6 +285,8 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
             other[1], tmp_path / "no", effort="quick", calibration=other[7], suite=other[9],
             keep_at_least="code=0.4", shown=False,
         )  # fmt: skip
+    with pytest.raises(InputError, match="--within has no effect"):
+        api.compress(other[1], tmp_path / "no", bits=3, within="2h")
     third = [str(tmp_path / "dry") if one == str(out) else one for one in words]
     ended = calmix(*third, "--keep-at-least", "code=0.4", "--dry-run")
     assert ended.code == 0
