@@ -9,7 +9,7 @@ from typing import Any
 
 from calmix.calibration import Mix, ask
 from calmix.calibration.spec import Spec
-from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage
+from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage, part_of
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS
 from calmix.models import check_models, resolve_model
@@ -74,9 +74,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             seconds, memory, disk = model.bytes / PACKED, PROGRAM, SMALLER * model.bytes
         elif (scored := str(stage.leaves).removeprefix("dense-")) in ("scores.json", BEHAVIOUR):
             effort, does = EFFORTS[asked.effort], scored == BEHAVIOUR
-            named, part = (
-                ("abilities", effort.behaviour) if does else (asked.suite, effort.likelihood)
-            )
+            named, part = ("abilities", effort.behaviour) if does else (asked.suite, part_of(asked))
             suite, _ = runnable(choose(named, **part), asked.allow_code_execution)
             work = suite_work(suite)
             both = asked.model in stage.arguments[2:]  # the dense model is scored with it

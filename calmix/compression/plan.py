@@ -74,6 +74,12 @@ EFFORTS = {
 }
 
 
+def part_of(asked: Compression) -> dict[str, Any]:
+    """Return how much of its suite is scored; a limit is for the suite of likelihood alone."""
+    part = EFFORTS[asked.effort].likelihood
+    return {key: one for key, one in part.items() if key != "limit" or asked.suite == "offline"}
+
+
 class Request(Compression):
     """A checked compression: all that decides what OUT will hold.
 
@@ -212,8 +218,9 @@ def request(
 
 def _check_floors(asked: Compression) -> None:
     """Refuse floors of abilities that are not scored, or of which a user's own rows are too few."""
-    effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
-    parts = {asked.suite: effort.likelihood} | ({"abilities": effort.behaviour} if offline else {})
+    parts: dict[str, Mapping[str, Any]] = {asked.suite: part_of(asked)}
+    if asked.suite == "offline":
+        parts["abilities"] = EFFORTS[asked.effort].behaviour
     scored = [runnable(choose(name, **part), asked.allow_code_execution)[0]
               for name, part in parts.items()]  # fmt: skip
     whole = dict.fromkeys(name for suite in parts for name in choose(suite).dimensions)
@@ -231,7 +238,8 @@ def _check_floors(asked: Compression) -> None:
         if name and rows is not None and rows[name] < least:
             raise InputError(
                 f"--keep-at-least {name}={floor:g} needs {least} items that the dense model gets "
-                f"right, and {asked.suite} has {rows[name]} of {name}: add rows, or lower the floor"
+                f"right, and --effort {asked.effort} scores {rows[name]} rows of {name}: add rows, "
+                "take a larger effort, or lower the floor"
             )
 
 
@@ -297,7 +305,7 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     made = str(out / "model")
     found.append(Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK))
     code = {"allow_code_execution": asked.allow_code_execution}
-    scored = _flags(against=model, **suite, **effort.likelihood, **code, **where,
+    scored = _flags(against=model, **suite, **part_of(asked), **code, **where,
                     output=out / "scores.json")  # fmt: skip
     found.append(Stage("evaluate", ("evaluate", made, *scored), "scores.json"))
     if offline:  # another suite is scored alone
