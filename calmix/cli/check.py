@@ -88,7 +88,10 @@ def _measured(folder: Path) -> tuple[Path, ...]:
     if not scores.exists():
         raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
                          "compress again")  # fmt: skip
-    return (scores, answers) if answers.exists() else (scores,)
+    if answers.exists():
+        return scores, answers
+    note(f"what the model writes was not measured: {answers} is missing (calmix report shows how)")
+    return (scores,)
 
 
 def _pairs(files: Sequence[Path]) -> list[Pair]:
