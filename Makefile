@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml | $(BIN)/python
 	$(call install,.[dev])
 	touch $@ $(VENV)/.base
 
-# The real model at 60 %, compressed with all that helps beside a plain prune on one source.
+# The real model, quantised on a mix, beside a plain prune on one source.
 demo: $(VENV)/.base
 	$(BIN)/calmix doctor assets --install
 	rm -rf $(OUT)

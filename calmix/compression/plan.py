@@ -42,6 +42,7 @@ PERMISSIVE = {
     "papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
     "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
 }  # fmt: skip
+BITS = 4.0  # where nothing is asked for: at equal bytes more answers are kept than with zeros
 MANIFEST = "compress.json"
 BEHAVIOUR, PACK = "abilities.json", "pack"
 
@@ -191,9 +192,9 @@ def request(
             if value is not None:
                 raise InputError(f"--keep-at-least finds the size: leave out --{name}")
     bare = set(sized.values()) == {None} and asked.keep_at_least is None
-    sparsity = 0.6 if bare else asked.sparsity
+    bits = BITS if bare else asked.bits
     if asked.keep_at_least is None and asked.size is None:
-        prune_request(**_aim(sparsity, asked.pattern, asked.bits), calibration=text)
+        prune_request(**_aim(asked.sparsity, asked.pattern, bits), calibration=text)
     allowed = asked.allow_code_execution
     check_code(runnable(choose(asked.suite), allowed)[0], allowed)
     if asked.prompts is not None:
@@ -208,9 +209,10 @@ def request(
         text = str(Mix({"chat": CHAT} | rest))
     context = tokenizer.context
     prompts = None if asked.prompts is None else local_file(str(asked.prompts)).path
-    bits = asked.bits if asked.size is None else bits_for(asked.model, asked.size, trust)
+    if asked.size is not None:
+        bits = bits_for(asked.model, asked.size, trust)
     return Request(**{name: getattr(asked, name) for name in Compression.model_fields} | {
-        "sparsity": sparsity, "bits": bits, "calibration": text, "seed": asked.seed or SEED,
+        "bits": bits, "calibration": text, "seed": asked.seed or SEED,
         "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
         "prompts_sha256": prompts and sha256_file(prompts),
     })  # fmt: skip

@@ -21,14 +21,17 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(place, tiny_folder):
-    """Return the arguments of a compression into a folder, with more of them at the end."""
+    """Return the arguments of a compression into a folder, with more of them at the end; to 60 %
+    where nothing else is asked for."""
 
-    def made(output, *more):
+    def made(output, *more, sparse=True):
         base = (
             "compress", tiny_folder, "-o", output, "--effort", "quick", "--calibration",
             place / "text.txt", "--suite", place / "made.yaml",
         )  # fmt: skip
-        return tuple(map(str, (*base, *more)))
+        sized = {"--sparsity", "--pattern", "--bits", "--size", "--keep-at-least"} & {*more}
+        target = ("--sparsity", 0.6) if sparse and not sized else ()
+        return tuple(map(str, (*base, *target, *more)))
 
     return made
 

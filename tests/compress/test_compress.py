@@ -192,7 +192,7 @@ def test_mistakes_are_one_line_before_any_work(calmix, command, tmp_path, tiny_f
         ((*base, "--no-corpus", "--calibration", "news"), "exclude each other"),
         ((*base, "--no-corpus", "--licence", "permissive"), "--licence has no effect"),
         ((*base, "--licence", "permissive", "--calibration", "books"), "is unstated"),
-        ((*base, "--calibration", text_file, "--max-memory", "0.5GiB"),
+        ((*base, "--calibration", text_file, "--sparsity", 0.6, "--max-memory", "0.5GiB"),
          "0.50 GiB of memory are not enough: "),
         ((*base, "--sparsity", 1.5), "1.5 is above 1: did you mean 0.015?"),
         ((*base, "--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
@@ -277,7 +277,8 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder):
     assert rows == sorted(set(rows))
     verbs = {}
     for effort in EFFORTS:
-        listed = stages(request(Compression(model=str(tiny_folder), effort=effort)), Path("out"))
+        asked = Compression(model=str(tiny_folder), effort=effort, sparsity=0.6)
+        listed = stages(request(asked), Path("out"))
         verbs[effort] = [stage.arguments[0] for stage in listed]
         likelihood, behaviour = listed[-4:-2]
         assert ("--quick" in likelihood.arguments) == (effort == "quick")

@@ -219,7 +219,7 @@ def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path
     monkeypatch.chdir(tmp_path)
     for name, text in template("mine").items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    words = command(tmp_path / "out", "--suite", "mine.yaml")
+    words = command(tmp_path / "out", "--suite", "mine.yaml", sparse=False)
     for floors, said in (
         ("code=0.9", "names 'code', whose tasks are not run: pass --allow-code-execution"),
         (
@@ -255,7 +255,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
 
     monkeypatch.setattr(verb, "_run", planted)
     out = tmp_path / "out"
-    words = [one for one in command(out) if one not in ("--sparsity",)]
+    words = command(out, sparse=False)
     ended = calmix(*words, "--keep-at-least", "code=0.4")
     assert ended.code == 0, ended.err
     assert "4 bits fail: code keeps" in ended.out.replace("\n", " ")
@@ -300,7 +300,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
 
 
 def test_mistakes_are_one_line(calmix, command, tmp_path, tiny_folder):
-    words = command(tmp_path / "out")
+    words = command(tmp_path / "out", sparse=False)
     for more, said in (
         (("--keep-at-least", "1.2"), "did you mean 0.012"),
         (("--keep-at-least", "code=0.4", "--bits", 3), "finds the size: leave out --bits"),
