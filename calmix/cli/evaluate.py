@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -498,7 +499,7 @@ def suite(options: SuiteOptions) -> None:
     if options.new:
         from calmix.evaluation.own import template
 
-        name = Path(options.name).with_suffix("")
+        name = Path(re.sub(r"\.ya?ml$", "", options.name))
         files = {name.with_name(file): text for file, text in template(name.name).items()}
         for path in files:
             check_output_file(path, inputs=[], overwrite=False)

@@ -85,13 +85,15 @@ class Request(Compression):
     """A checked compression: all that decides what OUT will hold.
 
     `calibration` is as `calmix calibrate` takes it, `self-written`, or a saved set's folder; the
-    hashes are of the model's files and of the user's prompts; `length` is the tokens of a row.
+    hashes are of the model's files and of the user's own prompts and suite; `length` is the tokens
+    of a row.
     """
 
     calibration: str
     seed: int
     sha256: str
     prompts_sha256: str | None
+    suite_sha256: str | None = None
     length: int
 
     @property
@@ -215,6 +217,7 @@ def request(
         "bits": bits, "calibration": text, "seed": asked.seed or SEED,
         "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
         "prompts_sha256": prompts and sha256_file(prompts),
+        "suite_sha256": suite_file(asked.suite) and choose(asked.suite).hash,
     })  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from calmix.errors import InputError
 from calmix.files import sha256_file
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # of a suite
 KINDS = ("choices", "answers", "numbers", "programs")
 LARGEST = 1e15  # below it a float tells every whole number
 METRICS = {"choices": "acc_norm", "answers": "as_asked", "numbers": "as_asked",
@@ -173,6 +175,8 @@ def asked_of(path: str, kind: str, shots: int) -> tuple[dict[str, Any], list[dic
 
 def template(name: str) -> dict[str, str]:
     """Return the files of a suite to start from: its YAML, and a file of rows a kind."""
+    if not re.match(NAME, name):
+        raise InputError(f"'{name}' is no name of a suite: use letters, digits, '.', '_', '+', '-'")
     rows = {kind: "".join(json.dumps(one) + "\n" for one in EXAMPLES[kind]) for kind in KINDS}
     tasks = "".join(f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n"
                     for kind in KINDS if kind != "programs")  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
-from calmix.evaluation.own import METRICS, content_hash, read_rows
+from calmix.evaluation.own import METRICS, NAME, content_hash, read_rows
 from calmix.files import sha256_json, user_path
 from calmix.options import Measure as Measure
 from calmix.yaml_files import parse_model, read_text
@@ -209,7 +209,7 @@ class Suite(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     version: Positive
     description: str
     dimensions: Annotated[

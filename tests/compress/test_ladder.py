@@ -16,9 +16,9 @@ from calmix.cli import compress as verb
 from calmix.compression import ladder
 from calmix.compression.ladder import RUNGS, Ladder, parse_duration, walk
 from calmix.compression.plan import request
-from calmix.compression.running import check
+from calmix.compression.running import check, check_same
 from calmix.errors import InputError, NotKeptError
-from calmix.evaluation.own import template
+from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed
 from calmix.options import Compression
@@ -231,6 +231,22 @@ def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path
         for more in ((), ("--dry-run",)):
             assert said in calmix(*words, "--keep-at-least", floors, *more).line
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_change_make_another_request(tiny_folder, text_file, tmp_path):
+    for name, text in template("mine").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    given = Compression(
+        model=str(tiny_folder),
+        calibration=str(text_file),
+        bits=3,
+        suite=str(tmp_path / "mine.yaml"),
+    )
+    before = request(given)
+    (tmp_path / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"][0]))
+    with pytest.raises(InputError, match=r"another request .suite_sha256"):
+        check_same(request(given), before.model_dump(mode="json"), tmp_path)
+    assert request(given.model_copy(update={"suite": "offline"})).suite_sha256 is None
 
 
 def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, monkeypatch):

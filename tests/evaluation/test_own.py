@@ -6,7 +6,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation.abilities import prompts, task_of, verdict
-from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.evaluate import evaluate, suite_items
 from calmix.evaluation.greedy import Answer
 from calmix.evaluation.own import EXAMPLES, KINDS, read_rows, template
 from calmix.evaluation.suites import load_suite
@@ -84,7 +84,17 @@ def test_a_model_is_scored_on_all_kinds(suite, tiny_folder, tmp_path, calmix, mo
 def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
     calmix("evaluate", "suite", tmp_path / "ours", "--new").ok()
     assert load_suite(tmp_path / "ours.yaml").name == "ours"
-    assert calmix("evaluate", "suite", tmp_path / "ours.yaml", "--new").code == 2
+    assert "exists" in calmix("evaluate", "suite", tmp_path / "ours.yaml", "--new").line
+    assert "is no name of a suite" in calmix("evaluate", "suite", tmp_path / "a b", "--new").line
+    calmix("evaluate", "suite", tmp_path / "ours.v2", "--new").ok()
+    assert load_suite(tmp_path / "ours.v2.yaml").name == "ours.v2"
+
+
+def test_text_is_checked_against_question_and_answer(suite):
+    texts = [text for _, _, text in suite_items(suite)]
+    assert "What is the capital of France? Answer with one word.\nParis" in texts
+    assert "What is 120 minus 45?\n75" in texts
+    assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
 
 @pytest.mark.parametrize(

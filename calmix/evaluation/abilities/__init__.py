@@ -85,6 +85,8 @@ def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
         doc = item.more
         right = doc.get("canonical_solution") or doc.get("code") or doc.get("solution")
         right = right or doc.get("answer") or item.right
+        if spec.file is not None:
+            right = doc["shown"] if "shown" in doc else "\n".join(doc["tests"])
         asked = doc.get("question") or doc.get("query") or item.chat or item.plain
         found.append((item.id, f"{str(asked).rpartition('Question:')[2]}\n{right}"))
     return found
