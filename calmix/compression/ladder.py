@@ -218,7 +218,6 @@ def walk(
     found = read_ladder(asked, out)
     folder = out / FOLDER
     with alone(out, wait=False):
-        folder.mkdir(parents=True, exist_ok=True)
 
         def keep(ladder: Ladder) -> Ladder:
             value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
@@ -242,7 +241,9 @@ def walk(
                         forget(out)
                         raise
 
-        keep(found)
+        out.mkdir(parents=True, exist_ok=True)
+        keep(found)  # before anything else, so that OUT is known as a walk's
+        folder.mkdir(exist_ok=True)
         suites, dense = suites_of(asked), []
         if found.left:
             do(drawing(asked, out), out)

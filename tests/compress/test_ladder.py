@@ -22,6 +22,7 @@ from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed
 from calmix.options import Compression
+from calmix.report.card import Card
 from tests.conftest import Ended
 from tests.evaluation.test_behaviour import written
 
@@ -202,6 +203,26 @@ def test_a_first_stage_that_fails_leaves_no_record(tiny_folder, text_file, tmp_p
     with pytest.raises(InputError, match="no such text"):
         walk(want, out, refuse_scores, lambda *_: None)
     assert (out / "calibration/made").exists()
+
+
+def test_a_stop_before_the_first_record_leaves_nothing_to_refuse(
+    tiny_folder, text_file, tmp_path, monkeypatch
+):
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    monkeypatch.setattr(ladder, "write_json", lambda *_: stop(()))
+    with pytest.raises(KeyboardInterrupt):
+        walk(want, out, stop, lambda *_: None)
+    assert ladder.read_ladder(want, out) == Ladder()
+
+
+@pytest.mark.parametrize(("suite", "after"), [("offline", "measure"), ("mine.yaml", "hf upload")])
+def test_programs_of_own_rows_are_no_reason_to_measure_abilities(suite, after):
+    known = SimpleNamespace(answers=1, not_run=("programs",))
+    card = SimpleNamespace(
+        behaved=known, record=SimpleNamespace(request={"suite": suite}), measure="measure",
+        out=Path("out"),
+    )  # fmt: skip
+    assert Card.next.fget(card).startswith(after)
 
 
 def test_models_that_a_kill_left_go(tiny_folder, text_file, tmp_path):
