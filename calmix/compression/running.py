@@ -87,7 +87,7 @@ def forget(out: Path) -> None:
     if len(held - {CANDIDATES}) == 1 and held <= {MANIFEST, LADDER, CANDIDATES}:
         if folder.exists() and any(folder.iterdir()):
             return
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def left_to_do(asked: Request, out: Path) -> list[Stage]:
