@@ -50,9 +50,10 @@ class ReportOptions(Options):
 
 @verb("compress")
 def compress(options: CompressOptions) -> None:
-    """Prune a model, distil into it, evaluate what is left, and write its report card.
+    """Quantise a model (or prune it and distil into it), evaluate it, and write its report card.
 
-    Every stage keeps its result in the output folder. Run the same command again to resume.
+    Every stage keeps its result in the output folder. Run the same command again to resume. calmix
+    check OUT tests the result against floors of your own.
     """
     from calmix.compression import ladder, plan, running
     from calmix.compression.estimate import estimate
@@ -101,6 +102,7 @@ def compress(options: CompressOptions) -> None:
     result(
         options, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
         f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
+        *([f"at this size: {card.instead}"] if card.instead else []),
     )  # fmt: skip
     if options.open:
         webbrowser.open(page.resolve().as_uri())

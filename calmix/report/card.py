@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -175,6 +176,15 @@ class Card:
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
         return f"hf upload NAME/{self.out.name} {self.out / 'model'}"
+
+    @property
+    def instead(self) -> str:
+        """What usually keeps more at the size of a sparse model; empty for a quantised one."""
+        if self.bits or not self.packed:
+            return ""
+        command = ["compress", self.model, "-o", f"{self.out}-bits"]
+        size = ["--size", f"{self.packed / 1e6:.0f}MB"]
+        return f"bits usually keep more than zeros: {shlex.join(['calmix', *command, *size])}"
 
     @property
     def removed(self) -> str:

@@ -76,8 +76,15 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
     assert ended.err.count("done before") == 6
     first, *rest = ended.out.splitlines()
     assert first == "answers kept: not measured"
-    assert [line.split(": ")[0] for line in rest] == ["size", "speed", "card", "next"]
+    assert [line.split(": ")[0] for line in rest] == [
+        "size",
+        "speed",
+        "card",
+        "next",
+        "at this size",
+    ]
     assert " MB dense, " in rest[0]
+    assert rest[-1].endswith("cut-bits --size 0MB")
     assert hashes(cut / "model") == hashes(whole / "model")
     told = [json.loads(f.read_text()) for f in (place / "measured.json", cut / "scores.json")]
     assert told[0]["retention"] == told[1]["retention"]
