@@ -86,7 +86,7 @@ def compress(
     shown: bool = True,
     **options: Any,
 ) -> Compressed:
-    """Prune a model, distil into it, evaluate what is left, and write its report card.
+    """Quantise a model (or prune it and distil into it), evaluate it, and write its report card.
 
     If interrupted, call it again to resume.
 
