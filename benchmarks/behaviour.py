@@ -25,7 +25,7 @@ def main() -> None:
           "| gained | ended, % | choices right |")  # fmt: skip
     print("|---" * (9 + len(asked) - 1), "|", sep="")
     for trial in results.trials:
-        pairs = list(zip(results.dense[trial.model], results.scores[trial.id], strict=True))
+        pairs = list(zip(results.paired[trial.id], results.scores[trial.id], strict=True))
         written = [(a, b) for a, b in pairs if a.metric in WRITTEN]
         chosen = [(a, b) for a, b in pairs if a.metric not in WRITTEN]
         whole = counted("all", written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def read_results(path: Path | str) -> StudyResults:
         information = trial.information | extra.get(entry.set or "", {})
         trials.append(trial.model_copy(update={"information": information, "distance": distance}))
     failed = [store.read_failure(name) for name, state in states.items() if state == "failed"]
-    dense = {record.trial.model: record.dense for record in kept.values()}
+    # Another processor scores a dense model once more: of several the one that most trials name.
+    named = Counter((record.trial.model, record.dense) for record in kept.values())
+    dense = {model: key for (model, key), _ in reversed(named.most_common())}
+    held = {key: load_scores(store.dense(key)).tasks for _, key in named}
     return StudyResults(
         name=store.index.name,
         text=store.index.text,
@@ -49,7 +53,8 @@ def read_results(path: Path | str) -> StudyResults:
         environment=environment([record.run for record in kept.values()]),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
-        dense={label: load_scores(store.dense(key)).tasks for label, key in dense.items()},
+        dense={label: held[key] for label, key in dense.items()},
+        paired={name: held[record.dense] for name, record in kept.items()},
     )
 
 

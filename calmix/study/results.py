@@ -94,7 +94,8 @@ class StudyResults(Record):
         planned: number of trials the study asks for.
         environment: machine, versions and dates of the run.
         suite: name, version, hash, and the dimensions' names in order.
-        scores, dense: items of every trial by its id, and of the dense models by label.
+        scores, dense: items of every trial by its id, and of the dense models by label; `paired`
+            are of the dense model as each trial was compared with it.
     """
 
     name: str
@@ -106,3 +107,4 @@ class StudyResults(Record):
     suite: dict[str, Any] = {}
     scores: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
     dense: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
+    paired: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
