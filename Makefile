@@ -38,9 +38,9 @@ demo: $(VENV)/.base
 	rm -rf $(OUT)
 	$(BIN)/calmix compress $(MODEL) -o $(OUT)/compressed --effort quick
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/plain --sparsity 0.6 --calibration encyclopedia
-	$(BIN)/calmix evaluate $(OUT)/plain --quick --against $(MODEL) -o $(OUT)/plain.json \
-	  > $(OUT)/plain.txt
-	$(BIN)/calmix compare $(OUT)/plain.json $(OUT)/compressed/scores.json
+	$(BIN)/calmix evaluate $(OUT)/plain --suite abilities --quick --against $(MODEL) \
+	  -o $(OUT)/plain.json > $(OUT)/plain.txt
+	$(BIN)/calmix compare $(OUT)/plain.json $(OUT)/compressed/abilities.json
 	@echo "the report card: $(OUT)/compressed/card.html"
 
 test: setup

@@ -1,5 +1,5 @@
 #!/bin/sh
-# From a wheel to a report card: about 8 minutes on two idle cores, plus the downloads.
+# From a wheel to a report card: about 5 minutes on two idle cores, plus the downloads.
 #   docs/walks/first-card.sh [FOLDER]
 # WHEEL=FILE installs that wheel into a new environment; otherwise the calmix on the path runs.
 set -eu

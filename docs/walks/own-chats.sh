@@ -1,5 +1,5 @@
 #!/bin/sh
-# From your own chats to a smaller model: about 8 minutes on two idle cores.
+# From your own chats to a smaller model: about 5 minutes on two idle cores.
 #   docs/walks/own-chats.sh [FOLDER]
 # CHATS=FILE names your .jsonl file with a field `messages`; otherwise the script makes some up.
 set -eu

@@ -59,6 +59,25 @@ def test_a_store_gives_the_analysis_of_its_results(tmp_path):
     assert analyse(again, QUICK).to_dict() == analyse(results, QUICK).to_dict()
 
 
+def test_a_trial_of_another_processor_has_dense_scores_of_its_own(tmp_path):
+    """The study's are those that most trials name, whatever the order."""
+    results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
+    place = save(results, tmp_path / "once")
+    for at in (0, len(results.trials) - 1):
+        name = results.trials[at].id
+        (place / "dense/other.json").write_bytes(
+            (place / f"trials/{name}/scores.json").read_bytes()
+        )
+        path = place / f"trials/{name}/result.json"
+        kept = path.read_text(encoding="utf-8")
+        path.write_text(kept.replace('"dense": "d0"', '"dense": "other"'), encoding="utf-8")
+        again = read_results(place)
+        assert again.dense == results.dense
+        assert again.paired[name] == results.scores[name]
+        assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
+        path.write_text(kept, encoding="utf-8")
+
+
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (2, (0, 1)), (3, (0,)), (4, (0, 1))])
 def test_tiny_studies_say_what_they_can(sources, seeds):
     names = [f"s{number}" for number in range(sources)]
