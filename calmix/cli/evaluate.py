@@ -53,6 +53,7 @@ class EvaluateOptions(RetentionOptions, ModelOptions, Json):
         (), "Text to measure distance on, e.g. code=mine.jsonl (repeat).", metavar="NAME=PATH",
         advanced=True,
     )  # fmt: skip
+    no_distance: bool = option(False, "Leave out the distance to the dense model.", advanced=True)
     batch_tokens: int | None = option(
         None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
     )
@@ -116,6 +117,8 @@ def run(options: EvaluateOptions) -> None:
     own = parse_texts(options.text)
     if own and (against is None or saved):
         raise InputError("--text measures the distance to a dense model: name it with --against")
+    if own and options.no_distance:
+        raise InputError("--text measures the distance, which --no-distance leaves out")
     how = options.opening()
     named = [model] if against is None or saved else [model, against]
     if output is not None:
@@ -143,7 +146,8 @@ def run(options: EvaluateOptions) -> None:
         open_tokenizer(name, trust_remote_code=options.trust_remote_code)
     if against is not None and not saved:
         whole = open_model(against, **how)
-        by_likelihood = any(one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())
+        by_likelihood = not options.no_distance and any(
+            one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())  # fmt: skip
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own:
             held_out = texts(whole, own, dimensions=known)

@@ -78,7 +78,8 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             suite, _ = runnable(choose(named, **part), asked.allow_code_execution)
             work = suite_work(suite)
             both = asked.model in stage.arguments[2:]  # the dense model is scored with it
-            texts = text_tokens(suite) if both and not does else 0
+            far = both and not does and "--no-distance" not in stage.arguments
+            texts = text_tokens(suite) if far else 0
             seconds = (1 + both) * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
             disk = 160.0 * work.items
         elif stage.leaves == "answers.json":

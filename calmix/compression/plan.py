@@ -50,14 +50,15 @@ BEHAVIOUR, PACK = "abilities.json", "pack"
 @dataclass(frozen=True)
 class Effort:
     """How much time a compression may take: rows of the calibration set, recoveries one after the
-    other, epochs of the last one, and how much of the suites of likelihood and of behaviour is
-    scored."""
+    other, epochs of the last one, how much of the suites of likelihood and of behaviour is scored,
+    and whether the distance to the dense model is measured."""
 
     rows: int
     recoveries: tuple[str, ...]
     epochs: int
     likelihood: Mapping[str, Any]
     behaviour: Mapping[str, Any]
+    distance: bool = True
 
 
 QUICK = {"quick": True}
@@ -69,7 +70,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, QUICK),
+    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, QUICK, distance=False),
     "standard": Effort(64, ("distill",), 2, {}, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
@@ -310,8 +311,8 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     made = str(out / "model")
     found.append(Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK))
     code = {"allow_code_execution": asked.allow_code_execution}
-    scored = _flags(against=model, **suite, **part_of(asked), **code, **where,
-                    output=out / "scores.json")  # fmt: skip
+    scored = _flags(against=model, **suite, **part_of(asked), no_distance=not effort.distance,
+                    **code, **where, output=out / "scores.json")  # fmt: skip
     found.append(Stage("evaluate", ("evaluate", made, *scored), "scores.json"))
     if offline:  # another suite is scored alone
         does = _flags(against=model, suite="abilities", **effort.behaviour, **code,
