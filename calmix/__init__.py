@@ -1,4 +1,4 @@
-"""Prune language models with mixed calibration sets, and see which abilities survive.
+"""Make language models smaller on mixed calibration sets, and see which abilities survive.
 
 The public API. Names are looked up when first used, so that `import calmix` stays light.
 """

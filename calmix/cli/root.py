@@ -160,7 +160,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune language models on calibration text you choose, and measure what survives.",
+    help="Make language models smaller on text you choose, and measure what survives.",
     epilog="\b\ncalmix COMMAND --help shows more. Start with:\n"
     "  calmix compress builtin:smollm2-135m -o out --effort quick",
 )
