@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,15 +134,7 @@ def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str,
     from calmix.compression.estimate import estimate
 
     left = running.left_to_do(asked, output)
-    names = [stage.name for stage in plan.stages(asked, output)]
-
-    def say(stage: Stage, kept: bool) -> None:
-        if shown:
-            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
-        bar.begin(stage.name)
-
-    with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
-        bar.show("estimating", None)
+    with _staged(plan.stages(asked, output), shown) as (bar, say):
         with contextlib.suppress(CalmixError):  # it is for the line of progress alone
             bar.expect({one.stage.name: one.seconds for one in estimate(asked, left)})
         return running.compress(asked, output, _run, say)
@@ -155,29 +147,39 @@ def walk_ladder(
     from calmix.compression import ladder
     from calmix.compression.estimate import estimate
 
-    names = [stage.name for stage in ladder.whole(asked, output)]
+    listed, before = ladder.whole(asked, output), len(ladder.opening(asked, output))
     begun = ladder.read_ladder(asked, output)
-
-    def say(stage: Stage, kept: bool) -> None:
-        if shown:
-            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
-        bar.begin(stage.name)
-
-    with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
-        bar.show("estimating", None)
+    with _staged(listed, shown) as (bar, say):
         taken = []
         with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
-            taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
+            taken = estimate(ladder.at(asked, ladder.RUNGS[0]), listed)
             bar.expect({one.stage.name: one.seconds for one in taken})
-        first = sum(one.seconds for one in taken if not one.stage.name[0].isdigit()
-                    and not Path(one.stage.arguments[-1]).exists())  # fmt: skip
-        each = sum(one.seconds for one in taken if one.stage.name[0].isdigit()) / len(ladder.RUNGS)
+        first = sum(one.seconds for one in taken[:before]
+                    if not Path(one.stage.arguments[-1]).exists())  # fmt: skip
+        each = sum(one.seconds for one in taken[before:]) / len(ladder.RUNGS)
         if within is not None and not begun.rungs and first + each > within:
             raise InputError(
                 f"--within {duration(within)} is too short: the first candidate takes about "
                 f"{duration(first + each)} here"
             )
         return ladder.walk(asked, output, _run, say, within=within, first=each)
+
+
+@contextlib.contextmanager
+def _staged(
+    listed: Sequence[Stage], shown: bool
+) -> Iterator[tuple[Stages, Callable[[Stage, bool], None]]]:
+    """Yield a line of progress over stages, and what tells it of each; nothing else is printed."""
+
+    def say(stage: Stage, kept: bool) -> None:
+        if shown:
+            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
+        bar.begin(stage.name)
+
+    names = [stage.name for stage in listed]
+    with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
+        bar.show("estimating", None)
+        yield bar, say
 
 
 def _run(arguments: Sequence[str]) -> None:

@@ -111,8 +111,13 @@ class Ladder:
 def whole(asked: Request, out: Path) -> list[Stage]:
     """Return all stages of a walk on which no candidate fails."""
     suites = suites_of(asked)
-    found = [*drawing(asked, out), *scoring(asked, out, suites)]
-    return found + [one for bits in RUNGS for one in building(asked, out, bits, suites)]
+    made = [one for bits in RUNGS for one in building(asked, out, bits, suites)]
+    return opening(asked, out) + made
+
+
+def opening(asked: Request, out: Path) -> list[Stage]:
+    """Return the stages before the first candidate."""
+    return [*drawing(asked, out), *scoring(asked, out, suites_of(asked))]
 
 
 def provable(asked: Request) -> str:
