@@ -25,8 +25,7 @@ LARGEST = 1e15  # below it a float tells every whole number
 METRICS = {"choices": "acc_norm", "answers": "as_asked", "numbers": "as_asked",
            "programs": "pass@1"}  # fmt: skip
 TOKENS = {"answers": 32, "numbers": 256, "programs": 320}
-ENDS = {"answers": ("\n",), "numbers": ("\n\n", "\nQuestion"),
-        "programs": ("\ndef ", "\nclass ", "\n#", "\nprint", "\nif ", "\n\n\n")}  # fmt: skip
+ENDS = {"answers": ("\n",), "numbers": ("\n\n", "\nQuestion")}
 CHECKS = {"answers": "text", "numbers": "number", "programs": "program"}
 # Rows of each kind for `calmix evaluate suite --new`.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
@@ -145,32 +144,28 @@ _MISTAKES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def asked_of(path: str, kind: str, shots: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return how a file's questions are asked, as `abilities/tasks.yaml` has it, and its rows."""
-    program = kind == "programs"
-    known = {
-        "check": CHECKS[kind], "tokens": TOKENS[kind], "until": ENDS[kind], "examples": shots,
-        "chat": "{question}", "plain": "Question: {question}\nAnswer:",
-    }  # fmt: skip
+    """Return how a file's questions are asked, as `abilities/tasks.yaml` has it (of programs what
+    is not the same of all), and its rows."""
+    known = {"check": CHECKS[kind], "tokens": TOKENS[kind], "examples": shots}
     rows = read_rows(path, kind, shots)
-    if program:
-        known |= {
-            "chat": "Write a Python function {head} that {question} Write only the function, in a "
-            "code block.",
-            "plain": "# {head}: {question}\ndef {head}:\n",
-        }
+    if kind == "programs":
+        return known, [program_of(row["head"].strip(), row["question"], row["tests"])
+                       for row in rows]  # fmt: skip
+    known |= {"until": ENDS[kind], "chat": "{question}", "plain": "Question: {question}\nAnswer:"}
     docs = []
     for row in rows:
-        doc = {"question": row["question"]}
-        if program:
-            head = row["head"].strip()
-            doc |= {"head": head, "tests": row["tests"], "prompt": f"def {head}:\n",
-                    "entry_point": head.partition("(")[0].strip()}  # fmt: skip
-        else:
-            right = row["answer"]
-            doc["right"] = str(right) if kind == "numbers" else right
-            doc["shown"] = right[0] if isinstance(right, list) else str(right)
-        docs.append(doc)
+        right = row["answer"]
+        docs.append({
+            "question": row["question"], "right": str(right) if kind == "numbers" else right,
+            "shown": right[0] if isinstance(right, list) else str(right),
+        })  # fmt: skip
     return known, docs
+
+
+def program_of(head: str, question: str, tests: list[str]) -> dict[str, Any]:
+    """Return a function that is asked for, and what has to hold of it."""
+    return {"head": head, "question": question, "tests": tests, "prompt": f"def {head}:\n",
+            "entry_point": head.partition("(")[0].strip()}  # fmt: skip
 
 
 def template(name: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from calmix import assets
 from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, Prompt, answers
-from calmix.evaluation.own import asked_of
+from calmix.evaluation.own import asked_of, program_of
 from calmix.evaluation.records import Outcome
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import ARCHIVE, TaskSpec, asked_tasks, read_own
@@ -96,7 +96,10 @@ def task_of(spec: TaskSpec) -> Asked:
     """Return a task with all its items."""
     if spec.file is not None:
         name = Path(spec.file).stem
-        return _asked(name, *asked_of(spec.file, str(spec.kind), spec.shots or 0))
+        known, docs = asked_of(spec.file, str(spec.kind), spec.shots or 0)
+        if spec.kind == "programs":  # asked as the small ones that come with the evaluation
+            known = asked_tasks()["small_programs"] | known
+        return _asked(name, known, docs)
     return load_asked(str(spec.asked))
 
 
@@ -171,10 +174,9 @@ def _sums(_: str) -> list[dict[str, Any]]:
 
 def _small_programs(_: str) -> list[dict[str, Any]]:
     return [
-        {"head": head, "question": what, "tests": tests,
-         "prompt": f"def {head}:\n", "entry_point": head.partition("(")[0]}
+        program_of(head, what, tests)
         for head, what, *tests in read_own("abilities/small_programs.yaml")
-    ]  # fmt: skip
+    ]
 
 
 def _requests(_: str) -> list[dict[str, Any]]:
