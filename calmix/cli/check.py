@@ -96,11 +96,11 @@ def _measured(folder: Path) -> tuple[Path, ...]:
 
 def _pairs(files: Sequence[Path]) -> list[Pair]:
     """Return the scores of both models in each file, all of the same two."""
-    from calmix.evaluation.scores import load_dense, load_scores
+    from calmix.evaluation.scores import load_pair
 
     pairs: list[Pair] = []
     for path in files:
-        pruned, dense = load_scores(path), load_dense(path)
+        dense, pruned = load_pair(path)
         if dense is None:
             raise InputError(f"{path} was scored without a dense model: evaluate with --against")
         first = pairs[0] if pairs else (dense, pruned)

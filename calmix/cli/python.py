@@ -38,12 +38,11 @@ class Compressed(Shown):
     @property
     def retention(self) -> Retention:
         """What the suite's scores say is kept, with intervals: likelihood, of most suites."""
-        from calmix.evaluation.scores import load_dense, load_scores
+        from calmix.evaluation.scores import load_pair
 
-        path = self.folder / "scores.json"
-        dense = load_dense(path)
+        dense, scores = load_pair(self.folder / "scores.json")
         assert dense is not None
-        return load_scores(path).retention(dense)
+        return scores.retention(dense)
 
     @cached_property
     def _told(self) -> Card:

@@ -23,7 +23,13 @@ from calmix.evaluation.distance import Flips, flips
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention
-from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_dense, load_scores
+from calmix.evaluation.scores import (
+    CapabilityScores,
+    check_same_suite,
+    load_dense,
+    load_pair,
+    load_scores,
+)
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import parse_json, user_path
 from calmix.manifest import file_hashes, read_sealed
@@ -242,7 +248,7 @@ def read_card(out: Path) -> Card:
                 f"{out} is not finished: it lacks {needed}; resume it with the calmix compress "
                 f"command in {out / RECORD}"
             )
-    scores, dense = load_scores(out / "scores.json"), load_dense(out / "scores.json")
+    dense, scores = load_pair(out / "scores.json")
     if dense is None:
         raise InputError(f"{out / 'scores.json'} was scored without a dense model: evaluate again")
     does: Pair | None = None
