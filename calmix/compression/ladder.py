@@ -7,7 +7,6 @@ Lehmacher, 1995). Nothing else is chosen by the items: all of them decide.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -273,8 +272,7 @@ def walk(
             pairs = list(zip(dense, scored, strict=True))
             verdict = judge(floors, pairs, confidence)
             write_json(place / FILE, record(verdict, floors, pairs))
-            told = json.loads(json.dumps(verdict.to_dict()))
-            rung = Rung(bits, round(time.monotonic() - start, 1), told)
+            rung = Rung(bits, round(time.monotonic() - start, 1), verdict.to_dict())
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
             found = keep(Ladder((*found.rungs, rung), ended))
             drop(found)
