@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -399,17 +399,22 @@ def dtype_of(name: str) -> torch.dtype | str:
 
 
 def _dequantise(file: Path, folder: Path) -> None:
-    with loading(f"cannot open {file}"):
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    # transformers reads the file three times, and maps all names once a module; its own bar would
+    # stand beside our line of progress.
+    read, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+    with (
+        loading(f"cannot open {file}"),
+        patch.object(gguf, "GGUFReader", lambda path: read(str(path))),
+        patch.object(gguf, "get_tensor_name_map", names),
+        patch.object(reading, "tqdm", lambda tensors, **_: tensors, create=True),
+    ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         where, name, dtype = file.parent, file.name, _gguf_dtype(file)
-        gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-        bar = getattr(gguf, "tqdm", None)
-        gguf.tqdm = lambda tensors, **_: tensors  # its own bar stands beside our line of progress
-        try:
-            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
-        finally:
-            gguf.tqdm = bar
+        model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     # transformers keeps a dequantised model marked as quantised and would not save it.
     model.hf_quantizer, model.is_quantized = None, False
