@@ -31,7 +31,8 @@ from speed import MIX, floor
 
 from calmix.calibration import build, parse_mix
 from calmix.models import find_blocks, open_model
-from calmix.specs import RECOVERIES, recover_request
+from calmix.options import RECOVERIES
+from calmix.specs import recover_request
 from calmix.study.estimate import PROGRAM, Timed
 
 WAYS = {

@@ -12,7 +12,6 @@ import platform
 import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,20 +100,3 @@ def file_hashes(
     names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
     with ThreadPoolExecutor(cores()) as pool:
         return dict(zip(names, pool.map(hashed, names), strict=True))
-
-
-def request_record(request: Any) -> dict[str, Any]:
-    """Return a request as JSON-serialisable values, the user's own sources included."""
-    record = {field.name: getattr(request, field.name) for field in fields(request)}
-    draw = dict(request.draw)
-    if own := draw.pop("sources", None):
-        draw["sources"] = {name: source.model_dump(mode="json") for name, source in own.items()}
-    return record | {"draw": draw}
-
-
-def asked_record(request: Any) -> dict[str, Any]:
-    """Return what of a request decides the bytes of a result, the user's own sources by hash."""
-    record = asdict(request)
-    if (own := record["draw"].pop("sources", None)) is not None:
-        record["draw"]["sources"] = sha256_json(repr(sorted(own.items())))
-    return record

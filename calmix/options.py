@@ -74,7 +74,23 @@ def parse_share(value: Any) -> Any:
     return number
 
 
+def parse_weights(value: Any) -> Any:
+    """Return weights by name, which may be written as `general=1,code=2`."""
+    if not isinstance(value, str):
+        return value
+    return named_values(f"weights '{value}'", value.split(","), "NAME=NUMBER")
+
+
+def parse_duration(text: Any) -> float:
+    """Return the seconds of `90s`, `30m`, `30min` or `2h`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)\s*", str(text))
+    if found is None or not float(found[1]):
+        raise ValueError(f"'{text}' is no time, such as 90m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0]]
+
+
 Share = Annotated[float, BeforeValidator(parse_share), Field(gt=0, lt=1)]
+Weights = Annotated[dict[str, float], BeforeValidator(parse_weights)]
 
 
 class DeviceOptions(Options):
@@ -186,6 +202,13 @@ class DrawOptions(SizeOptions):
         names = [name for name in DrawOptions.model_fields if name in self.model_fields_set]
         return {name: getattr(self, name) for name in names}
 
+    def record(self) -> dict[str, Any]:
+        """Return all options as JSON-serialisable values, those of the draw under `draw`."""
+        values = self.model_dump(mode="json")
+        draw = {name: values[name] for name in self.drawn()}
+        rest = {name: one for name, one in values.items() if name not in DrawOptions.model_fields}
+        return rest | {"draw": draw}
+
 
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
@@ -225,23 +248,44 @@ class Pruning(DrawOptions):
     skip: tuple[str, ...] = option((), "No layers whose names match: '*.down_proj'.", advanced=True)
 
 
+RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
+
+
 class Recovering(DrawOptions):
-    """What of a recovery decides the result."""
+    """What of a recovery decides the result; epochs and learning rate are the method's own where
+    none are given."""
 
     calibration: str = option(..., "Text to train on, as for calmix prune.")
     method: Literal["distill", "blocks"] = option(
         "distill", "The whole model's logits, or block by block."
     )
-    epochs: int | None = option(None, "Passes over the rows at most.", shown="2", ge=1, le=1000)
-    lr: float | None = option(
+    epochs: int = option(None, "Passes over the rows at most.", shown="2", ge=1, le=1000)
+    lr: float = option(
         None, "Peak learning rate, relative to weights' size.", shown="1e-3, blocks 3e-3",
         gt=0, lt=1, allow_inf_nan=False,
     )  # fmt: skip
     batch: int = option(4, "Rows a step.", ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: dict[str, Any]) -> dict[str, Any]:
+        epochs, lr = RECOVERIES.get(values.get("method", "distill"), (None, None))
+        return {"epochs": epochs, "lr": lr} | values
 
-class Compression(MemoryOptions, DeviceOptions):
-    """What a model is compressed to, and on what: what decides the result."""
+    @property
+    def text(self) -> str:
+        """The recovery as a user writes it, with the options that differ from their defaults."""
+        usual = Recovering(method=self.method, calibration="")
+        told = (f"{key}={getattr(self, key)!r}" for key in RECOVERY_OPTIONS
+                if getattr(self, key) != getattr(usual, key))  # fmt: skip
+        return ",".join([self.method, *told])
+
+
+RECOVERY_OPTIONS = ("epochs", "lr", "batch")
+
+
+class Target(MemoryOptions, DeviceOptions):
+    """What a model is compressed to, and on what."""
 
     model: str = option(..., MODEL, argument=True)
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.")
@@ -272,6 +316,18 @@ class Compression(MemoryOptions, DeviceOptions):
                                   shown="ten plain questions", advanced=True)  # fmt: skip
     allow_code_execution: bool = option(
         False, "Run code the model writes, in a limited subprocess."
+    )
+
+
+class Compression(TextField, Target):
+    """What `compress` can be asked for."""
+
+    no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
+    keep: Weights | None = option(
+        None, "Dimensions' shares beside chats, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
+    )
+    within: Annotated[float, BeforeValidator(parse_duration)] | None = option(
+        None, "With --keep-at-least: time to look for it, e.g. 2h.", metavar="TIME", advanced=True
     )
 
 

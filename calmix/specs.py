@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from calmix.errors import InputError, nearest
 from calmix.options import (
@@ -14,13 +16,14 @@ from calmix.options import (
     DRAW,
     METHOD,
     PRUNE,
-    Propagation,
+    RECOVERY_OPTIONS,
     Pruning,
     Recovering,
     checked,
     named_options,
     parse_share,
 )
+from calmix.sources import own_sources
 
 if TYPE_CHECKING:
     from calmix.pruning.methods import Method
@@ -30,34 +33,16 @@ ROWS, LENGTH, SEED = 64, 512, 0
 BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
 NONE = "none"  # the method of a request that drops experts and prunes nothing
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes
-RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
-RECOVERY_OPTIONS = ("epochs", "lr", "batch")
 
 
-@dataclass(frozen=True)
-class PruneRequest:
-    """A checked request to prune one model. What a method has no use for is None or empty.
-
-    Attributes:
-        method: its name; `options` are its own, all of them. `none` where only experts are dropped.
-        calibration: what to calibrate on, as `calmix.calibration.resolve` takes it.
-        draw: the options of the draw that were given.
-        allocation: `owl`, `error` or sparsities by layer; None for the same everywhere.
-        only, skip: patterns of layers' names, as `DecoderBlocks.select` takes them.
-        drop_experts: share of every mixture's experts that go whole, before weights do.
-    """
+class PruneRequest(Pruning):
+    """A checked request to prune one model: `sparsity` or `pattern`, the method's name, and all of
+    its own options. What a method has no use for is None or empty."""
 
     method: str
-    sparsity: float | None
-    pattern: str | None
-    options: dict[str, Any] = field(default_factory=dict)
-    calibration: str | None = None
-    draw: dict[str, Any] = field(default_factory=dict)
-    propagation: Propagation | None = None
-    allocation: str | dict[str, float] | None = None
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    drop_experts: float | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
+    options: dict[str, Any] = Field(default={})
 
     @property
     def target(self) -> Pattern:
@@ -83,34 +68,6 @@ class PruneRequest:
             return f"drop-{self.drop_experts:g}"
         method = self.chosen.text.replace(",", "-").replace("/", "_")
         return f"{method}-{str(self.target).replace(':', 'of').replace(' ', '')}"
-
-
-@dataclass(frozen=True)
-class RecoverRequest:
-    """A checked request to recover one pruned model.
-
-    Attributes:
-        method: `distill` or `blocks`.
-        calibration, draw: as for a `PruneRequest`.
-        epochs: passes over the training rows, for `blocks` in every block.
-        lr: the learning rate at its peak, times the size of each tensor's kept weights.
-        batch: rows a step.
-    """
-
-    method: str
-    calibration: str
-    draw: dict[str, Any]
-    epochs: int
-    lr: float
-    batch: int
-
-    @property
-    def text(self) -> str:
-        """The recovery as a user writes it, with the options that differ from their defaults."""
-        defaults = (*RECOVERIES[self.method], Recovering.model_fields["batch"].default)
-        told = (f"{key}={value!r}" for key, default in zip(RECOVERY_OPTIONS, defaults, strict=True)
-                if (value := getattr(self, key)) != default)  # fmt: skip
-        return ",".join([self.method, *told])
 
 
 def _nothing(*_: Any) -> None: ...
@@ -172,6 +129,13 @@ def printed(target: Pattern) -> str:
     return f"{100 * target.sparsity:g}%" if share else str(target)
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that are set, the user's own sources read."""
+    given = {name: value for name, value in options.items() if value not in (None, (), [])}
+    own = {"sources": own_sources(given["sources"])} if "sources" in given else {}
+    return given | own
+
+
 def prune_request(
     *,
     method: str | None = None,
@@ -185,49 +149,48 @@ def prune_request(
     from calmix.pruning.methods import get_method
     from calmix.pruning.patterns import Unstructured, as_pattern
 
-    given = {name: value for name, value in options.items() if value not in (None, (), [])}
+    given = _given(options)
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
     asked = checked(Pruning, given)
     drops, bare = asked.drop_experts is not None, sparsity is None and pattern is None
-    default = BITS_METHOD if bare and "bits" in own else METHOD
-    named = default if method is None else method
+    chosen: dict[str, Any]
     if drops and bare and "bits" not in own:
         idle = {*own, *(given.keys() - SCORED), *({"method"} if method not in (None, NONE) else ())}
         where = "where only experts are dropped: give --sparsity or --pattern too, or leave it out"
         _check_idle(idle, where)
-        made = PruneRequest(NONE, None, None)
+        chosen = {"method": NONE}
     else:
         if sparsity is not None and pattern is not None:
             raise InputError(BOTH)
-        where = f"with method {get_method(named).name}: leave it out, or choose another method"
-        _check_idle(own.keys() - get_method(named).options.keys(), where)
         wanted = as_pattern(pattern) if pattern is not None else None
         wanted = target_of(sparsity, share=True) if sparsity is not None else wanted
-        chosen, target = get_method(named, **own).aim(wanted)
-        _check_idle(_unread(chosen, given), where)
+        default = BITS_METHOD if bare and "bits" in own else METHOD
+        found, target = get_method(default if method is None else method, **own).aim(wanted)
+        where = f"with method {found.name}: leave it out, or choose another method"
+        _check_idle(_unread(found, given), where)
         share = target.sparsity if isinstance(target, Unstructured) else None
-        made = PruneRequest(
-            chosen.name, share, None if share is not None else str(target), chosen.options,
-            propagation=(asked.propagation or "sequential") if chosen.needs else None,
-            allocation=read_allocation(asked.allocation, share),
-        )  # fmt: skip
-        if chosen.needs is None and isinstance(made.allocation, str):
+        chosen = {
+            "method": found.name, "options": found.options, "sparsity": share,
+            "pattern": None if share is not None else str(target),
+            "propagation": (asked.propagation or "sequential") if found.needs else None,
+            "allocation": read_allocation(asked.allocation, share),
+        }  # fmt: skip
+        if found.needs is None and isinstance(chosen["allocation"], str):
             raise InputError(
-                f"--allocation {made.allocation} looks at calibration data, which method "
-                f"{chosen.name} has none of: name a file of sparsities, or choose another method"
+                f"--allocation {chosen['allocation']} looks at calibration data, which method "
+                f"{found.name} has none of: name a file of sparsities, or choose another method"
             )
-        if chosen.needs is not None and asked.calibration is None:
+        if found.needs is not None and asked.calibration is None:
             raise InputError(
-                f"method {chosen.name} needs --calibration, such as "
+                f"method {found.name} needs --calibration, such as "
                 "uniform:python-stdlib,encyclopedia (calmix calibrate sources), or a .txt, "
                 ".jsonl or .parquet file"
             )
     if drops and asked.calibration is None:
         raise InputError("--drop-experts needs --calibration: text to score the experts on")
-    if drops and isinstance(made.allocation, dict):
+    if drops and isinstance(chosen.get("allocation"), dict):
         raise InputError("--drop-experts needs an --allocation that names no layers: owl or error")
-    same = ("calibration", "only", "skip", "drop_experts")
-    return replace(made, draw=asked.drawn(), **{name: getattr(asked, name) for name in same})
+    return PruneRequest(**given | chosen)
 
 
 def _check_idle(idle: Collection[str], where: str) -> None:
@@ -254,15 +217,15 @@ def requests(
     numbers of bits."""
     from calmix.pruning.methods import get_method
 
-    given = {name: value for name, value in options.items() if value not in (None, (), [])}
-    used: set[str] = set()
+    given, used = _given(options), set[str]()
     if sparsity is not None and pattern is not None:
         raise InputError(BOTH)
     bare = sparsity is None and pattern is None
     if bare and bits is None and "drop_experts" in given:  # only experts are dropped
-        return [prune_request(method=method and _methods(method)[0], **given)]
+        return [prune_request(method=method, **given)]
     default = BITS_METHOD if bare and bits is not None else METHOD
-    methods = _methods(default if method is None else method)
+    # Behind a comma stands another method, unless it is an option of the one before.
+    methods = _listed("method", default if method is None else method, r",(?![^,]*=)")
     key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
     targets: list[dict[str, Any]] = [{}] if bare else [{key: each} for each in _listed(key, text)]
     rates = [{}] if bits is None else [{"bits": each} for each in _listed("bits", bits)]
@@ -281,32 +244,19 @@ def requests(
     return made
 
 
-def recover_request(**options: Any) -> RecoverRequest:
+def recover_request(**options: Any) -> Recovering:
     """Check the options of a recovery, `calmix.options.Recovering`, and fill in the method's
     defaults; an InputError for an unknown name, or a value out of range."""
-    asked = checked(Recovering, options)
-    epochs, lr = RECOVERIES[asked.method]
-    return RecoverRequest(
-        asked.method, asked.calibration, asked.drawn(), asked.epochs or epochs, asked.lr or lr,
-        asked.batch,
-    )  # fmt: skip
+    return checked(Recovering, _given(options))
 
 
-def recovery_of(text: str) -> RecoverRequest:
+def recovery_of(text: str) -> Recovering:
     """Return the recovery that `METHOD` or `METHOD,option=value,...` asks for."""
     method, given = named_options("recovery", text)
-    if method not in RECOVERIES:
-        raise InputError(f"unknown recovery '{method}': {nearest(method, RECOVERIES)}")
-    for key in given:
-        if key not in RECOVERY_OPTIONS:
-            hint = nearest(key, RECOVERY_OPTIONS)
-            raise InputError(f"{key} has no effect with recovery {method}: {hint}")
+    if idle := given.keys() - set(RECOVERY_OPTIONS):
+        hint = nearest(min(idle), RECOVERY_OPTIONS)
+        raise InputError(f"{min(idle)} has no effect with recovery {method}: {hint}")
     return recover_request(method=method, calibration="", **given)
-
-
-def _methods(text: str) -> list[str]:
-    """Return the methods of a list such as `sparsegpt,damping=0.1,wanda`, with their options."""
-    return _listed("method", text, r",(?![^,]*=)")
 
 
 def _listed(option: str, text: str | None, between: str = ",") -> list[str]:
@@ -314,7 +264,6 @@ def _listed(option: str, text: str | None, between: str = ",") -> list[str]:
     parts = [part.strip() for part in re.split(between, text or "")]
     if "" in parts:
         raise InputError(f"--{option} '{text}' has nothing between its commas")
-    for part in parts:
-        if parts.count(part) > 1:
-            raise InputError(f"--{option} names {part} twice")
+    if twice := next((part for part in parts if parts.count(part) > 1), None):
+        raise InputError(f"--{option} names {twice} twice")
     return parts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from calmix.analysis.bootstrap import Contrast, Estimate, Joint
 from calmix.analysis.differences import SINGLES, between, leads_over
-from calmix.specs import RECOVERIES
+from calmix.options import RECOVERIES
 
 MEAN = "mean of the sets of both"
 

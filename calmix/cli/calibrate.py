@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calmix.cli.common import line, note, parse_weights, print_json, result
+from calmix.cli.common import line, note, print_json, result
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
@@ -21,6 +21,7 @@ from calmix.options import (
     Share,
     SizeOptions,
     TextField,
+    Weights,
     licence_option,
     option,
     own_sources_option,
@@ -57,7 +58,9 @@ class PredictOptions(DrawOptions, ModelOptions, Json):
     method: str = option(METHOD, "Pruning method, e.g. admm,refit=5.")
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
     pattern: str | None = option(None, "N:M in place of a sparsity.")
-    weights: str | None = option(None, "What counts, e.g. general=1,code=2.", shown="all equal")
+    weights: Weights | None = option(
+        None, "What counts, e.g. general=1,code=2.", shown="all equal", metavar="NAME=WEIGHT,..."
+    )
     text: tuple[str, ...] = option(
         (), "Held-out text of yours: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
     )
@@ -197,7 +200,7 @@ def predict(options: PredictOptions) -> None:
     if options.sparsity is not None and options.pattern is not None:
         raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
     target = options.sparsity if options.pattern is None else options.pattern
-    shares, own_texts = parse_weights(options.weights), parse_texts(options.text)
+    shares, own_texts = options.weights, parse_texts(options.text)
     if shares is not None:
         check_weights(shares, (*builtin_readers(), *own_texts), "the held-out text")
     names = ("method", "rows", "length", "every")

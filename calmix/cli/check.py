@@ -80,11 +80,11 @@ def check(options: CheckOptions) -> None:
 
 def _measured(folder: Path) -> tuple[Path, ...]:
     """Return the files of scores in a folder of `calmix compress`."""
-    from calmix.compression.plan import BEHAVIOUR
+    from calmix.compression.plan import BEHAVIOUR, SCORES
     from calmix.compression.running import read_record
 
     read_record(folder)
-    scores, answers = folder / "scores.json", folder / BEHAVIOUR
+    scores, answers = folder / SCORES, folder / BEHAVIOUR
     if not scores.exists():
         raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
                          "compress again")  # fmt: skip

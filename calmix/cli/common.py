@@ -9,8 +9,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from calmix.errors import InputError
-from calmix.options import Json, named_values
+from calmix.options import Json
 from calmix.progress import Progress
 
 LONGEST = 2000  # characters of the line of a mistake
@@ -72,17 +71,6 @@ def fail(message: str) -> NoReturn:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     sys.stderr.write(f"error: {text}\n")
     sys.exit(2)
-
-
-def parse_weights(text: str | None) -> dict[str, float] | None:
-    """Return weights by name from `general=1,code=2`."""
-    if text is None:
-        return None
-    named = named_values(f"weights '{text}'", text.split(","), "NAME=NUMBER")
-    try:
-        return {name: float(number) for name, number in named.items()}
-    except ValueError:
-        raise InputError(f"weights '{text}' are not of the form NAME=NUMBER,...") from None
 
 
 def percent(value: float | None) -> str:

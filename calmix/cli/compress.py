@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from calmix.cli.common import line, note, parse_weights, print_json, result
+from calmix.cli.common import line, note, print_json, result
 from calmix.cli.root import app
 from calmix.cli.tables import print_table, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import CalmixError, InputError
 from calmix.files import check_output_file
-from calmix.options import Compression, Json, Options, TextField, option, path_option
+from calmix.options import Compression, Json, Options, option, path_option
 from calmix.progress import Stages, duration
 
 if TYPE_CHECKING:
@@ -26,15 +26,8 @@ if TYPE_CHECKING:
     from calmix.compression.plan import Request, Stage
 
 
-class CompressOptions(TextField, Compression, Json):
+class CompressOptions(Compression, Json):
     output: Path = path_option("Folder to write, or to resume in.")
-    no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
-    keep: str | None = option(
-        None, "Dimensions' shares beside chats, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
-    )
-    within: str | None = option(
-        None, "With --keep-at-least: time to look for it, e.g. 2h.", advanced=True
-    )
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
     resume: bool = option(
         False, "Resume an interrupted run, as compress always does.", advanced=True
@@ -55,50 +48,28 @@ def compress(options: CompressOptions) -> None:
     Every stage keeps its result in the output folder. Run the same command again to resume. calmix
     check OUT tests the result against floors of your own.
     """
-    from calmix.compression import ladder, plan, running
-    from calmix.compression.estimate import estimate
+    from calmix.compression import ladder
     from calmix.report import words
     from calmix.report.card import read_card
 
     output, as_json = options.output, options.as_json
-    check_inputs(options, output)
-    asked = plan.request(options, parse_weights(options.keep), no_corpus=options.no_corpus)
-    within = check_within(options.within, asked)
     if options.dry_run:
-        if asked.keep_at_least is None:
-            running.check(asked, output)
-            taken = estimate(asked, plan.stages(asked, output))
-            title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
-        else:
-            ladder.read_ladder(asked, output)
-            taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
-            title = f"{asked.model} to keep {asked.keep_at_least}, if no candidate fails"
-        if as_json:
-            print_json([asdict(one) | {"command": one.stage.command} for one in taken])
-        else:
-            print_taken(taken, title)
-            if asked.keep_at_least is not None:
-                line(words.wrapped(ladder.provable(asked)))
+        _print_dry(options)
         return
-
-    told: dict[str, Any] = {}
-    if asked.keep_at_least is not None:
-        found = walk_ladder(asked, output, within)
-        told = {"ladder": asdict(found)}
+    found, seconds = make(options, output)
+    told: dict[str, Any] = {"output": str(output), "model": None}
+    if found is not None:
+        told |= {"ladder": asdict(found)}
         if not as_json:
             print_table(found.rows(), title="candidates: kept % (proven %)")
             line(words.wrapped(found.why()))
         if found.bits is None:
-            if as_json:
-                print_json({"output": str(output), "model": None} | told)
-            else:
-                line(words.wrapped(f"refused: no candidate keeps what is asked. {ladder.HELPS}"))
+            said = f"refused: no candidate keeps what is asked. {ladder.HELPS}"
+            result(options, told, words.wrapped(said))
             raise typer.Exit(1)
-        asked = ladder.at(asked, found.bits)
-    seconds = run_stages(asked, output)
     page, card = output / "card.html", read_card(output)
-    told |= {"output": str(output), "model": str(output / "model"), "card": str(page),
-             "seconds": seconds, "behaviour": asdict(card.behaved)}  # fmt: skip
+    told |= {"model": str(output / "model"), "card": str(page), "seconds": seconds,
+             "behaviour": asdict(card.behaved)}  # fmt: skip
     result(
         options, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
         f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
@@ -108,78 +79,94 @@ def compress(options: CompressOptions) -> None:
         webbrowser.open(page.resolve().as_uri())
 
 
-def check_inputs(options: Compression, output: Path) -> None:
-    """Refuse an output that is an input, or that holds something else."""
+def _print_dry(options: CompressOptions) -> None:
+    """Print what a compression would take."""
+    from calmix.compression import ladder
+    from calmix.compression.estimate import estimate
+    from calmix.compression.plan import stages
+    from calmix.report import words
+
+    asked, output = _asked(options, options.output), options.output
+    if asked.keep_at_least is None:
+        taken, more = estimate(asked, stages(asked, output)), ""
+        title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
+    else:
+        taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
+        title = f"{asked.model} to keep {asked.keep_at_least}, if no candidate fails"
+        more = words.wrapped(ladder.provable(asked))
+    if options.as_json:
+        print_json([asdict(one) | {"command": one.stage.command} for one in taken])
+        return
+    print_taken(taken, title)
+    if more:
+        line(more)
+
+
+def _asked(options: Compression, output: Path) -> Request:
+    """Return the request, checked; an output that is an input, or holds something else, is
+    refused."""
     from calmix.calibration import saved_set
-    from calmix.compression import running
+    from calmix.compression import ladder, plan, running
     from calmix.evaluation.suites import suite_file
 
     inputs = [options.model, saved_set(options.calibration), options.prompts,
               suite_file(options.suite)]  # fmt: skip
     running.check_place(output, inputs)
+    asked = plan.request(options)
+    if asked.keep_at_least is None:
+        running.check(asked, output)
+    else:
+        ladder.read_ladder(asked, output)
+    return asked
 
 
-def check_within(text: str | None, asked: Request) -> float | None:
-    """Return the seconds of `--within`."""
-    from calmix.compression.ladder import parse_duration
+def make(
+    options: Compression, output: Path, *, shown: bool = True
+) -> tuple[Ladder | None, dict[str, float]]:
+    """Compress a model; stages are named as they begin, and what they print is in their files.
 
-    if text is not None and asked.keep_at_least is None:
-        raise InputError("--within has no effect without --keep-at-least: leave it out")
-    return None if text is None else parse_duration(text)
+    Returns:
+        What looking for the smallest model found, if that is asked for; and the seconds of every
+        stage that was done now, none if no candidate keeps enough.
+    """
+    from calmix.compression import ladder, running
+    from calmix.compression.plan import stages
 
-
-def run_stages(asked: Request, output: Path, *, shown: bool = True) -> dict[str, float]:
-    """Run what is left of a compression, its commands named; what they print is in their files."""
-    from calmix.compression import plan, running
-    from calmix.compression.estimate import estimate
-
+    asked, found = _asked(options, output), None
+    if asked.keep_at_least is not None:
+        listed = ladder.whole(asked, output)
+        left = [stage for stage in listed if not running.stands(stage, output)]
+        with _staged(ladder.at(asked, ladder.RUNGS[0]), listed, left, shown) as (say, seconds):
+            found = ladder.walk(asked, output, _run, say, options.within, seconds)
+        if found.bits is None:
+            return found, {}
+        asked = ladder.at(asked, found.bits)
     left = running.left_to_do(asked, output)
-    with _staged(plan.stages(asked, output), shown) as (bar, say):
-        with contextlib.suppress(CalmixError):  # it is for the line of progress alone
-            bar.expect({one.stage.name: one.seconds for one in estimate(asked, left)})
-        return running.compress(asked, output, _run, say)
-
-
-def walk_ladder(
-    asked: Request, output: Path, within: float | None = None, *, shown: bool = True
-) -> Ladder:
-    """Look for the smallest model that keeps what is asked for."""
-    from calmix.compression import ladder
-    from calmix.compression.estimate import estimate
-
-    listed, before = ladder.whole(asked, output), len(ladder.opening(asked, output))
-    begun = ladder.read_ladder(asked, output)
-    with _staged(listed, shown) as (bar, say):
-        taken = []
-        with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
-            taken = estimate(ladder.at(asked, ladder.RUNGS[0]), listed)
-            bar.expect({one.stage.name: one.seconds for one in taken})
-        first = sum(one.seconds for one in taken[:before]
-                    if not Path(one.stage.arguments[-1]).exists())  # fmt: skip
-        each = sum(one.seconds for one in taken[before:]) / len(ladder.RUNGS)
-        if within is not None and not begun.rungs and first + each > within:
-            raise InputError(
-                f"--within {duration(within)} is too short: the first candidate takes about "
-                f"{duration(first + each)} here"
-            )
-        return ladder.walk(asked, output, _run, say, within=within, first=each)
+    with _staged(asked, stages(asked, output), left, shown) as (say, _):
+        return found, running.compress(asked, output, _run, say)
 
 
 @contextlib.contextmanager
 def _staged(
-    listed: Sequence[Stage], shown: bool
-) -> Iterator[tuple[Stages, Callable[[Stage, bool], None]]]:
-    """Yield a line of progress over stages, and what tells it of each; nothing else is printed."""
+    asked: Request, listed: Sequence[Stage], left: Sequence[Stage], shown: bool
+) -> Iterator[tuple[Callable[[Stage, bool], None], dict[str, float]]]:
+    """Yield what tells a line of progress of each stage, and the seconds that each of those left
+    will take, as far as that is known; nothing else is printed."""
+    from calmix.compression.estimate import estimate
 
     def say(stage: Stage, kept: bool) -> None:
         if shown:
             note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
         bar.begin(stage.name)
 
+    seconds: dict[str, float] = {}
     names = [stage.name for stage in listed]
     with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
         bar.show("estimating", None)
-        yield bar, say
+        with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
+            seconds = {one.stage.name: one.seconds for one in estimate(asked, left)}
+        bar.expect(seconds)
+        yield say, seconds
 
 
 def _run(arguments: Sequence[str]) -> None:

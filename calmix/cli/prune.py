@@ -27,7 +27,6 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
-from calmix.sources import own_sources
 from calmix.specs import recover_request, requests
 
 if TYPE_CHECKING:
@@ -54,10 +53,10 @@ class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
         }  # fmt: skip
 
     def asked(self, kind: type[DrawOptions]) -> dict[str, Any]:
-        """Return the options of a kind that were set, with the user's own sources read."""
-        names = self.model_fields_set & kind.model_fields.keys()
-        found = {name: getattr(self, name) for name in names}
-        return found | ({"sources": own_sources(self.sources)} if self.sources else {})
+        """Return the options of a kind that were set."""
+        return {
+            name: getattr(self, name) for name in self.model_fields_set & kind.model_fields.keys()
+        }
 
 
 class PruneOptions(Pruning, WorkOptions):

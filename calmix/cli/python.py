@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import parse_weights
-from calmix.cli.compress import check_inputs, check_within, run_stages, walk_ladder
+from calmix.cli.compress import make
 from calmix.errors import NotKeptError
-from calmix.options import Compression, TextField, checked
+from calmix.options import Compression, checked
 from calmix.shown import Shown, percent
 
 if TYPE_CHECKING:
@@ -38,9 +37,10 @@ class Compressed(Shown):
     @property
     def retention(self) -> Retention:
         """What the suite's scores say is kept, with intervals: likelihood, of most suites."""
+        from calmix.compression.plan import SCORES
         from calmix.evaluation.scores import load_pair
 
-        dense, scores = load_pair(self.folder / "scores.json")
+        dense, scores = load_pair(self.folder / SCORES)
         assert dense is not None
         return scores.retention(dense)
 
@@ -69,10 +69,6 @@ class Compressed(Shown):
         ]  # fmt: skip
         likelihood = card.kept._rows() if card.kept else []
         return [*answers, *({"kept": "likelihood", **row} for row in likelihood)]
-
-
-class Asked(TextField, Compression):
-    """The options of `compress` that decide its result."""
 
 
 def compress(
@@ -105,20 +101,10 @@ def compress(
         NotKeptError: no candidate keeps what `keep_at_least` asks for.
         CalmixError: anything a user can mend, before work or download where that can be known.
     """
-    from calmix.compression import plan
-
-    given = {key: str(one) if isinstance(one, Path) else one for key, one in options.items()}
-    asked, folder = checked(Asked, {"model": str(model), **given}), Path(output)
-    check_inputs(asked, folder)
-    weights = parse_weights(keep) if isinstance(keep, str) else keep
-    request = plan.request(asked, weights, no_corpus=no_corpus)
-    seconds = check_within(within, request)
-    if request.keep_at_least is not None:
-        from calmix.compression.ladder import at
-
-        found = walk_ladder(request, folder, seconds, shown=shown)
-        if found.bits is None:
-            raise NotKeptError(f"no candidate keeps {request.keep_at_least}: {found.why()}")
-        request = at(request, found.bits)
-    run_stages(request, folder, shown=shown)
+    given = options | {"model": model, "keep": keep, "no_corpus": no_corpus, "within": within}
+    given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
+    asked, folder = checked(Compression, given), Path(output)
+    found, _ = make(asked, folder, shown=shown)
+    if found is not None and found.bits is None:
+        raise NotKeptError(f"no candidate keeps {asked.keep_at_least}: {found.why()}")
     return Compressed(folder)

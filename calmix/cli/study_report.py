@@ -8,13 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calmix.cli.common import line, parse_weights, percent, print_json
+from calmix.cli.common import line, percent, print_json
 from calmix.cli.study import studies
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_output_folder, real_place
-from calmix.options import Json, Measure, Settings, option, path_option
+from calmix.options import Json, Measure, Settings, Weights, option, path_option
 
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
@@ -39,9 +39,10 @@ class AnalyseOptions(Settings, StudyOptions):
 
 
 class RecommendOptions(StudyOptions):
-    weights: str | None = option(
-        None, "Weight of each dimension, e.g. general=1,code=2.", shown="all equal"
-    )
+    weights: Weights | None = option(
+        None, "Weight of each dimension, e.g. general=1,code=2.", shown="all equal",
+        metavar="NAME=WEIGHT,...",
+    )  # fmt: skip
     top: int = option(5, "Sets to list for each condition.", ge=1)
 
 
@@ -107,7 +108,7 @@ def recommend(options: RecommendOptions) -> None:
     from calmix.study import read_results
 
     found = best_of(
-        read_results(options.study), parse_weights(options.weights), measure=options.measure,
+        read_results(options.study), options.weights, measure=options.measure,
         method=options.method, sparsity=options.sparsity,
     )  # fmt: skip
     if options.as_json:

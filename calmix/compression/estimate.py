@@ -9,21 +9,26 @@ from typing import Any
 
 from calmix.calibration import Mix, ask
 from calmix.calibration.spec import Spec
-from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage, part_of
+from calmix.compression.plan import (
+    BEHAVIOUR,
+    CALIBRATION,
+    EFFORTS,
+    PACK,
+    SCORES,
+    Request,
+    Stage,
+    part_of,
+)
+from calmix.compression.sizes import timed
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
+from calmix.options import Recovering
 from calmix.pruning.allocation import SPREAD
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
-from calmix.specs import (
-    NONE,
-    PruneRequest,
-    RecoverRequest,
-    prune_request,
-    recover_request,
-)
+from calmix.specs import NONE, PruneRequest, prune_request, recover_request
 from calmix.study.estimate import (
     PROGRAM,
     START,
@@ -35,7 +40,7 @@ from calmix.study.estimate import (
 
 ASKED = 16  # answers written at once take as long as so many of a full batch
 
-PACKED, SMALLER = 0.2e9, 0.45  # bytes a second that are packed, and what is left of them
+ZIPPED, SMALLER = 0.2e9, 0.45  # bytes a second that are packed, and what is left of them
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,14 @@ class Taken:
 
 def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     """Return what every stage of a compression will take here, in order."""
-    model = Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
+    model = timed(asked.model, asked.device, asked.trust_remote_code)
     rows, length = _drawn(asked)
     request = prune_request(**asked.aim, calibration=asked.calibration)
     found = []
     for stage in listed:
         seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
-        if stage.leaves == "calibration":
+        leaves = Path(stage.leaves or "").name.removeprefix("dense-")
+        if leaves == CALIBRATION:
             disk = 8.0 * rows * length
             memory = memory if asked.generated else PROGRAM
             seconds = model.calibration(rows, length, ask(asked.calibration).spec, measured=False)
@@ -70,10 +76,10 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             recovery, disk = _recovery(asked, stage), model.bytes
             seconds = model.files + model.recovery(recovery, rows, length)
             memory = _recovery_memory(model, recovery, length, asked.most)
-        elif stage.leaves == "pack":
-            seconds, memory, disk = model.bytes / PACKED, PROGRAM, SMALLER * model.bytes
-        elif (scored := str(stage.leaves).removeprefix("dense-")) in ("scores.json", BEHAVIOUR):
-            effort, does = EFFORTS[asked.effort], scored == BEHAVIOUR
+        elif leaves == PACK:
+            seconds, memory, disk = model.bytes / ZIPPED, PROGRAM, SMALLER * model.bytes
+        elif leaves in (SCORES, BEHAVIOUR):
+            effort, does = EFFORTS[asked.effort], leaves == BEHAVIOUR
             named, part = ("abilities", effort.behaviour) if does else (asked.suite, part_of(asked))
             suite, _ = runnable(choose(named, **part), asked.allow_code_execution)
             work = suite_work(suite)
@@ -82,7 +88,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             texts = text_tokens(suite) if far else 0
             seconds = (1 + both) * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
             disk = 160.0 * work.items
-        elif stage.leaves == "answers.json":
+        elif leaves == "answers.json":
             seconds = model.write(2 * TOKENS * ASKED)
         found.append(Taken(stage, seconds, memory, disk))
     return found
@@ -98,22 +104,20 @@ def estimate_prune(
     """Return what a prune to one or several targets will take here."""
     check_models(name, **how)
     asked = next((r for r in targets.values() if r.calibration is not None), None)
-    rows, length, spec, start = 0, 0, Spec(Mix({})), START
+    rows, length, spec = 0, 0, Spec(Mix({}))
     found: list[Taken] = []
     if asked is not None:
-        drawn = ask(asked.calibration or "", **asked.draw)
-        rows, length = drawn.draw.rows, drawn.draw.length
-        spec = drawn.spec
+        drawn = ask(asked.calibration or "", **asked.drawn())
+        rows, length, spec = drawn.draw.rows, drawn.draw.length, drawn.spec
     model = Timed(name, **how)
     if seconds := model.calibration(rows, length, spec, measured=False):
         stage = Stage("write the calibration set", (), None)
-        found.append(Taken(stage, start + seconds, model.bytes + PROGRAM, 0.0))
-        start = 0.0
+        found.append(Taken(stage, START + seconds, model.bytes + PROGRAM, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     for request in targets.values():
-        seconds, named = start + _pruning(model, request, rows, length), request.name
-        start = 0.0
-        found.append(Taken(Stage(f"prune, {named}", (), None), seconds, needed, checkpoint))
+        seconds = _pruning(model, request, rows, length) + (0.0 if found else START)
+        stage = Stage(f"prune, {request.name}", (), None)
+        found.append(Taken(stage, seconds, needed, checkpoint))
     return found
 
 
@@ -122,11 +126,11 @@ def check_room(asked: Request, listed: Sequence[Stage]) -> int:
     that they leave on disk."""
     recovered = [stage for stage in listed if stage.arguments[0] == "recover"]
     if recovered and asked.most is not None:
-        model = Timed(asked.model, "auto", asked.device, asked.trust_remote_code)
+        model = timed(asked.model, asked.device, asked.trust_remote_code)
         for stage in recovered:
             _recovery_memory(model, _recovery(asked, stage), _drawn(asked)[1], asked.most)
     made: float = len(recovered) + sum(stage.arguments[0] == "prune" for stage in listed)
-    made += SMALLER * any(stage.leaves == "pack" for stage in listed)
+    made += SMALLER * any(stage.leaves == PACK for stage in listed)
     return int(made * weight_bytes(resolve_model(asked.model)))
 
 
@@ -138,7 +142,7 @@ def _drawn(asked: Request) -> tuple[int, int]:
     return EFFORTS[asked.effort].rows, asked.length
 
 
-def _recovery(asked: Request, stage: Stage) -> RecoverRequest:
+def _recovery(asked: Request, stage: Stage) -> Recovering:
     method = stage.arguments[stage.arguments.index("--method") + 1]
     epochs = EFFORTS[asked.effort].epochs if stage.leaves == "model" else None
     return recover_request(calibration=asked.calibration, method=method, epochs=epochs)
@@ -155,7 +159,7 @@ def _pruning(model: Timed, request: PruneRequest, rows: int, length: int) -> flo
     return seconds
 
 
-def _recovery_memory(model: Timed, request: RecoverRequest, length: int, most: int | None) -> float:
+def _recovery_memory(model: Timed, request: Recovering, length: int, most: int | None) -> float:
     """Return the bytes a recovery takes, with what a prune before it leaves; refuse more than
     `most` in all."""
     held = int(PROGRAM + BEHIND)

@@ -7,24 +7,33 @@ Lehmacher, 1995). Nothing else is chosen by the items: all of them decide.
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.compression.plan import BEHAVIOUR, EFFORTS, Request, Stage, stages
+from calmix.compression.plan import (
+    BEHAVIOUR,
+    CALIBRATION,
+    EFFORTS,
+    SCORES,
+    Request,
+    Stage,
+    scoring,
+    stages,
+)
 from calmix.compression.running import (
     CANDIDATES,
     LADDER,
+    Run,
     check,
     check_same,
-    forget,
+    do,
     read_ladder_file,
 )
-from calmix.errors import CalmixError, InputError
+from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.floors import (
     CONFIDENCE,
@@ -37,16 +46,16 @@ from calmix.evaluation.floors import (
     record,
 )
 from calmix.evaluation.scores import load_scores
-from calmix.files import alone, write_json
+from calmix.files import alone, write_bytes, write_json
 from calmix.manifest import sealed
+from calmix.progress import duration
 
 RUNGS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.6, 2.3, 2.0)  # bits a weight
-FOLDER, SCORES, KIND = CANDIDATES, "scores.json", "ladder of candidates"
+KIND = "ladder of candidates"
 HELPS = (
     "What may help: a lower floor, more items (--effort best), more rows, or text of the abilities "
     "that failed (--keep)."
 )
-SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
 
 @dataclass(frozen=True)
@@ -111,17 +120,40 @@ def whole(asked: Request, out: Path) -> list[Stage]:
     """Return all stages of a walk on which no candidate fails."""
     suites = suites_of(asked)
     made = [one for bits in RUNGS for one in building(asked, out, bits, suites)]
-    return opening(asked, out) + made
+    return opening(asked, out, suites) + made
 
 
-def opening(asked: Request, out: Path) -> list[Stage]:
-    """Return the stages before the first candidate."""
-    return [*drawing(asked, out), *scoring(asked, out, suites_of(asked))]
+def opening(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
+    """Return the stages before the first candidate: the set is drawn, unless it is there, and the
+    dense model scored."""
+    found = [one for one in stages(asked, out) if one.leaves == CALIBRATION]
+    scored = scoring(at(asked, RUNGS[0]), asked.model, out / CANDIDATES, {}, "dense-")
+    return found + [
+        replace(one, name=f"{one.name}, dense", leaves=f"{CANDIDATES}/{one.leaves}")
+        for one in scored if one.leaves in {f"dense-{name}" for name in suites}
+    ]  # fmt: skip
+
+
+def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> list[Stage]:
+    """Return the stages of a candidate: it is quantised, and scored against the dense scores."""
+    held = asked.calibration if asked.saved else str(out / CALIBRATION)
+    wanted, place = at(asked, bits), out / _folder(bits)
+    dense = {name: out / CANDIDATES / f"dense-{name}" for name in suites}
+    quantised = stages(wanted, place, held)[0]
+    made = [quantised, *scoring(wanted, str(place / "model"), place, dense)]
+    return [
+        replace(one, name=f"{bits:g} bits, {one.name}", leaves=f"{_folder(bits)}/{one.leaves}")
+        for one in made if one.leaves in ("model", *suites)
+    ]  # fmt: skip
+
+
+def _folder(bits: float) -> str:
+    return f"{CANDIDATES}/{bits:g}"
 
 
 def provable(asked: Request) -> str:
     """Return how many right answers the floors need of the dense model."""
-    floors, confidence = parse_floors(asked.keep_at_least or ""), asked.confidence or CONFIDENCE
+    floors, confidence = _floors(asked)
     told = ", ".join(
         f"{needed(floor, confidence)} {f'in {name}' if name else 'in each ability'}"
         for name, floor in floors.items()
@@ -129,41 +161,8 @@ def provable(asked: Request) -> str:
     return f"to prove the floors the dense model must get right at least: {told}"
 
 
-def drawing(asked: Request, out: Path) -> list[Stage]:
-    """Return the stage that draws the calibration set; none where it is there."""
-    return [one for one in stages(asked, out) if one.leaves == "calibration"]
-
-
-def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> list[Stage]:
-    """Return the stages of a candidate: it is quantised, and scored against the dense scores."""
-    held = asked.calibration if asked.saved else str(out / "calibration")
-    made = stages(at(asked, bits), out / FOLDER / f"{bits:g}", held)
-    found = []
-    for one in made:
-        words = one.arguments
-        if one.leaves in suites:
-            words = _with(words, "--against", str(out / FOLDER / f"dense-{one.leaves}"))
-        if one.leaves in ("model", *suites):
-            found.append(replace(one, name=f"{bits:g} bits, {one.name}", arguments=words))
-    return found
-
-
-def scoring(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
-    """Return the stages that score the dense model alone."""
-    found = []
-    for one in stages(at(asked, RUNGS[0]), out, "-"):
-        if one.leaves in suites:
-            leaves = f"dense-{one.leaves}"
-            words = _with(one.arguments, "--against", None)
-            words = _with(("evaluate", asked.model, *words[2:]), "-o", str(out / FOLDER / leaves))
-            found.append(Stage(f"{one.name}, dense", words, leaves))
-    return found
-
-
-def _with(words: tuple[str, ...], flag: str, value: str | None) -> tuple[str, ...]:
-    """Return arguments with another value of a flag, or without the flag."""
-    place = words.index(flag)
-    return (*words[:place], *(() if value is None else (flag, value)), *words[place + 2 :])
+def _floors(asked: Request) -> tuple[dict[str, float], float]:
+    return parse_floors(asked.keep_at_least or ""), asked.confidence or CONFIDENCE
 
 
 def at(asked: Request, bits: float) -> Request:
@@ -199,11 +198,10 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
 def walk(
     asked: Request,
     out: Path,
-    run: Callable[[Sequence[str]], None],
+    run: Run,
     say: Callable[[Stage, bool], None],
-    *,
     within: float | None = None,
-    first: float = 0.0,
+    seconds: Mapping[str, float] | None = None,
 ) -> Ladder:
     """Build and test candidates until one fails, and move the smallest that keeps what is asked for
     to OUT/model, its scores of behaviour beside it.
@@ -212,91 +210,67 @@ def walk(
         run: runs a command line.
         say: is told of each stage, and whether its result was there.
         within: seconds after which no candidate is begun.
-        first: seconds that a candidate is thought to take, before one is built.
+        seconds: what each stage is thought to take, by its name.
 
     Raises:
-        InputError: the dense model's right answers are too few to prove a floor.
+        InputError: the time does not suffice for one candidate, or the dense model's right answers
+            are too few to prove a floor.
     """
-    began = time.monotonic()
-    floors, confidence = parse_floors(asked.keep_at_least or ""), asked.confidence or CONFIDENCE
-    found = read_ladder(asked, out)
-    folder = out / FOLDER
+    began, suites = time.monotonic(), suites_of(asked)
+    found, before = read_ladder(asked, out), opening(asked, out, suites)
+    if within is not None and not found.rungs:
+        first = [*before, *building(asked, out, RUNGS[0], suites)]
+        due = sum((seconds or {}).get(stage.name, 0.0) for stage in first)
+        if due > within:
+            raise InputError(
+                f"--within {duration(within)} is too short: the first candidate takes about "
+                f"{duration(due)} here"
+            )
     with alone(out, wait=False):
-
-        def keep(ladder: Ladder) -> Ladder:
-            value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
-                     "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
-            write_json(out / LADDER, sealed(value))
-            return ladder
-
-        def drop(ladder: Ladder) -> None:
-            for other in ladder.rungs:  # the smallest that is good stays
-                if other.bits != ladder.bits:
-                    shutil.rmtree(folder / f"{other.bits:g}" / "model", ignore_errors=True)
-
-        def do(listed: Sequence[Stage], place: Path) -> None:
-            for stage in listed:
-                there = (place / str(stage.leaves)).exists()
-                say(stage, there)
-                if not there:
-                    try:
-                        run(stage.arguments)
-                    except CalmixError:
-                        forget(out)
-                        raise
-
-        out.mkdir(parents=True, exist_ok=True)
-        keep(found)  # before anything else, so that OUT is known as a walk's
-        folder.mkdir(exist_ok=True)
-        suites, dense = suites_of(asked), []
+        found = _kept(found, asked, out)  # before anything else, so that OUT is known as a walk's
         if found.left:
-            do(drawing(asked, out), out)
-            do(scoring(asked, out, suites), folder)
-            dense = [load_scores(folder / f"dense-{one}") for one in suites]
+            floors, confidence = _floors(asked)
+            list(do(before, out, run, say))
+            dense = [load_scores(out / CANDIDATES / f"dense-{one}") for one in suites]
             check_possible(expected(floors, dense, confidence), floors, confidence)
         for bits in found.left:
-            place = folder / f"{bits:g}"
-            due = found.rungs[-1].seconds if found.rungs else first
-            if within is not None and time.monotonic() - began + due > within:
-                if not found.rungs:
-                    raise InputError(
-                        "the time given is over before the first candidate: run the same command "
-                        "again with more of it (--within)"
-                    )
-                found = keep(Ladder(found.rungs, "time"))
-                break
             start = time.monotonic()
-            place.mkdir(exist_ok=True)
-            do(building(asked, out, bits, suites), place)
-            scored = [load_scores(place / one) for one in suites]
+            due = found.rungs[-1].seconds if found.rungs else 0.0
+            if within is not None and start - began + due > within and found.rungs:
+                return _placed(_kept(Ladder(found.rungs, "time"), asked, out), out)
+            list(do(building(asked, out, bits, suites), out, run, say))
+            scored = [load_scores(out / _folder(bits) / one) for one in suites]
             pairs = list(zip(dense, scored, strict=True))
             verdict = judge(floors, pairs, confidence)
-            write_json(place / FILE, record(verdict, floors, pairs))
+            write_json(out / _folder(bits) / FILE, record(verdict, floors, pairs))
             rung = Rung(bits, round(time.monotonic() - start, 1), verdict.to_dict())
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
-            found = keep(Ladder((*found.rungs, rung), ended))
-            drop(found)
-            if not rung.kept:
+            found = _kept(Ladder((*found.rungs, rung), ended), asked, out)
+            if ended:
                 break
-        drop(found)
-        if found.bits is not None:
-            _place(folder / f"{found.bits:g}", out)
-    return found
+        return _placed(found, out)
 
 
-def _place(chosen: Path, out: Path) -> None:
-    """Move a candidate to OUT, with its scores of behaviour and what was tested."""
-    for name in (BEHAVIOUR, FILE):
-        if (chosen / name).exists() and not (out / name).exists():
-            shutil.copy2(chosen / name, out / f".{name}")
-            (out / f".{name}").replace(out / name)
-    if (chosen / "model").exists():
-        (chosen / "model").rename(out / "model")
+def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
+    """Write down how far a walk is; of its models the smallest that is good stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
+             "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
+    write_json(out / LADDER, sealed(value))
+    for other in ladder.rungs:
+        if other.bits != ladder.bits:
+            shutil.rmtree(out / _folder(other.bits) / "model", ignore_errors=True)
+    return ladder
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds of `90s`, `30m`, `30min` or `2h`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)\s*", text)
-    if found is None or not float(found[1]):
-        raise InputError(f"--within '{text}' is no time, such as 90m or 2h")
-    return float(found[1]) * SECONDS[found[2]]
+def _placed(ladder: Ladder, out: Path) -> Ladder:
+    """Move the smallest candidate that is good to OUT, with its scores of behaviour and what was
+    tested."""
+    if ladder.bits is not None:
+        chosen = out / _folder(ladder.bits)
+        for name in (BEHAVIOUR, FILE):
+            if (chosen / name).exists() and not (out / name).exists():
+                write_bytes(out / name, (chosen / name).read_bytes())
+        if (chosen / "model").exists():
+            (chosen / "model").rename(out / "model")
+    return ladder

@@ -25,7 +25,7 @@ from calmix.evaluation.suites import suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.options import BITS_METHOD, COMPRESS_METHOD, Compression
+from calmix.options import BITS_METHOD, COMPRESS_METHOD, Compression, Target
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.sources.registry import local_file
@@ -44,7 +44,8 @@ PERMISSIVE = {
 }  # fmt: skip
 BITS = 4.0  # where nothing is asked for: at equal bytes more answers are kept than with zeros
 MANIFEST = "compress.json"
-BEHAVIOUR, PACK = "abilities.json", "pack"
+SCORES, BEHAVIOUR = "scores.json", "abilities.json"
+CALIBRATION, PACK = "calibration", "pack"
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ EFFORTS = {
 }
 
 
-def part_of(asked: Compression) -> dict[str, Any]:
+def part_of(asked: Target) -> dict[str, Any]:
     """Return how much of its suite is scored; a limit is for the suite of likelihood alone."""
     part = EFFORTS[asked.effort].likelihood
     return {key: one for key, one in part.items() if key != "limit" or asked.suite == "offline"}
 
 
-class Request(Compression):
+class Request(Target):
     """A checked compression: all that decides what OUT will hold.
 
     `calibration` is as `calmix calibrate` takes it, `self-written`, or a saved set's folder; the
@@ -153,50 +154,28 @@ class Stage:
         return shlex.join(["calmix", *self.arguments])
 
 
-def request(
-    asked: Compression, keep: Mapping[str, float] | None = None, *, no_corpus: bool = False
-) -> Request:
+def request(asked: Compression) -> Request:
     """Check what a user asks for, before any work is done."""
     given = asked.calibration
-    if no_corpus and given is not None:
-        raise InputError("--no-corpus and --calibration exclude each other: leave one out")
-    if no_corpus and keep is not None:
-        raise InputError(
-            "--keep has no effect with --no-corpus: the model writes a quarter of the rows "
-            "as chats, if it can, and equally many of each dimension"
-        )
-    if no_corpus and asked.licence is not None:
-        raise InputError("--licence has no effect with --no-corpus: the text is the model's own")
     saved = given is not None and is_saved_set(user_path(given))
-    for name, value in (("seed", asked.seed), ("keep", keep)):
-        if saved and value is not None:
-            raise InputError(f"--{name} has no effect: {given} is drawn already")
+    _check_idle(asked, saved)
     mix = MIX if asked.licence is None else PERMISSIVE
-    text = "self-written" if no_corpus else str(Mix(mix)) if given is None else given
-    if keep is not None:
-        text = str(Mix(weighed(text, keep)))
+    text = "self-written" if asked.no_corpus else str(Mix(mix)) if given is None else given
+    if asked.keep is not None:
+        text = str(Mix(weighed(text, asked.keep)))
     draw: dict[str, Any] = {
-        "rows": EFFORTS[asked.effort].rows,
-        "leakage": guarded(asked.suite),
-        "seed": asked.seed,
-    }
+        "rows": EFFORTS[asked.effort].rows, "leakage": guarded(asked.suite), "seed": asked.seed,
+    }  # fmt: skip
     ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
-    sized = {name: getattr(asked, name) for name in ("sparsity", "pattern", "bits", "size")}
+    bits = asked.bits
     if asked.size is not None:
-        if (asked.sparsity, asked.pattern, asked.bits) != (None, None, None):
-            raise InputError("--size sets the bits: leave out --sparsity, --pattern and --bits")
         parse_size(asked.size, 2**62)
-    if asked.keep_at_least is None and asked.confidence is not None:
-        raise InputError("--confidence has no effect without --keep-at-least: leave it out")
-    if asked.keep_at_least is not None:
+    elif asked.keep_at_least is not None:
         _check_floors(asked)
-        for name, value in sized.items():
-            if value is not None:
-                raise InputError(f"--keep-at-least finds the size: leave out --{name}")
-    bare = set(sized.values()) == {None} and asked.keep_at_least is None
-    bits = BITS if bare else asked.bits
-    if asked.keep_at_least is None and asked.size is None:
+    else:
+        if (asked.sparsity, asked.pattern, bits) == (None, None, None):
+            bits = BITS
         prune_request(**_aim(asked.sparsity, asked.pattern, bits), calibration=text)
     allowed = asked.allow_code_execution
     check_code(runnable(choose(asked.suite), allowed)[0], allowed)
@@ -207,22 +186,37 @@ def request(
     trust = asked.trust_remote_code
     check_models(asked.model, device=asked.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(asked.model, trust_remote_code=trust)
-    if given is None and not no_corpus and chat_turns(tokenizer.tokenizer) is not None:
+    if given is None and not asked.no_corpus and chat_turns(tokenizer.tokenizer) is not None:
         rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).weights.items()}
         text = str(Mix({"chat": CHAT} | rest))
-    context = tokenizer.context
     prompts = None if asked.prompts is None else local_file(str(asked.prompts)).path
     if asked.size is not None:
-        bits = bits_for(asked.model, asked.size, trust)
-    return Request(**{name: getattr(asked, name) for name in Compression.model_fields} | {
+        bits = bits_for(asked)
+    return Request(**{name: getattr(asked, name) for name in Target.model_fields} | {
         "bits": bits, "calibration": text, "seed": asked.seed or SEED,
-        "sha256": fingerprint(resolve_model(asked.model)), "length": min(LENGTH, context or LENGTH),
+        "sha256": fingerprint(resolve_model(asked.model)),
+        "length": min(LENGTH, tokenizer.context or LENGTH),
         "prompts_sha256": prompts and sha256_file(prompts),
         "suite_sha256": suite_file(asked.suite) and choose(asked.suite).hash,
     })  # fmt: skip
 
 
-def _check_floors(asked: Compression) -> None:
+def _check_idle(asked: Compression, saved: bool) -> None:
+    """Refuse options that another one leaves without effect."""
+    sizes = ("sparsity", "pattern", "bits")
+    for where, holds, idle in (
+        ("with --no-corpus", asked.no_corpus, ("calibration", "keep", "licence")),
+        (f"with {asked.calibration}, which is drawn already", saved, ("seed", "keep")),
+        ("with --size", asked.size is not None, sizes),
+        ("with --keep-at-least", asked.keep_at_least is not None, (*sizes, "size")),
+        ("without --keep-at-least", asked.keep_at_least is None, ("confidence", "within")),
+    ):
+        for name in idle if holds else ():
+            if getattr(asked, name) is not None:
+                raise InputError(f"--{name} has no effect {where}: leave it out")
+
+
+def _check_floors(asked: Target) -> None:
     """Refuse floors of abilities that are not scored, or of which a user's own rows are too few."""
     parts: dict[str, Mapping[str, Any]] = {asked.suite: part_of(asked)}
     if asked.suite == "offline":
@@ -272,23 +266,19 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     """Return what is done, in order; on the set in folder `held`, if it is there already."""
     effort, model = EFFORTS[asked.effort], asked.model
-    trust = {"trust_remote_code": asked.trust_remote_code}
-    where = {"device": None if asked.device == "auto" else asked.device, **trust}
-    work = where | {"max_memory": asked.max_memory, "resume": True}
-    offline = asked.suite == "offline"
-    suite = {"suite": None if offline else asked.suite}
+    work = _where(asked) | {"max_memory": asked.max_memory, "resume": True}
     found: list[Stage] = []
     if held is None and asked.saved:
         held = asked.calibration
     elif held is None:
-        held = str(out / "calibration")
+        held = str(out / CALIBRATION)
         named = "write the calibration set" if asked.generated else "draw the calibration set"
+        where = _where(asked) if asked.generated else {"trust_remote_code": asked.trust_remote_code}
         draw = _flags(
             model=model, rows=effort.rows, length=asked.length, seed=asked.seed,
-            leakage=guarded(asked.suite), licence=asked.licence,
-            **where if asked.generated else trust, output=held,
+            leakage=guarded(asked.suite), licence=asked.licence, **where, output=held,
         )  # fmt: skip
-        found.append(Stage(named, ("calibrate", asked.calibration, *draw), "calibration"))
+        found.append(Stage(named, ("calibrate", asked.calibration, *draw), CALIBRATION))
     # Levels are not trained: a recovery would move weights off their grid.
     levels = asked.bits is not None or asked.keep_at_least is not None
     recoveries = () if levels else effort.recoveries
@@ -309,21 +299,43 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
         found.append(Stage(f"recover by {way}", ("recover", str(out / before), *trained), after))
         before = after
     made = str(out / "model")
-    found.append(Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK))
-    code = {"allow_code_execution": asked.allow_code_execution}
-    scored = _flags(against=model, **suite, **part_of(asked), no_distance=not effort.distance,
-                    **code, **where, output=out / "scores.json")  # fmt: skip
-    found.append(Stage("evaluate", ("evaluate", made, *scored), "scores.json"))
-    if offline:  # another suite is scored alone
-        does = _flags(against=model, suite="abilities", **effort.behaviour, **code,
-                      **where, output=out / BEHAVIOUR)  # fmt: skip
-        found.append(Stage("evaluate behaviour", ("evaluate", made, *does), BEHAVIOUR))
-    answered = _flags(prompts=asked.prompts, **where, output=out / "answers.json")
+    answered = _flags(prompts=asked.prompts, **_where(asked), output=out / "answers.json")
     return [
         *found,
+        Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK),
+        *scoring(asked, made, out, dict.fromkeys((SCORES, BEHAVIOUR), model)),
         Stage("answer prompts", ("evaluate", "answers", model, made, *answered), "answers.json"),
         Stage("report card", ("report", str(out)), None),
     ]
+
+
+def scoring(
+    asked: Request, model: str, out: Path, against: Mapping[str, object], leaves: str = ""
+) -> list[Stage]:
+    """Return the stages that score a model on the suites, `against` a dense one or its scores by
+    the file that each leaves; its name begins with `leaves`."""
+    effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
+    suites: dict[str, dict[str, Any]] = {SCORES: {
+        "suite": None if offline else asked.suite, **part_of(asked),
+        "no_distance": not effort.distance and bool(against),
+    }}  # fmt: skip
+    if offline:  # another suite is scored alone
+        suites[BEHAVIOUR] = {"suite": "abilities", **effort.behaviour}
+    found = []
+    for file, part in suites.items():
+        flags = _flags(
+            against=against.get(file), **part, allow_code_execution=asked.allow_code_execution,
+            **_where(asked), output=out / f"{leaves}{file}",
+        )  # fmt: skip
+        named = "evaluate" if file == SCORES else "evaluate behaviour"
+        found.append(Stage(named, ("evaluate", model, *flags), f"{leaves}{file}"))
+    return found
+
+
+def _where(asked: Request) -> dict[str, Any]:
+    """Return where a model runs, and whether its own code may."""
+    device = None if asked.device == "auto" else asked.device
+    return {"device": device, "trust_remote_code": asked.trust_remote_code}
 
 
 def _flags(**given: object) -> tuple[str, ...]:

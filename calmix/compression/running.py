@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from calmix.manifest import read_sealed, run_record, sealed, versions
 from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
 
+Run = Callable[[Sequence[str]], None]  # runs a command line
 KIND, RUN = "compressed model", "compress-run.json"
 LADDER, CANDIDATES = "ladder.json", "candidates"  # of a model that keeps what is asked for
 
@@ -52,53 +53,56 @@ def read_record(out: Path) -> Record:
 def compress(
     asked: Request,
     out: Path,
-    run: Callable[[Sequence[str]], None],
+    run: Run,
     say: Callable[[Stage, bool], None],
 ) -> dict[str, float]:
-    """Do what is left of a compression, and return the seconds of every stage done now."""
-    listed = stages(asked, out)
-    left_to_do(asked, out)
+    """Do what `left_to_do` names, and return the seconds of every stage done now."""
     with alone(out, wait=False):
+        listed, seconds = stages(asked, out), dict[str, float]()
         if not (out / MANIFEST).exists():
             commands = {stage.name: stage.command for stage in listed}
             record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands,
                       "dense_bytes": weight_bytes(resolve_model(asked.model))}  # fmt: skip
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
-        seconds: dict[str, float] = {}
-        for stage in listed:
-            kept = _stands(stage, out)
-            say(stage, kept)
-            if kept:
-                continue
-            began = time.perf_counter()
-            try:
-                run(stage.arguments)
-            except CalmixError:
-                forget(out)
-                raise
-            seconds[stage.name] = time.perf_counter() - began
+        for stage, taken in do(listed, out, run, say):
+            seconds[stage.name] = taken
             write_json(out / RUN, run_record(stage_seconds(out) | seconds))
     return seconds
 
 
-def forget(out: Path) -> None:
+def do(
+    listed: Iterable[Stage], out: Path, run: Run, say: Callable[[Stage, bool], None]
+) -> Iterator[tuple[Stage, float]]:
+    """Run the stages that have left no result, and yield each with its seconds."""
+    for stage in listed:
+        there = stands(stage, out)
+        say(stage, there)
+        if not there:
+            began = time.perf_counter()
+            try:
+                run(stage.arguments)
+            except CalmixError:
+                _forget(out)
+                raise
+            yield stage, time.perf_counter() - began
+
+
+def _forget(out: Path) -> None:
     """Remove a record that stands alone: no stage has left anything for it to describe."""
-    held, folder = {path.name for path in out.iterdir()}, out / CANDIDATES
-    if len(held - {CANDIDATES}) == 1 and held <= {MANIFEST, LADDER, CANDIDATES}:
-        if folder.exists() and any(folder.iterdir()):
-            return
+    if {path.name for path in out.iterdir()} in ({MANIFEST}, {LADDER}):
         shutil.rmtree(out, ignore_errors=True)
 
 
 def left_to_do(asked: Request, out: Path) -> list[Stage]:
     """Return the stages that have left no result, checked before any of them begins."""
     check(asked, out)
-    left = [stage for stage in stages(asked, out) if not _stands(stage, out)]
+    left = [stage for stage in stages(asked, out) if not stands(stage, out)]
     check_free(out, check_room(asked, left), "the checkpoints take")
     return left
 
 
-def _stands(stage: Stage, out: Path) -> bool:
+def stands(stage: Stage, out: Path) -> bool:
+    """Tell whether a stage has left its result."""
     return stage.leaves is not None and (out / stage.leaves).exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from calmix.deploy.pack import compressed_share
 from calmix.errors import InputError
 from calmix.models import resolve_model
 from calmix.models.shards import read_header, weight_bytes, weight_files
-from calmix.options import parse_share
+from calmix.options import Target, parse_share
 from calmix.pruning.budget import parse_memory
+from calmix.study.estimate import Timed
 
 LEAST, MOST = 1.0, 8.0  # bits a weight that a size may come to
 SPARE = 0.01  # of a file: headers, and what an entropy coder is from its bound
@@ -31,18 +33,22 @@ def parse_size(text: str, dense: int) -> float:
     return float(share * dense)
 
 
-def bits_for(model: str, text: str, trust_remote_code: bool = False) -> float:
+@lru_cache(maxsize=1)
+def timed(name: str, device: str, trust_remote_code: bool) -> Timed:
+    """Return a model from its configuration alone, made once for the size and the estimate."""
+    return Timed(name, "auto", device, trust_remote_code)
+
+
+def bits_for(asked: Target) -> float:
     """Return the bits a weight of the blocks' matrices with which a pack has the size asked for.
 
     Raises:
         InputError: no number of bits that a method takes comes to that size.
     """
-    from calmix.study.estimate import Timed
-
-    folder = resolve_model(model)
+    folder = resolve_model(asked.model)
     dense = weight_bytes(folder)
-    wanted = parse_size(text, dense)
-    held = Timed(model, trust_remote_code=trust_remote_code)
+    wanted = parse_size(asked.size or "", dense)
+    held = timed(asked.model, asked.device, asked.trust_remote_code)
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
     places = [(folder / name, place) for name in weight_files(folder)
               for place in read_header(folder / name).values()]  # fmt: skip
@@ -58,7 +64,7 @@ def bits_for(model: str, text: str, trust_remote_code: bool = False) -> float:
     bits = 8 * (wanted / (1 + SPARE) - rest) / matrices
     if not LEAST <= bits <= MOST:
         raise InputError(
-            f"--size {text} is out of reach: packed, {model} has from {size(LEAST) / 1e3:,.0f} to "
-            f"{size(MOST) / 1e3:,.0f} kB (dense: {dense / 1e3:,.0f} kB)"
+            f"--size {asked.size} is out of reach: packed, {asked.model} has from "
+            f"{size(LEAST) / 1e3:,.0f} to {size(MOST) / 1e3:,.0f} kB (dense: {dense / 1e3:,.0f} kB)"
         )
     return round(bits - 0.005, 2)

@@ -37,10 +37,8 @@ from calmix.files import (
     write_json,
 )
 from calmix.manifest import (
-    asked_record,
     deciding_versions,
     file_hashes,
-    request_record,
     run_record,
     sealed,
     versions,
@@ -119,7 +117,7 @@ def check_request(name: str, targets: Mapping[Path, PruneRequest], run: How) -> 
     if request is not None:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
-            inputs += ask(str(request.calibration), **request.draw).files
+            inputs += ask(str(request.calibration), **request.drawn()).files
     for output in targets:
         finished = run.resume and (output / MANIFEST).is_file()
         check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
@@ -218,7 +216,7 @@ class _Pruning:
             calibrated = [job.request for job in self.jobs if job.request.calibration is not None]
             shape = 0, 0
             if calibrated:
-                asked = ask(str(calibrated[0].calibration), **calibrated[0].draw)
+                asked = ask(str(calibrated[0].calibration), **calibrated[0].drawn())
                 shape = asked.draw.rows, asked.draw.length
             self.checked_plan(shape)
 
@@ -288,10 +286,10 @@ class _Pruning:
             request = calibrated[0].request
             assert request.calibration is not None
             opened: OpenModel | OpenTokenizer = self.tokenizer
-            asked = ask(request.calibration, context=self.tokenizer.context, **request.draw)
+            asked = ask(request.calibration, context=self.tokenizer.context, **request.drawn())
             if asked.runs_model:
                 opened = self.source.opened or open_model(self.source.name, **self.run.opening)
-            how = {"writing": self.run.writing, "note": self.run.note, **request.draw}
+            how = {"writing": self.run.writing, "note": self.run.note, **request.drawn()}
             made = resolve(request.calibration, opened, **how)
         for job in calibrated:
             if not job.work.resumes:
@@ -470,7 +468,7 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
         "device": source.device.type,
         # Their shares of the rows decide in which order sums are taken.
         "processes": distributed.processes()[1],
-        **asked_record(request),
+        **request.record(),
         "versions": deciding_versions(),
     }
 
@@ -506,7 +504,7 @@ def _manifest(
         "dtype": dtype_name(dtype),
         "device": device,
         "trust_remote_code": trusted,
-        "request": None if request is None else request_record(request),
+        "request": None if request is None else request.record(),
         "calibration": None if calibration is None else calibration.manifest,
         "pruning": done,
         "versions": versions(),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.streaming import StreamedModel
+from calmix.options import Recovering
 from calmix.precision import widest
 from calmix.pruning.states import States
 from calmix.pruning.trace import TOKENS, BlockCall, Calls
@@ -25,7 +26,6 @@ from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.job import Job
 from calmix.recovery.losses import relative_error
 from calmix.recovery.training import Masters, best_of, grouped, rate, rows_at_once, steps_of
-from calmix.specs import RecoverRequest
 
 
 class Stream:
@@ -75,7 +75,7 @@ def tune(
     groups: Sequence[Sequence[int]],
     held_out: Sequence[int],
     sizes: Sequence[int],
-    request: RecoverRequest,
+    request: Recovering,
     *,
     at_once: int,
     seed: int,

@@ -20,11 +20,12 @@ from calmix.calibration import (
 )
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, sha256_json, write_json
-from calmix.manifest import file_hashes, request_record, run_record, sealed, versions
+from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import open_model
 from calmix.models.opening import check_ids, check_models, fingerprint
 from calmix.models.shards import write_index
 from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.options import Recovering
 from calmix.precision import reproducible
 from calmix.pruning.checkpoint import MANIFEST, RUN, read_told
 from calmix.pruning.distributed import everyone, once
@@ -34,7 +35,7 @@ from calmix.recovery.job import Job, RecoveryReport
 from calmix.recovery.memory import sizes_of
 from calmix.recovery.pair import compare
 from calmix.recovery.training import split_rows
-from calmix.specs import How, RecoverRequest
+from calmix.specs import How
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of weights a model
 
@@ -42,7 +43,7 @@ BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of wei
 def recover(
     pruned: str,
     against: str,
-    request: RecoverRequest,
+    request: Recovering,
     output: Path | str,
     **how: Any,
 ) -> RecoveryReport:
@@ -70,7 +71,7 @@ def recover(
     def check() -> None:
         inputs: list[object] = [pruned, against, saved_set(request.calibration)]
         if not run.resume:  # else what it was drawn from may be gone
-            made_of = ask(request.calibration, **request.draw)
+            made_of = ask(request.calibration, **request.drawn())
             split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
             inputs += made_of.files
         check_output_folder(job.output, inputs=inputs, overwrite=run.overwrite or finished)
@@ -147,12 +148,12 @@ def _calibration(job: Job, tokenizer: OpenTokenizer) -> CalibrationSet:
         made = job.work.calibration()
         job.check_room(made.ids.numel())
         return made
-    asked = ask(request.calibration, context=tokenizer.context, **request.draw)
+    asked = ask(request.calibration, context=tokenizer.context, **request.drawn())
     job.check_room(asked.draw.rows * asked.draw.length)
     opened: Any = tokenizer
     if asked.runs_model:
         opened = open_model(job.pair.dense.name, **job.opening | {"dtype": "auto"})
-    how = {"writing": job.run.writing, "note": job.say, **request.draw}
+    how = {"writing": job.run.writing, "note": job.say, **request.drawn()}
     made = resolve(request.calibration, opened, **how)
     job.work.keep_calibration(made)
     return made
@@ -170,7 +171,7 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "dtype": asked["dtype"],
         "device": asked["device"],
         "processes": job.processes,
-        "request": request_record(job.request),
+        "request": job.request.record(),
         "calibration": job.calibration.manifest,
         "recovery": done,
         "pruned": read_told(pruned.folder / MANIFEST) or None,

@@ -24,12 +24,12 @@ from calmix.evaluation.likelihood import Head, decoder_and_head
 from calmix.models import find_blocks
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.shards import read_file, write_file
+from calmix.options import Recovering
 from calmix.pruning.distributed import everyone, once
 from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
 from calmix.recovery.pair import same_head
 from calmix.recovery.training import Masters, Rows, best_of, grouped, rate, steps_of, trained_names
-from calmix.specs import RecoverRequest
 
 READINGS = 2  # of the held-out rows, an epoch
 WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
@@ -95,7 +95,7 @@ def distill(
     ids: Tensor,
     targets: Callable[[list[int]], Tensor],
     rows: Rows,
-    request: RecoverRequest,
+    request: Recovering,
     accelerator: Any,
     progress: Progress,
     *,

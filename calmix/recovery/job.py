@@ -16,9 +16,10 @@ from calmix.calibration import CalibrationSet
 from calmix.errors import InputError
 from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
-from calmix.manifest import asked_record, deciding_versions
+from calmix.manifest import deciding_versions
 from calmix.models import open_model
 from calmix.models.opening import device_of
+from calmix.options import Recovering
 from calmix.precision import fast_half_precision
 from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
@@ -27,7 +28,7 @@ from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
 from calmix.recovery.pair import Pair
 from calmix.recovery.training import Masters, Rows, rows_at_once, split_rows, trained_names
 from calmix.shown import Shown
-from calmix.specs import How, RecoverRequest
+from calmix.specs import How
 
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,7 +83,7 @@ class Job:
     plan: Plan
     accelerator: Any
 
-    def __init__(self, request: RecoverRequest, output: Path, run: How) -> None:
+    def __init__(self, request: Recovering, output: Path, run: How) -> None:
         self.request, self.output, self.run = request, output, run
         self.progress, self.accelerator = run.progress, None
         device, dtype = run.device, run.dtype
@@ -132,7 +133,7 @@ class Job:
             "dtype": self.type_name,
             "device": self.device.type,
             "processes": self.processes,
-            **asked_record(self.request),
+            **self.request.record(),
             "versions": deciding_versions("accelerate"),
         }
 

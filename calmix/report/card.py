@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK, target
+from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK, SCORES, target
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
@@ -242,13 +242,13 @@ def read_card(out: Path) -> Card:
     """Return what is known of the model in a folder of `calmix compress`."""
     record = read_record(out)
     model = str(record.request["model"])
-    for needed in ("model", "scores.json"):
+    for needed in ("model", SCORES):
         if not (out / needed).exists():
             raise InputError(
                 f"{out} is not finished: it lacks {needed}; resume it with the calmix compress "
                 f"command in {out / RECORD}"
             )
-    dense, scores = load_pair(out / "scores.json")
+    dense, scores = load_pair(out / SCORES)
     if dense is None:
         raise InputError(f"{out / 'scores.json'} was scored without a dense model: evaluate again")
     does: Pair | None = None

@@ -215,7 +215,7 @@ class Bench:
                 self._restore()
                 drawn = resolve(
                     planned.request.calibration or "", self.opened, sources=self.study.own,
-                    writing=stage, **planned.request.draw,
+                    writing=stage, **planned.request.drawn(),
                 )  # fmt: skip
                 metrics = measure_set(drawn, self.opened, perplexity=False)
                 with atomic_folder(folder) as beside:

@@ -32,6 +32,7 @@ from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import cache_argument, use_own_attention
 from calmix.models.opening import DTYPES, device_of, known_model, loading
+from calmix.options import Recovering
 from calmix.precision import fast_half_precision
 from calmix.pruning import prune
 from calmix.pruning.allocation import looker
@@ -41,7 +42,6 @@ from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Rate, Unstructured
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
-from calmix.specs import RecoverRequest
 from calmix.study.spec import Study
 from calmix.study.trials import Planned, plan
 
@@ -257,7 +257,7 @@ class Timed:
         found += self.forward(texts, 512) + self.head(2 * texts)
         return found + self.write(work.written)
 
-    def recovery(self, request: RecoverRequest, rows: int, length: int) -> float:
+    def recovery(self, request: Recovering, rows: int, length: int) -> float:
         """Return the seconds of a recovery, without reading and writing files."""
         held = held_out(rows)
         trained = max(0, rows - held) * length * request.epochs
@@ -281,9 +281,7 @@ class Timed:
         logits = 3 * 512 * self.vocabulary * 4
         return self.bytes + kept + max(needed - blocks, PROGRAM + logits)
 
-    def recovery_memory(
-        self, request: RecoverRequest, length: int, room: float | None = None
-    ) -> int:
+    def recovery_memory(self, request: Recovering, length: int, room: float | None = None) -> int:
         """Return the bytes a recovery takes beside the program; some is spared within `room`."""
         source: Any = self
         rows = rows_at_once(request.batch, length)
@@ -391,7 +389,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
             notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
     made, chatless = 0.0, dict[str, list[str]]()
     for one in sets.values():
-        asked = ask(one.request.calibration or "", sources=study.own, **one.request.draw)
+        asked = ask(one.request.calibration or "", sources=study.own, **one.request.drawn())
         measured = study.file.perplexity
         made += models[one.model].calibration(one.rows, one.length, asked.spec, measured)
         if asked.chatless(_tokenizer(study.file.models[one.model].name)):

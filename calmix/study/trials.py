@@ -8,7 +8,7 @@ are not part of it; they are recorded with every result.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,11 +26,12 @@ from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
+from calmix.options import RECOVERY_OPTIONS, Recovering
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
 from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
-from calmix.specs import PruneRequest, RecoverRequest, printed, prune_request, recovery_of
+from calmix.specs import PruneRequest, printed, prune_request, recovery_of
 from calmix.study.results import Strategy
 from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
 
@@ -45,7 +46,7 @@ class Planned:
     """One trial of a study's grid, by the names of the study file.
 
     Attributes:
-        request: as the command line's; `request.draw` is passed to `calmix.calibration.resolve`.
+        request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
         allocation: `owl` or `error`; None for the same everywhere.
         named: the name of its condition among those of its study, of `condition_names`.
@@ -59,7 +60,7 @@ class Planned:
     length: int = 0
     seed: int = 0
     allocation: str | None = None
-    recovery: RecoverRequest | None = None
+    recovery: Recovering | None = None
     named: str = field(default="", compare=False)
 
     @property
@@ -237,8 +238,8 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
         if trial.allocation is not None:
             request["allocation"] = trial.allocation
         if trial.recovery is not None:
-            chosen = asdict(trial.recovery)
-            request["recovery"] = {k: chosen[k] for k in ("method", "epochs", "lr", "batch")}
+            names = ("method", *RECOVERY_OPTIONS)
+            request["recovery"] = {name: getattr(trial.recovery, name) for name in names}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         return Resolved(trial, sha256_json(request), request, shared)
 
@@ -253,7 +254,7 @@ def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
 
 
 def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -> dict[str, Any]:
-    draw = trial.request.draw
+    draw = trial.request.drawn()
     asked = ask(trial.request.calibration or "", sources=study.own, **draw)
     if asked.saved is not None:
         return {"saved": asked.saved.manifest["sha256"], **draw}
@@ -328,7 +329,7 @@ def _sources_of(trial: Planned, study: Study) -> list[Source]:
     text = trial.request.calibration
     if text is None or is_saved_set(user_path(text)):
         return []
-    spec = parse_spec(text, study.own, trial.request.draw.get("licence"))
+    spec = parse_spec(text, study.own, trial.request.drawn().get("licence"))
     return [get_source(name, spec.own) for name in spec.sources]
 
 

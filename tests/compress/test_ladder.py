@@ -14,14 +14,14 @@ import pytest
 import calmix as api
 from calmix.cli import compress as verb
 from calmix.compression import ladder
-from calmix.compression.ladder import RUNGS, Ladder, parse_duration, walk
+from calmix.compression.ladder import RUNGS, Ladder, walk
 from calmix.compression.plan import request
-from calmix.compression.running import check, check_same
+from calmix.compression.running import CANDIDATES, check, check_same
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed
-from calmix.options import Compression
+from calmix.options import Compression, parse_duration
 from calmix.report.card import Card
 from tests.conftest import Ended
 from tests.evaluation.test_behaviour import written
@@ -76,7 +76,7 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
     assert [one.bits for one in found.rungs] == [6, 5, 4, 3.5]
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
     assert (out / "model/made").read_text().count("'4'")
-    assert not list((out / ladder.FOLDER).glob("*/model"))
+    assert not list((out / CANDIDATES).glob("*/model"))
     assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
     assert found.why().startswith("3.5 bits fail: math keeps 84.0 % of 100 items by generated ")
     assert [row["math"].split()[0] for row in found.rows()] == ["100.0", "98.0", "92.0", "84.0"]
@@ -121,12 +121,13 @@ def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp
     assert not (out / "model").exists()
     out = tmp_path / "time"
     run = Fake(out, dict.fromkeys(RUNGS, 95))
-    with pytest.raises(InputError, match="over before the first candidate: run the same command"):
-        walk(want, out, run, lambda *_: None, within=1e-6)
+    with pytest.raises(InputError, match="--within 9 s is too short: the first candidate takes"):
+        walk(want, out, run, lambda *_: None, 9, {"6 bits, quantise": 10.0})
+    assert not out.exists()
     ticks = itertools.count(0, 10)
     monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     found = walk(want, out, run, lambda *_: None, within=45)
-    assert (len(found.rungs), found.ended, found.bits) == (1, "time", 6)
+    assert (len(found.rungs), found.ended, found.bits) == (2, "time", 5)
     assert "the time given was over" in found.why()
     assert walk(want, out, run, lambda *_: None).ended == "time"
 
@@ -229,7 +230,7 @@ def test_models_that_a_kill_left_go(tiny_folder, text_file, tmp_path):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     run = Fake(out, dict.fromkeys(RUNGS, 60) | {6.0: 100})
     walk(want, out, run, lambda *_: None)
-    left = out / ladder.FOLDER / "5/model"
+    left = out / CANDIDATES / "5/model"
     left.mkdir()
     walk(want, out, run, lambda *_: None)
     assert not left.exists()
@@ -340,8 +341,8 @@ def test_mistakes_are_one_line(calmix, command, tmp_path, tiny_folder):
     words = command(tmp_path / "out", sparse=False)
     for more, said in (
         (("--keep-at-least", "1.2"), "did you mean 0.012"),
-        (("--keep-at-least", "code=0.4", "--bits", 3), "finds the size: leave out --bits"),
-        (("--keep-at-least", "code=0.4", "--sparsity", 0.5), "leave out --sparsity"),
+        (("--keep-at-least", "code=0.4", "--bits", 3), "--bits has no effect with --keep-at-least"),
+        (("--keep-at-least", "code=0.4", "--sparsity", 0.5), "--sparsity has no effect with"),
         (("--keep-at-least", "cod=0.4"), "which suite"),
         (("--keep-at-least", "code=0.4", "--within", "2 days"), "is no time, such as 90m or 2h"),
         (("--within", "2h"), "has no effect without --keep-at-least"),

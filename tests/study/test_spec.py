@@ -76,12 +76,12 @@ def test_a_set_may_be_drawn_in_its_own_way():
         "methods: {wanda: 0.5}\nlength: 40\npacking: window\n"
     )
     a, b, c = (trial.request for trial in plan(study))
-    assert a.draw == {"rows": 3, "length": 40, "packing": "window", "leakage": "off",
+    assert a.drawn() == {"rows": 3, "length": 40, "packing": "window", "leakage": "off",
                       "seed": 0}  # fmt: skip
-    assert (b.calibration, b.draw["packing"]) == ("news:3.0,books:1.0", "window")
+    assert (b.calibration, b.drawn()["packing"]) == ("news:3.0,books:1.0", "window")
     assert [trial.rows for trial in plan(study)] == [3, 64, 64]
     # How text is drawn means nothing to a model that writes its own.
-    assert c.draw == {"length": 40, "seed": 0}
+    assert c.drawn() == {"length": 40, "seed": 0}
 
 
 def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
