@@ -165,7 +165,7 @@ class Bench:
         recovered = recover(
             str(folder / "pruned"),
             self.study.file.models[trial.planned.model].name,
-            replace(trial.planned.recovery, calibration=held),
+            trial.planned.recovery.model_copy(update={"calibration": held}),
             folder / CHECKPOINT,
             progress=lambda done, total, loss: stage("recovering", done, total),
             **self.how,
