@@ -75,7 +75,7 @@ def main() -> None:
     (cells,) = tables(results, trials, "primary")
     opened = open_model(options.model or cells.condition.model)
     only = every_block(opened, options.every)
-    own = [name for name, mix in zip(cells.sets, cells.mixes, strict=True) if len(mix) < 2]
+    own = [one.calibration for one in cells.made if len(one.mix) < 2]
 
     def kept(name: str, ids: Tensor) -> Path:
         began = time.process_time()
@@ -88,13 +88,14 @@ def main() -> None:
     dimensions = {name: kept(name, ids) for name, ids in held_out.items()}
     model = cells.condition.model
     files = {name: kept(name, set_ids(store, model, name, options.rows)) for name in own}
-    singles = {source: files[name] for name, mix in zip(cells.sets, cells.mixes, strict=True)
-               if len(mix) == 1 for source in mix}  # fmt: skip
-    for source in {source for mix in cells.mixes for source in mix if source not in singles}:
+    singles = {source: files[one.calibration] for one in cells.made if len(one.mix) == 1
+               for source in one.mix}  # fmt: skip
+    for source in {source for one in cells.made for source in one.mix if source not in singles}:
         singles[source] = kept(source, resolve(source, opened, rows=options.rows, length=512).ids)
     mixes = {
-        name: {singles[source]: share for source, share in mix.items()} if mix else {files[name]: 1}
-        for name, mix in zip(cells.sets, cells.mixes, strict=True)
+        one.calibration: {singles[source]: share for source, share in one.mix.items()}
+        or {files[one.calibration]: 1}
+        for one in cells.made
     }
     began = time.process_time()
     lost = lost_output(
@@ -121,7 +122,7 @@ def main() -> None:
     )
     print("\nrank correlation with retention")
     table(cells, candidates, list(range(len(cells.sets))), [len(cells.sets)])
-    groups = points(cells, "single").get("kinds", [])
+    groups = points(cells).get("kinds", [])
     kinds = [at for group in groups for at in group]
     if kinds:
         print(f"\nthe same within kinds of text (prose, code, math), {len(kinds)} single sources")

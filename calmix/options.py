@@ -218,7 +218,7 @@ class Settings(Options):
 
     measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
     default: str | None = option(
-        None, "The set that margins are over.", shown="mean of the single sources", advanced=True
+        None, "The set that leads are over.", shown="mean of the single sources", advanced=True
     )
     permutations: int = option(19_999, "Permutations beyond 8 sets.", ge=1, advanced=True)
     resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -53,13 +53,10 @@ class Estimate(retention.Estimate):
     draw_p: float | None = None  # the same for other seeds
 
     def __neg__(self) -> Estimate:
-        """Return a difference seen from its other side."""
-        turned = {"value": self.value}
-        for head in ("", "item_", "draw_"):
-            low, high = f"{head}low", f"{head}high"
-            turned |= {low: getattr(self, high), high: getattr(self, low)}
-        minus: dict[str, Any] = {n: None if v is None else -v for n, v in turned.items()}
-        return replace(self, **minus)
+        """Return value and interval of a difference seen from its other side."""
+        value, low, high = (None if end is None else -end
+                            for end in (self.value, self.high, self.low))  # fmt: skip
+        return Estimate(value, low, high)
 
     @property
     def clear(self) -> bool:
@@ -151,21 +148,15 @@ class Joint:
         own = float(coefficients[used] @ self.values[used]) if value is None else value
         return Contrast(own, {self: coefficients})
 
-    def estimate(
-        self, coefficients: Array, value: float | None = None, *, test: bool = False
-    ) -> Estimate:
-        """Return the estimate of a contrast; arguments as of `contrast` and `Contrast.estimate`."""
-        return self.contrast(coefficients, value).estimate(test=test)
+    def mean(self, sets: Sequence[int], quantity: int) -> Contrast:
+        """Return the mean over some sets of one quantity, by position."""
+        found = np.zeros(self.values.shape)
+        found[list(sets), quantity] = 1 / len(sets)
+        return self.contrast(found)
 
     def one(self, at: int, quantity: int) -> Estimate:
         """Return the estimate of one set's quantity, by position."""
-        return self.estimate(self.mean([at], quantity))
-
-    def mean(self, sets: Sequence[int], quantity: int) -> Array:
-        """Return the coefficients of the mean over some sets of one quantity."""
-        found = np.zeros(self.values.shape)
-        found[list(sets), quantity] = 1 / len(sets)
-        return found
+        return self.mean([at], quantity).estimate()
 
     def alone(self, quantity: int) -> Array:
         """Return the weights that take one quantity alone, shape (quantities,)."""

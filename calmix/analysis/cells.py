@@ -70,11 +70,7 @@ class Cells:
     then the tasks. Values are nan where there is no trial or no signal."""
 
     condition: Condition
-    sets: tuple[str, ...]  # calibration sets in the study's order
-    strategies: tuple[str, ...]  # how each was made
-    kinds: tuple[str, ...]  # what a single source leans to
-    halves: tuple[tuple[str, ...], ...]  # tasks: the other half of a benchmark a set was made of
-    mixes: tuple[dict[str, float], ...]  # shares of its sources; empty where it is made of none
+    made: tuple[Trial, ...]  # a trial of each set, in the study's order
     seeds: tuple[int, ...]
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -83,11 +79,15 @@ class Cells:
     # item, shape (trials, items), and the whole of it; retention is kept.sum() / whole.sum()
     values: Array  # retention, shape (sets, seeds, quantities)
     accuracy: Array  # retention of accuracy (the paper's), mean over seeds
-    distance: dict[
-        str, Array
-    ]  # to the dense model: kl in nats a token, top1, flips; of seeds' mean
+    # To the dense model: kl in nats a token, top1, flips; of seeds' mean.
+    distance: dict[str, Array]
     metrics: tuple[str, ...]
     information: Array  # the metrics, mean over seeds, shape (sets, metrics)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The calibration sets."""
+        return tuple(one.calibration for one in self.made)
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class Cells:
 
     def of(self, strategy: str) -> list[int]:
         """Return the positions of the sets made in one way."""
-        return [at for at, made in enumerate(self.strategies) if made == strategy]
+        return [at for at, one in enumerate(self.made) if one.strategy == strategy]
 
 
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
@@ -142,21 +142,16 @@ def select(
             f"study {results.name} has no finished trials ({results.planned} planned{failed}): "
             "run it first"
         )
-    if method is not None:
-        known = sorted({trial.method for trial in trials})
-        if method not in known:
-            raise InputError(
-                f"no finished trial has the method '{method}': {nearest(method, known)}"
-            )
-        trials = tuple(trial for trial in trials if trial.method == method)
-    if sparsity is not None:
-        known = sorted({trial.pattern for trial in trials})
-        asked = printed(target_of(sparsity))
-        trials = tuple(trial for trial in trials if trial.pattern == asked)
-        if not trials:
-            raise InputError(
-                f"no finished trial has the sparsity '{sparsity}': known: {', '.join(known)}"
-            )
+    pattern = None if sparsity is None else printed(target_of(sparsity))
+    for name, field, asked, wanted in (
+        ("method", "method", method, method), ("sparsity", "pattern", sparsity, pattern)
+    ):  # fmt: skip
+        known = sorted({getattr(trial, field) for trial in trials})
+        if wanted is not None:
+            if wanted not in known:
+                line = f"no finished trial has the {name} '{asked}': {nearest(wanted, known)}"
+                raise InputError(line)
+            trials = tuple(trial for trial in trials if getattr(trial, field) == wanted)
     return trials
 
 
@@ -169,8 +164,8 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
             trial.pattern, trial.propagation, trial.rows, trial.length, trial.suite,
         )  # fmt: skip
         groups.setdefault(key, []).append(trial)
-    labels = _labels(list(groups))
     ordered = sorted(groups, key=lambda at: ["" if one is None else one for one in astuple(at)])
+    labels = _labels(list(groups))
     return [_cells(labels[key], groups[key], results, measure) for key in ordered]
 
 
@@ -185,22 +180,22 @@ def method_name(method: str) -> str:
 
 def _labels(keys: Sequence[Condition]) -> dict[Condition, Condition]:
     """Name every condition by method and pattern, and by what else is not the same throughout."""
+    calibrated, found = [key for key in keys if key.rows] or keys, {}
 
-    def differs(name: str, among: Sequence[Condition] = keys) -> bool:
+    def differs(name: str, among: Sequence[Condition]) -> bool:
         return len({getattr(key, name) for key in among}) > 1
 
-    calibrated, found = [key for key in keys if key.rows] or keys, {}
     for key in keys:
-        name, rest = method_name(key.method), ""
-        which = f", {key.model}" if differs("model") else ""
+        name, model = method_name(key.method), f", {key.model}" if differs("model", keys) else ""
+        rest = ""
         if differs("propagation", calibrated) and key.propagation is not None:
             rest += f", {key.propagation} propagation"
         if key.rows and (differs("rows", calibrated) or differs("length", calibrated)):
             rest += f", {key.rows} x {key.length}"
-        if differs("suite"):
+        if differs("suite", keys):
             rest += f", suite {key.suite}"
         found[key] = replace(
-            key, label=f"{name} {key.pattern}{which}{rest}", series=f"{name}{which}{rest}",
+            key, label=f"{name} {key.pattern}{model}{rest}", series=f"{name}{model}{rest}",
             way=f"{name} {key.pattern}{rest}",
         )  # fmt: skip
     return found
@@ -211,9 +206,8 @@ def _cells(
 ) -> Cells:
     dimensions = dimensions_of(results)
     first = {trial.calibration: trial for trial in reversed(trials)}
-    names = tuple(name for name in dict.fromkeys(t.calibration for t in results.trials)
-                  if name in first)  # fmt: skip
-    sets = [first[name] for name in names]
+    names = [name for name in dict.fromkeys(one.calibration for one in results.trials)
+             if name in first]  # fmt: skip
     seeds = tuple(sorted({trial.seed for trial in trials}))
     places = [(names.index(trial.calibration), seeds.index(trial.seed)) for trial in trials]
     for trial, place in zip(trials, places, strict=True):
@@ -234,24 +228,24 @@ def _cells(
         for scores in pruned
     ])  # fmt: skip
     metrics = tuple(dict.fromkeys(name for trial in trials for name in trial.information))
-    information = [[t.information.get(name, math.nan) for name in metrics] for t in trials]
 
     def table(rows: Any) -> Array:
-        rows = np.asarray(rows, dtype=float)
-        found = np.full((len(sets), len(seeds), rows.shape[-1]), np.nan)
+        found = np.full((len(names), len(seeds), len(rows[0])), np.nan)
         found[tuple(zip(*places, strict=True))] = rows
         return found
 
-    def mean(of_tasks: Array) -> Array:
-        return nan_mean(table(rolled_up(of_tasks, tasks, dimensions)), 1)
+    def rolled(of_tasks: Array) -> Array:
+        return table(rolled_up(of_tasks, tasks, dimensions))
 
     return Cells(
-        condition, names, tuple(one.strategy for one in sets), tuple(one.kind for one in sets),
-        tuple(one.halves for one in sets), tuple(one.mix for one in sets), seeds, dimensions,
-        tasks, tuple(places), items, table(rolled_up(values, tasks, dimensions)), mean(accuracies),
+        condition, tuple(first[name] for name in names), seeds, dimensions, tasks, tuple(places),
+        items, rolled(values), nan_mean(rolled(accuracies), 1),
         {name: nan_mean(table(_distance(trials, dimensions, field)), 1)
-         for name, field in (("kl", "kl_mean"), ("top1", "top1"))} | {"flips": mean(flips)},
-        metrics, nan_mean(table(information), 1),
+         for name, field in (("kl", "kl_mean"), ("top1", "top1"))}
+        | {"flips": nan_mean(rolled(flips), 1)},
+        metrics,
+        nan_mean(table([[one.information.get(name, math.nan) for name in metrics]
+                        for one in trials]), 1),
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ metric may only tell code from prose.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from calmix.analysis.statistics import (
     LEAST,
     ROUNDING,
     Array,
-    Strata,
     bootstrap_intervals,
+    least_p,
     permutation_p,
     unit_ranks,
 )
@@ -31,6 +30,7 @@ from calmix.options import Settings
 
 Among = Literal["sources", "kinds", "sets"]
 Over = Literal["single", "all"]
+METRIC = "perplexity"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Correlation:
     high: float | None = None
     p: float | None = None  # two-sided; exact if all orders were counted
     exact: bool = False
+    least_p: float | None = None  # that so many points without ties can give
     p_corrected: float | None = None  # over one `among` of all conditions
 
     @property
@@ -59,21 +60,6 @@ class Correlation:
     def agrees(self) -> bool:
         """Whether less of it goes with more retention beyond chance, not corrected."""
         return (self.rho or 0) < 0 and self.p is not None and self.p <= ALPHA
-
-
-@dataclass(frozen=True)
-class TradeOff:
-    """A metric that goes up with one dimension and down with another, both after correction."""
-
-    condition: str
-    metric: str
-    among: Among
-    rises: str
-    rho_rises: float
-    p_rises: float
-    falls: str
-    rho_falls: float
-    p_falls: float
 
 
 @dataclass(frozen=True)
@@ -91,9 +77,7 @@ class Spread:
     lowest: str
     highest: str
     range: float
-    deviation: float
-    if_independent: float | None  # of the total: its deviation were the dimensions unrelated (ours)
-    p_cancel: float | None  # one-sided p of so small a deviation then, dimensions dealt anew (ours)
+    p_cancel: float | None  # one-sided p of so close totals, dimensions dealt anew (ours)
 
 
 def points(cells: Cells) -> dict[Among, list[list[int]]]:
@@ -102,8 +86,9 @@ def points(cells: Cells) -> dict[Among, list[list[int]]]:
     Without `kinds` if fewer than two kinds have two sources, or those are fewer than four sources.
     """
     singles = cells.of("single")
-    kinds = dict.fromkeys(cells.kinds[at] for at in singles if cells.kinds[at])
-    groups = [[at for at in singles if cells.kinds[at] == kind] for kind in kinds]
+    kind_of = {at: cells.made[at].kind for at in singles}
+    groups = [[at for at in singles if kind_of[at] == kind]
+              for kind in dict.fromkeys(kind_of.values()) if kind]  # fmt: skip
     groups = [group for group in groups if len(group) > 1]
     found: dict[Among, list[list[int]]] = {"sources": [singles]}
     if len(groups) > 1 and sum(map(len, groups)) >= LEAST:
@@ -115,26 +100,25 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
     """Return the metrics that order the chosen sets differently, with the names of the others.
 
     At a fixed budget some metrics are functions of one another; they would be one test made
-    several times. A metric that is the same for all sets is left out.
+    several times. A metric that is the same for all sets is left out. Perplexity comes first, to
+    go by its own name.
     """
-    found: list[tuple[int, list[str]]] = []
-    ranks: list[Array] = []
-    for column, name in enumerate(cells.metrics):
-        values = cells.information[list(chosen), column]
+    found: list[tuple[int, list[str], Array]] = []
+    for column in sorted(range(len(cells.metrics)), key=lambda at: cells.metrics[at] != METRIC):
+        name, values = cells.metrics[column], cells.information[list(chosen), column]
         known = ~np.isnan(values)
         own = np.full(len(values), np.nan)
         own[known] = unit_ranks(values[known]) if known.any() else np.nan
         if np.isnan(own).all():
             continue
-        for (_, aliases), other in zip(found, ranks, strict=True):
+        for _, aliases, other in found:
             rho = float(np.nansum(own * other))
             if np.array_equal(np.isnan(own), np.isnan(other)) and abs(rho) >= 1 - ROUNDING:
                 aliases.append(name if rho > 0 else f"-{name}")
                 break
         else:
-            found.append((column, []))
-            ranks.append(own)
-    return [(column, tuple(aliases)) for column, aliases in found]
+            found.append((column, [], own))
+    return [(column, tuple(aliases)) for column, aliases, _ in found]
 
 
 def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
@@ -146,51 +130,9 @@ def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
         for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
             x = cells.information[:, column]
             groups = [[at for at in group if not np.isnan(x[at])] for group in every]
-            own, sizes = (
-                [at for group in groups for at in group],
-                [len(one) for one in groups if one],
-            )
-            kept = cells.means[own][:, : len(cells.quantities)]
-            found = _rhos(x[own], kept.T, sizes, settings)
-            made += [
-                Correlation(cells.condition.label, cells.metrics[column], aliases, name, among,
-                            len(own), **found.get(at, {}))
-                for at, name in enumerate(cells.quantities)
-            ]  # fmt: skip
+            head = cells.condition.label, cells.metrics[column], aliases
+            made += _correlated(head, cells, x, cells.quantities, among, groups, settings)
     return made
-
-
-def _rhos(x: Array, y: Array, strata: Strata, settings: Settings) -> dict[int, dict[str, Any]]:
-    """Correlate x, shape (n,), with the rows of y, and return rho, interval and p by row; rows
-    without a rho are left out."""
-    known, seed = np.flatnonzero(~np.isnan(y).any(1)), settings.seed
-    if len(x) < LEAST or not len(known):
-        return {}
-    y = y[known]
-    rho = unit_ranks(y, strata) @ unit_ranks(x, strata)
-    p, exact = permutation_p(x, y, strata, permutations=settings.permutations, seed=seed)
-    ends = bootstrap_intervals(x, y, strata, resamples=settings.resamples, seed=seed)
-    low, high = (np.where(np.isnan(end), None, end) for end in ends.T)
-    return {
-        at: {"rho": value, "low": low[n], "high": high[n], "p": float(p[n]), "exact": exact}
-        for n, (at, value) in enumerate(zip(known.tolist(), rho.tolist(), strict=True))
-        if not math.isnan(value)
-    }
-
-
-def trade_offs(correlations: Sequence[Correlation], dimensions: Sequence[str]) -> list[TradeOff]:
-    """Return every pair of dimensions that one metric moves in opposite directions."""
-    strong = [
-        (one, one.rho, one.p_corrected) for one in correlations
-        if one.rho is not None and one.p_corrected is not None and one.p_corrected <= ALPHA
-        and one.quantity in dimensions
-    ]  # fmt: skip
-    return [
-        TradeOff(up.condition, up.metric, up.among, up.quantity, rise, p, down.quantity, fall, q)
-        for (up, rise, p), (down, fall, q) in itertools.product(strong, strong)
-        if (up.condition, up.metric, up.among) == (down.condition, down.metric, down.among)
-        and rise > 0 > fall
-    ]
 
 
 def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
@@ -198,24 +140,51 @@ def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
     (ours); quantities with fewer than four sets are left out."""
     made = []
     for at, name in enumerate(cells.quantities):
-        both = np.stack([cells.distance["kl"][:, at], cells.means[:, at]])
-        x, y = both[:, ~np.isnan(both).any(0)]
-        if len(x) >= LEAST:
-            found = _rhos(x, y[None], [len(x)], settings).get(0, {})
-            made.append(Correlation(cells.condition.label, "kl", (), name, "sets", len(x),
-                                    **found))  # fmt: skip
+        x = cells.distance["kl"][:, at]
+        known = np.flatnonzero(~np.isnan(x + cells.means[:, at])).tolist()
+        if len(known) >= LEAST:
+            head = cells.condition.label, "kl", ()
+            made += _correlated(head, cells, x, [name], "sets", [known], settings)
     return made
 
 
-def cancellation(parts: Array, *, permutations: int, seed: int) -> tuple[float, float]:
-    """Return the deviation of the mean over unrelated dimensions, and the p of the observed one, of
-    retention of shape (sets, dimensions)."""
-    sets, dimensions = parts.shape
-    unrelated = float(np.sqrt(parts.var(0, ddof=1).sum()) / dimensions)
+def _correlated(
+    head: tuple[str, str, tuple[str, ...]],
+    cells: Cells,
+    x: Array,
+    quantities: Sequence[str],
+    among: Among,
+    groups: Sequence[Sequence[int]],
+    settings: Settings,
+) -> list[Correlation]:
+    """Correlate x, shape (sets,), with quantities over groups of sets, permuted by themselves;
+    `rho` is None where x or the quantity do not vary, or of fewer than four sets."""
+    own, strata = [at for group in groups for at in group], [len(one) for one in groups if one]
+    y = cells.means[own][:, [cells.quantities.index(name) for name in quantities]].T
+    known = np.flatnonzero(~np.isnan(y).any(1)).tolist() if len(own) >= LEAST else []
+    found: dict[int, dict[str, Any]] = {}
+    if known:
+        x, y = x[own], y[known]
+        rho = (unit_ranks(y, strata) @ unit_ranks(x, strata)).tolist()
+        p, exact = permutation_p(x, y, strata, permutations=settings.permutations,
+                                 seed=settings.seed)  # fmt: skip
+        ends = bootstrap_intervals(x, y, strata, resamples=settings.resamples, seed=settings.seed)
+        low, high = (np.where(np.isnan(end), None, end) for end in ends.T)
+        found = {
+            at: {"rho": rho[n], "low": low[n], "high": high[n], "p": float(p[n]), "exact": exact}
+            for n, at in enumerate(known) if not math.isnan(rho[n])
+        }  # fmt: skip
+    least = least_p(strata, settings.permutations)
+    return [Correlation(*head, name, among, len(own), least_p=least, **found.get(at, {}))
+            for at, name in enumerate(quantities)]  # fmt: skip
+
+
+def cancellation(parts: Array, *, permutations: int, seed: int) -> float:
+    """Return the one-sided p of so small a deviation of the mean over dimensions were they
+    unrelated, from retention of shape (sets, dimensions)."""
     drawn = np.tile(parts.T, (permutations, 1, 1))
-    dealt = np.random.default_rng([seed, sets]).permuted(drawn, axis=2).mean(1).std(1)
-    as_small = int((dealt <= parts.mean(1).std() + ROUNDING).sum())
-    return unrelated, (as_small + 1) / (permutations + 1)
+    dealt = np.random.default_rng([seed, len(parts)]).permuted(drawn, axis=2).mean(1).std(1)
+    return float(((dealt <= parts.mean(1).std() + ROUNDING).sum() + 1) / (permutations + 1))
 
 
 def spreads(cells: Cells, settings: Settings) -> list[Spread]:
@@ -229,14 +198,10 @@ def spreads(cells: Cells, settings: Settings) -> list[Spread]:
         for quantity, values in zip(cells.quantities, means.T, strict=True):
             if len(chosen) < 2 or np.isnan(values).any():
                 continue
-            unrelated = p = None
+            p = None
             if quantity == TOTAL and len(chosen) >= LEAST and parts.shape[1] > 1:
-                unrelated, p = cancellation(
-                    parts, permutations=settings.resamples, seed=settings.seed
-                )
+                p = cancellation(parts, permutations=settings.resamples, seed=settings.seed)
             low, high = (cells.sets[chosen[int(at)]] for at in (values.argmin(), values.argmax()))
-            found.append(
-                Spread(cells.condition.label, over, quantity, len(chosen), low, high,
-                       float(values.max() - values.min()), float(values.std(ddof=1)), unrelated, p)
-            )  # fmt: skip
+            found.append(Spread(cells.condition.label, over, quantity, len(chosen), low, high,
+                                float(values.max() - values.min()), p))  # fmt: skip
     return found

@@ -1,14 +1,15 @@
-"""Differences between ways to calibrate, leads over a default, and what becomes of them.
+"""Differences between ways to calibrate, between methods, and what becomes of leads.
 
 Every one is a contrast of the joint bootstrap: items are the same for both sides, and so are the
-seeds that both have.
+seeds that both have. A method is all of how a model is pruned: solver, options, allocation and
+recovery.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,10 +19,13 @@ from calmix.analysis.bootstrap import Contrast, Estimate, Joint
 from calmix.analysis.cells import APART, TOTAL, WORST
 from calmix.analysis.ranking import in_order, lowest_of, shrink, weighed, without
 from calmix.analysis.statistics import ALPHA, Array, corrected
+from calmix.options import RECOVERIES
 
 SINGLES = "mean of the single sources"
 BEST = "best single source, "
+MEAN = "mean of the sets of both"
 Key = TypeVar("Key")
+Leads = dict[tuple[str, str], Contrast]  # over the default, by set and quantity
 
 
 @dataclass(frozen=True)
@@ -47,27 +51,22 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Margin:
-    """How far a set is ahead of the default, a set or the mean of the single sources."""
+class Gain:
+    """How much more is kept under one condition than under another that differs in method alone,
+    of a set or of the mean of all `sets` that both have; or, with `over`, how much further ahead
+    of that set (or the mean of the single sources) it is, between sparsities too.
 
-    condition: str
-    method: str
-    sparsity: float
+    `more` is the method with a recovery where that is the difference, else the one that keeps more
+    over the sets of both; of sparsities the highest that the set was run at.
+    """
+
+    more: str
+    less: str
+    by: str  # method, recovery or sparsity
     calibration: str
-    default: str
+    over: str
+    sets: int
     quantity: str
-    gap: Estimate
-
-
-@dataclass(frozen=True)
-class Growth:
-    """How much the margin over the default grows from the lowest to the highest sparsity."""
-
-    series: str
-    calibration: str
-    default: str
-    quantity: str
-    sparsities: tuple[float, ...]
     gap: Estimate
 
 
@@ -102,12 +101,13 @@ def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict
     return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}
 
 
-def compare(found: Joint) -> list[Difference]:
+def compare(found: Joint, default: str | None = None) -> list[Difference]:
     """Compare every two ways to calibrate, p not corrected yet: mixes and written text set by set,
-    the single source with the highest total, and the mean of all single sources."""
+    the single source with the highest total, the mean of all single sources, and the default."""
     cells, singles, made = found.cells, found.cells.of("single"), []
-    sides = [Side(cells.sets[at], how, (at,)) for at, how in enumerate(cells.strategies)
-             if how != "single"]  # fmt: skip
+    sides = [Side(one.calibration, one.strategy, (at,)) for at, one in enumerate(cells.made)
+             if one.strategy != "single" or one.calibration == default]  # fmt: skip
+    sides.sort(key=lambda side: side.name == default)  # that others are compared with it
     ordered = [at for at in in_order(found.values[:, 0]) if at in singles]
     sides += [Side(BEST + cells.sets[at], "single", (at,), picked=True) for at in ordered[:1]]
     if len(singles) > 1:
@@ -116,7 +116,7 @@ def compare(found: Joint) -> list[Difference]:
     for left, right in itertools.combinations(sides, 2):
         if left.made == right.made == "single":
             continue  # the best of them against the mean of them says nothing
-        halves = {name for at in (*left.sets, *right.sets) for name in cells.halves[at]}
+        halves = {name for at in (*left.sets, *right.sets) for name in cells.made[at].halves}
         rest = without(cells, halves).get(TOTAL)
         gaps = between(every[left], every[right])
         if rest is not None and rest.any():
@@ -131,15 +131,13 @@ def compare(found: Joint) -> list[Difference]:
 def correct(differences: Sequence[Difference]) -> list[Difference]:
     """Return all differences of an analysis with both p-values corrected."""
     return corrected(
-        differences,
-        lambda one: one.quantity == APART,
-        p_corrected=lambda one: one.gap.p,
+        differences, lambda one: one.quantity == APART, p_corrected=lambda one: one.gap.p,
         draw_p_corrected=lambda one: one.gap.draw_p,
-    )
+    )  # fmt: skip
 
 
-def leads_over(made: Sequence[Joint], default: str | None) -> list[dict[tuple[str, str], Contrast]]:
-    """Return the leads over the default under several conditions, by set and quantity.
+def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
+    """Return the leads over the default under several conditions.
 
     The default is a calibration set, or with None the mean of those single sources that every
     condition with sources has: a lead does not change because other sources were run.
@@ -148,34 +146,69 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[dict[tuple[st
     there = [names for names in singles if names] if default is None else [{default}]
     named, every = set.intersection(*there) if there else set(), []
     for found in made:
-        cells = found.cells
-        leads: dict[tuple[str, str], Contrast] = {}
-        against = tuple(at for at, name in enumerate(cells.sets) if name in named)
+        leads: Leads = {}
+        against = tuple(at for at, name in enumerate(found.cells.sets) if name in named)
         theirs = Side("", "", against).every(found) if against else {}
-        for at, name in enumerate(cells.sets):
-            if against and cells.strategies[at] != "single" and at not in against:
-                ours = Side(name, cells.strategies[at], (at,)).every(found)
-                leads |= {(name, key): gap for key, gap in between(ours, theirs).items()}
+        for at, one in enumerate(found.cells.made if against else ()):
+            if one.strategy != "single" and at not in against:
+                gaps = between(Side("", "", (at,)).every(found), theirs)
+                leads |= {(one.calibration, name): gap for name, gap in gaps.items()}
         every.append(leads)
     return every
 
 
-def margins(series: Sequence[Joint], default: str | None) -> tuple[list[Margin], list[Growth]]:
-    """Return the leads of mixes and written text over the default, and how they grow over
-    conditions that differ in sparsity alone, lowest first."""
-    every, over = leads_over(series, default), default or SINGLES
-    conditions = [found.cells.condition for found in series]
-    leads = [
-        Margin(at.label, at.method, at.sparsity, name, over, quantity, gap.estimate(test=True))
-        for at, own in zip(conditions, every, strict=True)
-        for (name, quantity), gap in own.items()
-    ]
-    grown = []
-    for key in dict.fromkeys(key for own in every for key in own):
-        known = [(at.sparsity, own[key]) for at, own in zip(conditions, every, strict=True)
-                 if key in own]  # fmt: skip
-        if len(known) > 1:
-            gap = (known[-1][1] - known[0][1]).estimate()
-            shares = tuple(share for share, _ in known)
-            grown.append(Growth(conditions[0].series, key[0], over, key[1], shares, gap))
-    return leads, grown
+def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
+    """Compare every two methods, model by model and pattern by pattern, and the leads of mixes and
+    written text between methods, and between the lowest and the highest sparsity."""
+    over, found = default or SINGLES, []
+    for pair in itertools.combinations(made, 2):
+        common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
+        rest = ("model", "pattern", "propagation", "rows", "length", "suite")
+        if not common or any(len({getattr(one.cells.condition, name) for one in pair}) > 1
+                             for name in rest):  # fmt: skip
+            continue
+        recovered = [each for each in (pair, pair[::-1]) if _recovered(*each)]
+        by_total = sorted(pair, key=lambda one: _mean(one, common, 0).value, reverse=True)
+        more, less = recovered[0] if recovered else by_total
+        head = (more.cells.condition.label, less.cells.condition.label,
+                "recovery" if recovered else "method")  # fmt: skip
+        asked = {name: [name] for name in common} | {MEAN: common}
+        for (name, names), (at, quantity) in itertools.product(
+            asked.items(), enumerate(more.cells.quantities)
+        ):
+            gap = (_mean(more, names, at) - _mean(less, names, at)).estimate()
+            if gap.value is not None:
+                found.append(Gain(*head, name, "", len(names), quantity, gap))
+        leads = between(*leads_over((more, less), default))
+        found += [Gain(*head, name, over, 1, quantity, gap.estimate())
+                  for (name, quantity), gap in leads.items()]  # fmt: skip
+    return [*found, *_grown(made, default, over)]
+
+
+def _grown(made: Sequence[Joint], default: str | None, over: str) -> Iterator[Gain]:
+    """Yield how leads grow over conditions that differ in sparsity alone; N:M patterns are no
+    points on that axis."""
+    series: dict[str, list[Joint]] = {}
+    for one in made:
+        at = one.cells.condition
+        if at.rows and at.pattern.endswith("%"):
+            series.setdefault(at.series, []).append(one)
+    for members in series.values():
+        every = leads_over(members, default)
+        for key in dict.fromkeys(key for leads in every for key in leads):
+            known = [(one, own[key]) for one, own in zip(members, every, strict=True) if key in own]
+            if len(known) > 1:
+                (less, low), *_, (more, high) = known
+                labels = more.cells.condition.label, less.cells.condition.label
+                gap = (high - low).estimate()
+                yield Gain(*labels, "sparsity", key[0], over, 1, key[1], gap)
+
+
+def _recovered(more: Joint, less: Joint) -> bool:
+    before, after, recovery = more.cells.condition.method.rpartition(" + ")
+    asked = recovery.split(",")[0]
+    return bool(after) and before == less.cells.condition.method and asked in RECOVERIES
+
+
+def _mean(found: Joint, names: Sequence[str], quantity: int) -> Contrast:
+    return found.mean([found.cells.sets.index(name) for name in names], quantity)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +50,7 @@ class Noise:
         items: test items behind the quantity, tasks with signal only.
         signal: standard deviation between single sources, noise taken out of its square, at least
             0; None where `draw` is, or with fewer than two sources.
+        ratio: signal over the noise of one trial, sqrt(draw**2 + item**2 / 2).
     """
 
     condition: str
@@ -62,14 +62,7 @@ class Noise:
     item: float | None
     items: int
     signal: float | None
-
-    @property
-    def ratio(self) -> float | None:
-        """Signal over the noise of one trial, sqrt(draw**2 + item**2 / 2); None without both."""
-        if self.signal is None or self.draw is None or self.item is None:
-            return None
-        noise = math.sqrt(self.draw**2 + self.item**2 / 2)
-        return self.signal / noise if noise else None
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -99,14 +92,13 @@ def noise_of(found: Joint) -> list[Noise]:
         own = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)
         pairs = np.maximum(0.0, own[:, None] + own[None] - 2 * by_items)
         apart = pairs[np.triu_indices(count, 1)]
-        made.append(
-            Noise(
-                cells.condition.label, name, kind, count, draw, found.freedom,
-                math.sqrt(float(np.median(apart))) if count > 1 else None,
-                int(sizes[weight > 0].sum()),
-                _signal(cells.of("single"), values, found.counts, draw, pairs),
-            )
-        )  # fmt: skip
+        item = math.sqrt(float(np.median(apart))) if count > 1 else None
+        signal, ratio = _signal(cells.of("single"), values, found.counts, draw, pairs), None
+        if signal is not None and draw is not None and item is not None:
+            noise = math.sqrt(draw**2 + item**2 / 2)
+            ratio = signal / noise if noise else None
+        made.append(Noise(cells.condition.label, name, kind, count, draw, found.freedom, item,
+                          int(sizes[weight > 0].sum()), signal, ratio))  # fmt: skip
     return made
 
 
@@ -150,17 +142,6 @@ def needed(difference: float, draw: float, freedom: float, item: float) -> Neede
     at = bisect_left(every, True, key=lambda k: detectable(k, draw, freedom, item) <= difference)
     enough = every[at] if at < len(every) else None
     return Needed(difference, max(1, math.ceil(on_these * (1 - 1e-12))), enough, times)
-
-
-def power(
-    noises: Iterable[Noise], differences: Sequence[float]
-) -> list[tuple[Noise, list[Needed]]]:
-    """Return the quantities whose noise of a seed is known, with what detects differences (shares)
-    in each."""
-    return [
-        (one, [needed(size, one.draw, one.freedom, one.item or 0.0) for size in differences])
-        for one in noises if one.draw is not None
-    ]  # fmt: skip
 
 
 def noises(

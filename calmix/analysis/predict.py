@@ -13,6 +13,7 @@ measured by `benchmarks/predict.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError
 from calmix.files import cache_dir, check_free, sha256_json, user_path
 from calmix.models import OpenModel, find_blocks
-from calmix.models.shards import Place, read_header, read_tensor, write_file
+from calmix.models.shards import read_header, read_tensor, write_file
 from calmix.options import METHOD
 from calmix.precision import dtype_name
 from calmix.pruning.engine import check_pattern, prune
@@ -74,28 +75,25 @@ def every_block(opened: OpenModel, every: int) -> list[str]:
 
 
 def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path) -> Path:
-    """Run ids through the dense model once, and keep Gram matrices of its layers' inputs.
+    """Run ids, int64 (rows, length), through the dense model once, and keep Gram matrices of its
+    layers' inputs; a whole file of the same model, ids and layers is not made again.
 
-    Args:
-        ids: int64 token ids, shape (rows, length).
-        only: patterns of the layers.
-        folder: where the file goes. One of the same model, ids and layers is not made again.
-
-    Returns:
-        A safetensors file with mean x x^T over tokens, float32 (columns, columns), by the names
-        of the layers that read x, comma-separated.
+    The safetensors file holds the mean x x^T over tokens, float32 (columns, columns), by the names
+    of the layers that read x, comma-separated.
     """
     about = {
         "model": opened.fingerprint, "dtype": dtype_name(opened.model.dtype),
         "ids": sha256_json(ids.tolist()), "layers": list(only),
     }  # fmt: skip
     path = folder / f"{sha256_json(about)}.safetensors"
-    if not path.is_file():
-        look = _Look(gram=True)
-        report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
-        names = iter(layer.name for layer in report.layers)
-        write_file(path, {",".join(islice(names, count)): gram / ids.numel()
-                          for count, gram in look._seen})  # fmt: skip
+    with contextlib.suppress(ModelError, OSError):  # none there, or damaged
+        read_header(path)
+        return path
+    look = _Look(gram=True)
+    report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
+    names = iter(layer.name for layer in report.layers)
+    write_file(path, {",".join(islice(names, count)): gram / ids.numel()
+                      for count, gram in look._seen})  # fmt: skip
     return path
 
 
@@ -108,7 +106,7 @@ def lost_output(
     pattern: Pattern,
     *,
     tokens: int = ROWS * LENGTH,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda inputs: None,
 ) -> dict[str, dict[str, float]]:
     """Prune layers on Gram matrices alone, and return by set and text the share of output energy
     they would lose, the geometric mean over layers.
@@ -122,13 +120,8 @@ def lost_output(
     """
     found = find_blocks(opened.model).select(only)
     layers = {layer.name: layer for at in range(len(found)) for layer in found.prunables(at)}
-    headers: dict[Path, dict[str, Place]] = {}
-    for file in {*held_out.values(), *(file for parts in sets.values() for file in parts)}:
-        try:
-            headers[file] = read_header(file)
-        except ModelError as error:
-            line = f"{file} is damaged: delete it, and it is made again"
-            raise InputError(line) from error
+    files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
+    headers = {file: read_header(file) for file in files}
     logs: dict[tuple[str, str], list[float]] = {}
     for inputs in headers[next(iter(held_out.values()))]:
         weights = [layers[name].view().float() for name in inputs.split(",")]
@@ -144,8 +137,7 @@ def lost_output(
                     whole = float(output_energy(weight, grams[file]))
                     lost = float(output_energy(weight - kept, grams[file])) / (whole or 1)
                     logs.setdefault((name, text), []).append(math.log(max(lost, LEAST)))
-        if tick is not None:
-            tick(inputs)
+        tick(inputs)
     return {name: {text: math.exp(math.fsum(own := logs[name, text]) / len(own))
                    for text in held_out} for name in sets}  # fmt: skip
 
@@ -163,7 +155,7 @@ def predict(
     held_out: Mapping[str, Tensor] | None = None,
     sources: Mapping[str, Source] | Path | None = None,
     folder: Path | None = None,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda what: None,
     note: Callable[[str], None] | None = None,
     writing: Callable[[str, int, int], None] | None = None,
     **draw: Any,
@@ -189,16 +181,13 @@ def predict(
     Raises:
         CalmixError: anything a user can mend.
     """
-    own = own_sources(sources)
-    draw = {"rows": rows, "length": length, "sources": own, **draw}
+    draw = {"rows": rows, "length": length, "sources": own_sources(sources), **draw}
     check_request(calibrations, method, every=every, **draw)
-    chosen, tick = get_method(method), tick or (lambda what: None)
-    pattern = as_pattern(0.6 if pattern is None else pattern)
+    chosen, pattern = get_method(method), as_pattern(0.6 if pattern is None else pattern)
     only = every_block(opened, every)
     blocks = find_blocks(opened.model).select(only)
     check_pattern(blocks, pattern, chosen)
-    if held_out is None:
-        held_out = texts(opened, rows=ROWS, length=LENGTH)
+    held_out = texts(opened, rows=ROWS, length=LENGTH) if held_out is None else held_out
     share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),
                           "the held-out text")  # fmt: skip
     made = {text: _parts(text, draw) for text in calibrations}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -21,8 +20,11 @@ SMALL = 4  # a group of fewer sets says nothing of its own spread
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A calibration set by one weighted quantity."""
+class Ranked:
+    """One calibration set under one condition, with everything measured.
+
+    The total is that of equal dimensions, or weighted as was asked.
+    """
 
     calibration: str
     strategy: str
@@ -30,12 +32,6 @@ class Candidate:
     shrunken: Estimate  # what to expect of a set that was picked for its rank (`shrink`)
     best: float | None  # probability of being the highest; None of one set
     behind: Estimate | None  # shrunken total of the first set less this one's; None for the first
-
-
-@dataclass(frozen=True)
-class Ranked(Candidate):
-    """One calibration set under one condition, with everything measured."""
-
     condition: str
     kind: str
     rank: int | None  # by total, from 1; None without a value
@@ -93,9 +89,8 @@ def weighed(found: Joint, weight: Array) -> Array:
 def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) -> list[float | None]:
     """Return each set's probability of being the best, ties shared; None without a value, or
     where there is but one set."""
-    used = weight != 0
     share: list[float | None] = [None] * len(values)
-    known = np.flatnonzero(~np.isnan(values))
+    used, known = weight != 0, np.flatnonzero(~np.isnan(values))
     if len(known) < 2 or not used.any():
         return share
     deviations = np.einsum("sqr,q->sr", (found.item + found.draw)[:, used], weight[used])
@@ -108,73 +103,50 @@ def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) ->
     return share
 
 
-def candidates(found: Joint, weight: Array) -> list[Candidate]:
-    """Return the sets by a weighted quantity, the highest first; those without a value are last."""
-    cells, measured = found.cells, weighed(found, weight)
-    values, coefficients = shrink(found, weight)
-    best = _chances(found, weight, values, coefficients)
-    first, *rest = np.argsort(-measured, kind="stable").tolist()
-    made = []
-    for at in (first, *rest):
-        behind = None
-        if at != first and not math.isnan(measured[first]):
-            gap = np.outer(coefficients[first] - coefficients[at], weight)
-            behind = found.estimate(gap, float(values[first] - values[at]), test=True)
-        own = np.eye(len(values))[at]
-        made.append(
-            Candidate(
-                cells.sets[at], cells.strategies[at], found.estimate(np.outer(own, weight)),
-                found.estimate(np.outer(coefficients[at], weight), float(values[at])), best[at],
-                behind,
-            )
-        )  # fmt: skip
-    return made
-
-
-Placed = TypeVar("Placed", bound=Candidate)
-
-
-def leaders(placed: Sequence[Placed]) -> list[Placed]:
+def leaders(ranking: Sequence[Ranked]) -> list[Ranked]:
     """Return the first set and those tied with it: the interval of `behind` reaches 0."""
     return [
-        one for one in placed
+        one for one in ranking
         if one.total.value is not None
         and (one.behind is None or one.behind.low is None or one.behind.low <= 0)
     ]  # fmt: skip
 
 
-def rank(found: Joint) -> list[Ranked]:
-    """Return the calibration sets of a condition by total, the highest first."""
+def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
+    """Return the calibration sets of a condition by total, or another weighted quantity, the
+    highest first; those without a value are last."""
     cells, names = found.cells, found.cells.quantities
+    weight = found.alone(0) if weight is None else weight
+    measured, (values, coefficients) = weighed(found, weight), shrink(found, weight)
+    best = _chances(found, weight, values, coefficients)
+    order = np.argsort(-measured, kind="stable").tolist()
     parts = found.values[:, 1 : len(names)]
     by_worst = in_order(np.fmin.reduce(parts, axis=1))
-    known = [*names, *(task.name for task in cells.tasks)]
-    made = []
-    for place, one in enumerate(candidates(found, found.alone(0)), start=1):
-        at = cells.sets.index(one.calibration)
-        each = {name: found.one(at, q) for q, name in enumerate(known) if q}
+    unit, made = np.eye(len(values)), []
+
+    def estimate(of_sets: Array, value: float | None = None, *, test: bool = False) -> Estimate:
+        return found.contrast(np.outer(of_sets, weight), value).estimate(test=test)
+
+    for place, at in enumerate(order, start=1):
+        behind, first, own = None, order[0], cells.made[at]
+        if at != first and not math.isnan(measured[first]):
+            behind = estimate(coefficients[first] - coefficients[at],
+                              float(values[first] - values[at]), test=True)  # fmt: skip
+        total = estimate(unit[at])
+        dimensions = {name: found.one(at, q) for q, name in enumerate(names) if q}
         worst = None if (low := lowest_of(parts[at])) is None else cells.dimensions[low]
-        own = np.eye(len(cells.sets))[at]
-        made.append(
-            Ranked(
-                **vars(one),
-                condition=cells.condition.label,
-                kind=cells.kinds[at],
-                rank=None if one.total.value is None else place,
-                rank_worst=by_worst.index(at) + 1 if at in by_worst else None,
-                worst=worst,
-                lowest=Estimate(None) if worst is None else each[worst],
-                dimensions={name: each[name] for name in cells.dimensions},
-                tasks={task.name: each[task.name] for task in cells.tasks},
-                accuracy=_named(names, cells.accuracy[at]),
-                distance={key: _named(names, far[at]) for key, far in cells.distance.items()},
-                halves=cells.halves[at],
-                without_own={
-                    name: found.estimate(np.outer(own, weight))
-                    for name, weight in without(cells, cells.halves[at]).items()
-                },
-            )
-        )
+        made.append(Ranked(
+            own.calibration, own.strategy, total, estimate(coefficients[at], float(values[at])),
+            best[at], behind, cells.condition.label, own.kind,
+            None if total.value is None else place,
+            by_worst.index(at) + 1 if at in by_worst else None, worst,
+            Estimate(None) if worst is None else dimensions[worst], dimensions,
+            {task.name: found.one(at, q) for q, task in enumerate(cells.tasks, len(names))},
+            _named(names, cells.accuracy[at]),
+            {key: _named(names, far[at]) for key, far in cells.distance.items()}, own.halves,
+            {name: found.contrast(np.outer(unit[at], rest)).estimate()
+             for name, rest in without(cells, own.halves).items()},
+        ))  # fmt: skip
     return made
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from calmix.analysis.bootstrap import joints
 from calmix.analysis.cells import dimensions_of, select, tables
-from calmix.analysis.ranking import Candidate, candidates, leaders
+from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.analysis.statistics import RESAMPLES
 from calmix.errors import InputError, nearest
 from calmix.options import Measure
@@ -30,7 +30,7 @@ class Recommendation:
 
     condition: str
     weights: dict[str, float]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Ranked, ...]
     best: tuple[str, ...]
 
 
@@ -59,24 +59,25 @@ def recommend(
     method: str | None = None,
     sparsity: str | None = None,
 ) -> list[Recommendation]:
-    """Return for each condition the sets by weighted retention, and which are best."""
+    """Return for each condition the sets by weighted retention, and which are best.
+
+    Without weights all dimensions with signal count alike.
+    """
     made = tables(results, select(results, method=method, sparsity=sparsity), measure)
     asked = check_weights(weights, dimensions_of(results)) if weights else None
     advice = []
     for found in joints(results, made, resamples, seed):
-        cells = found.cells
-        of_dimensions = slice(1, len(cells.quantities))
-        share, weight = asked, found.alone(0)
-        if share is None:
-            known = ~np.isnan(cells.means[:, of_dimensions]).all(0)
-            equal = dict(zip(cells.dimensions, known.astype(float).tolist(), strict=True))
-            share = check_weights(
-                equal if known.any() else dict.fromkeys(equal, 1.0), cells.dimensions
+        cells, weight = found.cells, None
+        known = ~np.isnan(cells.means[:, 1 : len(cells.quantities)]).all(0)
+        share = known / max(1, known.sum())
+        if asked is not None:
+            share = np.array([asked[name] for name in cells.dimensions])
+            weight = np.concatenate([[0], share, np.zeros(len(cells.tasks))])
+        ranked = [one for one in rank(found, weight) if one.total.value is not None]
+        advice.append(
+            Recommendation(
+                cells.condition.label, dict(zip(cells.dimensions, share.tolist(), strict=True)),
+                tuple(ranked), tuple(one.calibration for one in leaders(ranked)),
             )
-        else:
-            weight = np.zeros(len(weight))
-            weight[of_dimensions] = [share[name] for name in cells.dimensions]
-        ranked = [one for one in candidates(found, weight) if one.total.value is not None]
-        best = tuple(one.calibration for one in leaders(ranked))
-        advice.append(Recommendation(cells.condition.label, dict(share), tuple(ranked), best))
+        )  # fmt: skip
     return advice

@@ -53,8 +53,7 @@ def spearman(x: Array, y: Array, strata: Strata | None = None) -> float:
     return float(unit_ranks(x, strata) @ unit_ranks(y, strata))
 
 
-def orders_count(strata: Strata) -> int:
-    """Return how many orders there are within strata."""
+def _count(strata: Strata) -> int:
     return math.prod(map(math.factorial, strata))
 
 
@@ -62,10 +61,9 @@ def orders_count(strata: Strata) -> int:
 def orders(strata: tuple[int, ...], count: int, seed: int) -> NDArray[np.intp]:
     """Return orders of things within strata, one a row: all up to 8!, else seeded draws."""
     things = np.arange(sum(strata), dtype=np.intp)
-    if orders_count(strata) <= EXACT:
-        own = [list(itertools.permutations(things[run].tolist())) for run in _runs(strata)]
-        every = [list(itertools.chain(*parts)) for parts in itertools.product(*own)]
-        return np.array(every, dtype=np.intp)
+    if _count(strata) <= EXACT:
+        own = (itertools.permutations(things[run].tolist()) for run in _runs(strata))
+        return np.array([[*itertools.chain(*parts)] for parts in itertools.product(*own)])
     rng = np.random.default_rng([seed, len(things)])
     found = np.tile(things, (count, 1))
     for run in _runs(strata):
@@ -88,7 +86,7 @@ def permutation_p(
     (n,), y (..., n); each row is tested by itself.
     """
     whole = tuple(strata or x.shape)
-    exact = orders_count(whole) <= EXACT
+    exact = _count(whole) <= EXACT
     a, b = unit_ranks(x, whole), unit_ranks(y, whole)
     observed = np.abs(b @ a)
     drawn = np.abs(a[orders(whole, permutations, seed)] @ b.T)
@@ -99,17 +97,11 @@ def permutation_p(
 
 def least_p(strata: Strata, permutations: int = PERMUTATIONS) -> float:
     """Return the smallest two-sided p that values without ties can give within strata."""
-    count = orders_count(strata)
-    return 2 / count if count <= EXACT else 1 / (permutations + 1)
+    return 2 / _count(strata) if _count(strata) <= EXACT else 1 / (permutations + 1)
 
 
 def bootstrap_intervals(
-    x: Array,
-    y: Array,
-    strata: Strata | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    x: Array, y: Array, strata: Strata | None = None, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Array:
     """Return the 95 % percentile interval of rho over resampled pairs, shape (..., 2).
 
@@ -138,9 +130,7 @@ def benjamini_hochberg(p: Sequence[float | None]) -> list[float | None]:
 
 
 def corrected(
-    rows: Sequence[Row],
-    family: Callable[[Row], Hashable],
-    **columns: Callable[[Row], float | None],
+    rows: Sequence[Row], family: Callable[[Row], Hashable], **columns: Callable[[Row], float | None]
 ) -> list[Row]:
     """Return dataclass rows with p-values corrected family by family, one for each column."""
     made = list(rows)

@@ -62,7 +62,7 @@ def analyse(options: AnalyseOptions) -> None:
 @verb("report", of=studies)
 def report(options: AnalyseOptions) -> None:
     """One HTML page with figures, tables and a summary."""
-    from calmix.report import write_report
+    from calmix.report.study import write_report
 
     folder = _folder(options, "report", "report.html")
     results, found = _analysis(options)
@@ -91,7 +91,7 @@ def _folder(options: AnalyseOptions, name: str, inside: str) -> Path:
 
 
 def _print(found: Analysis, written: Path, as_json: bool) -> None:
-    from calmix.report import summary_text
+    from calmix.report.study import summary_text
 
     if as_json:
         print_json(found.to_dict())
@@ -146,8 +146,7 @@ def recommend(options: RecommendOptions) -> None:
 @verb("power", of=studies)
 def power(options: PowerOptions) -> None:
     """How noisy retention is, and how many seeds and items detect a difference."""
-    from calmix.analysis.power import noises
-    from calmix.analysis.power import power as needed_for
+    from calmix.analysis.power import needed, noises
     from calmix.report import words
     from calmix.study import read_results
 
@@ -156,15 +155,18 @@ def power(options: PowerOptions) -> None:
         read_results(options.study), method=options.method, sparsity=options.sparsity,
         measure=options.measure,
     )  # fmt: skip
-    found = needed_for(noisy, [p / 100 for p in points])
+    found = [
+        (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in points])
+        for one in noisy if one.draw is not None
+    ]  # fmt: skip
     if not found:
         raise InputError(
             f"power needs a set with two seeds, and {options.study} has none: give the study file "
             "a second seed"
         )
     if options.as_json:
-        print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in needed],
-                     "ratio": noise.ratio} for noise, needed in found])  # fmt: skip
+        print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in each],
+                     "ratio": noise.ratio} for noise, each in found])  # fmt: skip
         return
     for condition, members in groupby(found, key=lambda one: one[0].condition):
         own = list(members)
@@ -173,9 +175,9 @@ def power(options: PowerOptions) -> None:
                 "quantity": noise.quantity, "signal": percent(noise.signal),
                 "seed": percent(noise.draw), "items": percent(noise.item),
                 "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
-                **{f"{p:g} pt": _seeds(n) for p, n in zip(points, needed, strict=True)},
+                **{f"{p:g} pt": _seeds(n) for p, n in zip(points, each, strict=True)},
             }
-            for noise, needed in own
+            for noise, each in own
         ]  # fmt: skip
         print_table(rows, title=f"{condition}: {own[0][0].sets} sets, "
                     f"{own[0][0].freedom} degrees of freedom")  # fmt: skip

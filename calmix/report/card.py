@@ -398,7 +398,7 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
         what,
         "Lines: 95 % intervals over items. The dashed line is the dense model.",
         f"{what}, in percent. {said}.",
-        lambda: charts.bars({"": rows}, "kept, %", keys, rule=100),
+        lambda width: charts.bars(width, rows, "kept, %", keys, rule=100),
     )
 
 

@@ -1,24 +1,26 @@
 """The chart kit: bars and dots, heat maps, scatter plots; in a page and as files.
 
 Matplotlib draws with plain colours. In a page those of the theme become CSS variables, so that one
-drawing is right in light and dark. What an artist's tip says is carried by its group id.
+drawing is right in light and dark. What an artist's tip says is carried by its group id. Every
+function takes the width of the figure in inches, and draws for a telephone if that is narrow.
 """
 
 from __future__ import annotations
 
 import html
-import importlib
 import io
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 from calmix.report import words
 
@@ -54,25 +56,20 @@ SETTINGS = {
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
     "axes.titlecolor": INK,
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "text.color": INK,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "grid.color": GRID,
-    "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "legend.labelcolor": MUTED,
     "legend.handletextpad": 0.4,
-    "legend.columnspacing": 1.4,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "savefig.facecolor": PAPER,
@@ -80,7 +77,6 @@ SETTINGS = {
 }
 WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
 NARROW = 3.35  # the same on a telephone
-_width = ContextVar("width", default=WIDTH)
 DOT = {"marker": "o", "linestyle": "none"}
 Key = tuple[str, str, Mapping[str, Any]]  # of a legend: name, colour, look
 
@@ -107,16 +103,6 @@ class Row(NamedTuple):
     colour: str | None = None
 
 
-class Panel(NamedTuple):
-    """One pair of axes and its marks."""
-
-    title: str
-    content: Sequence[Mark]
-    below: str = ""
-    beside: str = ""
-    note: str = ""
-
-
 class Cell(NamedTuple):
     """A cell of a heat map; hatched without a value, with a mark in its corner or none."""
 
@@ -129,32 +115,33 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its file name, title, caption, and a description for who cannot see it."""
+    """A chart with its file name, title, caption, and a description for who cannot see it; `draw`
+    makes a figure of a width."""
 
     name: str
     title: str
     caption: str
     described: str
-    draw: Callable[[], Any]
+    draw: Callable[[float], Any]
 
     def file(self) -> str:
         """Return the chart as a file of SVG, its title above."""
-        with self._drawn(WIDTH) as figure:
-            figure.suptitle(self.title, x=0.012, ha="left", fontsize=12, fontweight="bold")
-            wide, high = figure.get_size_inches()
-            figure.set_size_inches(wide, high + 0.3)
-            return _svg(figure)
+        return self._drawn(WIDTH, titled=True)
 
-    @contextmanager
-    def _drawn(self, width: float) -> Iterator[Any]:
+    def _drawn(self, width: float, *, titled: bool = False) -> str:
         settings = {**SETTINGS, "svg.hashsalt": self.name}
-        with matplotlib().rc_context(settings), warnings.catch_warnings():
+        with mpl.rc_context(settings), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            token = _width.set(width)
-            try:
-                yield self.draw()
-            finally:
-                _width.reset(token)
+            figure, target = self.draw(width), io.BytesIO()
+            if titled:
+                figure.suptitle(self.title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+                wide, high = figure.get_size_inches()
+                figure.set_size_inches(wide, high + 0.3)
+            # A canvas' own printing: `savefig` would draw everything once more beforehand.
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
+        tips = r'<g class="tip"><title>\1</title>'
+        return re.sub(r'<g id="tip: ([^"]*)">', tips, target.getvalue().decode())
 
     def svg(self) -> str:
         """Return the chart as SVG elements for a page, coloured by its theme: a wide one, and one
@@ -164,16 +151,16 @@ class Chart:
         )
 
     def _element(self, name: str, kind: str, wide: float) -> str:
-        with self._drawn(wide) as figure:
-            text = _svg(figure)
+        text = self._drawn(wide)
         text = text[text.index("<svg") :]
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
-        text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-        text = re.sub(r"\n\s*", " ", text)
-        text = re.sub(r"font: (\d+ )?([\d.]+px) [^;\"]*", _font, text)
-        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-        for colour, variable in VARIABLES.items():
-            text = text.replace(colour, f"var(--{variable})")
+        for pattern, new in (
+            (r"(?s)<metadata>.*?</metadata>|<style.*?</style>", ""), (r"\n\s*", " "),
+            (r"font: (\d+) ([\d.]+px) [^;\"]*", r"font-weight: \1; font-size: \2"),
+            (r"font: ([\d.]+px) [^;\"]*", r"font-size: \1"), (r"font-family: [^;\"]*;? ?", ""),
+            *((colour, f"var(--{variable})") for colour, variable in VARIABLES.items()),
+        ):  # fmt: skip
+            text = re.sub(pattern, new, text)
         used = set(re.findall(r"#([\w-]+)", text))
         text = re.sub(
             r' id="([\w.-]+)"',
@@ -191,58 +178,26 @@ class Chart:
         return opening + text[text.index(">") + 1 :].strip()
 
 
-def _font(found: re.Match[str]) -> str:
-    weight = f"font-weight: {found[1].strip()}; " if found[1] else ""
-    return f"{weight}font-size: {found[2]}"
-
-
-def matplotlib() -> Any:
-    """Return matplotlib; it is slow to import, and few verbs draw."""
-    found = importlib.import_module("matplotlib")
-    for name in ("figure", "backends.backend_svg"):
-        importlib.import_module(f"matplotlib.{name}")
-    return found
-
-
-# A canvas' own printing: `savefig` would draw everything once more beforehand, to lay it out.
-def _svg(figure: Any) -> str:
-    target, nothing = io.BytesIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    canvas = matplotlib().backends.backend_svg.FigureCanvasSVG(figure)
-    canvas.print_svg(target, metadata=nothing)
-    tips = r'<g class="tip"><title>\1</title>'
-    return re.sub(r'<g id="tip: ([^"]*)">', tips, target.getvalue().decode())
-
-
 def _tip(artist: Any, text: str) -> None:
     if text:
         artist.set_gid(f"tip: {text}")
 
 
-def _narrow() -> bool:
-    return _width.get() < WIDTH
-
-
-def _figure(height: float, width: float = 0.0) -> Any:
-    size = _width.get() if _narrow() else max(WIDTH, width), height
-    return matplotlib().figure.Figure(figsize=size, layout="constrained")
-
-
-def _legend(figure: Any, keys: Sequence[Key]) -> None:
-    line = matplotlib().lines.Line2D
-    handles = [line([], [], label=name, color=colour, **look) for name, colour, look in keys]
+def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
+    handles = [mpl.lines.Line2D([], [], label=name, color=colour, **look)
+               for name, colour, look in keys]  # fmt: skip
     if handles:
-        most = 5 if not _narrow() else 1 if max(len(name) for name, *_ in keys) > 16 else 2
+        most = 5 if not narrow else 1 if max(len(name) for name, *_ in keys) > 16 else 2
         figure.legend(handles=handles, loc="outside lower left", ncols=min(most, len(handles)))
 
 
-def _named(axes: Any, rows: Sequence[tuple[str, str | None]], lines: int = 1) -> None:
+def _named(axes: Any, rows: Sequence[tuple[str, str | None]], narrow: bool, lines: int = 1) -> None:
     """Name the rows of a chart from the top, each after a dot where it has a colour."""
-    wide = 15 if _narrow() else 40
+    wide = 15 if narrow else 40
     names = ["\n".join(textwrap.wrap(words.short(name, wide * lines), wide)[:lines])
              for name, _ in rows]  # fmt: skip
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    mpl = matplotlib()
     left = mpl.transforms.ScaledTranslation(-9 / 72, 0, axes.figure.dpi_scale_trans)
     for y, (_, colour) in enumerate(rows):
         if colour:
@@ -251,149 +206,141 @@ def _named(axes: Any, rows: Sequence[tuple[str, str | None]], lines: int = 1) ->
             axes.tick_params(axis="y", pad=16)
 
 
-def bars(
-    panels: Mapping[str, Sequence[Row]], below: str, keys: Sequence[Key] = (), *,
-    rule: float | None = None,
-) -> Any:  # fmt: skip
-    """Rows of bars and dots with their intervals, panels one below the other, by title."""
-    heights = [0.2 + sum(0.24 + 0.12 * len(row.lanes) for row in rows) for rows in panels.values()]
-    figure = _figure(0.6 + 0.3 * bool(keys) + sum(heights) + 0.4 * (len(panels) - 1))
-    grid = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights).ravel()
-    marks = [mark for rows in panels.values() for row in rows for lane in row.lanes
-             for mark in lane]  # fmt: skip
-    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
-        for at, row in enumerate(rows):
-            for number, lane in enumerate(row.lanes):
-                y = at + 0.6 * ((number + 0.5) / len(row.lanes) - 0.5)
-                for mark in lane:
-                    _mark(axes, mark, y, 0.6 / len(row.lanes))
-        _named(axes, [(row.name, row.colour) for row in rows], 1 + _narrow())
-        axes.set_title("\n".join(textwrap.wrap(title, 36 if _narrow() else 90)))
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
-        if rule is not None:
-            axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
-    if any(mark.marker == "bar" for mark in marks):
-        ends = [end for mark in marks for end in (mark.x, mark.low, mark.high) if end is not None]
-        axes.set_xlim(1.03 * min([0.0, *ends]), 1.03 * max(ends))
-    axes.set_xlabel(below)
-    _legend(figure, keys)
-    return figure
-
-
-def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
+def _mark(axes: Any, mark: Mark, y: float, height: float = 0.0) -> None:
+    """Draw a bar, a dot or a notch, and the line of its interval."""
     bar = mark.marker == "bar"
     if bar:
         [drawn] = axes.barh(y, mark.x, height=height, color=mark.colour)
     else:
-        edge = {"markeredgecolor": PAPER} if mark.marker != "|" else {}
+        edge = {"markeredgecolor": mark.colour if mark.hollow or mark.marker == "|" else PAPER}
         [drawn] = axes.plot([mark.x], [y], marker=mark.marker, markersize=8, linestyle="none",
-                            color=mark.colour, zorder=3, **edge)  # fmt: skip
+                            color=PAPER if mark.hollow else mark.colour, zorder=3,
+                            **edge)  # fmt: skip
     _tip(drawn, mark.tip)
     if mark.low is not None and mark.high is not None:
         axes.plot([mark.low, mark.high], [y, y], color=INK if bar else mark.colour, linewidth=1.5,
                   solid_capstyle="butt")  # fmt: skip
 
 
-def _grid(panels: Sequence[Panel]) -> Any:
-    """Return a figure and the axes of each panel, titled and labelled."""
-    columns = 1 if _narrow() else min(2 if len(panels) in (2, 4) else 3, len(panels))
+def bars(
+    width: float, rows: Sequence[Row], below: str, keys: Sequence[Key] = (), *, rule: float
+) -> Any:
+    """Rows of bars and dots with their intervals, and a line at `rule`."""
+    narrow = width < WIDTH
+    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row.lanes) for row in rows)
+    figure = Figure(figsize=(width, high), layout="constrained")
+    axes = figure.subplots()
+    for at, row in enumerate(rows):
+        for number, lane in enumerate(row.lanes):
+            y = at + 0.6 * ((number + 0.5) / len(row.lanes) - 0.5)
+            for mark in lane:
+                _mark(axes, mark, y, 0.6 / len(row.lanes))
+    _named(axes, [(row.name, row.colour) for row in rows], narrow, 1 + narrow)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
+    marks = [mark for row in rows for lane in row.lanes for mark in lane]
+    if any(mark.marker == "bar" for mark in marks):
+        ends = [end for mark in marks for end in (mark.x, mark.low, mark.high) if end is not None]
+        axes.set_xlim(1.03 * min([0.0, *ends]), 1.03 * max(ends))
+    axes.set_xlabel(below)
+    _legend(figure, keys, narrow)
+    return figure
+
+
+def scatter(
+    width: float,
+    panels: Mapping[str, tuple[str, Sequence[Mark]]],
+    below: str,
+    beside: str,
+    keys: Sequence[Key] = (),
+) -> Any:
+    """Dots over a logarithmic axis, hollow or filled, some with their name beside them; panels by
+    title, each with a note."""
+    narrow = width < WIDTH
+    columns = 1 if narrow else min(2 if len(panels) in (2, 4) else 3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = _figure(0.5 + 2.75 * lines)
+    figure = Figure(figsize=(width, 0.5 + 2.75 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
-        axes.set_title(words.short(panel.title, 24), pad=20 if panel.note else None)
-        axes.annotate(panel.note, (0, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=9.5,
-                      textcoords="offset points", color=MUTED)  # fmt: skip
-        axes.set(xlabel=panel.below, ylabel=panel.beside)
-        axes.grid()
-        axes.tick_params(labelcolor=MUTED)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    return figure, grid[: len(panels)]
-
-
-def scatter(panels: Sequence[Panel], keys: Sequence[Key] = ()) -> Any:
-    """Dots over a logarithmic axis, hollow or filled, some with their name beside them."""
-    figure, grid = _grid(panels)
-    for axes, panel in zip(grid, panels, strict=True):
+    for axes, (title, (note, marks)) in zip(grid, panels.items(), strict=False):
+        axes.set_title(words.short(title, 24), pad=20)
+        axes.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=9.5,
+                      textcoords="offset points", color=MUTED)  # fmt: skip
+        axes.set(xlabel=below, ylabel=beside, xscale="log")
         axes.margins(y=0.12)
-        axes.set_xscale("log")
-        for mark in panel.content:
-            edge = mark.colour if mark.hollow else PAPER
-            [dot] = axes.plot([mark.x], [mark.y], marker="o", markersize=7.5, linestyle="none",
-                              color=PAPER if mark.hollow else mark.colour, markeredgecolor=edge,
-                              markeredgewidth=1.8 if mark.hollow else 0.9)  # fmt: skip
-            _tip(dot, mark.tip)
-        low, high = (end((mark.x for mark in panel.content), default=1) for end in (min, max))
-        for mark in panel.content:
+        axes.grid()
+        axes.tick_params(labelcolor=MUTED)
+        low, high = (end((mark.x for mark in marks), default=1) for end in (min, max))
+        for mark in marks:
+            _mark(axes, mark, mark.y)
             right = mark.x <= math.sqrt(low * high)
             axes.annotate(
-                words.short(mark.label, 12 if _narrow() else 18), (mark.x, mark.y),
+                words.short(mark.label, 12 if narrow else 18), (mark.x, mark.y),
                 xytext=(6 if right else -6, 8), textcoords="offset points",
                 ha="left" if right else "right", fontsize=9.5,
             )  # fmt: skip
-        rounds = [base * 10**power for power in range(-3, 9) for base in (1, 2, 3, 5)]
-        shown = [x for x in rounds if low * 0.98 <= x <= high * 1.02]
-        if len(shown) < 2:
-            shown = [float(f"{low:.2g}"), float(f"{high:.2g}")]
-        axes.set_xticks(shown, [f"{x:g}" for x in shown])
+        ticks = [float(f"{x:.2g}") for x in np.geomspace(low, high, 4)]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.set_xticks([], minor=True)
-    _legend(figure, keys)
+    _legend(figure, keys, narrow)
     return figure
 
 
 def heat(
-    rows: Sequence[tuple[str, str | None]], columns: Sequence[str],
-    cells: Sequence[Sequence[Cell]], *, ramp: str = "YlGnBu", low: float = 0.0,
-    high: float = 1.0, keys: Sequence[Key] = (), tilted: bool = False,
-) -> Any:  # fmt: skip
+    width: float,
+    rows: Sequence[tuple[str, str | None]],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[Cell]],
+    *,
+    ramp: str = "YlGnBu",
+    low: float = 0.0,
+    high: float = 1.0,
+    keys: Sequence[Key] = (),
+    tilted: bool = False,
+) -> Any:
     """A map of coloured cells, rows by columns."""
-    mpl = matplotlib()
-    heads = 1.9 if tilted else 0.9 + 0.6 * _narrow()
-    figure = _figure(heads + 0.3 * len(rows) + 0.3 * bool(keys),
-                     2.4 + (0.55 if tilted else 1.15) * len(columns))  # fmt: skip
-    small = _narrow() and len(columns) > 7  # no room for numbers
+    narrow = width < WIDTH
+    heads = 1.9 if tilted else 0.9 + 0.6 * narrow
+    wide = max(width, 2.4 + (0.55 if tilted else 1.15) * len(columns))
+    figure = Figure(figsize=(width if narrow else wide,
+                             heads + 0.3 * len(rows) + 0.3 * bool(keys)),
+                    layout="constrained")  # fmt: skip
+    small = narrow and len(columns) > 7  # no room for numbers
     axes = figure.subplots()
-    colour = partial(_ramp, mpl.colormaps[ramp], low, high)
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            fill = None if cell.value is None else colour(cell.value)
+            known = cell.value is not None
+            share = ((cell.value or 0) - low) / (high - low)
+            fill = mpl.colors.to_hex(mpl.colormaps[ramp](0.06 + 0.88 * share)) if known else "none"
             box = mpl.patches.Rectangle(
-                (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=fill or "none", linewidth=0,
-                edgecolor=GRID if fill is None else PAPER, hatch="///" if fill is None else None,
+                (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=fill, linewidth=0,
+                edgecolor=PAPER if known else GRID, hatch=None if known else "///",
             )  # fmt: skip
             _tip(axes.add_patch(box), cell.tip)
-            if fill is None:
+            if not known:
                 continue
-            ink = _readable(mpl.colors.to_rgb(fill))
+            ink = _readable(fill)
             axes.text(x + 0.5, y, "" if small else cell.text, ha="center", va="center", color=ink,
                       fontsize=9.5, fontweight="bold" if cell.bold else "normal")  # fmt: skip
             if cell.corner:
                 corner = [(x + 0.02, y - 0.45), (x + 0.1, y - 0.45), (x + 0.02, y - 0.12)]
                 axes.add_patch(mpl.patches.Polygon(corner, facecolor=ink, edgecolor="none"))
-    _named(axes, rows)
+    _named(axes, rows, narrow)
     axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xticks(
-        [at + 0.5 for at in range(len(columns))], [words.short(name, 22) for name in columns]
-    )
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [words.short(name, 22) for name in columns])
     axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelcolor=INK)
-    if tilted or _narrow():
+    if tilted or narrow:
         for label in axes.get_xticklabels():
             label.set(rotation=90 if small else 50, ha="left", rotation_mode="anchor")
     axes.spines[:].set_visible(False)
-    _legend(figure, keys)
+    _legend(figure, keys, narrow)
     return figure
 
 
-def _ramp(colours: Any, low: float, high: float, value: float) -> str:
-    return str(matplotlib().colors.to_hex(colours(0.06 + 0.88 * (value - low) / (high - low))))
-
-
-def _readable(colour: Any) -> str:
+def _readable(colour: str) -> str:
     """Return black or white, whichever stands out more on a colour (WCAG's luminance)."""
-    red, green, blue = (
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour
-    )
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
+    parts = np.array(mpl.colors.to_rgb(colour))
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return "#ffffff" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "#000000"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import Among, Correlation
+from calmix.analysis.correlations import METRIC, Correlation
 from calmix.analysis.ranking import Ranked
 from calmix.analysis.statistics import LEAST
 from calmix.report import charts, words
@@ -27,7 +26,6 @@ from calmix.report.charts import (
     Chart,
     Key,
     Mark,
-    Panel,
     Row,
 )
 
@@ -43,24 +41,10 @@ def _by_strategy(rows: Sequence[Ranked], label: str = "{}") -> list[Key]:
             for key, name in words.STRATEGIES.items() if key in made]  # fmt: skip
 
 
-def _names(rows: Sequence[Ranked]) -> list[tuple[str, str | None]]:
-    return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
-
-
 def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
     """Return the charts of one condition, without those that nothing can be drawn in."""
     made = [_abilities(analysis, found), _ranking(analysis, found), _tasks(found)]
-    for name in ("perplexity", "distortion"):
-        if name in found.cells.metrics:
-            x = found.cells.information[:, found.cells.metrics.index(name)]
-            if len(np.unique(x[~np.isnan(x)])) > 1:
-                made.append(_perplexity(analysis, found, name, x))
-                break
-    for among in words.AMONG:
-        own = [one for one in found.correlations if one.among == among]
-        if any(one.rho is not None for one in own):
-            made.append(_correlations(analysis, found, own))
-    return made
+    return [*made, *_perplexity(analysis, found), *_correlations(analysis, found)]
 
 
 def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
@@ -89,11 +73,15 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
         "dimension. One colour scale for the whole study.",
         f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
-        lambda: charts.heat(
-            _names(rows), columns, [[cell(one, name) for name in columns] for one in rows],
+        lambda width: charts.heat(
+            width, _names(rows), columns, [[cell(one, name) for name in columns] for one in rows],
             low=low, high=high, keys=_by_strategy(rows),
         ),
     )  # fmt: skip
+
+
+def _names(rows: Sequence[Ranked]) -> list[tuple[str, str | None]]:
+    return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
 
 
 def _tasks(found: ConditionAnalysis) -> Chart:
@@ -116,19 +104,19 @@ def _tasks(found: ConditionAnalysis) -> Chart:
         "set was made of the other half of that benchmark.",
         f"Heat map of {len(rows)} calibration sets by {len(tasks)} tasks. The numbers are in "
         "tasks.csv of calmix study analyse.",
-        lambda: charts.heat(
-            _names(rows), [f"{task.name} {task.dense:.2f}" for task in tasks],
+        lambda width: charts.heat(
+            width, _names(rows), [f"{task.name} {task.dense:.2f}" for task in tasks],
             [[cell(row, task.name) for task in tasks] for row in rows],
             low=min([0.0, *known]), high=max([1.0, *known]), tilted=True,
         ),
     )  # fmt: skip
 
 
-def _mark(one: Estimate, tip: str, colour: str, marker: str = "o", unit: str = "%") -> Mark:
+def _mark(one: Estimate, tip: str, colour: str, marker: str) -> Mark:
     """Return an estimate as a mark in percent."""
     low, high = (None if end is None else 100 * end for end in (one.low, one.high))
-    tip = f"{tip}: {words.with_span(one)} {unit}"
-    return Mark(100 * (one.value or 0), tip, colour, marker, low, high)
+    return Mark(100 * (one.value or 0), f"{tip}: {words.with_span(one)} %", colour, marker, low,
+                high)  # fmt: skip
 
 
 def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
@@ -157,42 +145,49 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
             for one in found.ranking
         ) + ".",
-        lambda: charts.bars({"": rows}, "retention, %", [*_by_strategy(ranked), *worst], rule=0),
+        lambda width: charts.bars(width, rows, "retention, %", [*_by_strategy(ranked), *worst],
+                                  rule=0),
     )  # fmt: skip
 
 
-def _perplexity(analysis: Analysis, found: ConditionAnalysis, metric: str, x: Any) -> Chart:
-    cells = found.cells
-    inside = set(cells.of("single"))
-    told = {one.quantity: one for one in of_metric(found, metric)}
-    panels = []
+def _perplexity(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]:
+    """Yield retention over perplexity, where that was measured and is not the same throughout."""
+    cells, inside = found.cells, set(found.cells.of("single"))
+    if METRIC not in cells.metrics:
+        return
+    x = cells.information[:, cells.metrics.index(METRIC)]
+    if len(np.unique(x[~np.isnan(x)])) < 2:
+        return
+    told = {one.quantity: one for one in found.correlations
+            if (one.metric, one.among) == (METRIC, "sources")}  # fmt: skip
+    panels = {}
     for number, name in enumerate(analysis.dimensions):
         y = 100 * cells.means[:, cells.quantities.index(name)]
-        known = [at for at in range(len(x)) if not np.isnan(x[at]) and not np.isnan(y[at])]
+        known = np.flatnonzero(~np.isnan(x + y)).tolist()
         ends = sorted(inside & set(known), key=lambda at: y[at])
         marks = [
             Mark(x[at], f"{cells.sets[at]}: perplexity {x[at]:.1f}, {name} {y[at]:.1f} %",
-                 COLOURS[number % 6] if at in inside else STRATEGY_COLOURS[cells.strategies[at]],
+                 COLOURS[number % 6] if at in inside else STRATEGY_COLOURS[cells.made[at].strategy],
                  y=y[at], hollow=at not in inside,
                  label=cells.sets[at] if at in (ends[:1] + ends[1:][-1:]) else "")
             for at in known
         ]  # fmt: skip
-        panels.append(Panel(name, marks, "perplexity (log)", "retention, %",
-                            note=_correlation(told.get(name))))  # fmt: skip
-    outside = [one for one in found.ranking if cells.sets.index(one.calibration) not in inside]
+        panels[name] = _correlation(told.get(name)), marks
+    outside = [one for one in found.ranking if one.strategy != "single"]
     how = f"Too few sets for a correlation (over single sources only, at least {LEAST})."
     if told:
         how = (
             "ρ is Spearman's, over single sources only, with its 95 % bootstrap interval; q: p "
             f"corrected over {analysis.families['sources']} tests. Hollow dots do not count."
         )
-    return Chart(
+    yield Chart(
         f"perplexity-{slug(found.condition.label)}",
         f"Perplexity of the calibration text and retention, {found.condition.label}",
         f"Each dot is a calibration set, seeds averaged. {how}",
         "Scatter plots of retention against perplexity: "
-        + "; ".join(f"{panel.title}: {panel.note}" for panel in panels) + ".",
-        lambda: charts.scatter(panels, _by_strategy(outside, "{} (hollow)")),
+        + "; ".join(f"{name}: {note}" for name, (note, _) in panels.items()) + ".",
+        lambda width: charts.scatter(width, panels, "perplexity (log)", "retention, %",
+                                     _by_strategy(outside, "{} (hollow)")),
     )  # fmt: skip
 
 
@@ -204,46 +199,28 @@ def _correlation(one: Correlation | None) -> str:
     return f"ρ {words.rho(one.rho)}{ends}  p {words.p_value(one.p)}  q {q}"
 
 
-def of_metric(found: ConditionAnalysis, metric: str) -> list[Correlation]:
-    """Return the correlations of a metric over all sources, be it another's alias."""
-    told = []
-    for one in found.correlations:
-        if one.among != "sources":
-            continue
-        if metric in (one.metric, *one.aliases):
-            told.append(one)
-        elif f"-{metric}" in one.aliases and one.rho is not None:
-            low, high = (None if end is None else -end for end in (one.high, one.low))
-            told.append(replace(one, rho=-one.rho, low=low, high=high))
-    return told
-
-
-def _correlations(
-    analysis: Analysis, found: ConditionAnalysis, own: Sequence[Correlation]
-) -> Chart:
-    among: Among = own[0].among
-    by_name = {(one.metric, one.quantity): one for one in own}
-    metrics = list(dict.fromkeys(one.metric for one in own))
+def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]:
     columns = (*analysis.dimensions, TOTAL)
-    within = "" if among == "sources" else f" {words.AMONG[among]}"
-    strong = sum(one.significant for one in own)
-
-    def cell(metric: str, name: str) -> Cell:
-        one = by_name[metric, name]
-        text = words.rho(one.rho) + " ●" * one.significant
-        return Cell(one.rho, text, f"{words.metric_name(metric)} and {name}: {_correlation(one)}",
-                    one.significant)  # fmt: skip
-
-    return Chart(
-        f"correlations{'-within' if within else ''}-{slug(found.condition.label)}",
-        f"Properties of the text and what is kept{within}, {found.condition.label}",
-        f"Spearman's ρ over {own[0].n} calibration sets{within}; ● survives correction over "
-        f"{analysis.families[among]} tests at 0.05.",
-        f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
-        f"{words.counted(strong, 'correlation')} survive correction.",
-        lambda: charts.heat(
-            [(words.metric_name(metric), None) for metric in metrics], columns,
-            [[cell(metric, name) for name in columns] for metric in metrics],
-            ramp="RdBu", low=-1, high=1,
-        ),
-    )  # fmt: skip
+    for among, kinds in words.AMONG.items():
+        own = {(one.metric, one.quantity): one for one in found.correlations if one.among == among}
+        if all(one.rho is None for one in own.values()):
+            continue
+        metrics = list(dict.fromkeys(name for name, _ in own))
+        within = "" if among == "sources" else f" {kinds}"
+        cells = [
+            [Cell(one.rho, words.rho(one.rho) + " ●" * one.significant,
+                  f"{words.metric_name(metric)} and {name}: {_correlation(one)}", one.significant)
+             for name in columns for one in [own[metric, name]]]
+            for metric in metrics
+        ]  # fmt: skip
+        rows = [(words.metric_name(metric), None) for metric in metrics]
+        strong = sum(one.significant for one in own.values())
+        yield Chart(
+            f"correlations{'-within' if within else ''}-{slug(found.condition.label)}",
+            f"Properties of the text and what is kept{within}, {found.condition.label}",
+            f"Spearman's ρ over {own[metrics[0], TOTAL].n} calibration sets{within}; ● survives "
+            f"correction over {analysis.families[among]} tests at 0.05.",
+            f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
+            f"{words.counted(strong, 'correlation')} survive correction.",
+            partial(charts.heat, rows=rows, columns=columns, cells=cells, ramp="RdBu", low=-1),
+        )  # fmt: skip

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import APART, TOTAL, Condition
-from calmix.analysis.correlations import Among, TradeOff
-from calmix.analysis.differences import BEST, SINGLES
-from calmix.analysis.gains import MEAN, Gain
+from calmix.analysis.correlations import Among
+from calmix.analysis.differences import BEST, MEAN, SINGLES, Gain
 from calmix.analysis.ranking import leaders
 from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
@@ -102,8 +101,8 @@ class Summary:
 def summarise(analysis: Analysis) -> Summary:
     """Return the sentences of an analysis."""
     return Summary(
-        _headline(analysis), tuple(_condition(analysis, each) for each in analysis.conditions),
-        _methods(analysis), tuple(claims(analysis)), tuple(_certainty(analysis)),
+        _headline(analysis), tuple(map(_condition, analysis.conditions)), _methods(analysis),
+        tuple(claims(analysis)), tuple(_certainty(analysis)),
     )  # fmt: skip
 
 
@@ -128,36 +127,30 @@ def measured(analysis: Analysis) -> str:
     return words.listed(name for name, some in named.items() if some)
 
 
-def _unmeasured(analysis: Analysis) -> str:
-    return "" if "answers" in measured(analysis) else f" {NO_ANSWERS}"
-
-
 def _headline(analysis: Analysis) -> str:
-    main = main_condition(analysis.conditions)
-    best, where = main.ranking[0], f"after {main.condition.label}"
-    if best.total.value is None:
+    main, what = main_condition(analysis.conditions), measured(analysis)
+    ranked = [one for one in main.ranking if one.total.value is not None]
+    where = f"after {main.condition.label}"
+    if not ranked:
         return f"No calibration set has a retention {where}: no task of the suite has signal."
-    what = measured(analysis)
     if len(main.ranking) == 1:
-        return (
-            f"{best.calibration} keeps {words.with_span(best.total)} % of the dense model's "
-            f"{what} {where}. It is the only calibration set: there is nothing to compare."
-            + _unmeasured(analysis)
+        text = (
+            f"{ranked[0].calibration} keeps {words.with_span(ranked[0].total)} % of the dense "
+            f"model's {what} {where}. It is the only calibration set: there is nothing to compare."
         )
-    sets = leaders(main.ranking)
-    text = f"{what.capitalize()} kept {where} (dense model: 100 %): "
-    text += f"{words.which_is_best(main.ranking)}."
-    worst = [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
-             for one in sets[:3] if one.worst is not None]  # fmt: skip
-    if worst:
-        text += f" In the worst dimension: {words.listed(worst)}."
-    last = [one for one in main.ranking if one.total.value is not None][-1]
-    if last not in sets:
-        text += f" {last.calibration} keeps the least: {words.percent(last.total.value)} %."
-    return text + _unmeasured(analysis)
+    else:
+        sets, last = leaders(main.ranking), ranked[-1]
+        text = f"{what.capitalize()} kept {where} (dense model: 100 %): "
+        text += f"{words.which_is_best(main.ranking)}."
+        if worst := [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
+                     for one in sets[:3] if one.worst is not None]:  # fmt: skip
+            text += f" In the worst dimension: {words.listed(worst)}."
+        if last not in sets:
+            text += f" {last.calibration} keeps the least: {words.percent(last.total.value)} %."
+    return text if "answers" in what else f"{text} {NO_ANSWERS}"
 
 
-def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:
+def _condition(each: ConditionAnalysis) -> Findings:
     told = Findings(each.condition.label)
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
@@ -174,9 +167,8 @@ def _condition(analysis: Analysis, each: ConditionAnalysis) -> Findings:
             told.say(one.agrees, f"KL to the dense model, which needs no labels, {does} {one.n} "
                      f"sets as total retention does (ρ {words.rho(one.rho)}, "
                      f"p {words.p_value(one.p)}; −1 is the same order).")  # fmt: skip
-    faint = [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise
-             if one.kind != "task" and one.ratio is not None and one.ratio < 1]  # fmt: skip
-    if faint:
+    if faint := [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise
+                 if one.kind != "task" and one.ratio is not None and one.ratio < 1]:  # fmt: skip
         told.say(False, "One trial per source cannot separate the sources (signal over noise "
                  f"below 1) in {words.listed(faint)}.")  # fmt: skip
     return told
@@ -210,7 +202,8 @@ def _contest(each: ConditionAnalysis, told: Findings) -> None:
 def _methods(analysis: Analysis) -> Findings:
     """Each method against the one that keeps next less, and how leads differ between them."""
     told = Findings("Method by method")
-    totals = sorted((one for one in analysis.gains if one.quantity == TOTAL), key=_value)
+    totals = sorted((one for one in analysis.gains if one.quantity == TOTAL and not one.over),
+                    key=lambda one: one.gap.value or 0.0)  # fmt: skip
     nearest: dict[str, Gain] = {}
     for one in totals:
         if one.calibration == MEAN:
@@ -218,37 +211,32 @@ def _methods(analysis: Analysis) -> Findings:
     for each in analysis.conditions:
         if (mean := nearest.get(each.condition.label)) is None:
             continue
-        pair = f"{mean.more} against {mean.less}"
         sets = [one for one in totals if one is not mean
                 and (one.more, one.less) == (mean.more, mean.less)]  # fmt: skip
         ends = [f"{words.points(one.gap.value)} ({one.calibration})" for one in (sets[0], sets[-1])]
         over = f"mean of {mean.sets} sets, {' to '.join(ends)}"
-        told.say(mean.gap.clear, f"{pair}: {words.with_points(mean.gap)} points in total, "
-                 f"{over if mean.sets > 1 else f'of {sets[0].calibration}'}.")  # fmt: skip
+        if mean.sets == 1:
+            over = f"of {sets[0].calibration}"
+        told.say(mean.gap.clear, f"{mean.more} against {mean.less}: "
+                 f"{words.with_points(mean.gap)} points in total, {over}.")  # fmt: skip
     return told
-
-
-def _value(one: Gain) -> float:
-    return one.gap.value or 0.0
 
 
 def claims(analysis: Analysis) -> Iterator[Claim]:
     """Return the claims that this study can say anything of."""
-    found = analysis.conditions
-    made = [
-        (text, [_compared(each, left, right, quantity) for each in found])
-        for text, left, right, quantity in COMPARED
-    ]
+    found, compared = analysis.conditions, list(COMPARED)
     if (default := analysis.settings.default) is not None:
-        over = [_over(analysis, each) for each in found]
-        made.insert(3, (f"A mix keeps more than {default}", over))
+        compared.insert(3, (f"A mix keeps more than {default}", "mix", default, TOTAL))
+    made = [(text, [_compared(each, *sides) for each in found]) for text, *sides in compared]
     made += [
         ("Dimensions are far apart where the total is close", [_cancelled(each) for each in found]),
         ("A metric of the text raises one dimension and lowers another",
          [_pulled(each, "sources") for each in found]),
         ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
-        ("The lead of a mix grows with sparsity", list(_grown(analysis))),
-        ("The lead of a mix shrinks with recovery", [_evened(analysis, each) for each in found]),
+        ("The lead of a mix grows with sparsity",
+         [_moved(analysis, each, "sparsity") for each in found]),
+        ("The lead of a mix shrinks with recovery",
+         [_moved(analysis, each, "recovery") for each in found]),
     ]  # fmt: skip
     ways = list(dict.fromkeys(each.condition.way for each in found))
     for text, verdicts in made:
@@ -257,60 +245,66 @@ def claims(analysis: Analysis) -> Iterator[Claim]:
             yield Claim(text, tuple(known))
 
 
-def _at(at: Condition, verdict: str, because: str) -> Verdict:
-    return Verdict(at.model, at.way, at.label, verdict, because)
+def _at(at: Condition, verdict: str, because: str, where: str = "") -> Verdict:
+    return Verdict(at.model, at.way, where or at.label, verdict, because)
 
 
 Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found
 
 
-def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict | None:
-    """Return what gaps say together: one that is found in the wanted direction bears it out."""
+def _judged(gaps: Iterable[Gap], wanted: int = 1) -> tuple[str, str] | None:
+    """Return what gaps say together, with the figures: one that is found in the wanted direction
+    bears it out."""
     some = list(gaps)
     if not some:
         return None
     signs = {0 if not found or not gap.value else wanted if gap.value > 0 else -wanted
              for _, gap, found in some}  # fmt: skip
     verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
-    return _at(at, verdict, "; ".join(
+    return verdict, "; ".join(
         f"{name} {words.with_points(gap)}"
         + (" (not after correction for the number of tests)" if gap.clear and not found else "")
         for name, gap, found in some
-    ))  # fmt: skip
-
-
-def _made(each: ConditionAnalysis, how: str) -> set[str]:
-    """Return the sets that were made in one way."""
-    return {each.cells.sets[at] for at in each.cells.of(how)}
+    )
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str, quantity: str) -> Verdict | None:
-    def names(contender: str, wanted: str) -> bool:
-        if wanted in (BEST, SINGLES):
-            return contender.startswith(wanted)
-        return contender in _made(each, wanted)
+    made = {one.calibration: one.strategy for one in each.cells.made}
+
+    def names(side: str, wanted: str) -> bool:
+        return wanted in (side, made.get(side)) or (wanted == BEST and side.startswith(BEST))
 
     def gaps() -> Iterator[Gap]:
         for one in each.differences:
-            if one.quantity != quantity or one.gap.value is None:
-                continue
-            if names(one.left, left) and names(one.right, right):
+            if one.quantity == quantity and names(one.left, left) and names(one.right, right):
                 over = "" if right == SINGLES else f" over {one.right.removeprefix(BEST)}"
                 yield one.left + over, one.gap, one.significant
-            elif names(one.right, left) and names(one.left, right):
+            elif one.quantity == quantity and names(one.right, left) and names(one.left, right):
                 yield f"{one.right} over {one.left}", -one.gap, one.significant
 
-    return _judged(each.condition, gaps())
+    judged = _judged(gaps())
+    return judged and _at(each.condition, *judged)
 
 
-def _over(analysis: Analysis, each: ConditionAnalysis) -> Verdict | None:
-    mixes = _made(each, "mix")
-    return _judged(each.condition, (
-        (f"{one.calibration} over {one.default}", one.gap, one.gap.clear)
-        for one in analysis.margins
-        if (one.condition, one.quantity) == (each.condition.label, TOTAL)
-        and one.calibration in mixes
-    ))  # fmt: skip
+def _moved(analysis: Analysis, each: ConditionAnalysis, by: str) -> Verdict | None:
+    """Say whether mixes are further ahead than at the lowest sparsity, or less than without the
+    recovery."""
+    mixes = {one.calibration for one in each.cells.made if one.strategy == "mix"}
+    own = [one for one in analysis.gains
+           if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
+           and one.over and one.calibration in mixes]  # fmt: skip
+    if by == "recovery":
+        judged = _judged(
+            ((f"{one.calibration} over {one.over}", one.gap, one.gap.clear) for one in own), -1
+        )
+        return judged and _at(each.condition, *judged)
+    judged = _judged((one.calibration, one.gap, one.gap.clear) for one in own)
+    if judged is None:
+        return None
+    low = next(one.condition.sparsity for one in analysis.conditions
+               if one.condition.label == own[0].less)  # fmt: skip
+    ends = f"{100 * low:g} % to {100 * each.condition.sparsity:g} %"
+    return _at(each.condition, judged[0], f"{ends}: {judged[1]}", each.condition.series)
 
 
 def _cancelled(each: ConditionAnalysis) -> Verdict | None:
@@ -328,17 +322,22 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
 
 
 def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
+    """Say whether a metric goes up with one dimension and down with another, both after
+    correction."""
     tested = [one for one in each.correlations if one.among == among]
     if not tested:
         return None
     n = words.counted(max(one.n for one in tested), "source")
-    best: dict[str, TradeOff] = {}  # the strongest first
-    for one in sorted(each.trade_offs, key=lambda one: max(-one.rho_rises, one.rho_falls)):
-        if one.among == among:
-            best.setdefault(one.metric, one)
-    if best:
-        some = [f"{words.metric_name(one.metric)}: {one.rises} {words.rho(one.rho_rises)}, "
-                f"{one.falls} {words.rho(one.rho_falls)}" for one in best.values()]  # fmt: skip
+    pairs = []
+    for metric in dict.fromkeys(one.metric for one in tested):
+        strong = sorted((one.rho or 0.0, one.quantity) for one in tested if one.significant
+                        and one.metric == metric and one.quantity != TOTAL)  # fmt: skip
+        if strong and strong[0][0] < 0 < strong[-1][0]:
+            (low, falls), (high, rises) = strong[0], strong[-1]
+            pairs.append((max(low, -high), f"{words.metric_name(metric)}: {rises} "
+                          f"{words.rho(high)}, {falls} {words.rho(low)}"))  # fmt: skip
+    if pairs:
+        some = [text for _, text in sorted(pairs, key=lambda one: one[0])]  # the strongest first
         more = f"; {words.counted(len(some) - 2, 'more metric')}" if some[2:] else ""
         return _at(each.condition, HOLDS, f"{'; '.join(some[:2])}{more}; {n}")
     because = "no two signs survive correction"
@@ -348,33 +347,8 @@ def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
             f"; strongest: {words.metric_name(near.metric)} with {near.quantity}, "
             f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
         )
-    verdict = OPEN if each.least_p.get(among, 1.0) > ALPHA else NOT_FOUND
-    return _at(each.condition, verdict, f"{because}; {n}")
-
-
-def _grown(analysis: Analysis) -> Iterator[Verdict | None]:
-    for series in dict.fromkeys(one.series for one in analysis.growths):
-        members = [each for each in analysis.conditions if each.condition.series == series]
-        mixes = {name for each in members for name in _made(each, "mix")}
-        own = [one for one in analysis.growths if (one.series, one.quantity) == (series, TOTAL)
-               and one.calibration in mixes]  # fmt: skip
-        last = members[-1].condition  # lowest sparsity first
-        made = _judged(last, ((one.calibration, one.gap, one.gap.clear) for one in own))
-        if made is not None:
-            first, *_, end = (f"{100 * share:g} %" for share in own[0].sparsities)
-            because = f"{first} to {end}: {made.because}"
-            yield Verdict(last.model, last.way, series, made.verdict, because)
-
-
-def _evened(analysis: Analysis, each: ConditionAnalysis) -> Verdict | None:
-    """Whether a mix is less far ahead with a recovery than without."""
-    mixes = _made(each, "mix")
-    return _judged(each.condition, (
-        (f"{one.calibration} over {one.default}", one.gap, one.gap.clear)
-        for one in analysis.shifts
-        if one.recovered and (one.more, one.quantity) == (each.condition.label, TOTAL)
-        and one.calibration in mixes
-    ), wanted=-1)  # fmt: skip
+    few = min(one.least_p or 0.0 for one in tested) > ALPHA
+    return _at(each.condition, OPEN if few else NOT_FOUND, f"{because}; {n}")
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:
@@ -405,8 +379,7 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"Every set has one seed{where}: intervals there cover test items alone, and nothing "
             "is known of other seeds."
         )
-    shared = {one.calibration for each in found for one in each.ranking if one.without_own}
-    if shared:
+    if shared := {one.calibration for each in found for one in each.ranking if one.without_own}:
         yield (
             f"{words.counted(len(shared), 'set was', 'sets were')} made of the other half of a "
             "benchmark that is scored; the ranking also gives them without those tasks."
@@ -420,10 +393,10 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"mix would count its parts twice). p is two-sided, by permutation, corrected over "
             f"{families} (Benjamini-Hochberg at {ALPHA:g})."
         )
-        weak = [p for each in tested for p in each.least_p.values() if p > ALPHA]
-        if weak:
+        least = max(one.least_p or 0.0 for each in tested for one in each.correlations)
+        if least > ALPHA:
             yield (
-                f"So few points cannot give p below {max(weak):.2g}: no correlation could have "
+                f"So few points cannot give p below {least:.2g}: no correlation could have "
                 "been found, however strong."
             )
     models = words.listed(sorted({each.condition.model for each in found}))

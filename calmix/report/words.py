@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 from calmix.analysis.cells import APART, WORST
-from calmix.analysis.ranking import Placed, leaders
+from calmix.analysis.ranking import Ranked, leaders
 from calmix.evaluation.behaviour import Behaviour
 
 STRATEGIES = {
@@ -189,7 +189,7 @@ def measuring(model: object, dense: object, *more: object) -> str:
     return shlex.join(map(str, line))
 
 
-def which_is_best(placed: Sequence[Placed]) -> str:
+def which_is_best(placed: Sequence[Ranked]) -> str:
     """Say which set keeps the most and by how much, or which are tied; one has a value at least."""
     first, *ties = sets = leaders(placed)
     if not ties:

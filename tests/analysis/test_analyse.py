@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -17,68 +16,45 @@ QUICK = Settings(permutations=199, resamples=50)
 
 def test_everything_is_written_and_the_same_every_time(tmp_path):
     results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
-    found = analyse(results, QUICK)
-    found.save(tmp_path / "one")
-    analyse(results, QUICK).save(tmp_path / "two")
+    for name in ("one", "two"):
+        analyse(results, QUICK).save(tmp_path / name)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == [
-        "analysis.json", "correlations.csv", "differences.csv", "gains.csv", "margin_growth.csv",
-        "margin_shift.csv", "margins.csv", "noise.csv", "ranking.csv", "spread.csv", "tasks.csv",
-        "trade_offs.csv",
+        "analysis.json", "correlations.csv", "differences.csv", "gains.csv", "noise.csv",
+        "ranking.csv", "spread.csv", "tasks.csv",
     ]  # fmt: skip
     for name in names:
         one = (tmp_path / "one" / name).read_bytes()
         assert one == (tmp_path / "two" / name).read_bytes()
         assert b"nan" not in one.lower()
     told = json.loads((tmp_path / "one" / "analysis.json").read_text())
-    assert len(told["conditions"]) == 3
     rows, tasks = (
         list(csv.DictReader((tmp_path / "one" / f"{name}.csv").read_text().splitlines()))
         for name in ("ranking", "tasks")
     )
-    assert (len(rows), len(tasks)) == (42, 42 * 8)
+    assert (len(told["conditions"]), len(rows), len(tasks)) == (3, 42, 42 * 8)
     first = told["conditions"][0]["ranking"][0]
-    assert {name: float(rows[0][name]) for name in (
-        "total_value", "dimensions_code_high", "accuracy_code", "distance_kl_code",
-        "distance_flips_total",
-    )} == {
-        "total_value": first["total"]["value"],
-        "dimensions_code_high": first["dimensions"]["code"]["high"],
-        "accuracy_code": first["accuracy"]["code"],
-        "distance_kl_code": first["distance"]["kl"]["code"],
-        "distance_flips_total": first["distance"]["flips"]["total"],
-    }  # fmt: skip
+    assert float(rows[0]["dimensions_code_high"]) == first["dimensions"]["code"]["high"]
+    assert float(rows[0]["distance_flips_total"]) == first["distance"]["flips"]["total"]
     assert float(tasks[0]["kept_value"]) == first["tasks"][tasks[0]["name"]]["value"]
-    bare = [replace(one, correlations=()) for one in found.conditions]
-    assert not len(replace(found, conditions=tuple(bare)).tables()["correlations"])
 
 
 def test_a_store_gives_the_analysis_of_its_results(tmp_path):
-    results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
-    again = read_results(save(results, tmp_path / "once"))
-    assert analyse(again, QUICK).to_dict() == analyse(results, QUICK).to_dict()
-
-
-def test_a_trial_of_another_processor_has_dense_scores_of_its_own(tmp_path):
-    """The study's are those that most trials name, whatever the order."""
+    """The study's dense scores are those that most trials name, whatever the order."""
     results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
     place = save(results, tmp_path / "once")
-    for at in (0, len(results.trials) - 1):
-        name = results.trials[at].id
-        (place / "dense/other.json").write_bytes(
-            (place / f"trials/{name}/scores.json").read_bytes()
-        )
-        path = place / f"trials/{name}/result.json"
-        kept = path.read_text(encoding="utf-8")
-        path.write_text(kept.replace('"dense": "d0"', '"dense": "other"'), encoding="utf-8")
-        again = read_results(place)
-        assert again.dense == results.dense
-        assert again.paired[name] == results.scores[name]
-        assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
-        path.write_text(kept, encoding="utf-8")
+    assert analyse(read_results(place), QUICK).to_dict() == analyse(results, QUICK).to_dict()
+    name = results.trials[0].id  # ran on another processor
+    (place / "dense/other.json").write_bytes((place / f"trials/{name}/scores.json").read_bytes())
+    path = place / f"trials/{name}/result.json"
+    path.write_text(path.read_text().replace('"dense": "d0"', '"dense": "other"'))
+    again = read_results(place)
+    assert again.dense == results.dense
+    assert again.paired[name] == results.scores[name]
+    assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
 
 
-@pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (2, (0, 1)), (3, (0,)), (4, (0, 1))])
+@pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])
 def test_tiny_studies_say_what_they_can(sources, seeds):
     names = [f"s{number}" for number in range(sources)]
     found = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
@@ -110,8 +86,7 @@ def test_a_dimension_without_signal_has_no_value_anywhere():
     assert all(one.dimensions["math"].value is None for one in found.ranking)
     assert {one.worst for one in found.ranking} == {"general"}
     silent = [one for one in found.correlations if one.quantity == "math"]
-    assert silent
-    assert all(one.rho is None and one.p_corrected is None for one in silent)
+    assert [(one.rho, one.p_corrected) for one in silent] == [(None, None)]
 
 
 def test_a_study_in_progress_is_analysed_and_tells_its_gaps():
@@ -119,39 +94,36 @@ def test_a_study_in_progress_is_analysed_and_tells_its_gaps():
     part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})
     found = analyse(part, QUICK)
     assert (found.planned, found.finished, found.failed) == (44, 43, 1)
-    assert found.conditions[0].missing == (("igsp", 1),)
+    assert found.conditions[0].missing == [("igsp", 1)]
 
 
 def test_mistakes_are_one_line():
     results = study(full_plan(seeds=(0,)))
     twin = results.trials[0].model_copy(update={"id": "again"})
-    with pytest.raises(InputError, match="two trials of encyclopedia at seed 0"):
-        analyse(results.model_copy(update={"trials": (*results.trials, twin)}), QUICK)
+    doubled = results.model_copy(update={"trials": (*results.trials, twin)})
     empty = results.model_copy(update={"trials": (), "failed": (failed("x"),)})
-    with pytest.raises(InputError, match=r"no finished trials \(66 planned, 1 failed\)"):
-        analyse(empty)
-    for settings, filters, words in [
-        (QUICK, {"method": "wnada"}, "did you mean wanda"),
-        (QUICK, {"sparsity": "70%"}, "known: 50%, 60%"),
-        (QUICK, {"sparsity": "1.2.3"}, "'1.2.3' is not a share"),
-        (QUICK.model_copy(update={"default": "c4"}), {}, "calibration set 'c4'"),
+    for made, settings, filters, words in [
+        (doubled, QUICK, {}, "two trials of encyclopedia at seed 0"),
+        (empty, QUICK, {}, r"no finished trials \(66 planned, 1 failed\)"),
+        (results, QUICK, {"method": "wnada"}, "did you mean wanda"),
+        (results, QUICK, {"sparsity": "2:4"}, "known: 50%, 60%"),
+        (results, QUICK, {"sparsity": "1.2.3"}, "'1.2.3' is not a share"),
+        (results, QUICK.model_copy(update={"default": "c4"}), {}, "calibration set 'c4'"),
     ]:
         with pytest.raises(InputError, match=words):
-            analyse(results, settings, **filters)
+            analyse(made, settings, **filters)
     for wrong in ({"measure": "both"}, {"seed": -1}, {"permutations": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
 
 
 def test_a_sparsity_can_be_written_in_several_ways():
-    plan = full_plan(seeds=(0,), sources=("a",), others={}, conditions=[
-        ("sparsegpt", "50%"), ("sparsegpt", "60%"), ("sparsegpt", "2:4"),
-    ])  # fmt: skip
+    plan = full_plan(seeds=(0,), sources=("a",), others={},
+                     conditions=[("sparsegpt", "60%"), ("sparsegpt", "2:4")])  # fmt: skip
     results = study(plan)
-    for written in ("60%", "0.6", "60.0%", " 0.60 "):
+    for written in ("60%", "0.6", " 0.60 "):
         assert {one.pattern for one in select(results, sparsity=written)} == {"60%"}
     assert {one.pattern for one in select(results, sparsity="2:4")} == {"2:4"}
-    assert {one.pattern for one in select(results, sparsity="0.5")} == {"50%"}
 
 
 def weighted():
@@ -171,20 +143,16 @@ def weighted():
 
 def test_the_recommendation_follows_the_weights():
     results = weighted()
-    best = {
-        name: recommend(results, weights)[0].candidates[0]
-        for name, weights in {
-            "equal": None, "code": {"code": 3, "general": 1}, "general": {"general": 1},
-        }.items()
-    }  # fmt: skip
-    assert [best[name].calibration for name in ("equal", "code", "general")] == [
-        "blend", "coder", "reader",
-    ]  # fmt: skip
-    code = best["code"]
-    assert code.total.value == pytest.approx(0.75 * 0.8 + 0.25 * 0.3 + 0.01, abs=1e-4)
-    # By three sets of unlike retention hardly anything is drawn to their mean.
-    assert code.shrunken.value == pytest.approx(code.total.value, abs=0.01)
-    assert code.shrunken.value < code.total.value
+    for weights, wanted in (
+        (None, "blend"), ({"code": 3, "general": 1}, "coder"), ({"general": 1}, "reader"),
+    ):  # fmt: skip
+        best = recommend(results, weights)[0].candidates[0]
+        assert best.calibration == wanted
+        if wanted == "coder":
+            value = 0.75 * 0.8 + 0.25 * 0.3 + 0.01
+            assert best.total.value == pytest.approx(value, abs=1e-4)
+            # By three sets of unlike retention hardly anything is drawn to their mean.
+            assert value - 0.01 < best.shrunken.value < best.total.value
 
 
 def test_the_lead_over_the_runner_up_is_told_with_its_doubt():
@@ -193,7 +161,6 @@ def test_the_lead_over_the_runner_up_is_told_with_its_doubt():
     assert sum(c.best or 0 for c in only.candidates) == pytest.approx(1)
     assert only.best == ("blend",)
     lead = only.candidates[1].behind
-    assert lead is not None
     assert 0 < lead.value < 0.05
     assert lead.p > lead.draw_p
     assert lead.low < lead.draw_low < lead.value < lead.draw_high < lead.high

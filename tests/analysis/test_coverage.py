@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,13 +65,12 @@ def made(truth, rng):
     singles = count - truth.others
     table = np.full((count, max(truth.draws), 7), np.nan)
     table[tuple(zip(*trials, strict=True))] = rolled_up(np.stack(values, 1), TASKS, "ab")
-    cells = Cells(
-        AT, tuple(f"s{at}" for at in range(count)),
-        ("single",) * singles + ("mix",) * truth.others, ("",) * count, ((),) * count,
-        ({},) * count,
-        tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), items, table,
-        table[:, 0, :3], {}, (), np.zeros((count, 0)),
+    sets = tuple(
+        SimpleNamespace(calibration=f"s{at}", strategy="single" if at < singles else "mix",
+                        halves=()) for at in range(count)
     )  # fmt: skip
+    cells = Cells(AT, sets, tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), items,
+                  table, table[:, 0, :3], {}, (), np.zeros((count, 0)))  # fmt: skip
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
 
 
@@ -101,7 +101,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth):
         for quantity in (0, 1, 3):
             one = found.one(2, quantity)
             real = expected[:, quantity]
-            gap = found.estimate(found.mean([0], quantity) - found.mean([2], quantity), test=True)
+            gap = (found.mean([0], quantity) - found.mean([2], quantity)).estimate(test=True)
             inside["one"].append(one.low <= 0.5 <= one.high)
             inside["one, draws"].append(one.draw_low <= real[2] <= one.draw_high)
             inside["gap"].append(gap.low <= 0 <= gap.high)

@@ -1,4 +1,4 @@
-"""Differences, margins against sparsity, ranking, names of conditions."""
+"""Differences, leads against sparsity and method, gains of methods, ranking, names."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ from scipy import stats
 from calmix.analysis import Settings, analyse
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import APART, TOTAL, WORST, method_name
-from calmix.analysis.differences import BEST, SINGLES, Difference, correct
+from calmix.analysis.differences import BEST, MEAN, SINGLES, Difference, correct
 from calmix.evaluation.retention import retention
 from tests.synthetic import Plan, full_plan, interval, study, trial
 
@@ -42,7 +42,7 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     assert one.low < one.item_low < one.value < one.item_high < one.high
     assert one.high - one.low < 0.9 * ((one.item_high - one.item_low) + 2 * half)
     back = -one
-    assert (back.value, back.low, back.draw_high) == (-one.value, -one.high, -one.draw_low)
+    assert (back.value, back.low, back.high) == (-one.value, -one.high, -one.low)
     sides = {d.left for d in found.differences} | {d.right for d in found.differences}
     assert len(sides & set(found.cells.sets)) == 6
     assert sum(side.startswith(BEST) for side in sides) == 1
@@ -95,47 +95,36 @@ def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
     assert worst == pytest.approx(general)
 
 
-def test_the_margin_grows_with_sparsity_as_planted():
-    pairs = [("sparsegpt", f"{share}%") for share in (30, 50, 60)]
+def test_leads_grow_with_sparsity_as_planted():
+    pairs = [("sparsegpt", pattern) for pattern in ("2:4", "30%", "50%", "60%")]
     results = study(full_plan(conditions=pairs, draw=0.003, noise=0.005))
     found = analyse(results, QUICK)
-    of_mix = [m for m in found.margins if (m.calibration, m.quantity) == ("mix-8", TOTAL)]
-    assert [m.sparsity for m in of_mix] == [0.3, 0.5, 0.6]
-    for margin in of_mix:
-        assert margin.gap.value == pytest.approx(0.08 * (margin.sparsity / 0.6) ** 3, abs=0.012)
-    growth = next(g for g in found.growths if (g.calibration, g.quantity) == ("mix-8", TOTAL))
+    leads = [gap(each, "mix-8", SINGLES).gap.value for each in found.conditions]
+    (growth,) = [one for one in found.gains if (one.calibration, one.quantity) == ("mix-8", TOTAL)]
+    # Patterns of N in M are no point on the axis of sparsity.
+    assert (growth.by, growth.less, growth.more, growth.over) == (
+        "sparsity", "SparseGPT 30%", "SparseGPT 60%", SINGLES,
+    )  # fmt: skip
     assert growth.gap.low > 0
-    assert growth.gap.value == pytest.approx(of_mix[-1].gap.value - of_mix[0].gap.value)
+    assert growth.gap.value == pytest.approx(leads[-1] - leads[0], abs=1e-9)
+    assert growth.gap.value == pytest.approx(0.08 * (1 - 0.5**3), abs=0.02)
     named = analyse(results, Settings(default="news", permutations=9, resamples=9))
-    assert {m.default for m in named.margins} == {"news"}
+    assert {one.over for one in named.gains} == {"news"}
+    assert gap(named.conditions[0], "mix-8", "news").gap.value > 0
 
 
-def test_margins_are_over_the_sources_of_every_sparsity():
+def test_leads_are_over_the_sources_of_every_sparsity():
     """A lead does not grow because other sources were run."""
-    plan = full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")], seeds=(0,))
-    whole = study(plan)
+    whole = study(full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")], seeds=(0,)))
 
     def without(patterns):
         left = [t for t in whole.trials
                 if t.calibration not in ("news", "books") or t.pattern not in patterns]  # fmt: skip
         found = analyse(whole.model_copy(update={"trials": tuple(left)}), QUICK)
-        assert len(found.growths) > 0
-        return [one.gap.value for one in (*found.margins, *found.growths)]
+        return [one.gap.value for one in found.gains]
 
     assert without({"50%"}) == pytest.approx(without({"50%", "60%"}))
     assert without({"50%"}) != pytest.approx(without(set()))
-
-
-def test_patterns_of_n_in_m_have_margins_and_are_no_point_on_the_sparsity_axis():
-    pairs = [("sparsegpt", "2:4"), ("sparsegpt", "50%"), ("sparsegpt", "60%")]
-    found = analyse(study(full_plan(conditions=pairs, seeds=(0,))), QUICK)
-    named = [f"SparseGPT {pattern}" for _, pattern in pairs]
-    assert {margin.condition for margin in found.margins} == set(named)
-    assert {one.sparsities for one in found.growths} == {(0.5, 0.6)}
-    for each in found.conditions:  # over the single sources of that pattern alone
-        own = next(m for m in found.margins if (m.condition, m.calibration, m.quantity)
-                   == (each.condition.label, "mix-8", TOTAL))  # fmt: skip
-        assert own.gap.value == pytest.approx(gap(each, "mix-8", SINGLES).gap.value)
 
 
 def test_ranking_by_total_and_by_worst_dimension():
@@ -165,9 +154,7 @@ def test_accuracy_is_read_beside_the_primary_scores():
     )
     for name, one in found.items():
         other = by_accuracy[name]
-        for dimension, kept in one.accuracy.items():
-            if dimension != TOTAL:
-                assert kept == pytest.approx(other.dimensions[dimension].value)
+        assert one.accuracy["math"] == pytest.approx(other.dimensions["math"].value)
         answers, text = (other.tasks[task].value for task in ("code_a", "code_b"))
         assert answers == pytest.approx(0.9 * one.tasks["code_a"].value, abs=0.01)
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
@@ -199,25 +186,20 @@ def test_a_sets_own_benchmark_is_marked_and_left_out_beside():
     )
     table = found.tables()["tasks"]
     (marked,) = table[table["own_benchmark"].eq(True)].to_dict("records")
-    assert (marked["condition"], marked["calibration"], marked["name"]) == (
-        "Wanda 50%", "a", "code_a",
-    )  # fmt: skip
+    assert (marked["calibration"], marked["name"]) == ("a", "code_a")
 
 
 def test_sets_are_also_compared_on_the_benchmarks_that_neither_holds_a_half_of():
     """The mix leads by the task whose other half it read; without it the written text does."""
     ways = {"m": ("mix", {"code_a": 0.9, "code_b": 0.2}), "w": ("igsp", {"code_b": 0.5}),
             "s": ("single", {}), "t": ("single", {"code_a": 0.4})}  # fmt: skip
-    trials = halved(ways, "m")
-    found = of(trials)
+    found = of(halved(ways, "m"))
     for right in ("w", SINGLES):
         one = gap(found, "m", right, APART)
         assert one.gap.value == pytest.approx((0.2 - 0.5) / 2, abs=1e-3)
         assert one.p_corrected is not None
     told = {(one.left, one.right) for one in found.differences if one.quantity == APART}
     assert ("w", SINGLES) not in told  # neither holds a half of any
-    alone = of(tuple(one for one in trials if one.calibration != "m")).differences
-    assert APART not in {one.quantity for one in alone}
 
 
 def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart():
@@ -231,13 +213,8 @@ def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart():
 def test_bits_per_byte_resample_as_the_ratio_they_are():
     """The paper's ratio of bits has the trial's own bits below: its interval is the ratio's."""
     results = study(Plan(seeds=(0,), sources=("a",)))
-    ours = (
-        analyse(results, EXACT.model_copy(update={"measure": "ratio"}))
-        .conditions[0]
-        .ranking[0]
-        .tasks["code_b"]
-    )
-    only = results.trials[0]
+    only, by_ratio = results.trials[0], EXACT.model_copy(update={"measure": "ratio"})
+    ours = analyse(results, by_ratio).conditions[0].ranking[0].tasks["code_b"]
     made = retention(results.dense[only.model], results.scores[only.id], measure="ratio",
                      resamples=2000)  # fmt: skip
     theirs = next(task.kept for task in made.tasks if task.name == "code_b")
@@ -250,10 +227,6 @@ def test_conditions_are_named_by_what_differs():
     names = ["admm", "admm,refit=5 + distill", "ours + distill"]
     assert [method_name(name) for name in names] == [
         "ADMM", "ADMM,refit=5 + distill", "ours + distill",
-    ]  # fmt: skip
-    found = analyse(study(full_plan(seeds=(0,))), QUICK)
-    assert [c.condition.label for c in found.conditions] == [
-        "SparseGPT 50%", "SparseGPT 60%", "Wanda 50%",
     ]  # fmt: skip
     kept = {"general": 0.5, "code": 0.5}
     trials = (
@@ -269,3 +242,103 @@ def test_conditions_are_named_by_what_differs():
         "SparseGPT 60%, layer propagation, 128 x 512",
         "Magnitude 60%",
     }
+
+
+# One method against another
+
+MADE = {"prose": "single", "code": "single", "mix": "mix"}
+PLAIN, BETTER, TUNED = "sparsegpt", "admm", "admm + distill,epochs=4"
+KEPT = {  # of general and code
+    PLAIN: {"prose": (0.5, 0.3), "code": (0.4, 0.6), "mix": (0.6, 0.6)},
+    BETTER: {"prose": (0.6, 0.3), "code": (0.5, 0.6), "mix": (0.8, 0.8)},
+    TUNED: {"prose": (0.8, 0.5), "mix": (0.9, 0.9)},
+}
+NAMES = {PLAIN: "SparseGPT 60%", BETTER: "ADMM 60%", TUNED: "ADMM + distill,epochs=4 60%"}
+
+
+def analysed(kept, *, seeds=1, default="prose"):
+    trials = tuple(
+        trial(name, MADE[name], method, "60%", seed,
+              {"general": general + 0.01 * seed, "code": code + 0.01 * seed})
+        for method, sets in kept.items()
+        for name, (general, code) in sets.items() for seed in range(seeds)
+    )  # fmt: skip
+    settings = Settings(permutations=9, resamples=400, default=default)
+    return analyse(study(Plan(), trials=trials), settings)
+
+
+def gain(found, more, less, name, quantity=TOTAL, over=""):
+    (one,) = [each for each in found.gains
+              if (each.more, each.less, each.over) == (NAMES[more], NAMES[less], over)
+              and (each.calibration, each.quantity) == (name, quantity)]  # fmt: skip
+    return one
+
+
+def test_every_two_methods_are_compared_set_by_set():
+    found = analysed(KEPT)
+    pairs = ((BETTER, PLAIN), (TUNED, PLAIN), (TUNED, BETTER))
+    assert {(one.more, one.less) for one in found.gains} == {
+        (NAMES[more], NAMES[less]) for more, less in pairs
+    }
+    for name, quantity, wanted in (
+        ("prose", TOTAL, 0.05), ("mix", "general", 0.2), (MEAN, TOTAL, (0.05 + 0.05 + 0.2) / 3),
+    ):  # fmt: skip
+        one = gain(found, BETTER, PLAIN, name, quantity)
+        assert one.gap.value == pytest.approx(wanted, abs=1e-3)
+        assert (one.sets, one.by) == (3 if name == MEAN else 1, "method")
+    mean = gain(found, TUNED, BETTER, MEAN)
+    assert (mean.sets, mean.by) == (2, "recovery")  # what one of them lacks is left out
+    assert mean.gap.value == pytest.approx((0.2 + 0.1) / 2, abs=1e-3)
+    assert gain(found, TUNED, PLAIN, MEAN).by == "method"
+
+
+def test_items_and_seeds_are_the_same_on_both_sides():
+    """A gap of two methods is as sure as what they have in common lets it be."""
+    once, twice = analysed(KEPT), analysed(KEPT, seeds=2)
+    one = gain(once, BETTER, PLAIN, "mix").gap
+    of_mix = [each.joint.one(each.cells.sets.index("mix"), 0) for each in once.conditions[:2]]
+    widths = [each.high - each.low for each in of_mix]
+    assert one.low < one.value < one.high
+    assert one.high - one.low < 0.9 * (widths[0] ** 2 + widths[1] ** 2) ** 0.5
+    assert (one.draws, one.draw_low) == (1, None)
+    one = gain(twice, BETTER, PLAIN, "mix").gap
+    total = twice.conditions[0].joint.one(twice.conditions[0].cells.sets.index("mix"), 0)
+    assert one.draws == 2
+    assert one.draw_high - one.draw_low < 0.1 * (total.draw_high - total.draw_low)
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "default", "quantity", "wanted"),
+    [
+        (BETTER, PLAIN, "prose", TOTAL, (0.8 - 0.45) - (0.6 - 0.4)),
+        (TUNED, BETTER, "prose", "code", (0.9 - 0.5) - (0.8 - 0.3)),
+        (BETTER, PLAIN, "prose", WORST, (0.8 - 0.3) - (0.6 - 0.3)),
+        (BETTER, PLAIN, None, TOTAL, (0.8 - 0.5) - (0.6 - 0.45)),
+        (TUNED, BETTER, None, TOTAL, (0.9 - 0.65) - (0.8 - 0.45)),  # over the source of both
+    ],
+)
+def test_leads_are_followed_from_method_to_method(more, less, default, quantity, wanted):
+    one = gain(analysed(KEPT, default=default), more, less, "mix", quantity, default or SINGLES)
+    assert one.gap.value == pytest.approx(wanted, abs=1e-3)
+
+
+def test_only_conditions_alike_but_for_the_method_are_compared():
+    conditions = [("sparsegpt", "60%"), ("admm", "60%")]
+    one = study(Plan(sources=("a", "b"), conditions=conditions))
+    assert len(analyse(one, QUICK).gains) == 3 * 5
+    for field, value in (("model", "other"), ("pattern", "50%"), ("rows", 8)):
+        trials = [t.model_copy(update={field: value} if t.method == "admm" else {})
+                  for t in one.trials]  # fmt: skip
+        assert analyse(study(Plan(), trials=tuple(trials)), QUICK).gains == ()
+
+
+def test_a_recovery_is_one_whatever_it_keeps_and_an_allocation_is_none():
+    found = analysed({BETTER: KEPT[BETTER], TUNED: KEPT[PLAIN]})
+    mean = gain(found, TUNED, BETTER, MEAN)
+    assert (mean.by, mean.gap.value) == ("recovery", pytest.approx(-0.1, abs=1e-3))
+    for methods, by in (
+        ((BETTER, f"{BETTER} + owl"), "method"),
+        ((f"{BETTER} + owl", f"{BETTER} + owl + blocks"), "recovery"),
+    ):
+        kept = dict(zip(methods, (KEPT[PLAIN], KEPT[BETTER]), strict=True))
+        assert {one.by for one in analysed(kept).gains} == {by}

@@ -81,15 +81,16 @@ def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder
     assert found[0].calibration == mix, "the mix has sums in it"
 
     # What has run once is not run again; another mix of it, method or pattern takes no pass.
-    monkeypatch.setattr(module, "prune", None)
-    assert predict(opened, [letters, mix], pattern=Unstructured(0.5), **asked) == found
-    assert predict(opened, [f"uniform:{letters},{sums}"], method="wanda", **asked)[0].total > 0
-    weighted = predict(opened, [mix], pattern=Unstructured(0.5), weights={"sums": 1}, **asked)
-    assert weighted[0].total == pytest.approx(weighted[0].lost["sums"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "prune", None)
+        assert predict(opened, [letters, mix], pattern=Unstructured(0.5), **asked) == found
+        other = predict(opened, [f"uniform:{letters},{sums}"], method="wanda", **asked)
+        assert other[0].total > 0
+        weighted = predict(opened, [mix], pattern=Unstructured(0.5), weights={"sums": 1}, **asked)
+        assert weighted[0].total == pytest.approx(weighted[0].lost["sums"])
     for file in (place / "cache" / "grams").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(module.InputError, match="is damaged: delete it, and it is made again"):
-        predict(opened, [mix], **asked)
+        file.write_bytes(file.read_bytes()[:100])  # damaged: made again
+    assert predict(opened, [letters, mix], pattern=Unstructured(0.5), **asked) == found
 
 
 def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_folder):

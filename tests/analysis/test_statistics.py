@@ -22,24 +22,18 @@ from calmix.analysis.statistics import (
 APART = np.repeat([0.0, 9.0], [5, 7])  # two clouds far apart, in the strata (5, 7)
 
 
-def pair(n, seed):
-    x, y = np.random.default_rng(seed).standard_normal((2, n))
-    return x, y
-
-
 def test_the_sampled_p_nears_the_t_approximation_and_is_seeded():
-    x, y = pair(30, 3)
+    x, y = np.random.default_rng(3).standard_normal((2, 30))
     y = y + 0.5 * x
     ours, exact = permutation_p(x, y)
     assert not exact
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
     assert ours == pytest.approx(stats.spearmanr(x, y).pvalue, abs=0.003)
-    assert permutation_p(x, y) == permutation_p(x, y, seed=0) == (ours, exact)
-    assert permutation_p(x, y, seed=1)[0] != ours
+    assert permutation_p(x, y, seed=0)[0] == ours != permutation_p(x, y, seed=1)[0]
 
 
 def test_the_least_p_is_that_of_a_perfect_order():
-    for n in (4, 6, 8):
+    for n in (4, 8):
         assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(least_p([n]))
     assert permutation_p(np.arange(20), np.arange(20), permutations=999)[0] == 1 / 1000
     assert (least_p([20], 999), least_p([2, 3])) == (1 / 1000, 2 / 12)
@@ -98,15 +92,12 @@ def test_the_bootstrap_is_a_plain_one(strata):
             expected = [math.nan] * 2 if len(known) < 5 else np.quantile(known, [0.025, 0.975])
             assert found == pytest.approx(expected, nan_ok=True)
     assert {0, 4, 5} < counts
-    assert np.array_equal(*(bootstrap_intervals(x, rows, strata, resamples=10, **seed)
-                            for seed in ({}, {"seed": 0})), equal_nan=True)  # fmt: skip
 
 
 def test_no_end_is_beyond_one():
-    for sign in (1, -1):
-        ends = [bootstrap_intervals(x, sign * x, resamples=40)
-                for x, _ in (pair(n, n) for n in range(4, 30))]  # fmt: skip
-        assert np.max(sign * np.array(ends)) == 1.0
+    for sign, n in itertools.product((1, -1), range(4, 30, 5)):
+        x = np.random.default_rng(n).standard_normal(n)
+        assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0
 
 
 def test_correction_leaves_out_what_has_no_p():
@@ -121,8 +112,6 @@ def test_within_strata_a_difference_between_them_counts_for_nothing():
     assert spearman(x + APART, y + APART, (5, 7)) == pytest.approx(spearman(x, y, (5, 7)))
     ranks = np.concatenate([stats.rankdata(part) - (len(part) + 1) / 2 for part in (x[:5], x[5:])])
     assert unit_ranks(x, (5, 7)) == pytest.approx(ranks / np.linalg.norm(ranks))
-    few = np.array([1.0, 2, 3, 11, 12, 13])
-    assert permutation_p(few, few, (3, 3)) == (pytest.approx(2 / 36), True)
 
 
 def test_the_exact_p_within_strata_is_counted_out():
@@ -136,13 +125,3 @@ def test_the_exact_p_within_strata_is_counted_out():
     drawn = [abs(spearman(x[[*one, *two]], row, (3, 4))) for one, two in orders]
     reached = abs(spearman(x, row, (3, 4))) - 1e-9
     assert found == pytest.approx(np.mean(np.array(drawn) >= reached))
-
-
-def test_many_rows_are_tested_as_each_alone():
-    x, *y = np.random.default_rng(8).standard_normal((4, 9))
-    together = permutation_p(x, np.stack(y), permutations=99)[0]
-    assert together == pytest.approx(
-        [float(permutation_p(x, row, permutations=99)[0]) for row in y]
-    )
-    ends = bootstrap_intervals(x, np.stack(y), resamples=50)
-    assert ends[1] == pytest.approx(bootstrap_intervals(x, y[1], resamples=50))

@@ -6,7 +6,7 @@ import pytest
 from filelock import FileLock
 
 from calmix.analysis import Settings, analyse
-from calmix.report import write_report
+from calmix.report.study import write_report
 from tests.synthetic import OTHERS, SOURCES, failed, full_plan, study
 
 SMALL = {
