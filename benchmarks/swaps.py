@@ -121,7 +121,7 @@ def main() -> None:
                 starts = {"mask": first, "swaps": weight * kept}
                 made = dict(starts)
                 for way, start in zip(("refit", "both"), starts.values(), strict=True):
-                    (made[way],) = refit([weight], [start], gram).weights
+                    (made[way],) = refit([weight], [start], gram)
                 for way in WAYS:
                     for at, of in enumerate((gram, other)):
                         lost[key][way][at] += float(relative_error(weight, made[way], of))

@@ -255,8 +255,9 @@ class StreamedModel:
         return {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
-        """Give a block weights that `weights` has returned."""
-        self._put(self._merged(self.block_names(index), lambda stored, _: held[stored]))
+        """Give a block weights by their names in the files, in its own type."""
+        names = self.block_names(index)
+        self._put(self._merged(names, lambda stored, dtype: held[stored].to(dtype)))
 
     def save_config(self, folder: Path, shards: Path) -> None:
         """Make a folder of the layout's files one that loads: index and configuration."""

@@ -16,7 +16,7 @@ but for at most a few steps of rounding that make the count exact.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ SPREAD = {"owl": 0.16, "error": 0.14}  # between the sparsest and the densest
 TOLERANCE = 5e-4  # a file's shares may miss the sparsity by so much: they are written rounded
 STEPS = 2  # of rounding that a layer may be moved by, each way
 STATES = 4096  # totals that are kept in mind while steps are chosen
-
-Groups = Callable[[int, int], list[tuple[int, int]]]
 
 
 def read_allocation(
@@ -64,13 +62,11 @@ def read_allocation(
             )
         asked, where = read_yaml(path), str(path)
     for name, share in asked.items():
-        if isinstance(share, bool) or not isinstance(share, int | float):
+        if not (isinstance(share, int | float) and 0 < share < 1):
             raise InputError(
-                f"{where}: the sparsity of {name} is not a number; an allocation maps names of "
-                "layers, as calmix.json has them, to shares"
+                f"{where}: the sparsity of {name} is {share}, not a number between 0 and 1; an "
+                "allocation maps names of layers, as calmix.json has them, to shares"
             )
-        if not 0 < share < 1:
-            raise InputError(f"{where}: the sparsity of {name} is {share}, not between 0 and 1")
     return {str(name): float(share) for name, share in asked.items()}
 
 
@@ -126,7 +122,7 @@ def exact(
     shares: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
     sparsity: float,
-    groups: Groups,
+    method: Method,
 ) -> dict[str, Unstructured]:
     """Return patterns by layer that together prune exactly as many weights as `sparsity` would.
 
@@ -137,21 +133,19 @@ def exact(
         shares: sparsity by layer, of mean `sparsity` over the weights.
         shapes: (rows, columns) by layer.
         sparsity: share pruned of the whole.
-        groups: comparison groups of a layer, as `Method.groups` gives them.
+        method: whose comparison groups are rounded in.
     """
-    parts = {name: groups(*shape) for name, shape in shapes.items()}
 
     def count(name: str, share: float) -> int:
-        pattern = Unstructured(share)
-        return sum(number * pattern.count(size) for number, size in parts[name])
+        return method.count(Unstructured(share), *shapes[name])
 
     surplus = sum(count(name, share) - count(name, sparsity) for name, share in shares.items())
     reached: dict[int, dict[str, float]] = {surplus: {}}
     for name in sorted(shares, key=lambda name: -shapes[name][0] * shapes[name][1]):
         if 0 in reached:
             break
-        held = count(name, shares[name])
-        steps = [(count(name, near) - held, near) for near in _near(shares[name], parts[name])]
+        held, sizes = count(name, shares[name]), [size for _, size in method.groups(*shapes[name])]
+        steps = [(count(name, near) - held, near) for near in _near(shares[name], sizes)]
         grown = dict(reached)
         for total, moves in reached.items():
             for step, near in steps:
@@ -165,11 +159,11 @@ def exact(
     return {name: Unstructured(share) for name, share in ({**shares} | reached[0]).items()}
 
 
-def _near(share: float, groups: Sequence[tuple[int, int]]) -> Iterator[float]:
+def _near(share: float, sizes: Sequence[int]) -> Iterator[float]:
     """Yield shares that are some steps of rounding from another one, the nearest first."""
     ends = {
         (round(share * size) + step + 0.5) / size
-        for _, size in groups
+        for size in sizes
         for step in range(-STEPS - 1, STEPS + 1)
     }
     below = [share, *sorted((end for end in ends if end < share), reverse=True)]
@@ -196,7 +190,7 @@ def from_shares(
         )
     moved = sparsity - mean if abs(mean - sparsity) > 1e-12 else 0.0
     level = {name: min(max(shares[name] + moved, 1e-6), 1 - 1e-6) for name in shapes}
-    return exact(level, shapes, sparsity, method.groups)
+    return exact(level, shapes, sparsity, method)
 
 
 def _shapes(found: DecoderBlocks) -> dict[str, tuple[int, int]]:
@@ -259,7 +253,7 @@ class DensePass(Run):
         sizes = [rows * columns for rows, columns in shapes.values()]
         values = [importance[name] for name in shapes]
         shares = spread(values, sizes, sparsity, SPREAD[self._by])
-        return exact(dict(zip(shapes, shares, strict=True)), shapes, sparsity, method.groups)
+        return exact(dict(zip(shapes, shares, strict=True)), shapes, sparsity, method)
 
 
 def allocate(

@@ -26,7 +26,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.precision import widest
 from calmix.pruning import distributed
 from calmix.pruning.engine import Run
-from calmix.pruning.experts import Routed, is_index
+from calmix.pruning.experts import Routed, given
 from calmix.pruning.methods import Look
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
@@ -83,18 +83,16 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
     """Add to the sums (score, tokens; experts) whenever a mixture is called."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        hidden = values[0]
-        width = hidden.shape[-1]
-        if routed.kind == "stacked":  # the gate is in the input
+        tensors, index = given(args, kwargs)
+        hidden, width = tensors[0], tensors[0].shape[-1]
+        if index is None:  # stacked: the gate is in the input
             used = (hidden.reshape(routed.mixture.count, -1, width) != 0).any(-1)
             made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
             sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
             sums[1] += used.sum(1)
             return
         flat = hidden.reshape(-1, width)
-        index = next(value for value in values if is_index(value))
-        gates = next(one for one in values if one.shape == index.shape and one is not index)
+        gates = next(one for one in tensors if one.shape == index.shape and one is not index)
         gates = gates.to(sums.dtype)
         gates = gates / gates.sum(-1, keepdim=True)
         for expert in range(routed.mixture.count):
@@ -142,27 +140,21 @@ def choose(
     return kept
 
 
-def text_config(config: Any) -> Any:
-    """Return what a configuration says of the decoder."""
-    return config.get_text_config(decoder=True)
-
-
 def experts_of(config: Any) -> int:
     """Return how many experts a configuration gives every mixture; 0 without."""
-    own = text_config(config)
+    own = config.get_text_config(decoder=True)
     return next((int(n) for key in COUNTS if (n := getattr(own, key, None))), 0)
 
 
 def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
     """Return which experts every mixture keeps."""
-    chosen = experts_per_token(model.config)
-    groups = getattr(text_config(model.config), "n_group", None) or 1
-    reach = getattr(text_config(model.config), "topk_group", None)
+    chosen, own = experts_per_token(model.config), model.config.get_text_config(decoder=True)
+    groups, reach = getattr(own, "n_group", None) or 1, getattr(own, "topk_group", None)
     if len({len(one) for one in scores.values()}) > 1:
         raise InputError("--drop-experts needs as many experts in every mixture")
     return [
-        Dropped(name, own, choose(own, share, groups, chosen=chosen, reach=reach, name=name))
-        for name, own in scores.items()
+        Dropped(name, each, choose(each, share, groups, chosen=chosen, reach=reach, name=name))
+        for name, each in scores.items()
     ]
 
 
@@ -210,7 +202,7 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
             write_file(folder / file, left)
     before_config = source.config
     source.config = config = copy.deepcopy(before_config)
-    told, count = text_config(config), len(dropped[0].scores)
+    told, count = config.get_text_config(decoder=True), len(dropped[0].scores)
     for key in COUNTS:
         if getattr(told, key, None) == count:
             setattr(told, key, len(dropped[0].kept))

@@ -45,10 +45,11 @@ class _Products(TorchFunctionMode):
     def __init__(self, layers: Iterable[Prunable], seen: Seen) -> None:
         super().__init__()
         self._seen = seen
-        self._sources: dict[int, list[_Source]] = {}
+        self._sources: dict[int, list[tuple[Prunable, Tensor]]] = {}
         for layer in {layer.parameter_id: layer for layer in layers}.values():
-            source = _Source(layer)
-            self._sources.setdefault(_memory(source.stored), []).append(source)
+            whole = layer.whole() if layer.fused else layer.whole()[None]
+            stored = whole.transpose(1, 2) if layer.transposed else whole
+            self._sources.setdefault(_memory(stored), []).append((layer, stored))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -57,11 +58,13 @@ class _Products(TorchFunctionMode):
         if (linear or func in MATMULS) and len(args) > 1 and isinstance(args[1], Tensor):
             inputs, weight = args[:2]
             near = self._sources.get(_memory(weight), ())
-            source = next((one for one in near if one.holds(weight)), None)
-            if source is not None and _memory(inputs) != _memory(weight):
-                weight = weight if linear else weight.transpose(-1, -2)
-                if not self._seen(*source.read(weight), inputs):
-                    return inputs.new_zeros(*inputs.shape[:-1], weight.shape[-2])
+            for layer, stored in near if _memory(inputs) != _memory(weight) else ():
+                offset = int(weight.storage_offset() - stored.storage_offset())
+                if 0 <= offset < stored.numel():
+                    used = weight if linear else weight.transpose(-1, -2)
+                    if not self._seen(*_place(layer, stored, used, offset), inputs):
+                        return inputs.new_zeros(*inputs.shape[:-1], used.shape[-2])
+                    break
         return func(*args, **(kwargs or {}))
 
 
@@ -70,31 +73,21 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Source:
-    """A parameter that is watched: of one expert's linear map, or of all experts'."""
+def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[str, int | None]:
+    """Return key and expert of a used weight (outputs, inputs); None for no expert, or all.
 
-    def __init__(self, layer: Prunable) -> None:
-        whole = layer.whole() if layer.fused else layer.whole()[None]
-        self.stored = whole.transpose(1, 2) if layer.transposed else whole
-        self._layer = layer
-
-    def holds(self, weight: Tensor) -> bool:
-        offset = weight.storage_offset() - self.stored.storage_offset()
-        return 0 <= offset < self.stored.numel()
-
-    def read(self, weight: Tensor) -> tuple[str, int | None]:
-        """Return key and expert of a weight (outputs, inputs); None for no expert, or all."""
-        offset = int(weight.storage_offset() - self.stored.storage_offset())
-        at, rest = divmod(offset, int(self.stored.stride(0)))
-        like = self.stored if weight.ndim == 3 else self.stored[at]
-        if rest or weight.shape != like.shape or weight.stride() != like.stride():
-            raise ModelError(
-                f"a part of the experts' {self._layer.parameter} of shape {tuple(weight.shape)} is "
-                "used on its own: the engine cannot prune these experts"
-            )
-        if not self._layer.fused:
-            return self._layer.key, self._layer.expert
-        return self._layer.key, None if weight.ndim == 3 else at
+    It lies at an offset in what is stored, (experts, outputs, inputs).
+    """
+    at, rest = divmod(offset, int(stored.stride(0)))
+    like = stored if used.ndim == 3 else stored[at]
+    if rest or used.shape != like.shape or used.stride() != like.stride():
+        raise ModelError(
+            f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is used on "
+            "its own: the engine cannot prune these experts"
+        )
+    if not layer.fused:
+        return layer.key, layer.expert
+    return layer.key, None if used.ndim == 3 else at
 
 
 @contextmanager
@@ -199,10 +192,10 @@ class Routed:
                 f"it cannot be seen what {min(missing).strip('/')} of the experts in {self.name} "
                 "is applied to: the engine cannot prune them"
             )
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        tensors, index = given(args, kwargs)
         if self.mixture.experts is not None:
             self.kind = "modules"
-        elif any(map(is_index, tensors)):
+        elif index is not None:
             self.kind = "indexed"
         else:
             self.kind = "stacked" if len(tensors) == 1 else "shared"
@@ -214,10 +207,10 @@ class Routed:
         for number, step in enumerate(self.steps):
             experts = [expert for expert in step.layers if expert is not None][:2]
             if experts and self.kind != "shared":
-                given: dict[int | None, Tensor] = {}
+                inputs: dict[int | None, Tensor] = {}
                 every = torch.arange(tokens, device=hidden.device)
-                self.everything(step, experts, every, args, kwargs, given.__setitem__)
-                common = len(given) < 2 or torch.equal(*given.values())
+                self.everything(step, experts, every, args, kwargs, inputs.__setitem__)
+                common = len(inputs) < 2 or torch.equal(*inputs.values())
                 self.steps[number] = Step(step.layers, step.keys, common)
         return result
 
@@ -250,35 +243,32 @@ class Routed:
         add: Add,
     ) -> None:
         """Do the same as if the tokens at some positions went to all of the experts."""
-        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        count, width = self.mixture.count, hidden.shape[-1]
+        tensors, index = given(args, kwargs)
+        hidden, count = tensors[0], self.mixture.count
+        flat = hidden.reshape(-1, hidden.shape[-1])
         with self._as_far_as(step, experts, add):
             if self.kind == "modules":
-                for expert in experts:
-                    run: Any = self.mixture.experts
-                    try:
-                        run[expert].forward(hidden.reshape(-1, width)[tokens])
-                    except TypeError as error:
-                        raise ModelError(
-                            f"the experts in {self.name} cannot be run on their own"
-                        ) from error
+                modules: Any = self.mixture.experts
+                try:
+                    for expert in experts:
+                        modules[expert].forward(flat[tokens])
+                except TypeError as error:
+                    line = f"the experts in {self.name} cannot be run on their own"
+                    raise ModelError(line) from error
                 return
-            if self.kind == "stacked":
-                apart = hidden.reshape(count, -1, width)
+            if index is None:
+                apart = flat.view(count, -1, flat.shape[-1])
                 chosen = (apart != 0).any(-1).sum(0).clamp(min=1)
-                flat = (apart.sum(0) / chosen[:, None]).to(hidden.dtype)[tokens]
-                new = {id(hidden): flat.repeat(count, 1)}
+                flat = (apart.sum(0) / chosen[:, None]).to(hidden.dtype)
+                new = {id(hidden): flat[tokens].repeat(count, 1)}
             else:
-                flat = hidden.reshape(-1, width)[tokens]
-                index = next(v for v in (*args, *kwargs.values()) if is_index(v))
                 # Some cannot send a token to one expert alone.
                 sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
                 numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
                 numbers = numbers.expand(len(tokens), -1)
-                gates = hidden.new_ones(numbers.shape)
-                new = {id(v): gates for v in (*args, *kwargs.values()) if isinstance(v, Tensor)}
-                flat = flat[None] if hidden.ndim == 3 else flat
-                new |= {id(hidden): flat, id(index): numbers}
+                new = dict.fromkeys(map(id, tensors), hidden.new_ones(numbers.shape))  # gates
+                flat = flat[tokens]
+                new |= {id(hidden): flat[None] if hidden.ndim == 3 else flat, id(index): numbers}
             args, kwargs = _with(args, kwargs, new)
             self.module.forward(*args, **kwargs)
 
@@ -304,9 +294,8 @@ class Routed:
     def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return how many tokens of each calibration row reach each expert, (rows, experts)."""
         count = self.mixture.count
-        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        if self.kind == "indexed":
-            index = next(v for v in (*args, *kwargs.values()) if is_index(v))
+        (hidden, *_), index = given(args, kwargs)
+        if index is not None and self.kind == "indexed":
             each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
             each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
             found = each.new_zeros(rows * (count + 1))  # in one dimension, which has a sum in order
@@ -330,13 +319,12 @@ class Routed:
         return found
 
 
-def is_index(value: Any) -> bool:
-    """Tell whether an argument names the experts of each token."""
-    return (
-        isinstance(value, Tensor)
-        and value.ndim >= 2
-        and value.dtype in (torch.int64, torch.int32, torch.int16)
-    )
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+    """Return the tensors a mixture is called with, hidden states first, and the one among them
+    that names the experts of each token, if there is one."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    whole = (torch.int64, torch.int32, torch.int16)
+    return tensors, next((one for one in tensors if one.ndim >= 2 and one.dtype in whole), None)
 
 
 def _with(args: tuple[Any, ...], kwargs: dict[str, Any], new: Mapping[int, Tensor]) -> Arguments:

@@ -8,14 +8,12 @@ that it also corrects errors of earlier blocks.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calmix.errors import SolverError
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
@@ -25,7 +23,15 @@ from calmix.pruning.trace import TOKENS, BlockCall, Calls
 from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.job import Job
 from calmix.recovery.losses import relative_error
-from calmix.recovery.training import Masters, best_of, grouped, rate, rows_at_once, steps_of
+from calmix.recovery.training import (
+    Masters,
+    best_of,
+    finite,
+    grouped,
+    rate,
+    rows_at_once,
+    steps_of,
+)
 
 
 class Stream:
@@ -41,6 +47,7 @@ class Stream:
         self._model, self._found, self.states = model, found, states
         self._calls: list[list[BlockCall]] = []
         self.written: list[list[Any]] = []
+        self.tokens: list[int] = []  # of each micro-batch
 
     @torch.no_grad()
     def record(self, ids: Tensor, groups: Sequence[Sequence[int]]) -> None:
@@ -51,6 +58,7 @@ class Stream:
             hidden, recorded, written = calls.record(ids[list(group)].to(device))
             self._calls.append(recorded)
             self.written.append(written)
+            self.tokens.append(len(group) * ids.shape[1])
             self.states[number] = hidden
 
     def run(self, index: int, number: int, *, keep: bool) -> Tensor:
@@ -74,25 +82,24 @@ def tune(
     targets: MutableMapping[int, Tensor] | States,
     groups: Sequence[Sequence[int]],
     held_out: Sequence[int],
-    sizes: Sequence[int],
     request: Recovering,
     *,
     at_once: int,
     seed: int,
-    keep: Callable[[], None],
-) -> dict[str, Any]:
+    keep: Callable[[], dict[str, Tensor]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train one block until its epochs are over or the held-out rows no longer get better.
 
     `stream` is the pruned one, `targets` the dense stream behind the dense block. `groups` are the
-    numbers of the micro-batches that train, those together that share a step whatever their size;
-    `sizes` the tokens of every micro-batch. `keep` is called whenever the masters are the best.
-    Returned are mean relative errors a token: of the held-out rows `before` and `after`; by epoch
-    of the training rows (`losses`) and of the others. `epochs` is the one that was kept, or 0.
+    numbers of the micro-batches that train, those together that share a step whatever their size.
+    Returned are mean relative errors a token (of the held-out rows `before` and `after`; by epoch
+    of the training rows, `losses`, and of the others; `epochs` is the one that was kept, or 0), and
+    what `keep` gave when the masters were the best.
     """
 
     def error(numbers: Sequence[int], *, learn: bool) -> Tensor:
         """Return the mean error a token, which stays on the device until an epoch is over."""
-        tokens, values = sum(sizes[number] for number in numbers), []
+        tokens, values = sum(stream.tokens[number] for number in numbers), []
         for number in numbers:
             with torch.set_grad_enabled(learn):
                 output = stream.run(index, number, keep=False)
@@ -103,17 +110,12 @@ def tune(
             values.append(loss.detach().to(widest(loss.device)))
         return sum(values[1:], values[0])
 
-    def finite(losses: Sequence[Tensor]) -> list[float]:
-        values: list[float] = torch.stack(list(losses)).tolist()
-        if all(map(math.isfinite, values)):
-            return values
-        raise SolverError(
-            f"the loss is not finite in block {index}: lower --lr, or check the models' weights "
-            "(--dtype float32 computes in more range)"
-        )
+    def read(losses: Sequence[Tensor]) -> Sequence[float]:
+        return finite(torch.stack(list(losses)).tolist(), f"in block {index}")
 
-    (before,) = readings = finite([error(held_out, learn=False)])
+    readings = list(read([error(held_out, learn=False)]))
     best, losses = 0, []
+    kept: dict[str, Tensor] = {}
     steps = steps_of(len(groups), at_once, request.epochs, seed)
     an_epoch = len(steps) // request.epochs
     for epoch in range(request.epochs):
@@ -121,16 +123,17 @@ def tune(
         for step in range(epoch * an_epoch, (epoch + 1) * an_epoch):
             errors.append(error([n for group in steps[step] for n in groups[group]], learn=True))
             masters.step(rate(step, len(steps), request.lr))
-        *values, reading = finite([*errors, error(held_out, learn=False)])
+        *values, reading = read([*errors, error(held_out, learn=False)])
         losses.append(sum(values) / len(values))
         readings.append(reading)
         best, due = best_of(readings)
         if best == epoch + 1:
-            keep()
+            kept.clear()  # one set lives at a time
+            kept = keep()
         if due:
             break
-    return {"block": index, "before": before, "after": readings[best], "losses": losses,
-            "held_out": readings[1:], "epochs": best}  # fmt: skip
+    return {"block": index, "before": readings[0], "after": readings[best], "losses": losses,
+            "held_out": readings[1:], "epochs": best}, kept  # fmt: skip
 
 
 def recover_blocks(job: Job) -> tuple[float, float, Any]:
@@ -138,8 +141,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
 
     A finished block lies in its file of the checkpoint; the streams are made again when resumed.
     """
-    work, pair, ids = job.work, job.pair, job.calibration.ids
-    found, ahead = pair.pruned.blocks, not job.plan.sparing
+    work, ids, found = job.work, job.calibration.ids, job.pruned.blocks
     together = rows_at_once(job.request.batch, ids.shape[1])[0]  # in steps, whatever runs at a time
     groups: list[list[int]] = []
     numbers: list[list[int]] = []
@@ -147,42 +149,35 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         parts = grouped(rows, job.plan.rows)
         numbers.append(list(range(len(groups), len(groups) + len(parts))))
         groups += parts
-    sizes = [len(group) * ids.shape[1] for group in groups]
     reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
-    dense, pruned = (_stream(job, m, groups) for m in (pair.dense, pair.pruned))
-    files = list(pair.pruned.layout)
+    dense, pruned = (_stream(job, model, groups) for model in (job.dense, job.pruned))
+    files = list(job.pruned.layout)
     for index in range(len(found)):
-        pair.dense.fetch(index, ahead=ahead)
+        job.dense.fetch(index, ahead=not job.plan.sparing)
         dense.advance(index)
-        pair.dense.drop(index)
-        pair.pruned.fetch(index, ahead=ahead)
-        own = dict(found.blocks[index].named_parameters(prefix=f"{found.name}.{index}"))
-        types = {name: parameter.dtype for name, parameter in own.items()}
+        job.dense.drop(index)
+        job.pruned.fetch(index, ahead=not job.plan.sparing)
         if index < len(reports):
             made = work.load(f"{CHECKPOINT}/{files[index]}")
         else:
+            own = dict(found.blocks[index].named_parameters(prefix=f"{found.name}.{index}"))
             for parameter in own.values():
                 parameter.requires_grad_(True)
-            masters = Masters(own, pair.pruned.stored, pair.masked.__contains__)
-            best: dict[str, Tensor] = {}
-            report = tune(
-                pruned, index, masters, dense.states, numbers[:-1], numbers[-1], sizes,
-                job.request, at_once=job.request.batch // together, seed=job.seed,
-                keep=functools.partial(_keep, job, masters, best),
+            masters = Masters(own, job.pruned.stored, job.masked.__contains__)
+            report, best = tune(
+                pruned, index, masters, dense.states, numbers[:-1], numbers[-1], job.request,
+                at_once=job.request.batch // together, seed=job.seed,
+                keep=functools.partial(job.as_stored, masters, copy=True),
             )  # fmt: skip
             reports.append(report)
-            del masters
+            del masters, own
             made = job.write(files[index], best)
             del best
             job.keep(index + 1, blocks=reports)
-        del own
-        pair.pruned.refill(index, made)
+        job.pruned.refill(index, made)
         del made
-        for name, dtype in types.items():
-            parameter = pair.pruned.model.get_parameter(name)
-            parameter.data = parameter.data.to(dtype)
         pruned.advance(index)
-        pair.pruned.drop(index)
+        job.pruned.drop(index)
         job.progress(index + 1, len(found), f"error {reports[index]['after']:.4f}")
     for file in files[len(found) :]:
         job.write(file, {})
@@ -191,14 +186,9 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     return first, last, reports
 
 
-def _keep(job: Job, masters: Masters, best: dict[str, Tensor]) -> None:
-    best.clear()
-    best.update(job.as_stored(masters, copy=True))
-
-
 def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
     """Return a model's stream before its first block, its states in files."""
-    folder = job.work.scratch("dense" if streamed is job.pair.dense else "pruned")
+    folder = job.work.scratch("dense" if streamed is job.dense else "pruned")
     streamed.fetch_outside()
     streamed.fetch(0)
     stream = Stream(streamed.model, streamed.blocks, States(folder, streamed.device))

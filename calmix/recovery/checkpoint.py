@@ -22,7 +22,7 @@ from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import check_output_folder, sha256_json, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import open_model
-from calmix.models.opening import check_ids, check_models, fingerprint
+from calmix.models.opening import check_ids, check_models
 from calmix.models.shards import write_index
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.options import Recovering
@@ -32,8 +32,6 @@ from calmix.pruning.distributed import everyone, once
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
 from calmix.recovery.job import Job, RecoveryReport
-from calmix.recovery.memory import sizes_of
-from calmix.recovery.pair import compare
 from calmix.recovery.training import split_rows
 from calmix.specs import How
 
@@ -80,32 +78,21 @@ def recover(
     once(check)
     models = [streamed(name, job.opening) for name in (pruned, against)]
     try:
+        job.take(*models)
         tokenizers = [open_tokenizer(one.name, trust_remote_code=trust) for one in models]
-        job.pair = pair = compare(*models)
         if tokenizers[0].tokenizer_fingerprint != tokenizers[1].tokenizer_fingerprint:
             raise InputError(
                 f"{pruned} has another tokenizer than {against}: it was not pruned from it"
             )
-        if job.processes > 1 and any(
-            one.experts is not None
-            for index in range(len(pair.pruned.blocks))
-            for one in pair.pruned.blocks.mixtures(index)
-        ):  # one that no token of a process reaches would keep the others waiting
-            raise ModelError(
-                f"{pruned} has experts that are modules of their own, which are recovered in one "
-                "process: start it without a launcher"
-            )
-        asked = job.asked(*(fingerprint(one.folder) for one in models))
+        asked = job.asked()
         if finished and (report := finished_report(job, asked)) is not None:
             return report
         take = {"resume": run.resume, "overwrite": run.overwrite}
         work.kept = once(lambda: work.claim(asked, **take))
         try:
             calibration = once(lambda: _calibration(job, tokenizers[1]))
-            embeddings = pair.pruned.model.get_input_embeddings()
-            check_ids(pair.pruned.name, embeddings, calibration.ids)
+            check_ids(pruned, job.pruned.model.get_input_embeddings(), calibration.ids)
             job.begin(calibration)
-            job.check_memory(sizes_of(pair.pruned, request.method, job.dtype), calibration.length)
             run.started(calibration)
             if work.upgraded:
                 job.say(work.upgraded)
@@ -117,7 +104,7 @@ def recover(
             report = RecoveryReport(
                 request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
                 calibration.rows, calibration.length, job.rows.held_out, before, after,
-                pair.weights, pair.zeros, curve, {"total": job.seconds},
+                job.weights, job.zeros, curve, {"total": job.seconds},
             )  # fmt: skip
             if job.main:
                 _finish(job, asked, report)
@@ -152,7 +139,7 @@ def _calibration(job: Job, tokenizer: OpenTokenizer) -> CalibrationSet:
     job.check_room(asked.draw.rows * asked.draw.length)
     opened: Any = tokenizer
     if asked.runs_model:
-        opened = open_model(job.pair.dense.name, **job.opening | {"dtype": "auto"})
+        opened = open_model(job.dense.name, **job.opening | {"dtype": "auto"})
     how = {"writing": job.run.writing, "note": job.say, **request.drawn()}
     made = resolve(request.calibration, opened, **how)
     job.work.keep_calibration(made)
@@ -161,13 +148,13 @@ def _calibration(job: Job, tokenizer: OpenTokenizer) -> CalibrationSet:
 
 def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
     """Write what stands beside the weights, and turn the work into the output."""
-    place, pruned = job.work.checkpoint, job.pair.pruned
+    place, pruned = job.work.checkpoint, job.pruned
     done = report.to_json()
     run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
     manifest = {
         "kind": "recovered checkpoint",
         "model": {"name": pruned.name, "sha256": asked["pruned"]},
-        "against": {"name": job.pair.dense.name, "sha256": asked["against"]},
+        "against": {"name": job.dense.name, "sha256": asked["against"]},
         "dtype": asked["dtype"],
         "device": asked["device"],
         "processes": job.processes,

@@ -8,7 +8,6 @@ accelerate's business.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calmix.errors import SolverError
-from calmix.evaluation.likelihood import Head, decoder_and_head
+from calmix.evaluation.likelihood import Head, behind, decoder_and_head
 from calmix.models import find_blocks
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.shards import read_file, write_file
@@ -28,8 +26,16 @@ from calmix.options import Recovering
 from calmix.pruning.distributed import everyone, once
 from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
-from calmix.recovery.pair import same_head
-from calmix.recovery.training import Masters, Rows, best_of, grouped, rate, steps_of, trained_names
+from calmix.recovery.training import (
+    Masters,
+    Rows,
+    best_of,
+    finite,
+    grouped,
+    rate,
+    steps_of,
+    trained_names,
+)
 
 READINGS = 2  # of the held-out rows, an epoch
 WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
@@ -124,13 +130,7 @@ def distill(
             if learn:
                 accelerator.backward(loss)
                 masters.collect()
-        loss = float(accelerator.reduce(total, reduction="mean"))
-        if math.isfinite(loss):
-            return loss
-        raise SolverError(
-            f"the loss is not finite {where}: lower --lr, or check the models' weights "
-            "(--dtype float32 computes in more range)"
-        )
+        return finite([float(accelerator.reduce(total, reduction="mean"))], where)[0]
 
     def reading() -> float:
         after = f"on the held-out rows after step {progress.done} of {len(steps)}"
@@ -160,10 +160,13 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     The work folder holds masters and moments in `state-N/RANK`, and the best weights so far, as
     they are to be written, in `best-N`. Of both there are two, one that counts and one to write.
     """
-    request, work, pair, accelerator = job.request, job.work, job.pair, job.accelerator
-    shared = same_head(pair)
-    folder, dense_head = _dense_states(job, shared)
-    model = job.open(pair.pruned.name)
+    request, work, accelerator = job.request, job.work, job.accelerator
+    folder, dense_head, weights = _dense_states(job)
+    model = job.open(job.pruned.name)
+    same = zip(_head_weights(model), weights, strict=True)
+    if shared := all(torch.equal(a.bfloat16(), b.bfloat16()) for a, b in same):
+        dense_head = None
+    del weights
     student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)
     if getattr(accelerator, "is_fsdp2", False):
         # Accelerate shards a model only together with an optimiser; ours comes after.
@@ -176,7 +179,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         for name, p in student.named_parameters()
         if p.requires_grad
     }
-    masters = Masters(trained, pair.pruned.stored, pair.masked.__contains__)
+    masters = Masters(trained, job.pruned.stored, job.masked.__contains__)
     steps = steps_of(len(job.rows.training), request.batch, request.epochs, job.seed)
     progress = Progress(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))
@@ -196,9 +199,9 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             continue
         if progress.best == progress.done:
             best = 1 - counted[1]
-            weights = job.as_stored(masters)
+            made = job.as_stored(masters)
             if job.main:
-                work.save(f"best-{best}", weights)
+                work.save(f"best-{best}", made)
         now = time.monotonic()
         over = progress.stopped or progress.done == progress.steps
         due = not over and now - saved >= SAVING * took
@@ -212,26 +215,32 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             took = saved - now
     if job.main:
         made = work.load(f"best-{best}") if progress.best else {}
-        parts = [pair.pruned.block_names(index) for index in range(len(pair.pruned.blocks))]
+        parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
         others = made.keys() - {name for part in parts for name in part}
-        for number, file in enumerate(pair.pruned.layout):
+        for number, file in enumerate(job.pruned.layout):
             names = parts[number] if number < len(parts) else others
             job.write(file, {name: made[name] for name in names if name in made})
     losses = dict(progress.held_out)
     return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
 
 
-def _dense_states(job: Job, shared: bool) -> tuple[Path, Head | None]:
+def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
     """Write what the dense model's head sees, a file a row, in the type computed in.
 
-    Each process makes its share. Returns the folder, and the head if it is not the pruned model's.
+    Each process makes its share. Returns the folder, the head and its weights.
     """
     folder, ids = once(lambda: job.work.scratch("dense")), job.calibration.ids
-    decoder, head = decoder_and_head(job.open(job.pair.dense.name))
+    model = job.open(job.dense.name)
+    decoder, head = decoder_and_head(model)
     for part in grouped(range(job.rank, len(ids), job.processes), job.plan.rows):
         with torch.inference_mode():
             hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
         for row, value in zip(part, hidden, strict=True):
             write_file(folder / str(row), {"hidden": value})
     everyone(None)
-    return folder, None if shared else head
+    return folder, head, _head_weights(model)
+
+
+def _head_weights(model: Any) -> list[Tensor]:
+    """Return the parameters of a model's output head, and what else is behind its decoder."""
+    return [*model.get_output_embeddings().parameters(), *behind(model).values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,25 +14,30 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
 from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions
 from calmix.models import open_model
-from calmix.models.opening import device_of
+from calmix.models.blocks import EXPERTS
+from calmix.models.opening import device_of, fingerprint
+from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import fast_half_precision
 from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
+from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.work import CHECKPOINT, WorkFolder
-from calmix.recovery.memory import Plan, Sizes, check_memory, make_plan
-from calmix.recovery.pair import Pair
+from calmix.recovery.memory import Plan, check_memory, make_plan
 from calmix.recovery.training import Masters, Rows, rows_at_once, split_rows, trained_names
 from calmix.shown import Shown
 from calmix.specs import How
 
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LEAST = 0.01  # share of zeros below which a model is not sparse
+APART = 0.5  # relative distance of embeddings beyond which a model is another one
+ROWS = 4096  # of the embeddings that are compared
 
 
 @dataclass(repr=False)
@@ -75,49 +81,57 @@ class RecoveryReport(Shown):
 
 
 class Job:
-    """A recovery at work, in each of the processes that share it."""
+    """A recovery at work, in each of the processes that share it.
 
-    pair: Pair
+    Attributes:
+        pruned, dense: the models, their blocks on disk.
+        masked: names in the pruned model of the linear maps whose zeros stay (one may be that of
+            all experts); `weights` and `zeros` are how many they hold.
+    """
+
+    pruned: StreamedModel
+    dense: StreamedModel
+    masked: frozenset[str]
     calibration: CalibrationSet
     rows: Rows
     plan: Plan
-    accelerator: Any
+    accelerator: Any = None
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
         self.request, self.output, self.run = request, output, run
-        self.progress, self.accelerator = run.progress, None
-        device, dtype = run.device, run.dtype
+        self.progress, self.weights, self.zeros = run.progress, 0, 0
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and request.method == "blocks":
             raise InputError("recovery by blocks runs in one process: start it without a launcher")
-        if launched and device not in ("auto", "cpu"):
+        if launched and run.device not in ("auto", "cpu"):
             raise InputError(
                 "--device has no effect under a launcher, which gives each process its own"
             )
-        self.device = device_of(device)
+        self.device = device_of(run.device)
+        self.rank, self.processes = 0, 1
         if request.method == "distill":
             from accelerate import Accelerator
 
-            self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+            own: Any = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+            self.accelerator, self.rank, self.processes = own, own.process_index, own.num_processes
             if launched:
-                self.device = self.accelerator.device
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+                self.device = own.device
+            plugin = getattr(own.state, "fsdp_plugin", None)
             if plugin is not None and plugin.fsdp_version != 2:
                 raise InputError("only version 2 of FSDP can be used: set fsdp_version to 2")
-        self.processes = self.accelerator.num_processes if self.accelerator else 1
-        self.rank = self.accelerator.process_index if self.accelerator else 0
         self.main = self.rank == 0
         if request.batch % self.processes:
             raise InputError(
                 f"--batch {request.batch} cannot be shared by {self.processes} processes"
             )
-        if dtype == "auto":
+        self.type_name = run.dtype
+        if run.dtype == "auto":
             fast = self.device.type != "cpu" or fast_half_precision(torch.bfloat16)
-            dtype = "bfloat16" if fast else "float32"
-        if dtype not in TYPES:
-            raise InputError(f"--dtype {dtype} cannot train: use bfloat16 or float32")
-        self.type_name, self.dtype = dtype, TYPES[dtype]
-        self.opening = run.opening | {"dtype": dtype, "device": str(self.device)}
+            self.type_name = "bfloat16" if fast else "float32"
+        if self.type_name not in TYPES:
+            raise InputError(f"--dtype {run.dtype} cannot train: use bfloat16 or float32")
+        self.dtype = TYPES[self.type_name]
+        self.opening = run.opening | {"dtype": self.type_name, "device": str(self.device)}
         self.say = run.note if self.main else How.note
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
 
@@ -125,11 +139,49 @@ class Job:
         """Open a model whole, in what this computes in."""
         return open_model(name, **self.opening).model
 
-    def asked(self, pruned: str, against: str) -> dict[str, Any]:
-        """Return what decides the bytes of the result beside the text, models by hash."""
+    def take(self, pruned: StreamedModel, dense: StreamedModel) -> None:
+        """Take both models, or refuse the pair; the pruned one may lack experts."""
+        self.pruned, self.dense = pruned, dense
+        kinds = [type(one.model).__name__ for one in (pruned, dense)]
+        line = f"{pruned.name} was not pruned from {dense.name}"
+        if kinds[0] != kinds[1]:
+            raise InputError(f"{line}: it is a {kinds[0]}, the dense model a {kinds[1]}")
+        own, other = ({n: tuple(p.shape) for n, p in one.model.named_parameters()}
+                      for one in (pruned, dense))  # fmt: skip
+        kept, count = (experts_of(one.model.config) for one in (pruned, dense))
+        for name in dict.fromkeys([*own, *other]):
+            here, there = own.get(name), other.get(name)
+            if here != there and not (kept < count and _dropped(name, here, there, kept, count)):
+                raise InputError(
+                    f"{line}: {name} is {here or 'none'}, and {there or 'none'} in the dense model"
+                )
+        if not _near(pruned, dense):
+            raise InputError(f"{line}: their embeddings are of different models")
+        blocks = [pruned.blocks.prunables(index) for index in range(len(pruned.blocks))]
+        self.masked = frozenset(layer.parameter_name for block in blocks for layer in block)
+        for name in self.masked:
+            value = pruned.stored(name)
+            self.weights += value.numel()
+            self.zeros += int((value == 0).sum())
+        if self.zeros < LEAST * self.weights and kept == count:
+            raise InputError(
+                f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
+                "weights are zero): prune it first"
+            )
+        # One that no token of a process reaches would keep the others waiting.
+        if self.processes > 1 and any(
+            layer.expert is not None and not layer.fused for block in blocks for layer in block
+        ):
+            raise ModelError(
+                f"{pruned.name} has experts that are modules of their own, which are recovered in "
+                "one process: start it without a launcher"
+            )
+
+    def asked(self) -> dict[str, Any]:
+        """Return what decides the bytes of the result beside the text."""
         return {
-            "pruned": pruned,
-            "against": against,
+            "pruned": fingerprint(self.pruned.folder),
+            "against": fingerprint(self.dense.folder),
             "dtype": self.type_name,
             "device": self.device.type,
             "processes": self.processes,
@@ -138,41 +190,40 @@ class Job:
         }
 
     def begin(self, calibration: CalibrationSet) -> None:
-        """Take the calibration set, hold rows out of it, and start the clock where it was left."""
+        """Take the calibration set, hold rows out of it, decide what to spare to stay within the
+        memory, and start the clock where it was left.
+
+        What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
+        the same plan.
+        """
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
         self.rows = split_rows(calibration.sources, self.request.batch, self.seed)
         self._began = time.perf_counter() - self.work.kept.get("seconds", 0.0)
+        give_memory_back()
+        held, free, _ = device_memory(self.device)
+        rows = rows_at_once(self.request.batch // self.processes, calibration.length)
+        if (most := self.run.max_memory) is None:
+            rows, room = rows[:1], int(ROOM * free) // self.processes
+        else:
+            held = -(-held // (GIB // 4)) * (GIB // 4)
+            room = most - held
+        if begun := self.work.kept.get("rows_at_once"):
+            rows = [begun]
+        self.plan = make_plan(
+            self.pruned, self.request.method, self.dtype, calibration.length, rows, room
+        )
+        self.say("recovery " + check_memory(self.plan.needed, held, most, free))
 
     @property
     def seconds(self) -> float:
         """The seconds so far."""
         return time.perf_counter() - self._began
 
-    def check_memory(self, sizes: Sizes, length: int) -> None:
-        """Say what memory is needed, and decide what to spare to stay within what is allowed.
-
-        What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
-        the same plan.
-        """
-        give_memory_back()
-        held, free, _ = device_memory(self.device)
-        rows = rows_at_once(self.request.batch // self.processes, length)
-        room = int(ROOM * free) // self.processes
-        if (most := self.run.max_memory) is None:
-            rows = rows[:1]
-        else:
-            held = -(-held // (GIB // 4)) * (GIB // 4)
-            room = most - held
-        if begun := self.work.kept.get("rows_at_once"):
-            rows = [begun]
-        self.plan = make_plan(self.request.method, sizes, length, rows, room)
-        self.say("recovery " + check_memory(self.plan.needed, held, most, free))
-
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery on so many tokens for whose files the disk has no room."""
-        source = self.pair.pruned
+        source = self.pruned
         needed = sum(place.size for place in source.shards.places.values())
         width = source.model.get_output_embeddings().weight.shape[1]
         states = tokens * width * self.dtype.itemsize
@@ -196,13 +247,13 @@ class Job:
         kept = {}
         for name, value in masters.full():  # in which all processes take part
             if self.main:
-                kept[name] = value.to(self.pair.pruned.stored_dtype(name), copy=copy)
+                kept[name] = value.to(self.pruned.stored_dtype(name), copy=copy)
         return kept
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, and return it: what was trained, else the pruned tensors."""
-        source = self.pair.pruned
-        for name in self.pair.masked & trained.keys():
+        source = self.pruned
+        for name in self.masked & trained.keys():
             zero = source.stored(name) == 0
             assert not trained[name].cpu()[zero].any(), f"a zero of {name} has changed"
         made = source.shards.read(source.layout[file])
@@ -211,3 +262,21 @@ class Job:
                 made[name] = value.to(made[name].dtype)
         self.work.save(f"{CHECKPOINT}/{file}", made)
         return made
+
+
+def _dropped(
+    name: str, own: tuple[int, ...] | None, other: tuple[int, ...] | None, kept: int, count: int
+) -> bool:
+    """Whether a parameter differs as it does where some of the experts were dropped."""
+    if own is None:
+        number = re.search(rf"\.{EXPERTS}\.(\d+)\.", name)
+        return number is not None and int(number[1]) >= kept
+    return other is not None and own == (kept, *own[1:]) and other == (count, *own[1:])
+
+
+def _near(pruned: StreamedModel, dense: StreamedModel) -> bool:
+    """Whether the embeddings of both models begin about the same."""
+    embedded = pruned.model.get_input_embeddings().weight
+    named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
+    ours, theirs = (one.stored(named)[:ROWS].float() for one in (pruned, dense))
+    return bool((ours - theirs).norm() <= APART * theirs.norm())

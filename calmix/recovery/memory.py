@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from calmix.errors import InputError
-from calmix.models.blocks import DecoderBlocks, experts_per_token
+from calmix.models.blocks import experts_per_token
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.budget import GIB
 from calmix.pruning.trace import token_bytes
@@ -26,22 +26,6 @@ from calmix.recovery.training import trained_names
 
 PASSING = 2  # blocks' activations that come and go while one runs
 BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, and what they keep
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of a model decides the memory: weights of the whole, `trained` at a time, and `outside`
-    the blocks; `widths` are the inputs and outputs of the linear maps of a block together.
-    """
-
-    weights: int
-    trained: int
-    outside: int
-    blocks: int
-    hidden: int
-    widths: int
-    vocabulary: int
-    value_bytes: int
 
 
 @dataclass(frozen=True)
@@ -57,29 +41,50 @@ class Plan:
     needed: int
 
 
-def needed_bytes(method: str, sizes: Sizes, tokens: int, *, sparing: bool) -> int:
-    """Return what a recovery takes beside the program, with micro-batches of so many tokens."""
-    activations = tokens * (6 * sizes.hidden + sizes.widths) * sizes.value_bytes
-    optimiser = sizes.trained * (16 + sizes.value_bytes)
-    if method == "blocks":
-        # The block, its best weights so far, and both models' next ones unless sparing.
-        weights = sizes.trained * (2 if sparing else 4) * sizes.value_bytes
-        first = (sizes.outside + sizes.trained) * sizes.value_bytes  # of the first states
-        return max(first, weights + optimiser + (1 + 2 * PASSING) * activations)
-    between = sizes.blocks * tokens * sizes.hidden * sizes.value_bytes
-    kept = PASSING + (1 if sparing else sizes.blocks)
-    logits = 5 * 4 * min(max(CHUNK, LEAST * sizes.vocabulary), tokens * sizes.vocabulary)
-    weights = sizes.weights * sizes.value_bytes
-    return weights + optimiser + between + kept * activations + logits
-
-
-def make_plan(method: str, sizes: Sizes, length: int, rows: Sequence[int], room: float) -> Plan:
+def make_plan(
+    model: StreamedModel,
+    method: str,
+    dtype: torch.dtype,
+    length: int,
+    rows: Sequence[int],
+    room: float,
+) -> Plan:
     """Return the first plan that takes no more than `room` bytes, or the one that takes least.
 
     `rows` of `length` tokens may run at a time, the most first.
     """
+    blocks, own, size = model.blocks, model.parameters, dtype.itemsize
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+    hidden = token_bytes(model.model, blocks) // size
+    largest = max(range(len(blocks)), key=model.block_bytes)
+    chosen = experts_per_token(model.model.config)
+    # The inputs and outputs of the linear maps in a block that a token goes through.
+    widths = sum(
+        sum(layer.shape)
+        for layer in blocks.prunables(largest)
+        if layer.expert is None or layer.expert < chosen
+    )
+    weights = sum(p.numel() for p in own.values()) * size
+    outside = model.outside_bytes // model.dtype.itemsize * size
+    trained = sum(p.numel() for p in blocks.blocks[largest].parameters())
+    if method == "distill":
+        trained = sum(own[name].numel() for name in trained_names(model.model, blocks))
+
+    def needed(tokens: int, sparing: bool) -> int:
+        activations = tokens * (6 * hidden + widths) * size
+        optimiser = trained * (16 + size)
+        if method == "blocks":
+            # The block, its best weights so far, and both models' next ones unless sparing.
+            held = trained * (2 if sparing else 4) * size
+            first = outside + trained * size  # of the first states
+            return max(first, held + optimiser + (1 + 2 * PASSING) * activations)
+        between = len(blocks) * tokens * hidden * size
+        kept = PASSING + (1 if sparing else len(blocks))
+        logits = 5 * 4 * min(max(CHUNK, LEAST * vocabulary), tokens * vocabulary)
+        return weights + optimiser + between + kept * activations + logits
+
     plans = [
-        Plan(count, sparing, needed_bytes(method, sizes, count * length, sparing=sparing))
+        Plan(count, sparing, needed(count * length, sparing))
         for count in rows
         for sparing in (False, True)
     ]
@@ -102,36 +107,3 @@ def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
     if most is None and needed > free:
         line += f", and {free / GIB:.2f} GiB are free: it may be killed"
     return line
-
-
-def sizes_of(model: StreamedModel, method: str, dtype: torch.dtype) -> Sizes:
-    """Return what decides the memory of a recovery of a model, computed with in `dtype`."""
-    config = model.model.config.get_text_config(decoder=True)
-    largest = max(range(len(model.blocks)), key=model.block_bytes)
-    own = model.parameters
-    trained = sum(p.numel() for p in model.blocks.blocks[largest].parameters())
-    if method == "distill":
-        trained = sum(own[n].numel() for n in trained_names(model.model, model.blocks))
-    return Sizes(
-        weights=sum(p.numel() for p in own.values()),
-        trained=trained,
-        outside=model.outside_bytes // model.dtype.itemsize,
-        blocks=len(model.blocks),
-        hidden=token_bytes(model.model, model.blocks) // dtype.itemsize,
-        widths=widths_of(model.blocks, largest, experts_per_token(config)),
-        vocabulary=model.model.get_output_embeddings().weight.shape[0],
-        value_bytes=dtype.itemsize,
-    )
-
-
-def widths_of(found: DecoderBlocks, index: int, chosen: int) -> int:
-    """Return the inputs and outputs, together, of a block's linear maps a token goes through."""
-    layers = found.prunables(index)
-    each: dict[str | None, int] = {}
-    for layer in layers:
-        each[layer.mixture] = max(each.get(layer.mixture, 0), (layer.expert or 0) + 1)
-    return sum(
-        sum(layer.shape) * (1 if layer.expert is None else min(chosen, each[layer.mixture]))
-        for layer in layers
-        if not layer.expert
-    )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from calmix.errors import InputError
+from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
 from calmix.models.blocks import DecoderBlocks
@@ -116,6 +116,16 @@ def rows_at_once(batch: int, length: int) -> list[int]:
     return [rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0]
 
 
+def finite(losses: Sequence[float], where: str) -> Sequence[float]:
+    """Return losses, or refuse them."""
+    if all(map(math.isfinite, losses)):
+        return losses
+    raise SolverError(
+        f"the loss is not finite {where}: lower --lr, or check the models' weights (--dtype "
+        "float32 computes in more range)"
+    )
+
+
 def best_of(losses: Sequence[float]) -> tuple[int, bool]:
     """Return which reading of the held-out rows is the best, and whether it is time to stop."""
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -127,14 +137,14 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _shared_out(full: Tensor, like: Any) -> Tensor:
-    """Return the part of a full tensor that this process holds of `like`."""
+def _sharded_as(like: Any, full: Tensor) -> Tensor:
+    """Return a tensor as it lies in a parameter, in float32."""
+    full = full.to(like.device, torch.float32, copy=True)
     if not hasattr(like, "to_local"):
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    placed = distribute_tensor(full.to(like.device), like.device_mesh, like.placements)
-    return placed.to_local()
+    return distribute_tensor(full, like.device_mesh, like.placements)
 
 
 class Masters:
@@ -155,8 +165,7 @@ class Masters:
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
-            own = _shared_out(full, parameter).to(local(parameter).device, torch.float32)
-            self.values[name] = nn.Parameter(own.clone())
+            self.values[name] = nn.Parameter(_sharded_as(parameter, full))
             groups.append({"params": [self.values[name]], "size": size_of(full)})
         self._masked = [value for name, value in self.values.items() if masked(name)]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
@@ -169,9 +178,9 @@ class Masters:
             master, gradient = self.values[name], parameter.grad
             parameter.grad = None
             if gradient is not None and master.grad is not None:
-                master.grad.add_(local(gradient))
+                master.grad.add_(gradient)
             elif gradient is not None:
-                master.grad = local(gradient).float()
+                master.grad = gradient.float()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -192,39 +201,32 @@ class Masters:
     def round(self) -> None:
         """Round the masters into the parameters."""
         for name, parameter in self.parameters.items():
-            local(parameter).copy_(self.values[name])
+            parameter.copy_(self.values[name])
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every master whole; where they are sharded all processes must ask together."""
-        for name, parameter in self.parameters.items():
-            master: Any = self.values[name].detach()
-            if hasattr(parameter, "to_local"):
-                from torch.distributed.tensor import DTensor
-
-                sharded: Any = parameter
-                master = DTensor.from_local(
-                    master, sharded.device_mesh, sharded.placements,
-                    shape=sharded.shape, stride=sharded.stride(),
-                ).full_tensor()  # fmt: skip
-            yield name, master
+        for name, value in self.values.items():
+            master: Any = value.detach()
+            yield name, master.full_tensor() if hasattr(master, "full_tensor") else master
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, all it takes to resume."""
-        state = {f"value/{name}": value.detach() for name, value in self.values.items()}
+        state = {f"value/{name}": local(value.detach()) for name, value in self.values.items()}
         for name, value in self.values.items():
             for kind in MOMENTS if value in self._adam.state else ():
-                state[f"{kind}/{name}"] = self._adam.state[value][kind]
+                state[f"{kind}/{name}"] = local(self._adam.state[value][kind])
         return state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Resume from a state, after so many steps."""
         for name, value in self.values.items():
-            value.copy_(state[f"value/{name}"])
+            local(value).copy_(state[f"value/{name}"])
             if f"{MOMENTS[0]}/{name}" in state:
-                moments = {m: state[f"{m}/{name}"].to(value.device, copy=True) for m in MOMENTS}
-                count = torch.tensor(float(steps), dtype=torch.float32, device=value.device)
-                self._adam.state[value] = moments | {"step": count}
+                own = self._adam.state[value] = {kind: torch.zeros_like(value) for kind in MOMENTS}
+                for kind in MOMENTS:
+                    local(own[kind]).copy_(state[f"{kind}/{name}"])
+                own["step"] = torch.tensor(float(steps), device=value.device)
         self.round()
 
 

@@ -63,7 +63,7 @@ class Timed:
     Arguments are those of `open_model`; of a hub model only config.json is fetched.
     """
 
-    merges = False  # `plan_for` and `sizes_of` read this and what is public here
+    merges = False  # `plan_for` and `recovery.make_plan` read this and what is public here
 
     def __init__(
         self, name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
@@ -286,8 +286,7 @@ class Timed:
         source: Any = self
         rows = rows_at_once(request.batch, length)
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
-        sizes = recovery.sizes_of(source, request.method, self.dtype)
-        return recovery.make_plan(request.method, sizes, length, rows, most).needed
+        return recovery.make_plan(source, request.method, self.dtype, length, rows, most).needed
 
 
 def seconds(act: Callable[[], Any], device: torch.device) -> float:

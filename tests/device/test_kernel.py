@@ -99,7 +99,8 @@ def test_it_compiles_for_devices_that_are_not_here():
 @pytest.mark.parametrize(
     ("pattern", "examples"),
     [(Unstructured(0.5), [(128, 0, 0), (64, 0, 0)]),
-     (SemiStructured(2, 3), [(129, 3, 1), (63, 3, 1)])],
+     (SemiStructured(2, 3), [(129, 3, 1), (63, 3, 1)]),
+     (SemiStructured(1, 16), [])],  # as many are not compared in a kernel
     ids=str,
 )  # fmt: skip
 def test_it_is_tried_on_blocks_as_large_as_those_it_is_used_on(monkeypatch, pattern, examples):

@@ -68,9 +68,9 @@ def test_a_block_learns_with_a_read_an_epoch(kind, gradients):
         traced.copies.clear()
         with reproducible(torch.device("cpu")):
             tune(
-                stream, 0, masters, targets, [[0], [1]], [2, 3], [16] * 4,
+                stream, 0, masters, targets, [[0], [1]], [2, 3],
                 recover_request(calibration="", method="blocks", epochs=2, lr=1e-3),
-                at_once=2, seed=0, keep=lambda: None,
+                at_once=2, seed=0, keep=dict,
             )  # fmt: skip
         assert all(value.device.type == "cuda" for value in masters.values.values())
     assert traced.reads == {"tolist": 3}  # before the first epoch, and after each

@@ -17,10 +17,10 @@ from calmix.specs import requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import old_mixtral, routed_inputs
-from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
+KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "llama4_text")
 
 
 def scores_of(model, ids):
@@ -93,30 +93,15 @@ def test_a_killed_drop_goes_on_to_the_same_bytes(
     ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more, "--resume")).ok()
     monkeypatch.undo()
     assert calmix(*drop(folder, text_file, tmp_path / "whole", *more)).code == 0
-    first, second = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.name != "calmix-run.json"}
-        for name in ("cut", "whole")
-    )
-    assert first == second
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("kind", quick(["qwen3_moe", "gpt_oss", "deepseek_v3"], KINDS))
-def test_the_smaller_checkpoint_computes_what_the_router_left_gives(
-    calmix, tmp_path, text_file, kind
-):
-    """With the dropped experts' router outputs at minus infinity the dense model does the same."""
+@pytest.mark.parametrize("kind", quick(["qwen3_moe", "gpt_oss"], KINDS))
+def test_the_smaller_checkpoint_holds_what_is_left_and_loads(calmix, tmp_path, text_file, kind):
     folder = save_tiny_model(tmp_path / "model", kind)
     output = tmp_path / "out"
-    ended = calmix(
-        "prune", folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", output,
-        "--drop-experts", 0.25 if kind != "deepseek_v3" else 0.4, "--only", "*.o_proj",
-    )  # fmt: skip
-    if kind == "deepseek_v3":  # two groups of two, and a group needs two for its score
-        assert ended.code == 2
-        assert "drop fewer" in ended.line or "leaves" in ended.line
-        return
-    assert ended.code == 0, ended.err
+    calmix(*drop(folder, text_file, output, "--sparsity", 0.5, "--only", "*.o_proj")).ok()
     told = json.loads((output / "calmix.json").read_text())["pruning"]
     assert [len(one["kept"]) for one in told["dropped"]] == [3] * len(told["dropped"])
     small = AutoModelForCausalLM.from_pretrained(output)
@@ -132,11 +117,8 @@ def test_the_smaller_checkpoint_computes_what_the_router_left_gives(
                 assert torch.equal(after[name], value[kept]), name
     size = sum(p.stat().st_size for p in output.glob("*.safetensors"))
     assert size < sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    assert load_weights(output).keys() < load_weights(folder).keys() or kind in (
-        "gpt_oss",
-        "granitemoe",
-        "llama4_text",
-    )
+    apart = kind in ("mixtral", "qwen3_moe")  # the files hold experts one by one
+    assert (load_weights(output).keys() < load_weights(folder).keys()) == apart
     with torch.no_grad():
         assert torch.isfinite(small(tiny_ids(2)).logits).all()
     assert not (tmp_path / "out.unfinished").exists()

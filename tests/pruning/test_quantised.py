@@ -9,12 +9,12 @@ import torch
 
 from calmix.errors import InputError
 from calmix.pruning import prune
-from calmix.pruning.gram import Gram, relative_error
+from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Rate, Unstructured, as_pattern
+from calmix.pruning.patterns import Rate, SemiStructured, Unstructured, as_pattern
 from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request, requests
-from tests.pruning.test_methods import as_tensors, problem
+from tests.pruning.test_methods import as_tensors, problem, statistic_of
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
 
@@ -106,30 +106,27 @@ def test_ecq_hits_its_rate_and_loses_less_with_more():
 
 @pytest.mark.parametrize("method", ["gptq", "sparsegpt,bits={}"])
 def test_more_bits_lose_less(method):
-    weight, gram = problem(rows=48, columns=128, tokens=1000)
-    w, h = as_tensors(weight, gram)
-    errors = []
+    w, h = as_tensors(*problem(rows=48, columns=128, tokens=1000))
+    joint, errors = "{}" in method, []
     for bits in (2, 3, 4, 8):
-        joint = "{}" in method
         target = Unstructured(0.5) if joint else Rate(bits)
         solved = get_method(method.format(bits)).solve([w], h, [target])
         errors.append(relative_error(w, solved.weights[0], h))
     assert errors == sorted(errors, reverse=True)
-    plain = get_method("sparsegpt").solve([w], h, [0.5]) if joint else None
-    if plain is not None:
+    if joint:  # as many as there are lose next to nothing
+        plain = get_method("sparsegpt").solve([w], h, [Unstructured(0.5)])
         assert errors[-1] == pytest.approx(relative_error(w, plain.weights[0], h), rel=0.05)
 
 
 @pytest.mark.parametrize(
     "text", ["admm", "wanda", "magnitude", "wanda,refit=4", "sparsegpt,refit=4"]
 )
-@pytest.mark.parametrize("pattern", [0.5, "2:4"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
 def test_bits_behind_a_mask_keep_it(text, pattern):
     weight, gram = problem(rows=24, columns=64)
     w, h = as_tensors(weight, gram)
     method = get_method(text)
-    own = {None: None, Gram: h}.get(method.needs, h.diagonal())
-    masked = method.solve([w], own, [pattern])
+    masked = method.solve([w], statistic_of(method, h), [pattern])
     solved = get_method(text, bits=4).solve([w], h, [pattern])
     assert solved.pruned == masked.pruned
     assert not (solved.weights[0][masked.weights[0] == 0]).any()
@@ -213,7 +210,7 @@ def test_a_quantised_checkpoint_says_what_it_takes(calmix, tiny_folder, text_fil
         assert torch.equal(grid.values(grid.levels(weight)).to(weight.dtype), weight)
     assert "bits a weight: 4.444" in calmix("doctor", "inspect", out).out
     for more, says in (
-        (("--bits", "3", "--method", "wanda"), "wanda takes a sparsity"),
+        (("--bits", "3", "--method", "wanda"), "give either --sparsity"),
         (("--bits", "3", "--method", "gptq,group=5"), "groups of 5 do not divide"),
         (("--bits", "many"), "bits many"),
     ):

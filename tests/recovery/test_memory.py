@@ -1,65 +1,62 @@
 """What a recovery spares to stay within its memory: the plan, and runs that follow a small one."""
 
 import math
-from collections import namedtuple
 from functools import partial
 
 import pytest
+import torch
 
+from calmix.models.streaming import StreamedModel
 from calmix.recovery import job
-from calmix.recovery.memory import Sizes, make_plan, needed_bytes
+from calmix.recovery.memory import make_plan
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import METHODS, command, manifest, place
-from tests.tiny import hashes, quick
+from tests.tiny import hashes, quick, save_tiny_model
 
 __all__ = ["place"]  # a fixture
-Held = namedtuple("Held", "rss")
-SIZES = Sizes(
-    weights=10_000, trained=1_000, outside=2_000, blocks=8, hidden=16, widths=200,
-    vocabulary=500, value_bytes=2,
-)  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_changes_no_number_is_spared_first_then_rows(method):
-    def made(room):
-        return make_plan(method, SIZES, 32, [4, 2, 1], room)
+@pytest.mark.parametrize(("kind", "widths"), [
+    ("llama", 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)),
+    ("mixtral", 2 * (32 + 32) + 2 * (32 + 16) + 2 * 3 * (32 + 64)),  # two of four experts
+])  # fmt: skip
+def test_what_is_needed_and_what_is_spared_first(tmp_path, kind, widths):
+    """What changes no number is spared first, then rows; by the formulas of the documentation."""
+    model = StreamedModel(str(save_tiny_model(tmp_path / kind, kind)))
+    block = sum(p.numel() for p in model.blocks.blocks[0].parameters())
+    whole = 2 * block + 320 * 32 + 32  # embeddings and the last norm
+    for method in METHODS:
 
-    plan, plans = made(math.inf), []
-    while not plans or plan != plans[-1]:
-        plans.append(plan)
-        plan = made(plan.needed - 1)
-    assert plans[:2] == [made(plans[0].needed), made(plans[1].needed)]
-    assert [(one.rows, one.sparing) for one in plans[:2]] == [(4, False), (4, True)]
-    assert (plans[-1].rows, plans[-1].sparing) == (1, True)
-    assert [one.needed for one in plans] == sorted((one.needed for one in plans), reverse=True)
-    assert made(0) == plans[-1]  # what takes least, for the message
+        def made(room, method=method):
+            return make_plan(model, method, torch.float32, 16, [4, 2, 1], room)
 
-
-def test_the_formulas_are_those_of_the_documentation():
-    sizes = Sizes(1000, 100, 300, 4, 8, 60, 50, 2)
-    activations = 16 * (6 * 8 + 60) * 2
-    passed = 1000 * 2 + 100 * 18 + 4 * 16 * 8 * 2 + 5 * 4 * 16 * 50
-    for method, sparing, wanted in (
-        ("blocks", False, 100 * (16 + 2 + 4 * 2) + 5 * activations),
-        ("blocks", True, 100 * (16 + 2 + 2 * 2) + 5 * activations),
-        ("distill", False, passed + 6 * activations),
-        ("distill", True, passed + 3 * activations),
-    ):
-        assert needed_bytes(method, sizes, 16, sparing=sparing) == wanted
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """As if next to nothing were free."""
-    monkeypatch.setattr(job, "make_plan", lambda *of: make_plan(*of[:-1], 0))
+        plan, plans = made(math.inf), []
+        while not plans or plan != plans[-1]:
+            plans.append(plan)
+            plan = made(plan.needed - 1)
+        assert made(plans[1].needed) == plans[1]
+        assert [(one.rows, one.sparing) for one in plans[:2]] == [(4, False), (4, True)]
+        assert (plans[-1].rows, plans[-1].sparing) == (1, True)
+        assert [one.needed for one in plans] == sorted((o.needed for o in plans), reverse=True)
+        activations = 64 * (6 * 32 + widths) * 4
+        for one, blocks_kept, copies in ((plans[0], 2, 4), (plans[1], 1, 2)):
+            wanted = block * (20 + 4 * copies) + 5 * activations
+            if method == "distill":
+                trained = whole - 320 * 32
+                logits = 5 * 4 * 64 * 320
+                between = 2 * 64 * 32 * 4
+                wanted = 4 * whole + 20 * trained + between + logits
+                wanted += (2 + blocks_kept) * activations
+            assert one.needed == wanted
+    model.close()
 
 
 @pytest.mark.parametrize("method", quick(["blocks"], METHODS))
-def test_it_goes_on_with_as_many_rows_at_a_time(
-    calmix, place, tmp_path, monkeypatch, small, method
-):
+def test_it_goes_on_with_as_many_rows_at_a_time(calmix, place, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(
+        job, "make_plan", lambda *of: make_plan(*of[:-1], 0)
+    )  # as if none were free
     within = ("--epochs", 1, "--max-memory", "64GiB")
     assert calmix(*command(place, tmp_path / "whole", method, *within)).code == 0
     stopped(partial(arm, "counted", 1), *command(place, tmp_path / "cut", method, *within))
@@ -67,7 +64,6 @@ def test_it_goes_on_with_as_many_rows_at_a_time(
     calmix(*command(place, tmp_path / "cut", method, *within[:2], "--resume")).ok()
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     # The same but for the order of sums; without a bound as many run at a time as may.
-    monkeypatch.undo()
     assert calmix(*command(place, tmp_path / "plenty", method, *within[:2])).code == 0
     few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
     assert few["rows_at_once"] == 1 < many["rows_at_once"]

@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -19,9 +20,9 @@ from pydantic import ValidationError
 
 from calmix.errors import InputError, nearest
 from calmix.options import PRUNE, named_options
-from calmix.pruning.methods.base import DTYPES, Look, Method, Solution
+from calmix.pruning.methods.base import Look, Method, Solution
 
-__all__ = ["DTYPES", "METHODS", "Look", "Method", "Solution", "get_method", "methods", "register"]
+__all__ = ["METHODS", "Look", "Method", "Solution", "get_method", "methods", "register"]
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -35,11 +36,9 @@ def register(method: type[Method]) -> type[Method]:
     if not (inspect.isclass(method) and issubclass(method, Method)):
         raise InputError(f"{method!r} is not a subclass of calmix.pruning.Method")
     where = f"the method {method.__qualname__}"
-    for attribute in ("name", "statistic"):
-        if not hasattr(method, attribute):
-            raise InputError(f"{where} has no {attribute}")
-    if inspect.isabstract(method):
-        raise InputError(f"{where} has no solve")
+    lacking = [name for name in ("name", "statistic") if not hasattr(method, name)]
+    for name in (*lacking, *sorted(method.__abstractmethods__)):
+        raise InputError(f"{where} has no {name}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", str(method.name)):
         raise InputError(
             f"a method's name has small letters, digits and -_. only, not '{method.name}'"
@@ -57,11 +56,9 @@ def register(method: type[Method]) -> type[Method]:
 
 def methods() -> dict[str, type[Method]]:
     """Return all methods by name; those of other packages that cannot be loaded are left out."""
-    for name, point in _others().items():
-        try:
-            _load(name, point)
-        except InputError:  # raised when it is asked for
-            continue
+    for name in _others():
+        with suppress(InputError):  # raised when it is asked for
+            _load(name)
     return dict(METHODS)
 
 
@@ -78,13 +75,9 @@ def get_method(method: str | Method, **options: Any) -> Method:
     if isinstance(method, Method):
         return _made(type(method), method.options | options) if options else method
     name, values = named_options("method", method)
-    others = _others()
-    if name not in METHODS and name not in others:
-        raise InputError(f"unknown method '{name}': {nearest(name, [*METHODS, *others])}")
-    for key in options:
-        if key in values:
-            raise InputError(f"{key} is given twice, once in the method '{method}'")
-    return _made(_load(name, others.get(name)), values | options)
+    for key in options.keys() & values.keys():
+        raise InputError(f"{key} is given twice, once in the method '{method}'")
+    return _made(_load(name), values | options)
 
 
 def _made(found: type[Method], values: dict[str, Any]) -> Method:
@@ -111,10 +104,14 @@ def _installed(path: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="calmix.methods")}
 
 
-def _load(name: str, point: EntryPoint | None) -> type[Method]:
+def _load(name: str) -> type[Method]:
     """Return a method that is known, or import what an entry point names."""
-    if name in METHODS or point is None:
+    if name in METHODS:
         return METHODS[name]
+    others = _others()
+    if name not in others:
+        raise InputError(f"unknown method '{name}': {nearest(name, [*METHODS, *others])}")
+    point = others[name]
     try:
         found = point.load()
     except Exception as error:

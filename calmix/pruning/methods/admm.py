@@ -34,8 +34,8 @@ from torch.nn import functional
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import Gram, inverse_factor, squared
-from calmix.pruning.methods.base import Joint, Solution
-from calmix.pruning.patterns import Pattern, check_columns, clear
+from calmix.pruning.methods.base import Solution, Sparse, by_kind
+from calmix.pruning.patterns import Pattern, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
 RIDGE = 0.6  # an input's share that others tell is found with so much added to its square sum
@@ -44,7 +44,7 @@ POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
 SAMPLE = 2**14  # weights of which a bound is taken
 
 
-class Admm(Joint):
+class Admm(Sparse):
     """Prune by alternating directions on the Gram matrix, and refit the kept weights."""
 
     name, title = "admm", "ADMM"
@@ -71,31 +71,35 @@ class Admm(Joint):
         description="Share of what every input has of its own, added to its square sum.",
     )
 
-    def solve(
+    def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune and refit."""
+        """Prune and refit, both in coordinates of its own."""
         assert statistic is not None
-        for pattern in patterns:
-            check_columns(pattern, len(statistic))
         scaled = by_own_part(scale(statistic))
-        starts: dict[int, Tensor] = {}
         used = self.damping
-        for m in sorted({pattern.group for pattern in patterns}):
+
+        def searched(places: list[int]) -> list[Tensor]:
+            nonlocal used
+            m = patterns[places[0]].group
             # The j-th columns of every group make one panel.
             order = torch.arange(len(statistic), device=statistic.device).view(-1, m).T.reshape(-1)
             reflector, used = self._reflector(scaled.gram, order, m)
-            for number, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
-                if pattern.group == m:
-                    starts[number] = self._search(weight, order, scaled, reflector, pattern)
-            del reflector
+            return [
+                self._search(weights[place], order, scaled, reflector, patterns[place])
+                for place in places
+            ]
+
+        starts = by_kind([pattern.group for pattern in patterns], searched)
         made = [
-            refit_layer(weight, starts.pop(number), scaled, steps=self.refit, damping=used)
-            for number, weight in enumerate(weights)
+            refit_layer(weight, starts.pop(0), scaled, steps=self.refit, damping=used)
+            for weight in weights
         ]
         counts = self.counts(weights, patterns)
-        solution = Solution(made, counts, [], used, torch.float32, scaled.dead)
-        return self.quantised(solution, statistic) if self.bits else solution
+        return Solution(made, counts, [], used, torch.float32, scaled.dead)
+
+    def refitted(self, weights: Sequence[Tensor], chosen: Solution, gram: Tensor) -> Solution:
+        return chosen
 
     def _reflector(self, gram: Tensor, order: Tensor, m: int) -> tuple[Tensor, float]:
         """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping it took."""

@@ -6,11 +6,10 @@ budget, the report. A method knows nothing of models, files or command lines.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
-from calmix.pruning.patterns import Pattern, Rate, as_pattern, check_columns, clear
+from calmix.pruning.patterns import Pattern, Rate, check_columns, clear
 from calmix.pruning.solvers import refit
-from calmix.pruning.solvers.grids import Grid, Rounding, Symmetric, check_group
+from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.surgeon import solve_columns
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of factorisations
+T = TypeVar("T")
 DAMPING = 0.01
 Damping = Annotated[
     float,
@@ -83,12 +82,6 @@ class Method(BaseModel, ABC):
     statistic: ClassVar[type[Statistic] | None]
     work: ClassVar[tuple[int, int]] = (0, 13)
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Let `solve` take parameters that require gradients, and patterns as users write them."""
-        super().__init_subclass__(**options)
-        if "solve" in vars(cls):
-            cls.solve = _solving(cls.solve)  # type: ignore[method-assign]
-
     @abstractmethod
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
@@ -98,7 +91,7 @@ class Method(BaseModel, ABC):
         Args:
             weights: matrices (rows, columns) of any float type; not to be changed.
             statistic: what `needs` gave of their input, not to be changed; None if it is None.
-            patterns: what share or pattern to prune, one a layer, as `as_pattern` takes them.
+            patterns: what share or pattern to prune, one a layer.
 
         Raises:
             SolverError: weights or inputs cannot be used.
@@ -132,12 +125,14 @@ class Method(BaseModel, ABC):
         """
         return [(1, rows * columns)]
 
+    def count(self, pattern: Pattern, rows: int, columns: int) -> int:
+        """Return how many weights of a layer a pattern prunes."""
+        return sum(number * pattern.count(size) for number, size in self.groups(rows, columns))
+
     def counts(self, weights: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[int]:
         """Return how many weights of each layer its pattern prunes."""
-        return [
-            sum(number * pattern.count(size) for number, size in self.groups(*weight.shape))
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
+        pairs = zip(weights, patterns, strict=True)
+        return [self.count(pattern, *weight.shape) for weight, pattern in pairs]
 
     def memory(self, columns: int, outputs: int) -> int:
         """Return the bytes held while one input is solved, its statistic among them.
@@ -168,15 +163,13 @@ class Method(BaseModel, ABC):
         return self.text
 
 
-def _solving(solve: Callable[..., Solution]) -> Callable[..., Solution]:
-    @functools.wraps(solve)
-    def solving(
-        self: Method, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Any]
-    ) -> Solution:
-        with torch.no_grad():
-            return solve(self, weights, statistic, [as_pattern(one) for one in patterns])
-
-    return solving
+def by_kind(kinds: Sequence[Hashable], act: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """Return what `act` makes of the places of each kind, all of one at a time, by place."""
+    made: dict[int, T] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, own in enumerate(kinds) if own == kind]
+        made |= dict(zip(places, act(places), strict=True))
+    return [made[place] for place in range(len(kinds))]
 
 
 class Look(Method):
@@ -241,28 +234,36 @@ class Quantiser(Method):
         """Quantise layers; those of one rate together."""
         assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
-        made: dict[int, tuple[Tensor, Grid]] = {}
-        for rate in dict.fromkeys(patterns):
+
+        def rounded(places: list[int]) -> list[tuple[Tensor, Grid]]:
+            rate = self.rate(patterns[places[0]])
             self.check(rate, len(statistic))
-            places = [i for i, own in enumerate(patterns) if own == rate]
-            done = self.round([weights[i] for i in places], factor, self.rate(rate).bits)
-            made |= dict(zip(places, zip(*done, strict=True), strict=True))
-        kept, grids = zip(*(made[i] for i in range(len(weights))), strict=True)
-        zeros = [int((weight == 0).sum()) for weight in kept]
+            done = self.round([weights[place] for place in places], factor, rate.bits)
+            return list(zip(*done, strict=True))
+
+        made, grids = zip(*by_kind(patterns, rounded), strict=True)
+        zeros = [int((weight == 0).sum()) for weight in made]
         dead = int(factor.dead.sum())
-        return Solution(list(kept), zeros, [], factor.damping, factor.dtype, dead, list(grids))
+        return Solution(list(made), zeros, [], factor.damping, factor.dtype, dead, list(grids))
 
 
-class Joint(Method):
-    """A method that prunes, and may quantise what it keeps.
+class Sparse(Method):
+    """A method that prunes, and may refit and quantise what it keeps.
 
-    With `bits` the Gram matrix is gathered, whatever the mask alone looks at.
+    With `refit` or `bits` the Gram matrix is gathered, whatever the mask alone looks at. No refit
+    makes a layer's output error larger.
     """
 
     bits: int = Field(
         default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: as it is stored."
     )
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
+    refit: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Steps of conjugate gradients on the kept weights, after the mask.",
+    )
 
     @field_validator("bits")
     @classmethod
@@ -276,87 +277,49 @@ class Joint(Method):
         if self.bits:
             check_group(self.group, columns, name)
 
-    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
-        if pattern is None and self.bits:
-            raise InputError(
-                f"method {self.name} takes a sparsity, not bits alone: give --sparsity, or choose "
-                "--method ecq or gptq"
-            )
-        return super().aim(pattern)
-
-    def quantised(self, solution: Solution, statistic: Tensor) -> Solution:
-        """Return a solution with kept weights on a grid: GPTQ's loop with the mask held."""
-        rounding = Symmetric(solution.weights, self.group, self.bits)
-        factor = inverse_factor(statistic, DAMPING)
-        made = solve_columns(solution.weights, factor, None, rounding, held=True)
-        return replace(solution, weights=made, grids=self.grids(rounding, made, solution.pruned))
-
-    def grids(
-        self, rounding: Rounding, weights: Sequence[Tensor], pruned: Sequence[int]
-    ) -> list[Grid]:
-        """Return the grids of pruned layers after their loop."""
-        pairs = zip(weights, pruned, strict=True)
-        return rounding.grids(weights, [count / weight.numel() for weight, count in pairs])
-
-    @property
-    def needs(self) -> type[Statistic] | None:
-        """The Gram matrix where weights are quantised, else the method's own statistic."""
-        return Gram if self.bits else self.statistic
-
-    def memory(self, columns: int, outputs: int) -> int:
-        """The mask's, or what the rounding works on."""
-        rounding = Gram.memory(columns) + 7 * columns**2 + 20 * columns * outputs
-        return max(super().memory(columns, outputs), rounding if self.bits else 0)
-
-
-class Refitted(Joint):
-    """A method whose mask may be followed by conjugate gradients on the kept weights.
-
-    With `refit` the Gram matrix is gathered, whatever the mask alone looks at, and no layer's
-    output error is larger than without.
-    """
-
-    refit: int = Field(
-        default=0,
-        ge=0,
-        le=1000,
-        description="Steps of conjugate gradients on the kept weights, after the mask.",
-    )
-
     @abstractmethod
     def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune by the method's own statistic; as `solve` otherwise."""
 
+    def refitted(self, weights: Sequence[Tensor], chosen: Solution, gram: Tensor) -> Solution:
+        """Return a solution with its kept weights refitted."""
+        made = refit.refit(weights, chosen.weights, gram, steps=self.refit)
+        return replace(chosen, weights=made)
+
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune, and refit what is kept if that was asked for."""
+        """Prune, and refit and quantise what is kept if that was asked for."""
         if not (self.refit or self.bits):
             return self.choose(weights, statistic, patterns)
         assert statistic is not None
         own = statistic if self.statistic is Gram else statistic.diagonal()
         chosen = self.choose(weights, own, patterns)
         if self.refit:
-            made = refit.refit(weights, chosen.weights, statistic, steps=self.refit)
-            chosen = replace(chosen, weights=made.weights, dead=made.dead)
-        if self.bits and not chosen.grids:
-            chosen = self.quantised(chosen, statistic)
+            chosen = self.refitted(weights, chosen, statistic)
+        if self.bits and not chosen.grids:  # GPTQ's loop with the mask held
+            rounding = Symmetric(chosen.weights, self.group, self.bits)
+            factor = inverse_factor(statistic, DAMPING)
+            made = solve_columns(chosen.weights, factor, None, rounding, held=True)
+            chosen = replace(chosen, weights=made, grids=rounding.grids(made, chosen.pruned))
         return chosen
 
     @property
     def needs(self) -> type[Statistic] | None:
         """The Gram matrix for a refit or bits, else the method's own statistic."""
-        return Gram if self.refit else super().needs
+        return Gram if self.refit or self.bits else self.statistic
 
     def memory(self, columns: int, outputs: int) -> int:
-        """The mask's, or what the refit works on."""
-        fitting = self.refit and Gram.memory(columns) + refit.memory(outputs, columns)
-        return max(super().memory(columns, outputs), fitting)
+        """The mask's, or what the refit or the rounding works on."""
+        gram = Gram.memory(columns)
+        fitting = gram + refit.memory(outputs, columns) if self.refit else 0
+        rounding = gram + 7 * columns**2 + 20 * columns * outputs if self.bits else 0
+        return max(super().memory(columns, outputs), fitting, rounding)
 
 
-class Saliency(Refitted):
+class Saliency(Sparse):
     """A method that scores every weight and prunes the least; kept weights are not changed.
 
     Attributes:

@@ -52,7 +52,7 @@ class Ecq(Quantiser):
         steps = self._steps(scaled, factor, bits)
         rounding = DeadZone(scaled, steps)
         made = solve_columns(scaled, factor, None, rounding)
-        grids = [replace(one, octaves=octaves) for one in rounding.grids(made, [0.0] * len(made))]
+        grids = [replace(one, octaves=octaves) for one in rounding.grids(made, [0] * len(made))]
         return [weight.mul_(column) for weight in made], grids
 
     def _steps(self, weights: Sequence[Tensor], factor: Factor, bits: float) -> list[float]:

@@ -41,4 +41,4 @@ class Gptq(Quantiser):
     ) -> tuple[list[Tensor], list[Grid]]:
         rounding = Symmetric(weights, self.group, int(bits))
         made = solve_columns(weights, factor, None, rounding)
-        return made, rounding.grids(made, [0.0] * len(made))
+        return made, rounding.grids(made, [0] * len(made))

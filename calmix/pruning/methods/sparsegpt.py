@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from calmix.pruning.gram import Gram, inverse_factor
-from calmix.pruning.methods.base import DAMPING, Damping, Refitted, Solution
+from calmix.pruning.methods.base import DAMPING, Damping, Solution, Sparse, by_kind
 from calmix.pruning.patterns import Pattern
 from calmix.pruning.solvers.grids import Grid, Symmetric
 from calmix.pruning.solvers.surgeon import BLOCK, solve_columns
 
 
-class SparseGPT(Refitted):
+class SparseGPT(Sparse):
     """Prune with optimal brain surgeon updates (algorithm 1 of the paper).
 
     Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does, within
@@ -34,26 +34,26 @@ class SparseGPT(Refitted):
         """Prune and correct the weights that are kept."""
         assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
+        counts = self.counts(weights, patterns)
+
+        def solved(places: list[int]) -> list[tuple[Tensor, Grid | None]]:
+            own = [weights[place] for place in places]
+            wanted = [patterns[place] for place in places]
+            if not self.bits or self.refit:  # a refit would leave the grid
+                made = solve_columns(own, factor, wanted)
+                return [(weight, None) for weight in made]
+            rounding = Symmetric(own, self.group, self.bits)
+            made = solve_columns(own, factor, wanted, rounding)
+            grids = rounding.grids(made, [counts[place] for place in places])
+            return list(zip(made, grids, strict=True))
+
         # Layers with shares are solved at once; those with N:M only with their like.
         kinds = [pattern if pattern.group > 1 else None for pattern in patterns]
-        counts = self.counts(weights, patterns)
-        made: dict[int, Tensor] = {}
-        grids: dict[int, Grid] = {}
-        for kind in dict.fromkeys(kinds):
-            places = [i for i, own in enumerate(kinds) if own == kind]
-            own = [weights[i] for i in places]
-            rounding = None
-            if self.bits and not self.refit:  # a refit would leave the grid
-                rounding = Symmetric(own, self.group, self.bits)
-            solved = solve_columns(own, factor, [patterns[i] for i in places], rounding)
-            made |= dict(zip(places, solved, strict=True))
-            if rounding is not None:
-                found = self.grids(rounding, solved, [counts[i] for i in places])
-                grids |= dict(zip(places, found, strict=True))
-        order, dead = range(len(weights)), int(factor.dead.sum())
+        made, grids = zip(*by_kind(kinds, solved), strict=True)
+        dead = int(factor.dead.sum())
         return Solution(
-            [made[i] for i in order], counts, [], factor.damping, factor.dtype, dead,
-            [grids[i] for i in order if grids],
+            list(made), counts, [], factor.damping, factor.dtype, dead,
+            [grid for grid in grids if grid is not None],
         )  # fmt: skip
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:

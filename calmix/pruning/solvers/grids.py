@@ -202,12 +202,12 @@ class Rounding(ABC):
         torch.addcmul(column, level, scale, value=-1, out=wrong).mul_(inverse)
         torch.mul(level, scale, out=column)
 
-    def grids(self, weights: Sequence[Tensor], sparsities: Sequence[float]) -> list[Grid]:
-        """Return the layers' grids after the loop; where a share is pruned its mask counts."""
+    def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
+        """Return the layers' grids after the loop; the masks of `pruned` weights count."""
         parts = self.scales.split([len(weight) for weight in weights], dim=1)
         return [
-            self.grid(weight, part.T.contiguous(), sparsity)
-            for weight, part, sparsity in zip(weights, parts, sparsities, strict=True)
+            self.grid(weight, part.T.contiguous(), count / weight.numel())
+            for weight, part, count in zip(weights, parts, pruned, strict=True)
         ]
 
     @abstractmethod

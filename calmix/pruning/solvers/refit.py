@@ -27,16 +27,6 @@ CHECK = 4  # steps between two looks at what the error has become
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Pruned weights of layers that share one input, in the type of those given, and the damping
-    and the number of inputs that are zero on every token."""
-
-    weights: list[Tensor]
-    damping: float
-    dead: int
-
-
-@dataclass(frozen=True)
 class Scaled:
     """A Gram matrix and the norms it was scaled by, float32.
 
@@ -77,8 +67,10 @@ def refit(
     *,
     steps: int = STEPS,
     damping: float = DAMPING,
-) -> Fitted:
-    """Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero.
+) -> list[Tensor]:
+    """Return pruned weights refitted, in the type of those given.
+
+    Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero.
 
     Zeros stay exactly zero, and no row's error is larger than it was.
 
@@ -92,11 +84,10 @@ def refit(
     """
     scaled = scale(gram)
     damping *= inverse_factor(scaled.gram, damping).raised if damping else 1
-    made = [
+    return [
         refit_layer(weight, start, scaled, steps=steps, damping=damping)
         for weight, start in zip(weights, pruned, strict=True)
     ]
-    return Fitted(made, damping, scaled.dead)
 
 
 def refit_layer(
