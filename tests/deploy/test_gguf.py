@@ -1,7 +1,5 @@
 """GGUF files with the levels of a grid, read back by other libraries; importance matrices."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -71,23 +69,19 @@ def test_a_file_has_the_levels_of_the_grid(made, name, kind, tmp_path):
     )
 
 
-def test_weights_without_a_grid_are_rounded_plainly(calmix, made, tmp_path):
+def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
+    calmix, made, tmp_path
+):
     out = tmp_path / "out.gguf"
-    ended = calmix(
-        "export", made / "tiny.gguf", "--to", "gguf", "--weights", "q8_0", "-o", out
-    ).ok()
-    assert "(15 Q8_0, 5 F32; 0 with the levels" in ended.out
+    plain = "export", made / "tiny.gguf", "--to", "gguf", "--weights", "q8_0", "-o", out
+    assert "(15 Q8_0, 5 F32; 0 with the levels" in calmix(*plain).ok().out
     kinds = {one.name: one.tensor_type.name for one in GGUFReader(out).tensors}
     assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.attn_norm.weight"]) == ("Q8_0", "F32")
-
-
-def test_what_cannot_be_written_is_one_line(calmix, made, tmp_path):
     save_tiny_model(tmp_path / "llama", "llama")
     save_tiny_model(tmp_path / "qwen", "qwen2")
     save_tiny_model(tmp_path / "wide", "llama", hidden_size=64)
     (tmp_path / "cut.gguf").write_bytes((made / "tiny.gguf").read_bytes()[:3000])
-    shutil.copy(made / "tiny.gguf", tmp_path / "tiny.gguf")
-    like = "--like", tmp_path / "tiny.gguf"
+    like = "--like", made / "tiny.gguf"
     for model, more, says in (
         ("llama", (), "--to gguf needs a GGUF file of the same model"),
         ("qwen", like, "is not of the same model as"),
@@ -98,19 +92,17 @@ def test_what_cannot_be_written_is_one_line(calmix, made, tmp_path):
         ("llama", (*like, "--weights", "int8"), "--to gguf has no --weights int8"),
     ):
         ended = calmix("export", tmp_path / model, "--to", "gguf", "-o", tmp_path / "o.gguf", *more)
-        assert (ended.code, says in ended.line) == (2, True), ended.err
+        assert says in ended.line
     assert not list(tmp_path.glob("*o.gguf*"))
 
 
 def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(calmix, made, text_file, tmp_path):
-    model = str(made / "tiny.gguf")
+    model, out, sums = str(made / "tiny.gguf"), tmp_path / "imatrix.gguf", {}
     opened = open_model(model)
     drawn = resolve(str(text_file), opened, rows=5, length=32, leakage="off")
     drawn.save(tmp_path / "set")
-    out = tmp_path / "imatrix.gguf"
     ended = calmix("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out).ok()
     assert "14 matrices" in ended.out
-    sums = {}
     for number, block in enumerate(opened.model.model.layers):
         for name, layer in (("attn_q", block.self_attn.q_proj), ("ffn_down", block.mlp.down_proj)):
 
@@ -121,10 +113,9 @@ def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(calmix, made, text
     with torch.no_grad():
         opened.model(drawn.ids)
     reader = GGUFReader(out)
-    assert reader.get_field("general.type").contents() == "imatrix"
-    assert reader.get_field("imatrix.chunk_count").contents() == 5
-    assert reader.get_field("imatrix.chunk_size").contents() == 32
-    assert reader.get_field("imatrix.datasets").contents() == list(drawn.counts)
+    fields = ("general.type", "imatrix.chunk_count", "imatrix.chunk_size", "imatrix.datasets")
+    found = [reader.get_field(name).contents() for name in fields]
+    assert found == ["imatrix", 5, 32, list(drawn.counts)]
     held = {one.name: one for one in reader.tensors}
     assert len(held) == 28
     for name, expected in sums.items():
