@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -368,14 +369,7 @@ def decoder_of(model: Any) -> Any:
 @contextmanager
 def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Replace the forward of modules for a while."""
-    before = [vars(module).get("forward") for module, _ in pairs]
-    try:
+    with ExitStack() as stack:
         for module, forward in pairs:
-            vars(module)["forward"] = forward
+            stack.enter_context(patch.object(module, "forward", forward))
         yield
-    finally:
-        for (module, _), old in zip(pairs, before, strict=True):
-            if old is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = old

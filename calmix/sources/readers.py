@@ -282,10 +282,8 @@ class ReasoningGym(Reader):
         for index in range(self.documents):
             item, which = divmod(index, len(made))
             entry = made[which][item]
-            question = (
-                re.sub(self.strip, "", entry["question"]) if self.strip else entry["question"]
-            )
-            text = f"{question.strip()}\nAnswer: {entry['answer']}"
+            question = re.sub(self.strip or "", "", entry["question"]).strip()
+            text = f"{question}\nAnswer: {entry['answer']}"
             if text not in seen:
                 seen.add(text)
                 yield Document(f"{self.datasets[which]}/{item}", text)
