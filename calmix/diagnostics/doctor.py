@@ -13,13 +13,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
 
 from calmix import assets
-from calmix.errors import CalmixError, DiskError
+from calmix.errors import DiskError
 from calmix.files import cache_dir, check_writable, existing
 from calmix.machine import cores, free_memory, total_memory
 from calmix.precision import capabilities
@@ -40,7 +39,7 @@ class Check:
     """
 
     name: str
-    state: Literal["ok", "missing", "failed"]
+    state: str  # ok, missing or failed
     found: str
     advice: str | None = None
     core: bool = False
@@ -85,13 +84,12 @@ def machine() -> Iterator[Check]:
     found = f"{_size(free)} free of {_size(total_memory())}"
     yield Check("memory", "ok", found, small if free < 2 << 30 else None)
     device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        yield Check("device", "ok", "cpu, no accelerator")
-        return
-    name = device.type
-    with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
-        name += f" ({torch.get_device_module(device).get_device_name()})"
-    yield Check("device", "ok", f"{torch.accelerator.device_count()} x {name}")
+    name = "cpu, no accelerator"
+    if device is not None:
+        name = f"{torch.accelerator.device_count()} x {device.type}"
+        with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
+            name += f" ({torch.get_device_module(device).get_device_name()})"
+    yield Check("device", "ok", name)
 
 
 def cache() -> Iterator[Check]:
@@ -115,82 +113,71 @@ def archives() -> Iterator[Check]:
             state = asset.state
         except OSError as error:
             state = f"unreadable ({error.strerror})"
-        if state == "ok":
-            yield Check(f"asset {asset.name}", "ok", "hash is right")
-        else:
-            advice = f"calmix doctor assets {asset.name} --install ({asset.size / 1e6:.0f} MB)"
-            yield Check(f"asset {asset.name}", "missing", state, advice)
+        advice = f"calmix doctor assets {asset.name} --install ({asset.size / 1e6:.0f} MB)"
+        found = ("ok", "hash is right") if state == "ok" else ("missing", state, advice)
+        yield Check(f"asset {asset.name}", *found)
 
 
 def extras() -> Iterator[Check]:
     """Look for the optional parts."""
     for extra, what in WHAT_FOR.items():
-        if wrong := [line for line in map(_unmet, _requirements(extra)) if line]:
-            advice = f"pip install 'calmix[{extra}]' for {what}"
-            yield Check(f"extra {extra}", "missing", ", ".join(wrong), advice)
-        else:
-            yield Check(f"extra {extra}", "ok", what)
+        wrong = ", ".join(filter(None, map(_unmet, _requirements(extra))))
+        advice = f"pip install 'calmix[{extra}]' for {what}"
+        found = ("missing", wrong, advice) if wrong else ("ok", what)
+        yield Check(f"extra {extra}", *found)
 
 
 def engine() -> Iterator[Check]:
     """Prune a tiny random model: half its weights go, twice with the same bytes."""
-    began, wrong = time.perf_counter(), None
-    advice = "reinstall torch and calmix; if that does not help, file an issue"
+    began, wrong = time.perf_counter(), ""
     try:
         for pattern in ("0.5", "2:4"):
-            if wrong := _self_test(pattern):
-                wrong = f"{pattern}: {wrong}"
-                break
-    except CalmixError as error:
-        wrong, advice = str(error), "file an issue with this line"
+            wrong = wrong or _self_test(pattern)
     except Exception as error:  # whatever a broken installation raises is the finding
         wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     if wrong:
+        advice = "reinstall torch and calmix; if that does not help, file an issue with this line"
         yield Check("engine", "failed", wrong, advice, core=True)
     else:
-        seconds = time.perf_counter() - began
-        found = f"two patterns prune right, twice the same ({seconds:.1f} s)"
+        found = f"two patterns prune right, twice the same ({time.perf_counter() - began:.1f} s)"
         yield Check("engine", "ok", found, core=True)
 
 
-def _self_test(pattern: str) -> str | None:
-    """Return what is wrong with pruning a tiny model to half its weights; None if nothing."""
+def _self_test(pattern: str) -> str:
+    """Return what is wrong with pruning a tiny model to half its weights; empty if nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from calmix.pruning import prune
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
     results = []
     for _ in range(2):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-            )  # fmt: skip
             model = LlamaForCausalLM(config).to(device).eval().requires_grad_(False)
             ids = torch.randint(256, (8, 64))
         report = prune(model, ids, pattern=pattern)
         weights = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
         zeros, total = sum(int((p == 0).sum()) for p in weights), sum(p.numel() for p in weights)
         if abs(zeros / total - 0.5) > 0.001 or zeros != report.pruned:
-            return f"{zeros} of {total} weights are zero, not half"
+            return f"{pattern}: {zeros} of {total} weights are zero, not half"
         if not all(value.isfinite().all() for value in (*weights, model(ids.to(device)).logits)):
-            return "weights or logits are not finite"
+            return f"{pattern}: weights or logits are not finite"
         results.append(torch.cat([p.flatten() for p in weights]))
-    return None if torch.equal(*results) else "two runs of one request differ"
+    return "" if torch.equal(*results) else f"{pattern}: two runs of one request differ"
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
     """Return what calmix asks for, or what an extra adds to it."""
     asked = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
     base = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    if not extra:
-        return base
-    return [
-        one for one in asked
-        if one not in base and one.marker is not None and one.marker.evaluate({"extra": extra})
-    ]  # fmt: skip
+    added = [one for one in asked if one not in base and one.marker is not None
+             and one.marker.evaluate({"extra": extra})]  # fmt: skip
+    return added if extra else base
 
 
 def _unmet(requirement: Requirement) -> str | None:

@@ -5,6 +5,7 @@ A file that is missing, changed or damaged is a problem; what is whole but unusu
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -58,25 +59,32 @@ class Health:
 Check = Callable[[Path, Health, Say], None]
 
 
-def inspect(path: Path, *, tick: Say | None = None) -> Health:
+def inspect(path: Path, *, tick: Say = lambda name: None) -> Health:
     """Check anything calmix has written, finished or not: a folder, its manifest, or a file."""
-    say = tick or (lambda name: None)
     if not path.exists():
         unfinished = path.with_name(path.name + SUFFIX)
         if not unfinished.is_dir():
             raise InputError(f"there is nothing at {path}")
         path = unfinished
     if path.is_file() and path.name not in MARKS:
-        return _file(path, say)
+        kind = ""
+        with suppress(InputError):
+            kind = str(read_object(path, "").get("kind", SCORES))
+        if kind not in FILES:
+            raise InputError(
+                f"{path} is no file that can be checked: name a folder that calmix wrote, or a "
+                f"file of {', '.join(FILES)}"
+            )
+        return _checked(path, "", Health(str(path), kind), FILES[kind], tick)
     folder = path.parent if path.is_file() else path
     for mark, kind in MARKS.items():
         if (folder / mark).exists():
-            return _checked(folder, mark, Health(str(folder), kind), CHECKS[kind], say)
+            return _checked(folder, mark, Health(str(folder), kind), CHECKS[kind], tick)
     inside = sorted({one.parent.name for mark in MARKS for one in folder.glob(f"[!.]*/{mark}")})
     if not inside:
         raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(MARKS)}")
     health = Health(str(path), "folder of results")
-    _parts(folder, inside, health, say)
+    _parts(folder, inside, health, tick)
     return health
 
 
@@ -115,27 +123,24 @@ def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     kept, pruned = _described(folder, health)
     _files(folder, kept, (MANIFEST, RUN), health, say)
-    done = pruned["pruning"]
+    done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
     _zeros(folder, health, say)
+    given = done["options"].get("damping")
+    asked = math.inf if given is None else given
     for layer in health.layers:
         if layer.error is not None and layer.error > ERROR:
-            health.warnings.append(f"{layer.name} lost {layer.error:.1%} of its output")
+            warn(f"{layer.name} lost {layer.error:.1%} of its output")
         if layer.dead_inputs > DEAD * layer.columns and layer.tokens is None:
-            dead = f"{layer.dead_inputs} of {layer.columns} inputs are dead"
-            health.warnings.append(f"{layer.name}: {dead}")
-        asked = done["options"].get("damping")
-        if asked is not None and (layer.damping or 0) > asked:
-            raised = f"damping was raised from {asked:g} to {layer.damping:g}"
-            health.warnings.append(f"{layer.name}: {raised}")
+            warn(f"{layer.name}: {layer.dead_inputs} of {layer.columns} inputs are dead")
+        if (layer.damping or 0) > asked:
+            warn(f"{layer.name}: damping was raised from {asked:g} to {layer.damping:g}")
     if line := starved(health.layers, int(done.get("rows") or 0)):
-        health.warnings.append(line)
+        warn(line)
     widest, tokens = max((one.columns for one in health.layers), default=0), int(done["tokens"])
     if pruned["calibration"] is not None and tokens < widest:
-        health.warnings.append(
-            f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: use more "
-            "rows"
-        )
+        warn(f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: use more "
+             "rows")  # fmt: skip
 
 
 def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any]]:
@@ -150,25 +155,22 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
                 f"{folder / MANIFEST} cannot be checked: it was recovered from a model without one"
             )
     done, drawn = pruned["pruning"], pruned["calibration"]
+    health.facts = {"model": pruned["model"]["name"],
+                    "method": f"{done['method']} {done['pattern']}"}  # fmt: skip
+    for one in recovered:
+        health.facts[f"recovery by {one['method']}"] = (
+            f"held-out rows {one['before']:.4f} before, {one['after']:.4f} after"
+        )
+    health.facts["calibration"] = "none"
     if drawn is not None:
         what = drawn.get("generated") or ", ".join(drawn.get("sources", {}))
-        drawn = f"{what} ({drawn['rows']} x {drawn['length']} tokens)"
-    gone = sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"])
-    health.facts = {
-        "model": pruned["model"]["name"],
-        "method": f"{done['method']} {done['pattern']}",
-        **{
-            f"recovery by {one['method']}": f"held-out rows {one['before']:.4f} before, "
-            f"{one['after']:.4f} after"
-            for one in recovered
-        },
-        "calibration": drawn or "none",
-        "weights": done["weights"],
-        "pruned": done["pruned"],
-        **({"bits a weight": f"{done['bits']:.3f}"} if done.get("bits") else {}),
-        **({"experts dropped": gone} if gone else {}),
-        "versions": _versions(manifest),
-    }
+        health.facts["calibration"] = f"{what} ({drawn['rows']} x {drawn['length']} tokens)"
+    health.facts |= {"weights": done["weights"], "pruned": done["pruned"]}
+    if done.get("bits"):
+        health.facts["bits a weight"] = f"{done['bits']:.3f}"
+    if gone := sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"]):
+        health.facts["experts dropped"] = gone
+    health.facts["versions"] = _versions(manifest)
     return dict(manifest["files"]), pruned
 
 
@@ -187,22 +189,19 @@ def _zeros(folder: Path, health: Health, say: Say) -> None:
         pruned[found[0] if found else layer.name] += layer.pruned
     places = Shards(folder).places
     for block, wanted in pruned.items():
-        own = {
-            name: place for name, place in places.items()
-            if f".{block}" in f".{name}" and len(place.shape) > 1
-        }  # fmt: skip
-        if not own:
-            health.problems.append(f"{folder} lacks the weights of {block.rstrip('.')}")
-        zeros = 0
+        own = {name: place for name, place in places.items()
+               if f".{block}" in f".{name}" and len(place.shape) > 1}  # fmt: skip
+        zeros, named = 0, block.rstrip(".")
         for name, place in own.items():
             weight = read_tensor(folder, place)
             zeros += int((weight == 0).sum())
             if not torch.isfinite(weight).all():
                 health.problems.append(f"{name} holds weights that are not finite")
-        if own and zeros < wanted:
-            health.problems.append(
-                f"{block.rstrip('.')} has {zeros} zeros, and the manifest says {wanted} were pruned"
-            )
+        if not own:
+            health.problems.append(f"{folder} lacks the weights of {named}")
+        elif zeros < wanted:
+            line = f"{named} has {zeros} zeros, and the manifest says {wanted} were pruned"
+            health.problems.append(line)
         say(block)
 
 
@@ -255,7 +254,6 @@ def _store(folder: Path, health: Health, say: Say) -> None:
     states = {entry.id: store.state(entry.id) for entry in store.entries}
     counts = dict(Counter(states.values()))
     health.facts = {"study": store.index.name, "trials": len(states)} | counts
-
     for trial, state in states.items():
         if state == "failed":
             health.warnings.append(f"{store.read_failure(trial).label} failed")
@@ -265,11 +263,9 @@ def _store(folder: Path, health: Health, say: Say) -> None:
             except CalmixError as error:
                 health.problems.append(str(error))
         say(trial)
-    for place in (
-        *sorted(folder.glob("trials/*/checkpoint")), *sorted(folder.glob("calibration/[!.]*")),
-        *sorted(folder.glob("dense/[!.]*.json")),
-    ):  # fmt: skip
-        health.problems += inspect(place, tick=say).problems
+    for pattern in ("trials/*/checkpoint", "calibration/[!.]*", "dense/[!.]*.json"):
+        for place in sorted(folder.glob(pattern)):
+            health.problems += inspect(place, tick=say).problems
 
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
@@ -322,19 +318,6 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
     if is_saved_set(folder / SET):
         health.problems += inspect(folder / SET, tick=say).problems
-
-
-def _file(path: Path, say: Say) -> Health:
-    """Check a file of results by the kind that it says it is."""
-    kind = ""
-    with suppress(InputError):
-        kind = str(read_object(path, "").get("kind", SCORES))
-    if kind not in FILES:
-        raise InputError(
-            f"{path} is no file that can be checked: name a folder that calmix wrote, or a file of "
-            f"{', '.join(FILES)}"
-        )
-    return _checked(path, "", Health(str(path), kind), FILES[kind], say)
 
 
 def _answers(path: Path, health: Health, say: Say) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from calmix.calibration import CalibrationSet, Mix, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
-from calmix.calibration.resolving import Spec, make, read_generator
+from calmix.calibration.resolving import make
+from calmix.calibration.spec import Spec, read_generator
 from calmix.errors import InputError
 from calmix.files import check_output_folder, holds_result, read_object
 from calmix.manifest import SEAL, read_sealed
@@ -36,7 +36,8 @@ from calmix.study.trials import differences
 MADE = ("files", "pruning", "recovery", "request_sha256", "sha256", SEAL)
 WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
 
-Progress = Callable[[int, int], None] | None
+Progress = Callable[[int, int], None]
+Work = Callable[[Path], Any]  # makes the artefact in a folder
 
 
 @dataclass
@@ -56,7 +57,7 @@ def rerun(
     output: Path,
     *,
     trust_remote_code: bool = False,
-    progress: Progress = None,
+    progress: Progress = lambda done, total: None,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Rerun:
@@ -80,7 +81,11 @@ def rerun(
     inputs = [path, path.parent if holds_result(path.parent) else None]
     check_output_folder(output, inputs=inputs)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
-    MAKERS[kind](path, kept, output, progress, **how)
+    try:
+        work = MAKERS[kind](path, kept, progress, how)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
+    work(output)
     return _compared(path, kept, output)
 
 
@@ -96,48 +101,31 @@ def _found(folder: Path) -> Path:
     )
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Read what a manifest says, which another may have written."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
+def _prune(path: Path, kept: dict[str, Any], progress: Progress, how: dict[str, Any]) -> Work:
+    model, told = kept["model"], kept["calibration"] or {}
+    options = _options(kept["request"], path)
+    request = prune_request(**options.pop("options"), **options)
+    how |= {"dtype": kept["dtype"], "device": kept["device"], "progress": progress}
+    _check_model(model["name"], model["sha256"])
+    return lambda output: prune_checkpoints(
+        model["name"], {output: request}, started=lambda made: _check_set(told, made), **how
+    )
 
 
-def _prune(path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any) -> None:
-    with _reading(path):
-        name, told = kept["model"]["name"], kept["calibration"]
-        options = _options(kept["request"], path)
-        request = prune_request(**options.pop("options"), **options)
-        how |= {"dtype": kept["dtype"], "device": kept["device"]}
-        _check_model(kept["model"])
-
-    def started(made: CalibrationSet | None) -> None:
-        if made is not None:
-            _check_set(told or {}, made)
-
-    prune_checkpoints(name, {output: request}, started=started, progress=progress, **how)
-
-
-def _recover(
-    path: Path, kept: dict[str, Any], output: Path, progress: Progress, **how: Any
-) -> None:
-    with _reading(path):
-        if kept["processes"] > 1:
-            raise InputError(
-                f"{path} was recovered by {kept['processes']} processes, which decides how sums "
-                "round: recover again under the same launcher, and compare the hashes in "
-                "calmix.json"
-            )
-        request = recover_request(**_options(kept["request"], path))
-        model, dense, told = kept["model"], kept["against"]["name"], kept["calibration"]
-        how |= {"dtype": kept["dtype"], "device": kept["device"]}
-        _check_model(kept["against"])
-        _check_model(model)
-    recover(
-        model["name"], dense, request, output, started=lambda made: _check_set(told, made),
-        progress=lambda done, total, loss: progress(done, total) if progress else None, **how,
+def _recover(path: Path, kept: dict[str, Any], progress: Progress, how: dict[str, Any]) -> Work:
+    if kept["processes"] > 1:
+        raise InputError(
+            f"{path} was recovered by {kept['processes']} processes, which decides how sums round: "
+            "recover again under the same launcher, and compare the hashes in calmix.json"
+        )
+    request = recover_request(**_options(kept["request"], path))
+    model, dense, told = kept["model"], kept["against"], kept["calibration"]
+    how |= {"dtype": kept["dtype"], "device": kept["device"]}
+    for one in (dense, model):
+        _check_model(one["name"], one["sha256"])
+    return lambda output: recover(
+        model["name"], dense["name"], request, output, started=lambda made: _check_set(told, made),
+        progress=lambda done, total, loss: progress(done, total), **how,
     )  # fmt: skip
 
 
@@ -155,39 +143,38 @@ def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     return parse_sources(entries, Path.cwd() / path.name)
 
 
-def _calibrate(
-    path: Path, kept: dict[str, Any], output: Path, _: Progress, *, trust_remote_code: bool,
-    **how: Any,
-) -> None:  # fmt: skip
-    with _reading(path):
-        model, name, tokenizer = kept["model"], kept["model"]["name"], kept["tokenizer"]
-        where = {key: model.get(key, "auto") for key in ("dtype", "device")}
-        guard: Any = kept["leakage"] if kept["leakage"] != "off" else {"suite": "off", "tokens": 0}
-        suite, tokens, own = guard["suite"], guard["tokens"], _own(kept["own"], path)
-        sizes = {key: kept.get(key) for key in ("rows", "length", "seed", "packing")}
-        draw = checked(DrawOptions, sizes)
-        if kept.get("generated") is None:
-            make_mix(kept["mix"], str(path))  # used as it is kept: this would round the weights
-            if not math.isclose(sum(kept["mix"].values()), 1):
-                raise InputError(f"{path} has weights that do not sum to 1")
-            spec = Spec(Mix(kept["mix"]), own)
-        else:
-            settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
-            spec = Spec(Mix({}), own, {}, read_generator(kept["generated"], settings, str(path)))
-        if "fingerprint" in model:
-            _check_model({"name": name, "sha256": model["fingerprint"]})
-    opened: Any
-    if "fingerprint" in model:
-        opened = open_model(name, trust_remote_code=trust_remote_code, **where)
+def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any]) -> Work:
+    trust, name, tokenizer = how.pop("trust_remote_code"), kept["model"]["name"], kept["tokenizer"]
+    opening = {key: kept["model"].get(key, "auto") for key in ("dtype", "device")}
+    guard: Any = kept["leakage"] if kept["leakage"] != "off" else {"suite": "off", "tokens": 0}
+    suite, tokens, own = guard["suite"], guard["tokens"], _own(kept["own"], path)
+    draw = checked(DrawOptions, {key: kept.get(key) for key in ("rows", "length", "seed",
+                                                                "packing")})  # fmt: skip
+    if kept.get("generated") is None:
+        make_mix(kept["mix"], str(path))  # used as it is kept: this would round the weights
+        if not math.isclose(sum(kept["mix"].values()), 1):
+            raise InputError(f"{path} has weights that do not sum to 1")
+        spec = Spec(Mix(kept["mix"]), own)
     else:
-        opened = open_tokenizer(name, trust_remote_code=trust_remote_code)
-    if opened.tokenizer_fingerprint != tokenizer:
-        raise InputError(f"the tokenizer of {name} has changed since {path} was written")
-    made = make(
-        spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed, packing=draw.packing,
-        guard=guard_of(suite, tokens, opened), **how,
-    )  # fmt: skip
-    made.save(output)
+        settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
+        spec = Spec(Mix({}), own, {}, read_generator(kept["generated"], settings, str(path)))
+    if (sha256 := kept["model"].get("fingerprint")) is not None:
+        _check_model(name, sha256)
+
+    def work(output: Path) -> None:
+        opened: Any = (
+            open_tokenizer(name, trust_remote_code=trust) if sha256 is None
+            else open_model(name, trust_remote_code=trust, **opening)
+        )  # fmt: skip
+        if opened.tokenizer_fingerprint != tokenizer:
+            raise InputError(f"the tokenizer of {name} has changed since {path} was written")
+        made = make(
+            spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed, packing=draw.packing,
+            guard=guard_of(suite, tokens, opened), **how,
+        )  # fmt: skip
+        made.save(output)
+
+    return work
 
 
 def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
@@ -204,21 +191,19 @@ def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
     return Rerun(str(output), not differing, differing, inputs)
 
 
-def _check_model(told: dict[str, str]) -> None:
-    if fingerprint(resolve_model(told["name"])) != told["sha256"]:
-        raise InputError(
-            f"the model {told['name']} has changed: its files have another hash than then"
-        )
+def _check_model(name: str, sha256: str) -> None:
+    if fingerprint(resolve_model(name)) != sha256:
+        raise InputError(f"the model {name} has changed: its files have another hash than then")
 
 
-def _check_set(told: dict[str, Any], made: CalibrationSet) -> None:
-    if made.sha256 == told.get("sha256"):  # a saved set's manifest says more than a drawn one's
-        return
-    found = (d for d in differences(told, made.manifest) if d[:6] != "sha256")
-    what = next(found, "its ids")
-    raise InputError(f"the calibration set changed ({what}), so hashes cannot match")
+def _check_set(told: dict[str, Any], made: CalibrationSet | None) -> None:
+    # A saved set's manifest says more than a drawn one's.
+    if made is not None and made.sha256 != told.get("sha256"):
+        found = (d for d in differences(told, made.manifest) if d[:6] != "sha256")
+        what = next(found, "its ids")
+        raise InputError(f"the calibration set changed ({what}), so hashes cannot match")
 
 
-MAKERS: dict[str, Callable[..., Any]] = {
+MAKERS: dict[str, Callable[..., Work]] = {
     "pruned checkpoint": _prune, "recovered checkpoint": _recover, "calibration set": _calibrate,
 }  # fmt: skip

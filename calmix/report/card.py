@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
-from calmix.compression.plan import BEHAVIOUR, EFFORTS, PACK, QUICK, SCORES, target
+from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, target
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import Flips, flips
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import (
@@ -126,9 +125,13 @@ class Card:
 
     @property
     def suite(self) -> str:
-        """Name, version and slice of each suite that was scored, behaviour first."""
-        named = zip((self.record.request["suite"], "abilities"), self.pairs, strict=False)
-        return " and ".join([_slice(name, scores) for name, (_, scores) in named][::-1])
+        """Name and version of each suite that was scored, and how much of it; behaviour first."""
+        return " and ".join(
+            f"{scores.suite['name']} version {scores.suite.get('version', '-')} "
+            f"({words.counted(sum(len(one.items) for one in scores.tasks), 'item')} of "
+            f"{words.counted(len(scores.tasks), 'task')})"
+            for _, scores in self.pairs[::-1]
+        )
 
     @property
     def title(self) -> str:
@@ -221,46 +224,43 @@ class Card:
         )
 
     def rows(self) -> Iterator[tuple[str, Any, str, str, Any]]:
-        """Return the table of likelihood, a row a dimension, and the total: name, retention, KL,
+        """Yield the table of likelihood, a row a dimension, and the total: name, retention, KL,
         top-1, flips."""
         if self.kept is None:
             return
-        far = self.scores.distance or {"dimensions": {}}
-        total = ("total", self.kept.total, far.get("total"), self.flipped.total)
-        parts = [
-            (one.name, one.kept, far["dimensions"].get(one.name),
-             self.flipped.dimensions.get(one.name))
-            for one in self.kept.dimensions
-        ]  # fmt: skip
-        for name, kept, told, flipped in (*parts, total):
+        far, flipped = self.scores.distance or {"dimensions": {}}, self.flipped
+        for name, kept, told, changed in (
+            *((one.name, one.kept, far["dimensions"].get(one.name),
+               flipped.dimensions.get(one.name)) for one in self.kept.dimensions),
+            ("total", self.kept.total, far.get("total"), flipped.total),
+        ):  # fmt: skip
             yield (name, kept, words.number(told and told["kl_mean"]),
                    words.percent(told and told["top1"]),
-                   flipped.share if flipped else Estimate(None))  # fmt: skip
+                   changed.share if changed else Estimate(None))  # fmt: skip
 
 
 def read_card(out: Path) -> Card:
     """Return what is known of the model in a folder of `calmix compress`."""
     record = read_record(out)
-    model = str(record.request["model"])
-    for needed in ("model", SCORES):
-        if not (out / needed).exists():
+    model, scored = str(record.request["model"]), out / SCORES
+    for needed in (out / "model", scored):
+        if not needed.exists():
             raise InputError(
-                f"{out} is not finished: it lacks {needed}; resume it with the calmix compress "
-                f"command in {out / RECORD}"
+                f"{out} is not finished: it lacks {needed.name}; resume it with the calmix "
+                f"compress command in {out / RECORD}"
             )
-    dense, scores = load_pair(out / SCORES)
+    dense, scores = load_pair(scored)
     if dense is None:
-        raise InputError(f"{out / 'scores.json'} was scored without a dense model: evaluate again")
+        raise InputError(f"{scored} was scored without a dense model: evaluate again")
     does: Pair | None = None
     if (measured := out / BEHAVIOUR).exists() and (whole := load_dense(measured)) is not None:
         does = whole, load_scores(measured)
         if [one.fingerprint for one in does] != [dense.fingerprint, scores.fingerprint]:
             raise InputError(
-                f"{measured} is of other models than {out / 'scores.json'}: delete it, and measure "
+                f"{measured} is of other models than {scored}: delete it, and measure "
                 f"again: {words.measuring(out / 'model', model, '--quick', '-o', measured)}"
             )
-    path = out / "model" / MANIFEST
-    recoveries: list[Mapping[str, Any]] = []
+    path, recoveries = out / "model" / MANIFEST, list[Mapping[str, Any]]()
     try:
         recovered = manifest = parse_json(path.read_text(encoding="utf-8"))
         while manifest["kind"] == "recovered checkpoint":
@@ -268,11 +268,9 @@ def read_card(out: Path) -> Card:
             manifest = manifest["pruned"]
         done, calibration = manifest["pruning"], manifest["calibration"]
         weights, pruned = int(done["weights"]), int(done["pruned"])
-        sources = _sources(out, record, calibration)
-        hashes = {
-            f"dense model {model}": str(manifest["model"]["sha256"]),
-            "calibration set": str(calibration["sha256"]),
-        }
+        sources = tuple(_sources(out, record, calibration))
+        hashes = {f"dense model {model}": str(manifest["model"]["sha256"]),
+                  "calibration set": str(calibration["sha256"])}  # fmt: skip
         if recoveries:
             hashes["pruned model, before recovery"] = str(recovered["model"]["sha256"])
     except FileNotFoundError:
@@ -282,21 +280,19 @@ def read_card(out: Path) -> Card:
     made = file_hashes(out / "model", without=("README.md",))
     hashes |= {f"model/{name}": value for name, value in made.items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
-    builtin = builtin_models().get(model.removeprefix("builtin:"))
-    known = builtin if model.startswith("builtin:") else None
+    suites = {record.request["suite"]: scores} | ({"abilities": does[1]} if does else {})
     try:
-        suites = {record.request["suite"]: scores} | ({"abilities": does[1]} if does else {})
         tasks = {f"{one.name} ({suite})" if does else one.name:
                  provenance(load_suite(suite).tasks[one.name])
-                 for suite, scored in suites.items() for one in scored.tasks}  # fmt: skip
+                 for suite, told in suites.items() for one in told.tasks}  # fmt: skip
     except (InputError, KeyError):  # the user's own file, which has moved or changed
         tasks = {}
+    known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     answers = out / "answers.json"
     return Card(
         out, out.resolve().name, record,
-        "see the model's own card" if known is None else known.licence,
-        model if known is None else known.origin, weights, pruned,
-        done.get("bits"),
+        known.licence if known else "see the model's own card", known.origin if known else model,
+        weights, pruned, done.get("bits"),
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
         sources, calibration, tuple(recoveries), scores, dense, does,
@@ -320,25 +316,8 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
         return f"{path.name} is damaged: {again}."
 
 
-def _slice(name: str, scores: CapabilityScores) -> str:
-    """Return name and version of a suite, and how much of it was scored."""
-    try:
-        quick = any(
-            runnable(choose(name, **how), code)[0].hash == scores.suite["hash"]
-            for how in (QUICK, EFFORTS["quick"].likelihood) for code in (False, True)
-        )  # fmt: skip
-    except InputError:  # the user's own file, which has moved
-        quick = False
-    items = sum(len(one.items) for one in scores.tasks)
-    return (
-        f"{scores.suite['name']} version {scores.suite.get('version', '-')} "
-        f"({'quick slice, ' if quick else ''}{words.counted(items, 'item')} of "
-        f"{words.counted(len(scores.tasks), 'task')})"
-    )
-
-
-def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[Source, ...]:
-    """Return the parts of the set; of text the model wrote, one a dimension."""
+def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> Iterator[Source]:
+    """Yield the parts of the set; of text the model wrote, one a dimension."""
     told: Mapping[str, Any] = manifest.get("sources") or {}
     written = {} if "generated" in manifest else manifest.get("written") or {}
     counts = {name: int(one["rows"]) for name, one in {**told, **written}.items()}
@@ -347,17 +326,16 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[So
         held = next((place for place in places if is_saved_set(place)), None)
         counts = {} if held is None else CalibrationSet.open(held).counts
     known, own = builtin_sources(), manifest.get("own") or {}
-
-    def source(name: str, rows: int) -> Source:
+    for name, rows in counts.items():
         tokens = rows * int(manifest["length"])
         if "generated" in manifest or name in written:
-            return Source(name, name, rows, tokens, BY_MODEL, "")
-        one = told[name]
-        dimension = own.get(name, {}).get("dimension", "-")
-        return Source(name, known[name].dimension if name in known else dimension, rows, tokens,
-                      one.get("licence", "unstated"), one.get("version", ""))  # fmt: skip
-
-    return tuple(source(name, rows) for name, rows in counts.items())
+            yield Source(name, name, rows, tokens, BY_MODEL, "")
+        else:
+            dimension = own.get(name, {}).get("dimension", "-")
+            yield Source(
+                name, known[name].dimension if name in known else dimension, rows, tokens,
+                told[name].get("licence", "unstated"), told[name].get("version", ""),
+            )  # fmt: skip
 
 
 # Charts
@@ -366,40 +344,40 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> tuple[So
 def kept_chart(cards: Sequence[Card]) -> Chart | None:
     """Return answers kept by ability with their intervals, one mark a model in each row; where no
     answers were measured, likelihood kept."""
+    held: list[dict[str, Any]] = []
     answers = all(card.behaved.abilities for card in cards)
-    if not answers and any(card.kept is None for card in cards):
-        return None
-
-    def held(card: Card) -> dict[str, Any]:
+    for card in cards:
         if answers:
-            some = [*card.behaved.abilities, card.behaved.answers]
-            return {one.name: one.share for one in some if one}
-        kept = card.kept
-        assert kept is not None
-        return {one.name: one.kept for one in kept.dimensions} | {"all": kept.total}
-
-    def mark(number: int, card: Card, name: str) -> Iterator[Mark]:
-        kept = held(card).get(name)
-        if kept is not None and kept.low is not None:
-            tip = f"{card.name}, {name}: {words.with_span(kept)} %"
-            yield Mark(100 * kept.value, tip, COLOURS[number % 6], MARKERS[number % 6],
-                       100 * kept.low, 100 * kept.high)  # fmt: skip
-
-    rows = [Row(name, [some for number, card in enumerate(cards)
-                       if (some := list(mark(number, card, name)))])
-            for name in held(cards[0])]  # fmt: skip
-    keys = [(card.name, COLOURS[at % 6], {"marker": MARKERS[at % 6], "linestyle": "none"})
-            for at, card in enumerate(cards) if len(cards) > 1]  # fmt: skip
+            some = (*card.behaved.abilities, card.behaved.answers)
+            held.append({one.name: one.share for one in some if one})
+        elif card.kept is None:
+            return None
+        else:
+            kept = card.kept
+            held.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
+    looks = [(card.name, COLOURS[at % 6], MARKERS[at % 6]) for at, card in enumerate(cards)]
+    rows = [
+        Row(name, [
+            [Mark(100 * one.value, f"{card}, {name}: {words.with_span(one)} %", colour, marker,
+                  100 * one.low, 100 * one.high)]
+            for (card, colour, marker), kept in zip(looks, held, strict=True)
+            if (one := kept.get(name)) is not None and one.low is not None
+        ])
+        for name in held[0]
+    ]  # fmt: skip
+    keys = [(name, colour, {"marker": marker, "linestyle": "none"})
+            for name, colour, marker in looks if len(looks) > 1]  # fmt: skip
     what = "Answers kept, by ability" if answers else "Likelihood kept, by dimension"
-    said = "; ".join(f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
-                     for name, one in held(card).items()) for card in cards)  # fmt: skip
+    said = "; ".join(
+        f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
+                                     for name, one in kept.items())
+        for card, kept in zip(cards, held, strict=True)
+    )  # fmt: skip
     return Chart(
-        "kept",
-        what,
-        "Lines: 95 % intervals over items. The dashed line is the dense model.",
+        "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",
         f"{what}, in percent. {said}.",
         lambda width: charts.bars(width, rows, "kept, %", keys, rule=100),
-    )
+    )  # fmt: skip
 
 
 # Pages
@@ -435,11 +413,9 @@ def several_page(cards: Sequence[Card]) -> str:
             raise InputError(
                 f"{card.name} is of another dense model than {first.name}: compare models of one"
             )
-    counts, seen, named = Counter(card.name for card in cards), Counter[str](), []
-    for card in cards:  # two folders of one name are numbered
-        seen[card.name] += 1
-        more = f" ({seen[card.name]})" if counts[card.name] > 1 else ""
-        named.append(replace(card, name=card.name + more))
+    counts = Counter(card.name for card in cards)
+    named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card
+             for card in cards]  # fmt: skip
     return render(
         "several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named),
         answers=_answers(named), names=[card.name for card in named],

@@ -150,7 +150,7 @@ def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     measured(out)
     card = read_card(out)
     first, second = card.suite.split(" and ")
-    assert first == "abilities version 1 (quick slice, 8 items of 1 task)"
+    assert first == "abilities version 1 (8 items of 1 task)"
     assert second.startswith("made version 1 (")
     assert {"sums (abilities)"} == {name for name in card.tasks if name.endswith("(abilities)")}
     assert Compressed(out)._rows()[0] == {

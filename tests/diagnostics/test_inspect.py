@@ -1,25 +1,75 @@
-"""`inspect`: a whole folder is told so; every way to damage one is named, with exit code 2."""
+"""`inspect` of everything calmix writes: what it is, and every way to damage one is named."""
 
 import json
 import shutil
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from calmix.cli import app
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
-from tests.tiny import load_weights
+from tests import synthetic
+from tests.conftest import write_text_file
+from tests.pruning.test_streamed import interrupt_before
+from tests.tiny import load_weights, save_tiny_model
 
-SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
+SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
+# By name: what it is, and a file of it that is checked by its bytes; None where none is.
+KINDS = {
+    "pruned": ("pruned checkpoint", "model-00001-of-00004.safetensors"),
+    "several": ("folder of results", "sparsegpt-0.5/model-00001-of-00004.safetensors"),
+    "recovered": ("recovered checkpoint", "model-00001-of-00004.safetensors"),
+    "dropped": ("pruned checkpoint", "model-00001-of-00003.safetensors"),
+    "pack": ("pack of a pruned checkpoint", "model-00001-of-00004.safetensors"),
+    "dense-pack": ("pack", "config.json"),
+    "set": ("calibration set", "calibration.safetensors"),
+    "written": ("calibration set", "calibration.safetensors"),
+    "cut.unfinished": ("unfinished prune", "calibration/calibration.safetensors"),
+    "cut": ("unfinished prune", None),
+    "results": ("study store", "store.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory):
+    """A folder with a result of every kind, named as in `KINDS`."""
+    base = tmp_path_factory.mktemp("made")
+    text = write_text_file(base / "text.txt")
+    mixture = save_tiny_model(base / "mixture", "qwen3_moe")
+
+    def calmix(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["calmix", *map(str, arguments)])
+            app([str(one) for one in arguments], standalone_mode=False)
+
+    prune = ("prune", tiny_folder, "--calibration", text, *SMALL)
+    calmix(*prune, "--sparsity", 0.5, "-o", base / "pruned")
+    calmix(*prune, "--sparsity", "0.4,0.5", "-o", base / "several")
+    # What a recovery read is not what a prune without text lacked: no warning of few tokens.
+    calmix("prune", tiny_folder, "-o", base / "bare", "--sparsity", 0.5, "--method", "magnitude")
+    calmix("recover", base / "bare", "--against", tiny_folder, "--method", "blocks",
+           "--epochs", 1, "--calibration", text, *SMALL, "-o", base / "recovered")  # fmt: skip
+    calmix("prune", mixture, "--calibration", text, *SMALL, "--drop-experts", 0.25, "-o",
+           base / "dropped")  # fmt: skip
+    calmix("export", "--to", "pack", base / "pruned", "-o", base / "pack")
+    calmix("export", "--to", "pack", tiny_folder, "-o", base / "dense-pack")
+    calmix("calibrate", text, "--model", tiny_folder, *SMALL, "-o", base / "set")
+    calmix("calibrate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
+    calmix("calibrate", "measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32,
+           "--draws", 1, "-o", base / "measured.json")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_before(patch, 1)
+        calmix(*prune, "--sparsity", 0.5, "-o", base / "cut")
+    few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
+    synthetic.save(synthetic.study(few), base / "results")
+    return base
 
 
 @pytest.fixture
-def pruned(calmix, tiny_folder, text_file, tmp_path):
-    folder = tmp_path / "pruned"
-    calmix(
-        "prune", tiny_folder, "-o", folder, "--sparsity", 0.5, "--calibration", text_file, *SMALL
-    ).ok()
-    return folder
+def pruned(made, tmp_path):
+    return shutil.copytree(made / "pruned", tmp_path / "pruned")
 
 
 def health(calmix, path):
@@ -27,22 +77,48 @@ def health(calmix, path):
     return ended, json.loads(ended.out)
 
 
-def test_a_whole_checkpoint_is_told_so(calmix, pruned, monkeypatch):
+def rewritten(folder, changes=None, layer=None):
+    """Change a checkpoint's manifest, or its first layer in it, and seal it again."""
+    path = folder / "calmix.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for file in folder.glob("*.safetensors"):
+        manifest["files"][file.name] = sha256_file(file)
+    manifest["pruning"]["layers"][0] |= layer or {}
+    write_json(path, sealed(manifest | (changes or {})))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_told_what_it_is_and_that_it_is_whole(calmix, made, name):
+    ended = calmix("doctor", "inspect", made / name).ok()
+    lines = ended.out.strip().splitlines()
+    assert lines[0].endswith(f": {KINDS[name][0]}")
+    fine = ("every file matches its manifest", "nothing missing or damaged")
+    assert lines[-1] in [f"intact: {words}" for words in fine]
+    assert "warning" not in ended.out
+    assert "experts" not in ended.out or name == "dropped"
+
+
+@pytest.mark.parametrize("name", [name for name, (_, file) in KINDS.items() if file])
+def test_a_changed_byte_is_found(calmix, made, tmp_path, name):
+    copy = shutil.copytree(made / name, tmp_path / name)
+    file = copy / str(KINDS[name][1])
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    ended = calmix("doctor", "inspect", copy)
+    assert str(file.parent) in ended.line
+
+
+def test_the_table_of_a_checkpoint(calmix, made, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    ended = calmix("doctor", "inspect", pruned).ok()
-    assert "intact: every file matches its manifest" in ended.out
-    assert "50.00%" in ended.out
-    rows = [
-        line
-        for line in calmix("doctor", "inspect", pruned, "--layers").out.splitlines()
-        if "_proj" in line
-    ]
-    assert len([row for row in rows if row.startswith(" model.layers")]) == 14
-    _, told = health(calmix, pruned)
-    assert not told["problems"]
+    assert "50.00%" in calmix("doctor", "inspect", made / "pruned").out
+    table = calmix("doctor", "inspect", made / "pruned", "--layers").out.splitlines()
+    assert len([row for row in table if row.startswith(" model.layers")]) == 14
+    _, told = health(calmix, made / "pruned" / "calmix.json")
     assert len(told["layers"]) == 14
     assert all(layer["sparsity"] == 0.5 for layer in told["layers"])
     assert all(0 < layer["error"] < 1 and layer["damping"] == 0.01 for layer in told["layers"])
+    ended = calmix("doctor", "inspect", made / "bare").ok()
+    assert "largest reconstruction errors" not in ended.out
 
 
 def test_weights_that_were_zero_before_are_not_counted_as_pruned(
@@ -60,30 +136,14 @@ def test_weights_that_were_zero_before_are_not_counted_as_pruned(
     assert all(abs(layer["sparsity"] - 0.2) < 1e-3 for layer in told["layers"])
 
 
-def test_a_checkpoint_moved_elsewhere_is_still_whole(calmix, pruned, tmp_path):
-    shutil.move(pruned, tmp_path / "elsewhere")
-    assert calmix("doctor", "inspect", tmp_path / "elsewhere" / "calmix.json").code == 0
-
-
-@pytest.mark.parametrize(
-    "name", ["model-00001-of-00004.safetensors", "config.json", "tokenizer.json"]
-)
-def test_every_damaged_changed_or_missing_file_is_named(calmix, pruned, name):
-    path = pruned / name
+def test_every_damaged_changed_or_missing_file_is_named(calmix, pruned):
+    path = pruned / "tokenizer.json"
     raw = path.read_bytes()
-    for damaged in (
-        raw[:-1],
-        raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:],
-        raw + b"\n",
-        b"",
-    ):
+    for damaged in (raw[:-1], raw + b"\n", b""):
         path.write_bytes(damaged)
-        ended = calmix("doctor", "inspect", pruned)
-        assert str(path) in ended.line
+        assert str(path) in calmix("doctor", "inspect", pruned).line
     path.unlink()
-    ended = calmix("doctor", "inspect", pruned)
-    assert name in ended.line
-    assert "missing" in ended.line
+    assert "tokenizer.json is missing" in calmix("doctor", "inspect", pruned).line
 
 
 def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
@@ -102,64 +162,67 @@ def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
 
 
 def test_weights_that_contradict_a_manifest_with_right_hashes_are_found(calmix, pruned):
-    path = pruned / "calmix.json"
-    manifest = json.loads(path.read_text())
     for index, where, value in ((0, slice(None), 1.0), (1, (0, 0), float("nan"))):
         file = pruned / f"model-0000{index + 1}-of-00004.safetensors"
         tensors = load_file(file)
         tensors[f"model.layers.{index}.self_attn.q_proj.weight"][where] = value
         save_file(tensors, file, metadata={"format": "pt"})
-        manifest["files"][file.name] = sha256_file(file)
-    write_json(path, sealed(manifest))
+    rewritten(pruned)
     ended, told = health(calmix, pruned)
     assert ended.code == 2
-    assert any("layers.0 has " in line for line in told["problems"])
-    assert any(
-        "1.self_attn.q_proj.weight holds weights that are not" in line for line in told["problems"]
-    )
+    for part in ("layers.0 has ", "1.self_attn.q_proj.weight holds weights that are not finite"):
+        assert any(part in line for line in told["problems"])
+    kept = {name: held for name, held in load_file(file).items() if ".layers.1." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    rewritten(pruned)
+    assert any("lacks the weights of layers.1" in line
+               for line in health(calmix, pruned)[1]["problems"])  # fmt: skip
 
 
 def test_warnings_name_raised_damping_dead_inputs_and_lost_output(calmix, pruned):
-    path = pruned / "calmix.json"
-    manifest = json.loads(path.read_text())
-    manifest["pruning"]["layers"][0] |= {"damping": 0.1, "dead_inputs": 9, "error": 0.4}
-    write_json(path, sealed(manifest))
+    rewritten(pruned, layer={"damping": 0.1, "dead_inputs": 9, "error": 0.4})
     ended, told = health(calmix, pruned)
     assert ended.code == 0
-    assert [w for w in told["warnings"] if "damping was raised from 0.01 to 0.1" in w]
-    assert [w for w in told["warnings"] if "9 of 32 inputs are dead" in w]
-    assert [w for w in told["warnings"] if "lost 40.0%" in w]
+    for part in ("damping was raised from 0.01 to 0.1", "9 of 32 inputs are dead", "lost 40.0%"):
+        assert any(part in line for line in told["warnings"])
 
 
-def test_a_magnitude_checkpoint_has_no_errors_to_show(calmix, tiny_folder, tmp_path):
-    options = ("--method", "magnitude", "--pattern", "2:4", "-o", tmp_path / "m")
-    assert calmix("prune", tiny_folder, *options).code == 0
-    ended = calmix("doctor", "inspect", tmp_path / "m").ok()
-    assert "largest reconstruction errors" not in ended.out
+def test_what_is_left_of_unfinished_work_is_told(calmix, made):
+    _, told = health(calmix, made / "cut")
+    assert told["facts"]["blocks done"] == 1
+    assert "--resume" in told["facts"]["to finish it"]
 
 
-def test_what_a_recovery_read_is_not_what_a_prune_without_text_lacked(
-    calmix, tiny_folder, text_file, tmp_path
-):
-    pruned, folder = tmp_path / "pruned", tmp_path / "recovered"
-    calmix("prune", tiny_folder, "-o", pruned, "--sparsity", 0.5, "--method", "magnitude")
-    calmix(
-        "recover", pruned, "--against", tiny_folder, "-o", folder, "--method", "blocks",
-        "--calibration", text_file, "--epochs", 1, "--rows", 8, *SMALL[2:],
-    ).ok()  # fmt: skip
-    _, told = health(calmix, folder)
-    assert not told["problems"]
-    assert not told["warnings"]
+def test_a_packs_model_is_held_against_its_manifest(calmix, made, tmp_path):
+    """A pack that is whole by itself, beside the manifest of another model."""
+    copy = shutil.copytree(made / "pack", tmp_path / "pack")
+    shutil.copyfile(made / "several" / "sparsegpt-0.4" / "calmix.json", copy / "calmix.json")
+    path = copy / "calmix-pack.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"]["calmix.json"] = sha256_file(copy / "calmix.json")
+    write_json(path, manifest)
+    line = calmix("doctor", "inspect", copy).line
+    assert "model-00001-of-00004.safetensors is damaged or changed" in line
+
+
+def test_what_is_no_result_is_one_line(calmix, made, tmp_path):
+    for name in ("text.txt", "measured.json"):
+        assert "is no file that can be checked" in calmix("doctor", "inspect", made / name).line
+    assert "holds nothing calmix has written" in calmix("doctor", "inspect", tmp_path).line
+    assert "there is nothing at nowhere" in calmix("doctor", "inspect", "nowhere").line
+
+
+@pytest.mark.parametrize("name", ["dropped", "pack", "written"])
+def test_what_has_a_request_is_made_again(calmix, made, name):
+    calmix("doctor", "rerun", made / name).ok()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("name", "line"),
     [
-        (("nowhere",), "there is nothing at nowhere"),
-        ((".",), "holds nothing calmix has written"),
+        ("several", "sparsegpt-0.4"), ("dense-pack", "neither calmix.json nor manifest.json"),
+        ("measured.json", "which cannot be made again"), ("nothing", "there is no manifest"),
     ],
-)
-def test_mistakes_give_one_line(calmix, tmp_path, monkeypatch, arguments, line):
-    monkeypatch.chdir(tmp_path)
-    ended = calmix("doctor", "inspect", *arguments)
-    assert line in ended.line
+)  # fmt: skip
+def test_what_has_none_is_one_line(calmix, made, name, line):
+    assert line in calmix("doctor", "rerun", made / name).line

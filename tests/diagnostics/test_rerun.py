@@ -29,7 +29,7 @@ def prune(calmix, model, output, *options):
     return output / "calmix.json"
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
 def test_a_checkpoint_is_made_again_with_the_same_hashes(calmix, model, sources, tmp_path, method):
     drawn = ("--calibration", "mine", "--sources", sources, *SMALL, "--seed", 3)
     if method == "magnitude":
@@ -85,16 +85,18 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
     )
     assert "not the same: model-00001-of-00004.safetensors" in told.err
     assert "pruned.versions.torch: 1.0, now" in told.out
-    assert "the calibration set changed" in changed(calibration=kept["calibration"] | other).err
-    assert "by 2 processes" in changed(processes=2).line
-    assert "holds no request" in changed(request=None).line
-    for name in ("against", "model"):
-        assert "has changed" in changed(**{name: kept[name] | other}).line
+    for parts, line in (
+        ({"calibration": kept["calibration"] | other}, "the calibration set changed"),
+        ({"processes": 2}, "by 2 processes"), ({"request": None}, "holds no request"),
+        ({"against": kept["against"] | other}, "has changed"),
+        ({"model": kept["model"] | other}, "has changed"),
+    ):  # fmt: skip
+        assert line in changed(**parts).err
     (tmp_path / "pruned").rename(tmp_path / "moved")
     assert str(tmp_path / "pruned") in changed().line
 
 
-@pytest.mark.parametrize("method", ["self-written", "igsp", "sgs,seeds=mine"])
+@pytest.mark.parametrize("method", ["self-written", "sgs,seeds=mine"])
 def test_a_generated_set_is_made_again(calmix, model, sources, tmp_path, method):
     own = ("--sources", sources) if method == "sgs,seeds=mine" else ()
     calmix("calibrate", method, "-m", model, "-o", tmp_path / "set", *SMALL, *own).ok()
@@ -130,25 +132,17 @@ def test_a_set_whose_request_makes_no_sense_is_refused(
     assert message in calmix("doctor", "rerun", path, "-o", tmp_path / "again").line
 
 
-def test_another_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
+def test_another_text_or_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
     manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
+    text_file.write_text("other words " * 5000)
+    ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
+    assert f"changed (sources.{text_file}." in ended.err
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
-    assert "model" in ended.line
-    assert "has changed" in ended.line
-    assert not (tmp_path / "second").exists()
-
-
-def test_another_text_is_told_before_the_prune(calmix, model, text_file, tmp_path):
-    manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
-    text_file.write_text("other words " * 5000)
-    ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
-    assert ended.code == 2
-    assert f"changed (sources.{text_file}." in ended.err
-    assert not (tmp_path / "second").exists()
-    assert not (tmp_path / "second.unfinished").exists()
+    assert f"the model {model} has changed" in ended.line
+    assert not list(tmp_path.glob("second*"))
 
 
 def test_versions_and_machine_that_differ_are_named_where_hashes_do(
