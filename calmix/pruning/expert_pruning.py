@@ -26,7 +26,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.precision import widest
 from calmix.pruning import distributed
 from calmix.pruning.engine import Run
-from calmix.pruning.experts import Routed, given
+from calmix.pruning.experts import Given, Routed
 from calmix.pruning.methods import Look
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
@@ -83,16 +83,17 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
     """Add to the sums (score, tokens; experts) whenever a mixture is called."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors, index = given(args, kwargs)
-        hidden, width = tensors[0], tensors[0].shape[-1]
+        given = Given(args, kwargs)
+        (hidden, *_), index = given.tensors, given.index
+        width = hidden.shape[-1]
         if index is None:  # stacked: the gate is in the input
             used = (hidden.reshape(routed.mixture.count, -1, width) != 0).any(-1)
-            made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
+            made = given.run(module).reshape(*used.shape, -1)
             sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
             sums[1] += used.sum(1)
             return
         flat = hidden.reshape(-1, width)
-        gates = next(one for one in tensors if one.shape == index.shape and one is not index)
+        gates = next(one for one in given.tensors if one.shape == index.shape and one is not index)
         gates = gates.to(sums.dtype)
         gates = gates / gates.sum(-1, keepdim=True)
         for expert in range(routed.mixture.count):

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,9 +34,36 @@ MATMULS = frozenset({
     torch.bmm, torch.Tensor.bmm,
 })  # fmt: skip
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Seen = Callable[[str, int | None, Tensor], bool]  # key, expert and input; whether it is computed
 Add = Callable[[int | None, Tensor], None]  # of an expert
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a mixture is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, hidden states first."""
+        return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Tensor)]
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """The one that names the experts of each token, if there is one."""
+        whole = (torch.int64, torch.int32, torch.int16)
+        return next((one for one in self.tensors if one.ndim > 1 and one.dtype in whole), None)
+
+    def but(self, new: Mapping[int, Tensor]) -> Given:
+        """Return the same with other tensors in the place of some, by id."""
+        args = tuple(new.get(id(value), value) for value in self.args)
+        return Given(args, {key: new.get(id(value), value) for key, value in self.kwargs.items()})
+
+    def run(self, module: Any) -> Any:
+        """Call a mixture's module."""
+        return module.forward(*self.args, **self.kwargs)
 
 
 class _Products(TorchFunctionMode):
@@ -177,8 +204,9 @@ class Routed:
             groups.setdefault((expert, *where, inputs.shape, inputs.stride()), []).append(key)
             return True
 
+        given = Given(args, kwargs)
         with watching(self.mixture, self.layers, seen):
-            result = self.module.forward(*args, **kwargs)
+            result = given.run(self.module)
         found: list[list[str]] = []
         done: set[str] = set()
         for keys in groups.values():
@@ -192,15 +220,14 @@ class Routed:
                 f"it cannot be seen what {min(missing).strip('/')} of the experts in {self.name} "
                 "is applied to: the engine cannot prune them"
             )
-        tensors, index = given(args, kwargs)
         if self.mixture.experts is not None:
             self.kind = "modules"
-        elif index is not None:
+        elif given.index is not None:
             self.kind = "indexed"
         else:
-            self.kind = "stacked" if len(tensors) == 1 else "shared"
+            self.kind = "stacked" if len(given.tensors) == 1 else "shared"
         self.steps = [self._step(keys) for keys in found]
-        hidden = tensors[0]
+        hidden = given.tensors[0]
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
         self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
@@ -209,7 +236,7 @@ class Routed:
             if experts and self.kind != "shared":
                 inputs: dict[int | None, Tensor] = {}
                 every = torch.arange(tokens, device=hidden.device)
-                self.everything(step, experts, every, args, kwargs, inputs.__setitem__)
+                self.everything(step, experts, every, given, inputs.__setitem__)
                 common = len(inputs) < 2 or torch.equal(*inputs.values())
                 self.steps[number] = Step(step.layers, step.keys, common)
         return result
@@ -221,30 +248,16 @@ class Routed:
                 layers.setdefault(layer.expert, []).append(layer)
         return Step(layers, tuple(keys))
 
-    def collect(
-        self,
-        step: Step,
-        experts: Collection[int | None],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        add: Add,
-    ) -> None:
+    def collect(self, step: Step, experts: Collection[int | None], given: Given, add: Add) -> None:
         """Run the module as far as a step's inputs and hand over those of some experts."""
         with self._as_far_as(step, experts, add):
-            self.module.forward(*args, **kwargs)
+            given.run(self.module)
 
     def everything(
-        self,
-        step: Step,
-        experts: Sequence[int],
-        tokens: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        add: Add,
+        self, step: Step, experts: Sequence[int], tokens: Tensor, given: Given, add: Add
     ) -> None:
         """Do the same as if the tokens at some positions went to all of the experts."""
-        tensors, index = given(args, kwargs)
-        hidden, count = tensors[0], self.mixture.count
+        (hidden, *_), index, count = given.tensors, given.index, self.mixture.count
         flat = hidden.reshape(-1, hidden.shape[-1])
         with self._as_far_as(step, experts, add):
             if self.kind == "modules":
@@ -266,11 +279,10 @@ class Routed:
                 sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
                 numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
                 numbers = numbers.expand(len(tokens), -1)
-                new = dict.fromkeys(map(id, tensors), hidden.new_ones(numbers.shape))  # gates
+                new = dict.fromkeys(map(id, given.tensors), hidden.new_ones(numbers.shape))  # gates
                 flat = flat[tokens]
                 new |= {id(hidden): flat[None] if hidden.ndim == 3 else flat, id(index): numbers}
-            args, kwargs = _with(args, kwargs, new)
-            self.module.forward(*args, **kwargs)
+            given.but(new).run(self.module)
 
     @contextmanager
     def _as_far_as(self, step: Step, experts: Collection[int | None], add: Add) -> Iterator[None]:
@@ -293,8 +305,8 @@ class Routed:
 
     def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return how many tokens of each calibration row reach each expert, (rows, experts)."""
-        count = self.mixture.count
-        (hidden, *_), index = given(args, kwargs)
+        given, count = Given(args, kwargs), self.mixture.count
+        (hidden, *_), index = given.tensors, given.index
         if index is not None and self.kind == "indexed":
             each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
             each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
@@ -315,24 +327,8 @@ class Routed:
                 assert expert is not None
                 found[row, expert] += inputs.numel() // inputs.shape[-1]
 
-            self.collect(step, range(count), *_with(args, kwargs, {id(hidden): part}), add)
+            self.collect(step, range(count), given.but({id(hidden): part}), add)
         return found
-
-
-def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
-    """Return the tensors a mixture is called with, hidden states first, and the one among them
-    that names the experts of each token, if there is one."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    whole = (torch.int64, torch.int32, torch.int16)
-    return tensors, next((one for one in tensors if one.ndim >= 2 and one.dtype in whole), None)
-
-
-def _with(args: tuple[Any, ...], kwargs: dict[str, Any], new: Mapping[int, Tensor]) -> Arguments:
-    """Return arguments with other tensors in the place of some, by id."""
-    return (
-        tuple(new.get(id(value), value) for value in args),
-        {key: new.get(id(value), value) for key, value in kwargs.items()},
-    )
 
 
 class Gathering:
@@ -375,10 +371,11 @@ class Gathering:
             args, kwargs: as the module was called.
         """
         own, every = (partial(self._add, sums) for sums in (self._own, self._every))
-        self._routed.collect(self._step, self._experts, args, kwargs, own)
+        given = Given(args, kwargs)
+        self._routed.collect(self._step, self._experts, given, own)
         if self._numbers and len(sample):
             self._all += len(sample)
-            self._routed.everything(self._step, self._numbers, sample, args, kwargs, every)
+            self._routed.everything(self._step, self._numbers, sample, given, every)
 
     def _add(self, sums: dict[int | None, Statistic], expert: int | None, inputs: Tensor) -> None:
         with self._lap():

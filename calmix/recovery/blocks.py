@@ -23,15 +23,7 @@ from calmix.pruning.trace import TOKENS, BlockCall, Calls
 from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.job import Job
 from calmix.recovery.losses import relative_error
-from calmix.recovery.training import (
-    Masters,
-    best_of,
-    finite,
-    grouped,
-    rate,
-    rows_at_once,
-    steps_of,
-)
+from calmix.recovery.training import Masters, Progress, grouped, rows_at_once, steps_of, train
 
 
 class Stream:
@@ -80,25 +72,20 @@ def tune(
     index: int,
     masters: Masters,
     targets: MutableMapping[int, Tensor] | States,
-    groups: Sequence[Sequence[int]],
-    held_out: Sequence[int],
+    steps: Sequence[list[int]],
+    held_out: list[int],
     request: Recovering,
-    *,
-    at_once: int,
-    seed: int,
     keep: Callable[[], dict[str, Tensor]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train one block until its epochs are over or the held-out rows no longer get better.
 
-    `stream` is the pruned one, `targets` the dense stream behind the dense block. `groups` are the
-    numbers of the micro-batches that train, those together that share a step whatever their size.
-    Returned are mean relative errors a token (of the held-out rows `before` and `after`; by epoch
-    of the training rows, `losses`, and of the others; `epochs` is the one that was kept, or 0), and
-    what `keep` gave when the masters were the best.
+    `stream` is the pruned one, `targets` the dense stream behind the dense block; `steps` have the
+    numbers of micro-batches. Returned are mean relative errors a token (of the held-out rows
+    `before` and `after`; by epoch of the training rows, `losses`, and of the others; `epochs` is
+    the one that was kept, or 0), and what `keep` gave when the masters were the best.
     """
 
-    def error(numbers: Sequence[int], *, learn: bool) -> Tensor:
-        """Return the mean error a token, which stays on the device until an epoch is over."""
+    def mean(numbers: list[int], learn: bool) -> Tensor:
         tokens, values = sum(stream.tokens[number] for number in numbers), []
         for number in numbers:
             with torch.set_grad_enabled(learn):
@@ -110,30 +97,24 @@ def tune(
             values.append(loss.detach().to(widest(loss.device)))
         return sum(values[1:], values[0])
 
-    def read(losses: Sequence[Tensor]) -> Sequence[float]:
-        return finite(torch.stack(list(losses)).tolist(), f"in block {index}")
-
-    readings = list(read([error(held_out, learn=False)]))
-    best, losses = 0, []
+    progress, every = Progress(len(steps)), len(steps) // request.epochs
+    lr, where = request.lr, f"in block {index} "
     kept: dict[str, Tensor] = {}
-    steps = steps_of(len(groups), at_once, request.epochs, seed)
-    an_epoch = len(steps) // request.epochs
-    for epoch in range(request.epochs):
-        errors = []
-        for step in range(epoch * an_epoch, (epoch + 1) * an_epoch):
-            errors.append(error([n for group in steps[step] for n in groups[group]], learn=True))
-            masters.step(rate(step, len(steps), request.lr))
-        *values, reading = read([*errors, error(held_out, learn=False)])
-        losses.append(sum(values) / len(values))
-        readings.append(reading)
-        best, due = best_of(readings)
-        if best == epoch + 1:
+    for _ in train(progress, masters, steps, held_out, mean, lr, every=every, where=where):
+        if progress.best == progress.done:
             kept.clear()  # one set lives at a time
             kept = keep()
-        if due:
-            break
-    return {"block": index, "before": readings[0], "after": readings[best], "losses": losses,
-            "held_out": readings[1:], "epochs": best}, kept  # fmt: skip
+    readings, epochs = [loss for _, loss in progress.held_out], grouped(progress.losses, every)
+    best = progress.best // every
+    report = {
+        "block": index,
+        "before": readings[0],
+        "after": readings[best],
+        "losses": [sum(losses) / len(losses) for losses in epochs],
+        "held_out": readings[1:],
+        "epochs": best,
+    }
+    return report, kept
 
 
 def recover_blocks(job: Job) -> tuple[float, float, Any]:
@@ -150,6 +131,9 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         numbers.append(list(range(len(groups), len(groups) + len(parts))))
         groups += parts
     reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
+    at_once = job.request.batch // together
+    drawn = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
+    steps = [[number for group in step for number in group] for step in drawn]
     dense, pruned = (_stream(job, model, groups) for model in (job.dense, job.pruned))
     files = list(job.pruned.layout)
     for index in range(len(found)):
@@ -165,9 +149,8 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
                 parameter.requires_grad_(True)
             masters = Masters(own, job.pruned.stored, job.masked.__contains__)
             report, best = tune(
-                pruned, index, masters, dense.states, numbers[:-1], numbers[-1], job.request,
-                at_once=job.request.batch // together, seed=job.seed,
-                keep=functools.partial(job.as_stored, masters, copy=True),
+                pruned, index, masters, dense.states, steps, numbers[-1], job.request,
+                functools.partial(job.as_stored, masters, copy=True),
             )  # fmt: skip
             reports.append(report)
             del masters, own

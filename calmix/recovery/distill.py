@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,7 @@ from calmix.options import Recovering
 from calmix.pruning.distributed import everyone, once
 from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
-from calmix.recovery.training import (
-    Masters,
-    Rows,
-    best_of,
-    finite,
-    grouped,
-    rate,
-    steps_of,
-    trained_names,
-)
+from calmix.recovery.training import Masters, Progress, grouped, steps_of, train, trained_names
 
 READINGS = 2  # of the held-out rows, an epoch
 WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
@@ -81,77 +72,45 @@ class Student(nn.Module):
         self.model.tie_weights()
 
 
-@dataclass
-class Progress:
-    """How far a distillation is: the mean KL a token in nats of every step, and of the held-out
-    rows with the steps taken before; after how many they were `best` (0: as they came).
-    """
-
-    steps: int
-    done: int = 0
-    losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    best: int = 0
-    stopped: bool = False
-
-
 def distill(
     student: Any,
     masters: Masters,
     ids: Tensor,
     targets: Callable[[list[int]], Tensor],
-    rows: Rows,
+    steps: Sequence[list[int]],
+    held_out: list[int],
     request: Recovering,
     accelerator: Any,
     progress: Progress,
-    *,
     at_once: int,
-    seed: int,
-) -> Iterator[Progress]:
-    """Train a student until its steps are taken or the held-out rows no longer get better.
+) -> Iterator[None]:
+    """Train a student on the rows of every step, which the processes share; as `train` otherwise.
 
-    Yields `progress` after every step; an earlier run's is resumed. `targets` returns what the
-    dense model's head sees of rows, of which `at_once` run at a time in a process.
+    `targets` returns what the dense model's head sees of rows, of which `at_once` run at a time in
+    a process.
     """
     device = next(student.parameters()).device
     world, rank = accelerator.num_processes, accelerator.process_index
-    steps = steps_of(len(rows.training), request.batch, request.epochs, seed)
-    every = max(1, -(-len(steps) // (READINGS * request.epochs)))
     share = request.batch // world
 
-    def mean(numbers: list[int], where: str, *, learn: bool) -> float:
-        """Return the mean KL a token of rows; collect its gradients if `learn`."""
-        tokens = len(numbers) * ids.shape[1]
+    def mean(numbers: list[int], learn: bool) -> Tensor:
+        own = numbers[rank * share : (rank + 1) * share] if learn else numbers
+        tokens = len(own) * ids.shape[1]
         total = torch.zeros((), dtype=torch.float32, device=device)
-        for part in grouped(numbers, at_once):
+        for part in grouped(own, at_once):
             with torch.set_grad_enabled(learn):
                 loss = student(ids[part].to(device), targets(part).to(device)) / tokens
             total += loss.detach()
             if learn:
                 accelerator.backward(loss)
                 masters.collect()
-        return finite([float(accelerator.reduce(total, reduction="mean"))], where)[0]
+        reduced: Tensor = accelerator.reduce(total, reduction="mean")
+        return reduced
 
-    def reading() -> float:
-        after = f"on the held-out rows after step {progress.done} of {len(steps)}"
-        return mean(rows.held_out, after, learn=False)
-
-    if not progress.held_out:
-        progress.held_out.append((0, reading()))
-    peak = request.lr * min(1.0, progress.held_out[0][1] / WIDE)
-    while progress.done < len(steps) and not progress.stopped:
-        chosen = [rows.training[number] for number in steps[progress.done]]
-        where = f"at step {progress.done + 1} of {len(steps)}"
-        own = chosen[rank * share : (rank + 1) * share]
-        progress.losses.append(mean(own, where, learn=True))
-        masters.step(rate(progress.done, len(steps), peak))
-        progress.done += 1
-        if not progress.done % every or progress.done == len(steps):
-            progress.held_out.append((progress.done, reading()))
-            best, due = best_of([loss for _, loss in progress.held_out])
-            progress.best = progress.held_out[best][0]
-            progress.stopped = due and progress.done < len(steps)
-        yield progress
+    every = max(1, -(-len(steps) // (READINGS * request.epochs)))
+    return train(
+        progress, masters, steps, held_out, mean, request.lr, every=every, wide=WIDE, eager=True
+    )
 
 
 def distill_model(job: Job) -> tuple[float, float, Any]:
@@ -180,7 +139,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         if p.requires_grad
     }
     masters = Masters(trained, job.pruned.stored, job.masked.__contains__)
-    steps = steps_of(len(job.rows.training), request.batch, request.epochs, job.seed)
+    steps = steps_of(job.rows.training, request.batch, request.epochs, job.seed)
     progress = Progress(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))
     if work.done:
@@ -191,7 +150,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     for _ in distill(
         student, masters, job.calibration.ids,
         lambda rows: torch.stack([read_file(folder / str(row))["hidden"] for row in rows]),
-        job.rows, request, accelerator, progress, at_once=job.plan.rows, seed=job.seed,
+        steps, job.rows.held_out, request, accelerator, progress, job.plan.rows,
     ):  # fmt: skip
         at, loss = progress.held_out[-1]
         job.progress(progress.done, progress.steps, f"KL {loss:.4f}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
 from calmix.models.blocks import DecoderBlocks
 
+T = TypeVar("T")
 BETAS = (0.9, 0.95)
 WARM_UP = 0.05  # of all steps, one at least
 HELD_OUT = 16  # one row in so many, two at least
@@ -59,14 +61,19 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
     return Rows([row for row in range(rows) if row not in chosen], sorted(chosen))
 
 
-def steps_of(items: int, at_once: int, epochs: int, seed: int) -> list[list[int]]:
+def steps_of(items: Sequence[T], at_once: int, epochs: int, seed: int) -> list[list[T]]:
     """Return the items of every step: each epoch in its own order, what is left over unused."""
     generator = torch.Generator().manual_seed(seed)
-    steps: list[list[int]] = []
+    steps: list[list[T]] = []
     for _ in range(epochs):
-        order = torch.randperm(items, generator=generator).tolist()
-        steps += [order[at : at + at_once] for at in range(0, items - at_once + 1, at_once)]
+        order = [items[at] for at in torch.randperm(len(items), generator=generator).tolist()]
+        steps += grouped(order, at_once)[: len(items) // at_once]
     return steps
+
+
+def grouped(items: Sequence[T], at_once: int) -> list[list[T]]:
+    """Cut items into groups, the last of which may be smaller."""
+    return [list(items[at : at + at_once]) for at in range(0, len(items), at_once)]
 
 
 def rate(step: int, steps: int, peak: float) -> float:
@@ -116,20 +123,75 @@ def rows_at_once(batch: int, length: int) -> list[int]:
     return [rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0]
 
 
-def finite(losses: Sequence[float], where: str) -> Sequence[float]:
-    """Return losses, or refuse them."""
-    if all(map(math.isfinite, losses)):
-        return losses
-    raise SolverError(
-        f"the loss is not finite {where}: lower --lr, or check the models' weights (--dtype "
-        "float32 computes in more range)"
-    )
+@dataclass
+class Progress:
+    """How far a training is: the mean loss a token of every step, and of the held-out rows with the
+    steps taken before; after how many they were `best` (0: as they came).
+    """
+
+    steps: int
+    done: int = 0
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    best: int = 0
+    stopped: bool = False
 
 
-def best_of(losses: Sequence[float]) -> tuple[int, bool]:
-    """Return which reading of the held-out rows is the best, and whether it is time to stop."""
-    best = min(range(len(losses)), key=losses.__getitem__)
-    return best, len(losses) - 1 - best >= PATIENCE
+def train(
+    progress: Progress,
+    masters: Masters,
+    steps: Sequence[list[int]],
+    held_out: list[int],
+    mean: Callable[[list[int], bool], Tensor],
+    lr: float,
+    *,
+    every: int,
+    where: str = "",
+    wide: float = 0.0,
+    eager: bool = False,
+) -> Iterator[None]:
+    """Train until all steps are taken or what is held out no longer gets better.
+
+    Yields after every step; an earlier run's progress is resumed. `mean` returns the mean loss a
+    token of some items, and collects its gradients where it is to learn. Held-out items are read
+    `every` so many steps, and with them the losses of the steps between unless `eager`. Where they
+    lose less than `wide` at first, steps are as much smaller.
+    """
+    pending: list[Tensor] = []
+
+    def read(at: str) -> list[float]:
+        values: list[float] = torch.stack(pending).tolist()
+        pending.clear()
+        for number, value in enumerate(values, len(progress.losses) + 1):
+            if not math.isfinite(value):
+                raise SolverError(
+                    f"the loss is not finite {where}{at or f'at step {number}'} of {len(steps)}: "
+                    "lower --lr, or check the models' weights (--dtype float32 computes in more "
+                    "range)"
+                )
+        return values
+
+    def reading() -> tuple[int, float]:
+        pending.append(mean(held_out, False))
+        return progress.done, read(f"on the held-out rows after step {progress.done}")[0]
+
+    if not progress.held_out:
+        progress.held_out.append(reading())
+    peak = lr * min(1.0, progress.held_out[0][1] / wide) if wide else lr
+    while progress.done < len(steps) and not progress.stopped:
+        pending.append(mean(steps[progress.done], True))
+        masters.step(rate(progress.done, len(steps), peak))
+        progress.done += 1
+        due = progress.done % every == 0 or progress.done == len(steps)
+        if due or eager:
+            progress.losses += read("")
+        if due:
+            progress.held_out.append(reading())
+            best = min(progress.held_out, key=lambda one: one[1])
+            progress.best = best[0]
+            idle = len(progress.held_out) - 1 - progress.held_out.index(best)
+            progress.stopped = idle >= PATIENCE and progress.done < len(steps)
+        yield
 
 
 def local(tensor: Any) -> Tensor:
@@ -228,8 +290,3 @@ class Masters:
                     local(own[kind]).copy_(state[f"{kind}/{name}"])
                 own["step"] = torch.tensor(float(steps), device=value.device)
         self.round()
-
-
-def grouped(rows: Sequence[int], at_once: int) -> list[list[int]]:
-    """Cut rows into groups, the last of which may be smaller."""
-    return [list(rows[at : at + at_once]) for at in range(0, len(rows), at_once)]

@@ -17,9 +17,9 @@ from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks
 from calmix.precision import reproducible
 from calmix.recovery.blocks import Stream, tune
-from calmix.recovery.distill import Progress, Student, distill
+from calmix.recovery.distill import Student, distill
 from calmix.recovery.losses import divergence
-from calmix.recovery.training import Masters, Rows, trained_names
+from calmix.recovery.training import Masters, Progress, trained_names
 from calmix.specs import recover_request
 from tests.tiny import VOCABULARY, quick, tiny_config
 
@@ -68,12 +68,11 @@ def test_a_block_learns_with_a_read_an_epoch(kind, gradients):
         traced.copies.clear()
         with reproducible(torch.device("cpu")):
             tune(
-                stream, 0, masters, targets, [[0], [1]], [2, 3],
-                recover_request(calibration="", method="blocks", epochs=2, lr=1e-3),
-                at_once=2, seed=0, keep=dict,
+                stream, 0, masters, targets, [[0, 1]] * 2, [2, 3],
+                recover_request(calibration="", method="blocks", epochs=2, lr=1e-3), dict,
             )  # fmt: skip
         assert all(value.device.type == "cuda" for value in masters.values.values())
-    assert traced.reads == {"tolist": 3}  # before the first epoch, and after each
+    assert traced.reads == {"tolist": 5}  # before the first epoch, and after each twice
     assert not traced.copies
 
 
@@ -90,12 +89,14 @@ def test_distillation_reads_once_a_step(gradients):
             reduce=lambda total, reduction: total,
         )  # fmt: skip
         request = recover_request(calibration="", epochs=1, lr=1e-3, batch=2)
-        *_, made = distill(
+        progress = Progress(2)
+        for _ in distill(
             student, masters, some_ids(6, 16), lambda part: torch.randn(len(part), 16, 32),
-            Rows([0, 1, 2, 3], [4, 5]), request, alone, Progress(2), at_once=2, seed=0,
-        )  # fmt: skip
-    assert made.done == 2
-    assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings
+            [[0, 1], [2, 3]], [4, 5], request, alone, progress, 2,
+        ):  # fmt: skip
+            pass
+    assert progress.done == 2
+    assert traced.reads == {"tolist": 5}  # two steps, and three readings
     assert set(traced.copies) == {("cpu", "cuda")}  # ids and targets
     assert traced.copies.total() == 2 * (2 + 3)
 

@@ -103,9 +103,9 @@ def alike():
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(2, 5, 4, generator=generator)
 
-    def everything(step, experts, sample, args, kwargs, add):
+    def everything(step, experts, sample, given, add):
         for expert in experts:
-            add(expert, args[0])
+            add(expert, given.args[0])
 
     routed = SimpleNamespace(
         kind="indexed", device=torch.device("cpu"), everything=everything, name="mixture",

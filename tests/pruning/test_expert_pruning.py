@@ -19,9 +19,6 @@ from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import old_mixtral, routed_inputs
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
-SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "llama4_text")
-
 
 def scores_of(model, ids):
     look = ScorePass(model, find_blocks(model))
@@ -40,9 +37,7 @@ def test_scores_are_those_of_the_definition(kind):
         for expert, score in enumerate(scores):
             parts = []
             for token, place in (index == expert).nonzero().tolist():
-                own = torch.tensor([[expert]])
-                with torch.no_grad():
-                    made = module(hidden[token : token + 1], own, torch.ones(1, 1))
+                made = module(hidden[token : token + 1], torch.tensor([[expert]]), torch.ones(1, 1))
                 parts.append(float(gates[token, place] / gates[token].sum() * made.norm()))
             assert score == pytest.approx(sum(parts) / len(parts), rel=1e-4)
 
@@ -52,10 +47,10 @@ def test_gates_that_cannot_be_seen_are_refused():
         scores_of(old_mixtral(), tiny_ids(6))
 
 
-def drop(folder, text, output, *more, share=0.25):
+def drop(folder, text, output, *more):
     return (
-        "prune", folder, "--calibration", text, *SMALL, "--drop-experts", share, *more, "-o",
-        output,
+        "prune", folder, "--calibration", text, "--rows", 6, "--length", 32, "--leakage", "off",
+        "--drop-experts", 0.25, *more, "-o", output,
     )  # fmt: skip
 
 
@@ -90,37 +85,32 @@ def test_a_killed_drop_goes_on_to_the_same_bytes(
         ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more))
         assert "resume it with --resume" in ended.line
         monkeypatch.setattr(ScorePass, "block", None)  # nothing is scored again
-    ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more, "--resume")).ok()
+    calmix(*drop(folder, text_file, tmp_path / "cut", *more, "--resume")).ok()
     monkeypatch.undo()
-    assert calmix(*drop(folder, text_file, tmp_path / "whole", *more)).code == 0
+    calmix(*drop(folder, text_file, tmp_path / "whole", *more)).ok()
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("kind", quick(["qwen3_moe", "gpt_oss"], KINDS))
+@pytest.mark.parametrize(
+    "kind", quick(["qwen3_moe", "gpt_oss"], ["mixtral", "granitemoe", "llama4_text"])
+)
 def test_the_smaller_checkpoint_holds_what_is_left_and_loads(calmix, tmp_path, text_file, kind):
-    folder = save_tiny_model(tmp_path / "model", kind)
-    output = tmp_path / "out"
+    folder, output = save_tiny_model(tmp_path / "model", kind), tmp_path / "out"
     calmix(*drop(folder, text_file, output, "--sparsity", 0.5, "--only", "*.o_proj")).ok()
     told = json.loads((output / "calmix.json").read_text())["pruning"]
-    assert [len(one["kept"]) for one in told["dropped"]] == [3] * len(told["dropped"])
-    small = AutoModelForCausalLM.from_pretrained(output)
-    dense = AutoModelForCausalLM.from_pretrained(folder)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
+    dense, small = map(AutoModelForCausalLM.from_pretrained, (folder, output))
     before, after = dense.state_dict(), small.state_dict()
     for one in told["dropped"]:
-        kept = torch.tensor(one["kept"])
-        gone = next(e for e in range(4) if e not in one["kept"])
+        (gone,) = set(range(4)) - set(one["kept"])
         assert one["scores"][gone] == min(one["scores"])
         for name, value in before.items():
             if name.startswith(one["name"]):
-                assert torch.equal(after[name], value[kept]), name
-    size = sum(p.stat().st_size for p in output.glob("*.safetensors"))
-    assert size < sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+                assert torch.equal(after[name], value[one["kept"]]), name
+    assert sum(v.numel() for v in after.values()) < sum(v.numel() for v in before.values())
     apart = kind in ("mixtral", "qwen3_moe")  # the files hold experts one by one
     assert (load_weights(output).keys() < load_weights(folder).keys()) == apart
-    with torch.no_grad():
-        assert torch.isfinite(small(tiny_ids(2)).logits).all()
+    assert torch.isfinite(small(tiny_ids(2)).logits).all()
     assert not (tmp_path / "out.unfinished").exists()
 
 
@@ -148,47 +138,32 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
     assert found[f"{gate}e_score_correction_bias"].shape == (6,)
     gone = {n for n in second if ".experts.6." in n or ".experts.7." in n}
     assert found.keys() == held.keys() - gone
-    pruned = (*drop(folder, text_file, tmp_path / "both"), "--sparsity", 0.5, "--method", "wanda")
-    assert calmix(*pruned).code == 0
-    assert load_weights(tmp_path / "both").keys() == found.keys()
 
 
 def test_the_choice_is_of_the_least_scores_in_every_group():
     assert choose([3.0, 1.0, 2.0, 4.0], 0.25, chosen=2) == [0, 2, 3]
     assert choose([3, 1, 2, 9, 0, 8, 7, 6], 0.25, 2, chosen=2) == [0, 2, 3, 5, 6, 7]
     assert choose([1.0, 1.0, 1.0, 1.0], 0.5, chosen=2) == [0, 1]
-    with pytest.raises(InputError, match=r"leaves 1 of the 4 experts .* sent to 2: drop fewer"):
-        choose([1, 2, 3, 4], 0.75, chosen=2)
     assert choose([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
-    with pytest.raises(InputError, match=r"sent to 4 in 1 of 2 groups: drop fewer"):
-        choose([1.0] * 8, 0.5, 2, chosen=4, reach=1)
-    with pytest.raises(InputError, match="drops none of the 4 experts"):
-        choose([1, 2, 3, 4], 0.1, chosen=2)
+    for scores, share, how, says in (
+        ([1, 2, 3, 4], 0.75, {}, r"leaves 1 of the 4 experts .* sent to 2: drop fewer"),
+        ([1.0] * 8, 0.5, {"groups": 2, "reach": 1, "chosen": 4}, r"to 4 in 1 of 2 groups: drop"),
+        ([1, 2, 3, 4], 0.1, {}, "drops none of the 4 experts"),
+    ):
+        with pytest.raises(InputError, match=says):
+            choose(scores, share, **{"chosen": 2} | how)
 
 
-def test_what_has_no_effect_on_a_drop_alone_is_one_line(calmix, tmp_path, text_file):
-    folder = save_tiny_model(tmp_path / "model", "mixtral")
-    for more in (
-        ("--method", "wanda"),
-        ("--only", "*.mlp.*"), ("--allocation", "owl"), ("--propagation", "block"),
-    ):  # fmt: skip
-        ended = calmix(*drop(folder, text_file, tmp_path / "out", *more))
-        assert f"{more[0]} has no effect where only experts are dropped" in ended.line
-    ended = calmix("prune", folder, "--drop-experts", 0.25, "-o", tmp_path / "out")
-    assert "--drop-experts needs --calibration" in ended.line
-    ended = calmix("prune", folder, "--calibration", text_file, "-o", tmp_path / "out")
-    assert "give either --sparsity" in ended.line
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_method_without_data_prunes_what_a_drop_leaves(calmix, text_file):
-    given = {"sparsity": "0.5", "calibration": str(text_file), "drop_experts": 0.25}
-    one, other = requests(method="magnitude,wanda", **given)
-    assert one.drop_experts == other.drop_experts == 0.25
-    assert one.calibration == other.calibration == str(text_file)
-    assert requests(method="magnitude", **given) == [one]
-    with pytest.raises(InputError, match="propagation has no effect with method magnitude"):
-        requests(method="magnitude", propagation="block", **given)
-    del given["calibration"]
-    with pytest.raises(InputError, match="--drop-experts needs --calibration"):
-        requests(method="magnitude", **given)
+def test_what_has_no_effect_on_a_drop_alone_is_one_line(text_file):
+    given = {"calibration": str(text_file), "drop_experts": 0.25}
+    one, other = requests(method="magnitude,wanda", sparsity="0.5", **given)
+    assert one.drop_experts == other.drop_experts == 0.25  # text for what is left, or none
+    for wrong, says in (
+        ({"method": "wanda"}, "method has no effect where only experts are dropped"),
+        ({"allocation": "owl"}, "allocation has no effect where only experts are dropped"),
+        ({"calibration": None}, "--drop-experts needs --calibration"),
+        ({"method": "magnitude", "sparsity": "0.5", "propagation": "block"}, "propagation has no"),
+        ({"drop_experts": None}, "give either --sparsity"),
+    ):
+        with pytest.raises(InputError, match=says):
+            requests(**given | wrong)

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from calmix.errors import InputError
+from calmix.errors import InputError, SolverError
 from calmix.recovery.training import (
     Masters,
-    best_of,
+    Progress,
     rate,
     rows_at_once,
     size_of,
     split_rows,
     steps_of,
+    train,
 )
 from tests import forks
 
@@ -39,7 +40,7 @@ def test_each_source_decides_by_its_weight_when_to_stop():
 
 
 def test_an_epoch_takes_no_row_twice():
-    steps = steps_of(10, 4, 3, seed=0)
+    steps = steps_of(range(10), 4, 3, seed=0)
     assert [len(step) for step in steps] == [4] * 6
     for epoch in (steps[:2], steps[2:4], steps[4:]):
         assert len({item for step in epoch for item in step}) == 8
@@ -62,11 +63,43 @@ def test_a_micro_batch_divides_the_batch(batch, length, rows):
     assert rows_at_once(batch, length) == rows
 
 
+class Idle:
+    """Masters that take no step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def step(self, rate):
+        self.rates.append(rate)
+
+
+def curve(held_out, steps=20, **how):
+    """Train on items of no loss, with these readings of what is held out."""
+    readings, masters, progress = iter(held_out), Idle(), Progress(steps)
+
+    def mean(items, learn):
+        return torch.tensor(0.0 if learn else next(readings), dtype=torch.float64)
+
+    for _ in train(progress, masters, [[0]] * steps, [1], mean, 1.0, every=2, **how):
+        pass
+    return progress, masters.rates
+
+
 def test_it_stops_after_three_readings_without_a_better_one():
-    losses = [1.0, 0.9, 0.95, 0.8, 0.8, 0.9, 0.85]
-    found = [best_of(losses[:number]) for number in range(1, 8)]
-    assert [best for best, _ in found] == [0, 1, 1, 3, 3, 3, 3]
-    assert [due for _, due in found] == [False] * 6 + [True]
+    held_out = [1.0, 0.9, 0.95, 0.8, 0.8, 0.9, 0.85, 0.1]
+    progress, _ = curve(held_out)
+    assert (progress.best, progress.done, progress.stopped) == (6, 12, True)
+    assert progress.held_out == [(2 * number, loss) for number, loss in enumerate(held_out[:7])]
+    progress, _ = curve(held_out, steps=7)
+    assert (progress.best, progress.done, progress.stopped) == (6, 7, False)
+    with pytest.raises(SolverError, match="not finite on the held-out rows after step 2 of 20"):
+        curve([1.0, float("nan")])
+
+
+def test_the_nearer_two_models_are_the_smaller_the_steps():
+    full, quarter = (curve([0.5] * 9, wide=wide)[1] for wide in (1e-9, 2.0))
+    assert max(full) == 1.0
+    assert quarter == pytest.approx([rate / 4 for rate in full])
 
 
 def layer(dtype=torch.bfloat16):
@@ -84,7 +117,7 @@ def masters_of(module):
     return Masters(own, lambda name: stored[name], lambda name: name == "weight")
 
 
-def train(module, masters, steps):
+def fit(module, masters, steps):
     for step in steps:
         for half in (0, 1):
             generator = torch.Generator().manual_seed(2 * step + half)
@@ -102,7 +135,7 @@ def test_masters_train_as_adam_does_but_hold_the_zeros():
     groups = [{"params": [one], "lr": 1e-2 * size}
               for one, size in zip(plain.parameters(), kept, strict=True)]  # fmt: skip
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    train(module, masters, range(5))
+    fit(module, masters, range(5))
     for step in range(5):
         for half in (0, 1):
             generator = torch.Generator().manual_seed(2 * step + half)
@@ -128,7 +161,7 @@ def test_masters_keep_what_the_modules_type_would_lose():
     module = layer()
     masters = masters_of(module)
     before = masters.values["weight"].detach().clone()
-    train(module, masters, range(1))
+    fit(module, masters, range(1))
     torch.testing.assert_close(module.weight.float(), masters.values["weight"], rtol=4e-3, atol=0)
     assert not torch.equal(module.weight.float(), masters.values["weight"])
     assert not torch.equal(before, masters.values["weight"])
@@ -136,13 +169,13 @@ def test_masters_keep_what_the_modules_type_would_lose():
 
 def test_a_state_goes_on_as_if_nothing_had_been():
     whole, first, second = layer(), layer(), layer()
-    train(whole, masters_of(whole), range(6))
+    fit(whole, masters_of(whole), range(6))
     masters = masters_of(first)
-    train(first, masters, range(3))
+    fit(first, masters, range(3))
     state = {name: value.clone() for name, value in masters.state().items()}
     again = masters_of(second)
     again.restore(state, 3)
-    train(second, again, range(3, 6))
+    fit(second, again, range(3, 6))
     assert torch.equal(second.weight, whole.weight)
     assert torch.equal(second.bias, whole.bias)
 

@@ -22,7 +22,6 @@ the whole layer loses 13 % more on the builtin model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +33,7 @@ from torch.nn import functional
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import Gram, inverse_factor, squared
-from calmix.pruning.methods.base import Solution, Sparse, by_kind
+from calmix.pruning.methods.base import Solution, Sparse, by_kind, sampled
 from calmix.pruning.patterns import Pattern, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
@@ -169,10 +168,7 @@ def by_own_part(scaled: Scaled) -> Scaled:
 
 def _bound(state: Tensor, share: float) -> Tensor:
     """Return the absolute value that about `share` of a layer's entries do not exceed."""
-    step = max(1, state.numel() // SAMPLE)
-    while math.gcd(step, state.shape[1]) > 1:  # a sample of every column
-        step += 1
-    sample = state.view(-1)[::step].abs()
+    sample = sampled(state, SAMPLE).abs()
     count = round(share * len(sample))
     if not count:
         return sample.new_zeros(())

@@ -6,6 +6,7 @@ budget, the report. A method knows nothing of models, files or command lines.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,6 +171,14 @@ def by_kind(kinds: Sequence[Hashable], act: Callable[[list[int]], Sequence[T]]) 
         places = [place for place, own in enumerate(kinds) if own == kind]
         made |= dict(zip(places, act(places), strict=True))
     return [made[place] for place in range(len(kinds))]
+
+
+def sampled(matrix: Tensor, size: int) -> Tensor:
+    """Return about `size` entries of a matrix, of every column some."""
+    step = max(1, matrix.numel() // size)
+    while math.gcd(step, matrix.shape[1]) > 1:
+        step += 1
+    return matrix.reshape(-1)[::step]
 
 
 class Look(Method):

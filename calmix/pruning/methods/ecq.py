@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from calmix.pruning.gram import Factor
-from calmix.pruning.methods.base import Quantiser
+from calmix.pruning.methods.base import Quantiser, sampled
 from calmix.pruning.solvers.grids import DeadZone, Grid, dead_zone, entropy, factors
 from calmix.pruning.solvers.surgeon import solve_columns
 
@@ -77,10 +77,7 @@ class Ecq(Quantiser):
 
 def _step_of(weight: Tensor, bits: float, low: float, high: float) -> float:
     """Return the step between two at which a layer's weights, rounded, take so many bits."""
-    every = max(1, weight.numel() // SAMPLE)
-    while math.gcd(every, weight.shape[1]) > 1:  # a sample of every column
-        every += 1
-    sample = weight.reshape(-1)[::every].contiguous()
+    sample = sampled(weight, SAMPLE).contiguous()
     while math.log2(high / low) > FINE:
         middle = math.sqrt(low * high)
         if entropy(dead_zone(sample / middle)) > bits:
